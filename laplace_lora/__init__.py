@@ -1,0 +1,20 @@
+"""Calibrated uncertainty for LoRA-fine-tuned transformers, as a plugin for laplace-torch.
+
+The public names; every module behind them has one job and says so in its first line.
+"""
+
+from laplace_lora.curvature import LoraEF, LoraGGN
+from laplace_lora.decomposed import LowRankKronDecomposed
+from laplace_lora.kron import LowRankKron
+from laplace_lora.models import LogitsModel
+from laplace_lora.posterior import DiagLoraLaplace, KronLoraLaplace
+
+__all__ = [
+    "DiagLoraLaplace",
+    "KronLoraLaplace",
+    "LogitsModel",
+    "LoraEF",
+    "LoraGGN",
+    "LowRankKron",
+    "LowRankKronDecomposed",
+]

@@ -1,0 +1,166 @@
+"""From a model to its trainable linear maps, in parameter order.
+
+The only room that knows PEFT: which adapter is active, whether it is merged or disabled, and which
+trainable tensors a Kronecker factor can cover. What flows through the maps belongs to `capture`.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearMap:
+    """A module ``x ↦ W x + b`` with something to train.
+
+    Attributes:
+        name: Name of the module in the model.
+        module: An `nn.Linear`, or GPT-2's `Conv1D` that stores ``Wᵀ``.
+        in_features: Length of an input, ``q``.
+        out_features: Length of an output, ``p``.
+        transposed: Whether the weight is stored as ``(q, p)``.
+    """
+
+    name: str
+    module: nn.Module
+    in_features: int
+    out_features: int
+    transposed: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A trainable tensor: the weight or the bias of a linear map.
+
+    Attributes:
+        name: Name of the parameter in the model.
+        parameter: The tensor itself.
+        map: Index of its linear map among the model's trainable ones.
+        is_bias: Whether it is the bias.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    map: int
+    is_bias: bool
+
+
+def activate_adapter(model: nn.Module) -> None:
+    """Make the active adapter of a `PeftModel` loaded for inference trainable.
+
+    Does nothing if something is trainable already.
+
+    Args:
+        model: Any module; only a `PeftModel` is changed.
+    """
+    if not isinstance(model, PeftModel) or any(p.requires_grad for p in model.parameters()):
+        return
+    adapters = _active_adapters(model)
+    if len(adapters) != 1:
+        return  # `trainable_maps` refuses several adapters with an explanation
+    model.set_adapter(adapters[0])
+    count = sum(p.requires_grad for p in model.parameters())
+    logger.info("made the %d tensors of adapter %r trainable", count, adapters[0])
+
+
+def trainable_maps(model: nn.Module) -> tuple[list[LinearMap], list[Block]]:
+    """Return the linear maps with trainable tensors, and those tensors in parameter order.
+
+    Args:
+        model: Any module, usually a `LogitsModel` around a `PeftModel`.
+
+    Returns:
+        The maps, and one block a trainable tensor in the order of ``model.parameters()``.
+
+    Raises:
+        ValueError: If nothing is trainable, or a trainable tensor belongs to no linear map or to
+            several.
+        RuntimeError: If an adapter is merged or disabled, or several are active.
+    """
+    check_adapters(model)
+    maps: list[LinearMap] = []
+    owners: dict[int, list[tuple[int, bool]]] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D):
+            continue
+        weight, bias = module.weight, module.bias
+        trainable = [p for p in (weight, bias) if p is not None and p.requires_grad]
+        if not trainable:
+            continue
+        transposed = isinstance(module, Conv1D)
+        rows, columns = weight.shape
+        shape = (rows, columns) if transposed else (columns, rows)
+        maps.append(LinearMap(name, module, *shape, transposed))
+        for parameter in trainable:
+            owners.setdefault(id(parameter), []).append((len(maps) - 1, parameter is bias))
+
+    blocks, uncovered, tied = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        found = owners.get(id(parameter), [])
+        if len(found) == 1:
+            blocks.append(Block(name, parameter, *found[0]))
+        else:
+            (tied if found else uncovered).append(name)
+    if uncovered:
+        raise ValueError(
+            f"no Kronecker factor covers the trainable parameters {_listed(uncovered)}: only "
+            "weights and biases of nn.Linear and Conv1D modules are covered. Freeze them first, "
+            "for example with `model.get_parameter(name).requires_grad_(False)`"
+        )
+    if tied:
+        raise ValueError(
+            f"the trainable parameters {_listed(tied)} are shared by several modules; untie or "
+            "freeze them first"
+        )
+    if not blocks:
+        raise ValueError(
+            "the model has no trainable parameters, so there is nothing to be uncertain about: "
+            "pass a PeftModel with an active adapter, or make one trainable with "
+            "`model.set_adapter(name)`"
+        )
+    return maps, blocks
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Refuse adapter states in which the adapter's own weights do not run.
+
+    Raises:
+        RuntimeError: If an adapter is merged or disabled, or several are active.
+    """
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        if layer.merged:
+            raise RuntimeError(
+                f"adapters {layer.merged_adapters} are merged into {name!r}; call "
+                "`model.unmerge_adapter()` first"
+            )
+        if layer.disable_adapters:
+            raise RuntimeError(
+                f"the adapters of {name!r} are disabled; leave `disable_adapter()` or call "
+                "`model.enable_adapter_layers()` first"
+            )
+        if len(layer.active_adapters) > 1:
+            raise RuntimeError(
+                f"adapters {list(layer.active_adapters)} are active together in {name!r}; choose "
+                "one with `model.set_adapter(name)`"
+            )
+
+
+def _active_adapters(model: PeftModel) -> list[str]:
+    return list(model.active_adapters)
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

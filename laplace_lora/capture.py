@@ -1,0 +1,164 @@
+"""What flows through a model's trainable linear maps: inputs forward, gradients backward.
+
+A `Tape` holds one forward pass and runs as many backward passes as asked, handing each map's output
+gradient to a visitor the moment it exists and keeping none. What is made of them belongs to
+`curvature`. Also here: putting a model in evaluation mode and giving it other weights for a while,
+both of which undo themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace_lora.adapters import LinearMap
+
+Visitor = Callable[[int, int, Tensor], None]
+
+
+class Tape:
+    """One recorded forward pass.
+
+    Attributes:
+        maps: The recorded maps.
+        inputs: Input of each map, ``(batch, tokens, q)`` or ``(batch, q)``, detached.
+        output: What the model returned, ``(batch, outputs)``, detached.
+    """
+
+    def __init__(
+        self,
+        maps: Sequence[LinearMap],
+        batch: Any,
+        inputs: list[Tensor],
+        outputs: list[Tensor],
+        output: Tensor,
+    ) -> None:
+        self.maps = maps
+        self.output = output.detach()
+        self._batch = batch
+        self._output = output
+        self.inputs = [tensor.detach() for tensor in inputs]
+        self._outputs = outputs
+        made = {id(tensor) for tensor in outputs}
+        # A map fed by another recorded map lies on that one's backward path, so it needs no
+        # gradient of its own kept alive: lora_B's wide gradients pass by and are gone.
+        self._targets = [out for x, out in zip(inputs, outputs, strict=True) if id(x) not in made]
+
+    @cached_property
+    def masks(self) -> list[Tensor | None]:
+        """For each map which tokens are real, ``(batch, tokens)``, or ``None`` if all are.
+
+        Raises:
+            ValueError: If the attention masks in the batch do not fit a map's tokens.
+        """
+        found: dict[torch.Size, Tensor | None] = {}
+        for linear, x in zip(self.maps, self.inputs, strict=True):
+            if x.shape[:-1] not in found:
+                found[x.shape[:-1]] = _token_mask(self._batch, x, linear.name)
+        return [found[x.shape[:-1]] for x in self.inputs]
+
+    @cached_property
+    def input_groups(self) -> list[int]:
+        """For each map the first map that received the very same input tensor."""
+        first: dict[tuple, int] = {}
+        keys = [(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in self.inputs]
+        return [first.setdefault(key, i) for i, key in enumerate(keys)]
+
+    def backward(self, columns: Tensor, visit: Visitor) -> None:
+        """Run one backward pass a column; frees the graph after the last.
+
+        Args:
+            columns: Gradients with respect to the output, ``(columns, batch, outputs)``.
+            visit: Called with the column, the map and the gradient with respect to the map's
+                output (of that output's shape) as soon as the backward pass knows it. Not called
+                for a map on which the output does not depend.
+        """
+        column = 0
+
+        def hook(i: int) -> Callable[[Tensor], None]:
+            return lambda grad: visit(column, i, grad)
+
+        with ExitStack() as stack:
+            for i, out in enumerate(self._outputs):
+                stack.callback(out.register_hook(hook(i)).remove)
+            for column in range(len(columns)):
+                torch.autograd.grad(
+                    self._output,
+                    self._targets,
+                    columns[column].to(self._output.dtype),
+                    retain_graph=column + 1 < len(columns),
+                    allow_unused=True,
+                )
+
+
+def record(model: nn.Module, maps: Sequence[LinearMap], batch: Any) -> Tape:
+    """Run a model on a batch and record its trainable maps; leaves no hook behind.
+
+    Args:
+        model: Module from a batch to ``(batch, outputs)``.
+        maps: The maps to record.
+        batch: What the model takes.
+
+    Raises:
+        ValueError: If the model's output is not ``(batch, outputs)``.
+        RuntimeError: If a map did not run, ran more than once, or saw an input that has neither
+            the shape ``(batch, q)`` nor ``(batch, tokens, q)``.
+    """
+    calls: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in range(len(maps))}
+
+    def hook(i: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda module, inputs, output: calls[i].append((inputs[0], output))
+
+    with ExitStack() as stack, torch.enable_grad():
+        for i, linear in enumerate(maps):
+            stack.callback(linear.module.register_forward_hook(hook(i)).remove)
+        output = model(batch)
+    if output.ndim != 2:
+        raise ValueError(
+            f"the model returned shape {tuple(output.shape)}, expected (batch, outputs); give "
+            "LogitsModel `target_ids` or an `output` callable"
+        )
+    for i, linear in enumerate(maps):
+        _check_calls(linear.name, [x for x, _ in calls[i]], output.shape[0])
+    inputs, outputs = zip(*(calls[i][0] for i in range(len(maps))), strict=True)
+    return Tape(maps, batch, list(inputs), list(outputs), output)
+
+
+def _check_calls(name: str, inputs: list[Tensor], batch: int) -> None:
+    if not inputs:
+        raise RuntimeError(
+            f"layer {name!r} did not run in the forward pass; freeze its parameters first"
+        )
+    if len(inputs) > 1:
+        raise RuntimeError(
+            f"layer {name!r} ran {len(inputs)} times in one forward pass (shared weights), which "
+            "its Kronecker factors cannot express; freeze its parameters first"
+        )
+    if inputs[0].ndim not in (2, 3) or inputs[0].shape[0] != batch:
+        raise RuntimeError(
+            f"layer {name!r} received an input of shape {tuple(inputs[0].shape)} in a batch of "
+            f"{batch}, expected (batch, q) or (batch, tokens, q); freeze its parameters first"
+        )
+
+
+def _token_mask(batch: Any, inputs: Tensor, name: str) -> Tensor | None:
+    """Return the ``(batch, tokens)`` mask that fits an input, ``None`` if all tokens are real."""
+    if inputs.ndim == 2 or inputs.shape[1] == 1 or not isinstance(batch, Mapping):
+        return None
+    masks = [batch.get(key) for key in ("attention_mask", "decoder_attention_mask")]
+    masks = [mask for mask in masks if mask is not None]
+    if not masks:
+        return None
+    for mask in masks:
+        if mask.shape == inputs.shape[:2]:
+            mask = mask.to(inputs.device).bool()
+            return None if bool(mask.all()) else mask
+    raise ValueError(
+        f"layer {name!r} saw {inputs.shape[1]} tokens an example, but the batch's attention masks "
+        f"have the shapes {[tuple(mask.shape) for mask in masks]}, so padding cannot be told apart"
+    )

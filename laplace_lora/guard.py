@@ -1,0 +1,46 @@
+"""Changes to a user's model that undo themselves, whatever happens in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode; each module's own mode comes back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def weights_kept(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let the weights be overwritten; they come back to the bit afterwards."""
+    kept = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)
+
+
+@torch.no_grad()
+def set_weights(parameters: Sequence[nn.Parameter], vector: Tensor) -> None:
+    """Write a flat vector into parameters, in their own number format.
+
+    Args:
+        parameters: The tensors to overwrite, in the order of the vector.
+        vector: New values, shape ``(parameters,)``.
+    """
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, values in zip(parameters, vector.split(sizes), strict=True):
+        parameter.copy_(values.view_as(parameter))

@@ -1,0 +1,214 @@
+"""`LogitsModel`: any fine-tuned transformer as a function from a batch to ``(batch, outputs)``.
+
+The only room that knows what transformers take and return. Whether anything is trainable and what a
+Kronecker factor can cover belongs to `adapters`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from laplace_lora.adapters import activate_adapter
+
+
+class LogitsModel(nn.Module):
+    """A model from a batch to logits or regression means, ``(batch, outputs)``.
+
+    It takes what a Hugging Face collator yields (a mapping) or a tensor, moves tensors to the
+    model's device and drops ``labels``. Half-precision logits are returned in float32.
+
+    * Sequence classification and regression: the model's own logits. A decoder's ``score`` head is
+      run at the one token whose logits the model keeps, not at all of them.
+    * Causal language model with ``target_ids``: the logits of these answer tokens after the last
+      real token, with padding on either side; the vocabulary's other rows and the other tokens
+      never go through the head. Positions count real tokens only, as in generation.
+    * Encoder-decoder with ``target_ids``: the same at the first decoder step.
+    * Anything else through ``output``.
+
+    Args:
+        model: A `PeftModel`, or any module. An adapter loaded for inference is made trainable.
+        target_ids: Vocabulary indices of the answers, in the order of the labels.
+        output: Maps what the model returns to logits ``(batch, outputs)``.
+
+    Raises:
+        ValueError: If ``target_ids`` are fewer than two, repeated, outside the vocabulary or given
+            together with ``output``, or the model has no vocabulary.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_ids: Sequence[int] | Tensor | None = None,
+        output: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.output = output
+        self._base: Any
+        # Kept out of the module tree: it is part of `model` and would be registered twice.
+        object.__setattr__(
+            self, "_base", model.get_base_model() if isinstance(model, PeftModel) else model
+        )
+        self.config = getattr(self._base, "config", None)
+        self._arguments = inspect.signature(self._base.forward).parameters
+        activate_adapter(model)
+        ids = None
+        if target_ids is not None:
+            if output is not None:
+                raise ValueError("give either `target_ids` or `output`, not both")
+            ids = _checked_target_ids(target_ids, self._vocabulary_head())
+        self.register_buffer("target_ids", ids, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the model's first parameter."""
+        return next(self.model.parameters()).device
+
+    def forward(self, batch: Mapping[str, Any] | Tensor) -> Tensor:
+        """Return logits or regression means.
+
+        Args:
+            batch: A mapping with the model's inputs (``labels`` are ignored), or a tensor.
+
+        Returns:
+            Shape ``(batch, outputs)``, float32 or better.
+        """
+        if isinstance(batch, Mapping):
+            inputs = {
+                key: value.to(self.device) if isinstance(value, Tensor) else value
+                for key, value in batch.items()
+                if key != "labels"
+            }
+            logits = self._from_mapping(inputs)
+        else:
+            logits = self._logits(self.model(batch.to(self.device)))
+        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+    def _from_mapping(self, inputs: dict[str, Any]) -> Tensor:
+        if "use_cache" in self._arguments:
+            inputs.setdefault("use_cache", False)
+        if self.target_ids is not None:
+            return self._answer_logits(inputs)
+        head = self._score_head(inputs)
+        position = _last_unpadded(inputs, self.config) if head is not None else None
+        with _one_token(head, position, keep_length=True):
+            return self._logits(self.model(**inputs))
+
+    def _logits(self, returned: Any) -> Tensor:
+        if self.output is not None:
+            return self.output(returned)
+        return returned if isinstance(returned, Tensor) else returned.logits
+
+    def _answer_logits(self, inputs: dict[str, Any]) -> Tensor:
+        mask = inputs.get("attention_mask")
+        if getattr(self.config, "is_encoder_decoder", False):
+            start = self.config.decoder_start_token_id
+            first = inputs["input_ids"].new_full((len(inputs["input_ids"]), 1), start)
+            inputs.setdefault("decoder_input_ids", first)
+            mask = inputs.get("decoder_attention_mask")
+        elif mask is not None and "position_ids" in self._arguments:
+            inputs.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
+        head = self._vocabulary_head()
+        position = None if mask is None else _last_true(mask)
+        with _one_token(head, position), _rows_only(head, self.target_ids) as narrowed:
+            logits = self.model(**inputs).logits[:, -1]
+        return logits if narrowed else logits[:, self.target_ids]
+
+    def _vocabulary_head(self) -> nn.Module:
+        get = getattr(self._base, "get_output_embeddings", lambda: None)
+        head = get()
+        if head is None:
+            raise ValueError(
+                f"{type(self._base).__name__} has no vocabulary, so `target_ids` mean nothing to "
+                "it; leave them out"
+            )
+        return head
+
+    def _score_head(self, inputs: dict[str, Any]) -> nn.Module | None:
+        """Return the head of a decoder that classifies at its last unpadded token."""
+        classifier = type(self._base).__name__.endswith("ForSequenceClassification")
+        decoder = not getattr(self.config, "is_encoder_decoder", False)
+        if classifier and decoder and "input_ids" in inputs:
+            return getattr(self._base, "score", None)
+        return None
+
+
+def _checked_target_ids(target_ids: Sequence[int] | Tensor, head: nn.Module) -> Tensor:
+    ids = torch.as_tensor(target_ids)
+    vocabulary = head.weight.shape[0]
+    if ids.ndim != 1 or len(ids) < 2 or ids.is_floating_point() or len(ids.unique()) != len(ids):
+        raise ValueError(f"`target_ids` must be two or more different integers, got {target_ids}")
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise ValueError(
+            f"`target_ids` must lie in the vocabulary, 0..{vocabulary - 1}; got {ids.tolist()}"
+        )
+    return ids.to(head.weight.device)
+
+
+def _last_true(mask: Tensor) -> Tensor:
+    """Return the index of each row's last nonzero entry, shape ``(batch,)``."""
+    return (torch.arange(mask.shape[1], device=mask.device) * (mask != 0)).argmax(-1)
+
+
+def _last_unpadded(inputs: dict[str, Any], config: Any) -> Tensor | None:
+    """Return the token at which transformers' decoders classify: the last that is not padding."""
+    pad = config.get_text_config().pad_token_id
+    return None if pad is None else _last_true(inputs["input_ids"] != pad)
+
+
+@contextmanager
+def _one_token(
+    head: nn.Module | None, position: Tensor | None, keep_length: bool = False
+) -> Iterator[None]:
+    """Let a head see one token of each example: ``position``, or the last if that is ``None``.
+
+    With ``keep_length`` its output is repeated (as a view) over the tokens, for a model that picks
+    the token from the head's output itself.
+    """
+    if head is None:
+        yield
+        return
+    length = 1
+
+    def narrow(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        nonlocal length
+        hidden, length = args[0], args[0].shape[1]
+        at = hidden.new_full((), length - 1, dtype=torch.long) if position is None else position
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return (hidden[rows, at.to(hidden.device)].unsqueeze(1), *args[1:])
+
+    def widen(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output.expand(-1, length, -1)
+
+    handles = [head.register_forward_pre_hook(narrow)]
+    if keep_length:
+        handles.append(head.register_forward_hook(widen))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _rows_only(head: nn.Module, ids: Tensor) -> Iterator[bool]:
+    """Let a plain frozen linear head compute only some rows; yields whether it does."""
+    trainable = any(parameter.requires_grad for parameter in head.parameters())
+    if type(head) is not nn.Linear or trainable or "forward" in vars(head):
+        yield False
+        return
+    bias = None if head.bias is None else head.bias[ids]
+    head.forward = partial(F.linear, weight=head.weight[ids], bias=bias)  # type: ignore[method-assign]
+    try:
+        yield True
+    finally:
+        del head.forward
