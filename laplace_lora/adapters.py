@@ -63,7 +63,7 @@ def activate_adapter(model: nn.Module) -> None:
     """
     if not isinstance(model, PeftModel) or any(p.requires_grad for p in model.parameters()):
         return
-    adapters = _active_adapters(model)
+    adapters = list(model.active_adapters)
     if len(adapters) != 1:
         return  # `trainable_maps` refuses several adapters with an explanation
     model.set_adapter(adapters[0])
@@ -102,7 +102,9 @@ def trainable_maps(model: nn.Module) -> tuple[list[LinearMap], list[Block]]:
         for parameter in trainable:
             owners.setdefault(id(parameter), []).append((len(maps) - 1, parameter is bias))
 
-    blocks, uncovered, tied = [], [], []
+    blocks: list[Block] = []
+    uncovered: list[str] = []
+    tied: list[str] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -155,10 +157,6 @@ def check_adapters(model: nn.Module) -> None:
                 f"adapters {list(layer.active_adapters)} are active together in {name!r}; choose "
                 "one with `model.set_adapter(name)`"
             )
-
-
-def _active_adapters(model: PeftModel) -> list[str]:
-    return list(model.active_adapters)
 
 
 def _listed(names: list[str]) -> str:

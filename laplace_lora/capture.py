@@ -150,8 +150,8 @@ def _token_mask(batch: Any, inputs: Tensor, name: str) -> Tensor | None:
     """Return the ``(batch, tokens)`` mask that fits an input, ``None`` if all tokens are real."""
     if inputs.ndim == 2 or inputs.shape[1] == 1 or not isinstance(batch, Mapping):
         return None
-    masks = [batch.get(key) for key in ("attention_mask", "decoder_attention_mask")]
-    masks = [mask for mask in masks if mask is not None]
+    found = [batch.get(key) for key in ("attention_mask", "decoder_attention_mask")]
+    masks: list[Tensor] = [mask for mask in found if mask is not None]
     if not masks:
         return None
     for mask in masks:

@@ -8,6 +8,7 @@ are summed belongs to `kron`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from laplace.utils.matrix import KronDecomposed
@@ -108,12 +109,13 @@ class LowRankKronDecomposed(KronDecomposed):
 
         Args:
             i: Block.
-            W: Jacobian block, shape ``(batch, outputs, rows, columns)``.
+            W: Jacobian block, shape ``(batch, outputs, *shape of the parameter)``.
 
         Returns:
             Shape ``(batch, outputs, outputs)``.
         """
         left, right = self._sides(i)
+        W = W.flatten(2).unflatten(-1, self._shape(i))
         total = W.new_zeros(W.shape[0], W.shape[1], W.shape[1])
         for part, values in _split(W, left, dim=-2):
             for piece, others in _split(part, right, dim=-1):
@@ -125,7 +127,7 @@ class LowRankKronDecomposed(KronDecomposed):
         """Return ``W P⁻¹ Wᵀ`` for ``W`` of shape ``(batch, outputs, parameters)``."""
         total = W.new_zeros(W.shape[0], W.shape[1], W.shape[1])
         for i, part in enumerate(W.split(self._sizes(), dim=-1)):
-            total += self.inverse_form(i, part.unflatten(-1, self._shape(i)))
+            total += self.inverse_form(i, part)
         return total
 
     def _bmm(self, W: Tensor, exponent: float = -1) -> Tensor:
@@ -144,12 +146,12 @@ class LowRankKronDecomposed(KronDecomposed):
         pieces = []
         for i in range(len(self)):
             left, right = self._sides(i)
-            total = 0.0
+            total: Any = 0.0
             for rows, values in _squares(left):
                 for columns, others in _squares(right):
                     e = self._eigenvalues(values, others) + self.deltas[i]
                     total = total + rows @ e.pow(exponent) @ columns.T
-            pieces.append(torch.as_tensor(total).flatten())
+            pieces.append(total.flatten())
         return torch.cat(pieces)
 
     def to_matrix(self, exponent: float = 1) -> Tensor:

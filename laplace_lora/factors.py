@@ -97,7 +97,7 @@ class DenseFactor:
 
     def add(self, other: DenseFactor | Tensor) -> DenseFactor:
         """Return the sum with another factor, or with a ``(d, d)`` matrix."""
-        return DenseFactor(self.matrix + getattr(other, "matrix", other))
+        return DenseFactor(self.matrix + (other if isinstance(other, Tensor) else other.matrix))
 
     def __mul__(self, scalar: float | Tensor) -> DenseFactor:
         return DenseFactor(scalar * self.matrix)

@@ -35,8 +35,8 @@ def jacobian_blocks(
     Yields:
         Rows ``(batch, columns, *shape of the tensor)``.
     """
-    weights = {block.map: [None] * len(columns) for block in blocks if not block.is_bias}
-    biases = {block.map: [None] * len(columns) for block in blocks if block.is_bias}
+    weights: dict[int, list[Tensor]] = {block.map: [] for block in blocks if not block.is_bias}
+    biases: dict[int, list[Tensor]] = {block.map: [] for block in blocks if block.is_bias}
     inputs = [x if x.ndim == 3 else x.unsqueeze(1) for x in tape.inputs]
 
     def keeps_tokens(i: int) -> bool:
@@ -45,16 +45,16 @@ def jacobian_blocks(
     def visit(column: int, i: int, grad: Tensor) -> None:
         grad = grad if grad.ndim == 3 else grad.unsqueeze(1)
         if i in biases:
-            biases[i][column] = grad.to(dtype).sum(1)
+            biases[i].append(grad.to(dtype).sum(1))
         if i in weights:
             outer = None if keeps_tokens(i) else grad.to(dtype).mT @ inputs[i].to(dtype)
-            weights[i][column] = grad if outer is None else outer
+            weights[i].append(grad if outer is None else outer)
 
     tape.backward(columns, visit)
     for block in blocks:
         i, linear = block.map, tape.maps[block.map]
         kept = biases.pop(i) if block.is_bias else weights.pop(i)
-        if all(item is None for item in kept):
+        if not kept:  # the outputs do not depend on this map
             shape = (len(tape.output), len(columns), *block.parameter.shape)
             yield torch.zeros(shape, dtype=dtype, device=tape.output.device)
             continue

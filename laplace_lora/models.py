@@ -54,11 +54,12 @@ class LogitsModel(nn.Module):
         self.model = model
         self.output = output
         self._base: Any
+        self.target_ids: Tensor | None
         # Kept out of the module tree: it is part of `model` and would be registered twice.
         object.__setattr__(
             self, "_base", model.get_base_model() if isinstance(model, PeftModel) else model
         )
-        self.config = getattr(self._base, "config", None)
+        self.config: Any = getattr(self._base, "config", None)
         self._arguments = inspect.signature(self._base.forward).parameters
         activate_adapter(model)
         ids = None
@@ -97,7 +98,7 @@ class LogitsModel(nn.Module):
         if "use_cache" in self._arguments:
             inputs.setdefault("use_cache", False)
         if self.target_ids is not None:
-            return self._answer_logits(inputs)
+            return self._answer_logits(inputs, self.target_ids)
         head = self._score_head(inputs)
         position = _last_unpadded(inputs, self.config) if head is not None else None
         with _one_token(head, position, keep_length=True):
@@ -108,7 +109,7 @@ class LogitsModel(nn.Module):
             return self.output(returned)
         return returned if isinstance(returned, Tensor) else returned.logits
 
-    def _answer_logits(self, inputs: dict[str, Any]) -> Tensor:
+    def _answer_logits(self, inputs: dict[str, Any], ids: Tensor) -> Tensor:
         mask = inputs.get("attention_mask")
         if getattr(self.config, "is_encoder_decoder", False):
             start = self.config.decoder_start_token_id
@@ -119,13 +120,12 @@ class LogitsModel(nn.Module):
             inputs.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
         head = self._vocabulary_head()
         position = None if mask is None else _last_true(mask)
-        with _one_token(head, position), _rows_only(head, self.target_ids) as narrowed:
+        with _one_token(head, position), _rows_only(head, ids) as narrowed:
             logits = self.model(**inputs).logits[:, -1]
-        return logits if narrowed else logits[:, self.target_ids]
+        return logits if narrowed else logits[:, ids]
 
-    def _vocabulary_head(self) -> nn.Module:
-        get = getattr(self._base, "get_output_embeddings", lambda: None)
-        head = get()
+    def _vocabulary_head(self) -> Any:
+        head = getattr(self._base, "get_output_embeddings", lambda: None)()
         if head is None:
             raise ValueError(
                 f"{type(self._base).__name__} has no vocabulary, so `target_ids` mean nothing to "
@@ -137,12 +137,11 @@ class LogitsModel(nn.Module):
         """Return the head of a decoder that classifies at its last unpadded token."""
         classifier = type(self._base).__name__.endswith("ForSequenceClassification")
         decoder = not getattr(self.config, "is_encoder_decoder", False)
-        if classifier and decoder and "input_ids" in inputs:
-            return getattr(self._base, "score", None)
-        return None
+        known = classifier and decoder and "input_ids" in inputs
+        return getattr(self._base, "score", None) if known else None
 
 
-def _checked_target_ids(target_ids: Sequence[int] | Tensor, head: nn.Module) -> Tensor:
+def _checked_target_ids(target_ids: Sequence[int] | Tensor, head: Any) -> Tensor:
     ids = torch.as_tensor(target_ids)
     vocabulary = head.weight.shape[0]
     if ids.ndim != 1 or len(ids) < 2 or ids.is_floating_point() or len(ids.unique()) != len(ids):

@@ -45,6 +45,9 @@ class LoraPosterior(StreamingPredictive):
         TypeError: If the backend is not one of this package's.
     """
 
+    loss: float
+    n_data: int
+
     def __init__(
         self,
         model: nn.Module,
@@ -132,7 +135,7 @@ class LoraPosterior(StreamingPredictive):
             ValueError: If the method is unknown or lacks its validation loader.
         """
         self._check_H_init()
-        earlier = self.prior_precision
+        earlier = self._prior_precision
         try:
             with warnings.catch_warnings():
                 if method == "marglik":  # which makes no predictions, so no link is involved
@@ -221,6 +224,7 @@ class KronLoraLaplace(LoraPosterior, KronLaplace):
     """
 
     _key = ("lora", "kron")
+    H_facs: LowRankKron
 
     def __init__(
         self,

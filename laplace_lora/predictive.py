@@ -68,6 +68,8 @@ class StreamingPredictive(ParametricLaplace):
             ValueError: If an option is unknown, or the generator is on another device.
         """
         self._check_H_init()
+        if pred_type not in ("glm", "nn"):
+            raise ValueError(f"pred_type must be 'glm' or 'nn', got {pred_type!r}")
         classifies = self.likelihood == "classification" or (
             self.likelihood == "reward_modeling" and fitting
         )

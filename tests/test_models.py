@@ -1,0 +1,217 @@
+"""LogitsModel: the same logits as the model's own, from fewer rows and tokens."""
+
+import logging
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import BatchEncoding
+
+from laplace_lora import LogitsModel, LoraGGN
+from tiny import (
+    ARCHITECTURES,
+    TARGETS,
+    VOCABULARY,
+    adapter_config,
+    assert_near,
+    base_model,
+    peft_model,
+    rows,
+    token_batch,
+)
+
+LENGTHS = (3, 6, 4, 6, 1)
+DECODERS = ["llama", "gpt2"]
+LANGUAGE_MODELS = ["llama-lm", "gpt2-lm"]
+
+
+def inputs_of(batch):
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if not name.endswith("-lm")])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_classifiers_return_the_models_own_logits(name, side):
+    model, batch = peft_model(name).eval(), token_batch(LENGTHS, pad_to=8, side=side)
+    assert_near(LogitsModel(model)(batch), model(**inputs_of(batch)).logits)
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_answers_follow_the_last_real_token(name, side):
+    model, batch = peft_model(name).eval(), token_batch(LENGTHS, pad_to=8, side=side)
+    logits = LogitsModel(model, target_ids=TARGETS)(batch)
+    for n, length in enumerate(LENGTHS):
+        alone = token_batch(LENGTHS)["input_ids"][n : n + 1, :length]
+        expected = model(input_ids=alone).logits[0, -1, TARGETS]
+        assert_near(logits[n], expected)
+
+
+def test_seq2seq_answers_at_the_first_decoder_step():
+    model, batch = peft_model("t5-lm").eval(), token_batch(LENGTHS)
+    start = torch.zeros(len(LENGTHS), 1, dtype=torch.long)
+    expected = model(**inputs_of(batch), decoder_input_ids=start).logits[:, 0, TARGETS]
+    assert_near(LogitsModel(model, target_ids=TARGETS)(batch), expected)
+
+
+@pytest.mark.parametrize("name", [*LANGUAGE_MODELS, "t5-lm"])
+def test_the_head_sees_one_token_and_makes_only_the_answers_rows(name):
+    model = peft_model(name).eval()
+    shapes = []
+    head = model.get_base_model().get_output_embeddings()
+    handle = head.register_forward_hook(lambda m, a, out: shapes.append((a[0].shape, out.shape)))
+    LogitsModel(model, target_ids=TARGETS)(token_batch(LENGTHS))
+    handle.remove()
+    assert shapes == [((5, 1, 16), (5, 1, len(TARGETS)))]
+    assert "forward" not in vars(head)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_score_head_sees_one_token(name):
+    model = peft_model(name).eval()
+    backend = LoraGGN(LogitsModel(model), "classification")
+    (index,) = (i for i, linear in enumerate(backend.maps) if "score" in linear.name)
+    from laplace_lora.capture import record
+
+    tape = record(backend.model, backend.maps, token_batch(LENGTHS))
+    assert tape.inputs[index].shape == (5, 1, 16)
+
+
+def test_an_adapter_on_the_vocabulary_head_is_part_of_the_logits():
+    model = peft_model("llama-lm", target_modules=["q_proj", "lm_head"]).eval()
+    batch = token_batch((5, 5))
+    expected = model(**inputs_of(batch)).logits[:, -1, TARGETS]
+    wrapped = LogitsModel(model, target_ids=TARGETS)
+    assert_near(wrapped(batch), expected)
+    maps = [linear.name for linear in LoraGGN(wrapped, "classification").maps]
+    assert any("lm_head.lora_B" in name for name in maps)
+
+
+def test_transformations_after_the_head_are_kept():
+    model = peft_model("llama-lm").eval()
+    base = model.get_base_model()
+    plain = LogitsModel(model, target_ids=TARGETS)(token_batch((5, 5)))
+    forward = base.forward
+
+    def capped(*args, **kwargs):
+        returned = forward(*args, **kwargs)
+        returned.logits = torch.tanh(returned.logits / 3) * 3
+        return returned
+
+    base.forward = capped
+    assert_near(
+        LogitsModel(model, target_ids=TARGETS)(token_batch((5, 5))), torch.tanh(plain / 3) * 3
+    )
+
+
+def test_batches_may_be_encodings_dictionaries_or_pairs_without_labels():
+    model = LogitsModel(peft_model("bert").eval())
+    batch = token_batch((5, 5))
+    expected = model(batch)
+    assert_near(model(BatchEncoding(batch)), expected)
+    assert_near(model(inputs_of(batch)), expected)
+    assert_near(model(batch["input_ids"]), expected)  # no padding, so no mask is needed
+    assert "labels" in batch
+
+
+def test_an_output_callable_takes_what_the_model_returns():
+    model = peft_model("bert").eval()
+    wrapped = LogitsModel(model, output=lambda returned: returned.logits[:, :2] * 2)
+    batch = token_batch((5, 5))
+    assert_near(wrapped(batch), model(**inputs_of(batch)).logits[:, :2] * 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_precision_logits_come_in_single_precision(dtype):
+    assert (
+        LogitsModel(peft_model("bert", dtype=dtype).eval())(token_batch((5, 5))).dtype
+        == torch.float32
+    )
+
+
+def test_nothing_of_the_model_is_registered_twice():
+    model = peft_model("llama-lm")
+    wrapped = LogitsModel(model, target_ids=TARGETS)
+    assert len(list(wrapped.parameters())) == len(list(model.parameters()))
+    assert not [key for key in wrapped.state_dict() if "target_ids" in key]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_adapters_loaded_for_inference_just_work(name, tmp_path, caplog):
+    trained = peft_model(name, dtype=torch.float32)
+    trained.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base_model(name), tmp_path)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    with caplog.at_level(logging.INFO, logger="laplace_lora"):
+        wrapped = LogitsModel(loaded).eval()
+    assert "trainable" in caplog.text
+    expected = {name for name, p in trained.named_parameters() if p.requires_grad}
+    assert {name for name, p in loaded.named_parameters() if p.requires_grad} == expected
+    batch = token_batch((5, 5))
+    assert_near(wrapped(batch), LogitsModel(trained).eval()(batch))
+    assert LoraGGN(wrapped, "classification").kron(batch, batch["labels"], N=2)[0].isfinite()
+
+
+def test_a_trainable_adapter_is_left_as_it_is(caplog):
+    model = peft_model("bert")
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    before = [name for name, p in model.named_parameters() if p.requires_grad]
+    with caplog.at_level(logging.INFO, logger="laplace_lora"):
+        LogitsModel(model)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == before
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("target_ids", "message"),
+    [
+        ([3], "two or more different"),
+        ([3, 3], "two or more different"),
+        ([3, VOCABULARY], "must lie in the vocabulary"),
+        ([-1, 3], "must lie in the vocabulary"),
+        ([0.5, 1.5], "two or more different integers"),
+    ],
+)
+def test_target_ids_must_be_different_tokens_of_the_vocabulary(target_ids, message):
+    with pytest.raises(ValueError, match=message):
+        LogitsModel(peft_model("llama-lm"), target_ids=target_ids)
+
+
+def test_target_ids_need_a_vocabulary_and_exclude_an_output():
+    with pytest.raises(ValueError, match="has no vocabulary"):
+        LogitsModel(peft_model("bert"), target_ids=TARGETS)
+    with pytest.raises(ValueError, match="not both"):
+        LogitsModel(peft_model("llama-lm"), target_ids=TARGETS, output=lambda out: out.logits)
+
+
+def test_a_language_model_without_target_ids_is_refused_with_advice():
+    backend = LoraGGN(LogitsModel(peft_model("llama-lm")).eval(), "classification")
+    batch = token_batch((5, 5))
+    with pytest.raises(ValueError, match="target_ids"):
+        backend.jacobians(batch)
+
+
+def test_the_head_is_restored_after_a_failure():
+    model = peft_model("llama-lm").eval()
+    wrapped = LogitsModel(model, target_ids=TARGETS)
+    head = model.get_base_model().lm_head
+    with pytest.raises(RuntimeError):
+        wrapped({"input_ids": torch.zeros(2, 3, 4, dtype=torch.long)})
+    assert "forward" not in vars(head)
+    assert not head._forward_pre_hooks
+    assert wrapped(token_batch((5, 5))).shape == (2, 3)
+
+
+def test_any_module_that_returns_a_tensor_will_do():
+    net = nn.Linear(4, 3)
+    X = torch.randn(2, 4)
+    assert_near(LogitsModel(net)(X), net(X))
+
+
+def test_rows_take_examples():
+    batch = token_batch(LENGTHS)
+    assert rows(batch, slice(0, 2))["input_ids"].shape == (2, 6)
+    assert adapter_config("bert").r == 2
