@@ -13,7 +13,8 @@ from torch import Tensor
 
 from laplace_lora.adapters import Block
 from laplace_lora.capture import Tape
-from laplace_lora.factors import Factor, empty_factor, map_shared
+from laplace_lora.factors import map_shared
+from laplace_lora.sketch import Factor, empty_factor
 
 APPROXIMATIONS = ("expand", "reduce")
 

@@ -11,7 +11,8 @@ from laplace.utils import Kron
 from torch import Tensor
 
 from laplace_lora.decomposed import LowRankKronDecomposed
-from laplace_lora.factors import Factor, check_residual, map_shared
+from laplace_lora.factors import check_residual, map_shared
+from laplace_lora.sketch import Factor
 
 
 class LowRankKron(Kron):

@@ -1,0 +1,205 @@
+"""`LoraPosterior`: what Laplace posteriors over adapter weights share.
+
+Wrapping the model, fitting without losing an earlier posterior, tuning, and the device. The shape
+of the precision belongs to `posterior`, predictions to `predictive`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from laplace_lora.curvature import LoraCurvature, LoraGGN
+from laplace_lora.decomposed import LowRankKronDecomposed
+from laplace_lora.guard import evaluation_mode
+from laplace_lora.kron import LowRankKron
+from laplace_lora.models import LogitsModel
+from laplace_lora.predictive import StreamingPredictive
+
+
+class LoraPosterior(StreamingPredictive):
+    """What the posteriors over all adapter weights share.
+
+    Prior, curvature and evidence are kept in float32 or better, whatever the model's format.
+
+    Args:
+        model: A `PeftModel`, or a `LogitsModel` around one.
+        likelihood: ``"classification"`` or ``"regression"``.
+        target_ids: Answer tokens of a causal language model, see `LogitsModel`.
+        backend: `LoraGGN`, `LoraEF` or a subclass.
+        backend_kwargs: Arguments of the backend, such as ``kfac_approx`` or ``stochastic``.
+        **kwargs: laplace-torch's arguments, such as ``prior_precision``, ``sigma_noise`` and
+            ``temperature``.
+
+    Raises:
+        ValueError: If nothing is trainable, or a trainable tensor belongs to no linear map.
+        RuntimeError: If an adapter is merged or disabled, or several are active.
+        TypeError: If the backend is not one of this package's.
+    """
+
+    loss: float
+    n_data: int
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str,
+        *,
+        target_ids: Sequence[int] | Tensor | None = None,
+        backend: type[LoraCurvature] = LoraGGN,
+        backend_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(model, LogitsModel):
+            model = LogitsModel(model, target_ids=target_ids)
+        elif target_ids is not None:
+            raise ValueError("the model is a LogitsModel already; give it the `target_ids`")
+        if not (isinstance(backend, type) and issubclass(backend, LoraCurvature)):
+            raise TypeError(f"backend must be LoraGGN, LoraEF or a subclass, got {backend!r}")
+        super().__init__(
+            model, likelihood, backend=backend, backend_kwargs=dict(backend_kwargs or {}), **kwargs
+        )
+        _ = self.backend  # refuses what it cannot cover now, not in the middle of a fit
+        self._norms: tuple[Any, Any, Tensor] | None = None
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        double = any(parameter.dtype == torch.float64 for parameter in self.params)
+        return torch.float64 if double else torch.float32
+
+    def fit(
+        self, train_loader: DataLoader, override: bool = True, progress_bar: bool = False
+    ) -> None:
+        """Fit the posterior at the model's current weights.
+
+        One forward pass and ``C − 1`` backward passes a batch. The result does not depend on batch
+        size or padding. If anything fails, the earlier posterior stays as it was.
+
+        Args:
+            train_loader: Batches with labels: mappings with ``dict_key_y``, or pairs.
+            override: Start anew; ``False`` adds these data to those fitted before.
+            progress_bar: Show progress over the batches.
+
+        Raises:
+            TypeError: If the loader has no ``dataset``, or a batch is neither mapping nor pair.
+            ValueError: If the loader is empty, or labels are missing or out of range.
+            FloatingPointError: If the loss or the curvature is not finite; names batch and layer.
+        """
+        if not hasattr(train_loader, "dataset"):
+            raise TypeError(
+                f"fit needs a DataLoader (an iterable with `dataset`), got "
+                f"{type(train_loader).__name__}; wrap the data in torch.utils.data.DataLoader"
+            )
+        state, loss, n = None, 0.0, 0
+        with evaluation_mode(self.model):
+            bar = tqdm(train_loader, disable=not progress_bar, desc="Fitting the posterior")
+            for index, batch in enumerate(bar):
+                x, y = self._labelled(batch)
+                try:
+                    batch_loss, state = self._add(state, x, y)
+                except FloatingPointError as error:
+                    raise FloatingPointError(
+                        f"batch {index} of the training data: {error}"
+                    ) from error
+                loss, n = loss + batch_loss.item(), n + len(y)
+        if state is None:
+            raise ValueError("the training loader is empty")
+        earlier = self.n_data if self._fitted and not override else 0
+        self._commit(state, n, earlier)
+        self.loss = loss + self.loss if earlier else loss
+        self.n_data = n + earlier
+        self.n_outputs = self.model.output_size = self.backend.n_outputs
+        self.mean = parameters_to_vector(self.params).detach().to(self._dtype)
+
+    def optimize_prior_precision(
+        self, pred_type: str = "glm", method: str = "marglik", **kwargs: Any
+    ) -> None:
+        """Tune the prior precision; laplace-torch's arguments and defaults.
+
+        Args:
+            pred_type: Predictive that a validation set is judged with, ``"glm"`` or ``"nn"``.
+            method: ``"marglik"`` (no validation data) or ``"gridsearch"`` (with ``val_loader``).
+            **kwargs: Among them ``prior_structure`` (``"scalar"`` or ``"layerwise"``), ``n_steps``,
+                ``lr``, ``val_loader`` and ``link_approx``.
+
+        Raises:
+            AttributeError: If the posterior has not been fitted.
+            ValueError: If the method is unknown or lacks its validation loader.
+        """
+        self._check_H_init()
+        earlier = self._prior_precision
+        try:
+            with warnings.catch_warnings():
+                if method == "marglik":  # which makes no predictions, so no link is involved
+                    warnings.filterwarnings("ignore", "By default `link_approx`", UserWarning)
+                super().optimize_prior_precision(pred_type, method, **kwargs)
+        except BaseException:
+            self.prior_precision = earlier
+            raise
+
+    @property
+    def scatter(self) -> Tensor:
+        """``(θ − μ₀)ᵀ P₀ (θ − μ₀)`` of the evidence, a float64 scalar."""
+        prior = self.prior_precision.double()
+        if len(prior) not in (1, self.n_layers):
+            return ((self.mean - self.prior_mean).double().square() * prior).sum()
+        return (prior * self._squared_norms()).sum()
+
+    def to(self, device: torch.device | str) -> LoraPosterior:
+        """Move model and posterior to a device, in place, and return the posterior."""
+        self.model.to(device)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor | LowRankKron | LowRankKronDecomposed):
+                setattr(self, name, value.to(device))
+        self._norms = None
+        return self
+
+    @property
+    def _fitted(self) -> bool:
+        return self.n_data > 0
+
+    def _add(self, state: Any, x: Any, y: Tensor) -> tuple[Tensor, Any]:
+        """Add a batch's curvature to sums that start as ``None``; return its loss and the sums."""
+        raise NotImplementedError
+
+    def _commit(self, state: Any, n: int, earlier: int) -> None:
+        """Make the sums over ``n`` examples the posterior's, with those of ``earlier`` ones."""
+        raise NotImplementedError
+
+    def _labelled(self, batch: Any) -> tuple[Any, Tensor]:
+        if isinstance(batch, Mapping):
+            if self.dict_key_y not in batch:
+                raise ValueError(
+                    f"a training batch has no {self.dict_key_y!r}, only {sorted(batch)}; add the "
+                    "labels, or name their key with `dict_key_y`"
+                )
+            x, y = batch, batch[self.dict_key_y]
+        elif isinstance(batch, Sequence) and len(batch) == 2:
+            x, y = batch
+        else:
+            raise TypeError(
+                f"a training batch must be a mapping with {self.dict_key_y!r} or a pair of inputs "
+                f"and labels, got {type(batch).__name__}"
+            )
+        y = torch.as_tensor(y).to(self._device)
+        if self.likelihood == "regression":
+            y = y.to(self._dtype)
+            y = y.unsqueeze(-1) if y.ndim == 1 else y
+        return x, y
+
+    def _squared_norms(self) -> Tensor:
+        """Return each tensor's ``‖θ − μ₀‖²``, computed once for a mean and a prior mean."""
+        kept = self._norms
+        if kept is None or kept[0] is not self.mean or kept[1] is not self.prior_mean:
+            squares = (self.mean - self.prior_mean).double().square()
+            sizes = [parameter.numel() for parameter in self.params]
+            norms = torch.stack([part.sum() for part in squares.split(sizes)])
+            self._norms = kept = (self.mean, self.prior_mean, norms)
+        return kept[2]
