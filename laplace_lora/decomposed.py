@@ -123,6 +123,34 @@ class LowRankKronDecomposed(KronDecomposed):
                 total.baddbmm_(scaled.flatten(2), piece.flatten(2).mT)
         return total
 
+    def grams(self, i: int, W: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return ``W (block i)⁻¹ Wᵀ`` as a function of ``δ``.
+
+        Args:
+            i: Block.
+            W: Jacobian block, shape ``(batch, outputs, *shape of the parameter)``.
+
+        Returns:
+            Pairs of eigenvalues without ``δ``, ``(K,)``, and products ``M``, ``(batch, outputs,
+            outputs, K)``; the form is ``Σ_k M_k / (e_k + δ)`` summed over the pairs.
+        """
+        left, right = self._sides(i)
+        W = W.flatten(2).unflatten(-1, self._shape(i))
+        result = []
+        for part, values in _split(W, left, dim=-2):
+            for piece, others in _split(part, right, dim=-1):
+                e = self._eigenvalues(values, others)
+                # Directions of one eigenvalue need only the sum of their products.
+                summed = "ab" if e.numel() == 1 else "b" if e.shape[1] == 1 else "a"
+                if e.shape == piece.shape[-2:]:
+                    flat = piece.flatten(2)
+                    products = flat.unsqueeze(2) * flat.unsqueeze(1)
+                else:
+                    kept = "ab".translate({ord(letter): None for letter in summed})
+                    products = torch.einsum(f"ncab,nkab->nck{kept}", piece, piece)
+                result.append((e.flatten(), products.reshape(*products.shape[:3], -1)))
+        return result
+
     def inv_square_form(self, W: Tensor) -> Tensor:
         """Return ``W P⁻¹ Wᵀ`` for ``W`` of shape ``(batch, outputs, parameters)``."""
         total = W.new_zeros(W.shape[0], W.shape[1], W.shape[1])

@@ -1,12 +1,11 @@
 """`LoraPosterior`: what Laplace posteriors over adapter weights share.
 
-Wrapping the model, fitting without losing an earlier posterior, tuning, and the device. The shape
-of the precision belongs to `posterior`, predictions to `predictive`.
+Wrapping the model, fitting without losing an earlier posterior, and the device. The shape of the
+precision belongs to `posterior`, predictions to `predictive`, tuning to `tuning`.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,9 +21,10 @@ from laplace_lora.guard import evaluation_mode
 from laplace_lora.kron import LowRankKron
 from laplace_lora.models import LogitsModel
 from laplace_lora.predictive import StreamingPredictive
+from laplace_lora.tuning import PriorTuning
 
 
-class LoraPosterior(StreamingPredictive):
+class LoraPosterior(PriorTuning, StreamingPredictive):
     """What the posteriors over all adapter weights share.
 
     Prior, curvature and evidence are kept in float32 or better, whatever the model's format.
@@ -43,9 +43,6 @@ class LoraPosterior(StreamingPredictive):
         RuntimeError: If an adapter is merged or disabled, or several are active.
         TypeError: If the backend is not one of this package's.
     """
-
-    loss: float
-    n_data: int
 
     def __init__(
         self,
@@ -67,7 +64,6 @@ class LoraPosterior(StreamingPredictive):
             model, likelihood, backend=backend, backend_kwargs=dict(backend_kwargs or {}), **kwargs
         )
         _ = self.backend  # refuses what it cannot cover now, not in the middle of a fit
-        self._norms: tuple[Any, Any, Tensor] | None = None
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -101,7 +97,7 @@ class LoraPosterior(StreamingPredictive):
         with evaluation_mode(self.model):
             bar = tqdm(train_loader, disable=not progress_bar, desc="Fitting the posterior")
             for index, batch in enumerate(bar):
-                x, y = self._labelled(batch)
+                x, y = self.labelled(batch)
                 try:
                     batch_loss, state = self._add(state, x, y)
                 except FloatingPointError as error:
@@ -113,44 +109,11 @@ class LoraPosterior(StreamingPredictive):
             raise ValueError("the training loader is empty")
         earlier = self.n_data if self._fitted and not override else 0
         self._commit(state, n, earlier)
+        self.covariance_scale = self.likelihood_temperature = 1.0
         self.loss = loss + self.loss if earlier else loss
         self.n_data = n + earlier
         self.n_outputs = self.model.output_size = self.backend.n_outputs
         self.mean = parameters_to_vector(self.params).detach().to(self._dtype)
-
-    def optimize_prior_precision(
-        self, pred_type: str = "glm", method: str = "marglik", **kwargs: Any
-    ) -> None:
-        """Tune the prior precision; laplace-torch's arguments and defaults.
-
-        Args:
-            pred_type: Predictive that a validation set is judged with, ``"glm"`` or ``"nn"``.
-            method: ``"marglik"`` (no validation data) or ``"gridsearch"`` (with ``val_loader``).
-            **kwargs: Among them ``prior_structure`` (``"scalar"`` or ``"layerwise"``), ``n_steps``,
-                ``lr``, ``val_loader`` and ``link_approx``.
-
-        Raises:
-            AttributeError: If the posterior has not been fitted.
-            ValueError: If the method is unknown or lacks its validation loader.
-        """
-        self._check_H_init()
-        earlier = self._prior_precision
-        try:
-            with warnings.catch_warnings():
-                if method == "marglik":  # which makes no predictions, so no link is involved
-                    warnings.filterwarnings("ignore", "By default `link_approx`", UserWarning)
-                super().optimize_prior_precision(pred_type, method, **kwargs)
-        except BaseException:
-            self.prior_precision = earlier
-            raise
-
-    @property
-    def scatter(self) -> Tensor:
-        """``(θ − μ₀)ᵀ P₀ (θ − μ₀)`` of the evidence, a float64 scalar."""
-        prior = self.prior_precision.double()
-        if len(prior) not in (1, self.n_layers):
-            return ((self.mean - self.prior_mean).double().square() * prior).sum()
-        return (prior * self._squared_norms()).sum()
 
     def to(self, device: torch.device | str) -> LoraPosterior:
         """Move model and posterior to a device, in place, and return the posterior."""
@@ -173,11 +136,17 @@ class LoraPosterior(StreamingPredictive):
         """Make the sums over ``n`` examples the posterior's, with those of ``earlier`` ones."""
         raise NotImplementedError
 
-    def _labelled(self, batch: Any) -> tuple[Any, Tensor]:
+    def labelled(self, batch: Any) -> tuple[Any, Tensor]:
+        """Split a batch into what the model takes and labels on the posterior's device.
+
+        Raises:
+            ValueError: If labels are missing.
+            TypeError: If the batch is neither mapping nor pair.
+        """
         if isinstance(batch, Mapping):
             if self.dict_key_y not in batch:
                 raise ValueError(
-                    f"a training batch has no {self.dict_key_y!r}, only {sorted(batch)}; add the "
+                    f"a batch has no {self.dict_key_y!r}, only {sorted(batch)}; add the "
                     "labels, or name their key with `dict_key_y`"
                 )
             x, y = batch, batch[self.dict_key_y]
@@ -185,7 +154,7 @@ class LoraPosterior(StreamingPredictive):
             x, y = batch
         else:
             raise TypeError(
-                f"a training batch must be a mapping with {self.dict_key_y!r} or a pair of inputs "
+                f"a batch must be a mapping with {self.dict_key_y!r} or a pair of inputs "
                 f"and labels, got {type(batch).__name__}"
             )
         y = torch.as_tensor(y).to(self._device)
@@ -193,13 +162,3 @@ class LoraPosterior(StreamingPredictive):
             y = y.to(self._dtype)
             y = y.unsqueeze(-1) if y.ndim == 1 else y
         return x, y
-
-    def _squared_norms(self) -> Tensor:
-        """Return each tensor's ``‖θ − μ₀‖²``, computed once for a mean and a prior mean."""
-        kept = self._norms
-        if kept is None or kept[0] is not self.mean or kept[1] is not self.prior_mean:
-            squares = (self.mean - self.prior_mean).double().square()
-            sizes = [parameter.numel() for parameter in self.params]
-            norms = torch.stack([part.sum() for part in squares.split(sizes)])
-            self._norms = kept = (self.mean, self.prior_mean, norms)
-        return kept[2]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from laplace_lora.fitting import LoraPosterior
 from laplace_lora.kron import LowRankKron
+from laplace_lora.predictive import Gram
 
 
 class KronLoraLaplace(LoraPosterior, KronLaplace):
@@ -67,6 +68,16 @@ class KronLoraLaplace(LoraPosterior, KronLaplace):
         """Return the function that gives each tensor's part of the predictive covariance."""
         return self.posterior_precision.inverse_form
 
+    def block_grams(self) -> Callable[[int, Tensor], list[Gram]]:
+        """Return the function that gives each tensor's part as a function of the prior."""
+        return (self.H * self._H_factor).grams
+
+    def block_spectra(self) -> list[list[tuple[Tensor, int]]]:
+        """Return each tensor's curvature eigenvalues, with how often each counts."""
+        self._check_H_init()
+        scaled = self.H * self._H_factor
+        return [list(scaled.spectrum(i)) for i in range(len(scaled))]
+
     def _init_H(self) -> None:
         self.H = LowRankKron([])
 
@@ -110,6 +121,22 @@ class DiagLoraLaplace(LoraPosterior, DiagLaplace):
             return (rows * variances[i]) @ rows.mT
 
         return part
+
+    def block_grams(self) -> Callable[[int, Tensor], list[Gram]]:
+        """Return the function that gives each tensor's part as a function of the prior."""
+        curvature = [values for ((values, _),) in self.block_spectra()]
+
+        def grams(i: int, jacobian: Tensor) -> list[Gram]:
+            rows = jacobian.flatten(2)
+            return [(curvature[i], rows.unsqueeze(2) * rows.unsqueeze(1))]
+
+        return grams
+
+    def block_spectra(self) -> list[list[tuple[Tensor, int]]]:
+        """Return each tensor's curvature eigenvalues, with how often each counts."""
+        self._check_H_init()
+        sizes = [parameter.numel() for parameter in self.params]
+        return [[(values, 1)] for values in (self._H_factor * self.H).split(sizes)]
 
     def _init_H(self) -> None:
         self.H = None

@@ -2,33 +2,52 @@
 
 `StreamingPredictive` is the half of a posterior class that answers ``la(batch)``: the linearised
 (GLM) predictive from one forward pass, and the sampling (NN) predictive. Fitting belongs to
-`posterior`; the links other than ``"mc"`` are laplace-torch's.
+`fitting`, the way from logits to probabilities to `links`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from laplace.baselaplace import ParametricLaplace
 from torch import Tensor
 
+from laplace_lora import links
 from laplace_lora.curvature import LoraCurvature
 from laplace_lora.guard import evaluation_mode, set_weights, weights_kept
 from laplace_lora.likelihoods import contrast_root
 
+Gram = tuple[Tensor, Tensor]
+
 
 class StreamingPredictive(ParametricLaplace):
-    """Predictive half of a posterior; subclasses say what each tensor's covariance is."""
+    """Predictive half of a posterior; subclasses say what each tensor's covariance is.
+
+    Attributes:
+        covariance_scale: Factor of the predictive covariance, 1 unless calibrated.
+        likelihood_temperature: Divides the logits before the softmax, 1 unless calibrated.
+    """
 
     backend: LoraCurvature
+    covariance_scale: float = 1.0
+    likelihood_temperature: float = 1.0
 
     def block_covariance(self) -> Callable[[int, Tensor], Tensor]:
         """Return a function from a tensor's index and Jacobian to its part of the covariance.
 
         The function takes ``(batch, outputs, *shape)`` and returns ``J P⁻¹ Jᵀ``, ``(batch, outputs,
         outputs)``.
+        """
+        raise NotImplementedError
+
+    def block_grams(self) -> Callable[[int, Tensor], list[Gram]]:
+        """Return a function from a tensor's index and Jacobian to its covariance as function of δ.
+
+        The function takes ``(batch, outputs, *shape)`` and returns pairs of the curvature's
+        eigenvalues ``e``, ``(K,)``, and products ``M``, ``(batch, outputs, outputs, K)``, with
+        ``J P⁻¹ Jᵀ = Σ_k M_k / (e_k + δ)`` summed over the pairs.
         """
         raise NotImplementedError
 
@@ -68,66 +87,105 @@ class StreamingPredictive(ParametricLaplace):
             ValueError: If an option is unknown, or the generator is on another device.
         """
         self._check_H_init()
-        if pred_type not in ("glm", "nn"):
-            raise ValueError(f"pred_type must be 'glm' or 'nn', got {pred_type!r}")
+        self._check_options(pred_type, link_approx, generator)
         classifies = self.likelihood == "classification" or (
             self.likelihood == "reward_modeling" and fitting
         )
-        sampled = classifies and link_approx == "mc"
+        if pred_type == "nn":
+            if classifies and link_approx != "mc":
+                raise ValueError("pred_type='nn' samples weights; choose link_approx='mc'")
+            outputs = self._nn_functional_samples(x, n_samples, generator)
+            return outputs.softmax(-1).mean(0) if classifies else (outputs.mean(0), outputs.var(0))
+        if not classifies:
+            mean, covariance = self._glm_predictive_distribution(x, joint=joint)
+            return mean, covariance.diagonal(dim1=-2, dim2=-1) if (
+                diagonal_output and not joint
+            ) else covariance
+        if link_approx == "mc" and not diagonal_output:
+            mean, covariance = self._linearised(x, contrast_root)
+            contrasts = mean[:, :-1] - mean[:, -1:]
+            noise = self._noise(n_samples, contrasts, generator)
+            return links.sampled(contrasts, covariance, noise).exp()
+        mean, covariance = self._glm_predictive_distribution(x)
+        if link_approx == "mc":
+            samples = self._glm_functional_samples(mean, covariance, n_samples, True, generator)
+            return samples.softmax(-1).mean(0)
+        return links.log_probabilities(mean, covariance, link_approx, None).exp()
+
+    def gram_blocks(self, x: Any) -> tuple[Tensor, Iterator[tuple[int, list[Gram]]]]:
+        """Return the mean of the logits, and their covariance as a function of the prior.
+
+        One pass serves every prior precision: the covariance is the sum of ``M_k / (e_k + δ_i)``
+        over the grams of all tensors ``i``, before ``covariance_scale``.
+
+        Args:
+            x: Batch that the model takes.
+
+        Returns:
+            Mean ``(batch, outputs)``, and an iterator over ``(i, grams)`` in parameter order, see
+            `block_grams`.
+        """
+        grams = self.block_grams()
+        with evaluation_mode(self.model):
+            mean, jacobians = self.backend.jacobian_blocks(x)
+        return mean, ((i, grams(i, jacobian)) for i, jacobian in enumerate(jacobians))
+
+    def _check_options(
+        self, pred_type: str, link_approx: str, generator: torch.Generator | None
+    ) -> None:
+        if pred_type not in ("glm", "nn"):
+            raise ValueError(f"pred_type must be 'glm' or 'nn', got {pred_type!r}")
+        if link_approx not in links.LINKS:
+            raise ValueError(f"link_approx must be one of {links.LINKS}, got {link_approx!r}")
         if generator is not None and generator.device != self._device:
             raise ValueError(
                 f"the generator is on {generator.device}, the posterior on {self._device}; make it "
                 "with torch.Generator(device)"
             )
-        if pred_type == "glm" and sampled and not diagonal_output:
-            return self._mc_probabilities(x, n_samples, generator)
-        if pred_type == "glm" and sampled:
-            f_mu, f_var = self._glm_predictive_distribution(x)
-            return (
-                self._glm_functional_samples(f_mu, f_var, n_samples, True, generator)
-                .softmax(-1)
-                .mean(0)
-            )
-        if pred_type == "nn" and (sampled or not classifies):
-            outputs = self._nn_functional_samples(x, n_samples, generator)
-            return outputs.softmax(-1).mean(0) if classifies else (outputs.mean(0), outputs.var(0))
-        return super().__call__(
-            x, pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting
-        )
 
     def _glm_predictive_distribution(
         self, X: Any, joint: bool = False, diagonal_output: bool = False
     ) -> tuple[Tensor, Tensor]:
         self._check_H_init()
-        if self.enable_backprop:
-            with evaluation_mode(self.model):
-                return super()._glm_predictive_distribution(X, joint, diagonal_output)
-        f_mu, f_var = self._linearised(X, joint=joint)
+        mean, covariance = self._linearised(X, joint=joint)
         if joint:
-            return f_mu.flatten(), f_var.squeeze(0)
-        return f_mu, f_var.diagonal(dim1=1, dim2=2) if diagonal_output else f_var
+            return mean.flatten(), covariance.squeeze(0)
+        return mean, covariance.diagonal(dim1=1, dim2=2) if diagonal_output else covariance
 
     def _linearised(
         self, x: Any, columns: Callable[[Tensor], Tensor] | None = None, joint: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Return outputs and the covariance of ``columns`` of them, layer by layer."""
-        part = self.block_covariance()
+        """Return outputs, and the covariance of ``columns`` of them."""
         with evaluation_mode(self.model):
-            f_mu, jacobians = self.backend.jacobian_blocks(x, columns)
-            f_var: Any = 0.0
-            for i, jacobian in enumerate(jacobians):
-                rows = jacobian.flatten(0, 1).unsqueeze(0) if joint else jacobian
-                f_var = f_var + part(i, rows)
-        return f_mu, f_var
+            mean, covariance = self._moments(x, columns, joint)
+        heat = self.likelihood_temperature
+        return mean / heat, covariance * (self.covariance_scale / heat**2)
 
-    def _mc_probabilities(
-        self, x: Any, n_samples: int, generator: torch.Generator | None
-    ) -> Tensor:
-        f_mu, f_var = self._linearised(x, contrast_root)
-        contrasts = f_mu[:, :-1] - f_mu[:, -1:]
-        samples = self._glm_functional_samples(contrasts, f_var, n_samples, generator=generator)
-        logits = torch.nn.functional.pad(samples, (0, 1))
-        return logits.softmax(-1).mean(0)
+    def _moments(
+        self, x: Any, columns: Callable[[Tensor], Tensor] | None, joint: bool
+    ) -> tuple[Tensor, Tensor]:
+        part = self.block_covariance()
+        if self.enable_backprop:
+            return self._differentiable_moments(x, columns, joint)
+        mean, jacobians = self.backend.jacobian_blocks(x, columns)
+        covariance: Any = 0.0
+        for i, jacobian in enumerate(jacobians):
+            covariance = covariance + part(i, jacobian.flatten(0, 1)[None] if joint else jacobian)
+        return mean, covariance
+
+    @torch.enable_grad()
+    def _differentiable_moments(
+        self, x: Any, columns: Callable[[Tensor], Tensor] | None, joint: bool
+    ) -> tuple[Tensor, Tensor]:
+        jacobians, mean = self.backend.jacobians(x, enable_backprop=True)
+        if columns is not None:
+            jacobians = torch.einsum("rnc,ncp->nrp", columns(mean.detach()), jacobians)
+        rows = jacobians.flatten(0, 1)[None] if joint else jacobians
+        return mean, self.functional_variance(rows)
+
+    def _noise(self, n_samples: int, mean: Tensor, generator: torch.Generator | None) -> Tensor:
+        size = (n_samples, mean.shape[-1])
+        return torch.randn(size, dtype=mean.dtype, device=mean.device, generator=generator)
 
     def _glm_functional_samples(
         self,
@@ -137,15 +195,10 @@ class StreamingPredictive(ParametricLaplace):
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Sample ``(n_samples, batch, outputs)``; a singular covariance is no obstacle."""
-        noise = torch.randn(
-            n_samples, f_mu.shape[-1], dtype=f_mu.dtype, device=f_mu.device, generator=generator
-        )
+        noise = self._noise(n_samples, f_mu, generator)
         if diagonal_output:
             return f_mu + f_var.diagonal(dim1=1, dim2=2).sqrt() * noise.unsqueeze(1)
-        values, vectors = torch.linalg.eigh(f_var.double())
-        root = (vectors * values.clamp(min=0).sqrt().unsqueeze(1)).to(f_mu.dtype)
-        return f_mu + torch.einsum("nij,sj->sni", root, noise)
+        return links.gaussian_samples(f_mu, f_var, noise)
 
     @torch.no_grad()
     def _nn_functional_samples(
@@ -157,6 +210,10 @@ class StreamingPredictive(ParametricLaplace):
         outputs = []
         with evaluation_mode(self.model), weights_kept(self.params):
             for _ in range(n_samples):
-                set_weights(self.params, self.sample(1, generator)[0])
+                set_weights(self.params, self._scaled_sample(generator))
                 outputs.append(self.model(X))
-        return torch.stack(outputs)
+        return torch.stack(outputs) / self.likelihood_temperature
+
+    def _scaled_sample(self, generator: torch.Generator | None) -> Tensor:
+        """Return one sample of the weights, with the calibrated width."""
+        return self.mean + self.covariance_scale**0.5 * (self.sample(1, generator)[0] - self.mean)

@@ -172,9 +172,9 @@ def test_options_that_mean_nothing_are_refused():
     la = posterior(**LOW)
     with pytest.raises(ValueError, match="'glm' or 'nn'"):
         la(BATCH, pred_type="gp")
-    with pytest.raises(ValueError, match="link approximation"):
+    with pytest.raises(ValueError, match="link_approx must be one of"):
         la(BATCH, link_approx="identity")
-    with pytest.raises(ValueError, match="mc link"):
+    with pytest.raises(ValueError, match="choose link_approx='mc'"):
         la(BATCH, pred_type="nn")
     with pytest.raises(ValueError, match="the generator is on meta"):
 

@@ -1,0 +1,108 @@
+"""From Gaussian logits to class probabilities.
+
+Closed-form and sampled approximations of ``E[softmax(f)]`` for Gaussian ``f``, in logs, so that no
+probability underflows. Where the moments come from belongs to `predictive`.
+
+All functions take a mean ``(…, batch, classes)`` and a covariance ``(…, batch, classes, classes)``
+whose leading dimensions broadcast: several covariances of one batch at once.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LINKS = ("probit", "mc", "bridge", "bridge_norm")
+
+
+def log_probabilities(mean: Tensor, covariance: Tensor, link: str, noise: Tensor | None) -> Tensor:
+    """Return log class probabilities.
+
+    Args:
+        mean: Mean of the logits, ``(…, batch, classes)``.
+        covariance: Their covariance, ``(…, batch, classes, classes)``.
+        link: ``"probit"``, ``"mc"``, ``"bridge"`` or ``"bridge_norm"``.
+        noise: Standard normal samples ``(samples, classes − 1)`` for ``"mc"``.
+
+    Returns:
+        Shape ``(…, batch, classes)``.
+
+    Raises:
+        ValueError: If the link is none of these.
+    """
+    if link == "probit":
+        return probit(mean, covariance)
+    if link == "mc" and noise is not None:
+        contrasts = contrast_matrix(mean)
+        rows = contrasts @ covariance @ contrasts.T
+        return sampled(mean @ contrasts.T, rows, noise)
+    if link in ("bridge", "bridge_norm"):
+        return bridge(mean, covariance, normalised=link == "bridge_norm")
+    raise ValueError(f"link_approx must be one of {LINKS}, got {link!r}")
+
+
+def probit(mean: Tensor, covariance: Tensor) -> Tensor:
+    """Scale each logit by ``1/√(1 + π/8 var)``, as for a binary probit (MacKay 1992)."""
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    return F.log_softmax(mean / torch.sqrt(1 + math.pi / 8 * variance), dim=-1)
+
+
+def contrast_matrix(mean: Tensor) -> Tensor:
+    """Return the rows ``e_c − e_C``, ``(classes − 1, classes)``: all that a softmax sees."""
+    eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+    return eye[:-1] - eye[-1]
+
+
+def sampled(contrasts: Tensor, covariance: Tensor, noise: Tensor) -> Tensor:
+    """Average the softmax over samples of the contrasts ``f_c − f_C``.
+
+    Args:
+        contrasts: Mean contrasts, ``(…, batch, classes − 1)``.
+        covariance: Their covariance.
+        noise: Standard normal samples ``(samples, classes − 1)``, the same for all examples.
+    """
+    draws = gaussian_samples(contrasts, covariance, noise)
+    return F.log_softmax(F.pad(draws, (0, 1)), dim=-1).logsumexp(0) - math.log(len(noise))
+
+
+def gaussian_samples(mean: Tensor, covariance: Tensor, noise: Tensor) -> Tensor:
+    """Return ``mean + covariance^½ noise``, shape ``(samples, …, batch, outputs)``.
+
+    Differentiable; a covariance that is singular or slightly indefinite from rounding is no
+    obstacle.
+    """
+    wide = covariance.double()
+    size = wide.detach().diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-30)
+    eye = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
+    jitter = 1e-12
+    root, failed = torch.linalg.cholesky_ex(wide + jitter * size * eye)
+    while bool(failed.any()) and jitter < 1:
+        jitter *= 100
+        root, failed = torch.linalg.cholesky_ex(wide + jitter * size * eye)
+    if bool(failed.any()):
+        raise FloatingPointError("the predictive covariance is not finite or far from positive")
+    return mean + torch.einsum("...ij,sj->s...i", root.to(mean.dtype), noise.to(mean.dtype))
+
+
+def bridge(mean: Tensor, covariance: Tensor, normalised: bool) -> Tensor:
+    """Match a Dirichlet to the logits (Laplace bridge; Hobbhahn et al. 2022, arXiv:2003.01227).
+
+    The logits are first conditioned on summing to zero; ``normalised`` also rescales them by their
+    average variance.
+    """
+    total = covariance.sum((-2, -1)).unsqueeze(-1)
+    rows = covariance.sum(-1)
+    mean = mean - rows * mean.sum(-1, keepdim=True) / total
+    outer = rows.unsqueeze(-1) * covariance.sum(-2).unsqueeze(-2)
+    variance = (covariance - outer / total.unsqueeze(-1)).diagonal(dim1=-2, dim2=-1)
+    classes = mean.shape[-1]
+    if normalised:
+        scale = variance.mean(-1, keepdim=True) / math.sqrt(classes / 2)
+        mean, variance = mean / scale.sqrt(), variance / scale
+    constant = math.log(1 - 2 / classes) if classes > 2 else -math.inf
+    peak = mean - 2 * math.log(classes) + (-mean).logsumexp(-1, keepdim=True)
+    log_alpha = torch.logaddexp(peak, torch.full_like(peak, constant)) - variance.log()
+    return log_alpha - log_alpha.logsumexp(-1, keepdim=True)
