@@ -6,11 +6,21 @@ The public names; every module behind them has one job and says so in its first 
 from laplace_lora.curvature import LoraEF, LoraGGN
 from laplace_lora.decomposed import LowRankKronDecomposed
 from laplace_lora.kron import LowRankKron
+from laplace_lora.last_layer import (
+    DiagLoraLLLaplace,
+    FullLoraLLLaplace,
+    FunctionalLoraLLLaplace,
+    KronLoraLLLaplace,
+)
 from laplace_lora.models import LogitsModel
 from laplace_lora.posterior import DiagLoraLaplace, KronLoraLaplace
 
 __all__ = [
+    "DiagLoraLLLaplace",
     "DiagLoraLaplace",
+    "FullLoraLLLaplace",
+    "FunctionalLoraLLLaplace",
+    "KronLoraLLLaplace",
     "KronLoraLaplace",
     "LogitsModel",
     "LoraEF",

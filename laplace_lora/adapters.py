@@ -7,10 +7,14 @@ trainable tensors a Kronecker factor can cover. What flows through the maps belo
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -131,6 +135,74 @@ def trainable_maps(model: nn.Module) -> tuple[list[LinearMap], list[Block]]:
             "`model.set_adapter(name)`"
         )
     return maps, blocks
+
+
+@contextmanager
+def trainable_only(model: nn.Module, modules: str | Sequence[str] | None) -> Iterator[None]:
+    """Freeze all trainable tensors but those of some modules, for a while.
+
+    Args:
+        model: Any module.
+        modules: A regular expression searched for in the modules' names, a list of names or of
+            whole parts of them, or ``None`` for all.
+
+    Raises:
+        ValueError: If no trainable module is meant; lists those there are.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    owners = {name: name.rpartition(".")[0] for name in trainable}
+    others = [p for name, p in trainable.items() if not _matches(owners[name], modules)]
+    if trainable and len(others) == len(trainable):
+        raise ValueError(
+            f"modules={modules!r} matches no trainable module; there are "
+            f"{_listed(sorted(set(owners.values())))}"
+        )
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+def _matches(name: str, modules: str | Sequence[str] | None) -> bool:
+    if modules is None:
+        return True
+    if isinstance(modules, str):
+        return re.search(modules, name) is not None
+    return any(f".{part}." in f".{name}." for part in modules)
+
+
+def last_linear(model: nn.Module, outputs: int | None) -> nn.Linear:
+    """Return the last plain linear layer of a model, the active adapter's copy if it was trained.
+
+    Args:
+        model: Any module.
+        outputs: Outputs it must have; ``None`` for any number.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    idle: set[int] = set()
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            kept = [wrapper.modules_to_save[name] for name in wrapper.active_adapters]
+            every = {id(module) for module in wrapper.modules()}
+            idle |= every - {id(part) for module in kept for part in module.modules()}
+    found = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+        and id(module) not in idle
+        and outputs in (None, module.out_features)
+    ]
+    if not found:
+        raise ValueError(
+            f"the model has no linear last layer with {outputs} outputs; a last-layer posterior "
+            "needs one"
+        )
+    return found[-1]
 
 
 def check_adapters(model: nn.Module) -> None:

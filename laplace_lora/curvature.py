@@ -62,7 +62,7 @@ class LoraCurvature(CurvatureInterface):
         self.low_rank_threshold = low_rank_threshold
         self.residual = residual
         self.n_outputs = 0
-        self.maps, self.blocks = trainable_maps(self.model)
+        self.maps, self.blocks = trainable_maps(self._model)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -15,6 +15,7 @@ from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from laplace_lora.adapters import trainable_only
 from laplace_lora.curvature import LoraCurvature, LoraGGN
 from laplace_lora.decomposed import LowRankKronDecomposed
 from laplace_lora.guard import evaluation_mode
@@ -33,13 +34,17 @@ class LoraPosterior(PriorTuning, StreamingPredictive):
         model: A `PeftModel`, or a `LogitsModel` around one.
         likelihood: ``"classification"`` or ``"regression"``.
         target_ids: Answer tokens of a causal language model, see `LogitsModel`.
+        modules: Which trainable modules the posterior covers: a regular expression searched for in
+            their names, or a list of names or of whole parts of them. The others stay at their
+            MAP values. ``None`` covers all.
         backend: `LoraGGN`, `LoraEF` or a subclass.
         backend_kwargs: Arguments of the backend, such as ``kfac_approx`` or ``stochastic``.
         **kwargs: laplace-torch's arguments, such as ``prior_precision``, ``sigma_noise`` and
             ``temperature``.
 
     Raises:
-        ValueError: If nothing is trainable, or a trainable tensor belongs to no linear map.
+        ValueError: If nothing is trainable, a trainable tensor belongs to no linear map, or
+            ``modules`` matches nothing.
         RuntimeError: If an adapter is merged or disabled, or several are active.
         TypeError: If the backend is not one of this package's.
     """
@@ -50,20 +55,27 @@ class LoraPosterior(PriorTuning, StreamingPredictive):
         likelihood: str,
         *,
         target_ids: Sequence[int] | Tensor | None = None,
+        modules: str | Sequence[str] | None = None,
         backend: type[LoraCurvature] = LoraGGN,
         backend_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(model, LogitsModel):
-            model = LogitsModel(model, target_ids=target_ids)
-        elif target_ids is not None:
-            raise ValueError("the model is a LogitsModel already; give it the `target_ids`")
         if not (isinstance(backend, type) and issubclass(backend, LoraCurvature)):
             raise TypeError(f"backend must be LoraGGN, LoraEF or a subclass, got {backend!r}")
-        super().__init__(
-            model, likelihood, backend=backend, backend_kwargs=dict(backend_kwargs or {}), **kwargs
-        )
-        _ = self.backend  # refuses what it cannot cover now, not in the middle of a fit
+        model = self._wrapped(model, target_ids)
+        kwargs = {"backend": backend, "backend_kwargs": dict(backend_kwargs or {}), **kwargs}
+        with trainable_only(model, modules):
+            super().__init__(model, likelihood, **kwargs)
+            # Built now, so that what it cannot cover is refused before a fit.
+            self.params = [block.parameter for block in self.backend.blocks]
+
+    @staticmethod
+    def _wrapped(model: nn.Module, target_ids: Sequence[int] | Tensor | None) -> nn.Module:
+        if not isinstance(model, LogitsModel):
+            return LogitsModel(model, target_ids=target_ids)
+        if target_ids is not None:
+            raise ValueError("the model is a LogitsModel already; give it the `target_ids`")
+        return model
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -17,7 +17,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from laplace_lora.adapters import activate_adapter
+from laplace_lora.adapters import activate_adapter, last_linear
+from laplace_lora.heads import LastLayerModel
 
 
 class LogitsModel(nn.Module):
@@ -93,6 +94,55 @@ class LogitsModel(nn.Module):
         else:
             logits = self._logits(self.model(batch.to(self.device)))
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+    def features(self, batch: Mapping[str, Any] | Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the last linear layer sees, and the logits.
+
+        Args:
+            batch: As for `forward`.
+
+        Returns:
+            Features ``(batch, d)`` at the position that the model itself uses, and logits
+            ``(batch, outputs)``.
+
+        Raises:
+            ValueError: If the model has no linear last layer.
+            RuntimeError: If that layer did not run once an example.
+        """
+        seen: list[Tensor] = []
+        hook = self._linear_head().register_forward_hook(lambda m, args, out: seen.append(args[0]))
+        try:
+            logits = self(batch)
+        finally:
+            hook.remove()
+        if len(seen) != 1 or seen[0].numel() != len(logits) * seen[0].shape[-1]:
+            raise RuntimeError(
+                "the last linear layer did not run once an example: "
+                f"{[tuple(x.shape) for x in seen]} for logits {tuple(logits.shape)}"
+            )
+        return seen[0].reshape(len(logits), -1), logits
+
+    def head_tensors(self) -> tuple[Tensor, Tensor | None]:
+        """Return weight ``(outputs, d)`` and bias of the last layer; of the answers' rows only."""
+        head = self._linear_head()
+        if self.target_ids is None:
+            return head.weight.detach(), None if head.bias is None else head.bias.detach()
+        ids = self.target_ids
+        bias = None if head.bias is None else head.bias.detach()[ids]
+        return head.weight.detach()[ids], bias
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LastLayerModel:
+        """Return the same function with a last layer of its own over the same transformer.
+
+        laplace-torch's last-layer classes copy a model to put samples into its last layer; that
+        layer is all they get a copy of.
+        """
+        return LastLayerModel(self)
+
+    def _linear_head(self) -> Any:
+        if self.target_ids is not None:
+            return self._vocabulary_head()
+        return last_linear(self._base, getattr(self.config, "num_labels", None))
 
     def _from_mapping(self, inputs: dict[str, Any]) -> Tensor:
         if "use_cache" in self._arguments:

@@ -214,6 +214,12 @@ class StreamingPredictive(ParametricLaplace):
                 outputs.append(self.model(X))
         return torch.stack(outputs) / self.likelihood_temperature
 
+    def _nn_predictive_samples(
+        self, X: Any, n_samples: int = 100, generator: torch.Generator | None = None
+    ) -> Tensor:
+        outputs = self._nn_functional_samples(X, n_samples, generator)
+        return outputs.softmax(-1) if self.likelihood == "classification" else outputs
+
     def _scaled_sample(self, generator: torch.Generator | None) -> Tensor:
         """Return one sample of the weights, with the calibrated width."""
         return self.mean + self.covariance_scale**0.5 * (self.sample(1, generator)[0] - self.mean)

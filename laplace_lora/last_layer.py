@@ -1,0 +1,222 @@
+"""Last-layer posteriors: Laplace over the head alone, the transformer a fixed feature extractor.
+
+The classes of laplace-torch's `LLLaplace` family with this package's fitting, tuning and
+predictive. The features and the head's own copy are `heads`'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from laplace import DiagLLLaplace, FullLLLaplace, FunctionalLLLaplace, KronLLLaplace
+from laplace.baselaplace import BaseLaplace
+from laplace.curvature import CurvlinopsGGN
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm.auto import tqdm
+
+from laplace_lora.curvature import LoraGGN
+from laplace_lora.evidence import Spectrum
+from laplace_lora.fitting import LoraPosterior
+from laplace_lora.guard import evaluation_mode
+from laplace_lora.heads import LastLayerModel
+from laplace_lora.posterior import DiagLoraLaplace, KronLoraLaplace
+from laplace_lora.predictive import Gram
+
+
+class LastLayerPosterior(LoraPosterior):
+    """What the last-layer posteriors share: a model whose only trainable part is its head.
+
+    Args:
+        model: A `PeftModel`, or a `LogitsModel` around one; its head may be trained or frozen.
+        likelihood: ``"classification"`` or ``"regression"``.
+        **kwargs: Arguments of `LoraPosterior`.
+
+    Raises:
+        ValueError: If the model has no linear last layer, or gradients through the predictive are
+            asked for: the features have none.
+    """
+
+    def __init__(self, model: nn.Module, likelihood: str, **kwargs: Any) -> None:
+        if kwargs.get("enable_backprop"):
+            raise ValueError("last-layer posteriors cannot be differentiated by their input")
+        super().__init__(model, likelihood, last_layer_name="head", **kwargs)
+
+    @staticmethod
+    def _wrapped(model: nn.Module, target_ids: Sequence[int] | Tensor | None) -> nn.Module:
+        return LastLayerModel(LoraPosterior._wrapped(model, target_ids))
+
+    # laplace-torch's last-layer classes know no layerwise prior.
+    prior_precision_diag = BaseLaplace.prior_precision_diag
+
+    @torch.no_grad()
+    def _nn_functional_samples(
+        self, X: Any, n_samples: int = 100, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Sample heads, ``(n_samples, batch, outputs)``; the features are computed once."""
+        self._check_H_init()
+        features = self.model.model.features(X)
+        head = self.model.last_layer
+        outputs = []
+        for _ in range(n_samples):
+            weight, bias = self._scaled_sample(generator).split(
+                [head.weight.numel(), self.n_params - head.weight.numel()]
+            )
+            logits = features @ weight.view_as(head.weight).T
+            outputs.append(logits + bias if head.bias is not None else logits)
+        return torch.stack(outputs) / self.likelihood_temperature
+
+
+class KronLoraLLLaplace(LastLayerPosterior, KronLoraLaplace, KronLLLaplace):
+    """Last-layer posterior with Kronecker factors.
+
+    Args:
+        model: A `PeftModel`, or a `LogitsModel` around one.
+        likelihood: ``"classification"`` or ``"regression"``.
+        factor_rank: As in `KronLoraLaplace`; a single layer is kept dense by default.
+        **kwargs: Arguments of `KronLoraLaplace`.
+    """
+
+    _key = ("lora_last_layer", "kron")
+
+    def __init__(
+        self, model: nn.Module, likelihood: str, *, factor_rank: int | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(model, likelihood, factor_rank=factor_rank, **kwargs)
+
+
+class DiagLoraLLLaplace(LastLayerPosterior, DiagLoraLaplace, DiagLLLaplace):
+    """Last-layer posterior with a diagonal precision."""
+
+    _key = ("lora_last_layer", "diag")
+
+
+class FullLoraLLLaplace(LastLayerPosterior, FullLLLaplace):
+    """Last-layer posterior with the exact GGN of the head, a dense matrix.
+
+    Its prior precision is tuned as a scalar: another would not share the curvature's eigenvectors.
+    """
+
+    _key = ("lora_last_layer", "full")
+    H: Tensor
+
+    def optimize_prior_precision(self, *args: Any, **kwargs: Any) -> None:
+        """Tune the prior precision, see `PriorTuning`; scalar only.
+
+        Raises:
+            ValueError: As `PriorTuning`, and if ``prior_structure`` is not ``"scalar"``.
+        """
+        structure = kwargs.get("prior_structure", "scalar")
+        if structure != "scalar":
+            raise ValueError(
+                f"a full matrix cannot have prior_structure={structure!r}; use 'scalar', or a Kron "
+                "or diagonal posterior"
+            )
+        super().optimize_prior_precision(*args, **kwargs)
+
+    @property
+    def log_det_ratio(self) -> Tensor:
+        """``log det P − log det P₀`` of the evidence, a float64 scalar."""
+        self._check_H_init()
+        root = self.prior_precision_diag.double().rsqrt()
+        ratio = self._H_factor.double() * root.unsqueeze(1) * self.H.double() * root
+        return torch.logdet(ratio + torch.eye(len(root), dtype=root.dtype, device=root.device))
+
+    def gram_blocks(self, x: Any) -> tuple[Tensor, Iterator[tuple[int, list[Gram]]]]:
+        """Return mean logits, and their covariance as a function of the prior, in one block."""
+        self._check_H_init()
+        values, vectors = self._spectrum()
+        with evaluation_mode(self.model):
+            jacobians, mean = self.backend.jacobians(x)
+        rows = jacobians @ vectors
+        return mean, iter([(0, [(values, rows.unsqueeze(2) * rows.unsqueeze(1))])])
+
+    def block_spectra(self) -> list[Spectrum]:
+        """Return the whole matrix's eigenvalues with the first tensor, none with the others."""
+        self._check_H_init()
+        values, _ = self._spectrum()
+        return [[(values, 1)]] + [[(values.new_zeros(1), 0)]] * (self.n_layers - 1)
+
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh((self._H_factor * self.H).double())
+        return values.clamp(min=0).to(self.H.dtype), vectors.to(self.H.dtype)
+
+    def _moments(
+        self, x: Any, columns: Callable[[Tensor], Tensor] | None, joint: bool
+    ) -> tuple[Tensor, Tensor]:
+        mean, blocks = self.backend.jacobian_blocks(x, columns)
+        rows = torch.cat([block.flatten(2) for block in blocks], dim=-1)
+        return mean, self.functional_variance(rows.flatten(0, 1)[None] if joint else rows)
+
+    def _check_H_init(self) -> None:
+        if not self._fitted:
+            raise AttributeError("Laplace not fitted. Run fit() first.")
+
+    def _add(self, state: Any, x: Any, y: Tensor) -> tuple[Tensor, Any]:
+        loss, matrix = self.backend.full(x, y)
+        return loss, matrix if state is None else state + matrix
+
+    def _commit(self, state: Any, n: int, earlier: int) -> None:
+        if not bool(state.isfinite().all()):
+            raise FloatingPointError("the curvature of the last layer is not finite")
+        self.H = state + self.H if earlier else state
+        self._posterior_scale = None
+
+
+class FunctionalLoraLLLaplace(FunctionalLLLaplace):
+    """Last-layer posterior in function space: a Gaussian process on the features of a subset.
+
+    The features of the training data are computed once, in the fit. laplace-torch's
+    `FunctionalLLLaplace` does the rest.
+
+    Args:
+        model: A `PeftModel`, or a `LogitsModel` around one.
+        likelihood: ``"classification"`` or ``"regression"``.
+        n_subset: Training examples that the process is conditioned on.
+        target_ids: Answer tokens of a causal language model, see `LogitsModel`.
+        **kwargs: laplace-torch's arguments.
+    """
+
+    _key = ("lora_last_layer", "gp")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str,
+        n_subset: int,
+        *,
+        target_ids: Sequence[int] | Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        backend = kwargs.pop("backend", None)
+        # laplace-torch accepts three backends and asks them for the Jacobian of a linear layer.
+        kwargs["backend"] = CurvlinopsGGN if backend in (None, LoraGGN) else backend
+        split = LastLayerModel(LoraPosterior._wrapped(model, target_ids))
+        of_features = nn.Sequential(nn.Identity(), split.head)
+        super().__init__(of_features, likelihood, n_subset, last_layer_name="1", **kwargs)
+        self.features = split.features
+
+    def fit(self, train_loader: DataLoader, progress_bar: bool = False) -> None:
+        """Fit the process.
+
+        Args:
+            train_loader: Batches with labels.
+            progress_bar: Show progress over the batches.
+
+        Raises:
+            ValueError: If labels are missing, or the data are fewer than ``n_subset``.
+        """
+        features, labels = [], []
+        for batch in tqdm(train_loader, disable=not progress_bar, desc="Computing features"):
+            x, y = LoraPosterior.labelled(self, batch)
+            features.append(self.features(x))
+            labels.append(y)
+        data = TensorDataset(torch.cat(features), torch.cat(labels))
+        if len(data) < self.n_subset:
+            raise ValueError(f"n_subset is {self.n_subset}, but there are {len(data)} examples")
+        super().fit(DataLoader(data, batch_size=train_loader.batch_size), progress_bar=progress_bar)
+
+    def _glm_predictive_distribution(self, X: Any, joint: bool = False) -> tuple[Tensor, Tensor]:
+        return super()._glm_predictive_distribution(self.features(X), joint)
