@@ -31,6 +31,8 @@ class LinearMap:
         in_features: Length of an input, ``q``.
         out_features: Length of an output, ``p``.
         transposed: Whether the weight is stored as ``(q, p)``.
+        layer: The adapted layer it is part of, if any. Its input, in another number format, may be
+            the map's.
     """
 
     name: str
@@ -38,6 +40,7 @@ class LinearMap:
     in_features: int
     out_features: int
     transposed: bool
+    layer: nn.Module | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +95,10 @@ def trainable_maps(model: nn.Module) -> tuple[list[LinearMap], list[Block]]:
     check_adapters(model)
     maps: list[LinearMap] = []
     owners: dict[int, list[tuple[int, bool]]] = {}
+    layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            layers[name] = module
         if not isinstance(module, nn.Linear | Conv1D):
             continue
         weight, bias = module.weight, module.bias
@@ -102,7 +108,9 @@ def trainable_maps(model: nn.Module) -> tuple[list[LinearMap], list[Block]]:
         transposed = isinstance(module, Conv1D)
         rows, columns = weight.shape
         shape = (rows, columns) if transposed else (columns, rows)
-        maps.append(LinearMap(name, module, *shape, transposed))
+        # lora_A and lora_B are dictionaries of modules, two steps below the adapted layer.
+        layer = layers.get(name.rpartition(".")[0].rpartition(".")[0])
+        maps.append(LinearMap(name, module, *shape, transposed, layer))
         for parameter in trainable:
             owners.setdefault(id(parameter), []).append((len(maps) - 1, parameter is bias))
 

@@ -37,8 +37,10 @@ class Tape:
         inputs: list[Tensor],
         outputs: list[Tensor],
         output: Tensor,
+        sources: dict[int, tuple],
     ) -> None:
         self.maps = maps
+        self._sources = sources
         self.output = output.detach()
         self._batch = batch
         self._output = output
@@ -64,10 +66,25 @@ class Tape:
 
     @cached_property
     def input_groups(self) -> list[int]:
-        """For each map the first map that received the very same input tensor."""
+        """For each map the first map with the same input.
+
+        Projections that share their input tensor are found by its address. PEFT casts the input to
+        the adapter's number format, once a projection; then the address before the cast tells where
+        to look, and the values decide.
+        """
         first: dict[tuple, int] = {}
-        keys = [(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in self.inputs]
-        return [first.setdefault(key, i) for i, key in enumerate(keys)]
+        groups: list[int] = []
+        for i, (linear, x) in enumerate(zip(self.maps, self.inputs, strict=True)):
+            group = first.setdefault(_address(x), i)
+            source = self._sources.get(id(linear.layer))
+            if group == i and source is not None:
+                candidate = first.get(("before the cast", source), i)
+                if torch.equal(self.inputs[candidate], x):
+                    group = first[_address(x)] = candidate
+                # Memory is used again: the next map may look for this one, not for an older.
+                first["before the cast", source] = group
+            groups.append(group)
+        return groups
 
     def backward(self, columns: Tensor, visit: Visitor) -> None:
         """Run one backward pass a column; frees the graph after the last.
@@ -114,9 +131,17 @@ def record(model: nn.Module, maps: Sequence[LinearMap], batch: Any) -> Tape:
     def hook(i: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         return lambda module, inputs, output: calls[i].append((inputs[0], output))
 
+    sources: dict[int, tuple] = {}
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs:
+            sources[id(layer)] = _address(inputs[0])  # the tensor itself would stay in memory
+
     with ExitStack() as stack, torch.enable_grad():
         for i, linear in enumerate(maps):
             stack.callback(linear.module.register_forward_hook(hook(i)).remove)
+        for layer in {linear.layer for linear in maps if linear.layer is not None}:
+            stack.callback(layer.register_forward_pre_hook(note).remove)
         output = model(batch)
     if output.ndim != 2:
         raise ValueError(
@@ -126,7 +151,11 @@ def record(model: nn.Module, maps: Sequence[LinearMap], batch: Any) -> Tape:
     for i, linear in enumerate(maps):
         _check_calls(linear.name, [x for x, _ in calls[i]], output.shape[0])
     inputs, outputs = zip(*(calls[i][0] for i in range(len(maps))), strict=True)
-    return Tape(maps, batch, list(inputs), list(outputs), output)
+    return Tape(maps, batch, list(inputs), list(outputs), output, sources)
+
+
+def _address(x: Tensor) -> tuple:
+    return (x.device, x.data_ptr(), x.shape, x.stride(), x.dtype)
 
 
 def _check_calls(name: str, inputs: list[Tensor], batch: int) -> None:

@@ -6,6 +6,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from laplace_lora import LogitsModel, LoraEF, LoraGGN, LowRankKron
+from laplace_lora.adapters import trainable_maps
+from laplace_lora.capture import record
 from laplace_lora.likelihoods import hessian_root
 from tiny import ARCHITECTURES, PAD, TARGETS, assert_near, excite, peft_model, rows, token_batch
 
@@ -219,6 +221,24 @@ def test_projections_of_one_input_share_its_covariance(name):
     assert len(kron.factors()) == 2 * len(backend.maps) - (2 if name == "llama" else 0)
     if name == "llama":
         assert q[0] is v[0]
+
+
+def test_inputs_cast_for_each_adapter_are_recognised():
+    """A half-precision model with single-precision adapters casts its input once a projection."""
+    model = peft_model("llama-lm", dtype=torch.bfloat16, target_modules=["q_proj", "v_proj"])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    tape = record(LogitsModel(model, target_ids=TARGETS).eval(), *maps_and_batch(model))
+    named = {linear.name: i for i, linear in enumerate(tape.maps)}
+    groups = {name: tape.maps[tape.input_groups[i]].name for name, i in named.items()}
+    for name, first in groups.items():
+        assert first == name.replace("v_proj.lora_A", "q_proj.lora_A")
+    assert tape.inputs[0].dtype == torch.float32
+
+
+def maps_and_batch(model):
+    return trainable_maps(model)[0], token_batch(LENGTHS)
 
 
 def test_monte_carlo_fisher_is_unbiased_and_its_samples_count():
