@@ -77,7 +77,7 @@ class Tape:
         for i, (linear, x) in enumerate(zip(self.maps, self.inputs, strict=True)):
             group = first.setdefault(_address(x), i)
             source = self._sources.get(id(linear.layer))
-            if group == i and source is not None:
+            if group == i and source is not None and x.shape in source:
                 candidate = first.get(("before the cast", source), i)
                 if torch.equal(self.inputs[candidate], x):
                     group = first[_address(x)] = candidate
