@@ -1,0 +1,172 @@
+"""Cost of fitting: one batch of K-FAC against bare passes and against laplace-torch's backends.
+
+The yardstick is a bare forward pass plus C − 1 backward passes to the outputs of all adapter maps:
+no method with exact output gradients does less. Two calls of the library are timed, with dense and
+with low-rank factors: ``fit`` adds a batch to running sums, which is what `KronLoraLaplace.fit`
+does for each batch, and ``kron`` makes a batch's factors from nothing, which is what laplace-torch
+calls and what its own backends offer. Peak memory is read for the first number of classes; the
+factors themselves count.
+
+Run ``python benchmarks/bench_fit.py --help`` for the sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from factor_memory import SHAPES, factor_memory_rows
+from llama_workload import (
+    Workload,
+    add_size_arguments,
+    bare_passes,
+    make_workload,
+    peer_kron_runs,
+    random_llama,
+)
+from measure import (
+    MIB,
+    add_clock_argument,
+    add_memory_arguments,
+    add_run_arguments,
+    peak_of_run,
+    peaks_in_own_processes,
+    prepare,
+    ratio,
+    time_in_turn,
+    verdict,
+    write_report,
+)
+
+from laplace_lora import LoraGGN
+
+BARE = "bare"
+AT_MOST = 1.10  # times the bare passes
+FASTER = {2: 1.8}  # than a peer, by number of classes
+FASTER_OTHERWISE = 1.6
+
+Run = Callable[[], object]
+
+
+def library_runs(work: Workload, args: argparse.Namespace, fresh: bool = False) -> dict[str, Run]:
+    """Return the library's sides by name.
+
+    Args:
+        work: Model and batch.
+        args: Sizes of the factors.
+        fresh: Let ``fit`` start from no sums, so that a memory reading includes them.
+    """
+    runs: dict[str, Run] = {}
+    for kind, rank in (("dense", None), ("low-rank", args.factor_rank)):
+        backend = LoraGGN(
+            work.model,
+            "classification",
+            factor_rank=rank,
+            low_rank_threshold=args.low_rank_threshold,
+        )
+        sums = None if fresh else backend.accumulate(work.batch, work.labels)[1]
+
+        def fit(backend: LoraGGN = backend, sums: Any = sums) -> object:
+            return backend.accumulate(work.batch, work.labels, sums)
+
+        def kron(backend: LoraGGN = backend) -> object:
+            return backend.kron(work.batch, work.labels, N=len(work.labels))
+
+        runs |= {f"fit, {kind}": fit, f"kron, {kind}": kron}
+    return runs
+
+
+def time_rows(
+    work: Workload, args: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, list[float]]]:
+    """Time all sides for one number of classes.
+
+    Returns:
+        Rows against the bare passes, rows against the peers, and all seconds.
+    """
+    runs, peers = library_runs(work, args), peer_kron_runs(work)
+    bare: dict[str, Run] = {BARE: lambda: bare_passes(work, work.classes - 1)}
+    seconds = time_in_turn({**bare, **runs, **peers}, args)
+    against_bare = []
+    for side in [*runs, *peers]:
+        cost = ratio(seconds[side], seconds[BARE])
+        against_bare.append(
+            {
+                "classes": work.classes,
+                "side": side,
+                "times bare (quartiles)": str(cost),
+                "at most": AT_MOST if side in runs else "-",
+                "": verdict(cost.median, at_most=AT_MOST) if side in runs else "-",
+            }
+        )
+    limit = FASTER.get(work.classes, FASTER_OTHERWISE)
+    against_peers = []
+    for side in runs:
+        for peer in peers:
+            gain = ratio(seconds[peer], seconds[side])
+            against_peers.append(
+                {
+                    "classes": work.classes,
+                    "side": side,
+                    "peer": f"{peer}.kron",
+                    "times faster (quartiles)": str(gain),
+                    "at least": limit,
+                    "": verdict(gain.median, at_least=limit),
+                }
+            )
+    return against_bare, against_peers, seconds
+
+
+def memory_rows(
+    sides: list[str], args: argparse.Namespace
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, int]]]:
+    """Read every side's peak in a process of its own; rows are above the bare passes' peak."""
+    peaks = peaks_in_own_processes(__file__, [BARE, *sides], args.device)
+    rows = []
+    for side in sides:
+        row: dict[str, Any] = {"classes": args.classes[0], "side": side}
+        for reading, peak in peaks[side].items():
+            row[f"MiB above bare ({reading})"] = f"{(peak - peaks[BARE][reading]) / MIB:.1f}"
+        rows.append(row)
+    return rows, peaks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_run_arguments(parser)
+    add_clock_argument(parser)
+    add_memory_arguments(parser)
+    add_size_arguments(parser)
+    parser.add_argument("--classes", type=int, nargs="+", default=[4, 2])
+    parser.add_argument(
+        "--shapes", nargs="*", choices=SHAPES, default=list(SHAPES), help="for the factor memory"
+    )
+    args = parser.parse_args()
+    prepare(args)
+    peft_model = random_llama(args)
+    if args.peak_of:
+        work = make_workload(peft_model, args, args.classes[0])
+        bare_passes(work, work.classes - 1)  # whatever is set up once is not the side's
+        runs = {BARE: lambda: bare_passes(work, work.classes - 1)}
+        runs |= library_runs(work, args, fresh=True) | peer_kron_runs(work)
+        print(peak_of_run(runs[args.peak_of], args.device, args.peak_by))
+        return
+
+    tables: dict[str, list[dict[str, Any]]] = {"Against bare passes": [], "Against peers": []}
+    raw: dict[str, Any] = {"seconds": {}}
+    for classes in args.classes:
+        work = make_workload(peft_model, args, classes)
+        bare_rows, peer_rows, raw["seconds"][classes] = time_rows(work, args)
+        tables["Against bare passes"] += bare_rows
+        tables["Against peers"] += peer_rows
+    if not args.no_memory:
+        sides = [row["side"] for row in bare_rows]
+        tables["Peak memory"], raw["peak bytes"] = memory_rows(sides, args)
+    if args.shapes:
+        tables["Factor memory"], raw["factor GiB"] = factor_memory_rows(args)
+    write_report("bench_fit", args, tables, raw)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Cost of predicting: the GLM predictive against bare passes and against laplace-torch's.
+
+The predictive is the mean and the full C × C covariance of every example in a batch. The yardstick
+is a bare forward pass plus C backward passes to the outputs of all adapter maps. laplace-torch's
+default is `CurvlinopsGGN.jacobians` (`torch.func.jacrev`) and `KronDecomposed.inv_square_form`;
+`AsdlGGN.jacobians`, the quicker of its Jacobians, is timed alone, without any covariance.
+
+All posteriors are fitted beforehand, on the batch itself. As it has no padding, the dense posterior
+and laplace-torch's must predict the same covariance; the report says how close they are.
+
+Run ``python benchmarks/bench_predict.py --help`` for the sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from llama_workload import (
+    Workload,
+    add_size_arguments,
+    bare_passes,
+    make_workload,
+    peer_backends,
+    random_llama,
+)
+from measure import (
+    MIB,
+    add_clock_argument,
+    add_memory_arguments,
+    add_run_arguments,
+    peak_of_run,
+    peaks_in_own_processes,
+    prepare,
+    ratio,
+    time_in_turn,
+    verdict,
+    write_report,
+)
+from torch.utils.data import DataLoader
+
+from laplace_lora import KronLoraLaplace
+
+BARE = "bare"
+JACREV, ASDL = "CurvlinopsGGN", "AsdlGGN"
+PEERS = {JACREV: "laplace-torch's default", ASDL: "AsdlGGN.jacobians alone"}
+AT_MOST = 1.25  # times the bare passes
+FASTER = {JACREV: 12.0, ASDL: 2.0}
+MEMORY_SHARE = 0.75  # of the Jacobian of all adapter weights, in float32
+
+Run = Callable[[], Any]
+
+
+def library_run(work: Workload, args: argparse.Namespace, factor_rank: int | None) -> Run:
+    """Fit a posterior on the batch and return its predictive."""
+    examples = [
+        {key: value[i] for key, value in work.batch.items()} for i in range(len(work.labels))
+    ]
+    la = KronLoraLaplace(
+        work.model,
+        "classification",
+        factor_rank=factor_rank,
+        low_rank_threshold=args.low_rank_threshold,
+        prior_precision=args.prior_precision,
+    )
+    la.fit(DataLoader(examples, batch_size=len(examples)))
+    return lambda: la._glm_predictive_distribution(work.batch)
+
+
+def peer_run(work: Workload, args: argparse.Namespace, name: str) -> Run:
+    """Return laplace-torch's default predictive on its own factors, or ASDL's Jacobians alone."""
+    backend: Any = peer_backends([name], work)[name]
+    if name == ASDL:
+        return lambda: backend.jacobians(work.batch)
+    _, kron = backend.kron(work.batch, work.labels, N=len(work.labels))
+    prior = torch.tensor([args.prior_precision], device=args.device)
+    precision = kron.decompose() + prior
+
+    def predictive() -> tuple[torch.Tensor, torch.Tensor]:
+        jacobians, mean = backend.jacobians(work.batch)
+        return mean, precision.inv_square_form(jacobians)
+
+    return predictive
+
+
+def make_run(side: str, work: Workload, args: argparse.Namespace) -> Run:
+    """Prepare one side by name; whatever it needs is fitted here."""
+    if side == BARE:
+        return lambda: bare_passes(work, work.classes)
+    if side in PEERS:
+        return peer_run(work, args, side)
+    return library_run(work, args, None if side == "dense" else args.factor_rank)
+
+
+def time_rows(
+    work: Workload, args: argparse.Namespace
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
+    """Time all sides and compare the covariances; return the tables and the raw figures."""
+    library = ["dense", "low-rank"]
+    runs = {side: make_run(side, work, args) for side in [BARE, *library, *PEERS]}
+    seconds = time_in_turn(runs, args)
+    bare_rows, peer_rows = [], []
+    for side in [*library, *PEERS]:
+        cost = ratio(seconds[side], seconds[BARE])
+        bare_rows.append(
+            {
+                "classes": work.classes,
+                "side": PEERS.get(side, side),
+                "times bare (quartiles)": str(cost),
+                "at most": AT_MOST if side in library else "-",
+                "": verdict(cost.median, at_most=AT_MOST) if side in library else "-",
+            }
+        )
+    for side in library:
+        for peer, limit in FASTER.items():
+            gain = ratio(seconds[peer], seconds[side])
+            peer_rows.append(
+                {
+                    "classes": work.classes,
+                    "side": side,
+                    "peer": PEERS[peer],
+                    "times faster (quartiles)": str(gain),
+                    "at least": limit,
+                    "": verdict(gain.median, at_least=limit),
+                }
+            )
+    expected = runs[JACREV]()[1]
+    differences = {
+        side: float((runs[side]()[1] - expected).norm() / expected.norm()) for side in library
+    }
+    agreement = [
+        {"classes": work.classes, "side": side, "relative difference": f"{difference:.1e}"}
+        for side, difference in differences.items()
+    ]
+    tables = {
+        "Against bare passes": bare_rows,
+        "Against peers": peer_rows,
+        "Covariances against laplace-torch's default": agreement,
+    }
+    return tables, {"seconds": seconds, "relative difference": differences}
+
+
+def memory_rows(
+    work: Workload, args: argparse.Namespace
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, int]]]:
+    """Read every side's peak in a process of its own; rows are above the bare passes' peak."""
+    peaks = peaks_in_own_processes(__file__, [BARE, "dense", "low-rank", *PEERS], args.device)
+    jacobian = len(work.labels) * work.classes * work.n_parameters * 4
+    rows = []
+    for side in peaks:
+        if side == BARE:
+            continue
+        row: dict[str, Any] = {"classes": work.classes, "side": PEERS.get(side, side)}
+        for reading, peak in peaks[side].items():
+            above = peak - peaks[BARE][reading]
+            row[f"MiB above bare ({reading})"] = f"{above / MIB:.1f}"
+            row[f"of the Jacobian ({reading})"] = f"{above / jacobian:.2f}"
+            if side not in PEERS:
+                met = verdict(above / jacobian, at_most=MEMORY_SHARE)
+                row[f"of the Jacobian ({reading})"] += f" (at most {MEMORY_SHARE}: {met})"
+        rows.append(row)
+    return rows, peaks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_run_arguments(parser)
+    add_clock_argument(parser)
+    add_memory_arguments(parser)
+    add_size_arguments(parser)
+    parser.add_argument("--classes", type=int, nargs="+", default=[4])
+    parser.add_argument("--prior-precision", type=float, default=1.0)
+    args = parser.parse_args()
+    prepare(args)
+    peft_model = random_llama(args)
+    if args.peak_of:
+        work = make_workload(peft_model, args, args.classes[0])
+        run = make_run(args.peak_of, work, args)
+        bare_passes(work, work.classes)  # whatever is set up once is not the side's
+        print(peak_of_run(run, args.device, args.peak_by))
+        return
+
+    tables: dict[str, list[dict[str, Any]]] = {}
+    raw: dict[str, Any] = {}
+    for classes in args.classes:
+        found, raw[f"{classes} classes"] = time_rows(make_workload(peft_model, args, classes), args)
+        for heading, rows in found.items():
+            tables.setdefault(heading, []).extend(rows)
+    if not args.no_memory:
+        work = make_workload(peft_model, args, args.classes[0])
+        tables["Peak memory"], raw["peak bytes"] = memory_rows(work, args)
+    write_report("bench_predict", args, tables, raw)
+
+
+if __name__ == "__main__":
+    main()
