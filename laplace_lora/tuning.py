@@ -21,7 +21,8 @@ from laplace_lora.groups import Structure, prior_groups
 from laplace_lora.prior import descend, grid_search
 from laplace_lora.validation import Scoring
 
-SETTINGS = ("_prior_precision", "_sigma_noise", "covariance_scale", "likelihood_temperature")
+CALIBRATED = ("covariance_scale", "likelihood_temperature")
+SETTINGS = ("_prior_precision", "_sigma_noise", *CALIBRATED)
 
 
 class PriorTuning(ParametricLaplace):
@@ -96,13 +97,11 @@ class PriorTuning(ParametricLaplace):
                 options = {"val_loader": val_loader, "n_samples": n_samples, "link_approx": "mc"}
                 super().optimize_prior_precision("nn", method, **options, **kwargs)
             elif method == "gridsearch":
-                self._search_grid(
-                    prior_structure, val_loader, link_approx, n_samples, progress_bar, **kwargs
-                )
+                scoring = Scoring.of(self, link_approx, n_samples)
+                self._search_grid(prior_structure, val_loader, scoring, progress_bar, **kwargs)
             elif method == "val_gd":
-                self._descend(
-                    prior_structure, val_loader, link_approx, n_samples, progress_bar, **kwargs
-                )
+                scoring = Scoring.of(self, link_approx, n_samples)
+                self._descend(prior_structure, val_loader, scoring, progress_bar, **kwargs)
             else:
                 raise ValueError(
                     f"method must be 'marglik', 'gridsearch' or 'val_gd', got {method!r}"
@@ -145,6 +144,16 @@ class PriorTuning(ParametricLaplace):
         self._check_H_init()
         scoring = Scoring.of(self, link_approx, n_samples, generator)
         return calibrate(self, val_loader, scoring, progress_bar)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return laplace-torch's state, with what a calibration chose."""
+        return {**super().state_dict(), **{name: getattr(self, name) for name in CALIBRATED}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state of a posterior of the same class over the same weights."""
+        super().load_state_dict(state_dict)
+        for name in CALIBRATED:
+            setattr(self, name, state_dict.get(name, 1.0))
 
     @property
     def block_names(self) -> list[str]:
@@ -201,8 +210,7 @@ class PriorTuning(ParametricLaplace):
         self,
         structure: Structure,
         val_loader: DataLoader | None,
-        link_approx: str,
-        n_samples: int,
+        scoring: Scoring,
         progress_bar: bool,
         loss: Any = None,
         log_prior_prec_min: float = -4,
@@ -218,7 +226,6 @@ class PriorTuning(ParametricLaplace):
         grid = torch.logspace(
             log_prior_prec_min, log_prior_prec_max, grid_size, base=log_prior_prec_base
         )
-        scoring = Scoring.of(self, link_approx, n_samples)
         best, _ = grid_search(self, val_loader, grid, scoring, loss, progress_bar)
         self.prior_precision = best
 
@@ -226,14 +233,12 @@ class PriorTuning(ParametricLaplace):
         self,
         structure: Structure,
         val_loader: DataLoader | None,
-        link_approx: str,
-        n_samples: int,
+        scoring: Scoring,
         progress_bar: bool,
         n_steps: int = 100,
         lr: float = 0.1,
     ) -> None:
         groups = prior_groups(self.block_names, structure)
-        scoring = Scoring.of(self, link_approx, n_samples)
         precisions = descend(self, val_loader, groups, scoring, n_steps, lr, progress_bar)
         self._set_precisions(precisions, groups)
 

@@ -266,6 +266,7 @@ def test_fit_leaves_modes_weights_and_gradients_alone(cls, kwargs):
 @pytest.mark.parametrize("cls,kwargs", CLASSES)
 def test_state_dicts_restore_the_posterior(cls, kwargs):
     la = posterior(cls, prior_precision=3.0, **kwargs)
+    la.covariance_scale, la.likelihood_temperature = 2.0, 1.5
     other = posterior(cls, fit=False, **kwargs)
     other.load_state_dict(la.state_dict())
     batch = token_batch((4, 2), seed=9)
