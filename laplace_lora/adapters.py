@@ -36,7 +36,7 @@ class LinearMap:
     """
 
     name: str
-    module: nn.Module
+    module: nn.Linear | Conv1D
     in_features: int
     out_features: int
     transposed: bool
@@ -78,6 +78,26 @@ def activate_adapter(model: nn.Module) -> None:
     logger.info("made the %d tensors of adapter %r trainable", count, adapters[0])
 
 
+def linear_maps(model: nn.Module) -> Iterator[LinearMap]:
+    """Yield every linear map of a model, trainable or not, in the order of its modules.
+
+    Args:
+        model: Any module.
+    """
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            layers[name] = module
+        if not isinstance(module, nn.Linear | Conv1D):
+            continue
+        transposed = isinstance(module, Conv1D)
+        rows, columns = module.weight.shape
+        shape = (rows, columns) if transposed else (columns, rows)
+        # lora_A and lora_B are dictionaries of modules, two steps below the adapted layer.
+        layer = layers.get(name.rpartition(".")[0].rpartition(".")[0])
+        yield LinearMap(name, module, *shape, transposed, layer)
+
+
 def trainable_maps(model: nn.Module) -> tuple[list[LinearMap], list[Block]]:
     """Return the linear maps with trainable tensors, and those tensors in parameter order.
 
@@ -95,22 +115,12 @@ def trainable_maps(model: nn.Module) -> tuple[list[LinearMap], list[Block]]:
     check_adapters(model)
     maps: list[LinearMap] = []
     owners: dict[int, list[tuple[int, bool]]] = {}
-    layers: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            layers[name] = module
-        if not isinstance(module, nn.Linear | Conv1D):
-            continue
-        weight, bias = module.weight, module.bias
+    for linear in linear_maps(model):
+        weight, bias = linear.module.weight, linear.module.bias
         trainable = [p for p in (weight, bias) if p is not None and p.requires_grad]
         if not trainable:
             continue
-        transposed = isinstance(module, Conv1D)
-        rows, columns = weight.shape
-        shape = (rows, columns) if transposed else (columns, rows)
-        # lora_A and lora_B are dictionaries of modules, two steps below the adapted layer.
-        layer = layers.get(name.rpartition(".")[0].rpartition(".")[0])
-        maps.append(LinearMap(name, module, *shape, transposed, layer))
+        maps.append(linear)
         for parameter in trainable:
             owners.setdefault(id(parameter), []).append((len(maps) - 1, parameter is bias))
 

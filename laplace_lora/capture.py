@@ -20,6 +20,8 @@ from laplace_lora.adapters import LinearMap
 
 Visitor = Callable[[int, int, Tensor], None]
 
+MASK_NAMES = ("attention_mask", "decoder_attention_mask")
+
 
 class Tape:
     """One recorded forward pass.
@@ -33,7 +35,7 @@ class Tape:
     def __init__(
         self,
         maps: Sequence[LinearMap],
-        batch: Any,
+        mask_source: Any,
         inputs: list[Tensor],
         outputs: list[Tensor],
         output: Tensor,
@@ -42,7 +44,7 @@ class Tape:
         self.maps = maps
         self._sources = sources
         self.output = output.detach()
-        self._batch = batch
+        self._mask_source = mask_source
         self._output = output
         self.inputs = [tensor.detach() for tensor in inputs]
         self._outputs = outputs
@@ -61,7 +63,7 @@ class Tape:
         found: dict[torch.Size, Tensor | None] = {}
         for linear, x in zip(self.maps, self.inputs, strict=True):
             if x.shape[:-1] not in found:
-                found[x.shape[:-1]] = _token_mask(self._batch, x, linear.name)
+                found[x.shape[:-1]] = token_mask(self._mask_source, x, linear.name)
         return [found[x.shape[:-1]] for x in self.inputs]
 
     @cached_property
@@ -113,18 +115,26 @@ class Tape:
                 )
 
 
-def record(model: nn.Module, maps: Sequence[LinearMap], batch: Any) -> Tape:
+def record(
+    model: Callable[[Any], Tensor],
+    maps: Sequence[LinearMap],
+    batch: Any,
+    masks: Mapping[str, Any] | None = None,
+    skip_idle: bool = False,
+) -> Tape:
     """Run a model on a batch and record its trainable maps; leaves no hook behind.
 
     Args:
-        model: Module from a batch to ``(batch, outputs)``.
+        model: From a batch to ``(batch, outputs)``.
         maps: The maps to record.
         batch: What the model takes.
+        masks: Where attention masks are looked for once they are needed; ``None`` for the batch.
+        skip_idle: Leave out maps that do not run, instead of refusing them.
 
     Raises:
         ValueError: If the model's output is not ``(batch, outputs)``.
-        RuntimeError: If a map did not run, ran more than once, or saw an input that has neither
-            the shape ``(batch, q)`` nor ``(batch, tokens, q)``.
+        RuntimeError: If the output carries no gradient, or a map did not run, ran more than once,
+            or saw an input that has neither the shape ``(batch, q)`` nor ``(batch, tokens, q)``.
     """
     calls: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in range(len(maps))}
 
@@ -143,6 +153,13 @@ def record(model: nn.Module, maps: Sequence[LinearMap], batch: Any) -> Tape:
         for layer in {linear.layer for linear in maps if linear.layer is not None}:
             stack.callback(layer.register_forward_pre_hook(note).remove)
         output = model(batch)
+    if skip_idle:
+        maps = [linear for i, linear in enumerate(maps) if calls[i]]
+        calls = dict(enumerate(found for found in calls.values() if found))
+    if not output.requires_grad:
+        raise RuntimeError(
+            "the outputs carry no gradient; does the model run under torch.no_grad, or detach them?"
+        )
     if output.ndim != 2:
         raise ValueError(
             f"the model returned shape {tuple(output.shape)}, expected (batch, outputs); give "
@@ -151,7 +168,8 @@ def record(model: nn.Module, maps: Sequence[LinearMap], batch: Any) -> Tape:
     for i, linear in enumerate(maps):
         _check_calls(linear.name, [x for x, _ in calls[i]], output.shape[0])
     inputs, outputs = zip(*(calls[i][0] for i in range(len(maps))), strict=True)
-    return Tape(maps, batch, list(inputs), list(outputs), output, sources)
+    masks = batch if masks is None else masks
+    return Tape(maps, masks, list(inputs), list(outputs), output, sources)
 
 
 def _address(x: Tensor) -> tuple:
@@ -175,11 +193,24 @@ def _check_calls(name: str, inputs: list[Tensor], batch: int) -> None:
         )
 
 
-def _token_mask(batch: Any, inputs: Tensor, name: str) -> Tensor | None:
-    """Return the ``(batch, tokens)`` mask that fits an input, ``None`` if all tokens are real."""
+def token_mask(batch: Any, inputs: Tensor, name: str) -> Tensor | None:
+    """Return which tokens of a map's input are real.
+
+    Args:
+        batch: Mapping with ``attention_mask`` or ``decoder_attention_mask``; anything else has
+            no padding.
+        inputs: Input of the map, ``(batch, tokens, q)`` or ``(batch, q)``.
+        name: Name of the map, for the error.
+
+    Returns:
+        The ``(batch, tokens)`` mask that fits the input, ``None`` if all tokens are real.
+
+    Raises:
+        ValueError: If there are masks, but none fits.
+    """
     if inputs.ndim == 2 or inputs.shape[1] == 1 or not isinstance(batch, Mapping):
         return None
-    found = [batch.get(key) for key in ("attention_mask", "decoder_attention_mask")]
+    found = [batch.get(key) for key in MASK_NAMES]
     masks: list[Tensor] = [mask for mask in found if mask is not None]
     if not masks:
         return None

@@ -19,7 +19,7 @@ from laplace_lora.adapters import check_adapters, trainable_maps
 from laplace_lora.capture import Tape, record
 from laplace_lora.factors import DenseFactor, check_residual
 from laplace_lora.jacobians import jacobian_blocks
-from laplace_lora.kfac import APPROXIMATIONS, KfacSums
+from laplace_lora.kfac import KfacSums, Rows
 from laplace_lora.kron import LowRankKron
 
 
@@ -53,11 +53,9 @@ class LoraCurvature(CurvatureInterface):
     ) -> None:
         super().__init__(*args, **kwargs)
         check_residual(residual)
-        if kfac_approx not in APPROXIMATIONS:
-            raise ValueError(f"kfac_approx must be one of {APPROXIMATIONS}, got {kfac_approx!r}")
         if factor_rank is not None and factor_rank < 1:
             raise ValueError(f"factor_rank must be positive or None, got {factor_rank}")
-        self.kfac_approx = kfac_approx
+        self.rows = Rows(kfac_approx)
         self.factor_rank = factor_rank
         self.low_rank_threshold = low_rank_threshold
         self.residual = residual
@@ -114,7 +112,7 @@ class LoraCurvature(CurvatureInterface):
         tape, loss = self._forward(x, y)
         if sums is None:
             sums = KfacSums.empty(
-                tape, self.factor_rank, self.low_rank_threshold, self.dtype, self.kfac_approx
+                tape, self.factor_rank, self.low_rank_threshold, self.dtype, self.rows
             )
         sums.update(tape, self._columns(tape.output, y))
         return loss, sums

@@ -22,6 +22,19 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def gradients_needed(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let frozen floating-point tensors take part in a graph; they are frozen again afterwards."""
+    frozen = [p for p in parameters if p.is_floating_point() and not p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
 def weights_kept(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Let the weights be overwritten; they come back to the bit afterwards."""
     kept = [parameter.detach().clone() for parameter in parameters]

@@ -7,9 +7,11 @@ to `factors`, algebra over a whole model to `kron`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from laplace_lora.adapters import Block
 from laplace_lora.capture import Tape
@@ -17,6 +19,69 @@ from laplace_lora.factors import map_shared
 from laplace_lora.sketch import Factor, empty_factor
 
 APPROXIMATIONS = ("expand", "reduce")
+POSITIONS = ("all", "last")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a map's inputs and output gradients enter its covariances.
+
+    Attributes:
+        approximation: ``"expand"`` or ``"reduce"``, see `KfacSums`.
+        positions: ``"all"`` real tokens, or the ``"last"`` one of each example alone.
+
+    Raises:
+        ValueError: If either is unknown.
+    """
+
+    approximation: str = "expand"
+    positions: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.approximation not in APPROXIMATIONS:
+            raise ValueError(
+                f"kfac_approx must be one of {APPROXIMATIONS}, got {self.approximation!r}"
+            )
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions must be one of {POSITIONS}, got {self.positions!r}")
+
+    def of_input(self, x: Tensor, mask: Tensor | None, factor: Factor) -> tuple[Tensor, float]:
+        """Return the rows of an input, and the weight of their outer products.
+
+        Args:
+            x: Input, ``(batch, tokens, q)`` or ``(batch, q)``.
+            mask: Real tokens, ``(batch, tokens)``; ``None`` if all are.
+            factor: Where they go: gives the number format, and is one longer than ``q`` if a 1 is
+                to be appended to each input.
+        """
+        if factor.d == x.shape[-1] + 1:
+            x = F.pad(x, (0, 1), value=1.0)
+        if x.ndim == 2:
+            return x, 1.0
+        mask = self._seen(x, mask)
+        if self.approximation == "reduce":
+            means = _real_tokens(x.to(factor.dtype), mask).sum(1) / _counts(x, mask, factor.dtype)
+            return means, 1.0
+        if mask is None:
+            return x.flatten(0, 1), 1 / x.shape[1]
+        weights = _counts(x, mask, factor.dtype).rsqrt().expand(mask.shape)
+        return x[mask].to(factor.dtype) * weights[mask].unsqueeze(-1), 1.0
+
+    def of_grad(self, grad: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the rows of an output gradient, ``(batch, tokens, p)`` or ``(batch, p)``."""
+        if grad.ndim == 2:
+            return grad
+        mask = self._seen(grad, mask)
+        if self.approximation == "reduce":
+            return _real_tokens(grad, mask).sum(1)
+        return grad.flatten(0, 1) if mask is None else grad[mask]
+
+    def _seen(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        if self.positions == "all":
+            return mask
+        tokens = torch.arange(x.shape[1], device=x.device)
+        last = tokens[-1:] if mask is None else (tokens * mask).argmax(-1)
+        return (tokens == last.unsqueeze(-1)).expand(x.shape[:2])
 
 
 class KfacSums:
@@ -30,20 +95,13 @@ class KfacSums:
     Args:
         inputs: Input covariance of each map; maps that receive the same tensor share one.
         grads: Gradient covariance of each map.
-        approximation: ``"expand"`` or ``"reduce"``.
-
-    Raises:
-        ValueError: If the approximation is neither.
+        rows: Which rows of inputs and gradients enter.
     """
 
-    def __init__(
-        self, inputs: list[Factor], grads: list[Factor], approximation: str = "expand"
-    ) -> None:
-        if approximation not in APPROXIMATIONS:
-            raise ValueError(f"kfac_approx must be one of {APPROXIMATIONS}, got {approximation!r}")
+    def __init__(self, inputs: list[Factor], grads: list[Factor], rows: Rows) -> None:
         self.inputs = inputs
         self.grads = grads
-        self.approximation = approximation
+        self.rows = rows
 
     @classmethod
     def empty(
@@ -52,7 +110,8 @@ class KfacSums:
         rank: int | None,
         threshold: int,
         dtype: torch.dtype,
-        approximation: str = "expand",
+        rows: Rows,
+        homogeneous: Sequence[bool] | None = None,
     ) -> KfacSums:
         """Return empty sums for the maps of a tape.
 
@@ -61,19 +120,23 @@ class KfacSums:
             rank: Eigenpairs of a low-rank side, ``None`` for dense sides.
             threshold: Sides up to this length stay dense.
             dtype: Number format of the sums.
-            approximation: ``"expand"`` or ``"reduce"``.
+            rows: Which rows of inputs and gradients enter.
+            homogeneous: For each map whether its inputs get a 1 appended, which makes its bias a
+                column of its weight; ``None`` for no map.
         """
+        homogeneous = homogeneous or [False] * len(tape.maps)
+        owners: dict[tuple[int, bool], Factor] = {}
         inputs: list[Factor] = []
         grads: list[Factor] = []
         for i, (linear, group) in enumerate(zip(tape.maps, tape.input_groups, strict=True)):
             device = tape.inputs[i].device
             grads.append(empty_factor(linear.out_features, rank, threshold, dtype, device))
-            inputs.append(
-                empty_factor(linear.in_features, rank, threshold, dtype, device)
-                if group == i
-                else inputs[group]
-            )
-        return cls(inputs, grads, approximation)
+            key = (group, homogeneous[i])
+            if key not in owners:
+                d = linear.in_features + homogeneous[i]
+                owners[key] = empty_factor(d, rank, threshold, dtype, device)
+            inputs.append(owners[key])
+        return cls(inputs, grads, rows)
 
     def update(self, tape: Tape, columns: Tensor) -> None:
         """Add a batch: its inputs once, its gradients for every column.
@@ -88,20 +151,25 @@ class KfacSums:
         """
         owner: dict[int, int] = {}
         for i, factor in enumerate(self.inputs):
-            group = owner.setdefault(id(factor), tape.input_groups[i])
-            if group != tape.input_groups[i]:
+            first = owner.setdefault(id(factor), i)
+            if tape.input_groups[first] != tape.input_groups[i]:
                 raise RuntimeError(
-                    f"layers {tape.maps[group].name!r} and {tape.maps[i].name!r} received the same "
+                    f"layers {tape.maps[first].name!r} and {tape.maps[i].name!r} received the same "
                     "input in earlier batches but not in this one"
                 )
-            if group == i:
-                factor.update(*self._input_rows(tape.inputs[i], tape.masks[i], factor.dtype))
+            if first == i:
+                factor.update(*self.rows.of_input(tape.inputs[i], tape.masks[i], factor))
 
         def visit(column: int, i: int, grad: Tensor) -> None:
-            self.grads[i].update(self._grad_rows(grad, tape.masks[i]))
+            self.grads[i].update(self.rows.of_grad(grad, tape.masks[i]))
 
         tape.backward(columns, visit)
         self._check_finite(tape)
+
+    def covariances(self, n: int) -> list[tuple[Factor, Factor]]:
+        """Return each map's input covariance, divided by ``n``, and its gradient covariance."""
+        means = map_shared([self.inputs], lambda factor: factor * (1 / n))[0]
+        return list(zip(means, self.grads, strict=True))
 
     def kfacs(
         self, blocks: Sequence[Block], transposed: Sequence[bool], n: int
@@ -113,33 +181,13 @@ class KfacSums:
             transposed: For each map whether its weight is stored as ``(in, out)``.
             n: Examples summed over; the input covariances are divided by it.
         """
-        means = map_shared([self.inputs], lambda factor: factor * (1 / n))[0]
+        covariances = self.covariances(n)
         result = []
         for block in blocks:
-            grad, mean = self.grads[block.map], means[block.map]
+            mean, grad = covariances[block.map]
             weight = [mean, grad] if transposed[block.map] else [grad, mean]
             result.append([grad] if block.is_bias else weight)
         return result
-
-    def _input_rows(
-        self, x: Tensor, mask: Tensor | None, dtype: torch.dtype
-    ) -> tuple[Tensor, float]:
-        """Return rows and the weight of their outer products."""
-        if x.ndim == 2:
-            return x, 1.0
-        if self.approximation == "reduce":
-            return _real_tokens(x.to(dtype), mask).sum(1) / _counts(x, mask).to(dtype), 1.0
-        if mask is None:
-            return x.flatten(0, 1), 1 / x.shape[1]
-        weights = _counts(x, mask).to(dtype).rsqrt().expand(mask.shape)
-        return x[mask].to(dtype) * weights[mask].unsqueeze(-1), 1.0
-
-    def _grad_rows(self, grad: Tensor, mask: Tensor | None) -> Tensor:
-        if grad.ndim == 2:
-            return grad
-        if self.approximation == "reduce":
-            return _real_tokens(grad, mask).sum(1)
-        return grad.flatten(0, 1) if mask is None else grad[mask]
 
     def _check_finite(self, tape: Tape) -> None:
         sums = [(linear.name, f) for linear, f in zip(tape.maps, self.inputs, strict=True)]
@@ -156,8 +204,8 @@ def _real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0)
 
 
-def _counts(x: Tensor, mask: Tensor | None) -> Tensor:
+def _counts(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return the number of real tokens of each example, ``(batch, 1)``."""
     if mask is None:
-        return x.new_full((x.shape[0], 1), x.shape[1], dtype=torch.long)
-    return mask.sum(1, keepdim=True).clamp(min=1)
+        return torch.full((x.shape[0], 1), x.shape[1], dtype=dtype, device=x.device)
+    return mask.sum(1, keepdim=True).clamp(min=1).to(dtype)

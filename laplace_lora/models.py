@@ -75,6 +75,17 @@ class LogitsModel(nn.Module):
         """Where inputs go: the device of the model's first parameter."""
         return next(self.model.parameters()).device
 
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the model is an encoder-decoder; answers are read at its first decoder step."""
+        return bool(getattr(self.config, "is_encoder_decoder", False))
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """Number of tokens that the model gives logits for, ``None`` if it is no language model."""
+        head = self._output_embeddings()
+        return None if head is None else head.weight.shape[0]
+
     def forward(self, batch: Mapping[str, Any] | Tensor) -> Tensor:
         """Return logits or regression means.
 
@@ -161,7 +172,7 @@ class LogitsModel(nn.Module):
 
     def _answer_logits(self, inputs: dict[str, Any], ids: Tensor) -> Tensor:
         mask = inputs.get("attention_mask")
-        if getattr(self.config, "is_encoder_decoder", False):
+        if self.is_encoder_decoder:
             start = self.config.decoder_start_token_id
             first = inputs["input_ids"].new_full((len(inputs["input_ids"]), 1), start)
             inputs.setdefault("decoder_input_ids", first)
@@ -174,8 +185,11 @@ class LogitsModel(nn.Module):
             logits = self.model(**inputs).logits[:, -1]
         return logits if narrowed else logits[:, ids]
 
+    def _output_embeddings(self) -> Any:
+        return getattr(self._base, "get_output_embeddings", lambda: None)()
+
     def _vocabulary_head(self) -> Any:
-        head = getattr(self._base, "get_output_embeddings", lambda: None)()
+        head = self._output_embeddings()
         if head is None:
             raise ValueError(
                 f"{type(self._base).__name__} has no vocabulary, so `target_ids` mean nothing to "
@@ -186,8 +200,7 @@ class LogitsModel(nn.Module):
     def _score_head(self, inputs: dict[str, Any]) -> nn.Module | None:
         """Return the head of a decoder that classifies at its last unpadded token."""
         classifier = type(self._base).__name__.endswith("ForSequenceClassification")
-        decoder = not getattr(self.config, "is_encoder_decoder", False)
-        known = classifier and decoder and "input_ids" in inputs
+        known = classifier and not self.is_encoder_decoder and "input_ids" in inputs
         return getattr(self._base, "score", None) if known else None
 
 

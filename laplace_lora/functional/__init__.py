@@ -1,0 +1,37 @@
+"""The Laplace-LoRA paper's functional interface: factors, evidence and predictive as functions.
+
+Names and arguments are those of the bayesian_lora documentation, so that a script changes one
+import line; the numbers are those of `KronLoraLaplace`, whose factors, Kronecker algebra and
+Jacobians do the work. Source: Yang, Robeyns, Wang, Aitchison (2024), arXiv:2308.13111.
+
+A factor is a covariance ``(d, d)``, or where it is low-rank a root ``R`` of shape ``(d, n_kfac)``
+with ``R Rᵀ`` in its place.
+"""
+
+from laplace_lora.functional.hooks import (
+    Hooks,
+    register_hooks,
+    remove_hooks,
+    save_input_hook,
+    save_output_grad_hook,
+)
+from laplace_lora.functional.kronecker import calculate_kronecker_factors
+from laplace_lora.functional.posterior import (
+    jacobian_mean,
+    model_evidence,
+    predict_probs,
+    variance,
+)
+
+__all__ = [
+    "Hooks",
+    "calculate_kronecker_factors",
+    "jacobian_mean",
+    "model_evidence",
+    "predict_probs",
+    "register_hooks",
+    "remove_hooks",
+    "save_input_hook",
+    "save_output_grad_hook",
+    "variance",
+]

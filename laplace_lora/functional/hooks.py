@@ -1,0 +1,264 @@
+"""Hooks that sum a module's input and gradient covariances while the user runs the model.
+
+Selecting modules by keyword and reading the masks that a model is called with live here too. The
+loop over a data set that needs no hooks of one's own is `kronecker`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from laplace_lora.adapters import LinearMap, linear_maps
+from laplace_lora.capture import MASK_NAMES, token_mask
+from laplace_lora.factors import DenseFactor
+from laplace_lora.kfac import Rows
+from laplace_lora.sketch import Factor, empty_factor
+
+
+def factor_tensor(factor: Factor) -> Tensor:
+    """Return a dense sum's matrix ``(d, d)``, or the root ``(d, rank)`` of a sketched one."""
+    if isinstance(factor, DenseFactor):
+        return factor.matrix
+    eigen = factor.decompose("zero")
+    return eigen.vectors * eigen.values.sqrt()
+
+
+class RunningFactor:
+    """A covariance that hooks are summing; unpacks into ``(tensor, low_rank)`` as it stands.
+
+    Args:
+        factor: The sum so far.
+    """
+
+    def __init__(self, factor: Factor) -> None:
+        self.factor = factor
+
+    def __getitem__(self, index: int) -> Tensor | bool:
+        return tuple(self)[index]
+
+    def __iter__(self) -> Iterator[Tensor | bool]:
+        return iter((factor_tensor(self.factor), not isinstance(self.factor, DenseFactor)))
+
+    def __len__(self) -> int:
+        return 2
+
+
+class Hooks(list[RemovableHandle]):
+    """Handles of registered hooks; as a context manager it removes them, whatever happens."""
+
+    def __enter__(self) -> Hooks:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        remove_hooks(self)
+
+
+def selected_maps(
+    model: nn.Module, target_module_keywords: Sequence[str], exclude_bias: bool
+) -> list[tuple[LinearMap, bool]]:
+    """Return the linear maps that a keyword selects, and whether each brings its bias.
+
+    A keyword selects by whole parts of a name, whatever their case, where dots and underscores
+    part: ``"lora"`` selects ``q_proj.lora_A.default``, ``"q_proj"`` too, ``"layers.1"`` not
+    ``layers.11``. The empty keyword selects everything.
+
+    Args:
+        model: Any module; its `nn.Linear` and `Conv1D` modules count.
+        target_module_keywords: Parts of module names.
+        exclude_bias: Treat all biases as fixed.
+
+    Raises:
+        TypeError: If the keywords are a single string.
+        ValueError: If no linear map is selected; lists some there are.
+    """
+    if isinstance(target_module_keywords, str):
+        raise TypeError(f"give a list of keywords, such as [{target_module_keywords!r}]")
+    patterns = [
+        re.compile(rf"(?<![^._]){re.escape(keyword)}(?![^._])" if keyword else "", re.IGNORECASE)
+        for keyword in target_module_keywords
+    ]
+    every = list(linear_maps(model))
+    found = [linear for linear in every if any(p.search(linear.name) for p in patterns)]
+    if not found:
+        raise ValueError(
+            f"target_module_keywords={list(target_module_keywords)} select no linear module by a "
+            f"whole part of its name; there are {[linear.name for linear in every[:8]]}, ..."
+        )
+    return [(linear, linear.module.bias is not None and not exclude_bias) for linear in found]
+
+
+def note_masks(model: nn.Module, masks: dict[str, Any]) -> RemovableHandle:
+    """Register a hook that keeps the attention masks of a model's latest call in ``masks``."""
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        masks.clear()
+        masks.update({key: kwargs[key] for key in MASK_NAMES if kwargs.get(key) is not None})
+
+    return model.register_forward_pre_hook(note, with_kwargs=True)
+
+
+def save_input_hook(
+    module_name: str,
+    activations: dict[str, RunningFactor],
+    n_kfac: int | None,
+    lr_threshold: int,
+    has_bias: bool = False,
+    svd_dtype: torch.dtype | None = None,
+    *,
+    masks: Mapping[str, Any] | None = None,
+    positions: str = "all",
+) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """Return a forward pre-hook that adds ``Σ_n (1/T_n) Σ_t a aᵀ`` of a module's inputs.
+
+    Args:
+        module_name: Key in ``activations``.
+        activations: Where the sum is kept; it unpacks into the factor and whether it is low-rank.
+        n_kfac: Rank of a low-rank factor; ``None`` keeps it dense.
+        lr_threshold: Inputs shorter than this (with a bias one longer) keep a dense factor.
+        has_bias: Append a 1 to the inputs, so that the bias is a column of the weight.
+        svd_dtype: Number format of the sums; ``None`` for float32, or the inputs' if wider.
+        masks: Where ``attention_mask``, ``(batch, tokens)``, is looked up when the hook runs;
+            ``None`` takes every token for real.
+        positions: ``"all"`` real tokens, or each example's ``"last"`` one.
+    """
+    rows = Rows(positions=positions)
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0].detach()
+        factor = _running(
+            activations, module_name, x, x.shape[-1] + has_bias, n_kfac, lr_threshold, svd_dtype
+        )
+        factor.update(*rows.of_input(x, token_mask(masks, x, module_name), factor))
+
+    return hook
+
+
+def save_output_grad_hook(
+    module_name: str,
+    output_grads: dict[str, RunningFactor],
+    n_kfac: int | None,
+    lr_threshold: int,
+    svd_dtype: torch.dtype | None = None,
+    *,
+    masks: Mapping[str, Any] | None = None,
+    positions: str = "all",
+) -> Callable[[nn.Module, Any, tuple[Tensor, ...]], None]:
+    """Return a full backward hook that adds ``Σ_n Σ_t g gᵀ`` of a module's output gradients.
+
+    The gradients are those of what is differentiated: for a curvature that does not depend on the
+    batch size, differentiate a sum over examples, not a mean.
+
+    Args:
+        module_name: Key in ``output_grads``.
+        output_grads: Where the sum is kept; it unpacks into the factor and whether it is low-rank.
+        n_kfac: Rank of a low-rank factor; ``None`` keeps it dense.
+        lr_threshold: Outputs shorter than this keep a dense factor.
+        svd_dtype: Number format of the sums; ``None`` for float32, or the gradients' if wider.
+        masks: Where ``attention_mask``, ``(batch, tokens)``, is looked up when the hook runs;
+            ``None`` takes every token for real.
+        positions: ``"all"`` real tokens, or each example's ``"last"`` one.
+    """
+    rows = Rows(positions=positions)
+
+    def hook(module: nn.Module, grad_input: Any, grad_output: tuple[Tensor, ...]) -> None:
+        grad = grad_output[0].detach()
+        factor = _running(
+            output_grads, module_name, grad, grad.shape[-1], n_kfac, lr_threshold, svd_dtype
+        )
+        factor.update(rows.of_grad(grad, token_mask(masks, grad, module_name)))
+
+    return hook
+
+
+def register_hooks(
+    model: nn.Module,
+    activations: dict[str, RunningFactor],
+    output_grads: dict[str, RunningFactor],
+    target_module_keywords: Sequence[str],
+    n_kfac: int | None = 10,
+    lr_threshold: int = 100,
+    exclude_bias: bool = False,
+    *,
+    masks: Mapping[str, Any] | None = None,
+    positions: str = "all",
+) -> Hooks:
+    """Register the two hooks on every selected module.
+
+    They sum for as long as they stay: call the model, differentiate a sum over examples, repeat.
+    Remove them with `remove_hooks`, or use the result in a ``with`` statement.
+
+    Args:
+        model: Any module.
+        activations: Empty dictionary for the input covariances, by module name.
+        output_grads: Empty dictionary for the gradient covariances, by module name.
+        target_module_keywords: Whole parts of module names, see `selected_maps`.
+        n_kfac: Rank of low-rank factors; ``None`` keeps all dense.
+        lr_threshold: Sides shorter than this stay dense.
+        exclude_bias: Treat all biases as fixed.
+        masks: Where ``attention_mask``, ``(batch, tokens)``, is looked up when a hook runs;
+            ``None`` for what the model is called with by that name.
+        positions: ``"all"`` real tokens, or each example's ``"last"`` one.
+
+    Raises:
+        TypeError: If the keywords are a single string.
+        ValueError: If no module is selected, or a dictionary already holds one.
+    """
+    selected = selected_maps(model, target_module_keywords, exclude_bias)
+    taken = [
+        linear.name for linear, _ in selected if linear.name in {**activations, **output_grads}
+    ]
+    if taken:
+        raise ValueError(f"the dictionaries already hold {taken[0]!r}; pass empty ones")
+    hooks = Hooks()
+    if masks is None:
+        masks = {}
+        hooks.append(note_masks(model, masks))
+    options: dict[str, Any] = {"masks": masks, "positions": positions}
+    for linear, has_bias in selected:
+        name, module = linear.name, linear.module
+        on_input = save_input_hook(name, activations, n_kfac, lr_threshold, has_bias, **options)
+        on_grad = save_output_grad_hook(name, output_grads, n_kfac, lr_threshold, **options)
+        hooks.append(module.register_forward_pre_hook(on_input))
+        hooks.append(module.register_forward_hook(_on_gradient(on_grad)))
+    return hooks
+
+
+def remove_hooks(hooks: list[RemovableHandle]) -> None:
+    """Remove hooks from their modules and empty the list."""
+    while hooks:
+        hooks.pop().remove()
+
+
+def _on_gradient(hook: Callable[..., None]) -> Callable[..., None]:
+    """Return a forward hook that calls a backward hook with the output's gradient.
+
+    `nn.Module.register_full_backward_hook` would do, but warns where a module's inputs need no
+    gradient, as those of the first layer do.
+    """
+
+    def forward_hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda grad: hook(module, None, (grad,)))
+
+    return forward_hook
+
+
+def _running(
+    sums: dict[str, RunningFactor],
+    name: str,
+    rows: Tensor,
+    d: int,
+    n_kfac: int | None,
+    lr_threshold: int,
+    dtype: torch.dtype | None,
+) -> Factor:
+    if name not in sums:
+        dtype = dtype or torch.promote_types(torch.float32, rows.dtype)
+        sums[name] = RunningFactor(empty_factor(d, n_kfac, lr_threshold - 1, dtype, rows.device))
+    return sums[name].factor
