@@ -10,54 +10,18 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any
 
 from peft import PeftModel
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from laplace_lora.maps import Block, LinearMap, TripletMap
+
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class LinearMap:
-    """A module ``x ↦ W x + b`` with something to train.
-
-    Attributes:
-        name: Name of the module in the model.
-        module: An `nn.Linear`, or GPT-2's `Conv1D` that stores ``Wᵀ``.
-        in_features: Length of an input, ``q``.
-        out_features: Length of an output, ``p``.
-        transposed: Whether the weight is stored as ``(q, p)``.
-        layer: The adapted layer it is part of, if any. Its input, in another number format, may be
-            the map's.
-    """
-
-    name: str
-    module: nn.Linear | Conv1D
-    in_features: int
-    out_features: int
-    transposed: bool
-    layer: nn.Module | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Block:
-    """A trainable tensor: the weight or the bias of a linear map.
-
-    Attributes:
-        name: Name of the parameter in the model.
-        parameter: The tensor itself.
-        map: Index of its linear map among the model's trainable ones.
-        is_bias: Whether it is the bias.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    map: int
-    is_bias: bool
 
 
 def activate_adapter(model: nn.Module) -> None:
@@ -68,18 +32,50 @@ def activate_adapter(model: nn.Module) -> None:
     Args:
         model: Any module; only a `PeftModel` is changed.
     """
+    freeze_untrainable(model)
     if not isinstance(model, PeftModel) or any(p.requires_grad for p in model.parameters()):
         return
     adapters = list(model.active_adapters)
     if len(adapters) != 1:
         return  # `trainable_maps` refuses several adapters with an explanation
     model.set_adapter(adapters[0])
+    freeze_untrainable(model)
     count = sum(p.requires_grad for p in model.parameters())
     logger.info("made the %d tensors of adapter %r trainable", count, adapters[0])
 
 
+def freeze_untrainable(model: nn.Module) -> None:
+    """Freeze what AdaLoRA marks as trainable but is not: its rank counts, and pruned-away tensors.
+
+    PEFT makes ``ranknum`` trainable when the base model is in half precision.
+    """
+    for layer in adalora_layers(model).values():
+        empty = [p for part in (layer.lora_A, layer.lora_E, layer.lora_B) for p in part.values()]
+        for parameter in [*layer.ranknum.values(), *(p for p in empty if p.numel() == 0)]:
+            parameter.requires_grad_(False)
+
+
+def adalora_layers(model: nn.Module) -> dict[str, Any]:
+    """Return the layers that AdaLoRA adapts, by name."""
+    modules = model.named_modules()
+    return {name: module for name, module in modules if isinstance(module, AdaLoraLayer)}
+
+
+def triplet_maps(model: nn.Module) -> Iterator[LinearMap]:
+    """Yield the maps of every AdaLoRA layer over a linear one, three an active adapter."""
+    for name, layer in adalora_layers(model).items():
+        if isinstance(layer.get_base_layer(), nn.Conv2d):
+            continue
+        for adapter in layer.active_adapters:
+            if adapter not in layer.lora_A:
+                continue
+            r, q, p = layer.lora_A[adapter].shape[0], layer.in_features, layer.out_features
+            for role, shape in {"A": (q, r), "E": (r, r), "B": (r, p)}.items():
+                yield TripletMap(name, layer, *shape, False, layer, adapter, role)
+
+
 def linear_maps(model: nn.Module) -> Iterator[LinearMap]:
-    """Yield every linear map of a model, trainable or not, in the order of its modules.
+    """Yield every `nn.Linear` and `Conv1D` of a model, trainable or not, in module order.
 
     Args:
         model: Any module.
@@ -115,14 +111,12 @@ def trainable_maps(model: nn.Module) -> tuple[list[LinearMap], list[Block]]:
     check_adapters(model)
     maps: list[LinearMap] = []
     owners: dict[int, list[tuple[int, bool]]] = {}
-    for linear in linear_maps(model):
-        weight, bias = linear.module.weight, linear.module.bias
-        trainable = [p for p in (weight, bias) if p is not None and p.requires_grad]
-        if not trainable:
-            continue
-        maps.append(linear)
-        for parameter in trainable:
-            owners.setdefault(id(parameter), []).append((len(maps) - 1, parameter is bias))
+    for linear in [*linear_maps(model), *triplet_maps(model)]:
+        trainable = [(p, is_bias) for p, is_bias in linear.parameters() if p.requires_grad]
+        if trainable:
+            maps.append(linear)
+        for parameter, is_bias in trainable:
+            owners.setdefault(id(parameter), []).append((len(maps) - 1, is_bias))
 
     blocks: list[Block] = []
     uncovered: list[str] = []
@@ -138,8 +132,8 @@ def trainable_maps(model: nn.Module) -> tuple[list[LinearMap], list[Block]]:
     if uncovered:
         raise ValueError(
             f"no Kronecker factor covers the trainable parameters {_listed(uncovered)}: only "
-            "weights and biases of nn.Linear and Conv1D modules are covered. Freeze them first, "
-            "for example with `model.get_parameter(name).requires_grad_(False)`"
+            "weights and biases of nn.Linear and Conv1D modules, and AdaLoRA on them, are covered. "
+            "Freeze them first, for example with `model.get_parameter(name).requires_grad_(False)`"
         )
     if tied:
         raise ValueError(

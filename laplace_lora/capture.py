@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_lora.adapters import LinearMap
+from laplace_lora.maps import LinearMap
 
 Visitor = Callable[[int, int, Tensor], None]
 
@@ -28,7 +28,7 @@ class Tape:
 
     Attributes:
         maps: The recorded maps.
-        inputs: Input of each map, ``(batch, tokens, q)`` or ``(batch, q)``, detached.
+        inputs: Own input of each map, ``(batch, tokens, q)`` or ``(batch, q)``, detached.
         output: What the model returned, ``(batch, outputs)``, detached.
     """
 
@@ -46,12 +46,13 @@ class Tape:
         self.output = output.detach()
         self._mask_source = mask_source
         self._output = output
-        self.inputs = [tensor.detach() for tensor in inputs]
+        self.inputs = [linear.own_input(x.detach()) for linear, x in zip(maps, inputs, strict=True)]
         self._outputs = outputs
         made = {id(tensor) for tensor in outputs}
         # A map fed by another recorded map lies on that one's backward path, so it needs no
         # gradient of its own kept alive: lora_B's wide gradients pass by and are gone.
-        self._targets = [out for x, out in zip(inputs, outputs, strict=True) if id(x) not in made]
+        own = [out for x, out in zip(inputs, outputs, strict=True) if id(x) not in made]
+        self._targets = list({id(out): out for out in own}.values())
 
     @cached_property
     def masks(self) -> list[Tensor | None]:
@@ -94,13 +95,13 @@ class Tape:
         Args:
             columns: Gradients with respect to the output, ``(columns, batch, outputs)``.
             visit: Called with the column, the map and the gradient with respect to the map's
-                output (of that output's shape) as soon as the backward pass knows it. Not called
-                for a map on which the output does not depend.
+                output, ``(batch, tokens, p)`` or ``(batch, p)``, as soon as the backward pass
+                knows it. Not called for a map on which the output does not depend.
         """
         column = 0
 
         def hook(i: int) -> Callable[[Tensor], None]:
-            return lambda grad: visit(column, i, grad)
+            return lambda grad: visit(column, i, self.maps[i].own_grad(self.inputs[i], grad))
 
         with ExitStack() as stack:
             for i, out in enumerate(self._outputs):
@@ -156,10 +157,6 @@ def record(
     if skip_idle:
         maps = [linear for i, linear in enumerate(maps) if calls[i]]
         calls = dict(enumerate(found for found in calls.values() if found))
-    if not output.requires_grad:
-        raise RuntimeError(
-            "the outputs carry no gradient; does the model run under torch.no_grad, or detach them?"
-        )
     if output.ndim != 2:
         raise ValueError(
             f"the model returned shape {tuple(output.shape)}, expected (batch, outputs); give "
@@ -167,6 +164,10 @@ def record(
         )
     for i, linear in enumerate(maps):
         _check_calls(linear.name, [x for x, _ in calls[i]], output.shape[0])
+    if not output.requires_grad:
+        raise RuntimeError(
+            "the outputs carry no gradient; does the model run under torch.no_grad, or detach them?"
+        )
     inputs, outputs = zip(*(calls[i][0] for i in range(len(maps))), strict=True)
     masks = batch if masks is None else masks
     return Tape(maps, masks, list(inputs), list(outputs), output, sources)

@@ -21,6 +21,7 @@ from laplace_lora.factors import DenseFactor, check_residual
 from laplace_lora.jacobians import jacobian_blocks
 from laplace_lora.kfac import KfacSums, Rows
 from laplace_lora.kron import LowRankKron
+from laplace_lora.maps import wide_dtype
 
 
 class LoraCurvature(CurvatureInterface):
@@ -65,8 +66,7 @@ class LoraCurvature(CurvatureInterface):
     @property
     def dtype(self) -> torch.dtype:
         """Number format of factors and Jacobians: the adapters', float32 at least."""
-        formats = {block.parameter.dtype for block in self.blocks}
-        return torch.float64 if torch.float64 in formats else torch.float32
+        return wide_dtype([block.parameter for block in self.blocks])
 
     def kron(self, x: Any, y: Tensor, N: int) -> tuple[Tensor, Kron]:
         """Return the K-FAC factors of a batch, see `KfacSums`.

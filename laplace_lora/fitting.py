@@ -20,6 +20,7 @@ from laplace_lora.curvature import LoraCurvature, LoraGGN
 from laplace_lora.decomposed import LowRankKronDecomposed
 from laplace_lora.guard import evaluation_mode
 from laplace_lora.kron import LowRankKron
+from laplace_lora.maps import wide_dtype
 from laplace_lora.models import LogitsModel
 from laplace_lora.predictive import StreamingPredictive
 from laplace_lora.tuning import PriorTuning
@@ -79,8 +80,7 @@ class LoraPosterior(PriorTuning, StreamingPredictive):
 
     @property
     def _dtype(self) -> torch.dtype:
-        double = any(parameter.dtype == torch.float64 for parameter in self.params)
-        return torch.float64 if double else torch.float32
+        return wide_dtype(self.params)
 
     def fit(
         self, train_loader: DataLoader, override: bool = True, progress_bar: bool = False

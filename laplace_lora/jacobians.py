@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from laplace_lora.adapters import Block
 from laplace_lora.capture import Tape
+from laplace_lora.maps import Block
 
 
 def jacobian_blocks(
@@ -62,4 +62,7 @@ def jacobian_blocks(
         del kept
         if not block.is_bias and keeps_tokens(i):
             rows = torch.einsum("nrtp,ntq->nrpq", rows.to(dtype), inputs[i].to(dtype))
-        yield rows.mT if linear.transposed and not block.is_bias else rows
+        if block.is_bias:
+            yield rows.reshape(*rows.shape[:2], *block.parameter.shape)
+        else:
+            yield rows.mT if linear.transposed else rows

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from laplace_lora.adapters import Block
 from laplace_lora.capture import Tape
 from laplace_lora.factors import map_shared
+from laplace_lora.maps import Block
 from laplace_lora.sketch import Factor, empty_factor
 
 APPROXIMATIONS = ("expand", "reduce")

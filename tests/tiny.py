@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     BertConfig,
@@ -157,3 +157,20 @@ def assert_near(ours, theirs, tolerance=1e-6):
     assert ours.shape == theirs.shape
     error, size = (ours - theirs).norm().item(), theirs.norm().item()
     assert error <= tolerance * size + 1e-13, f"error {error:.2e} of {size:.2e}"
+
+
+def adalora_model(name: str, num_labels: int = 3, dtype=torch.float64, **kwargs) -> nn.Module:
+    """A tiny AdaLoRA model whose singular values are away from their initial zero."""
+    kwargs = {"init_r": 3, "target_r": 2, "total_step": 20, "tfinal": 4, "deltaT": 2, **kwargs}
+    kind = "SEQ_CLS" if not name.endswith("-lm") else "CAUSAL_LM"
+    _, _, modules, heads = ARCHITECTURES[name]
+    config = AdaLoraConfig(
+        task_type=kind,
+        target_modules=kwargs.pop("target_modules", modules),
+        modules_to_save=kwargs.pop("modules_to_save", heads),
+        lora_alpha=4,
+        lora_dropout=0.1,
+        fan_in_fan_out=name.startswith("gpt2"),
+        **kwargs,
+    )
+    return excite(get_peft_model(base_model(name, num_labels), config)).to(dtype)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -22,6 +21,7 @@ from laplace_lora.functional.hooks import factor_tensor, note_masks, selected_ma
 from laplace_lora.guard import evaluation_mode, gradients_needed
 from laplace_lora.kfac import KfacSums, Rows
 from laplace_lora.likelihoods import CLASSIFICATION, hessian_root, sampled_root
+from laplace_lora.maps import wide_dtype
 
 EXACT_UP_TO = 256  # outputs; beyond it one backward pass an output is too many
 
@@ -86,8 +86,7 @@ def calculate_kronecker_factors(
     with_bias = {linear.name: has_bias for linear, has_bias in selected}
     maps = [linear for linear, _ in selected]
     weights: list[Any] = [linear.module.weight for linear in maps]
-    double = any(weight.dtype == torch.float64 for weight in weights)
-    dtype = torch.float64 if double else torch.float32
+    dtype = wide_dtype(weights)
     sums, n = None, 0
     called_with: dict[str, Any] = {}
     handle = note_masks(model, called_with)

@@ -21,6 +21,7 @@ from laplace_lora.factors import DenseFactor, Eigen
 from laplace_lora.guard import evaluation_mode
 from laplace_lora.jacobians import jacobian_blocks
 from laplace_lora.likelihoods import identity_root
+from laplace_lora.maps import wide_dtype
 from laplace_lora.models import LogitsModel
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
@@ -114,11 +115,10 @@ def jacobian_mean(
     """
     wrapped = _logits_model(model, target_ids, is_s2s, output_callback)
     maps, blocks = trainable_maps(model)
-    double = any(block.parameter.dtype == torch.float64 for block in blocks)
     with evaluation_mode(model):
         tape = record(wrapped, maps, batch_inputs)
     f = tape.output
-    dtype = torch.float64 if double else torch.float32
+    dtype = wide_dtype([block.parameter for block in blocks])
     jacobian = {}
     for block, rows in zip(
         blocks, jacobian_blocks(tape, blocks, identity_root(f), dtype), strict=True
