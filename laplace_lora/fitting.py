@@ -6,6 +6,7 @@ precision belongs to `posterior`, predictions to `predictive`, tuning to `tuning
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from laplace_lora.curvature import LoraCurvature, LoraGGN
 from laplace_lora.decomposed import LowRankKronDecomposed
 from laplace_lora.guard import evaluation_mode
 from laplace_lora.kron import LowRankKron
+from laplace_lora.likelihoods import negative_log_likelihood
 from laplace_lora.maps import wide_dtype
 from laplace_lora.models import LogitsModel
 from laplace_lora.predictive import StreamingPredictive
@@ -121,11 +123,56 @@ class LoraPosterior(PriorTuning, StreamingPredictive):
             raise ValueError("the training loader is empty")
         earlier = self.n_data if self._fitted and not override else 0
         self._commit(state, n, earlier)
+        self._settle(loss + self.loss if earlier else loss, n + earlier, self.backend.n_outputs)
+
+    def adopt(self, curvature: Any, n_data: int, train_loader: DataLoader | None = None) -> None:
+        """Take over a curvature that was computed elsewhere, at the model's current weights.
+
+        Args:
+            curvature: What a fit sums: here of the mean loss times the number of examples.
+            n_data: Number of training examples.
+            train_loader: Training data with labels, for the log evidence; without it the evidence
+                is not a number.
+
+        Raises:
+            ValueError: If there is no loader and the model does not say how many outputs it has.
+        """
+        loss, outputs = math.nan, getattr(self.model, "n_outputs", None)
+        if train_loader is not None:
+            loss = 0.0
+            with evaluation_mode(self.model), torch.no_grad():
+                for batch in train_loader:
+                    x, y = self.labelled(batch)
+                    f = self.model(x)
+                    loss += negative_log_likelihood(f, y, self.likelihood).item()
+                    outputs = f.shape[-1]
+        if outputs is None:
+            raise ValueError("the model does not say how many outputs it has; give `train_loader`")
+        self._commit(curvature, n_data, 0)
+        self._settle(loss, n_data, outputs)
+
+    def _settle(self, loss: float, n_data: int, n_outputs: int) -> None:
         self.covariance_scale = self.likelihood_temperature = 1.0
-        self.loss = loss + self.loss if earlier else loss
-        self.n_data = n + earlier
-        self.n_outputs = self.model.output_size = self.backend.n_outputs
+        self.loss, self.n_data = loss, n_data
+        self.n_outputs = self.model.output_size = n_outputs
         self.mean = parameters_to_vector(self.params).detach().to(self._dtype)
+
+    def marginals(self) -> dict[nn.Parameter, tuple[Tensor, Tensor]]:
+        """Return posterior mean and standard deviation of every weight, by parameter.
+
+        Correlations between weights are left out. A calibrated width counts.
+
+        Raises:
+            AttributeError: If the posterior has not been fitted.
+        """
+        self._check_H_init()
+        sizes = [parameter.numel() for parameter in self.params]
+        deviations = (self.covariance_scale * self.weight_variance()).sqrt().split(sizes)
+        means = self.mean.split(sizes)
+        return {
+            p: (mean.view_as(p), std.view_as(p))
+            for p, mean, std in zip(self.params, means, deviations, strict=True)
+        }
 
     def to(self, device: torch.device | str) -> LoraPosterior:
         """Move model and posterior to a device, in place, and return the posterior."""
@@ -139,6 +186,10 @@ class LoraPosterior(PriorTuning, StreamingPredictive):
     @property
     def _fitted(self) -> bool:
         return self.n_data > 0
+
+    def weight_variance(self) -> Tensor:
+        """Return the diagonal of the posterior covariance, ``(parameters,)``."""
+        raise NotImplementedError
 
     def _add(self, state: Any, x: Any, y: Tensor) -> tuple[Tensor, Any]:
         """Add a batch's curvature to sums that start as ``None``; return its loss and the sums."""

@@ -124,6 +124,10 @@ class FullLoraLLLaplace(LastLayerPosterior, FullLLLaplace):
         ratio = self._H_factor.double() * root.unsqueeze(1) * self.H.double() * root
         return torch.logdet(ratio + torch.eye(len(root), dtype=root.dtype, device=root.device))
 
+    def weight_variance(self) -> Tensor:
+        """Return the diagonal of the posterior covariance, ``(parameters,)``."""
+        return self.posterior_covariance.diagonal()
+
     def gram_blocks(self, x: Any) -> tuple[Tensor, Iterator[tuple[int, list[Gram]]]]:
         """Return mean logits, and their covariance as a function of the prior, in one block."""
         self._check_H_init()

@@ -86,6 +86,15 @@ class LogitsModel(nn.Module):
         head = self._output_embeddings()
         return None if head is None else head.weight.shape[0]
 
+    @property
+    def n_outputs(self) -> int | None:
+        """Number of logits or regression means an example, ``None`` where only a batch can tell."""
+        if self.output is not None:
+            return None
+        if self.target_ids is not None:
+            return len(self.target_ids)
+        return getattr(self.config, "num_labels", None)
+
     def forward(self, batch: Mapping[str, Any] | Tensor) -> Tensor:
         """Return logits or regression means.
 

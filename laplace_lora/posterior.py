@@ -78,6 +78,10 @@ class KronLoraLaplace(LoraPosterior, KronLaplace):
         scaled = self.H * self._H_factor
         return [list(scaled.spectrum(i)) for i in range(len(scaled))]
 
+    def weight_variance(self) -> Tensor:
+        """Return the diagonal of the posterior covariance, ``(parameters,)``."""
+        return self.posterior_precision.diag(-1)
+
     def _init_H(self) -> None:
         self.H = LowRankKron([])
 
@@ -137,6 +141,10 @@ class DiagLoraLaplace(LoraPosterior, DiagLaplace):
         self._check_H_init()
         sizes = [parameter.numel() for parameter in self.params]
         return [[(values, 1)] for values in (self._H_factor * self.H).split(sizes)]
+
+    def weight_variance(self) -> Tensor:
+        """Return the diagonal of the posterior covariance, ``(parameters,)``."""
+        return self.posterior_variance
 
     def _init_H(self) -> None:
         self.H = None

@@ -82,13 +82,7 @@ class PriorTuning(ParametricLaplace):
                 validation loader is missing, empty or without labels.
         """
         self._check_H_init()
-        settings = (
-            "_prior_precision",
-            "_sigma_noise",
-            "covariance_scale",
-            "likelihood_temperature",
-        )
-        earlier = {name: getattr(self, name) for name in settings}
+        earlier = {name: getattr(self, name) for name in SETTINGS}
         self.covariance_scale = self.likelihood_temperature = 1.0
         try:
             if method == "marglik":

@@ -8,6 +8,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -52,6 +54,18 @@ def bert_config(kind=BertConfig, **kwargs):
     )
 
 
+def deberta_config(**kwargs):
+    """Relative attention, which calls the key and query projections twice."""
+    return bert_config(
+        DebertaV2Config,
+        relative_attention=True,
+        max_relative_positions=8,
+        pos_att_type=["c2p", "p2c"],
+        share_att_key=True,
+        **kwargs,
+    )
+
+
 def gpt2_config(**kwargs):
     return GPT2Config(
         vocab_size=VOCABULARY,
@@ -88,6 +102,12 @@ ARCHITECTURES = {
         RobertaForSequenceClassification,
         lambda **kwargs: bert_config(RobertaConfig, **kwargs),
         ["query", "value"],
+        ["classifier"],
+    ),
+    "deberta": (
+        DebertaV2ForSequenceClassification,
+        deberta_config,
+        ["query_proj", "key_proj", "value_proj"],
         ["classifier"],
     ),
     "gpt2": (GPT2ForSequenceClassification, gpt2_config, ["c_attn"], ["score"]),
