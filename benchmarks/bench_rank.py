@@ -16,15 +16,14 @@ Run ``python benchmarks/bench_rank.py --help`` for the options.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import random
 import statistics
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from measure import add_run_arguments, prepare, verdict, write_report
+from quickstart_model import load_quickstart
 from torch.utils.data import DataLoader
 
 from laplace_lora import KronLoraLaplace, LogitsModel, LowRankKronDecomposed
@@ -32,15 +31,6 @@ from laplace_lora.factors import RESIDUALS, Eigen
 
 DENSE = "dense"
 AT_MOST = {10: 0.154, 32: 0.046, 64: 0.007}  # streamed, isotropic, by rank
-
-
-def load_quickstart() -> ModuleType:
-    """Import the quickstart by its path: examples are no package."""
-    path = Path(__file__).parents[1] / "examples" / "quickstart.py"
-    spec = importlib.util.spec_from_file_location("quickstart", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def fine_tune(args: argparse.Namespace, seed: int) -> tuple[LogitsModel, DataLoader, DataLoader]:

@@ -45,6 +45,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    PreTrainedModel,
     set_seed,
 )
 from transformers.utils import logging as transformers_logging
@@ -128,8 +129,8 @@ def encode(rows: list[dict], tokenizer) -> list[dict]:
 # --- Model and training: nothing here knows about Laplace ----------------------------------------
 
 
-def load_model(name: str, classes: int, device: str, **lora: object) -> tuple[PeftModel, object]:
-    """Load a model with a fresh head and LoRA adapters (``lora``: other `LoraConfig` arguments)."""
+def load_base(name: str, classes: int) -> tuple[PreTrainedModel, object]:
+    """Load a pretrained model with a fresh head, and its tokenizer."""
     transformers_logging.set_verbosity_error()  # no report that the head is new: it has to be
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks
@@ -143,6 +144,12 @@ def load_model(name: str, classes: int, device: str, **lora: object) -> tuple[Pe
     if tokenizer.pad_token is None:  # many decoders have none
         tokenizer.pad_token = tokenizer.eos_token
         base.config.pad_token_id = tokenizer.pad_token_id
+    return base, tokenizer
+
+
+def load_model(name: str, classes: int, device: str, **lora: object) -> tuple[PeftModel, object]:
+    """Load a model with a fresh head and LoRA adapters (``lora``: other `LoraConfig` arguments)."""
+    base, tokenizer = load_base(name, classes)
     # PEFT picks the architecture's usual modules (for BERT query and value), and trains the head.
     config = LoraConfig(**{"task_type": TaskType.SEQ_CLS, "r": 8, "lora_alpha": 16, **lora})
     return get_peft_model(base, config).to(device), tokenizer
