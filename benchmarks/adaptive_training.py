@@ -28,9 +28,9 @@ LORA_RATE, ADALORA_RATE = 2e-3, 1e-2  # of AdamW; AdaLoRA's singular values star
 IVON_SETTINGS: dict[str, dict[str, Any]] = {
     # hess_init and the second beta of the paper's scripts: h stays where it starts.
     "vilora": {"hess_init": 1.0, "betas": (0.9, 0.99999), "lr": 100.0, "clip_radius": 1e-4},
-    "informative": {"hess_init": 1e-2, "betas": (0.9, 0.98), "lr": 10.0, "clip_radius": 1e-3},
+    "informative": {"hess_init": 1e-3, "betas": (0.9, 0.98), "lr": 10.0, "clip_radius": 1e-3},
 }
-SAMPLES = 2e4  # effective sample size; a few hundred would drown the steps in noise
+SAMPLES = 1e6  # effective sample size; a few hundred would drown the steps in noise
 
 quickstart = load_quickstart()
 

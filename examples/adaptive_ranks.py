@@ -32,8 +32,8 @@ from laplace_lora.adaptive import IVON, AdaLoraCallback, remove_pruned_triplets
 BATCH_SIZE = 8
 MODULES = ["query", "key", "value", "attention.output.dense"]
 INITIAL_RANK = 6
-SAMPLES = 2e4  # effective sample size: the 100 rows' own noise would drown the steps
-IVON_SETTINGS = {"lr": 10.0, "hess_init": 1e-2, "betas": (0.9, 0.98), "clip_radius": 1e-3}
+SAMPLES = 1e6  # effective sample size; with the 100 rows' own, noise would drown the steps
+IVON_SETTINGS = {"lr": 5.0, "hess_init": 1e-3, "betas": (0.9, 0.98), "clip_radius": 1e-3}
 
 
 def adalora_model(name: str, classes: int, target_rank: int, steps: int) -> PeftModel:

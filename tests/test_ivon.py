@@ -264,7 +264,7 @@ def test_groups_become_a_layerwise_prior():
     la = IVON(groups, ess=10).to_laplace(model, "classification")
     assert sorted({round(value, 5) for value in la.prior_precision.tolist()}) == [1.0, 3.0]
     partial = IVON([{"params": A}], ess=10)
-    with pytest.raises(ValueError, match=r"does not hold .*lora_B"):
+    with pytest.raises(ValueError, match=r"posterior does not hold .*lora_B"):
         partial.to_laplace(model, "classification")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from laplace_lora.adaptive.handover import diagonal_laplace
 from laplace_lora.posterior import DiagLoraLaplace
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -220,22 +221,15 @@ class IVON(Optimizer):
             ValueError: If the optimiser does not hold one of the model's trainable tensors.
         """
         self.restore()
-        la = DiagLoraLaplace(model, likelihood, **kwargs)
         groups = {p: group for group, p in self._parameters()}
-        missing = [
-            name for name, p in zip(la.block_names, la.params, strict=True) if p not in groups
-        ]
-        if missing:
-            raise ValueError(f"the optimiser does not hold {missing[0]!r}, which the model trains")
-        states = [self._initialised(groups[p], p) for p in la.params]
-        curvature = [
-            groups[p]["ess"] * state["hessian"].flatten()
-            for p, state in zip(la.params, states, strict=True)
-        ]
-        prior = torch.tensor([groups[p]["ess"] * groups[p]["weight_decay"] for p in la.params])
-        la.prior_precision = prior[:1] if bool((prior == prior[0]).all()) else prior
-        la.adopt(torch.cat(curvature), round(groups[la.params[0]]["ess"]), train_loader)
-        return la
+        curvatures = {
+            p: group["ess"] * self._initialised(group, p)["hessian"] for p, group in groups.items()
+        }
+        precisions = {p: group["ess"] * group["weight_decay"] for p, group in groups.items()}
+        n_data = self.param_groups[0]["ess"]
+        return diagonal_laplace(
+            model, likelihood, curvatures, precisions, n_data, train_loader, **kwargs
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimiser's state, with that of its generator."""
