@@ -217,6 +217,29 @@ def last_linear(model: nn.Module, outputs: int | None) -> nn.Linear:
     return found[-1]
 
 
+def adapter_parameters(model: nn.Module) -> dict[int, bool]:
+    """Return for each tensor of an adapter, by its ``id``, whether that adapter is active.
+
+    Tensors of the base model are not listed.
+
+    Args:
+        model: Any module.
+    """
+    found: dict[int, bool] = {}
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            base = {id(p) for p in module.get_base_layer().parameters()}
+            active = set(module.active_adapters)
+            for name, p in module.named_parameters():
+                if id(p) not in base:
+                    found[id(p)] = bool(active & set(name.split(".")))
+        elif isinstance(module, ModulesToSaveWrapper):
+            for name, kept in module.modules_to_save.items():
+                is_active = name in module.active_adapters
+                found |= {id(p): is_active for p in kept.parameters()}
+    return found
+
+
 def check_adapters(model: nn.Module) -> None:
     """Refuse adapter states in which the adapter's own weights do not run.
 

@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from laplace_lora.adapters import trainable_only
+from laplace_lora.checkpoint import Saving
 from laplace_lora.curvature import LoraCurvature, LoraGGN
 from laplace_lora.decomposed import LowRankKronDecomposed
+from laplace_lora.fingerprint import check_identity, identity
 from laplace_lora.guard import evaluation_mode
 from laplace_lora.kron import LowRankKron
 from laplace_lora.likelihoods import negative_log_likelihood
@@ -28,7 +30,7 @@ from laplace_lora.predictive import StreamingPredictive
 from laplace_lora.tuning import PriorTuning
 
 
-class LoraPosterior(PriorTuning, StreamingPredictive):
+class LoraPosterior(PriorTuning, Saving, StreamingPredictive):
     """What the posteriors over all adapter weights share.
 
     Prior, curvature and evidence are kept in float32 or better, whatever the model's format.
@@ -65,7 +67,9 @@ class LoraPosterior(PriorTuning, StreamingPredictive):
     ) -> None:
         if not (isinstance(backend, type) and issubclass(backend, LoraCurvature)):
             raise TypeError(f"backend must be LoraGGN, LoraEF or a subclass, got {backend!r}")
+        self.modules = modules
         model = self._wrapped(model, target_ids)
+        self.logits_model: Any = getattr(model, "source", model)
         kwargs = {"backend": backend, "backend_kwargs": dict(backend_kwargs or {}), **kwargs}
         with trainable_only(model, modules):
             super().__init__(model, likelihood, **kwargs)
@@ -121,9 +125,12 @@ class LoraPosterior(PriorTuning, StreamingPredictive):
                 loss, n = loss + batch_loss.item(), n + len(y)
         if state is None:
             raise ValueError("the training loader is empty")
-        earlier = self.n_data if self._fitted and not override else 0
-        self._commit(state, n, earlier)
-        self._settle(loss + self.loss if earlier else loss, n + earlier, self.backend.n_outputs)
+        curvature = self._assembled(state, n)
+        if self._fitted and not override:
+            curvature = self._joined(curvature, n, self.curvature, self.n_data)
+            loss, n = loss + self.loss, n + self.n_data
+        self._install(curvature)
+        self._settle(loss, n, self.backend.n_outputs)
 
     def adopt(self, curvature: Any, n_data: int, train_loader: DataLoader | None = None) -> None:
         """Take over a curvature that was computed elsewhere, at the model's current weights.
@@ -148,7 +155,7 @@ class LoraPosterior(PriorTuning, StreamingPredictive):
                     outputs = f.shape[-1]
         if outputs is None:
             raise ValueError("the model does not say how many outputs it has; give `train_loader`")
-        self._commit(curvature, n_data, 0)
+        self._install(curvature)
         self._settle(loss, n_data, outputs)
 
     def _settle(self, loss: float, n_data: int, n_outputs: int) -> None:
@@ -156,6 +163,18 @@ class LoraPosterior(PriorTuning, StreamingPredictive):
         self.loss, self.n_data = loss, n_data
         self.n_outputs = self.model.output_size = n_outputs
         self.mean = parameters_to_vector(self.params).detach().to(self._dtype)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the constructor's arguments, but for model and backend."""
+        ids = self.logits_model.target_ids
+        return {
+            "likelihood": self.likelihood,
+            "target_ids": None if ids is None else ids.tolist(),
+            "modules": self.modules,
+            "backend_kwargs": dict(self._backend_kwargs),
+            "temperature": self.temperature,
+            "dict_key_y": self.dict_key_y,
+        }
 
     def marginals(self) -> dict[nn.Parameter, tuple[Tensor, Tensor]]:
         """Return posterior mean and standard deviation of every weight, by parameter.
@@ -173,6 +192,30 @@ class LoraPosterior(PriorTuning, StreamingPredictive):
             p: (mean.view_as(p), std.view_as(p))
             for p, mean, std in zip(self.params, means, deviations, strict=True)
         }
+
+    def merge(self, others: Sequence[LoraPosterior]) -> None:
+        """Add what posteriors of the same model learnt from other data.
+
+        The result is that of one fit on all the data; the prior stays, a calibration is undone.
+
+        Args:
+            others: Fitted posteriors of the same class, arguments and weights, on disjoint data.
+
+        Raises:
+            AttributeError: If one has not been fitted.
+            ValueError: If one is of another class, or its arguments or model are others.
+        """
+        curvature, n, loss = self.curvature, self.n_data, self.loss
+        mine = identity(self)
+        for other in others:
+            if type(other) is not type(self) or other.arguments() != self.arguments():
+                raise ValueError("only posteriors of one class with the same arguments merge")
+            check_identity(mine, identity(other))
+            added = other.curvature.to(self._device)
+            curvature = self._joined(curvature, n, added, other.n_data)
+            n, loss = n + other.n_data, loss + other.loss
+        self._install(curvature)
+        self._settle(loss, n, self.n_outputs)
 
     def to(self, device: torch.device | str) -> LoraPosterior:
         """Move model and posterior to a device, in place, and return the posterior."""
@@ -195,9 +238,23 @@ class LoraPosterior(PriorTuning, StreamingPredictive):
         """Add a batch's curvature to sums that start as ``None``; return its loss and the sums."""
         raise NotImplementedError
 
-    def _commit(self, state: Any, n: int, earlier: int) -> None:
-        """Make the sums over ``n`` examples the posterior's, with those of ``earlier`` ones."""
+    def _assembled(self, state: Any, n: int) -> Any:
+        """Return the curvature that sums over ``n`` examples amount to."""
+        return state
+
+    def _joined(self, curvature: Any, n: int, other: Any, m: int) -> Any:
+        """Return the curvature of ``n`` examples together with that of ``m`` others."""
+        return curvature + other
+
+    def _install(self, curvature: Any) -> None:
+        """Make a curvature the posterior's; nothing changes if it is not finite."""
         raise NotImplementedError
+
+    @property
+    def curvature(self) -> Any:
+        """Curvature of the summed loss: a `LowRankKron`, a diagonal or a dense matrix."""
+        self._check_H_init()
+        return self.H
 
     def labelled(self, batch: Any) -> tuple[Any, Tensor]:
         """Split a batch into what the model takes and labels on the posterior's device.

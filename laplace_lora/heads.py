@@ -72,6 +72,11 @@ class LastLayerModel(nn.Module):
             if bias is not None:
                 self.head.bias.copy_(bias)
 
+    @property
+    def source(self) -> Any:
+        """The `LogitsModel` whose features these are."""
+        return self.features.source
+
     def forward(self, batch: Any) -> Tensor:
         """Return logits ``(batch, outputs)``."""
         return self.head(self.features(batch))

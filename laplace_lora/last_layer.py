@@ -162,10 +162,10 @@ class FullLoraLLLaplace(LastLayerPosterior, FullLLLaplace):
         loss, matrix = self.backend.full(x, y)
         return loss, matrix if state is None else state + matrix
 
-    def _commit(self, state: Any, n: int, earlier: int) -> None:
-        if not bool(state.isfinite().all()):
+    def _install(self, curvature: Tensor) -> None:
+        if not bool(curvature.isfinite().all()):
             raise FloatingPointError("the curvature of the last layer is not finite")
-        self.H = state + self.H if earlier else state
+        self.H = curvature
         self._posterior_scale = None
 
 

@@ -6,7 +6,7 @@ belongs to `fitting`, predictions to `predictive`, curvature to `curvature`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from laplace_lora.fitting import LoraPosterior
 from laplace_lora.kron import LowRankKron
+from laplace_lora.packing import pack_kron, unpack_kron
 from laplace_lora.predictive import Gram
+
+OWN = ("factor_rank", "low_rank_threshold", "residual")  # backend arguments that are the class's
 
 
 class KronLoraLaplace(LoraPosterior, KronLaplace):
@@ -36,6 +39,7 @@ class KronLoraLaplace(LoraPosterior, KronLaplace):
     """
 
     _key = ("lora", "kron")
+    H: Any
     H_facs: LowRankKron
 
     def __init__(
@@ -50,11 +54,7 @@ class KronLoraLaplace(LoraPosterior, KronLaplace):
     ) -> None:
         if kwargs.get("damping"):
             raise ValueError("damping is not supported: it would have no effect on the posterior")
-        own = {
-            "factor_rank": factor_rank,
-            "low_rank_threshold": low_rank_threshold,
-            "residual": residual,
-        }
+        own = dict(zip(OWN, (factor_rank, low_rank_threshold, residual), strict=True))
         kwargs["backend_kwargs"] = {**(kwargs.get("backend_kwargs") or {}), **own}
         super().__init__(model, likelihood, **kwargs)
 
@@ -88,14 +88,39 @@ class KronLoraLaplace(LoraPosterior, KronLaplace):
     def _add(self, state: Any, x: Any, y: Tensor) -> tuple[Tensor, Any]:
         return self.backend.accumulate(x, y, state)
 
-    def _commit(self, state: Any, n: int, earlier: int) -> None:
-        factors = self.backend.assemble(state, n)
-        if earlier:
-            # Input covariances are means over the data, gradient covariances sums.
-            total = n + earlier
-            factors = factors.scale_inputs(n / total) + self.H_facs.scale_inputs(earlier / total)
-        decomposed = factors.decompose()
-        self.H_facs, self.H = factors, decomposed
+    def arguments(self) -> dict[str, Any]:
+        """Return the constructor's arguments, but for model and backend."""
+        arguments = super().arguments()
+        options = arguments["backend_kwargs"]
+        return {**arguments, **{name: options.pop(name) for name in OWN}}
+
+    def _packed(self) -> tuple[dict[str, Tensor], Any]:
+        return pack_kron(self.H_facs, self.H)
+
+    def _unpack(self, tensors: Mapping[str, Tensor], description: Any) -> None:
+        shapes = [
+            [block.parameter.numel()] if block.is_bias else list(block.parameter.shape)
+            for block in self.backend.blocks
+        ]
+        self.H_facs, self.H = unpack_kron(
+            tensors, description, shapes, self.backend.factor_rank, self.backend.residual
+        )
+
+    @property
+    def curvature(self) -> LowRankKron:
+        """Kronecker factors of the summed loss's curvature."""
+        self._check_H_init()
+        return self.H_facs
+
+    def _assembled(self, state: Any, n: int) -> LowRankKron:
+        return self.backend.assemble(state, n)
+
+    def _joined(self, curvature: LowRankKron, n: int, other: LowRankKron, m: int) -> LowRankKron:
+        # Input covariances are means over the data, gradient covariances sums.
+        return curvature.scale_inputs(n / (n + m)) + other.scale_inputs(m / (n + m))
+
+    def _install(self, curvature: LowRankKron) -> None:
+        self.H_facs, self.H = curvature, curvature.decompose()
 
 
 class DiagLoraLaplace(LoraPosterior, DiagLaplace):
@@ -108,6 +133,7 @@ class DiagLoraLaplace(LoraPosterior, DiagLaplace):
     """
 
     _key = ("lora", "diag")
+    H: Any
 
     @property
     def log_det_ratio(self) -> Tensor:
@@ -153,7 +179,7 @@ class DiagLoraLaplace(LoraPosterior, DiagLaplace):
         loss, diagonal = self.backend.diag(x, y)
         return loss, diagonal if state is None else state + diagonal
 
-    def _commit(self, state: Any, n: int, earlier: int) -> None:
-        if not bool(state.isfinite().all()):
+    def _install(self, curvature: Tensor) -> None:
+        if not bool(curvature.isfinite().all()):
             raise FloatingPointError("the diagonal curvature is not finite")
-        self.H = state + self.H if earlier else state
+        self.H = curvature

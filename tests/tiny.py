@@ -104,20 +104,24 @@ ARCHITECTURES = {
         ["query", "value"],
         ["classifier"],
     ),
-    "deberta": (
-        DebertaV2ForSequenceClassification,
-        deberta_config,
-        ["query_proj", "key_proj", "value_proj"],
-        ["classifier"],
-    ),
     "gpt2": (GPT2ForSequenceClassification, gpt2_config, ["c_attn"], ["score"]),
     "gpt2-lm": (GPT2LMHeadModel, gpt2_config, ["c_attn", "c_proj"], None),
     "t5-lm": (T5ForConditionalGeneration, t5_config, ["q", "v"], None),
 }
 
 
+SHARING = {  # weight sharing in the forward pass, which the curvature refuses
+    "deberta": (
+        DebertaV2ForSequenceClassification,
+        deberta_config,
+        ["query_proj", "key_proj", "value_proj"],
+        ["classifier"],
+    ),
+}
+
+
 def base_model(name: str, num_labels: int = 3, **config) -> nn.Module:
-    kind, make_config, _, _ = ARCHITECTURES[name]
+    kind, make_config, _, _ = {**ARCHITECTURES, **SHARING}[name]
     torch.manual_seed(0)
     if not name.endswith("-lm"):
         config["num_labels"] = num_labels
@@ -183,7 +187,7 @@ def adalora_model(name: str, num_labels: int = 3, dtype=torch.float64, **kwargs)
     """A tiny AdaLoRA model whose singular values are away from their initial zero."""
     kwargs = {"init_r": 3, "target_r": 2, "total_step": 20, "tfinal": 4, "deltaT": 2, **kwargs}
     kind = "SEQ_CLS" if not name.endswith("-lm") else "CAUSAL_LM"
-    _, _, modules, heads = ARCHITECTURES[name]
+    _, _, modules, heads = {**ARCHITECTURES, **SHARING}[name]
     config = AdaLoraConfig(
         task_type=kind,
         target_modules=kwargs.pop("target_modules", modules),

@@ -1,0 +1,103 @@
+"""Kronecker factors and their eigendecompositions as named tensors, and back.
+
+A factor that several blocks share is packed once. Files belong to `checkpoint`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from laplace_lora.decomposed import LowRankKronDecomposed
+from laplace_lora.factors import DenseFactor, Eigen
+from laplace_lora.kron import LowRankKron
+from laplace_lora.sketch import Factor, LowRankFactor, sketch_columns
+
+EIGEN = ("vectors", "values", "residual")
+
+
+def pack_kron(
+    factors: LowRankKron, decomposed: LowRankKronDecomposed
+) -> tuple[dict[str, Tensor], list[list[int]]]:
+    """Return factors with eigenpairs as tensors, and for each block the numbers of its factors.
+
+    Args:
+        factors: The sums.
+        decomposed: Their eigendecompositions.
+    """
+    numbers: dict[int, int] = {}
+    tensors: dict[str, Tensor] = {}
+    for block, sides in zip(factors.kfacs, decomposed.blocks, strict=True):
+        for factor, eigen in zip(block, sides, strict=True):
+            if id(factor) in numbers:
+                continue
+            number = numbers[id(factor)] = len(numbers)
+            if isinstance(factor, DenseFactor):
+                tensors[f"{number}.matrix"] = factor.matrix
+            else:
+                tensors[f"{number}.sketch"] = factor.sketch
+                tensors[f"{number}.trace"] = factor.trace
+            for name in EIGEN:
+                tensors[f"{number}.{name}"] = getattr(eigen, name)
+    return tensors, [[numbers[id(factor)] for factor in block] for block in factors.kfacs]
+
+
+def unpack_kron(
+    tensors: Mapping[str, Tensor],
+    blocks: Any,
+    shapes: Sequence[Sequence[int]],
+    rank: int | None,
+    residual: str,
+) -> tuple[LowRankKron, LowRankKronDecomposed]:
+    """Return factors and eigendecompositions from tensors that are known to be finite.
+
+    Args:
+        tensors: What `pack_kron` made.
+        blocks: Numbers of each block's factors.
+        shapes: For each block the lengths of its sides.
+        rank: Eigenpairs of low-rank factors.
+        residual: As of `LowRankKron`.
+
+    Raises:
+        ValueError: If numbers or shapes do not fit.
+        KeyError: If a tensor is missing.
+    """
+    if not isinstance(blocks, list) or [len(b) for b in blocks] != [len(s) for s in shapes]:
+        raise ValueError("the blocks do not fit the model's tensors")
+    found: dict[int, tuple[Factor, Eigen]] = {}
+    for block, sides in zip(blocks, shapes, strict=True):
+        for number, d in zip(block, sides, strict=True):
+            if type(number) is not int:
+                raise ValueError(f"a factor is numbered {number!r}")
+            if number not in found:
+                found[number] = _unpacked(tensors, number, rank)
+            if found[number][0].d != d:
+                raise ValueError(f"factor {number} has side {found[number][0].d}, not {d}")
+    used = {f"{number}." for number in found}
+    unused = [name for name in tensors if f"{name.split('.')[0]}." not in used]
+    if unused:
+        raise ValueError(f"tensor {unused[0]!r} belongs to no block")
+    kfacs = [[found[number][0] for number in block] for block in blocks]
+    eigen = [[found[number][1] for number in block] for block in blocks]
+    return LowRankKron(kfacs, residual), LowRankKronDecomposed(eigen)
+
+
+def _unpacked(tensors: Mapping[str, Tensor], number: int, rank: int | None) -> tuple[Factor, Eigen]:
+    vectors, values, residual = (tensors[f"{number}.{name}"] for name in EIGEN)
+    factor: Factor
+    if f"{number}.matrix" in tensors:
+        factor = DenseFactor(tensors[f"{number}.matrix"])
+        expected, k = (factor.d, factor.d), factor.d
+        shape = factor.matrix.shape
+    else:
+        k = int(rank or 0)
+        factor = LowRankFactor(tensors[f"{number}.sketch"], tensors[f"{number}.trace"], k)
+        expected, shape = (factor.d, sketch_columns(k)), factor.sketch.shape
+    fits = shape == expected and vectors.shape == (factor.d, k) and values.shape == (k,)
+    if not fits or residual.shape != () or factor.trace.shape != ():
+        raise ValueError(f"the tensors of factor {number} do not fit together")
+    if bool((values < 0).any()) or bool(residual < 0):
+        raise ValueError(f"factor {number} has a negative eigenvalue")
+    return factor, Eigen(vectors, values, residual)
