@@ -84,6 +84,10 @@ class DenseFactor:
         """Bytes held."""
         return self.matrix.nbytes
 
+    def tensors(self) -> list[Tensor]:
+        """Return what the sum consists of; adding these adds factors."""
+        return [self.matrix]
+
     def update(self, rows: Tensor, weight: float = 1.0) -> None:
         """Add ``weight · rowsᵀ rows`` in ``O(n d²)``.
 

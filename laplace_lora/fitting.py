@@ -16,6 +16,7 @@ from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from laplace_lora import sharding
 from laplace_lora.adapters import trainable_only
 from laplace_lora.checkpoint import Saving
 from laplace_lora.curvature import LoraCurvature, LoraGGN
@@ -96,6 +97,10 @@ class LoraPosterior(PriorTuning, Saving, StreamingPredictive):
         One forward pass and ``C − 1`` backward passes a batch. The result does not depend on batch
         size or padding. If anything fails, the earlier posterior stays as it was.
 
+        Where several processes share a loader (a `DistributedSampler`, or one that accelerate has
+        prepared), all end with the posterior of all data; examples that the sampler repeats count
+        once, and an error in one process ends all.
+
         Args:
             train_loader: Batches with labels: mappings with ``dict_key_y``, or pairs.
             override: Start anew; ``False`` adds these data to those fitted before.
@@ -105,32 +110,56 @@ class LoraPosterior(PriorTuning, Saving, StreamingPredictive):
             TypeError: If the loader has no ``dataset``, or a batch is neither mapping nor pair.
             ValueError: If the loader is empty, or labels are missing or out of range.
             FloatingPointError: If the loss or the curvature is not finite; names batch and layer.
+            RuntimeError: If another process that shares the loader failed or had no examples.
         """
         if not hasattr(train_loader, "dataset"):
             raise TypeError(
                 f"fit needs a DataLoader (an iterable with `dataset`), got "
                 f"{type(train_loader).__name__}; wrap the data in torch.utils.data.DataLoader"
             )
-        state, loss, n = None, 0.0, 0
-        with evaluation_mode(self.model):
-            bar = tqdm(train_loader, disable=not progress_bar, desc="Fitting the posterior")
-            for index, batch in enumerate(bar):
-                x, y = self.labelled(batch)
-                try:
-                    batch_loss, state = self._add(state, x, y)
-                except FloatingPointError as error:
-                    raise FloatingPointError(
-                        f"batch {index} of the training data: {error}"
-                    ) from error
-                loss, n = loss + batch_loss.item(), n + len(y)
-        if state is None:
-            raise ValueError("the training loader is empty")
+        shared = sharding.is_sharded(train_loader)
+        state, loss, n, failure = None, 0.0, 0, None
+        bar = tqdm(
+            train_loader,
+            disable=not (progress_bar and sharding.is_main()),
+            desc="Fitting the posterior",
+        )
+        try:
+            with evaluation_mode(self.model):
+                for index, batch in enumerate(sharding.own_batches(train_loader, bar)):
+                    x, y = self.labelled(batch)
+                    try:
+                        batch_loss, state = self._add(state, x, y)
+                    except FloatingPointError as error:
+                        raise FloatingPointError(
+                            f"batch {index} of the training data: {error}"
+                        ) from error
+                    loss, n = loss + batch_loss.item(), n + len(y)
+            if state is None and not shared:
+                raise ValueError("the training loader is empty")
+        except Exception as error:
+            if not shared:
+                raise
+            failure = error  # the other processes must hear of it, or they would wait for ever
+        if shared:
+            state, loss, n = self._summed(state, loss, n, failure)
         curvature = self._assembled(state, n)
         if self._fitted and not override:
             curvature = self._joined(curvature, n, self.curvature, self.n_data)
             loss, n = loss + self.loss, n + self.n_data
         self._install(curvature)
         self._settle(loss, n, self.backend.n_outputs)
+
+    def _summed(
+        self, state: Any, loss: float, n: int, failure: Exception | None
+    ) -> tuple[Any, float, int]:
+        """Return sums, loss and number of examples over all processes."""
+        tensors = [] if state is None else self._tensors(state)
+        shapes = [tuple(tensor.shape) for tensor in tensors] or None
+        sharding.agree(failure, shapes)
+        totals = torch.tensor([loss, n], dtype=torch.float64, device=self._device)
+        sharding.add_up([*tensors, totals])
+        return state, totals[0].item(), int(totals[1].item())
 
     def adopt(self, curvature: Any, n_data: int, train_loader: DataLoader | None = None) -> None:
         """Take over a curvature that was computed elsewhere, at the model's current weights.
@@ -237,6 +266,10 @@ class LoraPosterior(PriorTuning, Saving, StreamingPredictive):
     def _add(self, state: Any, x: Any, y: Tensor) -> tuple[Tensor, Any]:
         """Add a batch's curvature to sums that start as ``None``; return its loss and the sums."""
         raise NotImplementedError
+
+    def _tensors(self, state: Any) -> list[Tensor]:
+        """Return the tensors that the sums consist of."""
+        return [state]
 
     def _assembled(self, state: Any, n: int) -> Any:
         """Return the curvature that sums over ``n`` examples amount to."""

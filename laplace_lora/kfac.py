@@ -166,6 +166,11 @@ class KfacSums:
         tape.backward(columns, visit)
         self._check_finite(tape)
 
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that the sums consist of, shared ones once."""
+        factors = {id(factor): factor for factor in [*self.inputs, *self.grads]}.values()
+        return [tensor for factor in factors for tensor in factor.tensors()]
+
     def covariances(self, n: int) -> list[tuple[Factor, Factor]]:
         """Return each map's input covariance, divided by ``n``, and its gradient covariance."""
         means = map_shared([self.inputs], lambda factor: factor * (1 / n))[0]

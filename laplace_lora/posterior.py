@@ -112,6 +112,9 @@ class KronLoraLaplace(LoraPosterior, KronLaplace):
         self._check_H_init()
         return self.H_facs
 
+    def _tensors(self, state: Any) -> list[Tensor]:
+        return state.tensors()
+
     def _assembled(self, state: Any, n: int) -> LowRankKron:
         return self.backend.assemble(state, n)
 

@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
+from laplace_lora import sharding
 from laplace_lora.validation import Scoring, ValidationCache, validation_pass
 
 Loss: TypeAlias = Metric | Callable[..., Any]
+Gather: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def grid_search(
@@ -48,6 +50,7 @@ def grid_search(
         ValueError: If there is no loader, it is empty, or a batch has no labels.
     """
     tally = _tally(loss, len(grid), scoring)
+    gather = sharding.gather_for(loader)
     grid = grid.to(device=la._device, dtype=la._dtype)
     for mean, y, blocks in validation_pass(la, loader, progress_bar):
         covariance = mean.new_zeros(len(grid), len(mean), mean.shape[1], mean.shape[1])
@@ -56,7 +59,7 @@ def grid_search(
                 weights = 1 / (e.unsqueeze(1) + grid)
                 covariance += (products @ weights).movedim(-1, 0)
         tally.update(mean, covariance, y)
-    losses = tally.compute()
+    losses = tally.compute(gather)
     return float(grid[losses.nan_to_num(torch.inf).argmin()]), losses
 
 
@@ -115,8 +118,10 @@ class _MeanNll:
         self.total = self.total + self.scoring.nll(mean, covariance, y).double().sum(-1)
         self.count += len(y)
 
-    def compute(self) -> Tensor:
-        return self.total / self.count
+    def compute(self, gather: Gather) -> Tensor:
+        total, count = torch.as_tensor(self.total), torch.tensor([self.count])
+        sums = gather(total.unsqueeze(0)).sum(0)
+        return sums / gather(count.to(sums.device)).sum()
 
 
 class _RunningMetric:
@@ -133,7 +138,7 @@ class _RunningMetric:
             except TypeError:  # a metric of the mean alone
                 metric.update(predicted[0], y)
 
-    def compute(self) -> Tensor:
+    def compute(self, gather: Gather) -> Tensor:
         return torch.stack([metric.compute().sum().double() for metric in self.metrics])
 
 
@@ -149,8 +154,10 @@ class _Offline:
         ):
             kept.append((*predicted, y))
 
-    def compute(self) -> Tensor:
-        joined = [[torch.cat(column) for column in zip(*kept, strict=True)] for kept in self.kept]
+    def compute(self, gather: Gather) -> Tensor:
+        joined = [
+            [gather(torch.cat(column)) for column in zip(*kept, strict=True)] for kept in self.kept
+        ]
         return torch.tensor([float(self.function(*columns)) for columns in joined]).double()
 
 

@@ -64,6 +64,10 @@ class LowRankFactor:
         """Bytes held; ``Ω`` is shared by all factors of its size and not counted."""
         return self.sketch.nbytes + self.trace.nbytes
 
+    def tensors(self) -> list[Tensor]:
+        """Return what the sketch consists of; adding these adds sketches."""
+        return [self.sketch, self.trace]
+
     def update(self, rows: Tensor, weight: float = 1.0) -> None:
         """Add ``weight · rowsᵀ rows`` without forming it.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from laplace_lora import sharding
 from laplace_lora.links import log_probabilities
 
 RESOLUTION = math.log(1.02)
@@ -42,7 +43,9 @@ class Scoring:
     ) -> Scoring:
         """Return the scoring of a posterior; draws the common samples once."""
         size = (n_samples, la.n_outputs - 1)
-        draws = torch.randn(size, dtype=la._dtype, device=la._device, generator=generator)
+        draws = sharding.common(
+            torch.randn(size, dtype=la._dtype, device=la._device, generator=generator)
+        )
         sigma = float(la.sigma_noise) if la.likelihood == "regression" else None
         return cls(link, draws if link == "mc" else None, sigma)
 
@@ -72,7 +75,9 @@ def validation_pass(
     if loader is None:
         raise ValueError("tuning on a validation set needs `val_loader`, a DataLoader with labels")
     batches = 0
-    for batch in tqdm(loader, disable=not progress_bar, desc="Passing over the validation set"):
+    hidden = not (progress_bar and sharding.is_main())
+    bar = tqdm(loader, disable=hidden, desc="Passing over the validation set")
+    for batch in sharding.own_batches(loader, bar):
         x, y = la.labelled(batch)
         mean, blocks = la.gram_blocks(x)
         batches += 1
@@ -141,8 +146,9 @@ class ValidationCache:
             labels.append(y)
             for group, part in zip(kept, parts, strict=True):
                 group.append(part)
-        self.mean, self.y = torch.cat(means), torch.cat(labels)
-        self.products = [torch.cat(group) for group in kept]
+        gather = sharding.gather_for(loader)
+        self.mean, self.y = gather(torch.cat(means)), gather(torch.cat(labels))
+        self.products = [gather(torch.cat(group)) for group in kept]
         self.values = [
             (total[0, used] / total[1, used]).to(self.mean)
             for total, used in zip(sums, occupied, strict=True)

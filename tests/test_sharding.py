@@ -1,0 +1,178 @@
+"""Several processes with one loader: the posterior of one process, and errors that end all."""
+
+import multiprocessing
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_posterior import LENGTHS, LOW, loader
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
+
+from laplace_lora import DiagLoraLaplace, KronLoraLaplace, sharding
+from tiny import assert_near, peft_model, token_batch
+
+PROCESSES = 2
+BATCH = token_batch((4, 2), seed=3)
+
+
+def shared_loader(kind, batch_size=2):
+    """The same seven examples, dealt out to two processes; an uneven end in every way."""
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration
+
+    plain = DataLoader(loader().dataset, batch_size=batch_size)
+    if kind == "sampler":
+        sampler = DistributedSampler(plain.dataset, shuffle=False)
+        return DataLoader(plain.dataset, batch_size=batch_size, sampler=sampler)
+    options = {"even_batches": kind != "uneven", "split_batches": kind == "split"}
+    config = DataLoaderConfiguration(dispatch_batches=kind == "dispatched", **options)
+    return Accelerator(cpu=True, dataloader_config=config).prepare(plain)
+
+
+def posterior_of(cls, data, **kwargs):
+    la = cls(peft_model("bert"), "classification", **kwargs)
+    la.fit(data)
+    return la
+
+
+def scenario_results(rank):
+    results = {}
+    for kind in ("sampler", "accelerate", "split", "uneven"):
+        for cls, kwargs in ((KronLoraLaplace, LOW), (DiagLoraLaplace, {})):
+            data = shared_loader(kind)
+            la = posterior_of(cls, data, **kwargs)
+            entry = [la.n_data, la.log_marginal_likelihood().item(), la(BATCH)]
+            if kind == "sampler":
+                la.optimize_prior_precision(method="gridsearch", val_loader=data)
+                entry.append(la.prior_precision.item())
+                la.optimize_prior_precision(
+                    method="gridsearch", val_loader=data, loss=lambda p, y: brier(p, y)
+                )
+                entry.append(la.prior_precision.item())
+                la.optimize_prior_precision(method="val_gd", val_loader=data, n_steps=5)
+                entry.append(la.prior_precision.item())
+            results[kind, cls.__name__] = entry
+    plain = posterior_of(KronLoraLaplace, loader(2), **LOW)  # every process has all the data
+    results["plain"] = [plain.n_data, plain(BATCH)]
+    errors = []
+    for bad_rank in (0, 1):
+        data = shared_loader("sampler")
+        if rank == bad_rank:
+            data = DataLoader(
+                [{**e, "labels": torch.tensor(9)} for e in data.dataset],
+                batch_size=2,
+                sampler=data.sampler,
+            )
+        la = posterior_of(KronLoraLaplace, loader(7), **LOW)
+        before = la(BATCH)
+        try:
+            la.fit(data)
+        except (ValueError, RuntimeError) as error:
+            errors.append(f"{type(error).__name__}: {error}")
+        assert torch.equal(la(BATCH), before)  # nothing of the failed fit is left
+    results["errors"] = errors
+    few = DataLoader(
+        loader().dataset[:1], batch_size=1, sampler=DistributedSampler(loader().dataset[:1])
+    )
+    try:
+        posterior_of(KronLoraLaplace, few)
+    except RuntimeError as error:
+        results["few"] = str(error)
+    try:
+        posterior_of(KronLoraLaplace, shared_loader("dispatched"))
+    except TypeError as error:
+        results["dispatched"] = str(error)
+    return results
+
+
+def brier(p, y):
+    return (p - torch.nn.functional.one_hot(y, p.shape[1])).square().sum(-1).mean()
+
+
+def worker(rank, port, queue):
+    torch.set_num_threads(1)
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(PROCESSES),
+        "LOCAL_RANK": str(rank),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    dist.init_process_group("gloo", rank=rank, world_size=PROCESSES)
+    try:
+        queue.put((rank, scenario_results(rank)))
+    finally:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results():
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    workers = [context.Process(target=worker, args=(r, port, queue)) for r in range(PROCESSES)]
+    for process in workers:
+        process.start()
+    found = dict(queue.get(timeout=240) for _ in workers)
+    for process in workers:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    return found
+
+
+@pytest.mark.parametrize("cls,kwargs", [(KronLoraLaplace, LOW), (DiagLoraLaplace, {})])
+@pytest.mark.parametrize("kind", ["sampler", "accelerate", "split", "uneven"])
+def test_two_processes_equal_one(results, kind, cls, kwargs):
+    for found in results.values():
+        one = posterior_of(cls, loader(), **kwargs)
+        count, evidence, probs, *tuned = found[kind, cls.__name__]
+        assert count == len(LENGTHS) == 7
+        assert_near(torch.tensor(evidence).double(), one.log_marginal_likelihood())
+        assert_near(probs, one(BATCH))
+        if kind == "sampler":
+            expected = []
+            for options in ({}, {"loss": brier}):
+                one.optimize_prior_precision(method="gridsearch", val_loader=loader(), **options)
+                expected.append(one.prior_precision.item())
+            one.optimize_prior_precision(method="val_gd", val_loader=loader(), n_steps=5)
+            expected.append(one.prior_precision.item())
+            assert tuned == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_loader_that_is_not_shared_is_fitted_as_it_is(results):
+    one = posterior_of(KronLoraLaplace, loader(), **LOW)
+    for found in results.values():
+        assert found["plain"][0] == 7
+        assert_near(found["plain"][1], one(BATCH))
+
+
+def test_an_error_in_one_process_ends_all(results):
+    for rank, found in results.items():
+        for bad_rank, text in enumerate(found["errors"]):
+            if rank == bad_rank:
+                assert text.startswith("ValueError: labels must lie in 0..2")
+            else:
+                assert text.startswith(
+                    f"RuntimeError: process {bad_rank} failed: ValueError: labels must lie"
+                )
+        assert len(found["errors"]) == 2
+        assert found["few"] == "process 1 got no examples; use fewer processes"
+        assert "dispatch_batches=False" in found["dispatched"]
+
+
+def test_alone_nothing_changes():
+    data = loader(2)
+    assert not sharding.is_sharded(data)
+    assert [len(b["labels"]) for b in sharding.own_batches(data)] == [2, 2, 2, 1]
+    assert sharding.processes() == 1 and sharding.is_main()
+    assert torch.equal(sharding.gather_for(data)(torch.ones(2)), torch.ones(2))
+    sampler = BatchSampler(SequentialSampler(range(3)), 2, drop_last=False)
+    assert list(sharding.own_batches(DataLoader(range(3), batch_sampler=sampler)))[1].tolist() == [
+        2
+    ]
