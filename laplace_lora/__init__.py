@@ -14,6 +14,7 @@ from laplace_lora.last_layer import (
 )
 from laplace_lora.models import LogitsModel
 from laplace_lora.posterior import DiagLoraLaplace, KronLoraLaplace
+from laplace_lora.trainer import LaplaceCallback
 
 __all__ = [
     "DiagLoraLLLaplace",
@@ -22,6 +23,7 @@ __all__ = [
     "FunctionalLoraLLLaplace",
     "KronLoraLLLaplace",
     "KronLoraLaplace",
+    "LaplaceCallback",
     "LogitsModel",
     "LoraEF",
     "LoraGGN",

@@ -85,9 +85,9 @@ class Saving:
         }
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / TENSORS, payload)
+        write_whole(folder / TENSORS, payload)
         text = json.dumps({**config, "checksum": _checksum(config)}, indent=1)
-        _write(folder / CONFIG, text.encode())
+        write_whole(folder / CONFIG, text.encode())
 
     @classmethod
     def from_pretrained(
@@ -227,8 +227,13 @@ def _checksum(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a file so that it is either there as a whole or not at all."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that it is either there as a whole or not at all.
+
+    Args:
+        path: The file; written under another name in its folder first.
+        content: All of it.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -7,6 +7,7 @@ precision belongs to `posterior`, predictions to `predictive`, tuning to `tuning
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from laplace_lora import sharding
+from laplace_lora.accumulation import Snapshot, accumulate
 from laplace_lora.adapters import trainable_only
 from laplace_lora.checkpoint import Saving
 from laplace_lora.curvature import LoraCurvature, LoraGGN
@@ -90,7 +90,12 @@ class LoraPosterior(PriorTuning, Saving, StreamingPredictive):
         return wide_dtype(self.params)
 
     def fit(
-        self, train_loader: DataLoader, override: bool = True, progress_bar: bool = False
+        self,
+        train_loader: DataLoader,
+        override: bool = True,
+        progress_bar: bool = False,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | None = None,
     ) -> None:
         """Fit the posterior at the model's current weights.
 
@@ -105,10 +110,15 @@ class LoraPosterior(PriorTuning, Saving, StreamingPredictive):
             train_loader: Batches with labels: mappings with ``dict_key_y``, or pairs.
             override: Start anew; ``False`` adds these data to those fitted before.
             progress_bar: Show progress over the batches.
+            checkpoint_dir: Where the sums so far are kept. A fit that was interrupted goes on
+                there, after the batches it had seen, if the loader yields the same ones in the
+                same order. The file is deleted at the end.
+            checkpoint_every: Batches from one writing to the next, 100 by default.
 
         Raises:
             TypeError: If the loader has no ``dataset``, or a batch is neither mapping nor pair.
-            ValueError: If the loader is empty, or labels are missing or out of range.
+            ValueError: If the loader is empty, labels are missing or out of range, or what is kept
+                in ``checkpoint_dir`` is damaged or belongs to another fit.
             FloatingPointError: If the loss or the curvature is not finite; names batch and layer.
             RuntimeError: If another process that shares the loader failed or had no examples.
         """
@@ -117,49 +127,20 @@ class LoraPosterior(PriorTuning, Saving, StreamingPredictive):
                 f"fit needs a DataLoader (an iterable with `dataset`), got "
                 f"{type(train_loader).__name__}; wrap the data in torch.utils.data.DataLoader"
             )
-        shared = sharding.is_sharded(train_loader)
-        state, loss, n, failure = None, 0.0, 0, None
-        bar = tqdm(
-            train_loader,
-            disable=not (progress_bar and sharding.is_main()),
-            desc="Fitting the posterior",
-        )
-        try:
-            with evaluation_mode(self.model):
-                for index, batch in enumerate(sharding.own_batches(train_loader, bar)):
-                    x, y = self.labelled(batch)
-                    try:
-                        batch_loss, state = self._add(state, x, y)
-                    except FloatingPointError as error:
-                        raise FloatingPointError(
-                            f"batch {index} of the training data: {error}"
-                        ) from error
-                    loss, n = loss + batch_loss.item(), n + len(y)
-            if state is None and not shared:
-                raise ValueError("the training loader is empty")
-        except Exception as error:
-            if not shared:
-                raise
-            failure = error  # the other processes must hear of it, or they would wait for ever
-        if shared:
-            state, loss, n = self._summed(state, loss, n, failure)
-        curvature = self._assembled(state, n)
+        if checkpoint_every is not None and checkpoint_dir is None:
+            raise ValueError("checkpoint_every needs checkpoint_dir")
+        snapshot = None
+        if checkpoint_dir is not None:
+            snapshot = Snapshot(checkpoint_dir, checkpoint_every, self)
+        sums = accumulate(self, train_loader, progress_bar, snapshot)
+        curvature, loss, n = self._assembled(sums.state, sums.n), sums.loss, sums.n
         if self._fitted and not override:
             curvature = self._joined(curvature, n, self.curvature, self.n_data)
             loss, n = loss + self.loss, n + self.n_data
         self._install(curvature)
         self._settle(loss, n, self.backend.n_outputs)
-
-    def _summed(
-        self, state: Any, loss: float, n: int, failure: Exception | None
-    ) -> tuple[Any, float, int]:
-        """Return sums, loss and number of examples over all processes."""
-        tensors = [] if state is None else self._tensors(state)
-        shapes = [tuple(tensor.shape) for tensor in tensors] or None
-        sharding.agree(failure, shapes)
-        totals = torch.tensor([loss, n], dtype=torch.float64, device=self._device)
-        sharding.add_up([*tensors, totals])
-        return state, totals[0].item(), int(totals[1].item())
+        if snapshot is not None:
+            snapshot.remove()
 
     def adopt(self, curvature: Any, n_data: int, train_loader: DataLoader | None = None) -> None:
         """Take over a curvature that was computed elsewhere, at the model's current weights.

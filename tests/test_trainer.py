@@ -1,0 +1,109 @@
+"""LaplaceCallback inside `transformers.Trainer`."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LaplaceCallback, LogitsModel
+from tiny import TARGETS, assert_near, peft_model, rows, token_batch
+
+
+def examples(count, seed=0, **labels):
+    batch = token_batch((4,) * count, seed=seed)
+    return [{**rows(batch, n), **labels} for n in range(count)]
+
+
+def trainer_of(model, folder, **kwargs):
+    arguments = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=3,
+        max_steps=3,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+    )
+    return Trainer(model, arguments, train_dataset=examples(10), **kwargs)
+
+
+@pytest.mark.parametrize("cls", [KronLoraLaplace, DiagLoraLaplace])
+def test_training_ends_with_a_saved_posterior(cls, tmp_path):
+    model = peft_model("bert", dtype=torch.float32)
+    trainer = trainer_of(model, tmp_path, eval_dataset=examples(7, seed=1))
+    callback = LaplaceCallback(trainer, posterior=cls)
+    with pytest.raises(RuntimeError, match="no posterior yet"):
+        callback.predict(examples(2))
+    trainer.add_callback(callback)
+    trainer.train()
+    la = cls(model, "classification")
+    la.fit(DataLoader(examples(10), batch_size=10))
+    la.optimize_prior_precision()
+    assert callback.la.n_data == 10
+    assert_near(callback.la.log_marginal_likelihood(), la.log_marginal_likelihood(), 1e-4)
+    logged = {k: v for entry in trainer.state.log_history for k, v in entry.items()}
+    evidence = callback.la.log_marginal_likelihood().item()
+    assert logged["laplace_log_marginal_likelihood"] == evidence
+    batch = next(iter(DataLoader(examples(7, seed=1), batch_size=7)))
+    p_map = LogitsModel(model).eval()(batch).softmax(-1)
+    for name, p in (("laplace", callback.la(batch)), ("map", p_map)):
+        expected = F.nll_loss(p.log(), batch["labels"]).item()
+        assert logged[f"eval_{name}_nll"] == pytest.approx(expected, rel=1e-5)
+        assert 0 <= logged[f"eval_{name}_ece"] <= 1
+    again = cls.from_pretrained(model, tmp_path)
+    assert torch.equal(again(batch), callback.la(batch))
+
+
+def test_predictions_stand_in_the_order_of_the_trainers(tmp_path):
+    model = peft_model("bert", dtype=torch.float32)
+    trainer = trainer_of(model, tmp_path)
+    callback = LaplaceCallback(trainer, save=False, link_approx="bridge")
+    trainer.add_callback(callback)
+    trainer.train()
+    data = examples(8, seed=5)
+    probs = callback.predict(data)
+    logits = trainer.predict(data).predictions
+    assert probs.shape == logits.shape
+    batch = next(iter(DataLoader(data, batch_size=8)))
+    assert np.allclose(LogitsModel(model).eval()(batch).detach(), logits, atol=1e-5)
+    assert_near(probs, callback.la(batch, link_approx="bridge"), 1e-5)
+    assert not list(tmp_path.glob("laplace*"))
+
+
+def test_a_language_model_with_answer_tokens(tmp_path):
+    class Answers(Trainer):
+        """Trains on the answers' logits, as a user of `target_ids` would."""
+
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            f = LogitsModel(model, target_ids=TARGETS)(inputs)
+            return F.cross_entropy(f, inputs["labels"])
+
+    model = peft_model("llama-lm", dtype=torch.float32)
+    plain = trainer_of(model, tmp_path)
+    trainer = Answers(model, plain.args, train_dataset=examples(6))
+    callback = LaplaceCallback(trainer, target_ids=TARGETS)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert callback.predict(examples(5)).shape == (5, 3)
+
+
+def test_regression_gives_moments(tmp_path):
+    class Squares(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            return LogitsModel(model)(inputs).square().mean()
+
+    model = peft_model("bert", dtype=torch.float32)
+    plain = trainer_of(model, tmp_path)
+    data = [{**e, "labels": torch.randn(3)} for e in examples(6)]
+    trainer = Squares(model, plain.args, train_dataset=data, eval_dataset=data)
+    callback = LaplaceCallback(trainer, "regression", save=False)
+    trainer.add_callback(callback)
+    trainer.train()
+    mean, covariance = callback.predict(data)
+    assert mean.shape == (6, 3) and covariance.shape == (6, 3, 3)
+    logged = {k for entry in trainer.state.log_history for k in entry}
+    assert "laplace_log_marginal_likelihood" in logged and "eval_laplace_nll" not in logged
