@@ -19,7 +19,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from laplace_lora.maps import Block, LinearMap, TripletMap
+from laplace_lora.maps import Block, ConvMap, LinearMap, TripletMap
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +74,19 @@ def triplet_maps(model: nn.Module) -> Iterator[LinearMap]:
                 yield TripletMap(name, layer, *shape, False, layer, adapter, role)
 
 
+def calls_twice(layer: nn.Module | None) -> bool:
+    """Return whether an adapted layer calls its own maps once more than it applies them.
+
+    PEFT's DoRA sends an identity matrix through ``lora_A`` and ``lora_B``, without gradient, to
+    learn the norm of their product, before it applies them.
+    """
+    return any(getattr(layer, "use_dora", {}).values())
+
+
 def linear_maps(model: nn.Module) -> Iterator[LinearMap]:
-    """Yield every `nn.Linear` and `Conv1D` of a model, trainable or not, in module order.
+    """Yield every `nn.Linear`, `Conv1D` and plain `nn.Conv2d` of a model, in module order.
+
+    They may be frozen. A convolution is plain if it has one group and pads with zeros.
 
     Args:
         model: Any module.
@@ -84,6 +95,11 @@ def linear_maps(model: nn.Module) -> Iterator[LinearMap]:
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             layers[name] = module
+        if isinstance(module, nn.Conv2d):
+            known = module.groups == 1 and module.padding_mode == "zeros"
+            if known and not isinstance(module.padding, str):
+                patch = module.weight[0].numel()
+                yield ConvMap(name, module, patch, module.out_channels, False)
         if not isinstance(module, nn.Linear | Conv1D):
             continue
         transposed = isinstance(module, Conv1D)
@@ -132,8 +148,9 @@ def trainable_maps(model: nn.Module) -> tuple[list[LinearMap], list[Block]]:
     if uncovered:
         raise ValueError(
             f"no Kronecker factor covers the trainable parameters {_listed(uncovered)}: only "
-            "weights and biases of nn.Linear and Conv1D modules, and AdaLoRA on them, are covered. "
-            "Freeze them first, for example with `model.get_parameter(name).requires_grad_(False)`"
+            "weights and biases of nn.Linear, Conv1D and plain nn.Conv2d modules, and AdaLoRA on "
+            "linear ones, are covered. Freeze them first, for example with "
+            "`model.get_parameter(name).requires_grad_(False)`"
         )
     if tied:
         raise ValueError(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace_lora.adapters import calls_twice
 from laplace_lora.maps import LinearMap
 
 Visitor = Callable[[int, int, Tensor], None]
@@ -62,10 +63,12 @@ class Tape:
             ValueError: If the attention masks in the batch do not fit a map's tokens.
         """
         found: dict[torch.Size, Tensor | None] = {}
+        masks: list[Tensor | None] = []
         for linear, x in zip(self.maps, self.inputs, strict=True):
-            if x.shape[:-1] not in found:
+            if linear.has_tokens and x.shape[:-1] not in found:
                 found[x.shape[:-1]] = token_mask(self._mask_source, x, linear.name)
-        return [found[x.shape[:-1]] for x in self.inputs]
+            masks.append(found[x.shape[:-1]] if linear.has_tokens else None)
+        return masks
 
     @cached_property
     def input_groups(self) -> list[int]:
@@ -154,6 +157,9 @@ def record(
         for layer in {linear.layer for linear in maps if linear.layer is not None}:
             stack.callback(layer.register_forward_pre_hook(note).remove)
         output = model(batch)
+    for i, linear in enumerate(maps):
+        if calls_twice(linear.layer):
+            del calls[i][:-1]
     if skip_idle:
         maps = [linear for i, linear in enumerate(maps) if calls[i]]
         calls = dict(enumerate(found for found in calls.values() if found))
@@ -163,7 +169,7 @@ def record(
             "LogitsModel `target_ids` or an `output` callable"
         )
     for i, linear in enumerate(maps):
-        _check_calls(linear.name, [x for x, _ in calls[i]], output.shape[0])
+        _check_calls(linear, [x for x, _ in calls[i]], output.shape[0])
     if not output.requires_grad:
         raise RuntimeError(
             "the outputs carry no gradient; does the model run under torch.no_grad, or detach them?"
@@ -177,7 +183,8 @@ def _address(x: Tensor) -> tuple:
     return (x.device, x.data_ptr(), x.shape, x.stride(), x.dtype)
 
 
-def _check_calls(name: str, inputs: list[Tensor], batch: int) -> None:
+def _check_calls(linear: LinearMap, inputs: list[Tensor], batch: int) -> None:
+    name, dims = linear.name, linear.input_dims
     if not inputs:
         raise RuntimeError(
             f"layer {name!r} did not run in the forward pass; freeze its parameters first"
@@ -187,10 +194,11 @@ def _check_calls(name: str, inputs: list[Tensor], batch: int) -> None:
             f"layer {name!r} ran {len(inputs)} times in one forward pass (shared weights), which "
             "its Kronecker factors cannot express; freeze its parameters first"
         )
-    if inputs[0].ndim not in (2, 3) or inputs[0].shape[0] != batch:
+    if inputs[0].ndim not in dims or inputs[0].shape[0] != batch:
         raise RuntimeError(
             f"layer {name!r} received an input of shape {tuple(inputs[0].shape)} in a batch of "
-            f"{batch}, expected (batch, q) or (batch, tokens, q); freeze its parameters first"
+            f"{batch}, expected {' or '.join(map(str, dims))} dimensions, the first the batch; "
+            "freeze its parameters first"
         )
 
 

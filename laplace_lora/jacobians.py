@@ -62,7 +62,5 @@ def jacobian_blocks(
         del kept
         if not block.is_bias and keeps_tokens(i):
             rows = torch.einsum("nrtp,ntq->nrpq", rows.to(dtype), inputs[i].to(dtype))
-        if block.is_bias:
-            yield rows.reshape(*rows.shape[:2], *block.parameter.shape)
-        else:
-            yield rows.mT if linear.transposed else rows
+        rows = rows.mT if linear.transposed and not block.is_bias else rows
+        yield rows.reshape(*rows.shape[:2], *block.parameter.shape)

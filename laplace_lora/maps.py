@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,20 @@ class LinearMap:
     transposed: bool
     layer: nn.Module | None = None
 
+    @property
+    def input_dims(self) -> tuple[int, ...]:
+        """Numbers of dimensions that the module's input may have."""
+        return (2, 3)
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether an input's second dimension counts tokens, of which some may be padding."""
+        return True
+
+    def sides(self, parameter: nn.Parameter) -> list[int]:
+        """Return the lengths of the sides of a tensor's Kronecker block."""
+        return list(parameter.shape) if parameter.ndim == 2 else [parameter.numel()]
+
     def parameters(self) -> list[tuple[nn.Parameter, bool]]:
         """Return the map's tensors, and whether each is a bias."""
         weight, bias = self.module.weight, self.module.bias
@@ -51,6 +66,39 @@ class LinearMap:
             grad: Gradient with respect to the module's output.
         """
         return grad
+
+
+@dataclass(frozen=True, eq=False)
+class ConvMap(LinearMap):
+    """An `nn.Conv2d`: a linear map of the patches of its input, weights shared over positions.
+
+    Source: Grosse and Martens (2016), *A Kronecker-factored approximate Fisher matrix for
+    convolution layers*, arXiv:1602.01407; with the input covariance a mean over positions.
+    """
+
+    @property
+    def input_dims(self) -> tuple[int, ...]:
+        """Images: ``(batch, channels, height, width)``."""
+        return (4,)
+
+    @property
+    def has_tokens(self) -> bool:
+        """Positions of an image are all real."""
+        return False
+
+    def sides(self, parameter: nn.Parameter) -> list[int]:
+        """Return ``[channels out, patch]`` for the weight."""
+        weight = parameter.ndim == 4
+        return [self.out_features, self.in_features] if weight else [self.out_features]
+
+    def own_input(self, x: Tensor) -> Tensor:
+        """Return the patches, ``(batch, positions, channels · height · width of the kernel)``."""
+        conv = self.module
+        return F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride).mT
+
+    def own_grad(self, x: Tensor, grad: Tensor) -> Tensor:
+        """Return gradients by position, ``(batch, positions, channels out)``."""
+        return grad.flatten(2).mT
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +120,10 @@ class TripletMap(LinearMap):
     def parameters(self) -> list[tuple[nn.Parameter, bool]]:
         """Return the map's one tensor; ``E`` counts as a bias."""
         return [(getattr(self.module, f"lora_{self.role}")[self.adapter], self.role == "E")]
+
+    def sides(self, parameter: nn.Parameter) -> list[int]:
+        """Return the lengths of the sides; ``E`` has one."""
+        return [parameter.numel()] if self.role == "E" else list(parameter.shape)
 
     def own_input(self, x: Tensor) -> Tensor:
         """Return ``x`` for ``A``, ``A x`` for ``E``, ``E ∘ (A x)`` for ``B``."""

@@ -98,10 +98,8 @@ class KronLoraLaplace(LoraPosterior, KronLaplace):
         return pack_kron(self.H_facs, self.H)
 
     def _unpack(self, tensors: Mapping[str, Tensor], description: Any) -> None:
-        shapes = [
-            [block.parameter.numel()] if block.is_bias else list(block.parameter.shape)
-            for block in self.backend.blocks
-        ]
+        maps = self.backend.maps
+        shapes = [maps[block.map].sides(block.parameter) for block in self.backend.blocks]
         self.H_facs, self.H = unpack_kron(
             tensors, description, shapes, self.backend.factor_rank, self.backend.residual
         )

@@ -84,7 +84,7 @@ def selected_maps(
         re.compile(rf"(?<![^._]){re.escape(keyword)}(?![^._])" if keyword else "", re.IGNORECASE)
         for keyword in target_module_keywords
     ]
-    every = list(linear_maps(model))
+    every = [linear for linear in linear_maps(model) if type(linear) is LinearMap]
     found = [linear for linear in every if any(p.search(linear.name) for p in patterns)]
     if not found:
         raise ValueError(
