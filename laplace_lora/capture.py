@@ -27,6 +27,9 @@ MASK_NAMES = ("attention_mask", "decoder_attention_mask")
 class Tape:
     """One recorded forward pass.
 
+    A map that ran several times, as in models that share their layers' weights, has the tokens of
+    all its calls, one call after the other.
+
     Attributes:
         maps: The recorded maps.
         inputs: Own input of each map, ``(batch, tokens, q)`` or ``(batch, q)``, detached.
@@ -37,8 +40,7 @@ class Tape:
         self,
         maps: Sequence[LinearMap],
         mask_source: Any,
-        inputs: list[Tensor],
-        outputs: list[Tensor],
+        calls: Sequence[Sequence[tuple[Tensor, Tensor]]],
         output: Tensor,
         sources: dict[int, tuple],
     ) -> None:
@@ -47,12 +49,16 @@ class Tape:
         self.output = output.detach()
         self._mask_source = mask_source
         self._output = output
-        self.inputs = [linear.own_input(x.detach()) for linear, x in zip(maps, inputs, strict=True)]
-        self._outputs = outputs
-        made = {id(tensor) for tensor in outputs}
+        self._inputs = [
+            [linear.own_input(x.detach()) for x, _ in found]
+            for linear, found in zip(maps, calls, strict=True)
+        ]
+        self.inputs = [_joined(inputs) for inputs in self._inputs]
+        self._outputs = [[out for _, out in found] for found in calls]
+        made = {id(out) for found in calls for _, out in found}
         # A map fed by another recorded map lies on that one's backward path, so it needs no
         # gradient of its own kept alive: lora_B's wide gradients pass by and are gone.
-        own = [out for x, out in zip(inputs, outputs, strict=True) if id(x) not in made]
+        own = [out for found in calls for x, out in found if id(x) not in made]
         self._targets = list({id(out): out for out in own}.values())
 
     @cached_property
@@ -64,10 +70,11 @@ class Tape:
         """
         found: dict[torch.Size, Tensor | None] = {}
         masks: list[Tensor | None] = []
-        for linear, x in zip(self.maps, self.inputs, strict=True):
+        for linear, (x, *others) in zip(self.maps, self._inputs, strict=True):
             if linear.has_tokens and x.shape[:-1] not in found:
                 found[x.shape[:-1]] = token_mask(self._mask_source, x, linear.name)
-            masks.append(found[x.shape[:-1]] if linear.has_tokens else None)
+            mask = found[x.shape[:-1]] if linear.has_tokens else None
+            masks.append(mask if mask is None else mask.repeat(1, 1 + len(others)))
         return masks
 
     @cached_property
@@ -102,13 +109,27 @@ class Tape:
                 knows it. Not called for a map on which the output does not depend.
         """
         column = 0
+        waiting: dict[int, dict[int, Tensor]] = {}
 
-        def hook(i: int) -> Callable[[Tensor], None]:
-            return lambda grad: visit(column, i, self.maps[i].own_grad(self.inputs[i], grad))
+        def finish(i: int) -> None:
+            found = waiting.pop(i)
+            zero = torch.zeros_like(next(iter(found.values())))
+            grads = [found.get(call, zero) for call in range(len(self._outputs[i]))]
+            summed = grads[0].ndim < self._inputs[i][0].ndim  # over the tokens of a call already
+            visit(column, i, torch.stack(grads).sum(0) if summed else _joined(grads))
+
+        def hook(i: int, call: int) -> Callable[[Tensor], None]:
+            def seen(grad: Tensor) -> None:
+                waiting.setdefault(i, {})[call] = self.maps[i].own_grad(self._inputs[i][call], grad)
+                if len(waiting[i]) == len(self._outputs[i]):
+                    finish(i)
+
+            return seen
 
         with ExitStack() as stack:
-            for i, out in enumerate(self._outputs):
-                stack.callback(out.register_hook(hook(i)).remove)
+            for i, outputs in enumerate(self._outputs):
+                for call, out in enumerate(outputs):
+                    stack.callback(out.register_hook(hook(i, call)).remove)
             for column in range(len(columns)):
                 torch.autograd.grad(
                     self._output,
@@ -117,6 +138,8 @@ class Tape:
                     retain_graph=column + 1 < len(columns),
                     allow_unused=True,
                 )
+                for i in list(waiting):  # the output does not depend on all calls of these
+                    finish(i)
 
 
 def record(
@@ -137,8 +160,8 @@ def record(
 
     Raises:
         ValueError: If the model's output is not ``(batch, outputs)``.
-        RuntimeError: If the output carries no gradient, or a map did not run, ran more than once,
-            or saw an input that has neither the shape ``(batch, q)`` nor ``(batch, tokens, q)``.
+        RuntimeError: If the output carries no gradient, or a map did not run, ran with inputs of
+            different shapes, or with one whose first dimension is not the batch.
     """
     calls: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in range(len(maps))}
 
@@ -158,8 +181,8 @@ def record(
             stack.callback(layer.register_forward_pre_hook(note).remove)
         output = model(batch)
     for i, linear in enumerate(maps):
-        if calls_twice(linear.layer):
-            del calls[i][:-1]
+        if calls_twice(linear.layer) and len(calls[i]) % 2 == 0:
+            calls[i] = calls[i][1::2]
     if skip_idle:
         maps = [linear for i, linear in enumerate(maps) if calls[i]]
         calls = dict(enumerate(found for found in calls.values() if found))
@@ -174,9 +197,15 @@ def record(
         raise RuntimeError(
             "the outputs carry no gradient; does the model run under torch.no_grad, or detach them?"
         )
-    inputs, outputs = zip(*(calls[i][0] for i in range(len(maps))), strict=True)
     masks = batch if masks is None else masks
-    return Tape(maps, masks, list(inputs), list(outputs), output, sources)
+    return Tape(maps, masks, [calls[i] for i in range(len(maps))], output, sources)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the tokens of several calls, one after the other."""
+    if len(tensors) == 1:
+        return tensors[0]
+    return torch.cat([t if t.ndim == 3 else t.unsqueeze(1) for t in tensors], dim=1)
 
 
 def _address(x: Tensor) -> tuple:
@@ -189,10 +218,12 @@ def _check_calls(linear: LinearMap, inputs: list[Tensor], batch: int) -> None:
         raise RuntimeError(
             f"layer {name!r} did not run in the forward pass; freeze its parameters first"
         )
-    if len(inputs) > 1:
+    shapes = {tuple(x.shape): None for x in inputs}
+    if len(shapes) > 1:
         raise RuntimeError(
-            f"layer {name!r} ran {len(inputs)} times in one forward pass (shared weights), which "
-            "its Kronecker factors cannot express; freeze its parameters first"
+            f"layer {name!r} ran {len(inputs)} times in one forward pass with inputs of different "
+            f"shapes {list(shapes)} (relative attention, say), which its Kronecker factors cannot "
+            "express; freeze its parameters first"
         )
     if inputs[0].ndim not in dims or inputs[0].shape[0] != batch:
         raise RuntimeError(

@@ -291,7 +291,7 @@ def test_pruning_refuses_what_it_cannot_do():
 
 
 def test_deberta_is_detected_by_the_curvature():
-    """It calls its query and key projections twice, with the batch dimension lost once."""
+    """It calls its query and key projections on content and, without a batch, on positions."""
     model = adalora_model("deberta")
     with pytest.raises(RuntimeError, match=r"(query|key)_proj' ran [23] times"):
         fitted(model)
