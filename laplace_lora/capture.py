@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_lora.adapters import calls_twice
 from laplace_lora.maps import LinearMap
+from laplace_lora.peft_state import calls_twice
 
 Visitor = Callable[[int, int, Tensor], None]
 
@@ -191,12 +191,17 @@ def record(
             f"the model returned shape {tuple(output.shape)}, expected (batch, outputs); give "
             "LogitsModel `target_ids` or an `output` callable"
         )
-    for i, linear in enumerate(maps):
-        _check_calls(linear, [x for x, _ in calls[i]], output.shape[0])
-    if not output.requires_grad:
+    if any(calls.values()) and not output.requires_grad:
         raise RuntimeError(
             "the outputs carry no gradient; does the model run under torch.no_grad, or detach them?"
         )
+    for i, linear in enumerate(maps):
+        _check_calls(linear, [x for x, _ in calls[i]], output.shape[0])
+        if not all(out.requires_grad for _, out in calls[i]):
+            raise RuntimeError(
+                f"the output of layer {linear.name!r} carries no gradient; is it under "
+                "torch.no_grad, or under reentrant gradient checkpointing? Use use_reentrant=False"
+            )
     masks = batch if masks is None else masks
     return Tape(maps, masks, [calls[i] for i in range(len(maps))], output, sources)
 

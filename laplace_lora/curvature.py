@@ -15,13 +15,14 @@ from laplace.utils import Kron
 from torch import Tensor
 
 from laplace_lora import likelihoods
-from laplace_lora.adapters import check_adapters, trainable_maps
+from laplace_lora.adapters import trainable_maps
 from laplace_lora.capture import Tape, record
 from laplace_lora.factors import DenseFactor, check_residual
 from laplace_lora.jacobians import jacobian_blocks
 from laplace_lora.kfac import KfacSums, Rows
 from laplace_lora.kron import LowRankKron
 from laplace_lora.maps import wide_dtype
+from laplace_lora.peft_state import check_adapters
 
 
 class LoraCurvature(CurvatureInterface):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.adapters import adapter_parameters
+from laplace_lora.peft_state import adapter_parameters
 
 SAMPLES = 64  # values hashed of each tensor of a base model
 

@@ -153,6 +153,51 @@ class TripletMap(LinearMap):
 
 
 @dataclass(frozen=True, eq=False)
+class EmbeddingMap(LinearMap):
+    """One of the two tensors of LoRA on an embedding, ``y = base(t) + c B A e_t`` of a token t.
+
+    The input of ``A`` is the token as a unit vector, so its input covariance is that of the
+    tokens' frequencies; keep it low-rank for large vocabularies.
+
+    Attributes:
+        adapter: Name of the adapter.
+        role: ``"A"`` or ``"B"``.
+    """
+
+    adapter: str = "default"
+    role: str = "A"
+
+    @property
+    def input_dims(self) -> tuple[int, ...]:
+        """Token numbers, ``(batch, tokens)``."""
+        return (2,)
+
+    def parameters(self) -> list[tuple[nn.Parameter, bool]]:
+        """Return the map's one tensor."""
+        return [(getattr(self.module, f"lora_embedding_{self.role}")[self.adapter], False)]
+
+    def own_input(self, x: Tensor) -> Tensor:
+        """Return unit vectors, ``(batch, tokens, vocabulary)``, for ``A``; ``A e_t`` for ``B``."""
+        A = self.module.lora_embedding_A[self.adapter].detach()
+        if self.role == "B":
+            return F.embedding(x, A.T)
+        units = F.one_hot(x, A.shape[1]).to(A.dtype)
+        padding = self.module.get_base_layer().padding_idx
+        if padding is not None:
+            units[..., padding] = 0  # torch sends no gradient to a padding token's row
+        return units
+
+    def own_grad(self, x: Tensor, grad: Tensor) -> Tensor:
+        """Return the gradient with respect to the map's output."""
+        layer = self.module
+        B = layer.lora_embedding_B[self.adapter].detach()
+        grad = grad.to(B.dtype) * layer.scaling[self.adapter]
+        scale = layer._get_embed_scale()  # of models that scale their embeddings
+        grad = grad if scale is None else grad * scale.to(grad)
+        return grad if self.role == "B" else grad @ B
+
+
+@dataclass(frozen=True, eq=False)
 class Block:
     """A trainable tensor: the weight or the bias of a linear map.
 

@@ -17,8 +17,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from laplace_lora.adapters import activate_adapter, last_linear
+from laplace_lora.adapters import last_linear
 from laplace_lora.heads import LastLayerModel
+from laplace_lora.peft_state import activate_adapter
 
 
 class LogitsModel(nn.Module):

@@ -135,7 +135,7 @@ def test_models_without_a_trainable_adapter():
     [
         ("bert", {"bias": "all"}, "LayerNorm.bias"),
         ("bert", {"use_dora": True}, "lora_magnitude_vector"),
-        ("bert", {"target_modules": ["word_embeddings"]}, "lora_embedding_A"),
+        ("bert", {"target_modules": ["word_embeddings"], "use_dora": True}, "lora_embedding_A"),
     ],
 )
 def test_trainable_tensors_that_no_factor_covers_are_named(name, kwargs, leftover):

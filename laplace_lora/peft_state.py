@@ -1,0 +1,112 @@
+"""What state PEFT has left a model in: which adapter is active, merged, disabled or untrainable.
+
+With `adapters`, which finds the trainable maps, the only room that knows PEFT's layers.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+def activate_adapter(model: nn.Module) -> None:
+    """Make the active adapter of a `PeftModel` loaded for inference trainable.
+
+    Does nothing if something is trainable already.
+
+    Args:
+        model: Any module; only a `PeftModel` is changed.
+    """
+    freeze_untrainable(model)
+    if not isinstance(model, PeftModel) or any(p.requires_grad for p in model.parameters()):
+        return
+    adapters = list(model.active_adapters)
+    if len(adapters) != 1:
+        return  # `trainable_maps` refuses several adapters with an explanation
+    model.set_adapter(adapters[0])
+    freeze_untrainable(model)
+    count = sum(p.requires_grad for p in model.parameters())
+    logger.info("made the %d tensors of adapter %r trainable", count, adapters[0])
+
+
+def freeze_untrainable(model: nn.Module) -> None:
+    """Freeze what AdaLoRA marks as trainable but is not: its rank counts, and pruned-away tensors.
+
+    PEFT makes ``ranknum`` trainable when the base model is in half precision.
+    """
+    for layer in adalora_layers(model).values():
+        empty = [p for part in (layer.lora_A, layer.lora_E, layer.lora_B) for p in part.values()]
+        for parameter in [*layer.ranknum.values(), *(p for p in empty if p.numel() == 0)]:
+            parameter.requires_grad_(False)
+
+
+def adalora_layers(model: nn.Module) -> dict[str, Any]:
+    """Return the layers that AdaLoRA adapts, by name."""
+    modules = model.named_modules()
+    return {name: module for name, module in modules if isinstance(module, AdaLoraLayer)}
+
+
+def calls_twice(layer: nn.Module | None) -> bool:
+    """Return whether an adapted layer calls its own maps once more than it applies them.
+
+    PEFT's DoRA sends an identity matrix through ``lora_A`` and ``lora_B``, without gradient, to
+    learn the norm of their product, before it applies them.
+    """
+    return any(getattr(layer, "use_dora", {}).values())
+
+
+def adapter_parameters(model: nn.Module) -> dict[int, bool]:
+    """Return for each tensor of an adapter, by its ``id``, whether that adapter is active.
+
+    Tensors of the base model are not listed.
+
+    Args:
+        model: Any module.
+    """
+    found: dict[int, bool] = {}
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            base = {id(p) for p in module.get_base_layer().parameters()}
+            active = set(module.active_adapters)
+            for name, p in module.named_parameters():
+                if id(p) not in base:
+                    found[id(p)] = bool(active & set(name.split(".")))
+        elif isinstance(module, ModulesToSaveWrapper):
+            for name, kept in module.modules_to_save.items():
+                is_active = name in module.active_adapters
+                found |= {id(p): is_active for p in kept.parameters()}
+    return found
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Refuse adapter states in which the adapter's own weights do not run.
+
+    Raises:
+        RuntimeError: If an adapter is merged or disabled, or several are active.
+    """
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        if layer.merged:
+            raise RuntimeError(
+                f"adapters {layer.merged_adapters} are merged into {name!r}; call "
+                "`model.unmerge_adapter()` first"
+            )
+        if layer.disable_adapters:
+            raise RuntimeError(
+                f"the adapters of {name!r} are disabled; leave `disable_adapter()` or call "
+                "`model.enable_adapter_layers()` first"
+            )
+        if len(layer.active_adapters) > 1:
+            raise RuntimeError(
+                f"adapters {list(layer.active_adapters)} are active together in {name!r}; choose "
+                "one with `model.set_adapter(name)`"
+            )
