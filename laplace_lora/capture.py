@@ -1,9 +1,8 @@
 """What flows through a model's trainable linear maps: inputs forward, gradients backward.
 
 A `Tape` holds one forward pass and runs as many backward passes as asked, handing each map's output
-gradient to a visitor the moment it exists and keeping none. What is made of them belongs to
-`curvature`. Also here: putting a model in evaluation mode and giving it other weights for a while,
-both of which undo themselves.
+gradient to a visitor the moment it exists. How a map's own input and gradient follow from its
+module's belongs to `maps`, what is made of them to `kfac` and `jacobians`.
 """
 
 from __future__ import annotations

@@ -3,12 +3,11 @@
 import pytest
 import torch
 from test_posterior import LENGTHS, loader
-from torch.func import functional_call, jacrev
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LogitsModel, LoraGGN
 from laplace_lora.capture import record
 from laplace_lora.likelihoods import hessian_root
-from tiny import TARGETS, adalora_model, assert_near, rows, token_batch
+from tiny import TARGETS, adalora_model, assert_near, explicit_jacobians, rows, token_batch
 
 NAMES = ["llama-lm", "bert", "gpt2"]
 
@@ -17,12 +16,6 @@ def wrapped(name, **kwargs):
     return LogitsModel(
         adalora_model(name, **kwargs), target_ids=TARGETS if name.endswith("-lm") else None
     ).eval()
-
-
-def explicit_jacobians(model, batch):
-    model.eval().model.set_attn_implementation("eager")
-    weights = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
-    return list(jacrev(lambda w: functional_call(model, w, (batch,)))(weights).values())
 
 
 @pytest.mark.parametrize("name", NAMES)

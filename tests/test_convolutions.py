@@ -4,14 +4,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LogitsModel, LoraGGN
 from laplace_lora.likelihoods import hessian_root
-from tiny import assert_near, excite
+from tiny import assert_near, excite, explicit_jacobians
 
 
 def resnet():
@@ -40,11 +39,6 @@ def images(count=4, size=16):
 @pytest.fixture(scope="module")
 def model():
     return LogitsModel(resnet()).eval()
-
-
-def explicit_jacobians(model, batch):
-    weights = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
-    return list(jacrev(lambda w: functional_call(model, w, (batch,)))(weights).values())
 
 
 def test_jacobians_equal_jacrev(model):

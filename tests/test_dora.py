@@ -3,11 +3,10 @@
 import pytest
 import torch
 from test_posterior import loader
-from torch.func import functional_call, jacrev
 
 from laplace_lora import KronLoraLaplace, LogitsModel, LoraGGN
 from laplace_lora.likelihoods import hessian_root
-from tiny import assert_near, peft_model, token_batch
+from tiny import assert_near, explicit_jacobians, peft_model, token_batch
 
 
 def dora(name="bert", **kwargs):
@@ -18,12 +17,6 @@ def dora(name="bert", **kwargs):
                 parameter.abs_().add_(0.5)
             parameter.requires_grad_(False)
     return LogitsModel(model).eval()
-
-
-def explicit_jacobians(model, batch):
-    model.model.set_attn_implementation("eager")
-    weights = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
-    return list(jacrev(lambda w: functional_call(model, w, (batch,)))(weights).values())
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])

@@ -10,7 +10,7 @@ from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from laplace_lora import KronLoraLaplace, LogitsModel, LoraGGN
 from laplace_lora.likelihoods import hessian_root
-from tiny import PAD, VOCABULARY, assert_near, excite, token_batch
+from tiny import PAD, VOCABULARY, assert_near, excite, explicit_jacobians, token_batch
 
 CONFIGS = {
     "lora": LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["classifier"]),
@@ -44,11 +44,6 @@ def albert(kind="lora"):
                 parameter.abs_().add_(0.5)
             parameter.requires_grad_(False)
     return LogitsModel(model).eval()
-
-
-def explicit_jacobians(model, batch):
-    weights = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
-    return list(jacrev(lambda w: functional_call(model, w, (batch,)))(weights).values())
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

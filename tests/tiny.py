@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
+from torch.func import functional_call, jacrev
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -198,3 +199,12 @@ def adalora_model(name: str, num_labels: int = 3, dtype=torch.float64, **kwargs)
         **kwargs,
     )
     return excite(get_peft_model(base_model(name, num_labels), config)).to(dtype)
+
+
+def explicit_jacobians(model: nn.Module, batch) -> list[torch.Tensor]:
+    """Jacobians of every trainable tensor by `torch.func.jacrev`, ``(batch, outputs, *shape)``."""
+    transformer = getattr(model.eval(), "model", None)
+    if hasattr(transformer, "set_attn_implementation"):
+        transformer.set_attn_implementation("eager")
+    weights = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
+    return list(jacrev(lambda w: functional_call(model, w, (batch,)))(weights).values())
