@@ -26,6 +26,7 @@ from laplace_lora.guard import evaluation_mode
 from laplace_lora.kron import LowRankKron
 from laplace_lora.likelihoods import negative_log_likelihood
 from laplace_lora.maps import wide_dtype
+from laplace_lora.memory import MemoryEstimate, estimate_memory
 from laplace_lora.models import LogitsModel
 from laplace_lora.predictive import StreamingPredictive
 from laplace_lora.tuning import PriorTuning
@@ -239,6 +240,20 @@ class LoraPosterior(PriorTuning, Saving, StreamingPredictive):
     @property
     def _fitted(self) -> bool:
         return self.n_data > 0
+
+    def estimate_memory(self, batch: Any) -> MemoryEstimate:
+        """Estimate the memory of fits and predictions on batches like one, before the work.
+
+        Runs the model forward on the first example. Print the result for advice.
+
+        Args:
+            batch: What the model takes.
+        """
+        return estimate_memory(self, batch)
+
+    def curvature_size(self) -> int:
+        """Return how many numbers the posterior's curvature holds."""
+        return self.n_params
 
     def weight_variance(self) -> Tensor:
         """Return the diagonal of the posterior covariance, ``(parameters,)``."""

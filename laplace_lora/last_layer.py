@@ -124,6 +124,10 @@ class FullLoraLLLaplace(LastLayerPosterior, FullLLLaplace):
         ratio = self._H_factor.double() * root.unsqueeze(1) * self.H.double() * root
         return torch.logdet(ratio + torch.eye(len(root), dtype=root.dtype, device=root.device))
 
+    def curvature_size(self) -> int:
+        """Return how many numbers the posterior's curvature holds."""
+        return self.n_params**2
+
     def weight_variance(self) -> Tensor:
         """Return the diagonal of the posterior covariance, ``(parameters,)``."""
         return self.posterior_covariance.diagonal()

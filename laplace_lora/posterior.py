@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from laplace_lora.fitting import LoraPosterior
 from laplace_lora.kron import LowRankKron
+from laplace_lora.memory import kron_size
 from laplace_lora.packing import pack_kron, unpack_kron
 from laplace_lora.predictive import Gram
 
@@ -77,6 +78,11 @@ class KronLoraLaplace(LoraPosterior, KronLaplace):
         self._check_H_init()
         scaled = self.H * self._H_factor
         return [list(scaled.spectrum(i)) for i in range(len(scaled))]
+
+    def curvature_size(self) -> int:
+        """Return how many numbers the factors and their eigenpairs hold, none of them shared."""
+        sides = [[linear.in_features, linear.out_features] for linear in self.backend.maps]
+        return kron_size(sides, self.backend.factor_rank, self.backend.low_rank_threshold)
 
     def weight_variance(self) -> Tensor:
         """Return the diagonal of the posterior covariance, ``(parameters,)``."""

@@ -51,11 +51,11 @@ def own_batches(loader: Any, batches: Iterable[Any] | None = None) -> Iterator[A
         if own is None:
             yield batch
             continue
-        size = _length(batch)
+        size = batch_length(batch)
         count = max(0, min(own(index, seen, size), size))
         seen += size
         if count:
-            yield batch if count == size else _cut(batch, count)
+            yield batch if count == size else first_examples(batch, count)
 
 
 def agree(error: BaseException | None, signature: Any) -> None:
@@ -154,19 +154,23 @@ def _own_examples(loader: Any) -> Own | None:
     return lambda index, seen, size: n - (index * count + rank) * whole
 
 
-def _length(batch: Any) -> int:
+def batch_length(batch: Any) -> int:
     """Return the number of examples in a batch: a mapping, a pair or a tensor."""
     if isinstance(batch, Mapping):
         return next(len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim)
-    return len(batch) if isinstance(batch, Tensor) else _length(batch[-1])
+    return len(batch) if isinstance(batch, Tensor) else batch_length(batch[-1])
 
 
-def _cut(batch: Any, count: int) -> Any:
+def first_examples(batch: Any, count: int) -> Any:
     """Return the first examples of a batch."""
     if isinstance(batch, Mapping):
-        size = _length(batch)
+        size = batch_length(batch)
         return {
             key: value[:count] if hasattr(value, "__len__") and len(value) == size else value
             for key, value in batch.items()
         }
-    return batch[:count] if isinstance(batch, Tensor) else [_cut(part, count) for part in batch]
+    return (
+        batch[:count]
+        if isinstance(batch, Tensor)
+        else [first_examples(part, count) for part in batch]
+    )
