@@ -91,7 +91,7 @@ def brier(p, y):
     return (p - torch.nn.functional.one_hot(y, p.shape[1])).square().sum(-1).mean()
 
 
-def worker(rank, port, queue):
+def worker(rank, port, folder):
     torch.set_num_threads(1)
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
@@ -103,27 +103,26 @@ def worker(rank, port, queue):
     }
     dist.init_process_group("gloo", rank=rank, world_size=PROCESSES)
     try:
-        queue.put((rank, scenario_results(rank)))
+        torch.save(scenario_results(rank), folder / f"{rank}.pt")
     finally:
         dist.barrier()
         dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def results():
+def results(tmp_path_factory):
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
+    folder = tmp_path_factory.mktemp("results")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    workers = [context.Process(target=worker, args=(r, port, queue)) for r in range(PROCESSES)]
+    workers = [context.Process(target=worker, args=(r, port, folder)) for r in range(PROCESSES)]
     for process in workers:
         process.start()
-    found = dict(queue.get(timeout=240) for _ in workers)
     for process in workers:
-        process.join(timeout=60)
+        process.join(timeout=300)
         assert process.exitcode == 0
-    return found
+    return {rank: torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)}
 
 
 @pytest.mark.parametrize("cls,kwargs", [(KronLoraLaplace, LOW), (DiagLoraLaplace, {})])
