@@ -84,6 +84,7 @@ def pretrained(task: Task) -> nn.Module:
 def train_lora(task: Task, args: argparse.Namespace, seed: int) -> PeftModel:
     """Fine-tune with LoRA and AdamW."""
     torch.manual_seed(seed)
+    task.train_loader.generator.manual_seed(seed)  # every method sees the same batches
     base = pretrained(task)
     config = LoraConfig(
         task_type="SEQ_CLS", r=args.init_rank, lora_alpha=2 * args.init_rank, target_modules=TARGETS
@@ -127,6 +128,7 @@ def train_adalora(
 ) -> tuple[PeftModel, Optimizer, Any]:
     """Fine-tune with AdaLoRA; return the model, its optimiser and its score."""
     steps = args.epochs * len(task.train_loader)
+    task.train_loader.generator.manual_seed(seed)  # every method sees the same batches
     model = adalora(task, args, seed, rank, steps)
     step, optimizer, score = training_step(model, args, setting, criterion)
     schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
