@@ -6,17 +6,11 @@ from test_posterior import loader
 
 from laplace_lora import KronLoraLaplace, LogitsModel, LoraGGN
 from laplace_lora.likelihoods import hessian_root
-from tiny import assert_near, explicit_jacobians, peft_model, token_batch
+from tiny import assert_near, explicit_jacobians, freeze_magnitudes, peft_model, token_batch
 
 
 def dora(name="bert", **kwargs):
-    model = peft_model(name, use_dora=True, **kwargs)
-    for parameter_name, parameter in model.named_parameters():
-        if "magnitude" in parameter_name:
-            with torch.no_grad():
-                parameter.abs_().add_(0.5)
-            parameter.requires_grad_(False)
-    return LogitsModel(model).eval()
+    return LogitsModel(freeze_magnitudes(peft_model(name, use_dora=True, **kwargs))).eval()
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])

@@ -10,7 +10,15 @@ from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from laplace_lora import KronLoraLaplace, LogitsModel, LoraGGN
 from laplace_lora.likelihoods import hessian_root
-from tiny import PAD, VOCABULARY, assert_near, excite, explicit_jacobians, token_batch
+from tiny import (
+    PAD,
+    VOCABULARY,
+    assert_near,
+    excite,
+    explicit_jacobians,
+    freeze_magnitudes,
+    token_batch,
+)
 
 CONFIGS = {
     "lora": LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["classifier"]),
@@ -38,12 +46,7 @@ def albert(kind="lora"):
     )
     base.set_attn_implementation("eager")
     model = excite(get_peft_model(base, CONFIGS[kind])).double()
-    for name, parameter in model.named_parameters():
-        if "magnitude" in name:
-            with torch.no_grad():
-                parameter.abs_().add_(0.5)
-            parameter.requires_grad_(False)
-    return LogitsModel(model).eval()
+    return LogitsModel(freeze_magnitudes(model)).eval()
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

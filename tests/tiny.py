@@ -154,6 +154,16 @@ def excite(model: nn.Module, scale: float = 0.3) -> nn.Module:
     return model
 
 
+def freeze_magnitudes(model: nn.Module) -> nn.Module:
+    """Make DoRA's magnitudes positive and freeze them."""
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            with torch.no_grad():
+                parameter.abs_().add_(0.5)
+            parameter.requires_grad_(False)
+    return model
+
+
 def token_batch(lengths=(5, 5, 5, 5), pad_to=None, side="right", labels=3, seed=0) -> dict:
     """Sequences of given lengths; content depends on the example alone, not on the padding."""
     width = pad_to or max(lengths)

@@ -77,8 +77,8 @@ def calculate_kronecker_factors(
         TypeError: If the keywords are a single string.
         ValueError: If no module is selected, the loader is empty, the logits are not ``(batch,
             classes)`` with two classes or more, or are probabilities.
-        RuntimeError: If the logits carry no gradient, a module runs more than once in a forward
-            pass, or an adapter is merged or disabled.
+        RuntimeError: If the logits carry no gradient, a module runs on inputs of different shapes,
+            or an adapter is merged or disabled.
         FloatingPointError: If a factor is not finite; names batch and layer.
     """
     check_adapters(model)

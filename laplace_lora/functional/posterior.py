@@ -111,7 +111,8 @@ def jacobian_mean(
     Raises:
         ValueError: If ``is_s2s`` does not fit the model, both ``target_ids`` and
             ``output_callback`` are given, or nothing is trainable.
-        RuntimeError: If an adapter is merged or disabled, or a module runs more than once.
+        RuntimeError: If an adapter is merged or disabled, or a module runs on inputs of different
+            shapes.
     """
     wrapped = _logits_model(model, target_ids, is_s2s, output_callback)
     maps, blocks = trainable_maps(model)
