@@ -1,7 +1,7 @@
-"""`LoraPosterior`: what Laplace posteriors over adapter weights share.
+"""`Fitting`: the part of a posterior class that turns training data into its curvature.
 
-Wrapping the model, fitting without losing an earlier posterior, and the device. The shape of the
-precision belongs to `posterior`, predictions to `predictive`, tuning to `tuning`.
+Fitting without losing an earlier posterior, adding data, merging posteriors. How batches are passed
+over belongs to `accumulation`, the shape of the curvature to the posterior classes.
 """
 
 from __future__ import annotations
@@ -12,79 +12,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from laplace.baselaplace import ParametricLaplace
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
 from laplace_lora.accumulation import Snapshot, accumulate
-from laplace_lora.adapters import trainable_only
-from laplace_lora.checkpoint import Saving
-from laplace_lora.curvature import LoraCurvature, LoraGGN
-from laplace_lora.decomposed import LowRankKronDecomposed
+from laplace_lora.curvature import LoraCurvature
 from laplace_lora.fingerprint import check_identity, identity
 from laplace_lora.guard import evaluation_mode
-from laplace_lora.kron import LowRankKron
 from laplace_lora.likelihoods import negative_log_likelihood
 from laplace_lora.maps import wide_dtype
-from laplace_lora.memory import MemoryEstimate, estimate_memory
-from laplace_lora.models import LogitsModel
-from laplace_lora.predictive import StreamingPredictive
-from laplace_lora.tuning import PriorTuning
 
 
-class LoraPosterior(PriorTuning, Saving, StreamingPredictive):
-    """What the posteriors over all adapter weights share.
+class Fitting(ParametricLaplace):
+    """Fitting half of a posterior; subclasses say what a batch adds and what the sums amount to."""
 
-    Prior, curvature and evidence are kept in float32 or better, whatever the model's format.
-
-    Args:
-        model: A `PeftModel`, or a `LogitsModel` around one.
-        likelihood: ``"classification"`` or ``"regression"``.
-        target_ids: Answer tokens of a causal language model, see `LogitsModel`.
-        modules: Which trainable modules the posterior covers: a regular expression searched for in
-            their names, or a list of names or of whole parts of them. The others stay at their
-            MAP values. ``None`` covers all.
-        backend: `LoraGGN`, `LoraEF` or a subclass.
-        backend_kwargs: Arguments of the backend, such as ``kfac_approx`` or ``stochastic``.
-        **kwargs: laplace-torch's arguments, such as ``prior_precision``, ``sigma_noise`` and
-            ``temperature``.
-
-    Raises:
-        ValueError: If nothing is trainable, a trainable tensor belongs to no linear map, or
-            ``modules`` matches nothing.
-        RuntimeError: If an adapter is merged or disabled, or several are active.
-        TypeError: If the backend is not one of this package's.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        likelihood: str,
-        *,
-        target_ids: Sequence[int] | Tensor | None = None,
-        modules: str | Sequence[str] | None = None,
-        backend: type[LoraCurvature] = LoraGGN,
-        backend_kwargs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not (isinstance(backend, type) and issubclass(backend, LoraCurvature)):
-            raise TypeError(f"backend must be LoraGGN, LoraEF or a subclass, got {backend!r}")
-        self.modules = modules
-        model = self._wrapped(model, target_ids)
-        self.logits_model: Any = getattr(model, "source", model)
-        kwargs = {"backend": backend, "backend_kwargs": dict(backend_kwargs or {}), **kwargs}
-        with trainable_only(model, modules):
-            super().__init__(model, likelihood, **kwargs)
-            # Built now, so that what it cannot cover is refused before a fit.
-            self.params = [block.parameter for block in self.backend.blocks]
-
-    @staticmethod
-    def _wrapped(model: nn.Module, target_ids: Sequence[int] | Tensor | None) -> nn.Module:
-        if not isinstance(model, LogitsModel):
-            return LogitsModel(model, target_ids=target_ids)
-        if target_ids is not None:
-            raise ValueError("the model is a LogitsModel already; give it the `target_ids`")
-        return model
+    backend: LoraCurvature
+    params: list[nn.Parameter]
+    loss: float
+    n_data: int
+    covariance_scale: float
+    likelihood_temperature: float
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -169,42 +118,7 @@ class LoraPosterior(PriorTuning, Saving, StreamingPredictive):
         self._install(curvature)
         self._settle(loss, n_data, outputs)
 
-    def _settle(self, loss: float, n_data: int, n_outputs: int) -> None:
-        self.covariance_scale = self.likelihood_temperature = 1.0
-        self.loss, self.n_data = loss, n_data
-        self.n_outputs = self.model.output_size = n_outputs
-        self.mean = parameters_to_vector(self.params).detach().to(self._dtype)
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the constructor's arguments, but for model and backend."""
-        ids = self.logits_model.target_ids
-        return {
-            "likelihood": self.likelihood,
-            "target_ids": None if ids is None else ids.tolist(),
-            "modules": self.modules,
-            "backend_kwargs": dict(self._backend_kwargs),
-            "temperature": self.temperature,
-            "dict_key_y": self.dict_key_y,
-        }
-
-    def marginals(self) -> dict[nn.Parameter, tuple[Tensor, Tensor]]:
-        """Return posterior mean and standard deviation of every weight, by parameter.
-
-        Correlations between weights are left out. A calibrated width counts.
-
-        Raises:
-            AttributeError: If the posterior has not been fitted.
-        """
-        self._check_H_init()
-        sizes = [parameter.numel() for parameter in self.params]
-        deviations = (self.covariance_scale * self.weight_variance()).sqrt().split(sizes)
-        means = self.mean.split(sizes)
-        return {
-            p: (mean.view_as(p), std.view_as(p))
-            for p, mean, std in zip(self.params, means, deviations, strict=True)
-        }
-
-    def merge(self, others: Sequence[LoraPosterior]) -> None:
+    def merge(self, others: Sequence[Any]) -> None:
         """Add what posteriors of the same model learnt from other data.
 
         The result is that of one fit on all the data; the prior stays, a calibration is undone.
@@ -228,36 +142,15 @@ class LoraPosterior(PriorTuning, Saving, StreamingPredictive):
         self._install(curvature)
         self._settle(loss, n, self.n_outputs)
 
-    def to(self, device: torch.device | str) -> LoraPosterior:
-        """Move model and posterior to a device, in place, and return the posterior."""
-        self.model.to(device)
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor | LowRankKron | LowRankKronDecomposed):
-                setattr(self, name, value.to(device))
-        self._norms = None
-        return self
+    def _settle(self, loss: float, n_data: int, n_outputs: int) -> None:
+        self.covariance_scale = self.likelihood_temperature = 1.0
+        self.loss, self.n_data = loss, n_data
+        self.n_outputs = self.model.output_size = n_outputs
+        self.mean = parameters_to_vector(self.params).detach().to(self._dtype)
 
     @property
     def _fitted(self) -> bool:
         return self.n_data > 0
-
-    def estimate_memory(self, batch: Any) -> MemoryEstimate:
-        """Estimate the memory of fits and predictions on batches like one, before the work.
-
-        Runs the model forward on the first example. Print the result for advice.
-
-        Args:
-            batch: What the model takes.
-        """
-        return estimate_memory(self, batch)
-
-    def curvature_size(self) -> int:
-        """Return how many numbers the posterior's curvature holds."""
-        return self.n_params
-
-    def weight_variance(self) -> Tensor:
-        """Return the diagonal of the posterior covariance, ``(parameters,)``."""
-        raise NotImplementedError
 
     def _add(self, state: Any, x: Any, y: Tensor) -> tuple[Tensor, Any]:
         """Add a batch's curvature to sums that start as ``None``; return its loss and the sums."""

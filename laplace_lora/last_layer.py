@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
+from laplace_lora.base import LoraPosterior
 from laplace_lora.curvature import LoraGGN
 from laplace_lora.evidence import Spectrum
-from laplace_lora.fitting import LoraPosterior
 from laplace_lora.guard import evaluation_mode
 from laplace_lora.heads import LastLayerModel
 from laplace_lora.posterior import DiagLoraLaplace, KronLoraLaplace

@@ -13,7 +13,7 @@ import torch
 from laplace import DiagLaplace, KronLaplace
 from torch import Tensor, nn
 
-from laplace_lora.fitting import LoraPosterior
+from laplace_lora.base import LoraPosterior
 from laplace_lora.kron import LowRankKron
 from laplace_lora.memory import kron_size
 from laplace_lora.packing import pack_kron, unpack_kron

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from laplace_lora import sharding
-from laplace_lora.fitting import LoraPosterior
+from laplace_lora.base import LoraPosterior
 from laplace_lora.guard import evaluation_mode
 from laplace_lora.posterior import KronLoraLaplace
 
