@@ -25,7 +25,8 @@ class Eigen:
     """One side's eigendecomposition ``U diag(λ) Uᵀ + ρ (I − U Uᵀ)``.
 
     Attributes:
-        vectors: Orthonormal ``U``, shape ``(d, k)``.
+        vectors: Orthonormal ``U``, shape ``(d, k)``, contiguous: a file restores them so, and
+            products round by layout.
         values: ``λ ≥ 0``, shape ``(k,)``, in no particular order.
         residual: ``ρ ≥ 0``, a scalar; the eigenvalue of the ``d − k`` directions left out.
     """
@@ -116,7 +117,8 @@ class DenseFactor:
         check_finite(self.matrix)
         values, vectors = torch.linalg.eigh(self.matrix.double())
         dtype = self.matrix.dtype
-        return Eigen(vectors.to(dtype), values.clamp(min=0).to(dtype), self.matrix.new_zeros(()))
+        values, vectors = values.clamp(min=0).to(dtype), vectors.to(dtype).contiguous()
+        return Eigen(vectors, values, self.matrix.new_zeros(()))
 
 
 def check_residual(residual: str) -> None:

@@ -139,7 +139,7 @@ class LowRankFactor:
         missing = (self.trace - values.sum()).clamp(min=0) / (d - self.rank)
         if residual == "zero":
             missing = torch.zeros_like(missing)
-        return Eigen(vectors.to(dtype), values.to(dtype), missing.to(dtype))
+        return Eigen(vectors.to(dtype).contiguous(), values.to(dtype), missing.to(dtype))
 
     def _test_matrix(self) -> Tensor:
         return _orthonormal(*self.sketch.shape, self.sketch.dtype, self.sketch.device)
