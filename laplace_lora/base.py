@@ -20,6 +20,7 @@ from laplace_lora.fitting import Fitting
 from laplace_lora.kron import LowRankKron
 from laplace_lora.memory import MemoryEstimate, estimate_memory
 from laplace_lora.models import LogitsModel
+from laplace_lora.predictions import Predictions, predict
 from laplace_lora.predictive import StreamingPredictive
 from laplace_lora.tuning import PriorTuning
 
@@ -106,6 +107,43 @@ class LoraPosterior(Fitting, PriorTuning, Saving, StreamingPredictive):
             p: (mean.view_as(p), std.view_as(p))
             for p, mean, std in zip(self.params, means, deviations, strict=True)
         }
+
+    def predict(
+        self,
+        data: Any,
+        tokenizer: Any = None,
+        *,
+        batch_size: int = 32,
+        link_approx: str = "probit",
+        n_samples: int = 1000,
+        generator: torch.Generator | None = None,
+        progress_bar: bool = True,
+    ) -> Predictions:
+        """Predict a whole data set with the GLM predictive.
+
+        Args:
+            data: A loader; one batch (a mapping or a tensor); or, with a tokenizer, a list of
+                strings or of pairs of strings.
+            tokenizer: The model's, for texts.
+            batch_size: Texts a batch; texts of similar length share one.
+            link_approx: Link of ``probs``, as in calling the posterior.
+            n_samples: Samples behind ``entropy``, ``mutual_information`` and the ``"mc"`` link.
+            generator: Source of the samples, on the posterior's device.
+            progress_bar: Show progress over the batches, in the main process.
+
+        Returns:
+            Probabilities, moments of the logits and uncertainties, in the order of the data. Where
+            processes share the data, all get those of all, one process's after another's.
+
+        Raises:
+            AttributeError: If the posterior has not been fitted.
+            TypeError: If the data are none of these.
+            ValueError: If the data are empty, texts come without a tokenizer, the tokenizer cannot
+                pad, or the link is unknown.
+        """
+        self._check_H_init()
+        options = (batch_size, link_approx, n_samples, generator, progress_bar)
+        return predict(self, data, tokenizer, *options)
 
     def to(self, device: torch.device | str) -> LoraPosterior:
         """Move model and posterior to a device, in place, and return the posterior."""

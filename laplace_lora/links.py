@@ -1,4 +1,4 @@
-"""From Gaussian logits to class probabilities.
+"""From Gaussian logits to class probabilities and their entropies.
 
 Closed-form and sampled approximations of ``E[softmax(f)]`` for Gaussian ``f``, in logs, so that no
 probability underflows. Where the moments come from belongs to `predictive`.
@@ -64,8 +64,43 @@ def sampled(contrasts: Tensor, covariance: Tensor, noise: Tensor) -> Tensor:
         covariance: Their covariance.
         noise: Standard normal samples ``(samples, classes − 1)``, the same for all examples.
     """
+    return sampled_log_softmax(contrasts, covariance, noise).logsumexp(0) - math.log(len(noise))
+
+
+def sampled_log_softmax(contrasts: Tensor, covariance: Tensor, noise: Tensor) -> Tensor:
+    """Return the log softmax of each sample of the contrasts ``f_c − f_C``.
+
+    Args:
+        contrasts: Mean contrasts, ``(…, batch, classes − 1)``.
+        covariance: Their covariance.
+        noise: Standard normal samples ``(samples, classes − 1)``, the same for all examples.
+
+    Returns:
+        Shape ``(samples, …, batch, classes)``.
+    """
     draws = gaussian_samples(contrasts, covariance, noise)
-    return F.log_softmax(F.pad(draws, (0, 1)), dim=-1).logsumexp(0) - math.log(len(noise))
+    return F.log_softmax(F.pad(draws, (0, 1)), dim=-1)
+
+
+def entropies(mean: Tensor, covariance: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the entropy of the averaged softmax, and the average entropy of the softmax.
+
+    Their difference is the mutual information between label and weights, the epistemic part
+    (Houlsby et al. 2011, *Bayesian active learning*, arXiv:1112.5745). Over common samples it is
+    never negative.
+
+    Args:
+        mean: Mean of the logits, ``(…, batch, classes)``.
+        covariance: Their covariance, ``(…, batch, classes, classes)``.
+        noise: Standard normal samples ``(samples, classes − 1)``.
+
+    Returns:
+        Nats, shape ``(…, batch)`` each.
+    """
+    contrasts = contrast_matrix(mean)
+    rows = contrasts @ covariance @ contrasts.T
+    p = sampled_log_softmax(mean @ contrasts.T, rows, noise).exp()
+    return torch.special.entr(p.mean(0)).sum(-1), torch.special.entr(p).sum(-1).mean(0)
 
 
 def gaussian_samples(mean: Tensor, covariance: Tensor, noise: Tensor) -> Tensor:

@@ -1,0 +1,28 @@
+"""Judging probabilities: calibration reports, their pictures, and baselines to compare with.
+
+Works with any callable from a batch to class probabilities, whether or not a posterior made them.
+"""
+
+from laplace_lora.evaluation.baselines import (
+    MAP,
+    LoraEnsemble,
+    MCDropout,
+    TemperatureScaling,
+    diagonal_laplace,
+    last_layer_laplace,
+)
+from laplace_lora.evaluation.plots import plot_reports
+from laplace_lora.evaluation.report import CalibrationReport, compare, evaluate
+
+__all__ = [
+    "MAP",
+    "CalibrationReport",
+    "LoraEnsemble",
+    "MCDropout",
+    "TemperatureScaling",
+    "compare",
+    "diagonal_laplace",
+    "evaluate",
+    "last_layer_laplace",
+    "plot_reports",
+]

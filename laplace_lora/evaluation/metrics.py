@@ -1,0 +1,155 @@
+"""Calibration metrics of class probabilities, as functions of probabilities and labels.
+
+Errors and pictures belong to `report` and `plots`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.functional.classification import (
+    binary_auroc,
+    binary_roc,
+    multiclass_accuracy,
+    multiclass_calibration_error,
+)
+
+BINS = 15
+COVERAGES = (0.5, 0.8, 0.9)
+
+
+def accuracy(p: Tensor, y: Tensor) -> float:
+    """Return the share of examples whose most probable class is right."""
+    return float(multiclass_accuracy(p, y, p.shape[1], average="micro"))
+
+
+def nll(p: Tensor, y: Tensor) -> float:
+    """Return the mean negative log likelihood in nats."""
+    p = p.double()
+    return float(F.nll_loss(p.clamp_min(torch.finfo(p.dtype).tiny).log(), y))
+
+
+def brier(p: Tensor, y: Tensor) -> float:
+    """Return the Brier score (Brier 1950): squared errors summed over classes, mean over examples.
+
+    It lies between 0 and 2.
+    """
+    return float((p.double() - F.one_hot(y, p.shape[1])).square().sum(-1).mean())
+
+
+def ece(p: Tensor, y: Tensor) -> float:
+    """Return the expected calibration error over 15 equal-width bins of confidence, a fraction.
+
+    Source: Guo et al. (2017), arXiv:1706.04599, equation 3.
+    """
+    return float(multiclass_calibration_error(p, y, p.shape[1], n_bins=BINS, norm="l1"))
+
+
+def adaptive_ece(p: Tensor, y: Tensor) -> float:
+    """Return the calibration error over 15 bins that hold equally many examples, a fraction.
+
+    Source: Nixon et al. (2019), arXiv:1904.01685.
+    """
+    confidence, order = p.max(-1).values.double().sort()
+    gap = confidence - _correct(p, y)[order]
+    return sum(abs(float(part.sum())) for part in gap.tensor_split(BINS)) / len(gap)
+
+
+def risk_coverage(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the error rate among the most confident examples, for every number of them.
+
+    Examples of equal confidence share their errors evenly, so the result does not depend on order.
+
+    Returns:
+        Coverages ``1/N, …, 1`` and risks, ``(examples,)`` each, float64.
+    """
+    confidence = p.max(-1).values
+    levels, group = (-confidence).unique(return_inverse=True)
+    count = torch.zeros(len(levels), dtype=torch.float64, device=p.device)
+    wrong = count.index_add(0, group, 1 - _correct(p, y))
+    count = count.index_add(0, group, torch.ones_like(group, dtype=torch.float64))
+    errors = (wrong / count).repeat_interleave(count.long())
+    taken = torch.arange(1, len(p) + 1, dtype=torch.float64, device=p.device)
+    return taken / len(p), errors.cumsum(0) / taken
+
+
+def aurc(p: Tensor, y: Tensor) -> float:
+    """Return the area under the risk-coverage curve, the mean risk over all coverages.
+
+    Source: Geifman and El-Yaniv (2017), arXiv:1705.08500.
+    """
+    return float(risk_coverage(p, y)[1].mean())
+
+
+def accuracy_at(coverage: float) -> Callable[[Tensor, Tensor], float]:
+    """Return the metric "accuracy among this share of examples, the most confident".
+
+    Raises:
+        ValueError: If the coverage is not in (0, 1].
+    """
+    if not 0 < coverage <= 1:
+        raise ValueError(f"a coverage lies in (0, 1], got {coverage}")
+
+    def metric(p: Tensor, y: Tensor) -> float:
+        # 0.8 · 5 is slightly above 4 in floating point.
+        taken = math.ceil(coverage * len(p) - 1e-9)
+        return 1 - float(risk_coverage(p, y)[1][taken - 1])
+
+    return metric
+
+
+def entropy(p: Tensor) -> Tensor:
+    """Return the entropy of each row in nats, ``(examples,)``."""
+    return torch.special.entr(p.double()).sum(-1)
+
+
+def ood_auroc(inside: Tensor, outside: Tensor) -> float:
+    """Return how well a score tells foreign examples, the positives, from one's own.
+
+    Args:
+        inside: Uncertainty of one's own examples, higher is less sure.
+        outside: Uncertainty of foreign ones.
+    """
+    return float(binary_auroc(*_detection(inside, outside)))
+
+
+def ood_fpr95(inside: Tensor, outside: Tensor) -> float:
+    """Return the share of foreign examples still accepted where 95 % of one's own are.
+
+    Source: Hendrycks and Gimpel (2017), arXiv:1610.02136, as used since.
+
+    Args:
+        inside: Uncertainty of one's own examples, higher is less sure.
+        outside: Uncertainty of foreign ones.
+    """
+    scores, foreign = _detection(inside, outside)
+    accepted, kept, _ = binary_roc(-scores, 1 - foreign)
+    return float(accepted[kept >= 0.95].min())
+
+
+METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
+    "accuracy": accuracy,
+    "NLL": nll,
+    "Brier": brier,
+    "ECE": ece,
+    "adaptive ECE": adaptive_ece,
+    "AURC": aurc,
+    **{f"accuracy at {share:.0%}": accuracy_at(share) for share in COVERAGES},
+}
+
+
+def _correct(p: Tensor, y: Tensor) -> Tensor:
+    return (p.argmax(-1) == y).double()
+
+
+def _detection(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
+    scores = torch.cat([inside, outside]).double()
+    foreign = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
+    foreign[len(inside) :] = 1
+    # torchmetrics takes scores outside [0, 1] for logits and squashes them, which makes ties.
+    ranks = scores.unique(return_inverse=True)[1].double()
+    return ranks / ranks.max().clamp(min=1), foreign

@@ -1,0 +1,116 @@
+"""Pictures of calibration: reliability diagram, confidence histogram, risk-coverage curve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from laplace_lora.evaluation.metrics import BINS, risk_coverage
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from laplace_lora.evaluation.report import CalibrationReport
+
+BAR, GAP, LINE = "#4878a8", "#d1605e", "#404040"
+
+
+def plot_reports(reports: Sequence[CalibrationReport]) -> Figure:
+    """Draw a row for each report: reliability, confidence, risk against coverage.
+
+    The reliability diagram shows the accuracy of each of 15 bins of confidence, how far it is from
+    the confidence, and how many examples the bin holds. Axes are shared down the rows.
+
+    Args:
+        reports: At least one.
+
+    Returns:
+        A figure that no window shows; save it with ``savefig``.
+
+    Raises:
+        ValueError: If there are no reports.
+        ImportError: If matplotlib is missing.
+    """
+    if not reports:
+        raise ValueError("there are no reports to draw")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: `pip install matplotlib`") from error
+    figure = Figure(figsize=(10.5, 3.1 * len(reports) + 0.3), layout="constrained")
+    axes = figure.subplots(len(reports), 3, squeeze=False, sharex="col", sharey="col")
+    for report, (left, middle, right) in zip(reports, axes, strict=True):
+        _reliability(left, report)
+        _histogram(middle, report)
+        _risk(right, report)
+    for axis, label in zip(axes[-1], ("confidence", "confidence", "coverage"), strict=True):
+        axis.set_xlabel(label)
+    return figure
+
+
+def _reliability(axis: Any, report: CalibrationReport) -> None:
+    confidence, predicted = report.probs.max(-1)
+    correct = (predicted == report.labels).double()
+    index = (confidence * BINS).long().clamp(max=BINS - 1)
+    count = torch.zeros(BINS, dtype=torch.float64).index_add(0, index, torch.ones_like(correct))
+    used = count > 0
+    means = [
+        torch.zeros(BINS, dtype=torch.float64).index_add(0, index, values.double())[used]
+        / count[used]
+        for values in (correct, confidence)
+    ]
+    accuracy, mean_confidence = (values.tolist() for values in means)
+    centres = [(i + 0.5) / BINS for i in used.nonzero().flatten().tolist()]
+    width = 0.92 / BINS
+    axis.bar(centres, accuracy, width, color=BAR, label="accuracy")
+    heights = [c - a for a, c in zip(accuracy, mean_confidence, strict=True)]
+    axis.bar(
+        centres,
+        heights,
+        width,
+        bottom=accuracy,
+        color="none",
+        edgecolor=GAP,
+        hatch="////",
+        label="gap to confidence",
+    )
+    axis.plot([0, 1], [0, 1], color=LINE, linewidth=1, linestyle="--")
+    for x, a, c, n in zip(centres, accuracy, mean_confidence, count[used].tolist(), strict=True):
+        axis.annotate(
+            f"{int(n)}",
+            (x, max(a, c)),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="center",
+            fontsize=6.5,
+        )
+    axis.set(xlim=(0, 1), ylim=(0, 1.12), ylabel="accuracy")
+    axis.set_title(f"{report.name}: ECE {report['ECE']:.3f}", fontsize=10)
+    axis.legend(fontsize=7, loc="upper left", framealpha=0.9)
+
+
+def _histogram(axis: Any, report: CalibrationReport) -> None:
+    confidence = report.probs.max(-1).values
+    edges = [i / BINS for i in range(BINS + 1)]
+    axis.hist(confidence.tolist(), edges, color=BAR, rwidth=0.92)
+    mean = confidence.mean().item()
+    axis.axvline(mean, color=GAP, linewidth=1.5, label=f"mean confidence {mean:.3f}")
+    right = report["accuracy"]
+    axis.axvline(right, color=LINE, linewidth=1.5, linestyle="--", label=f"accuracy {right:.3f}")
+    axis.set(xlim=(0, 1), ylabel="examples")
+    axis.set_title(f"{report.name}: NLL {report['NLL']:.3f}", fontsize=10)
+    axis.legend(fontsize=7, loc="upper left", framealpha=0.9)
+
+
+def _risk(axis: Any, report: CalibrationReport) -> None:
+    coverage, risk = risk_coverage(report.probs, report.labels)
+    axis.plot(coverage.tolist(), risk.tolist(), color=BAR, linewidth=1.5)
+    axis.axhline(
+        1 - report["accuracy"], color=LINE, linewidth=1, linestyle="--", label="risk without choice"
+    )
+    axis.set(xlim=(0, 1), ylabel="error rate among those kept")
+    axis.set_ylim(bottom=0)
+    axis.set_title(f"{report.name}: AURC {report['AURC']:.3f}", fontsize=10)
+    axis.legend(fontsize=7, loc="lower right", framealpha=0.9)

@@ -1,0 +1,145 @@
+"""`la.predict`: loaders, batches and texts to probabilities and uncertainties, in order."""
+
+import math
+
+import pytest
+import torch
+from test_posterior import CLASSES, LENGTHS, loader, posterior
+from transformers import PreTrainedTokenizerFast
+
+from laplace_lora import KronLoraLaplace, KronLoraLLLaplace, links
+from tiny import assert_near, peft_model, token_batch
+
+
+def word_tokenizer(pad="[PAD]"):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *"abcdefgh"])}
+    tokens = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokens,
+        unk_token="[UNK]",
+        pad_token=pad,
+        model_max_length=16,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def quiet(la, data, *args, **kwargs):
+    return la.predict(data, *args, progress_bar=False, **kwargs)
+
+
+@pytest.mark.parametrize("cls,kwargs", CLASSES)
+def test_a_loader_gives_what_calls_give(cls, kwargs):
+    la = posterior(cls, **kwargs)
+    found = quiet(la, loader(3))
+    whole = token_batch(LENGTHS)
+    assert len(found) == len(LENGTHS) and torch.equal(found.labels, whole["labels"])
+    assert_near(found.probs, la(whole))
+    mean, covariance = la._glm_predictive_distribution(whole)
+    assert_near([found.mean, found.covariance], [mean, covariance])
+    assert_near(found.std, covariance.diagonal(dim1=1, dim2=2).sqrt())
+
+
+def test_a_batch_and_a_pair_and_a_slice():
+    la = posterior()
+    batch = token_batch((3, 5))
+    found = quiet(la, batch)
+    assert_near(found.probs, la(batch))
+    labels = batch.pop("labels")
+    assert quiet(la, batch).labels is None
+    pair = quiet(la, [(batch, labels)])
+    assert torch.equal(pair.labels, labels)
+    assert_near(pair[1:].probs, found.probs[1:])
+    assert len(pair[torch.tensor([True, False])]) == 1
+
+
+def test_links_and_calibration_are_honoured():
+    la = posterior()
+    batch = token_batch((3, 5))
+    noise = torch.Generator().manual_seed(0)
+    found = quiet(la, batch, link_approx="mc", n_samples=7, generator=noise)
+    again = torch.Generator().manual_seed(0)
+    assert_near(found.probs, la(batch, link_approx="mc", n_samples=7, generator=again))
+    # With the link "mc" the entropy is that of the probabilities.
+    assert_near(found.entropy, torch.special.entr(found.probs).sum(-1))
+    la.calibrate(loader())
+    assert_near(quiet(la, batch).probs, la(batch))
+
+
+def test_entropy_splits_into_two_parts():
+    la = posterior()
+    batch = token_batch((3, 5))
+    found = quiet(la, batch)
+    assert (found.mutual_information > 0).all() and (found.aleatoric > 0).all()
+    assert_near(found.aleatoric + found.mutual_information, found.entropy)
+    la.prior_precision = 1e12
+    sure = quiet(la, batch)
+    assert (sure.mutual_information < 1e-6).all()
+    p = la.model.eval()(batch).softmax(-1)
+    assert_near(sure.entropy, torch.special.entr(p).sum(-1), 1e-5)
+
+
+def test_entropies_of_a_coin_by_quadrature():
+    """Two logits whose difference is N(0, 4): against a fine grid of the normal density."""
+    noise = torch.Generator().manual_seed(0)
+    draws = torch.randn(400_000, 1, dtype=torch.float64, generator=noise)
+    covariance = torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64))[None]
+    total, aleatoric = links.entropies(torch.zeros(1, 2, dtype=torch.float64), covariance, draws)
+    z = torch.linspace(-30, 30, 20_001, dtype=torch.float64)
+    weight = (-(z**2) / 8).exp() / math.sqrt(8 * math.pi) * (z[1] - z[0])
+    p = z.sigmoid()
+    expected = (weight * (torch.special.entr(p) + torch.special.entr(1 - p))).sum()
+    assert total.item() == pytest.approx(math.log(2), abs=1e-5)
+    assert aleatoric.item() == pytest.approx(expected.item(), abs=2e-3)
+
+
+def test_texts_come_back_in_their_order():
+    la = posterior(name="bert")
+    tokenizer = word_tokenizer()
+    texts = ["a b c d e f", "b", "c d e", "a a", "h g f e d"]
+    found = quiet(la, texts, tokenizer, batch_size=2)
+    for i, text in enumerate(texts):
+        one = la(dict(tokenizer([text], return_tensors="pt")))
+        assert_near(found.probs[i : i + 1], one)
+    pairs = [(text, "a b") for text in texts]
+    joined = quiet(la, pairs, tokenizer)
+    assert_near(joined.probs[1:2], la(dict(tokenizer([("b", "a b")], return_tensors="pt"))))
+    assert (joined.probs - found.probs).abs().max() > 1e-3
+
+
+def test_regression_has_moments_only():
+    la = KronLoraLaplace(peft_model("bert"), "regression")
+    la.fit(loader(likelihood="regression"))
+    found = quiet(la, loader(likelihood="regression"))
+    assert found.probs is None and found.entropy is None and found.aleatoric is None
+    assert found.mean.shape == (7, 3) and found.covariance.shape == (7, 3, 3)
+    assert found.labels.shape == (7, 3)
+
+
+def test_last_layer_posteriors_predict_too():
+    la = KronLoraLLLaplace(peft_model("bert"), "classification")
+    la.fit(loader())
+    assert_near(quiet(la, loader()).probs, la(token_batch(LENGTHS)))
+
+
+@pytest.mark.parametrize(
+    "data,tokenizer,error,message",
+    [
+        ([], None, ValueError, "nothing to predict"),
+        (["a b"], None, ValueError, "texts need `tokenizer`"),
+        (["a b"], word_tokenizer(pad=None), ValueError, "no padding token"),
+        (3, None, TypeError, "a loader, a batch or texts, got int"),
+    ],
+)
+def test_bad_input_is_refused(data, tokenizer, error, message):
+    with pytest.raises(error, match=message):
+        quiet(posterior(), data, tokenizer)
+
+
+def test_an_unfitted_posterior_is_refused():
+    with pytest.raises(AttributeError, match="not fitted"):
+        quiet(posterior(fit=False), loader())
+    with pytest.raises(ValueError, match="link_approx"):
+        quiet(posterior(), loader(), link_approx="logit")
