@@ -1,0 +1,121 @@
+"""Fine-tuned adapters of the studies: trained once, kept on disk, loaded by every method.
+
+A checkpoint is a folder as PEFT saves it, with ``training.json`` beside it. Tasks belong to
+`study_tasks`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from study_tasks import Task, quickstart
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from laplace_lora import LogitsModel
+
+BATCH_SIZE = 16
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of fine-tuning."""
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the training rows")
+    parser.add_argument("--rate", type=float, default=1e-3, help="AdamW's, falling to zero")
+    parser.add_argument("--rank", type=int, default=8, help="of LoRA on query and value")
+    parser.add_argument("--dropout", type=float, default=0.1, help="LoRA's")
+    parser.add_argument(
+        "--autocast", action="store_true", help="train in bfloat16, with weights in float32"
+    )
+
+
+def checkpoint(task: Task, args: argparse.Namespace, seed: int) -> tuple[PeftModel, dict[str, Any]]:
+    """Return a fine-tuned model in evaluation mode; trains it if it was not yet.
+
+    Args:
+        task: What to train on.
+        args: Of `add_training_arguments`, with ``out`` and ``device``.
+        seed: Of head, adapter, batch order and dropout.
+
+    Returns:
+        The model, and how it was trained: settings, seconds of all epochs, final loss.
+
+    Raises:
+        SystemExit: If the folder holds a checkpoint of other settings.
+    """
+    folder = Path(args.out) / "checkpoints" / f"{task.name}-{seed}"
+    settings = {name: getattr(args, name) for name in ("epochs", "rate", "rank", "dropout")}
+    settings |= {"rows": len(task.splits["train"]), "model": Path(task.model).name}
+    record = folder / "training.json"
+    if not record.exists():
+        model = pretrained(task, args, seed)
+        trained = train(model, task, args)
+        model.save_pretrained(folder)
+        record.write_text(json.dumps({**settings, **trained}))
+    kept = json.loads(record.read_text())
+    if any(kept[name] != value for name, value in settings.items()):
+        raise SystemExit(f"{folder} was trained with other settings; give another --out")
+    model = PeftModel.from_pretrained(base_model(task), str(folder), is_trainable=True)
+    return model.to(args.device).eval(), kept
+
+
+def clock_for(device: str) -> Callable[[], float]:
+    """Return the clock of a device: on the CPU this process's own time, others run beside it."""
+    return time.process_time if torch.device(device).type == "cpu" else time.perf_counter
+
+
+def base_model(task: Task) -> torch.nn.Module:
+    """Load the pretrained model of a task, a classifier's with a fresh head."""
+    if task.target_ids is None:
+        return quickstart.load_base(task.model, task.classes)[0]
+    return AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32)
+
+
+def pretrained(task: Task, args: argparse.Namespace, seed: int) -> PeftModel:
+    """Return the pretrained model with fresh adapters on query and value, and a fresh head."""
+    set_seed(seed)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    config = LoraConfig(
+        task_type="SEQ_CLS" if task.target_ids is None else "CAUSAL_LM",
+        r=args.rank,
+        lora_alpha=2 * args.rank,
+        lora_dropout=args.dropout,
+    )
+    return get_peft_model(base_model(task), config).to(args.device)
+
+
+def train(model: PeftModel, task: Task, args: argparse.Namespace) -> dict[str, float]:
+    """Fine-tune with AdamW on the cross-entropy of the classes or answers."""
+    logits = LogitsModel(model, task.target_ids)
+    rows = task.splits["train"]
+    lengths = [len(row["input_ids"]) for row in rows]
+    sampler = LengthGroupedSampler(BATCH_SIZE, lengths=lengths)
+    loader = DataLoader(rows, BATCH_SIZE, sampler=sampler, collate_fn=task.collate)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.rate)
+    steps = args.epochs * len(loader)
+    schedule = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
+    model.train()
+    clock = clock_for(args.device)
+    started, total = clock(), 0.0
+    for _ in range(args.epochs):
+        total = 0.0
+        for batch in loader:
+            with torch.autocast(str(args.device), torch.bfloat16, enabled=args.autocast):
+                output = logits(batch)
+            loss = F.cross_entropy(output, batch["labels"].to(output.device))
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            total += loss.item()
+    model.eval()
+    return {"seconds": clock() - started, "final loss": total / len(loader)}

@@ -1,0 +1,213 @@
+"""Every method of the calibration study on one fine-tuned checkpoint, with its cost.
+
+A method's probabilities on all splits are computed once; judging them belongs to `study`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from study_checkpoints import checkpoint, clock_for
+from study_tasks import Task
+from torch import Tensor
+
+from laplace_lora import (
+    DiagLoraLaplace,
+    KronLoraLaplace,
+    KronLoraLLLaplace,
+    LogitsModel,
+    links,
+)
+from laplace_lora.evaluation import MAP, LoraEnsemble, MCDropout, TemperatureScaling
+
+EVALUATION_BATCH = 64
+LINK_SAMPLES = 1000
+ENSEMBLE = "LoRA ensemble"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method said, and what that cost beyond the fine-tuned model.
+
+    Attributes:
+        probs: Class probabilities by split.
+        fit: Seconds to fit and tune.
+        predict: Seconds to predict the test split.
+        memory: Bytes that the method keeps.
+        notes: Its hyperparameters.
+    """
+
+    probs: dict[str, Tensor]
+    fit: float
+    predict: float
+    memory: int
+    notes: dict[str, float]
+
+
+class Stopwatch:
+    """Seconds of an accelerator, or of this process alone on a shared processor."""
+
+    def __init__(self, device: str) -> None:
+        self._clock = clock_for(device)
+        self._started = self._clock()
+
+    def lap(self) -> float:
+        """Return the seconds since the last lap, or since the start."""
+        now = self._clock()
+        seconds, self._started = now - self._started, now
+        return seconds
+
+
+def judged_splits(task: Task) -> list[str]:
+    """Return the splits that methods are judged on, the test set first."""
+    return [split for split in ("test", "shifted", "foreign") if split in task.splits]
+
+
+def outcomes(
+    task: Task, args: argparse.Namespace, seed: int, known: set[str]
+) -> Iterator[tuple[str, Outcome]]:
+    """Yield every method that is not known yet, for one checkpoint.
+
+    Args:
+        task: The task.
+        args: The study's arguments.
+        seed: Of the checkpoint.
+        known: Methods that need not be computed.
+    """
+    model, _ = checkpoint(task, args, seed)
+    logits = LogitsModel(model, task.target_ids)
+    plain: dict[str, Callable[[], MAP]] = {
+        "MAP": lambda: MAP(logits),
+        "temperature scaling": lambda: TemperatureScaling(logits, _loader(task, "val")),
+        "MC dropout": lambda: MCDropout(logits, args.dropout_samples),
+    }
+    for name, make in plain.items():
+        if name not in known:
+            watch = Stopwatch(args.device)
+            method = make()
+            fit = watch.lap()
+            yield name, _outcome(task, args, method, fit, 0, _numbers(method))
+    for name, make_posterior in _posteriors(task, logits).items():
+        links_of = {
+            f"{name}, marginal likelihood": "probit",
+            f"{name}, marginal likelihood, mc link": "mc",
+        }
+        calibrated = f"{name}, calibrated"
+        wanted = [*links_of, *([calibrated] if name == "K-FAC" else [])]
+        if known.issuperset(wanted):
+            continue
+        watch = Stopwatch(args.device)
+        la = make_posterior()
+        la.fit(task.loader("train", EVALUATION_BATCH))
+        la.optimize_prior_precision()
+        fit = watch.lap()
+        notes = {"prior precision": float(la.prior_precision), "evidence": _evidence(la)}
+        moments, predict = _moments(task, args, la)
+        memory = _kept_bytes(la)
+        for method, link in links_of.items():
+            probs = {split: _linked(link, *pair) for split, pair in moments.items()}
+            yield method, Outcome(probs, fit, predict, memory, notes)
+        if calibrated in wanted:
+            watch = Stopwatch(args.device)
+            found = la.calibrate(_loader(task, "val"))
+            fit += watch.lap()
+            notes = {
+                "prior precision": float(found.prior_precision),
+                "covariance scale": found.covariance_scale,
+                "temperature": found.likelihood_temperature,
+            }
+            moments, predict = _moments(task, args, la)
+            probs = {split: _linked("probit", *pair) for split, pair in moments.items()}
+            yield calibrated, Outcome(probs, fit, predict, memory, notes)
+
+
+def ensemble(task: Task, args: argparse.Namespace) -> Outcome:
+    """Average the checkpoints of all seeds: one ensemble a task."""
+    first, record = checkpoint(task, args, args.seeds[0])
+    seconds = record["seconds"]
+    for seed in args.seeds[1:]:
+        _, record = checkpoint(task, args, seed)  # trains it where that is still to be done
+        seconds += record["seconds"]
+        folder = args.out / "checkpoints" / f"{task.name}-{seed}"
+        first.load_adapter(str(folder), adapter_name=str(seed))
+    members = LoraEnsemble(first, target_ids=task.target_ids)
+    kept = sum(p.nbytes for p in _trained(first)) * (len(args.seeds) - 1)
+    return _outcome(task, args, members, seconds, kept, {"members": len(args.seeds)})
+
+
+def _posteriors(task: Task, logits: LogitsModel) -> dict[str, Callable[[], Any]]:
+    made: dict[str, Callable[[], Any]] = {
+        "last layer": lambda: KronLoraLLLaplace(logits, "classification"),
+        "diagonal": lambda: DiagLoraLaplace(logits, "classification"),
+        "K-FAC": lambda: KronLoraLaplace(logits, "classification"),
+    }
+    if task.classes > 2:
+        sampled = {"stochastic": True, "num_samples": 1}
+        made["K-FAC, one sampled label"] = lambda: KronLoraLaplace(
+            logits, "classification", backend_kwargs=sampled
+        )
+    if task.target_ids is not None:  # the vocabulary's head is no layer of the adapter
+        del made["last layer"]
+    return made
+
+
+def _outcome(
+    task: Task,
+    args: argparse.Namespace,
+    method: Callable[[Any], Tensor],
+    fit: float,
+    memory: int,
+    notes: dict[str, float],
+) -> Outcome:
+    probs, predict = {}, 0.0
+    for split in judged_splits(task):
+        watch = Stopwatch(args.device)
+        probs[split] = torch.cat([method(batch).cpu() for batch in _loader(task, split)])
+        predict = watch.lap() if split == "test" else predict
+    return Outcome(probs, fit, predict, memory, notes)
+
+
+def _moments(
+    task: Task, args: argparse.Namespace, la: Any
+) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    moments, seconds = {}, 0.0
+    for split in judged_splits(task):
+        watch = Stopwatch(args.device)
+        parts = [la._glm_predictive_distribution(batch) for batch in _loader(task, split)]
+        seconds = watch.lap() if split == "test" else seconds
+        mean, covariance = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+        moments[split] = mean, covariance
+    return moments, seconds
+
+
+def _linked(link: str, mean: Tensor, covariance: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(LINK_SAMPLES, mean.shape[1] - 1, generator=generator)
+    return links.log_probabilities(mean, covariance, link, noise).exp()
+
+
+def _loader(task: Task, split: str) -> Any:
+    return task.loader(split, EVALUATION_BATCH)
+
+
+def _numbers(method: MAP) -> dict[str, float]:
+    found = vars(method)
+    return {name: found[name] for name in ("temperature", "n_samples") if name in found}
+
+
+def _evidence(la: Any) -> float:
+    return float(la.log_marginal_likelihood())
+
+
+def _kept_bytes(la: Any) -> int:
+    tensors, _ = la._packed()
+    return la.mean.nbytes + sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _trained(model: PeftModel) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]

@@ -1,0 +1,165 @@
+"""Tasks of the studies on real data: rows, their splits and batches.
+
+Classification of texts by an encoder, and multiple choice by the answer tokens of a decoder. Models
+belong to `study_checkpoints`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quickstart_model import load_quickstart
+from torch.utils.data import DataLoader
+
+quickstart = load_quickstart()
+
+LETTERS = "ABCD"
+CLASSIFICATION = {
+    # name: files of training, test and shifted data, and whose test set counts as foreign input
+    "sst2": ("train.jsonl.gz", "test.jsonl", "ood_cr.jsonl", None),
+    "cola": ("train.jsonl", "dev.jsonl", "dev_ood.jsonl", None),
+    "rte": ("train.jsonl", "dev.jsonl", "ood_qnli.jsonl.gz", None),
+    "trec6": ("train.jsonl", "test.jsonl", None, "sst2/test.jsonl"),
+}
+CHOICE = {
+    "arc_easy": ("train.jsonl", "test.jsonl", "arc_challenge/test.jsonl"),
+    "arc_challenge": ("train.jsonl", "test.jsonl", "arc_easy/test.jsonl"),
+}
+TASKS = (*CLASSIFICATION, *CHOICE)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One data set, cut to size and tokenised.
+
+    Attributes:
+        name: Its folder's name.
+        model: Pretrained model, a folder or a name.
+        classes: Number of classes or of choices.
+        tokenizer: The model's.
+        collate: From rows to a batch.
+        splits: Tokenised rows of ``train``, ``val`` and ``test``; ``shifted`` where there is data
+            of the same labels from elsewhere, ``foreign`` where there is input of another kind.
+        target_ids: Answer tokens of a decoder, ``None`` for a classifier.
+    """
+
+    name: str
+    model: str
+    classes: int
+    tokenizer: Any
+    collate: Callable[[list[dict]], Any]
+    splits: dict[str, list[dict]] = field(repr=False)
+    target_ids: list[int] | None = None
+
+    def loader(self, split: str, batch_size: int) -> DataLoader:
+        """Return batches of a split in its own order."""
+        return DataLoader(self.splits[split], batch_size, collate_fn=self.collate)
+
+
+def add_task_arguments(parser: argparse.ArgumentParser, tasks: Sequence[str]) -> None:
+    """Add the arguments that choose data and their size."""
+    parser.add_argument("--data", type=Path, required=True, help="folder of the tasks' folders")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(tasks))
+    parser.add_argument("--model", help="pretrained model; the quickstart's encoder if left out")
+    parser.add_argument("--train-size", type=int, default=1000, help="rows to train on")
+    parser.add_argument("--val-size", type=int, default=500, help="rows held out of the training")
+    parser.add_argument("--test-size", type=int, default=1000, help="most rows to judge by")
+    parser.add_argument("--shifted-size", type=int, default=500, help="most shifted rows")
+    parser.add_argument("--max-tokens", type=int, default=128, help="longer texts are cut")
+
+
+def load_task(args: argparse.Namespace, name: str) -> Task:
+    """Read, split and tokenise a task; the splits are the same for every seed of the training.
+
+    Args:
+        args: What `add_task_arguments` added.
+        name: One of `TASKS`.
+
+    Raises:
+        SystemExit: If files are missing, or a decoder was not given.
+    """
+    folder = args.data / name
+    if not folder.is_dir():
+        raise SystemExit(f"--data: there is no folder {folder}")
+    make = _choice_task if name in CHOICE else _classification_task
+    return make(args, name, folder)
+
+
+def _classification_task(args: argparse.Namespace, name: str, folder: Path) -> Task:
+    train_file, test_file, shifted_file, foreign_file = CLASSIFICATION[name]
+    model = args.model or str(quickstart.get_model_path())
+    rows, names = quickstart.read_rows(folder / train_file)
+    splits = _held_out(rows, args)
+    splits["test"] = _cut(quickstart.read_rows(folder / test_file)[0], args.test_size)
+    if shifted_file:
+        splits["shifted"] = _cut(quickstart.read_rows(folder / shifted_file)[0], args.shifted_size)
+    if foreign_file:
+        foreign = quickstart.read_rows(args.data / foreign_file)[0]
+        splits["foreign"] = _cut(foreign, args.shifted_size)
+    _, tokenizer = quickstart.load_base(model, len(names))
+    quickstart.MAX_TOKENS = args.max_tokens
+    encoded = {split: _sorted(quickstart.encode(part, tokenizer)) for split, part in splits.items()}
+    collate = quickstart.DataCollatorWithPadding(tokenizer)
+    return Task(name, model, len(names), tokenizer, collate, encoded)
+
+
+def _choice_task(args: argparse.Namespace, name: str, folder: Path) -> Task:
+    if not args.model:
+        raise SystemExit(f"{name} is answered by a decoder: give one with --model")
+    train_file, test_file, shifted_file = CHOICE[name]
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    splits = _held_out(read_questions(folder / train_file), args)
+    splits["test"] = _cut(read_questions(folder / test_file), args.test_size)
+    if (args.data / shifted_file).exists():
+        shifted = read_questions(args.data / shifted_file)
+        splits["shifted"] = _cut(shifted, args.shifted_size)
+
+    def encode(row: dict) -> dict:
+        # From the left, so that the answer's place is never cut off.
+        ids = tokenizer(prompt(row))["input_ids"][-args.max_tokens :]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": row["answer"]}
+
+    encoded = {split: _sorted([encode(row) for row in part]) for split, part in splits.items()}
+    collate = quickstart.DataCollatorWithPadding(tokenizer)
+    ids = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][-1] for letter in LETTERS]
+    return Task(name, args.model, len(LETTERS), tokenizer, collate, encoded, ids)
+
+
+def read_questions(path: Path) -> list[dict]:
+    """Read the questions of a file that have four choices, as nearly all have."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [row for row in rows if len(row["choices"]) == len(LETTERS)]
+
+
+def prompt(row: dict) -> str:
+    """Return a question as a decoder is asked it; the answer is the next token, a letter."""
+    choices = "\n".join(f"{a}. {c}" for a, c in zip(LETTERS, row["choices"], strict=True))
+    return f"Question: {row['question']}\n{choices}\nAnswer:"
+
+
+def _held_out(rows: list[dict], args: argparse.Namespace) -> dict[str, list[dict]]:
+    rows = _cut(rows, len(rows))
+    size = min(args.train_size, len(rows) - args.val_size)
+    if size < 1:
+        raise SystemExit(f"--val-size {args.val_size} leaves nothing of {len(rows)} rows to train")
+    return {"val": rows[: args.val_size], "train": rows[args.val_size : args.val_size + size]}
+
+
+def _cut(rows: list[dict], size: int) -> list[dict]:
+    rows = list(rows)
+    random.Random(0).shuffle(rows)
+    return rows[:size]
+
+
+def _sorted(rows: list[dict]) -> list[dict]:
+    """Order rows by length, so that batches hold little padding."""
+    return sorted(rows, key=lambda row: len(row["input_ids"]))
