@@ -29,6 +29,7 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, help="default: as many as heads")
     parser.add_argument("--intermediate", type=int, help="default: 4 * hidden")
     parser.add_argument("--vocab", type=int, default=1000)
     parser.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
@@ -88,7 +89,7 @@ def random_llama(args: argparse.Namespace) -> PeftModel:
         hidden_size=args.hidden,
         num_hidden_layers=args.layers,
         num_attention_heads=args.heads,
-        num_key_value_heads=args.heads,
+        num_key_value_heads=args.kv_heads or args.heads,
         intermediate_size=args.intermediate or 4 * args.hidden,
         vocab_size=args.vocab,
         attn_implementation=args.attention,

@@ -108,9 +108,9 @@ def outcomes(
         fit = watch.lap()
         notes = {"prior precision": float(la.prior_precision), "evidence": _evidence(la)}
         moments, predict = _moments(task, args, la)
-        memory = _kept_bytes(la)
+        memory = kept_bytes(la)
         for method, link in links_of.items():
-            probs = {split: _linked(link, *pair) for split, pair in moments.items()}
+            probs = {split: linked(link, *pair) for split, pair in moments.items()}
             yield method, Outcome(probs, fit, predict, memory, notes)
         if calibrated in wanted:
             watch = Stopwatch(args.device)
@@ -122,7 +122,7 @@ def outcomes(
                 "temperature": found.likelihood_temperature,
             }
             moments, predict = _moments(task, args, la)
-            probs = {split: _linked("probit", *pair) for split, pair in moments.items()}
+            probs = {split: linked("probit", *pair) for split, pair in moments.items()}
             yield calibrated, Outcome(probs, fit, predict, memory, notes)
 
 
@@ -185,7 +185,8 @@ def _moments(
     return moments, seconds
 
 
-def _linked(link: str, mean: Tensor, covariance: Tensor) -> Tensor:
+def linked(link: str, mean: Tensor, covariance: Tensor) -> Tensor:
+    """Return class probabilities from moments, with the same samples for every method."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(LINK_SAMPLES, mean.shape[1] - 1, generator=generator)
     return links.log_probabilities(mean, covariance, link, noise).exp()
@@ -204,7 +205,8 @@ def _evidence(la: Any) -> float:
     return float(la.log_marginal_likelihood())
 
 
-def _kept_bytes(la: Any) -> int:
+def kept_bytes(la: Any) -> int:
+    """Return the bytes of a posterior's mean and curvature."""
     tensors, _ = la._packed()
     return la.mean.nbytes + sum(tensor.nbytes for tensor in tensors.values())
 
