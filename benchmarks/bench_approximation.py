@@ -1,0 +1,239 @@
+"""Which structure of the posterior to choose: error and quality against cost, on real data.
+
+Every structure is fitted around the checkpoints of `study`, on the same training rows, and its
+prior precision is tuned by its own marginal likelihood:
+
+* error: distance of its test predictive covariance from the exact GGN's at the same prior
+  precision, relative to that, in the Frobenius norm over all examples;
+* evidence gap: its log evidence minus that of the exact GGN, each at its own best prior, in nats;
+* NLL and ECE on the test rows with the probit and the mc link;
+* cost: seconds of fit and prediction (this process's own on the CPU, one thread), and the bytes
+  that the posterior keeps. A posterior's eigendecomposition is part of its fit and also stands
+  apart, as ``eigen s``, where there is one of all rows.
+
+    python benchmarks/bench_approximation.py --data DATA --autocast
+
+A finished cell is kept under ``--out`` and never computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import prepare, write_report
+from study_checkpoints import add_training_arguments, checkpoint
+from study_methods import EVALUATION_BATCH, Stopwatch, kept_bytes, linked
+from study_tasks import Task, add_task_arguments, load_task
+from torch import Tensor
+
+from laplace_lora import (
+    DiagLoraLaplace,
+    FullLoraLaplace,
+    KronLoraLaplace,
+    LogitsModel,
+    LowRankLoraLaplace,
+)
+from laplace_lora.evaluation.metrics import ece, nll
+
+EXACT = "exact GGN"
+REDUCE = {"backend_kwargs": {"kfac_approx": "reduce"}}
+CORRECTED = {"eigenvalue_correction": True}
+FIGURES = {  # of a cell: heading, digits
+    "evidence": ("log evidence", 0),
+    "gap": ("evidence gap", 0),
+    "error": ("error", 3),
+    "probit NLL": ("NLL, probit", 3),
+    "probit ECE": ("ECE, probit", 3),
+    "mc NLL": ("NLL, mc", 3),
+    "mc ECE": ("ECE, mc", 3),
+    "fit": ("fit, s", 1),
+    "eigen": ("eigen s", 1),
+    "predict": ("predict, s", 1),
+    "MiB": ("MiB", 1),
+}
+
+Make = Callable[[LogitsModel], Any]
+
+
+def structures() -> dict[str, Make]:
+    """Return what makes each posterior, the cheap first."""
+
+    def kron(**kwargs: Any) -> Make:
+        return lambda model: KronLoraLaplace(model, "classification", **kwargs)
+
+    def low_rank(rank: int) -> Make:
+        return lambda model: LowRankLoraLaplace(model, "classification", rank=rank)
+
+    low = {"low_rank_threshold": 64}  # of an encoder's sides none is longer than 512
+    return {
+        "diagonal": lambda model: DiagLoraLaplace(model, "classification"),
+        "K-FAC expand, rank 10": kron(factor_rank=10, **low),
+        "K-FAC expand, rank 64": kron(factor_rank=64, **low),
+        "K-FAC expand, dense": kron(factor_rank=None),
+        "K-FAC reduce, dense": kron(factor_rank=None, **REDUCE),
+        "corrected, rank 64": kron(factor_rank=64, **low, **CORRECTED),
+        "corrected, dense": kron(factor_rank=None, **CORRECTED),
+        "corrected reduce, dense": kron(factor_rank=None, **REDUCE, **CORRECTED),
+        "low rank 32": low_rank(32),
+        "low rank 128": low_rank(128),
+        "low rank 512": low_rank(512),
+        EXACT: lambda model: FullLoraLaplace(model, "classification"),
+    }
+
+
+def measured(task: Task, args: argparse.Namespace, la: Any) -> tuple[dict[str, float], Tensor]:
+    """Fit, tune and judge a posterior; return its figures and its test covariances."""
+    watch = Stopwatch(args.device)
+    la.fit(task.loader("train", EVALUATION_BATCH))
+    fit = watch.lap()
+    la.optimize_prior_precision()
+    tune = watch.lap()
+    figures = {"fit": fit, "evidence": float(la.log_marginal_likelihood())}
+    figures["prior precision"] = float(la.prior_precision)
+    figures["MiB"] = kept_bytes(la) / 2**20
+    # Of rows the eigendecomposition comes with the first question about the evidence.
+    figures["eigen"] = tune if isinstance(la, FullLoraLaplace) else 0.0
+    watch.lap()
+    parts = [la._glm_predictive_distribution(b) for b in task.loader("test", EVALUATION_BATCH)]
+    figures["predict"] = watch.lap()
+    mean, covariance = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    labels = torch.tensor([row["labels"] for row in task.splits["test"]])
+    for link in ("probit", "mc"):
+        p = linked(link, mean, covariance)
+        figures |= {f"{link} NLL": nll(p, labels), f"{link} ECE": ece(p, labels)}
+    return figures, covariance
+
+
+def exact_covariances(task: Task, exact: Any, precisions: list[float]) -> list[Tensor]:
+    """Return the exact posterior's test covariances at several prior precisions, in one pass."""
+    found: list[list[Tensor]] = [[] for _ in precisions]
+    for batch in task.loader("test", EVALUATION_BATCH):
+        _, blocks = exact.gram_blocks(batch)
+        sums: list[Any] = [0.0] * len(precisions)
+        for _, grams in blocks:
+            for e, products in grams:
+                for i, delta in enumerate(precisions):
+                    sums[i] = sums[i] + products @ (1 / (e + delta))
+        for kept, total in zip(found, sums, strict=True):
+            kept.append(total.cpu())
+    return [torch.cat(parts) for parts in found]
+
+
+def run_checkpoint(task: Task, args: argparse.Namespace, seed: int) -> None:
+    """Measure all structures around one checkpoint, if that is still to be done."""
+    path = cell_path(args, task.name, seed)
+    if path.exists():
+        return
+    model = LogitsModel(checkpoint(task, args, seed)[0], task.target_ids)
+    figures, covariances = {}, {}
+    for name, make in structures().items():
+        la = make(model)
+        figures[name], covariances[name] = measured(task, args, la)
+        print(f"{task.name}, seed {seed}: {name}", flush=True)
+    # `la` is the exact posterior now, the last of all.
+    deltas = [figures[name]["prior precision"] for name in figures]
+    for name, reference in zip(figures, exact_covariances(task, la, deltas), strict=True):
+        difference = covariances[name].double() - reference.double()
+        figures[name]["error"] = float(difference.norm() / reference.double().norm())
+        figures[name]["gap"] = figures[name]["evidence"] - figures[EXACT]["evidence"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=1))
+
+
+def cell_path(args: argparse.Namespace, task: str, seed: int) -> Path:
+    """Return where a checkpoint's figures are kept."""
+    return args.out / "approximation" / f"{task}-{seed}.json"
+
+
+def table(args: argparse.Namespace, task: str) -> list[dict[str, Any]]:
+    """Return a task's rows: mean and standard error over the seeds."""
+    paths = [cell_path(args, task, seed) for seed in args.seeds]
+    cells = [json.loads(path.read_text()) for path in paths if path.exists()]
+    rows = []
+    for name in cells[0] if cells else []:
+        row: dict[str, Any] = {"structure": name}
+        for figure, (heading, digits) in FIGURES.items():
+            values = [cell[name][figure] for cell in cells]
+            error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+            row[heading] = f"{statistics.fmean(values):.{digits}f} ± {error:.{digits}f}"
+        rows.append(row)
+    return rows
+
+
+def draw(args: argparse.Namespace, task: str, rows: list[dict[str, Any]]) -> None:
+    """Draw a task's errors against the seconds of fit and of prediction."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    kinds = {"diag": "#404040", "K-FAC": "#4878a8", "corr": "#d1605e", "low": "#6a9f58"}
+    for axis, cost in zip(axes, ("fit, s", "predict, s"), strict=True):
+        for row in rows:
+            if row["structure"] == EXACT:
+                axis.axvline(_number(row[cost]), color="#999999", linestyle="--", label=EXACT)
+                continue
+            colour = next(c for kind, c in kinds.items() if row["structure"].startswith(kind))
+            at = _number(row[cost]), _number(row["error"])
+            axis.plot(*at, "o", color=colour)
+            axis.annotate(
+                row["structure"], at, xytext=(4, 3), textcoords="offset points", fontsize=7
+            )
+        axis.set(xscale="log", yscale="log", xlabel=f"{cost.split(',')[0]}, seconds")
+        axis.margins(x=0.25)
+        axis.legend(fontsize=7, loc="lower left")
+    axes[0].set_ylabel("relative error of the predictive covariance")
+    figure.suptitle(f"{task}: error against cost, {len(args.seeds)} checkpoints")
+    figure.savefig(args.out / f"approximation-{task}.png", dpi=110)
+
+
+def _number(text: str) -> float:
+    return max(float(text.split()[0]), 1e-4)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_task_arguments(parser, ["sst2", "cola", "trec6"])
+    add_training_arguments(parser)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--report", action="store_true", help="only write what is finished")
+    parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "results" / "study",
+        help="folder, the study's for its checkpoints",
+    )
+    args = parser.parse_args()
+    args.repeats, args.seed = 1, 0
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    prepare(args)
+    if not args.report:
+        for seed in args.seeds:
+            for name in args.tasks:
+                run_checkpoint(load_task(args, name), args, seed)
+    tables = {name: rows for name in args.tasks if (rows := table(args, name))}
+    for name, rows in tables.items():
+        draw(args, name, rows)
+    raw = {
+        path.stem: json.loads(path.read_text())
+        for path in sorted((args.out / "approximation").glob("*.json"))
+    }
+    write_report("bench_approximation", args, tables, raw)
+
+
+if __name__ == "__main__":
+    main()
