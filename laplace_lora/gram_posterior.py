@@ -197,7 +197,7 @@ class GramPosterior(LoraPosterior):
             return kept[1], kept[2]
         gram = gram_matrix(self.rows, self._by_tensor(pattern))
         values, vectors = torch.linalg.eigh(gram)
-        real = values > torch.finfo(self._dtype).eps * values[-1]
+        real = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
         values, vectors = values[real].flip(0), vectors[:, real].flip(1)
         # No more directions than weights, where rows outnumber them.
         self._eigen = (pattern, values[: self.n_params], vectors[:, : self.n_params])
@@ -210,13 +210,18 @@ class GramPosterior(LoraPosterior):
         val_loader: DataLoader | None,
         kwargs: dict[str, Any],
     ) -> None:
-        groups = None
+        coupled = False
         if not kwargs and structure != "diag":
             groups = prior_groups(self.block_names, structure)
-            self.prior_precision = float(self.prior_precision[0])  # whose eigenvalues are needed
+            coupled = int(groups.max()) > 0
+            # The scalar's eigenvalues are needed, for the maximum or as the start of a climb.
+            self.prior_precision = float(self.prior_precision[0].detach())
             structure = "scalar"
-        super()._maximise_evidence(structure, tune_sigma_noise, val_loader, kwargs)
-        if groups is None or int(groups.max()) == 0:
+        with_noise = coupled and tune_sigma_noise and self.likelihood == "regression"
+        super()._maximise_evidence(
+            structure, tune_sigma_noise and not with_noise, val_loader, kwargs
+        )
+        if not coupled:
             return
         count = int(groups.max()) + 1
         ones = [torch.ones((), dtype=torch.float64)] * self.n_layers
@@ -225,14 +230,14 @@ class GramPosterior(LoraPosterior):
             group_grams(self.rows, ones, groups.tolist()),
             squares.new_zeros(count).index_add_(0, groups.to(squares.device), squares),
             float(self.prior_precision),
-            float(self.sigma_noise),
+            float(self.sigma_noise.detach()),
             1 / self.temperature,
-            (self.loss, self.n_data * self.n_outputs) if tune_sigma_noise else None,
+            (self.loss, self.n_data * self.n_outputs) if with_noise else None,
         )
-        if tune_sigma_noise:
+        if with_noise:
             self.sigma_noise = noise
         self._set_precisions(precisions.to(self._device)[groups.to(self._device)], groups)
 
     def _search_grid(self, *args: Any, **kwargs: Any) -> None:
-        self.prior_precision = float(self.prior_precision[0])  # the grid's are scalars
+        self.prior_precision = float(self.prior_precision[0].detach())  # the grid's are scalars
         super()._search_grid(*args, **kwargs)

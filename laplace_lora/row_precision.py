@@ -20,7 +20,8 @@ from laplace_lora.row_storage import RowStorage
 def gram_matrix(rows: RowStorage, pattern: Sequence[Tensor]) -> Tensor:
     """Return ``Z R⁻¹ Zᵀ``; gradients flow through the pattern.
 
-    Products are taken in the working number format, summed over the tensors in float64.
+    In float64 throughout, so that small eigenvalues, which a log determinant sees as well as large
+    ones, are those of the rows.
 
     Args:
         rows: ``Z``.
@@ -47,15 +48,14 @@ def group_grams(rows: RowStorage, pattern: Sequence[Tensor], groups: Sequence[in
     zeros = torch.zeros(m, m, dtype=torch.float64, device=rows.device)
     totals = [zeros.clone() for _ in range(count)]
     for i, group in enumerate(groups):
-        for columns, Z in rows.pieces(i):
-            weight = pattern[i]
+        weight = pattern[i].double()
+        for columns, Z in rows.pieces(i, torch.float64):
             if weight.ndim:
-                product = (Z / weight[columns].to(Z)) @ Z.T
-                totals[group] = totals[group] + product
+                totals[group] = totals[group] + (Z / weight[columns]) @ Z.T
             elif weight.requires_grad:
-                totals[group] = totals[group] + (Z @ Z.T).double() / weight
+                totals[group] = totals[group] + Z @ Z.T / weight
             else:
-                totals[group].add_(Z @ Z.T, alpha=1 / float(weight))
+                totals[group].addmm_(Z, Z.T, alpha=1 / float(weight))
     return totals
 
 

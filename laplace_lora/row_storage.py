@@ -95,18 +95,22 @@ class RowStorage:
         """Return `matrix` of every tensor."""
         return [self.matrix(i) for i in range(len(self.sizes))]
 
-    def pieces(self, i: int) -> Iterator[tuple[slice, Tensor]]:
+    def pieces(self, i: int, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Yield columns of one tensor's rows, ready for products on the device.
 
+        Args:
+            i: The tensor.
+            dtype: Number format, the working one if ``None``.
+
         Yields:
-            Which columns, and ``(rows, columns)`` in the working number format.
+            Which columns, and ``(rows, columns)``.
         """
-        matrix = self.matrix(i)
-        ready = matrix.device == self.device and matrix.dtype == self.working_dtype
+        matrix, dtype = self.matrix(i), dtype or self.working_dtype
+        ready = matrix.device == self.device and matrix.dtype == dtype
         step = matrix.shape[1] if ready else max(1, PIECE // max(1, len(matrix)))
         for start in range(0, matrix.shape[1], step):
             columns = slice(start, start + step)
-            yield columns, matrix[:, columns].to(self.device, self.working_dtype)
+            yield columns, matrix[:, columns].to(self.device, dtype)
 
     def replace(self, matrices: Sequence[Tensor]) -> None:
         """Put other rows in the place of those there are.
