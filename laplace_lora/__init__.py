@@ -4,6 +4,7 @@ The public names; every module behind them has one job and says so in its first 
 """
 
 from laplace_lora.curvature import LoraEF, LoraGGN
+from laplace_lora.data_space import FullLoraLaplace, LowRankLoraLaplace
 from laplace_lora.decomposed import LowRankKronDecomposed
 from laplace_lora.kron import LowRankKron
 from laplace_lora.last_layer import (
@@ -20,6 +21,7 @@ __all__ = [
     "DiagLoraLLLaplace",
     "DiagLoraLaplace",
     "FullLoraLLLaplace",
+    "FullLoraLaplace",
     "FunctionalLoraLLLaplace",
     "KronLoraLLLaplace",
     "KronLoraLaplace",
@@ -29,4 +31,5 @@ __all__ = [
     "LoraGGN",
     "LowRankKron",
     "LowRankKronDecomposed",
+    "LowRankLoraLaplace",
 ]

@@ -126,10 +126,10 @@ def accumulate(la: Any, loader: Any, progress_bar: bool, snapshot: Snapshot | No
             raise
         failure = error  # the other processes must hear of it, or they would wait for ever
     if shared:
-        tensors = [] if sums.state is None else la._tensors(sums.state)
-        sharding.agree(failure, [tuple(tensor.shape) for tensor in tensors] or None)
+        sharding.agree(failure, None if sums.state is None else la._signature(sums.state))
+        la._combine(sums.state)
         totals = torch.tensor([sums.loss, sums.n], dtype=torch.float64, device=la._device)
-        sharding.add_up([*tensors, totals])
+        sharding.add_up([totals])
         sums.loss, sums.n = totals[0].item(), int(totals[1].item())
     return sums
 
@@ -149,8 +149,7 @@ def _own_sums(la: Any, loader: Any, progress_bar: bool, snapshot: Snapshot | Non
                 raise FloatingPointError(f"batch {index} of the training data: {error}") from error
             if earlier is not None and index == 0:
                 # The first batch shows what sums there are; their values are those kept.
-                for tensor, kept in zip(la._tensors(sums.state), earlier[1], strict=True):
-                    tensor.copy_(kept)
+                la._resume(sums.state, earlier[1])
                 sums = Sums(sums.state, earlier[0].loss, earlier[0].n, earlier[0].batches)
                 continue
             sums.loss, sums.n = sums.loss + loss.item(), sums.n + len(y)

@@ -154,19 +154,28 @@ class LoraPosterior(Fitting, PriorTuning, Saving, StreamingPredictive):
         self._norms = None
         return self
 
-    def estimate_memory(self, batch: Any) -> MemoryEstimate:
+    _memory_advice = (
+        "lower `factor_rank`, set `modules` to cover fewer layers, or use DiagLoraLaplace"
+    )
+
+    def estimate_memory(self, batch: Any, n_examples: int | None = None) -> MemoryEstimate:
         """Estimate the memory of fits and predictions on batches like one, before the work.
 
         Runs the model forward on the first example. Print the result for advice.
 
         Args:
             batch: What the model takes.
+            n_examples: Examples of the fit, where the posterior grows with them.
         """
-        return estimate_memory(self, batch)
+        return estimate_memory(self, batch, n_examples)
 
     def curvature_size(self) -> int:
         """Return how many numbers the posterior's curvature holds."""
         return self.n_params
+
+    def _curvature_bytes(self, n_examples: int | None, outputs: int) -> int:
+        """Return the bytes of the device that the curvature takes."""
+        return self._dtype.itemsize * self.curvature_size()
 
     def weight_variance(self) -> Tensor:
         """Return the diagonal of the posterior covariance, ``(parameters,)``."""

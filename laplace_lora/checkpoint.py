@@ -49,6 +49,11 @@ class Saving:
             raise ValueError(f"the curvature has shape {list(curvature.shape)}, not {sides}")
         la._install(curvature)
 
+    @property
+    def _unpack_device(self) -> torch.device:
+        """Where a packed curvature is unpacked."""
+        return self._device  # type: ignore[attr-defined]
+
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write ``laplace.safetensors`` and ``laplace_config.json`` into a folder.
 
@@ -91,7 +96,7 @@ class Saving:
 
     @classmethod
     def from_pretrained(
-        cls: type[Posterior], model: nn.Module, directory: str | os.PathLike[str]
+        cls: type[Posterior], model: nn.Module, directory: str | os.PathLike[str], **options: Any
     ) -> Posterior:
         """Restore a posterior, bit for bit, around the model that it was fitted on.
 
@@ -99,6 +104,7 @@ class Saving:
             model: The same `PeftModel`, with the same adapter active; or the same `LogitsModel`
                 around it where an ``output`` callable was used.
             directory: Folder with the two files, or the name of a repository on the hub.
+            **options: The constructor's arguments that no file holds, such as ``storage``.
 
         Returns:
             The posterior, on the model's device.
@@ -125,7 +131,7 @@ class Saving:
                     "the posterior was fitted on a LogitsModel with an `output` callable, which "
                     "no file can hold; pass such a LogitsModel instead of the PeftModel"
                 )
-            la = constructor(model, backend=backend, **arguments)
+            la = constructor(model, backend=backend, **arguments, **options)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{CONFIG} describes no posterior: {error!r}") from None
         check_identity(config, identity(la))
@@ -134,7 +140,7 @@ class Saving:
             for name, tensor in tensors.items():
                 if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
                     raise ValueError(f"tensor {name!r} is not finite")
-            tensors = {name: tensor.to(la._device) for name, tensor in tensors.items()}
+            tensors = {name: tensor.to(la._unpack_device) for name, tensor in tensors.items()}
             _restore(la, tensors, config)
         except (SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
             raise ValueError(f"{TENSORS} does not fit {CONFIG}: {error}") from None

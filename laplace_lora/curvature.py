@@ -134,7 +134,7 @@ class LoraCurvature(CurvatureInterface):
         Returns:
             The summed loss and the diagonal, shape ``(parameters,)``.
         """
-        loss, blocks = self._root_blocks(x, y)
+        loss, blocks = self.root_blocks(x, y)
         diagonal = torch.cat([rows.square().sum((0, 1)).flatten() for rows in blocks])
         return loss, self._subnetwork(diagonal)
 
@@ -149,7 +149,7 @@ class LoraCurvature(CurvatureInterface):
         Returns:
             The summed loss and the matrix, shape ``(parameters, parameters)``.
         """
-        loss, blocks = self._root_blocks(x, y)
+        loss, blocks = self.root_blocks(x, y)
         rows = self._joined(blocks).flatten(0, 1)
         return loss, rows.T @ rows
 
@@ -240,7 +240,21 @@ class LoraCurvature(CurvatureInterface):
         self.n_outputs = tape.output.shape[-1]
         return tape, loss
 
-    def _root_blocks(self, x: Any, y: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
+    def root_blocks(self, x: Any, y: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
+        """Return the summed loss, and rows ``Z`` whose ``Zᵀ Z`` is the curvature, by tensor.
+
+        Args:
+            x: Batch that the model takes.
+            y: Labels ``(batch,)`` or regression targets ``(batch, outputs)``.
+
+        Returns:
+            The loss, and an iterator over ``(batch, columns, *shape)`` of each trainable tensor in
+            parameter order.
+
+        Raises:
+            ValueError: If labels lie outside the classes.
+            FloatingPointError: If the loss is not finite.
+        """
         tape, loss = self._forward(x, y)
         columns = self._columns(tape.output, y)
         return loss, jacobian_blocks(tape, self.blocks, columns, self.dtype)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
+from laplace_lora import sharding
 from laplace_lora.accumulation import Snapshot, accumulate
 from laplace_lora.curvature import LoraCurvature
 from laplace_lora.fingerprint import check_identity, identity
@@ -82,6 +83,7 @@ class Fitting(ParametricLaplace):
         snapshot = None
         if checkpoint_dir is not None:
             snapshot = Snapshot(checkpoint_dir, checkpoint_every, self)
+        self._announce(train_loader)
         sums = accumulate(self, train_loader, progress_bar, snapshot)
         curvature, loss, n = self._assembled(sums.state, sums.n), sums.loss, sums.n
         if self._fitted and not override:
@@ -159,6 +161,22 @@ class Fitting(ParametricLaplace):
     def _tensors(self, state: Any) -> list[Tensor]:
         """Return the tensors that the sums consist of."""
         return [state]
+
+    def _announce(self, loader: DataLoader) -> None:
+        """Hear of the data before they are passed over."""
+
+    def _signature(self, state: Any) -> Any:
+        """Return what must be equal in processes whose sums go together."""
+        return [tuple(tensor.shape) for tensor in self._tensors(state)]
+
+    def _combine(self, state: Any) -> None:
+        """Take in what the other processes have summed up."""
+        sharding.add_up(self._tensors(state))
+
+    def _resume(self, state: Any, tensors: Sequence[Tensor]) -> None:
+        """Put what an interrupted pass had summed up in the place of a first batch's sums."""
+        for tensor, kept in zip(self._tensors(state), tensors, strict=True):
+            tensor.copy_(kept)
 
     def _assembled(self, state: Any, n: int) -> Any:
         """Return the curvature that sums over ``n`` examples amount to."""

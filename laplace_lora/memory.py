@@ -6,7 +6,9 @@ An estimate before the work, with advice; nothing here changes a posterior.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ class MemoryEstimate:
             eigenpairs. Inputs that maps share count once a map, so this is an upper bound.
         jacobian: The largest Jacobian of one tensor in a prediction, with its workspace.
         available: Free memory of the device.
+        advice: What to do if the curvature alone is too large.
     """
 
     batch_size: int
@@ -37,6 +40,7 @@ class MemoryEstimate:
     curvature: int
     jacobian: int
     available: int
+    advice: str
 
     @property
     def fit(self) -> int:
@@ -65,10 +69,7 @@ class MemoryEstimate:
             return text
         left = self.available - self.curvature
         if left <= 0:
-            return (
-                f"{text}. The curvature alone is too large: lower `factor_rank`, set `modules` to "
-                "cover fewer layers, or use DiagLoraLaplace"
-            )
+            return f"{text}. The curvature alone is too large: {self.advice}"
         size = self.batch_size * left // (self.activations + self.jacobian)
         advice = (
             f"use batches of {size}" if size >= 1 else "shorten the inputs or cover fewer layers"
@@ -76,7 +77,7 @@ class MemoryEstimate:
         return f"{text}. Too much: {advice}"
 
 
-def estimate_memory(la: Any, batch: Any) -> MemoryEstimate:
+def estimate_memory(la: Any, batch: Any, n_examples: int | None = None) -> MemoryEstimate:
     """Estimate the memory of a fit and a prediction on batches like one.
 
     Runs the model forward on the batch's first example.
@@ -84,6 +85,7 @@ def estimate_memory(la: Any, batch: Any) -> MemoryEstimate:
     Args:
         la: A posterior, fitted or not.
         batch: What the model takes.
+        n_examples: Examples of the fit, for posteriors that grow with the data.
     """
     size = batch_length(batch)
     kept: dict[int, int] = {}
@@ -107,9 +109,10 @@ def estimate_memory(la: Any, batch: Any) -> MemoryEstimate:
     return MemoryEstimate(
         batch_size=size,
         activations=activations,
-        curvature=item * la.curvature_size(),
+        curvature=la._curvature_bytes(n_examples, outputs),
         jacobian=2 * item * size * outputs * largest,
         available=_available(la._device),
+        advice=la._memory_advice,
     )
 
 
@@ -131,4 +134,7 @@ def kron_size(sides: list[list[int]], rank: int | None, threshold: int) -> int:
 def _available(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError, StopIteration):  # where the kernel says so: free, or freed on demand
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if "MemAvailable" in line).split()[1])
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from laplace_lora import sharding
-from laplace_lora.validation import Scoring, ValidationCache, validation_pass
+from laplace_lora.validation import Scoring, validation_pass
 
 Loss: TypeAlias = Metric | Callable[..., Any]
 Gather: TypeAlias = Callable[[Tensor], Tensor]
@@ -91,7 +91,7 @@ def descend(
     Raises:
         ValueError: If there is no loader, it is empty, or a batch has no labels.
     """
-    cache = ValidationCache(la, loader, groups, progress_bar)
+    cache = la.validation_cache(loader, groups, progress_bar)
     log_factors = cache.mean.new_zeros(int(groups.max()) + 1, requires_grad=True)
     optimizer = torch.optim.Adam([log_factors], lr=lr)
     best, best_factors = torch.inf, log_factors.detach().clone()

@@ -105,7 +105,7 @@ def gather_for(loader: Any) -> Callable[[Tensor], Tensor]:
     Args:
         loader: Where the rows come from; if it is not sharded the function changes nothing.
     """
-    return _gathered if is_sharded(loader) else lambda tensor: tensor
+    return gather if is_sharded(loader) else lambda tensor: tensor
 
 
 def common(tensor: Tensor) -> Tensor:
@@ -115,7 +115,8 @@ def common(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _gathered(tensor: Tensor) -> Tensor:
+def gather(tensor: Tensor) -> Tensor:
+    """Return the rows of all processes, ``(rows, ...)``, in the order of their ranks."""
     lengths: list[Any] = [None] * processes()
     dist.all_gather_object(lengths, len(tensor))
     padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])

@@ -19,7 +19,7 @@ from laplace_lora.curvature import LoraCurvature
 from laplace_lora.evidence import Spectrum, optimal_noise, optimal_precision
 from laplace_lora.groups import Structure, prior_groups
 from laplace_lora.prior import descend, grid_search
-from laplace_lora.validation import Scoring
+from laplace_lora.validation import Scoring, ValidationCache
 
 CALIBRATED = ("covariance_scale", "likelihood_temperature")
 SETTINGS = ("_prior_precision", "_sigma_noise", *CALIBRATED)
@@ -39,6 +39,12 @@ class PriorTuning(ParametricLaplace):
     def block_spectra(self) -> list[Spectrum]:
         """Return each tensor's curvature eigenvalues, with how often each counts."""
         raise NotImplementedError
+
+    def validation_cache(
+        self, loader: DataLoader | None, groups: Tensor, progress_bar: bool
+    ) -> Any:
+        """Return what a validation set says about any prior, see `ValidationCache`."""
+        return ValidationCache(self, loader, groups, progress_bar)
 
     def optimize_prior_precision(
         self,

@@ -64,10 +64,10 @@ class Scoring:
         return -torch.distributions.MultivariateNormal(mean, total).log_prob(y)
 
 
-def validation_pass(
+def labelled_batches(
     la: Any, loader: DataLoader | None, progress_bar: bool
-) -> Iterator[tuple[Tensor, Tensor, Iterator]]:
-    """Yield mean logits, labels and gram blocks of each batch, see ``gram_blocks``.
+) -> Iterator[tuple[Any, Tensor]]:
+    """Yield each batch of this process, and its labels.
 
     Raises:
         ValueError: If there is no loader, it is empty, or a batch has no labels.
@@ -78,12 +78,23 @@ def validation_pass(
     hidden = not (progress_bar and sharding.is_main())
     bar = tqdm(loader, disable=hidden, desc="Passing over the validation set")
     for batch in sharding.own_batches(loader, bar):
-        x, y = la.labelled(batch)
-        mean, blocks = la.gram_blocks(x)
         batches += 1
-        yield mean, y, blocks
+        yield la.labelled(batch)
     if not batches:
         raise ValueError("the validation loader is empty")
+
+
+def validation_pass(
+    la: Any, loader: DataLoader | None, progress_bar: bool
+) -> Iterator[tuple[Tensor, Tensor, Iterator]]:
+    """Yield mean logits, labels and gram blocks of each batch, see ``gram_blocks``.
+
+    Raises:
+        ValueError: If there is no loader, it is empty, or a batch has no labels.
+    """
+    for x, y in labelled_batches(la, loader, progress_bar):
+        mean, blocks = la.gram_blocks(x)
+        yield mean, y, blocks
 
 
 class ValidationCache:

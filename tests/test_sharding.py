@@ -10,10 +10,22 @@ import torch.distributed as dist
 from test_posterior import LENGTHS, LOW, loader
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
-from laplace_lora import DiagLoraLaplace, KronLoraLaplace, sharding
+from laplace_lora import (
+    DiagLoraLaplace,
+    FullLoraLaplace,
+    KronLoraLaplace,
+    LowRankLoraLaplace,
+    sharding,
+)
 from tiny import assert_near, peft_model, token_batch
 
 PROCESSES = 2
+CASES = [
+    (KronLoraLaplace, LOW),
+    (DiagLoraLaplace, {}),
+    (FullLoraLaplace, {"row_dtype": "bfloat16", "storage": "disk"}),
+    (LowRankLoraLaplace, {"rank": 25}),
+]
 BATCH = token_batch((4, 2), seed=3)
 
 
@@ -40,7 +52,7 @@ def posterior_of(cls, data, **kwargs):
 def scenario_results(rank):
     results = {}
     for kind in ("sampler", "accelerate", "split", "uneven"):
-        for cls, kwargs in ((KronLoraLaplace, LOW), (DiagLoraLaplace, {})):
+        for cls, kwargs in CASES:
             data = shared_loader(kind)
             la = posterior_of(cls, data, **kwargs)
             entry = [la.n_data, la.log_marginal_likelihood().item(), la(BATCH)]
@@ -125,7 +137,7 @@ def results(tmp_path_factory):
     return {rank: torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)}
 
 
-@pytest.mark.parametrize("cls,kwargs", [(KronLoraLaplace, LOW), (DiagLoraLaplace, {})])
+@pytest.mark.parametrize("cls,kwargs", CASES)
 @pytest.mark.parametrize("kind", ["sampler", "accelerate", "split", "uneven"])
 def test_two_processes_equal_one(results, kind, cls, kwargs):
     for found in results.values():
