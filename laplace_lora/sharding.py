@@ -163,14 +163,19 @@ def batch_length(batch: Any) -> int:
 
 def first_examples(batch: Any, count: int) -> Any:
     """Return the first examples of a batch."""
+    return _examples(batch, slice(count))
+
+
+def one_example(batch: Any, n: int) -> Any:
+    """Return a batch of one example."""
+    return _examples(batch, slice(n, n + 1))
+
+
+def _examples(batch: Any, which: slice) -> Any:
     if isinstance(batch, Mapping):
         size = batch_length(batch)
         return {
-            key: value[:count] if hasattr(value, "__len__") and len(value) == size else value
+            key: value[which] if hasattr(value, "__len__") and len(value) == size else value
             for key, value in batch.items()
         }
-    return (
-        batch[:count]
-        if isinstance(batch, Tensor)
-        else [first_examples(part, count) for part in batch]
-    )
+    return batch[which] if isinstance(batch, Tensor) else [_examples(part, which) for part in batch]
