@@ -18,6 +18,7 @@ from laplace_lora import likelihoods
 from laplace_lora.adapters import trainable_maps
 from laplace_lora.capture import MisfitError, Tape, record
 from laplace_lora.factors import check_residual
+from laplace_lora.guard import differentiable
 from laplace_lora.jacobians import jacobian_blocks
 from laplace_lora.kfac import KfacSums, Rows
 from laplace_lora.kron import LowRankKron
@@ -250,13 +251,14 @@ class LoraCurvature(CurvatureInterface):
 
     def _record(self, x: Any) -> Tape:
         check_adapters(self.model)
-        try:
+        with differentiable(self.model):
+            try:
+                return record(self.model, self.maps, x)
+            except MisfitError as error:
+                if self.uncovered == "error":
+                    raise
+                self.cover_whole(error.maps)
             return record(self.model, self.maps, x)
-        except MisfitError as error:
-            if self.uncovered == "error":
-                raise
-            self.cover_whole(error.maps)
-        return record(self.model, self.maps, x)
 
     def _check_plain(self) -> None:
         for block in self.blocks:
