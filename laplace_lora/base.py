@@ -74,6 +74,11 @@ class LoraPosterior(Fitting, PriorTuning, Saving, StreamingPredictive):
             # Built now, so that what it cannot cover is refused before a fit.
             self.params = [block.parameter for block in self.backend.blocks]
 
+    @property
+    def _device(self) -> torch.device:
+        # laplace-torch's is that of the first parameter, which may be offloaded.
+        return self.logits_model.device
+
     @staticmethod
     def _wrapped(model: nn.Module, target_ids: Sequence[int] | Tensor | None) -> nn.Module:
         if not isinstance(model, LogitsModel):

@@ -99,12 +99,20 @@ class KfacSums:
             those with a diagonal block have none.
         grads: Gradient covariance of each map.
         rows: Which rows of inputs and gradients enter.
+        device: Where the covariances come together; until then each sum is where its layer is.
     """
 
-    def __init__(self, inputs: list[Factor | None], grads: list[Factor], rows: Rows) -> None:
+    def __init__(
+        self,
+        inputs: list[Factor | None],
+        grads: list[Factor],
+        rows: Rows,
+        device: torch.device,
+    ) -> None:
         self.inputs = inputs
         self.grads = grads
         self.rows = rows
+        self.device = device
 
     @classmethod
     def empty(
@@ -144,7 +152,7 @@ class KfacSums:
                 d = linear.in_features + homogeneous[i]
                 owners[key] = empty_factor(d, rank, threshold, dtype, device)
             inputs.append(owners[key])
-        return cls(inputs, grads, rows)
+        return cls(inputs, grads, rows, tape.output.device)
 
     def update(self, tape: Tape, columns: Tensor) -> None:
         """Add a batch: its inputs once, its gradients for every column.
@@ -191,8 +199,9 @@ class KfacSums:
 
     def covariances(self, n: int) -> list[tuple[Any, Factor]]:
         """Return each map's input covariance, divided by ``n``, and its gradient covariance."""
-        means = map_shared([self.inputs], lambda factor: factor and factor * (1 / n))[0]
-        return list(zip(means, self.grads, strict=True))
+        inputs, device = [self.inputs], self.device
+        means = map_shared(inputs, lambda factor: factor and (factor * (1 / n)).to(device))[0]
+        return list(zip(means, [grad.to(device) for grad in self.grads], strict=True))
 
     def kfacs(
         self, blocks: Sequence[Block], transposed: Sequence[bool], n: int
