@@ -65,9 +65,12 @@ def agree(error: BaseException | None, signature: Any) -> None:
         error: What went wrong in this process, if anything.
         signature: Must be equal in all processes; ``None`` where a process had no data.
 
+    A process that ended without a word, killed for its memory say, is noticed by gloo at once; NCCL
+    waits for the time limit of its process group.
+
     Raises:
         BaseException: The error of this process.
-        RuntimeError: If another process failed, had no data, or has another signature.
+        RuntimeError: If another process failed, had no data, has another signature, or has ended.
     """
     if processes() == 1:
         if error is not None:
@@ -75,7 +78,10 @@ def agree(error: BaseException | None, signature: Any) -> None:
         return
     reports: list[Any] = [None] * processes()
     message = None if error is None else f"{type(error).__name__}: {error}"
-    dist.all_gather_object(reports, (message, signature))
+    try:
+        dist.all_gather_object(reports, (message, signature))
+    except RuntimeError as lost:
+        raise RuntimeError("another process has ended or cannot be reached") from lost
     if error is not None:
         raise error
     for rank, (text, _) in enumerate(reports):
