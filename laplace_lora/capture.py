@@ -2,12 +2,12 @@
 
 A `Tape` holds one forward pass and runs as many backward passes as asked, handing each map's output
 gradient to a visitor the moment it exists. How a map's own input and gradient follow from its
-module's belongs to `maps`, what is made of them to `kfac` and `jacobians`.
+module's belongs to `maps` and `uncovered`, what is made of them to `kfac` and `jacobians`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import cached_property
 from typing import Any, cast
@@ -48,6 +48,7 @@ class Tape:
         maps: The maps: those recorded, then whole tensors, which have nothing to record.
         inputs: Own input of each recorded map, ``(batch, tokens, q)`` or ``(batch, q)``, detached.
         output: What the model returned, ``(batch, outputs)``, detached.
+        rerun: From the number of an example to what the model returns for it alone, with its graph.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Tape:
         rerun: Callable[[int], Tensor],
     ) -> None:
         self.maps = maps
-        self._rerun = rerun
+        self.rerun = rerun
         self._sources = sources
         self.output = output.detach()
         self._mask_source = mask_source
@@ -159,47 +160,6 @@ class Tape:
                 )
                 for i in list(waiting):  # the output does not depend on all calls of these
                     finish(i)
-
-    def each_example(self, columns: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield the gradients of the whole tensors, example by example.
-
-        Runs the model on each example alone, and backward once a column: about as much work as
-        `backward`, but without the speed of batches. Yields nothing if there are no whole tensors.
-
-        Args:
-            columns: Gradients with respect to the output, ``(columns, batch, outputs)``.
-
-        Yields:
-            A whole tensor's index and its gradients ``(columns, entries)``, for all tensors of the
-            first example, then of the second, and so on.
-
-        Raises:
-            RuntimeError: If the model gives an example alone another output than in its batch.
-        """
-        first = len(self.inputs)
-        parameters = [p for linear in self.maps[first:] for p, _ in linear.parameters()]
-        for n in range(len(self.output)) if parameters else ():
-            alone = self._rerun(n)
-            size = 1 + self.output[n].abs().max()
-            if alone.shape[0] != 1 or not (alone[0] - self.output[n]).abs().max() <= 0.05 * size:
-                raise RuntimeError(
-                    f"the model's output for example {n} alone differs from that in its batch, so "
-                    "its gradients cannot be told apart; is dropout on, or does the model mix "
-                    "examples?"
-                )
-            rows: list[list[Tensor]] = [[] for _ in parameters]
-            for column in range(len(columns)):
-                grads = torch.autograd.grad(
-                    alone,
-                    parameters,
-                    columns[column, n : n + 1].to(alone.dtype),
-                    retain_graph=column + 1 < len(columns),
-                    allow_unused=True,
-                )
-                for found, p, grad in zip(rows, parameters, grads, strict=True):
-                    found.append(torch.zeros_like(p) if grad is None else grad)
-            for i, found in enumerate(rows):
-                yield first + i, torch.stack(found).reshape(len(columns), -1)
 
 
 def record(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from laplace_lora.capture import Tape
 from laplace_lora.maps import Block
+from laplace_lora.uncovered import whole_gradients
 
 
 def jacobian_blocks(
@@ -54,7 +55,7 @@ def jacobian_blocks(
 
     tape.backward(columns, visit)
     whole: dict[int, list[Tensor]] = {}
-    for i, gradients in tape.each_example(columns):
+    for i, gradients in whole_gradients(tape, columns):
         whole.setdefault(i, []).append(gradients.to(dtype))
     device = tape.output.device
     for block in blocks:

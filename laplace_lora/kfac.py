@@ -19,6 +19,7 @@ from laplace_lora.diagonal import DiagonalFactor
 from laplace_lora.factors import map_shared
 from laplace_lora.maps import Block
 from laplace_lora.sketch import Factor, empty_factor
+from laplace_lora.uncovered import whole_gradients
 
 APPROXIMATIONS = ("expand", "reduce")
 POSITIONS = ("all", "last")
@@ -188,7 +189,7 @@ class KfacSums:
             self.grads[i].update(self.rows.of_grad(grad, tape.masks[i]))
 
         tape.backward(columns, visit)
-        for i, rows in tape.each_example(columns):
+        for i, rows in whole_gradients(tape, columns):
             self.grads[i].update(rows)
         self._check_finite(tape)
 

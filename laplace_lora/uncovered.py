@@ -6,13 +6,14 @@ way for any tensor. Which tensors are which belongs to `adapters`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from laplace_lora.capture import Tape
 from laplace_lora.maps import Block, Call, LinearMap
 
 
@@ -167,3 +168,45 @@ def whole_instead(
             everything.append(owner)
         owned.append((block.name, block.parameter, owner, bias))
     return in_order(everything, owned)
+
+
+def whole_gradients(tape: Tape, columns: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield the gradients of the whole tensors, example by example.
+
+    Runs the model on each example alone, and backward once a column: about as much work as a
+    tape's `backward`, but without the speed of batches. Yields nothing if there are none.
+
+    Args:
+        tape: The recorded forward pass.
+        columns: Gradients with respect to the output, ``(columns, batch, outputs)``.
+
+    Yields:
+        A whole tensor's index and its gradients ``(columns, entries)``, for all tensors of the
+        first example, then of the second, and so on.
+
+    Raises:
+        RuntimeError: If the model gives an example alone another output than in its batch.
+    """
+    first = len(tape.inputs)
+    parameters = [p for linear in tape.maps[first:] for p, _ in linear.parameters()]
+    for n in range(len(tape.output)) if parameters else ():
+        alone, together = tape.rerun(n), tape.output[n]
+        bound = 0.05 * (1 + together.abs().max())  # half precision rounds by the batch's size
+        if len(alone) != 1 or not (alone[0] - together).abs().max() <= bound:
+            raise RuntimeError(
+                f"the model's output for example {n} alone differs from that in its batch, so its "
+                "gradients cannot be told apart; is dropout on, or does the model mix examples?"
+            )
+        rows: list[list[Tensor]] = [[] for _ in parameters]
+        for column in range(len(columns)):
+            grads = torch.autograd.grad(
+                alone,
+                parameters,
+                columns[column, n : n + 1].to(alone.dtype),
+                retain_graph=column + 1 < len(columns),
+                allow_unused=True,
+            )
+            for found, p, grad in zip(rows, parameters, grads, strict=True):
+                found.append(torch.zeros_like(p) if grad is None else grad)
+        for i, found in enumerate(rows):
+            yield first + i, torch.stack(found).reshape(len(columns), -1)
