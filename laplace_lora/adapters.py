@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from peft.tuners.lora import Embedding as LoraEmbedding
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -18,6 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from laplace_lora.maps import Block, ConvMap, EmbeddingMap, LinearMap, TripletMap
 from laplace_lora.peft_state import adalora_layers, check_adapters
+from laplace_lora.uncovered import ElementwiseMap, WholeTensor, in_order
+
+UNCOVERED = ("error", "diag")
 
 
 def triplet_maps(model: nn.Module) -> Iterator[LinearMap]:
@@ -66,67 +70,100 @@ def linear_maps(model: nn.Module) -> Iterator[LinearMap]:
         if not isinstance(module, nn.Linear | Conv1D):
             continue
         transposed = isinstance(module, Conv1D)
-        rows, columns = module.weight.shape
-        shape = (rows, columns) if transposed else (columns, rows)
+        if transposed:
+            q, p = module.weight.shape
+        else:  # quantised weights are packed: their shape says nothing
+            q, p = module.in_features, module.out_features
         # lora_A and lora_B are dictionaries of modules, two steps below the adapted layer.
         layer = layers.get(name.rpartition(".")[0].rpartition(".")[0])
-        yield LinearMap(name, module, *shape, transposed, layer)
+        yield LinearMap(name, module, q, p, transposed, layer)
 
 
-def trainable_maps(model: nn.Module) -> tuple[list[LinearMap], list[Block]]:
+def elementwise_maps(model: nn.Module) -> Iterator[LinearMap]:
+    """Yield the vectors of every layer norm and of DoRA's linear layers, in module order.
+
+    Subclasses of torch's norms may normalise another dimension than the last and are left out.
+    """
+    for name, module in model.named_modules():
+        kind = type(module)
+        known = kind in (nn.LayerNorm, nn.RMSNorm, DoraLinearLayer)
+        if not known and not kind.__name__.endswith(("RMSNorm", "T5LayerNorm")):
+            continue
+        for key, p in module.named_parameters(recurse=False):
+            if p.ndim == 1:
+                yield ElementwiseMap(name, module, len(p), len(p), False, None, key)
+
+
+def trainable_maps(
+    model: nn.Module, uncovered: str = "error"
+) -> tuple[list[LinearMap], list[Block]]:
     """Return the linear maps with trainable tensors, and those tensors in parameter order.
 
     Args:
         model: Any module, usually a `LogitsModel` around a `PeftModel`.
+        uncovered: What becomes of trainable tensors that belong to no linear map or to several:
+            ``"error"``, or ``"diag"`` for maps that have a diagonal block.
 
     Returns:
         The maps, and one block a trainable tensor in the order of ``model.parameters()``.
 
     Raises:
-        ValueError: If nothing is trainable, or a trainable tensor belongs to no linear map or to
-            several.
-        RuntimeError: If an adapter is merged or disabled, or several are active.
+        ValueError: If nothing is trainable, ``uncovered`` is unknown, or it is ``"error"`` and a
+            trainable tensor belongs to no linear map or to several.
+        RuntimeError: If an adapter is merged or disabled, or several are active, or a trainable
+            tensor is offloaded.
     """
+    if uncovered not in UNCOVERED:
+        raise ValueError(f"uncovered must be one of {UNCOVERED}, got {uncovered!r}")
     check_adapters(model)
-    maps: list[LinearMap] = []
-    owners: dict[int, list[tuple[int, bool]]] = {}
-    for linear in [*linear_maps(model), *triplet_maps(model), *embedding_maps(model)]:
-        trainable = [(p, is_bias) for p, is_bias in linear.parameters() if p.requires_grad]
-        if trainable:
-            maps.append(linear)
-        for parameter, is_bias in trainable:
-            owners.setdefault(id(parameter), []).append((len(maps) - 1, is_bias))
+    maps = [*linear_maps(model), *triplet_maps(model), *embedding_maps(model)]
+    if uncovered == "diag":
+        maps += elementwise_maps(model)
+    owners: dict[int, list[tuple[LinearMap, bool]]] = {}
+    for linear in maps:
+        for parameter, is_bias in linear.parameters():
+            owners.setdefault(id(parameter), []).append((linear, is_bias))
 
-    blocks: list[Block] = []
-    uncovered: list[str] = []
-    tied: list[str] = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if uncovered == "error":
+        _check_covered({name: len(owners.get(id(p), [])) for name, p in trainable})
+    owned = []
+    for name, parameter in trainable:
+        if parameter.device.type == "meta":
+            raise RuntimeError(
+                f"the trainable parameter {name!r} is offloaded; keep it on a device, or freeze it"
+            )
         found = owners.get(id(parameter), [])
-        if len(found) == 1:
-            blocks.append(Block(name, parameter, *found[0]))
-        else:
-            (tied if found else uncovered).append(name)
-    if uncovered:
-        raise ValueError(
-            f"no Kronecker factor covers the trainable parameters {_listed(uncovered)}: only "
-            "weights and biases of nn.Linear, Conv1D and plain nn.Conv2d modules, AdaLoRA on "
-            "linear ones and LoRA on embeddings are covered. Freeze them first, for example with "
-            "`model.get_parameter(name).requires_grad_(False)`"
-        )
-    if tied:
-        raise ValueError(
-            f"the trainable parameters {_listed(tied)} are shared by several modules; untie or "
-            "freeze them first"
-        )
-    if not blocks:
+        if len(found) != 1:
+            found = [(WholeTensor.of(name, parameter), True)]
+            maps.append(found[0][0])
+        owned.append((name, parameter, *found[0]))
+    if not owned:
         raise ValueError(
             "the model has no trainable parameters, so there is nothing to be uncertain about: "
             "pass a PeftModel with an active adapter, or make one trainable with "
             "`model.set_adapter(name)`"
         )
-    return maps, blocks
+    return in_order(maps, owned)
+
+
+def _check_covered(owners: dict[str, int]) -> None:
+    """Refuse tensors, by name, that do not belong to exactly one map."""
+    uncovered = [name for name, count in owners.items() if count == 0]
+    tied = [name for name, count in owners.items() if count > 1]
+    if uncovered:
+        raise ValueError(
+            f"no Kronecker factor covers the trainable parameters {_listed(uncovered)}: only "
+            "weights and biases of nn.Linear, Conv1D and plain nn.Conv2d modules, AdaLoRA on "
+            "linear ones and LoRA on embeddings are covered. Freeze them first, for example with "
+            "`model.get_parameter(name).requires_grad_(False)`, or give them a diagonal block with "
+            "uncovered='diag'"
+        )
+    if tied:
+        raise ValueError(
+            f"the trainable parameters {_listed(tied)} are shared by several modules; untie or "
+            "freeze them first, or give them a diagonal block with uncovered='diag'"
+        )
 
 
 @contextmanager

@@ -37,6 +37,8 @@ class LoraPosterior(Fitting, PriorTuning, Saving, StreamingPredictive):
         modules: Which trainable modules the posterior covers: a regular expression searched for in
             their names, or a list of names or of whole parts of them. The others stay at their
             MAP values. ``None`` covers all.
+        uncovered: What becomes of trainable tensors that no Kronecker factor covers: ``"error"``
+            names them, ``"diag"`` gives each the exact diagonal, see `LoraCurvature`.
         backend: `LoraGGN`, `LoraEF` or a subclass.
         backend_kwargs: Arguments of the backend, such as ``kfac_approx`` or ``stochastic``.
         **kwargs: laplace-torch's arguments, such as ``prior_precision``, ``sigma_noise`` and
@@ -56,6 +58,7 @@ class LoraPosterior(Fitting, PriorTuning, Saving, StreamingPredictive):
         *,
         target_ids: Sequence[int] | Tensor | None = None,
         modules: str | Sequence[str] | None = None,
+        uncovered: str = "error",
         backend: type[LoraCurvature] = LoraGGN,
         backend_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
@@ -65,11 +68,17 @@ class LoraPosterior(Fitting, PriorTuning, Saving, StreamingPredictive):
         self.modules = modules
         model = self._wrapped(model, target_ids)
         self.logits_model: Any = getattr(model, "source", model)
-        kwargs = {"backend": backend, "backend_kwargs": dict(backend_kwargs or {}), **kwargs}
+        options = {"uncovered": uncovered, **(backend_kwargs or {})}
+        kwargs = {"backend": backend, "backend_kwargs": options, **kwargs}
         with trainable_only(model, modules):
             super().__init__(model, likelihood, **kwargs)
             # Built now, so that what it cannot cover is refused before a fit.
             self.params = [block.parameter for block in self.backend.blocks]
+
+    @property
+    def _device(self) -> torch.device:
+        # laplace-torch's is that of the first parameter, which may be offloaded.
+        return self.logits_model.device
 
     @staticmethod
     def _wrapped(model: nn.Module, target_ids: Sequence[int] | Tensor | None) -> nn.Module:

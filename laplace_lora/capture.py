@@ -2,25 +2,40 @@
 
 A `Tape` holds one forward pass and runs as many backward passes as asked, handing each map's output
 gradient to a visitor the moment it exists. How a map's own input and gradient follow from its
-module's belongs to `maps`, what is made of them to `kfac` and `jacobians`.
+module's belongs to `maps` and `uncovered`, what is made of them to `kfac` and `jacobians`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from laplace_lora.maps import LinearMap
+from laplace_lora.guard import evaluation_mode
+from laplace_lora.maps import Call, LinearMap
 from laplace_lora.peft_state import calls_twice
+from laplace_lora.sharding import one_example
 
 Visitor = Callable[[int, int, Tensor], None]
 
 MASK_NAMES = ("attention_mask", "decoder_attention_mask")
+
+
+class MisfitError(RuntimeError):
+    """Maps did what their Kronecker factors cannot express.
+
+    Args:
+        message: What the first of them did.
+        maps: Their indices.
+    """
+
+    def __init__(self, message: str, maps: Sequence[int]) -> None:
+        super().__init__(message)
+        self.maps = maps
 
 
 class Tape:
@@ -30,55 +45,59 @@ class Tape:
     all its calls, one call after the other.
 
     Attributes:
-        maps: The recorded maps.
-        inputs: Own input of each map, ``(batch, tokens, q)`` or ``(batch, q)``, detached.
+        maps: The maps: those recorded, then whole tensors, which have nothing to record.
+        inputs: Own input of each recorded map, ``(batch, tokens, q)`` or ``(batch, q)``, detached.
         output: What the model returned, ``(batch, outputs)``, detached.
+        rerun: From the number of an example to what the model returns for it alone, with its graph.
     """
 
     def __init__(
         self,
         maps: Sequence[LinearMap],
         mask_source: Any,
-        calls: Sequence[Sequence[tuple[Tensor, Tensor]]],
+        calls: Sequence[Sequence[Call]],
         output: Tensor,
         sources: dict[int, tuple],
+        rerun: Callable[[int], Tensor],
     ) -> None:
         self.maps = maps
+        self.rerun = rerun
         self._sources = sources
         self.output = output.detach()
         self._mask_source = mask_source
         self._output = output
         self._inputs = [
-            [linear.own_input(x.detach()) for x, _ in found]
-            for linear, found in zip(maps, calls, strict=True)
+            [linear.read(call) for call in found]
+            for linear, found in zip(maps, calls, strict=False)
         ]
         self.inputs = [_joined(inputs) for inputs in self._inputs]
-        self._outputs = [[out for _, out in found] for found in calls]
-        made = {id(out) for found in calls for _, out in found}
+        self._outputs = [[call.output for call in found] for found in calls]
+        made = {id(out) for outputs in self._outputs for out in outputs}
         # A map fed by another recorded map lies on that one's backward path, so it needs no
         # gradient of its own kept alive: lora_B's wide gradients pass by and are gone.
-        own = [out for found in calls for x, out in found if id(x) not in made]
+        own = [call.output for found in calls for call in found if id(call.x) not in made]
         self._targets = list({id(out): out for out in own}.values())
 
     @cached_property
     def masks(self) -> list[Tensor | None]:
-        """For each map which tokens are real, ``(batch, tokens)``, or ``None`` if all are.
+        """For each recorded map which tokens are real, ``(batch, tokens)``, or ``None`` if all are.
 
         Raises:
             ValueError: If the attention masks in the batch do not fit a map's tokens.
         """
-        found: dict[torch.Size, Tensor | None] = {}
+        found: dict[tuple, Tensor | None] = {}
         masks: list[Tensor | None] = []
-        for linear, (x, *others) in zip(self.maps, self._inputs, strict=True):
-            if linear.has_tokens and x.shape[:-1] not in found:
-                found[x.shape[:-1]] = token_mask(self._mask_source, x, linear.name)
-            mask = found[x.shape[:-1]] if linear.has_tokens else None
+        for linear, (x, *others) in zip(self.maps, self._inputs, strict=False):
+            key = (x.shape[:-1], x.device)
+            if linear.has_tokens and key not in found:
+                found[key] = token_mask(self._mask_source, x, linear.name)
+            mask = found[key] if linear.has_tokens else None
             masks.append(mask if mask is None else mask.repeat(1, 1 + len(others)))
         return masks
 
     @cached_property
     def input_groups(self) -> list[int]:
-        """For each map the first map with the same input.
+        """For each recorded map the first map with the same input.
 
         Projections that share their input tensor are found by its address. PEFT casts the input to
         the adapter's number format, once a projection; then the address before the cast tells where
@@ -86,7 +105,7 @@ class Tape:
         """
         first: dict[tuple, int] = {}
         groups: list[int] = []
-        for i, (linear, x) in enumerate(zip(self.maps, self.inputs, strict=True)):
+        for i, (linear, x) in enumerate(zip(self.maps, self.inputs, strict=False)):
             group = first.setdefault(_address(x), i)
             source = self._sources.get(id(linear.layer))
             if group == i and source is not None and x.shape in source:
@@ -107,6 +126,8 @@ class Tape:
                 output, ``(batch, tokens, p)`` or ``(batch, p)``, as soon as the backward pass
                 knows it. Not called for a map on which the output does not depend.
         """
+        if not self._targets:
+            return
         column = 0
         waiting: dict[int, dict[int, Tensor]] = {}
 
@@ -159,13 +180,15 @@ def record(
 
     Raises:
         ValueError: If the model's output is not ``(batch, outputs)``.
-        RuntimeError: If the output carries no gradient, or a map did not run, ran with inputs of
-            different shapes, or with one whose first dimension is not the batch.
+        MisfitError: If a map did not run, ran with inputs of different shapes, or with one whose
+            first dimension is not the batch.
+        RuntimeError: If the output carries no gradient.
     """
-    calls: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in range(len(maps))}
+    recorded = [linear for linear in maps if linear.module is not None]
+    calls: dict[int, list[Call]] = {i: [] for i in range(len(recorded))}
 
-    def hook(i: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda module, inputs, output: calls[i].append((inputs[0], output))
+    def hook(i: int) -> Callable[[nn.Module, tuple, dict, Tensor], None]:
+        return lambda module, args, kwargs, output: calls[i].append(Call(args, kwargs, output))
 
     sources: dict[int, tuple] = {}
 
@@ -174,16 +197,17 @@ def record(
             sources[id(layer)] = _address(inputs[0])  # the tensor itself would stay in memory
 
     with ExitStack() as stack, torch.enable_grad():
-        for i, linear in enumerate(maps):
-            stack.callback(linear.module.register_forward_hook(hook(i)).remove)
+        for i, linear in enumerate(recorded):
+            handle = linear.module.register_forward_hook(hook(i), with_kwargs=True)
+            stack.callback(handle.remove)
         for layer in {linear.layer for linear in maps if linear.layer is not None}:
             stack.callback(layer.register_forward_pre_hook(note).remove)
         output = model(batch)
-    for i, linear in enumerate(maps):
+    for i, linear in enumerate(recorded):
         if calls_twice(linear.layer) and len(calls[i]) % 2 == 0:
             calls[i] = calls[i][1::2]
     if skip_idle:
-        maps = [linear for i, linear in enumerate(maps) if calls[i]]
+        maps = recorded = [linear for i, linear in enumerate(recorded) if calls[i]]
         calls = dict(enumerate(found for found in calls.values() if found))
     if output.ndim != 2:
         raise ValueError(
@@ -194,15 +218,31 @@ def record(
         raise RuntimeError(
             "the outputs carry no gradient; does the model run under torch.no_grad, or detach them?"
         )
-    for i, linear in enumerate(maps):
-        _check_calls(linear, [x for x, _ in calls[i]], output.shape[0])
-        if not all(out.requires_grad for _, out in calls[i]):
+    reasons = {i: linear.misfit(calls[i], len(output)) for i, linear in enumerate(recorded)}
+    misfits = [i for i, reason in reasons.items() if reason is not None]
+    if misfits:
+        raise MisfitError(
+            f"{reasons[misfits[0]]}; freeze its parameters first, or give them a diagonal block "
+            "with uncovered='diag'",
+            misfits,
+        )
+    for i, linear in enumerate(recorded):
+        if not all(call.output.requires_grad for call in calls[i]):
             raise RuntimeError(
                 f"the output of layer {linear.name!r} carries no gradient; is it under "
                 "torch.no_grad, or under reentrant gradient checkpointing? Use use_reentrant=False"
             )
+    # A batch's Jacobian may be asked for after its model has been put back into training mode.
+    was_training = getattr(model, "training", True)
+
+    @torch.enable_grad()
+    def rerun(n: int) -> Tensor:
+        whole = nullcontext() if was_training else evaluation_mode(cast(nn.Module, model))
+        with whole:
+            return model(one_example(batch, n))
+
     masks = batch if masks is None else masks
-    return Tape(maps, masks, [calls[i] for i in range(len(maps))], output, sources)
+    return Tape(maps, masks, [calls[i] for i in range(len(recorded))], output, sources, rerun)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -214,27 +254,6 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 
 def _address(x: Tensor) -> tuple:
     return (x.device, x.data_ptr(), x.shape, x.stride(), x.dtype)
-
-
-def _check_calls(linear: LinearMap, inputs: list[Tensor], batch: int) -> None:
-    name, dims = linear.name, linear.input_dims
-    if not inputs:
-        raise RuntimeError(
-            f"layer {name!r} did not run in the forward pass; freeze its parameters first"
-        )
-    shapes = {tuple(x.shape): None for x in inputs}
-    if len(shapes) > 1:
-        raise RuntimeError(
-            f"layer {name!r} ran {len(inputs)} times in one forward pass with inputs of different "
-            f"shapes {list(shapes)} (relative attention, say), which its Kronecker factors cannot "
-            "express; freeze its parameters first"
-        )
-    if inputs[0].ndim not in dims or inputs[0].shape[0] != batch:
-        raise RuntimeError(
-            f"layer {name!r} received an input of shape {tuple(inputs[0].shape)} in a batch of "
-            f"{batch}, expected {' or '.join(map(str, dims))} dimensions, the first the batch; "
-            "freeze its parameters first"
-        )
 
 
 def token_mask(batch: Any, inputs: Tensor, name: str) -> Tensor | None:

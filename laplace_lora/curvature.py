@@ -6,7 +6,7 @@ with what `kfac` and `jacobians` compute. Priors and predictions belong to `post
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,18 @@ from torch import Tensor
 
 from laplace_lora import likelihoods
 from laplace_lora.adapters import trainable_maps
-from laplace_lora.capture import Tape, record
-from laplace_lora.factors import DenseFactor, check_residual
+from laplace_lora.capture import MisfitError, Tape, record
+from laplace_lora.factors import check_residual
+from laplace_lora.guard import differentiable
 from laplace_lora.jacobians import jacobian_blocks
 from laplace_lora.kfac import KfacSums, Rows
 from laplace_lora.kron import LowRankKron
 from laplace_lora.maps import wide_dtype
 from laplace_lora.peft_state import check_adapters
+from laplace_lora.sketch import LowRankFactor
+from laplace_lora.uncovered import whole_instead
+
+LONGEST_PLAIN = 8192  # entries of a vector whose diagonal block a plain Kron holds as a matrix
 
 
 class LoraCurvature(CurvatureInterface):
@@ -36,11 +41,15 @@ class LoraCurvature(CurvatureInterface):
         factor_rank: Eigenpairs of a low-rank side; ``None`` makes dense factors, a plain `Kron`.
         low_rank_threshold: Sides up to this length stay dense.
         residual: What a low-rank side puts for the directions it leaves out, see `LowRankKron`.
+        uncovered: What becomes of trainable tensors that no Kronecker factor covers: ``"error"``
+            names them, ``"diag"`` gives each a block with the exact diagonal. Norms and DoRA's
+            magnitudes cost next to nothing; anything else costs one more forward pass and its
+            backward passes for each example alone.
         **kwargs: laplace-torch's arguments.
 
     Raises:
         ValueError: If an argument is out of range, nothing is trainable, or a trainable tensor
-            belongs to no linear map.
+            belongs to no linear map and ``uncovered="error"``.
         RuntimeError: If an adapter is merged or disabled, or several are active.
     """
 
@@ -51,6 +60,7 @@ class LoraCurvature(CurvatureInterface):
         factor_rank: int | None = None,
         low_rank_threshold: int = 512,
         residual: str = "isotropic",
+        uncovered: str = "error",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -62,7 +72,8 @@ class LoraCurvature(CurvatureInterface):
         self.low_rank_threshold = low_rank_threshold
         self.residual = residual
         self.n_outputs = 0
-        self.maps, self.blocks = trainable_maps(self._model)
+        self.uncovered = uncovered
+        self.maps, self.blocks = trainable_maps(self._model, uncovered)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,7 +93,8 @@ class LoraCurvature(CurvatureInterface):
             ``[grad_cov, input_cov]`` for each weight, ``[grad_cov]`` for each bias.
 
         Raises:
-            ValueError: If labels lie outside the classes, or a subnetwork was asked for.
+            ValueError: If labels lie outside the classes, a subnetwork was asked for, or a plain
+                `Kron` would have to hold the diagonal block of a matrix or of a long vector.
             FloatingPointError: If the loss or a factor is not finite; names the layer.
         """
         if self.subnetwork_indices is not None:
@@ -91,7 +103,9 @@ class LoraCurvature(CurvatureInterface):
         kron = self.assemble(sums, N)
         if self.factor_rank is not None:
             return loss, kron
-        return loss, Kron([[f.matrix for f in F if isinstance(f, DenseFactor)] for F in kron.kfacs])
+        self._check_plain()
+        dense = [[f.matrix for f in F if not isinstance(f, LowRankFactor)] for F in kron.kfacs]
+        return loss, Kron(dense)
 
     def accumulate(
         self, x: Any, y: Tensor, sums: KfacSums | None = None
@@ -222,18 +236,44 @@ class LoraCurvature(CurvatureInterface):
             Outputs ``(batch, outputs)``, and an iterator over ``(batch, columns, *shape)`` of each
             trainable tensor in parameter order.
         """
-        check_adapters(self.model)
-        tape = record(self.model, self.maps, x)
+        tape = self._record(x)
         f = tape.output
         roots = likelihoods.identity_root(f) if columns is None else columns(f)
         return f, jacobian_blocks(tape, self.blocks, roots, self.dtype)
+
+    def cover_whole(self, maps: Sequence[int]) -> None:
+        """Give the tensors of some maps diagonal blocks from now on.
+
+        Args:
+            maps: Indices of the maps.
+        """
+        self.maps, self.blocks = whole_instead(self.maps, self.blocks, maps)
+
+    def _record(self, x: Any) -> Tape:
+        check_adapters(self.model)
+        with differentiable(self.model):
+            try:
+                return record(self.model, self.maps, x)
+            except MisfitError as error:
+                if self.uncovered == "error":
+                    raise
+                self.cover_whole(error.maps)
+            return record(self.model, self.maps, x)
+
+    def _check_plain(self) -> None:
+        for block in self.blocks:
+            p = block.parameter
+            if self.maps[block.map].is_diagonal and (p.ndim != 1 or len(p) > LONGEST_PLAIN):
+                raise ValueError(
+                    f"a plain Kron cannot hold the diagonal block of {block.name!r}, of shape "
+                    f"{tuple(p.shape)}; use KronLoraLaplace, give `factor_rank`, or freeze it"
+                )
 
     def _columns(self, f: Tensor, y: Tensor) -> Tensor:
         raise NotImplementedError
 
     def _forward(self, x: Any, y: Tensor) -> tuple[Tape, Tensor]:
-        check_adapters(self.model)
-        tape = record(self.model, self.maps, x)
+        tape = self._record(x)
         loss = likelihoods.negative_log_likelihood(tape.output, y, self.likelihood)
         if not bool(loss.isfinite()):
             raise FloatingPointError(f"the loss is {loss.item()}")

@@ -8,14 +8,15 @@ are summed belongs to `kron`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from laplace.utils.matrix import KronDecomposed
 from torch import Tensor
 
+from laplace_lora.diagonal import DiagonalEigen
 from laplace_lora.factors import Eigen, map_shared
 
+Side = Eigen | DiagonalEigen
 Spectrum = Callable[[Tensor], Tensor]
 
 
@@ -33,7 +34,7 @@ class LowRankKronDecomposed(KronDecomposed):
 
     def __init__(
         self,
-        blocks: list[list[Eigen]],
+        blocks: list[list[Side]],
         deltas: Tensor | None = None,
         scale: float | Tensor = 1.0,
     ) -> None:
@@ -96,13 +97,13 @@ class LowRankKronDecomposed(KronDecomposed):
         """Return ``f(block i) W`` for ``W`` of shape ``(…, rows, columns)`` of the parameter."""
         left, right = self._sides(i)
         rows = []
-        for part, values in _split(W, left, dim=-2):
+        for part, values in left.split(W, dim=-2):
             columns = [
                 piece * function(self._eigenvalues(values, others) + self.deltas[i])
-                for piece, others in _split(part, right, dim=-1)
+                for piece, others in right.split(part, dim=-1)
             ]
-            rows.append(_join(columns, right, dim=-1))
-        return _join(rows, left, dim=-2)
+            rows.append(right.join(columns, dim=-1))
+        return left.join(rows, dim=-2)
 
     def inverse_form(self, i: int, W: Tensor) -> Tensor:
         """Return ``W (block i)⁻¹ Wᵀ`` for a batch of rows of the Jacobian.
@@ -117,8 +118,8 @@ class LowRankKronDecomposed(KronDecomposed):
         left, right = self._sides(i)
         W = W.flatten(2).unflatten(-1, self._shape(i))
         total = W.new_zeros(W.shape[0], W.shape[1], W.shape[1])
-        for part, values in _split(W, left, dim=-2):
-            for piece, others in _split(part, right, dim=-1):
+        for part, values in left.split(W, dim=-2):
+            for piece, others in right.split(part, dim=-1):
                 scaled = piece / (self._eigenvalues(values, others) + self.deltas[i])
                 total.baddbmm_(scaled.flatten(2), piece.flatten(2).mT)
         return total
@@ -137,8 +138,8 @@ class LowRankKronDecomposed(KronDecomposed):
         left, right = self._sides(i)
         W = W.flatten(2).unflatten(-1, self._shape(i))
         result = []
-        for part, values in _split(W, left, dim=-2):
-            for piece, others in _split(part, right, dim=-1):
+        for part, values in left.split(W, dim=-2):
+            for piece, others in right.split(part, dim=-1):
                 e = self._eigenvalues(values, others)
                 # Directions of one eigenvalue need only the sum of their products.
                 summed = "ab" if e.numel() == 1 else "b" if e.shape[1] == 1 else "a"
@@ -174,12 +175,14 @@ class LowRankKronDecomposed(KronDecomposed):
         pieces = []
         for i in range(len(self)):
             left, right = self._sides(i)
-            total: Any = 0.0
-            for rows, values in _squares(left):
-                for columns, others in _squares(right):
-                    e = self._eigenvalues(values, others) + self.deltas[i]
-                    total = total + rows @ e.pow(exponent) @ columns.T
-            pieces.append(total.flatten())
+            rows = []
+            for values, _ in left.parts():
+                columns = [
+                    (self._eigenvalues(values, others) + self.deltas[i]).pow(exponent).T
+                    for others, _ in right.parts()
+                ]
+                rows.append(right.spread(columns).T)
+            pieces.append(left.spread(rows).flatten())
         return torch.cat(pieces)
 
     def to_matrix(self, exponent: float = 1) -> Tensor:
@@ -194,7 +197,7 @@ class LowRankKronDecomposed(KronDecomposed):
         scale = self.scale.to(device) if isinstance(self.scale, Tensor) else self.scale
         return LowRankKronDecomposed(blocks, self.deltas.to(device), scale)
 
-    def _sides(self, i: int) -> tuple[Eigen, Eigen]:
+    def _sides(self, i: int) -> tuple[Side, Side]:
         sides = self.blocks[i]
         if len(sides) == 2:
             return sides[0], sides[1]
@@ -206,7 +209,7 @@ class LowRankKronDecomposed(KronDecomposed):
 
     def _shape(self, i: int) -> tuple[int, int]:
         left, right = self._sides(i)
-        return left.vectors.shape[0], right.vectors.shape[0]
+        return left.d, right.d
 
     def _sizes(self) -> list[int]:
         return [self._shape(i)[0] * self._shape(i)[1] for i in range(len(self))]
@@ -220,28 +223,3 @@ class LowRankKronDecomposed(KronDecomposed):
                 for e, times in self.spectrum(i)
             ]
         ).sum()
-
-
-def _split(W: Tensor, side: Eigen, dim: int) -> list[tuple[Tensor, Tensor]]:
-    """Split ``W`` into its coordinates on the kept directions and the rest, with eigenvalues."""
-    U = side.vectors
-    kept = U.T @ W if dim == -2 else W @ U
-    if not side.multiplicity:
-        return [(kept, side.values)]
-    # Subtracting the projection, not its square norm, keeps the rest accurate when it is small.
-    rest = W - (U @ kept if dim == -2 else kept @ U.T)
-    return [(kept, side.values), (rest, side.residual.reshape(1))]
-
-
-def _join(parts: list[Tensor], side: Eigen, dim: int) -> Tensor:
-    kept = side.vectors @ parts[0] if dim == -2 else parts[0] @ side.vectors.T
-    return kept + parts[1] if len(parts) == 2 else kept
-
-
-def _squares(side: Eigen) -> list[tuple[Tensor, Tensor]]:
-    """Return squared coordinates of the unit vectors on the kept directions and on the rest."""
-    squares = side.vectors.square()
-    kept = [(squares, side.values)]
-    if not side.multiplicity:
-        return kept
-    return [*kept, ((1 - squares.sum(1, keepdim=True)).clamp(min=0), side.residual.reshape(1))]

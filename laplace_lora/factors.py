@@ -40,6 +40,11 @@ class Eigen:
         return Eigen(self.vectors.to(device), self.values.to(device), self.residual.to(device))
 
     @property
+    def d(self) -> int:
+        """Side length of the matrix."""
+        return self.vectors.shape[0]
+
+    @property
     def multiplicity(self) -> int:
         """Number of directions left out, ``d − k``."""
         return self.vectors.shape[0] - self.vectors.shape[1]
@@ -48,6 +53,41 @@ class Eigen:
         """Return eigenvalues with the multiplicity of each: the kept, then the residual."""
         kept = [(self.values, 1)]
         return [*kept, (self.residual.reshape(1), self.multiplicity)] if self.multiplicity else kept
+
+    def split(self, W: Tensor, dim: int) -> list[tuple[Tensor, Tensor]]:
+        """Split ``W`` into its coordinates on the kept directions and the rest, with eigenvalues.
+
+        Args:
+            W: Any tensor whose dimension ``dim`` has length ``d``.
+            dim: ``-2`` or ``-1``.
+        """
+        U = self.vectors
+        kept = U.T @ W if dim == -2 else W @ U
+        if not self.multiplicity:
+            return [(kept, self.values)]
+        # Subtracting the projection, not its square norm, keeps the rest accurate when it is small.
+        rest = W - (U @ kept if dim == -2 else kept @ U.T)
+        return [(kept, self.values), (rest, self.residual.reshape(1))]
+
+    def join(self, parts: list[Tensor], dim: int) -> Tensor:
+        """Undo `split`."""
+        kept = self.vectors @ parts[0] if dim == -2 else parts[0] @ self.vectors.T
+        return kept + parts[1] if len(parts) == 2 else kept
+
+    def spread(self, parts: list[Tensor]) -> Tensor:
+        """Return the diagonal of a matrix with these eigenvectors.
+
+        Args:
+            parts: Its eigenvalues for each of `parts`, ``(k, n)`` and ``(1, n)``, ``n`` at once.
+
+        Returns:
+            Shape ``(d, n)``.
+        """
+        squares = self.vectors.square()
+        kept = squares @ parts[0]
+        if not self.multiplicity:
+            return kept
+        return kept + (1 - squares.sum(1, keepdim=True)).clamp(min=0) @ parts[1]
 
 
 class DenseFactor:

@@ -74,7 +74,8 @@ def sampled_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return a hash of names, shapes and a few evenly spaced values of each tensor.
 
     Values are rounded to bfloat16, so that a checkpoint loaded in single and in half precision has
-    one fingerprint.
+    one fingerprint. Quantised weights are counted by their half bytes: how these are laid out
+    changes with use. Of offloaded tensors there is nothing to see but names and shapes.
 
     Args:
         tensors: Names and tensors, in order.
@@ -83,10 +84,16 @@ def sampled_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     def sampled(t: Tensor) -> Tensor:
         flat = t.detach().flatten()
         index = torch.linspace(0, max(len(flat) - 1, 0), min(SAMPLES, len(flat)), device=t.device)
-        values = flat[index.round().long()]
-        return values.to(torch.bfloat16).float() if t.is_floating_point() else values.float()
+        return flat[index.round().long()].to(torch.bfloat16).float()
 
-    return _hashed((name, t.shape, sampled(t)) for name, t in tensors)
+    def seen(name: str, t: Tensor) -> tuple[str, torch.Size, Tensor]:
+        if t.is_floating_point() and not hasattr(t, "quant_state"):
+            return name, t.shape, sampled(t) if t.device.type != "meta" else torch.zeros(0)
+        octets = t.detach().contiguous().flatten().view(torch.uint8)
+        halves = [torch.bincount(half, minlength=16) for half in (octets & 15, octets >> 4)]
+        return name, octets.shape, halves[0] + halves[1]
+
+    return _hashed(seen(name, t) for name, t in tensors)
 
 
 def _hashed(parts: Iterable[tuple[str, torch.Size, Tensor]]) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from laplace.baselaplace import ParametricLaplace
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
 from laplace_lora import sharding
@@ -148,7 +147,9 @@ class Fitting(ParametricLaplace):
         self.covariance_scale = self.likelihood_temperature = 1.0
         self.loss, self.n_data = loss, n_data
         self.n_outputs = self.model.output_size = n_outputs
-        self.mean = parameters_to_vector(self.params).detach().to(self._dtype)
+        # A model may be spread over devices; the posterior is on one.
+        flat = [p.detach().flatten().to(self._device, self._dtype) for p in self.params]
+        self.mean = torch.cat(flat)
 
     @property
     def _fitted(self) -> bool:

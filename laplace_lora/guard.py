@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +12,40 @@ from torch import Tensor, nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode; each module's own mode comes back afterwards."""
+    """Put a model in evaluation mode; each module's own mode comes back afterwards.
+
+    Gradients flow all the same, see `differentiable`.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with differentiable(model):
+            yield
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Let gradients flow through bitsandbytes' 4-bit layers in evaluation mode, for a while.
+
+    On processors with AVX512-BF16 these layers pack their weights anew when they first run without
+    gradient in evaluation mode, and have no gradient from then on. That is all the mode means to
+    them, so they are put in training mode; writing their state out brings the first packing back.
+    """
+    layers: list[Any] = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    for layer in layers:
+        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+            layer.state_dict()
+    evaluating = [layer for layer in layers if not layer.training]
+    for layer in evaluating:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in evaluating:
+            layer.training = False
 
 
 @contextmanager

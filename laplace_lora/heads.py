@@ -33,8 +33,10 @@ class _Features(nn.Module):
             features, logits = self.source.features(batch)
         weight, bias = self.source.head_tensors()
         wide = torch.promote_types(torch.float32, weight.dtype)
-        features = features.to(wide)
-        linear = F.linear(features, weight.to(wide), None if bias is None else bias.to(wide))
+        features = features.to(logits.device, wide)  # a model may be spread over devices
+        linear = F.linear(
+            features, weight.to(features), None if bias is None else bias.to(features)
+        )
         bound = TOLERANCE.get(weight.dtype, 0.05) * (1 + logits.abs().max())
         if linear.shape != logits.shape or bool((linear - logits).abs().max() > bound):
             raise RuntimeError(
@@ -66,7 +68,7 @@ class LastLayerModel(nn.Module):
         self.features = _Features(source)
         wide = torch.promote_types(torch.float32, weight.dtype)
         outputs, inputs = weight.shape
-        self.head = nn.Linear(inputs, outputs, bias is not None, device=weight.device, dtype=wide)
+        self.head = nn.Linear(inputs, outputs, bias is not None, device=source.device, dtype=wide)
         with torch.no_grad():
             self.head.weight.copy_(weight)
             if bias is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from laplace_lora.capture import Tape
 from laplace_lora.maps import Block
+from laplace_lora.uncovered import whole_gradients
 
 
 def jacobian_blocks(
@@ -24,7 +25,8 @@ def jacobian_blocks(
     Runs all backward passes at once; examples are independent, so one pass serves the whole batch.
     A pass leaves what is smaller of a map's token gradients ``(tokens, p)`` and its Jacobian
     ``(p, q)``: for ``lora_A`` the first, for ``lora_B`` the second. A block is put together when
-    its turn comes and is then the caller's alone.
+    its turn comes and is then the caller's alone. Whole tensors' gradients are kept as they are,
+    all of them, ``(batch, columns, entries)``.
 
     Args:
         tape: The recorded forward pass; its graph is spent.
@@ -33,7 +35,8 @@ def jacobian_blocks(
         dtype: Number format of the result.
 
     Yields:
-        Rows ``(batch, columns, *shape of the tensor)``.
+        Rows ``(batch, columns, *shape of the tensor)``, on the outputs' device; the shape of a
+        scalar is ``(1,)``.
     """
     weights: dict[int, list[Tensor]] = {block.map: [] for block in blocks if not block.is_bias}
     biases: dict[int, list[Tensor]] = {block.map: [] for block in blocks if block.is_bias}
@@ -51,16 +54,24 @@ def jacobian_blocks(
             weights[i].append(grad if outer is None else outer)
 
     tape.backward(columns, visit)
+    whole: dict[int, list[Tensor]] = {}
+    for i, gradients in whole_gradients(tape, columns):
+        whole.setdefault(i, []).append(gradients.to(dtype))
+    device = tape.output.device
     for block in blocks:
         i, linear = block.map, tape.maps[block.map]
+        if i in whole:
+            rows = torch.stack(whole.pop(i))
+            yield rows.reshape(*rows.shape[:2], *(block.parameter.shape or (1,))).to(device)
+            continue
         kept = biases.pop(i) if block.is_bias else weights.pop(i)
         if not kept:  # the outputs do not depend on this map
             shape = (len(tape.output), len(columns), *block.parameter.shape)
-            yield torch.zeros(shape, dtype=dtype, device=tape.output.device)
+            yield torch.zeros(shape, dtype=dtype, device=device)
             continue
         rows = torch.stack(kept, dim=1)
         del kept
         if not block.is_bias and keeps_tokens(i):
             rows = torch.einsum("nrtp,ntq->nrpq", rows.to(dtype), inputs[i].to(dtype))
         rows = rows.mT if linear.transposed and not block.is_bias else rows
-        yield rows.reshape(*rows.shape[:2], *block.parameter.shape)
+        yield rows.reshape(*rows.shape[:2], *block.parameter.shape).to(device)

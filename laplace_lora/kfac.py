@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from laplace_lora.capture import Tape
+from laplace_lora.diagonal import DiagonalFactor
 from laplace_lora.factors import map_shared
 from laplace_lora.maps import Block
 from laplace_lora.sketch import Factor, empty_factor
+from laplace_lora.uncovered import whole_gradients
 
 APPROXIMATIONS = ("expand", "reduce")
 POSITIONS = ("all", "last")
@@ -93,15 +96,24 @@ class KfacSums:
     and Grosse (2015), arXiv:1503.05671; Eschenhagen et al. (2023), arXiv:2311.00636.
 
     Args:
-        inputs: Input covariance of each map; maps that receive the same tensor share one.
+        inputs: Input covariance of each map; maps that receive the same tensor share one, and
+            those with a diagonal block have none.
         grads: Gradient covariance of each map.
         rows: Which rows of inputs and gradients enter.
+        device: Where the covariances come together; until then each sum is where its layer is.
     """
 
-    def __init__(self, inputs: list[Factor], grads: list[Factor], rows: Rows) -> None:
+    def __init__(
+        self,
+        inputs: list[Factor | None],
+        grads: list[Factor],
+        rows: Rows,
+        device: torch.device,
+    ) -> None:
         self.inputs = inputs
         self.grads = grads
         self.rows = rows
+        self.device = device
 
     @classmethod
     def empty(
@@ -126,17 +138,22 @@ class KfacSums:
         """
         homogeneous = homogeneous or [False] * len(tape.maps)
         owners: dict[tuple[int, bool], Factor] = {}
-        inputs: list[Factor] = []
+        inputs: list[Factor | None] = []
         grads: list[Factor] = []
-        for i, (linear, group) in enumerate(zip(tape.maps, tape.input_groups, strict=True)):
-            device = tape.inputs[i].device
+        for i, linear in enumerate(tape.maps):
+            if linear.is_diagonal:
+                device = linear.parameters()[0][0].device
+                grads.append(DiagonalFactor.zeros(linear.out_features, dtype, device))
+                inputs.append(None)
+                continue
+            device, group = tape.inputs[i].device, tape.input_groups[i]
             grads.append(empty_factor(linear.out_features, rank, threshold, dtype, device))
             key = (group, homogeneous[i])
             if key not in owners:
                 d = linear.in_features + homogeneous[i]
                 owners[key] = empty_factor(d, rank, threshold, dtype, device)
             inputs.append(owners[key])
-        return cls(inputs, grads, rows)
+        return cls(inputs, grads, rows, tape.output.device)
 
     def update(self, tape: Tape, columns: Tensor) -> None:
         """Add a batch: its inputs once, its gradients for every column.
@@ -146,11 +163,19 @@ class KfacSums:
             columns: Roots of the output Hessian, ``(columns, batch, outputs)``.
 
         Raises:
-            RuntimeError: If maps that shared an input in earlier batches no longer do.
+            RuntimeError: If maps that shared an input in earlier batches no longer do, or some
+                no longer have the calls that Kronecker factors can express.
             FloatingPointError: If a sum is no longer finite; names the layer.
         """
+        if [linear.is_diagonal for linear in tape.maps] != [x is None for x in self.inputs]:
+            raise RuntimeError(
+                "layers did in this batch what they had not done in earlier ones, and have a "
+                "diagonal block from now on; fit again"
+            )
         owner: dict[int, int] = {}
         for i, factor in enumerate(self.inputs):
+            if factor is None:
+                continue
             first = owner.setdefault(id(factor), i)
             if tape.input_groups[first] != tape.input_groups[i]:
                 raise RuntimeError(
@@ -164,17 +189,20 @@ class KfacSums:
             self.grads[i].update(self.rows.of_grad(grad, tape.masks[i]))
 
         tape.backward(columns, visit)
+        for i, rows in whole_gradients(tape, columns):
+            self.grads[i].update(rows)
         self._check_finite(tape)
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors that the sums consist of, shared ones once."""
-        factors = {id(factor): factor for factor in [*self.inputs, *self.grads]}.values()
+        factors = {id(factor): factor for factor in [*self.inputs, *self.grads] if factor}.values()
         return [tensor for factor in factors for tensor in factor.tensors()]
 
-    def covariances(self, n: int) -> list[tuple[Factor, Factor]]:
+    def covariances(self, n: int) -> list[tuple[Any, Factor]]:
         """Return each map's input covariance, divided by ``n``, and its gradient covariance."""
-        means = map_shared([self.inputs], lambda factor: factor * (1 / n))[0]
-        return list(zip(means, self.grads, strict=True))
+        inputs, device = [self.inputs], self.device
+        means = map_shared(inputs, lambda factor: factor and (factor * (1 / n)).to(device))[0]
+        return list(zip(means, [grad.to(device) for grad in self.grads], strict=True))
 
     def kfacs(
         self, blocks: Sequence[Block], transposed: Sequence[bool], n: int
@@ -195,7 +223,7 @@ class KfacSums:
         return result
 
     def _check_finite(self, tape: Tape) -> None:
-        sums = [(linear.name, f) for linear, f in zip(tape.maps, self.inputs, strict=True)]
+        sums = [(linear.name, f) for linear, f in zip(tape.maps, self.inputs, strict=True) if f]
         sums += [(linear.name, f) for linear, f in zip(tape.maps, self.grads, strict=True)]
         device = sums[0][1].trace.device
         traces = torch.stack([factor.trace.double().to(device) for _, factor in sums])

@@ -40,7 +40,7 @@ class LowRankKron(Kron):
 
     def __add__(self, other: Kron) -> LowRankKron:
         """Add another `LowRankKron`, or a plain `Kron` of the same shapes."""
-        if not isinstance(other, Kron) or len(other) != len(self):
+        if not isinstance(other, Kron) or list(map(len, other.kfacs)) != list(map(len, self.kfacs)):
             raise ValueError("can only add Kron objects over the same parameters")
         pairs = [list(zip(X, Y, strict=True)) for X, Y in zip(self.kfacs, other.kfacs, strict=True)]
         memo: dict[tuple[int, int], Factor] = {}

@@ -6,12 +6,26 @@ module; each is a map of its own here. Which maps a model has belongs to `adapte
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+class Call(NamedTuple):
+    """One call of a module: what it was given, and what it returned."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: Tensor
+
+    @property
+    def x(self) -> Tensor:
+        """The first argument."""
+        return self.args[0] if self.args else next(iter(self.kwargs.values()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +59,36 @@ class LinearMap:
         """Whether an input's second dimension counts tokens, of which some may be padding."""
         return True
 
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether its curvature is kept as a diagonal, not as Kronecker factors."""
+        return False
+
+    def misfit(self, calls: Sequence[Call], batch: int) -> str | None:
+        """Return why Kronecker factors cannot express what the map did, ``None`` if they can.
+
+        Args:
+            calls: The module's calls in a forward pass.
+            batch: Number of examples.
+        """
+        if not calls:
+            return f"layer {self.name!r} did not run in the forward pass"
+        shapes = {tuple(call.x.shape): None for call in calls}
+        if len(shapes) > 1:
+            return (
+                f"layer {self.name!r} ran {len(calls)} times in one forward pass with inputs of "
+                f"different shapes {list(shapes)} (relative attention, say), which its Kronecker "
+                "factors cannot express"
+            )
+        x = calls[0].x
+        if x.ndim not in self.input_dims or x.shape[0] != batch:
+            return (
+                f"layer {self.name!r} received an input of shape {tuple(x.shape)} in a batch of "
+                f"{batch}, expected {' or '.join(map(str, self.input_dims))} dimensions, the first "
+                "the batch"
+            )
+        return None
+
     def sides(self, parameter: nn.Parameter) -> list[int]:
         """Return the lengths of the sides of a tensor's Kronecker block."""
         return list(parameter.shape) if parameter.ndim == 2 else [parameter.numel()]
@@ -53,6 +97,10 @@ class LinearMap:
         """Return the map's tensors, and whether each is a bias."""
         weight, bias = self.module.weight, self.module.bias
         return [(weight, False)] + ([] if bias is None else [(bias, True)])
+
+    def read(self, call: Call) -> Tensor:
+        """Return the map's input, from a call of its module."""
+        return self.own_input(call.x.detach())
 
     def own_input(self, x: Tensor) -> Tensor:
         """Return the map's input, from its module's."""
@@ -199,7 +247,7 @@ class EmbeddingMap(LinearMap):
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A trainable tensor: the weight or the bias of a linear map.
+    """A trainable tensor: the weight or the bias of a linear map, or one that counts as a bias.
 
     Attributes:
         name: Name of the parameter in the model.

@@ -68,13 +68,17 @@ class LogitsModel(nn.Module):
         if target_ids is not None:
             if output is not None:
                 raise ValueError("give either `target_ids` or `output`, not both")
-            ids = _checked_target_ids(target_ids, self._vocabulary_head())
+            ids = _checked_target_ids(target_ids, self._vocabulary_head()).to(self.device)
         self.register_buffer("target_ids", ids, persistent=False)
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device of the model's first parameter."""
-        return next(self.model.parameters()).device
+        """Where inputs go and outputs come from: the device of the first parameter.
+
+        Parameters that are offloaded are on none.
+        """
+        parameters = self.model.parameters()
+        return next(p.device for p in parameters if p.device.type != "meta")
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -85,7 +89,7 @@ class LogitsModel(nn.Module):
     def vocabulary_size(self) -> int | None:
         """Number of tokens that the model gives logits for, ``None`` if it is no language model."""
         head = self._output_embeddings()
-        return None if head is None else head.weight.shape[0]
+        return None if head is None else _rows(head)
 
     @property
     def n_outputs(self) -> int | None:
@@ -114,6 +118,7 @@ class LogitsModel(nn.Module):
             logits = self._from_mapping(inputs)
         else:
             logits = self._logits(self.model(batch.to(self.device)))
+        logits = logits.to(self.device)  # a model may be spread over devices
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
     def features(self, batch: Mapping[str, Any] | Tensor) -> tuple[Tensor, Tensor]:
@@ -144,11 +149,26 @@ class LogitsModel(nn.Module):
         return seen[0].reshape(len(logits), -1), logits
 
     def head_tensors(self) -> tuple[Tensor, Tensor | None]:
-        """Return weight ``(outputs, d)`` and bias of the last layer; of the answers' rows only."""
+        """Return weight ``(outputs, d)`` and bias of the last layer; of the answers' rows only.
+
+        Raises:
+            ValueError: If there is no linear last layer, or it is quantised or offloaded.
+        """
         head = self._linear_head()
+        width = getattr(head, "in_features", head.weight.shape[-1])
+        if not head.weight.is_floating_point() or head.weight.shape != (_rows(head), width):
+            raise ValueError(
+                "the last layer is quantised, but a last-layer posterior needs its weights; leave "
+                "it out of the quantisation"
+            )
+        if head.weight.device.type == "meta":
+            raise ValueError(
+                "the last layer is offloaded, but a last-layer posterior needs its weights; give "
+                "it a device"
+            )
         if self.target_ids is None:
             return head.weight.detach(), None if head.bias is None else head.bias.detach()
-        ids = self.target_ids
+        ids = self.target_ids.to(head.weight.device)
         bias = None if head.bias is None else head.bias.detach()[ids]
         return head.weight.detach()[ids], bias
 
@@ -193,7 +213,7 @@ class LogitsModel(nn.Module):
         position = None if mask is None else _last_true(mask)
         with _one_token(head, position), _rows_only(head, ids) as narrowed:
             logits = self.model(**inputs).logits[:, -1]
-        return logits if narrowed else logits[:, ids]
+        return logits if narrowed else logits[:, ids.to(logits.device)]
 
     def _output_embeddings(self) -> Any:
         return getattr(self._base, "get_output_embeddings", lambda: None)()
@@ -216,14 +236,20 @@ class LogitsModel(nn.Module):
 
 def _checked_target_ids(target_ids: Sequence[int] | Tensor, head: Any) -> Tensor:
     ids = torch.as_tensor(target_ids)
-    vocabulary = head.weight.shape[0]
+    vocabulary = _rows(head)
     if ids.ndim != 1 or len(ids) < 2 or ids.is_floating_point() or len(ids.unique()) != len(ids):
         raise ValueError(f"`target_ids` must be two or more different integers, got {target_ids}")
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
         raise ValueError(
             f"`target_ids` must lie in the vocabulary, 0..{vocabulary - 1}; got {ids.tolist()}"
         )
-    return ids.to(head.weight.device)
+    return ids
+
+
+def _rows(head: Any) -> int:
+    """Return the number of outputs; a quantised weight's shape does not tell."""
+    rows = getattr(head, "out_features", None)
+    return head.weight.shape[0] if rows is None else int(rows)
 
 
 def _last_true(mask: Tensor) -> Tensor:
@@ -278,6 +304,7 @@ def _rows_only(head: nn.Module, ids: Tensor) -> Iterator[bool]:
     if type(head) is not nn.Linear or trainable or "forward" in vars(head):
         yield False
         return
+    ids = ids.to(head.weight.device)
     bias = None if head.bias is None else head.bias[ids]
     head.forward = partial(F.linear, weight=head.weight[ids], bias=bias)  # type: ignore[method-assign]
     try:

@@ -10,12 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from laplace_lora.decomposed import LowRankKronDecomposed
+from laplace_lora.decomposed import LowRankKronDecomposed, Side
+from laplace_lora.diagonal import DiagonalEigen, DiagonalFactor
 from laplace_lora.factors import DenseFactor, Eigen
 from laplace_lora.kron import LowRankKron
 from laplace_lora.sketch import Factor, LowRankFactor, sketch_columns
 
 EIGEN = ("vectors", "values", "residual")
+SUMS = {DenseFactor: ["matrix"], LowRankFactor: ["sketch", "trace"], DiagonalFactor: ["diagonal"]}
 
 
 def pack_kron(
@@ -34,13 +36,10 @@ def pack_kron(
             if id(factor) in numbers:
                 continue
             number = numbers[id(factor)] = len(numbers)
-            if isinstance(factor, DenseFactor):
-                tensors[f"{number}.matrix"] = factor.matrix
-            else:
-                tensors[f"{number}.sketch"] = factor.sketch
-                tensors[f"{number}.trace"] = factor.trace
-            for name in EIGEN:
-                tensors[f"{number}.{name}"] = getattr(eigen, name)
+            for name, tensor in zip(SUMS[type(factor)], factor.tensors(), strict=True):
+                tensors[f"{number}.{name}"] = tensor
+            if not isinstance(eigen, DiagonalEigen):
+                tensors |= {f"{number}.{name}": getattr(eigen, name) for name in EIGEN}
     return tensors, [[numbers[id(factor)] for factor in block] for block in factors.kfacs]
 
 
@@ -48,6 +47,7 @@ def unpack_kron(
     tensors: Mapping[str, Tensor],
     blocks: Any,
     shapes: Sequence[Sequence[int]],
+    diagonal: Sequence[bool],
     rank: int | None,
     residual: str,
 ) -> tuple[LowRankKron, LowRankKronDecomposed]:
@@ -57,6 +57,7 @@ def unpack_kron(
         tensors: What `pack_kron` made.
         blocks: Numbers of each block's factors.
         shapes: For each block the lengths of its sides.
+        diagonal: For each block whether it is a diagonal.
         rank: Eigenpairs of low-rank factors.
         residual: As of `LowRankKron`.
 
@@ -66,8 +67,8 @@ def unpack_kron(
     """
     if not isinstance(blocks, list) or [len(b) for b in blocks] != [len(s) for s in shapes]:
         raise ValueError("the blocks do not fit the model's tensors")
-    found: dict[int, tuple[Factor, Eigen]] = {}
-    for block, sides in zip(blocks, shapes, strict=True):
+    found: dict[int, tuple[Factor, Side]] = {}
+    for block, sides, exact in zip(blocks, shapes, diagonal, strict=True):
         for number, d in zip(block, sides, strict=True):
             if type(number) is not int:
                 raise ValueError(f"a factor is numbered {number!r}")
@@ -75,6 +76,8 @@ def unpack_kron(
                 found[number] = _unpacked(tensors, number, rank)
             if found[number][0].d != d:
                 raise ValueError(f"factor {number} has side {found[number][0].d}, not {d}")
+            if isinstance(found[number][0], DiagonalFactor) != exact:
+                raise ValueError(f"factor {number} is of the wrong kind")
     used = {f"{number}." for number in found}
     unused = [name for name in tensors if f"{name.split('.')[0]}." not in used]
     if unused:
@@ -84,7 +87,27 @@ def unpack_kron(
     return LowRankKron(kfacs, residual), LowRankKronDecomposed(eigen)
 
 
-def _unpacked(tensors: Mapping[str, Tensor], number: int, rank: int | None) -> tuple[Factor, Eigen]:
+def diagonal_blocks(tensors: Mapping[str, Tensor], blocks: Any) -> set[int]:
+    """Return which blocks were packed as diagonals.
+
+    Args:
+        tensors: What `pack_kron` made.
+        blocks: Numbers of each block's factors.
+    """
+    packed = list(blocks) if isinstance(blocks, list) else []
+    return {
+        i
+        for i, block in enumerate(packed)
+        if isinstance(block, list) and len(block) == 1 and f"{block[0]}.diagonal" in tensors
+    }
+
+
+def _unpacked(tensors: Mapping[str, Tensor], number: int, rank: int | None) -> tuple[Factor, Side]:
+    if f"{number}.diagonal" in tensors:
+        sums = tensors[f"{number}.diagonal"]
+        if sums.ndim != 1 or bool((sums < 0).any()):
+            raise ValueError(f"factor {number} is no diagonal of a sum of squares")
+        return DiagonalFactor(sums), DiagonalFactor(sums).decompose()
     vectors, values, residual = (tensors[f"{number}.{name}"] for name in EIGEN)
     factor: Factor
     if f"{number}.matrix" in tensors:

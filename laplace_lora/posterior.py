@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from laplace_lora.base import LoraPosterior
 from laplace_lora.kron import LowRankKron
 from laplace_lora.memory import kron_size
-from laplace_lora.packing import pack_kron, unpack_kron
+from laplace_lora.packing import diagonal_blocks, pack_kron, unpack_kron
 from laplace_lora.predictive import Gram
 
 OWN = ("factor_rank", "low_rank_threshold", "residual")  # backend arguments that are the class's
@@ -81,8 +81,10 @@ class KronLoraLaplace(LoraPosterior, KronLaplace):
 
     def curvature_size(self) -> int:
         """Return how many numbers the factors and their eigenpairs hold, none of them shared."""
-        sides = [[linear.in_features, linear.out_features] for linear in self.backend.maps]
-        return kron_size(sides, self.backend.factor_rank, self.backend.low_rank_threshold)
+        backend = self.backend
+        sides = [[m.in_features, m.out_features] for m in backend.maps if not m.is_diagonal]
+        diagonal = sum(linear.out_features for linear in backend.maps if linear.is_diagonal)
+        return diagonal + kron_size(sides, backend.factor_rank, backend.low_rank_threshold)
 
     def weight_variance(self) -> Tensor:
         """Return the diagonal of the posterior covariance, ``(parameters,)``."""
@@ -104,10 +106,17 @@ class KronLoraLaplace(LoraPosterior, KronLaplace):
         return pack_kron(self.H_facs, self.H)
 
     def _unpack(self, tensors: Mapping[str, Tensor], description: Any) -> None:
-        maps = self.backend.maps
-        shapes = [maps[block.map].sides(block.parameter) for block in self.backend.blocks]
+        backend = self.backend
+        if backend.uncovered == "diag":
+            # Which maps Kronecker factors cannot express showed when the posterior was fitted.
+            diagonal = diagonal_blocks(tensors, description)
+            shown = [b.map for i, b in enumerate(backend.blocks) if i in diagonal]
+            backend.cover_whole([i for i in shown if not backend.maps[i].is_diagonal])
+        maps = [backend.maps[block.map] for block in backend.blocks]
+        sides = [m.sides(b.parameter) for m, b in zip(maps, backend.blocks, strict=True)]
+        kinds = [linear.is_diagonal for linear in maps]
         self.H_facs, self.H = unpack_kron(
-            tensors, description, shapes, self.backend.factor_rank, self.backend.residual
+            tensors, description, sides, kinds, backend.factor_rank, backend.residual
         )
 
     @property

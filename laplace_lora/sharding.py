@@ -65,9 +65,12 @@ def agree(error: BaseException | None, signature: Any) -> None:
         error: What went wrong in this process, if anything.
         signature: Must be equal in all processes; ``None`` where a process had no data.
 
+    A process that ended without a word, killed for its memory say, is noticed by gloo at once; NCCL
+    waits for the time limit of its process group.
+
     Raises:
         BaseException: The error of this process.
-        RuntimeError: If another process failed, had no data, or has another signature.
+        RuntimeError: If another process failed, had no data, has another signature, or has ended.
     """
     if processes() == 1:
         if error is not None:
@@ -75,7 +78,10 @@ def agree(error: BaseException | None, signature: Any) -> None:
         return
     reports: list[Any] = [None] * processes()
     message = None if error is None else f"{type(error).__name__}: {error}"
-    dist.all_gather_object(reports, (message, signature))
+    try:
+        dist.all_gather_object(reports, (message, signature))
+    except RuntimeError as lost:
+        raise RuntimeError("another process has ended or cannot be reached") from lost
     if error is not None:
         raise error
     for rank, (text, _) in enumerate(reports):
@@ -164,14 +170,19 @@ def batch_length(batch: Any) -> int:
 
 def first_examples(batch: Any, count: int) -> Any:
     """Return the first examples of a batch."""
+    return _examples(batch, slice(count))
+
+
+def one_example(batch: Any, n: int) -> Any:
+    """Return a batch of one example."""
+    return _examples(batch, slice(n, n + 1))
+
+
+def _examples(batch: Any, which: slice) -> Any:
     if isinstance(batch, Mapping):
         size = batch_length(batch)
         return {
-            key: value[:count] if hasattr(value, "__len__") and len(value) == size else value
+            key: value[which] if hasattr(value, "__len__") and len(value) == size else value
             for key, value in batch.items()
         }
-    return (
-        batch[:count]
-        if isinstance(batch, Tensor)
-        else [first_examples(part, count) for part in batch]
-    )
+    return batch[which] if isinstance(batch, Tensor) else [_examples(part, which) for part in batch]

@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from laplace_lora.diagonal import DiagonalFactor
 from laplace_lora.factors import DenseFactor, Eigen, check_finite
 
 OVERSAMPLING = 10
@@ -145,7 +146,7 @@ class LowRankFactor:
         return _orthonormal(*self.sketch.shape, self.sketch.dtype, self.sketch.device)
 
 
-Factor = DenseFactor | LowRankFactor
+Factor = DenseFactor | LowRankFactor | DiagonalFactor
 
 
 def sketch_columns(rank: int) -> int:

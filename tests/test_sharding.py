@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import signal
 import socket
+import time
 
 import pytest
 import torch
@@ -103,6 +105,33 @@ def brier(p, y):
     return (p - torch.nn.functional.one_hot(y, p.shape[1])).square().sum(-1).mean()
 
 
+class Deadly(list):
+    """Examples, the sixth of which kills the process that fetches it."""
+
+    def __getitem__(self, i):
+        if i == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(i)
+
+
+def after_a_killing():
+    """Return what a fit says whose second process is killed in the middle, after how long."""
+    la = posterior_of(KronLoraLaplace, loader(7), **LOW)
+    before = la(BATCH)
+    data = Deadly(loader().dataset)
+    sampler = DistributedSampler(data, shuffle=False)  # the odd examples are the second process's
+    dist.barrier()
+    start = time.monotonic()
+    try:
+        la.fit(DataLoader(data, batch_size=1, sampler=sampler))
+    except RuntimeError as error:
+        return {
+            "error": str(error),
+            "seconds": time.monotonic() - start,
+            "kept": torch.equal(la(BATCH), before),
+        }
+
+
 def worker(rank, port, folder):
     torch.set_num_threads(1)
     os.environ |= {
@@ -114,15 +143,13 @@ def worker(rank, port, folder):
         "ACCELERATE_USE_CPU": "true",
     }
     dist.init_process_group("gloo", rank=rank, world_size=PROCESSES)
-    try:
-        torch.save(scenario_results(rank), folder / f"{rank}.pt")
-    finally:
-        dist.barrier()
-        dist.destroy_process_group()
+    torch.save(scenario_results(rank), folder / f"{rank}.pt")
+    torch.save(after_a_killing(), folder / "killing.pt")
+    os._exit(0)  # there is no one left to take leave of
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def outcomes(tmp_path_factory):
     context = multiprocessing.get_context("spawn")
     folder = tmp_path_factory.mktemp("results")
     with socket.socket() as probe:
@@ -133,8 +160,17 @@ def results(tmp_path_factory):
         process.start()
     for process in workers:
         process.join(timeout=300)
-        assert process.exitcode == 0
-    return {rank: torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)}
+    codes = [process.exitcode for process in workers]
+    for process in workers:
+        process.kill()
+    assert codes == [0, -signal.SIGKILL]
+    killing = torch.load(folder / "killing.pt")
+    return killing, {rank: torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)}
+
+
+@pytest.fixture(scope="module")
+def results(outcomes):
+    return outcomes[1]
 
 
 @pytest.mark.parametrize("cls,kwargs", CASES)
@@ -175,6 +211,14 @@ def test_an_error_in_one_process_ends_all(results):
         assert len(found["errors"]) == 2
         assert found["few"] == "process 1 got no examples; use fewer processes"
         assert "dispatch_batches=False" in found["dispatched"]
+
+
+def test_a_killed_process_ends_the_others_at_once(outcomes):
+    """Not after the half hour that gloo waits for a process that is merely slow."""
+    killing, _ = outcomes
+    assert killing["error"] == "another process has ended or cannot be reached"
+    assert killing["seconds"] < 60
+    assert killing["kept"]
 
 
 def test_alone_nothing_changes():

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from laplace_lora import links
 from laplace_lora.adapters import trainable_maps
 from laplace_lora.capture import record
-from laplace_lora.decomposed import LowRankKronDecomposed
+from laplace_lora.decomposed import LowRankKronDecomposed, Side
 from laplace_lora.factors import DenseFactor, Eigen
 from laplace_lora.guard import evaluation_mode
 from laplace_lora.jacobians import jacobian_blocks
@@ -248,7 +248,7 @@ def _check_ranks(factors: Factors, n_lora: int | None, n_kfac: int | None) -> No
 
 def _decomposed(factors: Factors, device: torch.device | str) -> LowRankKronDecomposed:
     """Return the blocks ``gradient factor ⊗ input factor`` in the order of the factors."""
-    blocks = [
+    blocks: list[list[Side]] = [
         [_eigen(grads).to(device), _eigen(inputs).to(device)] for inputs, grads in factors.values()
     ]
     return LowRankKronDecomposed(blocks)
