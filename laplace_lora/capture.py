@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from laplace_lora.maps import LinearMap
 from laplace_lora.peft_state import calls_twice
+from laplace_lora.preferences import passes
 
 Visitor = Callable[[int, int, Tensor], None]
 
@@ -26,8 +27,8 @@ MASK_NAMES = ("attention_mask", "decoder_attention_mask")
 class Tape:
     """One recorded forward pass.
 
-    A map that ran several times, as in models that share their layers' weights, has the tokens of
-    all its calls, one call after the other.
+    A map that ran several times, as in models that share their layers' weights or that run on both
+    texts of a preference pair, has the tokens of all its calls, one call after the other.
 
     Attributes:
         maps: The recorded maps.
@@ -41,7 +42,7 @@ class Tape:
         mask_source: Any,
         calls: Sequence[Sequence[tuple[Tensor, Tensor]]],
         output: Tensor,
-        sources: dict[int, tuple],
+        sources: dict[int, list[tuple]],
     ) -> None:
         self.maps = maps
         self._sources = sources
@@ -52,7 +53,10 @@ class Tape:
             [linear.own_input(x.detach()) for x, _ in found]
             for linear, found in zip(maps, calls, strict=True)
         ]
-        self.inputs = [_joined(inputs) for inputs in self._inputs]
+        # Projections that share an input, in each of their calls, share what is joined as well.
+        distinct = {_addresses(inputs): inputs for inputs in self._inputs}
+        joined = {addresses: _joined(inputs) for addresses, inputs in distinct.items()}
+        self.inputs = [joined[_addresses(inputs)] for inputs in self._inputs]
         self._outputs = [[out for _, out in found] for found in calls]
         made = {id(out) for found in calls for _, out in found}
         # A map fed by another recorded map lies on that one's backward path, so it needs no
@@ -67,13 +71,18 @@ class Tape:
         Raises:
             ValueError: If the attention masks in the batch do not fit a map's tokens.
         """
-        found: dict[torch.Size, Tensor | None] = {}
+        sources = passes(self._mask_source)
+        found: dict[tuple, Tensor | None] = {}
         masks: list[Tensor | None] = []
-        for linear, (x, *others) in zip(self.maps, self._inputs, strict=True):
-            if linear.has_tokens and x.shape[:-1] not in found:
-                found[x.shape[:-1]] = token_mask(self._mask_source, x, linear.name)
-            mask = found[x.shape[:-1]] if linear.has_tokens else None
-            masks.append(mask if mask is None else mask.repeat(1, 1 + len(others)))
+        for linear, inputs in zip(self.maps, self._inputs, strict=True):
+            parts = []
+            for call, x in enumerate(inputs if linear.has_tokens else []):
+                source = call * len(sources) // len(inputs)
+                key = (source, x.shape[:-1])
+                if key not in found:
+                    found[key] = token_mask(sources[source], x, linear.name)
+                parts.append((x, found[key]))
+            masks.append(_joined_masks(parts))
         return masks
 
     @cached_property
@@ -89,12 +98,14 @@ class Tape:
         for i, (linear, x) in enumerate(zip(self.maps, self.inputs, strict=True)):
             group = first.setdefault(_address(x), i)
             source = self._sources.get(id(linear.layer))
-            if group == i and source is not None and x.shape in source:
-                candidate = first.get(("before the cast", source), i)
+            shapes = [part.shape for part in self._inputs[i]]
+            if group == i and source is not None and shapes == [at[2] for at in source]:
+                before = ("before the cast", *source)
+                candidate = first.get(before, i)
                 if torch.equal(self.inputs[candidate], x):
                     group = first[_address(x)] = candidate
                 # Memory is used again: the next map may look for this one, not for an older.
-                first["before the cast", source] = group
+                first[before] = group
             groups.append(group)
         return groups
 
@@ -112,8 +123,11 @@ class Tape:
 
         def finish(i: int) -> None:
             found = waiting.pop(i)
-            zero = torch.zeros_like(next(iter(found.values())))
-            grads = [found.get(call, zero) for call in range(len(self._outputs[i]))]
+            for call, out in enumerate(self._outputs[i]):
+                if call not in found:
+                    zeros = torch.zeros_like(out)
+                    found[call] = self.maps[i].own_grad(self._inputs[i][call], zeros)
+            grads = [found[call] for call in range(len(self._outputs[i]))]
             summed = grads[0].ndim < self._inputs[i][0].ndim  # over the tokens of a call already
             visit(column, i, torch.stack(grads).sum(0) if summed else _joined(grads))
 
@@ -167,11 +181,11 @@ def record(
     def hook(i: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         return lambda module, inputs, output: calls[i].append((inputs[0], output))
 
-    sources: dict[int, tuple] = {}
+    sources: dict[int, list[tuple]] = {}
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if inputs:
-            sources[id(layer)] = _address(inputs[0])  # the tensor itself would stay in memory
+        if inputs:  # the tensor itself would stay in memory
+            sources.setdefault(id(layer), []).append(_address(inputs[0]))
 
     with ExitStack() as stack, torch.enable_grad():
         for i, linear in enumerate(maps):
@@ -179,8 +193,10 @@ def record(
         for layer in {linear.layer for linear in maps if linear.layer is not None}:
             stack.callback(layer.register_forward_pre_hook(note).remove)
         output = model(batch)
+    masks = batch if masks is None else masks
+    texts = len(passes(masks))
     for i, linear in enumerate(maps):
-        if calls_twice(linear.layer) and len(calls[i]) % 2 == 0:
+        if calls_twice(linear.layer) and len(calls[i]) % (2 * texts) == 0:
             calls[i] = calls[i][1::2]
     if skip_idle:
         maps = [linear for i, linear in enumerate(maps) if calls[i]]
@@ -195,13 +211,12 @@ def record(
             "the outputs carry no gradient; does the model run under torch.no_grad, or detach them?"
         )
     for i, linear in enumerate(maps):
-        _check_calls(linear, [x for x, _ in calls[i]], output.shape[0])
+        _check_calls(linear, [x for x, _ in calls[i]], output.shape[0], texts)
         if not all(out.requires_grad for _, out in calls[i]):
             raise RuntimeError(
                 f"the output of layer {linear.name!r} carries no gradient; is it under "
                 "torch.no_grad, or under reentrant gradient checkpointing? Use use_reentrant=False"
             )
-    masks = batch if masks is None else masks
     return Tape(maps, masks, [calls[i] for i in range(len(maps))], output, sources)
 
 
@@ -212,18 +227,32 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t if t.ndim == 3 else t.unsqueeze(1) for t in tensors], dim=1)
 
 
+def _joined_masks(parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor | None:
+    """Return the masks of several inputs, one after the other; ``None`` if all tokens are real."""
+    if all(mask is None for _, mask in parts):
+        return None
+    real = [x.new_ones(x.shape[:2], dtype=torch.bool) if m is None else m for x, m in parts]
+    return torch.cat(real, dim=1)
+
+
+def _addresses(inputs: Sequence[Tensor]) -> tuple:
+    return tuple(map(_address, inputs))
+
+
 def _address(x: Tensor) -> tuple:
     return (x.device, x.data_ptr(), x.shape, x.stride(), x.dtype)
 
 
-def _check_calls(linear: LinearMap, inputs: list[Tensor], batch: int) -> None:
+def _check_calls(linear: LinearMap, inputs: list[Tensor], batch: int, texts: int) -> None:
     name, dims = linear.name, linear.input_dims
     if not inputs:
         raise RuntimeError(
             f"layer {name!r} did not run in the forward pass; freeze its parameters first"
         )
-    shapes = {tuple(x.shape): None for x in inputs}
-    if len(shapes) > 1:
+    each = max(1, len(inputs) // texts)  # calls on one text
+    same = all(x.shape == inputs[call - call % each].shape for call, x in enumerate(inputs))
+    if len(inputs) % texts or not same:
+        shapes = dict.fromkeys(tuple(x.shape) for x in inputs)
         raise RuntimeError(
             f"layer {name!r} ran {len(inputs)} times in one forward pass with inputs of different "
             f"shapes {list(shapes)} (relative attention, say), which its Kronecker factors cannot "
