@@ -198,7 +198,8 @@ class Fitting(ParametricLaplace):
             ValueError: If labels are missing, or a reward model is given no pairs.
             TypeError: If the batch is neither mapping nor pair.
         """
-        batch = self.by_example(batch)
+        if self.likelihood == REWARD_MODELING:
+            batch = as_pairs(batch, self.dict_key_y)
         if isinstance(batch, Mapping):
             if self.dict_key_y not in batch:
                 raise ValueError(
