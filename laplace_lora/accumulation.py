@@ -139,7 +139,8 @@ def _own_sums(la: Any, loader: Any, progress_bar: bool, snapshot: Snapshot | Non
     sums = Sums()
     bar = tqdm(loader, disable=not progress_bar, desc="Fitting the posterior")
     with evaluation_mode(la.model):
-        for index, batch in enumerate(sharding.own_batches(loader, bar)):
+        batches = sharding.own_batches(loader, map(la.by_example, bar))
+        for index, batch in enumerate(batches):
             if earlier is not None and 0 < index < earlier[0].batches:
                 continue
             x, y = la.labelled(batch)

@@ -22,6 +22,7 @@ from laplace_lora.memory import MemoryEstimate, estimate_memory
 from laplace_lora.models import LogitsModel
 from laplace_lora.predictions import Predictions, predict
 from laplace_lora.predictive import StreamingPredictive
+from laplace_lora.preferences import REWARD_MODELING
 from laplace_lora.tuning import PriorTuning
 
 
@@ -32,7 +33,8 @@ class LoraPosterior(Fitting, PriorTuning, Saving, StreamingPredictive):
 
     Args:
         model: A `PeftModel`, or a `LogitsModel` around one.
-        likelihood: ``"classification"`` or ``"regression"``.
+        likelihood: ``"classification"``, ``"regression"`` or, for a model with one output that is
+            fitted on preference pairs, ``"reward_modeling"``; see `preferences`.
         target_ids: Answer tokens of a causal language model, see `LogitsModel`.
         modules: Which trainable modules the posterior covers: a regular expression searched for in
             their names, or a list of names or of whole parts of them. The others stay at their
@@ -46,7 +48,7 @@ class LoraPosterior(Fitting, PriorTuning, Saving, StreamingPredictive):
 
     Raises:
         ValueError: If nothing is trainable, a trainable tensor belongs to no linear map, or
-            ``modules`` matches nothing.
+            ``modules`` matches nothing, or a reward model has several outputs.
         RuntimeError: If an adapter is merged or disabled, or several are active.
         TypeError: If the backend is not one of this package's.
     """
@@ -68,6 +70,11 @@ class LoraPosterior(Fitting, PriorTuning, Saving, StreamingPredictive):
         self.modules = modules
         model = self._wrapped(model, target_ids)
         self.logits_model: Any = getattr(model, "source", model)
+        outputs = self.logits_model.n_outputs
+        if likelihood == REWARD_MODELING and outputs not in (None, 1):
+            raise ValueError(
+                f"a reward model has one output, this one {outputs}; load it with num_labels=1"
+            )
         options = {"uncovered": uncovered, **(backend_kwargs or {})}
         kwargs = {"backend": backend, "backend_kwargs": options, **kwargs}
         with trainable_only(model, modules):

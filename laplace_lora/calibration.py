@@ -79,7 +79,7 @@ def calibrate(
         ValueError: If the posterior is not a classifier's, there is no loader, it is empty, or a
             batch has no labels.
     """
-    if la.likelihood != "classification":
+    if la.likelihood == "regression":
         raise ValueError("calibrate needs a classifier; tune a regression by marginal likelihood")
     groups = torch.zeros(la.n_layers, dtype=torch.long)
     cache = ValidationCache(la, loader, groups, progress_bar)

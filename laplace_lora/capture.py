@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from laplace_lora.guard import evaluation_mode
 from laplace_lora.maps import Call, LinearMap
 from laplace_lora.peft_state import calls_twice
+from laplace_lora.preferences import passes
 from laplace_lora.sharding import one_example
 
 Visitor = Callable[[int, int, Tensor], None]
@@ -41,8 +42,8 @@ class MisfitError(RuntimeError):
 class Tape:
     """One recorded forward pass.
 
-    A map that ran several times, as in models that share their layers' weights, has the tokens of
-    all its calls, one call after the other.
+    A map that ran several times, as in models that share their layers' weights or that run on both
+    texts of a preference pair, has the tokens of all its calls, one call after the other.
 
     Attributes:
         maps: The maps: those recorded, then whole tensors, which have nothing to record.
@@ -57,7 +58,7 @@ class Tape:
         mask_source: Any,
         calls: Sequence[Sequence[Call]],
         output: Tensor,
-        sources: dict[int, tuple],
+        sources: dict[int, list[tuple]],
         rerun: Callable[[int], Tensor],
     ) -> None:
         self.maps = maps
@@ -70,7 +71,10 @@ class Tape:
             [linear.read(call) for call in found]
             for linear, found in zip(maps, calls, strict=False)
         ]
-        self.inputs = [_joined(inputs) for inputs in self._inputs]
+        # Projections that share an input, in each of their calls, share what is joined as well.
+        distinct = {_addresses(inputs): inputs for inputs in self._inputs}
+        joined = {addresses: _joined(inputs) for addresses, inputs in distinct.items()}
+        self.inputs = [joined[_addresses(inputs)] for inputs in self._inputs]
         self._outputs = [[call.output for call in found] for found in calls]
         made = {id(out) for outputs in self._outputs for out in outputs}
         # A map fed by another recorded map lies on that one's backward path, so it needs no
@@ -85,14 +89,18 @@ class Tape:
         Raises:
             ValueError: If the attention masks in the batch do not fit a map's tokens.
         """
+        sources = passes(self._mask_source)
         found: dict[tuple, Tensor | None] = {}
         masks: list[Tensor | None] = []
-        for linear, (x, *others) in zip(self.maps, self._inputs, strict=False):
-            key = (x.shape[:-1], x.device)
-            if linear.has_tokens and key not in found:
-                found[key] = token_mask(self._mask_source, x, linear.name)
-            mask = found[key] if linear.has_tokens else None
-            masks.append(mask if mask is None else mask.repeat(1, 1 + len(others)))
+        for linear, inputs in zip(self.maps, self._inputs, strict=False):
+            parts = []
+            for call, x in enumerate(inputs if linear.has_tokens else []):
+                source = call * len(sources) // len(inputs)
+                key = (source, x.shape[:-1], x.device)
+                if key not in found:
+                    found[key] = token_mask(sources[source], x, linear.name)
+                parts.append((x, found[key]))
+            masks.append(_joined_masks(parts))
         return masks
 
     @cached_property
@@ -108,12 +116,14 @@ class Tape:
         for i, (linear, x) in enumerate(zip(self.maps, self.inputs, strict=False)):
             group = first.setdefault(_address(x), i)
             source = self._sources.get(id(linear.layer))
-            if group == i and source is not None and x.shape in source:
-                candidate = first.get(("before the cast", source), i)
+            shapes = [part.shape for part in self._inputs[i]]
+            if group == i and source is not None and shapes == [at[2] for at in source]:
+                before = ("before the cast", *source)
+                candidate = first.get(before, i)
                 if torch.equal(self.inputs[candidate], x):
                     group = first[_address(x)] = candidate
                 # Memory is used again: the next map may look for this one, not for an older.
-                first["before the cast", source] = group
+                first[before] = group
             groups.append(group)
         return groups
 
@@ -133,8 +143,11 @@ class Tape:
 
         def finish(i: int) -> None:
             found = waiting.pop(i)
-            zero = torch.zeros_like(next(iter(found.values())))
-            grads = [found.get(call, zero) for call in range(len(self._outputs[i]))]
+            for call, out in enumerate(self._outputs[i]):
+                if call not in found:
+                    zeros = torch.zeros_like(out)
+                    found[call] = self.maps[i].own_grad(self._inputs[i][call], zeros)
+            grads = [found[call] for call in range(len(self._outputs[i]))]
             summed = grads[0].ndim < self._inputs[i][0].ndim  # over the tokens of a call already
             visit(column, i, torch.stack(grads).sum(0) if summed else _joined(grads))
 
@@ -190,11 +203,11 @@ def record(
     def hook(i: int) -> Callable[[nn.Module, tuple, dict, Tensor], None]:
         return lambda module, args, kwargs, output: calls[i].append(Call(args, kwargs, output))
 
-    sources: dict[int, tuple] = {}
+    sources: dict[int, list[tuple]] = {}
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if inputs:
-            sources[id(layer)] = _address(inputs[0])  # the tensor itself would stay in memory
+        if inputs:  # the tensor itself would stay in memory
+            sources.setdefault(id(layer), []).append(_address(inputs[0]))
 
     with ExitStack() as stack, torch.enable_grad():
         for i, linear in enumerate(recorded):
@@ -203,8 +216,10 @@ def record(
         for layer in {linear.layer for linear in maps if linear.layer is not None}:
             stack.callback(layer.register_forward_pre_hook(note).remove)
         output = model(batch)
+    masks = batch if masks is None else masks
+    texts = len(passes(masks))
     for i, linear in enumerate(recorded):
-        if calls_twice(linear.layer) and len(calls[i]) % 2 == 0:
+        if calls_twice(linear.layer) and len(calls[i]) % (2 * texts) == 0:
             calls[i] = calls[i][1::2]
     if skip_idle:
         maps = recorded = [linear for i, linear in enumerate(recorded) if calls[i]]
@@ -218,7 +233,7 @@ def record(
         raise RuntimeError(
             "the outputs carry no gradient; does the model run under torch.no_grad, or detach them?"
         )
-    reasons = {i: linear.misfit(calls[i], len(output)) for i, linear in enumerate(recorded)}
+    reasons = {i: linear.misfit(calls[i], len(output), texts) for i, linear in enumerate(recorded)}
     misfits = [i for i, reason in reasons.items() if reason is not None]
     if misfits:
         raise MisfitError(
@@ -241,7 +256,6 @@ def record(
         with whole:
             return model(one_example(batch, n))
 
-    masks = batch if masks is None else masks
     return Tape(maps, masks, [calls[i] for i in range(len(recorded))], output, sources, rerun)
 
 
@@ -250,6 +264,18 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     if len(tensors) == 1:
         return tensors[0]
     return torch.cat([t if t.ndim == 3 else t.unsqueeze(1) for t in tensors], dim=1)
+
+
+def _joined_masks(parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor | None:
+    """Return the masks of several inputs, one after the other; ``None`` if all tokens are real."""
+    if all(mask is None for _, mask in parts):
+        return None
+    real = [x.new_ones(x.shape[:2], dtype=torch.bool) if m is None else m for x, m in parts]
+    return torch.cat(real, dim=1)
+
+
+def _addresses(inputs: Sequence[Tensor]) -> tuple:
+    return tuple(map(_address, inputs))
 
 
 def _address(x: Tensor) -> tuple:

@@ -23,6 +23,7 @@ from laplace_lora.fingerprint import check_identity, identity
 from laplace_lora.guard import evaluation_mode
 from laplace_lora.likelihoods import negative_log_likelihood
 from laplace_lora.maps import wide_dtype
+from laplace_lora.preferences import REWARD_MODELING, as_pairs
 
 
 class Fitting(ParametricLaplace):
@@ -57,7 +58,8 @@ class Fitting(ParametricLaplace):
         once, and an error in one process ends all.
 
         Args:
-            train_loader: Batches with labels: mappings with ``dict_key_y``, or pairs.
+            train_loader: Batches with labels: mappings with ``dict_key_y``, or pairs. For a reward
+                model preference pairs, see `as_pairs`, which need no labels.
             override: Start anew; ``False`` adds these data to those fitted before.
             progress_bar: Show progress over the batches.
             checkpoint_dir: Where the sums so far are kept. A fit that was interrupted goes on
@@ -197,13 +199,26 @@ class Fitting(ParametricLaplace):
         self._check_H_init()
         return self.H
 
+    def by_example(self, batch: Any) -> Any:
+        """Return a batch with labels in the form in which every row is an example.
+
+        It is the batch itself, but for the pairs of a reward model: see `as_pairs`.
+
+        Raises:
+            TypeError: If a reward model is given no mapping.
+            ValueError: If a reward model is given something else than pairs.
+        """
+        return as_pairs(batch, self.dict_key_y) if self.likelihood == REWARD_MODELING else batch
+
     def labelled(self, batch: Any) -> tuple[Any, Tensor]:
         """Split a batch into what the model takes and labels on the posterior's device.
 
         Raises:
-            ValueError: If labels are missing.
+            ValueError: If labels are missing, or a reward model is given no pairs.
             TypeError: If the batch is neither mapping nor pair.
         """
+        if self.likelihood == REWARD_MODELING:
+            batch = as_pairs(batch, self.dict_key_y)
         if isinstance(batch, Mapping):
             if self.dict_key_y not in batch:
                 raise ValueError(

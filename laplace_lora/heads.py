@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from laplace_lora.guard import evaluation_mode
+from laplace_lora.preferences import passes
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}  # of logits; coarser formats get 0.05
 
@@ -80,8 +81,8 @@ class LastLayerModel(nn.Module):
         return self.features.source
 
     def forward(self, batch: Any) -> Tensor:
-        """Return logits ``(batch, outputs)``."""
-        return self.head(self.features(batch))
+        """Return logits ``(batch, outputs)``, for pairs both rewards."""
+        return torch.cat([self.head(self.features(part)) for part in passes(batch)], dim=-1)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LastLayerModel:
         """Copy the head, share the transformer."""

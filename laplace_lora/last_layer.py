@@ -14,16 +14,17 @@ from laplace import DiagLLLaplace, FullLLLaplace, FunctionalLLLaplace, KronLLLap
 from laplace.baselaplace import BaseLaplace
 from laplace.curvature import CurvlinopsGGN
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 from laplace_lora.base import LoraPosterior
 from laplace_lora.curvature import LoraGGN
 from laplace_lora.evidence import Spectrum
-from laplace_lora.guard import evaluation_mode
 from laplace_lora.heads import LastLayerModel
 from laplace_lora.posterior import DiagLoraLaplace, KronLoraLaplace
 from laplace_lora.predictive import Gram
+from laplace_lora.preferences import REWARD_MODELING, passes
 
 
 class LastLayerPosterior(LoraPosterior):
@@ -31,7 +32,7 @@ class LastLayerPosterior(LoraPosterior):
 
     Args:
         model: A `PeftModel`, or a `LogitsModel` around one; its head may be trained or frozen.
-        likelihood: ``"classification"`` or ``"regression"``.
+        likelihood: ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
         **kwargs: Arguments of `LoraPosterior`.
 
     Raises:
@@ -57,15 +58,16 @@ class LastLayerPosterior(LoraPosterior):
     ) -> Tensor:
         """Sample heads, ``(n_samples, batch, outputs)``; the features are computed once."""
         self._check_H_init()
-        features = self.model.model.features(X)
+        features = [self.model.model.features(part) for part in passes(X)]
         head = self.model.last_layer
         outputs = []
         for _ in range(n_samples):
             weight, bias = self._scaled_sample(generator).split(
                 [head.weight.numel(), self.n_params - head.weight.numel()]
             )
-            logits = features @ weight.view_as(head.weight).T
-            outputs.append(logits + bias if head.bias is not None else logits)
+            weight = weight.view_as(head.weight)
+            shift = None if head.bias is None else bias
+            outputs.append(torch.cat([F.linear(x, weight, shift) for x in features], dim=-1))
         return torch.stack(outputs) / self.likelihood_temperature
 
 
@@ -74,7 +76,7 @@ class KronLoraLLLaplace(LastLayerPosterior, KronLoraLaplace, KronLLLaplace):
 
     Args:
         model: A `PeftModel`, or a `LogitsModel` around one.
-        likelihood: ``"classification"`` or ``"regression"``.
+        likelihood: ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
         factor_rank: As in `KronLoraLaplace`; a single layer is kept dense by default.
         **kwargs: Arguments of `KronLoraLaplace`.
     """
@@ -136,9 +138,8 @@ class FullLoraLLLaplace(LastLayerPosterior, FullLLLaplace):
         """Return mean logits, and their covariance as a function of the prior, in one block."""
         self._check_H_init()
         values, vectors = self._spectrum()
-        with evaluation_mode(self.model):
-            jacobians, mean = self.backend.jacobians(x)
-        rows = jacobians @ vectors
+        mean, blocks = self._judged(x)
+        rows = torch.cat([block.flatten(2) for block in blocks], dim=-1) @ vectors
         return mean, iter([(0, [(values, rows.unsqueeze(2) * rows.unsqueeze(1))])])
 
     def block_spectra(self) -> list[Spectrum]:
@@ -185,6 +186,9 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         n_subset: Training examples that the process is conditioned on.
         target_ids: Answer tokens of a causal language model, see `LogitsModel`.
         **kwargs: laplace-torch's arguments.
+
+    Raises:
+        ValueError: If the likelihood is ``"reward_modeling"``.
     """
 
     _key = ("lora_last_layer", "gp")
@@ -198,6 +202,8 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         target_ids: Sequence[int] | Tensor | None = None,
         **kwargs: Any,
     ) -> None:
+        if likelihood == REWARD_MODELING:
+            raise ValueError("the Gaussian process takes no pairs; use another last-layer class")
         backend = kwargs.pop("backend", None)
         # laplace-torch accepts three backends and asks them for the Jacobian of a linear layer.
         kwargs["backend"] = CurvlinopsGGN if backend in (None, LoraGGN) else backend

@@ -45,6 +45,18 @@ def contrast_root(f: Tensor) -> Tensor:
     return columns
 
 
+def difference_root(f: Tensor) -> Tensor:
+    """Return the column ``e_2 − e_1``: the reward of the chosen text less that of the rejected one.
+
+    Args:
+        f: Both rewards, shape ``(batch, 2)``.
+
+    Returns:
+        One column, ``(1, batch, 2)``.
+    """
+    return -contrast_root(f)
+
+
 def hessian_root(f: Tensor, likelihood: str) -> Tensor:
     """Return the exact root of the output Hessian with the fewest columns.
 

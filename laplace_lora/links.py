@@ -28,11 +28,16 @@ def log_probabilities(mean: Tensor, covariance: Tensor, link: str, noise: Tensor
         noise: Standard normal samples ``(samples, classes − 1)`` for ``"mc"``.
 
     Returns:
-        Shape ``(…, batch, classes)``.
+        Shape ``(…, batch, classes)``. A single logit is that of the second of two classes, with the
+        first at zero.
 
     Raises:
-        ValueError: If the link is none of these.
+        ValueError: If the link is none of these, or a bridge meets a single logit.
     """
+    if mean.shape[-1] == 1:
+        if link.startswith("bridge"):
+            raise ValueError(f"link_approx={link!r} needs two logits; use 'probit' or 'mc'")
+        mean, covariance = F.pad(mean, (1, 0)), F.pad(covariance, (1, 0, 1, 0))
     if link == "probit":
         return probit(mean, covariance)
     if link == "mc" and noise is not None:

@@ -64,21 +64,24 @@ class LinearMap:
         """Whether its curvature is kept as a diagonal, not as Kronecker factors."""
         return False
 
-    def misfit(self, calls: Sequence[Call], batch: int) -> str | None:
+    def misfit(self, calls: Sequence[Call], batch: int, texts: int = 1) -> str | None:
         """Return why Kronecker factors cannot express what the map did, ``None`` if they can.
 
         Args:
             calls: The module's calls in a forward pass.
             batch: Number of examples.
+            texts: Number of texts of an example, each of which may have a length of its own.
         """
         if not calls:
             return f"layer {self.name!r} did not run in the forward pass"
-        shapes = {tuple(call.x.shape): None for call in calls}
-        if len(shapes) > 1:
+        each = max(1, len(calls) // texts)  # calls on one text
+        shapes = [tuple(call.x.shape) for call in calls]
+        same = all(shape == shapes[i - i % each] for i, shape in enumerate(shapes))
+        if len(calls) % texts or not same:
             return (
                 f"layer {self.name!r} ran {len(calls)} times in one forward pass with inputs of "
-                f"different shapes {list(shapes)} (relative attention, say), which its Kronecker "
-                "factors cannot express"
+                f"different shapes {list(dict.fromkeys(shapes))} (relative attention, say), which "
+                "its Kronecker factors cannot express"
             )
         x = calls[0].x
         if x.ndim not in self.input_dims or x.shape[0] != batch:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from laplace_lora.adapters import last_linear
 from laplace_lora.heads import LastLayerModel
 from laplace_lora.peft_state import activate_adapter
+from laplace_lora.preferences import is_pair, passes
 
 
 class LogitsModel(nn.Module):
@@ -35,6 +36,7 @@ class LogitsModel(nn.Module):
       never go through the head. Positions count real tokens only, as in generation.
     * Encoder-decoder with ``target_ids``: the same at the first decoder step.
     * Anything else through ``output``.
+    * A reward model, which has one output, on pairs (see `preferences`): both rewards.
 
     Args:
         model: A `PeftModel`, or any module. An adapter loaded for inference is made trainable.
@@ -107,8 +109,20 @@ class LogitsModel(nn.Module):
             batch: A mapping with the model's inputs (``labels`` are ignored), or a tensor.
 
         Returns:
-            Shape ``(batch, outputs)``, float32 or better.
+            Shape ``(batch, outputs)``, float32 or better. For pairs ``(batch, 2)``, the rewards of
+            the rejected and of the chosen texts.
+
+        Raises:
+            ValueError: If a batch of pairs meets a model with several outputs, or lacks a half.
         """
+        if is_pair(batch):
+            rewards = torch.cat([self(half) for half in passes(batch)], dim=-1)
+            if rewards.shape[-1] != 2:
+                raise ValueError(
+                    f"a reward model has one output, this one {rewards.shape[-1] // 2}; load it "
+                    "with num_labels=1"
+                )
+            return rewards
         if isinstance(batch, Mapping):
             inputs = {
                 key: value.to(self.device) if isinstance(value, Tensor) else value

@@ -17,7 +17,8 @@ from torch import Tensor
 from laplace_lora import links
 from laplace_lora.curvature import LoraCurvature
 from laplace_lora.guard import evaluation_mode, set_weights, weights_kept
-from laplace_lora.likelihoods import contrast_root
+from laplace_lora.likelihoods import contrast_root, difference_root
+from laplace_lora.preferences import REWARD_MODELING, is_pair
 
 Gram = tuple[Tensor, Tensor]
 
@@ -67,6 +68,10 @@ class StreamingPredictive(ParametricLaplace):
         The GLM predictive is ``f ~ N(f_MAP, J P⁻¹ Jᵀ)``. With ``link_approx="mc"`` the softmax does
         not see a shift of all logits, so ``C − 1`` contrasts of logits are propagated and sampled.
 
+        A reward model answers single texts like a regression and pairs (see `preferences`) like a
+        classifier: the probabilities that the rejected and that the chosen text wins, from the
+        difference of the rewards alone.
+
         Args:
             x: Batch that the model takes.
             pred_type: ``"glm"`` (linearised) or ``"nn"`` (sampled weights, ``link_approx="mc"``).
@@ -75,7 +80,7 @@ class StreamingPredictive(ParametricLaplace):
             n_samples: Samples for ``"mc"``.
             diagonal_output: Ignore covariances between outputs (``"mc"`` and regression).
             generator: Source of the samples, on the posterior's device.
-            fitting: Of laplace-torch, for reward models: predict as in training.
+            fitting: Of laplace-torch: for reward models, insist on pairs.
 
         Returns:
             Class probabilities ``(batch, classes)``. For regression mean ``(batch, outputs)`` and
@@ -88,9 +93,8 @@ class StreamingPredictive(ParametricLaplace):
         """
         self._check_H_init()
         self._check_options(pred_type, link_approx, generator)
-        classifies = self.likelihood == "classification" or (
-            self.likelihood == "reward_modeling" and fitting
-        )
+        prefers = self.likelihood == REWARD_MODELING and (fitting or is_pair(x))
+        classifies = self.likelihood == "classification" or prefers
         if pred_type == "nn":
             if classifies and link_approx != "mc":
                 raise ValueError("pred_type='nn' samples weights; choose link_approx='mc'")
@@ -101,6 +105,11 @@ class StreamingPredictive(ParametricLaplace):
             return mean, covariance.diagonal(dim1=-2, dim2=-1) if (
                 diagonal_output and not joint
             ) else covariance
+        if prefers:
+            mean, variance = (m.unsqueeze(-1) for m in self.reward_difference(x))
+            noise = self._noise(n_samples, mean, generator) if link_approx == "mc" else None
+            covariance = variance.unsqueeze(-1)
+            return links.log_probabilities(mean, covariance, link_approx, noise).exp()
         if link_approx == "mc" and not diagonal_output:
             mean, covariance = self._linearised(x, contrast_root)
             contrasts = mean[:, :-1] - mean[:, -1:]
@@ -111,6 +120,28 @@ class StreamingPredictive(ParametricLaplace):
             samples = self._glm_functional_samples(mean, covariance, n_samples, True, generator)
             return samples.softmax(-1).mean(0)
         return links.log_probabilities(mean, covariance, link_approx, None).exp()
+
+    def reward_difference(self, pairs: Any) -> tuple[Tensor, Tensor]:
+        """Return the linearised posterior of ``r_chosen − r_rejected``.
+
+        The variance is that of the difference of the Jacobians: what the two rewards share, such
+        as a common shift, cancels.
+
+        Args:
+            pairs: Batch of pairs, see `preferences`.
+
+        Returns:
+            Mean and variance, ``(batch,)`` each.
+
+        Raises:
+            AttributeError: If the posterior has not been fitted.
+            ValueError: If the batch holds no pairs.
+        """
+        self._check_H_init()
+        if not is_pair(pairs):
+            raise ValueError("a difference needs pairs: 'input_ids_chosen', 'input_ids_rejected'")
+        mean, covariance = self._linearised(pairs, difference_root)
+        return mean[:, 1] - mean[:, 0], covariance.flatten()
 
     def gram_blocks(self, x: Any) -> tuple[Tensor, Iterator[tuple[int, list[Gram]]]]:
         """Return the mean of the logits, and their covariance as a function of the prior.
@@ -123,12 +154,18 @@ class StreamingPredictive(ParametricLaplace):
 
         Returns:
             Mean ``(batch, outputs)``, and an iterator over ``(i, grams)`` in parameter order, see
-            `block_grams`.
+            `block_grams`. For pairs the one output is the difference of their rewards.
         """
         grams = self.block_grams()
-        with evaluation_mode(self.model):
-            mean, jacobians = self.backend.jacobian_blocks(x)
+        mean, jacobians = self._judged(x)
         return mean, ((i, grams(i, jacobian)) for i, jacobian in enumerate(jacobians))
+
+    def _judged(self, x: Any) -> tuple[Tensor, Iterator[Tensor]]:
+        """Return what the likelihood judges, ``(batch, outputs)``, and its Jacobians."""
+        prefers = self.likelihood == REWARD_MODELING
+        with evaluation_mode(self.model):
+            f, jacobians = self.backend.jacobian_blocks(x, difference_root if prefers else None)
+        return f[:, 1:] - f[:, :1] if prefers else f, jacobians
 
     def _check_options(
         self, pred_type: str, link_approx: str, generator: torch.Generator | None

@@ -42,7 +42,7 @@ class LaplaceCallback(TrainerCallback):
 
     Args:
         trainer: The trainer.
-        likelihood: ``"classification"`` or ``"regression"``.
+        likelihood: ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
         posterior: The posterior's class.
         save: Write the posterior into the trainer's output folder.
         link_approx: Link of the predictive.
@@ -81,7 +81,7 @@ class LaplaceCallback(TrainerCallback):
         la.optimize_prior_precision()
         self.la = la
         metrics = {"laplace_log_marginal_likelihood": la.log_marginal_likelihood().item()}
-        if self.trainer.eval_dataset is not None and self.likelihood == "classification":
+        if self.trainer.eval_dataset is not None and self.likelihood != "regression":
             metrics |= self._judged(self.trainer.get_eval_dataloader(), progress)
         self.trainer.log(metrics)
         if self.save and args.should_save:
@@ -94,7 +94,8 @@ class LaplaceCallback(TrainerCallback):
             dataset: As for ``trainer.predict``.
 
         Returns:
-            Class probabilities ``(examples, classes)``; for regression mean and covariance.
+            Class probabilities ``(examples, classes)``, of a reward model for pairs; for
+            regression mean and covariance.
 
         Raises:
             RuntimeError: If training has not ended.
@@ -102,7 +103,7 @@ class LaplaceCallback(TrainerCallback):
         if self.la is None:
             raise RuntimeError("there is no posterior yet; it is fitted when training ends")
         loader = self.trainer.get_test_dataloader(dataset)
-        if self.likelihood == "classification":
+        if self.likelihood != "regression":
             return self._collected(loader, self._laplace, not self.trainer.args.disable_tqdm)
         parts = [self.la(batch) for batch in sharding.own_batches(loader)]
         gather = sharding.gather_for(loader)
@@ -118,7 +119,8 @@ class LaplaceCallback(TrainerCallback):
 
     def _collected(self, loader: Any, predict: Callable[[Any], Tensor], progress: bool) -> Tensor:
         bar = tqdm(loader, disable=not (progress and sharding.is_main()), desc="Predicting")
-        parts = [predict(batch).detach() for batch in sharding.own_batches(loader, bar)]
+        batches = sharding.own_batches(loader, map(self.la.by_example, bar))
+        parts = [predict(batch).detach() for batch in batches]
         return sharding.gather_for(loader)(torch.cat(parts))
 
     def _judged(self, loader: Any, progress: bool) -> dict[str, float]:

@@ -36,6 +36,10 @@ class PriorTuning(ParametricLaplace):
     likelihood_temperature: float
     _norms: tuple[Any, Any, Tensor] | None = None
 
+    def by_example(self, batch: Any) -> Any:
+        """Return a batch in the form in which every row is an example."""
+        raise NotImplementedError
+
     def block_spectra(self) -> list[Spectrum]:
         """Return each tensor's curvature eigenvalues, with how often each counts."""
         raise NotImplementedError
@@ -94,7 +98,8 @@ class PriorTuning(ParametricLaplace):
             if method == "marglik":
                 self._maximise_evidence(prior_structure, tune_sigma_noise, val_loader, kwargs)
             elif method == "gridsearch" and pred_type == "nn":
-                options = {"val_loader": val_loader, "n_samples": n_samples, "link_approx": "mc"}
+                data = val_loader if val_loader is None else list(map(self.by_example, val_loader))
+                options = {"val_loader": data, "n_samples": n_samples, "link_approx": "mc"}
                 super().optimize_prior_precision("nn", method, **options, **kwargs)
             elif method == "gridsearch":
                 scoring = Scoring.of(self, link_approx, n_samples)

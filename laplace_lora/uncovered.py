@@ -51,7 +51,7 @@ class ElementwiseMap(LinearMap):
         """Return the length of the tensor."""
         return [parameter.numel()]
 
-    def misfit(self, calls: Sequence[Call], batch: int) -> str | None:
+    def misfit(self, calls: Sequence[Call], batch: int, texts: int = 1) -> str | None:
         """Return why the map is not of the form that its class stands for, ``None`` if it is."""
         if not calls:
             return f"layer {self.name!r} did not run in the forward pass"

@@ -42,7 +42,7 @@ class Scoring:
         cls, la: Any, link: str, n_samples: int, generator: torch.Generator | None = None
     ) -> Scoring:
         """Return the scoring of a posterior; draws the common samples once."""
-        size = (n_samples, la.n_outputs - 1)
+        size = (n_samples, max(la.n_outputs - 1, 1))
         draws = sharding.common(
             torch.randn(size, dtype=la._dtype, device=la._device, generator=generator)
         )
@@ -77,7 +77,7 @@ def labelled_batches(
     batches = 0
     hidden = not (progress_bar and sharding.is_main())
     bar = tqdm(loader, disable=hidden, desc="Passing over the validation set")
-    for batch in sharding.own_batches(loader, bar):
+    for batch in sharding.own_batches(loader, map(la.by_example, bar)):
         batches += 1
         yield la.labelled(batch)
     if not batches:
