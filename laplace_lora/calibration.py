@@ -80,7 +80,9 @@ def calibrate(
             batch has no labels.
     """
     if la.likelihood != "classification":
-        raise ValueError("calibrate needs a classifier; tune a regression by marginal likelihood")
+        raise ValueError(
+            f"calibrate needs a classifier; tune a {la.likelihood} posterior by marginal likelihood"
+        )
     groups = torch.zeros(la.n_layers, dtype=torch.long)
     cache = ValidationCache(la, loader, groups, progress_bar)
     start = (0.0, math.log(la.covariance_scale), math.log(la.likelihood_temperature))

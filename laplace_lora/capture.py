@@ -31,8 +31,10 @@ class Tape:
 
     Attributes:
         maps: The recorded maps.
+        examples: Number of examples.
         inputs: Own input of each map, ``(batch, tokens, q)`` or ``(batch, q)``, detached.
-        output: What the model returned, ``(batch, outputs)``, detached.
+        output: What the model returned, ``(rows, outputs)``, detached; a row an example, unless
+            several of an example's tokens have outputs of their own.
     """
 
     def __init__(
@@ -42,8 +44,10 @@ class Tape:
         calls: Sequence[Sequence[tuple[Tensor, Tensor]]],
         output: Tensor,
         sources: dict[int, tuple],
+        examples: int,
     ) -> None:
         self.maps = maps
+        self.examples = examples
         self._sources = sources
         self.output = output.detach()
         self._mask_source = mask_source
@@ -147,6 +151,7 @@ def record(
     batch: Any,
     masks: Mapping[str, Any] | None = None,
     skip_idle: bool = False,
+    examples: int | None = None,
 ) -> Tape:
     """Run a model on a batch and record its trainable maps; leaves no hook behind.
 
@@ -156,6 +161,7 @@ def record(
         batch: What the model takes.
         masks: Where attention masks are looked for once they are needed; ``None`` for the batch.
         skip_idle: Leave out maps that do not run, instead of refusing them.
+        examples: Number of examples, if it is not the outputs' number of rows.
 
     Raises:
         ValueError: If the model's output is not ``(batch, outputs)``.
@@ -194,15 +200,16 @@ def record(
         raise RuntimeError(
             "the outputs carry no gradient; does the model run under torch.no_grad, or detach them?"
         )
+    examples = len(output) if examples is None else examples
     for i, linear in enumerate(maps):
-        _check_calls(linear, [x for x, _ in calls[i]], output.shape[0])
+        _check_calls(linear, [x for x, _ in calls[i]], examples)
         if not all(out.requires_grad for _, out in calls[i]):
             raise RuntimeError(
                 f"the output of layer {linear.name!r} carries no gradient; is it under "
                 "torch.no_grad, or under reentrant gradient checkpointing? Use use_reentrant=False"
             )
     masks = batch if masks is None else masks
-    return Tape(maps, masks, [calls[i] for i in range(len(maps))], output, sources)
+    return Tape(maps, masks, [calls[i] for i in range(len(maps))], output, sources, examples)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
