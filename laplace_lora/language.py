@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from laplace_lora.likelihoods import IGNORED
 from laplace_lora.models import LogitsModel, last_true, wide
@@ -110,6 +111,21 @@ class TokenModel(LogitsModel):
         """Number of outputs of a prediction: the likeliest tokens, and one for all others."""
         return TOP_K + 1
 
+    @property
+    def end_tokens(self) -> list[int]:
+        """Tokens that end a text, by the model's configuration; it may know of none."""
+        found = self._special_token("eos_token_id")
+        return [] if found is None else found if isinstance(found, list) else [found]
+
+    @property
+    def pad_token(self) -> int:
+        """Token that fills up texts; 0 if the model's configuration does not say."""
+        return self._special_token("pad_token_id") or 0
+
+    def _special_token(self, name: str) -> Any:
+        generation = getattr(getattr(self._base, "generation_config", None), name, None)
+        return getattr(self.config, name, None) if generation is None else generation
+
     def forward(self, batch: Mapping[str, Any] | Tensor) -> Tensor:
         """Return the logits that predict the scored tokens, examples one after the other.
 
@@ -127,6 +143,20 @@ class TokenModel(LogitsModel):
             raise TypeError("which tokens are scored is told by 'labels', which the batch lacks")
         rows, tokens = (token_labels(batch, batch["labels"]) != IGNORED).nonzero(as_tuple=True)
         return self._logits_after(batch, rows, tokens - 1)
+
+    def log_likelihood(self, batch: Mapping[str, Any], temperature: float = 1.0) -> Tensor:
+        """Return each text's log probability of its scored tokens, ``(batch,)``.
+
+        Args:
+            batch: As for `forward`.
+            temperature: Divides the logits.
+        """
+        logits = self(batch) / temperature
+        labels = token_labels(batch, batch["labels"]).to(logits.device)
+        scored = labels != IGNORED
+        log_prob = -F.cross_entropy(logits, labels[scored], reduction="none")
+        rows = scored.nonzero(as_tuple=True)[0]
+        return logits.new_zeros(len(labels)).index_add(0, rows, log_prob)
 
     def next_logits(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the logits of the token that would follow, ``(batch, vocabulary)``.
