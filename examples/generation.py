@@ -231,7 +231,7 @@ def print_groups(rows: list[dict], scored: list[TokenPredictions]) -> None:
     }
     joined = {name: torch.cat(values) for name, values in columns.items()}
     print("\nFirst token of the answer: probability of the likeliest, and doubt in nats")
-    print(f"{'':<20}{'people':>7}" + "".join(f"{name:>11}" for name in joined))
+    print(f"{'':<20}{'rows':>7}" + "".join(f"{name:>11}" for name in joined))
     for group in dict.fromkeys(row["group"] for row in rows):
         chosen = torch.tensor([row["group"] == group for row in rows])
         means = "".join(f"{values.cpu()[chosen].mean():>11.3f}" for values in joined.values())

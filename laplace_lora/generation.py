@@ -160,7 +160,8 @@ def _until(batch: Mapping[str, Any], rows: Tensor, places: Tensor) -> dict[str, 
             value = value[rows]
             value = value[:, :end] if value.shape[1:2] == (width,) else value
         cut[key] = value
-    mask = cut.get("attention_mask", torch.ones_like(cut["input_ids"]))
+    mask = cut.get("attention_mask")
+    mask = torch.ones_like(cut["input_ids"]) if mask is None else mask
     before = torch.arange(end, device=places.device) < places.unsqueeze(1)
     return {**cut, "attention_mask": mask * before}
 

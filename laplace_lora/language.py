@@ -164,8 +164,8 @@ class TokenModel(LogitsModel):
         Args:
             batch: A mapping with ``input_ids`` and, if padded on either side, ``attention_mask``.
         """
-        ids = batch["input_ids"]
-        last = last_true(batch.get("attention_mask", torch.ones_like(ids)))
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        last = last_true(torch.ones_like(ids) if mask is None else mask)
         return self._logits_after(batch, torch.arange(len(ids)), last)
 
     def _logits_after(self, batch: Mapping[str, Any], rows: Tensor, tokens: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class KronLoraLaplace(LoraPosterior, KronLaplace):
 
     Args:
         model: A `PeftModel`, or a `LogitsModel` around one.
-        likelihood: ``"classification"`` or ``"regression"``.
+        likelihood: ``"classification"``, ``"regression"`` or ``"language_modeling"``.
         factor_rank: Eigenpairs kept of a factor side longer than ``low_rank_threshold``; ``None``
             keeps every side dense.
         low_rank_threshold: Sides up to this length stay dense.
@@ -135,7 +135,7 @@ class DiagLoraLaplace(LoraPosterior, DiagLaplace):
 
     Args:
         model: A `PeftModel`, or a `LogitsModel` around one.
-        likelihood: ``"classification"`` or ``"regression"``.
+        likelihood: ``"classification"``, ``"regression"`` or ``"language_modeling"``.
         **kwargs: Arguments of `LoraPosterior`.
     """
 

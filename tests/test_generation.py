@@ -166,8 +166,10 @@ def test_scores_do_not_depend_on_padding_and_batches(name):
         assert torch.equal(other.candidates, reference.candidates)
         for field in FIELDS:
             assert_near(getattr(other, field), getattr(reference, field), 1e-5)
-    alone = score(la, text_batch((4,), (1,)), K, generator=seeded())
-    assert_near(alone.log_prob, reference.log_prob[:1, :3], 1e-5)
+    for mask in (torch.ones(1, 4, dtype=torch.bool), None):
+        text = {**text_batch((4,), (1,)), "attention_mask": mask}
+        alone = score(la, text, K, generator=seeded())
+        assert_near(alone.log_prob, reference.log_prob[:1, :3], 1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama-lm", "gpt2-lm"])

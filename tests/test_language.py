@@ -62,7 +62,7 @@ def test_logits_are_those_that_transformers_scores(name):
     assert (labels != IGNORED).sum(1).tolist() == [3, 3, 1]
     loss = F.cross_entropy(logits, labels[labels != IGNORED])
     assert_near(loss, model(**batch).loss.to(loss))
-    last = TokenModel(model).next_logits(batch)
+    last = tokens.next_logits(batch)
     full = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
     assert_near(last, full[range(3), [length - 1 for length in LENGTHS]])
 
@@ -239,6 +239,8 @@ def test_collated_texts_fit_tune_and_come_back_from_a_file(tmp_path):
         nll = sum(-_log_likelihood(la, example["input_ids"]) for example in examples)
     assert la.loss == pytest.approx(nll.item(), rel=1e-6) and scored == 8
     before = la.log_marginal_likelihood()
+    la.optimize_prior_precision(n_steps=10)
+    assert la.log_marginal_likelihood() > before
     la.optimize_prior_precision(prior_structure="layerwise")
     assert la.log_marginal_likelihood() > before
     la.save_pretrained(tmp_path)
