@@ -18,6 +18,8 @@ from laplace_lora.curvature import LoraCurvature, LoraGGN
 from laplace_lora.decomposed import LowRankKronDecomposed
 from laplace_lora.fitting import Fitting
 from laplace_lora.kron import LowRankKron
+from laplace_lora.language import TokenModel
+from laplace_lora.likelihoods import CLASSIFICATION, LANGUAGE_MODELING
 from laplace_lora.memory import MemoryEstimate, estimate_memory
 from laplace_lora.models import LogitsModel
 from laplace_lora.predictions import Predictions, predict
@@ -33,8 +35,10 @@ class LoraPosterior(Fitting, PriorTuning, Saving, StreamingPredictive):
 
     Args:
         model: A `PeftModel`, or a `LogitsModel` around one.
-        likelihood: ``"classification"``, ``"regression"`` or, for a model with one output that is
-            fitted on preference pairs, ``"reward_modeling"``; see `preferences`.
+        likelihood: ``"classification"``; ``"regression"``; ``"reward_modeling"`` for a model with
+            one output that is fitted on preference pairs, see `preferences`; or
+            ``"language_modeling"`` for next-token prediction of a causal language model, see
+            `language`.
         target_ids: Answer tokens of a causal language model, see `LogitsModel`.
         modules: Which trainable modules the posterior covers: a regular expression searched for in
             their names, or a list of names or of whole parts of them. The others stay at their
@@ -68,7 +72,9 @@ class LoraPosterior(Fitting, PriorTuning, Saving, StreamingPredictive):
         if not (isinstance(backend, type) and issubclass(backend, LoraCurvature)):
             raise TypeError(f"backend must be LoraGGN, LoraEF or a subclass, got {backend!r}")
         self.modules = modules
-        model = self._wrapped(model, target_ids)
+        language = likelihood == LANGUAGE_MODELING
+        wrapped = TokenModel.around if language else self._wrapped
+        model = wrapped(model, target_ids)
         self.logits_model: Any = getattr(model, "source", model)
         outputs = self.logits_model.n_outputs
         if likelihood == REWARD_MODELING and outputs not in (None, 1):
@@ -78,7 +84,9 @@ class LoraPosterior(Fitting, PriorTuning, Saving, StreamingPredictive):
         options = {"uncovered": uncovered, **(backend_kwargs or {})}
         kwargs = {"backend": backend, "backend_kwargs": options, **kwargs}
         with trainable_only(model, modules):
-            super().__init__(model, likelihood, **kwargs)
+            # laplace-torch does not know of language models; to it tokens are classes.
+            super().__init__(model, CLASSIFICATION if language else likelihood, **kwargs)
+            self.likelihood = likelihood
             # Built now, so that what it cannot cover is refused before a fit.
             self.params = [block.parameter for block in self.backend.blocks]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from laplace_lora.preferences import REWARD_MODELING
 from laplace_lora.validation import Scoring, ValidationCache
 
 ECE_BINS = 15
@@ -79,8 +80,10 @@ def calibrate(
         ValueError: If the posterior is not a classifier's, there is no loader, it is empty, or a
             batch has no labels.
     """
-    if la.likelihood == "regression":
-        raise ValueError("calibrate needs a classifier; tune a regression by marginal likelihood")
+    if la.likelihood not in ("classification", REWARD_MODELING):
+        raise ValueError(
+            f"calibrate needs a classifier; tune a {la.likelihood} posterior by marginal likelihood"
+        )
     groups = torch.zeros(la.n_layers, dtype=torch.long)
     cache = ValidationCache(la, loader, groups, progress_bar)
     start = (0.0, math.log(la.covariance_scale), math.log(la.likelihood_temperature))

@@ -47,8 +47,10 @@ class Tape:
 
     Attributes:
         maps: The maps: those recorded, then whole tensors, which have nothing to record.
+        examples: Number of examples.
         inputs: Own input of each recorded map, ``(batch, tokens, q)`` or ``(batch, q)``, detached.
-        output: What the model returned, ``(batch, outputs)``, detached.
+        output: What the model returned, ``(rows, outputs)``, detached; a row an example, unless
+            several of an example's tokens have outputs of their own.
         rerun: From the number of an example to what the model returns for it alone, with its graph.
     """
 
@@ -60,9 +62,11 @@ class Tape:
         output: Tensor,
         sources: dict[int, list[tuple]],
         rerun: Callable[[int], Tensor],
+        examples: int,
     ) -> None:
         self.maps = maps
         self.rerun = rerun
+        self.examples = examples
         self._sources = sources
         self.output = output.detach()
         self._mask_source = mask_source
@@ -181,6 +185,7 @@ def record(
     batch: Any,
     masks: Mapping[str, Any] | None = None,
     skip_idle: bool = False,
+    examples: int | None = None,
 ) -> Tape:
     """Run a model on a batch and record its trainable maps; leaves no hook behind.
 
@@ -190,6 +195,7 @@ def record(
         batch: What the model takes.
         masks: Where attention masks are looked for once they are needed; ``None`` for the batch.
         skip_idle: Leave out maps that do not run, instead of refusing them.
+        examples: Number of examples, if it is not the outputs' number of rows.
 
     Raises:
         ValueError: If the model's output is not ``(batch, outputs)``.
@@ -233,7 +239,8 @@ def record(
         raise RuntimeError(
             "the outputs carry no gradient; does the model run under torch.no_grad, or detach them?"
         )
-    reasons = {i: linear.misfit(calls[i], len(output), texts) for i, linear in enumerate(recorded)}
+    examples = len(output) if examples is None else examples
+    reasons = {i: linear.misfit(calls[i], examples, texts) for i, linear in enumerate(recorded)}
     misfits = [i for i, reason in reasons.items() if reason is not None]
     if misfits:
         raise MisfitError(
@@ -256,7 +263,8 @@ def record(
         with whole:
             return model(one_example(batch, n))
 
-    return Tape(maps, masks, [calls[i] for i in range(len(recorded))], output, sources, rerun)
+    found = [calls[i] for i in range(len(recorded))]
+    return Tape(maps, masks, found, output, sources, rerun, examples)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from laplace.curvature import CurvatureInterface, EFInterface, GGNInterface
 from laplace.utils import Kron
-from torch import Tensor
+from torch import Tensor, nn
 
 from laplace_lora import likelihoods
 from laplace_lora.adapters import trainable_maps
@@ -36,7 +36,10 @@ class LoraCurvature(CurvatureInterface):
     The model is taken in the mode it is in: put it in evaluation mode first, as ``fit`` does.
 
     Args:
-        *args: Model, likelihood and the rest of laplace-torch's arguments.
+        model: Model from a batch to outputs.
+        likelihood: ``"classification"``, ``"regression"`` or, with a `TokenModel`,
+            ``"language_modeling"``.
+        *args: The rest of laplace-torch's arguments.
         kfac_approx: ``"expand"`` or ``"reduce"``, see `KfacSums`.
         factor_rank: Eigenpairs of a low-rank side; ``None`` makes dense factors, a plain `Kron`.
         low_rank_threshold: Sides up to this length stay dense.
@@ -55,6 +58,8 @@ class LoraCurvature(CurvatureInterface):
 
     def __init__(
         self,
+        model: nn.Module,
+        likelihood: str,
         *args: Any,
         kfac_approx: str = "expand",
         factor_rank: int | None = None,
@@ -63,7 +68,10 @@ class LoraCurvature(CurvatureInterface):
         uncovered: str = "error",
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        language = likelihood == likelihoods.LANGUAGE_MODELING
+        known = likelihoods.CLASSIFICATION if language else likelihood  # to laplace-torch
+        super().__init__(model, known, *args, **kwargs)
+        self.likelihood = likelihood
         check_residual(residual)
         if factor_rank is not None and factor_rank < 1:
             raise ValueError(f"factor_rank must be positive or None, got {factor_rank}")
@@ -179,6 +187,7 @@ class LoraCurvature(CurvatureInterface):
             Jacobians ``(batch, outputs, parameters)`` and outputs ``(batch, outputs)``.
         """
         if enable_backprop:
+            self._check_outputs_few()
             return super().jacobians(x, enable_backprop=True)
         f, blocks = self.jacobian_blocks(x)
         return self._joined(blocks), f
@@ -196,6 +205,7 @@ class LoraCurvature(CurvatureInterface):
         Returns:
             Jacobians ``(batch, choices, parameters)`` and outputs ``(batch, outputs)``.
         """
+        self._check_outputs_few()
         if enable_backprop:
             return super().selected_output_jacobians(x, outputs, enable_backprop=True)
 
@@ -223,7 +233,10 @@ class LoraCurvature(CurvatureInterface):
         return rows[:, 0], loss / self.factor
 
     def jacobian_blocks(
-        self, x: Any, columns: Callable[[Tensor], Tensor] | None = None
+        self,
+        x: Any,
+        columns: Callable[[Tensor], Tensor] | None = None,
+        function: Callable[[Any], Tensor] | None = None,
     ) -> tuple[Tensor, Iterator[Tensor]]:
         """Return outputs, and Jacobians tensor by tensor.
 
@@ -231,12 +244,19 @@ class LoraCurvature(CurvatureInterface):
             x: Batch that the model takes.
             columns: From the outputs ``(batch, outputs)`` to the gradients sent backward,
                 ``(columns, batch, outputs)``; one column an output when ``None``.
+            function: What to differentiate instead of the model's own outputs: from a batch to
+                ``(batch, outputs)``, by the same maps.
 
         Returns:
             Outputs ``(batch, outputs)``, and an iterator over ``(batch, columns, *shape)`` of each
             trainable tensor in parameter order.
+
+        Raises:
+            ValueError: If the outputs are those of a language model.
         """
-        tape = self._record(x)
+        if function is None:
+            self._check_outputs_few()
+        tape = self._record(x, function)
         f = tape.output
         roots = likelihoods.identity_root(f) if columns is None else columns(f)
         return f, jacobian_blocks(tape, self.blocks, roots, self.dtype)
@@ -249,16 +269,22 @@ class LoraCurvature(CurvatureInterface):
         """
         self.maps, self.blocks = whole_instead(self.maps, self.blocks, maps)
 
-    def _record(self, x: Any) -> Tape:
+    def _record(
+        self,
+        x: Any,
+        function: Callable[[Any], Tensor] | None = None,
+        examples: int | None = None,
+    ) -> Tape:
         check_adapters(self.model)
+        run = self.model if function is None else function
         with differentiable(self.model):
             try:
-                return record(self.model, self.maps, x)
+                return record(run, self.maps, x, examples=examples)
             except MisfitError as error:
                 if self.uncovered == "error":
                     raise
                 self.cover_whole(error.maps)
-            return record(self.model, self.maps, x)
+            return record(run, self.maps, x, examples=examples)
 
     def _check_plain(self) -> None:
         for block in self.blocks:
@@ -272,8 +298,16 @@ class LoraCurvature(CurvatureInterface):
     def _columns(self, f: Tensor, y: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def _check_outputs_few(self) -> None:
+        if self.likelihood == likelihoods.LANGUAGE_MODELING:
+            raise ValueError(
+                "a language model's outputs, its whole vocabulary at every token, are too many for "
+                "Jacobians; `laplace_lora.generation` predicts the likeliest tokens, and "
+                "method='marglik' tunes the prior without predictions"
+            )
+
     def _forward(self, x: Any, y: Tensor) -> tuple[Tape, Tensor]:
-        tape = self._record(x)
+        tape = self._record(x, examples=len(y))
         loss = likelihoods.negative_log_likelihood(tape.output, y, self.likelihood)
         if not bool(loss.isfinite()):
             raise FloatingPointError(f"the loss is {loss.item()}")
@@ -311,14 +345,32 @@ class LoraGGN(LoraCurvature, GGNInterface):
     """Generalised Gauss-Newton curvature, exact in the outputs from ``C − 1`` backward passes.
 
     Args:
-        *args: Model, likelihood and the rest of laplace-torch's `GGNInterface` arguments, among
-            them ``stochastic`` (Monte-Carlo Fisher) and ``num_samples`` (its labels an example).
-        **kwargs: The same by name, and those of `LoraCurvature`.
+        model: Model from a batch to outputs.
+        likelihood: As of `LoraCurvature`.
+        *args: The rest of laplace-torch's `GGNInterface` arguments.
+        stochastic: Monte-Carlo Fisher, from one backward pass a label drawn; ``num_samples`` says
+            how many are drawn for an example, or for each token of a language model. ``None`` is
+            true for language models and false for all others.
+        **kwargs: The arguments by name, and those of `LoraCurvature`.
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str,
+        *args: Any,
+        stochastic: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if stochastic is None:
+            stochastic = likelihood == likelihoods.LANGUAGE_MODELING
+        super().__init__(model, likelihood, *args, stochastic=stochastic, **kwargs)
 
     def _columns(self, f: Tensor, y: Tensor) -> Tensor:
         if self.stochastic:
             return likelihoods.sampled_root(f, self.likelihood, self.num_samples)
+        if self.likelihood == likelihoods.LANGUAGE_MODELING:
+            return likelihoods.token_root(f, y)
         return likelihoods.hessian_root(f, self.likelihood)
 
 

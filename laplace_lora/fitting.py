@@ -21,7 +21,8 @@ from laplace_lora.accumulation import Snapshot, accumulate
 from laplace_lora.curvature import LoraCurvature
 from laplace_lora.fingerprint import check_identity, identity
 from laplace_lora.guard import evaluation_mode
-from laplace_lora.likelihoods import negative_log_likelihood
+from laplace_lora.language import token_labels
+from laplace_lora.likelihoods import LANGUAGE_MODELING, negative_log_likelihood
 from laplace_lora.maps import wide_dtype
 from laplace_lora.preferences import REWARD_MODELING, as_pairs
 
@@ -50,7 +51,8 @@ class Fitting(ParametricLaplace):
     ) -> None:
         """Fit the posterior at the model's current weights.
 
-        One forward pass and ``C − 1`` backward passes a batch. The result does not depend on batch
+        One forward pass and ``C − 1`` backward passes a batch; for language models one backward
+        pass, which draws labels from torch's global generator. The result does not depend on batch
         size or padding. If anything fails, the earlier posterior stays as it was.
 
         Where several processes share a loader (a `DistributedSampler`, or one that accelerate has
@@ -214,7 +216,8 @@ class Fitting(ParametricLaplace):
         """Split a batch into what the model takes and labels on the posterior's device.
 
         Raises:
-            ValueError: If labels are missing, or a reward model is given no pairs.
+            ValueError: If labels are missing, a reward model is given no pairs, or labels of tokens
+                do not fit the tokens.
             TypeError: If the batch is neither mapping nor pair.
         """
         if self.likelihood == REWARD_MODELING:
@@ -234,6 +237,9 @@ class Fitting(ParametricLaplace):
                 f"and labels, got {type(batch).__name__}"
             )
         y = torch.as_tensor(y).to(self._device)
+        if self.likelihood == LANGUAGE_MODELING:
+            y = token_labels(x, y)
+            x = {**x, "labels": y}
         if self.likelihood == "regression":
             y = y.to(self._dtype)
             y = y.unsqueeze(-1) if y.ndim == 1 else y

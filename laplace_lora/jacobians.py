@@ -66,7 +66,7 @@ def jacobian_blocks(
             continue
         kept = biases.pop(i) if block.is_bias else weights.pop(i)
         if not kept:  # the outputs do not depend on this map
-            shape = (len(tape.output), len(columns), *block.parameter.shape)
+            shape = (tape.examples, len(columns), *block.parameter.shape)
             yield torch.zeros(shape, dtype=dtype, device=device)
             continue
         rows = torch.stack(kept, dim=1)

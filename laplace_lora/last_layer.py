@@ -22,6 +22,7 @@ from laplace_lora.base import LoraPosterior
 from laplace_lora.curvature import LoraGGN
 from laplace_lora.evidence import Spectrum
 from laplace_lora.heads import LastLayerModel
+from laplace_lora.likelihoods import LANGUAGE_MODELING
 from laplace_lora.posterior import DiagLoraLaplace, KronLoraLaplace
 from laplace_lora.predictive import Gram
 from laplace_lora.preferences import REWARD_MODELING, passes
@@ -36,13 +37,18 @@ class LastLayerPosterior(LoraPosterior):
         **kwargs: Arguments of `LoraPosterior`.
 
     Raises:
-        ValueError: If the model has no linear last layer, or gradients through the predictive are
-            asked for: the features have none.
+        ValueError: If the model has no linear last layer, gradients through the predictive are
+            asked for (the features have none), or the likelihood is ``"language_modeling"``.
     """
 
     def __init__(self, model: nn.Module, likelihood: str, **kwargs: Any) -> None:
         if kwargs.get("enable_backprop"):
             raise ValueError("last-layer posteriors cannot be differentiated by their input")
+        if likelihood == LANGUAGE_MODELING:
+            raise ValueError(
+                "the last layer of a language model is its whole vocabulary, too large for a "
+                "posterior; use KronLoraLaplace"
+            )
         super().__init__(model, likelihood, last_layer_name="head", **kwargs)
 
     @staticmethod

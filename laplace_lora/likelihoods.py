@@ -5,6 +5,10 @@ columns of ``S``, one backward pass each. It knows neither models nor parameters
 
 All functions return columns first, ``(columns, batch, outputs)``, so that one column is the
 ``grad_outputs`` of one backward pass.
+
+With the likelihood ``"language_modeling"`` outputs are logits of the vocabulary, one row a scored
+token, ``(scored, vocabulary)``, examples one after the other; labels are ``(batch, tokens)``,
+`IGNORED` where nothing is scored. The likelihood of an example is the product over its tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +19,9 @@ from torch.nn import functional as F
 
 CLASSIFICATION = "classification"
 REGRESSION = "regression"
+LANGUAGE_MODELING = "language_modeling"
+IGNORED = -100  # the label of tokens that are not scored
+EXACT_VOCABULARY = 1024  # tokens up to which the exact root may be asked for
 
 
 def identity_root(f: Tensor) -> Tensor:
@@ -108,9 +115,37 @@ def sampled_root(f: Tensor, likelihood: str, num_samples: int) -> Tensor:
         columns = torch.randn(num_samples, *f.shape, dtype=f.dtype, device=f.device)
     else:
         p = F.softmax(f, dim=-1)
-        labels = torch.multinomial(p, num_samples, replacement=True)
-        columns = (p.unsqueeze(1) - F.one_hot(labels, f.shape[-1]).to(f.dtype)).transpose(0, 1)
-    return columns / num_samples**0.5
+        labels = torch.multinomial(p, num_samples, replacement=True).T.unsqueeze(-1)
+        columns = p.repeat(num_samples, 1, 1)
+        columns.scatter_add_(-1, labels, columns.new_full(labels.shape, -1))
+    return columns.div_(num_samples**0.5)
+
+
+def token_root(f: Tensor, y: Tensor) -> Tensor:
+    """Return the exact root of the output Hessian of a language model with a small vocabulary.
+
+    The tokens of an example have columns of their own, as they meet in one gradient; a token of
+    another example may share them. Labels drawn independently need no such care: the cross terms
+    of `sampled_root` vanish on average.
+
+    Args:
+        f: Logits of the scored tokens, shape ``(scored, vocabulary)``.
+        y: Labels, ``(batch, tokens)``.
+
+    Returns:
+        Columns ``(most scored tokens of an example · (vocabulary − 1), scored, vocabulary)``.
+
+    Raises:
+        ValueError: If the vocabulary has more than `EXACT_VOCABULARY` tokens.
+    """
+    if f.shape[-1] > EXACT_VOCABULARY:
+        raise ValueError(
+            f"the exact curvature needs {f.shape[-1] - 1} backward passes a token; keep "
+            "stochastic=True, and raise `num_samples` for more precision"
+        )
+    scored = y != IGNORED
+    places = F.one_hot((scored.cumsum(1) - 1)[scored]).to(f)
+    return torch.einsum("st,csv->tcsv", places, hessian_root(f, CLASSIFICATION)).flatten(0, 1)
 
 
 def empirical_root(f: Tensor, y: Tensor, likelihood: str) -> Tensor:
@@ -119,13 +154,14 @@ def empirical_root(f: Tensor, y: Tensor, likelihood: str) -> Tensor:
     Args:
         f: Logits or regression means, shape ``(batch, outputs)``.
         y: Labels ``(batch,)``, or targets of the shape of ``f``.
-        likelihood: ``"classification"`` or ``"regression"``.
+        likelihood: ``"classification"``, ``"regression"`` or ``"language_modeling"``.
 
     Returns:
         One column, ``(1, batch, outputs)``: ``softmax(f) − onehot(y)`` or ``f − y``.
     """
     if likelihood == REGRESSION:
         return (f - y).unsqueeze(0)
+    y = y[y != IGNORED] if likelihood == LANGUAGE_MODELING else y
     return (F.softmax(f, dim=-1) - F.one_hot(y, f.shape[-1]).to(f.dtype)).unsqueeze(0)
 
 
@@ -138,7 +174,7 @@ def negative_log_likelihood(f: Tensor, y: Tensor, likelihood: str) -> Tensor:
     Args:
         f: Logits or regression means, shape ``(batch, outputs)``.
         y: Labels ``(batch,)``, or targets of the shape of ``f``.
-        likelihood: ``"classification"`` or ``"regression"``.
+        likelihood: ``"classification"``, ``"regression"`` or ``"language_modeling"``.
 
     Returns:
         A scalar.
@@ -153,6 +189,10 @@ def negative_log_likelihood(f: Tensor, y: Tensor, likelihood: str) -> Tensor:
                 f"{tuple(f.shape)}; give one target per output"
             )
         return 0.5 * (f - y).square().sum()
+    if likelihood == LANGUAGE_MODELING:
+        y = y[y != IGNORED]
+        if not len(y):
+            return f.sum()
     if y.shape != f.shape[:1] or y.is_floating_point():
         raise ValueError(
             f"classification needs one integer label per example, shape {tuple(f.shape[:1])}; got "

@@ -103,6 +103,7 @@ def estimate_memory(la: Any, batch: Any, n_examples: int | None = None) -> Memor
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):
         outputs = la.model(first_examples(batch, 1)).shape[-1]
+    outputs = getattr(la.model, "predicted_outputs", outputs)
     activations = size * sum(nbytes for pointer, nbytes in kept.items() if pointer not in own)
     item = torch.finfo(la._dtype).bits // 8
     largest = max(parameter.numel() for parameter in la.params)

@@ -124,16 +124,10 @@ class LogitsModel(nn.Module):
                 )
             return rewards
         if isinstance(batch, Mapping):
-            inputs = {
-                key: value.to(self.device) if isinstance(value, Tensor) else value
-                for key, value in batch.items()
-                if key != "labels"
-            }
-            logits = self._from_mapping(inputs)
+            logits = self._from_mapping(self._inputs(batch))
         else:
             logits = self._logits(self.model(batch.to(self.device)))
-        logits = logits.to(self.device)  # a model may be spread over devices
-        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        return wide(logits.to(self.device))  # a model may be spread over devices
 
     def features(self, batch: Mapping[str, Any] | Tensor) -> tuple[Tensor, Tensor]:
         """Return what the last linear layer sees, and the logits.
@@ -199,9 +193,24 @@ class LogitsModel(nn.Module):
             return self._vocabulary_head()
         return last_linear(self._base, getattr(self.config, "num_labels", None))
 
-    def _from_mapping(self, inputs: dict[str, Any]) -> Tensor:
+    def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the transformer takes, on its device."""
+        inputs = {
+            key: value.to(self.device) if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+            if key != "labels"
+        }
         if "use_cache" in self._arguments:
             inputs.setdefault("use_cache", False)
+        return inputs
+
+    def _count_real_tokens(self, inputs: dict[str, Any]) -> None:
+        """Let positions count real tokens only, as in generation."""
+        mask = inputs.get("attention_mask")
+        if mask is not None and "position_ids" in self._arguments:
+            inputs.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
+
+    def _from_mapping(self, inputs: dict[str, Any]) -> Tensor:
         if self.target_ids is not None:
             return self._answer_logits(inputs, self.target_ids)
         head = self._score_head(inputs)
@@ -221,10 +230,10 @@ class LogitsModel(nn.Module):
             first = inputs["input_ids"].new_full((len(inputs["input_ids"]), 1), start)
             inputs.setdefault("decoder_input_ids", first)
             mask = inputs.get("decoder_attention_mask")
-        elif mask is not None and "position_ids" in self._arguments:
-            inputs.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
+        else:
+            self._count_real_tokens(inputs)
         head = self._vocabulary_head()
-        position = None if mask is None else _last_true(mask)
+        position = None if mask is None else last_true(mask)
         with _one_token(head, position), _rows_only(head, ids) as narrowed:
             logits = self.model(**inputs).logits[:, -1]
         return logits if narrowed else logits[:, ids.to(logits.device)]
@@ -248,6 +257,11 @@ class LogitsModel(nn.Module):
         return getattr(self._base, "score", None) if known else None
 
 
+def wide(logits: Tensor) -> Tensor:
+    """Return logits in float32 or better."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
 def _checked_target_ids(target_ids: Sequence[int] | Tensor, head: Any) -> Tensor:
     ids = torch.as_tensor(target_ids)
     vocabulary = _rows(head)
@@ -266,7 +280,7 @@ def _rows(head: Any) -> int:
     return head.weight.shape[0] if rows is None else int(rows)
 
 
-def _last_true(mask: Tensor) -> Tensor:
+def last_true(mask: Tensor) -> Tensor:
     """Return the index of each row's last nonzero entry, shape ``(batch,)``."""
     return (torch.arange(mask.shape[1], device=mask.device) * (mask != 0)).argmax(-1)
 
@@ -274,7 +288,7 @@ def _last_true(mask: Tensor) -> Tensor:
 def _last_unpadded(inputs: dict[str, Any], config: Any) -> Tensor | None:
     """Return the token at which transformers' decoders classify: the last that is not padding."""
     pad = config.get_text_config().pad_token_id
-    return None if pad is None else _last_true(inputs["input_ids"] != pad)
+    return None if pad is None else last_true(inputs["input_ids"] != pad)
 
 
 @contextmanager

@@ -27,7 +27,8 @@ class KronLoraLaplace(LoraPosterior, KronLaplace):
 
     Args:
         model: A `PeftModel`, or a `LogitsModel` around one.
-        likelihood: ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
+        likelihood: ``"classification"``, ``"regression"``, ``"reward_modeling"`` or
+            ``"language_modeling"``, see `LoraPosterior`.
         factor_rank: Eigenpairs kept of a factor side longer than ``low_rank_threshold``; ``None``
             keeps every side dense.
         low_rank_threshold: Sides up to this length stay dense.
@@ -144,7 +145,8 @@ class DiagLoraLaplace(LoraPosterior, DiagLaplace):
 
     Args:
         model: A `PeftModel`, or a `LogitsModel` around one.
-        likelihood: ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
+        likelihood: ``"classification"``, ``"regression"``, ``"reward_modeling"`` or
+            ``"language_modeling"``, see `LoraPosterior`.
         **kwargs: Arguments of `LoraPosterior`.
     """
 

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from laplace_lora import links
 from laplace_lora.curvature import LoraCurvature
 from laplace_lora.guard import evaluation_mode, set_weights, weights_kept
-from laplace_lora.likelihoods import contrast_root, difference_root
+from laplace_lora.likelihoods import LANGUAGE_MODELING, contrast_root, difference_root
 from laplace_lora.preferences import REWARD_MODELING, is_pair
 
 Gram = tuple[Tensor, Tensor]
@@ -42,6 +42,18 @@ class StreamingPredictive(ParametricLaplace):
         outputs)``.
         """
         raise NotImplementedError
+
+    def covariance_of(self, jacobians: Iterable[Tensor]) -> Tensor:
+        """Return ``J P⁻¹ Jᵀ``, ``(batch, outputs, outputs)``, before ``covariance_scale``.
+
+        Args:
+            jacobians: Rows ``(batch, outputs, *shape)`` of each tensor, in parameter order.
+        """
+        part = self.block_covariance()
+        covariance: Any = 0.0
+        for i, jacobian in enumerate(jacobians):
+            covariance = covariance + part(i, jacobian)
+        return covariance
 
     def block_grams(self) -> Callable[[int, Tensor], list[Gram]]:
         """Return a function from a tensor's index and Jacobian to its covariance as function of δ.
@@ -170,6 +182,11 @@ class StreamingPredictive(ParametricLaplace):
     def _check_options(
         self, pred_type: str, link_approx: str, generator: torch.Generator | None
     ) -> None:
+        if self.likelihood == LANGUAGE_MODELING:
+            raise ValueError(
+                "a language model's posterior predicts tokens through `laplace_lora.generation`: "
+                "`score(la, batch)` or `generate(la, inputs)`"
+            )
         if pred_type not in ("glm", "nn"):
             raise ValueError(f"pred_type must be 'glm' or 'nn', got {pred_type!r}")
         if link_approx not in links.LINKS:
@@ -201,14 +218,11 @@ class StreamingPredictive(ParametricLaplace):
     def _moments(
         self, x: Any, columns: Callable[[Tensor], Tensor] | None, joint: bool
     ) -> tuple[Tensor, Tensor]:
-        part = self.block_covariance()
         if self.enable_backprop:
             return self._differentiable_moments(x, columns, joint)
         mean, jacobians = self.backend.jacobian_blocks(x, columns)
-        covariance: Any = 0.0
-        for i, jacobian in enumerate(jacobians):
-            covariance = covariance + part(i, jacobian.flatten(0, 1)[None] if joint else jacobian)
-        return mean, covariance
+        rows = (jacobian.flatten(0, 1)[None] if joint else jacobian for jacobian in jacobians)
+        return mean, self.covariance_of(rows)
 
     @torch.enable_grad()
     def _differentiable_moments(

@@ -178,7 +178,7 @@ def whole_gradients(tape: Tape, columns: Tensor) -> Iterator[tuple[int, Tensor]]
 
     Args:
         tape: The recorded forward pass.
-        columns: Gradients with respect to the output, ``(columns, batch, outputs)``.
+        columns: Gradients with respect to the output, ``(columns, rows, outputs)``.
 
     Yields:
         A whole tensor's index and its gradients ``(columns, entries)``, for all tensors of the
@@ -189,10 +189,13 @@ def whole_gradients(tape: Tape, columns: Tensor) -> Iterator[tuple[int, Tensor]]
     """
     first = len(tape.inputs)
     parameters = [p for linear in tape.maps[first:] for p, _ in linear.parameters()]
-    for n in range(len(tape.output)) if parameters else ():
-        alone, together = tape.rerun(n), tape.output[n]
-        bound = 0.05 * (1 + together.abs().max())  # half precision rounds by the batch's size
-        if len(alone) != 1 or not (alone[0] - together).abs().max() <= bound:
+    start = 0
+    for n in range(tape.examples) if parameters else ():
+        alone = tape.rerun(n)
+        own = slice(start, start + len(alone))  # one row, or one a scored token
+        start, together = own.stop, tape.output[own]
+        bound = 0.05 * (1 + tape.output.abs().max())  # half precision rounds by the batch's size
+        if alone.shape != together.shape or not ((alone - together).abs() <= bound).all():
             raise RuntimeError(
                 f"the model's output for example {n} alone differs from that in its batch, so its "
                 "gradients cannot be told apart; is dropout on, or does the model mix examples?"
@@ -202,7 +205,7 @@ def whole_gradients(tape: Tape, columns: Tensor) -> Iterator[tuple[int, Tensor]]
             grads = torch.autograd.grad(
                 alone,
                 parameters,
-                columns[column, n : n + 1].to(alone.dtype),
+                columns[column, own].to(alone.dtype),
                 retain_graph=column + 1 < len(columns),
                 allow_unused=True,
             )

@@ -1,0 +1,318 @@
+"""Predictions of tokens: exact moments, probabilities with a tail, decoding."""
+
+import pytest
+import torch
+from test_language import loader, posterior, text_batch
+from torch.func import jacrev
+
+from laplace_lora import DiagLoraLaplace, KronLoraLaplace, KronLoraLLLaplace, LogitsModel, links
+from laplace_lora import generation as generation_module
+from laplace_lora.generation import generate, score
+from laplace_lora.language import TokenModel
+from laplace_lora.next_token import class_logits
+from tiny import TARGETS, VOCABULARY, assert_near, explicit_jacobians, peft_model, token_batch
+
+# torch.func, here the reference, has no batching rule for fused attention.
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+
+K = 4
+FIELDS = ("map_probabilities", "probabilities", "map_log_prob", "log_prob", "entropy")
+FIELDS += ("mean", "covariance", "mutual_information", "log_prob_variance")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def answers_posterior(name="llama-lm"):
+    la = KronLoraLaplace(peft_model(name), "classification", target_ids=TARGETS)
+    la.fit(loader(2, token_batch((4, 6, 3))))
+    return la
+
+
+def posteriors(name):
+    kinds = {
+        "tokens": lambda: posterior(name=name, prior_precision=3.0),
+        "low-rank": lambda: posterior(name=name, factor_rank=2, low_rank_threshold=4),
+        "diagonal": lambda: posterior(DiagLoraLaplace, name, prior_precision=0.5),
+        "answers": lambda: answers_posterior(name),
+    }
+    return kinds
+
+
+def explicit_moments(la, batch):
+    """Logits of every scored token's place and their covariance, over the whole vocabulary."""
+    model = TokenModel(la.logits_model.model)
+    J = torch.cat([part.flatten(2) for part in explicit_jacobians(model, batch)], -1)
+    P = la.posterior_precision
+    covariance = (1 / P).diag() if isinstance(P, torch.Tensor) else P.to_matrix(exponent=-1)
+    return model(batch).detach(), J, covariance
+
+
+def by_place(batch, values):
+    """Rows of scored tokens, laid out by text, as `score` does."""
+    scored = batch["labels"] != -100
+    out = values.new_zeros(len(scored), int(scored.sum(1).max()), *values.shape[1:])
+    out[(torch.arange(out.shape[1]) < scored.sum(1, keepdim=True))] = values
+    return out
+
+
+@pytest.mark.parametrize("name", ["llama-lm", "gpt2-lm"])
+@pytest.mark.parametrize("kind", posteriors("llama-lm"))
+def test_moments_and_probabilities_equal_explicit_jacobians(name, kind):
+    la = posteriors(name)[kind]()
+    batch = text_batch(pad_to=7)
+    ours = score(la, batch, K, n_samples=50, generator=seeded())
+    mean, J, posterior_covariance = explicit_moments(la, batch)
+    tokens = batch["labels"][batch["labels"] != -100]
+    assert torch.equal(ours.mask, by_place(batch, tokens) != 0)
+    assert torch.equal(ours.tokens, by_place(batch, tokens))
+    chosen, logp, information = ours.candidates[ours.mask], [], []
+    noise = torch.randn((50, K), dtype=torch.float64, generator=seeded())
+    for place, f in enumerate(mean):
+        top = f.topk(K).indices
+        if tokens[place] not in top:
+            top[-1] = tokens[place]
+        assert torch.equal(chosen[place], top)
+        rest = [v for v in range(VOCABULARY) if v not in top]
+        classes = torch.zeros(K + 1, VOCABULARY, dtype=f.dtype)
+        classes[range(K), top] = 1
+        classes[-1, rest] = f[rest].softmax(-1)
+        covariance = classes @ J[place] @ posterior_covariance @ J[place].T @ classes.T
+        assert_near(ours.mean[ours.mask][place], f[top])
+        assert_near(ours.covariance[ours.mask][place], covariance[:K, :K])
+        centre = torch.cat([f[top], f[rest].logsumexp(0, keepdim=True)])
+        contrasts = torch.eye(K + 1, dtype=f.dtype)[:-1] - torch.eye(K + 1, dtype=f.dtype)[-1]
+        root = torch.linalg.cholesky(contrasts @ covariance @ contrasts.T)
+        draws = (contrasts @ centre + noise @ root.T) @ contrasts.new_tensor(
+            [[1.0 if i == j else 0 for j in range(K + 1)] for i in range(K)]
+        )
+        p = draws.softmax(-1)
+        logp.append(p.mean(0).log()[:K])
+        entropy = torch.special.entr(p.mean(0)).sum()
+        information.append(entropy - torch.special.entr(p).sum(-1).mean())
+        assert_near(ours.entropy[ours.mask][place], entropy)
+    assert_near(ours.map_probabilities[ours.mask], mean.softmax(-1).gather(1, chosen))
+    assert_near(ours.probabilities[ours.mask], torch.stack(logp).exp())
+    assert_near(ours.mutual_information[ours.mask], torch.stack(information), 1e-5)
+    at = (chosen == tokens.unsqueeze(1)).int().argmax(1)
+    assert_near(ours.log_prob[ours.mask], torch.stack(logp)[range(len(at)), at])
+    assert_near(ours.map_log_prob[ours.mask], mean.log_softmax(-1)[range(len(at)), tokens])
+    assert_near(ours.sequence_log_prob, by_place(batch, ours.log_prob[ours.mask]).sum(1))
+    assert_near(ours.sequence_map_log_prob, ours.map_log_prob.sum(1))
+    means = [ours.mutual_information[n, m].mean() for n, m in enumerate(ours.mask)]
+    assert_near(ours.mean_mutual_information, torch.stack(means))
+
+
+def test_the_variance_of_a_texts_log_probability_has_the_tokens_correlations():
+    la = posterior(prior_precision=2.0)
+    batch = text_batch(pad_to=8)
+    ours = score(la, batch, 1)
+    mean, J, covariance = explicit_moments(la, batch)
+    tokens = batch["labels"][batch["labels"] != -100]
+    slopes = torch.nn.functional.one_hot(tokens, VOCABULARY) - mean.softmax(-1)
+    gradients = by_place(batch, torch.einsum("sv,svp->sp", slopes, J)).sum(1)
+    expected = torch.einsum("np,pq,nq->n", gradients, covariance, gradients)
+    assert_near(ours.log_prob_variance, expected)
+
+
+def test_probit_probabilities_and_second_order_information():
+    la = posterior(prior_precision=5.0)
+    batch = text_batch()
+    ours = score(la, batch, VOCABULARY, link_approx="probit")
+    mean, covariance = ours.mean[ours.mask], ours.covariance[ours.mask]
+    assert_near(ours.probabilities[ours.mask], links.probit(mean, covariance).exp())
+    p = mean.softmax(-1)
+    hessian = p.diag_embed() - p.unsqueeze(1) * p.unsqueeze(2)
+    expected = 0.5 * (hessian * covariance).sum((1, 2))
+    assert_near(ours.mutual_information[ours.mask], expected.minimum(ours.entropy[ours.mask]))
+    la.prior_precision = 1e4  # where the second order is all there is
+    second = score(la, batch, VOCABULARY, link_approx="probit").mutual_information
+    sampled = score(la, batch, VOCABULARY, n_samples=20000, generator=seeded())
+    assert_near(sampled.mutual_information, second, 0.05)
+
+
+def test_a_tail_of_one_token_is_exact():
+    """The vocabulary but for one token, or all of it: the same predictive."""
+    la = posterior()
+    whole, but_one = (
+        score(la, text_batch(), k, n_samples=20, generator=seeded())
+        for k in (VOCABULARY, VOCABULARY - 1)
+    )
+    # In the smaller set the scored token may have taken the last place.
+    same = (whole.candidates[..., :-1] == but_one.candidates).all(-1) & whole.mask
+    assert same.sum() >= 6
+    assert_near(but_one.probabilities[same], whole.probabilities[same][:, :-1])
+    assert_near(but_one.mutual_information[same], whole.mutual_information[same])
+    assert_near(whole.probabilities.sum(-1)[whole.mask], torch.ones(7, dtype=torch.float64))
+
+
+def test_what_moves_all_logits_moves_the_tail_too():
+    logits = torch.randn(1, 9, dtype=torch.float64, generator=seeded())
+    chosen = torch.tensor([[3, 5]])
+    slope = jacrev(lambda shift: class_logits(logits + shift, chosen))(torch.tensor(0.0).double())
+    torch.testing.assert_close(slope, torch.ones(1, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["llama-lm", "gpt2-lm"])
+def test_scores_do_not_depend_on_padding_and_batches(name):
+    la = posterior(name=name)
+    reference = score(la, text_batch(), K, generator=seeded())
+    for batch, size in (
+        (text_batch(pad_to=9), 1),
+        (text_batch(pad_to=8, side="left"), 7),
+    ):
+        other = score(la, batch, K, generator=seeded(), batch_size=size)
+        assert torch.equal(other.candidates, reference.candidates)
+        for field in FIELDS:
+            assert_near(getattr(other, field), getattr(reference, field), 1e-5)
+    for mask in (torch.ones(1, 4, dtype=torch.bool), None):
+        text = {**text_batch((4,), (1,)), "attention_mask": mask}
+        alone = score(la, text, K, generator=seeded())
+        assert_near(alone.log_prob, reference.log_prob[:1, :3], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama-lm", "gpt2-lm"])
+@pytest.mark.parametrize("link", ["mc", "probit"])
+def test_without_uncertainty_decoding_is_greedy_and_knows_nothing_more(name, link):
+    la = posterior(name=name, prior_precision=1e16)
+    prompts = token_batch((4, 2, 5), pad_to=6, side="left")
+    del prompts["labels"]
+    model = la.model.model.eval()
+    longest = model.generate(**prompts, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    end = int(longest[0, 8])  # so that the first text ends after three tokens at most
+    theirs = model.generate(
+        **prompts, max_new_tokens=5, do_sample=False, eos_token_id=end, pad_token_id=0
+    )[:, 6:]
+    for batch in (prompts, {k: v for k, v in token_batch((4, 2, 5)).items() if k != "labels"}):
+        ours = generate(la, batch, 5, 3, link_approx=link, eos_token_id=end)
+        assert torch.equal(ours.tokens, theirs)
+        after = (theirs == end).cumsum(1) - (theirs == end).int()
+        assert torch.equal(ours.mask, after == 0) and not ours.mask[0].all()
+    assert float(ours.mutual_information.abs().max()) < 1e-10
+    assert_near(ours.probabilities, ours.map_probabilities)
+    assert_near(ours.expected_entropy, ours.entropy)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "answers"])
+def test_generated_texts_score_as_they_were_predicted(kind):
+    la = posteriors("gpt2-lm")[kind]()
+    prompts = token_batch((4, 2, 5), side="right")
+    ours = generate(la, prompts, 3, K, generator=seeded())
+    assert ours.tokens.shape == (3, 3) and (ours.mutual_information[ours.mask] > 0).all()
+    assert torch.equal(
+        ours.tokens, ours.candidates.gather(2, ours.probabilities.argmax(-1)[..., None])[..., 0]
+    )
+    width = prompts["input_ids"].shape[1] + 3
+    ids, mask, labels = (torch.full((3, width), fill) for fill in (0, 0, -100))
+    for n, length in enumerate((4, 2, 5)):
+        ids[n, :length] = prompts["input_ids"][n, :length]
+        new = slice(length, length + int(ours.mask[n].sum()))
+        ids[n, new] = labels[n, new] = ours.tokens[n, ours.mask[n]]
+        mask[n, : new.stop] = 1
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    again = score(la, batch, K, generator=seeded())
+    for field in FIELDS:
+        assert_near(getattr(again, field), getattr(ours, field), 1e-5)
+
+
+def test_the_configurations_ending_tokens_end_texts():
+    la = posterior()
+    prompt = token_batch((4,))["input_ids"]
+    free = generate(la, prompt, 4, 2, generator=seeded())
+    la.logits_model.model.generation_config.eos_token_id = [int(free.tokens[0, 0]), 2]
+    ended = generate(la, prompt, 4, 2, generator=seeded())
+    assert torch.equal(ended.tokens, free.tokens[:, :1])
+    la.logits_model.model.generation_config.eos_token_id = None
+    assert generate(la, prompt, 4, 2).tokens.shape == (1, 4)
+
+
+def test_sampling_draws_from_the_predictive():
+    la = posterior()
+    prompt = token_batch((4,))["input_ids"]
+    many = generate(la, prompt.expand(400, -1), 1, 3, do_sample=True, generator=seeded())
+    p = many.probabilities[0, 0]
+    counts = (many.tokens == many.candidates[0, 0]).sum(0)
+    assert counts.sum() == 400
+    torch.testing.assert_close(counts / 400, (p / p.sum()).float(), atol=0.08, rtol=0)
+    again = generate(la, prompt.expand(400, -1), 1, 3, do_sample=True, generator=seeded())
+    assert torch.equal(many.tokens, again.tokens)
+
+
+def test_width_and_temperature_of_a_calibration_count():
+    la = posterior()
+    plain = score(la, text_batch(), K, generator=seeded())
+    la.covariance_scale, la.likelihood_temperature = 8.0, 2.0
+    ours = score(la, text_batch(), K, generator=seeded())
+    assert_near(ours.mean, plain.mean / 2)
+    assert_near(ours.covariance, 2 * plain.covariance)
+    assert_near(ours.log_prob_variance, 2 * plain.log_prob_variance, 0.1)
+    logits = la.model.eval()(text_batch()).detach() / 2
+    p = logits.softmax(-1).gather(1, ours.candidates[ours.mask])
+    assert_near(ours.map_probabilities[ours.mask], p)
+
+
+def test_a_narrower_prior_leaves_less_to_learn():
+    la = posterior(prior_precision=1.0)
+    wide = score(la, text_batch(), K, generator=seeded()).mean_mutual_information
+    la.prior_precision = 100.0
+    assert (score(la, text_batch(), K, generator=seeded()).mean_mutual_information < wide).all()
+
+
+def test_the_model_is_left_as_it_was():
+    la = posterior()
+    la.model.train()
+    la.model.model.get_base_model().model.layers[0].eval()
+    modes = [module.training for module in la.model.modules()]
+    score(la, text_batch(), K)
+    generate(la, token_batch((4,))["input_ids"], 1, K)
+    assert [module.training for module in la.model.modules()] == modes
+    assert all(p.grad is None for p in la.model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in la.model.modules())
+
+
+def test_half_precision_predicts_in_single():
+    la = posterior(dtype=torch.bfloat16)
+    ours = score(la, text_batch(), K, generator=seeded())
+    assert ours.covariance.dtype == ours.probabilities.dtype == torch.float32
+    exact = score(posterior(dtype=torch.float32), text_batch(), VOCABULARY, generator=seeded())
+    assert_near(ours.log_prob, exact.log_prob, 0.1)
+
+
+def test_errors():
+    batch, prompt = text_batch(), token_batch((4,))["input_ids"]
+    la = posterior()
+    for top_k in (0, VOCABULARY + 1):
+        with pytest.raises(ValueError, match=rf"top_k must lie in 1\.\.{VOCABULARY}"):
+            score(la, batch, top_k)
+    with pytest.raises(ValueError, match="link_approx"):
+        score(la, batch, K, link_approx="bridge")
+    with pytest.raises(ValueError, match="n_samples"):
+        generate(la, prompt, n_samples=0)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        generate(la, prompt, 0)
+    with pytest.raises(ValueError, match="batch_size"):
+        score(la, batch, K, batch_size=0)
+    with pytest.raises(TypeError, match="'labels'"):
+        score(la, {"input_ids": prompt}, K)
+    with pytest.raises(ValueError, match="no token of the batch is scored"):
+        score(la, {**batch, "labels": torch.full_like(batch["labels"], -100)}, K)
+    with pytest.raises(ValueError, match="labels must lie in the vocabulary"):
+        score(la, {**batch, "labels": batch["labels"] + 90}, K)
+    for missing in ({}, prompt[:, :0], prompt[0], [[1, 2]]):
+        with pytest.raises(ValueError, match="prompts are missing"):
+            generate(la, missing)
+    empty = {"input_ids": prompt, "attention_mask": torch.zeros_like(prompt)}
+    with pytest.raises(ValueError, match="no real token"):
+        generate(la, empty)
+    with pytest.raises(AttributeError, match="not fitted"):
+        generate(DiagLoraLaplace(peft_model("llama-lm"), "language_modeling"), prompt)
+    classifier = KronLoraLaplace(peft_model("llama"), "classification")
+    classifier.fit(loader(2, token_batch((4, 6, 3))))
+    with pytest.raises(ValueError, match="not a causal language model"):
+        generate(classifier, prompt)
+    last = KronLoraLLLaplace(LogitsModel(peft_model("llama-lm"), TARGETS), "classification")
+    last.fit(loader(2, token_batch((4, 6, 3))))
+    with pytest.raises(ValueError, match="last-layer posterior"):
+        score(last, batch)
+    assert generation_module.TOP_K < VOCABULARY
