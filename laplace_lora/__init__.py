@@ -4,7 +4,7 @@ The public names; every module behind them has one job and says so in its first 
 """
 
 from laplace_lora.curvature import LoraEF, LoraGGN
-from laplace_lora.data_space import FullLoraLaplace, LowRankLoraLaplace
+from laplace_lora.data_space import FullLoraLaplace
 from laplace_lora.decomposed import LowRankKronDecomposed
 from laplace_lora.kron import LowRankKron
 from laplace_lora.last_layer import (
@@ -13,6 +13,7 @@ from laplace_lora.last_layer import (
     FunctionalLoraLLLaplace,
     KronLoraLLLaplace,
 )
+from laplace_lora.low_rank import LowRankLoraLaplace
 from laplace_lora.models import LogitsModel
 from laplace_lora.posterior import DiagLoraLaplace, KronLoraLaplace
 from laplace_lora.trainer import LaplaceCallback

@@ -1,7 +1,7 @@
-"""`FullLoraLaplace` and `LowRankLoraLaplace`: posteriors over all adapter weights together.
+"""`FullLoraLaplace`: the exact GGN posterior over all adapter weights together.
 
-The exact GGN through its data-sized Gram matrix, and its truncation to a few directions. This room
-turns data into rows; what is done with rows belongs to `gram_posterior`.
+This room turns data into rows, and knows how many will fit; what is done with rows belongs to
+`gram_posterior`, its truncation to a few directions to `low_rank`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from laplace_lora import memory
 from laplace_lora.gram_posterior import GramPosterior
 from laplace_lora.memory import GIB
 from laplace_lora.row_storage import STORAGES, RowStorage, free_space
-from laplace_lora.sketch import Factor, LowRankFactor, empty_factor, sketch_columns
 
 ROW_DTYPES = ("bfloat16", "float32", "float64")
 GRAM_COPIES = 5  # matrix, eigenvectors and workspace of the eigendecomposition, in float64
@@ -132,12 +131,11 @@ class FullLoraLaplace(GramPosterior):
     def _add(self, state: Any, x: Any, y: Tensor) -> tuple[Tensor, Any]:
         loss, blocks = self.backend.root_blocks(x, y)
         for i, block in enumerate(blocks):
-            rows = block.flatten(2).flatten(0, 1)
+            rows = self._checked_rows(i, block)
             if state is None:
                 columns = len(rows) // len(y)
                 self._check_room(columns * (self._expected or len(y)))
                 state = self._empty()
-            _check_rows(rows, self.block_names[i])
             state.append(i, rows)
         return loss, state
 
@@ -182,117 +180,3 @@ class FullLoraLaplace(GramPosterior):
                 raise ValueError(f"rows {i} are {matrix.dtype} of shape {tuple(matrix.shape)}")
             rows.append(i, matrix)
         return rows
-
-
-class LowRankLoraLaplace(GramPosterior):
-    """Laplace posterior with the leading directions of the GGN of all adapter weights.
-
-    The whole GGN is sketched by a `LowRankFactor` while the data pass by, so memory does not grow
-    with them; sketches of batches, loaders and processes add up. Directions beyond ``rank`` keep
-    the prior: the GGN of ``N`` examples has rank ``N (C − 1)`` at most, and where that is no more
-    than ``rank`` the posterior is `FullLoraLaplace`'s.
-
-    Args:
-        model: A `PeftModel`, or a `LogitsModel` around one.
-        likelihood: ``"classification"`` or ``"regression"``.
-        rank: Directions kept; the sketch takes ``2 rank + 10`` numbers a weight.
-        **kwargs: Arguments of `LoraPosterior`.
-
-    Attributes:
-        truncation: Share of the GGN's trace that the kept directions miss, after a fit.
-
-    Raises:
-        ValueError: If ``rank`` is not positive.
-    """
-
-    _key = ("lora", "lowrank")
-    _memory_advice = "lower `rank`, or cover fewer `modules`"
-    truncation: float
-    sketch: Factor
-
-    def __init__(
-        self, model: nn.Module, likelihood: str, *, rank: int = 128, **kwargs: Any
-    ) -> None:
-        if rank < 1:
-            raise ValueError(f"rank must be positive, got {rank}")
-        super().__init__(model, likelihood, **kwargs)
-        self.rank = rank
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the constructor's arguments, but for model and backend."""
-        return {**super().arguments(), "rank": self.rank}
-
-    @property
-    def curvature(self) -> Factor:
-        """The sketch of the summed loss's GGN."""
-        self._check_H_init()
-        return self.sketch
-
-    def curvature_size(self) -> int:
-        """Return how many numbers sketch, test matrix and directions hold."""
-        columns = min(sketch_columns(self.rank), self.n_params)
-        return self.n_params * (2 * columns + self.rank)
-
-    def _add(self, state: Any, x: Any, y: Tensor) -> tuple[Tensor, Any]:
-        loss, blocks = self.backend.root_blocks(x, y)
-        parts = []
-        for i, block in enumerate(blocks):
-            parts.append(block.flatten(2).flatten(0, 1))
-            _check_rows(parts[-1], self.block_names[i])
-        # A sketch needs a row's product with the test matrix first, over all tensors.
-        state = self._empty() if state is None else state
-        state.update(torch.cat(parts, dim=1))
-        return loss, state
-
-    def _empty(self) -> Factor:
-        return empty_factor(self.n_params, self.rank, 0, self._dtype, self._device)
-
-    def _tensors(self, state: Factor) -> list[Tensor]:
-        return state.tensors()
-
-    def _joined(self, curvature: Any, n: int, other: Any, m: int) -> Factor:
-        return curvature.add(other)
-
-    def _install(self, curvature: Factor) -> None:
-        eigen = curvature.decompose("zero")
-        values, order = eigen.values.sort(descending=True)
-        values, order = values[: self.rank], order[: self.rank]
-        sizes = [parameter.numel() for parameter in self.params]
-        rows = RowStorage(sizes, self._dtype, self._dtype, self._device)
-        directions = (eigen.vectors[:, order] * values.sqrt()).T
-        for i, part in enumerate(directions.split(sizes, dim=1)):
-            rows.append(i, part)
-        trace = float(curvature.trace)
-        kept = float(values.double().sum())
-        self.truncation = max(0.0, 1 - kept / trace) if trace > 0 else 0.0
-        self.sketch, self.H, self._eigen = curvature, rows, None
-
-    def _packed(self) -> tuple[dict[str, Tensor], Any]:
-        tensors = self.curvature.tensors()
-        return {str(i): tensor for i, tensor in enumerate(tensors)}, len(tensors)
-
-    def _unpacked(self, tensors: Mapping[str, Tensor], description: Any) -> Factor:
-        factor = self._empty()
-        expected = factor.tensors()
-        if description != len(expected) or len(tensors) != len(expected):
-            raise ValueError("the tensors are not those of a sketch")
-        for i, tensor in enumerate(expected):
-            found = tensors[str(i)]
-            if found.shape != tensor.shape or found.dtype != tensor.dtype:
-                raise ValueError(f"the sketch has {found.dtype} of shape {tuple(found.shape)}")
-            tensor.copy_(found)
-        if isinstance(factor, LowRankFactor) and factor.trace < 0:
-            raise ValueError("the sketch has a negative trace")
-        return factor
-
-    def to(self, device: torch.device | str) -> LowRankLoraLaplace:
-        """Move model and posterior to a device, in place, and return the posterior."""
-        super().to(device)
-        if self.H is not None:
-            self.sketch = self.sketch.to(device)
-        return self
-
-
-def _check_rows(rows: Tensor, name: str) -> None:
-    if not bool(rows.isfinite().all()):
-        raise FloatingPointError(f"the curvature of {name!r} is not finite")

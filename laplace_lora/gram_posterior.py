@@ -1,8 +1,8 @@
 """`GramPosterior`: what posteriors with a precision ``c Zᵀ Z + D`` over all weights share.
 
 Prior, evidence, predictions and samples from the rows ``Z`` of one `RowStorage`, through the
-eigenpairs of their Gram matrix. Where the rows come from belongs to `data_space`, the algebra to
-`row_precision`.
+eigenpairs of their Gram matrix. Where the rows come from belongs to `data_space` and `low_rank`,
+the algebra to `row_precision`.
 """
 
 from __future__ import annotations
@@ -153,6 +153,12 @@ class GramPosterior(LoraPosterior):
         curvature = self._unpacked(*state_dict["H"])
         super().load_state_dict(state_dict)
         self._install(curvature)
+
+    def _checked_rows(self, i: int, block: Tensor) -> Tensor:
+        """Return a batch's rows of one tensor, ``(rows, numbers)``, if they are finite."""
+        if not bool(block.isfinite().all()):
+            raise FloatingPointError(f"the curvature of {self.block_names[i]!r} is not finite")
+        return block.flatten(2).flatten(0, 1)
 
     def _unpack(self, tensors: Any, description: Any) -> None:
         self._install(self._unpacked(tensors, description))
