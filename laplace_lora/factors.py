@@ -49,6 +49,56 @@ class Eigen:
         kept = [(self.values, 1)]
         return [*kept, (self.residual.reshape(1), self.multiplicity)] if self.multiplicity else kept
 
+    def split(self, W: Tensor, dim: int) -> list[Tensor]:
+        """Return coordinates of ``W`` for each of the `parts`: on ``U``, and what ``U`` misses.
+
+        Args:
+            W: Any tensor whose dimension ``dim`` has length ``d``.
+            dim: Either -2 or -1.
+        """
+        U = self.vectors
+        kept = U.T @ W if dim == -2 else W @ U
+        if not self.multiplicity:
+            return [kept]
+        # Subtracting the projection, not its square norm, keeps the rest accurate when it is small.
+        return [kept, W - (U @ kept if dim == -2 else kept @ U.T)]
+
+    def join(self, parts: list[Tensor], dim: int) -> Tensor:
+        """Return the tensor whose coordinates `split` gives."""
+        kept = self.vectors @ parts[0] if dim == -2 else parts[0] @ self.vectors.T
+        return kept + parts[1] if len(parts) == 2 else kept
+
+    def squares(self) -> list[Tensor]:
+        """Return the unit vectors' squared coordinates on each of the `parts`, ``(d, …)`` each."""
+        kept = self.vectors.square()
+        if not self.multiplicity:
+            return [kept]
+        return [kept, (1 - kept.sum(1, keepdim=True)).clamp(min=0)]
+
+    def overlap(self, other: Eigen) -> Tensor:
+        """Return the squared coordinates of this basis in another one.
+
+        What is diagonal in the other basis has this matrix times its eigenvalues on its diagonal
+        here; directions left out share the mean of theirs.
+
+        Args:
+            other: A basis of the same space.
+
+        Returns:
+            Float64, one row for each of this basis' `parts` eigenvalues, one column for each of the
+            other's. Rows sum to one.
+        """
+        squares = (self.vectors.double().T @ other.vectors.double()).square()
+        counts = squares.new_ones(squares.shape[1])
+        if other.multiplicity:
+            missed = (1 - squares.sum(1, keepdim=True)).clamp(min=0)
+            squares = torch.cat([squares, missed], dim=1)
+            counts = torch.cat([counts, counts.new_full((1,), other.multiplicity)])
+        if not self.multiplicity:
+            return squares
+        rest = (counts - squares.sum(0)).clamp(min=0) / self.multiplicity
+        return torch.cat([squares, rest.unsqueeze(0)])
+
 
 class DenseFactor:
     """A ``(d, d)`` sum of outer products.

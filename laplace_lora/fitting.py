@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
-from laplace_lora.accumulation import Snapshot, accumulate
+from laplace_lora.accumulation import Pass, Snapshot, Sums, accumulate
 from laplace_lora.curvature import LoraCurvature
 from laplace_lora.fingerprint import check_identity, identity
 from laplace_lora.guard import evaluation_mode
@@ -62,7 +62,7 @@ class Fitting(ParametricLaplace):
             progress_bar: Show progress over the batches.
             checkpoint_dir: Where the sums so far are kept. A fit that was interrupted goes on
                 there, after the batches it had seen, if the loader yields the same ones in the
-                same order. The file is deleted at the end.
+                same order. The files, one a pass, are deleted at the end.
             checkpoint_every: Batches from one writing to the next, 100 by default.
 
         Raises:
@@ -79,17 +79,23 @@ class Fitting(ParametricLaplace):
             )
         if checkpoint_every is not None and checkpoint_dir is None:
             raise ValueError("checkpoint_every needs checkpoint_dir")
-        snapshot = None
-        if checkpoint_dir is not None:
-            snapshot = Snapshot(checkpoint_dir, checkpoint_every, self)
-        sums = accumulate(self, train_loader, progress_bar, snapshot)
+        snapshots: list[Snapshot] = []
+
+        def summed(one: Pass) -> Sums:
+            snapshot = None
+            if checkpoint_dir is not None:
+                snapshot = Snapshot(checkpoint_dir, checkpoint_every, self, one)
+                snapshots.append(snapshot)
+            return accumulate(self, one, train_loader, progress_bar, snapshot)
+
+        sums = summed(Pass(self._add, self._tensors))
         curvature, loss, n = self._assembled(sums.state, sums.n), sums.loss, sums.n
         if self._fitted and not override:
             curvature = self._joined(curvature, n, self.curvature, self.n_data)
             loss, n = loss + self.loss, n + self.n_data
-        self._install(curvature)
+        self._install(self._refined(curvature, sums.n, summed))
         self._settle(loss, n, self.backend.n_outputs)
-        if snapshot is not None:
+        for snapshot in reversed(snapshots):
             snapshot.remove()
 
     def adopt(self, curvature: Any, n_data: int, train_loader: DataLoader | None = None) -> None:
@@ -167,6 +173,16 @@ class Fitting(ParametricLaplace):
     def _joined(self, curvature: Any, n: int, other: Any, m: int) -> Any:
         """Return the curvature of ``n`` examples together with that of ``m`` others."""
         return curvature + other
+
+    def _refined(self, curvature: Any, n: int, summed: Callable[[Pass], Sums]) -> Any:
+        """Return the curvature that is installed after a fit, perhaps after more passes.
+
+        Args:
+            curvature: What the first pass amounts to, with what was fitted before.
+            n: Examples that a pass sees.
+            summed: Passes over the training data.
+        """
+        return curvature
 
     def _install(self, curvature: Any) -> None:
         """Make a curvature the posterior's; nothing changes if it is not finite."""

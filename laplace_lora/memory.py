@@ -5,6 +5,7 @@ An estimate before the work, with advice; nothing here changes a posterior.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from laplace_lora.guard import evaluation_mode
 from laplace_lora.sharding import batch_length, first_examples
-from laplace_lora.sketch import sketch_columns
+from laplace_lora.sketch import is_dense, sketch_columns
 
 GIB = 2**30
 
@@ -123,9 +124,23 @@ def kron_size(sides: list[list[int]], rank: int | None, threshold: int) -> int:
     """
     total = 0
     for d in (d for pair in sides for d in pair):
-        dense = rank is None or d <= threshold or sketch_columns(rank) >= d
+        dense = is_dense(d, rank, threshold)
         total += 2 * d * d if dense else d * (sketch_columns(rank or 0) + (rank or 0))
     return total
+
+
+def table_size(blocks: list[list[int]], rank: int | None, threshold: int) -> int:
+    """Return the numbers that corrected eigenvalues hold.
+
+    Args:
+        blocks: Lengths of the sides of each tensor's block.
+        rank: Eigenpairs of a low-rank side, ``None`` for dense ones.
+        threshold: Sides up to this length stay dense.
+    """
+    return sum(
+        math.prod(d if is_dense(d, rank, threshold) else int(rank or 0) + 1 for d in sides)
+        for sides in blocks
+    )
 
 
 def _available(device: torch.device) -> int:
