@@ -130,6 +130,11 @@ class LoraPosterior(Fitting, PriorTuning, Saving, StreamingPredictive):
         """Return how many numbers the posterior's curvature holds."""
         return self.n_params
 
+    @property
+    def fits_by_jacobians(self) -> bool:
+        """Whether a fit puts together each tensor's Jacobian, as a prediction does."""
+        return True
+
     def weight_variance(self) -> Tensor:
         """Return the diagonal of the posterior covariance, ``(parameters,)``."""
         raise NotImplementedError

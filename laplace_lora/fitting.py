@@ -49,8 +49,9 @@ class Fitting(ParametricLaplace):
     ) -> None:
         """Fit the posterior at the model's current weights.
 
-        One forward pass and ``C − 1`` backward passes a batch. The result does not depend on batch
-        size or padding. If anything fails, the earlier posterior stays as it was.
+        One forward pass and ``C − 1`` backward passes a batch, and once more if eigenvalues are
+        corrected. The result does not depend on batch size or padding. If anything fails, the
+        earlier posterior stays as it was.
 
         Where several processes share a loader (a `DistributedSampler`, or one that accelerate has
         prepared), all end with the posterior of all data; examples that the sampler repeats count
@@ -67,8 +68,9 @@ class Fitting(ParametricLaplace):
 
         Raises:
             TypeError: If the loader has no ``dataset``, or a batch is neither mapping nor pair.
-            ValueError: If the loader is empty, labels are missing or out of range, or what is kept
-                in ``checkpoint_dir`` is damaged or belongs to another fit.
+            ValueError: If the loader is empty, labels are missing or out of range, passes see
+                different numbers of examples, or what is kept in ``checkpoint_dir`` is damaged or
+                belongs to another fit.
             FloatingPointError: If the loss or the curvature is not finite; names batch and layer.
             RuntimeError: If another process that shares the loader failed or had no examples.
         """

@@ -30,6 +30,7 @@ class MemoryEstimate:
         curvature: What the posterior holds after the fit: sums, and for Kronecker factors their
             eigenpairs. Inputs that maps share count once a map, so this is an upper bound.
         jacobian: The largest Jacobian of one tensor in a prediction, with its workspace.
+        fit_jacobian: The same of a fit, zero where it needs none.
         available: Free memory of the device.
     """
 
@@ -37,12 +38,13 @@ class MemoryEstimate:
     activations: int
     curvature: int
     jacobian: int
+    fit_jacobian: int
     available: int
 
     @property
     def fit(self) -> int:
         """Peak of a fit."""
-        return self.activations + self.curvature
+        return self.activations + self.curvature + self.fit_jacobian
 
     @property
     def predict(self) -> int:
@@ -105,11 +107,13 @@ def estimate_memory(la: Any, batch: Any) -> MemoryEstimate:
     activations = size * sum(nbytes for pointer, nbytes in kept.items() if pointer not in own)
     item = torch.finfo(la._dtype).bits // 8
     largest = max(parameter.numel() for parameter in la.params)
+    jacobian = 2 * item * size * outputs * largest
     return MemoryEstimate(
         batch_size=size,
         activations=activations,
         curvature=item * la.curvature_size(),
-        jacobian=2 * item * size * outputs * largest,
+        jacobian=jacobian,
+        fit_jacobian=jacobian if la.fits_by_jacobians else 0,
         available=_available(la._device),
     )
 

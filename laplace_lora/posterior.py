@@ -95,6 +95,11 @@ class KronLoraLaplace(LoraPosterior, KronLaplace):
         tables = table_size(self._block_sides(), *options) if self.eigenvalue_correction else 0
         return kron_size(sides, *options) + tables
 
+    @property
+    def fits_by_jacobians(self) -> bool:
+        """Whether a fit puts together each tensor's Jacobian: to correct eigenvalues."""
+        return self.eigenvalue_correction
+
     def weight_variance(self) -> Tensor:
         """Return the diagonal of the posterior covariance, ``(parameters,)``."""
         return self.posterior_precision.diag(-1)
