@@ -201,6 +201,11 @@ class LoraPosterior(Fitting, PriorTuning, Saving, StreamingPredictive):
         """Return the bytes of the device that the curvature takes."""
         return self._dtype.itemsize * self.curvature_size()
 
+    @property
+    def fits_by_jacobians(self) -> bool:
+        """Whether a fit puts together each tensor's Jacobian, as a prediction does."""
+        return True
+
     def weight_variance(self) -> Tensor:
         """Return the diagonal of the posterior covariance, ``(parameters,)``."""
         raise NotImplementedError

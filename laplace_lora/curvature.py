@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from laplace_lora import likelihoods
 from laplace_lora.adapters import trainable_maps
 from laplace_lora.capture import MisfitError, Tape, record
+from laplace_lora.decomposed import LowRankKronDecomposed
 from laplace_lora.factors import check_residual
 from laplace_lora.guard import differentiable
 from laplace_lora.jacobians import jacobian_blocks
@@ -174,6 +175,36 @@ class LoraCurvature(CurvatureInterface):
         loss, blocks = self.root_blocks(x, y)
         rows = self._joined(blocks).flatten(0, 1)
         return loss, rows.T @ rows
+
+    def eigenbasis_diagonal(
+        self, x: Any, y: Tensor, basis: LowRankKronDecomposed
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the diagonal of the exact curvature in a Kronecker eigenbasis.
+
+        Correlations between the tokens of an example count, unlike in the factors. A Monte-Carlo
+        Fisher draws labels anew, an empirical one uses the observed: the diagonal is then that of
+        these matrices. Source: George et al. (2018), arXiv:1806.03884, Sec. 3.
+
+        Args:
+            x: Batch that the model takes.
+            y: Labels ``(batch,)`` or regression targets ``(batch, outputs)``.
+            basis: Eigenvectors of each trainable tensor's factors.
+
+        Returns:
+            The summed loss, and for each tensor ``Σ (uᵀ J v)²`` over examples and columns of the
+            output Hessian's root, in the form of `LowRankKronDecomposed.table`.
+
+        Raises:
+            ValueError: If labels lie outside the classes.
+            FloatingPointError: If the loss or a diagonal is not finite; names the tensor.
+        """
+        loss, blocks = self.root_blocks(x, y)
+        diagonals = [basis.gram_diagonal(i, rows) for i, rows in enumerate(blocks)]
+        totals = torch.stack([diagonal.sum().to(diagonals[0].device) for diagonal in diagonals])
+        if not bool(totals.isfinite().all()):
+            name = self.blocks[int((~totals.isfinite()).nonzero()[0])].name
+            raise FloatingPointError(f"the eigenvalues of {name!r} are not finite")
+        return loss, diagonals
 
     def jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
         """Return Jacobians from one backward pass an output.

@@ -14,12 +14,29 @@ import torch
 from torch import Tensor, nn
 
 from laplace_lora import memory
+from laplace_lora.accumulation import Pass
 from laplace_lora.gram_posterior import GramPosterior
 from laplace_lora.memory import GIB
 from laplace_lora.row_storage import STORAGES, RowStorage, free_space
 
 ROW_DTYPES = ("bfloat16", "float32", "float64")
 GRAM_COPIES = 5  # matrix, eigenvectors and workspace of the eigendecomposition, in float64
+
+
+class RowPass(Pass):
+    """A pass that collects rows, where others add up."""
+
+    def signature(self, state: RowStorage) -> Any:
+        """Return what must be equal in processes whose rows go together."""
+        return [*state.sizes, str(state.dtype)]
+
+    def combine(self, state: RowStorage) -> None:
+        """Take in the other processes' rows."""
+        state.gather()
+
+    def resume(self, state: RowStorage, kept: Sequence[Tensor]) -> None:
+        """Put the rows of an interrupted pass in the place of a first batch's."""
+        state.replace(kept)
 
 
 class FullLoraLaplace(GramPosterior):
@@ -146,14 +163,8 @@ class FullLoraLaplace(GramPosterior):
     def _tensors(self, state: RowStorage) -> list[Tensor]:
         return state.tensors()
 
-    def _signature(self, state: RowStorage) -> Any:
-        return [*state.sizes, str(state.dtype)]
-
-    def _combine(self, state: RowStorage) -> None:
-        state.gather()
-
-    def _resume(self, state: RowStorage, tensors: Sequence[Tensor]) -> None:
-        state.replace(tensors)
+    def _pass(self) -> RowPass:
+        return RowPass(self._add, self._tensors)
 
     def _joined(self, curvature: RowStorage, n: int, other: RowStorage, m: int) -> RowStorage:
         self._check_room(len(curvature) + len(other))

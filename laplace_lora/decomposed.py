@@ -13,11 +13,8 @@ import torch
 from laplace.utils.matrix import KronDecomposed
 from torch import Tensor
 
-from laplace_lora.diagonal import DiagonalEigen
+from laplace_lora.block import KronBlock, Side, Spectrum
 from laplace_lora.factors import Eigen, map_shared
-
-Side = Eigen | DiagonalEigen
-Spectrum = Callable[[Tensor], Tensor]
 
 
 class LowRankKronDecomposed(KronDecomposed):
@@ -25,11 +22,13 @@ class LowRankKronDecomposed(KronDecomposed):
 
     With kept directions and a residual on each side a block has up to four parts: kept × kept with
     eigenvalues ``scale λ_i μ_j + δ``, kept × residual, residual × kept and residual × residual.
+    Other eigenvalues of the same eigenvectors may stand in place of the products ``λ_i μ_j``.
 
     Args:
         blocks: Eigendecompositions of each block's factors; a bias has one.
         deltas: Prior precision of each block, shape ``(blocks,)``; zero when ``None``.
         scale: Factor of the curvature, laplace-torch's ``_H_factor``; gradients flow through it.
+        tables: Eigenvalues of each block in the form of `table`; products when ``None``.
     """
 
     def __init__(
@@ -37,9 +36,11 @@ class LowRankKronDecomposed(KronDecomposed):
         blocks: list[list[Side]],
         deltas: Tensor | None = None,
         scale: float | Tensor = 1.0,
+        tables: list[Tensor] | None = None,
     ) -> None:
         self.blocks = blocks
         self.scale = scale
+        self.tables = tables
         self.damping = False
         reference = blocks[0][0].values
         self.deltas = reference.new_zeros(len(blocks)) if deltas is None else deltas
@@ -61,26 +62,35 @@ class LowRankKronDecomposed(KronDecomposed):
     def __add__(self, deltas: Tensor) -> LowRankKronDecomposed:
         """Add a prior precision, a scalar or one value a block."""
         self._check_deltas(deltas)
-        return LowRankKronDecomposed(self.blocks, self.deltas + deltas, self.scale)
+        return LowRankKronDecomposed(self.blocks, self.deltas + deltas, self.scale, self.tables)
 
     __radd__ = __add__
 
     def __mul__(self, scalar: float | Tensor) -> LowRankKronDecomposed:
         """Scale the curvature, not the prior, as laplace-torch does."""
-        return LowRankKronDecomposed(self.blocks, self.deltas, self.scale * scalar)
+        return LowRankKronDecomposed(self.blocks, self.deltas, self.scale * scalar, self.tables)
 
     __rmul__ = __mul__
+
+    def table(self, i: int) -> Tensor:
+        """Return block ``i``'s eigenvalues before ``scale`` and ``δ``, see `KronBlock`."""
+        if self.tables is not None:
+            return self.tables[i]
+        left, right = (torch.cat([values for values, _ in s.parts()]) for s in self._sides(i))
+        return torch.outer(left, right)
+
+    def with_tables(self, tables: list[Tensor]) -> LowRankKronDecomposed:
+        """Return the same eigenvectors with other eigenvalues, one `table` a block."""
+        return LowRankKronDecomposed(self.blocks, self.deltas, self.scale, tables)
 
     def spectrum(self, i: int) -> Iterator[tuple[Tensor, int]]:
         """Yield block ``i``'s eigenvalues without ``δ``, with the multiplicity of each.
 
         Yields:
-            ``scale · outer(λ, μ)`` of one of the up to four parts, and how often each value counts.
+            ``scale`` times the eigenvalues of one of the up to four parts, and how often each
+            value counts.
         """
-        left, right = self._sides(i)
-        for values, times in left.parts():
-            for others, more in right.parts():
-                yield self.scale * torch.outer(values, others), times * more
+        return self._block(i).spectrum()
 
     def logdet(self) -> Tensor:
         """Return ``Σ log(e + δ)`` over all eigenvalues, a float64 scalar."""
@@ -95,15 +105,7 @@ class LowRankKronDecomposed(KronDecomposed):
 
     def apply(self, i: int, W: Tensor, function: Spectrum) -> Tensor:
         """Return ``f(block i) W`` for ``W`` of shape ``(…, rows, columns)`` of the parameter."""
-        left, right = self._sides(i)
-        rows = []
-        for part, values in left.split(W, dim=-2):
-            columns = [
-                piece * function(self._eigenvalues(values, others) + self.deltas[i])
-                for piece, others in right.split(part, dim=-1)
-            ]
-            rows.append(right.join(columns, dim=-1))
-        return left.join(rows, dim=-2)
+        return self._block(i).apply(W, lambda e: function(e + self.deltas[i]))
 
     def inverse_form(self, i: int, W: Tensor) -> Tensor:
         """Return ``W (block i)⁻¹ Wᵀ`` for a batch of rows of the Jacobian.
@@ -115,13 +117,12 @@ class LowRankKronDecomposed(KronDecomposed):
         Returns:
             Shape ``(batch, outputs, outputs)``.
         """
-        left, right = self._sides(i)
-        W = W.flatten(2).unflatten(-1, self._shape(i))
+        block = self._block(i)
+        W = W.flatten(2).unflatten(-1, block.shape)
         total = W.new_zeros(W.shape[0], W.shape[1], W.shape[1])
-        for part, values in left.split(W, dim=-2):
-            for piece, others in right.split(part, dim=-1):
-                scaled = piece / (self._eigenvalues(values, others) + self.deltas[i])
-                total.baddbmm_(scaled.flatten(2), piece.flatten(2).mT)
+        for piece, e in block.pieces(W):
+            scaled = piece / (e + self.deltas[i])
+            total.baddbmm_(scaled.flatten(2), piece.flatten(2).mT)
         return total
 
     def grams(self, i: int, W: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -135,22 +136,37 @@ class LowRankKronDecomposed(KronDecomposed):
             Pairs of eigenvalues without ``δ``, ``(K,)``, and products ``M``, ``(batch, outputs,
             outputs, K)``; the form is ``Σ_k M_k / (e_k + δ)`` summed over the pairs.
         """
-        left, right = self._sides(i)
-        W = W.flatten(2).unflatten(-1, self._shape(i))
+        block = self._block(i)
+        W = W.flatten(2).unflatten(-1, block.shape)
         result = []
-        for part, values in left.split(W, dim=-2):
-            for piece, others in right.split(part, dim=-1):
-                e = self._eigenvalues(values, others)
-                # Directions of one eigenvalue need only the sum of their products.
-                summed = "ab" if e.numel() == 1 else "b" if e.shape[1] == 1 else "a"
-                if e.shape == piece.shape[-2:]:
-                    flat = piece.flatten(2)
-                    products = flat.unsqueeze(2) * flat.unsqueeze(1)
-                else:
-                    kept = "ab".translate({ord(letter): None for letter in summed})
-                    products = torch.einsum(f"ncab,nkab->nck{kept}", piece, piece)
-                result.append((e.flatten(), products.reshape(*products.shape[:3], -1)))
+        for piece, e in block.pieces(W):
+            # Directions of one eigenvalue need only the sum of their products.
+            summed = "ab" if e.numel() == 1 else "b" if e.shape[1] == 1 else "a"
+            if e.shape == piece.shape[-2:]:
+                flat = piece.flatten(2)
+                products = flat.unsqueeze(2) * flat.unsqueeze(1)
+            else:
+                kept = "ab".translate({ord(letter): None for letter in summed})
+                products = torch.einsum(f"ncab,nkab->nck{kept}", piece, piece)
+            result.append((e.flatten(), products.reshape(*products.shape[:3], -1)))
         return result
+
+    def gram_diagonal(self, i: int, W: Tensor) -> Tensor:
+        """Return the diagonal of ``Wᵀ W`` in block ``i``'s eigenbasis, see `KronBlock`.
+
+        Args:
+            i: Block.
+            W: Rows, shape ``(…, *shape of the parameter)``.
+
+        Returns:
+            In the form of `table`.
+        """
+        block = self._block(i)
+        return block.gram_diagonal(W.reshape(-1, *block.shape))
+
+    def diagonals_in(self, other: LowRankKronDecomposed) -> list[Tensor]:
+        """Return each block's diagonal without ``δ`` in another eigenbasis, see `KronBlock`."""
+        return [self._block(i).diagonal_in(other._block(i)) for i in range(len(self))]
 
     def inv_square_form(self, W: Tensor) -> Tensor:
         """Return ``W P⁻¹ Wᵀ`` for ``W`` of shape ``(batch, outputs, parameters)``."""
@@ -172,18 +188,12 @@ class LowRankKronDecomposed(KronDecomposed):
 
     def diag(self, exponent: float = 1) -> Tensor:
         """Return the diagonal of ``P^exponent``, shape ``(parameters,)``."""
-        pieces = []
-        for i in range(len(self)):
-            left, right = self._sides(i)
-            rows = []
-            for values, _ in left.parts():
-                columns = [
-                    (self._eigenvalues(values, others) + self.deltas[i]).pow(exponent).T
-                    for others, _ in right.parts()
-                ]
-                rows.append(right.spread(columns).T)
-            pieces.append(left.spread(rows).flatten())
-        return torch.cat(pieces)
+
+        def power(i: int) -> Spectrum:
+            return lambda e: (e + self.deltas[i]).pow(exponent)
+
+        blocks = (self._block(i).diagonal(power(i)) for i in range(len(self)))
+        return torch.cat([block.flatten() for block in blocks])
 
     def to_matrix(self, exponent: float = 1) -> Tensor:
         """Return the dense ``P^exponent``, shape ``(parameters, parameters)``; for tests."""
@@ -195,7 +205,8 @@ class LowRankKronDecomposed(KronDecomposed):
         """Return the decomposition on another device."""
         blocks = map_shared(self.blocks, lambda side: side.to(device))
         scale = self.scale.to(device) if isinstance(self.scale, Tensor) else self.scale
-        return LowRankKronDecomposed(blocks, self.deltas.to(device), scale)
+        tables = None if self.tables is None else [table.to(device) for table in self.tables]
+        return LowRankKronDecomposed(blocks, self.deltas.to(device), scale, tables)
 
     def _sides(self, i: int) -> tuple[Side, Side]:
         sides = self.blocks[i]
@@ -204,8 +215,8 @@ class LowRankKronDecomposed(KronDecomposed):
         one = sides[0].values.new_ones(1)
         return sides[0], Eigen(one.unsqueeze(1), one, one.new_zeros(()))
 
-    def _eigenvalues(self, values: Tensor, others: Tensor) -> Tensor:
-        return self.scale * torch.outer(values, others)
+    def _block(self, i: int) -> KronBlock:
+        return KronBlock(*self._sides(i), self.scale * self.table(i))
 
     def _shape(self, i: int) -> tuple[int, int]:
         left, right = self._sides(i)

@@ -7,6 +7,7 @@ formed. Sums of outer products live in `factors` and `sketch`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,9 +48,13 @@ class DiagonalEigen:
         """Return the eigenvalues, each of multiplicity one."""
         return [(self.values, 1)]
 
-    def split(self, W: Tensor, dim: int) -> list[tuple[Tensor, Tensor]]:
-        """Return ``W``, which has its coordinates already, with the eigenvalues."""
-        return [(W, self.values)]
+    def basis(self) -> list[Tensor]:
+        """Return the tensors that say which directions the eigenvalues belong to: none."""
+        return []
+
+    def split(self, W: Tensor, dim: int) -> list[Tensor]:
+        """Return ``W``, which has its coordinates already."""
+        return [W]
 
     def join(self, parts: list[Tensor], dim: int) -> Tensor:
         """Undo `split`."""
@@ -58,6 +63,10 @@ class DiagonalEigen:
     def spread(self, parts: list[Tensor]) -> Tensor:
         """Return values on the diagonal from values of the eigenvalues: the same."""
         return parts[0]
+
+    def carried(self, other: Any, values: Tensor) -> Tensor:
+        """Return what is diagonal here as it is there: unchanged."""
+        return values
 
 
 class DiagonalFactor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,11 +40,6 @@ class Eigen:
         return Eigen(self.vectors.to(device), self.values.to(device), self.residual.to(device))
 
     @property
-    def d(self) -> int:
-        """Side length of the matrix."""
-        return self.vectors.shape[0]
-
-    @property
     def multiplicity(self) -> int:
         """Number of directions left out, ``d − k``."""
         return self.vectors.shape[0] - self.vectors.shape[1]
@@ -54,23 +49,31 @@ class Eigen:
         kept = [(self.values, 1)]
         return [*kept, (self.residual.reshape(1), self.multiplicity)] if self.multiplicity else kept
 
-    def split(self, W: Tensor, dim: int) -> list[tuple[Tensor, Tensor]]:
-        """Split ``W`` into its coordinates on the kept directions and the rest, with eigenvalues.
+    @property
+    def d(self) -> int:
+        """Side length of the matrix."""
+        return self.vectors.shape[0]
+
+    def basis(self) -> list[Tensor]:
+        """Return the tensors that say which directions the eigenvalues belong to."""
+        return [self.vectors]
+
+    def split(self, W: Tensor, dim: int) -> list[Tensor]:
+        """Return coordinates of ``W`` for each of the `parts`: on ``U``, and what ``U`` misses.
 
         Args:
             W: Any tensor whose dimension ``dim`` has length ``d``.
-            dim: ``-2`` or ``-1``.
+            dim: Either -2 or -1.
         """
         U = self.vectors
         kept = U.T @ W if dim == -2 else W @ U
         if not self.multiplicity:
-            return [(kept, self.values)]
+            return [kept]
         # Subtracting the projection, not its square norm, keeps the rest accurate when it is small.
-        rest = W - (U @ kept if dim == -2 else kept @ U.T)
-        return [(kept, self.values), (rest, self.residual.reshape(1))]
+        return [kept, W - (U @ kept if dim == -2 else kept @ U.T)]
 
     def join(self, parts: list[Tensor], dim: int) -> Tensor:
-        """Undo `split`."""
+        """Return the tensor whose coordinates `split` gives."""
         kept = self.vectors @ parts[0] if dim == -2 else parts[0] @ self.vectors.T
         return kept + parts[1] if len(parts) == 2 else kept
 
@@ -88,6 +91,29 @@ class Eigen:
         if not self.multiplicity:
             return kept
         return kept + (1 - squares.sum(1, keepdim=True)).clamp(min=0) @ parts[1]
+
+    def carried(self, other: Any, values: Tensor) -> Tensor:
+        """Return the diagonal, in this basis, of what is diagonal in another one.
+
+        Directions left out share the mean of theirs.
+
+        Args:
+            other: A basis of the same space.
+            values: Eigenvalues in the other's `parts`, ``(n, …)``, float64.
+
+        Returns:
+            One row for each eigenvalue of this basis' `parts`.
+        """
+        squares = (self.vectors.double().T @ other.vectors.double()).square()
+        counts = squares.new_ones(squares.shape[1])
+        if other.multiplicity:
+            missed = (1 - squares.sum(1, keepdim=True)).clamp(min=0)
+            squares = torch.cat([squares, missed], dim=1)
+            counts = torch.cat([counts, counts.new_full((1,), other.multiplicity)])
+        if not self.multiplicity:
+            return squares @ values
+        rest = (counts - squares.sum(0)).clamp(min=0) / self.multiplicity
+        return torch.cat([squares, rest.unsqueeze(0)]) @ values
 
 
 class DenseFactor:

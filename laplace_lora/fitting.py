@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,7 @@ from laplace.baselaplace import ParametricLaplace
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from laplace_lora import sharding
-from laplace_lora.accumulation import Snapshot, accumulate
+from laplace_lora.accumulation import Pass, Snapshot, Sums, accumulate
 from laplace_lora.curvature import LoraCurvature
 from laplace_lora.fingerprint import check_identity, identity
 from laplace_lora.guard import evaluation_mode
@@ -51,9 +50,10 @@ class Fitting(ParametricLaplace):
     ) -> None:
         """Fit the posterior at the model's current weights.
 
-        One forward pass and ``C − 1`` backward passes a batch; for language models one backward
-        pass, which draws labels from torch's global generator. The result does not depend on batch
-        size or padding. If anything fails, the earlier posterior stays as it was.
+        One forward pass and ``C − 1`` backward passes a batch, and once more if eigenvalues are
+        corrected; for language models one backward pass, which draws labels from torch's global
+        generator. The result does not depend on batch size or padding. If anything fails, the
+        earlier posterior stays as it was.
 
         Where several processes share a loader (a `DistributedSampler`, or one that accelerate has
         prepared), all end with the posterior of all data; examples that the sampler repeats count
@@ -66,13 +66,14 @@ class Fitting(ParametricLaplace):
             progress_bar: Show progress over the batches.
             checkpoint_dir: Where the sums so far are kept. A fit that was interrupted goes on
                 there, after the batches it had seen, if the loader yields the same ones in the
-                same order. The file is deleted at the end.
+                same order. The files, one a pass, are deleted at the end.
             checkpoint_every: Batches from one writing to the next, 100 by default.
 
         Raises:
             TypeError: If the loader has no ``dataset``, or a batch is neither mapping nor pair.
-            ValueError: If the loader is empty, labels are missing or out of range, or what is kept
-                in ``checkpoint_dir`` is damaged or belongs to another fit.
+            ValueError: If the loader is empty, labels are missing or out of range, passes see
+                different numbers of examples, or what is kept in ``checkpoint_dir`` is damaged or
+                belongs to another fit.
             FloatingPointError: If the loss or the curvature is not finite; names batch and layer.
             RuntimeError: If another process that shares the loader failed or had no examples.
         """
@@ -83,18 +84,24 @@ class Fitting(ParametricLaplace):
             )
         if checkpoint_every is not None and checkpoint_dir is None:
             raise ValueError("checkpoint_every needs checkpoint_dir")
-        snapshot = None
-        if checkpoint_dir is not None:
-            snapshot = Snapshot(checkpoint_dir, checkpoint_every, self)
+        snapshots: list[Snapshot] = []
+
+        def summed(one: Pass) -> Sums:
+            snapshot = None
+            if checkpoint_dir is not None:
+                snapshot = Snapshot(checkpoint_dir, checkpoint_every, self, one)
+                snapshots.append(snapshot)
+            return accumulate(self, one, train_loader, progress_bar, snapshot)
+
         self._announce(train_loader)
-        sums = accumulate(self, train_loader, progress_bar, snapshot)
+        sums = summed(self._pass())
         curvature, loss, n = self._assembled(sums.state, sums.n), sums.loss, sums.n
         if self._fitted and not override:
             curvature = self._joined(curvature, n, self.curvature, self.n_data)
             loss, n = loss + self.loss, n + self.n_data
-        self._install(curvature)
+        self._install(self._refined(curvature, sums.n, summed))
         self._settle(loss, n, self.backend.n_outputs)
-        if snapshot is not None:
+        for snapshot in reversed(snapshots):
             snapshot.remove()
 
     def adopt(self, curvature: Any, n_data: int, train_loader: DataLoader | None = None) -> None:
@@ -170,18 +177,9 @@ class Fitting(ParametricLaplace):
     def _announce(self, loader: DataLoader) -> None:
         """Hear of the data before they are passed over."""
 
-    def _signature(self, state: Any) -> Any:
-        """Return what must be equal in processes whose sums go together."""
-        return [tuple(tensor.shape) for tensor in self._tensors(state)]
-
-    def _combine(self, state: Any) -> None:
-        """Take in what the other processes have summed up."""
-        sharding.add_up(self._tensors(state))
-
-    def _resume(self, state: Any, tensors: Sequence[Tensor]) -> None:
-        """Put what an interrupted pass had summed up in the place of a first batch's sums."""
-        for tensor, kept in zip(self._tensors(state), tensors, strict=True):
-            tensor.copy_(kept)
+    def _pass(self) -> Pass:
+        """Return what a fit's first pass over the data adds up."""
+        return Pass(self._add, self._tensors)
 
     def _assembled(self, state: Any, n: int) -> Any:
         """Return the curvature that sums over ``n`` examples amount to."""
@@ -190,6 +188,16 @@ class Fitting(ParametricLaplace):
     def _joined(self, curvature: Any, n: int, other: Any, m: int) -> Any:
         """Return the curvature of ``n`` examples together with that of ``m`` others."""
         return curvature + other
+
+    def _refined(self, curvature: Any, n: int, summed: Callable[[Pass], Sums]) -> Any:
+        """Return the curvature that is installed after a fit, perhaps after more passes.
+
+        Args:
+            curvature: What the first pass amounts to, with what was fitted before.
+            n: Examples that a pass sees.
+            summed: Passes over the training data.
+        """
+        return curvature
 
     def _install(self, curvature: Any) -> None:
         """Make a curvature the posterior's; nothing changes if it is not finite."""

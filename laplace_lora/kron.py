@@ -63,6 +63,15 @@ class LowRankKron(Kron):
         inputs = map_shared([X[1:] for X in self.kfacs], lambda x: x * scalar)
         return self._with([[*X[:1], *x] for X, x in zip(self.kfacs, inputs, strict=True)])
 
+    def joined(self, n: int, other: LowRankKron, m: int) -> LowRankKron:
+        """Return the factors of ``n`` examples together with those of ``m`` others."""
+        # Input covariances are means over the data, gradient covariances sums.
+        return self.scale_inputs(n / (n + m)) + other.scale_inputs(m / (n + m))
+
+    def decomposition(self) -> tuple[LowRankKron, LowRankKronDecomposed]:
+        """Return the factors, and the eigendecomposition that a posterior uses."""
+        return self, self.decompose()
+
     def factors(self) -> list[Factor]:
         """Return every factor, shared ones once."""
         return list({id(x): x for X in self.kfacs for x in X}.values())

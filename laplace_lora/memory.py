@@ -5,6 +5,7 @@ An estimate before the work, with advice; nothing here changes a posterior.
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from laplace_lora.guard import evaluation_mode
 from laplace_lora.sharding import batch_length, first_examples
-from laplace_lora.sketch import sketch_columns
+from laplace_lora.sketch import is_dense, sketch_columns
 
 GIB = 2**30
 
@@ -31,6 +32,7 @@ class MemoryEstimate:
         curvature: What the posterior holds after the fit: sums, and for Kronecker factors their
             eigenpairs. Inputs that maps share count once a map, so this is an upper bound.
         jacobian: The largest Jacobian of one tensor in a prediction, with its workspace.
+        fit_jacobian: The same of a fit, zero where it needs none.
         available: Free memory of the device.
         advice: What to do if the curvature alone is too large.
     """
@@ -39,13 +41,14 @@ class MemoryEstimate:
     activations: int
     curvature: int
     jacobian: int
+    fit_jacobian: int
     available: int
     advice: str
 
     @property
     def fit(self) -> int:
         """Peak of a fit."""
-        return self.activations + self.curvature
+        return self.activations + self.curvature + self.fit_jacobian
 
     @property
     def predict(self) -> int:
@@ -107,11 +110,13 @@ def estimate_memory(la: Any, batch: Any, n_examples: int | None = None) -> Memor
     activations = size * sum(nbytes for pointer, nbytes in kept.items() if pointer not in own)
     item = torch.finfo(la._dtype).bits // 8
     largest = max(parameter.numel() for parameter in la.params)
+    jacobian = 2 * item * size * outputs * largest
     return MemoryEstimate(
         batch_size=size,
         activations=activations,
         curvature=la._curvature_bytes(n_examples, outputs),
-        jacobian=2 * item * size * outputs * largest,
+        jacobian=jacobian,
+        fit_jacobian=jacobian if la.fits_by_jacobians else 0,
         available=_available(la._device),
         advice=la._memory_advice,
     )
@@ -127,9 +132,23 @@ def kron_size(sides: list[list[int]], rank: int | None, threshold: int) -> int:
     """
     total = 0
     for d in (d for pair in sides for d in pair):
-        dense = rank is None or d <= threshold or sketch_columns(rank) >= d
+        dense = is_dense(d, rank, threshold)
         total += 2 * d * d if dense else d * (sketch_columns(rank or 0) + (rank or 0))
     return total
+
+
+def table_size(blocks: list[list[int]], rank: int | None, threshold: int) -> int:
+    """Return the numbers that corrected eigenvalues hold.
+
+    Args:
+        blocks: Lengths of the sides of each tensor's block.
+        rank: Eigenpairs of a low-rank side, ``None`` for dense ones.
+        threshold: Sides up to this length stay dense.
+    """
+    return sum(
+        math.prod(d if is_dense(d, rank, threshold) else int(rank or 0) + 1 for d in sides)
+        for sides in blocks
+    )
 
 
 def _available(device: torch.device) -> int:

@@ -18,6 +18,7 @@ from laplace_lora.sketch import Factor, LowRankFactor, sketch_columns
 
 EIGEN = ("vectors", "values", "residual")
 SUMS = {DenseFactor: ["matrix"], LowRankFactor: ["sketch", "trace"], DiagonalFactor: ["diagonal"]}
+TABLE = "eigenvalues"  # corrected ones, of a block
 
 
 def pack_kron(
@@ -40,6 +41,8 @@ def pack_kron(
                 tensors[f"{number}.{name}"] = tensor
             if not isinstance(eigen, DiagonalEigen):
                 tensors |= {f"{number}.{name}": getattr(eigen, name) for name in EIGEN}
+    for i, table in enumerate(decomposed.tables or []):
+        tensors[f"{TABLE}.{i}"] = table
     return tensors, [[numbers[id(factor)] for factor in block] for block in factors.kfacs]
 
 
@@ -50,6 +53,7 @@ def unpack_kron(
     diagonal: Sequence[bool],
     rank: int | None,
     residual: str,
+    corrected: bool,
 ) -> tuple[LowRankKron, LowRankKronDecomposed]:
     """Return factors and eigendecompositions from tensors that are known to be finite.
 
@@ -60,9 +64,10 @@ def unpack_kron(
         diagonal: For each block whether it is a diagonal.
         rank: Eigenpairs of low-rank factors.
         residual: As of `LowRankKron`.
+        corrected: Whether there are corrected eigenvalues.
 
     Raises:
-        ValueError: If numbers or shapes do not fit.
+        ValueError: If numbers or shapes do not fit, or an eigenvalue is negative.
         KeyError: If a tensor is missing.
     """
     if not isinstance(blocks, list) or [len(b) for b in blocks] != [len(s) for s in shapes]:
@@ -78,13 +83,28 @@ def unpack_kron(
                 raise ValueError(f"factor {number} has side {found[number][0].d}, not {d}")
             if isinstance(found[number][0], DiagonalFactor) != exact:
                 raise ValueError(f"factor {number} is of the wrong kind")
+    tables = {f"{TABLE}.{i}" for i in range(len(blocks))} if corrected else set()
     used = {f"{number}." for number in found}
-    unused = [name for name in tensors if f"{name.split('.')[0]}." not in used]
+    unused = [
+        name for name in tensors if name not in tables and f"{name.split('.')[0]}." not in used
+    ]
     if unused:
         raise ValueError(f"tensor {unused[0]!r} belongs to no block")
     kfacs = [[found[number][0] for number in block] for block in blocks]
-    eigen = [[found[number][1] for number in block] for block in blocks]
-    return LowRankKron(kfacs, residual), LowRankKronDecomposed(eigen)
+    decomposed = LowRankKronDecomposed([[found[number][1] for number in b] for b in blocks])
+    if corrected:
+        decomposed = decomposed.with_tables(_tables(tensors, decomposed))
+    return LowRankKron(kfacs, residual), decomposed
+
+
+def _tables(tensors: Mapping[str, Tensor], basis: LowRankKronDecomposed) -> list[Tensor]:
+    tables = [tensors[f"{TABLE}.{i}"] for i in range(len(basis))]
+    for i, table in enumerate(tables):
+        if table.shape != basis.table(i).shape:
+            raise ValueError(f"the corrected eigenvalues of block {i} do not fit its factors")
+        if bool((table < 0).any()):
+            raise ValueError(f"block {i} has a negative eigenvalue")
+    return tables
 
 
 def diagonal_blocks(tensors: Mapping[str, Tensor], blocks: Any) -> set[int]:

@@ -154,6 +154,11 @@ def sketch_columns(rank: int) -> int:
     return 2 * rank + OVERSAMPLING
 
 
+def is_dense(d: int, rank: int | None, threshold: int) -> bool:
+    """Return whether a side of length ``d`` stays dense, see `empty_factor`."""
+    return rank is None or d <= threshold or sketch_columns(rank) >= d
+
+
 def empty_factor(
     d: int, rank: int | None, threshold: int, dtype: torch.dtype, device: torch.device | str
 ) -> Factor:
@@ -167,7 +172,7 @@ def empty_factor(
         dtype: Number format of the sums, float32 or better.
         device: Where the sums live.
     """
-    if rank is None or d <= threshold or sketch_columns(rank) >= d:
+    if rank is None or is_dense(d, rank, threshold):
         return DenseFactor.zeros(d, dtype, device)
     return LowRankFactor.zeros(d, rank, dtype, device)
 

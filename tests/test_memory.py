@@ -49,8 +49,7 @@ def test_activations_are_those_of_the_graph_and_grow_with_the_batch():
     assert one.activations == 4 * (10 + 4)
     assert many.activations == 16 * one.activations and many.batch_size == 16
     assert many.jacobian == 2 * 4 * 16 * 4 * 40
-    assert many.fit == many.activations + many.curvature
-    assert many.predict == many.fit + many.jacobian
+    assert many.fit == many.predict == many.activations + many.curvature + many.jacobian
 
 
 def test_advice_fits_the_need(monkeypatch):

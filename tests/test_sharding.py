@@ -22,8 +22,10 @@ from laplace_lora import (
 from tiny import assert_near, peft_model, token_batch
 
 PROCESSES = 2
+CORRECTED = {**LOW, "eigenvalue_correction": True}
 CASES = [
     (KronLoraLaplace, LOW),
+    (KronLoraLaplace, CORRECTED),
     (DiagLoraLaplace, {}),
     (FullLoraLaplace, {"row_dtype": "bfloat16", "storage": "disk"}),
     (LowRankLoraLaplace, {"rank": 25}),
@@ -67,7 +69,7 @@ def scenario_results(rank):
                 entry.append(la.prior_precision.item())
                 la.optimize_prior_precision(method="val_gd", val_loader=data, n_steps=5)
                 entry.append(la.prior_precision.item())
-            results[kind, cls.__name__] = entry
+            results[kind, cls.__name__, len(kwargs)] = entry
     plain = posterior_of(KronLoraLaplace, loader(2), **LOW)  # every process has all the data
     results["plain"] = [plain.n_data, plain(BATCH)]
     errors = []
@@ -87,6 +89,16 @@ def scenario_results(rank):
             errors.append(f"{type(error).__name__}: {error}")
         assert torch.equal(la(BATCH), before)  # nothing of the failed fit is left
     results["errors"] = errors
+    la = posterior_of(KronLoraLaplace, loader(7), **CORRECTED)
+    before, original = la(BATCH), la.backend.eigenbasis_diagonal
+    if rank == 1:
+        la.backend.eigenbasis_diagonal = lambda *args: (_ for _ in ()).throw(ValueError("no luck"))
+    try:
+        la.fit(shared_loader("sampler"))
+    except (ValueError, RuntimeError) as error:
+        results["second pass"] = f"{type(error).__name__}: {error}"
+    la.backend.eigenbasis_diagonal = original
+    assert torch.equal(la(BATCH), before)
     few = DataLoader(
         loader().dataset[:1], batch_size=1, sampler=DistributedSampler(loader().dataset[:1])
     )
@@ -178,7 +190,7 @@ def results(outcomes):
 def test_two_processes_equal_one(results, kind, cls, kwargs):
     for found in results.values():
         one = posterior_of(cls, loader(), **kwargs)
-        count, evidence, probs, *tuned = found[kind, cls.__name__]
+        count, evidence, probs, *tuned = found[kind, cls.__name__, len(kwargs)]
         assert count == len(LENGTHS) == 7
         assert_near(torch.tensor(evidence).double(), one.log_marginal_likelihood())
         assert_near(probs, one(BATCH))
@@ -209,6 +221,8 @@ def test_an_error_in_one_process_ends_all(results):
                     f"RuntimeError: process {bad_rank} failed: ValueError: labels must lie"
                 )
         assert len(found["errors"]) == 2
+        others = "RuntimeError: process 1 failed: ValueError: no luck"
+        assert found["second pass"] == ("ValueError: no luck" if rank else others)
         assert found["few"] == "process 1 got no examples; use fewer processes"
         assert "dispatch_batches=False" in found["dispatched"]
 
