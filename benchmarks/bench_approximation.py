@@ -151,12 +151,16 @@ def cell_path(args: argparse.Namespace, task: str, seed: int) -> Path:
     return args.out / "approximation" / f"{task}-{seed}.json"
 
 
-def table(args: argparse.Namespace, task: str) -> list[dict[str, Any]]:
-    """Return a task's rows: mean and standard error over the seeds."""
+def finished(args: argparse.Namespace, task: str) -> list[dict[str, dict[str, float]]]:
+    """Return the figures of a task's checkpoints that have been measured."""
     paths = [cell_path(args, task, seed) for seed in args.seeds]
-    cells = [json.loads(path.read_text()) for path in paths if path.exists()]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+def table(cells: list[dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
+    """Return a task's rows: mean and standard error over the seeds."""
     rows = []
-    for name in cells[0] if cells else []:
+    for name in cells[0]:
         row: dict[str, Any] = {"structure": name}
         for figure, (heading, digits) in FIGURES.items():
             values = [cell[name][figure] for cell in cells]
@@ -166,34 +170,32 @@ def table(args: argparse.Namespace, task: str) -> list[dict[str, Any]]:
     return rows
 
 
-def draw(args: argparse.Namespace, task: str, rows: list[dict[str, Any]]) -> None:
+def draw(args: argparse.Namespace, task: str, cells: list[dict[str, dict[str, float]]]) -> None:
     """Draw a task's errors against the seconds of fit and of prediction."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     kinds = {"diag": "#404040", "K-FAC": "#4878a8", "corr": "#d1605e", "low": "#6a9f58"}
-    for axis, cost in zip(axes, ("fit, s", "predict, s"), strict=True):
-        for row in rows:
-            if row["structure"] == EXACT:
-                axis.axvline(_number(row[cost]), color="#999999", linestyle="--", label=EXACT)
-                continue
-            colour = next(c for kind, c in kinds.items() if row["structure"].startswith(kind))
-            at = _number(row[cost]), _number(row["error"])
-            axis.plot(*at, "o", color=colour)
-            axis.annotate(
-                row["structure"], at, xytext=(4, 3), textcoords="offset points", fontsize=7
+    for axis, cost in zip(axes, ("fit", "predict"), strict=True):
+        for name in cells[0]:
+            x, y = (
+                statistics.fmean(cell[name][value] for cell in cells) for value in (cost, "error")
             )
-        axis.set(xscale="log", yscale="log", xlabel=f"{cost.split(',')[0]}, seconds")
+            if name == EXACT:
+                axis.axvline(x, color="#999999", linestyle="--", label=EXACT)
+                continue
+            colour = next(c for kind, c in kinds.items() if name.startswith(kind))
+            axis.plot(x, max(y, 1e-6), "o", color=colour)
+            axis.annotate(
+                name, (x, max(y, 1e-6)), xytext=(4, 3), textcoords="offset points", fontsize=7
+            )
+        axis.set(xscale="log", yscale="log", xlabel=f"{cost}, seconds")
         axis.margins(x=0.25)
         axis.legend(fontsize=7, loc="lower left")
     axes[0].set_ylabel("relative error of the predictive covariance")
-    figure.suptitle(f"{task}: error against cost, {len(args.seeds)} checkpoints")
+    figure.suptitle(f"{task}: error against cost, {len(cells)} checkpoints")
     figure.savefig(args.out / f"approximation-{task}.png", dpi=110)
-
-
-def _number(text: str) -> float:
-    return max(float(text.split()[0]), 1e-4)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -225,9 +227,10 @@ def main() -> None:
         for seed in args.seeds:
             for name in args.tasks:
                 run_checkpoint(load_task(args, name), args, seed)
-    tables = {name: rows for name in args.tasks if (rows := table(args, name))}
-    for name, rows in tables.items():
-        draw(args, name, rows)
+    measured_cells = {name: cells for name in args.tasks if (cells := finished(args, name))}
+    tables = {name: table(cells) for name, cells in measured_cells.items()}
+    for name, cells in measured_cells.items():
+        draw(args, name, cells)
     raw = {
         path.stem: json.loads(path.read_text())
         for path in sorted((args.out / "approximation").glob("*.json"))

@@ -163,7 +163,7 @@ class LoraPosterior(Fitting, PriorTuning, Saving, StreamingPredictive):
             AttributeError: If the posterior has not been fitted.
             TypeError: If the data are none of these.
             ValueError: If the data are empty, texts come without a tokenizer, the tokenizer cannot
-                pad, or the link is unknown.
+                pad, the link is unknown, or the posterior is a language model's.
         """
         self._check_H_init()
         options = (batch_size, link_approx, n_samples, generator, progress_bar)

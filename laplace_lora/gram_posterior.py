@@ -7,7 +7,7 @@ the algebra to `row_precision`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -167,15 +167,9 @@ class GramPosterior(LoraPosterior):
         """Return the curvature that was packed; raise ValueError or KeyError if it cannot be."""
         raise NotImplementedError
 
-    def _moments(
-        self, x: Any, columns: Callable[[Tensor], Tensor] | None, joint: bool
-    ) -> tuple[Tensor, Tensor]:
-        precision = self.posterior_precision
-        if self.enable_backprop:
-            return self._differentiable_moments(x, columns, joint)
-        mean, jacobians = self.backend.jacobian_blocks(x, columns)
-        rows = (J.flatten(0, 1)[None] if joint else J for J in jacobians)
-        return mean, precision.inverse_form(rows)
+    def covariance_of(self, jacobians: Iterable[Tensor]) -> Tensor:
+        """Return ``J P⁻¹ Jᵀ``, ``(batch, outputs, outputs)``, before ``covariance_scale``."""
+        return self.posterior_precision.inverse_form(jacobians)
 
     def _split_prior(self) -> tuple[Tensor, Tensor]:
         """Return the first prior precision, and all of them in units of it."""

@@ -6,7 +6,7 @@ predictive. The features and the head's own copy are `heads`'.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -158,12 +158,10 @@ class FullLoraLLLaplace(LastLayerPosterior, FullLLLaplace):
         values, vectors = torch.linalg.eigh((self._H_factor * self.H).double())
         return values.clamp(min=0).to(self.H.dtype), vectors.to(self.H.dtype)
 
-    def _moments(
-        self, x: Any, columns: Callable[[Tensor], Tensor] | None, joint: bool
-    ) -> tuple[Tensor, Tensor]:
-        mean, blocks = self.backend.jacobian_blocks(x, columns)
-        rows = torch.cat([block.flatten(2) for block in blocks], dim=-1)
-        return mean, self.functional_variance(rows.flatten(0, 1)[None] if joint else rows)
+    def covariance_of(self, jacobians: Iterable[Tensor]) -> Tensor:
+        """Return ``J P⁻¹ Jᵀ``, ``(batch, outputs, outputs)``, before ``covariance_scale``."""
+        rows = [jacobian.flatten(2) for jacobian in jacobians]
+        return self.functional_variance(torch.cat(rows, dim=-1))
 
     def _check_H_init(self) -> None:
         if not self._fitted:

@@ -34,10 +34,9 @@ def log_probabilities(mean: Tensor, covariance: Tensor, link: str, noise: Tensor
     Raises:
         ValueError: If the link is none of these, or a bridge meets a single logit.
     """
-    if mean.shape[-1] == 1:
-        if link.startswith("bridge"):
-            raise ValueError(f"link_approx={link!r} needs two logits; use 'probit' or 'mc'")
-        mean, covariance = F.pad(mean, (1, 0)), F.pad(covariance, (1, 0, 1, 0))
+    if mean.shape[-1] == 1 and link.startswith("bridge"):
+        raise ValueError(f"link_approx={link!r} needs two logits; use 'probit' or 'mc'")
+    mean, covariance = _at_least_two(mean, covariance)
     if link == "probit":
         return probit(mean, covariance)
     if link == "mc" and noise is not None:
@@ -47,6 +46,13 @@ def log_probabilities(mean: Tensor, covariance: Tensor, link: str, noise: Tensor
     if link in ("bridge", "bridge_norm"):
         return bridge(mean, covariance, normalised=link == "bridge_norm")
     raise ValueError(f"link_approx must be one of {LINKS}, got {link!r}")
+
+
+def _at_least_two(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits as they are, a single one as that of the second of two classes."""
+    if mean.shape[-1] > 1:
+        return mean, covariance
+    return F.pad(mean, (1, 0)), F.pad(covariance, (1, 0, 1, 0))
 
 
 def probit(mean: Tensor, covariance: Tensor) -> Tensor:
@@ -102,6 +108,7 @@ def entropies(mean: Tensor, covariance: Tensor, noise: Tensor) -> tuple[Tensor, 
     Returns:
         Nats, shape ``(…, batch)`` each.
     """
+    mean, covariance = _at_least_two(mean, covariance)
     contrasts = contrast_matrix(mean)
     rows = contrasts @ covariance @ contrasts.T
     p = sampled_log_softmax(mean @ contrasts.T, rows, noise).exp()

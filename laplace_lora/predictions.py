@@ -15,6 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from laplace_lora import links, sharding
+from laplace_lora.likelihoods import CLASSIFICATION, LANGUAGE_MODELING
+from laplace_lora.preferences import REWARD_MODELING, is_pair
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,11 @@ class Predictions:
     """The posterior predictive of some examples.
 
     Attributes:
-        mean: Mean logits or regression means, ``(examples, outputs)``.
+        mean: Mean logits, regression means or rewards, ``(examples, outputs)``; for preference
+            pairs the mean difference of their rewards, ``(examples, 1)``.
         covariance: Their covariance, ``(examples, outputs, outputs)``; without observation noise.
-        probs: Class probabilities ``(examples, classes)``, ``None`` for a regression.
+        probs: Class probabilities ``(examples, classes)``, ``None`` for regressions and single
+            rewards.
         entropy: Entropy of the averaged softmax in nats, ``(examples,)``: total uncertainty.
         mutual_information: Its epistemic part, which more training data would remove.
         labels: Labels or targets, where all batches have them.
@@ -70,11 +74,11 @@ def predict(
     progress_bar: bool = True,
 ) -> Predictions:
     """Predict a whole data set; see `laplace_lora.base.LoraPosterior.predict`."""
-    classifies = la.likelihood != "regression"
-    noise = None
-    if classifies:
-        size = (n_samples, la.n_outputs - 1)
-        noise = torch.randn(size, dtype=la._dtype, device=la._device, generator=generator)
+    if la.likelihood == LANGUAGE_MODELING:
+        raise ValueError("texts have many tokens; `laplace_lora.generation.score` predicts each")
+    contrasts = {CLASSIFICATION: la.n_outputs - 1, REWARD_MODELING: 1}.get(la.likelihood, 0)
+    size = (n_samples, contrasts)
+    noise = torch.randn(size, dtype=la._dtype, device=la._device, generator=generator)
     if _is_batch(data):
         return _of_batch(la, data, link_approx, noise)
     if not isinstance(data, Iterable):
@@ -86,7 +90,7 @@ def predict(
 
 
 def _of_batches(
-    la: Any, source: Iterable[Any], link: str, noise: Tensor | None, progress_bar: bool
+    la: Any, source: Iterable[Any], link: str, noise: Tensor, progress_bar: bool
 ) -> Predictions:
     bar = tqdm(source, disable=not (progress_bar and sharding.is_main()), desc="Predicting")
     parts = [_of_batch(la, batch, link, noise) for batch in sharding.own_batches(source, bar)]
@@ -101,11 +105,17 @@ def _of_batches(
     return Predictions(**joined)
 
 
-def _of_batch(la: Any, batch: Any, link: str, noise: Tensor | None) -> Predictions:
+def _of_batch(la: Any, batch: Any, link: str, noise: Tensor) -> Predictions:
     labels = _labels(la, batch)
     x = batch[0] if not isinstance(batch, Mapping) and labels is not None else batch
-    mean, covariance = (value.detach() for value in la._glm_predictive_distribution(x))
-    if noise is None:
+    pairs = la.likelihood == REWARD_MODELING and is_pair(x)
+    if pairs:
+        difference, variance = la.reward_difference(x)
+        mean, covariance = difference[:, None], variance[:, None, None]
+    else:
+        mean, covariance = la._glm_predictive_distribution(x)
+    mean, covariance = mean.detach(), covariance.detach()
+    if la.likelihood != CLASSIFICATION and not pairs:
         return Predictions(mean, covariance, labels=labels)
     probs = links.log_probabilities(mean, covariance, link, noise).exp()
     total, aleatoric = links.entropies(mean, covariance, noise)

@@ -5,7 +5,15 @@ import torch
 from test_language import loader, posterior, text_batch
 from torch.func import jacrev
 
-from laplace_lora import DiagLoraLaplace, KronLoraLaplace, KronLoraLLLaplace, LogitsModel, links
+from laplace_lora import (
+    DiagLoraLaplace,
+    FullLoraLaplace,
+    KronLoraLaplace,
+    KronLoraLLLaplace,
+    LogitsModel,
+    LoraEF,
+    links,
+)
 from laplace_lora import generation as generation_module
 from laplace_lora.generation import generate, score
 from laplace_lora.language import TokenModel
@@ -24,8 +32,8 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def answers_posterior(name="llama-lm"):
-    la = KronLoraLaplace(peft_model(name), "classification", target_ids=TARGETS)
+def answers_posterior(name="llama-lm", cls=KronLoraLaplace):
+    la = cls(peft_model(name), "classification", target_ids=TARGETS)
     la.fit(loader(2, token_batch((4, 6, 3))))
     return la
 
@@ -36,6 +44,7 @@ def posteriors(name):
         "low-rank": lambda: posterior(name=name, factor_rank=2, low_rank_threshold=4),
         "diagonal": lambda: posterior(DiagLoraLaplace, name, prior_precision=0.5),
         "answers": lambda: answers_posterior(name),
+        "exact": lambda: answers_posterior(name, FullLoraLaplace),
     }
     return kinds
 
@@ -316,3 +325,21 @@ def test_errors():
     with pytest.raises(ValueError, match="last-layer posterior"):
         score(last, batch)
     assert generation_module.TOP_K < VOCABULARY
+
+
+def test_tensors_trained_whole_take_part():
+    """Position embeddings have a diagonal block, whose rows come from each text alone."""
+    model = peft_model("gpt2-lm")
+    model.base_model.model.transformer.wpe.weight.requires_grad_(True)
+    la = DiagLoraLaplace(
+        model, "language_modeling", uncovered="diag", backend=LoraEF, prior_precision=0.5
+    )
+    batch = text_batch()
+    la.fit(loader(2, batch))
+    ours = score(la, batch, K)
+    _, J, posterior_covariance = explicit_moments(la, batch)
+    assert J.shape[-1] == la.n_params > 32 * 16
+    full = J @ posterior_covariance @ J.mT
+    for place, chosen in enumerate(ours.candidates[ours.mask]):
+        expected = full[place][chosen][:, chosen]
+        assert_near(ours.covariance[ours.mask][place], expected)

@@ -3,8 +3,10 @@
 import math
 
 import pytest
+import test_preferences
 import torch
 from test_posterior import CLASSES, LENGTHS, loader, posterior
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from laplace_lora import KronLoraLaplace, KronLoraLLLaplace, links
@@ -116,6 +118,31 @@ def test_regression_has_moments_only():
     assert found.probs is None and found.entropy is None and found.aleatoric is None
     assert found.mean.shape == (7, 3) and found.covariance.shape == (7, 3, 3)
     assert found.labels.shape == (7, 3)
+
+
+def test_rewards_and_preferences():
+    la = test_preferences.posterior()
+    pairs, texts = test_preferences.pair_batch(), test_preferences.texts((3, 5), seed=0)
+    found = quiet(la, pairs)
+    assert_near(found.probs, la(pairs))
+    difference, variance = la.reward_difference(pairs)
+    assert_near([found.mean[:, 0], found.covariance[:, 0, 0]], [difference, variance])
+    assert (found.mutual_information > 0).all() and found.labels is None
+    single = quiet(la, texts)
+    assert single.probs is None and single.mean.shape == (2, 1)
+    assert_near([single.mean, single.covariance], list(la(texts)))
+
+
+def test_a_language_models_posterior_is_sent_elsewhere():
+    la = KronLoraLaplace(
+        peft_model("llama-lm"), "language_modeling", backend_kwargs={"num_samples": 1}
+    )
+    batch = token_batch((4, 4))
+    batch["labels"] = batch["input_ids"]
+    examples = [{k: v[i] for k, v in batch.items()} for i in range(2)]
+    la.fit(DataLoader(examples, batch_size=2))
+    with pytest.raises(ValueError, match=r"generation\.score"):
+        quiet(la, batch)
 
 
 def test_last_layer_posteriors_predict_too():

@@ -14,7 +14,7 @@ from tiny import bert_config, llama_config
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SMALL = [
     *("--train-size", "24", "--val-size", "12", "--test-size", "10", "--shifted-size", "8"),
-    *("--epochs", "2", "--rank", "2", "--dropout-samples", "2", "--max-tokens", "30"),
+    *("--epochs", "2", "--rank", "2", "--max-tokens", "30"),
 ]
 WORDS = "abcdefgh"
 
@@ -30,7 +30,7 @@ def study(monkeypatch):
 def run(study, monkeypatch, capsys, tmp_path, *extra):
     out = tmp_path / "out"
     argv = ["study.py", "--data", str(tmp_path), "--model", str(tmp_path / "model"), *SMALL]
-    monkeypatch.setattr(sys, "argv", [*argv, "--out", str(out), *extra])
+    monkeypatch.setattr(sys, "argv", [*argv, "--dropout-samples", "2", "--out", str(out), *extra])
     study.main()
     return out, json.loads((out / "study.json").read_text()), capsys.readouterr().out
 
@@ -122,3 +122,26 @@ def test_a_decoder_must_be_given(study, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit, match="give one with --model"):
         study.main()
+
+
+def test_structures_are_compared_on_the_same_checkpoints(study, monkeypatch, capsys, tmp_path):
+    import bench_approximation
+    from transformers import BertForSequenceClassification
+
+    save_model(BertForSequenceClassification, bert_config(), tmp_path)
+    for file, seed in (("train", 0), ("dev", 1), ("dev_ood", 2)):
+        write(tmp_path / "cola" / f"{file}.jsonl", sentences(60, seed))
+    out = tmp_path / "out"
+    argv = ["bench_approximation.py", "--data", str(tmp_path), "--model", str(tmp_path / "model")]
+    argv += [*SMALL, "--tasks", "cola", "--seeds", "0", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", argv)
+    bench_approximation.main()
+    capsys.readouterr()
+    report = json.loads((out / "bench_approximation.json").read_text())
+    cells = report["raw"]["cola-0"]
+    assert cells["exact GGN"]["error"] < 1e-3 and cells["exact GGN"]["gap"] == 0
+    assert cells["low rank 128"]["error"] < 1e-3  # 24 rows only
+    errors = {name: cell["error"] for name, cell in cells.items()}
+    assert errors["K-FAC expand, dense"] > 1e-3 and errors["diagonal"] > 1e-3
+    assert len(report["tables"]["cola"]) == len(cells)
+    assert (out / "approximation-cola.png").stat().st_size > 10_000
