@@ -77,12 +77,9 @@ def structures() -> dict[str, Make]:
         "K-FAC expand, rank 64": kron(factor_rank=64, **low),
         "K-FAC expand, dense": kron(factor_rank=None),
         "K-FAC reduce, dense": kron(factor_rank=None, **REDUCE),
-        "corrected, rank 64": kron(factor_rank=64, **low, **CORRECTED),
         "corrected, dense": kron(factor_rank=None, **CORRECTED),
-        "corrected reduce, dense": kron(factor_rank=None, **REDUCE, **CORRECTED),
         "low rank 32": low_rank(32),
         "low rank 128": low_rank(128),
-        "low rank 512": low_rank(512),
         EXACT: lambda model: FullLoraLaplace(model, "classification"),
     }
 
