@@ -16,11 +16,12 @@ from quickstart_model import load_quickstart
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from torchmetrics.functional import classification as metrics
+from torchmetrics.functional.classification import multiclass_matthews_corrcoef
 from transformers import get_linear_schedule_with_warmup
 
 from laplace_lora.adaptive import CRITERIA as KNOWN
 from laplace_lora.adaptive import IVON, PosteriorScore, SensitivityScore, set_importance_score
+from laplace_lora.evaluation import MAP, evaluate
 
 CRITERIA = tuple(KNOWN)
 TARGETS = ["query", "key", "value"]
@@ -182,17 +183,12 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for n, p in model.named_parameters() if p.requires_grad and "ranknum" not in n]
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader) -> dict[str, float]:
+def judge(model: nn.Module, loader: DataLoader) -> dict[str, float]:
     """Judge a classifier's probabilities."""
-    parts, labels = [], []
-    for batch in loader:
-        labels.append(batch.pop("labels"))
-        parts.append(model(**batch).logits.softmax(-1))
-    p, y = torch.cat(parts), torch.cat(labels)
-    scores = quickstart.scores(p, y)
-    classes = p.shape[1]
-    return {**scores, "matthews": metrics.multiclass_matthews_corrcoef(p, y, classes).item()}
+    report = evaluate(MAP(model), loader, bootstrap=2)
+    p, y = report.probs, report.labels
+    matthews = multiclass_matthews_corrcoef(p, y, p.shape[1]).item()
+    return {**{name: report[name] for name in quickstart.SHOWN}, "matthews": matthews}
 
 
 def persistent_bytes(model: nn.Module, optimizer: Optimizer, score: Any) -> float:

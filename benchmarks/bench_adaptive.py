@@ -30,7 +30,7 @@ from adaptive_training import (
     IVON_SETTINGS,
     Task,
     data_folder,
-    evaluate,
+    judge,
     load_task,
     persistent_bytes,
     step_seconds,
@@ -65,7 +65,7 @@ def adalora_cell(
     """Train one AdaLoRA model and judge it."""
     setting, _, criterion, rank = cell
     model, optimizer, score = train_adalora(task, args, seed, setting, criterion, rank)
-    result = evaluate(model, task.test_loader)
+    result = judge(model, task.test_loader)
     result["bytes a weight"] = persistent_bytes(model, optimizer, score)
     if hasattr(optimizer, "curvature_change"):
         result["h/h0 quantiles"] = optimizer.curvature_change().tolist()
@@ -78,12 +78,12 @@ def lora_cells(task: Task, args: argparse.Namespace, seed: int) -> dict[str, dic
     la = KronLoraLaplace(model, "classification")
     la.fit(task.train_loader)
     la.optimize_prior_precision()
-    results = {f"{LORA}, full rank {args.init_rank}": evaluate(model, task.test_loader)}
+    results = {f"{LORA}, full rank {args.init_rank}": judge(model, task.test_loader)}
     for rank in args.ranks:
         for criterion in CRITERIA:
             pruned = pruned_copy(model, la, rank, criterion)
             name = f"{LORA}, pruned by {criterion}, rank {rank:g}"
-            results[name] = evaluate(pruned, task.test_loader)
+            results[name] = judge(pruned, task.test_loader)
     return results
 
 

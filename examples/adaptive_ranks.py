@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 from laplace_lora.adaptive import IVON, AdaLoraCallback, remove_pruned_triplets
+from laplace_lora.evaluation import MAP, compare, evaluate
 
 BATCH_SIZE = 8
 MODULES = ["query", "key", "value", "attention.output.dense"]
@@ -148,12 +149,11 @@ def main() -> None:
     random.Random(arguments.seed).shuffle(rows)
     train_rows = rows[: arguments.train_size]
     test_rows = rows[arguments.train_size :][: quickstart.MAX_TEST]
-    labels = torch.tensor([row["label"] for row in test_rows])
     _, tokenizer = quickstart.load_base(arguments.model, len(names))
     collate = DataCollatorWithPadding(tokenizer)
     test_loader = DataLoader(quickstart.encode(test_rows, tokenizer), 64, collate_fn=collate)
 
-    tables, scores = {}, {}
+    tables, reports = {}, []
     for method, bayesian in (("AdamW, sensitivity", False), ("IVON, SNR of magnitude", True)):
         print(f"\n{method}: {arguments.steps} steps")
         set_seed(arguments.seed)
@@ -161,19 +161,11 @@ def main() -> None:
         data = quickstart.encode(train_rows, tokenizer)
         ranks = fine_tune(model, data, collate, arguments.steps, bayesian, arguments.seed)
         tables[method] = rank_table(ranks)
-        model.eval()
-
-        @torch.no_grad()
-        def probabilities(batch, model=model):
-            batch = {key: value.to(model.device) for key, value in batch.items()}
-            return model(**batch).logits.softmax(-1)
-
-        p = quickstart.predict(probabilities, test_loader, "Predicting")
-        scores[method] = quickstart.scores(p, labels)
+        reports.append(evaluate(MAP(model), test_loader, name=method, progress_bar=True))
     for method, table in tables.items():
         print_ranks(method, table)
     draw(tables, arguments.out)
-    quickstart.print_table(scores)
+    print("\n" + compare(reports, quickstart.SHOWN))
 
 
 if __name__ == "__main__":

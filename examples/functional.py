@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Mapping
 
 import quickstart
 import torch
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, set_seed
 
+from laplace_lora.evaluation import MAP, compare, evaluate
 from laplace_lora.functional import (
     calculate_kronecker_factors,
     jacobian_mean,
@@ -107,19 +109,14 @@ def main() -> None:
     print(f"Prior variance {s2.item():.3g}, log evidence {evidence.item():.1f}")
 
     # 3. Gaussian logits of unseen rows, and their probabilities.
-    p_map, p_laplace = [], []
-    for batch in tqdm(test_loader, desc="Predicting"):
+    def laplace(batch: Mapping[str, Tensor]) -> Tensor:
         jacobian, f_mu = jacobian_mean(model, batch)
         f_var = variance(batch, jacobian, factors, s2, len(names), LORA_RANK, N_KFAC, "cpu")
-        p_map.append(f_mu.softmax(-1))
-        p_laplace.append(predict_probs(f_mu, f_var))
-    labels = torch.tensor([row["label"] for row in test_rows])
-    quickstart.print_table(
-        {
-            "MAP": quickstart.scores(torch.cat(p_map), labels),
-            "Laplace": quickstart.scores(torch.cat(p_laplace), labels),
-        }
-    )
+        return predict_probs(f_mu, f_var)
+
+    methods = {"MAP": MAP(model), "Laplace": laplace}
+    reports = [evaluate(m, test_loader, name=n, progress_bar=True) for n, m in methods.items()]
+    print("\n" + compare(reports, quickstart.SHOWN))
 
 
 if __name__ == "__main__":

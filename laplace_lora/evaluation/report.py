@@ -160,12 +160,14 @@ def compare(reports: Sequence[CalibrationReport], metrics: Sequence[str] | None 
     columns = list(metrics or [m for m in (*SHOWN, "OOD AUROC", "OOD FPR95") if m in known])
     for unknown in set(columns) - set(known):
         raise ValueError(f"no report has the metric {unknown!r}; there are {known}")
-    lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for report in reports:
-        cells = [_cell(report, reports, m) for m in columns]
-        lines.append(f"| {report.name} | " + " | ".join(cells) + " |")
     better = ["higher" if m.startswith(HIGHER) else "lower" for m in columns]
-    return "\n".join([*lines, "| *better is* | " + " | ".join(better) + " |"])
+    table = [["method", *columns]]
+    table += [[r.name, *(_cell(r, reports, m) for m in columns)] for r in reports]
+    table.append(["*better is*", *better])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    table.insert(1, ["-" * width for width in widths])
+    lines = ([f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)] for row in table)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cell(report: CalibrationReport, reports: Sequence[CalibrationReport], metric: str) -> str:
