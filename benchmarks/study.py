@@ -11,7 +11,8 @@ data is the same for every seed; the test set is used for nothing but the table.
 
 ``DATA`` holds a folder a task with ``.jsonl`` files. Checkpoints and finished cells are kept under
 ``--out`` and never computed again; ``--full`` takes all rows there are. Seconds are this process's
-own on the CPU, with one thread unless ``--threads`` says otherwise.
+own on the CPU, with one thread unless ``--threads`` says otherwise; "fit, epochs" divides those of
+fitting and tuning by one pass of training in float32.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from measure import prepare, write_report
 from safetensors.torch import load_file, save_file
-from study_checkpoints import add_training_arguments, checkpoint
+from study_checkpoints import add_training_arguments, epoch_seconds
 from study_methods import ENSEMBLE, Outcome, ensemble, judged_splits, outcomes
 from study_tasks import CLASSIFICATION, Task, add_task_arguments, load_task
 
@@ -102,9 +103,7 @@ def cells_of(args: argparse.Namespace, task: str) -> dict[str, list[dict[str, An
 
 def rows_of(task: Task, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a task's table: mean and standard error over the seeds."""
-    epoch = statistics.fmean(
-        checkpoint(task, args, seed)[1]["seconds"] / args.epochs for seed in finished(task, args)
-    )
+    epoch = epoch_seconds(task, args)
     rows = []
     for method, cells in sorted(cells_of(args, task.name).items(), key=_place):
         row: dict[str, Any] = {"method": method, "seeds": len(cells)}
@@ -120,12 +119,6 @@ def rows_of(task: Task, args: argparse.Namespace) -> list[dict[str, Any]]:
         row["MiB"] = f"{_mean(cells, 'bytes') / 2**20:.1f}"
         rows.append(row)
     return rows
-
-
-def finished(task: Task, args: argparse.Namespace) -> list[int]:
-    """Return the seeds whose checkpoints are there."""
-    folder = args.out / "checkpoints"
-    return [s for s in args.seeds if (folder / f"{task.name}-{s}" / "training.json").exists()]
 
 
 def draw(task: Task, args: argparse.Namespace) -> None:

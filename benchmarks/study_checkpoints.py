@@ -93,6 +93,20 @@ def pretrained(task: Task, args: argparse.Namespace, seed: int) -> PeftModel:
     return get_peft_model(base_model(task), config).to(args.device)
 
 
+def epoch_seconds(task: Task, args: argparse.Namespace) -> float:
+    """Return the seconds of one pass of training in float32, the format that posteriors use.
+
+    Measured once a task and kept beside the checkpoints.
+    """
+    path = Path(args.out) / "epochs" / f"{task.name}-{len(task.splits['train'])}.json"
+    if not path.exists():
+        one = argparse.Namespace(**{**vars(args), "epochs": 1, "autocast": False})
+        found = train(pretrained(task, one, seed=0), task, one)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found))
+    return json.loads(path.read_text())["seconds"]
+
+
 def train(model: PeftModel, task: Task, args: argparse.Namespace) -> dict[str, float]:
     """Fine-tune with AdamW on the cross-entropy of the classes or answers."""
     logits = LogitsModel(model, task.target_ids)
