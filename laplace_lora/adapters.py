@@ -1,7 +1,8 @@
 """From a model to its trainable linear maps, in parameter order.
 
 Which trainable tensors a Kronecker factor can cover, and which it cannot. The state that PEFT has
-left a model in belongs to `peft_state`, what flows through the maps to `capture`.
+left a model in belongs to `peft_state`, what flows through the maps to `capture`
+and `tape`.
 """
 
 from __future__ import annotations

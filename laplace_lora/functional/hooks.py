@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from laplace_lora.adapters import linear_maps
-from laplace_lora.capture import MASK_NAMES, token_mask
 from laplace_lora.factors import DenseFactor
 from laplace_lora.kfac import Rows
 from laplace_lora.maps import LinearMap
+from laplace_lora.masks import MASK_NAMES, token_mask
 from laplace_lora.sketch import Factor, empty_factor
 
 
