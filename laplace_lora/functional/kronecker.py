@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from laplace_lora.capture import record
 from laplace_lora.factors import map_shared
-from laplace_lora.functional.hooks import factor_tensor, note_masks, selected_maps
+from laplace_lora.functional.hooks import factor_tensor, note_masks
+from laplace_lora.functional.selection import selected_maps
 from laplace_lora.guard import evaluation_mode, gradients_needed
 from laplace_lora.kfac import KfacSums, Rows
 from laplace_lora.likelihoods import CLASSIFICATION, hessian_root, sampled_root
