@@ -2,7 +2,7 @@
 
 A backend answers laplace-torch's questions for curvature (factors, diagonal, dense matrix) with
 what `kfac` and `jacobians` compute; Jacobians and gradients themselves belong to
-`differentiation`, priors and predictions to `posterior`.
+`differentiation`, priors to `posterior`, predictions to `predictive`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Changes to a user's model that undo themselves, whatever happens in between."""
+"""Changes to a user's model that undo themselves, whatever happens in between.
+
+Modes, gradients and weights of any module. What is done to a transformer's head belongs to
+`narrowing`, to a module's own tensors to `uncovered`.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """K-FAC sums of linear maps, filled batch by batch from a tape.
 
-Which rows of a captured tensor enter a covariance, and with what weight. Sketching the rows belongs
-to `factors`, algebra over a whole model to `kron`.
+Which rows of a captured tensor enter a covariance, and with what weight. Summing rows belongs
+to `factors` and `sketch`, algebra over a whole model to `kron`.
 """
 
 from __future__ import annotations
