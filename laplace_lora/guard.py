@@ -1,7 +1,7 @@
 """Changes to a user's model that undo themselves, whatever happens in between.
 
-Modes, gradients and weights of any module. What is done to a transformer's head belongs to
-`narrowing`, to a module's own tensors to `uncovered`.
+Modes, gradients and weights of any module. Letting a transformer's head see fewer tokens belongs to
+`narrowing`.
 """
 
 from __future__ import annotations
