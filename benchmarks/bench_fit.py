@@ -26,18 +26,15 @@ from llama_workload import (
     random_llama,
 )
 from measure import (
-    MIB,
     add_clock_argument,
-    add_memory_arguments,
     add_run_arguments,
-    peak_of_run,
-    peaks_in_own_processes,
     prepare,
     ratio,
     time_in_turn,
     verdict,
     write_report,
 )
+from peak_memory import MIB, add_memory_arguments, peak_of_run, peaks_in_own_processes
 
 from laplace_lora import LoraGGN
 

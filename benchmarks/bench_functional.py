@@ -21,18 +21,15 @@ import torch
 from bayesian_lora.main import jacobian_mean as their_jacobian_mean
 from llama_workload import Workload, add_size_arguments, make_workload, random_llama
 from measure import (
-    MIB,
     add_clock_argument,
-    add_memory_arguments,
     add_run_arguments,
-    peak_of_run,
-    peaks_in_own_processes,
     prepare,
     ratio,
     time_in_turn,
     verdict,
     write_report,
 )
+from peak_memory import MIB, add_memory_arguments, peak_of_run, peaks_in_own_processes
 from torch import Tensor, nn
 
 from laplace_lora.functional import calculate_kronecker_factors, jacobian_mean

@@ -30,16 +30,15 @@ from llama_workload import (
     random_llama,
 )
 from measure import (
-    MIB,
     add_clock_argument,
     add_run_arguments,
-    peak_of_run,
     prepare,
     ratio,
     time_in_turn,
     verdict,
     write_report,
 )
+from peak_memory import MIB, peak_of_run
 
 LLAMA_3_8B = {
     "hidden": 4096,

@@ -1,14 +1,8 @@
-"""Paired timings, peak memory in a process of its own, and the reports of the benchmarks.
+"""Paired timings, and the arguments and reports of the benchmarks.
 
 Times on a shared machine drift, so nothing here reports an absolute time alone: every side is
 warmed up once, then all sides run in turn (A B C, A B C, ...) in one process, and a ratio is the
-median over the rounds of the ratio *within* a round.
-
-Peak memory is read in a process that runs one side only. On an accelerator it is the caching
-allocator's own peak. On the CPU there are two readings: ``records``, the peak of torch's record of
-every CPU allocation and release (exact and repeatable, blind to what is not allocated by torch),
-and ``resident``, the peak of the process's resident set above its level before the run (sees
-everything, in pages, Linux only).
+median over the rounds of the ratio *within* a round. Peak memory belongs to `peak_memory`.
 """
 
 from __future__ import annotations
@@ -16,24 +10,18 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-MIB = 2**20
-READINGS = ("records", "resident")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -71,15 +59,6 @@ def add_clock_argument(parser: argparse.ArgumentParser) -> None:
         default="wall",
         help="cpu counts this process's own time: on busy cores, with one thread",
     )
-
-
-def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments by which a benchmark calls itself to read one side's peak memory."""
-    parser.add_argument("--peak-of", help="only run this side once, print its peak memory, stop")
-    parser.add_argument(
-        "--peak-by", choices=READINGS, default="records", help="how --peak-of reads the CPU"
-    )
-    parser.add_argument("--no-memory", action="store_true", help="skip the memory readings")
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -163,92 +142,6 @@ def verdict(value: float, at_most: float | None = None, at_least: float | None =
     if at_least is not None:
         return "pass" if value >= at_least else f"miss by {100 * (1 - value / at_least):.0f} %"
     raise ValueError("give at_most or at_least")
-
-
-def peak_of_run(run: Callable[[], object], device: str, reading: str) -> int:
-    """Run once and return the peak of the bytes held above the level before the run.
-
-    Args:
-        run: What to run. Its result counts: it is still held at the end of the reading.
-        device: Where the memory is read.
-        reading: On the CPU, ``records`` or ``resident`` (see the module's text). An accelerator
-            has its allocator's own peak and ignores this.
-
-    Returns:
-        Peak bytes.
-    """
-    gc.collect()
-    if torch.device(device).type != "cpu":
-        module = torch.get_device_module(torch.device(device))
-        module.synchronize()
-        module.reset_peak_memory_stats()
-        before = module.memory_allocated()
-        held = run()
-        module.synchronize()
-        peak = module.max_memory_allocated() - before
-    elif reading == "resident":
-        Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's record of the peak
-        before = _kernel_bytes("VmRSS")
-        held = run()
-        peak = _kernel_bytes("VmHWM") - before
-    else:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorder:
-            held = run()
-        peak = _recorded_peak(recorder)
-    del held
-    return peak
-
-
-def _kernel_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
-
-
-def _recorded_peak(recorder: profile) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        recorder.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    events = [e for e in events if e.get("name") == "[memory]" and e["args"]["Device Type"] == 0]
-    level = peak = 0
-    for event in sorted(events, key=lambda event: event["args"]["Ev Idx"]):
-        level += event["args"]["Bytes"]
-        peak = max(peak, level)
-    return peak
-
-
-def peaks_in_own_processes(
-    script: str, sides: Iterable[str], device: str, extra: Iterable[str] = ()
-) -> dict[str, dict[str, int]]:
-    """Start this benchmark anew for every side and reading, and collect the peaks.
-
-    Args:
-        script: Path of the benchmark, which must have the arguments of `add_memory_arguments`.
-        sides: Names that the benchmark's ``--peak-of`` knows.
-        device: Where the memory is read; an accelerator has one reading only.
-        extra: Arguments to add to this process's own.
-
-    Returns:
-        Peak bytes by side and reading.
-
-    Raises:
-        RuntimeError: If a process fails; its error output is in the message.
-    """
-    # Fixed thresholds make the C allocator hand freed blocks back to the kernel at once.
-    environment = dict(
-        os.environ, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0", MALLOC_ARENA_MAX="1"
-    )
-    readings = READINGS if torch.device(device).type == "cpu" else READINGS[:1]
-    peaks: dict[str, dict[str, int]] = {}
-    for side in sides:
-        for reading in readings:
-            command = [sys.executable, script, *sys.argv[1:], *extra]
-            command += ["--peak-of", side, "--peak-by", reading]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            if done.returncode != 0:
-                raise RuntimeError(f"reading the peak of {side} failed:\n{done.stderr}")
-            peaks.setdefault(side, {})[reading] = int(done.stdout.split()[-1])
-    return peaks
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:

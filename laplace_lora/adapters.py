@@ -1,7 +1,7 @@
 """From a model to its trainable linear maps, in parameter order.
 
 Which trainable tensors a Kronecker factor can cover, and which it cannot. The state that PEFT has
-left a model in belongs to `peft_state`, what flows through the maps to `capture`.
+left a model in belongs to `peft_state`, what flows through the maps to `tape`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from laplace_lora.maps import Block, ConvMap, EmbeddingMap, LinearMap, TripletMap
+from laplace_lora.maps import Block, ConvMap, LinearMap
+from laplace_lora.peft_maps import EmbeddingMap, TripletMap
 from laplace_lora.peft_state import adalora_layers, check_adapters
 from laplace_lora.uncovered import ElementwiseMap, WholeTensor, in_order
 

@@ -44,7 +44,7 @@ class LoraPosterior(Fitting, PriorTuning, Saving, StreamingPredictive):
             their names, or a list of names or of whole parts of them. The others stay at their
             MAP values. ``None`` covers all.
         uncovered: What becomes of trainable tensors that no Kronecker factor covers: ``"error"``
-            names them, ``"diag"`` gives each the exact diagonal, see `LoraCurvature`.
+            names them, ``"diag"`` gives each the exact diagonal, see `Differentiation`.
         backend: `LoraGGN`, `LoraEF` or a subclass.
         backend_kwargs: Arguments of the backend, such as ``kfac_approx`` or ``stochastic``.
         **kwargs: laplace-torch's arguments, such as ``prior_precision``, ``sigma_noise`` and

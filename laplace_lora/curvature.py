@@ -1,59 +1,47 @@
 """`LoraGGN` and `LoraEF`: laplace-torch curvature backends for the adapters of a model.
 
-A backend answers laplace-torch's questions (factors, diagonal, dense matrix, Jacobians, gradients)
-with what `kfac` and `jacobians` compute. Priors and predictions belong to `posterior`.
+A backend answers laplace-torch's questions for curvature (factors, diagonal, dense matrix) with
+what `kfac` and `jacobians` compute; Jacobians and gradients themselves belong to
+`differentiation`, priors to `posterior`, predictions to `predictive`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from laplace.curvature import CurvatureInterface, EFInterface, GGNInterface
+from laplace.curvature import EFInterface, GGNInterface
 from laplace.utils import Kron
 from torch import Tensor, nn
 
 from laplace_lora import likelihoods
-from laplace_lora.adapters import trainable_maps
-from laplace_lora.capture import MisfitError, Tape, record
 from laplace_lora.decomposed import LowRankKronDecomposed
+from laplace_lora.differentiation import Differentiation
 from laplace_lora.factors import check_residual
-from laplace_lora.guard import differentiable
 from laplace_lora.jacobians import jacobian_blocks
 from laplace_lora.kfac import KfacSums, Rows
 from laplace_lora.kron import LowRankKron
-from laplace_lora.maps import wide_dtype
-from laplace_lora.peft_state import check_adapters
 from laplace_lora.sketch import LowRankFactor
-from laplace_lora.uncovered import whole_instead
 
 LONGEST_PLAIN = 8192  # entries of a vector whose diagonal block a plain Kron holds as a matrix
 
 
-class LoraCurvature(CurvatureInterface):
+class LoraCurvature(Differentiation):
     """What `LoraGGN` and `LoraEF` share; they differ in the columns they send backward.
-
-    The model is taken in the mode it is in: put it in evaluation mode first, as ``fit`` does.
 
     Args:
         model: Model from a batch to outputs.
-        likelihood: ``"classification"``, ``"regression"`` or, with a `TokenModel`,
-            ``"language_modeling"``.
+        likelihood: As of `Differentiation`.
         *args: The rest of laplace-torch's arguments.
         kfac_approx: ``"expand"`` or ``"reduce"``, see `KfacSums`.
         factor_rank: Eigenpairs of a low-rank side; ``None`` makes dense factors, a plain `Kron`.
         low_rank_threshold: Sides up to this length stay dense.
         residual: What a low-rank side puts for the directions it leaves out, see `LowRankKron`.
-        uncovered: What becomes of trainable tensors that no Kronecker factor covers: ``"error"``
-            names them, ``"diag"`` gives each a block with the exact diagonal. Norms and DoRA's
-            magnitudes cost next to nothing; anything else costs one more forward pass and its
-            backward passes for each example alone.
-        **kwargs: laplace-torch's arguments.
+        **kwargs: laplace-torch's arguments, and those of `Differentiation`.
 
     Raises:
-        ValueError: If an argument is out of range, nothing is trainable, or a trainable tensor
-            belongs to no linear map and ``uncovered="error"``.
+        ValueError: If an argument is out of range, or as `Differentiation` says.
         RuntimeError: If an adapter is merged or disabled, or several are active.
     """
 
@@ -66,13 +54,8 @@ class LoraCurvature(CurvatureInterface):
         factor_rank: int | None = None,
         low_rank_threshold: int = 512,
         residual: str = "isotropic",
-        uncovered: str = "error",
         **kwargs: Any,
     ) -> None:
-        language = likelihood == likelihoods.LANGUAGE_MODELING
-        known = likelihoods.CLASSIFICATION if language else likelihood  # to laplace-torch
-        super().__init__(model, known, *args, **kwargs)
-        self.likelihood = likelihood
         check_residual(residual)
         if factor_rank is not None and factor_rank < 1:
             raise ValueError(f"factor_rank must be positive or None, got {factor_rank}")
@@ -80,14 +63,7 @@ class LoraCurvature(CurvatureInterface):
         self.factor_rank = factor_rank
         self.low_rank_threshold = low_rank_threshold
         self.residual = residual
-        self.n_outputs = 0
-        self.uncovered = uncovered
-        self.maps, self.blocks = trainable_maps(self._model, uncovered)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Number format of factors and Jacobians: the adapters', float32 at least."""
-        return wide_dtype([block.parameter for block in self.blocks])
+        super().__init__(model, likelihood, *args, **kwargs)
 
     def kron(self, x: Any, y: Tensor, N: int) -> tuple[Tensor, Kron]:
         """Return the K-FAC factors of a batch, see `KfacSums`.
@@ -206,145 +182,6 @@ class LoraCurvature(CurvatureInterface):
             raise FloatingPointError(f"the eigenvalues of {name!r} are not finite")
         return loss, diagonals
 
-    def jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
-        """Return Jacobians from one backward pass an output.
-
-        Args:
-            x: Batch that the model takes.
-            enable_backprop: Whether gradients flow through the result; then laplace-torch's own
-                `torch.func.jacrev` is used, at its price.
-
-        Returns:
-            Jacobians ``(batch, outputs, parameters)`` and outputs ``(batch, outputs)``.
-        """
-        if enable_backprop:
-            self._check_outputs_few()
-            return super().jacobians(x, enable_backprop=True)
-        f, blocks = self.jacobian_blocks(x)
-        return self._joined(blocks), f
-
-    def selected_output_jacobians(
-        self, x: Any, outputs: Tensor, enable_backprop: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Return Jacobians of chosen outputs of each example, one backward pass a choice.
-
-        Args:
-            x: Batch that the model takes.
-            outputs: Output indices, ``(batch,)`` or ``(batch, choices)``.
-            enable_backprop: As in `jacobians`.
-
-        Returns:
-            Jacobians ``(batch, choices, parameters)`` and outputs ``(batch, outputs)``.
-        """
-        self._check_outputs_few()
-        if enable_backprop:
-            return super().selected_output_jacobians(x, outputs, enable_backprop=True)
-
-        def columns(f: Tensor) -> Tensor:
-            chosen = outputs.reshape(len(outputs), -1).to(f.device)
-            return torch.nn.functional.one_hot(chosen, f.shape[-1]).transpose(0, 1).to(f.dtype)
-
-        f, blocks = self.jacobian_blocks(x, columns)
-        return self._joined(blocks), f
-
-    def gradients(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each example's gradient of laplace-torch's ``lossfunc``.
-
-        Args:
-            x: Batch that the model takes.
-            y: Labels ``(batch,)`` or regression targets ``(batch, outputs)``.
-
-        Returns:
-            Gradients ``(batch, parameters)`` and the summed loss. For regression the loss is the
-            squared error without its half, as laplace-torch defines it.
-        """
-        tape, loss = self._forward(x, y)
-        columns = likelihoods.empirical_root(tape.output, y, self.likelihood) / self.factor
-        rows = self._joined(jacobian_blocks(tape, self.blocks, columns, self.dtype))
-        return rows[:, 0], loss / self.factor
-
-    def jacobian_blocks(
-        self,
-        x: Any,
-        columns: Callable[[Tensor], Tensor] | None = None,
-        function: Callable[[Any], Tensor] | None = None,
-    ) -> tuple[Tensor, Iterator[Tensor]]:
-        """Return outputs, and Jacobians tensor by tensor.
-
-        Args:
-            x: Batch that the model takes.
-            columns: From the outputs ``(batch, outputs)`` to the gradients sent backward,
-                ``(columns, batch, outputs)``; one column an output when ``None``.
-            function: What to differentiate instead of the model's own outputs: from a batch to
-                ``(batch, outputs)``, by the same maps.
-
-        Returns:
-            Outputs ``(batch, outputs)``, and an iterator over ``(batch, columns, *shape)`` of each
-            trainable tensor in parameter order.
-
-        Raises:
-            ValueError: If the outputs are those of a language model.
-        """
-        if function is None:
-            self._check_outputs_few()
-        tape = self._record(x, function)
-        f = tape.output
-        roots = likelihoods.identity_root(f) if columns is None else columns(f)
-        return f, jacobian_blocks(tape, self.blocks, roots, self.dtype)
-
-    def cover_whole(self, maps: Sequence[int]) -> None:
-        """Give the tensors of some maps diagonal blocks from now on.
-
-        Args:
-            maps: Indices of the maps.
-        """
-        self.maps, self.blocks = whole_instead(self.maps, self.blocks, maps)
-
-    def _record(
-        self,
-        x: Any,
-        function: Callable[[Any], Tensor] | None = None,
-        examples: int | None = None,
-    ) -> Tape:
-        check_adapters(self.model)
-        run = self.model if function is None else function
-        with differentiable(self.model):
-            try:
-                return record(run, self.maps, x, examples=examples)
-            except MisfitError as error:
-                if self.uncovered == "error":
-                    raise
-                self.cover_whole(error.maps)
-            return record(run, self.maps, x, examples=examples)
-
-    def _check_plain(self) -> None:
-        for block in self.blocks:
-            p = block.parameter
-            if self.maps[block.map].is_diagonal and (p.ndim != 1 or len(p) > LONGEST_PLAIN):
-                raise ValueError(
-                    f"a plain Kron cannot hold the diagonal block of {block.name!r}, of shape "
-                    f"{tuple(p.shape)}; use KronLoraLaplace, give `factor_rank`, or freeze it"
-                )
-
-    def _columns(self, f: Tensor, y: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _check_outputs_few(self) -> None:
-        if self.likelihood == likelihoods.LANGUAGE_MODELING:
-            raise ValueError(
-                "a language model's outputs, its whole vocabulary at every token, are too many for "
-                "Jacobians; `laplace_lora.generation` predicts the likeliest tokens, and "
-                "method='marglik' tunes the prior without predictions"
-            )
-
-    def _forward(self, x: Any, y: Tensor) -> tuple[Tape, Tensor]:
-        tape = self._record(x, examples=len(y))
-        loss = likelihoods.negative_log_likelihood(tape.output, y, self.likelihood)
-        if not bool(loss.isfinite()):
-            raise FloatingPointError(f"the loss is {loss.item()}")
-        self.n_outputs = tape.output.shape[-1]
-        return tape, loss
-
     def root_blocks(self, x: Any, y: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
         """Return the summed loss, and rows ``Z`` whose ``Zᵀ Z`` is the curvature, by tensor.
 
@@ -364,12 +201,17 @@ class LoraCurvature(CurvatureInterface):
         columns = self._columns(tape.output, y)
         return loss, jacobian_blocks(tape, self.blocks, columns, self.dtype)
 
-    def _joined(self, blocks: Iterator[Tensor]) -> Tensor:
-        return self._subnetwork(torch.cat([block.flatten(2) for block in blocks], dim=-1))
+    def _columns(self, f: Tensor, y: Tensor) -> Tensor:
+        raise NotImplementedError
 
-    def _subnetwork(self, values: Tensor) -> Tensor:
-        indices = self.subnetwork_indices
-        return values if indices is None else values[..., indices.to(values.device)]
+    def _check_plain(self) -> None:
+        for block in self.blocks:
+            p = block.parameter
+            if self.maps[block.map].is_diagonal and (p.ndim != 1 or len(p) > LONGEST_PLAIN):
+                raise ValueError(
+                    f"a plain Kron cannot hold the diagonal block of {block.name!r}, of shape "
+                    f"{tuple(p.shape)}; use KronLoraLaplace, give `factor_rank`, or freeze it"
+                )
 
 
 class LoraGGN(LoraCurvature, GGNInterface):

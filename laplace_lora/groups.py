@@ -1,4 +1,7 @@
-"""Which trainable tensors share a prior precision."""
+"""Which trainable tensors share a prior precision.
+
+By names and numbers alone; choosing the precisions belongs to `evidence` and `prior`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Changes to a user's model that undo themselves, whatever happens in between."""
+"""Changes to a user's model that undo themselves, whatever happens in between.
+
+Modes, gradients and weights of any module. Letting a transformer's head see fewer tokens belongs to
+`narrowing`.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""`LastLayerModel`: a classifier split into fixed features and a linear head of its own.
+"""The head of a transformer: its weights, and `LastLayerModel`, in which it stands alone.
 
-The head is a copy, small and in float32 or better, so that a posterior can put samples into it; the
-transformer behind the features is shared, never copied. Finding head and features in a transformer
-belongs to `models`.
+A `LastLayerModel` is a classifier split into fixed features and a linear head of its own: a copy,
+small and in float32 or better, so that a posterior can put samples into it. The transformer behind
+the features is shared, never copied. Finding head and features in a transformer belongs to
+`models`, letting a head see few tokens to `narrowing`.
 """
 
 from __future__ import annotations
@@ -87,3 +88,37 @@ class LastLayerModel(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> LastLayerModel:
         """Copy the head, share the transformer."""
         return LastLayerModel(self.features.source)
+
+
+def n_rows(head: Any) -> int:
+    """Return the number of outputs; a quantised weight's shape does not tell."""
+    rows = getattr(head, "out_features", None)
+    return head.weight.shape[0] if rows is None else int(rows)
+
+
+def head_tensors(head: Any, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return weight ``(outputs, d)`` and bias of a linear head, detached.
+
+    Args:
+        head: The layer, of a transformer.
+        ids: Which rows; ``None`` for all.
+
+    Raises:
+        ValueError: If the layer is quantised or offloaded.
+    """
+    width = getattr(head, "in_features", head.weight.shape[-1])
+    if not head.weight.is_floating_point() or head.weight.shape != (n_rows(head), width):
+        raise ValueError(
+            "the last layer is quantised, but a last-layer posterior needs its weights; leave "
+            "it out of the quantisation"
+        )
+    if head.weight.device.type == "meta":
+        raise ValueError(
+            "the last layer is offloaded, but a last-layer posterior needs its weights; give "
+            "it a device"
+        )
+    if ids is None:
+        return head.weight.detach(), None if head.bias is None else head.bias.detach()
+    ids = ids.to(head.weight.device)
+    bias = None if head.bias is None else head.bias.detach()[ids]
+    return head.weight.detach()[ids], bias

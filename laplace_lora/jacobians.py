@@ -2,7 +2,7 @@
 
 Never `torch.func.jacrev`, which makes a backward pass for every example and output, and never all
 parameters at once: memory is what the output gradients of the maps need. What the rows are
-multiplied with belongs to `curvature` and `posterior`.
+multiplied with belongs to `curvature` and `predictive`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from laplace_lora.capture import Tape
 from laplace_lora.maps import Block
+from laplace_lora.tape import Tape
 from laplace_lora.uncovered import whole_gradients
 
 

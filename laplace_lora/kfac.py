@@ -1,7 +1,7 @@
 """K-FAC sums of linear maps, filled batch by batch from a tape.
 
-Which rows of a captured tensor enter a covariance, and with what weight. Sketching the rows belongs
-to `factors`, algebra over a whole model to `kron`.
+Which rows of a captured tensor enter a covariance, and with what weight. Summing rows belongs
+to `factors` and `sketch`, algebra over a whole model to `kron`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from laplace_lora.capture import Tape
 from laplace_lora.diagonal import DiagonalFactor
 from laplace_lora.factors import map_shared
 from laplace_lora.maps import Block
 from laplace_lora.sketch import Factor, empty_factor
+from laplace_lora.tape import Tape
 from laplace_lora.uncovered import whole_gradients
 
 APPROXIMATIONS = ("expand", "reduce")

@@ -1,7 +1,7 @@
 """Sums of Kronecker factors with dense or low-rank sides, in laplace-torch's protocol.
 
 Adding, scaling and decomposing the factors of a whole model lives here. How a factor is filled
-belongs to `curvature`, what is done with the eigenvalues to `decomposed`.
+belongs to `kfac`, what is done with the eigenvalues to `decomposed`.
 """
 
 from __future__ import annotations

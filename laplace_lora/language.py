@@ -7,8 +7,7 @@ of one is the product over its scored tokens. Predictions belong to `generation`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from laplace_lora.likelihoods import IGNORED
-from laplace_lora.models import LogitsModel, last_true, wide
+from laplace_lora.models import LogitsModel, wide
+from laplace_lora.narrowing import at_tokens, last_true
 
 TOP_K = 20  # tokens that are predicted unless asked otherwise
 
@@ -171,26 +171,7 @@ class TokenModel(LogitsModel):
     def _logits_after(self, batch: Mapping[str, Any], rows: Tensor, tokens: Tensor) -> Tensor:
         inputs = self._inputs(batch)
         self._count_real_tokens(inputs)
-        with _at_tokens(self._vocabulary_head(), rows, tokens) as narrowed:
+        with at_tokens(self._vocabulary_head(), rows, tokens) as narrowed:
             logits = self.model(**inputs).logits
         index = (rows.to(logits.device), tokens.to(logits.device))
         return wide(logits[:, 0] if narrowed else logits[index])
-
-
-@contextmanager
-def _at_tokens(head: nn.Module, rows: Tensor, tokens: Tensor) -> Iterator[bool]:
-    """Let a frozen head see chosen tokens only, each as a sequence; yields whether it does."""
-    if any(parameter.requires_grad for parameter in head.parameters()):
-        yield False  # its curvature needs the inputs by example
-        return
-
-    def narrow(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = args[0]
-        chosen = hidden[rows.to(hidden.device), tokens.to(hidden.device)]
-        return (chosen.unsqueeze(1), *args[1:])
-
-    handle = head.register_forward_pre_hook(narrow)
-    try:
-        yield True
-    finally:
-        handle.remove()

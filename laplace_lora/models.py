@@ -1,24 +1,23 @@
 """`LogitsModel`: any fine-tuned transformer as a function from a batch to ``(batch, outputs)``.
 
 The only room that knows what transformers take and return. Whether anything is trainable and what a
-Kronecker factor can cover belongs to `adapters`.
+Kronecker factor can cover belongs to `adapters`, running a head at few tokens to `narrowing`,
+reading its weights to `heads`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from laplace_lora.adapters import last_linear
-from laplace_lora.heads import LastLayerModel
+from laplace_lora.heads import LastLayerModel, head_tensors, n_rows
+from laplace_lora.narrowing import last_true, one_token, rows_only
 from laplace_lora.peft_state import activate_adapter
 from laplace_lora.preferences import is_pair, passes
 
@@ -91,7 +90,7 @@ class LogitsModel(nn.Module):
     def vocabulary_size(self) -> int | None:
         """Number of tokens that the model gives logits for, ``None`` if it is no language model."""
         head = self._output_embeddings()
-        return None if head is None else _rows(head)
+        return None if head is None else n_rows(head)
 
     @property
     def n_outputs(self) -> int | None:
@@ -162,23 +161,7 @@ class LogitsModel(nn.Module):
         Raises:
             ValueError: If there is no linear last layer, or it is quantised or offloaded.
         """
-        head = self._linear_head()
-        width = getattr(head, "in_features", head.weight.shape[-1])
-        if not head.weight.is_floating_point() or head.weight.shape != (_rows(head), width):
-            raise ValueError(
-                "the last layer is quantised, but a last-layer posterior needs its weights; leave "
-                "it out of the quantisation"
-            )
-        if head.weight.device.type == "meta":
-            raise ValueError(
-                "the last layer is offloaded, but a last-layer posterior needs its weights; give "
-                "it a device"
-            )
-        if self.target_ids is None:
-            return head.weight.detach(), None if head.bias is None else head.bias.detach()
-        ids = self.target_ids.to(head.weight.device)
-        bias = None if head.bias is None else head.bias.detach()[ids]
-        return head.weight.detach()[ids], bias
+        return head_tensors(self._linear_head(), self.target_ids)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LastLayerModel:
         """Return the same function with a last layer of its own over the same transformer.
@@ -215,7 +198,7 @@ class LogitsModel(nn.Module):
             return self._answer_logits(inputs, self.target_ids)
         head = self._score_head(inputs)
         position = _last_unpadded(inputs, self.config) if head is not None else None
-        with _one_token(head, position, keep_length=True):
+        with one_token(head, position, keep_length=True):
             return self._logits(self.model(**inputs))
 
     def _logits(self, returned: Any) -> Tensor:
@@ -234,7 +217,7 @@ class LogitsModel(nn.Module):
             self._count_real_tokens(inputs)
         head = self._vocabulary_head()
         position = None if mask is None else last_true(mask)
-        with _one_token(head, position), _rows_only(head, ids) as narrowed:
+        with one_token(head, position), rows_only(head, ids) as narrowed:
             logits = self.model(**inputs).logits[:, -1]
         return logits if narrowed else logits[:, ids.to(logits.device)]
 
@@ -264,7 +247,7 @@ def wide(logits: Tensor) -> Tensor:
 
 def _checked_target_ids(target_ids: Sequence[int] | Tensor, head: Any) -> Tensor:
     ids = torch.as_tensor(target_ids)
-    vocabulary = _rows(head)
+    vocabulary = n_rows(head)
     if ids.ndim != 1 or len(ids) < 2 or ids.is_floating_point() or len(ids.unique()) != len(ids):
         raise ValueError(f"`target_ids` must be two or more different integers, got {target_ids}")
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
@@ -274,68 +257,7 @@ def _checked_target_ids(target_ids: Sequence[int] | Tensor, head: Any) -> Tensor
     return ids
 
 
-def _rows(head: Any) -> int:
-    """Return the number of outputs; a quantised weight's shape does not tell."""
-    rows = getattr(head, "out_features", None)
-    return head.weight.shape[0] if rows is None else int(rows)
-
-
-def last_true(mask: Tensor) -> Tensor:
-    """Return the index of each row's last nonzero entry, shape ``(batch,)``."""
-    return (torch.arange(mask.shape[1], device=mask.device) * (mask != 0)).argmax(-1)
-
-
 def _last_unpadded(inputs: dict[str, Any], config: Any) -> Tensor | None:
     """Return the token at which transformers' decoders classify: the last that is not padding."""
     pad = config.get_text_config().pad_token_id
     return None if pad is None else last_true(inputs["input_ids"] != pad)
-
-
-@contextmanager
-def _one_token(
-    head: nn.Module | None, position: Tensor | None, keep_length: bool = False
-) -> Iterator[None]:
-    """Let a head see one token of each example: ``position``, or the last if that is ``None``.
-
-    With ``keep_length`` its output is repeated (as a view) over the tokens, for a model that picks
-    the token from the head's output itself.
-    """
-    if head is None:
-        yield
-        return
-    length = 1
-
-    def narrow(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        nonlocal length
-        hidden, length = args[0], args[0].shape[1]
-        at = hidden.new_full((), length - 1, dtype=torch.long) if position is None else position
-        rows = torch.arange(len(hidden), device=hidden.device)
-        return (hidden[rows, at.to(hidden.device)].unsqueeze(1), *args[1:])
-
-    def widen(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output.expand(-1, length, -1)
-
-    handles = [head.register_forward_pre_hook(narrow)]
-    if keep_length:
-        handles.append(head.register_forward_hook(widen))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _rows_only(head: nn.Module, ids: Tensor) -> Iterator[bool]:
-    """Let a plain frozen linear head compute only some rows; yields whether it does."""
-    trainable = any(parameter.requires_grad for parameter in head.parameters())
-    if type(head) is not nn.Linear or trainable or "forward" in vars(head):
-        yield False
-        return
-    ids = ids.to(head.weight.device)
-    bias = None if head.bias is None else head.bias[ids]
-    head.forward = partial(F.linear, weight=head.weight[ids], bias=bias)  # type: ignore[method-assign]
-    try:
-        yield True
-    finally:
-        del head.forward

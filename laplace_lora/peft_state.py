@@ -1,6 +1,7 @@
 """What state PEFT has left a model in: which adapter is active, merged, disabled or untrainable.
 
-With `adapters`, which finds the trainable maps, the only room that knows PEFT's layers.
+With `adapters`, which finds the trainable maps, and `peft_maps`, which says how they act, the only
+room that knows PEFT's layers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Predictions of a Gaussian posterior over adapter weights, streamed tensor by tensor.
 
-`StreamingPredictive` is the half of a posterior class that answers ``la(batch)``: the linearised
-(GLM) predictive from one forward pass, and the sampling (NN) predictive. Fitting belongs to
-`fitting`, the way from logits to probabilities to `links`.
+`StreamingPredictive` is the half of a posterior class that answers ``la(batch)``, with the
+linearised (GLM) predictive from one forward pass. The sampling (NN) predictive belongs to
+`sampling`, fitting to `fitting`, the way from logits to probabilities to `links`.
 """
 
 from __future__ import annotations
@@ -11,29 +11,22 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from laplace.baselaplace import ParametricLaplace
 from torch import Tensor
 
 from laplace_lora import links
 from laplace_lora.curvature import LoraCurvature
-from laplace_lora.guard import evaluation_mode, set_weights, weights_kept
+from laplace_lora.guard import evaluation_mode
 from laplace_lora.likelihoods import LANGUAGE_MODELING, contrast_root, difference_root
 from laplace_lora.preferences import REWARD_MODELING, is_pair
+from laplace_lora.sampling import WeightSampling
 
 Gram = tuple[Tensor, Tensor]
 
 
-class StreamingPredictive(ParametricLaplace):
-    """Predictive half of a posterior; subclasses say what each tensor's covariance is.
-
-    Attributes:
-        covariance_scale: Factor of the predictive covariance, 1 unless calibrated.
-        likelihood_temperature: Divides the logits before the softmax, 1 unless calibrated.
-    """
+class StreamingPredictive(WeightSampling):
+    """Predictive half of a posterior; subclasses say what each tensor's covariance is."""
 
     backend: LoraCurvature
-    covariance_scale: float = 1.0
-    likelihood_temperature: float = 1.0
 
     def block_covariance(self) -> Callable[[int, Tensor], Tensor]:
         """Return a function from a tensor's index and Jacobian to its part of the covariance.
@@ -250,27 +243,3 @@ class StreamingPredictive(ParametricLaplace):
         if diagonal_output:
             return f_mu + f_var.diagonal(dim1=1, dim2=2).sqrt() * noise.unsqueeze(1)
         return links.gaussian_samples(f_mu, f_var, noise)
-
-    @torch.no_grad()
-    def _nn_functional_samples(
-        self, X: Any, n_samples: int = 100, generator: torch.Generator | None = None
-    ) -> Tensor:
-        self._check_H_init()
-        if self.enable_backprop:
-            raise ValueError("pred_type='nn' cannot be differentiated; use pred_type='glm'")
-        outputs = []
-        with evaluation_mode(self.model), weights_kept(self.params):
-            for _ in range(n_samples):
-                set_weights(self.params, self._scaled_sample(generator))
-                outputs.append(self.model(X))
-        return torch.stack(outputs) / self.likelihood_temperature
-
-    def _nn_predictive_samples(
-        self, X: Any, n_samples: int = 100, generator: torch.Generator | None = None
-    ) -> Tensor:
-        outputs = self._nn_functional_samples(X, n_samples, generator)
-        return outputs.softmax(-1) if self.likelihood == "classification" else outputs
-
-    def _scaled_sample(self, generator: torch.Generator | None) -> Tensor:
-        """Return one sample of the weights, with the calibrated width."""
-        return self.mean + self.covariance_scale**0.5 * (self.sample(1, generator)[0] - self.mean)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from laplace_lora.capture import Tape
 from laplace_lora.maps import Block, Call, LinearMap
+from laplace_lora.tape import Tape
 
 
 @dataclass(frozen=True, eq=False)

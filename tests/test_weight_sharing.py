@@ -11,9 +11,8 @@ from transformers import AlbertConfig, AlbertForSequenceClassification
 from laplace_lora import KronLoraLaplace, LogitsModel, LoraGGN
 from laplace_lora.likelihoods import hessian_root
 from tiny import (
-    PAD,
-    VOCABULARY,
     assert_near,
+    bert_config,
     excite,
     explicit_jacobians,
     freeze_magnitudes,
@@ -32,17 +31,7 @@ CONFIGS = {
 def albert(kind="lora"):
     torch.manual_seed(0)
     base = AlbertForSequenceClassification(
-        AlbertConfig(
-            vocab_size=VOCABULARY,
-            embedding_size=8,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            max_position_embeddings=32,
-            pad_token_id=PAD,
-            num_labels=3,
-        )
+        bert_config(AlbertConfig, embedding_size=8, num_hidden_layers=3, num_labels=3)
     )
     base.set_attn_implementation("eager")
     model = excite(get_peft_model(base, CONFIGS[kind])).double()

@@ -1,6 +1,6 @@
 """`transformers.Trainer` with IVON, and with AdaLoRA's rank allocation, which it does not call.
 
-What is drawn belongs to `ivon`, what is masked to `allocation`.
+What is drawn belongs to `drawing`, what is masked to `allocation`.
 """
 
 from __future__ import annotations

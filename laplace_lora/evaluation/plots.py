@@ -1,4 +1,7 @@
-"""Pictures of calibration: reliability diagram, confidence histogram, risk-coverage curve."""
+"""Pictures of calibration: reliability diagram, confidence histogram, risk-coverage curve.
+
+The figures that they show belong to `metrics` and `report`.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
 """Hooks that sum a module's input and gradient covariances while the user runs the model.
 
-Selecting modules by keyword and reading the masks that a model is called with live here too. The
-loop over a data set that needs no hooks of one's own is `kronecker`.
+Reading the masks that a model is called with lives here too. Selecting modules by keyword belongs
+to `selection`, the loop over a data set that needs no hooks of one's own to `kronecker`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,11 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from laplace_lora.adapters import linear_maps
-from laplace_lora.capture import MASK_NAMES, token_mask
 from laplace_lora.factors import DenseFactor
+from laplace_lora.functional.selection import selected_maps
 from laplace_lora.kfac import Rows
-from laplace_lora.maps import LinearMap
+from laplace_lora.masks import MASK_NAMES, token_mask
 from laplace_lora.sketch import Factor, empty_factor
 
 
@@ -58,40 +56,6 @@ class Hooks(list[RemovableHandle]):
 
     def __exit__(self, *exception: object) -> None:
         remove_hooks(self)
-
-
-def selected_maps(
-    model: nn.Module, target_module_keywords: Sequence[str], exclude_bias: bool
-) -> list[tuple[LinearMap, bool]]:
-    """Return the linear maps that a keyword selects, and whether each brings its bias.
-
-    A keyword selects by whole parts of a name, whatever their case, where dots and underscores
-    part: ``"lora"`` selects ``q_proj.lora_A.default``, ``"q_proj"`` too, ``"layers.1"`` not
-    ``layers.11``. The empty keyword selects everything.
-
-    Args:
-        model: Any module; its `nn.Linear` and `Conv1D` modules count.
-        target_module_keywords: Parts of module names.
-        exclude_bias: Treat all biases as fixed.
-
-    Raises:
-        TypeError: If the keywords are a single string.
-        ValueError: If no linear map is selected; lists some there are.
-    """
-    if isinstance(target_module_keywords, str):
-        raise TypeError(f"give a list of keywords, such as [{target_module_keywords!r}]")
-    patterns = [
-        re.compile(rf"(?<![^._]){re.escape(keyword)}(?![^._])" if keyword else "", re.IGNORECASE)
-        for keyword in target_module_keywords
-    ]
-    every = [linear for linear in linear_maps(model) if type(linear) is LinearMap]
-    found = [linear for linear in every if any(p.search(linear.name) for p in patterns)]
-    if not found:
-        raise ValueError(
-            f"target_module_keywords={list(target_module_keywords)} select no linear module by a "
-            f"whole part of its name; there are {[linear.name for linear in every[:8]]}, ..."
-        )
-    return [(linear, linear.module.bias is not None and not exclude_bias) for linear in found]
 
 
 def note_masks(model: nn.Module, masks: dict[str, Any]) -> RemovableHandle:

@@ -14,13 +14,15 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from laplace_lora.capture import MASK_NAMES, record
+from laplace_lora.capture import record
 from laplace_lora.factors import map_shared
-from laplace_lora.functional.hooks import factor_tensor, note_masks, selected_maps
+from laplace_lora.functional.hooks import factor_tensor, note_masks
+from laplace_lora.functional.selection import selected_maps
 from laplace_lora.guard import evaluation_mode, gradients_needed
 from laplace_lora.kfac import KfacSums, Rows
 from laplace_lora.likelihoods import CLASSIFICATION, hessian_root, sampled_root
 from laplace_lora.maps import wide_dtype
+from laplace_lora.masks import MASK_NAMES
 from laplace_lora.peft_state import check_adapters
 
 EXACT_UP_TO = 256  # outputs; beyond it one backward pass an output is too many

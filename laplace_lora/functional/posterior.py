@@ -1,7 +1,7 @@
 """Evidence and predictive from given factors: `model_evidence`, `jacobian_mean`, `variance`.
 
-Factors become a `LowRankKronDecomposed`, Jacobians come from `jacobians`. Where factors come from
-belongs to `kronecker`.
+Jacobians come from `laplace_lora.jacobians`. What is asked of factors, and their
+eigendecompositions, belongs to `given`; where factors come from to `kronecker`.
 """
 
 from __future__ import annotations
@@ -11,23 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from laplace_lora import links
 from laplace_lora.adapters import trainable_maps
 from laplace_lora.capture import record
-from laplace_lora.decomposed import LowRankKronDecomposed, Side
-from laplace_lora.factors import DenseFactor, Eigen
+from laplace_lora.functional.given import Factors, check_ranks, decomposed
 from laplace_lora.guard import evaluation_mode
 from laplace_lora.jacobians import jacobian_blocks
 from laplace_lora.likelihoods import identity_root
 from laplace_lora.maps import wide_dtype
 from laplace_lora.models import LogitsModel
-
-Factors = Mapping[str, tuple[Tensor, Tensor]]
-
-# One eigendecomposition serves every s2 and batch, for as long as the factor lives unchanged.
-_EIGEN: Any = WeakTensorKeyDictionary()
 
 
 def model_evidence(
@@ -61,7 +54,7 @@ def model_evidence(
             another size than its factors, or the ranks do not fit.
     """
     s2 = _checked_variance(s2)
-    _check_ranks(factors, n_lora, n_kfac)
+    check_ranks(factors, n_lora, n_kfac)
     square: Any = 0.0
     for name, (inputs, grads) in factors.items():
         try:
@@ -79,7 +72,7 @@ def model_evidence(
                 f"the shape {tuple(module.weight.shape)}"
             )
         square = square + sum(w.detach().double().square().sum().to(s2.device) for w in weights)
-    ratio = (_decomposed(factors, s2.device) + 1 / s2).log_det_ratio()
+    ratio = (decomposed(factors, s2.device) + 1 / s2).log_det_ratio()
     return LL - 0.5 * square / s2 - 0.5 * ratio
 
 
@@ -161,8 +154,8 @@ def variance(
             another size, the ranks do not fit, or examples or logits are not as many as said.
     """
     s2 = _checked_variance(s2).to(device)
-    _check_ranks(factors, n_lora, n_kfac)
-    precision = _decomposed(factors, device) + 1 / s2
+    check_ranks(factors, n_lora, n_kfac)
+    precision = decomposed(factors, device) + 1 / s2
     total: Any = 0.0
     for i, (name, (input_factor, grad_factor)) in enumerate(factors.items()):
         rows = _jacobian_of(name, jacobian)
@@ -233,38 +226,6 @@ def _checked_variance(s2: Tensor | float) -> Tensor:
     if s2.numel() != 1 or not bool(s2 > 0) or not bool(s2.isfinite()):
         raise ValueError(f"s2 is the prior variance, one positive number; got {s2.tolist()}")
     return s2
-
-
-def _check_ranks(factors: Factors, n_lora: int | None, n_kfac: int | None) -> None:
-    if not factors:
-        raise ValueError("there are no factors")
-    shapes = [tensor.shape for pair in factors.values() for tensor in pair]
-    roots = {shape[1] for shape in shapes if shape[0] != shape[1]}
-    if n_kfac is not None and roots - {n_kfac}:
-        raise ValueError(f"n_kfac is {n_kfac}, but low-rank factors have ranks {sorted(roots)}")
-    if n_lora is not None and not any(n_lora in (len(x), len(g)) for x, g in factors.values()):
-        raise ValueError(f"n_lora is {n_lora}, but no factor has that side")
-
-
-def _decomposed(factors: Factors, device: torch.device | str) -> LowRankKronDecomposed:
-    """Return the blocks ``gradient factor ⊗ input factor`` in the order of the factors."""
-    blocks: list[list[Side]] = [
-        [_eigen(grads).to(device), _eigen(inputs).to(device)] for inputs, grads in factors.values()
-    ]
-    return LowRankKronDecomposed(blocks)
-
-
-def _eigen(factor: Tensor) -> Eigen:
-    version, eigen = _EIGEN.get(factor, (None, None))
-    if eigen is None or version != factor._version:
-        wide = factor.detach().to(torch.promote_types(torch.float32, factor.dtype))
-        if factor.shape[0] == factor.shape[1]:
-            eigen = DenseFactor(wide).decompose()
-        else:
-            vectors, singular, _ = torch.linalg.svd(wide.double(), full_matrices=False)
-            eigen = Eigen(vectors.to(wide), singular.square().to(wide), wide.new_zeros(()))
-        _EIGEN[factor] = (factor._version, eigen)
-    return eigen
 
 
 def _jacobian_of(name: str, jacobian: Mapping[str, Tensor], kind: str = "weight") -> Tensor:
