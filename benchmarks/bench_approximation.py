@@ -187,8 +187,10 @@ def draw(args: argparse.Namespace, task: str, cells: list[dict[str, dict[str, fl
             axis.annotate(
                 name, (x, max(y, 1e-6)), xytext=(4, 3), textcoords="offset points", fontsize=7
             )
-        axis.set(xscale="log", yscale="log", xlabel=f"{cost}, seconds")
-        axis.margins(x=0.25)
+        most = max(cell[name][cost] for cell in cells for name in cell)
+        axis.set(xlim=(0, 1.4 * most), yscale="log", xlabel=f"{cost}, seconds")  # room for names
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.legend(fontsize=7, loc="lower left")
     axes[0].set_ylabel("relative error of the predictive covariance")
     figure.suptitle(f"{task}: error against cost, {len(cells)} checkpoints")
