@@ -89,7 +89,8 @@ def _reliability(axis: Any, report: CalibrationReport) -> None:
             ha="center",
             fontsize=6.5,
         )
-    axis.set(xlim=(0, 1), ylim=(0, 1.12), ylabel="accuracy")
+    ticks = [i / 5 for i in range(6)]
+    axis.set(xlim=(0, 1), ylim=(0, 1.35), yticks=ticks, ylabel="accuracy")  # room for the legend
     axis.set_title(f"{report.name}: ECE {report['ECE']:.3f}", fontsize=10)
     axis.legend(fontsize=7, loc="upper left", framealpha=0.9)
 
@@ -116,4 +117,4 @@ def _risk(axis: Any, report: CalibrationReport) -> None:
     axis.set(xlim=(0, 1), ylabel="error rate among those kept")
     axis.set_ylim(bottom=0)
     axis.set_title(f"{report.name}: AURC {report['AURC']:.3f}", fontsize=10)
-    axis.legend(fontsize=7, loc="lower right", framealpha=0.9)
+    axis.legend(fontsize=7, loc="best", framealpha=0.9)
