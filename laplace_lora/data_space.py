@@ -131,9 +131,9 @@ class FullLoraLaplace(GramPosterior):
         """
         on_device, gram = self._need(rows)
         kept = rows * self.n_params * self.row_dtype.itemsize
-        places = [(on_device + gram, memory._available(self._device), str(self._device))]
+        places = [(on_device + gram, memory.available(self._device), str(self._device))]
         if self.storage == "cpu" and not on_device:
-            places.append((kept, memory._available(torch.device("cpu")), "memory"))
+            places.append((kept, memory.available(torch.device("cpu")), "memory"))
         disk = free_space(self.storage)
         if disk is not None:
             places.append((kept, disk, f"the disk of storage={os.fspath(self.storage)!r}"))

@@ -117,7 +117,7 @@ def estimate_memory(la: Any, batch: Any, n_examples: int | None = None) -> Memor
         curvature=la._curvature_bytes(n_examples, outputs),
         jacobian=jacobian,
         fit_jacobian=jacobian if la.fits_by_jacobians else 0,
-        available=_available(la._device),
+        available=available(la._device),
         advice=la._memory_advice,
     )
 
@@ -151,7 +151,8 @@ def table_size(blocks: list[list[int]], rank: int | None, threshold: int) -> int
     )
 
 
-def _available(device: torch.device) -> int:
+def available(device: torch.device) -> int:
+    """Return the free bytes of a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with suppress(OSError, StopIteration):  # where the kernel says so: free, or freed on demand

@@ -66,12 +66,12 @@ class Predictions:
 def predict(
     la: Any,
     data: Any,
-    tokenizer: Any = None,
-    batch_size: int = 32,
-    link_approx: str = "probit",
-    n_samples: int = 1000,
-    generator: torch.Generator | None = None,
-    progress_bar: bool = True,
+    tokenizer: Any,
+    batch_size: int,
+    link_approx: str,
+    n_samples: int,
+    generator: torch.Generator | None,
+    progress_bar: bool,
 ) -> Predictions:
     """Predict a whole data set; see `laplace_lora.base.LoraPosterior.predict`."""
     if la.likelihood == LANGUAGE_MODELING:

@@ -11,17 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torchmetrics.functional.classification import multiclass_calibration_error
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from laplace_lora import sharding
 from laplace_lora.base import LoraPosterior
+from laplace_lora.evaluation.metrics import ece, nll
 from laplace_lora.guard import evaluation_mode
 from laplace_lora.posterior import KronLoraLaplace
-
-BINS = 15
 
 
 class LaplaceCallback(TrainerCallback):
@@ -125,12 +122,8 @@ class LaplaceCallback(TrainerCallback):
 
     def _judged(self, loader: Any, progress: bool) -> dict[str, float]:
         labels = self._collected(loader, lambda batch: self.la.labelled(batch)[1], False)
-        metrics = {}
+        metrics: dict[str, float] = {}
         for name, predict in (("laplace", self._laplace), ("map", self._map)):
             p = self._collected(loader, predict, progress)
-            tiny = torch.finfo(p.dtype).tiny
-            metrics[f"eval_{name}_nll"] = F.nll_loss(p.clamp_min(tiny).log(), labels).item()
-            metrics[f"eval_{name}_ece"] = multiclass_calibration_error(
-                p, labels, p.shape[1], n_bins=BINS
-            ).item()
+            metrics |= {f"eval_{name}_nll": nll(p, labels), f"eval_{name}_ece": ece(p, labels)}
         return metrics

@@ -57,12 +57,12 @@ def test_advice_fits_the_need(monkeypatch):
     estimate = la.estimate_memory(BATCH)
     assert estimate.fits and "Too much" not in str(estimate)
     tight = estimate.curvature + (estimate.activations + estimate.jacobian) // 2
-    monkeypatch.setattr(memory, "_available", lambda device: tight)
+    monkeypatch.setattr(memory, "available", lambda device: tight)
     estimate = la.estimate_memory(BATCH)
     assert not estimate.fits and "use batches of 4" in str(estimate)
     smaller = la.estimate_memory({key: value[:4] for key, value in BATCH.items()})
     assert smaller.fits
-    monkeypatch.setattr(memory, "_available", lambda device: 10)
+    monkeypatch.setattr(memory, "available", lambda device: 10)
     assert "lower `factor_rank`" in str(la.estimate_memory(BATCH))
-    monkeypatch.setattr(memory, "_available", lambda device: estimate.curvature + 10)
+    monkeypatch.setattr(memory, "available", lambda device: estimate.curvature + 10)
     assert "shorten the inputs" in str(la.estimate_memory(BATCH))

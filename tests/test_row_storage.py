@@ -102,7 +102,7 @@ def test_what_cannot_fit_is_refused_before_the_work(tmp_path, monkeypatch):
     la = posterior()
     before = la(BATCH)
     with monkeypatch.context() as patch:
-        patch.setattr(memory, "_available", lambda device: 10_000)
+        patch.setattr(memory, "available", lambda device: 10_000)
         with pytest.raises(MemoryError, match=r"14 rows of 307 numbers .* use LowRankLoraLaplace"):
             la.fit(loader())
         with pytest.raises(MemoryError, match="28 rows"):
@@ -133,7 +133,7 @@ def test_memory_is_estimated_before_the_fit(monkeypatch):
     low = posterior(LowRankLoraLaplace, **ENOUGH)
     held = low.sketch.nbytes + low.rows.nbytes
     assert held < low.estimate_memory(BATCH).curvature < 2 * held
-    monkeypatch.setattr(memory, "_available", lambda device: 10)
+    monkeypatch.setattr(memory, "available", lambda device: 10)
     assert "use LowRankLoraLaplace" in str(la.estimate_memory(BATCH))
     assert "lower `rank`" in str(low.estimate_memory(BATCH))
 

@@ -107,7 +107,7 @@ def evaluate(
         raise ValueError(f"bootstrap needs two resamples or more, got {bootstrap}")
     hidden = not progress_bar
     own = [
-        (*_probabilities(predict, batch, label_key), _labels(batch, label_key))
+        (*_probabilities(predict, batch), _labels(batch, label_key))
         for batch in tqdm(loader, disable=hidden, desc=f"Evaluating {name}")
     ]
     if not own:
@@ -126,7 +126,7 @@ def evaluate(
     outside = None
     if ood_loader is not None:
         foreign = [
-            _probabilities(predict, batch, label_key)
+            _probabilities(predict, batch)
             for batch in tqdm(ood_loader, disable=hidden, desc=f"Evaluating {name}, foreign data")
         ]
         if not foreign:
@@ -186,7 +186,7 @@ def _detection(scores: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
     return found | {f"OOD FPR95{kind}": ood_fpr95(*pair) for kind, pair in scores.items()}
 
 
-def _probabilities(predict: Predict, batch: Any, label_key: str) -> tuple[Tensor, Tensor | None]:
+def _probabilities(predict: Predict, batch: Any) -> tuple[Tensor, Tensor | None]:
     x = batch if isinstance(batch, Mapping | Tensor) else batch[0]
     with torch.no_grad():
         found = predict(x)
