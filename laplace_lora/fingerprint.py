@@ -83,8 +83,11 @@ def sampled_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
     def sampled(t: Tensor) -> Tensor:
         flat = t.detach().flatten()
-        index = torch.linspace(0, max(len(flat) - 1, 0), min(SAMPLES, len(flat)), device=t.device)
-        return flat[index.round().long()].to(torch.bfloat16).float()
+        last = max(len(flat) - 1, 0)
+        index = torch.linspace(0, last, min(SAMPLES, len(flat)), device=t.device).round().long()
+        # Single precision rounds the last index up beyond 2**24 entries. Double precision would
+        # pick other entries, and so refuse the files of earlier versions.
+        return flat[index.clamp(max=last)].to(torch.bfloat16).float()
 
     def seen(name: str, t: Tensor) -> tuple[str, torch.Size, Tensor]:
         if t.is_floating_point() and not hasattr(t, "quant_state"):
