@@ -30,8 +30,8 @@ from measure import (
 from torch.utils.data import DataLoader
 
 from laplace_lora import KronLoraLaplace
-from laplace_lora.prior import grid_search
-from laplace_lora.validation import Scoring
+from laplace_lora.tuning.validation_cache import Scoring
+from laplace_lora.tuning.validation_search import grid_search
 
 AT_MOST = 1.5  # times one predictive pass
 CLOSE = 1e-5  # losses of the two searches

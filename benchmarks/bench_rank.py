@@ -27,7 +27,8 @@ from quickstart_model import load_quickstart
 from torch.utils.data import DataLoader
 
 from laplace_lora import KronLoraLaplace, LogitsModel, LowRankKronDecomposed
-from laplace_lora.factors import RESIDUALS, Eigen
+from laplace_lora.linalg.eigen import Eigen
+from laplace_lora.linalg.factors import RESIDUALS
 
 DENSE = "dense"
 AT_MOST = {10: 0.154, 32: 0.046, 64: 0.007}  # streamed, isotropic, by rank

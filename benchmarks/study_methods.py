@@ -16,14 +16,9 @@ from study_checkpoints import checkpoint, clock_for
 from study_tasks import Task
 from torch import Tensor
 
-from laplace_lora import (
-    DiagLoraLaplace,
-    KronLoraLaplace,
-    KronLoraLLLaplace,
-    LogitsModel,
-    links,
-)
+from laplace_lora import DiagLoraLaplace, KronLoraLaplace, KronLoraLLLaplace, LogitsModel
 from laplace_lora.evaluation import MAP, LoraEnsemble, MCDropout, TemperatureScaling
+from laplace_lora.likelihoods import links
 
 EVALUATION_BATCH = 64
 LINK_SAMPLES = 1000

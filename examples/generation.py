@@ -39,7 +39,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from laplace_lora import KronLoraLaplace
-from laplace_lora.generation import TokenPredictions, generate, score
+from laplace_lora.generation.decoding import TokenPredictions, generate, score
 
 BATCH_SIZE = 16
 MAX_NEW_TOKENS = 12

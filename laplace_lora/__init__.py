@@ -3,19 +3,19 @@
 The public names; every module behind them has one job and says so in its first line.
 """
 
-from laplace_lora.curvature import LoraEF, LoraGGN
-from laplace_lora.data_space import FullLoraLaplace
-from laplace_lora.decomposed import LowRankKronDecomposed
-from laplace_lora.kron import LowRankKron
-from laplace_lora.last_layer import (
+from laplace_lora.curvature.backends import LoraEF, LoraGGN
+from laplace_lora.linalg.kron import LowRankKron
+from laplace_lora.linalg.kron_eigen import LowRankKronDecomposed
+from laplace_lora.models.logits_model import LogitsModel
+from laplace_lora.posteriors.exact import FullLoraLaplace
+from laplace_lora.posteriors.factored import DiagLoraLaplace, KronLoraLaplace
+from laplace_lora.posteriors.last_layer import (
     DiagLoraLLLaplace,
     FullLoraLLLaplace,
-    FunctionalLoraLLLaplace,
     KronLoraLLLaplace,
 )
-from laplace_lora.low_rank import LowRankLoraLaplace
-from laplace_lora.models import LogitsModel
-from laplace_lora.posterior import DiagLoraLaplace, KronLoraLaplace
+from laplace_lora.posteriors.last_layer_gp import FunctionalLoraLLLaplace
+from laplace_lora.posteriors.low_rank import LowRankLoraLaplace
 from laplace_lora.trainer import LaplaceCallback
 
 __all__ = [

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from laplace_lora import sharding
-from laplace_lora.base import LoraPosterior
+from laplace_lora.data import distributed as sharding
 from laplace_lora.evaluation.metrics import ece, nll
-from laplace_lora.guard import evaluation_mode
-from laplace_lora.posterior import KronLoraLaplace
+from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.posteriors.base import LoraPosterior
+from laplace_lora.posteriors.factored import KronLoraLaplace
 
 
 class LaplaceCallback(TrainerCallback):

@@ -15,7 +15,7 @@ from laplace_lora.adaptive import (
     PosteriorScore,
     SensitivityScore,
 )
-from laplace_lora.adaptive.callback import sums_gradients
+from laplace_lora.adaptive.callbacks import sums_gradients
 from tiny import base_model, peft_model, rows, token_batch
 
 STEPS = 16
@@ -204,7 +204,7 @@ def test_what_would_go_wrong_silently_is_refused(tmp_path):
 
 
 def test_a_missing_sensitivity_file_stops_a_resumed_run(tmp_path):
-    from laplace_lora.adaptive.callback import STATE_FILE
+    from laplace_lora.adaptive.callbacks import STATE_FILE
 
     options = {"save_strategy": "steps", "save_steps": 7}
     trainer(tiny_adalora(), tmp_path, [AdaLoraCallback(SensitivityScore())], **options).train()

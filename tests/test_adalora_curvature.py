@@ -5,8 +5,8 @@ import torch
 from test_posterior import LENGTHS, loader
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LogitsModel, LoraGGN
-from laplace_lora.capture import record
-from laplace_lora.likelihoods import hessian_root
+from laplace_lora.capture.recorder import record
+from laplace_lora.likelihoods.roots import hessian_root
 from tiny import TARGETS, adalora_model, assert_near, explicit_jacobians, rows, token_batch
 
 NAMES = ["llama-lm", "bert", "gpt2"]

@@ -23,7 +23,7 @@ from laplace_lora import (
     LoraEF,
     LoraGGN,
 )
-from laplace_lora.checkpoint import CONFIG, TENSORS, _checksum
+from laplace_lora.storage.files import CONFIG, TENSORS, checksum
 from tiny import TARGETS, adalora_model, assert_near, base_model, excite, peft_model, token_batch
 
 CASES = [
@@ -49,7 +49,7 @@ def forge(folder: Path, **changes) -> None:
     config = json.loads((folder / CONFIG).read_text())
     config.pop("checksum")
     config.update(changes)
-    (folder / CONFIG).write_text(json.dumps({**config, "checksum": _checksum(config)}))
+    (folder / CONFIG).write_text(json.dumps({**config, "checksum": checksum(config)}))
 
 
 def forge_tensors(folder: Path, change) -> None:

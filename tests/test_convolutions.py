@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LogitsModel, LoraGGN
-from laplace_lora.likelihoods import hessian_root
+from laplace_lora.likelihoods.roots import hessian_root
 from tiny import assert_near, excite, explicit_jacobians
 
 

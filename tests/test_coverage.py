@@ -10,7 +10,7 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from laplace_lora import KronLoraLaplace, LogitsModel, LoraGGN
-from laplace_lora.likelihoods import hessian_root
+from laplace_lora.likelihoods.roots import hessian_root
 from tiny import (
     TARGETS,
     adalora_model,

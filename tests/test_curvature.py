@@ -6,9 +6,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from laplace_lora import LogitsModel, LoraEF, LoraGGN, LowRankKron
-from laplace_lora.adapters import trainable_maps
-from laplace_lora.capture import record
-from laplace_lora.likelihoods import hessian_root
+from laplace_lora.adapters.discovery import trainable_maps
+from laplace_lora.capture.recorder import record
+from laplace_lora.likelihoods.roots import hessian_root
 from tiny import ARCHITECTURES, PAD, TARGETS, assert_near, excite, peft_model, rows, token_batch
 
 LENGTHS = (3, 6, 4, 6, 1)

@@ -11,7 +11,7 @@ from test_posterior import LOW, loader
 from torch import nn
 
 from laplace_lora import DiagLoraLaplace, FullLoraLLLaplace, KronLoraLaplace, LogitsModel
-from laplace_lora.kfac import KfacSums
+from laplace_lora.curvature.kfac import KfacSums
 from tiny import TARGETS, adapter_config, assert_near, base_model, excite, token_batch
 
 BATCH = token_batch((4, 2), seed=3)

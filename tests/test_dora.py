@@ -5,7 +5,7 @@ import torch
 from test_posterior import loader
 
 from laplace_lora import KronLoraLaplace, LogitsModel, LoraGGN
-from laplace_lora.likelihoods import hessian_root
+from laplace_lora.likelihoods.roots import hessian_root
 from tiny import assert_near, explicit_jacobians, freeze_magnitudes, peft_model, token_batch
 
 

@@ -12,15 +12,10 @@ from test_posterior import DENSE, LENGTHS, LOW, loader
 from torch import nn
 from torch.utils.data import DataLoader
 
-from laplace_lora import (
-    KronLoraLaplace,
-    KronLoraLLLaplace,
-    LogitsModel,
-    LoraEF,
-    likelihoods,
-)
-from laplace_lora.checkpoint import TENSORS
-from laplace_lora.corrected import CorrectedKron
+from laplace_lora import KronLoraLaplace, KronLoraLLLaplace, LogitsModel, LoraEF
+from laplace_lora.likelihoods import roots as likelihoods
+from laplace_lora.storage.files import TENSORS
+from laplace_lora.structures.eigenvalue_correction import CorrectedKron
 from tiny import TARGETS, adalora_model, assert_near, explicit_jacobians, peft_model, token_batch
 
 ZERO = {**LOW, "residual": "zero"}

@@ -6,7 +6,7 @@ from test_posterior import LENGTHS, loader
 from torch.nn import functional as F
 
 from laplace_lora import KronLoraLaplace, LogitsModel, LoraGGN
-from laplace_lora.likelihoods import hessian_root
+from laplace_lora.likelihoods.roots import hessian_root
 from tiny import PAD, TARGETS, VOCABULARY, assert_near, explicit_jacobians, peft_model, token_batch
 
 NAMES = {

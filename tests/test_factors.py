@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from laplace_lora.factors import DenseFactor, map_shared
-from laplace_lora.sketch import LowRankFactor, empty_factor
+from laplace_lora.linalg.factors import DenseFactor, map_shared
+from laplace_lora.linalg.sketch import LowRankFactor, empty_factor
 
 D, RANK = 60, 8
 
@@ -112,7 +112,7 @@ def test_the_test_matrix_depends_on_its_size_alone():
     torch.manual_seed(1)
     first = sketch_of()._test_matrix()
     torch.manual_seed(2)
-    from laplace_lora.sketch import _orthonormal
+    from laplace_lora.linalg.sketch import _orthonormal
 
     _orthonormal.cache_clear()
     second = sketch_of()._test_matrix()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from laplace_lora.fingerprint import SAMPLES, sampled_fingerprint
+from laplace_lora.storage.fingerprint import SAMPLES, sampled_fingerprint
 
 VOCABULARY = (49152, 576)  # SmolLM2-135M: single precision rounds its last index up
 

@@ -116,7 +116,7 @@ def test_the_monte_carlo_fisher_tends_to_the_exact_one():
 
 
 def test_a_whole_vocabulary_is_estimated_with_a_warning(monkeypatch):
-    monkeypatch.setattr("laplace_lora.functional.kronecker.EXACT_UP_TO", 10)
+    monkeypatch.setattr("laplace_lora.functional.factors.EXACT_UP_TO", 10)
 
     def vocabulary(model, batch):
         return model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, -1]
@@ -514,7 +514,7 @@ def summed_loss(model, batch, column):
 
 
 def hessian_columns(logits):
-    from laplace_lora.likelihoods import hessian_root
+    from laplace_lora.likelihoods.roots import hessian_root
 
     return hessian_root(logits, "classification")
 

@@ -12,12 +12,12 @@ from laplace_lora import (
     KronLoraLLLaplace,
     LogitsModel,
     LoraEF,
-    links,
 )
-from laplace_lora import generation as generation_module
-from laplace_lora.generation import generate, score
-from laplace_lora.language import TokenModel
-from laplace_lora.next_token import class_logits
+from laplace_lora.generation import decoding as generation_module
+from laplace_lora.generation.decoding import generate, score
+from laplace_lora.generation.next_token import class_logits
+from laplace_lora.likelihoods import links
+from laplace_lora.models.token_model import TokenModel
 from tiny import TARGETS, VOCABULARY, assert_near, explicit_jacobians, peft_model, token_batch
 
 # torch.func, here the reference, has no batching rule for fused attention.

@@ -13,7 +13,7 @@ from laplace_lora import DiagLoraLaplace, KronLoraLaplace
 from laplace_lora.adaptive import CRITERIA, IVON, PosteriorScore, SensitivityScore
 from laplace_lora.adaptive.allocation import adalora_components, set_importance_score
 from laplace_lora.adaptive.criteria import ALIASES, criterion_of, snr_magnitude
-from laplace_lora.adaptive.importance import Components, best
+from laplace_lora.adaptive.scores import Components, best
 from tiny import adalora_model, assert_near, token_batch
 
 

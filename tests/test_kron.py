@@ -5,8 +5,8 @@ import torch
 from laplace.utils import Kron
 
 from laplace_lora import LowRankKron
-from laplace_lora.factors import DenseFactor
-from laplace_lora.sketch import LowRankFactor
+from laplace_lora.linalg.factors import DenseFactor
+from laplace_lora.linalg.sketch import LowRankFactor
 
 SIZES = [(4, 20), (25, 5), (25, 20), (4, 5), (6,)]  # low-rank sides: 20 and 25
 RANK = 4

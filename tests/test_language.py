@@ -9,9 +9,10 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, KronLoraLLLaplace, LogitsModel, LoraEF
-from laplace_lora import likelihoods as likelihoods_module
-from laplace_lora.language import TokenModel, token_labels
-from laplace_lora.likelihoods import IGNORED, hessian_root
+from laplace_lora.data.labels import IGNORED, token_labels
+from laplace_lora.likelihoods import roots as likelihoods_module
+from laplace_lora.likelihoods.roots import hessian_root
+from laplace_lora.models.token_model import TokenModel
 from tiny import VOCABULARY, assert_near, explicit_jacobians, peft_model, rows, token_batch
 
 # torch.func, here the reference, has no batching rule for fused attention.

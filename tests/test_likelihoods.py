@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from laplace_lora.likelihoods import (
+from laplace_lora.likelihoods.roots import (
     contrast_root,
     empirical_root,
     hessian_root,

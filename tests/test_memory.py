@@ -5,13 +5,8 @@ import torch
 from test_posterior import DENSE, LOW, loader
 from torch import nn
 
-from laplace_lora import (
-    DiagLoraLaplace,
-    FullLoraLLLaplace,
-    KronLoraLaplace,
-    LogitsModel,
-    memory,
-)
+from laplace_lora import DiagLoraLaplace, FullLoraLLLaplace, KronLoraLaplace, LogitsModel
+from laplace_lora.structures import sizes as memory
 from tiny import peft_model, token_batch
 
 BATCH = token_batch((6,) * 8)

@@ -72,7 +72,7 @@ def test_a_score_head_sees_one_token(name):
     model = peft_model(name).eval()
     backend = LoraGGN(LogitsModel(model), "classification")
     (index,) = (i for i, linear in enumerate(backend.maps) if "score" in linear.name)
-    from laplace_lora.capture import record
+    from laplace_lora.capture.recorder import record
 
     tape = record(backend.model, backend.maps, token_batch(LENGTHS))
     assert tape.inputs[index].shape == (5, 1, 16)

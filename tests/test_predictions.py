@@ -9,7 +9,8 @@ from test_posterior import CLASSES, LENGTHS, loader, posterior
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from laplace_lora import KronLoraLaplace, KronLoraLLLaplace, links
+from laplace_lora import KronLoraLaplace, KronLoraLLLaplace
+from laplace_lora.likelihoods import links
 from tiny import assert_near, peft_model, token_batch
 
 

@@ -23,11 +23,11 @@ from laplace_lora import (
     LaplaceCallback,
     LogitsModel,
     LoraGGN,
-    sharding,
 )
-from laplace_lora.capture import record
-from laplace_lora.prior import grid_search
-from laplace_lora.validation import Scoring
+from laplace_lora.capture.recorder import record
+from laplace_lora.data import distributed as sharding
+from laplace_lora.tuning.validation_cache import Scoring
+from laplace_lora.tuning.validation_search import grid_search
 from tiny import PAD, adalora_model, assert_near, freeze_magnitudes, peft_model, token_batch
 
 CHOSEN, REJECTED = (3, 6, 4, 6, 1), (5, 2, 4, 1, 7)

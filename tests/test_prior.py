@@ -8,8 +8,8 @@ from test_posterior import CLASSES, DENSE, LOW, loader, posterior
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LogitsModel, LoraGGN
-from laplace_lora.groups import prior_groups
-from laplace_lora.validation import Scoring, ValidationCache
+from laplace_lora.tuning.groups import prior_groups
+from laplace_lora.tuning.validation_cache import Scoring, ValidationCache
 from tiny import assert_near, peft_model, token_batch
 
 STRUCTURES = ("scalar", "layerwise", "matrix", "block")
@@ -114,7 +114,7 @@ def test_noise_of_a_regression_is_recovered(cls, kwargs):
 def test_one_pass_grid_equals_laplace_torchs_loop(cls, kwargs, link):
     la = posterior(cls, **kwargs)
     grid = torch.logspace(-3, 3, 13)
-    from laplace_lora.prior import grid_search
+    from laplace_lora.tuning.validation_search import grid_search
 
     best, losses = grid_search(la, validation(), grid, Scoring.of(la, link, 1), None, False)
     expected = []
@@ -164,7 +164,7 @@ def test_losses_stay_finite_where_probabilities_underflow():
     la = posterior(dtype=torch.float32, prior_precision=1e6, **DENSE)
     original = la.model.forward
     la.model.forward = lambda batch: original(batch) * 1e4
-    from laplace_lora.prior import grid_search
+    from laplace_lora.tuning.validation_search import grid_search
 
     grid = torch.logspace(5, 8, 3)
     _, losses = grid_search(la, validation(), grid, Scoring.of(la, "probit", 1), None, False)

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from transformers import BitsAndBytesConfig
 
 from laplace_lora import DiagLoraLaplace, FullLoraLLLaplace, KronLoraLaplace, LogitsModel
-from laplace_lora.adapters import linear_maps
-from laplace_lora.guard import evaluation_mode
+from laplace_lora.adapters.discovery import linear_maps
+from laplace_lora.models.modes import evaluation_mode
 from tiny import (
     ARCHITECTURES,
     TARGETS,

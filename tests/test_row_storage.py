@@ -11,9 +11,12 @@ from test_interrupted_fit import Interrupted, Interruption
 from test_posterior import LENGTHS, loader
 from torch.utils.data import DataLoader
 
-from laplace_lora import FullLoraLaplace, LowRankLoraLaplace, data_space, memory, row_storage
-from laplace_lora.checkpoint import CONFIG
-from laplace_lora.row_storage import RowStorage
+from laplace_lora import FullLoraLaplace, LowRankLoraLaplace
+from laplace_lora.linalg import row_storage
+from laplace_lora.linalg.row_storage import RowStorage
+from laplace_lora.posteriors import exact as data_space
+from laplace_lora.storage.files import CONFIG
+from laplace_lora.structures import sizes as memory
 from tiny import assert_near
 
 

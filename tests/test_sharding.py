@@ -12,13 +12,8 @@ import torch.distributed as dist
 from test_posterior import LENGTHS, LOW, loader
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
-from laplace_lora import (
-    DiagLoraLaplace,
-    FullLoraLaplace,
-    KronLoraLaplace,
-    LowRankLoraLaplace,
-    sharding,
-)
+from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace, LowRankLoraLaplace
+from laplace_lora.data import distributed as sharding
 from tiny import assert_near, peft_model, token_batch
 
 PROCESSES = 2

@@ -10,9 +10,9 @@ from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LogitsModel, LoraGGN
-from laplace_lora.diagonal import DiagonalFactor
-from laplace_lora.likelihoods import hessian_root
-from laplace_lora.uncovered import ElementwiseMap, WholeTensor
+from laplace_lora.adapters.diagonal_maps import ElementwiseMap, WholeTensor
+from laplace_lora.likelihoods.roots import hessian_root
+from laplace_lora.linalg.factors import DiagonalFactor
 from tiny import (
     SHARING,
     TARGETS,

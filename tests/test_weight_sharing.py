@@ -9,7 +9,7 @@ from torch.func import functional_call, jacrev
 from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from laplace_lora import KronLoraLaplace, LogitsModel, LoraGGN
-from laplace_lora.likelihoods import hessian_root
+from laplace_lora.likelihoods.roots import hessian_root
 from tiny import (
     assert_near,
     bert_config,

@@ -14,8 +14,8 @@ from peft import PeftModel
 from peft.tuners.adalora import AdaLoraModel, RankAllocator
 from torch import Tensor, nn
 
-from laplace_lora.adaptive.importance import Components, ImportanceScore, best
-from laplace_lora.peft_state import adalora_layers, freeze_untrainable
+from laplace_lora.adapters.peft_state import adalora_layers, freeze_untrainable
+from laplace_lora.adaptive.scores import Components, ImportanceScore, best
 
 
 def adalora_components(model: nn.Module, adapter: str) -> list[Components]:

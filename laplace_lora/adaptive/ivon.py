@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from laplace_lora.adaptive.drawing import DrawnWeights
-from laplace_lora.adaptive.handover import diagonal_laplace
-from laplace_lora.posterior import DiagLoraLaplace
+from laplace_lora.adaptive.to_laplace import diagonal_laplace
+from laplace_lora.adaptive.weight_posterior import DrawnWeights
+from laplace_lora.posteriors.factored import DiagLoraLaplace
 
 
 class IVON(DrawnWeights):

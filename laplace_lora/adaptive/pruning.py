@@ -17,10 +17,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from laplace_lora.adapters.peft_state import adalora_layers, check_adapters
 from laplace_lora.adaptive.allocation import adalora_components
 from laplace_lora.adaptive.criteria import Criterion, Function
-from laplace_lora.adaptive.importance import Components, PosteriorScore, Source, best
-from laplace_lora.peft_state import adalora_layers, check_adapters
+from laplace_lora.adaptive.scores import Components, PosteriorScore, Source, best
 
 COPIED = ("task_type", "modules_to_save", "lora_dropout", "bias", "fan_in_fan_out")
 

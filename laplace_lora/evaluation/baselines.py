@@ -17,10 +17,10 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from laplace_lora.guard import evaluation_mode
-from laplace_lora.last_layer import KronLoraLLLaplace
-from laplace_lora.models import LogitsModel
-from laplace_lora.posterior import DiagLoraLaplace
+from laplace_lora.models.logits_model import LogitsModel
+from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.posteriors.factored import DiagLoraLaplace
+from laplace_lora.posteriors.last_layer import KronLoraLLLaplace
 
 
 class MAP:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from laplace_lora.evaluation.metrics import METRICS, entropy, ood_auroc, ood_fpr95
-from laplace_lora.predictions import Predictions
+from laplace_lora.predictive.data_sets import Predictions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,6 +8,7 @@ A factor is a covariance ``(d, d)``, or where it is low-rank a root ``R`` of sha
 with ``R Rᵀ`` in its place.
 """
 
+from laplace_lora.functional.factors import calculate_kronecker_factors
 from laplace_lora.functional.hooks import (
     Hooks,
     register_hooks,
@@ -15,8 +16,7 @@ from laplace_lora.functional.hooks import (
     save_input_hook,
     save_output_grad_hook,
 )
-from laplace_lora.functional.kronecker import calculate_kronecker_factors
-from laplace_lora.functional.posterior import (
+from laplace_lora.functional.predictive import (
     jacobian_mean,
     model_evidence,
     predict_probs,

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from laplace_lora.factors import DenseFactor
+from laplace_lora.curvature.kfac import Rows
+from laplace_lora.data.masks import MASK_NAMES, token_mask
 from laplace_lora.functional.selection import selected_maps
-from laplace_lora.kfac import Rows
-from laplace_lora.masks import MASK_NAMES, token_mask
-from laplace_lora.sketch import Factor, empty_factor
+from laplace_lora.linalg.factors import DenseFactor
+from laplace_lora.linalg.sketch import Factor, empty_factor
 
 
 def factor_tensor(factor: Factor) -> Tensor:

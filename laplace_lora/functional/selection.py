@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from laplace_lora.adapters import linear_maps
-from laplace_lora.maps import LinearMap
+from laplace_lora.adapters.discovery import linear_maps
+from laplace_lora.adapters.maps import LinearMap
 
 
 def selected_maps(

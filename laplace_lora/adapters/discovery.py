@@ -1,0 +1,165 @@
+"""From a model to its trainable linear maps, in parameter order.
+
+Which trainable tensors a Kronecker factor can cover, and which it cannot. The state that PEFT has
+left a model in belongs to `peft_state`, what flows through the maps to `tape`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from peft.tuners.lora import Embedding as LoraEmbedding
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from laplace_lora.adapters.diagonal_maps import ElementwiseMap, WholeTensor, in_order
+from laplace_lora.adapters.maps import Block, ConvMap, LinearMap
+from laplace_lora.adapters.peft_maps import EmbeddingMap, TripletMap
+from laplace_lora.adapters.peft_state import adalora_layers, check_adapters
+from laplace_lora.adapters.selection import listed
+
+UNCOVERED = ("error", "diag")
+
+
+def triplet_maps(model: nn.Module) -> Iterator[LinearMap]:
+    """Yield the maps of every AdaLoRA layer over a linear one, three an active adapter."""
+    for name, layer in adalora_layers(model).items():
+        if isinstance(layer.get_base_layer(), nn.Conv2d):
+            continue
+        for adapter in layer.active_adapters:
+            if adapter not in layer.lora_A:
+                continue
+            r, q, p = layer.lora_A[adapter].shape[0], layer.in_features, layer.out_features
+            for role, shape in {"A": (q, r), "E": (r, r), "B": (r, p)}.items():
+                yield TripletMap(name, layer, *shape, False, layer, adapter, role)
+
+
+def embedding_maps(model: nn.Module) -> Iterator[LinearMap]:
+    """Yield the maps of every embedding that LoRA adapts, two an active adapter."""
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraEmbedding):
+            continue
+        for adapter in layer.active_adapters:
+            if adapter in layer.lora_embedding_A and adapter not in layer.lora_variant:
+                r, vocabulary = layer.lora_embedding_A[adapter].shape
+                width = len(layer.lora_embedding_B[adapter])
+                for role, shape in {"A": (vocabulary, r), "B": (r, width)}.items():
+                    yield EmbeddingMap(name, layer, *shape, False, None, adapter, role)
+
+
+def linear_maps(model: nn.Module) -> Iterator[LinearMap]:
+    """Yield every `nn.Linear`, `Conv1D` and plain `nn.Conv2d` of a model, in module order.
+
+    They may be frozen. A convolution is plain if it has one group and pads with zeros.
+
+    Args:
+        model: Any module.
+    """
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            layers[name] = module
+        if isinstance(module, nn.Conv2d):
+            known = module.groups == 1 and module.padding_mode == "zeros"
+            if known and not isinstance(module.padding, str):
+                patch = module.weight[0].numel()
+                yield ConvMap(name, module, patch, module.out_channels, False)
+        if not isinstance(module, nn.Linear | Conv1D):
+            continue
+        transposed = isinstance(module, Conv1D)
+        if transposed:
+            q, p = module.weight.shape
+        else:  # quantised weights are packed: their shape says nothing
+            q, p = module.in_features, module.out_features
+        # lora_A and lora_B are dictionaries of modules, two steps below the adapted layer.
+        layer = layers.get(name.rpartition(".")[0].rpartition(".")[0])
+        yield LinearMap(name, module, q, p, transposed, layer)
+
+
+def elementwise_maps(model: nn.Module) -> Iterator[LinearMap]:
+    """Yield the vectors of every layer norm and of DoRA's linear layers, in module order.
+
+    Subclasses of torch's norms may normalise another dimension than the last and are left out.
+    """
+    for name, module in model.named_modules():
+        kind = type(module)
+        known = kind in (nn.LayerNorm, nn.RMSNorm, DoraLinearLayer)
+        if not known and not kind.__name__.endswith(("RMSNorm", "T5LayerNorm")):
+            continue
+        for key, p in module.named_parameters(recurse=False):
+            if p.ndim == 1:
+                yield ElementwiseMap(name, module, len(p), len(p), False, None, key)
+
+
+def trainable_maps(
+    model: nn.Module, uncovered: str = "error"
+) -> tuple[list[LinearMap], list[Block]]:
+    """Return the linear maps with trainable tensors, and those tensors in parameter order.
+
+    Args:
+        model: Any module, usually a `LogitsModel` around a `PeftModel`.
+        uncovered: What becomes of trainable tensors that belong to no linear map or to several:
+            ``"error"``, or ``"diag"`` for maps that have a diagonal block.
+
+    Returns:
+        The maps, and one block a trainable tensor in the order of ``model.parameters()``.
+
+    Raises:
+        ValueError: If nothing is trainable, ``uncovered`` is unknown, or it is ``"error"`` and a
+            trainable tensor belongs to no linear map or to several.
+        RuntimeError: If an adapter is merged or disabled, or several are active, or a trainable
+            tensor is offloaded.
+    """
+    if uncovered not in UNCOVERED:
+        raise ValueError(f"uncovered must be one of {UNCOVERED}, got {uncovered!r}")
+    check_adapters(model)
+    maps = [*linear_maps(model), *triplet_maps(model), *embedding_maps(model)]
+    if uncovered == "diag":
+        maps += elementwise_maps(model)
+    owners: dict[int, list[tuple[LinearMap, bool]]] = {}
+    for linear in maps:
+        for parameter, is_bias in linear.parameters():
+            owners.setdefault(id(parameter), []).append((linear, is_bias))
+
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if uncovered == "error":
+        _check_covered({name: len(owners.get(id(p), [])) for name, p in trainable})
+    owned = []
+    for name, parameter in trainable:
+        if parameter.device.type == "meta":
+            raise RuntimeError(
+                f"the trainable parameter {name!r} is offloaded; keep it on a device, or freeze it"
+            )
+        found = owners.get(id(parameter), [])
+        if len(found) != 1:
+            found = [(WholeTensor.of(name, parameter), True)]
+            maps.append(found[0][0])
+        owned.append((name, parameter, *found[0]))
+    if not owned:
+        raise ValueError(
+            "the model has no trainable parameters, so there is nothing to be uncertain about: "
+            "pass a PeftModel with an active adapter, or make one trainable with "
+            "`model.set_adapter(name)`"
+        )
+    return in_order(maps, owned)
+
+
+def _check_covered(owners: dict[str, int]) -> None:
+    """Refuse tensors, by name, that do not belong to exactly one map."""
+    uncovered = [name for name, count in owners.items() if count == 0]
+    tied = [name for name, count in owners.items() if count > 1]
+    if uncovered:
+        raise ValueError(
+            f"no Kronecker factor covers the trainable parameters {listed(uncovered)}: only "
+            "weights and biases of nn.Linear, Conv1D and plain nn.Conv2d modules, AdaLoRA on "
+            "linear ones and LoRA on embeddings are covered. Freeze them first, for example with "
+            "`model.get_parameter(name).requires_grad_(False)`, or give them a diagonal block with "
+            "uncovered='diag'"
+        )
+    if tied:
+        raise ValueError(
+            f"the trainable parameters {listed(tied)} are shared by several modules; untie or "
+            "freeze them first, or give them a diagonal block with uncovered='diag'"
+        )

@@ -1,0 +1,110 @@
+"""Linear maps of PEFT layers that keep several in one module: AdaLoRA, and LoRA on embeddings.
+
+Each tensor is a map of its own, whose input and output gradient follow from the module's. Plain
+maps belong to `maps`, finding these layers in a model to `adapters`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from laplace_lora.adapters.maps import LinearMap
+
+
+@dataclass(frozen=True, eq=False)
+class TripletMap(LinearMap):
+    """One of the three tensors of AdaLoRA's ``y = base(x) + c B (E ∘ (A x))``.
+
+    ``A`` maps ``x``, ``B`` maps ``E ∘ (A x)``. ``E``, ``(r, 1)``, multiplies entry by entry; it is
+    the bias of a map whose output gradient is ``(A x) ∘ (c Bᵀ g)`` summed over an example's tokens,
+    so its curvature is exact.
+
+    Attributes:
+        adapter: Name of the adapter.
+        role: ``"A"``, ``"E"`` or ``"B"``.
+    """
+
+    adapter: str = "default"
+    role: str = "A"
+
+    def parameters(self) -> list[tuple[nn.Parameter, bool]]:
+        """Return the map's one tensor; ``E`` counts as a bias."""
+        return [(getattr(self.module, f"lora_{self.role}")[self.adapter], self.role == "E")]
+
+    def sides(self, parameter: nn.Parameter) -> list[int]:
+        """Return the lengths of the sides; ``E`` has one."""
+        return [parameter.numel()] if self.role == "E" else list(parameter.shape)
+
+    def own_input(self, x: Tensor) -> Tensor:
+        """Return ``x`` for ``A``, ``A x`` for ``E``, ``E ∘ (A x)`` for ``B``."""
+        A, E, _ = self._triplet()
+        x = x.to(A.dtype)
+        if self.role == "A":
+            return x
+        inner = x @ A.T
+        return inner if self.role == "E" else inner * E.squeeze(-1)
+
+    def own_grad(self, x: Tensor, grad: Tensor) -> Tensor:
+        """Return the gradient with respect to the map's output; summed over tokens for ``E``."""
+        _, E, B = self._triplet()
+        layer = self.module
+        scale = layer.scaling[self.adapter] / (layer.ranknum[self.adapter].detach() + 1e-5)
+        grad = grad.to(B.dtype) * scale.to(B.dtype)
+        if self.role == "B":
+            return grad
+        inner = grad @ B
+        if self.role == "A":
+            return inner * E.squeeze(-1)
+        return (x * inner).flatten(1, -2).sum(1) if x.ndim > 2 else x * inner
+
+    def _triplet(self) -> tuple[Tensor, Tensor, Tensor]:
+        layer, name = self.module, self.adapter
+        return tuple(part[name].detach() for part in (layer.lora_A, layer.lora_E, layer.lora_B))
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingMap(LinearMap):
+    """One of the two tensors of LoRA on an embedding, ``y = base(t) + c B A e_t`` of a token t.
+
+    The input of ``A`` is the token as a unit vector, so its input covariance is that of the
+    tokens' frequencies; keep it low-rank for large vocabularies.
+
+    Attributes:
+        adapter: Name of the adapter.
+        role: ``"A"`` or ``"B"``.
+    """
+
+    adapter: str = "default"
+    role: str = "A"
+
+    @property
+    def input_dims(self) -> tuple[int, ...]:
+        """Token numbers, ``(batch, tokens)``."""
+        return (2,)
+
+    def parameters(self) -> list[tuple[nn.Parameter, bool]]:
+        """Return the map's one tensor."""
+        return [(getattr(self.module, f"lora_embedding_{self.role}")[self.adapter], False)]
+
+    def own_input(self, x: Tensor) -> Tensor:
+        """Return unit vectors, ``(batch, tokens, vocabulary)``, for ``A``; ``A e_t`` for ``B``."""
+        A = self.module.lora_embedding_A[self.adapter].detach()
+        if self.role == "B":
+            return F.embedding(x, A.T)
+        units = F.one_hot(x, A.shape[1]).to(A.dtype)
+        padding = self.module.get_base_layer().padding_idx
+        if padding is not None:
+            units[..., padding] = 0  # torch sends no gradient to a padding token's row
+        return units
+
+    def own_grad(self, x: Tensor, grad: Tensor) -> Tensor:
+        """Return the gradient with respect to the map's output."""
+        layer = self.module
+        B = layer.lora_embedding_B[self.adapter].detach()
+        grad = grad.to(B.dtype) * layer.scaling[self.adapter]
+        scale = layer._get_embed_scale()  # of models that scale their embeddings
+        grad = grad if scale is None else grad * scale.to(grad)
+        return grad if self.role == "B" else grad @ B

@@ -1,0 +1,52 @@
+"""Choose among the trainable tensors by the names of their modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def trainable_only(model: nn.Module, modules: str | Sequence[str] | None) -> Iterator[None]:
+    """Freeze all trainable tensors but those of some modules, for a while.
+
+    Args:
+        model: Any module.
+        modules: A regular expression searched for in the modules' names, a list of names or of
+            whole parts of them, or ``None`` for all.
+
+    Raises:
+        ValueError: If no trainable module is meant; lists those there are.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    owners = {name: name.rpartition(".")[0] for name in trainable}
+    others = [p for name, p in trainable.items() if not _matches(owners[name], modules)]
+    if trainable and len(others) == len(trainable):
+        raise ValueError(
+            f"modules={modules!r} matches no trainable module; there are "
+            f"{listed(sorted(set(owners.values())))}"
+        )
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+def _matches(name: str, modules: str | Sequence[str] | None) -> bool:
+    if modules is None:
+        return True
+    if isinstance(modules, str):
+        return re.search(modules, name) is not None
+    return any(f".{part}." in f".{name}." for part in modules)
+
+
+def listed(names: list[str]) -> str:
+    """Return the first names of a list, quoted, and how many more there are."""
+    shown = ", ".join(repr(name) for name in names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -1,0 +1,246 @@
+"""`transformers.Trainer` with IVON, and with AdaLoRA's rank allocation, which it does not call.
+
+What is drawn belongs to `drawing`, what is masked to `allocation`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from laplace_lora.adaptive.allocation import (
+    ScoreAllocator,
+    adalora_components,
+    set_importance_score,
+    trained_adapter,
+)
+from laplace_lora.adaptive.ivon import IVON
+from laplace_lora.adaptive.scores import ImportanceScore, PosteriorScore, SensitivityScore
+
+STATE_FILE = "adalora_sensitivity.safetensors"
+
+
+class IVONCallback(TrainerCallback):
+    """Draws IVON's weights at the start of every training step and puts the mean back before it.
+
+    Give it to a `Trainer` whose optimiser is an `IVON` (``optimizers=(ivon, None)``), with
+    ``max_grad_norm=0``. If training fails in between, call ``ivon.restore()``.
+
+    With several accumulation steps transformers leaves a sequence classifier's gradients summed
+    over them, not averaged, which would make the curvature too large; they are divided here.
+
+    Args:
+        gradient_scale: Factor on the gradients of a step; ``None`` works it out.
+    """
+
+    def __init__(self, gradient_scale: float | None = None) -> None:
+        self.gradient_scale = gradient_scale
+        self._substeps = 0
+        self._ivon: IVON | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the optimiser and refuse what would bias it.
+
+        Raises:
+            ValueError: If gradients are clipped.
+        """
+        self._ivon = _ivon_of(kwargs.get("optimizer"))
+        if self._ivon is not None and args.max_grad_norm:
+            raise ValueError(
+                "clipped gradients bias IVON's curvature: set max_grad_norm=0 in the "
+                "TrainingArguments; IVON's clip_radius bounds the steps"
+            )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw weights for all micro-batches of a step."""
+        self._substeps = 1
+        if self._ivon is not None:
+            self._ivon.restore()
+            self._ivon.draw()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count micro-batches."""
+        self._substeps += 1
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the mean back, with the gradients that belong to the draw."""
+        if self._ivon is None:
+            return
+        scale = self.gradient_scale
+        if scale is None:
+            scale = 1 / self._substeps if sums_gradients(kwargs["model"]) else 1.0
+        if scale != 1:
+            for group in self._ivon.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad.mul_(scale)
+        self._ivon.restore(collect=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the mean in place."""
+        if self._ivon is not None:
+            self._ivon.restore()
+
+
+class AdaLoraCallback(IVONCallback):
+    """Allocates AdaLoRA's ranks while a `Trainer` trains, with IVON or any other optimiser.
+
+    Checkpoints made in the middle of the schedule can be resumed. The final ranks are in the
+    adapter's configuration after training, as PEFT wants them.
+
+    Args:
+        score: Where importance comes from: a score, the name of a criterion on the posterior of
+            the trainer's IVON, or ``"sensitivity"``.
+        gradient_scale: As in `IVONCallback`.
+    """
+
+    def __init__(
+        self, score: ImportanceScore | str = "sensitivity", gradient_scale: float | None = None
+    ) -> None:
+        super().__init__(gradient_scale)
+        self.score = score
+        self._allocator: ScoreAllocator | None = None
+        self._final: dict[str, list[bool]] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Install the score, and pick up where a checkpoint left.
+
+        Raises:
+            TypeError: If the model is not an AdaLoRA model in training.
+            ValueError: If the schedule does not end within the training, a criterion is named
+                without IVON, gradients are clipped with it, or a checkpoint lacks its state.
+        """
+        super().on_train_begin(args, state, control, **kwargs)
+        model = kwargs["model"]
+        adapter, config = trained_adapter(model)
+        last = config.total_step - config.tfinal
+        if last >= state.max_steps:
+            raise ValueError(
+                f"the ranks become final at step {last} (total_step={config.total_step}, "
+                f"tfinal={config.tfinal}), but training ends after {state.max_steps} steps; set "
+                f"total_step to {state.max_steps}"
+            )
+        score = self._resolved(kwargs.get("optimizer"))
+        self._allocator = set_importance_score(model, score)
+        self._final = config.rank_pattern = None
+        if state.global_step > last:
+            self._final = _pattern_from_zeros(model, adapter, config)
+        elif state.global_step and isinstance(score, SensitivityScore):
+            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
+            if not path.exists():
+                raise ValueError(f"cannot resume: {path} with the sensitivities is missing")
+            _load_sensitivity(score, _named(model, adapter), path)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Observe the step and mask if it is time to; PEFT's steps count from zero."""
+        tuner, config = kwargs["model"].base_model, trained_adapter(kwargs["model"])[1]
+        config.rank_pattern = self._final
+        tuner.update_and_allocate(state.global_step)
+        # PEFT would save an adapter with a pattern shrunk, and training cannot go on from that.
+        self._final, config.rank_pattern = config.rank_pattern, None
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save running sensitivities beside a checkpoint; a posterior is the optimiser's state."""
+        score = None if self._allocator is None else self._allocator.score
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if isinstance(score, SensitivityScore) and score.averages and folder.is_dir():
+            model = kwargs["model"]
+            tensors: dict[str, Tensor] = {}
+            for name, p in _named(model, trained_adapter(model)[0]).items():
+                mean, deviation = score.averages[p]
+                tensors |= {f"{name}.mean": mean, f"{name}.deviation": deviation}
+            save_file(tensors, folder / STATE_FILE)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the final ranks into the adapter's configuration."""
+        super().on_train_end(args, state, control, **kwargs)
+        trained_adapter(kwargs["model"])[1].rank_pattern = self._final
+
+    def _resolved(self, optimizer: Any) -> ImportanceScore:
+        if not isinstance(self.score, str):
+            return self.score
+        if self.score == "sensitivity":
+            return SensitivityScore()
+        ivon = _ivon_of(optimizer)
+        if ivon is None:
+            raise ValueError(
+                f"the criterion {self.score!r} needs a posterior: give the Trainer an IVON "
+                "optimiser, or the callback a PosteriorScore"
+            )
+        return PosteriorScore(ivon, self.score)
+
+
+def sums_gradients(model: nn.Module) -> bool:
+    """Return whether `Trainer` sums a model's gradients over accumulation steps.
+
+    It trusts every model that takes loss arguments to divide by the number of items; transformers'
+    sequence classifiers take the number and ignore it.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not type(base).__name__.endswith("ForSequenceClassification"):
+        return False
+    keywords = inspect.signature(base.forward).parameters.values()
+    takes = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in keywords)
+    return bool(getattr(base, "accepts_loss_kwargs", takes))
+
+
+def _ivon_of(optimizer: Any) -> IVON | None:
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps optimisers
+    return inner if isinstance(inner, IVON) else None
+
+
+def _named(model: Any, adapter: str) -> dict[str, nn.Parameter]:
+    layers = adalora_components(model.base_model.model, adapter)
+    return {
+        f"{c.name}.{part}": p for c in layers for part, p in zip("ABE", c.parameters, strict=True)
+    }
+
+
+def _load_sensitivity(
+    score: SensitivityScore, parameters: dict[str, nn.Parameter], path: Path
+) -> None:
+    tensors = load_file(path)
+    score.averages = {
+        p: (tensors[f"{name}.mean"].to(p.device), tensors[f"{name}.deviation"].to(p.device))
+        for name, p in parameters.items()
+    }
+
+
+def _pattern_from_zeros(model: Any, adapter: str, config: Any) -> dict[str, list[bool]]:
+    """Return the final mask of a checkpoint: what it pruned is exactly zero."""
+    layers = adalora_components(model.base_model.model, adapter)
+    pattern = {
+        f"{layer.name}.lora_E.{adapter}": (layer.parameters[-1] != 0).view(-1).tolist()
+        for layer in layers
+    }
+    kept = sum(map(sum, pattern.values()))
+    if kept > config.target_r * len(layers):
+        raise ValueError(
+            f"cannot resume: the checkpoint is past the final mask but keeps {kept} triplets, more "
+            f"than {config.target_r * len(layers)}"
+        )
+    return pattern

@@ -1,0 +1,77 @@
+"""Jacobians of a recorded forward pass, one trainable tensor at a time.
+
+Never `torch.func.jacrev`, which makes a backward pass for every example and output, and never all
+parameters at once: memory is what the output gradients of the maps need. What the rows are
+multiplied with belongs to `curvature` and `predictive`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from laplace_lora.adapters.maps import Block
+from laplace_lora.capture.tape import Tape
+from laplace_lora.capture.whole_tensors import whole_gradients
+
+
+def jacobian_blocks(
+    tape: Tape, blocks: Sequence[Block], columns: Tensor, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """Yield ``columnsᵀ J`` for each trainable tensor in turn.
+
+    Runs all backward passes at once; examples are independent, so one pass serves the whole batch.
+    A pass leaves what is smaller of a map's token gradients ``(tokens, p)`` and its Jacobian
+    ``(p, q)``: for ``lora_A`` the first, for ``lora_B`` the second. A block is put together when
+    its turn comes and is then the caller's alone. Whole tensors' gradients are kept as they are,
+    all of them, ``(batch, columns, entries)``.
+
+    Args:
+        tape: The recorded forward pass; its graph is spent.
+        blocks: The trainable tensors, in parameter order.
+        columns: Gradients with respect to the outputs, ``(columns, batch, outputs)``.
+        dtype: Number format of the result.
+
+    Yields:
+        Rows ``(batch, columns, *shape of the tensor)``, on the outputs' device; the shape of a
+        scalar is ``(1,)``.
+    """
+    weights: dict[int, list[Tensor]] = {block.map: [] for block in blocks if not block.is_bias}
+    biases: dict[int, list[Tensor]] = {block.map: [] for block in blocks if block.is_bias}
+    inputs = [x if x.ndim == 3 else x.unsqueeze(1) for x in tape.inputs]
+
+    def keeps_tokens(i: int) -> bool:
+        return inputs[i].shape[1] <= tape.maps[i].in_features
+
+    def visit(column: int, i: int, grad: Tensor) -> None:
+        grad = grad if grad.ndim == 3 else grad.unsqueeze(1)
+        if i in biases:
+            biases[i].append(grad.to(dtype).sum(1))
+        if i in weights:
+            outer = None if keeps_tokens(i) else grad.to(dtype).mT @ inputs[i].to(dtype)
+            weights[i].append(grad if outer is None else outer)
+
+    tape.backward(columns, visit)
+    whole: dict[int, list[Tensor]] = {}
+    for i, gradients in whole_gradients(tape, columns):
+        whole.setdefault(i, []).append(gradients.to(dtype))
+    device = tape.output.device
+    for block in blocks:
+        i, linear = block.map, tape.maps[block.map]
+        if i in whole:
+            rows = torch.stack(whole.pop(i))
+            yield rows.reshape(*rows.shape[:2], *(block.parameter.shape or (1,))).to(device)
+            continue
+        kept = biases.pop(i) if block.is_bias else weights.pop(i)
+        if not kept:  # the outputs do not depend on this map
+            shape = (tape.examples, len(columns), *block.parameter.shape)
+            yield torch.zeros(shape, dtype=dtype, device=device)
+            continue
+        rows = torch.stack(kept, dim=1)
+        del kept
+        if not block.is_bias and keeps_tokens(i):
+            rows = torch.einsum("nrtp,ntq->nrpq", rows.to(dtype), inputs[i].to(dtype))
+        rows = rows.mT if linear.transposed and not block.is_bias else rows
+        yield rows.reshape(*rows.shape[:2], *block.parameter.shape).to(device)

@@ -1,0 +1,163 @@
+"""Passing over data that several processes share: whose examples are whose, and adding up.
+
+Loaders of `torch.utils.data.DistributedSampler` and of accelerate repeat examples so that all
+processes see equally many; the repeats are left out here. What is added up belongs to `fitting` and
+`validation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+
+from laplace_lora.data.batches import batch_length, first_examples
+
+Own = Callable[[int, int, int], int]
+
+
+def processes() -> int:
+    """Return how many processes work together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Return whether this is the process that shows progress."""
+    return processes() == 1 or dist.get_rank() == 0
+
+
+def is_sharded(loader: Any) -> bool:
+    """Return whether a loader gives each process examples of its own.
+
+    Raises:
+        TypeError: If accelerate dispatches batches from the main process, whose repeats cannot be
+            told apart.
+    """
+    return processes() > 1 and _own_examples(loader) is not None
+
+
+def own_batches(loader: Any, batches: Iterable[Any] | None = None) -> Iterator[Any]:
+    """Yield a loader's batches without the examples that another process counts.
+
+    Args:
+        loader: Any loader; one that is not sharded is passed through.
+        batches: The loader in a wrapper, such as a progress bar; ``None`` for itself.
+    """
+    own = _own_examples(loader) if processes() > 1 else None
+    seen = 0
+    for index, batch in enumerate(loader if batches is None else batches):
+        if own is None:
+            yield batch
+            continue
+        size = batch_length(batch)
+        count = max(0, min(own(index, seen, size), size))
+        seen += size
+        if count:
+            yield batch if count == size else first_examples(batch, count)
+
+
+def agree(error: BaseException | None, signature: Any) -> None:
+    """Let all processes go on together, or fail together.
+
+    Args:
+        error: What went wrong in this process, if anything.
+        signature: Must be equal in all processes; ``None`` where a process had no data.
+
+    A process that ended without a word, killed for its memory say, is noticed by gloo at once; NCCL
+    waits for the time limit of its process group.
+
+    Raises:
+        BaseException: The error of this process.
+        RuntimeError: If another process failed, had no data, has another signature, or has ended.
+    """
+    if processes() == 1:
+        if error is not None:
+            raise error
+        return
+    reports: list[Any] = [None] * processes()
+    message = None if error is None else f"{type(error).__name__}: {error}"
+    try:
+        dist.all_gather_object(reports, (message, signature))
+    except RuntimeError as lost:
+        raise RuntimeError("another process has ended or cannot be reached") from lost
+    if error is not None:
+        raise error
+    for rank, (text, _) in enumerate(reports):
+        if text is not None:
+            raise RuntimeError(f"process {rank} failed: {text}")
+    for rank, (_, other) in enumerate(reports):
+        if other is None:
+            raise RuntimeError(f"process {rank} got no examples; use fewer processes")
+    for rank, (_, other) in enumerate(reports):
+        if other != signature:
+            raise RuntimeError(
+                f"process {rank} sums up other tensors than process {dist.get_rank()}"
+            )
+
+
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors by their sums over all processes, in place."""
+    for tensor in tensors:
+        dist.all_reduce(tensor)
+
+
+def gather_for(loader: Any) -> Callable[[Tensor], Tensor]:
+    """Return a function from this process's rows to all processes' rows, as a loader needs it.
+
+    It takes ``(rows, ...)``, whose number may differ between processes.
+
+    Args:
+        loader: Where the rows come from; if it is not sharded the function changes nothing.
+    """
+    return gather if is_sharded(loader) else lambda tensor: tensor
+
+
+def common(tensor: Tensor) -> Tensor:
+    """Return the main process's tensor in all processes."""
+    if processes() > 1:
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Return the rows of all processes, ``(rows, ...)``, in the order of their ranks."""
+    lengths: list[Any] = [None] * processes()
+    dist.all_gather_object(lengths, len(tensor))
+    padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+
+def _own_examples(loader: Any) -> Own | None:
+    """Return how many of a batch's examples are this process's own, ``None`` without sharding.
+
+    The function takes the number of the batch, of the examples before it, and of those in it.
+    """
+    if type(loader).__name__ == "DataLoaderDispatcher":
+        raise TypeError(
+            "accelerate dispatches this loader's batches from the main process and repeats some; "
+            "prepare it with DataLoaderConfiguration(dispatch_batches=False)"
+        )
+    sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, DistributedSampler):
+        data: Any = sampler.dataset
+        n, replicas, rank = len(data), sampler.num_replicas, sampler.rank
+        mine = len(range(rank, n, replicas))
+        return lambda index, seen, size: size if sampler.drop_last else mine - seen
+    shard = getattr(loader, "batch_sampler", None)
+    if type(shard).__name__ != "BatchSamplerShard":
+        return None
+    shard_: Any = shard
+    n, rank, count = len(shard_.batch_sampler.sampler), shard_.process_index, shard_.num_processes
+    whole = shard_.batch_sampler.batch_size
+    if not shard_.even_batches:
+        return lambda index, seen, size: size
+    if shard_.split_batches:
+        return lambda index, seen, size: n - index * whole - rank * (whole // count)
+    return lambda index, seen, size: n - (index * count + rank) * whole

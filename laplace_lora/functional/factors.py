@@ -1,0 +1,146 @@
+"""`calculate_kronecker_factors`: K-FAC factors of any linear modules over a data set.
+
+The loop, the masks and the likelihood's root; the sums are `kfac`'s. What the factors are good for
+belongs to `posterior`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from laplace_lora.adapters.maps import wide_dtype
+from laplace_lora.adapters.peft_state import check_adapters
+from laplace_lora.capture.recorder import record
+from laplace_lora.curvature.kfac import KfacSums, Rows
+from laplace_lora.data.masks import MASK_NAMES
+from laplace_lora.functional.hooks import factor_tensor, note_masks
+from laplace_lora.functional.selection import selected_maps
+from laplace_lora.likelihoods.roots import CLASSIFICATION, hessian_root, sampled_root
+from laplace_lora.linalg.factors import map_shared
+from laplace_lora.models.modes import evaluation_mode, gradients_needed
+
+EXACT_UP_TO = 256  # outputs; beyond it one backward pass an output is too many
+
+
+def calculate_kronecker_factors(
+    model: nn.Module,
+    forward_call: Callable[[nn.Module, Any], Tensor],
+    loader: Iterable[Any],
+    n_kfac: int | None = None,
+    lr_threshold: int = 512,
+    target_module_keywords: Sequence[str] = ("",),
+    exclude_bias: bool = False,
+    use_tqdm: bool = False,
+    *,
+    attention_mask: Callable[[Any], Tensor] | None = None,
+    positions: str = "all",
+    num_samples: int | None = None,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sum the Kronecker factors of a classifier's generalised Gauss-Newton matrix over a data set.
+
+    The block of a module with weight ``(p, q)`` is about ``gradient factor ⊗ input factor``. Both
+    are the factors of `KronLoraLaplace`, whatever the batch size, a last partial batch or the
+    padding: *expand* over real tokens, the gradient factor a sum over examples, the input factor a
+    mean. The model runs in evaluation mode; its modes, gradients and weights stay as they are.
+
+    Modules that do not run are left out: the logits do not depend on them.
+
+    Args:
+        model: Any module, a `PeftModel` or not.
+        forward_call: From the model and a batch to logits ``(batch, classes)``.
+        loader: Batches, in whatever form ``forward_call`` takes.
+        n_kfac: Rank of low-rank factors; ``None`` keeps all dense.
+        lr_threshold: Sides shorter than this stay dense, and so do those that a sketch of
+            ``2 n_kfac + 10`` columns would not make smaller.
+        target_module_keywords: Which `nn.Linear` and `Conv1D` modules count, by whole parts of
+            their names: dots and underscores part, so ``"lora"`` means ``lora_A`` and ``lora_B``.
+            ``""`` means all, frozen ones too.
+        exclude_bias: Treat biases as fixed. Otherwise a module's bias is the last column of its
+            weight, its input factor ``(q + 1, q + 1)``.
+        use_tqdm: Show progress over the batches.
+        attention_mask: From a batch to the ``(batch, tokens)`` mask of real tokens. ``None`` for
+            the batch's own ``attention_mask``, or else that with which the model is called.
+        positions: ``"all"`` real tokens, or only the ``"last"`` one of each example.
+        num_samples: Labels drawn for each example and backward passes a batch (Monte-Carlo
+            Fisher). ``None`` for the exact matrix from ``classes − 1`` passes; with more than 256
+            outputs, such as a whole vocabulary, for one sample and a warning.
+
+    Returns:
+        For each module name the input factor and the gradient factor: covariances ``(d, d)``, or
+        roots ``(d, n_kfac)``.
+
+    Raises:
+        TypeError: If the keywords are a single string.
+        ValueError: If no module is selected, the loader is empty, the logits are not ``(batch,
+            classes)`` with two classes or more, or are probabilities.
+        RuntimeError: If the logits carry no gradient, a module runs on inputs of different shapes,
+            or an adapter is merged or disabled.
+        FloatingPointError: If a factor is not finite; names batch and layer.
+    """
+    check_adapters(model)
+    selected = selected_maps(model, target_module_keywords, exclude_bias)
+    with_bias = {linear.name: has_bias for linear, has_bias in selected}
+    maps = [linear for linear, _ in selected]
+    weights: list[Any] = [linear.module.weight for linear in maps]
+    dtype = wide_dtype(weights)
+    sums, n = None, 0
+    called_with: dict[str, Any] = {}
+    handle = note_masks(model, called_with)
+    try:
+        with evaluation_mode(model), gradients_needed(weights):
+            for index, batch in enumerate(tqdm(loader, disable=not use_tqdm, desc="Factors")):
+                masks: Mapping[str, Any] = called_with
+                if attention_mask is not None:
+                    masks = {MASK_NAMES[0]: attention_mask(batch)}
+                elif isinstance(batch, Mapping) and any(name in batch for name in MASK_NAMES):
+                    masks = batch
+                tape = record(partial(forward_call, model), maps, batch, masks, sums is None)
+                check_logits(tape.output)
+                if sums is None:
+                    maps = list(tape.maps)
+                    homogeneous = [with_bias[linear.name] for linear in maps]
+                    rows = Rows(positions=positions)
+                    sums = KfacSums.empty(tape, n_kfac, lr_threshold - 1, dtype, rows, homogeneous)
+                try:
+                    sums.update(tape, _columns(tape.output, num_samples))
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"batch {index}: {error}") from error
+                n += len(tape.output)
+    finally:
+        handle.remove()
+    if sums is None:
+        raise ValueError("the loader is empty")
+    tensors = map_shared([list(pair) for pair in sums.covariances(n)], factor_tensor)
+    return {linear.name: (x, g) for linear, (x, g) in zip(maps, tensors, strict=True)}
+
+
+def check_logits(f: Tensor) -> None:
+    """Refuse outputs that are probabilities already.
+
+    Raises:
+        ValueError: If no entry is negative and every row sums to one.
+    """
+    if bool((f >= 0).all()) and bool(((f.double().sum(-1) - 1).abs() < 1e-3).all()):
+        raise ValueError(
+            "forward_call returned probabilities (rows that sum to one, without negative entries); "
+            "return the logits, before the softmax"
+        )
+
+
+def _columns(f: Tensor, num_samples: int | None) -> Tensor:
+    if num_samples is None and f.shape[-1] <= EXACT_UP_TO:
+        return hessian_root(f, CLASSIFICATION)
+    if num_samples is None:
+        warnings.warn(
+            f"forward_call returns {f.shape[-1]} logits an example, so the curvature is a "
+            "Monte-Carlo estimate from one label an example; return the answers' logits for an "
+            "exact one, or set `num_samples`",
+            stacklevel=3,
+        )
+    return sampled_root(f, CLASSIFICATION, num_samples or 1)

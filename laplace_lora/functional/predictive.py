@@ -1,0 +1,248 @@
+"""Evidence and predictive from given factors: `model_evidence`, `jacobian_mean`, `variance`.
+
+Jacobians come from `laplace_lora.jacobians`. What is asked of factors, and their
+eigendecompositions, belongs to `given`; where factors come from to `kronecker`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace_lora.adapters.discovery import trainable_maps
+from laplace_lora.adapters.maps import wide_dtype
+from laplace_lora.capture.jacobians import jacobian_blocks
+from laplace_lora.capture.recorder import record
+from laplace_lora.functional.factor_cache import Factors, check_ranks, decomposed
+from laplace_lora.likelihoods import links
+from laplace_lora.likelihoods.roots import identity_root
+from laplace_lora.models.logits_model import LogitsModel
+from laplace_lora.models.modes import evaluation_mode
+
+
+def model_evidence(
+    model: nn.Module,
+    LL: Tensor,
+    factors: Factors,
+    n_lora: int | None,
+    n_kfac: int | None,
+    s2: Tensor | float,
+) -> Tensor:
+    """Return the Laplace approximation of the log evidence, to be maximised over ``s2``.
+
+    ``LL − ½ ‖θ‖²/s2 − ½ Σ log(1 + s2 e)`` over the eigenvalues ``e`` of all blocks, as
+    `KronLoraLaplace.log_marginal_likelihood` at prior precision ``1/s2`` (with
+    ``residual="zero"`` where a factor is low-rank). Differentiable in ``s2`` and ``LL``.
+
+    Args:
+        model: The model the factors were computed for; ``θ`` are its weights that they cover.
+        LL: Log likelihood of the training data, summed over the examples, in nats.
+        factors: From `calculate_kronecker_factors`.
+        n_lora: LoRA rank, or ``None``. Ranks are read from the factors, which may differ in them;
+            a rank that none has is an error.
+        n_kfac: Rank of low-rank factors, or ``None``; another than the roots have is an error.
+        s2: Prior variance, one positive number.
+
+    Returns:
+        The log evidence in nats, of the shape of ``s2``.
+
+    Raises:
+        ValueError: If ``s2`` is not one positive number, a module is not in the model or has
+            another size than its factors, or the ranks do not fit.
+    """
+    s2 = _checked_variance(s2)
+    check_ranks(factors, n_lora, n_kfac)
+    square: Any = 0.0
+    for name, (inputs, grads) in factors.items():
+        try:
+            module: Any = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(
+                f"the model has no module {name!r}, for which there is a factor"
+            ) from None
+        weights = [module.weight]
+        if module.bias is not None and len(inputs) * len(grads) != module.weight.numel():
+            weights.append(module.bias)
+        if len(inputs) * len(grads) != sum(weight.numel() for weight in weights):
+            raise ValueError(
+                f"the factors of {name!r} have sides {len(inputs)} and {len(grads)}, its weight "
+                f"the shape {tuple(module.weight.shape)}"
+            )
+        square = square + sum(w.detach().double().square().sum().to(s2.device) for w in weights)
+    ratio = (decomposed(factors, s2.device) + 1 / s2).log_det_ratio()
+    return LL - 0.5 * square / s2 - 0.5 * ratio
+
+
+def jacobian_mean(
+    model: nn.Module,
+    batch_inputs: Mapping[str, Any],
+    target_ids: Tensor | None = None,
+    is_s2s: bool = False,
+    output_callback: Callable[[Any], Tensor] | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the Jacobian of the logits with respect to the trainable weights, and the logits.
+
+    One forward and one backward pass a logit for the whole batch, in evaluation mode.
+
+    Args:
+        model: A `PeftModel`, or any model whose trainable tensors belong to linear modules.
+        batch_inputs: What the model takes, as ``model(**batch_inputs)``.
+        target_ids: Which next tokens' logits; ``None`` for all logits: a classifier's classes, or
+            the whole vocabulary.
+        is_s2s: Whether the model is an encoder-decoder; its logits are those of the first decoder
+            step. Otherwise a language model's are those after the last real token.
+        output_callback: From what the model returns to logits ``(batch, outputs)``, instead of
+            both.
+
+    Returns:
+        For each trainable tensor, by name, ``(batch, outputs, *shape)``, with a `Conv1D` weight
+        turned to ``(out, in)`` as its factors are; and logits ``(batch, outputs)``.
+
+    Raises:
+        ValueError: If ``is_s2s`` does not fit the model, both ``target_ids`` and
+            ``output_callback`` are given, or nothing is trainable.
+        RuntimeError: If an adapter is merged or disabled, or a module runs on inputs of different
+            shapes.
+    """
+    wrapped = _logits_model(model, target_ids, is_s2s, output_callback)
+    maps, blocks = trainable_maps(model)
+    with evaluation_mode(model):
+        tape = record(wrapped, maps, batch_inputs)
+    f = tape.output
+    dtype = wide_dtype([block.parameter for block in blocks])
+    jacobian = {}
+    for block, rows in zip(
+        blocks, jacobian_blocks(tape, blocks, identity_root(f), dtype), strict=True
+    ):
+        transposed = maps[block.map].transposed and not block.is_bias
+        jacobian[block.name] = rows.mT if transposed else rows
+    return jacobian, f
+
+
+def variance(
+    inputs: Any,
+    jacobian: Mapping[str, Tensor],
+    factors: Factors,
+    s2: Tensor | float,
+    n_logits: int,
+    n_lora: int | None,
+    n_kfac: int | None,
+    device: torch.device | str,
+) -> Tensor:
+    """Return the covariance of the logits under the linearised model, ``J P⁻¹ Jᵀ``.
+
+    Weights without factors are taken for fixed. Differentiable in ``s2``.
+
+    Args:
+        inputs: The batch of the Jacobian; tells how many examples there should be.
+        jacobian: From `jacobian_mean`.
+        factors: From `calculate_kronecker_factors`; dense, low-rank and of any adapter ranks.
+        s2: Prior variance, one positive number.
+        n_logits: Number of logits.
+        n_lora: As in `model_evidence`.
+        n_kfac: As in `model_evidence`.
+        device: Where the result goes.
+
+    Returns:
+        Shape ``(batch, n_logits, n_logits)``.
+
+    Raises:
+        ValueError: If ``s2`` is not one positive number, a factor has no Jacobian or one of
+            another size, the ranks do not fit, or examples or logits are not as many as said.
+    """
+    s2 = _checked_variance(s2).to(device)
+    check_ranks(factors, n_lora, n_kfac)
+    precision = decomposed(factors, device) + 1 / s2
+    total: Any = 0.0
+    for i, (name, (input_factor, grad_factor)) in enumerate(factors.items()):
+        rows = _jacobian_of(name, jacobian)
+        if rows.shape[2:] == (len(grad_factor), len(input_factor) - 1):
+            bias = _jacobian_of(name, jacobian, "bias")
+            rows = torch.cat([rows, bias.unsqueeze(-1)], dim=-1)
+        expected = (_examples(inputs, len(rows)), n_logits, len(grad_factor), len(input_factor))
+        if rows.shape != expected:
+            raise ValueError(
+                f"the Jacobian of {name!r} has shape {tuple(rows.shape)}; {expected[0]} examples, "
+                f"{n_logits} logits and its factors need {expected}"
+            )
+        total = total + precision.inverse_form(i, rows.to(device))
+    return total
+
+
+def predict_probs(
+    f_mu: Tensor,
+    f_var: Tensor,
+    link_approx: str = "mc",
+    n_samples: int = 1000,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return class probabilities ``E[softmax(f)]`` of Gaussian logits.
+
+    The average of the samples' probabilities, not the probabilities of their average.
+
+    Args:
+        f_mu: Mean logits, ``(batch, classes)``, from `jacobian_mean`.
+        f_var: Their covariance, ``(batch, classes, classes)``, from `variance`.
+        link_approx: ``"mc"``, ``"probit"``, ``"bridge"`` or ``"bridge_norm"``.
+        n_samples: Samples for ``"mc"``.
+        generator: Source of the samples, on the device of ``f_mu``.
+
+    Returns:
+        Shape ``(batch, classes)``.
+
+    Raises:
+        ValueError: If the link is unknown.
+    """
+    size = (n_samples, f_mu.shape[-1] - 1)
+    noise = torch.randn(size, dtype=f_mu.dtype, device=f_mu.device, generator=generator)
+    return links.log_probabilities(f_mu, f_var, link_approx, noise).exp()
+
+
+def _logits_model(
+    model: nn.Module,
+    target_ids: Tensor | None,
+    is_s2s: bool,
+    output_callback: Callable[[Any], Tensor] | None,
+) -> LogitsModel:
+    wrapped = LogitsModel(model)
+    if output_callback is not None:
+        return LogitsModel(model, target_ids, output_callback)
+    if is_s2s != wrapped.is_encoder_decoder:
+        kind = "an encoder-decoder" if wrapped.is_encoder_decoder else "no encoder-decoder"
+        raise ValueError(f"is_s2s is {is_s2s}, but the model is {kind}")
+    if wrapped.vocabulary_size is not None:
+        every = torch.arange(wrapped.vocabulary_size)
+        return LogitsModel(model, every if target_ids is None else target_ids)
+    if target_ids is None:
+        return wrapped
+    return LogitsModel(model, output=lambda out: getattr(out, "logits", out)[:, target_ids])
+
+
+def _checked_variance(s2: Tensor | float) -> Tensor:
+    s2 = torch.as_tensor(s2)
+    if s2.numel() != 1 or not bool(s2 > 0) or not bool(s2.isfinite()):
+        raise ValueError(f"s2 is the prior variance, one positive number; got {s2.tolist()}")
+    return s2
+
+
+def _jacobian_of(name: str, jacobian: Mapping[str, Tensor], kind: str = "weight") -> Tensor:
+    """Return a module's Jacobian; its name may have lost a wrapper's prefix, or gained one."""
+    wanted = f"{name}.{kind}"
+    found = [
+        key for key in jacobian if f".{key}".endswith(f".{wanted}") or wanted.endswith(f".{key}")
+    ]
+    if wanted in jacobian or len(found) == 1:
+        return jacobian[wanted if wanted in jacobian else found[0]]
+    raise ValueError(
+        f"there is a factor for {name!r}, but the Jacobian has {len(found) or 'no'} tensors of "
+        f"that name; it has {list(jacobian)[:4]}, ..."
+    )
+
+
+def _examples(inputs: Any, otherwise: int) -> int:
+    """Return how many examples a batch of inputs holds."""
+    tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+    return next((len(t) for t in tensors if isinstance(t, Tensor) and t.ndim), otherwise)

@@ -1,0 +1,9 @@
+"""Which tokens a language model is unsure of, in a given text or in one that it writes.
+
+No fitting; any posterior over a causal language model's adapters will do.
+"""
+
+from laplace_lora.generation.decoding import generate, score
+from laplace_lora.generation.token_predictions import TokenPredictions
+
+__all__ = ["TokenPredictions", "generate", "score"]

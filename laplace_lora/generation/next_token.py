@@ -1,0 +1,208 @@
+"""What a posterior knows about the next token: the likeliest ones, with their joint uncertainty.
+
+The linearised predictive of one position. A softmax over ``k`` tokens and the tail, which is one
+more class: its logit is the log-sum-exp of all other logits, linearised like theirs. It is not held
+at its MAP value, since a softmax does not see what moves all logits together, and a tail at rest
+would turn that into uncertainty. So nothing of the vocabulary's size is ever squared, mass outside
+the ``k`` tokens is kept, and with ``k`` one less than the vocabulary nothing is approximated. Which
+positions are looked at belongs to `generation`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from laplace_lora.likelihoods import links
+from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.models.token_model import TokenModel
+
+LINKS = ("mc", "probit")
+WANTED = "wanted_token"  # rides in a batch of texts
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """The predictive of one token after each of several texts.
+
+    Attributes:
+        candidates: The ``k`` tokens looked at, by falling MAP probability, ``(texts, k)``.
+        mean: Their logits, ``(texts, k)``.
+        covariance: The logits' posterior covariance, ``(texts, k, k)``.
+        map_log_probabilities: Log probabilities under the MAP weights, ``(texts, k)``.
+        log_probabilities: Log probabilities under the posterior predictive, ``(texts, k)``.
+        entropy: Entropy of the predictive, the tail counted as one token, in nats, ``(texts,)``.
+        mutual_information: Its epistemic part, ``(texts,)``.
+    """
+
+    candidates: Tensor
+    mean: Tensor
+    covariance: Tensor
+    map_log_probabilities: Tensor
+    log_probabilities: Tensor
+    entropy: Tensor
+    mutual_information: Tensor
+
+
+class NextTokenPredictor:
+    """Predicts next tokens from a posterior over adapter weights, whatever it was fitted on.
+
+    Args:
+        la: A fitted posterior over a causal language model's adapters.
+        top_k: Tokens looked at.
+        link_approx: ``"mc"``, samples of the logits, or ``"probit"``, which needs none.
+        n_samples: Samples, the same for all positions.
+        generator: Their source.
+
+    Attributes:
+        model: The language model.
+
+    Raises:
+        AttributeError: If the posterior has not been fitted.
+        ValueError: If ``top_k`` or ``link_approx`` is out of range, or the model is no causal
+            language model with a posterior over its adapters.
+    """
+
+    def __init__(
+        self,
+        la: Any,
+        top_k: int,
+        link_approx: str,
+        n_samples: int,
+        generator: torch.Generator | None,
+    ) -> None:
+        la._check_H_init()
+        if la.model is not la.logits_model:
+            raise ValueError(
+                "a last-layer posterior knows of its answers only; use one over adapter weights, "
+                "such as KronLoraLaplace"
+            )
+        self.la = la
+        self.model = TokenModel(la.logits_model.model)
+        vocabulary: Any = self.model.vocabulary_size
+        if not 1 <= top_k <= vocabulary:
+            raise ValueError(
+                f"top_k must lie in 1..{vocabulary}, the vocabulary's size, got {top_k}"
+            )
+        if link_approx not in LINKS:
+            raise ValueError(f"link_approx must be one of {LINKS}, got {link_approx!r}")
+        if n_samples < 1:
+            raise ValueError(f"n_samples must be positive, got {n_samples}")
+        self.top_k = top_k
+        self._noise = None
+        if link_approx == "mc":
+            size = (n_samples, min(top_k, vocabulary - 1))
+            self._noise = torch.randn(size, dtype=la._dtype, device=la._device, generator=generator)
+
+    def __call__(self, texts: Mapping[str, Any], token: Tensor | None = None) -> NextToken:
+        """Predict the token after each text.
+
+        One forward pass and ``top_k + 1`` backward passes for all texts together.
+
+        Args:
+            texts: A mapping with ``input_ids`` and ``attention_mask``, ``(texts, tokens)``.
+            token: A token of each text that must be among the candidates, ``(texts,)``; if it is
+                not, it takes the place of the least likely one.
+        """
+        texts = texts if token is None else {**texts, WANTED: token}
+        candidates: Any = None
+
+        def classes(batch: Mapping[str, Any]) -> Tensor:
+            nonlocal candidates
+            inputs = {name: value for name, value in batch.items() if name != WANTED}
+            logits = self.model.next_logits(inputs) / self.la.likelihood_temperature
+            found = _candidates(logits.detach(), self.top_k, batch.get(WANTED))
+            # Diagonal blocks run the model again, on one text alone.
+            candidates = found if candidates is None else candidates
+            return class_logits(logits, found)
+
+        with evaluation_mode(self.la.model):
+            mean, jacobians = self.la.backend.jacobian_blocks(texts, function=classes)
+            covariance = self.la.covariance_of(jacobians) * self.la.covariance_scale
+        return self._linked(candidates, mean, covariance)
+
+    def variance(self, texts: Mapping[str, Any]) -> Tensor:
+        """Return the posterior variance of each text's log likelihood, ``(texts,)``.
+
+        ``gᵀ P⁻¹ g`` with the gradient of the sum over the scored tokens: correlations between the
+        tokens are part of it. One backward pass.
+
+        Args:
+            texts: A mapping with ``input_ids``, ``attention_mask`` and ``labels``.
+        """
+
+        def total(batch: Mapping[str, Any]) -> Tensor:
+            return self.model.log_likelihood(batch, self.la.likelihood_temperature).unsqueeze(1)
+
+        with evaluation_mode(self.la.model):
+            _, jacobians = self.la.backend.jacobian_blocks(texts, function=total)
+            return self.la.covariance_of(jacobians)[:, 0, 0] * self.la.covariance_scale
+
+    def _linked(self, candidates: Tensor, mean: Tensor, covariance: Tensor) -> NextToken:
+        p_map = F.log_softmax(mean, dim=-1)
+        mean, covariance = mean.to(self.la._dtype), covariance.to(self.la._dtype)
+        if self._noise is None:
+            log_p = links.probit(mean, covariance)
+            entropy = _entropy(log_p)
+            information = _second_order_information(p_map.exp(), covariance).minimum(entropy)
+        else:
+            contrasts = links.contrast_matrix(mean)
+            draws = links.gaussian_samples(
+                mean @ contrasts.T, contrasts @ covariance @ contrasts.T, self._noise
+            )
+            sampled = F.log_softmax(F.pad(draws, (0, 1)), dim=-1)
+            log_p = sampled.logsumexp(0) - math.log(len(sampled))
+            entropy = _entropy(log_p)
+            information = entropy - _entropy(sampled).mean(0)
+        k = self.top_k
+        return NextToken(
+            candidates,
+            mean[:, :k],
+            covariance[:, :k, :k],
+            p_map[:, :k],
+            log_p[:, :k],
+            entropy,
+            information.clamp(min=0),
+        )
+
+
+def class_logits(logits: Tensor, candidates: Tensor) -> Tensor:
+    """Return the candidates' logits, and that of the tail if there is one.
+
+    Args:
+        logits: Of the whole vocabulary, ``(texts, vocabulary)``; gradients flow through.
+        candidates: Tokens, ``(texts, k)``.
+
+    Returns:
+        Shape ``(texts, k + 1)``; ``(texts, k)`` if the candidates are the whole vocabulary.
+    """
+    kept = logits.gather(-1, candidates)
+    if candidates.shape[-1] == logits.shape[-1]:
+        return kept
+    rest = logits.scatter(-1, candidates, -torch.inf)
+    return torch.cat([kept, rest.logsumexp(-1, keepdim=True)], dim=-1)
+
+
+def _candidates(logits: Tensor, top_k: int, token: Tensor | None) -> Tensor:
+    chosen = logits.topk(top_k, dim=-1).indices
+    if token is not None:
+        token = token.to(chosen.device)
+        missing = (chosen != token.unsqueeze(-1)).all(-1)
+        chosen[:, -1] = torch.where(missing, token, chosen[:, -1])
+    return chosen
+
+
+def _entropy(log_p: Tensor) -> Tensor:
+    return torch.special.entr(log_p.exp()).sum(-1)
+
+
+def _second_order_information(p: Tensor, covariance: Tensor) -> Tensor:
+    """Return ``½ tr(Λ Σ)``, the mutual information to first order in the covariance."""
+    own = (p * covariance.diagonal(dim1=-2, dim2=-1)).sum(-1)
+    return 0.5 * (own - torch.einsum("ni,nij,nj->n", p, covariance, p))

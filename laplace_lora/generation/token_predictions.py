@@ -1,0 +1,122 @@
+"""`TokenPredictions`: what is known about every token of texts, laid out by text and place.
+
+Where the numbers come from belongs to `next_token`, which places to `generation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laplace_lora.generation.next_token import NextToken
+
+
+@dataclass(frozen=True)
+class TokenPredictions:
+    """Predictions of the tokens of texts, one row a text; zeros where ``mask`` is false.
+
+    ``k`` tokens are looked at in each place. The rest of the vocabulary is one class more in the
+    softmax, so probabilities of the ``k`` sum to less than one. Logarithms are natural.
+
+    Attributes:
+        tokens: The tokens that were scored or generated, ``(texts, length)``; the padding token
+            where ``mask`` is false.
+        mask: Where there are tokens, ``(texts, length)``.
+        candidates: The ``k`` tokens looked at, by falling MAP probability, ``(texts, length, k)``.
+            The scored token is always among them.
+        mean: Their logits, ``(texts, length, k)``.
+        covariance: The logits' posterior covariance, ``(texts, length, k, k)``.
+        map_probabilities: The candidates' probabilities under the MAP weights.
+        probabilities: And under the posterior predictive.
+        map_log_prob: Log probability of each token under the MAP weights, ``(texts, length)``.
+        log_prob: And under the posterior predictive.
+        entropy: Entropy of the predictive, in nats, ``(texts, length)``.
+        mutual_information: What of it is epistemic: how much the token would tell about the
+            weights, in nats.
+        log_prob_variance: Posterior variance of the log probability of the whole text, from the
+            linearised model, ``(texts,)``. The tokens' correlations count.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    candidates: Tensor
+    mean: Tensor
+    covariance: Tensor
+    map_probabilities: Tensor
+    probabilities: Tensor
+    map_log_prob: Tensor
+    log_prob: Tensor
+    entropy: Tensor
+    mutual_information: Tensor
+    log_prob_variance: Tensor
+
+    @property
+    def expected_entropy(self) -> Tensor:
+        """The aleatoric part of the entropy, ``(texts, length)``."""
+        return self.entropy - self.mutual_information
+
+    @property
+    def sequence_map_log_prob(self) -> Tensor:
+        """Log probability of each text under the MAP weights, ``(texts,)``."""
+        return self.map_log_prob.sum(1)
+
+    @property
+    def sequence_log_prob(self) -> Tensor:
+        """Log of the product of the tokens' predictive probabilities, ``(texts,)``."""
+        return self.log_prob.sum(1)
+
+    @property
+    def mean_mutual_information(self) -> Tensor:
+        """Mutual information, averaged over the tokens of each text, ``(texts,)``."""
+        return self.mutual_information.sum(1) / self.mask.sum(1).clamp(min=1)
+
+    @classmethod
+    def laid_out(
+        cls,
+        found: Sequence[NextToken],
+        tokens: Sequence[Tensor],
+        where: Sequence[tuple[Tensor, Tensor]],
+        texts: int,
+        pad: int,
+        variance: Tensor,
+    ) -> TokenPredictions:
+        """Put predictions of single places into rows of texts.
+
+        Args:
+            found: Predictions of several places each.
+            tokens: The token in each place.
+            where: Row and column of each place.
+            texts: Number of rows.
+            pad: Token where there is no place.
+            variance: ``log_prob_variance``.
+        """
+        rows, columns = (torch.cat(indices) for indices in zip(*where, strict=True))
+
+        def laid(values: list[Tensor], fill: int = 0) -> Tensor:
+            joined = torch.cat(values)
+            out = joined.new_full((texts, int(columns.max()) + 1, *joined.shape[1:]), fill)
+            out[rows, columns] = joined
+            return out
+
+        def of_token(one: NextToken, token: Tensor, values: Tensor) -> Tensor:
+            index = (one.candidates == token.unsqueeze(-1)).int().argmax(-1, keepdim=True)
+            return values.gather(-1, index).squeeze(-1)
+
+        pairs = list(zip(found, tokens, strict=True))
+        return cls(
+            tokens=laid(list(tokens), pad),
+            mask=laid([torch.ones_like(token, dtype=torch.bool) for token in tokens]),
+            candidates=laid([one.candidates for one in found]),
+            mean=laid([one.mean for one in found]),
+            covariance=laid([one.covariance for one in found]),
+            map_probabilities=laid([one.map_log_probabilities.exp() for one in found]),
+            probabilities=laid([one.log_probabilities.exp() for one in found]),
+            map_log_prob=laid([of_token(one, t, one.map_log_probabilities) for one, t in pairs]),
+            log_prob=laid([of_token(one, t, one.log_probabilities) for one, t in pairs]),
+            entropy=laid([one.entropy for one in found]),
+            mutual_information=laid([one.mutual_information for one in found]),
+            log_prob_variance=variance,
+        )

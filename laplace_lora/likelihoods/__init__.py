@@ -1,0 +1,4 @@
+"""Likelihoods as objects: loss, output Hessian, and the way from Gaussian outputs to probabilities.
+
+Pure torch on outputs and labels; no models and no parameters.
+"""

@@ -1,0 +1,169 @@
+"""Eigendecompositions of one side of a Kronecker block: kept directions with a residual, or unit vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Eigen:
+    """One side's eigendecomposition ``U diag(λ) Uᵀ + ρ (I − U Uᵀ)``.
+
+    Attributes:
+        vectors: Orthonormal ``U``, shape ``(d, k)``, contiguous: a file restores them so, and
+            products round by layout.
+        values: ``λ ≥ 0``, shape ``(k,)``, in no particular order.
+        residual: ``ρ ≥ 0``, a scalar; the eigenvalue of the ``d − k`` directions left out.
+    """
+
+    vectors: Tensor
+    values: Tensor
+    residual: Tensor
+
+    def to(self, device: torch.device | str) -> Eigen:
+        """Return the eigendecomposition on another device."""
+        return Eigen(self.vectors.to(device), self.values.to(device), self.residual.to(device))
+
+    @property
+    def multiplicity(self) -> int:
+        """Number of directions left out, ``d − k``."""
+        return self.vectors.shape[0] - self.vectors.shape[1]
+
+    def parts(self) -> list[tuple[Tensor, int]]:
+        """Return eigenvalues with the multiplicity of each: the kept, then the residual."""
+        kept = [(self.values, 1)]
+        return [*kept, (self.residual.reshape(1), self.multiplicity)] if self.multiplicity else kept
+
+    @property
+    def d(self) -> int:
+        """Side length of the matrix."""
+        return self.vectors.shape[0]
+
+    def basis(self) -> list[Tensor]:
+        """Return the tensors that say which directions the eigenvalues belong to."""
+        return [self.vectors]
+
+    def split(self, W: Tensor, dim: int) -> list[Tensor]:
+        """Return coordinates of ``W`` for each of the `parts`: on ``U``, and what ``U`` misses.
+
+        Args:
+            W: Any tensor whose dimension ``dim`` has length ``d``.
+            dim: Either -2 or -1.
+        """
+        U = self.vectors
+        kept = U.T @ W if dim == -2 else W @ U
+        if not self.multiplicity:
+            return [kept]
+        # Subtracting the projection, not its square norm, keeps the rest accurate when it is small.
+        return [kept, W - (U @ kept if dim == -2 else kept @ U.T)]
+
+    def join(self, parts: list[Tensor], dim: int) -> Tensor:
+        """Return the tensor whose coordinates `split` gives."""
+        kept = self.vectors @ parts[0] if dim == -2 else parts[0] @ self.vectors.T
+        return kept + parts[1] if len(parts) == 2 else kept
+
+    def spread(self, parts: list[Tensor]) -> Tensor:
+        """Return the diagonal of a matrix with these eigenvectors.
+
+        Args:
+            parts: Its eigenvalues for each of `parts`, ``(k, n)`` and ``(1, n)``, ``n`` at once.
+
+        Returns:
+            Shape ``(d, n)``.
+        """
+        squares = self.vectors.square()
+        kept = squares @ parts[0]
+        if not self.multiplicity:
+            return kept
+        return kept + (1 - squares.sum(1, keepdim=True)).clamp(min=0) @ parts[1]
+
+    def carried(self, other: Any, values: Tensor) -> Tensor:
+        """Return the diagonal, in this basis, of what is diagonal in another one.
+
+        Directions left out share the mean of theirs.
+
+        Args:
+            other: A basis of the same space.
+            values: Eigenvalues in the other's `parts`, ``(n, …)``, float64.
+
+        Returns:
+            One row for each eigenvalue of this basis' `parts`.
+        """
+        squares = (self.vectors.double().T @ other.vectors.double()).square()
+        counts = squares.new_ones(squares.shape[1])
+        if other.multiplicity:
+            missed = (1 - squares.sum(1, keepdim=True)).clamp(min=0)
+            squares = torch.cat([squares, missed], dim=1)
+            counts = torch.cat([counts, counts.new_full((1,), other.multiplicity)])
+        if not self.multiplicity:
+            return squares @ values
+        rest = (counts - squares.sum(0)).clamp(min=0) / self.multiplicity
+        return torch.cat([squares, rest.unsqueeze(0)]) @ values
+
+
+def check_finite(tensor: Tensor) -> None:
+    """Refuse sums that are not finite.
+
+    Raises:
+        FloatingPointError: If any value is infinite or not a number.
+    """
+    if not tensor.isfinite().all():
+        raise FloatingPointError("a curvature factor holds values that are not finite")
+
+
+@dataclass(frozen=True)
+class DiagonalEigen:
+    """A diagonal matrix in the protocol of `Eigen`: its eigenvectors are the unit vectors.
+
+    Attributes:
+        values: The diagonal, ``≥ 0``, shape ``(d,)``.
+    """
+
+    values: Tensor
+
+    def to(self, device: torch.device | str) -> DiagonalEigen:
+        """Return the diagonal on another device."""
+        return DiagonalEigen(self.values.to(device))
+
+    @property
+    def d(self) -> int:
+        """Side length of the matrix."""
+        return len(self.values)
+
+    @property
+    def multiplicity(self) -> int:
+        """Number of directions left out: none."""
+        return 0
+
+    @property
+    def vectors(self) -> Tensor:
+        """The unit vectors, ``(d, d)``; for tests, nothing else forms them."""
+        return torch.eye(self.d, dtype=self.values.dtype, device=self.values.device)
+
+    def parts(self) -> list[tuple[Tensor, int]]:
+        """Return the eigenvalues, each of multiplicity one."""
+        return [(self.values, 1)]
+
+    def basis(self) -> list[Tensor]:
+        """Return the tensors that say which directions the eigenvalues belong to: none."""
+        return []
+
+    def split(self, W: Tensor, dim: int) -> list[Tensor]:
+        """Return ``W``, which has its coordinates already."""
+        return [W]
+
+    def join(self, parts: list[Tensor], dim: int) -> Tensor:
+        """Undo `split`."""
+        return parts[0]
+
+    def spread(self, parts: list[Tensor]) -> Tensor:
+        """Return values on the diagonal from values of the eigenvalues: the same."""
+        return parts[0]
+
+    def carried(self, other: Any, values: Tensor) -> Tensor:
+        """Return what is diagonal here as it is there: unchanged."""
+        return values

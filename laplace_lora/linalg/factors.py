@@ -1,0 +1,178 @@
+"""Dense sums of outer products, and the eigendecomposition that every factor ends in.
+
+A factor is filled by `update`, is linear in what it was given (so that batches, loaders and
+processes merge by addition) and ends in `decompose`. Sketched sums live in `sketch`; neither knows
+layers or likelihoods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from laplace_lora.linalg.eigen import DiagonalEigen, Eigen, check_finite
+
+RESIDUALS = ("isotropic", "zero")
+
+X = TypeVar("X")
+Y = TypeVar("Y")
+
+
+class DenseFactor:
+    """A ``(d, d)`` sum of outer products.
+
+    Args:
+        matrix: The sum so far, shape ``(d, d)``.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+
+    @classmethod
+    def zeros(cls, d: int, dtype: torch.dtype, device: torch.device | str) -> DenseFactor:
+        """Return an empty sum of size ``d``."""
+        return cls(torch.zeros(d, d, dtype=dtype, device=device))
+
+    @property
+    def d(self) -> int:
+        """Side length of the matrix."""
+        return self.matrix.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the sums."""
+        return self.matrix.dtype
+
+    @property
+    def trace(self) -> Tensor:
+        """Trace of the sum, a scalar."""
+        return self.matrix.diagonal().sum()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.matrix.nbytes
+
+    def tensors(self) -> list[Tensor]:
+        """Return what the sum consists of; adding these adds factors."""
+        return [self.matrix]
+
+    def update(self, rows: Tensor, weight: float = 1.0) -> None:
+        """Add ``weight · rowsᵀ rows`` in ``O(n d²)``.
+
+        Args:
+            rows: Inputs or output gradients of one map, shape ``(n, d)``.
+            weight: Factor of the whole addend.
+        """
+        rows = rows.to(self.matrix.dtype)
+        self.matrix.addmm_(rows.T, rows, alpha=weight)
+
+    def add(self, other: DenseFactor | Tensor) -> DenseFactor:
+        """Return the sum with another factor, or with a ``(d, d)`` matrix."""
+        return DenseFactor(self.matrix + (other if isinstance(other, Tensor) else other.matrix))
+
+    def __mul__(self, scalar: float | Tensor) -> DenseFactor:
+        return DenseFactor(scalar * self.matrix)
+
+    __rmul__ = __mul__
+
+    def to(self, device: torch.device | str) -> DenseFactor:
+        """Return the factor on another device."""
+        return DenseFactor(self.matrix.to(device))
+
+    def decompose(self, residual: str = "isotropic") -> Eigen:
+        """Eigendecompose in double precision; nothing is left out, so ``residual`` is moot."""
+        check_finite(self.matrix)
+        values, vectors = torch.linalg.eigh(self.matrix.double())
+        dtype = self.matrix.dtype
+        values, vectors = values.clamp(min=0).to(dtype), vectors.to(dtype).contiguous()
+        return Eigen(vectors, values, self.matrix.new_zeros(()))
+
+
+def check_residual(residual: str) -> None:
+    """Refuse what is not one of the two ways to treat the directions left out."""
+    if residual not in RESIDUALS:
+        raise ValueError(f"residual must be one of {RESIDUALS}, got {residual!r}")
+
+
+def map_shared(blocks: list[list[X]], function: Callable[[X], Y]) -> list[list[Y]]:
+    """Apply a function to every object of nested lists, once to one that stands there twice."""
+    results = {id(x): function(x) for x in {id(x): x for block in blocks for x in block}.values()}
+    return [[results[id(x)] for x in block] for block in blocks]
+
+
+class DiagonalFactor:
+    """The diagonal of a ``(d, d)`` sum of outer products.
+
+    Args:
+        sums: The diagonal so far, shape ``(d,)``.
+    """
+
+    def __init__(self, sums: Tensor) -> None:
+        self.sums = sums
+
+    @classmethod
+    def zeros(cls, d: int, dtype: torch.dtype, device: torch.device | str) -> DiagonalFactor:
+        """Return an empty sum of size ``d``."""
+        return cls(torch.zeros(d, dtype=dtype, device=device))
+
+    @property
+    def d(self) -> int:
+        """Side length of the matrix."""
+        return len(self.sums)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the sums."""
+        return self.sums.dtype
+
+    @property
+    def trace(self) -> Tensor:
+        """Trace of the sum, a scalar."""
+        return self.sums.sum()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.sums.nbytes
+
+    @property
+    def matrix(self) -> Tensor:
+        """The dense ``(d, d)`` matrix, for laplace-torch's own `Kron`."""
+        return self.sums.diag()
+
+    def tensors(self) -> list[Tensor]:
+        """Return what the sum consists of; adding these adds factors."""
+        return [self.sums]
+
+    def update(self, rows: Tensor, weight: float = 1.0) -> None:
+        """Add ``weight`` times the diagonal of ``rowsᵀ rows`` in ``O(n d)``.
+
+        Args:
+            rows: Gradients of whole examples, shape ``(n, d)``.
+            weight: Factor of the whole addend.
+        """
+        self.sums.add_(rows.to(self.sums.dtype).square().sum(0), alpha=weight)
+
+    def add(self, other: DiagonalFactor | Tensor) -> DiagonalFactor:
+        """Return the sum with another diagonal, or with that of a ``(d, d)`` matrix."""
+        return DiagonalFactor(
+            self.sums + (other.diagonal() if isinstance(other, Tensor) else other.sums)
+        )
+
+    def __mul__(self, scalar: float | Tensor) -> DiagonalFactor:
+        return DiagonalFactor(scalar * self.sums)
+
+    __rmul__ = __mul__
+
+    def to(self, device: torch.device | str) -> DiagonalFactor:
+        """Return the factor on another device."""
+        return DiagonalFactor(self.sums.to(device))
+
+    def decompose(self, residual: str = "isotropic") -> DiagonalEigen:
+        """Return the diagonal as its eigenvalues; nothing is left out, so ``residual`` is moot."""
+        check_finite(self.sums)
+        return DiagonalEigen(self.sums)

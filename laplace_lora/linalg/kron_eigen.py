@@ -1,0 +1,237 @@
+"""Eigendecomposed Kronecker blocks plus a prior: any function of the posterior's eigenvalues.
+
+``f(scale · H + δ)`` serves covariances, samples, norms, determinants and diagonals alike, and one
+eigendecomposition serves every ``δ``. Nothing ``d × d`` is formed on a low-rank side. How factors
+are summed belongs to `kron`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from laplace.utils.matrix import KronDecomposed
+from torch import Tensor
+
+from laplace_lora.linalg.eigen import Eigen
+from laplace_lora.linalg.factors import map_shared
+from laplace_lora.linalg.kron_block import KronBlock, Side, Spectrum
+
+
+class LowRankKronDecomposed(KronDecomposed):
+    """A block-diagonal matrix ``scale · (left ⊗ right) + δ`` held as eigendecompositions.
+
+    With kept directions and a residual on each side a block has up to four parts: kept × kept with
+    eigenvalues ``scale λ_i μ_j + δ``, kept × residual, residual × kept and residual × residual.
+    Other eigenvalues of the same eigenvectors may stand in place of the products ``λ_i μ_j``.
+
+    Args:
+        blocks: Eigendecompositions of each block's factors; a bias has one.
+        deltas: Prior precision of each block, shape ``(blocks,)``; zero when ``None``.
+        scale: Factor of the curvature, laplace-torch's ``_H_factor``; gradients flow through it.
+        tables: Eigenvalues of each block in the form of `table`; products when ``None``.
+    """
+
+    def __init__(
+        self,
+        blocks: list[list[Side]],
+        deltas: Tensor | None = None,
+        scale: float | Tensor = 1.0,
+        tables: list[Tensor] | None = None,
+    ) -> None:
+        self.blocks = blocks
+        self.scale = scale
+        self.tables = tables
+        self.damping = False
+        reference = blocks[0][0].values
+        self.deltas = reference.new_zeros(len(blocks)) if deltas is None else deltas
+        self._check_deltas(self.deltas)
+
+    @property
+    def eigenvectors(self) -> list[list[Tensor]]:
+        """Kept eigenvectors of each factor, ``(d, k)``."""
+        return [[side.vectors for side in sides] for sides in self.blocks]
+
+    @property
+    def eigenvalues(self) -> list[list[Tensor]]:
+        """Kept eigenvalues of each factor, ``(k,)``, before ``scale``."""
+        return [[side.values for side in sides] for sides in self.blocks]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __add__(self, deltas: Tensor) -> LowRankKronDecomposed:
+        """Add a prior precision, a scalar or one value a block."""
+        self._check_deltas(deltas)
+        return LowRankKronDecomposed(self.blocks, self.deltas + deltas, self.scale, self.tables)
+
+    __radd__ = __add__
+
+    def __mul__(self, scalar: float | Tensor) -> LowRankKronDecomposed:
+        """Scale the curvature, not the prior, as laplace-torch does."""
+        return LowRankKronDecomposed(self.blocks, self.deltas, self.scale * scalar, self.tables)
+
+    __rmul__ = __mul__
+
+    def table(self, i: int) -> Tensor:
+        """Return block ``i``'s eigenvalues before ``scale`` and ``δ``, see `KronBlock`."""
+        if self.tables is not None:
+            return self.tables[i]
+        left, right = (torch.cat([values for values, _ in s.parts()]) for s in self._sides(i))
+        return torch.outer(left, right)
+
+    def with_tables(self, tables: list[Tensor]) -> LowRankKronDecomposed:
+        """Return the same eigenvectors with other eigenvalues, one `table` a block."""
+        return LowRankKronDecomposed(self.blocks, self.deltas, self.scale, tables)
+
+    def spectrum(self, i: int) -> Iterator[tuple[Tensor, int]]:
+        """Yield block ``i``'s eigenvalues without ``δ``, with the multiplicity of each.
+
+        Yields:
+            ``scale`` times the eigenvalues of one of the up to four parts, and how often each
+            value counts.
+        """
+        return self._block(i).spectrum()
+
+    def logdet(self) -> Tensor:
+        """Return ``Σ log(e + δ)`` over all eigenvalues, a float64 scalar."""
+        return self._sum(lambda e, delta: torch.log(e + delta))
+
+    def log_det_ratio(self) -> Tensor:
+        """Return ``Σ log(1 + e/δ)``, the log determinant relative to the prior's, in float64.
+
+        Summed this way nothing cancels, however many parameters the data say nothing about.
+        """
+        return self._sum(lambda e, delta: torch.log1p(e / delta))
+
+    def apply(self, i: int, W: Tensor, function: Spectrum) -> Tensor:
+        """Return ``f(block i) W`` for ``W`` of shape ``(…, rows, columns)`` of the parameter."""
+        return self._block(i).apply(W, lambda e: function(e + self.deltas[i]))
+
+    def inverse_form(self, i: int, W: Tensor) -> Tensor:
+        """Return ``W (block i)⁻¹ Wᵀ`` for a batch of rows of the Jacobian.
+
+        Args:
+            i: Block.
+            W: Jacobian block, shape ``(batch, outputs, *shape of the parameter)``.
+
+        Returns:
+            Shape ``(batch, outputs, outputs)``.
+        """
+        block = self._block(i)
+        W = W.flatten(2).unflatten(-1, block.shape)
+        total = W.new_zeros(W.shape[0], W.shape[1], W.shape[1])
+        for piece, e in block.pieces(W):
+            scaled = piece / (e + self.deltas[i])
+            total.baddbmm_(scaled.flatten(2), piece.flatten(2).mT)
+        return total
+
+    def grams(self, i: int, W: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return ``W (block i)⁻¹ Wᵀ`` as a function of ``δ``.
+
+        Args:
+            i: Block.
+            W: Jacobian block, shape ``(batch, outputs, *shape of the parameter)``.
+
+        Returns:
+            Pairs of eigenvalues without ``δ``, ``(K,)``, and products ``M``, ``(batch, outputs,
+            outputs, K)``; the form is ``Σ_k M_k / (e_k + δ)`` summed over the pairs.
+        """
+        block = self._block(i)
+        W = W.flatten(2).unflatten(-1, block.shape)
+        result = []
+        for piece, e in block.pieces(W):
+            # Directions of one eigenvalue need only the sum of their products.
+            summed = "ab" if e.numel() == 1 else "b" if e.shape[1] == 1 else "a"
+            if e.shape == piece.shape[-2:]:
+                flat = piece.flatten(2)
+                products = flat.unsqueeze(2) * flat.unsqueeze(1)
+            else:
+                kept = "ab".translate({ord(letter): None for letter in summed})
+                products = torch.einsum(f"ncab,nkab->nck{kept}", piece, piece)
+            result.append((e.flatten(), products.reshape(*products.shape[:3], -1)))
+        return result
+
+    def gram_diagonal(self, i: int, W: Tensor) -> Tensor:
+        """Return the diagonal of ``Wᵀ W`` in block ``i``'s eigenbasis, see `KronBlock`.
+
+        Args:
+            i: Block.
+            W: Rows, shape ``(…, *shape of the parameter)``.
+
+        Returns:
+            In the form of `table`.
+        """
+        block = self._block(i)
+        return block.gram_diagonal(W.reshape(-1, *block.shape))
+
+    def diagonals_in(self, other: LowRankKronDecomposed) -> list[Tensor]:
+        """Return each block's diagonal without ``δ`` in another eigenbasis, see `KronBlock`."""
+        return [self._block(i).diagonal_in(other._block(i)) for i in range(len(self))]
+
+    def inv_square_form(self, W: Tensor) -> Tensor:
+        """Return ``W P⁻¹ Wᵀ`` for ``W`` of shape ``(batch, outputs, parameters)``."""
+        total = W.new_zeros(W.shape[0], W.shape[1], W.shape[1])
+        for i, part in enumerate(W.split(self._sizes(), dim=-1)):
+            total += self.inverse_form(i, part)
+        return total
+
+    def _bmm(self, W: Tensor, exponent: float = -1) -> Tensor:
+        pieces = []
+        for i, part in enumerate(W.split(self._sizes(), dim=-1)):
+            block = part.unflatten(-1, self._shape(i))
+            pieces.append(self.apply(i, block, lambda e: e.pow(exponent)).flatten(-2))
+        return torch.cat(pieces, dim=-1)
+
+    def bmm(self, W: Tensor, exponent: float = -1) -> Tensor:
+        """Return ``P^exponent W`` for ``W`` of shape ``(…, parameters)``."""
+        return self._bmm(W, exponent)
+
+    def diag(self, exponent: float = 1) -> Tensor:
+        """Return the diagonal of ``P^exponent``, shape ``(parameters,)``."""
+
+        def power(i: int) -> Spectrum:
+            return lambda e: (e + self.deltas[i]).pow(exponent)
+
+        blocks = (self._block(i).diagonal(power(i)) for i in range(len(self)))
+        return torch.cat([block.flatten() for block in blocks])
+
+    def to_matrix(self, exponent: float = 1) -> Tensor:
+        """Return the dense ``P^exponent``, shape ``(parameters, parameters)``; for tests."""
+        reference = self.blocks[0][0].values
+        eye = torch.eye(sum(self._sizes()), dtype=reference.dtype, device=reference.device)
+        return self._bmm(eye, exponent)
+
+    def to(self, device: torch.device | str) -> LowRankKronDecomposed:
+        """Return the decomposition on another device."""
+        blocks = map_shared(self.blocks, lambda side: side.to(device))
+        scale = self.scale.to(device) if isinstance(self.scale, Tensor) else self.scale
+        tables = None if self.tables is None else [table.to(device) for table in self.tables]
+        return LowRankKronDecomposed(blocks, self.deltas.to(device), scale, tables)
+
+    def _sides(self, i: int) -> tuple[Side, Side]:
+        sides = self.blocks[i]
+        if len(sides) == 2:
+            return sides[0], sides[1]
+        one = sides[0].values.new_ones(1)
+        return sides[0], Eigen(one.unsqueeze(1), one, one.new_zeros(()))
+
+    def _block(self, i: int) -> KronBlock:
+        return KronBlock(*self._sides(i), self.scale * self.table(i))
+
+    def _shape(self, i: int) -> tuple[int, int]:
+        left, right = self._sides(i)
+        return left.d, right.d
+
+    def _sizes(self) -> list[int]:
+        return [self._shape(i)[0] * self._shape(i)[1] for i in range(len(self))]
+
+    def _sum(self, term: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        deltas = self.deltas.double().expand(len(self))
+        return torch.stack(
+            [
+                times * term(e.double(), deltas[i]).sum()
+                for i in range(len(self))
+                for e, times in self.spectrum(i)
+            ]
+        ).sum()

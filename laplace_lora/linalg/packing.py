@@ -1,0 +1,146 @@
+"""Kronecker factors and their eigendecompositions as named tensors, and back.
+
+A factor that several blocks share is packed once. Files belong to `checkpoint`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from laplace_lora.linalg.eigen import DiagonalEigen, Eigen
+from laplace_lora.linalg.factors import DenseFactor, DiagonalFactor
+from laplace_lora.linalg.kron import LowRankKron
+from laplace_lora.linalg.kron_eigen import LowRankKronDecomposed, Side
+from laplace_lora.linalg.sketch import Factor, LowRankFactor, sketch_columns
+
+EIGEN = ("vectors", "values", "residual")
+SUMS = {DenseFactor: ["matrix"], LowRankFactor: ["sketch", "trace"], DiagonalFactor: ["diagonal"]}
+TABLE = "eigenvalues"  # corrected ones, of a block
+
+
+def pack_kron(
+    factors: LowRankKron, decomposed: LowRankKronDecomposed
+) -> tuple[dict[str, Tensor], list[list[int]]]:
+    """Return factors with eigenpairs as tensors, and for each block the numbers of its factors.
+
+    Args:
+        factors: The sums.
+        decomposed: Their eigendecompositions.
+    """
+    numbers: dict[int, int] = {}
+    tensors: dict[str, Tensor] = {}
+    for block, sides in zip(factors.kfacs, decomposed.blocks, strict=True):
+        for factor, eigen in zip(block, sides, strict=True):
+            if id(factor) in numbers:
+                continue
+            number = numbers[id(factor)] = len(numbers)
+            for name, tensor in zip(SUMS[type(factor)], factor.tensors(), strict=True):
+                tensors[f"{number}.{name}"] = tensor
+            if not isinstance(eigen, DiagonalEigen):
+                tensors |= {f"{number}.{name}": getattr(eigen, name) for name in EIGEN}
+    for i, table in enumerate(decomposed.tables or []):
+        tensors[f"{TABLE}.{i}"] = table
+    return tensors, [[numbers[id(factor)] for factor in block] for block in factors.kfacs]
+
+
+def unpack_kron(
+    tensors: Mapping[str, Tensor],
+    blocks: Any,
+    shapes: Sequence[Sequence[int]],
+    diagonal: Sequence[bool],
+    rank: int | None,
+    residual: str,
+    corrected: bool,
+) -> tuple[LowRankKron, LowRankKronDecomposed]:
+    """Return factors and eigendecompositions from tensors that are known to be finite.
+
+    Args:
+        tensors: What `pack_kron` made.
+        blocks: Numbers of each block's factors.
+        shapes: For each block the lengths of its sides.
+        diagonal: For each block whether it is a diagonal.
+        rank: Eigenpairs of low-rank factors.
+        residual: As of `LowRankKron`.
+        corrected: Whether there are corrected eigenvalues.
+
+    Raises:
+        ValueError: If numbers or shapes do not fit, or an eigenvalue is negative.
+        KeyError: If a tensor is missing.
+    """
+    if not isinstance(blocks, list) or [len(b) for b in blocks] != [len(s) for s in shapes]:
+        raise ValueError("the blocks do not fit the model's tensors")
+    found: dict[int, tuple[Factor, Side]] = {}
+    for block, sides, exact in zip(blocks, shapes, diagonal, strict=True):
+        for number, d in zip(block, sides, strict=True):
+            if type(number) is not int:
+                raise ValueError(f"a factor is numbered {number!r}")
+            if number not in found:
+                found[number] = _unpacked(tensors, number, rank)
+            if found[number][0].d != d:
+                raise ValueError(f"factor {number} has side {found[number][0].d}, not {d}")
+            if isinstance(found[number][0], DiagonalFactor) != exact:
+                raise ValueError(f"factor {number} is of the wrong kind")
+    tables = {f"{TABLE}.{i}" for i in range(len(blocks))} if corrected else set()
+    used = {f"{number}." for number in found}
+    unused = [
+        name for name in tensors if name not in tables and f"{name.split('.')[0]}." not in used
+    ]
+    if unused:
+        raise ValueError(f"tensor {unused[0]!r} belongs to no block")
+    kfacs = [[found[number][0] for number in block] for block in blocks]
+    decomposed = LowRankKronDecomposed([[found[number][1] for number in b] for b in blocks])
+    if corrected:
+        decomposed = decomposed.with_tables(_tables(tensors, decomposed))
+    return LowRankKron(kfacs, residual), decomposed
+
+
+def _tables(tensors: Mapping[str, Tensor], basis: LowRankKronDecomposed) -> list[Tensor]:
+    tables = [tensors[f"{TABLE}.{i}"] for i in range(len(basis))]
+    for i, table in enumerate(tables):
+        if table.shape != basis.table(i).shape:
+            raise ValueError(f"the corrected eigenvalues of block {i} do not fit its factors")
+        if bool((table < 0).any()):
+            raise ValueError(f"block {i} has a negative eigenvalue")
+    return tables
+
+
+def diagonal_blocks(tensors: Mapping[str, Tensor], blocks: Any) -> set[int]:
+    """Return which blocks were packed as diagonals.
+
+    Args:
+        tensors: What `pack_kron` made.
+        blocks: Numbers of each block's factors.
+    """
+    packed = list(blocks) if isinstance(blocks, list) else []
+    return {
+        i
+        for i, block in enumerate(packed)
+        if isinstance(block, list) and len(block) == 1 and f"{block[0]}.diagonal" in tensors
+    }
+
+
+def _unpacked(tensors: Mapping[str, Tensor], number: int, rank: int | None) -> tuple[Factor, Side]:
+    if f"{number}.diagonal" in tensors:
+        sums = tensors[f"{number}.diagonal"]
+        if sums.ndim != 1 or bool((sums < 0).any()):
+            raise ValueError(f"factor {number} is no diagonal of a sum of squares")
+        return DiagonalFactor(sums), DiagonalFactor(sums).decompose()
+    vectors, values, residual = (tensors[f"{number}.{name}"] for name in EIGEN)
+    factor: Factor
+    if f"{number}.matrix" in tensors:
+        factor = DenseFactor(tensors[f"{number}.matrix"])
+        expected, k = (factor.d, factor.d), factor.d
+        shape = factor.matrix.shape
+    else:
+        k = int(rank or 0)
+        factor = LowRankFactor(tensors[f"{number}.sketch"], tensors[f"{number}.trace"], k)
+        expected, shape = (factor.d, sketch_columns(k)), factor.sketch.shape
+    fits = shape == expected and vectors.shape == (factor.d, k) and values.shape == (k,)
+    if not fits or residual.shape != () or factor.trace.shape != ():
+        raise ValueError(f"the tensors of factor {number} do not fit together")
+    if bool((values < 0).any()) or bool(residual < 0):
+        raise ValueError(f"factor {number} has a negative eigenvalue")
+    return factor, Eigen(vectors, values, residual)

@@ -1,0 +1,186 @@
+"""Sketched sums of outer products: a low-rank factor that is still a plain sum over the data.
+
+The choice between dense and sketched is made here; dense sums live in `factors`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from laplace_lora.linalg.eigen import Eigen, check_finite
+from laplace_lora.linalg.factors import DenseFactor, DiagonalFactor
+
+OVERSAMPLING = 10
+
+
+class LowRankFactor:
+    """A sketch ``Y = F Ω`` of a ``(d, d)`` sum of outer products ``F``, with its exact trace.
+
+    ``Ω`` is fixed, ``(d, l)`` with ``l = 2 rank + 10`` orthonormal columns that depend on ``d`` and
+    ``l`` alone, so sketches made anywhere add up. Source: Tropp, Yurtsever, Udell, Cevher (2017),
+    *Fixed-rank approximation of a positive-semidefinite matrix from streaming data*,
+    arXiv:1706.05736.
+
+    Args:
+        sketch: ``F Ω`` so far, shape ``(d, l)``.
+        trace: Trace of ``F`` so far, a float64 scalar.
+        rank: Eigenpairs to keep in the end.
+    """
+
+    def __init__(self, sketch: Tensor, trace: Tensor, rank: int) -> None:
+        self.sketch = sketch
+        self.trace = trace
+        self.rank = rank
+
+    @classmethod
+    def zeros(
+        cls, d: int, rank: int, dtype: torch.dtype, device: torch.device | str
+    ) -> LowRankFactor:
+        """Return an empty sketch of a ``(d, d)`` sum.
+
+        Raises:
+            ValueError: If ``rank`` is not positive, or the sketch would be no smaller than the sum.
+        """
+        columns = sketch_columns(rank)
+        if rank < 1 or columns >= d:
+            raise ValueError(f"a sketch of rank {rank} needs 1 ≤ rank and {columns} < d, got d={d}")
+        sketch = torch.zeros(d, columns, dtype=dtype, device=device)
+        return cls(sketch, torch.zeros((), dtype=torch.float64, device=device), rank)
+
+    @property
+    def d(self) -> int:
+        """Side length of the sketched matrix."""
+        return self.sketch.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of the sums."""
+        return self.sketch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held; ``Ω`` is shared by all factors of its size and not counted."""
+        return self.sketch.nbytes + self.trace.nbytes
+
+    def tensors(self) -> list[Tensor]:
+        """Return what the sketch consists of; adding these adds sketches."""
+        return [self.sketch, self.trace]
+
+    def update(self, rows: Tensor, weight: float = 1.0) -> None:
+        """Add ``weight · rowsᵀ rows`` without forming it.
+
+        Accumulates ``Y += weight · rowsᵀ (rows Ω)`` in ``O(n d l)``.
+
+        Args:
+            rows: Inputs or output gradients of one map, shape ``(n, d)``.
+            weight: Factor of the whole addend.
+        """
+        rows = rows.to(self.sketch.dtype)
+        self.sketch.addmm_(rows.T, rows @ self._test_matrix(), alpha=weight)
+        self.trace += weight * torch.linalg.vector_norm(rows).double().square()
+
+    def add(self, other: LowRankFactor | Tensor) -> LowRankFactor:
+        """Return the sum with another sketch of the same size, or with a ``(d, d)`` matrix.
+
+        Raises:
+            ValueError: If the other sketch has another size or rank.
+        """
+        if isinstance(other, Tensor):
+            trace = self.trace + other.diagonal().sum().double()
+            return LowRankFactor(self.sketch + other @ self._test_matrix(), trace, self.rank)
+        if other.sketch.shape != self.sketch.shape or other.rank != self.rank:
+            raise ValueError(
+                f"cannot add sketches of shapes {tuple(self.sketch.shape)} and "
+                f"{tuple(other.sketch.shape)}, ranks {self.rank} and {other.rank}"
+            )
+        return LowRankFactor(self.sketch + other.sketch, self.trace + other.trace, self.rank)
+
+    def __mul__(self, scalar: float | Tensor) -> LowRankFactor:
+        return LowRankFactor(scalar * self.sketch, scalar * self.trace, self.rank)
+
+    __rmul__ = __mul__
+
+    def to(self, device: torch.device | str) -> LowRankFactor:
+        """Return the factor on another device."""
+        return LowRankFactor(self.sketch.to(device), self.trace.to(device), self.rank)
+
+    def decompose(self, residual: str = "isotropic") -> Eigen:
+        """Return the ``rank`` leading eigenpairs by a stabilised Nyström approximation.
+
+        Source: Tropp et al. (2017), arXiv:1706.05736, Algorithm 3. The shift is of the size of the
+        rounding errors in ``Y`` and grows until ``Ωᵀ Y`` is numerically positive definite.
+
+        Args:
+            residual: ``"isotropic"`` spreads the trace that the kept eigenpairs miss evenly over
+                the other directions, so the trace is exact; ``"zero"`` drops it, as
+                Yang et al. (2024), arXiv:2308.13111, do.
+        """
+        check_finite(self.sketch)
+        dtype, d = self.sketch.dtype, self.d
+        sketch, test = self.sketch.double(), self._test_matrix().double()
+        norm = torch.linalg.matrix_norm(sketch)
+        if norm == 0:
+            values, vectors = sketch.new_zeros(self.rank), test[:, : self.rank]
+        else:
+            shift = d**0.5 * torch.finfo(dtype).eps * norm
+            core, failed = None, 1
+            while failed:
+                shifted = sketch + shift * test
+                gram = test.T @ shifted
+                core, failed = torch.linalg.cholesky_ex((gram + gram.T) / 2)
+                shift = shift if not failed else 10 * shift
+            tall = torch.linalg.solve_triangular(core, shifted.T, upper=False).T
+            basis, small = torch.linalg.qr(tall)
+            left, singular, _ = torch.linalg.svd(small, full_matrices=False)
+            values = (singular[: self.rank].square() - shift).clamp(min=0)
+            vectors = basis @ left[:, : self.rank]
+        missing = (self.trace - values.sum()).clamp(min=0) / (d - self.rank)
+        if residual == "zero":
+            missing = torch.zeros_like(missing)
+        return Eigen(vectors.to(dtype).contiguous(), values.to(dtype), missing.to(dtype))
+
+    def _test_matrix(self) -> Tensor:
+        return _orthonormal(*self.sketch.shape, self.sketch.dtype, self.sketch.device)
+
+
+Factor = DenseFactor | LowRankFactor | DiagonalFactor
+
+
+def sketch_columns(rank: int) -> int:
+    """Number of columns of a sketch that ends in ``rank`` eigenpairs."""
+    return 2 * rank + OVERSAMPLING
+
+
+def is_dense(d: int, rank: int | None, threshold: int) -> bool:
+    """Return whether a side of length ``d`` stays dense, see `empty_factor`."""
+    return rank is None or d <= threshold or sketch_columns(rank) >= d
+
+
+def empty_factor(
+    d: int, rank: int | None, threshold: int, dtype: torch.dtype, device: torch.device | str
+) -> Factor:
+    """Return an empty factor for a side of length ``d``.
+
+    Args:
+        d: Length of the side.
+        rank: Eigenpairs of a low-rank factor; ``None`` keeps every side dense.
+        threshold: Sides up to this length stay dense, and so do those that a sketch would not
+            make smaller.
+        dtype: Number format of the sums, float32 or better.
+        device: Where the sums live.
+    """
+    if rank is None or is_dense(d, rank, threshold):
+        return DenseFactor.zeros(d, dtype, device)
+    return LowRankFactor.zeros(d, rank, dtype, device)
+
+
+@lru_cache(maxsize=64)
+def _orthonormal(d: int, l: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(d * 1_000_003 + l)
+    gaussian = torch.randn(d, l, dtype=torch.float64, generator=generator)
+    q, r = torch.linalg.qr(gaussian)
+    # The signs of a QR factorisation are the library's choice; sketches must agree across machines.
+    return (q * r.diagonal().sign()).to(device=device, dtype=dtype)

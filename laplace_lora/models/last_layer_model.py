@@ -1,0 +1,156 @@
+"""The head of a transformer: its weights, and `LastLayerModel`, in which it stands alone.
+
+A `LastLayerModel` is a classifier split into fixed features and a linear head of its own: a copy,
+small and in float32 or better, so that a posterior can put samples into it. The transformer behind
+the features is shared, never copied. Finding head and features in a transformer belongs to
+`models`, letting a head see few tokens to `narrowing`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from laplace_lora.data.pairs import passes
+from laplace_lora.models.modes import evaluation_mode
+
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}  # of logits; coarser formats get 0.05
+
+
+class _Features(nn.Module):
+    """The transformer up to its head, kept out of the module tree."""
+
+    source: Any
+
+    def __init__(self, source: Any) -> None:
+        super().__init__()
+        object.__setattr__(self, "source", source)
+
+    @torch.no_grad()
+    def forward(self, batch: Any) -> Tensor:
+        with evaluation_mode(self.source):
+            features, logits = self.source.features(batch)
+        weight, bias = self.source.head_tensors()
+        wide = torch.promote_types(torch.float32, weight.dtype)
+        features = features.to(logits.device, wide)  # a model may be spread over devices
+        linear = F.linear(
+            features, weight.to(features), None if bias is None else bias.to(features)
+        )
+        bound = TOLERANCE.get(weight.dtype, 0.05) * (1 + logits.abs().max())
+        if linear.shape != logits.shape or bool((linear - logits).abs().max() > bound):
+            raise RuntimeError(
+                "the logits are not a linear map of the last layer's input (an adapter on the "
+                "head, or a transformation after it?), which a last-layer posterior needs"
+            )
+        return features
+
+
+class LastLayerModel(nn.Module):
+    """``head(features(batch))`` with a head of its own over a shared transformer.
+
+    Features are those that the model's own head sees: of the last real token, the first token or
+    the pooler, computed in evaluation mode and without gradients.
+
+    Args:
+        source: A `LogitsModel`.
+
+    Attributes:
+        head: Copy of the last layer, trainable; for answer tokens only their rows.
+
+    Raises:
+        ValueError: If the model has no linear last layer.
+    """
+
+    def __init__(self, source: Any) -> None:
+        super().__init__()
+        weight, bias = source.head_tensors()
+        self.features = _Features(source)
+        wide = torch.promote_types(torch.float32, weight.dtype)
+        outputs, inputs = weight.shape
+        self.head = nn.Linear(inputs, outputs, bias is not None, device=source.device, dtype=wide)
+        with torch.no_grad():
+            self.head.weight.copy_(weight)
+            if bias is not None:
+                self.head.bias.copy_(bias)
+
+    @property
+    def source(self) -> Any:
+        """The `LogitsModel` whose features these are."""
+        return self.features.source
+
+    def forward(self, batch: Any) -> Tensor:
+        """Return logits ``(batch, outputs)``, for pairs both rewards."""
+        return torch.cat([self.head(self.features(part)) for part in passes(batch)], dim=-1)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LastLayerModel:
+        """Copy the head, share the transformer."""
+        return LastLayerModel(self.features.source)
+
+
+def n_rows(head: Any) -> int:
+    """Return the number of outputs; a quantised weight's shape does not tell."""
+    rows = getattr(head, "out_features", None)
+    return head.weight.shape[0] if rows is None else int(rows)
+
+
+def head_tensors(head: Any, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return weight ``(outputs, d)`` and bias of a linear head, detached.
+
+    Args:
+        head: The layer, of a transformer.
+        ids: Which rows; ``None`` for all.
+
+    Raises:
+        ValueError: If the layer is quantised or offloaded.
+    """
+    width = getattr(head, "in_features", head.weight.shape[-1])
+    if not head.weight.is_floating_point() or head.weight.shape != (n_rows(head), width):
+        raise ValueError(
+            "the last layer is quantised, but a last-layer posterior needs its weights; leave "
+            "it out of the quantisation"
+        )
+    if head.weight.device.type == "meta":
+        raise ValueError(
+            "the last layer is offloaded, but a last-layer posterior needs its weights; give "
+            "it a device"
+        )
+    if ids is None:
+        return head.weight.detach(), None if head.bias is None else head.bias.detach()
+    ids = ids.to(head.weight.device)
+    bias = None if head.bias is None else head.bias.detach()[ids]
+    return head.weight.detach()[ids], bias
+
+
+def last_linear(model: nn.Module, outputs: int | None) -> nn.Linear:
+    """Return the last plain linear layer of a model, the active adapter's copy if it was trained.
+
+    Args:
+        model: Any module.
+        outputs: Outputs it must have; ``None`` for any number.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    idle: set[int] = set()
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            kept = [wrapper.modules_to_save[name] for name in wrapper.active_adapters]
+            every = {id(module) for module in wrapper.modules()}
+            idle |= every - {id(part) for module in kept for part in module.modules()}
+    found = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+        and id(module) not in idle
+        and outputs in (None, module.out_features)
+    ]
+    if not found:
+        raise ValueError(
+            f"the model has no linear last layer with {outputs} outputs; a last-layer posterior "
+            "needs one"
+        )
+    return found[-1]

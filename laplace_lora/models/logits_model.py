@@ -1,0 +1,262 @@
+"""`LogitsModel`: any fine-tuned transformer as a function from a batch to ``(batch, outputs)``.
+
+The only room that knows what transformers take and return. Whether anything is trainable and what a
+Kronecker factor can cover belongs to `adapters`, running a head at few tokens to `narrowing`,
+reading its weights to `heads`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from laplace_lora.adapters.peft_state import activate_adapter
+from laplace_lora.data.pairs import is_pair, passes
+from laplace_lora.models.last_layer_model import LastLayerModel, head_tensors, last_linear, n_rows
+from laplace_lora.models.narrowing import last_true, one_token, rows_only
+
+
+class LogitsModel(nn.Module):
+    """A model from a batch to logits or regression means, ``(batch, outputs)``.
+
+    It takes what a Hugging Face collator yields (a mapping) or a tensor, moves tensors to the
+    model's device and drops ``labels``. Half-precision logits are returned in float32.
+
+    * Sequence classification and regression: the model's own logits. A decoder's ``score`` head is
+      run at the one token whose logits the model keeps, not at all of them.
+    * Causal language model with ``target_ids``: the logits of these answer tokens after the last
+      real token, with padding on either side; the vocabulary's other rows and the other tokens
+      never go through the head. Positions count real tokens only, as in generation.
+    * Encoder-decoder with ``target_ids``: the same at the first decoder step.
+    * Anything else through ``output``.
+    * A reward model, which has one output, on pairs (see `preferences`): both rewards.
+
+    Args:
+        model: A `PeftModel`, or any module. An adapter loaded for inference is made trainable.
+        target_ids: Vocabulary indices of the answers, in the order of the labels.
+        output: Maps what the model returns to logits ``(batch, outputs)``.
+
+    Raises:
+        ValueError: If ``target_ids`` are fewer than two, repeated, outside the vocabulary or given
+            together with ``output``, or the model has no vocabulary.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_ids: Sequence[int] | Tensor | None = None,
+        output: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.output = output
+        self._base: Any
+        self.target_ids: Tensor | None
+        # Kept out of the module tree: it is part of `model` and would be registered twice.
+        object.__setattr__(
+            self, "_base", model.get_base_model() if isinstance(model, PeftModel) else model
+        )
+        self.config: Any = getattr(self._base, "config", None)
+        self._arguments = inspect.signature(self._base.forward).parameters
+        activate_adapter(model)
+        ids = None
+        if target_ids is not None:
+            if output is not None:
+                raise ValueError("give either `target_ids` or `output`, not both")
+            ids = _checked_target_ids(target_ids, self._vocabulary_head()).to(self.device)
+        self.register_buffer("target_ids", ids, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go and outputs come from: the device of the first parameter.
+
+        Parameters that are offloaded are on none.
+        """
+        parameters = self.model.parameters()
+        return next(p.device for p in parameters if p.device.type != "meta")
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the model is an encoder-decoder; answers are read at its first decoder step."""
+        return bool(getattr(self.config, "is_encoder_decoder", False))
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """Number of tokens that the model gives logits for, ``None`` if it is no language model."""
+        head = self._output_embeddings()
+        return None if head is None else n_rows(head)
+
+    @property
+    def n_outputs(self) -> int | None:
+        """Number of logits or regression means an example, ``None`` where only a batch can tell."""
+        if self.output is not None:
+            return None
+        if self.target_ids is not None:
+            return len(self.target_ids)
+        return getattr(self.config, "num_labels", None)
+
+    def forward(self, batch: Mapping[str, Any] | Tensor) -> Tensor:
+        """Return logits or regression means.
+
+        Args:
+            batch: A mapping with the model's inputs (``labels`` are ignored), or a tensor.
+
+        Returns:
+            Shape ``(batch, outputs)``, float32 or better. For pairs ``(batch, 2)``, the rewards of
+            the rejected and of the chosen texts.
+
+        Raises:
+            ValueError: If a batch of pairs meets a model with several outputs, or lacks a half.
+        """
+        if is_pair(batch):
+            rewards = torch.cat([self(half) for half in passes(batch)], dim=-1)
+            if rewards.shape[-1] != 2:
+                raise ValueError(
+                    f"a reward model has one output, this one {rewards.shape[-1] // 2}; load it "
+                    "with num_labels=1"
+                )
+            return rewards
+        if isinstance(batch, Mapping):
+            logits = self._from_mapping(self._inputs(batch))
+        else:
+            logits = self._logits(self.model(batch.to(self.device)))
+        return wide(logits.to(self.device))  # a model may be spread over devices
+
+    def features(self, batch: Mapping[str, Any] | Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the last linear layer sees, and the logits.
+
+        Args:
+            batch: As for `forward`.
+
+        Returns:
+            Features ``(batch, d)`` at the position that the model itself uses, and logits
+            ``(batch, outputs)``.
+
+        Raises:
+            ValueError: If the model has no linear last layer.
+            RuntimeError: If that layer did not run once an example.
+        """
+        seen: list[Tensor] = []
+        hook = self._linear_head().register_forward_hook(lambda m, args, out: seen.append(args[0]))
+        try:
+            logits = self(batch)
+        finally:
+            hook.remove()
+        if len(seen) != 1 or seen[0].numel() != len(logits) * seen[0].shape[-1]:
+            raise RuntimeError(
+                "the last linear layer did not run once an example: "
+                f"{[tuple(x.shape) for x in seen]} for logits {tuple(logits.shape)}"
+            )
+        return seen[0].reshape(len(logits), -1), logits
+
+    def head_tensors(self) -> tuple[Tensor, Tensor | None]:
+        """Return weight ``(outputs, d)`` and bias of the last layer; of the answers' rows only.
+
+        Raises:
+            ValueError: If there is no linear last layer, or it is quantised or offloaded.
+        """
+        return head_tensors(self._linear_head(), self.target_ids)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LastLayerModel:
+        """Return the same function with a last layer of its own over the same transformer.
+
+        laplace-torch's last-layer classes copy a model to put samples into its last layer; that
+        layer is all they get a copy of.
+        """
+        return LastLayerModel(self)
+
+    def _linear_head(self) -> Any:
+        if self.target_ids is not None:
+            return self._vocabulary_head()
+        return last_linear(self._base, getattr(self.config, "num_labels", None))
+
+    def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the transformer takes, on its device."""
+        inputs = {
+            key: value.to(self.device) if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+            if key != "labels"
+        }
+        if "use_cache" in self._arguments:
+            inputs.setdefault("use_cache", False)
+        return inputs
+
+    def _count_real_tokens(self, inputs: dict[str, Any]) -> None:
+        """Let positions count real tokens only, as in generation."""
+        mask = inputs.get("attention_mask")
+        if mask is not None and "position_ids" in self._arguments:
+            inputs.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
+
+    def _from_mapping(self, inputs: dict[str, Any]) -> Tensor:
+        if self.target_ids is not None:
+            return self._answer_logits(inputs, self.target_ids)
+        head = self._score_head(inputs)
+        position = _last_unpadded(inputs, self.config) if head is not None else None
+        with one_token(head, position, keep_length=True):
+            return self._logits(self.model(**inputs))
+
+    def _logits(self, returned: Any) -> Tensor:
+        if self.output is not None:
+            return self.output(returned)
+        return returned if isinstance(returned, Tensor) else returned.logits
+
+    def _answer_logits(self, inputs: dict[str, Any], ids: Tensor) -> Tensor:
+        mask = inputs.get("attention_mask")
+        if self.is_encoder_decoder:
+            start = self.config.decoder_start_token_id
+            first = inputs["input_ids"].new_full((len(inputs["input_ids"]), 1), start)
+            inputs.setdefault("decoder_input_ids", first)
+            mask = inputs.get("decoder_attention_mask")
+        else:
+            self._count_real_tokens(inputs)
+        head = self._vocabulary_head()
+        position = None if mask is None else last_true(mask)
+        with one_token(head, position), rows_only(head, ids) as narrowed:
+            logits = self.model(**inputs).logits[:, -1]
+        return logits if narrowed else logits[:, ids.to(logits.device)]
+
+    def _output_embeddings(self) -> Any:
+        return getattr(self._base, "get_output_embeddings", lambda: None)()
+
+    def _vocabulary_head(self) -> Any:
+        head = self._output_embeddings()
+        if head is None:
+            raise ValueError(
+                f"{type(self._base).__name__} has no vocabulary, so `target_ids` mean nothing to "
+                "it; leave them out"
+            )
+        return head
+
+    def _score_head(self, inputs: dict[str, Any]) -> nn.Module | None:
+        """Return the head of a decoder that classifies at its last unpadded token."""
+        classifier = type(self._base).__name__.endswith("ForSequenceClassification")
+        known = classifier and not self.is_encoder_decoder and "input_ids" in inputs
+        return getattr(self._base, "score", None) if known else None
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Return logits in float32 or better."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def _checked_target_ids(target_ids: Sequence[int] | Tensor, head: Any) -> Tensor:
+    ids = torch.as_tensor(target_ids)
+    vocabulary = n_rows(head)
+    if ids.ndim != 1 or len(ids) < 2 or ids.is_floating_point() or len(ids.unique()) != len(ids):
+        raise ValueError(f"`target_ids` must be two or more different integers, got {target_ids}")
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise ValueError(
+            f"`target_ids` must lie in the vocabulary, 0..{vocabulary - 1}; got {ids.tolist()}"
+        )
+    return ids
+
+
+def _last_unpadded(inputs: dict[str, Any], config: Any) -> Tensor | None:
+    """Return the token at which transformers' decoders classify: the last that is not padding."""
+    pad = config.get_text_config().pad_token_id
+    return None if pad is None else last_true(inputs["input_ids"] != pad)

@@ -1,0 +1,140 @@
+"""`TokenModel`: a causal language model as a function from a batch to its scored tokens' logits.
+
+Which tokens of a batch are scored, and running the vocabulary's head at these alone. A posterior
+with the likelihood ``"language_modeling"`` is fitted on it: examples are sequences, the likelihood
+of one is the product over its scored tokens. Predictions belong to `generation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from laplace_lora.data.labels import IGNORED, token_labels
+from laplace_lora.models.logits_model import LogitsModel, wide
+from laplace_lora.models.narrowing import at_tokens, last_true
+
+TOP_K = 20  # tokens that are predicted unless asked otherwise
+
+
+class TokenModel(LogitsModel):
+    """A causal language model from a batch to logits, ``(scored tokens, vocabulary)``.
+
+    The head runs at the tokens that predict a scored one, and at no others, unless it is trained
+    itself. Positions count real tokens only.
+
+    Args:
+        model: A `PeftModel` of a causal language model.
+
+    Raises:
+        ValueError: If it is none.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        generates = getattr(self._base, "can_generate", lambda: True)()
+        if self._output_embeddings() is None or self.is_encoder_decoder or not generates:
+            raise ValueError(
+                f"{type(self._base).__name__} is not a causal language model; tokens can be "
+                "predicted one by one with models loaded through AutoModelForCausalLM only"
+            )
+
+    @classmethod
+    def around(
+        cls, model: nn.Module, target_ids: Sequence[int] | Tensor | None = None
+    ) -> TokenModel:
+        """Return a model as a `TokenModel`.
+
+        Raises:
+            ValueError: If it is no causal language model, is wrapped for answers already, or
+                answers are asked for.
+        """
+        if target_ids is not None:
+            raise ValueError(
+                "`target_ids` choose answers, likelihood='classification'; language modelling "
+                "predicts the whole vocabulary"
+            )
+        if isinstance(model, LogitsModel) and not isinstance(model, cls):
+            raise ValueError(
+                "likelihood='language_modeling' takes the PeftModel, not a LogitsModel"
+            )
+        return model if isinstance(model, cls) else cls(model)
+
+    @property
+    def n_outputs(self) -> int | None:
+        """Size of the vocabulary."""
+        return self.vocabulary_size
+
+    @property
+    def predicted_outputs(self) -> int | None:
+        """Number of outputs of a prediction: the likeliest tokens, and one for all others."""
+        return TOP_K + 1
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """Tokens that end a text, by the model's configuration; it may know of none."""
+        found = self._special_token("eos_token_id")
+        return [] if found is None else found if isinstance(found, list) else [found]
+
+    @property
+    def pad_token(self) -> int:
+        """Token that fills up texts; 0 if the model's configuration does not say."""
+        return self._special_token("pad_token_id") or 0
+
+    def _special_token(self, name: str) -> Any:
+        generation = getattr(getattr(self._base, "generation_config", None), name, None)
+        return getattr(self.config, name, None) if generation is None else generation
+
+    def forward(self, batch: Mapping[str, Any] | Tensor) -> Tensor:
+        """Return the logits that predict the scored tokens, examples one after the other.
+
+        Args:
+            batch: A mapping with ``input_ids``, ``labels`` and, if padded, ``attention_mask``.
+
+        Returns:
+            Shape ``(scored tokens, vocabulary)``, float32 or better.
+
+        Raises:
+            TypeError: If the batch is no mapping with labels.
+            ValueError: If the labels do not fit the tokens.
+        """
+        if not isinstance(batch, Mapping) or "labels" not in batch:
+            raise TypeError("which tokens are scored is told by 'labels', which the batch lacks")
+        rows, tokens = (token_labels(batch, batch["labels"]) != IGNORED).nonzero(as_tuple=True)
+        return self._logits_after(batch, rows, tokens - 1)
+
+    def log_likelihood(self, batch: Mapping[str, Any], temperature: float = 1.0) -> Tensor:
+        """Return each text's log probability of its scored tokens, ``(batch,)``.
+
+        Args:
+            batch: As for `forward`.
+            temperature: Divides the logits.
+        """
+        logits = self(batch) / temperature
+        labels = token_labels(batch, batch["labels"]).to(logits.device)
+        scored = labels != IGNORED
+        log_prob = -F.cross_entropy(logits, labels[scored], reduction="none")
+        rows = scored.nonzero(as_tuple=True)[0]
+        return logits.new_zeros(len(labels)).index_add(0, rows, log_prob)
+
+    def next_logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the logits of the token that would follow, ``(batch, vocabulary)``.
+
+        Args:
+            batch: A mapping with ``input_ids`` and, if padded on either side, ``attention_mask``.
+        """
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        last = last_true(torch.ones_like(ids) if mask is None else mask)
+        return self._logits_after(batch, torch.arange(len(ids)), last)
+
+    def _logits_after(self, batch: Mapping[str, Any], rows: Tensor, tokens: Tensor) -> Tensor:
+        inputs = self._inputs(batch)
+        self._count_real_tokens(inputs)
+        with at_tokens(self._vocabulary_head(), rows, tokens) as narrowed:
+            logits = self.model(**inputs).logits
+        index = (rows.to(logits.device), tokens.to(logits.device))
+        return wide(logits[:, 0] if narrowed else logits[index])

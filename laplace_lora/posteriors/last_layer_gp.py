@@ -1,0 +1,80 @@
+"""The last-layer posterior in function space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from laplace import FunctionalLLLaplace
+from laplace.curvature import CurvlinopsGGN
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm.auto import tqdm
+
+from laplace_lora.curvature.backends import LoraGGN
+from laplace_lora.data.pairs import REWARD_MODELING
+from laplace_lora.models.last_layer_model import LastLayerModel
+from laplace_lora.posteriors.base import LoraPosterior
+
+
+class FunctionalLoraLLLaplace(FunctionalLLLaplace):
+    """Last-layer posterior in function space: a Gaussian process on the features of a subset.
+
+    The features of the training data are computed once, in the fit. laplace-torch's
+    `FunctionalLLLaplace` does the rest.
+
+    Args:
+        model: A `PeftModel`, or a `LogitsModel` around one.
+        likelihood: ``"classification"`` or ``"regression"``.
+        n_subset: Training examples that the process is conditioned on.
+        target_ids: Answer tokens of a causal language model, see `LogitsModel`.
+        **kwargs: laplace-torch's arguments.
+
+    Raises:
+        ValueError: If the likelihood is ``"reward_modeling"``.
+    """
+
+    _key = ("lora_last_layer", "gp")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str,
+        n_subset: int,
+        *,
+        target_ids: Sequence[int] | Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if likelihood == REWARD_MODELING:
+            raise ValueError("the Gaussian process takes no pairs; use another last-layer class")
+        backend = kwargs.pop("backend", None)
+        # laplace-torch accepts three backends and asks them for the Jacobian of a linear layer.
+        kwargs["backend"] = CurvlinopsGGN if backend in (None, LoraGGN) else backend
+        split = LastLayerModel(LoraPosterior._wrapped(model, target_ids))
+        of_features = nn.Sequential(nn.Identity(), split.head)
+        super().__init__(of_features, likelihood, n_subset, last_layer_name="1", **kwargs)
+        self.features = split.features
+
+    def fit(self, train_loader: DataLoader, progress_bar: bool = False) -> None:
+        """Fit the process.
+
+        Args:
+            train_loader: Batches with labels.
+            progress_bar: Show progress over the batches.
+
+        Raises:
+            ValueError: If labels are missing, or the data are fewer than ``n_subset``.
+        """
+        features, labels = [], []
+        for batch in tqdm(train_loader, disable=not progress_bar, desc="Computing features"):
+            x, y = LoraPosterior.labelled(self, batch)
+            features.append(self.features(x))
+            labels.append(y)
+        data = TensorDataset(torch.cat(features), torch.cat(labels))
+        if len(data) < self.n_subset:
+            raise ValueError(f"n_subset is {self.n_subset}, but there are {len(data)} examples")
+        super().fit(DataLoader(data, batch_size=train_loader.batch_size), progress_bar=progress_bar)
+
+    def _glm_predictive_distribution(self, X: Any, joint: bool = False) -> tuple[Tensor, Tensor]:
+        return super()._glm_predictive_distribution(self.features(X), joint)

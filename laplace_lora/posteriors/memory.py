@@ -1,0 +1,114 @@
+"""How much memory a fit and a prediction will take, from one example and the sizes of the maps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora.data.batches import batch_length, first_examples
+from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.structures import sizes
+from laplace_lora.structures.sizes import GIB
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes beyond the model itself.
+
+    Attributes:
+        batch_size: Examples of the batch.
+        activations: What one forward pass on the batch keeps for the backward passes.
+        curvature: What the posterior holds after the fit: sums, and for Kronecker factors their
+            eigenpairs. Inputs that maps share count once a map, so this is an upper bound.
+        jacobian: The largest Jacobian of one tensor in a prediction, with its workspace.
+        fit_jacobian: The same of a fit, zero where it needs none.
+        available: Free memory of the device.
+        advice: What to do if the curvature alone is too large.
+    """
+
+    batch_size: int
+    activations: int
+    curvature: int
+    jacobian: int
+    fit_jacobian: int
+    available: int
+    advice: str
+
+    @property
+    def fit(self) -> int:
+        """Peak of a fit."""
+        return self.activations + self.curvature + self.fit_jacobian
+
+    @property
+    def predict(self) -> int:
+        """Peak of a prediction, with the fitted posterior."""
+        return self.activations + self.curvature + self.jacobian
+
+    @property
+    def fits(self) -> bool:
+        """Whether both should go well."""
+        return max(self.fit, self.predict) <= self.available
+
+    def __str__(self) -> str:
+        """Return the figures in GiB, and what to do if they are too large."""
+        text = (
+            f"batch of {self.batch_size}: fit {self.fit / GIB:.2f} GiB, predict "
+            f"{self.predict / GIB:.2f} GiB beyond the model (curvature {self.curvature / GIB:.2f}, "
+            f"activations {self.activations / GIB:.2f}, Jacobian {self.jacobian / GIB:.2f}); "
+            f"{self.available / GIB:.2f} GiB are free"
+        )
+        if self.fits:
+            return text
+        left = self.available - self.curvature
+        if left <= 0:
+            return f"{text}. The curvature alone is too large: {self.advice}"
+        size = self.batch_size * left // (self.activations + self.jacobian)
+        advice = (
+            f"use batches of {size}" if size >= 1 else "shorten the inputs or cover fewer layers"
+        )
+        return f"{text}. Too much: {advice}"
+
+
+def estimate_memory(la: Any, batch: Any, n_examples: int | None = None) -> MemoryEstimate:
+    """Estimate the memory of a fit and a prediction on batches like one.
+
+    Runs the model forward on the batch's first example.
+
+    Args:
+        la: A posterior, fitted or not.
+        batch: What the model takes.
+        n_examples: Examples of the fit, for posteriors that grow with the data.
+    """
+    size = batch_length(batch)
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        seen = min(tensor.nbytes, storage.nbytes())  # a view may show a part, or a part many times
+        kept[storage.data_ptr()] = max(seen, kept.get(storage.data_ptr(), 0))
+        return tensor
+
+    own = {t.untyped_storage().data_ptr() for t in [*la.model.parameters(), *la.model.buffers()]}
+    with (
+        evaluation_mode(la.model),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+    ):
+        outputs = la.model(first_examples(batch, 1)).shape[-1]
+    outputs = getattr(la.model, "predicted_outputs", outputs)
+    activations = size * sum(nbytes for pointer, nbytes in kept.items() if pointer not in own)
+    item = torch.finfo(la._dtype).bits // 8
+    largest = max(parameter.numel() for parameter in la.params)
+    jacobian = 2 * item * size * outputs * largest
+    return MemoryEstimate(
+        batch_size=size,
+        activations=activations,
+        curvature=la._curvature_bytes(n_examples, outputs),
+        jacobian=jacobian,
+        fit_jacobian=jacobian if la.fits_by_jacobians else 0,
+        available=sizes.available(la._device),
+        advice=la._memory_advice,
+    )

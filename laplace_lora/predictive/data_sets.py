@@ -1,0 +1,163 @@
+"""`Predictions`: everything a posterior says about some data, in one pass and in its order.
+
+From a loader, a batch or texts to probabilities, logit moments and uncertainties. The predictive
+itself belongs to `predictive`, the way from logits to probabilities to `links`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from laplace_lora.data import distributed as sharding
+from laplace_lora.data.pairs import REWARD_MODELING, is_pair
+from laplace_lora.likelihoods import links
+from laplace_lora.likelihoods.roots import CLASSIFICATION, LANGUAGE_MODELING
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The posterior predictive of some examples.
+
+    Attributes:
+        mean: Mean logits, regression means or rewards, ``(examples, outputs)``; for preference
+            pairs the mean difference of their rewards, ``(examples, 1)``.
+        covariance: Their covariance, ``(examples, outputs, outputs)``; without observation noise.
+        probs: Class probabilities ``(examples, classes)``, ``None`` for regressions and single
+            rewards.
+        entropy: Entropy of the averaged softmax in nats, ``(examples,)``: total uncertainty.
+        mutual_information: Its epistemic part, which more training data would remove.
+        labels: Labels or targets, where all batches have them.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    probs: Tensor | None = None
+    entropy: Tensor | None = None
+    mutual_information: Tensor | None = None
+    labels: Tensor | None = None
+
+    @property
+    def aleatoric(self) -> Tensor | None:
+        """The entropy's other part in nats: the mean entropy of the softmax under the posterior."""
+        if self.entropy is None or self.mutual_information is None:
+            return None
+        return self.entropy - self.mutual_information
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of each logit or regression mean, ``(examples, outputs)``."""
+        return self.covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self.mean)
+
+    def __getitem__(self, index: Any) -> Predictions:
+        """Return the predictions of some examples: a slice, a mask or indices."""
+        whole: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Predictions(**{k: v[index] for k, v in whole.items() if v is not None})
+
+
+def predict(
+    la: Any,
+    data: Any,
+    tokenizer: Any,
+    batch_size: int,
+    link_approx: str,
+    n_samples: int,
+    generator: torch.Generator | None,
+    progress_bar: bool,
+) -> Predictions:
+    """Predict a whole data set; see `laplace_lora.base.LoraPosterior.predict`."""
+    if la.likelihood == LANGUAGE_MODELING:
+        raise ValueError("texts have many tokens; `laplace_lora.generation.score` predicts each")
+    contrasts = {CLASSIFICATION: la.n_outputs - 1, REWARD_MODELING: 1}.get(la.likelihood, 0)
+    size = (n_samples, contrasts)
+    noise = torch.randn(size, dtype=la._dtype, device=la._device, generator=generator)
+    if _is_batch(data):
+        return _of_batch(la, data, link_approx, noise)
+    if not isinstance(data, Iterable):
+        raise TypeError(f"predict takes a loader, a batch or texts, got {type(data).__name__}")
+    if not _are_texts(data):
+        return _of_batches(la, data, link_approx, noise, progress_bar)
+    order, batches = _batches_of_texts(data, tokenizer, batch_size)
+    return _of_batches(la, batches, link_approx, noise, progress_bar)[order.argsort()]
+
+
+def _of_batches(
+    la: Any, source: Iterable[Any], link: str, noise: Tensor, progress_bar: bool
+) -> Predictions:
+    bar = tqdm(source, disable=not (progress_bar and sharding.is_main()), desc="Predicting")
+    parts = [_of_batch(la, batch, link, noise) for batch in sharding.own_batches(source, bar)]
+    if not parts:
+        raise ValueError("there is nothing to predict: the data are empty")
+    gather = sharding.gather_for(source)
+    joined: dict[str, Any] = {}
+    for field in fields(Predictions):
+        column = [getattr(part, field.name) for part in parts]
+        if all(value is not None for value in column):
+            joined[field.name] = gather(torch.cat(column))
+    return Predictions(**joined)
+
+
+def _of_batch(la: Any, batch: Any, link: str, noise: Tensor) -> Predictions:
+    labels = _labels(la, batch)
+    x = batch[0] if not isinstance(batch, Mapping) and labels is not None else batch
+    pairs = la.likelihood == REWARD_MODELING and is_pair(x)
+    if pairs:
+        difference, variance = la.reward_difference(x)
+        mean, covariance = difference[:, None], variance[:, None, None]
+    else:
+        mean, covariance = la._glm_predictive_distribution(x)
+    mean, covariance = mean.detach(), covariance.detach()
+    if la.likelihood != CLASSIFICATION and not pairs:
+        return Predictions(mean, covariance, labels=labels)
+    probs = links.log_probabilities(mean, covariance, link, noise).exp()
+    total, aleatoric = links.entropies(mean, covariance, noise)
+    return Predictions(mean, covariance, probs, total, total - aleatoric, labels)
+
+
+def _is_batch(data: Any) -> bool:
+    return isinstance(data, Mapping | Tensor)
+
+
+def _are_texts(data: Any) -> TypeGuard[Sequence[Any]]:
+    def text(x: Any) -> bool:
+        return isinstance(x, str) or (
+            isinstance(x, tuple) and len(x) == 2 and all(isinstance(part, str) for part in x)
+        )
+
+    return isinstance(data, Sequence) and len(data) > 0 and all(text(x) for x in data)
+
+
+def _labels(la: Any, batch: Any) -> Tensor | None:
+    unlabelled = la.dict_key_y not in batch if isinstance(batch, Mapping) else len(batch) != 2
+    return None if isinstance(batch, Tensor) or unlabelled else la.labelled(batch)[1]
+
+
+def _batches_of_texts(
+    texts: Sequence[Any], tokenizer: Any, batch_size: int
+) -> tuple[Tensor, list[Any]]:
+    """Return the order in which texts of similar length stand together, and their batches."""
+    if tokenizer is None:
+        raise ValueError("texts need `tokenizer`, that of the model")
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            "the tokenizer has no padding token; set `tokenizer.pad_token = tokenizer.eos_token` "
+            "and the model's `config.pad_token_id` to its number"
+        )
+    pairs = [(text, None) if isinstance(text, str) else text for text in texts]
+    rows = [tokenizer(first, second, truncation=True) for first, second in pairs]
+    order = torch.tensor([len(row["input_ids"]) for row in rows]).argsort(stable=True)
+
+    def batches() -> Iterator[Any]:
+        for part in order.split(batch_size):
+            yield tokenizer.pad([rows[i] for i in part.tolist()], return_tensors="pt")
+
+    return order, list(batches())

@@ -1,0 +1,107 @@
+"""Fingerprints of weights, by which a posterior knows the model it belongs to.
+
+Hashes, not the weights themselves. Files belong to `checkpoint`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora.adapters.peft_state import adapter_parameters
+
+SAMPLES = 64  # values hashed of each tensor of a base model
+
+
+def identity(la: Any) -> dict[str, Any]:
+    """Return what a posterior must find again: tensors, their MAP values and the rest's."""
+    covered = {id(p) for p in la.params}
+    model = la.logits_model
+    own = adapter_parameters(model)
+    # Other adapters that happen to be loaded do not change what the active one computes.
+    others = [
+        (name, p, own.get(id(p)))
+        for name, p in model.named_parameters()
+        if id(p) not in covered and own.get(id(p)) is not False
+    ]
+    return {
+        "parameters": {block.name: list(block.parameter.shape) for block in la.backend.blocks},
+        "weights": exact_fingerprint(zip(la.block_names, la.params, strict=True)),
+        "adapter": exact_fingerprint((name, p) for name, p, active in others if active),
+        "base": sampled_fingerprint((name, p) for name, p, active in others if active is None),
+    }
+
+
+def check_identity(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Refuse a model that is not the one a posterior was fitted on.
+
+    Raises:
+        ValueError: If its tensors, their values or the base model are others.
+    """
+    if saved["parameters"] != found["parameters"]:
+        missing = [n for n in saved["parameters"] if n not in found["parameters"]]
+        example = missing[0] if missing else next(iter(saved["parameters"]))
+        raise ValueError(
+            f"the posterior covers other tensors than the model trains, {example!r} for one; is "
+            "another adapter active, or one of another name or rank?"
+        )
+    reasons = {
+        "weights": "the weights are not those that the posterior was fitted at; load the adapter "
+        "that was saved with it",
+        "adapter": "other trained weights of the adapter have changed since the posterior was "
+        "fitted",
+        "base": "the base model is another than the one that the posterior was fitted on",
+    }
+    for name, reason in reasons.items():
+        if saved[name] != found[name]:
+            raise ValueError(reason)
+
+
+def exact_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a hash of names, shapes and all values, rounded to float32.
+
+    Args:
+        tensors: Names and tensors, in order.
+    """
+    return _hashed((name, t.shape, t.detach().float().flatten()) for name, t in tensors)
+
+
+def sampled_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a hash of names, shapes and a few evenly spaced values of each tensor.
+
+    Values are rounded to bfloat16, so that a checkpoint loaded in single and in half precision has
+    one fingerprint. Quantised weights are counted by their half bytes: how these are laid out
+    changes with use. Of offloaded tensors there is nothing to see but names and shapes.
+
+    Args:
+        tensors: Names and tensors, in order.
+    """
+
+    def sampled(t: Tensor) -> Tensor:
+        flat = t.detach().flatten()
+        last = max(len(flat) - 1, 0)
+        index = torch.linspace(0, last, min(SAMPLES, len(flat)), device=t.device).round().long()
+        # Single precision rounds the last index up beyond 2**24 entries. Double precision would
+        # pick other entries, and so refuse the files of earlier versions.
+        return flat[index.clamp(max=last)].to(torch.bfloat16).float()
+
+    def seen(name: str, t: Tensor) -> tuple[str, torch.Size, Tensor]:
+        if t.is_floating_point() and not hasattr(t, "quant_state"):
+            return name, t.shape, sampled(t) if t.device.type != "meta" else torch.zeros(0)
+        octets = t.detach().contiguous().flatten().view(torch.uint8)
+        halves = [torch.bincount(half, minlength=16) for half in (octets & 15, octets >> 4)]
+        return name, octets.shape, halves[0] + halves[1]
+
+    return _hashed(seen(name, t) for name, t in tensors)
+
+
+def _hashed(parts: Iterable[tuple[str, torch.Size, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, shape, values in parts:
+        digest.update(f"{name} {list(shape)}\n".encode())
+        digest.update(values.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,125 @@
+"""Kronecker factors whose eigenvalues are corrected: the exact curvature's diagonal in their basis.
+
+Source: George, Laurent, Bouthillier, Ballas, Vincent (2018), *Fast approximate natural gradient
+descent in a Kronecker-factored eigenbasis*, arXiv:1806.03884. What one batch adds belongs to
+`curvature`, how passes are made to `accumulation`, plain factors to `kron`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora.curvature.backends import LoraCurvature
+from laplace_lora.fitting.passes import Pass, Sums
+from laplace_lora.linalg.kron import LowRankKron
+from laplace_lora.linalg.kron_eigen import LowRankKronDecomposed
+
+
+@dataclass(frozen=True)
+class CorrectedKron:
+    """Kronecker factors, and in their eigenbasis the diagonal of the exact curvature.
+
+    Of all matrices with these eigenvectors it is the nearest to the exact block in Frobenius norm,
+    so it is never farther than the factors' product. Where a side is low-rank, the directions left
+    out share the mean of theirs, which keeps the trace of the exact block; with the residual
+    ``"zero"`` they stay zero, as in the factors, and what they hold is dropped.
+
+    Attributes:
+        factors: The factors; only their eigenvectors count.
+        corrected: The eigenvectors with the exact diagonal; ``None`` before any data gave one.
+    """
+
+    factors: LowRankKron
+    corrected: LowRankKronDecomposed | None = None
+
+    def decompose(self) -> LowRankKronDecomposed:
+        """Return the eigenvectors with the exact diagonal, zeros before any data gave one."""
+        if self.corrected is not None:
+            return self.corrected
+        basis = self.factors.decompose()
+        tables = [torch.zeros_like(basis.table(i)) for i in range(len(basis))]
+        return basis.with_tables(tables)
+
+    def decomposition(self) -> tuple[LowRankKron, LowRankKronDecomposed]:
+        """Return the factors, and the eigendecomposition that a posterior uses."""
+        return self.factors, self.decompose()
+
+    def add(self, basis: LowRankKronDecomposed, diagonals: list[Tensor]) -> CorrectedKron:
+        """Return the same with a diagonal of further data.
+
+        Args:
+            basis: What `decompose` returned.
+            diagonals: Diagonal of each block in this basis, in the form of its `table`.
+        """
+        if self.factors.residual == "zero":
+            diagonals = [_kept_only(basis, i, diagonal) for i, diagonal in enumerate(diagonals)]
+        tables = [basis.table(i) + diagonal for i, diagonal in enumerate(diagonals)]
+        return replace(self, corrected=basis.with_tables(tables))
+
+    def refined(
+        self, backend: LoraCurvature, n: int, summed: Callable[[Pass], Sums]
+    ) -> CorrectedKron:
+        """Return the same with the diagonal of the data that gave the factors.
+
+        The diagonal is a sum over examples: it depends on neither batches, padding nor processes.
+
+        Args:
+            backend: Where a batch's diagonal comes from.
+            n: Number of examples.
+            summed: Passes over the data.
+
+        Raises:
+            ValueError: If the pass sees another number of examples.
+        """
+        basis = self.decompose()
+
+        def add(diagonals: Any, x: Any, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+            loss, more = backend.eigenbasis_diagonal(x, y, basis)
+            earlier = diagonals or [torch.zeros_like(diagonal) for diagonal in more]
+            return loss, [a + b for a, b in zip(earlier, more, strict=True)]
+
+        sides = {id(side): side for block in basis.blocks for side in block}.values()
+        vectors = [tensor for side in sides for tensor in side.basis()]
+        title = "Correcting the eigenvalues"
+        sums = summed(Pass(add, list, "eigenvalues", title, vectors))
+        if sums.n != n:
+            raise ValueError(
+                f"the loader gave {n} examples in the first pass and {sums.n} in the second, which "
+                "eigenvalue_correction needs; use one that can be passed over twice"
+            )
+        return self.add(basis, sums.state)
+
+    def joined(self, n: int, other: CorrectedKron, m: int) -> CorrectedKron:
+        """Return the curvature of ``n`` examples together with that of ``m`` others.
+
+        The factors add up and give a joint basis. There each diagonal becomes that of the block it
+        stood for, ``(Q ∘ Q) e (R ∘ R)ᵀ`` with ``Q`` and ``R`` the old bases' coordinates in the
+        new: what was off the diagonal in the old basis is not known any more, so the sum is the
+        joint data's diagonal where bases agree, and has its trace everywhere (but for the residual
+        ``"zero"``).
+        """
+        joint = CorrectedKron(self.factors.joined(n, other.factors, m))
+        basis = joint.decompose()
+        for one in (self, other):
+            if one.corrected is not None:
+                joint = joint.add(basis, one.corrected.diagonals_in(basis))
+                basis = joint.decompose()
+        return replace(joint, corrected=basis)
+
+    def to(self, device: torch.device | str) -> CorrectedKron:
+        """Return the curvature on another device."""
+        corrected = None if self.corrected is None else self.corrected.to(device)
+        return CorrectedKron(self.factors.to(device), corrected)
+
+
+def _kept_only(basis: LowRankKronDecomposed, i: int, diagonal: Tensor) -> Tensor:
+    """Return a block's diagonal with zeros for the directions that a side leaves out."""
+    kept = torch.zeros_like(diagonal)
+    rows, columns = (*(len(values) for values in basis.eigenvalues[i]), 1)[:2]
+    kept[:rows, :columns] = diagonal[:rows, :columns]
+    return kept

@@ -1,0 +1,56 @@
+"""How much memory a fit and a prediction will take, from one example and the sizes of the maps.
+
+An estimate before the work, with advice; nothing here changes a posterior.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from laplace_lora.linalg.sketch import is_dense, sketch_columns
+
+GIB = 2**30
+
+
+def kron_size(sides: list[list[int]], rank: int | None, threshold: int) -> int:
+    """Return the numbers that Kronecker factors and their eigenpairs hold.
+
+    Args:
+        sides: Lengths of each map's input and gradient side.
+        rank: Eigenpairs of a low-rank side, ``None`` for dense ones.
+        threshold: Sides up to this length stay dense.
+    """
+    total = 0
+    for d in (d for pair in sides for d in pair):
+        dense = is_dense(d, rank, threshold)
+        total += 2 * d * d if dense else d * (sketch_columns(rank or 0) + (rank or 0))
+    return total
+
+
+def table_size(blocks: list[list[int]], rank: int | None, threshold: int) -> int:
+    """Return the numbers that corrected eigenvalues hold.
+
+    Args:
+        blocks: Lengths of the sides of each tensor's block.
+        rank: Eigenpairs of a low-rank side, ``None`` for dense ones.
+        threshold: Sides up to this length stay dense.
+    """
+    return sum(
+        math.prod(d if is_dense(d, rank, threshold) else int(rank or 0) + 1 for d in sides)
+        for sides in blocks
+    )
+
+
+def available(device: torch.device) -> int:
+    """Return the free bytes of a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError, StopIteration):  # where the kernel says so: free, or freed on demand
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if "MemAvailable" in line).split()[1])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
