@@ -98,7 +98,7 @@ def test_accumulated_gradients_are_averaged(tmp_path):
         original = ivon.step
 
         def step(*args, ivon=ivon, original=original):
-            collected.append([torch.as_tensor(sums[0]).clone() for sums in ivon._sums.values()])
+            collected.append([sums.gradients.clone() for sums in ivon.collected.values()])
             return original(*args)
 
         ivon.step = step

@@ -164,7 +164,7 @@ def test_scores_do_not_depend_on_the_order_of_parameters():
         groups = [{"params": order[:3]}, {"params": order[3:], "lr": 1e-3}]
         optimizer = IVON(groups, ess=10)
         for i, p in enumerate(trained):
-            optimizer._initialised(optimizer.param_groups[0], p)["hessian"].fill_(1e-3 * (i + 2))
+            optimizer.weight_state(optimizer.param_groups[0], p)["hessian"].fill_(1e-3 * (i + 2))
         results.append(PosteriorScore(optimizer).scores(layers))
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)

@@ -277,7 +277,7 @@ def test_widths_that_say_nothing_are_pointed_out():
         warnings.simplefilter("error")
         optimizer.marginals()  # once is enough
     optimizer = IVON([w], ess=10)
-    optimizer._initialised(optimizer.param_groups[0], w)["hessian"][:2] *= 3
+    optimizer.weight_state(optimizer.param_groups[0], w)["hessian"][:2] *= 3
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.marginals()

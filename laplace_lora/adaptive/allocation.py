@@ -1,16 +1,13 @@
 """AdaLoRA's rank allocation during training, by any importance score.
 
-`set_importance_score` puts an allocator of ours where PEFT keeps its own; PEFT's
-``update_and_allocate(step)`` stays the call, its cubic schedule the budget. Shrinking tensors
-belongs to `pruning`.
+`set_importance_score` replaces PEFT's allocator; PEFT's ``update_and_allocate(step)`` is called as
+before, and its cubic schedule still sets the budget.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from peft import PeftModel
+from peft import AdaLoraConfig, PeftModel
 from peft.tuners.adalora import AdaLoraModel, RankAllocator
 from torch import Tensor, nn
 
@@ -28,30 +25,32 @@ def adalora_components(model: nn.Module, adapter: str) -> list[Components]:
 
 
 class ScoreAllocator(RankAllocator):
-    """PEFT's allocator with another score, and with exactly as many triplets as the budget says.
+    """PEFT's allocator with another score, keeping exactly as many triplets as the budget.
 
     Args:
         model: The model inside PEFT's `AdaLoraModel`.
         config: The adapter's configuration.
-        adapter: Its name.
-        score: Where importance comes from.
+        adapter: The adapter's name.
+        score: Importance of the triplets.
 
     Attributes:
-        score: The same.
+        score: Importance of the triplets.
         rank_pattern: What the latest mask kept, by the name of each ``lora_E``.
     """
 
-    def __init__(self, model: nn.Module, config: Any, adapter: str, score: ImportanceScore) -> None:
+    def __init__(
+        self, model: nn.Module, config: AdaLoraConfig, adapter: str, score: ImportanceScore
+    ) -> None:
         self.score = score
         self.rank_pattern: dict[str, list[bool]] | None = None
         super().__init__(model, config, adapter)
 
     def reset_ipt(self) -> None:
-        """Forget what was observed, as PEFT asks for at the start and after the last mask."""
+        """Reset the score; PEFT calls this at the start and after the last mask."""
         self.score.reset()
 
     def update_ipt(self, model: nn.Module) -> None:
-        """Let the score observe a step, while its gradients are there."""
+        """Let the score observe a step, before its gradients are zeroed."""
         layers = adalora_components(model, self.adapter_name)
         self.score.observe([p for layer in layers for p in layer.parameters])
 
@@ -66,17 +65,17 @@ class ScoreAllocator(RankAllocator):
         kept = best(layers, self.score.scores(layers), budget)
         pattern = {}
         for layer, keep in zip(layers, kept, strict=True):
-            _values(layer).masked_fill_(~keep.unsqueeze(1), 0.0)
+            _singular_values(layer).masked_fill_(~keep.unsqueeze(1), 0.0)
             pattern[f"{layer.name}.lora_E.{self.adapter_name}"] = keep.tolist()
         return pattern
 
     def update_and_allocate(
         self, model: nn.Module, global_step: int, force_mask: bool = False
     ) -> tuple[int, dict[str, list[bool]] | None]:
-        """Observe a step, and mask if it is time to.
+        """Observe a step, and mask if one is due.
 
-        Only the last mask is reported to PEFT, which would otherwise save shrunken adapters that
-        training cannot go on from.
+        Only the last mask is reported to PEFT, which would otherwise save shrunken adapters from
+        which training cannot continue.
 
         Returns:
             The budget of this step, and what the last mask kept.
@@ -95,21 +94,21 @@ class ScoreAllocator(RankAllocator):
             keep = rank_pattern.get(f"{name}.{self.adapter_name}", rank_pattern.get(name))
             if keep is None:
                 raise ValueError(f"the rank pattern has no entry for {name!r}")
-            if len(keep) == len(layer.A):  # shorter tensors have no pruned triplets any more
+            if len(keep) == len(layer.A):  # shrunken tensors have no pruned triplets left
                 mask = torch.tensor(keep, device=layer.A.device)
-                _values(layer).masked_fill_(~mask.unsqueeze(1), 0.0)
+                _singular_values(layer).masked_fill_(~mask.unsqueeze(1), 0.0)
 
 
 def set_importance_score(peft_model: PeftModel, score: ImportanceScore) -> ScoreAllocator:
     """Let AdaLoRA allocate its ranks by another score.
 
-    Afterwards ``peft_model.base_model.update_and_allocate(step)`` is called as ever, after the
-    optimiser's step and before the gradients are zeroed; saved adapters stay ordinary ones. Also
-    freezes PEFT's rank counts, so build the optimiser after this, or after `freeze_untrainable`.
+    Keep calling ``peft_model.base_model.update_and_allocate(step)`` after the optimiser's step and
+    before the gradients are zeroed; saved adapters stay ordinary ones. Also freezes PEFT's rank
+    counts, so build the optimiser after this, or after `freeze_untrainable`.
 
     Args:
         peft_model: An AdaLoRA model in training.
-        score: `SensitivityScore`, `PosteriorScore`, or another with their methods.
+        score: `SensitivityScore`, `PosteriorScore`, or another object with their methods.
 
     Returns:
         The allocator installed.
@@ -125,11 +124,12 @@ def set_importance_score(peft_model: PeftModel, score: ImportanceScore) -> Score
         raise ValueError(f"target_r={config.target_r} is above init_r={config.init_r}")
     freeze_untrainable(peft_model)
     tuner = peft_model.base_model
-    tuner.rankallocator = ScoreAllocator(tuner.model, config, adapter, score)
-    return tuner.rankallocator
+    allocator = ScoreAllocator(tuner.model, config, adapter, score)
+    tuner.rankallocator = allocator
+    return allocator
 
 
-def trained_adapter(peft_model: nn.Module) -> tuple[str, Any]:
+def trained_adapter(peft_model: nn.Module) -> tuple[str, AdaLoraConfig]:
     """Return name and configuration of the adapter that an AdaLoRA model trains.
 
     Raises:
@@ -145,6 +145,6 @@ def trained_adapter(peft_model: nn.Module) -> tuple[str, Any]:
     return adapter, tuner.peft_config[adapter]
 
 
-def _values(layer: Components) -> Tensor:
+def _singular_values(layer: Components) -> Tensor:
     assert layer.E is not None
     return layer.E

@@ -1,7 +1,4 @@
-"""`transformers.Trainer` with IVON, and with AdaLoRA's rank allocation, which it does not call.
-
-What is drawn belongs to `drawing`, what is masked to `allocation`.
-"""
+"""Callbacks for `transformers.Trainer`: IVON's draws, and AdaLoRA's rank allocation."""
 
 from __future__ import annotations
 
@@ -9,9 +6,10 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import AdaLoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from laplace_lora.adaptive.allocation import (
@@ -27,7 +25,7 @@ STATE_FILE = "adalora_sensitivity.safetensors"
 
 
 class IVONCallback(TrainerCallback):
-    """Draws IVON's weights at the start of every training step and puts the mean back before it.
+    """Draws weights at the start of every training step and restores the mean before IVON's step.
 
     Give it to a `Trainer` whose optimiser is an `IVON` (``optimizers=(ivon, None)``), with
     ``max_grad_norm=0``. If training fails in between, call ``ivon.restore()``.
@@ -36,7 +34,7 @@ class IVONCallback(TrainerCallback):
     over them, not averaged, which would make the curvature too large; they are divided here.
 
     Args:
-        gradient_scale: Factor on the gradients of a step; ``None`` works it out.
+        gradient_scale: Factor of a step's gradients; ``None`` to infer it.
     """
 
     def __init__(self, gradient_scale: float | None = None) -> None:
@@ -47,7 +45,7 @@ class IVONCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find the optimiser and refuse what would bias it.
+        """Find the optimiser, and refuse settings that would bias it.
 
         Raises:
             ValueError: If gradients are clipped.
@@ -62,7 +60,7 @@ class IVONCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Draw weights for all micro-batches of a step."""
+        """Draw weights, the same for all micro-batches of a step."""
         self._substeps = 1
         if self._ivon is not None:
             self._ivon.restore()
@@ -77,7 +75,7 @@ class IVONCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put the mean back, with the gradients that belong to the draw."""
+        """Restore the mean, and collect the gradients computed at the draw."""
         if self._ivon is None:
             return
         scale = self.gradient_scale
@@ -93,7 +91,7 @@ class IVONCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the mean in place."""
+        """Make sure that the mean is in place."""
         if self._ivon is not None:
             self._ivon.restore()
 
@@ -101,11 +99,11 @@ class IVONCallback(TrainerCallback):
 class AdaLoraCallback(IVONCallback):
     """Allocates AdaLoRA's ranks while a `Trainer` trains, with IVON or any other optimiser.
 
-    Checkpoints made in the middle of the schedule can be resumed. The final ranks are in the
-    adapter's configuration after training, as PEFT wants them.
+    Checkpoints from the middle of the schedule can be resumed. After training the final ranks are
+    in the adapter's configuration, where PEFT expects them.
 
     Args:
-        score: Where importance comes from: a score, the name of a criterion on the posterior of
+        score: Importance of the triplets: a score, the name of a criterion on the posterior of
             the trainer's IVON, or ``"sensitivity"``.
         gradient_scale: As in `IVONCallback`.
     """
@@ -121,7 +119,7 @@ class AdaLoraCallback(IVONCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Install the score, and pick up where a checkpoint left.
+        """Install the score, and resume where a checkpoint left off.
 
         Raises:
             TypeError: If the model is not an AdaLoRA model in training.
@@ -131,44 +129,44 @@ class AdaLoraCallback(IVONCallback):
         super().on_train_begin(args, state, control, **kwargs)
         model = kwargs["model"]
         adapter, config = trained_adapter(model)
-        last = config.total_step - config.tfinal
-        if last >= state.max_steps:
+        final_step = config.total_step - config.tfinal
+        if final_step >= state.max_steps:
             raise ValueError(
-                f"the ranks become final at step {last} (total_step={config.total_step}, "
+                f"the ranks become final at step {final_step} (total_step={config.total_step}, "
                 f"tfinal={config.tfinal}), but training ends after {state.max_steps} steps; set "
                 f"total_step to {state.max_steps}"
             )
         score = self._resolved(kwargs.get("optimizer"))
         self._allocator = set_importance_score(model, score)
         self._final = config.rank_pattern = None
-        if state.global_step > last:
+        if state.global_step > final_step:
             self._final = _pattern_from_zeros(model, adapter, config)
         elif state.global_step and isinstance(score, SensitivityScore):
             path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
             if not path.exists():
                 raise ValueError(f"cannot resume: {path} with the sensitivities is missing")
-            _load_sensitivity(score, _named(model, adapter), path)
+            _load_sensitivity(score, _named_parameters(model, adapter), path)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Observe the step and mask if it is time to; PEFT's steps count from zero."""
+        """Observe the step, and mask if one is due; PEFT counts steps from zero."""
         tuner, config = kwargs["model"].base_model, trained_adapter(kwargs["model"])[1]
         config.rank_pattern = self._final
         tuner.update_and_allocate(state.global_step)
-        # PEFT would save an adapter with a pattern shrunk, and training cannot go on from that.
+        # With a pattern PEFT would save a shrunken adapter, from which training cannot continue.
         self._final, config.rank_pattern = config.rank_pattern, None
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Save running sensitivities beside a checkpoint; a posterior is the optimiser's state."""
+        """Save running sensitivities with a checkpoint; a posterior is the optimiser's state."""
         score = None if self._allocator is None else self._allocator.score
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if isinstance(score, SensitivityScore) and score.averages and folder.is_dir():
             model = kwargs["model"]
             tensors: dict[str, Tensor] = {}
-            for name, p in _named(model, trained_adapter(model)[0]).items():
+            for name, p in _named_parameters(model, trained_adapter(model)[0]).items():
                 mean, deviation = score.averages[p]
                 tensors |= {f"{name}.mean": mean, f"{name}.deviation": deviation}
             save_file(tensors, folder / STATE_FILE)
@@ -180,7 +178,7 @@ class AdaLoraCallback(IVONCallback):
         super().on_train_end(args, state, control, **kwargs)
         trained_adapter(kwargs["model"])[1].rank_pattern = self._final
 
-    def _resolved(self, optimizer: Any) -> ImportanceScore:
+    def _resolved(self, optimizer: Optimizer | None) -> ImportanceScore:
         if not isinstance(self.score, str):
             return self.score
         if self.score == "sensitivity":
@@ -197,23 +195,23 @@ class AdaLoraCallback(IVONCallback):
 def sums_gradients(model: nn.Module) -> bool:
     """Return whether `Trainer` sums a model's gradients over accumulation steps.
 
-    It trusts every model that takes loss arguments to divide by the number of items; transformers'
-    sequence classifiers take the number and ignore it.
+    It relies on every model that takes loss arguments to divide by the number of items;
+    transformers' sequence classifiers take the number and ignore it.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     if not type(base).__name__.endswith("ForSequenceClassification"):
         return False
     keywords = inspect.signature(base.forward).parameters.values()
-    takes = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in keywords)
-    return bool(getattr(base, "accepts_loss_kwargs", takes))
+    has_kwargs = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in keywords)
+    return bool(getattr(base, "accepts_loss_kwargs", has_kwargs))
 
 
-def _ivon_of(optimizer: Any) -> IVON | None:
+def _ivon_of(optimizer: Optimizer | None) -> IVON | None:
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps optimisers
     return inner if isinstance(inner, IVON) else None
 
 
-def _named(model: Any, adapter: str) -> dict[str, nn.Parameter]:
+def _named_parameters(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:
     layers = adalora_components(model.base_model.model, adapter)
     return {
         f"{c.name}.{part}": p for c in layers for part, p in zip("ABE", c.parameters, strict=True)
@@ -230,8 +228,10 @@ def _load_sensitivity(
     }
 
 
-def _pattern_from_zeros(model: Any, adapter: str, config: Any) -> dict[str, list[bool]]:
-    """Return the final mask of a checkpoint: what it pruned is exactly zero."""
+def _pattern_from_zeros(
+    model: PeftModel, adapter: str, config: AdaLoraConfig
+) -> dict[str, list[bool]]:
+    """Return the final mask of a checkpoint: pruned singular values are exactly zero."""
     layers = adalora_components(model.base_model.model, adapter)
     pattern = {
         f"{layer.name}.lora_E.{adapter}": (layer.parameters[-1] != 0).view(-1).tolist()

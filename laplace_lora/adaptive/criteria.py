@@ -1,8 +1,7 @@
-"""How much a weight matters, from its posterior mean and standard deviation.
+"""Importance of single weights as functions of their posterior mean and standard deviation.
 
-Elementwise functions of ``θ ~ N(μ, σ²)``, and their names. Where mean and deviation come from, and
-how the scores of a triplet's elements are combined, belongs to `importance`. Source: Chen and
-Garner (2024), *A Bayesian Interpretation of Adaptive Low-Rank Adaptation*, arXiv:2409.10673.
+Source: Chen and Garner (2024), *A Bayesian Interpretation of Adaptive Low-Rank Adaptation*,
+arXiv:2409.10673.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ class Criterion:
     """A score of single weights.
 
     Attributes:
-        name: What it is called.
+        name: Name of the criterion.
         function: From mean and standard deviation to scores, elementwise.
-        values_only: Judge a triplet by its singular value alone.
+        values_only: Score a triplet by its singular value alone.
     """
 
     name: str
@@ -36,8 +35,8 @@ def snr_magnitude(mean: Tensor, std: Tensor) -> Tensor:
     """Return the signal-to-noise ratio of ``|θ|``: ``M/√(σ² + μ² − M²)`` with ``M = E|θ|``.
 
     In terms of ``t = |μ|/σ`` and ``d = M/σ − t = √(2/π) e^{−t²/2} − t erfc(t/√2)`` it is ``(t +
-    d)/√(1 − d(2t + d))``, which loses nothing for large ``t``; the textbook form breaks in float32
-    above ``t ≈ 4·10³``. It is 1.3236 at ``t = 0``.
+    d)/√(1 − d(2t + d))``, which stays accurate for large ``t``; the textbook form breaks down in
+    float32 above ``t ≈ 4·10³``. The value at ``t = 0`` is 1.3236.
     """
     t = mean.abs() / std
     d = math.sqrt(2 / math.pi) * torch.exp(-t.square() / 2) - t * torch.erfc(t / math.sqrt(2))
@@ -60,7 +59,7 @@ def precision_root(mean: Tensor, std: Tensor) -> Tensor:
 
 
 def pruning_cost(mean: Tensor, std: Tensor) -> Tensor:
-    """Return ``½ (μ/σ)²``: how much log density, in nats, setting the weight to zero costs."""
+    """Return ``½ (μ/σ)²``, the log density in nats lost by setting the weight to zero."""
     return 0.5 * (mean / std).square()
 
 
@@ -80,7 +79,10 @@ ALIASES = {  # names in the paper's repository
 
 
 def criterion_of(criterion: str | Function | Criterion) -> Criterion:
-    """Return a criterion by name or alias, or around a function of one's own.
+    """Return a criterion by name or alias, or one made from a function.
+
+    Args:
+        criterion: A name or alias, a function ``(mean, std) -> score``, or a criterion.
 
     Raises:
         ValueError: If no criterion has that name.

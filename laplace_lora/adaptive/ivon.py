@@ -1,9 +1,7 @@
 """IVON: a variational optimiser whose state is a diagonal Gaussian posterior.
 
 Written from Shen et al. (2024), *Variational Learning is Effective for Large Deep Networks*,
-arXiv:2402.17641, Algorithm 1: its arguments, its step and its state. Its posterior goes to
-`DiagLoraLaplace` through `IVON.to_laplace`. Drawing weights and how wide the posterior is belong to
-`drawing`, importance scores to `importance`, the loop of `transformers.Trainer` to `callback`.
+arXiv:2402.17641, Algorithm 1: its arguments, its step and its state.
 """
 
 from __future__ import annotations
@@ -15,17 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from laplace_lora.adaptive.to_laplace import diagonal_laplace
-from laplace_lora.adaptive.weight_posterior import DrawnWeights
+from laplace_lora.adaptive.to_laplace import to_diagonal_laplace
+from laplace_lora.adaptive.weight_posterior import CollectedGradients, WeightPosterior
 from laplace_lora.posteriors.factored import DiagLoraLaplace
 
 
-class IVON(DrawnWeights):
+class IVON(WeightPosterior):
     """Improved Variational Online Newton, for any parameters.
 
-    The posterior of a weight is ``N(m, 1/(ess (h + weight_decay)))`` with its mean ``m`` the
-    parameter itself and ``h`` an estimate of the mean loss's curvature. Draw weights, differentiate
-    the *mean* loss there, step::
+    The posterior of a weight is ``N(m, 1/(ess (h + weight_decay)))``: the mean ``m`` is the
+    parameter itself, ``h`` an estimate of the mean loss's curvature. Draw weights, differentiate
+    the *mean* loss there, then step::
 
         for batch in loader:
             with optimizer.sampled_params(train=True):
@@ -34,16 +32,16 @@ class IVON(DrawnWeights):
             optimizer.step()
 
     Several draws before a step are averaged. Means of half-precision parameters are kept in
-    float32 beside them; they would not move otherwise. Do not clip gradients, which biases the
-    curvature: ``clip_radius`` bounds the steps instead.
+    float32 beside them, or small steps would be rounded away. Do not clip gradients, which biases
+    the curvature: ``clip_radius`` bounds the steps instead.
 
     Args:
         params: Parameters or groups.
         lr: Step size ``α``.
         ess: Effective sample size ``λ``: the number of training examples.
-        hess_init: Start ``h₀ > 0`` of the curvature.
-        betas: Smoothing of gradient and curvature. A curvature smoothed less forgets its start
-            sooner; see `curvature_change`.
+        hess_init: Initial value ``h₀ > 0`` of the curvature.
+        betas: Smoothing of gradient and curvature. A smaller second value lets the curvature
+            forget its initial value sooner; see `curvature_change`.
         weight_decay: Prior precision ``δ > 0`` over ``ess``.
         clip_radius: Bound ``ξ`` on each weight's step, before ``lr``.
         rescale_lr: Multiply the step size by ``h₀ + δ``.
@@ -82,7 +80,7 @@ class IVON(DrawnWeights):
         """Move mean and curvature by the collected gradients.
 
         Args:
-            closure: Computes the loss and its gradients; run at drawn weights.
+            closure: Computes the loss and its gradients; called at drawn weights.
 
         Returns:
             What the closure returned.
@@ -95,22 +93,22 @@ class IVON(DrawnWeights):
             with torch.enable_grad(), self.sampled_params(train=True):
                 loss = closure()
         self.restore()
-        if not self._sums:
+        if not self.collected:
             raise RuntimeError(
                 "no gradient was computed at drawn weights; run forward and backward inside "
                 "`with optimizer.sampled_params(train=True):`"
             )
-        for group, p in self._parameters():
-            if p in self._sums:
-                self._update(group, p, *self._sums.pop(p))
-        self._sums = {}
+        for group, p in self.trainable():
+            if p in self.collected:
+                self._update(group, p, self.collected.pop(p))
+        self.collected = {}
         return loss
 
     def to_laplace(
         self,
         model: nn.Module,
         likelihood: str,
-        train_loader: DataLoader | None = None,
+        train_loader: DataLoader[Any] | None = None,
         **kwargs: Any,
     ) -> DiagLoraLaplace:
         """Return the posterior as a `DiagLoraLaplace`: curvature ``ess·h``, prior ``ess·δ``.
@@ -119,35 +117,37 @@ class IVON(DrawnWeights):
             model: The trained model, see `DiagLoraLaplace`.
             likelihood: ``"classification"`` or ``"regression"``.
             train_loader: Training data with labels, for the log evidence; without it the evidence
-                is not a number.
+                is NaN.
             **kwargs: Arguments of `DiagLoraLaplace`.
 
         Raises:
             ValueError: If the optimiser does not hold one of the model's trainable tensors.
         """
         self.restore()
-        groups = {p: group for group, p in self._parameters()}
+        groups = {p: group for group, p in self.trainable()}
         curvatures = {
-            p: group["ess"] * self._initialised(group, p)["hessian"] for p, group in groups.items()
+            p: group["ess"] * self.weight_state(group, p)["hessian"] for p, group in groups.items()
         }
         precisions = {p: group["ess"] * group["weight_decay"] for p, group in groups.items()}
         n_data = self.param_groups[0]["ess"]
-        return diagonal_laplace(
+        return to_diagonal_laplace(
             model, likelihood, curvatures, precisions, n_data, train_loader, **kwargs
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the optimiser's state, with that of its generator."""
-        extra = {} if self.generator is None else {"generator": self.generator.get_state()}
-        return {**super().state_dict(), **extra}
+        """Return the optimiser's state, including its generator's."""
+        state = super().state_dict()
+        return (
+            state if self.generator is None else {**state, "generator": self.generator.get_state()}
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state; numbers keep their format, whatever the parameters' is."""
+        """Load a state; its tensors keep their dtype, whatever the parameters' dtype."""
         self.restore()
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "generator"})
-        order = [i for group in state_dict["param_groups"] for i in group["params"]]
-        mine = [p for group in self.param_groups for p in group["params"]]
-        for index, p in zip(order, mine, strict=True):
+        indices = [i for group in state_dict["param_groups"] for i in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(indices, parameters, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     self.state[p][key] = value.to(p.device, copy=True)
@@ -155,14 +155,14 @@ class IVON(DrawnWeights):
             self.generator.set_state(state_dict["generator"].cpu())
 
     def _update(
-        self, group: dict[str, Any], p: nn.Parameter, grads: Tensor, products: Tensor, count: int
+        self, group: dict[str, Any], p: nn.Parameter, collected: CollectedGradients
     ) -> None:
         state, decay = self.state[p], group["weight_decay"]
         beta1, beta2 = group["betas"]
         h, g = state["hessian"], state["momentum"]
-        estimate = products * (group["ess"] / count) * (h + decay)
+        estimate = collected.products * (group["ess"] / collected.draws) * (h + decay)
         state["step"] += 1
-        g.mul_(beta1).add_(grads, alpha=(1 - beta1) / count)
+        g.mul_(beta1).add_(collected.gradients, alpha=(1 - beta1) / collected.draws)
         correction = (h - estimate).square_().div_(h + decay)
         h.mul_(beta2).add_(estimate, alpha=1 - beta2).add_(correction, alpha=0.5 * (1 - beta2) ** 2)
         mean = state.get("mean", p)

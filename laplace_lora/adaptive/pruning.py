@@ -1,14 +1,12 @@
-"""Dropping rank-one components after training, and shrinking the tensors that held them.
+"""Drop rank-one components after training, and shrink the tensors that held them.
 
-Scores are `importance`'s. The function that a model computes changes only where a component that
-was not zero is dropped, in `prune_adapter`.
+Only `prune_adapter` changes the function that a model computes, by dropping components that are
+not zero.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -20,21 +18,22 @@ from torch.optim import Optimizer
 from laplace_lora.adapters.peft_state import adalora_layers, check_adapters
 from laplace_lora.adaptive.allocation import adalora_components
 from laplace_lora.adaptive.criteria import Criterion, Function
-from laplace_lora.adaptive.scores import Components, PosteriorScore, Source, best
+from laplace_lora.adaptive.scores import Components, Marginals, PosteriorScore, best
 
 COPIED = ("task_type", "modules_to_save", "lora_dropout", "bias", "fan_in_fan_out")
 
 
 def prune_adapter(
     peft_model: PeftModel,
-    posterior: Source,
+    posterior: Marginals,
     target_r: float,
     criterion: str | Function | Criterion = "snr_magnitude",
 ) -> dict[str, int]:
     """Keep the most important components of a trained adapter, and shrink its tensors.
 
-    Each layer keeps as many as are among the best of all layers; those that keep none lose their
-    adapter. The posterior is that of the unpruned adapter: fit a new one afterwards.
+    Each layer keeps those of its components that are among the best of all layers; a layer that
+    keeps none loses its adapter. The posterior is that of the unpruned adapter: fit a new one
+    afterwards.
 
     Args:
         peft_model: A trained LoRA or AdaLoRA model.
@@ -43,11 +42,11 @@ def prune_adapter(
         criterion: Name of a criterion, or a function ``(mean, std) -> score``.
 
     Returns:
-        The rank that each layer keeps, by name.
+        The remaining rank of each layer, by name.
 
     Raises:
         TypeError: If the model has neither a LoRA nor an AdaLoRA adapter.
-        ValueError: If the target is negative or above the present ranks, the posterior does not
+        ValueError: If the target is negative or above the current ranks, the posterior does not
             cover the adapter, or the adapter has a bias or DoRA magnitudes.
         FloatingPointError: If a score is not finite; names the layer.
         RuntimeError: If an adapter is merged or disabled, or several are active.
@@ -64,7 +63,7 @@ def prune_adapter(
     if layers[0].E is None:
         for layer, keep in zip(layers, kept, strict=True):
             _shrink_lora(peft_model, layer.name, adapter, keep)
-        _describe(peft_model, adapter, ranks)
+        _update_config(peft_model, adapter, ranks)
         return ranks
     with torch.no_grad():
         for layer, keep in zip(layers, kept, strict=True):
@@ -78,21 +77,20 @@ def remove_pruned_triplets(
 ) -> dict[str, int]:
     """Shrink an AdaLoRA adapter to the triplets whose singular value is not zero.
 
-    The function computed stays the same, and so do the parameter objects: an optimiser goes on
-    with shorter tensors. Call it once the ranks are final. Saved adapters stay ordinary ones.
+    The model computes the same function and keeps its parameter objects, so an optimiser continues
+    with shorter tensors. Call this once the ranks are final. Saved adapters stay ordinary ones.
 
     Args:
         peft_model: An AdaLoRA model after its last mask.
-        optimizer: Its optimiser, whose state is shrunk alike.
+        optimizer: Its optimiser, whose state is shrunk as well.
 
     Returns:
-        The rank that each layer keeps, by name.
+        The remaining rank of each layer, by name.
 
     Raises:
         TypeError: If the model has no AdaLoRA adapter.
     """
-    found = adalora_layers(peft_model)
-    if not found:
+    if not adalora_layers(peft_model):
         raise TypeError("the model has no AdaLoRA adapter")
     adapter = next(iter(peft_model.active_adapters))
     config = peft_model.peft_config[adapter]
@@ -102,9 +100,9 @@ def remove_pruned_triplets(
         keep = (layer.parameters[-1] != 0).view(-1)
         name = f"{layer.name}.lora_E"
         old = pattern.pop(f"{name}.{adapter}", pattern.pop(name, [True] * len(keep)))
-        if len(old) != len(keep):  # shrunk before: the pattern speaks of the original triplets
-            still = iter(keep.tolist())
-            pattern[f"{name}.{adapter}"] = [was and next(still) for was in old]
+        if len(old) != len(keep):  # shrunk before: the pattern describes the original triplets
+            remaining = iter(keep.tolist())
+            pattern[f"{name}.{adapter}"] = [was_kept and next(remaining) for was_kept in old]
         else:
             pattern[f"{name}.{adapter}"] = keep.tolist()
         _shrink(layer.A, keep, 0, optimizer)
@@ -112,7 +110,7 @@ def remove_pruned_triplets(
         _shrink(layer.B, keep, 1, optimizer)
         ranks[layer.name] = int(keep.sum())
         module = peft_model.base_model.model.get_submodule(layer.name)
-        module.r[adapter] = ranks[layer.name]  # scaling and ranknum stay: so does the function
+        module.r[adapter] = ranks[layer.name]  # scaling and ranknum stay, and so the function
     config.rank_pattern = pattern
     return ranks
 
@@ -120,8 +118,8 @@ def remove_pruned_triplets(
 def adalora_to_lora(peft_model: PeftModel) -> PeftModel:
     """Return an ordinary LoRA model that computes the same function.
 
-    ``lora_A`` becomes ``E ∘ A``. The given model is taken apart: its layers and its trained heads
-    are the new one's. Layers whose triplets are all pruned get no adapter.
+    ``lora_A`` becomes ``E ∘ A``. The given model is taken apart: the new one takes over its layers
+    and its trained heads. Layers whose triplets are all pruned get no adapter.
 
     Args:
         peft_model: An AdaLoRA model.
@@ -131,7 +129,7 @@ def adalora_to_lora(peft_model: PeftModel) -> PeftModel:
 
     Raises:
         TypeError: If the model has no AdaLoRA adapter.
-        ValueError: If it has other adapters as well, or nothing of it is left.
+        ValueError: If the model has other adapters as well, or all triplets are pruned.
         RuntimeError: If the adapter is merged or disabled.
     """
     check_adapters(peft_model)
@@ -146,7 +144,7 @@ def adalora_to_lora(peft_model: PeftModel) -> PeftModel:
         E = layer.parameters[-1].detach()
         keep = (E != 0).view(-1)
         if bool(keep.any()):
-            module: Any = peft_model.base_model.model.get_submodule(layer.name)
+            module: AdaLoraLayer = peft_model.base_model.model.get_submodule(layer.name)
             scale = float(module.scaling[adapter] / (module.ranknum[adapter] + 1e-5))
             A, B = layer.A.detach(), layer.B.detach()
             tensors[layer.name] = ((A * E)[keep].clone(), B[:, keep].clone(), scale)
@@ -169,8 +167,8 @@ def adalora_to_lora(peft_model: PeftModel) -> PeftModel:
     with torch.no_grad():
         for name, (A, B, _) in tensors.items():
             layer = base.get_submodule(name)
-            for part, value in ((layer.lora_A, A), (layer.lora_B, B)):
-                part[adapter].to(value.dtype).weight.copy_(value)
+            for matrices, value in ((layer.lora_A, A), (layer.lora_B, B)):
+                matrices[adapter].to(value.dtype).weight.copy_(value)
     return lora
 
 
@@ -192,7 +190,7 @@ def _lora_components(peft_model: PeftModel, adapter: str) -> list[Components]:
 
 
 def _shrink(p: nn.Parameter, keep: Tensor, dim: int, optimizer: Optimizer | None = None) -> None:
-    """Keep some rows or columns of a parameter, and of what an optimiser remembers of it."""
+    """Keep some rows or columns of a parameter, its gradient, and an optimiser's state of it."""
     index = keep.nonzero().view(-1).to(p.device)
     shape = p.shape
     p.data = p.data.index_select(dim, index).clone()
@@ -207,30 +205,32 @@ def _shrink(p: nn.Parameter, keep: Tensor, dim: int, optimizer: Optimizer | None
 
 def _shrink_lora(peft_model: PeftModel, name: str, adapter: str, keep: Tensor) -> None:
     model = peft_model.base_model.model
-    module: Any = model.get_submodule(name)
+    module: LoraLayer = model.get_submodule(name)
     rank = int(keep.sum())
-    if rank == 0:  # PEFT knows no LoRA of rank zero
+    if rank == 0:  # PEFT has no LoRA of rank zero
         model.set_submodule(name, module.get_base_layer())
         return
     _shrink(module.lora_A[adapter].weight, keep, 0)
     _shrink(module.lora_B[adapter].weight, keep, 1)
     module.lora_A[adapter].out_features = module.lora_B[adapter].in_features = rank
-    of: Callable[[float], float] = math.sqrt if module.use_rslora.get(adapter) else float
-    module.r[adapter], module.lora_alpha[adapter] = rank, module.scaling[adapter] * of(rank)
+    divisor = math.sqrt(rank) if module.use_rslora.get(adapter) else float(rank)
+    module.r[adapter], module.lora_alpha[adapter] = rank, module.scaling[adapter] * divisor
 
 
-def _describe(peft_model: PeftModel, adapter: str, ranks: dict[str, int]) -> None:
-    """Let the configuration say what the shrunken layers are, so that a saved adapter loads."""
+def _update_config(peft_model: PeftModel, adapter: str, ranks: dict[str, int]) -> None:
+    """Describe the shrunken layers in the configuration, so that a saved adapter loads."""
     config, model = peft_model.peft_config[adapter], peft_model.base_model.model
-    left: dict[str, Any] = {name: model.get_submodule(name) for name, r in ranks.items() if r}
-    config.target_modules = set(left)
+    layers: dict[str, LoraLayer] = {
+        name: model.get_submodule(name) for name, rank in ranks.items() if rank
+    }
+    config.target_modules = set(layers)
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    config.rank_pattern = {name: module.r[adapter] for name, module in left.items()}
-    config.alpha_pattern = {name: module.lora_alpha[adapter] for name, module in left.items()}
+    config.rank_pattern = {name: layer.r[adapter] for name, layer in layers.items()}
+    config.alpha_pattern = {name: layer.lora_alpha[adapter] for name, layer in layers.items()}
 
 
 def _trained_modules(peft_model: PeftModel, adapter: str) -> dict[str, nn.Module]:
-    """Return the copies of modules that PEFT trained whole, by their place in the base model."""
+    """Return the modules that PEFT copied and trained in full, by their name in the base model."""
     return {
         name: module.modules_to_save[adapter]
         for name, module in peft_model.base_model.model.named_modules()

@@ -1,14 +1,13 @@
 """Importance scores of rank-one components: AdaLoRA's sensitivity, or a posterior's criterion.
 
-A component is AdaLoRA's triplet ``(A_i, E_i, B_i)``, or a pair ``(A_i, B_i)`` of plain LoRA. What
-is done with the scores belongs to `allocation` and `pruning`.
+A component is AdaLoRA's triplet ``(A_i, E_i, B_i)``, or a pair ``(A_i, B_i)`` of plain LoRA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +33,11 @@ class Components:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The tensors there are, ``E`` last."""
+        """The layer's tensors, ``E`` last."""
         return [self.A, self.B] if self.E is None else [self.A, self.B, self.E]
 
 
-class Source(Protocol):
+class Marginals(Protocol):
     """A posterior with independent Gaussian marginals: `IVON`, or a fitted Laplace posterior."""
 
     def marginals(self) -> Mapping[nn.Parameter, tuple[Tensor, Tensor]]:
@@ -47,10 +46,10 @@ class Source(Protocol):
 
 
 class ImportanceScore(Protocol):
-    """What an allocator asks for."""
+    """The importance of components, as an allocator uses it."""
 
     def observe(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Take notice of a training step, while its gradients are there."""
+        """Take a training step into account, before its gradients are zeroed."""
         ...
 
     def scores(self, components: list[Components]) -> list[Tensor]:
@@ -63,10 +62,10 @@ class ImportanceScore(Protocol):
 
 
 class SensitivityScore:
-    """AdaLoRA's own score: smoothed sensitivity times its smoothed fluctuation.
+    """AdaLoRA's original score: smoothed sensitivity times its smoothed fluctuation.
 
     ``I = |θ g|``, ``Ī ← β₁ Ī + (1 − β₁) I``, ``Ū ← β₂ Ū + (1 − β₂) |I − Ī|``, score ``Ī Ū``; two
-    running tensors a weight. Source: Zhang et al. (2023), *AdaLoRA*, arXiv:2303.10512.
+    running averages per weight. Source: Zhang et al. (2023), *AdaLoRA*, arXiv:2303.10512.
 
     Args:
         beta1: Smoothing of the sensitivity.
@@ -84,7 +83,7 @@ class SensitivityScore:
 
     @torch.no_grad()
     def observe(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Smooth the step's sensitivities; weights without a gradient keep theirs."""
+        """Update the averages; those of weights without a gradient stay as they are."""
         for p in parameters:
             if p not in self.averages:
                 self.averages[p] = (torch.zeros_like(p), torch.zeros_like(p))
@@ -109,7 +108,7 @@ class SensitivityScore:
             mean, deviation = self.averages[p]
             return mean * deviation
 
-        return [_combined(c, elements, values_only=False) for c in components]
+        return [_component_scores(c, elements, values_only=False) for c in components]
 
     def reset(self) -> None:
         """Forget the averages."""
@@ -117,7 +116,7 @@ class SensitivityScore:
 
 
 class PosteriorScore:
-    """Scores from a posterior's marginals; no running averages, computed when asked for.
+    """Scores computed on demand from a posterior's marginals, without running averages.
 
     Args:
         source: An `IVON` optimiser, a `DiagLoraLaplace` or a `KronLoraLaplace`.
@@ -129,7 +128,7 @@ class PosteriorScore:
     """
 
     def __init__(
-        self, source: Source, criterion: str | Function | Criterion = "snr_magnitude"
+        self, source: Marginals, criterion: str | Function | Criterion = "snr_magnitude"
     ) -> None:
         if not hasattr(source, "marginals"):
             raise TypeError(
@@ -140,7 +139,7 @@ class PosteriorScore:
         self.criterion = criterion_of(criterion)
 
     def observe(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Nothing: the posterior is up to date by itself."""
+        """Do nothing: the posterior is up to date already."""
 
     def scores(self, components: list[Components]) -> list[Tensor]:
         """Return the score of each component of each layer, ``(r,)``.
@@ -160,17 +159,19 @@ class PosteriorScore:
             mean, std = (value.to(wide) for value in marginals[p])
             return self.criterion.function(mean.view_as(p), std.view_as(p))
 
-        return [_combined(c, elements, self.criterion.values_only) for c in components]
+        return [_component_scores(c, elements, self.criterion.values_only) for c in components]
 
     def reset(self) -> None:
-        """Nothing to forget."""
+        """Do nothing: there are no averages."""
 
 
-def _combined(layer: Components, elements: Any, values_only: bool) -> Tensor:
+def _component_scores(
+    layer: Components, elements: Callable[[nn.Parameter], Tensor], values_only: bool
+) -> Tensor:
     """Return ``s(E_i) + mean_j s(A_ij) + mean_k s(B_ki)``, ``(r,)``.
 
-    A criterion of the singular value alone has none in plain LoRA, where a component goes as soon
-    as one of its vectors is zero; the cheaper one counts.
+    A criterion of the singular value alone has none to score in plain LoRA. There a component
+    vanishes as soon as either of its vectors is zero, so the cheaper one counts.
     """
     if values_only and layer.E is not None:
         return elements(layer.E).view(-1)
@@ -184,12 +185,12 @@ def _combined(layer: Components, elements: Any, values_only: bool) -> Tensor:
 def best(components: list[Components], scores: list[Tensor], budget: int) -> list[Tensor]:
     """Return which components of each layer are among the ``budget`` best of all layers.
 
-    Exactly as many are kept; between equals the earlier wins.
+    Exactly ``budget`` components are kept; of two equal scores the earlier wins.
 
     Args:
         components: The layers.
-        scores: Score of each component, ``(r,)`` a layer.
-        budget: How many to keep, over all layers.
+        scores: Score of each component, ``(r,)`` for each layer.
+        budget: How many to keep in all.
 
     Returns:
         Booleans ``(r,)`` for each layer.

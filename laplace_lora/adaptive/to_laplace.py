@@ -1,7 +1,4 @@
-"""From a diagonal posterior by parameter to a `DiagLoraLaplace`.
-
-Where the posterior comes from belongs to `ivon`.
-"""
+"""From a diagonal posterior by parameter to a `DiagLoraLaplace`."""
 
 from __future__ import annotations
 
@@ -15,13 +12,13 @@ from torch.utils.data import DataLoader
 from laplace_lora.posteriors.factored import DiagLoraLaplace
 
 
-def diagonal_laplace(
+def to_diagonal_laplace(
     model: nn.Module,
     likelihood: str,
     curvatures: Mapping[nn.Parameter, Tensor],
     precisions: Mapping[nn.Parameter, float],
     n_data: float,
-    train_loader: DataLoader | None,
+    train_loader: DataLoader[Any] | None,
     **kwargs: Any,
 ) -> DiagLoraLaplace:
     """Return a `DiagLoraLaplace` with a given curvature and prior, at the model's weights.
@@ -36,7 +33,7 @@ def diagonal_laplace(
         **kwargs: Arguments of `DiagLoraLaplace`.
 
     Raises:
-        ValueError: If the curvature of one of the model's trainable tensors is not given.
+        ValueError: If the curvature of one of the model's trainable tensors is missing.
     """
     la = DiagLoraLaplace(model, likelihood, **kwargs)
     for name, p in zip(la.block_names, la.params, strict=True):

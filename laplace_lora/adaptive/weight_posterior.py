@@ -1,7 +1,6 @@
-"""`DrawnWeights`: the diagonal Gaussian posterior that an optimiser's state is.
+"""`WeightPosterior`: the diagonal Gaussian posterior represented by IVON's state.
 
-Drawing weights, noting the gradients found there, and the posterior's widths. How mean and
-curvature move belongs to `ivon`.
+Draws weights, collects the gradients computed there, and reports the posterior's widths.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,27 +16,43 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-UNINFORMED = 0.05  # relative change of all curvatures below which widths say nothing yet
+UNINFORMED = 0.05  # relative change of all curvatures below which widths carry no information yet
 
 
-class DrawnWeights(Optimizer):
-    """The half of `IVON` that is a posterior, ``N(m, 1/(ess (h + weight_decay)))``.
+@dataclass
+class CollectedGradients:
+    """Sums over the draws since the last step, for one parameter.
+
+    Attributes:
+        gradients: Sum of the gradients.
+        products: Sum of the gradients times the perturbations at which they were computed.
+        draws: Number of draws.
+    """
+
+    gradients: Tensor
+    products: Tensor
+    draws: int = 0
+
+
+class WeightPosterior(Optimizer):
+    """The posterior ``N(m, 1/(ess (h + weight_decay)))`` of an optimiser with IVON's state.
 
     Attributes:
         generator: Source of the draws, on the parameters' device.
+        collected: What was collected since the last step, by parameter.
     """
 
     generator: torch.Generator | None
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
-        self._drawn: list[tuple[nn.Parameter, Tensor]] | None = None
-        self._sums: dict[nn.Parameter, list[Any]] = {}
+        self.collected: dict[nn.Parameter, CollectedGradients] = {}
+        self._means: list[tuple[nn.Parameter, Tensor]] | None = None  # while a draw is in place
         self._warned = False
 
     @contextmanager
     def sampled_params(self, train: bool = False) -> Iterator[None]:
-        """Give the model weights drawn from the posterior; the mean comes back to the bit.
+        """Temporarily replace the weights by a draw from the posterior; the mean returns exactly.
 
         Args:
             train: Collect the gradients computed inside for the next step.
@@ -59,41 +75,46 @@ class DrawnWeights(Optimizer):
         Raises:
             RuntimeError: If a draw is already in place.
         """
-        if self._drawn is not None:
+        if self._means is not None:
             raise RuntimeError("weights are drawn already; restore() the mean first")
-        drawn = []
-        for group, p in self._parameters():
-            state = self._initialised(group, p)
-            drawn.append((p, p.detach().clone()))
+        means = []
+        for group, p in self.trainable():
+            state = self.weight_state(group, p)
+            means.append((p, p.detach().clone()))
             mean = state.get("mean", p)
             noise = torch.randn(
                 p.shape, dtype=mean.dtype, device=p.device, generator=self.generator
             )
-            p.copy_(mean + noise * self._std(group, state))
-        self._drawn = drawn
+            p.copy_(mean + noise * _std(group, state))
+        self._means = means
 
     @torch.no_grad()
     def restore(self, collect: bool = False) -> None:
         """Put the mean back; does nothing if no draw is in place.
 
         Args:
-            collect: Keep the gradients there are, with the perturbation that they belong to.
+            collect: Collect the current gradients, with the perturbation they were computed at.
         """
-        drawn, self._drawn = self._drawn or [], None
-        for p, mean in drawn:
+        means, self._means = self._means or [], None
+        for p, mean in means:
             if collect and p.grad is not None:
                 state = self.state[p]
                 grad = p.grad.to(state["hessian"].dtype)
-                shift = p.to(grad.dtype) - state.get("mean", mean)
-                sums = self._sums.setdefault(p, [0.0, 0.0, 0])
-                sums[0], sums[1], sums[2] = sums[0] + grad, sums[1] + grad * shift, sums[2] + 1
+                perturbation = p.to(grad.dtype) - state.get("mean", mean)
+                if p not in self.collected:
+                    zeros = torch.zeros_like(grad)
+                    self.collected[p] = CollectedGradients(zeros, zeros)
+                sums = self.collected[p]
+                sums.gradients = sums.gradients + grad
+                sums.products = sums.products + grad * perturbation
+                sums.draws += 1
             p.copy_(mean)
 
     def marginals(self) -> dict[nn.Parameter, tuple[Tensor, Tensor]]:
         """Return mean and standard deviation of every weight, by parameter.
 
         Warns once while no curvature has moved by more than 5 % from its start: the widths are
-        then the start's, and a signal-to-noise ratio is little more than a magnitude.
+        then those of the start, and a signal-to-noise ratio is little more than a magnitude.
         """
         change = self.curvature_change()
         near = float(change[0]) >= 1 - UNINFORMED and float(change[-1]) <= 1 + UNINFORMED
@@ -106,40 +127,53 @@ class DrawnWeights(Optimizer):
                 stacklevel=2,
             )
         result = {}
-        for group, p in self._parameters():
-            state = self._initialised(group, p)
-            mean = state.get("mean", p).detach().clone()
-            result[p] = (mean, self._std(group, state))
+        for group, p in self.trainable():
+            state = self.weight_state(group, p)
+            mean: Tensor = state.get("mean", p)
+            result[p] = (mean.detach().clone(), _std(group, state))
         return result
 
     def curvature_change(self) -> Tensor:
         """Return quantiles of ``h/h₀`` over all weights, at 0, 5, 25, 50, 75, 95 and 100 %."""
         parts = []
-        for group, p in self._parameters():
-            state = self._initialised(group, p)
+        for group, p in self.trainable():
+            state = self.weight_state(group, p)
             parts.append((state["hessian"] / group["hess_init"]).flatten().float().cpu())
         values = torch.cat(parts).sort().values
         at = torch.tensor(QUANTILES) * (len(values) - 1)
         return values[at.round().long()]
 
-    def _parameters(self) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
+    def trainable(self) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
+        """Yield every parameter that is trained, with its group."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.requires_grad:
                     yield group, p
 
-    def _initialised(self, group: dict[str, Any], p: nn.Parameter) -> dict[str, Any]:
-        state = self.state[p]
+    def weight_state(self, group: dict[str, Any], p: nn.Parameter) -> dict[str, Any]:
+        """Return a parameter's state, created if there is none yet.
+
+        Args:
+            group: The parameter's group.
+            p: The parameter.
+
+        Returns:
+            Number of steps, ``momentum``, ``hessian``, and for half-precision parameters the
+            ``mean``, in float32 or the parameter's wider dtype.
+        """
+        state: dict[str, Any] = self.state[p]
         wide = torch.promote_types(torch.float32, p.dtype)
         if not state:
             state["step"] = 0
             state["momentum"] = torch.zeros_like(p, dtype=wide)
             state["hessian"] = torch.full_like(p, group["hess_init"], dtype=wide)
-        if p.dtype != wide and self._drawn is None:
-            kept = state.get("mean", p).to(wide)
-            # What others wrote into the parameter, a pruned zero say, counts.
-            state["mean"] = torch.where(kept.to(p.dtype) == p, kept, p.to(wide)).detach()
+        if p.dtype != wide and self._means is None:
+            mean = state.get("mean", p).to(wide)
+            # Values that were written into the parameter from outside, such as pruned zeros, count.
+            state["mean"] = torch.where(mean.to(p.dtype) == p, mean, p.to(wide)).detach()
         return state
 
-    def _std(self, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
-        return (group["ess"] * (state["hessian"] + group["weight_decay"])).rsqrt()
+
+def _std(group: dict[str, Any], state: dict[str, Any]) -> Tensor:
+    precision: Tensor = group["ess"] * (state["hessian"] + group["weight_decay"])
+    return precision.rsqrt()
