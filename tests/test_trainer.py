@@ -8,7 +8,10 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LaplaceCallback, LogitsModel
-from tiny import TARGETS, assert_near, peft_model, rows, token_batch
+from support.batches import rows, token_batch
+from support.models import PAD, TARGETS, peft_model
+from support.preferences import alone, pair_batch, pair_loader
+from support.references import assert_near
 
 
 def examples(count, seed=0, **labels):
@@ -107,3 +110,49 @@ def test_regression_gives_moments(tmp_path):
     assert mean.shape == (6, 3) and covariance.shape == (6, 3, 3)
     logged = {k for entry in trainer.state.log_history for k in entry}
     assert "laplace_log_marginal_likelihood" in logged and "eval_laplace_nll" not in logged
+
+
+class RewardTrainer(Trainer):
+    """TRL's loss, on the chosen texts and then the rejected ones."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        chosen, rejected = model(**inputs).logits.chunk(2)
+        return -F.logsigmoid(chosen - rejected).mean()
+
+
+def test_trainer_callback(tmp_path):
+    examples = [
+        {f"{half}_ids": alone(pair_batch(), half, n)[0] for half in ("chosen", "rejected")}
+        for n in range(5)
+    ]
+
+    def stacked(rows):
+        ids = [row[f"{half}_ids"] for half in ("chosen", "rejected") for row in rows]
+        ids = torch.nn.utils.rnn.pad_sequence(ids, True, PAD)
+        return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
+
+    model = peft_model("bert", num_labels=1, dtype=torch.float32)
+    arguments = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=2,
+        max_steps=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        remove_unused_columns=False,
+    )
+    trainer = RewardTrainer(
+        model, arguments, stacked, train_dataset=examples, eval_dataset=examples
+    )
+    callback = LaplaceCallback(trainer, "reward_modeling")
+    trainer.add_callback(callback)
+    trainer.train()
+    reference = KronLoraLaplace(model, "reward_modeling")
+    reference.fit(pair_loader())
+    assert callback.la.n_data == 5
+    reference.prior_precision = callback.la.prior_precision
+    p = reference(pair_batch())
+    assert_near(callback.predict(examples), p, 1e-4)
+    logged = {k: v for entry in trainer.state.log_history for k, v in entry.items()}
+    assert logged["eval_laplace_nll"] == pytest.approx(-p[:, 1].log().mean().item(), rel=1e-4)

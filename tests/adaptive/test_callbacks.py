@@ -1,0 +1,216 @@
+"""IVON and AdaLoRA inside `transformers.Trainer`."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from laplace_lora.adaptive import (
+    IVON,
+    AdaLoraCallback,
+    IVONCallback,
+    PosteriorScore,
+    SensitivityScore,
+)
+from laplace_lora.adaptive.callbacks import sums_gradients
+from support.adalora import kept, layers_of, tiny_adalora
+from support.batches import rows, token_batch
+from support.models import base_model, peft_model
+
+STEPS = 16
+
+
+def examples(count=24):
+    batch = token_batch((4,) * count)
+    return [rows(batch, n) for n in range(count)]
+
+
+def ivon_of(model, **kwargs):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    options = {"lr": 0.1, "ess": 24, "betas": (0.9, 0.9), "hess_init": 1.0, "clip_radius": 1.0}
+    return IVON(trained, **{**options, **kwargs})
+
+
+def trainer(model, folder, callbacks, optimizer=None, **kwargs):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    arguments = TrainingArguments(
+        str(folder),
+        **{
+            "per_device_train_batch_size": 4,
+            "max_steps": STEPS,
+            "max_grad_norm": 0.0,
+            "report_to": [],
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            **kwargs,
+        },
+    )
+    optimizers = (optimizer, None)
+    return Trainer(
+        model, arguments, train_dataset=examples(), callbacks=callbacks, optimizers=optimizers
+    )
+
+
+class Spy(TrainerCallback):
+    """Records gradients and weights where other callbacks have not changed them."""
+
+    def __init__(self):
+        self.grads = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("kind", ["sensitivity", "snr_magnitude", "score"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_are_allocated_during_training(kind, dtype, tmp_path):
+    model = tiny_adalora(dtype=dtype)
+    ivon = None if kind == "sensitivity" else ivon_of(model)
+    score = PosteriorScore(ivon, "snr") if kind == "score" else kind
+    trainer(
+        model,
+        tmp_path,
+        [AdaLoraCallback(score)],
+        ivon,
+        gradient_accumulation_steps=2,
+        bf16=dtype == torch.bfloat16,
+    ).train()
+    count = len(layers_of(model))
+    assert kept(model) == 2 * count
+    pattern = model.peft_config["default"].rank_pattern
+    assert sum(map(sum, pattern.values())) == 2 * count
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(base_model("bert"), tmp_path / "adapter")
+    assert sum(len(layer.A) for layer in layers_of(loaded)) == 2 * count
+
+
+def test_accumulated_gradients_are_averaged(tmp_path):
+    """transformers sums them for sequence classifiers; one large batch is the reference."""
+    collected = []
+    for batch_size, steps in ((4, 1), (1, 4)):
+        model = peft_model("bert", dtype=torch.float32)
+        ivon = ivon_of(model, generator=torch.Generator().manual_seed(0))
+        original = ivon.step
+
+        def step(*args, ivon=ivon, original=original):
+            collected.append([sums.gradients.clone() for sums in ivon.collected.values()])
+            return original(*args)
+
+        ivon.step = step
+        options = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": steps}
+        trainer(model, tmp_path, [IVONCallback()], ivon, max_steps=1, seed=0, **options).train()
+    for one, several in zip(*collected, strict=True):
+        assert torch.allclose(one, several, rtol=1e-4, atol=1e-7)
+    assert sums_gradients(peft_model("bert")) and not sums_gradients(peft_model("llama-lm"))
+
+
+def test_a_given_scale_is_used(tmp_path):
+    class Scaled(IVONCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            before = [p.grad.clone() for g in ivon.param_groups for p in g["params"]]
+            super().on_pre_optimizer_step(args, state, control, **kwargs)
+            after = [p.grad for g in ivon.param_groups for p in g["params"]]
+            assert all(torch.equal(0.5 * a, b) for a, b in zip(before, after, strict=True))
+
+    model = peft_model("bert", dtype=torch.float32)
+    ivon = ivon_of(model)
+    trainer(model, tmp_path, [Scaled(0.5)], ivon, max_steps=2).train()
+
+
+def test_gradients_are_computed_at_drawn_weights_and_the_mean_is_evaluated(tmp_path):
+    model = peft_model("bert", dtype=torch.float32)
+    ivon = ivon_of(model, lr=1e-12)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
+    seen = {"step": [], "eval": []}
+
+    class Look(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            seen["step"].append([p.detach().clone() for p in trained])
+
+        def on_step_end(self, args, state, control, **kwargs):
+            seen["eval"].append([p.detach().clone() for p in trained])
+
+    trainer(
+        model, tmp_path, [IVONCallback(), Look()], ivon, max_steps=2, gradient_accumulation_steps=2
+    ).train()
+    assert len(seen["step"]) == 2
+    for drawn in seen["step"]:
+        assert all((a - b).abs().max() > 1e-3 for a, b in zip(before, drawn, strict=True))
+    for mean in seen["eval"]:
+        assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(before, mean, strict=True))
+
+
+@pytest.mark.parametrize("at", [7, 14])
+@pytest.mark.parametrize("kind", ["sensitivity", "snr_magnitude"])
+def test_checkpoints_resume_in_mid_schedule(kind, at, tmp_path):
+    """Ranks, mean and curvature end as without the interruption; 14 lies past the final mask."""
+    results = []
+    for resumed in (False, True):
+        folder = tmp_path / str(resumed)
+        options = {"save_strategy": "steps", "save_steps": at, "seed": 3}
+
+        def fresh(folder=folder, options=options):
+            model = tiny_adalora()
+            if kind == "sensitivity":
+                trained = [p for p in model.parameters() if p.requires_grad]
+                optimizer = torch.optim.AdamW(trained, lr=1e-2)
+            else:
+                optimizer = ivon_of(model)
+            callback = AdaLoraCallback(kind)
+            return model, optimizer, trainer(model, folder, [callback], optimizer, **options)
+
+        model, optimizer, run = fresh()
+        if resumed:
+
+            class Stop(TrainerCallback):
+                def on_step_end(self, args, state, control, **kwargs):
+                    if state.global_step == at:
+                        control.should_save = control.should_training_stop = True
+
+            run.add_callback(Stop())
+            run.train()
+            model, optimizer, run = fresh()
+            run.train(resume_from_checkpoint=str(folder / f"checkpoint-{at}"))
+        else:
+            run.train()
+        pattern = model.peft_config["default"].rank_pattern
+        hessians = [s["hessian"] for s in optimizer.state.values() if "hessian" in s]
+        weights = [p.detach() for p in model.parameters() if p.requires_grad]
+        results.append((json.dumps(pattern), weights + hessians))
+    assert results[0][0] == results[1][0]
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_what_would_go_wrong_silently_is_refused(tmp_path):
+    model = tiny_adalora()
+    with pytest.raises(ValueError, match="set max_grad_norm=0"):
+        trainer(
+            model, tmp_path, [AdaLoraCallback("snr")], ivon_of(model), max_grad_norm=1.0
+        ).train()
+    with pytest.raises(ValueError, match="training ends after 5 steps"):
+        trainer(model, tmp_path, [AdaLoraCallback()], max_steps=5).train()
+    with pytest.raises(ValueError, match="the criterion 'snr' needs a posterior"):
+        trainer(model, tmp_path, [AdaLoraCallback("snr")]).train()
+    plain = peft_model("bert", dtype=torch.float32)
+    with pytest.raises(TypeError, match="expected a PeftModel with an AdaLoRA adapter"):
+        trainer(plain, tmp_path, [AdaLoraCallback()]).train()
+
+
+def test_a_missing_sensitivity_file_stops_a_resumed_run(tmp_path):
+    from laplace_lora.adaptive.callbacks import STATE_FILE
+
+    options = {"save_strategy": "steps", "save_steps": 7}
+    trainer(tiny_adalora(), tmp_path, [AdaLoraCallback(SensitivityScore())], **options).train()
+    (tmp_path / "checkpoint-7" / STATE_FILE).unlink()
+    with pytest.raises(ValueError, match="with the sensitivities is missing"):
+        trainer(tiny_adalora(), tmp_path, [AdaLoraCallback()], **options).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-7")
+        )

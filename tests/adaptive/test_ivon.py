@@ -1,0 +1,297 @@
+"""IVON: its fixed points, its posterior, and that it leaves the model as it should."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from laplace_lora import DiagLoraLaplace
+from laplace_lora.adaptive import IVON
+from support.batches import loader, token_batch
+from support.models import peft_model
+from support.references import assert_near
+
+
+def regression(n=60, d=3, noise=0.7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    X = torch.linalg.qr(X)[0] * torch.tensor([3.0, 6.0, 9.0])  # a diagonal XᵀX: mean field is exact
+    y = X @ torch.tensor([1.0, -0.5, 0.2], dtype=torch.float64)
+    return X, y + noise * torch.randn(n, generator=generator, dtype=torch.float64)
+
+
+def test_linear_regression_recovers_the_exact_posterior():
+    X, y = regression()
+    n, prior = len(X), 2.0
+    w = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(1)
+    optimizer = IVON(
+        [w],
+        lr=0.05,
+        ess=n,
+        hess_init=1.0,
+        betas=(0.9, 0.999),
+        weight_decay=prior / n,
+        clip_radius=10.0,
+        generator=generator,
+    )
+    means, curvatures = [], []
+    for step in range(12000):
+        with optimizer.sampled_params(train=True):
+            optimizer.zero_grad()
+            (0.5 * (X @ w - y).square().mean()).backward()
+        optimizer.step()
+        if step >= 4000:
+            means.append(w.detach().clone())
+            curvatures.append(optimizer.state[w]["hessian"].clone())
+    precision = X.T @ X + prior * torch.eye(3, dtype=torch.float64)
+    ridge = torch.linalg.solve(precision, X.T @ y)
+    assert_near(torch.stack(means).mean(0), ridge, 0.02)
+    found = n * torch.stack(curvatures).mean(0) + prior
+    assert_near(found, precision.diagonal(), 0.05)
+    mean, std = optimizer.marginals()[w]
+    assert torch.equal(mean, w)
+    assert_near(std, (n * optimizer.state[w]["hessian"] + prior).rsqrt())
+
+
+def test_the_equations_step_by_step():
+    """Algorithm 1, written out once for one weight and two draws."""
+    w = nn.Parameter(torch.tensor([0.5], dtype=torch.float64))
+    ess, h0, b1, b2, delta, lr, clip = 20.0, 0.3, 0.8, 0.9, 0.01, 0.2, 0.05
+    generator = torch.Generator().manual_seed(3)
+    optimizer = IVON(
+        [w],
+        lr=lr,
+        ess=ess,
+        hess_init=h0,
+        betas=(b1, b2),
+        weight_decay=delta,
+        clip_radius=clip,
+        rescale_lr=True,
+        generator=generator,
+    )
+    twin = torch.Generator().manual_seed(3)
+    m, h, g = 0.5, h0, 0.0
+    for t in range(1, 4):
+        grads, products = [], []
+        for _ in range(2):
+            noise = torch.randn(1, dtype=torch.float64, generator=twin).item()
+            shift = noise / math.sqrt(ess * (h + delta))
+            gradient = 4 * (m + shift - 1.0) ** 3
+            grads.append(gradient)
+            products.append(gradient * shift * ess * (h + delta))
+            with optimizer.sampled_params(train=True):
+                optimizer.zero_grad()
+                (w - 1.0).pow(4).sum().backward()
+        optimizer.step()
+        estimate = sum(products) / 2
+        g = b1 * g + (1 - b1) * sum(grads) / 2
+        h = b2 * h + (1 - b2) * estimate + 0.5 * (1 - b2) ** 2 * (h - estimate) ** 2 / (h + delta)
+        step = (g / (1 - b1**t) + delta * m) / (h + delta)
+        m -= lr * (h0 + delta) * max(-clip, min(clip, step))
+        assert w.item() == pytest.approx(m, rel=1e-12)
+        assert optimizer.state[w]["hessian"].item() == pytest.approx(h, rel=1e-12)
+
+
+def test_agreement_with_ivon_opt():
+    ivon = pytest.importorskip("ivon", reason="ivon-opt is compared with where it is installed")
+    X, y = (t.float() for t in regression())
+    results = []
+    for ours in (True, False):
+        torch.manual_seed(5)
+        w = nn.Parameter(torch.full((3,), 0.1))
+        common = {"lr": 0.1, "ess": 60.0, "hess_init": 0.5, "weight_decay": 1e-3}
+        if ours:
+            optimizer = IVON([w], betas=(0.9, 0.99), clip_radius=1e-2, **common)
+        else:
+            optimizer = ivon.IVON(
+                [w], beta1=0.9, beta2=0.99, clip_radius=1e-2, rescale_lr=False, **common
+            )
+        for _ in range(40):
+            with optimizer.sampled_params(train=True):
+                optimizer.zero_grad()
+                (0.5 * (X @ w - y).square().mean()).backward()
+            optimizer.step()
+        results.append(w.detach().clone())
+    assert_near(results[0], results[1], 1e-6)
+
+
+def model_and_optimizer(dtype=torch.float32, **kwargs):
+    model = peft_model("bert", dtype=dtype)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    options = {"ess": 50, "generator": torch.Generator().manual_seed(0), **kwargs}
+    return model, IVON(trained, **options)
+
+
+def loss_of(model, batch=None):
+    return model(**(batch or token_batch((4, 3, 5, 2)))).loss
+
+
+def trained(model, optimizer, steps=3):
+    torch.manual_seed(7)
+    for _ in range(steps):
+        with optimizer.sampled_params(train=True):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mean_comes_back_to_the_bit(dtype):
+    model, optimizer = model_and_optimizer(dtype)
+    before = [p.detach().clone() for p in model.parameters()]
+    with optimizer.sampled_params():
+        drawn = [p.detach().clone() for p in model.parameters()]
+    assert sum(not torch.equal(a, b) for a, b in zip(before, drawn, strict=True)) > 4
+    with pytest.raises(ZeroDivisionError), optimizer.sampled_params(train=True):
+        loss_of(model).backward()
+        raise ZeroDivisionError
+    assert all(torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True))
+    with pytest.raises(RuntimeError, match="no gradient was computed at drawn weights"):
+        optimizer.step()  # what failed was not collected
+    with (
+        optimizer.sampled_params(),
+        pytest.raises(RuntimeError, match="drawn already"),
+        optimizer.sampled_params(),
+    ):
+        pass
+    assert all(torch.equal(a, p) for a, p in zip(before, model.parameters(), strict=True))
+
+
+def test_parameters_without_gradient_are_skipped():
+    used, idle = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = IVON([used, idle], ess=10)
+    with optimizer.sampled_params(train=True):
+        used.square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(used, torch.ones(2)) and torch.equal(idle, torch.ones(2))
+    assert optimizer.state[idle]["step"] == 0
+
+
+def test_a_closure_runs_at_drawn_weights():
+    w = nn.Parameter(torch.zeros(4))
+    optimizer = IVON([w], ess=10, hess_init=0.1)
+    seen = []
+
+    def closure():
+        seen.append(w.detach().clone())
+        optimizer.zero_grad()
+        loss = (w - 1).square().sum()
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(closure)
+    assert loss.item() == pytest.approx((seen[0] - 1).square().sum().item())
+    assert (w > 0).all() and seen[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_state_resumes_exactly(dtype, tmp_path):
+    straight = trained(*model_and_optimizer(dtype), steps=6)
+    model, optimizer = model_and_optimizer(dtype)
+    trained(model, optimizer, steps=3)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    rng = torch.get_rng_state()
+    other, fresh = model_and_optimizer(dtype)
+    other.load_state_dict(model.state_dict())
+    fresh.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    torch.set_rng_state(rng)
+    for _ in range(3):
+        with fresh.sampled_params(train=True):
+            fresh.zero_grad()
+            loss_of(other).backward()
+        fresh.step()
+    for a, b in zip(straight.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert all(s["hessian"].dtype == torch.float32 for s in fresh.state.values())
+
+
+def test_half_precision_means_move_in_float32():
+    w = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    optimizer = IVON([w], ess=1e6, lr=1e-3, clip_radius=1.0, hess_init=1.0)
+    for _ in range(10):  # each step is far below the spacing of bfloat16 at one
+        with optimizer.sampled_params(train=True):
+            optimizer.zero_grad()
+            w.float().sum().backward()
+        optimizer.step()
+    assert optimizer.state[w]["mean"].max() < 0.995
+    assert torch.equal(w, optimizer.state[w]["mean"].bfloat16())
+    with torch.no_grad():
+        w[0] = 0  # as a mask does
+    assert optimizer.marginals()[w][0][0] == 0
+
+
+def test_the_posterior_goes_to_laplace():
+    model, optimizer = model_and_optimizer(
+        torch.float64, hess_init=0.05, betas=(0.9, 0.9), weight_decay=0.02
+    )
+    trained(model, optimizer, steps=5)
+    la = optimizer.to_laplace(model, "classification", loader())
+    assert type(la) is DiagLoraLaplace
+    assert la.prior_precision.item() == pytest.approx(50 * 0.02)
+    marginals = la.marginals()
+    for p, (mean, std) in optimizer.marginals().items():
+        assert torch.equal(marginals[p][0], mean)
+        assert_near(marginals[p][1], std)
+    batch = token_batch((4, 2))
+    mean, covariance = la._glm_predictive_distribution(batch)
+    model.eval()
+    jacobians, _ = la.backend.jacobians(batch)
+    variances = torch.cat([marginals[p][1].flatten() ** 2 for p in la.params])
+    assert_near(covariance, torch.einsum("ncp,p,nkp->nck", jacobians, variances, jacobians))
+    assert_near(la(batch).sum(-1), torch.ones(2, dtype=torch.float64))
+    with torch.no_grad():
+        loss = sum(
+            F.cross_entropy(la.model(b), b["labels"], reduction="sum").item() for b in loader()
+        )
+    assert la.loss == pytest.approx(loss)
+    assert la.log_marginal_likelihood().isfinite()
+    blind = optimizer.to_laplace(model, "classification")
+    assert_near(blind(batch), la(batch))
+    assert blind.log_marginal_likelihood().isnan()
+    la.optimize_prior_precision("glm", "gridsearch", val_loader=loader())
+
+
+def test_groups_become_a_layerwise_prior():
+    model = peft_model("bert", modules_to_save=None)
+    A, B = (
+        [p for name, p in model.named_parameters() if part in name] for part in ("lora_A", "lora_B")
+    )
+    groups = [{"params": A, "weight_decay": 0.1}, {"params": B, "weight_decay": 0.3}]
+    la = IVON(groups, ess=10).to_laplace(model, "classification")
+    assert sorted({round(value, 5) for value in la.prior_precision.tolist()}) == [1.0, 3.0]
+    partial = IVON([{"params": A}], ess=10)
+    with pytest.raises(ValueError, match=r"posterior does not hold .*lora_B"):
+        partial.to_laplace(model, "classification")
+
+
+def test_widths_that_say_nothing_are_pointed_out():
+    w = nn.Parameter(torch.ones(5))
+    optimizer = IVON([w], ess=10)
+    with pytest.warns(UserWarning, match="all curvatures lie within 5 % of their start"):
+        optimizer.marginals()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.marginals()  # once is enough
+    optimizer = IVON([w], ess=10)
+    optimizer.weight_state(optimizer.param_groups[0], w)["hessian"][:2] *= 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.marginals()
+    assert_near(optimizer.curvature_change(), torch.tensor([1.0, 1, 1, 1, 3, 3, 3]))
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"ess": 0}, {"hess_init": 0.0}, {"weight_decay": 0.0}, {"clip_radius": -1}, {"lr": 0.0}],
+)
+def test_bad_arguments_are_refused(kwargs):
+    name = next(iter(kwargs))
+    with pytest.raises(ValueError, match=f"{name} must be positive"):
+        IVON([nn.Parameter(torch.ones(1))], **{"ess": 1, **kwargs})
+    with pytest.raises(ValueError, match="betas must lie"):
+        IVON([nn.Parameter(torch.ones(1))], ess=1, betas=(0.9, 1.0))

@@ -1,0 +1,178 @@
+"""Adapters that shrink without changing the function."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from laplace_lora import KronLoraLaplace, LogitsModel
+from laplace_lora.adaptive import (
+    SensitivityScore,
+    adalora_to_lora,
+    prune_adapter,
+    remove_pruned_triplets,
+    set_importance_score,
+)
+from support.adalora import kept, layers_of, tiny_adalora, training
+from support.batches import loader, token_batch
+from support.models import adapter_config, base_model, peft_model
+from support.references import assert_near
+
+
+def pruned_adalora(keep=(0, 1, 3, 4), name="bert", dtype=torch.float64):
+    model = tiny_adalora(name, dtype).eval()
+    with torch.no_grad():
+        for layer, count in zip(layers_of(model), keep, strict=True):
+            layer.E[torch.tensor([2, 0, 3, 1])[count:]] = 0
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return LogitsModel(model)(token_batch((4, 3, 5)))
+
+
+def test_removing_pruned_triplets_changes_no_logit(tmp_path):
+    model = pruned_adalora()
+    before = logits(model)
+    objects = [p for layer in layers_of(model) for p in layer.parameters]
+    ranks = remove_pruned_triplets(model)
+    assert sorted(ranks.values()) == [0, 1, 3, 4]
+    assert_near(logits(model), before, 1e-12)
+    assert [p for layer in layers_of(model) for p in layer.parameters] == objects
+    assert [len(layer.A) for layer in layers_of(model)] == list(ranks.values())
+    assert remove_pruned_triplets(model) == ranks
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base_model("bert").double(), tmp_path).eval()
+    assert_near(logits(loaded), before, 1e-6)  # PEFT keeps float32 in memory
+
+
+def test_shrinking_in_two_steps_keeps_the_pattern_of_the_original_ranks(tmp_path):
+    model = pruned_adalora((2, 4, 4, 4))
+    remove_pruned_triplets(model)
+    with torch.no_grad():
+        for layer in layers_of(model):
+            layer.E[0] = 0
+    before = logits(model)
+    assert list(remove_pruned_triplets(model).values()) == [1, 3, 3, 3]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base_model("bert").double(), tmp_path).eval()
+    assert_near(logits(loaded), before, 1e-6)
+
+
+def test_an_optimiser_goes_on_after_shrinking():
+    straight = tiny_adalora(dtype=torch.float64)
+    results = []
+    for shrink in (False, True):
+        model = copy.deepcopy(straight)
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = 0.0
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+        set_importance_score(model, SensitivityScore())
+        training(model, optimizer, 15)
+        if shrink:
+            remove_pruned_triplets(model, optimizer)
+            state = optimizer.state[layers_of(model)[0].A]["exp_avg"]
+            assert state.shape == layers_of(model)[0].A.shape
+        batch = token_batch((4, 3, 5), seed=99)
+        model(**batch).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(15)
+        results.append(logits(model.eval()))
+    # Only the orthogonality penalty, which sees pruned vectors too, differs.
+    assert (results[0] - results[1]).norm() < 0.05 * results[0].norm()
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+def test_adalora_becomes_lora_exactly(name, tmp_path):
+    model = tiny_adalora(name, torch.float64).eval()
+    with torch.no_grad():
+        layers_of(model)[0].E.zero_()
+        layers_of(model)[1].E[1] = 0
+    before = logits(model)
+    head = [p.detach().clone() for n, p in model.named_parameters() if "modules_to_save" in n]
+    lora = adalora_to_lora(model).eval()
+    assert_near(logits(lora), before, 1e-9)
+    kept_head = [p for n, p in lora.named_parameters() if "modules_to_save" in n]
+    assert len(head) == len(kept_head)
+    assert all(torch.equal(a, b) for a, b in zip(head, kept_head, strict=True))
+    assert {type(m).__name__ for m in lora.modules() if hasattr(m, "lora_A")} == {"Linear"}
+    lora.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base_model(name).double(), tmp_path).eval()
+    assert_near(logits(loaded), before, 1e-6)
+    la = KronLoraLaplace(lora, "classification")
+    la.fit(loader())
+    assert la(token_batch((3, 3))).isfinite().all()
+
+
+def test_a_wholly_pruned_adapter_cannot_become_lora():
+    model = tiny_adalora()
+    with torch.no_grad():
+        for layer in layers_of(model):
+            layer.E.zero_()
+    with pytest.raises(ValueError, match="no adapter would be left"):
+        adalora_to_lora(model)
+
+
+def fitted(model):
+    la = KronLoraLaplace(model, "classification")
+    la.fit(loader())
+    return la
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pruning_a_lora_adapter_keeps_the_best_components(rslora, tmp_path):
+    config = adapter_config("bert", r=4, use_rslora=rslora)
+    config.modules_to_save = None
+    model = get_peft_model(base_model("bert"), config).double().eval()
+    generator = torch.Generator().manual_seed(0)
+    layers = [(n, m) for n, m in model.base_model.model.named_modules() if hasattr(m, "lora_A")]
+    strong = {0: [], 1: [2], 2: [0, 3], 3: [0, 1, 2]}
+    with torch.no_grad():
+        for i, (_, layer) in enumerate(layers):
+            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            for p in (A, B):
+                p.copy_(1e-6 * torch.randn(p.shape, generator=generator))
+            for k in strong[i]:
+                A[k] = torch.randn(A.shape[1], generator=generator)
+                B[:, k] = torch.randn(B.shape[0], generator=generator)
+    before = logits(model)
+    la = fitted(model)
+    ranks = prune_adapter(model, la, 1.5, "magnitude")
+    assert list(ranks.values()) == [0, 1, 2, 3]
+    assert_near(logits(model), before, 1e-5)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base_model("bert").double(), tmp_path).eval()
+    assert_near(logits(loaded), logits(model), 1e-6)
+    assert fitted(model).n_params < la.n_params
+
+
+@pytest.mark.parametrize("criterion", ["snr_magnitude", "pruning_cost", lambda mean, std: -std])
+def test_pruning_an_adalora_adapter(criterion):
+    model = tiny_adalora(dtype=torch.float64).eval()
+    ranks = prune_adapter(model, fitted(model), 2, criterion)
+    assert sum(ranks.values()) == 8 == kept(model)
+    assert [len(layer.A) for layer in layers_of(model)] == list(ranks.values())
+    pattern = model.peft_config["default"].rank_pattern
+    assert [sum(keep) for keep in pattern.values()] == list(ranks.values())
+    assert la_runs(model)
+
+
+def la_runs(model):
+    return bool(fitted(model)(token_batch((3, 2))).isfinite().all())
+
+
+def test_pruning_refuses_what_it_cannot_do():
+    model = peft_model("bert")
+    la = fitted(model)
+    for target in (-1, 3):
+        with pytest.raises(ValueError, match="there are 8 components"):
+            prune_adapter(model, la, target)
+    with pytest.raises(ValueError, match="does not cover the adapter of layer"):
+        prune_adapter(peft_model("bert"), la, 1)
+    biased = peft_model("bert", lora_bias=True)
+    with pytest.raises(ValueError, match="cannot shrink"):
+        prune_adapter(biased, fitted(biased), 1)

@@ -1,0 +1,126 @@
+"""Preference pairs: their forms, their shares of a sampler, and bad ones."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+from transformers import BatchEncoding
+
+from laplace_lora import (
+    DiagLoraLaplace,
+    DiagLoraLLLaplace,
+    FullLoraLLLaplace,
+    KronLoraLaplace,
+    KronLoraLLLaplace,
+)
+from laplace_lora.data import distributed as sharding
+from support.posteriors import DENSE, LOW
+from support.preferences import CHOSEN, half_of, pair_batch, pair_loader, reward_posterior, texts
+from support.references import assert_near
+
+EVERY_CLASS = [
+    (KronLoraLaplace, DENSE),
+    (KronLoraLaplace, LOW),
+    (DiagLoraLaplace, {}),
+    (KronLoraLLLaplace, {}),
+    (DiagLoraLLLaplace, {}),
+    (FullLoraLLLaplace, {}),
+]
+
+
+@pytest.mark.parametrize("cls,kwargs", EVERY_CLASS)
+def test_the_fit_does_not_depend_on_batches_padding_and_form(cls, kwargs):
+    reference = reward_posterior(cls, **kwargs)
+    batch = pair_batch()
+    turned = {
+        key.replace(*ends): value
+        for key, value in batch.items()
+        for ends in (("chosen", "rejected") if "chosen" in key else ("rejected", "chosen"),)
+    }
+    wide = pair_batch(pad_to=(9, 9))
+    stacked = {
+        key: torch.cat([half_of(wide, half)[key] for half in ("chosen", "rejected")])
+        for key in ("input_ids", "attention_mask")
+    }
+    forms = {
+        "one by one": pair_loader(1),
+        "left": pair_loader(3, pad_to=(8, 10), side="left"),
+        "labelled": pair_loader(5, {**batch, "labels": torch.ones(5)}),
+        "turned": pair_loader(5, {**turned, "labels": torch.zeros(5, dtype=torch.long)}),
+        "encoding": DataLoader([0], collate_fn=lambda _: BatchEncoding({**batch, "margin": 0})),
+        "and labels": DataLoader([0], collate_fn=lambda _: (batch, torch.ones(5))),
+        "stacked": DataLoader([0], collate_fn=lambda _: stacked),
+    }
+    new = pair_batch(seed=1)
+    for form in forms.values():
+        la = reward_posterior(cls, fit=False, **kwargs)
+        la.fit(form)
+        assert la.n_data == 5
+        assert_near(la.log_marginal_likelihood(), reference.log_marginal_likelihood())
+        assert_near(la(new), reference(new))
+
+
+def test_shares_of_a_sampler_count_pairs(monkeypatch):
+    batch = pair_batch()
+    assert sharding.batch_length(batch) == 5
+    assert {len(v) for v in sharding.first_examples(batch, 2).values()} == {2}
+    la = reward_posterior(fit=False)
+    examples = pair_loader(pad_to=(9, 9)).dataset
+
+    def stacked(rows):
+        halves = [half_of(row, name) for name in ("chosen", "rejected") for row in rows]
+        return {key: torch.stack([half[key] for half in halves]) for key in halves[0]}
+
+    monkeypatch.setattr(sharding, "processes", lambda: 2)
+    sampler = DistributedSampler(examples, 2, 1, shuffle=False)
+    data = DataLoader(examples, 2, sampler=sampler, collate_fn=stacked)
+    batches = list(sharding.own_batches(data, map(la.by_example, data)))
+    assert [len(b["labels"]) for b in batches] == [2]  # of five, two are process 1's
+    assert torch.equal(batches[0]["input_ids_rejected"][1], examples[3]["input_ids_rejected"])
+
+
+BATCH = pair_batch()
+
+SINGLE = texts(CHOSEN, 0)
+
+
+@pytest.mark.parametrize("cls,kwargs", [(KronLoraLaplace, LOW), (FullLoraLLLaplace, {})])
+@pytest.mark.parametrize(
+    ("batch", "error", "match"),
+    [
+        (
+            half_of(BATCH, "rejected") | {"input_ids_chosen": BATCH["input_ids_chosen"]},
+            ValueError,
+            r"lacks \['input_ids_rejected'\]",
+        ),
+        (
+            {k: v for k, v in BATCH.items() if k != "attention_mask_chosen"},
+            ValueError,
+            r"lacks \['attention_mask_chosen'\]",
+        ),
+        (
+            {k: v[:3] if "chosen" in k else v for k, v in BATCH.items()},
+            ValueError,
+            r"\[3, 3\] chosen, but \[5, 5\] rejected",
+        ),
+        ({**BATCH, "labels": torch.tensor([0, 1, 2, 0, 1])}, ValueError, "1 where the chosen"),
+        ({**BATCH, "labels": torch.tensor([0.0, 0.3, 1, 0, 1])}, ValueError, "1 where the chosen"),
+        ({**BATCH, "labels": torch.ones(4)}, ValueError, "labels of 5 pairs must be 5 values"),
+        ({**BATCH, "margin": torch.ones(5)}, ValueError, "remove 'margin'"),
+        ({**SINGLE, "labels": torch.randn(5)}, ValueError, r"fitted on pairs: .* got 5 rows"),
+        (SINGLE, ValueError, r"fitted on pairs: .* got 5 rows"),
+        (SINGLE["input_ids"], TypeError, "got Tensor"),
+        ((SINGLE["input_ids"], torch.ones(5)), TypeError, "got tuple"),
+    ],
+)
+def test_bad_batches_are_refused_and_nothing_is_lost(cls, kwargs, batch, error, match):
+    la = reward_posterior(cls, **kwargs)
+    before = la(BATCH), la.log_marginal_likelihood()
+    bad = DataLoader([0], collate_fn=lambda _: batch)
+    with pytest.raises(error, match=match):
+        la.fit(bad)
+    with pytest.raises(error, match=match):
+        la.optimize_prior_precision(method="gridsearch", val_loader=bad, grid_size=2)
+    torch.testing.assert_close(la(BATCH), before[0], rtol=0, atol=0)
+    assert la.log_marginal_likelihood() == before[1]
+    transformer = la.logits_model.modules()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in transformer)

@@ -1,0 +1,143 @@
+"""Baselines: each is what its definition says, and leaves the model as it was."""
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
+
+from laplace_lora import LogitsModel
+from laplace_lora.evaluation import (
+    MAP,
+    LoraEnsemble,
+    MCDropout,
+    TemperatureScaling,
+    diagonal_laplace,
+    evaluate,
+    last_layer_laplace,
+)
+from support.batches import LENGTHS, loader, token_batch
+from support.models import TARGETS, base_model, excite, peft_model
+from support.references import assert_near
+
+BATCH = token_batch((3, 5, 4))
+
+
+def state(model):
+    modes = [module.training for module in model.modules()]
+    trainable = [p.requires_grad for p in model.parameters()]
+    return modes, trainable, torch.random.get_rng_state().tolist()
+
+
+def ensemble_model():
+    """Two adapters in one model; the second is active."""
+    model = peft_model("bert")
+    config = model.peft_config["default"]
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    excite(model, 0.5)
+    return model.to(torch.float64)
+
+
+def test_map_is_the_softmax_of_the_model_without_dropout():
+    model = peft_model("bert").train()
+    before = state(model)
+    p = MAP(model)(BATCH)
+    assert state(model) == before
+    assert_near(p, LogitsModel(model.eval())(BATCH).softmax(-1).detach())
+    answers = MAP(peft_model("llama-lm"), TARGETS)(BATCH)
+    assert answers.shape == (3, len(TARGETS))
+
+
+def test_the_temperature_is_the_best_on_the_validation_set():
+    model = peft_model("bert")
+    batch = token_batch(LENGTHS)
+    logits = MAP(model).logits(batch)
+    y = batch["labels"] = logits.argmax(-1)
+    y[0] = logits[0].argmin()
+    scaled = TemperatureScaling(model, [batch])
+    losses = [
+        F.cross_entropy(logits / t, y).item()
+        for t in (scaled.temperature, 0.98 * scaled.temperature, 1.02 * scaled.temperature)
+    ]
+    assert losses[0] == min(losses) and abs(math.log(scaled.temperature)) < 4.9
+    assert_near(scaled(BATCH), (MAP(model).logits(BATCH) / scaled.temperature).softmax(-1), 1e-9)
+    pairs = [({k: v for k, v in batch.items() if k != "labels"}, y)]
+    assert TemperatureScaling(model, pairs).temperature == pytest.approx(scaled.temperature)
+    with pytest.raises(ValueError, match="empty"):
+        TemperatureScaling(model, [])
+
+
+def test_a_perfect_model_gets_a_small_temperature():
+    model = LogitsModel(peft_model("bert"))
+    batch = token_batch(LENGTHS)
+    batch["labels"] = model(batch).argmax(-1)
+    assert TemperatureScaling(model, [batch]).temperature < math.exp(-2)
+
+
+def test_dropout_of_the_adapter_alone_is_sampled():
+    model = peft_model("bert")
+    before = state(model)
+    dropout = MCDropout(model, n_samples=3)
+    p = dropout(BATCH)
+    assert state(model) == before
+    assert torch.equal(p, dropout(BATCH))
+    assert (p - MAP(model)(BATCH)).abs().max() > 1e-4
+    assert (p - MCDropout(model, n_samples=3, seed=1)(BATCH)).abs().max() > 1e-6
+    # Averages of more samples lie closer together.
+    many = [MCDropout(model, n_samples=200, seed=s)(BATCH) for s in (0, 1)]
+    few = [MCDropout(model, n_samples=2, seed=s)(BATCH) for s in (0, 1)]
+    assert (many[0] - many[1]).norm() < (few[0] - few[1]).norm()
+
+
+def test_dropout_is_off_again_after_an_error():
+    model = peft_model("bert").train()
+    before = state(model)
+    with pytest.raises(RuntimeError):
+        MCDropout(model)({"input_ids": torch.zeros(1, 99, dtype=torch.long)})
+    assert state(model) == before
+
+
+def test_an_adapter_without_dropout_is_refused():
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], lora_dropout=0.0)
+    with pytest.raises(ValueError, match="without dropout"):
+        MCDropout(get_peft_model(base_model("bert"), config))
+
+
+def test_an_ensemble_averages_its_adapters_probabilities():
+    model = ensemble_model()
+    before = state(model)
+    p = LoraEnsemble(model)(BATCH)
+    assert state(model) == before and model.active_adapter == "second"
+    members = []
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        members.append(LogitsModel(model.eval())(BATCH).softmax(-1).detach())
+    assert (members[0] - members[1]).abs().max() > 1e-3
+    assert_near(p, (members[0] + members[1]) / 2)
+
+
+def test_an_ensemble_restores_the_active_adapter_after_an_error():
+    model = ensemble_model()
+    with pytest.raises(RuntimeError):
+        LoraEnsemble(model)({"input_ids": torch.zeros(1, 99, dtype=torch.long)})
+    assert model.active_adapter == "second"
+
+
+@pytest.mark.parametrize("names", [None, ["default"], ["default", "third"]])
+def test_an_ensemble_of_fewer_than_two_is_refused(names):
+    model = ensemble_model() if names and "third" in names else peft_model("bert")
+    with pytest.raises(ValueError, match="two adapters or more"):
+        LoraEnsemble(model, names)
+
+
+@pytest.mark.parametrize("make", [last_layer_laplace, diagonal_laplace])
+def test_the_cheaper_posteriors_come_tuned(make):
+    la = make(peft_model("bert"), loader())
+    best = la.log_marginal_likelihood()
+    for factor in (0.9, 1.1):
+        other = la.prior_precision * factor
+        assert la.log_marginal_likelihood(other) < best
+    report = evaluate(la.predict, loader())
+    assert report.mutual_information.shape == (len(LENGTHS),)

@@ -1,0 +1,88 @@
+"""Calibration metrics against hand-computed values."""
+
+import math
+
+import pytest
+import torch
+
+from laplace_lora.evaluation.metrics import (
+    accuracy,
+    accuracy_at,
+    adaptive_ece,
+    aurc,
+    brier,
+    ece,
+    entropy,
+    nll,
+    ood_auroc,
+    ood_fpr95,
+    risk_coverage,
+)
+
+P = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.4, 0.6], [0.55, 0.45]])
+Y = torch.tensor([0, 1, 1, 1, 0])  # the second is wrong
+
+
+def test_accuracy_nll_and_brier_by_hand():
+    assert accuracy(P, Y) == pytest.approx(0.8)
+    assert nll(P, Y) == pytest.approx(-sum(map(math.log, [0.9, 0.2, 0.7, 0.6, 0.55])) / 5)
+    squares = [2 * 0.01, 2 * 0.64, 2 * 0.09, 2 * 0.16, 2 * 0.2025]
+    assert brier(P, Y) == pytest.approx(sum(squares) / 5)
+
+
+def test_nll_of_an_excluded_label_is_finite():
+    assert 700 < nll(torch.tensor([[1.0, 0.0]]), torch.tensor([1])) < 710
+
+
+def test_calibration_errors_by_hand():
+    # Each confidence falls into a bin of its own, so each contributes |correct - confidence| / 5.
+    gaps = [0.1, 0.8, 0.3, 0.4, 0.45]
+    assert ece(P, Y) == pytest.approx(sum(gaps) / 5)
+    assert adaptive_ece(P, Y) == pytest.approx(sum(gaps) / 5)
+    # Two examples in one bin cancel: confidence 0.8 twice, one right and one wrong.
+    p, y = torch.tensor([[0.8, 0.2], [0.8, 0.2]]), torch.tensor([0, 1])
+    assert ece(p, y) == pytest.approx(0.3)
+
+
+def test_bins_of_equal_count_hold_neighbours_in_confidence():
+    p = torch.tensor([[0.5 + 0.01 * i, 0.5 - 0.01 * i] for i in range(1, 31)])
+    y = torch.arange(30) % 2  # every pair has one right and one wrong
+    expected = sum(2 * abs(0.5 + 0.01 * (2 * i + 1.5) - 0.5) for i in range(15)) / 30
+    assert adaptive_ece(p, y) == pytest.approx(expected, abs=1e-6)
+
+
+def test_risk_coverage_by_hand():
+    coverage, risk = risk_coverage(P, Y)
+    assert coverage.tolist() == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert risk.tolist() == pytest.approx([0, 1 / 2, 1 / 3, 1 / 4, 1 / 5])
+    assert aurc(P, Y) == pytest.approx((1 / 2 + 1 / 3 + 1 / 4 + 1 / 5) / 5)
+    assert accuracy_at(0.4)(P, Y) == pytest.approx(0.5)
+    assert accuracy_at(0.5)(P, Y) == pytest.approx(2 / 3)
+    assert accuracy_at(1.0)(P, Y) == pytest.approx(0.8)
+    with pytest.raises(ValueError, match="coverage"):
+        accuracy_at(0)
+
+
+def test_examples_of_equal_confidence_share_their_errors():
+    p = torch.tensor([[0.8, 0.2], [0.8, 0.2], [0.9, 0.1]])
+    for y in ([0, 1, 0], [1, 0, 0]):
+        assert risk_coverage(p, torch.tensor(y))[1].tolist() == pytest.approx([0, 0.25, 1 / 3])
+
+
+def test_entropy_by_hand():
+    p = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
+    assert entropy(p).tolist() == pytest.approx([math.log(2), 0])
+
+
+def test_detection_by_hand():
+    inside, outside = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.5, 4.0])
+    # Of the six pairs five have the foreign example above.
+    assert ood_auroc(inside, outside) == pytest.approx(5 / 6)
+    # To accept 95 % of three one must accept all, up to 3: one of two foreign ones passes.
+    assert ood_fpr95(inside, outside) == pytest.approx(0.5)
+    assert ood_auroc(inside, inside) == pytest.approx(0.5)
+
+
+def test_detection_does_not_depend_on_the_scale_of_scores():
+    inside, outside = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.25, 0.4])
+    assert ood_auroc(100 * inside, 100 * outside) == ood_auroc(inside, outside)

@@ -1,0 +1,107 @@
+"""Reports, tables and plots."""
+
+import pytest
+import torch
+
+from laplace_lora.evaluation import compare, evaluate, plot_reports
+from laplace_lora.evaluation.metrics import nll
+from laplace_lora.predictive.data_sets import Predictions
+
+P = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.4, 0.6], [0.55, 0.45]])
+Y = torch.tensor([0, 1, 1, 1, 0])  # the second is wrong
+
+
+def batches(p=P, y=Y, size=2):
+    return [{"p": a, "labels": b} for a, b in zip(p.split(size), y.split(size), strict=True)]
+
+
+def given(batch):
+    return batch["p"]
+
+
+def test_a_report_holds_every_metric_with_its_error():
+    report = evaluate(given, batches(), name="given")
+    assert report["accuracy"] == pytest.approx(0.8) and report["NLL"] == pytest.approx(nll(P, Y))
+    assert set(report.values) == set(report.errors)
+    assert all(0 <= error < 1 for error in report.errors.values())
+    assert torch.equal(report.probs, P) and torch.equal(report.labels, Y)
+    assert "given: accuracy 0.800 ± " in str(report)
+    pairs = [(batch, batch["labels"]) for batch in batches()]
+    assert evaluate(given, pairs).values == report.values
+
+
+def test_bootstrap_errors_are_those_of_a_mean():
+    torch.manual_seed(0)
+    y = torch.randint(2, (400,))
+    p = torch.tensor([[0.7, 0.3]]).repeat(400, 1)
+    report = evaluate(given, batches(p, y, 50), bootstrap=1000)
+    share = report["accuracy"]
+    assert report.errors["accuracy"] == pytest.approx((share * (1 - share) / 400) ** 0.5, rel=0.1)
+    assert evaluate(given, batches(p, y, 50), seed=1).errors != report.errors
+
+
+def test_foreign_data_are_judged_by_entropy_and_mutual_information():
+    foreign = [{"p": torch.tensor([[0.5, 0.5], [0.5, 0.5]])}]
+    report = evaluate(given, batches(), ood_loader=foreign)
+    assert report["OOD AUROC"] == 1 and report["OOD FPR95"] == 0
+    assert "OOD AUROC (MI)" not in report.values and len(report.ood_uncertainty) == 2
+
+    def telling(batch):
+        n = len(batch["p"])
+        return Predictions(
+            torch.zeros(n, 2), torch.zeros(n, 2, 2), batch["p"], None, batch["p"][:, 0]
+        )
+
+    report = evaluate(telling, batches(), ood_loader=foreign)
+    inside = torch.tensor([0.9, 0.8, 0.3, 0.4, 0.55])
+    assert report["OOD AUROC (MI)"] == pytest.approx(float((inside < 0.5).double().mean()))
+    assert torch.equal(report.mutual_information, P[:, 0])
+
+
+def test_tables_name_the_best():
+    good = evaluate(given, batches(), name="good")
+    bad = evaluate(lambda batch: batch["p"].flip(-1), batches(), name="bad")
+    lines = compare([good, bad]).splitlines()
+    assert len({len(line) for line in lines}) == 1  # aligned, as a terminal shows it
+    table = [" ".join(line.split()) for line in lines]
+    assert table[0].startswith("| method | accuracy | NLL")
+    assert "| good | **0.800** ±" in table[2] and "| bad | 0.200 ±" in table[3]
+    assert table[-1].startswith("| *better is* | higher | lower")
+    assert compare([good, bad], ["Brier"]).count("**") == 2
+    with pytest.raises(ValueError, match="no report has the metric 'F1'"):
+        compare([good], ["F1"])
+    with pytest.raises(ValueError, match="no reports"):
+        compare([])
+
+
+@pytest.mark.parametrize(
+    "predict,loader,kwargs,message",
+    [
+        (given, [], {}, "the loader is empty"),
+        (given, [{"p": P}], {}, "no 'labels'"),
+        (given, batches(y=Y + 1), {}, r"labels must lie in 0\.\.1"),
+        (lambda batch: batch["p"].log(), batches(), {}, "apply a softmax"),
+        (lambda batch: batch["p"][:, 0], batches(), {}, "class probabilities"),
+        (given, batches(), {"bootstrap": 1}, "two resamples"),
+        (given, batches(), {"ood_loader": []}, "foreign data is empty"),
+    ],
+)
+def test_bad_input_is_refused(predict, loader, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(predict, loader, **kwargs)
+
+
+def test_pictures_have_labels_counts_and_a_row_a_report(tmp_path):
+    report = evaluate(given, batches(), name="given")
+    figure = report.plot()
+    left, middle, right = figure.axes
+    assert (left.get_xlabel(), left.get_ylabel()) == ("confidence", "accuracy")
+    assert (middle.get_xlabel(), middle.get_ylabel()) == ("confidence", "examples")
+    assert right.get_xlabel() == "coverage" and "error rate" in right.get_ylabel()
+    assert sorted(text.get_text() for text in left.texts) == ["1"] * 5
+    assert "ECE 0.410" in left.get_title()
+    figure.savefig(tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+    assert len(plot_reports([report, report]).axes) == 6
+    with pytest.raises(ValueError, match="no reports"):
+        plot_reports([])

@@ -1,0 +1,130 @@
+"""A fit resumed after an interruption equals one without, to the bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
+from support.batches import loader, token_batch
+from support.exact_posteriors import BOTH, NEW_BATCH, exact_posterior
+from support.interruptions import Interrupted, Interruption
+from support.models import peft_model
+from support.posteriors import DENSE, LOW
+
+CASES = [(KronLoraLaplace, DENSE), (KronLoraLaplace, LOW), (DiagLoraLaplace, {})]
+BATCH = token_batch((4, 2), seed=3)
+
+
+def posterior(cls, **kwargs):
+    return cls(peft_model("bert"), "classification", **kwargs)
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 4])
+@pytest.mark.parametrize("cls,kwargs", CASES)
+def test_a_resumed_fit_equals_an_uninterrupted_one(cls, kwargs, after, tmp_path):
+    data = loader(2)
+    straight = posterior(cls, **kwargs)
+    straight.fit(data)
+    first = posterior(cls, **kwargs)
+    options = {"checkpoint_dir": tmp_path / "fit", "checkpoint_every": 1}
+    if after < len(data):
+        with pytest.raises(Interruption):
+            first.fit(Interrupted(data, after), **options)
+    else:  # after the last batch, before the posterior was made
+        first._install = lambda curvature: (_ for _ in ()).throw(Interruption)
+        with pytest.raises(Interruption):
+            first.fit(data, **options)
+    with pytest.raises(AttributeError, match="not fitted"):
+        first(BATCH)
+    assert len(list((tmp_path / "fit").iterdir())) == 1
+    seen = []
+    second = posterior(cls, **kwargs)
+    original = second._add
+    second._add = lambda state, x, y: seen.append(len(y)) or original(state, x, y)
+    second.fit(data, **options)
+    assert len(seen) == 1 + len(data) - after  # the first batch again, for the shape of the sums
+    assert torch.equal(second(BATCH), straight(BATCH))
+    assert second.loss == straight.loss and second.n_data == straight.n_data
+    assert not list((tmp_path / "fit").iterdir())
+
+
+def test_what_is_kept_belongs_to_one_fit(tmp_path):
+    options = {"checkpoint_dir": tmp_path, "checkpoint_every": 1}
+    with pytest.raises(Interruption):
+        posterior(KronLoraLaplace, **LOW).fit(Interrupted(loader(2), 2), **options)
+    with pytest.raises(ValueError, match="another model or with other arguments"):
+        posterior(KronLoraLaplace, **DENSE).fit(loader(2), **options)
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    la = posterior(KronLoraLaplace, **LOW)
+    with pytest.raises(ValueError, match="is damaged"):
+        la.fit(loader(2), **options)
+    file.unlink()
+    la.fit(loader(2), **options)
+    with pytest.raises(ValueError, match="checkpoint_every must be positive"):
+        la.fit(loader(2), checkpoint_dir=tmp_path, checkpoint_every=0)
+    with pytest.raises(ValueError, match="checkpoint_every needs checkpoint_dir"):
+        la.fit(loader(2), checkpoint_every=2)
+
+
+def test_a_killed_process_leaves_something_to_resume(tmp_path):
+    """SIGKILL between two batches; the file is whole, the result that of an uninterrupted fit."""
+    script = textwrap.dedent(
+        """
+        import os, sys, time
+        from laplace_lora import KronLoraLaplace
+        from support.batches import loader
+        from support.interruptions import Interrupted
+        from support.models import peft_model
+        from support.posteriors import LOW
+
+        class Slow(Interrupted):
+            def __iter__(self):
+                for index, batch in enumerate(self.data):
+                    if index == 3:
+                        print("ready", flush=True)
+                        time.sleep(600)
+                    yield batch
+
+        la = KronLoraLaplace(peft_model("bert"), "classification", **LOW)
+        la.fit(Slow(loader(2), None), checkpoint_dir=sys.argv[1], checkpoint_every=1)
+        """
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, env=environment
+    )
+    assert process.stdout.readline().strip() == b"ready"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    resumed, straight = posterior(KronLoraLaplace, **LOW), posterior(KronLoraLaplace, **LOW)
+    resumed.fit(loader(2), checkpoint_dir=tmp_path)
+    straight.fit(loader(2))
+    assert torch.equal(resumed(BATCH), straight(BATCH))
+
+
+@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("cls,kwargs", [*BOTH, (FullLoraLaplace, {"storage": "disk"})])
+def test_an_interrupted_fit_goes_on(cls, kwargs, after, tmp_path):
+    data = loader(2)
+    straight = exact_posterior(cls, fit=False, **kwargs)
+    straight.fit(data)
+    options = {"checkpoint_dir": tmp_path / "fit", "checkpoint_every": 1}
+    with pytest.raises(Interruption):
+        exact_posterior(cls, fit=False, **kwargs).fit(Interrupted(data, after), **options)
+    again = exact_posterior(cls, fit=False, **kwargs)
+    again.fit(data, **options)
+    assert torch.equal(again(NEW_BATCH), straight(NEW_BATCH))
+    assert again.n_data == straight.n_data and not list((tmp_path / "fit").iterdir())

@@ -1,0 +1,79 @@
+"""`model_evidence`: the Gaussian integral of the linearised model."""
+
+import math
+
+import pytest
+import torch
+from torch.func import functional_call, jacrev
+
+from laplace_lora.functional import calculate_kronecker_factors, model_evidence, variance
+from support.functional import (
+    Classifier,
+    adapters_only,
+    class_of,
+    factors_of,
+    log_likelihood,
+    one_example,
+)
+from support.references import assert_near
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_evidence_is_the_gaussian_integral_of_the_linearised_model(bias):
+    """With the curvature's eigenbasis as axes the integral is a product of one-dimensional ones."""
+    batch = one_example()
+    model = Classifier(bias)
+    call = lambda m, b: m(b)  # noqa: E731
+    factors = calculate_kronecker_factors(model, call, [batch])
+    theta = torch.cat([p.detach().flatten() for p in model.parameters()])
+    names = dict(model.named_parameters())
+
+    def log_joint_parts(vector):
+        parts = vector.split([p.numel() for p in model.parameters()])
+        weights = {k: v.view_as(p) for (k, p), v in zip(names.items(), parts, strict=True)}
+        return functional_call(model, weights, (batch,))[0]
+
+    J = jacrev(log_joint_parts)(theta)
+    p = log_joint_parts(theta).softmax(-1)
+    ggn = J.T @ (p.diag() - torch.outer(p, p)) @ J
+    LL = log_joint_parts(theta).log_softmax(-1)[1].detach()
+    values = torch.linalg.eigvalsh(ggn)
+    previous = -math.inf
+    for s2 in (1e-3, 0.1, 10.0):
+        grid = torch.linspace(-12, 12, 20001, dtype=torch.float64) * s2**0.5
+        log_integral = sum(
+            torch.trapezoid(torch.exp(-0.5 * (e + 1 / s2) * grid**2), grid).log()
+            - 0.5 * math.log(2 * math.pi * s2)
+            for e in values.clamp(min=0)
+        )
+        expected = LL - 0.5 * theta.square().sum() / s2 + log_integral
+        evidence = model_evidence(model, LL, factors, None, None, s2)
+        assert_near(evidence, expected)
+        if s2 < 1:
+            assert evidence > previous  # a prior far narrower than the weights is bad
+        previous = evidence
+
+
+def test_evidence_peaks_where_the_prior_fits_and_has_gradients():
+    model = adapters_only("bert")
+    factors = factors_of(model, "bert")
+    LL = log_likelihood(model, "bert")
+    la = class_of(model, "bert")
+    la.optimize_prior_precision()
+    best = (1 / la.prior_precision.double()).requires_grad_()
+    evidence = model_evidence(model, LL, factors, 2, None, best)
+    evidence.backward()
+    assert evidence.shape == (1,)
+    assert abs(best.grad * best).item() < 1e-6
+    for factor in (0.5, 2.0):
+        assert model_evidence(model, LL, factors, 2, None, factor * best) < evidence
+
+
+@pytest.mark.parametrize("s2", [0.0, -1.0, math.nan, math.inf, [0.1, 0.2]])
+def test_a_prior_variance_must_be_one_positive_number(s2):
+    model = Classifier()
+    factors = calculate_kronecker_factors(model, lambda m, b: m(b), [one_example()])
+    with pytest.raises(ValueError, match="s2 is the prior variance"):
+        model_evidence(model, torch.tensor(0.0), factors, None, None, torch.tensor(s2))
+    with pytest.raises(ValueError, match="s2 is the prior variance"):
+        variance({}, {}, factors, torch.tensor(s2), 2, None, None, "cpu")

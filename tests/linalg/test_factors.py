@@ -1,0 +1,174 @@
+"""Dense and sketched sums of outer products."""
+
+import pytest
+import torch
+
+from laplace_lora.linalg.factors import DenseFactor, DiagonalFactor, map_shared
+from laplace_lora.linalg.sketch import LowRankFactor, empty_factor
+from support.references import assert_near
+
+D, RANK = 60, 8
+
+
+def rows(n=40, rank=None, dtype=torch.float64, seed=0):
+    """Rows with a decaying spectrum, of a given rank."""
+    generator = torch.Generator().manual_seed(seed)
+    rank = rank or D
+    left = torch.randn(n, rank, dtype=torch.float64, generator=generator)
+    right = torch.randn(rank, D, dtype=torch.float64, generator=generator)
+    return ((left * 0.7 ** torch.arange(rank)) @ right).to(dtype)
+
+
+def sketch_of(*batches, rank=RANK, dtype=torch.float64):
+    factor = LowRankFactor.zeros(D, rank, dtype, "cpu")
+    for batch in batches:
+        factor.update(batch)
+    return factor
+
+
+def dense(eigen):
+    U, rest = eigen.vectors, torch.eye(D) - eigen.vectors @ eigen.vectors.T
+    return U @ eigen.values.diag() @ U.T + eigen.residual * rest
+
+
+def test_dense_factor_sums_weighted_outer_products():
+    factor = DenseFactor.zeros(D, torch.float64, "cpu")
+    X, Y = rows(seed=1), rows(7, seed=2)
+    factor.update(X, 2.0)
+    factor.update(Y)
+    torch.testing.assert_close(factor.matrix, 2 * X.T @ X + Y.T @ Y)
+    torch.testing.assert_close(factor.trace, factor.matrix.trace())
+    torch.testing.assert_close(dense(factor.decompose()), factor.matrix)
+
+
+def test_sketch_is_linear_and_keeps_the_trace():
+    X, Y = rows(seed=1), rows(7, seed=2)
+    whole = sketch_of(torch.cat([X, Y]))
+    merged = sketch_of(X).add(sketch_of(Y))
+    torch.testing.assert_close(merged.sketch, whole.sketch)
+    torch.testing.assert_close(merged.trace, whole.trace)
+    torch.testing.assert_close(whole.trace, torch.cat([X, Y]).square().sum())
+    weighted = LowRankFactor.zeros(D, RANK, torch.float64, "cpu")
+    weighted.update(X, 3.0)
+    torch.testing.assert_close(weighted.sketch, (sketch_of(X) * 3).sketch)
+    torch.testing.assert_close(weighted.trace, (sketch_of(X) * 3).trace)
+
+
+def test_adding_a_matrix_equals_adding_its_rows():
+    X, Y = rows(seed=1), rows(7, seed=2)
+    both = sketch_of(X).add(Y.T @ Y)
+    torch.testing.assert_close(both.sketch, sketch_of(X, Y).sketch)
+    torch.testing.assert_close(both.trace, sketch_of(X, Y).trace)
+
+
+@pytest.mark.parametrize("rank", [1, 3, RANK])
+def test_a_matrix_within_the_rank_is_recovered_exactly(rank):
+    X = rows(rank=rank)
+    eigen = sketch_of(X).decompose()
+    torch.testing.assert_close(dense(eigen), X.T @ X, rtol=0, atol=1e-9 * X.square().sum().item())
+    torch.testing.assert_close(eigen.vectors.T @ eigen.vectors, torch.eye(RANK).double())
+
+
+def test_leading_eigenvalues_are_close_and_never_above_the_truth():
+    X = rows(200)
+    truth = torch.linalg.eigvalsh(X.T @ X).flip(0)[:RANK]
+    eigen = sketch_of(X).decompose()
+    values = eigen.values.sort(descending=True).values
+    assert (values <= truth * (1 + 1e-9)).all()
+    torch.testing.assert_close(values[:4], truth[:4], rtol=0.02, atol=0)
+
+
+def test_isotropic_residual_keeps_the_trace_and_zero_drops_it():
+    X = rows(200)
+    isotropic, zero = (sketch_of(X).decompose(residual) for residual in ("isotropic", "zero"))
+    torch.testing.assert_close(dense(isotropic).trace(), X.square().sum())
+    assert zero.residual == 0 < isotropic.residual
+    torch.testing.assert_close(zero.values, isotropic.values)
+
+
+def test_single_precision_sums_decompose_stably():
+    X = rows(200, dtype=torch.float32)
+    single = sketch_of(X, dtype=torch.float32).decompose()
+    double = sketch_of(X.double()).decompose()
+    torch.testing.assert_close(
+        single.values.double(), double.values, rtol=1e-4, atol=1e-5 * double.values.max().item()
+    )
+    assert single.values.dtype == torch.float32
+
+
+def test_half_precision_rows_are_summed_in_single_precision():
+    X = rows(dtype=torch.bfloat16)
+    for factor in (sketch_of(X, dtype=torch.float32), DenseFactor.zeros(D, torch.float32, "cpu")):
+        factor.update(X)
+        assert factor.trace.dtype != torch.bfloat16
+    torch.testing.assert_close(factor.matrix, X.float().T @ X.float())
+
+
+def test_an_empty_sketch_decomposes_to_zero():
+    eigen = sketch_of().decompose()
+    assert not dense(eigen).any()
+
+
+def test_the_test_matrix_depends_on_its_size_alone():
+    torch.manual_seed(1)
+    first = sketch_of()._test_matrix()
+    torch.manual_seed(2)
+    from laplace_lora.linalg.sketch import _orthonormal
+
+    _orthonormal.cache_clear()
+    second = sketch_of()._test_matrix()
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first.T @ first, torch.eye(2 * RANK + 10).double())
+
+
+@pytest.mark.parametrize(
+    ("d", "rank", "threshold", "kind"),
+    [
+        (100, None, 10, DenseFactor),
+        (100, 20, 100, DenseFactor),
+        (100, 20, 99, LowRankFactor),
+        (100, 45, 10, DenseFactor),  # 2 · 45 + 10 columns would be no smaller
+        (101, 45, 10, LowRankFactor),
+    ],
+)
+def test_a_side_is_sketched_where_that_makes_it_smaller(d, rank, threshold, kind):
+    factor = empty_factor(d, rank, threshold, torch.float32, "cpu")
+    assert type(factor) is kind
+    assert factor.d == d
+    assert factor.nbytes <= d * d * 4
+
+
+def test_sketches_of_other_sizes_do_not_add_up():
+    with pytest.raises(ValueError, match="cannot add sketches"):
+        sketch_of().add(sketch_of(rank=RANK - 1))
+    with pytest.raises(ValueError, match="needs 1 ≤ rank"):
+        LowRankFactor.zeros(D, D, torch.float64, "cpu")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(bad):
+    for factor in (sketch_of(), DenseFactor.zeros(D, torch.float64, "cpu")):
+        factor.update(torch.full((2, D), bad, dtype=torch.float64))
+        with pytest.raises(FloatingPointError, match="not finite"):
+            factor.decompose()
+
+
+def test_map_shared_visits_an_object_once():
+    calls = []
+    a, b = object(), object()
+    result = map_shared([[a, b], [a]], lambda x: calls.append(x) or object())
+    assert len(calls) == 2
+    assert result[0][0] is result[1][0]
+
+
+def test_diagonals_add_up_and_refuse_what_is_not_finite():
+    rows = torch.randn(6, 5)
+    factor = DiagonalFactor.zeros(5, torch.float64, "cpu")
+    factor.update(rows[:2])
+    factor.update(rows[2:], weight=2.0)
+    assert_near(factor.sums, (rows[:2].square().sum(0) + 2 * rows[2:].square().sum(0)).double())
+    assert_near((factor * 3).add(factor).sums, 4 * factor.sums)
+    assert_near(factor.add(torch.ones(5, 5)).sums, factor.sums + 1)
+    factor.update(torch.full((1, 5), torch.inf))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        factor.decompose()

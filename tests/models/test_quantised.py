@@ -1,0 +1,177 @@
+"""Base models in 8 and 4 bits: adapters in single precision over packed weights."""
+
+import importlib.util
+
+import pytest
+import torch
+from peft import get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+from torch.nn import functional as F
+from transformers import BitsAndBytesConfig
+
+from laplace_lora import DiagLoraLaplace, FullLoraLLLaplace, KronLoraLaplace, LogitsModel
+from laplace_lora.adapters.discovery import linear_maps
+from laplace_lora.models.modes import evaluation_mode
+from support.batches import loader, token_batch
+from support.models import ARCHITECTURES, TARGETS, adapter_config, base_model, excite
+from support.posteriors import LOW
+from support.references import assert_near
+
+BATCH = token_batch((4, 2), seed=3)
+HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer whose frozen weight is stored as bytes, two to a column, as in 4 bits."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        weight = linear.weight.detach()
+        self.scale = weight.abs().max() / 7
+        codes = (weight / self.scale).round().add(8).to(torch.uint8).reshape(-1, 2)
+        self.weight = nn.Parameter(codes[:, :1] * 16 + codes[:, 1:], requires_grad=False)
+        self.bias = linear.bias
+
+    def dense(self):
+        codes = torch.cat([self.weight // 16, self.weight % 16], dim=1)
+        return (codes.float() - 8).reshape(self.out_features, self.in_features) * self.scale
+
+    def forward(self, x):
+        return F.linear(x, self.dense().to(x.dtype), self.bias)
+
+
+def replace_linears(model, make):
+    """Put another layer in place of every linear one of the transformer's body."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear and name not in ("score", "classifier", "lm_head"):
+                setattr(module, name, make(child))
+    return model
+
+
+def unpacked(packed):
+    linear = nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None)
+    linear.weight = nn.Parameter(packed.dense(), requires_grad=False)
+    linear.bias = packed.bias
+    return linear
+
+
+def adapted(name, base):
+    for p in base.parameters():
+        p.requires_grad_(False)
+    return excite(get_peft_model(base, adapter_config(name)))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama-lm"])
+def test_packed_weights_change_nothing(name, tmp_path):
+    """The stand-in's posterior is that of the same weights in single precision."""
+    packed = replace_linears(base_model(name), PackedLinear)
+    targets = TARGETS if name.endswith("-lm") else None
+    model = adapted(name, packed)
+    assert any(p.dtype == torch.uint8 for p in model.parameters())
+    la = KronLoraLaplace(model, "classification", target_ids=targets, **LOW)
+    la.fit(loader())
+    la.optimize_prior_precision(n_steps=5)
+    la.save_pretrained(tmp_path)
+    again = KronLoraLaplace.from_pretrained(model, tmp_path)
+    assert torch.equal(again(BATCH), la(BATCH))
+    sizes = {m.name: (m.in_features, m.out_features) for m in linear_maps(model)}
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            assert (module.in_features, module.out_features) in sizes.values()
+            module.forward = unpacked(module).forward
+    reference = KronLoraLaplace(model, "classification", target_ids=targets, **LOW)
+    reference.fit(loader())
+    reference.prior_precision = la.prior_precision
+    assert_near(la(BATCH), reference(BATCH))
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.dtype == torch.uint8).add_(1)
+    with pytest.raises(ValueError, match="base model is another"):
+        KronLoraLaplace.from_pretrained(model, tmp_path)
+
+
+def test_an_adapter_loaded_for_inference_is_made_trainable_over_packed_weights(tmp_path):
+    from peft import PeftModel
+
+    adapted("bert", replace_linears(base_model("bert"), PackedLinear)).save_pretrained(tmp_path)
+    base = replace_linears(base_model("bert"), PackedLinear)
+    for p in base.parameters():
+        p.requires_grad_(False)
+    la = DiagLoraLaplace(PeftModel.from_pretrained(base, tmp_path), "classification")
+    la.fit(loader())
+    assert la(BATCH).isfinite().all()
+
+
+def test_a_packed_head_is_refused_by_last_layer_posteriors():
+    model = base_model("llama-lm")
+    model.lm_head = PackedLinear(model.lm_head)
+    model.config.tie_word_embeddings = False
+    wrapped = LogitsModel(adapted("llama-lm", model), target_ids=TARGETS)
+    assert wrapped.vocabulary_size == 50
+    KronLoraLaplace(wrapped, "classification").fit(loader())
+    with pytest.raises(ValueError, match="quantised"):
+        FullLoraLLLaplace(wrapped, "classification")
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+
+
+def quantised(name, bits, folder):
+    kind, make_config, _, _ = ARCHITECTURES[name]
+    config = make_config(num_labels=3)
+    for key, value in {**SIZES, "head_dim": 32}.items():
+        setattr(config, key, value)
+    if not folder.exists():
+        torch.manual_seed(0)
+        kind(config).save_pretrained(folder)
+    config = BitsAndBytesConfig(
+        load_in_8bit=bits == 8,
+        load_in_4bit=bits == 4,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["score", "classifier", "lm_head"],
+    )
+    base = kind.from_pretrained(
+        folder, quantization_config=config, dtype=torch.float32, device_map="cpu"
+    )
+    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    model = get_peft_model(base, adapter_config(name))
+    next(p for n, p in model.named_parameters() if "norm" in n.lower()).requires_grad_(True)
+    return excite(model)
+
+
+def jacobian(la):
+    return torch.cat([j.flatten(2) for j in la.backend.jacobian_blocks(BATCH)[1]], -1)
+
+
+@pytest.mark.skipif(not HAS_BITSANDBYTES, reason="needs bitsandbytes")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", ["bert", "llama-lm"])
+def test_bitsandbytes_models_fit_predict_and_come_back(name, bits, tmp_path):
+    model = quantised(name, bits, tmp_path / "base").eval()
+    assert any(not p.is_floating_point() for p in model.parameters())
+    targets = TARGETS if name.endswith("-lm") else None
+    la = KronLoraLaplace(model, "classification", target_ids=targets, uncovered="diag", **LOW)
+    la.fit(loader())
+    la.optimize_prior_precision(n_steps=5)
+    probs, J = la(BATCH), jacobian(la)
+    la.save_pretrained(tmp_path / "posterior")
+    with torch.no_grad():
+        f = la.model(BATCH)  # lays the 4-bit weights out anew, with coarser scales
+    assert not model.training
+    with evaluation_mode(model):
+        f = la.model(BATCH)
+        for n in range(len(f)):
+            for c in range(f.shape[1]):
+                grads = torch.autograd.grad(f[n, c], la.params, retain_graph=True)
+                assert_near(torch.cat([g.flatten() for g in grads]), J[n, c], 0.05)
+    assert_near(jacobian(la), J, 0.05)
+    assert_near(la(BATCH), probs, 0.01)
+    fresh = quantised(name, bits, tmp_path / "base")
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    for n, p in fresh.named_parameters():
+        if n in trained:
+            p.requires_grad_(True).data.copy_(model.get_parameter(n))
+    again = KronLoraLaplace.from_pretrained(fresh, tmp_path / "posterior")
+    assert_near(again(BATCH), probs, 0.01)

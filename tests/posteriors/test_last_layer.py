@@ -1,0 +1,178 @@
+"""Last-layer posteriors: the exact GGN of the head, by every way in."""
+
+import pytest
+import torch
+from laplace import LLLaplace
+from torch.nn.utils import parameters_to_vector
+
+from laplace_lora import DiagLoraLLLaplace, FullLoraLLLaplace, KronLoraLLLaplace, LogitsModel
+from support.batches import loader, token_batch
+from support.last_layer import MODELS, PARAMETRIC, PLAIN, by_name, last_layer_logits_model, padded
+from support.models import peft_model
+from support.references import assert_near
+
+BATCH = token_batch((4, 2, 6), seed=9)
+
+
+def explicit_head_ggn(model, data):
+    """GGN of the head's weight and bias by a loop over examples and outputs."""
+    features, weight, bias = [], *model.head_tensors()
+    model.eval()
+    total = 0
+    for batch in data:
+        phi, logits = model.features(batch)
+        features.append(phi)
+        for a, f in zip(phi.detach(), logits.detach(), strict=True):
+            p = f.softmax(-1)
+            columns = [torch.kron(torch.eye(len(f)).double()[c], a) for c in range(len(f))]
+            J = torch.stack(columns)
+            if bias is not None:
+                J = torch.cat([J, torch.eye(len(f)).double()], dim=1)
+            total = total + J.T @ (p.diag() - torch.outer(p, p)) @ J
+    assert weight.shape == (len(f), len(a))
+    return total
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("route", ["lora_last_layer", "last_layer"])
+def test_full_structure_is_the_exact_ggn_of_the_head(name, side, route):
+    model = last_layer_logits_model(name)
+    la = by_name(model, "full", route)
+    la.fit(padded(side))
+    assert_near(la.H, explicit_head_ggn(model, padded(side)))
+
+
+@pytest.mark.parametrize(
+    "name,side",
+    # Encoders number their positions from the left: padding there would be another input.
+    [
+        *((name, "right") for name in MODELS),
+        *((name, "left") for name in MODELS if "llama" in name),
+    ],
+)
+@pytest.mark.parametrize("structure", PLAIN)
+def test_every_way_keeps_the_models_own_logits(name, structure, side):
+    model = last_layer_logits_model(name)
+    own = model.eval()(token_batch((4, 2, 6), seed=9, side=side)).detach()
+    for route in ("lora_last_layer", "last_layer") if structure != "gp" else ("lora_last_layer",):
+        la = by_name(model, structure, route)
+        assert isinstance(la, PLAIN[structure][1])
+        assert type(la) is PLAIN[structure][route == "last_layer"]
+        la.fit(padded(side))
+        mean, covariance = la._glm_predictive_distribution(
+            token_batch((4, 2, 6), seed=9, pad_to=8, side=side)
+        )
+        assert_near(mean, own)
+        assert_near(covariance, covariance.mT)
+        assert la(BATCH).isfinite().all()
+
+
+@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+@pytest.mark.parametrize("name", ["llama", "bert-frozen", "llama-lm"])
+def test_both_routes_agree(structure, name):
+    model = last_layer_logits_model(name)
+    ours, theirs = (by_name(model, structure, r) for r in ("lora_last_layer", "last_layer"))
+    for la in (ours, theirs):
+        la.fit(loader())
+    assert_near(ours.log_marginal_likelihood(), theirs.log_marginal_likelihood())
+    for link in ("probit", "bridge"):
+        assert_near(ours(BATCH, link_approx=link), theirs(BATCH, link_approx=link))
+
+
+@pytest.mark.parametrize("cls", PARAMETRIC)
+def test_posterior_protocol(cls):
+    la = cls(last_layer_logits_model("llama"), "classification")
+    assert isinstance(la, LLLaplace)
+    with pytest.raises(AttributeError, match="not fitted"):
+        la(BATCH)
+    la.fit(loader(), progress_bar=True)
+    before = la.log_marginal_likelihood()
+    la.optimize_prior_precision()
+    assert la.log_marginal_likelihood() > before
+    validation = loader(lengths=(4, 6, 2, 5), seed=7)
+    la.optimize_prior_precision(method="gridsearch", val_loader=validation, grid_size=5)
+    la.optimize_prior_precision(method="val_gd", val_loader=validation, n_steps=5)
+    result = la.calibrate(validation)
+    assert result.nll_after <= result.nll_before
+    assert_near(la(BATCH).sum(-1), torch.ones(3).double())
+    other = cls(last_layer_logits_model("llama"), "classification")
+    other.load_state_dict(la.state_dict())
+    assert_near(other(BATCH), la(BATCH))
+
+
+@pytest.mark.parametrize("cls", PARAMETRIC)
+def test_one_pass_grid_of_the_head(cls):
+    la = cls(last_layer_logits_model("bert"), "classification")
+    la.fit(loader())
+    (batch,) = loader(7)
+    mean, blocks = la.gram_blocks(batch)
+    grams = [gram for _, pairs in blocks for gram in pairs]
+    for delta in (0.01, 1.0, 30.0):
+        la.prior_precision = delta
+        expected_mean, expected = la._glm_predictive_distribution(batch)
+        assert_near(sum((M / (e + delta)).sum(-1) for e, M in grams), expected)
+        assert_near(mean, expected_mean)
+
+
+def test_layerwise_priors_where_the_structure_allows():
+    for cls in (KronLoraLLLaplace, DiagLoraLLLaplace):
+        la = cls(last_layer_logits_model("bert"), "classification")
+        la.fit(loader())
+        la.optimize_prior_precision()
+        scalar = la.log_marginal_likelihood()
+        la.optimize_prior_precision(prior_structure="layerwise")
+        assert len(la.prior_precision) == 2
+        assert la.log_marginal_likelihood() >= scalar
+        assert la(BATCH).isfinite().all()
+    la = FullLoraLLLaplace(last_layer_logits_model("bert"), "classification")
+    la.fit(loader())
+    with pytest.raises(ValueError, match="a full matrix cannot have"):
+        la.optimize_prior_precision(prior_structure="layerwise")
+
+
+@pytest.mark.parametrize("cls", PARAMETRIC)
+def test_sampled_heads_compute_the_features_once_and_touch_nothing(cls):
+    model = last_layer_logits_model("llama-lm")
+    la = cls(model, "classification", prior_precision=100.0)
+    la.fit(loader())
+    weights = parameters_to_vector(model.parameters()).clone()
+    head = la.model.last_layer.weight.clone()
+    passes = []
+    handle = model.register_forward_hook(lambda *args: passes.append(1))
+    samples = la.predictive_samples(BATCH, pred_type="nn", n_samples=2000)
+    handle.remove()
+    assert len(passes) == 1
+    glm = la(BATCH, link_approx="mc", n_samples=4000)
+    torch.testing.assert_close(samples.mean(0), glm, atol=0.03, rtol=0)
+    assert torch.equal(parameters_to_vector(model.parameters()), weights)
+    assert torch.equal(la.model.last_layer.weight, head)
+
+
+@pytest.mark.parametrize("cls", PARAMETRIC)
+def test_last_layer_regression(cls):
+    la = cls(LogitsModel(peft_model("bert")), "regression", sigma_noise=0.7)
+    la.fit(loader(likelihood="regression"))
+    la.optimize_prior_precision(tune_sigma_noise=True)
+    mean, covariance = la(BATCH)
+    assert mean.shape == (3, 3) and covariance.shape == (3, 3, 3)
+    assert la.sigma_noise != 0.7
+
+
+def test_half_precision_models_have_single_precision_heads():
+    la = KronLoraLLLaplace(peft_model("bert", dtype=torch.bfloat16), "classification")
+    la.fit(loader())
+    assert la.model.last_layer.weight.dtype == torch.float32
+    assert la(BATCH).dtype == torch.float32
+
+
+def test_low_rank_sides_on_request():
+    dense = KronLoraLLLaplace(last_layer_logits_model("bert"), "classification")
+    low = KronLoraLLLaplace(
+        last_layer_logits_model("bert"), "classification", factor_rank=2, low_rank_threshold=4
+    )
+    for la in (dense, low):
+        la.fit(loader())
+    assert low.H.blocks[0][1].multiplicity == 14
+    assert dense.H.blocks[0][1].multiplicity == 0
+    assert not torch.allclose(low(BATCH), dense(BATCH), rtol=1e-9)

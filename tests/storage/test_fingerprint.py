@@ -1,0 +1,55 @@
+"""Fingerprints: other weights and other base models are recognised, at real sizes too."""
+
+import pytest
+import torch
+
+from laplace_lora import DiagLoraLaplace, KronLoraLaplace
+from laplace_lora.storage.fingerprint import SAMPLES, sampled_fingerprint
+from support.models import peft_model
+from support.posteriors import fitted
+
+VOCABULARY = (49152, 576)  # SmolLM2-135M: single precision rounds its last index up
+
+
+def test_a_real_vocabulary_has_a_fingerprint():
+    table = torch.zeros(VOCABULARY)
+    plain = sampled_fingerprint([("embedding", table)])
+    table[-1, -1] = 1.0
+    assert sampled_fingerprint([("embedding", table)]) != plain
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 1000, 30522])
+def test_the_entries_are_those_of_earlier_versions(rows):
+    """Files saved before name the same base model: only an index past the end has changed."""
+    size = rows * 768
+    before = torch.linspace(0, size - 1, min(SAMPLES, size)).round().long()
+    table = torch.zeros(rows, 768)
+    plain = sampled_fingerprint([("embedding", table)])
+    for index in before[before < size].tolist():
+        table.view(-1)[index] = 1.0
+        assert sampled_fingerprint([("embedding", table)]) != plain
+        table.view(-1)[index] = 0.0
+
+
+def test_other_weights_and_bases_are_refused(tmp_path):
+    model = peft_model("bert", modules_to_save=None)
+    la = fitted(model=model, modules=["query"])
+    la.save_pretrained(tmp_path)
+    names = dict(model.named_parameters())
+    query = next(p for n, p in names.items() if "query.lora_A" in n)
+    value = next(p for n, p in names.items() if "value.lora_A" in n)
+    base = names["base_model.model.bert.encoder.layer.1.output.dense.weight"]
+    cases = [(query, "weights are not those"), (value, "other trained weights"), (base, "the base")]
+    for tensor, message in cases:
+        kept = tensor.detach().clone()
+        with torch.no_grad():
+            tensor.mul_(1.01)
+        with pytest.raises(ValueError, match=message):
+            KronLoraLaplace.from_pretrained(model, tmp_path)
+        with torch.no_grad():
+            tensor.copy_(kept)
+    KronLoraLaplace.from_pretrained(model, tmp_path)
+    with pytest.raises(ValueError, match="covers other tensors than the model trains"):
+        KronLoraLaplace.from_pretrained(peft_model("bert", r=3, modules_to_save=None), tmp_path)
+    with pytest.raises(ValueError, match=r"load it with KronLoraLaplace\.from_pretrained"):
+        DiagLoraLaplace.from_pretrained(model, tmp_path)

@@ -1,0 +1,34 @@
+"""Loaders that stop in the middle or change between passes."""
+
+
+class Interruption(Exception):
+    """Stands for a power cut."""
+
+
+class Interrupted:
+    """A loader that stops in the middle."""
+
+    def __init__(self, data, after):
+        self.data, self.after, self.dataset = data, after, data.dataset
+
+    def __iter__(self):
+        for index, batch in enumerate(self.data):
+            if index == self.after:
+                raise Interruption
+            yield batch
+
+
+class Varying:
+    """A loader that yields other numbers of batches in each pass, or stops in its middle."""
+
+    def __init__(self, data, *passes, error=None):
+        self.data, self.dataset = data, data.dataset
+        self.passes, self.error = iter(passes), error
+
+    def __iter__(self):
+        count = next(self.passes)
+        for index, batch in enumerate(self.data):
+            if index < count:
+                yield batch
+        if self.error is not None and count < len(self.data):
+            raise self.error

@@ -1,0 +1,107 @@
+"""Tuning of the exact posteriors."""
+
+import pytest
+import torch
+
+from support.batches import loader
+from support.exact_posteriors import BOTH, LAYERS, NEW_BATCH, exact_posterior
+from support.references import assert_near
+
+
+@pytest.mark.parametrize("cls,kwargs", BOTH)
+@pytest.mark.parametrize("size", [1, LAYERS])
+def test_evidence_is_differentiable_in_prior_and_noise(cls, kwargs, size):
+    la = exact_posterior(cls, "regression", **kwargs)
+    prior = torch.linspace(0.4, 2, size).double().requires_grad_()
+    noise = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(la.log_marginal_likelihood, (prior, noise))
+
+
+@pytest.mark.parametrize("cls,kwargs", BOTH)
+@pytest.mark.parametrize("structure", ["scalar", "matrix", "block", "layerwise"])
+def test_the_evidence_is_at_its_maximum(cls, kwargs, structure):
+    la = exact_posterior(cls, "regression", prior_precision=torch.linspace(1, 3, LAYERS), **kwargs)
+    noise_too = structure != "scalar"
+    la.optimize_prior_precision(prior_structure=structure, tune_sigma_noise=noise_too)
+    assert len(la.prior_precision) == (1 if structure == "scalar" else LAYERS)
+    best = la.log_marginal_likelihood().item()
+    prior = la.prior_precision.log().requires_grad_()
+    noise = la.sigma_noise.detach().log().requires_grad_()
+    value = la.log_marginal_likelihood(prior.exp(), noise.exp())
+    slopes, slope = torch.autograd.grad(value, (prior, noise))
+    labels = la.prior_precision.detach().log()
+    by_group = [slopes[labels == label].sum().item() for label in labels.unique()]
+    assert max(map(abs, by_group)) < 2e-5
+    la.prior_precision, la.sigma_noise = prior.exp().detach(), noise.exp().detach()
+    if noise_too:
+        assert abs(slope.item()) < 2e-5
+        la.optimize_prior_precision()
+        assert la.log_marginal_likelihood() < best
+    else:
+        la.optimize_prior_precision(tune_sigma_noise=True)
+        assert la.log_marginal_likelihood() > best
+
+
+def test_laplace_torchs_adam_on_request():
+    la = exact_posterior()
+    la.optimize_prior_precision(prior_structure="layerwise")
+    best = la.log_marginal_likelihood()
+    la.optimize_prior_precision(prior_structure="layerwise", n_steps=3)
+    assert la.log_marginal_likelihood() < best
+    with pytest.raises(ValueError, match="prior_structure must be"):
+        la.optimize_prior_precision(prior_structure="rows")
+
+
+def nll(la, data):
+    total = [
+        torch.nn.functional.nll_loss(la(batch).log(), batch["labels"], reduction="sum")
+        for batch in data
+    ]
+    return sum(total).item()
+
+
+@pytest.mark.parametrize("cls,kwargs", BOTH)
+def test_tuning_on_a_validation_set(cls, kwargs):
+    data = loader(3, lengths=(4, 6, 2, 5, 3), seed=7)
+    # From one precision a tensor: the grid's are scalars, a calibration keeps the proportions.
+    la = exact_posterior(cls, prior_precision=torch.linspace(1, 3, LAYERS), **kwargs)
+    report = la.calibrate(data)
+    assert report.nll_after <= report.nll_before
+    assert nll(la, data) == pytest.approx(5 * report.nll_after, rel=1e-3)
+    assert_near(la.prior_precision / la.prior_precision[0], torch.linspace(1, 3, LAYERS).double())
+    la.optimize_prior_precision(method="gridsearch", val_loader=data, grid_size=7)
+    losses = {}
+    for delta in torch.logspace(-4, 4, 7).tolist():
+        other = exact_posterior(cls, prior_precision=delta, **kwargs)
+        losses[nll(other, data)] = delta
+    assert la.prior_precision.item() == pytest.approx(losses[min(losses)])
+    for structure in ("scalar", "matrix"):
+        before = nll(la, data)
+        options = {"method": "val_gd", "val_loader": data, "n_steps": 20}
+        la.optimize_prior_precision(prior_structure=structure, **options)
+        assert nll(la, data) <= before + 1e-6
+    assert len(la.prior_precision) == LAYERS
+
+
+@pytest.mark.parametrize("cls,kwargs", BOTH)
+def test_the_cached_covariance_is_that_of_the_posterior(cls, kwargs):
+    prior = torch.linspace(0.3, 3, LAYERS).double()
+    la = exact_posterior(cls, prior_precision=prior, **kwargs)
+    data = loader(8, lengths=(4, 6, 2), seed=7)
+    groups = torch.arange(LAYERS) % 3
+    for of, factors in ((groups, [0.3, 1.0, 7.0]), (groups * 0, [0.2])):
+        la.prior_precision = prior
+        factors = torch.tensor(factors).double()
+        cache = la.validation_cache(data, of, False)
+        la.prior_precision = prior * factors[of]
+        mean, covariance = la._glm_predictive_distribution(next(iter(data)))
+        assert_near(cache.mean, mean)
+        assert_near(cache.covariance(factors), covariance, 1e-6 if len(factors) > 1 else 2e-3)
+
+
+def test_a_failed_tuning_changes_nothing():
+    la = exact_posterior(prior_precision=torch.linspace(1, 3, LAYERS))
+    before = la(NEW_BATCH)
+    with pytest.raises(ValueError, match="needs `val_loader`"):
+        la.optimize_prior_precision(method="gridsearch")
+    assert torch.equal(la(NEW_BATCH), before)
