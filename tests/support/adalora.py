@@ -11,10 +11,12 @@ SCHEDULE = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 3, "deltaT": 3, "t
 
 
 def layers_of(model):
+    """The triplets of each layer."""
     return adalora_components(model.base_model.model, "default")
 
 
 def kept(model):
+    """How many triplets are not masked."""
     return sum(int((layer.E != 0).sum()) for layer in layers_of(model))
 
 
@@ -27,6 +29,7 @@ def tiny_adalora(name="bert", dtype=torch.float32, **kwargs):
 
 
 def training(model, optimizer, steps, check=lambda step: None):
+    """Train for some steps, and call ``check`` after each mask."""
     torch.manual_seed(0)
     for step in range(steps):
         batch = token_batch((4, 3, 5), seed=step)

@@ -23,10 +23,12 @@ def token_batch(lengths=(5, 5, 5, 5), pad_to=None, side="right", labels=3, seed=
 
 
 def rows(batch: dict, index) -> dict:
+    """Take the examples at an index or slice."""
     return {key: value[index] for key, value in batch.items()}
 
 
 def loader(batch_size=3, lengths=LENGTHS, likelihood="classification", **kwargs):
+    """Seven labelled sequences, unless other lengths are given."""
     batch = token_batch(lengths, **kwargs)
     if likelihood == "regression":
         generator = torch.Generator().manual_seed(0)
@@ -36,6 +38,7 @@ def loader(batch_size=3, lengths=LENGTHS, likelihood="classification", **kwargs)
 
 
 def validation(batch_size=3):
+    """Sequences that no posterior is fitted on."""
     return loader(batch_size, lengths=(4, 6, 2, 5, 3, 6, 1, 4), seed=7)
 
 

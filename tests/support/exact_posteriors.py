@@ -8,7 +8,7 @@ from support.models import peft_model
 
 ENOUGH = {"rank": 25}  # directions for seven examples of up to three outputs
 BOTH = [(FullLoraLaplace, {}), (LowRankLoraLaplace, ENOUGH)]
-NEW_BATCH = token_batch((4, 2, 5), seed=3)
+NEW_BATCH = token_batch((4, 2, 5), seed=3)  # not among the fitted examples
 LAYERS = 10  # trainable tensors of the tiny BERT
 
 

@@ -37,6 +37,7 @@ def factors_of(model, name, data=None, n_kfac=None, lr_threshold=512, keywords=(
 
 
 def class_of(model, name, n_kfac=None, lr_threshold=512, **kwargs):
+    """The fitted class with the functional interface's options."""
     la = KronLoraLaplace(
         model,
         "classification",
@@ -58,6 +59,7 @@ def log_likelihood(model, name, data=None):
 
 
 def gaussian(model, name, batch, factors, s2=S2, n_kfac=None, n_lora=2):
+    """Mean and covariance of the logits by the functional interface."""
     jacobian, f_mu = jacobian_mean(model, batch, targets(name) and torch.tensor(targets(name)))
     f_var = variance(batch, jacobian, factors, s2, f_mu.shape[1], n_lora, n_kfac, "cpu")
     return f_mu, f_var

@@ -26,6 +26,7 @@ EVERY_CLASS = [
 
 
 def posterior(cls=KronLoraLaplace, name="llama-lm", dtype=torch.float64, r=2, fit=True, **kwargs):
+    """A classifier by answer tokens, where the model is a language model, or by its head."""
     targets = TARGETS if name.endswith("-lm") else None
     la = cls(peft_model(name, dtype=dtype, r=r), "classification", target_ids=targets, **kwargs)
     if fit:
@@ -34,6 +35,7 @@ def posterior(cls=KronLoraLaplace, name="llama-lm", dtype=torch.float64, r=2, fi
 
 
 def fitted(cls=KronLoraLaplace, model=None, **kwargs):
+    """A classifier with a tuned prior, on the tiny BERT or a given model."""
     la = cls(model or peft_model("bert"), "classification", **kwargs)
     la.fit(loader())
     la.optimize_prior_precision()
@@ -41,6 +43,7 @@ def fitted(cls=KronLoraLaplace, model=None, **kwargs):
 
 
 def fitted_on(model, name, cls=KronLoraLaplace, **kwargs):
+    """A classifier on a given model, whose name says whether it answers by tokens."""
     la = cls(
         model, "classification", target_ids=TARGETS if name.endswith("-lm") else None, **kwargs
     )

@@ -46,6 +46,7 @@ def posterior_of(cls, data, **kwargs):
 
 
 def scenario_results(rank):
+    """Fit in every way that data may be shared, and collect what each process sees."""
     results = {}
     for kind in ("sampler", "accelerate", "split", "uneven"):
         for cls, kwargs in CASES:
@@ -137,6 +138,7 @@ def after_a_killing():
 
 
 def worker(rank, port, folder):
+    """Run as one of the processes; spawned, so it must be importable by name."""
     torch.set_num_threads(1)
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",

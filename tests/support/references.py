@@ -52,6 +52,7 @@ def looped_jacobians(model, batch):
 
 
 def explicit_ggn(model, batch):
+    """The classifier's GGN over all trainable weights, from `looped_jacobians`."""
     J = looped_jacobians(model, batch)
     p = model(batch).softmax(-1)
     Lambda = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
@@ -59,6 +60,7 @@ def explicit_ggn(model, batch):
 
 
 def block_diagonal_part(matrix, model):
+    """Keep the blocks of each trainable tensor with itself."""
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     parts, at = [], 0
     for size in sizes:
@@ -68,6 +70,7 @@ def block_diagonal_part(matrix, model):
 
 
 def validation_nll(la, link="probit"):
+    """Mean NLL of the validation examples, from one prediction each."""
     total, count = 0.0, 0
     for batch in validation(8):
         p = la(batch, link_approx=link, generator=torch.Generator().manual_seed(0))

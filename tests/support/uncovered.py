@@ -17,6 +17,7 @@ def model_with_norms(name, **kwargs):
 
 
 def dora_model(name):
+    """DoRA with positive magnitudes, which are trained."""
     model = peft_model(name, use_dora=True)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -26,6 +27,7 @@ def dora_model(name):
 
 
 def deberta_model():
+    """LoRA on layers that DeBERTa calls on inputs of different shapes."""
     _, _, modules, heads = SHARING["deberta"]
     config = LoraConfig(r=2, target_modules=modules, modules_to_save=heads)
     return excite(get_peft_model(base_model("deberta"), config)).double()
