@@ -1,13 +1,12 @@
 """Calibrated uncertainty for LoRA-fine-tuned transformers, as a plugin for laplace-torch.
 
-The public names; every module behind them has one job and says so in its first line.
+The public names; each folder behind them says in its `__init__` what is in it.
 """
 
 from laplace_lora.curvature.backends import LoraEF, LoraGGN
-from laplace_lora.linalg.kron import LowRankKron
-from laplace_lora.linalg.kron_eigen import LowRankKronDecomposed
+from laplace_lora.curvature.kron_protocol import LowRankKron, LowRankKronDecomposed
 from laplace_lora.models.logits_model import LogitsModel
-from laplace_lora.posteriors.exact import FullLoraLaplace
+from laplace_lora.posteriors.exact import FullLoraLaplace, LowRankLoraLaplace
 from laplace_lora.posteriors.factored import DiagLoraLaplace, KronLoraLaplace
 from laplace_lora.posteriors.last_layer import (
     DiagLoraLLLaplace,
@@ -15,7 +14,6 @@ from laplace_lora.posteriors.last_layer import (
     KronLoraLLLaplace,
 )
 from laplace_lora.posteriors.last_layer_gp import FunctionalLoraLLLaplace
-from laplace_lora.posteriors.low_rank import LowRankLoraLaplace
 from laplace_lora.trainer import LaplaceCallback
 
 __all__ = [

@@ -1,8 +1,4 @@
-"""`LaplaceCallback`: a posterior at the end of `transformers.Trainer`'s training.
-
-Fitting, tuning and saving are the posterior's own; this room only asks the trainer for its loaders
-and hands it what there is to log.
-"""
+"""`LaplaceCallback`: a posterior at the end of `transformers.Trainer`'s training."""
 
 from __future__ import annotations
 
@@ -11,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from laplace_lora.data import distributed as sharding
+from laplace_lora.data.distributed import gather_for
+from laplace_lora.data.loaders import local_batches
 from laplace_lora.evaluation.metrics import ece, nll
+from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.modes import evaluation_mode
-from laplace_lora.posteriors.base import LoraPosterior
+from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.posteriors.factored import KronLoraLaplace
 
 
@@ -53,13 +50,14 @@ class LaplaceCallback(TrainerCallback):
         self,
         trainer: Any,
         likelihood: str = "classification",
-        posterior: type[LoraPosterior] = KronLoraLaplace,
+        posterior: type[LoraLaplace] = KronLoraLaplace,
         *,
         save: bool = True,
         link_approx: str = "probit",
         **kwargs: Any,
     ) -> None:
         self.trainer = trainer
+        self._regresses = likelihood_of(likelihood).has_noise
         self.likelihood = likelihood
         self.posterior = posterior
         self.save = save
@@ -78,8 +76,8 @@ class LaplaceCallback(TrainerCallback):
         la.optimize_prior_precision()
         self.la = la
         metrics = {"laplace_log_marginal_likelihood": la.log_marginal_likelihood().item()}
-        if self.trainer.eval_dataset is not None and self.likelihood != "regression":
-            metrics |= self._judged(self.trainer.get_eval_dataloader(), progress)
+        if self.trainer.eval_dataset is not None and not self._regresses:
+            metrics |= self._scores(self.trainer.get_eval_dataloader(), progress)
         self.trainer.log(metrics)
         if self.save and args.should_save:
             la.save_pretrained(args.output_dir)
@@ -100,10 +98,10 @@ class LaplaceCallback(TrainerCallback):
         if self.la is None:
             raise RuntimeError("there is no posterior yet; it is fitted when training ends")
         loader = self.trainer.get_test_dataloader(dataset)
-        if self.likelihood != "regression":
+        if not self._regresses:
             return self._collected(loader, self._laplace, not self.trainer.args.disable_tqdm)
-        parts = [self.la(batch) for batch in sharding.own_batches(loader)]
-        gather = sharding.gather_for(loader)
+        parts = [self.la(batch) for batch in local_batches(loader, "Predicting")]
+        gather = gather_for(loader)
         return tuple(gather(torch.cat(column)) for column in zip(*parts, strict=True))
 
     def _laplace(self, batch: Mapping[str, Any]) -> Tensor:
@@ -115,13 +113,12 @@ class LaplaceCallback(TrainerCallback):
             return self.la.model(batch).softmax(-1)
 
     def _collected(self, loader: Any, predict: Callable[[Any], Tensor], progress: bool) -> Tensor:
-        bar = tqdm(loader, disable=not (progress and sharding.is_main()), desc="Predicting")
-        batches = sharding.own_batches(loader, map(self.la.by_example, bar))
+        batches = local_batches(loader, "Predicting", progress, self.la.fitted.by_example)
         parts = [predict(batch).detach() for batch in batches]
-        return sharding.gather_for(loader)(torch.cat(parts))
+        return gather_for(loader)(torch.cat(parts))
 
-    def _judged(self, loader: Any, progress: bool) -> dict[str, float]:
-        labels = self._collected(loader, lambda batch: self.la.labelled(batch)[1], False)
+    def _scores(self, loader: Any, progress: bool) -> dict[str, float]:
+        labels = self._collected(loader, lambda batch: self.la.fitted.split(batch)[1], False)
         metrics: dict[str, float] = {}
         for name, predict in (("laplace", self._laplace), ("map", self._map)):
             p = self._collected(loader, predict, progress)

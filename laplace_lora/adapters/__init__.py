@@ -1,4 +1,4 @@
 """The trainable tensors of a PEFT model, as linear maps and diagonal blocks.
 
-Where PEFT's layers are known; nothing here runs a model.
+All knowledge of PEFT's layers lives here; nothing here runs a model.
 """

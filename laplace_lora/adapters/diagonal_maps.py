@@ -1,7 +1,7 @@
 """Tensors that no Kronecker factor covers, as maps whose curvature is an exact diagonal.
 
-`ElementwiseMap` is the fast way, for tensors that scale or shift what passes by; `WholeTensor` the
-way for any tensor. Which tensors are which belongs to `adapters`.
+`ElementwiseMap` is fast and for tensors that scale or shift activations; `WholeTensor` is for any
+tensor.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from laplace_lora.adapters.maps import Block, Call, LinearMap
 class ElementwiseMap(LinearMap):
     """A tensor ``w`` that acts entry by entry and affinely on the last dimension.
 
-    The weights and biases of layer norms and DoRA's magnitudes: ``y = f(w) = f(0) + w ∘ D`` with
-    ``D = f(1) − f(0)``, so an example's gradient is ``Σ_t g_t ∘ D_t``. That the module is of this
-    form is seen from a random ``w`` when it first runs.
+    The weights and biases of layer norms, and DoRA's magnitudes: ``y = f(w) = f(0) + w ∘ D`` with
+    ``D = f(1) − f(0)``, so an example's gradient is ``Σ_t g_t ∘ D_t``. That the module has this
+    form is verified with a random ``w`` on its first call.
 
     Attributes:
         key: Name of the tensor in its module.
-        verified: Holds something once the form has been seen.
+        verified: Not empty once the form has been verified.
     """
 
     key: str = "weight"
@@ -34,16 +34,16 @@ class ElementwiseMap(LinearMap):
 
     @property
     def is_diagonal(self) -> bool:
-        """The map's curvature is kept as a diagonal."""
+        """Whether the map's curvature is kept as a diagonal: it is."""
         return True
 
     @property
     def has_tokens(self) -> bool:
-        """All tokens are summed over; padding that does not matter has no gradient."""
+        """Whether padding must be masked: no, padding without effect has no gradient to sum."""
         return False
 
     def parameters(self) -> list[tuple[nn.Parameter, bool]]:
-        """Return the map's one tensor, which counts as a bias."""
+        """Return the map's one tensor, which is treated as a bias."""
         return [(getattr(self.module, self.key), True)]
 
     def sides(self, parameter: nn.Parameter) -> list[int]:
@@ -51,7 +51,7 @@ class ElementwiseMap(LinearMap):
         return [parameter.numel()]
 
     def misfit(self, calls: Sequence[Call], batch: int, texts: int = 1) -> str | None:
-        """Return why the map is not of the form that its class stands for, ``None`` if it is."""
+        """Return why the module does not have the form above, ``None`` if it has."""
         if not calls:
             return f"layer {self.name!r} did not run in the forward pass"
         d = self.in_features
@@ -71,34 +71,35 @@ class ElementwiseMap(LinearMap):
 
     def read(self, call: Call) -> Tensor:
         """Return the derivative ``D`` of the output, ``(batch, tokens, d)``."""
-        slope = self._at(call, 1.0) - self._at(call, 0.0)
+        slope = self._output_at(call, 1.0) - self._output_at(call, 0.0)
         return slope.reshape(len(slope), -1, self.in_features)
 
-    def own_grad(self, x: Tensor, grad: Tensor) -> Tensor:
+    def map_grad(self, x: Tensor, grad: Tensor) -> Tensor:
         """Return each example's gradient of the tensor, ``(batch, d)``."""
         wide = torch.promote_types(x.dtype, torch.float32)
         return (x.to(wide) * grad.reshape(x.shape).to(wide)).sum(1)
 
     @torch.no_grad()
-    def _at(self, call: Call, value: float | Tensor) -> Tensor:
+    def _output_at(self, call: Call, value: float | Tensor) -> Tensor:
         """Return the module's output with another value in place of the tensor."""
-        parameter = getattr(self.module, self.key)
-        other = torch.zeros_like(parameter) + value
-        return functional_call(self.module, {self.key: other}, call.args, dict(call.kwargs))
+        parameter: Tensor = getattr(self.module, self.key)
+        replaced = {self.key: torch.zeros_like(parameter) + value}
+        output: Tensor = functional_call(self.module, replaced, call.args, dict(call.kwargs))
+        return output
 
     def _is_affine(self, call: Call) -> bool:
-        parameter = getattr(self.module, self.key)
+        parameter: Tensor = getattr(self.module, self.key)
         generator = torch.Generator().manual_seed(0)
         w = torch.randn(self.in_features, generator=generator).to(parameter)
-        change = self._at(call, w) - self._at(call, 0.0)
-        expected = w * (self._at(call, 1.0) - self._at(call, 0.0))
-        # Anything else is off by as much as the change itself, half precision by far less.
+        change = self._output_at(call, w) - self._output_at(call, 0.0)
+        expected = w * (self._output_at(call, 1.0) - self._output_at(call, 0.0))
+        # Any other form is off by as much as the change itself, half precision by far less.
         return bool((change - expected).norm() <= 0.05 * expected.norm())
 
 
 @dataclass(frozen=True, eq=False)
 class WholeTensor(LinearMap):
-    """Any tensor; its gradients come from running the model on each example alone.
+    """Any tensor; its gradients come from running the model on one example at a time.
 
     Attributes:
         parameter: The tensor.
@@ -107,7 +108,7 @@ class WholeTensor(LinearMap):
     parameter: nn.Parameter = field(default_factory=lambda: nn.Parameter(torch.zeros(0)))
 
     @classmethod
-    def of(cls, name: str, parameter: nn.Parameter) -> WholeTensor:
+    def from_parameter(cls, name: str, parameter: nn.Parameter) -> WholeTensor:
         """Return the map of a tensor.
 
         Args:
@@ -119,11 +120,11 @@ class WholeTensor(LinearMap):
 
     @property
     def is_diagonal(self) -> bool:
-        """The map's curvature is kept as a diagonal."""
+        """Whether the map's curvature is kept as a diagonal: it is."""
         return True
 
     def parameters(self) -> list[tuple[nn.Parameter, bool]]:
-        """Return the tensor, which counts as a bias."""
+        """Return the tensor, which is treated as a bias."""
         return [(self.parameter, True)]
 
     def sides(self, parameter: nn.Parameter) -> list[int]:
@@ -131,21 +132,21 @@ class WholeTensor(LinearMap):
         return [parameter.numel()]
 
 
-def in_order(
+def maps_and_blocks(
     maps: Sequence[LinearMap], owned: Sequence[tuple[str, nn.Parameter, LinearMap, bool]]
 ) -> tuple[list[LinearMap], list[Block]]:
-    """Return the maps that own a tensor, whole tensors last, and the tensors as their blocks.
+    """Return the maps that own a tensor, whole tensors last, and the tensors as blocks.
 
     Args:
         maps: The maps, in any order.
-        owned: For each trainable tensor, in parameter order, its name, itself, its map and whether
-            it is a bias there.
+        owned: For each trainable tensor, in parameter order: name, tensor, map, and whether it is
+            a bias there.
     """
-    used = {id(owner) for _, _, owner, _ in owned}
-    kept = [linear for linear in maps if id(linear) in used]
-    kept.sort(key=lambda linear: isinstance(linear, WholeTensor))
-    index = {id(linear): i for i, linear in enumerate(kept)}
-    return kept, [Block(name, p, index[id(owner)], bias) for name, p, owner, bias in owned]
+    owner_ids = {id(owner) for _, _, owner, _ in owned}
+    owners = [linear for linear in maps if id(linear) in owner_ids]
+    owners.sort(key=lambda linear: isinstance(linear, WholeTensor))
+    index = {id(linear): i for i, linear in enumerate(owners)}
+    return owners, [Block(name, p, index[id(owner)], bias) for name, p, owner, bias in owned]
 
 
 def whole_instead(
@@ -156,14 +157,14 @@ def whole_instead(
     Args:
         maps: The maps.
         blocks: Their trainable tensors, in parameter order.
-        unfit: Indices of the maps to be replaced.
+        unfit: Indices of the maps to replace.
     """
-    everything = list(maps)
+    all_maps = list(maps)
     owned = []
     for block in blocks:
         owner, bias = maps[block.map], block.is_bias
         if block.map in unfit:
-            owner, bias = WholeTensor.of(block.name, block.parameter), True
-            everything.append(owner)
+            owner, bias = WholeTensor.from_parameter(block.name, block.parameter), True
+            all_maps.append(owner)
         owned.append((block.name, block.parameter, owner, bias))
-    return in_order(everything, owned)
+    return maps_and_blocks(all_maps, owned)

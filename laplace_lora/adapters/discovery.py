@@ -1,8 +1,4 @@
-"""From a model to its trainable linear maps, in parameter order.
-
-Which trainable tensors a Kronecker factor can cover, and which it cannot. The state that PEFT has
-left a model in belongs to `peft_state`, what flows through the maps to `tape`.
-"""
+"""Find a model's trainable linear maps, and which trainable tensors they cover."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from laplace_lora.adapters.diagonal_maps import ElementwiseMap, WholeTensor, in_order
+from laplace_lora.adapters.diagonal_maps import ElementwiseMap, WholeTensor, maps_and_blocks
 from laplace_lora.adapters.maps import Block, ConvMap, LinearMap
 from laplace_lora.adapters.peft_maps import EmbeddingMap, TripletMap
 from laplace_lora.adapters.peft_state import adalora_layers, check_adapters
@@ -24,7 +20,7 @@ UNCOVERED = ("error", "diag")
 
 
 def triplet_maps(model: nn.Module) -> Iterator[LinearMap]:
-    """Yield the maps of every AdaLoRA layer over a linear one, three an active adapter."""
+    """Yield the maps of every AdaLoRA layer on a linear one, three per active adapter."""
     for name, layer in adalora_layers(model).items():
         if isinstance(layer.get_base_layer(), nn.Conv2d):
             continue
@@ -37,7 +33,7 @@ def triplet_maps(model: nn.Module) -> Iterator[LinearMap]:
 
 
 def embedding_maps(model: nn.Module) -> Iterator[LinearMap]:
-    """Yield the maps of every embedding that LoRA adapts, two an active adapter."""
+    """Yield the maps of every embedding that LoRA adapts, two per active adapter."""
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraEmbedding):
             continue
@@ -62,18 +58,18 @@ def linear_maps(model: nn.Module) -> Iterator[LinearMap]:
         if isinstance(module, BaseTunerLayer):
             layers[name] = module
         if isinstance(module, nn.Conv2d):
-            known = module.groups == 1 and module.padding_mode == "zeros"
-            if known and not isinstance(module.padding, str):
-                patch = module.weight[0].numel()
-                yield ConvMap(name, module, patch, module.out_channels, False)
+            is_plain = module.groups == 1 and module.padding_mode == "zeros"
+            if is_plain and not isinstance(module.padding, str):
+                patch_size = module.weight[0].numel()
+                yield ConvMap(name, module, patch_size, module.out_channels, False)
         if not isinstance(module, nn.Linear | Conv1D):
             continue
         transposed = isinstance(module, Conv1D)
         if transposed:
             q, p = module.weight.shape
-        else:  # quantised weights are packed: their shape says nothing
+        else:  # a quantised weight is packed, so its shape is of no use
             q, p = module.in_features, module.out_features
-        # lora_A and lora_B are dictionaries of modules, two steps below the adapted layer.
+        # lora_A and lora_B are dictionaries of modules, two levels below the adapted layer.
         layer = layers.get(name.rpartition(".")[0].rpartition(".")[0])
         yield LinearMap(name, module, q, p, transposed, layer)
 
@@ -81,12 +77,12 @@ def linear_maps(model: nn.Module) -> Iterator[LinearMap]:
 def elementwise_maps(model: nn.Module) -> Iterator[LinearMap]:
     """Yield the vectors of every layer norm and of DoRA's linear layers, in module order.
 
-    Subclasses of torch's norms may normalise another dimension than the last and are left out.
+    Subclasses of torch's norms may normalise a dimension other than the last and are left out.
     """
     for name, module in model.named_modules():
         kind = type(module)
-        known = kind in (nn.LayerNorm, nn.RMSNorm, DoraLinearLayer)
-        if not known and not kind.__name__.endswith(("RMSNorm", "T5LayerNorm")):
+        is_known = kind in (nn.LayerNorm, nn.RMSNorm, DoraLinearLayer)
+        if not is_known and not kind.__name__.endswith(("RMSNorm", "T5LayerNorm")):
             continue
         for key, p in module.named_parameters(recurse=False):
             if p.ndim == 1:
@@ -100,11 +96,11 @@ def trainable_maps(
 
     Args:
         model: Any module, usually a `LogitsModel` around a `PeftModel`.
-        uncovered: What becomes of trainable tensors that belong to no linear map or to several:
-            ``"error"``, or ``"diag"`` for maps that have a diagonal block.
+        uncovered: How to treat trainable tensors that belong to no linear map or to several:
+            ``"error"``, or ``"diag"`` to give them a diagonal block.
 
     Returns:
-        The maps, and one block a trainable tensor in the order of ``model.parameters()``.
+        The maps, and one block per trainable tensor in the order of ``model.parameters()``.
 
     Raises:
         ValueError: If nothing is trainable, ``uncovered`` is unknown, or it is ``"error"`` and a
@@ -132,24 +128,26 @@ def trainable_maps(
             raise RuntimeError(
                 f"the trainable parameter {name!r} is offloaded; keep it on a device, or freeze it"
             )
-        found = owners.get(id(parameter), [])
-        if len(found) != 1:
-            found = [(WholeTensor.of(name, parameter), True)]
-            maps.append(found[0][0])
-        owned.append((name, parameter, *found[0]))
+        candidates = owners.get(id(parameter), [])
+        if len(candidates) == 1:
+            owner, is_bias = candidates[0]
+        else:
+            owner, is_bias = WholeTensor.from_parameter(name, parameter), True
+            maps.append(owner)
+        owned.append((name, parameter, owner, is_bias))
     if not owned:
         raise ValueError(
             "the model has no trainable parameters, so there is nothing to be uncertain about: "
             "pass a PeftModel with an active adapter, or make one trainable with "
             "`model.set_adapter(name)`"
         )
-    return in_order(maps, owned)
+    return maps_and_blocks(maps, owned)
 
 
-def _check_covered(owners: dict[str, int]) -> None:
+def _check_covered(owner_counts: dict[str, int]) -> None:
     """Refuse tensors, by name, that do not belong to exactly one map."""
-    uncovered = [name for name, count in owners.items() if count == 0]
-    tied = [name for name, count in owners.items() if count > 1]
+    uncovered = [name for name, count in owner_counts.items() if count == 0]
+    tied = [name for name, count in owner_counts.items() if count > 1]
     if uncovered:
         raise ValueError(
             f"no Kronecker factor covers the trainable parameters {listed(uncovered)}: only "

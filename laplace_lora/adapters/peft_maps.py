@@ -1,7 +1,6 @@
-"""Linear maps of PEFT layers that keep several in one module: AdaLoRA, and LoRA on embeddings.
+"""Linear maps of PEFT layers that hold several in one module: AdaLoRA, and LoRA on embeddings.
 
-Each tensor is a map of its own, whose input and output gradient follow from the module's. Plain
-maps belong to `maps`, finding these layers in a model to `adapters`.
+Each tensor is a separate map, whose input and output gradient follow from the module's.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from laplace_lora.adapters.maps import LinearMap
 class TripletMap(LinearMap):
     """One of the three tensors of AdaLoRA's ``y = base(x) + c B (E ∘ (A x))``.
 
-    ``A`` maps ``x``, ``B`` maps ``E ∘ (A x)``. ``E``, ``(r, 1)``, multiplies entry by entry; it is
-    the bias of a map whose output gradient is ``(A x) ∘ (c Bᵀ g)`` summed over an example's tokens,
-    so its curvature is exact.
+    ``A`` maps ``x``, ``B`` maps ``E ∘ (A x)``. ``E``, ``(r, 1)``, multiplies entry by entry and is
+    treated as the bias of a map whose output gradient is ``(A x) ∘ (c Bᵀ g)`` summed over an
+    example's tokens, so its curvature is exact.
 
     Attributes:
         adapter: Name of the adapter.
@@ -31,14 +30,14 @@ class TripletMap(LinearMap):
     role: str = "A"
 
     def parameters(self) -> list[tuple[nn.Parameter, bool]]:
-        """Return the map's one tensor; ``E`` counts as a bias."""
+        """Return the map's one tensor; ``E`` is treated as a bias."""
         return [(getattr(self.module, f"lora_{self.role}")[self.adapter], self.role == "E")]
 
     def sides(self, parameter: nn.Parameter) -> list[int]:
-        """Return the lengths of the sides; ``E`` has one."""
+        """Return the lengths of the sides; ``E`` has one side."""
         return [parameter.numel()] if self.role == "E" else list(parameter.shape)
 
-    def own_input(self, x: Tensor) -> Tensor:
+    def map_input(self, x: Tensor) -> Tensor:
         """Return ``x`` for ``A``, ``A x`` for ``E``, ``E ∘ (A x)`` for ``B``."""
         A, E, _ = self._triplet()
         x = x.to(A.dtype)
@@ -47,7 +46,7 @@ class TripletMap(LinearMap):
         inner = x @ A.T
         return inner if self.role == "E" else inner * E.squeeze(-1)
 
-    def own_grad(self, x: Tensor, grad: Tensor) -> Tensor:
+    def map_grad(self, x: Tensor, grad: Tensor) -> Tensor:
         """Return the gradient with respect to the map's output; summed over tokens for ``E``."""
         _, E, B = self._triplet()
         layer = self.module
@@ -61,16 +60,21 @@ class TripletMap(LinearMap):
         return (x * inner).flatten(1, -2).sum(1) if x.ndim > 2 else x * inner
 
     def _triplet(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``A``, ``E`` and ``B``, detached."""
         layer, name = self.module, self.adapter
-        return tuple(part[name].detach() for part in (layer.lora_A, layer.lora_E, layer.lora_B))
+        return (
+            layer.lora_A[name].detach(),
+            layer.lora_E[name].detach(),
+            layer.lora_B[name].detach(),
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingMap(LinearMap):
-    """One of the two tensors of LoRA on an embedding, ``y = base(t) + c B A e_t`` of a token t.
+    """One of the two tensors of LoRA on an embedding, ``y = base(t) + c B A e_t`` for a token t.
 
-    The input of ``A`` is the token as a unit vector, so its input covariance is that of the
-    tokens' frequencies; keep it low-rank for large vocabularies.
+    The input of ``A`` is the token as a unit vector, so the input covariance is the diagonal of
+    token frequencies; keep it low-rank for large vocabularies.
 
     Attributes:
         adapter: Name of the adapter.
@@ -82,14 +86,14 @@ class EmbeddingMap(LinearMap):
 
     @property
     def input_dims(self) -> tuple[int, ...]:
-        """Token numbers, ``(batch, tokens)``."""
+        """Token ids: ``(batch, tokens)``."""
         return (2,)
 
     def parameters(self) -> list[tuple[nn.Parameter, bool]]:
         """Return the map's one tensor."""
         return [(getattr(self.module, f"lora_embedding_{self.role}")[self.adapter], False)]
 
-    def own_input(self, x: Tensor) -> Tensor:
+    def map_input(self, x: Tensor) -> Tensor:
         """Return unit vectors, ``(batch, tokens, vocabulary)``, for ``A``; ``A e_t`` for ``B``."""
         A = self.module.lora_embedding_A[self.adapter].detach()
         if self.role == "B":
@@ -100,11 +104,11 @@ class EmbeddingMap(LinearMap):
             units[..., padding] = 0  # torch sends no gradient to a padding token's row
         return units
 
-    def own_grad(self, x: Tensor, grad: Tensor) -> Tensor:
+    def map_grad(self, x: Tensor, grad: Tensor) -> Tensor:
         """Return the gradient with respect to the map's output."""
         layer = self.module
         B = layer.lora_embedding_B[self.adapter].detach()
         grad = grad.to(B.dtype) * layer.scaling[self.adapter]
-        scale = layer._get_embed_scale()  # of models that scale their embeddings
+        scale = layer._get_embed_scale()  # for models that scale their embeddings
         grad = grad if scale is None else grad * scale.to(grad)
         return grad if self.role == "B" else grad @ B

@@ -1,13 +1,8 @@
-"""What state PEFT has left a model in: which adapter is active, merged, disabled or untrainable.
-
-With `adapters`, which finds the trainable maps, and `peft_maps`, which says how they act, the only
-room that knows PEFT's layers.
-"""
+"""Inspect and validate PEFT adapter state: active, merged, disabled or not trainable."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
@@ -21,7 +16,7 @@ logger = logging.getLogger(__name__)
 def activate_adapter(model: nn.Module) -> None:
     """Make the active adapter of a `PeftModel` loaded for inference trainable.
 
-    Does nothing if something is trainable already.
+    Does nothing if any tensor is trainable already.
 
     Args:
         model: Any module; only a `PeftModel` is changed.
@@ -39,27 +34,27 @@ def activate_adapter(model: nn.Module) -> None:
 
 
 def freeze_untrainable(model: nn.Module) -> None:
-    """Freeze what AdaLoRA marks as trainable but is not: its rank counts, and pruned-away tensors.
+    """Freeze what AdaLoRA wrongly marks as trainable: its rank counts, and empty pruned tensors.
 
     PEFT makes ``ranknum`` trainable when the base model is in half precision.
     """
     for layer in adalora_layers(model).values():
-        empty = [p for part in (layer.lora_A, layer.lora_E, layer.lora_B) for p in part.values()]
-        for parameter in [*layer.ranknum.values(), *(p for p in empty if p.numel() == 0)]:
+        triplet = [p for part in (layer.lora_A, layer.lora_E, layer.lora_B) for p in part.values()]
+        for parameter in [*layer.ranknum.values(), *(p for p in triplet if p.numel() == 0)]:
             parameter.requires_grad_(False)
 
 
-def adalora_layers(model: nn.Module) -> dict[str, Any]:
+def adalora_layers(model: nn.Module) -> dict[str, AdaLoraLayer]:
     """Return the layers that AdaLoRA adapts, by name."""
     modules = model.named_modules()
     return {name: module for name, module in modules if isinstance(module, AdaLoraLayer)}
 
 
 def calls_twice(layer: nn.Module | None) -> bool:
-    """Return whether an adapted layer calls its own maps once more than it applies them.
+    """Return whether an adapted layer calls its maps once more before it applies them.
 
-    PEFT's DoRA sends an identity matrix through ``lora_A`` and ``lora_B``, without gradient, to
-    learn the norm of their product, before it applies them.
+    PEFT's DoRA first sends an identity matrix through ``lora_A`` and ``lora_B``, without gradient,
+    to compute the norm of their product.
     """
     return any(getattr(layer, "use_dora", {}).values())
 
@@ -72,19 +67,19 @@ def adapter_parameters(model: nn.Module) -> dict[int, bool]:
     Args:
         model: Any module.
     """
-    found: dict[int, bool] = {}
+    is_active: dict[int, bool] = {}
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
-            base = {id(p) for p in module.get_base_layer().parameters()}
+            base_ids = {id(p) for p in module.get_base_layer().parameters()}
             active = set(module.active_adapters)
             for name, p in module.named_parameters():
-                if id(p) not in base:
-                    found[id(p)] = bool(active & set(name.split(".")))
+                if id(p) not in base_ids:
+                    is_active[id(p)] = bool(active & set(name.split(".")))
         elif isinstance(module, ModulesToSaveWrapper):
-            for name, kept in module.modules_to_save.items():
-                is_active = name in module.active_adapters
-                found |= {id(p): is_active for p in kept.parameters()}
-    return found
+            for name, copy in module.modules_to_save.items():
+                for p in copy.parameters():
+                    is_active[id(p)] = name in module.active_adapters
+    return is_active
 
 
 def check_adapters(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Choose among the trainable tensors by the names of their modules."""
+"""Select trainable tensors by the names of their modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def trainable_only(model: nn.Module, modules: str | Sequence[str] | None) -> Iterator[None]:
-    """Freeze all trainable tensors but those of some modules, for a while.
+    """Temporarily freeze all trainable tensors but those of some modules.
 
     Args:
         model: Any module.
@@ -19,7 +19,7 @@ def trainable_only(model: nn.Module, modules: str | Sequence[str] | None) -> Ite
             whole parts of them, or ``None`` for all.
 
     Raises:
-        ValueError: If no trainable module is meant; lists those there are.
+        ValueError: If no trainable module matches; lists the trainable ones.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     owners = {name: name.rpartition(".")[0] for name in trainable}
@@ -47,6 +47,6 @@ def _matches(name: str, modules: str | Sequence[str] | None) -> bool:
 
 
 def listed(names: list[str]) -> str:
-    """Return the first names of a list, quoted, and how many more there are."""
+    """Return the first five names, quoted, and the number of others."""
     shown = ", ".join(repr(name) for name in names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

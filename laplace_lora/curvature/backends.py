@@ -1,47 +1,54 @@
 """`LoraGGN` and `LoraEF`: laplace-torch curvature backends for the adapters of a model.
 
-A backend answers laplace-torch's questions for curvature (factors, diagonal, dense matrix) with
-what `kfac` and `jacobians` compute; Jacobians and gradients themselves belong to
-`differentiation`, priors to `posterior`, predictions to `predictive`.
+A backend answers laplace-torch's questions for curvature, Jacobians and gradients with what its
+`Engine` computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from laplace.curvature import EFInterface, GGNInterface
+from laplace.curvature import CurvatureInterface, EFInterface, GGNInterface
 from laplace.utils import Kron
 from torch import Tensor, nn
 
+from laplace_lora.adapters.maps import Block, LinearMap
 from laplace_lora.capture.jacobians import jacobian_blocks
-from laplace_lora.curvature.engine import Differentiation
-from laplace_lora.curvature.kfac import KfacSums, Rows
-from laplace_lora.likelihoods import roots as likelihoods
-from laplace_lora.linalg.factors import check_residual
-from laplace_lora.linalg.kron import LowRankKron
-from laplace_lora.linalg.kron_eigen import LowRankKronDecomposed
-from laplace_lora.linalg.sketch import LowRankFactor
+from laplace_lora.curvature import batch_curvature
+from laplace_lora.curvature.engine import Engine, joined
+from laplace_lora.curvature.kfac import Rows
+from laplace_lora.likelihoods.base import Columns
+from laplace_lora.likelihoods.registry import likelihood_of
+from laplace_lora.linalg.sketch import FactorSpec, LowRankFactor
 
 LONGEST_PLAIN = 8192  # entries of a vector whose diagonal block a plain Kron holds as a matrix
 
 
-class LoraCurvature(Differentiation):
+class LoraCurvature(CurvatureInterface):
     """What `LoraGGN` and `LoraEF` share; they differ in the columns they send backward.
+
+    The model is taken in the mode it is in: put it in evaluation mode first, as ``fit`` does.
 
     Args:
         model: Model from a batch to outputs.
-        likelihood: As of `Differentiation`.
+        likelihood: ``"classification"``, ``"regression"`` or, with a `TokenModel`,
+            ``"language_modeling"``.
         *args: The rest of laplace-torch's arguments.
         kfac_approx: ``"expand"`` or ``"reduce"``, see `KfacSums`.
         factor_rank: Eigenpairs of a low-rank side; ``None`` makes dense factors, a plain `Kron`.
         low_rank_threshold: Sides up to this length stay dense.
-        residual: What a low-rank side puts for the directions it leaves out, see `LowRankKron`.
-        **kwargs: laplace-torch's arguments, and those of `Differentiation`.
+        residual: What stands for the directions that a low-rank side leaves out, see `FactorSpec`.
+        uncovered: ``"error"`` or ``"diag"``, see `Engine`.
+        **kwargs: laplace-torch's arguments.
+
+    Attributes:
+        engine: Where the work is done.
 
     Raises:
-        ValueError: If an argument is out of range, or as `Differentiation` says.
+        ValueError: If an argument is out of range, nothing is trainable, or a trainable tensor is
+            in no linear map and ``uncovered="error"``.
         RuntimeError: If an adapter is merged or disabled, or several are active.
     """
 
@@ -54,16 +61,35 @@ class LoraCurvature(Differentiation):
         factor_rank: int | None = None,
         low_rank_threshold: int = 512,
         residual: str = "isotropic",
+        uncovered: str = "error",
         **kwargs: Any,
     ) -> None:
-        check_residual(residual)
-        if factor_rank is not None and factor_rank < 1:
-            raise ValueError(f"factor_rank must be positive or None, got {factor_rank}")
-        self.rows = Rows(kfac_approx)
-        self.factor_rank = factor_rank
-        self.low_rank_threshold = low_rank_threshold
-        self.residual = residual
-        super().__init__(model, likelihood, *args, **kwargs)
+        self.spec = FactorSpec(factor_rank, low_rank_threshold, residual)
+        rows = Rows(kfac_approx)
+        self.objective = likelihood_of(likelihood)
+        super().__init__(model, self.objective.laplace_name, *args, **kwargs)
+        self.likelihood = likelihood
+        trained = model.last_layer if self.last_layer else model
+        self.engine = Engine(model, self.objective, self.columns, rows, uncovered, trained)
+
+    @property
+    def maps(self) -> list[LinearMap]:
+        """Trainable linear maps, see `Engine`."""
+        return self.engine.maps
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Trainable tensors in parameter order, see `Engine`."""
+        return self.engine.blocks
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of factors and Jacobians: the adapters', float32 at least."""
+        return self.engine.dtype
+
+    def columns(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the columns sent backward for a batch's outputs, ``(columns, batch, outputs)``."""
+        raise NotImplementedError
 
     def kron(self, x: Any, y: Tensor, N: int) -> tuple[Tensor, Kron]:
         """Return the K-FAC factors of a batch, see `KfacSums`.
@@ -84,43 +110,13 @@ class LoraCurvature(Differentiation):
         """
         if self.subnetwork_indices is not None:
             raise ValueError("Kronecker factors cannot cover a subnetwork; use full or diag")
-        loss, sums = self.accumulate(x, y)
-        kron = self.assemble(sums, N)
-        if self.factor_rank is not None:
+        loss, sums = batch_curvature.add_factors(self.engine, x, y, self.spec)
+        kron = batch_curvature.assembled(self.engine, sums, N, self.spec.residual)
+        if self.spec.rank is not None:
             return loss, kron
         self._check_plain()
         dense = [[f.matrix for f in F if not isinstance(f, LowRankFactor)] for F in kron.kfacs]
         return loss, Kron(dense)
-
-    def accumulate(
-        self, x: Any, y: Tensor, sums: KfacSums | None = None
-    ) -> tuple[Tensor, KfacSums]:
-        """Add a batch to K-FAC sums in place; starts them if there are none.
-
-        Args:
-            x: Batch that the model takes.
-            y: Labels ``(batch,)`` or regression targets ``(batch, outputs)``.
-            sums: What earlier batches returned.
-
-        Returns:
-            The summed loss of the batch, and the sums.
-
-        Raises:
-            ValueError: If labels lie outside the classes.
-            FloatingPointError: If the loss or a sum is not finite; names the layer.
-        """
-        tape, loss = self._forward(x, y)
-        if sums is None:
-            sums = KfacSums.empty(
-                tape, self.factor_rank, self.low_rank_threshold, self.dtype, self.rows
-            )
-        sums.update(tape, self._columns(tape.output, y))
-        return loss, sums
-
-    def assemble(self, sums: KfacSums, n: int) -> LowRankKron:
-        """Return the sums over ``n`` examples as a `LowRankKron` in parameter order."""
-        transposed = [linear.transposed for linear in self.maps]
-        return LowRankKron(sums.kfacs(self.blocks, transposed, n), self.residual)
 
     def diag(self, x: Any, y: Tensor, N: int | None = None) -> tuple[Tensor, Tensor]:
         """Return the exact diagonal of the curvature.
@@ -133,8 +129,7 @@ class LoraCurvature(Differentiation):
         Returns:
             The summed loss and the diagonal, shape ``(parameters,)``.
         """
-        loss, blocks = self.root_blocks(x, y)
-        diagonal = torch.cat([rows.square().sum((0, 1)).flatten() for rows in blocks])
+        loss, diagonal = batch_curvature.diagonal(self.engine, x, y)
         return loss, self._subnetwork(diagonal)
 
     def full(self, x: Any, y: Tensor, N: int | None = None) -> tuple[Tensor, Tensor]:
@@ -148,61 +143,81 @@ class LoraCurvature(Differentiation):
         Returns:
             The summed loss and the matrix, shape ``(parameters, parameters)``.
         """
-        loss, blocks = self.root_blocks(x, y)
-        rows = self._joined(blocks).flatten(0, 1)
+        if self.subnetwork_indices is None:
+            return batch_curvature.matrix(self.engine, x, y)
+        loss, blocks = self.engine.root_blocks(x, y)
+        rows = self._subnetwork(joined(blocks)).flatten(0, 1)
         return loss, rows.T @ rows
 
-    def eigenbasis_diagonal(
-        self, x: Any, y: Tensor, basis: LowRankKronDecomposed
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return the diagonal of the exact curvature in a Kronecker eigenbasis.
+    def jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
+        """Return Jacobians from one backward pass per output.
 
-        Correlations between the tokens of an example count, unlike in the factors. A Monte-Carlo
-        Fisher draws labels anew, an empirical one uses the observed: the diagonal is then that of
-        these matrices. Source: George et al. (2018), arXiv:1806.03884, Sec. 3.
+        Args:
+            x: Batch that the model takes.
+            enable_backprop: Whether gradients flow through the result; then laplace-torch's own
+                `torch.func.jacrev` is used, at its price.
+
+        Returns:
+            Jacobians ``(batch, outputs, parameters)`` and outputs ``(batch, outputs)``.
+        """
+        if enable_backprop:
+            self.engine.check_outputs_few()
+            return super().jacobians(x, enable_backprop=True)
+        f, blocks = self.engine.jacobian_blocks(x)
+        return self._subnetwork(joined(blocks)), f
+
+    def selected_output_jacobians(
+        self, x: Any, outputs: Tensor, enable_backprop: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return Jacobians of chosen outputs of each example, one backward pass per choice.
+
+        Args:
+            x: Batch that the model takes.
+            outputs: Output indices, ``(batch,)`` or ``(batch, choices)``.
+            enable_backprop: As in `jacobians`.
+
+        Returns:
+            Jacobians ``(batch, choices, parameters)`` and outputs ``(batch, outputs)``.
+        """
+        self.engine.check_outputs_few()
+        if enable_backprop:
+            return super().selected_output_jacobians(x, outputs, enable_backprop=True)
+
+        def columns(f: Tensor) -> Tensor:
+            chosen = outputs.reshape(len(outputs), -1).to(f.device)
+            return torch.nn.functional.one_hot(chosen, f.shape[-1]).transpose(0, 1).to(f.dtype)
+
+        f, blocks = self.engine.jacobian_blocks(x, columns)
+        return self._subnetwork(joined(blocks)), f
+
+    def gradients(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each example's gradient of laplace-torch's ``lossfunc``.
 
         Args:
             x: Batch that the model takes.
             y: Labels ``(batch,)`` or regression targets ``(batch, outputs)``.
-            basis: Eigenvectors of each trainable tensor's factors.
 
         Returns:
-            The summed loss, and for each tensor ``Σ (uᵀ J v)²`` over examples and columns of the
-            output Hessian's root, in the form of `LowRankKronDecomposed.table`.
-
-        Raises:
-            ValueError: If labels lie outside the classes.
-            FloatingPointError: If the loss or a diagonal is not finite; names the tensor.
+            Gradients ``(batch, parameters)`` and the summed loss. For regression the loss is the
+            squared error without its half, as laplace-torch defines it.
         """
-        loss, blocks = self.root_blocks(x, y)
-        diagonals = [basis.gram_diagonal(i, rows) for i, rows in enumerate(blocks)]
-        totals = torch.stack([diagonal.sum().to(diagonals[0].device) for diagonal in diagonals])
-        if not bool(totals.isfinite().all()):
-            name = self.blocks[int((~totals.isfinite()).nonzero()[0])].name
-            raise FloatingPointError(f"the eigenvalues of {name!r} are not finite")
-        return loss, diagonals
+        tape, loss = self.engine.forward(x, y)
+        columns = self.objective.residual(tape.output, y) / self.factor
+        rows = joined(jacobian_blocks(tape, self.blocks, columns, self.dtype))
+        return self._subnetwork(rows)[:, 0], loss / self.factor
 
     def root_blocks(self, x: Any, y: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
-        """Return the summed loss, and rows ``Z`` whose ``Zᵀ Z`` is the curvature, by tensor.
+        """Return a batch's loss and curvature rows by tensor, see `Engine.root_blocks`."""
+        return self.engine.root_blocks(x, y)
 
-        Args:
-            x: Batch that the model takes.
-            y: Labels ``(batch,)`` or regression targets ``(batch, outputs)``.
-
-        Returns:
-            The loss, and an iterator over ``(batch, columns, *shape)`` of each trainable tensor in
-            parameter order.
-
-        Raises:
-            ValueError: If labels lie outside the classes.
-            FloatingPointError: If the loss is not finite.
-        """
-        tape, loss = self._forward(x, y)
-        columns = self._columns(tape.output, y)
-        return loss, jacobian_blocks(tape, self.blocks, columns, self.dtype)
-
-    def _columns(self, f: Tensor, y: Tensor) -> Tensor:
-        raise NotImplementedError
+    def jacobian_blocks(
+        self,
+        x: Any,
+        columns: Columns | None = None,
+        function: Callable[[Any], Tensor] | None = None,
+    ) -> tuple[Tensor, Iterator[Tensor]]:
+        """Return outputs and Jacobians tensor by tensor, see `Engine.jacobian_blocks`."""
+        return self.engine.jacobian_blocks(x, columns, function)
 
     def _check_plain(self) -> None:
         for block in self.blocks:
@@ -213,6 +228,10 @@ class LoraCurvature(Differentiation):
                     f"{tuple(p.shape)}; use KronLoraLaplace, give `factor_rank`, or freeze it"
                 )
 
+    def _subnetwork(self, values: Tensor) -> Tensor:
+        indices = self.subnetwork_indices
+        return values if indices is None else values[..., indices.to(values.device)]
+
 
 class LoraGGN(LoraCurvature, GGNInterface):
     """Generalised Gauss-Newton curvature, exact in the outputs from ``C − 1`` backward passes.
@@ -221,7 +240,7 @@ class LoraGGN(LoraCurvature, GGNInterface):
         model: Model from a batch to outputs.
         likelihood: As of `LoraCurvature`.
         *args: The rest of laplace-torch's `GGNInterface` arguments.
-        stochastic: Monte-Carlo Fisher, from one backward pass a label drawn; ``num_samples`` says
+        stochastic: Monte-Carlo Fisher, from one backward pass per label drawn; ``num_samples`` says
             how many are drawn for an example, or for each token of a language model. ``None`` is
             true for language models and false for all others.
         **kwargs: The arguments by name, and those of `LoraCurvature`.
@@ -236,15 +255,14 @@ class LoraGGN(LoraCurvature, GGNInterface):
         **kwargs: Any,
     ) -> None:
         if stochastic is None:
-            stochastic = likelihood == likelihoods.LANGUAGE_MODELING
+            stochastic = likelihood_of(likelihood).samples_labels
         super().__init__(model, likelihood, *args, stochastic=stochastic, **kwargs)
 
-    def _columns(self, f: Tensor, y: Tensor) -> Tensor:
+    def columns(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return an exact or, if ``stochastic``, a sampled root of the output Hessian."""
         if self.stochastic:
-            return likelihoods.sampled_root(f, self.likelihood, self.num_samples)
-        if self.likelihood == likelihoods.LANGUAGE_MODELING:
-            return likelihoods.token_root(f, y)
-        return likelihoods.hessian_root(f, self.likelihood)
+            return self.objective.sampled_root(f, self.num_samples)
+        return self.objective.root(f, y)
 
 
 class LoraEF(LoraCurvature, EFInterface):
@@ -254,5 +272,6 @@ class LoraEF(LoraCurvature, EFInterface):
     twice as large there.
     """
 
-    def _columns(self, f: Tensor, y: Tensor) -> Tensor:
-        return likelihoods.empirical_root(f, y, self.likelihood)
+    def columns(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the gradients of the loss at the observed labels."""
+        return self.objective.residual(f, y)

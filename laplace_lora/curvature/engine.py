@@ -1,18 +1,15 @@
-"""`Differentiation`: a model's outputs and loss, differentiated by its adapters' weights.
+"""`Engine`: a model's outputs and loss, differentiated by its adapters' weights, batch by batch.
 
-The part of a backend that runs the model: which tensors are differentiated, in which number format,
-how one batch is recorded, and laplace-torch's questions for Jacobians and gradients. How a recorded
-pass is differentiated belongs to `jacobians`, what becomes of the rows to `curvature` and
-`predictive`.
+Which tensors are differentiated, in which dtype, and how one batch is recorded. What is summed over
+batches is in `batch_curvature` and `kfac`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from laplace.curvature import CurvatureInterface
 from torch import Tensor, nn
 
 from laplace_lora.adapters.diagonal_maps import whole_instead
@@ -22,114 +19,93 @@ from laplace_lora.adapters.peft_state import check_adapters
 from laplace_lora.capture.jacobians import jacobian_blocks
 from laplace_lora.capture.recorder import MisfitError, record
 from laplace_lora.capture.tape import Tape
-from laplace_lora.likelihoods import roots as likelihoods
-from laplace_lora.models.modes import differentiable
+from laplace_lora.curvature.kfac import Rows
+from laplace_lora.likelihoods.base import Columns, Likelihood
+from laplace_lora.likelihoods.roots import identity_root
+from laplace_lora.models.modes import device_of, differentiable
+
+Root = Callable[[Tensor, Tensor], Tensor]
 
 
-class Differentiation(CurvatureInterface):
-    """Jacobians and gradients of a model, from one backward pass a column for a whole batch.
+class Engine:
+    """Jacobians and curvature roots of a model, from one backward pass per column for a batch.
 
-    The model is taken in the mode it is in: put it in evaluation mode first, as ``fit`` does.
+    The model is taken in the mode it is in: put it in evaluation mode first, as a fit does.
 
     Args:
-        model: Model from a batch to outputs.
-        likelihood: ``"classification"``, ``"regression"`` or, with a `TokenModel`,
-            ``"language_modeling"``.
-        *args: The rest of laplace-torch's arguments.
+        model: From a batch to outputs.
+        objective: Likelihood of the outputs.
+        root: From outputs and labels to the columns ``(columns, batch, outputs)`` whose outer
+            products are the output Hessian.
+        rows: Which rows of inputs and gradients enter Kronecker factors.
         uncovered: What becomes of trainable tensors that no Kronecker factor covers: ``"error"``
             names them, ``"diag"`` gives each a block with the exact diagonal. Norms and DoRA's
             magnitudes cost next to nothing; anything else costs one more forward pass and its
             backward passes for each example alone.
-        **kwargs: laplace-torch's arguments.
+        trained: The part of the model whose trainable tensors count; the model when ``None``.
+
+    Attributes:
+        maps: Trainable linear maps, and tensors with a diagonal block.
+        blocks: Trainable tensors, in parameter order.
+        n_outputs: Outputs of the latest labelled batch, 0 before there was one.
 
     Raises:
-        ValueError: If an argument is out of range, nothing is trainable, or a trainable tensor
-            belongs to no linear map and ``uncovered="error"``.
+        ValueError: If an argument is out of range, nothing is trainable, or a trainable tensor is
+            in no linear map and ``uncovered="error"``.
         RuntimeError: If an adapter is merged or disabled, or several are active.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        likelihood: str,
-        *args: Any,
+        objective: Likelihood,
+        root: Root,
+        rows: Rows | None = None,
         uncovered: str = "error",
-        **kwargs: Any,
+        trained: nn.Module | None = None,
     ) -> None:
-        language = likelihood == likelihoods.LANGUAGE_MODELING
-        known = likelihoods.CLASSIFICATION if language else likelihood  # to laplace-torch
-        super().__init__(model, known, *args, **kwargs)
-        self.likelihood = likelihood
-        self.n_outputs = 0
+        self.model = model
+        self.objective = objective
+        self.root = root
+        self.rows = Rows() if rows is None else rows
         self.uncovered = uncovered
-        self.maps, self.blocks = trainable_maps(self._model, uncovered)
+        self.n_outputs = 0
+        self.maps, self.blocks = trainable_maps(model if trained is None else trained, uncovered)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable tensors, in parameter order."""
+        return [block.parameter for block in self.blocks]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers in each trainable tensor."""
+        return [parameter.numel() for parameter in self.parameters]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the trainable tensors."""
+        return [block.name for block in self.blocks]
+
+    @property
+    def sides(self) -> list[list[int]]:
+        """Lengths of the sides of each trainable tensor's Kronecker block."""
+        return [self.maps[block.map].sides(block.parameter) for block in self.blocks]
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go and outputs come from, see `device_of`."""
+        return device_of(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Number format of factors and Jacobians: the adapters', float32 at least."""
-        return wide_dtype([block.parameter for block in self.blocks])
-
-    def jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
-        """Return Jacobians from one backward pass an output.
-
-        Args:
-            x: Batch that the model takes.
-            enable_backprop: Whether gradients flow through the result; then laplace-torch's own
-                `torch.func.jacrev` is used, at its price.
-
-        Returns:
-            Jacobians ``(batch, outputs, parameters)`` and outputs ``(batch, outputs)``.
-        """
-        if enable_backprop:
-            self._check_outputs_few()
-            return super().jacobians(x, enable_backprop=True)
-        f, blocks = self.jacobian_blocks(x)
-        return self._joined(blocks), f
-
-    def selected_output_jacobians(
-        self, x: Any, outputs: Tensor, enable_backprop: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Return Jacobians of chosen outputs of each example, one backward pass a choice.
-
-        Args:
-            x: Batch that the model takes.
-            outputs: Output indices, ``(batch,)`` or ``(batch, choices)``.
-            enable_backprop: As in `jacobians`.
-
-        Returns:
-            Jacobians ``(batch, choices, parameters)`` and outputs ``(batch, outputs)``.
-        """
-        self._check_outputs_few()
-        if enable_backprop:
-            return super().selected_output_jacobians(x, outputs, enable_backprop=True)
-
-        def columns(f: Tensor) -> Tensor:
-            chosen = outputs.reshape(len(outputs), -1).to(f.device)
-            return torch.nn.functional.one_hot(chosen, f.shape[-1]).transpose(0, 1).to(f.dtype)
-
-        f, blocks = self.jacobian_blocks(x, columns)
-        return self._joined(blocks), f
-
-    def gradients(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each example's gradient of laplace-torch's ``lossfunc``.
-
-        Args:
-            x: Batch that the model takes.
-            y: Labels ``(batch,)`` or regression targets ``(batch, outputs)``.
-
-        Returns:
-            Gradients ``(batch, parameters)`` and the summed loss. For regression the loss is the
-            squared error without its half, as laplace-torch defines it.
-        """
-        tape, loss = self._forward(x, y)
-        columns = likelihoods.empirical_root(tape.output, y, self.likelihood) / self.factor
-        rows = self._joined(jacobian_blocks(tape, self.blocks, columns, self.dtype))
-        return rows[:, 0], loss / self.factor
+        """Dtype of factors and Jacobians: the adapters', float32 at least."""
+        return wide_dtype(self.parameters)
 
     def jacobian_blocks(
         self,
         x: Any,
-        columns: Callable[[Tensor], Tensor] | None = None,
+        columns: Columns | None = None,
         function: Callable[[Any], Tensor] | None = None,
     ) -> tuple[Tensor, Iterator[Tensor]]:
         """Return outputs, and Jacobians tensor by tensor.
@@ -137,7 +113,7 @@ class Differentiation(CurvatureInterface):
         Args:
             x: Batch that the model takes.
             columns: From the outputs ``(batch, outputs)`` to the gradients sent backward,
-                ``(columns, batch, outputs)``; one column an output when ``None``.
+                ``(columns, batch, outputs)``; one column per output when ``None``.
             function: What to differentiate instead of the model's own outputs: from a batch to
                 ``(batch, outputs)``, by the same maps.
 
@@ -149,11 +125,66 @@ class Differentiation(CurvatureInterface):
             ValueError: If the outputs are those of a language model.
         """
         if function is None:
-            self._check_outputs_few()
+            self.check_outputs_few()
         tape = self._record(x, function)
         f = tape.output
-        roots = likelihoods.identity_root(f) if columns is None else columns(f)
+        roots = identity_root(f) if columns is None else columns(f)
         return f, jacobian_blocks(tape, self.blocks, roots, self.dtype)
+
+    @torch.enable_grad()
+    def differentiable_jacobians(self, x: Any) -> tuple[Tensor, Tensor]:
+        """Return outputs and Jacobians through which gradients flow, by `torch.func.jacrev`.
+
+        Args:
+            x: Batch that the model takes.
+
+        Returns:
+            Outputs ``(batch, outputs)`` and Jacobians ``(batch, outputs, parameters)``.
+        """
+        self.check_outputs_few()
+        weights = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+        buffers = dict(self.model.named_buffers())
+
+        def outputs(weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            f = torch.func.functional_call(self.model, (weights, buffers), (x,))
+            return f, f
+
+        jacobians, f = torch.func.jacrev(outputs, has_aux=True)(weights)
+        parts = [jacobians[k].flatten(start_dim=-p.ndim) for k, p in weights.items()]
+        return f, torch.cat(parts, dim=-1)
+
+    def root_blocks(self, x: Any, y: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
+        """Return the summed loss, and rows ``Z`` whose ``Zᵀ Z`` is the curvature, by tensor.
+
+        Args:
+            x: Batch that the model takes.
+            y: Labels, see `Likelihood.split`.
+
+        Returns:
+            The loss, and an iterator over ``(batch, columns, *shape)`` of each trainable tensor in
+            parameter order.
+
+        Raises:
+            ValueError: If labels lie outside the classes.
+            FloatingPointError: If the loss is not finite.
+        """
+        tape, loss = self.forward(x, y)
+        columns = self.root(tape.output, y)
+        return loss, jacobian_blocks(tape, self.blocks, columns, self.dtype)
+
+    def forward(self, x: Any, y: Tensor) -> tuple[Tape, Tensor]:
+        """Record a labelled batch, and return its summed loss.
+
+        Raises:
+            ValueError: If labels lie outside the classes.
+            FloatingPointError: If the loss is not finite.
+        """
+        tape = self._record(x, examples=len(y))
+        loss = self.objective.nll(tape.output, y)
+        if not bool(loss.isfinite()):
+            raise FloatingPointError(f"the loss is {loss.item()}")
+        self.n_outputs = tape.output.shape[-1]
+        return tape, loss
 
     def cover_whole(self, maps: Sequence[int]) -> None:
         """Give the tensors of some maps diagonal blocks from now on.
@@ -163,13 +194,14 @@ class Differentiation(CurvatureInterface):
         """
         self.maps, self.blocks = whole_instead(self.maps, self.blocks, maps)
 
-    def _forward(self, x: Any, y: Tensor) -> tuple[Tape, Tensor]:
-        tape = self._record(x, examples=len(y))
-        loss = likelihoods.negative_log_likelihood(tape.output, y, self.likelihood)
-        if not bool(loss.isfinite()):
-            raise FloatingPointError(f"the loss is {loss.item()}")
-        self.n_outputs = tape.output.shape[-1]
-        return tape, loss
+    def check_outputs_few(self) -> None:
+        """Refuse Jacobians of all outputs of a language model.
+
+        Raises:
+            ValueError: If the likelihood has too many outputs.
+        """
+        if self.objective.jacobian_refusal is not None:
+            raise ValueError(self.objective.jacobian_refusal)
 
     def _record(
         self,
@@ -188,17 +220,7 @@ class Differentiation(CurvatureInterface):
                 self.cover_whole(error.maps)
             return record(run, self.maps, x, examples=examples)
 
-    def _check_outputs_few(self) -> None:
-        if self.likelihood == likelihoods.LANGUAGE_MODELING:
-            raise ValueError(
-                "a language model's outputs, its whole vocabulary at every token, are too many for "
-                "Jacobians; `laplace_lora.generation` predicts the likeliest tokens, and "
-                "method='marglik' tunes the prior without predictions"
-            )
 
-    def _joined(self, blocks: Iterator[Tensor]) -> Tensor:
-        return self._subnetwork(torch.cat([block.flatten(2) for block in blocks], dim=-1))
-
-    def _subnetwork(self, values: Tensor) -> Tensor:
-        indices = self.subnetwork_indices
-        return values if indices is None else values[..., indices.to(values.device)]
+def joined(blocks: Iterable[Tensor]) -> Tensor:
+    """Return all tensors' Jacobians side by side, ``(batch, columns, parameters)``."""
+    return torch.cat([block.flatten(2) for block in blocks], dim=-1)

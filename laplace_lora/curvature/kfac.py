@@ -1,7 +1,6 @@
 """K-FAC sums of linear maps, filled batch by batch from a tape.
 
-Which rows of a captured tensor enter a covariance, and with what weight. Summing rows belongs
-to `factors` and `sketch`, algebra over a whole model to `kron`.
+Which rows of a captured tensor enter a covariance, and with what weight.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from laplace_lora.adapters.maps import Block
 from laplace_lora.capture.tape import Tape
 from laplace_lora.capture.whole_tensors import whole_gradients
 from laplace_lora.linalg.factors import DiagonalFactor, map_shared
-from laplace_lora.linalg.sketch import Factor, empty_factor
+from laplace_lora.linalg.sketch import Factor, FactorSpec
 
 APPROXIMATIONS = ("expand", "reduce")
 POSITIONS = ("all", "last")
@@ -53,7 +52,7 @@ class Rows:
         Args:
             x: Input, ``(batch, tokens, q)`` or ``(batch, q)``.
             mask: Real tokens, ``(batch, tokens)``; ``None`` if all are.
-            factor: Where they go: gives the number format, and is one longer than ``q`` if a 1 is
+            factor: Where they go: gives the dtype, and is one longer than ``q`` if a 1 is
                 to be appended to each input.
         """
         if factor.d == x.shape[-1] + 1:
@@ -118,8 +117,7 @@ class KfacSums:
     def empty(
         cls,
         tape: Tape,
-        rank: int | None,
-        threshold: int,
+        spec: FactorSpec,
         dtype: torch.dtype,
         rows: Rows,
         homogeneous: Sequence[bool] | None = None,
@@ -128,9 +126,8 @@ class KfacSums:
 
         Args:
             tape: A recorded forward pass; tells which maps receive the same input.
-            rank: Eigenpairs of a low-rank side, ``None`` for dense sides.
-            threshold: Sides up to this length stay dense.
-            dtype: Number format of the sums.
+            spec: Which sides are low-rank.
+            dtype: Dtype of the sums.
             rows: Which rows of inputs and gradients enter.
             homogeneous: For each map whether its inputs get a 1 appended, which makes its bias a
                 column of its weight; ``None`` for no map.
@@ -146,11 +143,11 @@ class KfacSums:
                 inputs.append(None)
                 continue
             device, group = tape.inputs[i].device, tape.input_groups[i]
-            grads.append(empty_factor(linear.out_features, rank, threshold, dtype, device))
+            grads.append(spec.empty(linear.out_features, dtype, device))
             key = (group, homogeneous[i])
             if key not in owners:
                 d = linear.in_features + homogeneous[i]
-                owners[key] = empty_factor(d, rank, threshold, dtype, device)
+                owners[key] = spec.empty(d, dtype, device)
             inputs.append(owners[key])
         return cls(inputs, grads, rows, tape.output.device)
 
@@ -168,8 +165,8 @@ class KfacSums:
         """
         if [linear.is_diagonal for linear in tape.maps] != [x is None for x in self.inputs]:
             raise RuntimeError(
-                "layers did in this batch what they had not done in earlier ones, and have a "
-                "diagonal block from now on; fit again"
+                "a layer's call pattern changed between batches; it now uses a diagonal block, so "
+                "fit again"
             )
         owner: dict[int, int] = {}
         for i, factor in enumerate(self.inputs):

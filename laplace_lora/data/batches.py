@@ -1,31 +1,57 @@
-"""A batch as examples: how many there are, and some of them alone."""
+"""Batches of any form a loader yields: their length, some of their examples, inputs and labels."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
+# A mapping as Hugging Face collators make it, a pair of inputs and labels, or a tensor of inputs.
+Batch: TypeAlias = Mapping[str, Any] | Sequence[Any] | Tensor
 
-def batch_length(batch: Any) -> int:
-    """Return the number of examples in a batch: a mapping, a pair or a tensor."""
+
+def batch_length(batch: Batch) -> int:
+    """Return the number of examples in a batch."""
     if isinstance(batch, Mapping):
         return next(len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim)
     return len(batch) if isinstance(batch, Tensor) else batch_length(batch[-1])
 
 
-def first_examples(batch: Any, count: int) -> Any:
+def first_examples(batch: Batch, count: int) -> Batch:
     """Return the first examples of a batch."""
     return _examples(batch, slice(count))
 
 
-def one_example(batch: Any, n: int) -> Any:
+def one_example(batch: Batch, n: int) -> Batch:
     """Return a batch of one example."""
     return _examples(batch, slice(n, n + 1))
 
 
-def _examples(batch: Any, which: slice) -> Any:
+def model_inputs(batch: Batch) -> Any:
+    """Return what the model is called with: a whole mapping or tensor, or a pair's first part."""
+    return batch if isinstance(batch, Mapping | Tensor) else batch[0]
+
+
+def batch_labels(batch: Batch, label_key: str) -> Tensor:
+    """Return the labels of a batch.
+
+    Args:
+        batch: A mapping with ``label_key``, or a pair of inputs and labels.
+        label_key: Key of the labels.
+
+    Raises:
+        ValueError: If the batch has no labels.
+    """
+    if isinstance(batch, Mapping) and label_key in batch:
+        return torch.as_tensor(batch[label_key])
+    if isinstance(batch, Sequence) and len(batch) == 2:
+        return torch.as_tensor(batch[1])
+    raise ValueError(f"a batch has no {label_key!r}; name its labels with `label_key`")
+
+
+def _examples(batch: Batch, which: slice) -> Batch:
     if isinstance(batch, Mapping):
         size = batch_length(batch)
         return {

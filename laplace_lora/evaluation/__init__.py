@@ -1,4 +1,4 @@
-"""Judging probabilities: calibration reports, their pictures, and baselines to compare with.
+"""Evaluate class probabilities: calibration reports, plots, and baselines to compare with.
 
 Works with any callable from a batch to class probabilities, whether or not a posterior made them.
 """

@@ -1,26 +1,43 @@
-"""What a Laplace posterior is compared with, each a plain callable from a batch to probabilities.
+"""Baselines for Laplace posteriors, each a plain callable from a batch to probabilities.
 
-Every baseline takes the same `PeftModel` (or `LogitsModel`) as the posteriors, and leaves it as it
-was.
+Every baseline takes the same `PeftModel` (or `LogitsModel`) as the posteriors and leaves it
+unchanged.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from peft import PeftModel
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
+from laplace_lora.data.batches import Batch, batch_labels, model_inputs
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.posteriors.factored import DiagLoraLaplace
 from laplace_lora.posteriors.last_layer import KronLoraLLLaplace
+
+
+class Tunable(Protocol):
+    """A posterior that can be fitted and have its prior tuned."""
+
+    def fit(self, train_loader: DataLoader[Any]) -> None:
+        """Fit the posterior to training data."""
+        ...
+
+    def optimize_prior_precision(self) -> None:
+        """Tune the prior by the marginal likelihood."""
+        ...
+
+
+Posterior = TypeVar("Posterior", bound=Tunable)
 
 
 class MAP:
@@ -32,16 +49,16 @@ class MAP:
     """
 
     def __init__(self, model: nn.Module, target_ids: Sequence[int] | Tensor | None = None) -> None:
-        known = isinstance(model, LogitsModel)
-        self.model = model if known else LogitsModel(model, target_ids)
+        self.model = LogitsModel.wrap(model, target_ids)
 
     @torch.no_grad()
-    def logits(self, batch: Any) -> Tensor:
+    def logits(self, batch: Batch) -> Tensor:
         """Return logits, ``(batch, classes)``."""
         with evaluation_mode(self.model):
-            return self.model(batch)
+            logits: Tensor = self.model(batch)
+        return logits
 
-    def __call__(self, batch: Any) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
         """Return class probabilities, ``(batch, classes)``."""
         return self.logits(batch).softmax(-1)
 
@@ -56,20 +73,22 @@ class TemperatureScaling(MAP):
         **kwargs: Arguments of `MAP`.
 
     Attributes:
-        temperature: What the logits are divided by.
+        temperature: The divisor of the logits.
 
     Raises:
-        ValueError: If the loader is empty.
+        ValueError: If the loader is empty, or a batch has no labels.
     """
 
     def __init__(
-        self, model: nn.Module, val_loader: Any, label_key: str = "labels", **kwargs: Any
+        self,
+        model: nn.Module,
+        val_loader: Iterable[Batch],
+        label_key: str = "labels",
+        **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
         pairs = [
-            (self.logits(batch), batch[label_key])
-            if hasattr(batch, "keys")
-            else (self.logits(batch[0]), batch[1])
+            (self.logits(model_inputs(batch)), batch_labels(batch, label_key))
             for batch in val_loader
         ]
         if not pairs:
@@ -80,24 +99,25 @@ class TemperatureScaling(MAP):
         def loss(log_temperature: float) -> float:
             return float(F.cross_entropy(logits / math.exp(log_temperature), labels))
 
-        found = minimize_scalar(loss, bounds=(-5, 5), method="bounded")
-        self.temperature = math.exp(found.x)
+        minimum = minimize_scalar(loss, bounds=(-5, 5), method="bounded")
+        self.temperature = math.exp(minimum.x)
 
-    def __call__(self, batch: Any) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
         """Return class probabilities, ``(batch, classes)``."""
         return (self.logits(batch) / self.temperature).softmax(-1)
 
 
 class MCDropout(MAP):
-    """Average over the adapter's dropout, left on (Gal and Ghahramani 2016, arXiv:1506.02142).
+    """Average over the adapter's dropout masks (Gal and Ghahramani 2016, arXiv:1506.02142).
 
-    Only LoRA's own dropout is on; that of the base model, in whose presence it was trained or not,
-    stays off.
+    Only LoRA's own dropout is on. The base model's dropout stays off, whether or not it was on in
+    training.
 
     Args:
         model: A `PeftModel` or a `LogitsModel`.
-        n_samples: Forward passes a batch.
-        seed: Of the dropout masks, anew for every batch; torch's generators are left alone.
+        n_samples: Forward passes per batch.
+        seed: Seed of the dropout masks, set anew for every batch; torch's global generators are
+            left alone.
         **kwargs: Arguments of `MAP`.
 
     Raises:
@@ -113,10 +133,10 @@ class MCDropout(MAP):
             if isinstance(module, nn.Dropout) and ".lora_dropout." in name and module.p > 0
         ]
         if not self.dropouts:
-            raise ValueError("the adapter was made without dropout; there is nothing to sample")
+            raise ValueError("the adapter was made without dropout, so there is nothing to sample")
 
     @torch.no_grad()
-    def __call__(self, batch: Any) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
         """Return class probabilities, ``(batch, classes)``."""
         device = next(self.model.parameters()).device
         devices = [device] if device.type != "cpu" else []
@@ -127,7 +147,7 @@ class MCDropout(MAP):
 
     @contextmanager
     def _dropout_on(self) -> Iterator[None]:
-        # `evaluation_mode`, around this, restores the modes.
+        # The surrounding `evaluation_mode` restores the modes.
         for module in self.dropouts:
             module.train()
         try:
@@ -141,11 +161,11 @@ class LoraEnsemble(MAP):
     """Average over adapters trained from several seeds (Lakshminarayanan et al. 2017).
 
     Source: arXiv:1612.01474; for LoRA Wang, Aitchison, Rudolph (2023), arXiv:2310.00035. All
-    adapters are loaded into one `PeftModel`, so the base model is held once.
+    adapters are loaded into one `PeftModel`, so the base model is in memory once.
 
     Args:
         model: A `PeftModel` or a `LogitsModel` around one.
-        adapters: Names of the members; all that are loaded when ``None``.
+        adapters: Names of the members; all loaded adapters when ``None``.
         **kwargs: Arguments of `MAP`.
 
     Raises:
@@ -156,20 +176,20 @@ class LoraEnsemble(MAP):
         self, model: nn.Module, adapters: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(model, **kwargs)
-        peft_model: Any = self.model.model
+        peft_model: PeftModel = self.model.model
         loaded = list(peft_model.peft_config) if isinstance(peft_model, PeftModel) else []
         self.adapters = loaded if adapters is None else list(adapters)
         missing = sorted(set(self.adapters) - set(loaded))
         if missing or len(self.adapters) < 2:
             raise ValueError(
-                f"an ensemble needs two adapters or more that are loaded: asked for "
-                f"{self.adapters}, loaded are {loaded}; add some with `model.load_adapter`"
+                f"an ensemble needs two adapters or more, all loaded: asked for {self.adapters}, "
+                f"loaded are {loaded}; add others with `model.load_adapter`"
             )
 
     @torch.no_grad()
-    def __call__(self, batch: Any) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
         """Return class probabilities, ``(batch, classes)``."""
-        with self._adapters_kept() as peft_model:
+        with self._active_adapter_restored() as peft_model:
             samples = []
             for name in self.adapters:
                 peft_model.set_adapter(name)
@@ -177,20 +197,22 @@ class LoraEnsemble(MAP):
         return torch.stack(samples).mean(0)
 
     @contextmanager
-    def _adapters_kept(self) -> Iterator[Any]:
-        model: Any = self.model.model
+    def _active_adapter_restored(self) -> Iterator[PeftModel]:
+        model: PeftModel = self.model.model
         active = model.active_adapter
-        trainable = [p.requires_grad for p in model.parameters()]
+        requires_grad = [p.requires_grad for p in model.parameters()]
         try:
             yield model
         finally:
             model.set_adapter(active)
-            for parameter, was in zip(model.parameters(), trainable, strict=True):
-                parameter.requires_grad_(was)
+            for parameter, required in zip(model.parameters(), requires_grad, strict=True):
+                parameter.requires_grad_(required)
 
 
-def last_layer_laplace(model: nn.Module, train_loader: Any, **kwargs: Any) -> KronLoraLLLaplace:
-    """Fit a last-layer Laplace posterior, its prior tuned by the marginal likelihood.
+def last_layer_laplace(
+    model: nn.Module, train_loader: DataLoader[Any], **kwargs: Any
+) -> KronLoraLLLaplace:
+    """Fit a last-layer Laplace posterior and tune its prior by the marginal likelihood.
 
     Args:
         model: A `PeftModel` or a `LogitsModel`.
@@ -200,8 +222,10 @@ def last_layer_laplace(model: nn.Module, train_loader: Any, **kwargs: Any) -> Kr
     return _tuned(KronLoraLLLaplace(model, "classification", **kwargs), train_loader)
 
 
-def diagonal_laplace(model: nn.Module, train_loader: Any, **kwargs: Any) -> DiagLoraLaplace:
-    """Fit a diagonal Laplace posterior over the adapter, its prior tuned likewise.
+def diagonal_laplace(
+    model: nn.Module, train_loader: DataLoader[Any], **kwargs: Any
+) -> DiagLoraLaplace:
+    """Fit a diagonal Laplace posterior over the adapter and tune its prior likewise.
 
     Args:
         model: A `PeftModel` or a `LogitsModel`.
@@ -211,7 +235,7 @@ def diagonal_laplace(model: nn.Module, train_loader: Any, **kwargs: Any) -> Diag
     return _tuned(DiagLoraLaplace(model, "classification", **kwargs), train_loader)
 
 
-def _tuned(la: Any, train_loader: Any) -> Any:
+def _tuned(la: Posterior, train_loader: DataLoader[Any]) -> Posterior:
     la.fit(train_loader)
     la.optimize_prior_precision()
     return la

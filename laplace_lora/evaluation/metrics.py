@@ -1,7 +1,4 @@
-"""Calibration metrics of class probabilities, as functions of probabilities and labels.
-
-Errors and pictures belong to `report` and `plots`.
-"""
+"""Calibration metrics of class probabilities, as functions of probabilities and labels."""
 
 from __future__ import annotations
 
@@ -15,15 +12,17 @@ from torchmetrics.functional.classification import (
     binary_auroc,
     binary_roc,
     multiclass_accuracy,
-    multiclass_calibration_error,
 )
 
-BINS = 15
+from laplace_lora.likelihoods.scores import BINS, expected_calibration_error
+
 COVERAGES = (0.5, 0.8, 0.9)
+
+ece = expected_calibration_error
 
 
 def accuracy(p: Tensor, y: Tensor) -> float:
-    """Return the share of examples whose most probable class is right."""
+    """Return the share of examples whose most probable class is correct."""
     return float(multiclass_accuracy(p, y, p.shape[1], average="micro"))
 
 
@@ -34,19 +33,11 @@ def nll(p: Tensor, y: Tensor) -> float:
 
 
 def brier(p: Tensor, y: Tensor) -> float:
-    """Return the Brier score (Brier 1950): squared errors summed over classes, mean over examples.
+    """Return the Brier score, squared errors summed over classes: between 0 and 2.
 
-    It lies between 0 and 2.
+    Source: Brier (1950), *Verification of forecasts expressed in terms of probability*.
     """
     return float((p.double() - F.one_hot(y, p.shape[1])).square().sum(-1).mean())
-
-
-def ece(p: Tensor, y: Tensor) -> float:
-    """Return the expected calibration error over 15 equal-width bins of confidence, a fraction.
-
-    Source: Guo et al. (2017), arXiv:1706.04599, equation 3.
-    """
-    return float(multiclass_calibration_error(p, y, p.shape[1], n_bins=BINS, norm="l1"))
 
 
 def adaptive_ece(p: Tensor, y: Tensor) -> float:
@@ -60,9 +51,9 @@ def adaptive_ece(p: Tensor, y: Tensor) -> float:
 
 
 def risk_coverage(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the error rate among the most confident examples, for every number of them.
+    """Return the error rate among the n most confident examples, for every n.
 
-    Examples of equal confidence share their errors evenly, so the result does not depend on order.
+    Examples of equal confidence share their errors evenly, so their order does not matter.
 
     Returns:
         Coverages ``1/N, …, 1`` and risks, ``(examples,)`` each, float64.
@@ -72,9 +63,9 @@ def risk_coverage(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     count = torch.zeros(len(levels), dtype=torch.float64, device=p.device)
     wrong = count.index_add(0, group, 1 - _correct(p, y))
     count = count.index_add(0, group, torch.ones_like(group, dtype=torch.float64))
-    errors = (wrong / count).repeat_interleave(count.long())
-    taken = torch.arange(1, len(p) + 1, dtype=torch.float64, device=p.device)
-    return taken / len(p), errors.cumsum(0) / taken
+    errors: Tensor = (wrong / count).repeat_interleave(count.long())
+    accepted = torch.arange(1, len(p) + 1, dtype=torch.float64, device=p.device)
+    return accepted / len(p), errors.cumsum(0) / accepted
 
 
 def aurc(p: Tensor, y: Tensor) -> float:
@@ -86,56 +77,54 @@ def aurc(p: Tensor, y: Tensor) -> float:
 
 
 def accuracy_at(coverage: float) -> Callable[[Tensor, Tensor], float]:
-    """Return the metric "accuracy among this share of examples, the most confident".
+    """Return a metric: the accuracy among the most confident examples.
+
+    Args:
+        coverage: Their share of all examples.
 
     Raises:
-        ValueError: If the coverage is not in (0, 1].
+        ValueError: If ``coverage`` is not in (0, 1].
     """
     if not 0 < coverage <= 1:
-        raise ValueError(f"a coverage lies in (0, 1], got {coverage}")
+        raise ValueError(f"coverage must lie in (0, 1], got {coverage}")
 
     def metric(p: Tensor, y: Tensor) -> float:
         # 0.8 · 5 is slightly above 4 in floating point.
-        taken = math.ceil(coverage * len(p) - 1e-9)
-        return 1 - float(risk_coverage(p, y)[1][taken - 1])
+        accepted = math.ceil(coverage * len(p) - 1e-9)
+        return 1 - float(risk_coverage(p, y)[1][accepted - 1])
 
     return metric
 
 
-def entropy(p: Tensor) -> Tensor:
-    """Return the entropy of each row in nats, ``(examples,)``."""
-    return torch.special.entr(p.double()).sum(-1)
-
-
 def ood_auroc(inside: Tensor, outside: Tensor) -> float:
-    """Return how well a score tells foreign examples, the positives, from one's own.
+    """Return how well a score separates out-of-distribution examples, the positives, from others.
 
     Args:
-        inside: Uncertainty of one's own examples, higher is less sure.
-        outside: Uncertainty of foreign ones.
+        inside: Uncertainty of in-distribution examples; higher is less certain.
+        outside: Uncertainty of out-of-distribution examples.
     """
     return float(binary_auroc(*_detection(inside, outside)))
 
 
 def ood_fpr95(inside: Tensor, outside: Tensor) -> float:
-    """Return the share of foreign examples still accepted where 95 % of one's own are.
+    """Return the share of out-of-distribution examples accepted where 95 % of the others are.
 
     Source: Hendrycks and Gimpel (2017), arXiv:1610.02136, as used since.
 
     Args:
-        inside: Uncertainty of one's own examples, higher is less sure.
-        outside: Uncertainty of foreign ones.
+        inside: Uncertainty of in-distribution examples; higher is less certain.
+        outside: Uncertainty of out-of-distribution examples.
     """
-    scores, foreign = _detection(inside, outside)
-    accepted, kept, _ = binary_roc(-scores, 1 - foreign)
-    return float(accepted[kept >= 0.95].min())
+    scores, is_outside = _detection(inside, outside)
+    outside_accepted, inside_accepted, _ = binary_roc(-scores, 1 - is_outside)
+    return float(outside_accepted[inside_accepted >= 0.95].min())
 
 
 METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "accuracy": accuracy,
     "NLL": nll,
     "Brier": brier,
-    "ECE": ece,
+    "ECE": expected_calibration_error,
     "adaptive ECE": adaptive_ece,
     "AURC": aurc,
     **{f"accuracy at {share:.0%}": accuracy_at(share) for share in COVERAGES},
@@ -147,9 +136,10 @@ def _correct(p: Tensor, y: Tensor) -> Tensor:
 
 
 def _detection(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scores in [0, 1] of the same order, and which are out of distribution."""
     scores = torch.cat([inside, outside]).double()
-    foreign = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
-    foreign[len(inside) :] = 1
+    is_outside = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
+    is_outside[len(inside) :] = 1
     # torchmetrics takes scores outside [0, 1] for logits and squashes them, which makes ties.
     ranks = scores.unique(return_inverse=True)[1].double()
-    return ranks / ranks.max().clamp(min=1), foreign
+    return ranks / ranks.max().clamp(min=1), is_outside

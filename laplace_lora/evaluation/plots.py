@@ -1,36 +1,55 @@
-"""Pictures of calibration: reliability diagram, confidence histogram, risk-coverage curve.
-
-The figures that they show belong to `metrics` and `report`.
-"""
+"""Plots of calibration: reliability diagram, confidence histogram, risk-coverage curve."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
-from laplace_lora.evaluation.metrics import BINS, risk_coverage
+from laplace_lora.evaluation.metrics import risk_coverage
+from laplace_lora.likelihoods.scores import BINS
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from laplace_lora.evaluation.report import CalibrationReport
 
 BAR, GAP, LINE = "#4878a8", "#d1605e", "#404040"
 
 
-def plot_reports(reports: Sequence[CalibrationReport]) -> Figure:
-    """Draw a row for each report: reliability, confidence, risk against coverage.
+class Report(Protocol):
+    """What is drawn of a `CalibrationReport`."""
 
-    The reliability diagram shows the accuracy of each of 15 bins of confidence, how far it is from
-    the confidence, and how many examples the bin holds. Axes are shared down the rows.
+    @property
+    def name(self) -> str:
+        """Name of the method."""
+        ...
+
+    @property
+    def probs(self) -> Tensor:
+        """Class probabilities, ``(examples, classes)``."""
+        ...
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels, ``(examples,)``."""
+        ...
+
+    def __getitem__(self, metric: str) -> float: ...
+
+
+def plot_reports(reports: Sequence[Report]) -> Figure:
+    """Draw one row per report: reliability, confidence, risk against coverage.
+
+    The reliability diagram shows the accuracy in each of 15 bins of confidence, its gap to the
+    confidence, and the number of examples in the bin. Rows share their axes.
 
     Args:
         reports: At least one.
 
     Returns:
-        A figure that no window shows; save it with ``savefig``.
+        A figure that opens no window; save it with ``savefig``.
 
     Raises:
         ValueError: If there are no reports.
@@ -41,7 +60,7 @@ def plot_reports(reports: Sequence[CalibrationReport]) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: `pip install matplotlib`") from error
+        raise ImportError("plotting requires matplotlib: `pip install matplotlib`") from error
     figure = Figure(figsize=(10.5, 3.1 * len(reports) + 0.3), layout="constrained")
     axes = figure.subplots(len(reports), 3, squeeze=False, sharex="col", sharey="col")
     for report, (left, middle, right) in zip(reports, axes, strict=True):
@@ -53,7 +72,7 @@ def plot_reports(reports: Sequence[CalibrationReport]) -> Figure:
     return figure
 
 
-def _reliability(axis: Any, report: CalibrationReport) -> None:
+def _reliability(axis: Axes, report: Report) -> None:
     confidence, predicted = report.probs.max(-1)
     correct = (predicted == report.labels).double()
     index = (confidence * BINS).long().clamp(max=BINS - 1)
@@ -95,26 +114,32 @@ def _reliability(axis: Any, report: CalibrationReport) -> None:
     axis.legend(fontsize=7, loc="upper left", framealpha=0.9)
 
 
-def _histogram(axis: Any, report: CalibrationReport) -> None:
+def _histogram(axis: Axes, report: Report) -> None:
     confidence = report.probs.max(-1).values
     edges = [i / BINS for i in range(BINS + 1)]
     axis.hist(confidence.tolist(), edges, color=BAR, rwidth=0.92)
     mean = confidence.mean().item()
     axis.axvline(mean, color=GAP, linewidth=1.5, label=f"mean confidence {mean:.3f}")
-    right = report["accuracy"]
-    axis.axvline(right, color=LINE, linewidth=1.5, linestyle="--", label=f"accuracy {right:.3f}")
+    accuracy = report["accuracy"]
+    axis.axvline(
+        accuracy, color=LINE, linewidth=1.5, linestyle="--", label=f"accuracy {accuracy:.3f}"
+    )
     axis.set(xlim=(0, 1), ylabel="examples")
     axis.set_title(f"{report.name}: NLL {report['NLL']:.3f}", fontsize=10)
     axis.legend(fontsize=7, loc="upper left", framealpha=0.9)
 
 
-def _risk(axis: Any, report: CalibrationReport) -> None:
+def _risk(axis: Axes, report: Report) -> None:
     coverage, risk = risk_coverage(report.probs, report.labels)
     axis.plot(coverage.tolist(), risk.tolist(), color=BAR, linewidth=1.5)
     axis.axhline(
-        1 - report["accuracy"], color=LINE, linewidth=1, linestyle="--", label="risk without choice"
+        1 - report["accuracy"],
+        color=LINE,
+        linewidth=1,
+        linestyle="--",
+        label="risk at full coverage",
     )
-    axis.set(xlim=(0, 1), ylabel="error rate among those kept")
+    axis.set(xlim=(0, 1), ylabel="error rate among those accepted")
     axis.set_ylim(bottom=0)
     axis.set_title(f"{report.name}: AURC {report['AURC']:.3f}", fontsize=10)
     axis.legend(fontsize=7, loc="best", framealpha=0.9)

@@ -1,43 +1,58 @@
-"""`evaluate` and `compare`: how good a predictive's probabilities are, with standard errors.
-
-The metrics themselves belong to `metrics`, pictures to `plots`.
-"""
+"""`evaluate` and `compare`: scores of a predictive's probabilities, with standard errors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from laplace_lora.evaluation.metrics import METRICS, entropy, ood_auroc, ood_fpr95
-from laplace_lora.predictive.data_sets import Predictions
+from laplace_lora.data.batches import Batch, batch_labels, model_inputs
+from laplace_lora.data.loaders import progress
+from laplace_lora.evaluation.metrics import METRICS, ood_auroc, ood_fpr95
+from laplace_lora.evaluation.plots import plot_reports
+from laplace_lora.likelihoods.scores import entropy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Predict = Callable[[Any], Tensor | Predictions]
 
-HIGHER = ("accuracy", "OOD AUROC")  # what the names of metrics begin with where more is better
+@runtime_checkable
+class UncertainPrediction(Protocol):
+    """What is scored of `Predictions`, as ``la.predict`` returns them."""
+
+    @property
+    def probs(self) -> Tensor | None:
+        """Class probabilities, ``(batch, classes)``."""
+        ...
+
+    @property
+    def mutual_information(self) -> Tensor | None:
+        """The epistemic part of the uncertainty in nats, ``(batch,)``."""
+        ...
+
+
+Predict = Callable[[Any], Tensor | UncertainPrediction]  # from a batch of any form
+
+HIGHER = ("accuracy", "OOD AUROC")  # the names of metrics for which higher is better start so
 SHOWN = ("accuracy", "NLL", "ECE", "Brier", "AURC")
 
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """Probabilities and labels of a test set, and what they amount to.
+    """Probabilities and labels of a test set, with their scores.
 
     Attributes:
-        name: Of the method.
+        name: Name of the method.
         probs: Class probabilities, ``(examples, classes)``.
         labels: Labels, ``(examples,)``.
-        values: Every metric by its name: NLL in nats per example, the others are fractions.
+        values: Every metric by name: NLL in nats per example, the others are fractions.
         errors: Their standard errors, by bootstrap over the examples.
         uncertainty: Predictive entropy of each example in nats, ``(examples,)``.
-        mutual_information: Its epistemic part, where the method tells it.
-        ood_uncertainty: Predictive entropy of the foreign examples, if there were any.
+        mutual_information: Its epistemic part, where the method provides it.
+        ood_uncertainty: Predictive entropy of the out-of-distribution examples, if there are any.
     """
 
     name: str
@@ -54,7 +69,7 @@ class CalibrationReport:
         return self.values[metric]
 
     def __str__(self) -> str:
-        """Return a table row: the main metrics with standard errors."""
+        """Return one line: the main metrics with standard errors."""
         shown = [m for m in (*SHOWN, "OOD AUROC") if m in self.values]
         cells = [f"{m} {self.values[m]:.3f} ± {self.errors[m]:.3f}" for m in shown]
         return f"{self.name}: " + ", ".join(cells)
@@ -65,55 +80,52 @@ class CalibrationReport:
         Raises:
             ImportError: If matplotlib is missing.
         """
-        from laplace_lora.evaluation.plots import plot_reports
-
         return plot_reports([self])
 
 
 def evaluate(
     predict: Predict,
-    loader: Any,
+    loader: Iterable[Batch],
     *,
     name: str = "predictive",
-    ood_loader: Any = None,
+    ood_loader: Iterable[Batch] | None = None,
     label_key: str = "labels",
     bootstrap: int = 200,
     seed: int = 0,
     progress_bar: bool = False,
 ) -> CalibrationReport:
-    """Judge a predictive on labelled data, and on foreign data if there are any.
+    """Evaluate a predictive on labelled data, and on out-of-distribution data if given.
 
     Args:
         predict: From a batch to class probabilities ``(batch, classes)``, or to `Predictions`:
             a posterior ``la``, ``la.predict``, a baseline of this package, or any function.
         loader: Batches with labels: mappings with ``label_key``, or pairs of inputs and labels.
-        name: Of the method, for tables and pictures.
-        ood_loader: Batches of foreign inputs, whose labels are ignored; adds ``"OOD AUROC"`` and
-            ``"OOD FPR95"`` by predictive entropy, and ``"OOD AUROC (MI)"`` by mutual information
-            where ``predict`` tells it.
+        name: Name of the method, for tables and plots.
+        ood_loader: Batches of out-of-distribution inputs, whose labels are ignored; adds
+            ``"OOD AUROC"`` and ``"OOD FPR95"`` by predictive entropy, and ``"OOD AUROC (MI)"`` and
+            ``"OOD FPR95 (MI)"`` by mutual information where ``predict`` provides it.
         label_key: Key of the labels.
-        bootstrap: Resamples behind the standard errors.
-        seed: Of the resamples.
+        bootstrap: Number of resamples behind the standard errors.
+        seed: Seed of the resamples.
         progress_bar: Show progress over the batches.
 
     Returns:
         The report; tensors are on the CPU.
 
     Raises:
-        ValueError: If the loader is empty, a batch has no labels, labels lie outside the classes,
+        ValueError: If a loader is empty, a batch has no labels, labels lie outside the classes,
             ``predict`` does not return probabilities, or ``bootstrap`` is below 2.
     """
     if bootstrap < 2:
         raise ValueError(f"bootstrap needs two resamples or more, got {bootstrap}")
-    hidden = not progress_bar
-    own = [
-        (*_probabilities(predict, batch), _labels(batch, label_key))
-        for batch in tqdm(loader, disable=hidden, desc=f"Evaluating {name}")
+    scored = [
+        (*_probabilities(predict, batch), batch_labels(batch, label_key).cpu())
+        for batch in progress(loader, progress_bar, f"Evaluating {name}")
     ]
-    if not own:
+    if not scored:
         raise ValueError("the loader is empty")
-    p, mi, y = (_joined(column) for column in zip(*own, strict=True))
-    assert p is not None and y is not None
+    p, y = torch.cat([row[0] for row in scored]), torch.cat([row[2] for row in scored])
+    information = _joined([row[1] for row in scored])
     if int(y.min()) < 0 or int(y.max()) >= p.shape[1]:
         raise ValueError(f"labels must lie in 0..{p.shape[1] - 1}, got {y.min()} to {y.max()}")
     values = {metric: function(p, y) for metric, function in METRICS.items()}
@@ -123,33 +135,34 @@ def evaluate(
         return torch.randint(n, (bootstrap, n), generator=generator)
 
     draws = [{m: f(p[i], y[i]) for m, f in METRICS.items()} for i in resampled(len(y))]
-    outside = None
+    uncertainty, ood_uncertainty = entropy(p.double()), None
     if ood_loader is not None:
-        foreign = [
-            _probabilities(predict, batch)
-            for batch in tqdm(ood_loader, disable=hidden, desc=f"Evaluating {name}, foreign data")
+        title = f"Evaluating {name}, out of distribution"
+        outside = [
+            _probabilities(predict, batch) for batch in progress(ood_loader, progress_bar, title)
         ]
-        if not foreign:
-            raise ValueError("the loader of foreign data is empty")
-        q, q_mi = (_joined(column) for column in zip(*foreign, strict=True))
-        assert q is not None
-        outside = entropy(q)
-        scores: dict[str, tuple[Tensor, Tensor]] = {"": (entropy(p), outside)}
-        if mi is not None and q_mi is not None:
-            scores[" (MI)"] = (mi, q_mi)
+        if not outside:
+            raise ValueError("the out-of-distribution loader is empty")
+        ood_uncertainty = entropy(torch.cat([row[0] for row in outside]).double())
+        ood_information = _joined([row[1] for row in outside])
+        scores = {"": (uncertainty, ood_uncertainty)}
+        if information is not None and ood_information is not None:
+            scores[" (MI)"] = (information, ood_information)
         values |= _detection(scores)
-        for draw, i, j in zip(draws, resampled(len(y)), resampled(len(q)), strict=True):
+        for draw, i, j in zip(
+            draws, resampled(len(y)), resampled(len(ood_uncertainty)), strict=True
+        ):
             draw |= _detection({kind: (a[i], b[j]) for kind, (a, b) in scores.items()})
     errors = {m: torch.tensor([draw[m] for draw in draws]).std().item() for m in values}
-    return CalibrationReport(name, p, y, values, errors, entropy(p), mi, outside)
+    return CalibrationReport(name, p, y, values, errors, uncertainty, information, ood_uncertainty)
 
 
 def compare(reports: Sequence[CalibrationReport], metrics: Sequence[str] | None = None) -> str:
-    """Return a Markdown table, a row a report, with standard errors; the best values are bold.
+    """Return a Markdown table: one row per report, standard errors, the best values bold.
 
     Args:
         reports: At least one.
-        metrics: Names of the columns; the main ones when ``None``.
+        metrics: Metrics to show, by name; the main ones when ``None``.
 
     Raises:
         ValueError: If there are no reports, or a metric is in none of them.
@@ -182,17 +195,18 @@ def _cell(report: CalibrationReport, reports: Sequence[CalibrationReport], metri
 
 
 def _detection(scores: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    found = {f"OOD AUROC{kind}": ood_auroc(*pair) for kind, pair in scores.items()}
-    return found | {f"OOD FPR95{kind}": ood_fpr95(*pair) for kind, pair in scores.items()}
+    auroc = {f"OOD AUROC{kind}": ood_auroc(*pair) for kind, pair in scores.items()}
+    return auroc | {f"OOD FPR95{kind}": ood_fpr95(*pair) for kind, pair in scores.items()}
 
 
-def _probabilities(predict: Predict, batch: Any) -> tuple[Tensor, Tensor | None]:
-    x = batch if isinstance(batch, Mapping | Tensor) else batch[0]
+def _probabilities(predict: Predict, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """Return class probabilities, and mutual information where there is any."""
     with torch.no_grad():
-        found = predict(x)
-    p, mi = (
-        (found.probs, found.mutual_information) if isinstance(found, Predictions) else (found, None)
-    )
+        prediction = predict(model_inputs(batch))
+    if isinstance(prediction, UncertainPrediction):
+        p, information = prediction.probs, prediction.mutual_information
+    else:
+        p, information = prediction, None
     if not isinstance(p, Tensor) or p.ndim != 2 or p.shape[1] < 2:
         raise ValueError("predict must return class probabilities, (batch, classes)")
     p = p.detach().cpu().float()
@@ -200,17 +214,9 @@ def _probabilities(predict: Predict, batch: Any) -> tuple[Tensor, Tensor | None]
         raise ValueError(
             "predict must return probabilities that sum to 1; apply a softmax to logits"
         )
-    return p, None if mi is None else mi.detach().cpu()
+    return p, None if information is None else information.detach().cpu()
 
 
-def _labels(batch: Any, label_key: str) -> Tensor:
-    if isinstance(batch, Mapping) and label_key in batch:
-        return torch.as_tensor(batch[label_key]).cpu()
-    if isinstance(batch, Sequence) and len(batch) == 2:
-        return torch.as_tensor(batch[1]).cpu()
-    raise ValueError(f"a batch has no {label_key!r}; name its labels with `label_key`")
-
-
-def _joined(column: Sequence[Tensor | None]) -> Tensor | None:
-    present = [value for value in column if value is not None]
-    return torch.cat(present) if len(present) == len(column) else None
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if len(present) == len(parts) else None

@@ -1,7 +1,4 @@
-"""Passes over training data that only add up: together with other processes, or in two sittings.
-
-What is added belongs to the posterior classes; `fitting` makes a posterior of the sums.
-"""
+"""What one iteration over training data adds up, alone or with other processes."""
 
 from __future__ import annotations
 
@@ -9,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from laplace_lora.data import distributed as sharding
+from laplace_lora.data.distributed import add_up, gather
+from laplace_lora.linalg.row_storage import RowStorage
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,33 @@ class Pass:
 
     def combine(self, state: Any) -> None:
         """Take in what the other processes have summed up."""
-        sharding.add_up(self.tensors(state))
+        add_up(self.tensors(state))
 
-    def resume(self, state: Any, kept: Sequence[Tensor]) -> None:
+    def resume(self, state: Any, stored: Sequence[Tensor]) -> None:
         """Put what an interrupted pass had summed up in the place of a first batch's sums."""
-        for tensor, value in zip(self.tensors(state), kept, strict=True):
+        for tensor, value in zip(self.tensors(state), stored, strict=True):
             tensor.copy_(value)
+
+
+class RowPass(Pass):
+    """A pass that collects rows, where others add up."""
+
+    def signature(self, state: RowStorage) -> Any:
+        """Return what must be equal in processes whose rows go together."""
+        return [*state.sizes, str(state.dtype)]
+
+    def combine(self, state: RowStorage) -> None:
+        """Take in the rows of all processes, in the order of their ranks."""
+        gathered = state.like()
+        for i in range(len(state.sizes)):
+            # As bytes: not every backend knows every dtype.
+            local = state.matrix(i).to(state.device).view(torch.uint8)
+            gathered.append(i, gather(local).view(state.dtype))
+        state.take(gathered)
+
+    def resume(self, state: RowStorage, stored: Sequence[Tensor]) -> None:
+        """Put the rows of an interrupted pass in the place of a first batch's."""
+        state.replace(stored)
 
 
 @dataclass

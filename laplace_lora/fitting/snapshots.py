@@ -1,49 +1,53 @@
-"""Keep the sums of an unfinished pass in a file, so that an interrupted fit can go on."""
+"""Sums of an unfinished pass in a file, so that an interrupted fit can go on."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from laplace_lora.data import distributed as sharding
+from laplace_lora.data.distributed import processes
 from laplace_lora.fitting.passes import Pass, Sums
 from laplace_lora.storage.files import write_whole
 from laplace_lora.storage.fingerprint import exact_fingerprint, identity
+from laplace_lora.structures.state import Posterior
 
 DEFAULT_EVERY = 100  # batches
 
 
 class Snapshot:
-    """The sums so far in a file, so that an interrupted pass can go on.
+    """The sums so far in a file.
 
     Args:
-        folder: Where the file is kept, one a process.
-        every: Batches from one writing to the next.
-        la: The posterior that is being fitted; the file belongs to its weights and arguments.
-        one: The pass whose sums are kept; the file belongs to its basis.
+        folder: Where the file is kept, one per process.
+        every: Batches from one writing to the next; 100 if ``None``.
+        posterior: What is being fitted; the file is for its weights and arguments only.
+        data_pass: The pass whose sums are kept; the file is for its basis only.
 
     Raises:
         ValueError: If ``every`` is not positive.
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], every: int | None, la: Any, one: Pass
+        self,
+        folder: str | os.PathLike[str],
+        every: int | None,
+        posterior: Posterior,
+        data_pass: Pass,
     ) -> None:
         self.every = DEFAULT_EVERY if every is None else every
         if self.every < 1:
             raise ValueError(f"checkpoint_every must be positive, got {every}")
-        rank = torch.distributed.get_rank() if sharding.processes() > 1 else 0
-        name = f"laplace_{one.name}_{rank}_of_{sharding.processes()}.safetensors"
+        rank = torch.distributed.get_rank() if processes() > 1 else 0
+        name = f"laplace_{data_pass.name}_{rank}_of_{processes()}.safetensors"
         self.path = Path(folder) / name
-        self.tensors = one.tensors
-        basis = exact_fingerprint((str(i), tensor) for i, tensor in enumerate(one.basis))
-        owner = [type(la).__name__, la.arguments(), identity(la), basis]
+        self.tensors = data_pass.tensors
+        basis = exact_fingerprint((str(i), tensor) for i, tensor in enumerate(data_pass.basis))
+        owner = [posterior.kind, posterior.arguments, identity(posterior), basis]
         self.owner = json.dumps(owner, sort_keys=True)
 
     def write(self, sums: Sums, complete: bool = False) -> None:
@@ -65,7 +69,7 @@ class Snapshot:
         """Return what an interrupted pass had added up, and its tensors; ``None`` if there is none.
 
         Raises:
-            ValueError: If the file is damaged, or belongs to another model or to other arguments.
+            ValueError: If the file is damaged, or is for another model or other arguments.
         """
         if not self.path.exists():
             return None

@@ -1,4 +1,4 @@
-"""Factors as a user hands them over, and as a `LowRankKronDecomposed`.
+"""Factors as a user hands them over, and as a `KronEigen`.
 
 Whether they fit the ranks that go with them, and one eigendecomposition for each, kept. What it is
 good for belongs to `posterior`, where factors come from to `kronecker`.
@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from laplace_lora.linalg.eigen import Eigen
 from laplace_lora.linalg.factors import DenseFactor
-from laplace_lora.linalg.kron_eigen import LowRankKronDecomposed, Side
+from laplace_lora.linalg.kron_eigen import KronEigen, Side
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -44,7 +44,7 @@ def check_ranks(factors: Factors, n_lora: int | None, n_kfac: int | None) -> Non
         raise ValueError(f"n_lora is {n_lora}, but no factor has that side")
 
 
-def decomposed(factors: Factors, device: torch.device | str) -> LowRankKronDecomposed:
+def decomposed(factors: Factors, device: torch.device | str) -> KronEigen:
     """Return the blocks ``gradient factor ⊗ input factor`` in the order of the factors.
 
     Args:
@@ -54,7 +54,7 @@ def decomposed(factors: Factors, device: torch.device | str) -> LowRankKronDecom
     blocks: list[list[Side]] = [
         [_eigen(grads).to(device), _eigen(inputs).to(device)] for inputs, grads in factors.values()
     ]
-    return LowRankKronDecomposed(blocks)
+    return KronEigen(blocks)
 
 
 def _eigen(factor: Tensor) -> Eigen:

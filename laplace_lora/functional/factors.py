@@ -21,8 +21,9 @@ from laplace_lora.curvature.kfac import KfacSums, Rows
 from laplace_lora.data.masks import MASK_NAMES
 from laplace_lora.functional.hooks import factor_tensor, note_masks
 from laplace_lora.functional.selection import selected_maps
-from laplace_lora.likelihoods.roots import CLASSIFICATION, hessian_root, sampled_root
+from laplace_lora.likelihoods.roots import sampled_softmax_root, softmax_root
 from laplace_lora.linalg.factors import map_shared
+from laplace_lora.linalg.sketch import FactorSpec
 from laplace_lora.models.modes import evaluation_mode, gradients_needed
 
 EXACT_UP_TO = 256  # outputs; beyond it one backward pass an output is too many
@@ -105,8 +106,8 @@ def calculate_kronecker_factors(
                 if sums is None:
                     maps = list(tape.maps)
                     homogeneous = [with_bias[linear.name] for linear in maps]
-                    rows = Rows(positions=positions)
-                    sums = KfacSums.empty(tape, n_kfac, lr_threshold - 1, dtype, rows, homogeneous)
+                    rows, spec = Rows(positions=positions), FactorSpec(n_kfac, lr_threshold - 1)
+                    sums = KfacSums.empty(tape, spec, dtype, rows, homogeneous)
                 try:
                     sums.update(tape, _columns(tape.output, num_samples))
                 except FloatingPointError as error:
@@ -135,7 +136,7 @@ def check_logits(f: Tensor) -> None:
 
 def _columns(f: Tensor, num_samples: int | None) -> Tensor:
     if num_samples is None and f.shape[-1] <= EXACT_UP_TO:
-        return hessian_root(f, CLASSIFICATION)
+        return softmax_root(f)
     if num_samples is None:
         warnings.warn(
             f"forward_call returns {f.shape[-1]} logits an example, so the curvature is a "
@@ -143,4 +144,4 @@ def _columns(f: Tensor, num_samples: int | None) -> Tensor:
             "exact one, or set `num_samples`",
             stacklevel=3,
         )
-    return sampled_root(f, CLASSIFICATION, num_samples or 1)
+    return sampled_softmax_root(f, num_samples or 1)

@@ -17,7 +17,7 @@ from laplace_lora.curvature.kfac import Rows
 from laplace_lora.data.masks import MASK_NAMES, token_mask
 from laplace_lora.functional.selection import selected_maps
 from laplace_lora.linalg.factors import DenseFactor
-from laplace_lora.linalg.sketch import Factor, empty_factor
+from laplace_lora.linalg.sketch import Factor, FactorSpec
 
 
 def factor_tensor(factor: Factor) -> Tensor:
@@ -225,5 +225,7 @@ def _running(
 ) -> Factor:
     if name not in sums:
         dtype = dtype or torch.promote_types(torch.float32, rows.dtype)
-        sums[name] = RunningFactor(empty_factor(d, n_kfac, lr_threshold - 1, dtype, rows.device))
+        sums[name] = RunningFactor(
+            FactorSpec(n_kfac, lr_threshold - 1).empty(d, dtype, rows.device)
+        )
     return sums[name].factor

@@ -17,7 +17,7 @@ from laplace_lora.adapters.maps import wide_dtype
 from laplace_lora.capture.jacobians import jacobian_blocks
 from laplace_lora.capture.recorder import record
 from laplace_lora.functional.factor_cache import Factors, check_ranks, decomposed
-from laplace_lora.likelihoods import links
+from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.roots import identity_root
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.models.modes import evaluation_mode
@@ -198,7 +198,7 @@ def predict_probs(
     """
     size = (n_samples, f_mu.shape[-1] - 1)
     noise = torch.randn(size, dtype=f_mu.dtype, device=f_mu.device, generator=generator)
-    return links.log_probabilities(f_mu, f_var, link_approx, noise).exp()
+    return Link(link_approx, noise).log_probabilities(f_mu, f_var).exp()
 
 
 def _logits_model(

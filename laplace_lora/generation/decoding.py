@@ -1,9 +1,8 @@
 """Which tokens a language model is unsure of: in a text that is given, or one that it writes.
 
-`score` and `generate` walk over the positions of texts and lay the results out; the predictive of
-one position is `next_token`'s, what comes back `token_predictions`'. They take any posterior over a
-causal language model's adapters, fitted on next tokens (``"language_modeling"``) or on answers
-(``target_ids``).
+`score` and `generate` walk over the positions of texts and lay the results out. They take any
+posterior over a causal language model's adapters, fitted on next tokens (``"language_modeling"``)
+or on answers (``target_ids``).
 
 Gradients run through the whole text before a token, so every token costs a forward pass over it and
 ``top_k + 1`` backward passes, shared by a batch; there is no cache of keys and values to spare it.
@@ -17,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.data.labels import IGNORED, token_labels
-from laplace_lora.generation.next_token import NextTokenPredictor
+from laplace_lora.generation.next_token import HasPosterior, NextTokenPredictor
 from laplace_lora.generation.token_predictions import TokenPredictions
+from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
 from laplace_lora.models.token_model import TOP_K
 
 SAMPLES = 1000
 
 
 def score(
-    la: Any,
+    la: HasPosterior,
     batch: Mapping[str, Any],
     top_k: int = TOP_K,
     link_approx: str = "mc",
@@ -63,7 +62,7 @@ def score(
         raise TypeError("score needs a mapping with 'input_ids' and 'labels'")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
-    batch = {k: v.to(la._device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    batch = {k: v.to(la.fitted.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     labels = token_labels(batch, batch["labels"])
     scored = labels != IGNORED
     rows, places = scored.nonzero(as_tuple=True)
@@ -73,22 +72,22 @@ def score(
     if int(labels[scored].min()) < 0 or int(labels.max()) >= vocabulary:
         raise ValueError(f"labels must lie in the vocabulary, 0..{vocabulary - 1}, or be -100")
     order = places.argsort(stable=True)  # texts of similar length share a pass
-    found = [
+    predictions = [
         (part, predictor(_until(batch, rows[part], places[part]), labels[rows[part], places[part]]))
         for part in order.split(batch_size or len(labels))
     ]
     slots = (scored.cumsum(1) - 1)[scored]
-    where = [(rows[part], slots[part]) for part, _ in found]
-    tokens = [labels[rows[part], places[part]] for part, _ in found]
+    where = [(rows[part], slots[part]) for part, _ in predictions]
+    tokens = [labels[rows[part], places[part]] for part, _ in predictions]
     pad = predictor.model.pad_token
     variance = predictor.variance({**batch, "labels": labels})
     return TokenPredictions.laid_out(
-        [one for _, one in found], tokens, where, len(labels), pad, variance
+        [prediction for _, prediction in predictions], tokens, where, len(labels), pad, variance
     )
 
 
 def generate(
-    la: Any,
+    la: HasPosterior,
     inputs: Mapping[str, Any] | Tensor,
     max_new_tokens: int = 20,
     top_k: int = TOP_K,
@@ -124,21 +123,21 @@ def generate(
     predictor = NextTokenPredictor(la, top_k, link_approx, n_samples, generator)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}")
-    ids, mask = _left_padded(inputs, la._device)
+    ids, mask = _left_padded(inputs, la.fitted.device)
     prompt = ids.shape[1]
     ends = predictor.model.end_tokens if eos_token_id is None else eos_token_id
     stop = torch.tensor(ends, device=ids.device, dtype=torch.long).reshape(-1)
     live = torch.arange(len(ids), device=ids.device)
     pad = predictor.model.pad_token
-    found, tokens, where = [], [], []
+    predictions, tokens, where = [], [], []
     while len(live) and ids.shape[1] < prompt + max_new_tokens:
-        one = predictor({"input_ids": ids[live], "attention_mask": mask[live]})
-        chosen = one.log_probabilities.argmax(-1, keepdim=True)
+        prediction = predictor({"input_ids": ids[live], "attention_mask": mask[live]})
+        chosen = prediction.log_probabilities.argmax(-1, keepdim=True)
         if do_sample:
-            weights = one.log_probabilities.softmax(-1)
+            weights = prediction.log_probabilities.softmax(-1)
             chosen = torch.multinomial(weights, 1, generator=generator)
-        token = one.candidates.gather(-1, chosen).squeeze(-1)
-        found.append(one)
+        token = prediction.candidates.gather(-1, chosen).squeeze(-1)
+        predictions.append(prediction)
         tokens.append(token)
         where.append((live, torch.full_like(live, ids.shape[1] - prompt)))
         ids, mask = (torch.cat([x, torch.zeros_like(x[:, :1])], dim=1) for x in (ids, mask))
@@ -147,7 +146,7 @@ def generate(
     labels = ids.masked_fill(mask == 0, IGNORED)
     labels[:, :prompt] = IGNORED
     variance = predictor.variance({"input_ids": ids, "attention_mask": mask, "labels": labels})
-    return TokenPredictions.laid_out(found, tokens, where, len(ids), pad, variance)
+    return TokenPredictions.laid_out(predictions, tokens, where, len(ids), pad, variance)
 
 
 def _until(batch: Mapping[str, Any], rows: Tensor, places: Tensor) -> dict[str, Any]:

@@ -4,27 +4,38 @@ The linearised predictive of one position. A softmax over ``k`` tokens and the t
 more class: its logit is the log-sum-exp of all other logits, linearised like theirs. It is not held
 at its MAP value, since a softmax does not see what moves all logits together, and a tail at rest
 would turn that into uncertainty. So nothing of the vocabulary's size is ever squared, mass outside
-the ``k`` tokens is kept, and with ``k`` one less than the vocabulary nothing is approximated. Which
-positions are looked at belongs to `generation`.
+the ``k`` tokens is kept, and with ``k`` one less than the vocabulary nothing is approximated.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from laplace_lora.likelihoods import links
+from laplace_lora.likelihoods.roots import contrast_matrix
+from laplace_lora.likelihoods.scores import entropy
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.models.token_model import TokenModel
+from laplace_lora.structures.state import Posterior
 
 LINKS = ("mc", "probit")
 WANTED = "wanted_token"  # rides in a batch of texts
+
+
+class HasPosterior(Protocol):
+    """A posterior class: anything with the parts of a fitted posterior."""
+
+    @property
+    def fitted(self) -> Posterior:
+        """The posterior's parts; raises AttributeError if it has not been fitted."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -71,20 +82,20 @@ class NextTokenPredictor:
 
     def __init__(
         self,
-        la: Any,
+        la: HasPosterior,
         top_k: int,
         link_approx: str,
         n_samples: int,
         generator: torch.Generator | None,
     ) -> None:
-        la._check_H_init()
-        if la.model is not la.logits_model:
+        posterior = la.fitted
+        if posterior.model is not posterior.source:
             raise ValueError(
-                "a last-layer posterior knows of its answers only; use one over adapter weights, "
-                "such as KronLoraLaplace"
+                "a last-layer posterior covers only the answer tokens; use one over adapter "
+                "weights, such as KronLoraLaplace"
             )
-        self.la = la
-        self.model = TokenModel(la.logits_model.model)
+        self.posterior = posterior
+        self.model = TokenModel(posterior.source.model)
         vocabulary: Any = self.model.vocabulary_size
         if not 1 <= top_k <= vocabulary:
             raise ValueError(
@@ -98,7 +109,9 @@ class NextTokenPredictor:
         self._noise = None
         if link_approx == "mc":
             size = (n_samples, min(top_k, vocabulary - 1))
-            self._noise = torch.randn(size, dtype=la._dtype, device=la._device, generator=generator)
+            self._noise = torch.randn(
+                size, dtype=posterior.dtype, device=posterior.device, generator=generator
+            )
 
     def __call__(self, texts: Mapping[str, Any], token: Tensor | None = None) -> NextToken:
         """Predict the token after each text.
@@ -116,15 +129,15 @@ class NextTokenPredictor:
         def classes(batch: Mapping[str, Any]) -> Tensor:
             nonlocal candidates
             inputs = {name: value for name, value in batch.items() if name != WANTED}
-            logits = self.model.next_logits(inputs) / self.la.likelihood_temperature
-            found = _candidates(logits.detach(), self.top_k, batch.get(WANTED))
+            logits = self.model.next_logits(inputs) / self.posterior.settings.likelihood_temperature
+            chosen = _candidates(logits.detach(), self.top_k, batch.get(WANTED))
             # Diagonal blocks run the model again, on one text alone.
-            candidates = found if candidates is None else candidates
-            return class_logits(logits, found)
+            candidates = chosen if candidates is None else candidates
+            return class_logits(logits, chosen)
 
-        with evaluation_mode(self.la.model):
-            mean, jacobians = self.la.backend.jacobian_blocks(texts, function=classes)
-            covariance = self.la.covariance_of(jacobians) * self.la.covariance_scale
+        with evaluation_mode(self.posterior.model):
+            mean, jacobians = self.posterior.engine.jacobian_blocks(texts, function=classes)
+            covariance = self._covariance(jacobians)
         return self._linked(candidates, mean, covariance)
 
     def variance(self, texts: Mapping[str, Any]) -> Tensor:
@@ -138,28 +151,34 @@ class NextTokenPredictor:
         """
 
         def total(batch: Mapping[str, Any]) -> Tensor:
-            return self.model.log_likelihood(batch, self.la.likelihood_temperature).unsqueeze(1)
+            return self.model.log_likelihood(
+                batch, self.posterior.settings.likelihood_temperature
+            ).unsqueeze(1)
 
-        with evaluation_mode(self.la.model):
-            _, jacobians = self.la.backend.jacobian_blocks(texts, function=total)
-            return self.la.covariance_of(jacobians)[:, 0, 0] * self.la.covariance_scale
+        with evaluation_mode(self.posterior.model):
+            _, jacobians = self.posterior.engine.jacobian_blocks(texts, function=total)
+            return self._covariance(jacobians)[:, 0, 0]
+
+    def _covariance(self, jacobians: Iterable[Tensor]) -> Tensor:
+        scale = self.posterior.settings.covariance_scale
+        return self.posterior.precision.covariance(jacobians) * scale
 
     def _linked(self, candidates: Tensor, mean: Tensor, covariance: Tensor) -> NextToken:
         p_map = F.log_softmax(mean, dim=-1)
-        mean, covariance = mean.to(self.la._dtype), covariance.to(self.la._dtype)
+        mean, covariance = mean.to(self.posterior.dtype), covariance.to(self.posterior.dtype)
         if self._noise is None:
             log_p = links.probit(mean, covariance)
-            entropy = _entropy(log_p)
-            information = _second_order_information(p_map.exp(), covariance).minimum(entropy)
+            total = entropy(log_p.exp())
+            information = _second_order_information(p_map.exp(), covariance).minimum(total)
         else:
-            contrasts = links.contrast_matrix(mean)
+            contrasts = contrast_matrix(mean)
             draws = links.gaussian_samples(
                 mean @ contrasts.T, contrasts @ covariance @ contrasts.T, self._noise
             )
             sampled = F.log_softmax(F.pad(draws, (0, 1)), dim=-1)
             log_p = sampled.logsumexp(0) - math.log(len(sampled))
-            entropy = _entropy(log_p)
-            information = entropy - _entropy(sampled).mean(0)
+            total = entropy(log_p.exp())
+            information = total - entropy(sampled.exp()).mean(0)
         k = self.top_k
         return NextToken(
             candidates,
@@ -167,7 +186,7 @@ class NextTokenPredictor:
             covariance[:, :k, :k],
             p_map[:, :k],
             log_p[:, :k],
-            entropy,
+            total,
             information.clamp(min=0),
         )
 
@@ -196,10 +215,6 @@ def _candidates(logits: Tensor, top_k: int, token: Tensor | None) -> Tensor:
         missing = (chosen != token.unsqueeze(-1)).all(-1)
         chosen[:, -1] = torch.where(missing, token, chosen[:, -1])
     return chosen
-
-
-def _entropy(log_p: Tensor) -> Tensor:
-    return torch.special.entr(log_p.exp()).sum(-1)
 
 
 def _second_order_information(p: Tensor, covariance: Tensor) -> Tensor:

@@ -1,7 +1,4 @@
-"""`TokenPredictions`: what is known about every token of texts, laid out by text and place.
-
-Where the numbers come from belongs to `next_token`, which places to `generation`.
-"""
+"""`TokenPredictions`: what is known about every token of texts, laid out by text and place."""
 
 from __future__ import annotations
 
@@ -76,7 +73,7 @@ class TokenPredictions:
     @classmethod
     def laid_out(
         cls,
-        found: Sequence[NextToken],
+        predictions: Sequence[NextToken],
         tokens: Sequence[Tensor],
         where: Sequence[tuple[Tensor, Tensor]],
         texts: int,
@@ -86,7 +83,7 @@ class TokenPredictions:
         """Put predictions of single places into rows of texts.
 
         Args:
-            found: Predictions of several places each.
+            predictions: Predictions of several places each.
             tokens: The token in each place.
             where: Row and column of each place.
             texts: Number of rows.
@@ -101,22 +98,22 @@ class TokenPredictions:
             out[rows, columns] = joined
             return out
 
-        def of_token(one: NextToken, token: Tensor, values: Tensor) -> Tensor:
-            index = (one.candidates == token.unsqueeze(-1)).int().argmax(-1, keepdim=True)
+        def of_token(prediction: NextToken, token: Tensor, values: Tensor) -> Tensor:
+            index = (prediction.candidates == token.unsqueeze(-1)).int().argmax(-1, keepdim=True)
             return values.gather(-1, index).squeeze(-1)
 
-        pairs = list(zip(found, tokens, strict=True))
+        pairs = list(zip(predictions, tokens, strict=True))
         return cls(
             tokens=laid(list(tokens), pad),
             mask=laid([torch.ones_like(token, dtype=torch.bool) for token in tokens]),
-            candidates=laid([one.candidates for one in found]),
-            mean=laid([one.mean for one in found]),
-            covariance=laid([one.covariance for one in found]),
-            map_probabilities=laid([one.map_log_probabilities.exp() for one in found]),
-            probabilities=laid([one.log_probabilities.exp() for one in found]),
-            map_log_prob=laid([of_token(one, t, one.map_log_probabilities) for one, t in pairs]),
-            log_prob=laid([of_token(one, t, one.log_probabilities) for one, t in pairs]),
-            entropy=laid([one.entropy for one in found]),
-            mutual_information=laid([one.mutual_information for one in found]),
+            candidates=laid([p.candidates for p in predictions]),
+            mean=laid([p.mean for p in predictions]),
+            covariance=laid([p.covariance for p in predictions]),
+            map_probabilities=laid([p.map_log_probabilities.exp() for p in predictions]),
+            probabilities=laid([p.log_probabilities.exp() for p in predictions]),
+            map_log_prob=laid([of_token(p, t, p.map_log_probabilities) for p, t in pairs]),
+            log_prob=laid([of_token(p, t, p.log_probabilities) for p, t in pairs]),
+            entropy=laid([p.entropy for p in predictions]),
+            mutual_information=laid([p.mutual_information for p in predictions]),
             log_prob_variance=variance,
         )

@@ -1,7 +1,7 @@
 """From Gaussian logits to class probabilities and their entropies.
 
 Closed-form and sampled approximations of ``E[softmax(f)]`` for Gaussian ``f``, in logs, so that no
-probability underflows. Where the moments come from belongs to `predictive`.
+probability underflows.
 
 All functions take a mean ``(…, batch, classes)`` and a covariance ``(…, batch, classes, classes)``
 whose leading dimensions broadcast: several covariances of one batch at once.
@@ -10,42 +10,62 @@ whose leading dimensions broadcast: several covariances of one batch at once.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from laplace_lora.likelihoods.roots import contrast_matrix
+
 LINKS = ("probit", "mc", "bridge", "bridge_norm")
 
 
-def log_probabilities(mean: Tensor, covariance: Tensor, link: str, noise: Tensor | None) -> Tensor:
-    """Return log class probabilities.
+@dataclass(frozen=True)
+class Link:
+    """A way from Gaussian logits to class probabilities.
 
-    Args:
-        mean: Mean of the logits, ``(…, batch, classes)``.
-        covariance: Their covariance, ``(…, batch, classes, classes)``.
-        link: ``"probit"``, ``"mc"``, ``"bridge"`` or ``"bridge_norm"``.
-        noise: Standard normal samples ``(samples, classes − 1)`` for ``"mc"``.
-
-    Returns:
-        Shape ``(…, batch, classes)``. A single logit is that of the second of two classes, with the
-        first at zero.
+    Attributes:
+        name: ``"probit"``, ``"mc"``, ``"bridge"`` or ``"bridge_norm"``.
+        noise: Standard normal samples ``(samples, classes − 1)`` for ``"mc"``, common to all
+            examples.
 
     Raises:
-        ValueError: If the link is none of these, or a bridge meets a single logit.
+        ValueError: If the name is none of these.
     """
-    if mean.shape[-1] == 1 and link.startswith("bridge"):
-        raise ValueError(f"link_approx={link!r} needs two logits; use 'probit' or 'mc'")
-    mean, covariance = _at_least_two(mean, covariance)
-    if link == "probit":
-        return probit(mean, covariance)
-    if link == "mc" and noise is not None:
+
+    name: str
+    noise: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in LINKS:
+            raise ValueError(f"link_approx must be one of {LINKS}, got {self.name!r}")
+
+    def log_probabilities(self, mean: Tensor, covariance: Tensor) -> Tensor:
+        """Return log class probabilities.
+
+        Args:
+            mean: Mean of the logits, ``(…, batch, classes)``.
+            covariance: Their covariance, ``(…, batch, classes, classes)``.
+
+        Returns:
+            Shape ``(…, batch, classes)``. A single logit is that of the second of two classes, with
+            the first at zero.
+
+        Raises:
+            ValueError: If a bridge meets a single logit, or ``"mc"`` has no samples.
+        """
+        if mean.shape[-1] == 1 and self.name.startswith("bridge"):
+            raise ValueError(f"link_approx={self.name!r} needs two logits; use 'probit' or 'mc'")
+        mean, covariance = _at_least_two(mean, covariance)
+        if self.name == "probit":
+            return probit(mean, covariance)
+        if self.name != "mc":
+            return bridge(mean, covariance, normalised=self.name == "bridge_norm")
+        if self.noise is None:
+            raise ValueError("link_approx='mc' needs samples")
         contrasts = contrast_matrix(mean)
-        rows = contrasts @ covariance @ contrasts.T
-        return sampled(mean @ contrasts.T, rows, noise)
-    if link in ("bridge", "bridge_norm"):
-        return bridge(mean, covariance, normalised=link == "bridge_norm")
-    raise ValueError(f"link_approx must be one of {LINKS}, got {link!r}")
+        return sampled(mean @ contrasts.T, contrasts @ covariance @ contrasts.T, self.noise)
 
 
 def _at_least_two(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,12 +79,6 @@ def probit(mean: Tensor, covariance: Tensor) -> Tensor:
     """Scale each logit by ``1/√(1 + π/8 var)``, as for a binary probit (MacKay 1992)."""
     variance = covariance.diagonal(dim1=-2, dim2=-1)
     return F.log_softmax(mean / torch.sqrt(1 + math.pi / 8 * variance), dim=-1)
-
-
-def contrast_matrix(mean: Tensor) -> Tensor:
-    """Return the rows ``e_c − e_C``, ``(classes − 1, classes)``: all that a softmax sees."""
-    eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
-    return eye[:-1] - eye[-1]
 
 
 def sampled(contrasts: Tensor, covariance: Tensor, noise: Tensor) -> Tensor:

@@ -1,14 +1,8 @@
-"""Roots of the Hessian of the negative log likelihood with respect to the model's outputs.
+"""Losses and roots of their Hessian with respect to a model's outputs.
 
-Every curvature is a sum over examples of ``Jᵀ Λ J`` with ``Λ = S Sᵀ``; this module makes the
-columns of ``S``, one backward pass each. It knows neither models nor parameters.
-
-All functions return columns first, ``(columns, batch, outputs)``, so that one column is the
-``grad_outputs`` of one backward pass.
-
-With the likelihood ``"language_modeling"`` outputs are logits of the vocabulary, one row a scored
-token, ``(scored, vocabulary)``, examples one after the other; labels are ``(batch, tokens)``,
-`IGNORED` where nothing is scored. The likelihood of an example is the product over its tokens.
+Every curvature is a sum over examples of ``Jᵀ Λ J`` with ``Λ = S Sᵀ``; the columns of ``S`` cost
+one backward pass each. Functions return columns first, ``(columns, batch, outputs)``, so that one
+column is the ``grad_outputs`` of one backward pass.
 """
 
 from __future__ import annotations
@@ -17,16 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from laplace_lora.data.labels import IGNORED
-
-CLASSIFICATION = "classification"
-REGRESSION = "regression"
-LANGUAGE_MODELING = "language_modeling"
-EXACT_VOCABULARY = 1024  # tokens up to which the exact root may be asked for
-
 
 def identity_root(f: Tensor) -> Tensor:
-    """Return one column an output: the rows of the identity, the root of a unit Gaussian's ``Λ``.
+    """Return one column per output: the rows of the identity, the root of a unit Gaussian's ``Λ``.
 
     Args:
         f: Outputs, shape ``(batch, outputs)``.
@@ -39,6 +26,16 @@ def identity_root(f: Tensor) -> Tensor:
     return eye.unsqueeze(1).expand(outputs, batch, outputs)
 
 
+def contrast_matrix(f: Tensor) -> Tensor:
+    """Return the rows ``e_c − e_C``, ``(outputs − 1, outputs)``: all that a softmax sees.
+
+    Args:
+        f: Logits, shape ``(…, outputs)``; tells size, dtype and device.
+    """
+    eye = torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)
+    return eye[:-1] - eye[-1]
+
+
 def contrast_root(f: Tensor) -> Tensor:
     """Return the columns ``e_c − e_C``, whose products with ``f`` fix its softmax.
 
@@ -48,9 +45,7 @@ def contrast_root(f: Tensor) -> Tensor:
     Returns:
         Columns ``(outputs − 1, batch, outputs)``.
     """
-    columns = identity_root(f)[:-1].clone()
-    columns[..., -1] -= 1
-    return columns
+    return contrast_matrix(f).unsqueeze(1).repeat(1, len(f), 1)
 
 
 def difference_root(f: Tensor) -> Tensor:
@@ -65,28 +60,23 @@ def difference_root(f: Tensor) -> Tensor:
     return -contrast_root(f)
 
 
-def hessian_root(f: Tensor, likelihood: str) -> Tensor:
-    """Return the exact root of the output Hessian with the fewest columns.
+def softmax_root(f: Tensor) -> Tensor:
+    """Return the exact root of the output Hessian of a softmax, with the fewest columns.
 
-    For a softmax ``Λ = D(I − √p √pᵀ)D`` with ``D = diag(√p)`` has rank ``C − 1``. The Householder
-    reflection ``Q = I − 2vvᵀ/‖v‖²`` with ``v = √p + e_C`` maps ``e_C`` to ``−√p``, so the first
-    ``C − 1`` columns of ``Q`` span the complement of ``√p`` and ``S = D Q[:, :C−1]`` is exact.
-    As ``‖v‖² = 2(1 + √p_C) ≥ 2``, nothing is divided by a small number. For a Gaussian with unit
-    noise ``S = I``.
+    ``Λ = D(I − √p √pᵀ)D`` with ``D = diag(√p)`` has rank ``C − 1``. The Householder reflection
+    ``Q = I − 2vvᵀ/‖v‖²`` with ``v = √p + e_C`` maps ``e_C`` to ``−√p``, so the first ``C − 1``
+    columns of ``Q`` span the complement of ``√p`` and ``S = D Q[:, :C−1]`` is exact. As
+    ``‖v‖² = 2(1 + √p_C) ≥ 2``, nothing is divided by a small number.
 
     Args:
-        f: Logits or regression means, shape ``(batch, outputs)``.
-        likelihood: ``"classification"`` or ``"regression"``.
+        f: Logits, shape ``(batch, outputs)``.
 
     Returns:
-        Columns ``(outputs − 1, batch, outputs)`` for classification, ``(outputs, batch,
-        outputs)`` for regression.
+        Columns ``(outputs − 1, batch, outputs)``.
 
     Raises:
-        ValueError: If a classifier has fewer than two outputs.
+        ValueError: If there are fewer than two outputs.
     """
-    if likelihood == REGRESSION:
-        return identity_root(f)
     if f.shape[-1] < 2:
         raise ValueError(
             "classification needs at least two logits per example, got one; a model with a single "
@@ -101,99 +91,46 @@ def hessian_root(f: Tensor, likelihood: str) -> Tensor:
     return columns.permute(2, 0, 1).to(f.dtype)
 
 
-def sampled_root(f: Tensor, likelihood: str, num_samples: int) -> Tensor:
-    """Return an unbiased Monte-Carlo root: ``E[S Sᵀ] = Λ`` over labels drawn from the model.
+def sampled_softmax_root(f: Tensor, num_samples: int) -> Tensor:
+    """Return an unbiased Monte-Carlo root: ``E[S Sᵀ] = Λ`` over labels drawn from the softmax.
 
     Args:
-        f: Logits or regression means, shape ``(batch, outputs)``.
-        likelihood: ``"classification"`` or ``"regression"``.
+        f: Logits, shape ``(batch, outputs)``.
         num_samples: Labels drawn per example; one backward pass each.
 
     Returns:
         Columns ``(num_samples, batch, outputs)``, scaled by ``1/√num_samples``.
     """
-    if likelihood == REGRESSION:
-        columns = torch.randn(num_samples, *f.shape, dtype=f.dtype, device=f.device)
-    else:
-        p = F.softmax(f, dim=-1)
-        labels = torch.multinomial(p, num_samples, replacement=True).T.unsqueeze(-1)
-        columns = p.repeat(num_samples, 1, 1)
-        columns.scatter_add_(-1, labels, columns.new_full(labels.shape, -1))
+    p = F.softmax(f, dim=-1)
+    labels = torch.multinomial(p, num_samples, replacement=True).T.unsqueeze(-1)
+    columns = p.repeat(num_samples, 1, 1)
+    columns.scatter_add_(-1, labels, columns.new_full(labels.shape, -1))
     return columns.div_(num_samples**0.5)
 
 
-def token_root(f: Tensor, y: Tensor) -> Tensor:
-    """Return the exact root of the output Hessian of a language model with a small vocabulary.
-
-    The tokens of an example have columns of their own, as they meet in one gradient; a token of
-    another example may share them. Labels drawn independently need no such care: the cross terms
-    of `sampled_root` vanish on average.
+def softmax_residual(f: Tensor, y: Tensor) -> Tensor:
+    """Return the gradient of the cross entropy, ``softmax(f) − onehot(y)``.
 
     Args:
-        f: Logits of the scored tokens, shape ``(scored, vocabulary)``.
-        y: Labels, ``(batch, tokens)``.
+        f: Logits, shape ``(batch, outputs)``.
+        y: Labels, ``(batch,)``.
 
     Returns:
-        Columns ``(most scored tokens of an example · (vocabulary − 1), scored, vocabulary)``.
-
-    Raises:
-        ValueError: If the vocabulary has more than `EXACT_VOCABULARY` tokens.
+        One column, ``(1, batch, outputs)``.
     """
-    if f.shape[-1] > EXACT_VOCABULARY:
-        raise ValueError(
-            f"the exact curvature needs {f.shape[-1] - 1} backward passes a token; keep "
-            "stochastic=True, and raise `num_samples` for more precision"
-        )
-    scored = y != IGNORED
-    places = F.one_hot((scored.cumsum(1) - 1)[scored]).to(f)
-    return torch.einsum("st,csv->tcsv", places, hessian_root(f, CLASSIFICATION)).flatten(0, 1)
-
-
-def empirical_root(f: Tensor, y: Tensor, likelihood: str) -> Tensor:
-    """Return the gradient of the negative log likelihood at the observed labels.
-
-    Args:
-        f: Logits or regression means, shape ``(batch, outputs)``.
-        y: Labels ``(batch,)``, or targets of the shape of ``f``.
-        likelihood: ``"classification"``, ``"regression"`` or ``"language_modeling"``.
-
-    Returns:
-        One column, ``(1, batch, outputs)``: ``softmax(f) − onehot(y)`` or ``f − y``.
-    """
-    if likelihood == REGRESSION:
-        return (f - y).unsqueeze(0)
-    y = y[y != IGNORED] if likelihood == LANGUAGE_MODELING else y
     return (F.softmax(f, dim=-1) - F.one_hot(y, f.shape[-1]).to(f.dtype)).unsqueeze(0)
 
 
-def negative_log_likelihood(f: Tensor, y: Tensor, likelihood: str) -> Tensor:
-    """Return the negative log likelihood in nats, summed over the batch.
-
-    For regression it is that of unit noise without its constant, ``½‖f − y‖²``, as laplace-torch
-    counts it.
+def cross_entropy(f: Tensor, y: Tensor) -> Tensor:
+    """Return the negative log likelihood of labels in nats, summed over the batch.
 
     Args:
-        f: Logits or regression means, shape ``(batch, outputs)``.
-        y: Labels ``(batch,)``, or targets of the shape of ``f``.
-        likelihood: ``"classification"``, ``"regression"`` or ``"language_modeling"``.
-
-    Returns:
-        A scalar.
+        f: Logits, shape ``(batch, outputs)``.
+        y: Integer labels, ``(batch,)``.
 
     Raises:
-        ValueError: If labels lie outside the classes, or targets have another shape than ``f``.
+        ValueError: If labels are not one integer per example, or lie outside the classes.
     """
-    if likelihood == REGRESSION:
-        if y.shape != f.shape:
-            raise ValueError(
-                f"regression targets have shape {tuple(y.shape)}, the model's outputs "
-                f"{tuple(f.shape)}; give one target per output"
-            )
-        return 0.5 * (f - y).square().sum()
-    if likelihood == LANGUAGE_MODELING:
-        y = y[y != IGNORED]
-        if not len(y):
-            return f.sum()
     if y.shape != f.shape[:1] or y.is_floating_point():
         raise ValueError(
             f"classification needs one integer label per example, shape {tuple(f.shape[:1])}; got "

@@ -1,4 +1,4 @@
-"""Eigendecompositions of one side of a Kronecker block: kept directions with a residual, or unit vectors."""
+"""Eigendecomposition of one side of a Kronecker block: kept directions and a residual."""
 
 from __future__ import annotations
 

@@ -1,22 +1,22 @@
-"""Sums of Kronecker factors with dense or low-rank sides, in laplace-torch's protocol.
-
-Adding, scaling and decomposing the factors of a whole model lives here. How a factor is filled
-belongs to `kfac`, what is done with the eigenvalues to `decomposed`.
-"""
+"""Sums of Kronecker factors with dense or low-rank sides: adding, scaling and decomposing them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
 import torch
-from laplace.utils import Kron
 from torch import Tensor
 
 from laplace_lora.linalg.factors import check_residual, map_shared
-from laplace_lora.linalg.kron_eigen import LowRankKronDecomposed
+from laplace_lora.linalg.kron_eigen import KronEigen
 from laplace_lora.linalg.sketch import Factor
 
+Self = TypeVar("Self", bound="KronFactors")
 
-class LowRankKron(Kron):
-    """Sums of Kronecker factors, one list a trainable tensor, in the order of the parameters.
+
+class KronFactors:
+    """Sums of Kronecker factors, one list per trainable tensor, in the order of the parameters.
 
     A weight has two factors in the order of its dimensions (``[grad_cov, input_cov]`` for a
     ``(out, in)`` weight), a bias one. Projections of the same input share one factor object, and so
@@ -24,53 +24,55 @@ class LowRankKron(Kron):
 
     Args:
         kfacs: Factors of each trainable tensor.
-        residual: What stands for the directions a low-rank side leaves out when decomposed:
+        residual: What stands for the directions that a low-rank side leaves out when decomposed:
             ``"isotropic"`` spreads the missing trace evenly, ``"zero"`` drops it.
 
     Raises:
         ValueError: If ``residual`` is neither.
     """
 
-    kfacs: list[list[Factor]]
-
     def __init__(self, kfacs: list[list[Factor]], residual: str = "isotropic") -> None:
         check_residual(residual)
-        super().__init__(kfacs)
+        self.kfacs = kfacs
         self.residual = residual
 
-    def __add__(self, other: Kron) -> LowRankKron:
-        """Add another `LowRankKron`, or a plain `Kron` of the same shapes."""
-        if not isinstance(other, Kron) or list(map(len, other.kfacs)) != list(map(len, self.kfacs)):
+    def __len__(self) -> int:
+        return len(self.kfacs)
+
+    def added(self: Self, kfacs: Sequence[Sequence[Any]]) -> Self:
+        """Return the sums with other factors, or with dense matrices, of the same shapes.
+
+        Raises:
+            ValueError: If they are over other tensors.
+        """
+        if list(map(len, kfacs)) != list(map(len, self.kfacs)):
             raise ValueError("can only add Kron objects over the same parameters")
-        pairs = [list(zip(X, Y, strict=True)) for X, Y in zip(self.kfacs, other.kfacs, strict=True)]
+        pairs = [list(zip(X, Y, strict=True)) for X, Y in zip(self.kfacs, kfacs, strict=True)]
         memo: dict[tuple[int, int], Factor] = {}
         for x, y in (pair for block in pairs for pair in block):
             if (id(x), id(y)) not in memo:
                 memo[id(x), id(y)] = x.add(y)
         return self._with([[memo[id(x), id(y)] for x, y in block] for block in pairs])
 
-    __radd__ = __add__
+    def __add__(self: Self, other: KronFactors) -> Self:
+        return self.added(other.kfacs)
 
-    def __mul__(self, scalar: float | Tensor) -> LowRankKron:
+    def __mul__(self: Self, scalar: float | Tensor) -> Self:
         """Scale every block through its last factor."""
         last = map_shared([X[-1:] for X in self.kfacs], lambda x: x * scalar)
         return self._with([[*X[:-1], *x] for X, x in zip(self.kfacs, last, strict=True)])
 
     __rmul__ = __mul__
 
-    def scale_inputs(self, scalar: float) -> LowRankKron:
+    def scale_inputs(self: Self, scalar: float) -> Self:
         """Return a copy whose second factors are scaled, the side that carries ``1/N``."""
         inputs = map_shared([X[1:] for X in self.kfacs], lambda x: x * scalar)
         return self._with([[*X[:1], *x] for X, x in zip(self.kfacs, inputs, strict=True)])
 
-    def joined(self, n: int, other: LowRankKron, m: int) -> LowRankKron:
+    def joined(self: Self, n: int, other: Self, m: int) -> Self:
         """Return the factors of ``n`` examples together with those of ``m`` others."""
         # Input covariances are means over the data, gradient covariances sums.
         return self.scale_inputs(n / (n + m)) + other.scale_inputs(m / (n + m))
-
-    def decomposition(self) -> tuple[LowRankKron, LowRankKronDecomposed]:
-        """Return the factors, and the eigendecomposition that a posterior uses."""
-        return self, self.decompose()
 
     def factors(self) -> list[Factor]:
         """Return every factor, shared ones once."""
@@ -81,11 +83,11 @@ class LowRankKron(Kron):
         """Bytes held by all factors, shared ones counted once."""
         return sum(factor.nbytes for factor in self.factors())
 
-    def to(self, device: torch.device | str) -> LowRankKron:
+    def to(self: Self, device: torch.device | str) -> Self:
         """Return the factors on another device."""
         return self._with(map_shared(self.kfacs, lambda x: x.to(device)))
 
-    def decompose(self, damping: bool = False) -> LowRankKronDecomposed:
+    def decompose(self, damping: bool = False) -> KronEigen:
         """Eigendecompose every factor once.
 
         Args:
@@ -97,7 +99,7 @@ class LowRankKron(Kron):
         """
         if damping:
             raise ValueError("damping is not supported: it would have no effect on the posterior")
-        return LowRankKronDecomposed(map_shared(self.kfacs, lambda x: x.decompose(self.residual)))
+        return self._decomposed(map_shared(self.kfacs, lambda x: x.decompose(self.residual)))
 
     def bmm(self, W: Tensor, exponent: float = 1) -> Tensor:
         """Return ``H^exponent W`` for ``W`` of shape ``(…, parameters)``."""
@@ -115,5 +117,8 @@ class LowRankKron(Kron):
         """Return the dense matrix, shape ``(parameters, parameters)``; for tests."""
         return self.decompose().to_matrix()
 
-    def _with(self, kfacs: list[list[Factor]]) -> LowRankKron:
-        return LowRankKron(kfacs, self.residual)
+    def _with(self: Self, kfacs: list[list[Factor]]) -> Self:
+        return type(self)(kfacs, self.residual)
+
+    def _decomposed(self, blocks: list[list[Any]]) -> KronEigen:
+        return KronEigen(blocks)

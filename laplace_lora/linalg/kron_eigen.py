@@ -1,24 +1,26 @@
 """Eigendecomposed Kronecker blocks plus a prior: any function of the posterior's eigenvalues.
 
 ``f(scale · H + δ)`` serves covariances, samples, norms, determinants and diagonals alike, and one
-eigendecomposition serves every ``δ``. Nothing ``d × d`` is formed on a low-rank side. How factors
-are summed belongs to `kron`.
+eigendecomposition serves every ``δ``. Nothing ``d × d`` is formed on a low-rank side.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
-from laplace.utils.matrix import KronDecomposed
 from torch import Tensor
 
 from laplace_lora.linalg.eigen import Eigen
 from laplace_lora.linalg.factors import map_shared
 from laplace_lora.linalg.kron_block import KronBlock, Side, Spectrum
 
+Gram = tuple[Tensor, Tensor]
+Self = TypeVar("Self", bound="KronEigen")
 
-class LowRankKronDecomposed(KronDecomposed):
+
+class KronEigen:
     """A block-diagonal matrix ``scale · (left ⊗ right) + δ`` held as eigendecompositions.
 
     With kept directions and a residual on each side a block has up to four parts: kept × kept with
@@ -42,10 +44,10 @@ class LowRankKronDecomposed(KronDecomposed):
         self.blocks = blocks
         self.scale = scale
         self.tables = tables
-        self.damping = False
         reference = blocks[0][0].values
         self.deltas = reference.new_zeros(len(blocks)) if deltas is None else deltas
-        self._check_deltas(self.deltas)
+        _check_deltas(self.deltas, len(blocks))
+        self._cache: dict[int, KronBlock] = {}
 
     @property
     def eigenvectors(self) -> list[list[Tensor]]:
@@ -60,16 +62,16 @@ class LowRankKronDecomposed(KronDecomposed):
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def __add__(self, deltas: Tensor) -> LowRankKronDecomposed:
-        """Add a prior precision, a scalar or one value a block."""
-        self._check_deltas(deltas)
-        return LowRankKronDecomposed(self.blocks, self.deltas + deltas, self.scale, self.tables)
+    def __add__(self: Self, deltas: Tensor) -> Self:
+        """Add a prior precision, a scalar or one value per block."""
+        _check_deltas(deltas, len(self))
+        return self._with(self.deltas + deltas, self.scale, self.tables)
 
     __radd__ = __add__
 
-    def __mul__(self, scalar: float | Tensor) -> LowRankKronDecomposed:
+    def __mul__(self: Self, scalar: float | Tensor) -> Self:
         """Scale the curvature, not the prior, as laplace-torch does."""
-        return LowRankKronDecomposed(self.blocks, self.deltas, self.scale * scalar, self.tables)
+        return self._with(self.deltas, self.scale * scalar, self.tables)
 
     __rmul__ = __mul__
 
@@ -80,9 +82,22 @@ class LowRankKronDecomposed(KronDecomposed):
         left, right = (torch.cat([values for values, _ in s.parts()]) for s in self._sides(i))
         return torch.outer(left, right)
 
-    def with_tables(self, tables: list[Tensor]) -> LowRankKronDecomposed:
-        """Return the same eigenvectors with other eigenvalues, one `table` a block."""
-        return LowRankKronDecomposed(self.blocks, self.deltas, self.scale, tables)
+    def with_tables(self: Self, tables: list[Tensor]) -> Self:
+        """Return the same eigenvectors with other eigenvalues, one `table` per block."""
+        return self._with(self.deltas, self.scale, tables)
+
+    def block(self, i: int) -> KronBlock:
+        """Return block ``i`` in its eigenbasis, without ``δ``; built once unless differentiated."""
+        if i not in self._cache:
+            block = KronBlock(*self._sides(i), self.scale * self.table(i))
+            if block.table.requires_grad:  # a graph serves one backward pass
+                return block
+            self._cache[i] = block
+        return self._cache[i]
+
+    def spectra(self) -> list[list[tuple[Tensor, int]]]:
+        """Return every block's eigenvalues without ``δ``, with how often each counts."""
+        return [list(self.spectrum(i)) for i in range(len(self))]
 
     def spectrum(self, i: int) -> Iterator[tuple[Tensor, int]]:
         """Yield block ``i``'s eigenvalues without ``δ``, with the multiplicity of each.
@@ -91,7 +106,7 @@ class LowRankKronDecomposed(KronDecomposed):
             ``scale`` times the eigenvalues of one of the up to four parts, and how often each
             value counts.
         """
-        return self._block(i).spectrum()
+        return self.block(i).spectrum()
 
     def logdet(self) -> Tensor:
         """Return ``Σ log(e + δ)`` over all eigenvalues, a float64 scalar."""
@@ -106,7 +121,31 @@ class LowRankKronDecomposed(KronDecomposed):
 
     def apply(self, i: int, W: Tensor, function: Spectrum) -> Tensor:
         """Return ``f(block i) W`` for ``W`` of shape ``(…, rows, columns)`` of the parameter."""
-        return self._block(i).apply(W, lambda e: function(e + self.deltas[i]))
+        return self.block(i).apply(W, lambda e: function(e + self.deltas[i]))
+
+    def covariance(self, jacobians: Iterable[Tensor]) -> Tensor:
+        """Return ``J P⁻¹ Jᵀ``, ``(batch, outputs, outputs)``.
+
+        Args:
+            jacobians: Rows ``(batch, outputs, *shape)`` of each tensor, in parameter order.
+        """
+        total: Any = 0.0
+        for i, jacobian in enumerate(jacobians):
+            total = total + self.inverse_form(i, jacobian)
+        return total  # type: ignore[no-any-return]
+
+    def gram_blocks(self, jacobians: Iterable[Tensor]) -> Iterator[tuple[int, list[Gram]]]:
+        """Yield each tensor's part of ``J P⁻¹ Jᵀ`` as a function of ``δ``, see `grams`."""
+        for i, jacobian in enumerate(jacobians):
+            yield i, self.grams(i, jacobian)
+
+    def root_multiply(self, noise: Tensor) -> Tensor:
+        """Return ``P^-½ ε`` for ``ε`` of shape ``(n, parameters)``."""
+        return self.bmm(noise, exponent=-0.5)
+
+    def variance(self) -> Tensor:
+        """Return the diagonal of ``P⁻¹``, ``(parameters,)``."""
+        return self.diag(-1)
 
     def inverse_form(self, i: int, W: Tensor) -> Tensor:
         """Return ``W (block i)⁻¹ Wᵀ`` for a batch of rows of the Jacobian.
@@ -118,7 +157,7 @@ class LowRankKronDecomposed(KronDecomposed):
         Returns:
             Shape ``(batch, outputs, outputs)``.
         """
-        block = self._block(i)
+        block = self.block(i)
         W = W.flatten(2).unflatten(-1, block.shape)
         total = W.new_zeros(W.shape[0], W.shape[1], W.shape[1])
         for piece, e in block.pieces(W):
@@ -137,7 +176,7 @@ class LowRankKronDecomposed(KronDecomposed):
             Pairs of eigenvalues without ``δ``, ``(K,)``, and products ``M``, ``(batch, outputs,
             outputs, K)``; the form is ``Σ_k M_k / (e_k + δ)`` summed over the pairs.
         """
-        block = self._block(i)
+        block = self.block(i)
         W = W.flatten(2).unflatten(-1, block.shape)
         result = []
         for piece, e in block.pieces(W):
@@ -162,12 +201,12 @@ class LowRankKronDecomposed(KronDecomposed):
         Returns:
             In the form of `table`.
         """
-        block = self._block(i)
+        block = self.block(i)
         return block.gram_diagonal(W.reshape(-1, *block.shape))
 
-    def diagonals_in(self, other: LowRankKronDecomposed) -> list[Tensor]:
+    def diagonals_in(self, other: KronEigen) -> list[Tensor]:
         """Return each block's diagonal without ``δ`` in another eigenbasis, see `KronBlock`."""
-        return [self._block(i).diagonal_in(other._block(i)) for i in range(len(self))]
+        return [self.block(i).diagonal_in(other.block(i)) for i in range(len(self))]
 
     def inv_square_form(self, W: Tensor) -> Tensor:
         """Return ``W P⁻¹ Wᵀ`` for ``W`` of shape ``(batch, outputs, parameters)``."""
@@ -193,7 +232,7 @@ class LowRankKronDecomposed(KronDecomposed):
         def power(i: int) -> Spectrum:
             return lambda e: (e + self.deltas[i]).pow(exponent)
 
-        blocks = (self._block(i).diagonal(power(i)) for i in range(len(self)))
+        blocks = (self.block(i).diagonal(power(i)) for i in range(len(self)))
         return torch.cat([block.flatten() for block in blocks])
 
     def to_matrix(self, exponent: float = 1) -> Tensor:
@@ -202,12 +241,12 @@ class LowRankKronDecomposed(KronDecomposed):
         eye = torch.eye(sum(self._sizes()), dtype=reference.dtype, device=reference.device)
         return self._bmm(eye, exponent)
 
-    def to(self, device: torch.device | str) -> LowRankKronDecomposed:
+    def to(self: Self, device: torch.device | str) -> Self:
         """Return the decomposition on another device."""
         blocks = map_shared(self.blocks, lambda side: side.to(device))
         scale = self.scale.to(device) if isinstance(self.scale, Tensor) else self.scale
         tables = None if self.tables is None else [table.to(device) for table in self.tables]
-        return LowRankKronDecomposed(blocks, self.deltas.to(device), scale, tables)
+        return type(self)(blocks, self.deltas.to(device), scale, tables)
 
     def _sides(self, i: int) -> tuple[Side, Side]:
         sides = self.blocks[i]
@@ -216,8 +255,10 @@ class LowRankKronDecomposed(KronDecomposed):
         one = sides[0].values.new_ones(1)
         return sides[0], Eigen(one.unsqueeze(1), one, one.new_zeros(()))
 
-    def _block(self, i: int) -> KronBlock:
-        return KronBlock(*self._sides(i), self.scale * self.table(i))
+    def _with(
+        self: Self, deltas: Tensor, scale: float | Tensor, tables: list[Tensor] | None
+    ) -> Self:
+        return type(self)(self.blocks, deltas, scale, tables)
 
     def _shape(self, i: int) -> tuple[int, int]:
         left, right = self._sides(i)
@@ -235,3 +276,11 @@ class LowRankKronDecomposed(KronDecomposed):
                 for e, times in self.spectrum(i)
             ]
         ).sum()
+
+
+def _check_deltas(deltas: Tensor, blocks: int) -> None:
+    if not isinstance(deltas, Tensor) or deltas.ndim > 1 or deltas.numel() not in (1, blocks):
+        raise ValueError(
+            f"Invalid shape of delta: a prior precision is a tensor of one value, or one per block "
+            f"({blocks}), got {deltas!r}"
+        )

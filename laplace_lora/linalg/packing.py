@@ -12,9 +12,9 @@ from torch import Tensor
 
 from laplace_lora.linalg.eigen import DiagonalEigen, Eigen
 from laplace_lora.linalg.factors import DenseFactor, DiagonalFactor
-from laplace_lora.linalg.kron import LowRankKron
-from laplace_lora.linalg.kron_eigen import LowRankKronDecomposed, Side
-from laplace_lora.linalg.sketch import Factor, LowRankFactor, sketch_columns
+from laplace_lora.linalg.kron import KronFactors
+from laplace_lora.linalg.kron_eigen import KronEigen, Side
+from laplace_lora.linalg.sketch import Factor, FactorSpec, LowRankFactor, sketch_columns
 
 EIGEN = ("vectors", "values", "residual")
 SUMS = {DenseFactor: ["matrix"], LowRankFactor: ["sketch", "trace"], DiagonalFactor: ["diagonal"]}
@@ -22,7 +22,7 @@ TABLE = "eigenvalues"  # corrected ones, of a block
 
 
 def pack_kron(
-    factors: LowRankKron, decomposed: LowRankKronDecomposed
+    factors: KronFactors, decomposed: KronEigen
 ) -> tuple[dict[str, Tensor], list[list[int]]]:
     """Return factors with eigenpairs as tensors, and for each block the numbers of its factors.
 
@@ -51,10 +51,9 @@ def unpack_kron(
     blocks: Any,
     shapes: Sequence[Sequence[int]],
     diagonal: Sequence[bool],
-    rank: int | None,
-    residual: str,
+    spec: FactorSpec,
     corrected: bool,
-) -> tuple[LowRankKron, LowRankKronDecomposed]:
+) -> tuple[list[list[Factor]], KronEigen]:
     """Return factors and eigendecompositions from tensors that are known to be finite.
 
     Args:
@@ -62,8 +61,7 @@ def unpack_kron(
         blocks: Numbers of each block's factors.
         shapes: For each block the lengths of its sides.
         diagonal: For each block whether it is a diagonal.
-        rank: Eigenpairs of low-rank factors.
-        residual: As of `LowRankKron`.
+        spec: Which factors are low-rank, and their rank.
         corrected: Whether there are corrected eigenvalues.
 
     Raises:
@@ -78,7 +76,7 @@ def unpack_kron(
             if type(number) is not int:
                 raise ValueError(f"a factor is numbered {number!r}")
             if number not in found:
-                found[number] = _unpacked(tensors, number, rank)
+                found[number] = _unpacked(tensors, number, spec.rank)
             if found[number][0].d != d:
                 raise ValueError(f"factor {number} has side {found[number][0].d}, not {d}")
             if isinstance(found[number][0], DiagonalFactor) != exact:
@@ -91,13 +89,13 @@ def unpack_kron(
     if unused:
         raise ValueError(f"tensor {unused[0]!r} belongs to no block")
     kfacs = [[found[number][0] for number in block] for block in blocks]
-    decomposed = LowRankKronDecomposed([[found[number][1] for number in b] for b in blocks])
+    decomposed = KronEigen([[found[number][1] for number in b] for b in blocks])
     if corrected:
         decomposed = decomposed.with_tables(_tables(tensors, decomposed))
-    return LowRankKron(kfacs, residual), decomposed
+    return kfacs, decomposed
 
 
-def _tables(tensors: Mapping[str, Tensor], basis: LowRankKronDecomposed) -> list[Tensor]:
+def _tables(tensors: Mapping[str, Tensor], basis: KronEigen) -> list[Tensor]:
     tables = [tensors[f"{TABLE}.{i}"] for i in range(len(basis))]
     for i, table in enumerate(tables):
         if table.shape != basis.table(i).shape:

@@ -8,13 +8,16 @@ the eigenpairs ``λ, U`` of the Gram matrix ``Z R⁻¹ Zᵀ`` (rows × rows), th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from laplace_lora.linalg.row_storage import RowStorage
+
+Gram = tuple[Tensor, Tensor]
+Spectrum = list[tuple[Tensor, int]]
 
 
 def gram_matrix(rows: RowStorage, pattern: Sequence[Tensor]) -> Tensor:
@@ -112,6 +115,26 @@ class RowPrecision:
         taken = projected * (self.scale / (self.eigenvalues + self.delta))
         form = (prior - taken @ projected.mT) / self.delta
         return form.to(self.rows.working_dtype)
+
+    def covariance(self, jacobians: Iterable[Tensor]) -> Tensor:
+        """Return ``J P⁻¹ Jᵀ``, ``(batch, outputs, outputs)``, see `inverse_form`."""
+        return self.inverse_form(jacobians)
+
+    def gram_blocks(self, jacobians: Iterable[Tensor]) -> Iterator[tuple[int, list[Gram]]]:
+        """Yield ``J P⁻¹ Jᵀ`` as a function of ``δ``, as the first tensor's part; see `grams`."""
+        yield 0, self.grams(jacobians)
+
+    def spectra(self) -> list[Spectrum]:
+        """Return the whole matrix's eigenvalues with the first tensor, none with the others."""
+        none = self.eigenvalues.new_zeros(1)
+        spectrum = [(self.eigenvalues, 1)]
+        if self.multiplicity:
+            spectrum.append((none, self.multiplicity))
+        return [spectrum] + [[(none, 0)]] * (len(self.rows.sizes) - 1)
+
+    def variance(self) -> Tensor:
+        """Return the diagonal of ``P⁻¹``, ``(parameters,)``."""
+        return self.diag(-1)
 
     def grams(self, blocks: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Return ``J P⁻¹ Jᵀ`` as a function of ``δ``.

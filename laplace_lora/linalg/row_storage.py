@@ -16,8 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from laplace_lora.data import distributed as sharding
-
 STORAGES = ("device", "cpu", "disk")
 PIECE = 2**26  # numbers that are brought to the device at a time
 
@@ -123,7 +121,7 @@ class RowStorage:
             fresh.append(i, matrix)
         if len(matrices) != len(self.sizes) or len(set(fresh._counts)) > 1:
             raise ValueError("every tensor needs equally many rows")
-        self._take(fresh)
+        self.take(fresh)
 
     def joined(self, other: RowStorage) -> RowStorage:
         """Return these rows and another storage's, stored as these."""
@@ -132,15 +130,6 @@ class RowStorage:
             for rows in (self.matrix(i), other.matrix(i)):
                 result.append(i, rows.to(self.device) if self.storage == "device" else rows)
         return result
-
-    def gather(self) -> None:
-        """Take in the rows of all processes, in the order of their ranks."""
-        gathered = self.like()
-        for i in range(len(self.sizes)):
-            # As bytes: not every backend knows every number format.
-            mine = self.matrix(i).to(self.device).view(torch.uint8)
-            gathered.append(i, sharding.gather(mine).view(self.dtype))
-        self._take(gathered)
 
     def to(self, device: torch.device | str) -> RowStorage:
         """Return the rows for work on another device."""
@@ -152,7 +141,8 @@ class RowStorage:
             result.append(i, moved.to(device) if self.storage == "device" else moved)
         return result
 
-    def _take(self, other: RowStorage) -> None:
+    def take(self, other: RowStorage) -> None:
+        """Put another storage's rows in the place of these."""
         self._parts, self._counts, self._folder = other._parts, other._counts, other._folder
 
 

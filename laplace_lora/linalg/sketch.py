@@ -5,13 +5,14 @@ The choice between dense and sketched is made here; dense sums live in `factors`
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from laplace_lora.linalg.eigen import Eigen, check_finite
-from laplace_lora.linalg.factors import DenseFactor, DiagonalFactor
+from laplace_lora.linalg.factors import DenseFactor, DiagonalFactor, check_residual
 
 OVERSAMPLING = 10
 
@@ -154,27 +155,45 @@ def sketch_columns(rank: int) -> int:
     return 2 * rank + OVERSAMPLING
 
 
-def is_dense(d: int, rank: int | None, threshold: int) -> bool:
-    """Return whether a side of length ``d`` stays dense, see `empty_factor`."""
-    return rank is None or d <= threshold or sketch_columns(rank) >= d
+@dataclass(frozen=True)
+class FactorSpec:
+    """Which sides of a Kronecker factor are low-rank, and what stands for what they leave out.
 
-
-def empty_factor(
-    d: int, rank: int | None, threshold: int, dtype: torch.dtype, device: torch.device | str
-) -> Factor:
-    """Return an empty factor for a side of length ``d``.
-
-    Args:
-        d: Length of the side.
-        rank: Eigenpairs of a low-rank factor; ``None`` keeps every side dense.
+    Attributes:
+        rank: Eigenpairs kept of a low-rank side; ``None`` keeps every side dense.
         threshold: Sides up to this length stay dense, and so do those that a sketch would not
             make smaller.
-        dtype: Number format of the sums, float32 or better.
-        device: Where the sums live.
+        residual: ``"isotropic"`` keeps a low-rank side's trace exact, ``"zero"`` drops what the
+            kept eigenpairs miss.
+
+    Raises:
+        ValueError: If ``rank`` is not positive, or ``residual`` is unknown.
     """
-    if rank is None or is_dense(d, rank, threshold):
-        return DenseFactor.zeros(d, dtype, device)
-    return LowRankFactor.zeros(d, rank, dtype, device)
+
+    rank: int | None = None
+    threshold: int = 512
+    residual: str = "isotropic"
+
+    def __post_init__(self) -> None:
+        check_residual(self.residual)
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"factor_rank must be positive or None, got {self.rank}")
+
+    def is_dense(self, d: int) -> bool:
+        """Return whether a side of length ``d`` stays dense."""
+        return self.rank is None or d <= self.threshold or sketch_columns(self.rank) >= d
+
+    def empty(self, d: int, dtype: torch.dtype, device: torch.device | str) -> Factor:
+        """Return an empty sum for a side of length ``d``.
+
+        Args:
+            d: Length of the side.
+            dtype: Dtype of the sums, float32 or better.
+            device: Where the sums live.
+        """
+        if self.rank is None or self.is_dense(d):
+            return DenseFactor.zeros(d, dtype, device)
+        return LowRankFactor.zeros(d, self.rank, dtype, device)
 
 
 @lru_cache(maxsize=64)

@@ -2,12 +2,12 @@
 
 A `LastLayerModel` is a classifier split into fixed features and a linear head of its own: a copy,
 small and in float32 or better, so that a posterior can put samples into it. The transformer behind
-the features is shared, never copied. Finding head and features in a transformer belongs to
-`models`, letting a head see few tokens to `narrowing`.
+the features is shared, never copied.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from laplace_lora.data.pairs import passes
 from laplace_lora.models.modes import evaluation_mode
 
-TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}  # of logits; coarser formats get 0.05
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}  # of logits; coarser dtypes get 0.05
 
 
 class _Features(nn.Module):
@@ -87,8 +87,13 @@ class LastLayerModel(nn.Module):
         return torch.cat([self.head(self.features(part)) for part in passes(batch)], dim=-1)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LastLayerModel:
-        """Copy the head, share the transformer."""
-        return LastLayerModel(self.features.source)
+        """Copy the head, and share the transformer unless it is being copied as well."""
+        twin = object.__new__(type(self))
+        nn.Module.__init__(twin)
+        memo[id(self)] = twin
+        twin.features = _Features(memo.get(id(self.source), self.source))
+        twin.head = copy.deepcopy(self.head, memo)
+        return twin
 
 
 def n_rows(head: Any) -> int:

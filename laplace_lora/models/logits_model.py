@@ -1,9 +1,4 @@
-"""`LogitsModel`: any fine-tuned transformer as a function from a batch to ``(batch, outputs)``.
-
-The only room that knows what transformers take and return. Whether anything is trainable and what a
-Kronecker factor can cover belongs to `adapters`, running a head at few tokens to `narrowing`,
-reading its weights to `heads`.
-"""
+"""`LogitsModel`: any fine-tuned transformer as a function from a batch to ``(batch, outputs)``."""
 
 from __future__ import annotations
 
@@ -17,7 +12,8 @@ from torch import Tensor, nn
 
 from laplace_lora.adapters.peft_state import activate_adapter
 from laplace_lora.data.pairs import is_pair, passes
-from laplace_lora.models.last_layer_model import LastLayerModel, head_tensors, last_linear, n_rows
+from laplace_lora.models.last_layer_model import head_tensors, last_linear, n_rows
+from laplace_lora.models.modes import device_of
 from laplace_lora.models.narrowing import last_true, one_token, rows_only
 
 
@@ -62,7 +58,7 @@ class LogitsModel(nn.Module):
             self, "_base", model.get_base_model() if isinstance(model, PeftModel) else model
         )
         self.config: Any = getattr(self._base, "config", None)
-        self._arguments = inspect.signature(self._base.forward).parameters
+        self._arguments = frozenset(inspect.signature(self._base.forward).parameters)
         activate_adapter(model)
         ids = None
         if target_ids is not None:
@@ -71,14 +67,29 @@ class LogitsModel(nn.Module):
             ids = _checked_target_ids(target_ids, self._vocabulary_head()).to(self.device)
         self.register_buffer("target_ids", ids, persistent=False)
 
+    @classmethod
+    def wrap(
+        cls, model: nn.Module, target_ids: Sequence[int] | Tensor | None = None
+    ) -> LogitsModel:
+        """Return a `LogitsModel` around a model, or the model itself if it is one already.
+
+        Args:
+            model: A `PeftModel`, any module, or a `LogitsModel`.
+            target_ids: Answer tokens, only for a model that is not wrapped yet.
+
+        Raises:
+            ValueError: If a `LogitsModel` comes with ``target_ids``, and as the constructor.
+        """
+        if not isinstance(model, LogitsModel):
+            return cls(model, target_ids=target_ids)
+        if target_ids is not None:
+            raise ValueError("the model is a LogitsModel already; give it the `target_ids`")
+        return model
+
     @property
     def device(self) -> torch.device:
-        """Where inputs go and outputs come from: the device of the first parameter.
-
-        Parameters that are offloaded are on none.
-        """
-        parameters = self.model.parameters()
-        return next(p.device for p in parameters if p.device.type != "meta")
+        """Where inputs go and outputs come from, see `device_of`."""
+        return device_of(self.model)
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -93,7 +104,7 @@ class LogitsModel(nn.Module):
 
     @property
     def n_outputs(self) -> int | None:
-        """Number of logits or regression means an example, ``None`` where only a batch can tell."""
+        """Logits or regression means per example, ``None`` where only a batch can tell."""
         if self.output is not None:
             return None
         if self.target_ids is not None:
@@ -139,7 +150,7 @@ class LogitsModel(nn.Module):
 
         Raises:
             ValueError: If the model has no linear last layer.
-            RuntimeError: If that layer did not run once an example.
+            RuntimeError: If that layer did not run once per example.
         """
         seen: list[Tensor] = []
         hook = self._linear_head().register_forward_hook(lambda m, args, out: seen.append(args[0]))
@@ -149,7 +160,7 @@ class LogitsModel(nn.Module):
             hook.remove()
         if len(seen) != 1 or seen[0].numel() != len(logits) * seen[0].shape[-1]:
             raise RuntimeError(
-                "the last linear layer did not run once an example: "
+                "the last linear layer did not run once per example: "
                 f"{[tuple(x.shape) for x in seen]} for logits {tuple(logits.shape)}"
             )
         return seen[0].reshape(len(logits), -1), logits
@@ -161,14 +172,6 @@ class LogitsModel(nn.Module):
             ValueError: If there is no linear last layer, or it is quantised or offloaded.
         """
         return head_tensors(self._linear_head(), self.target_ids)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LastLayerModel:
-        """Return the same function with a last layer of its own over the same transformer.
-
-        laplace-torch's last-layer classes copy a model to put samples into its last layer; that
-        layer is all they get a copy of.
-        """
-        return LastLayerModel(self)
 
     def _linear_head(self) -> Any:
         if self.target_ids is not None:

@@ -1,8 +1,4 @@
-"""Changes to a user's model that undo themselves, whatever happens in between.
-
-Modes, gradients and weights of any module. Letting a transformer's head see fewer tokens belongs to
-`narrowing`.
-"""
+"""Context managers that temporarily change a model and always restore it."""
 
 from __future__ import annotations
 
@@ -12,6 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model takes its inputs: the device of the first parameter.
+
+    Parameters that are offloaded are on none.
+    """
+    return next(p.device for p in model.parameters() if p.device.type != "meta")
 
 
 @contextmanager
@@ -32,7 +36,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
-    """Let gradients flow through bitsandbytes' 4-bit layers in evaluation mode, for a while.
+    """Let gradients flow through bitsandbytes' 4-bit layers temporarily, in evaluation mode.
 
     On processors with AVX512-BF16 these layers pack their weights anew when they first run without
     gradient in evaluation mode, and have no gradient from then on. That is all the mode means to
@@ -79,7 +83,7 @@ def weights_kept(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 @torch.no_grad()
 def set_weights(parameters: Sequence[nn.Parameter], vector: Tensor) -> None:
-    """Write a flat vector into parameters, in their own number format.
+    """Write a flat vector into parameters, in their own dtype.
 
     Args:
         parameters: The tensors to overwrite, in the order of the vector.

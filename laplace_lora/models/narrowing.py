@@ -1,8 +1,4 @@
-"""Letting a model's head see fewer tokens, or compute fewer of its rows, for a while.
-
-Hooks and replaced methods that are gone afterwards. Which tokens and rows are wanted belongs to
-`models` and `language`.
-"""
+"""Let a model's head temporarily see fewer tokens, or compute fewer of its rows."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Which tokens of a batch are scored, and running the vocabulary's head at these alone. A posterior
 with the likelihood ``"language_modeling"`` is fitted on it: examples are sequences, the likelihood
-of one is the product over its scored tokens. Predictions belong to `generation`.
+of one is the product over its scored tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from laplace_lora.data.labels import IGNORED, token_labels
+from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
 from laplace_lora.models.logits_model import LogitsModel, wide
 from laplace_lora.models.narrowing import at_tokens, last_true
 
@@ -77,8 +77,8 @@ class TokenModel(LogitsModel):
     @property
     def end_tokens(self) -> list[int]:
         """Tokens that end a text, by the model's configuration; it may know of none."""
-        found = self._special_token("eos_token_id")
-        return [] if found is None else found if isinstance(found, list) else [found]
+        token = self._special_token("eos_token_id")
+        return [] if token is None else token if isinstance(token, list) else [token]
 
     @property
     def pad_token(self) -> int:
@@ -103,7 +103,7 @@ class TokenModel(LogitsModel):
             ValueError: If the labels do not fit the tokens.
         """
         if not isinstance(batch, Mapping) or "labels" not in batch:
-            raise TypeError("which tokens are scored is told by 'labels', which the batch lacks")
+            raise TypeError("the batch has no 'labels', which mark the tokens to score")
         rows, tokens = (token_labels(batch, batch["labels"]) != IGNORED).nonzero(as_tuple=True)
         return self._logits_after(batch, rows, tokens - 1)
 

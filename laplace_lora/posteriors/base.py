@@ -1,58 +1,71 @@
-"""`LoraPosterior`: what Laplace posteriors over adapter weights share.
+"""`LoraLaplace`: a posterior over adapter weights, put together from its parts.
 
-Wrapping the model, choosing what is covered, and the device. The shape of the precision belongs to
-`posterior`, fitting to `fitting`, predictions to `predictive`, tuning to `tuning`.
+Engine, likelihood, structure and state; fitter, tuner and archive make new states, which are
+installed here. There is no mathematics in this file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from laplace_lora.adapters.selection import trainable_only
-from laplace_lora.curvature.backends import LoraCurvature, LoraGGN
-from laplace_lora.data.pairs import REWARD_MODELING
-from laplace_lora.fitting.fitter import Fitting
-from laplace_lora.likelihoods.roots import CLASSIFICATION, LANGUAGE_MODELING
-from laplace_lora.linalg.kron import LowRankKron
-from laplace_lora.linalg.kron_eigen import LowRankKronDecomposed
+from laplace_lora.curvature.backends import LoraCurvature, LoraEF, LoraGGN
+from laplace_lora.curvature.engine import Engine
+from laplace_lora.fitting.fitter import Fitter
+from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.models.token_model import TokenModel
+from laplace_lora.posteriors.copies import deep_copy, refuse_pickling, shallow_copy
 from laplace_lora.posteriors.memory import MemoryEstimate, estimate_memory
+from laplace_lora.posteriors.state_dicts import read_state, state_entries
+from laplace_lora.posteriors.tuned import TunedLaplace
 from laplace_lora.predictive.data_sets import Predictions, predict
-from laplace_lora.predictive.glm import StreamingPredictive
-from laplace_lora.storage.archive import Saving
-from laplace_lora.tuning.tuner import PriorTuning
+from laplace_lora.predictive.glm import Predictor
+from laplace_lora.storage.archive import load_state, save_posterior
+from laplace_lora.storage.files import CONFIG, read_files
+from laplace_lora.storage.hub import upload
+from laplace_lora.structures.base import Structure
+from laplace_lora.structures.state import Posterior, PosteriorState
+
+BACKENDS: dict[str, type[LoraCurvature]] = {kind.__name__: kind for kind in (LoraGGN, LoraEF)}
+Self = TypeVar("Self", bound="LoraLaplace")
 
 
-class LoraPosterior(Fitting, PriorTuning, Saving, StreamingPredictive):
-    """What the posteriors over all adapter weights share.
+class LoraLaplace(TunedLaplace):
+    """What the posteriors over adapter weights share.
 
-    Prior, curvature and evidence are kept in float32 or better, whatever the model's format.
+    Prior, curvature and evidence are kept in float32 or better, whatever the model's dtype.
 
     Args:
         model: A `PeftModel`, or a `LogitsModel` around one.
         likelihood: ``"classification"``; ``"regression"``; ``"reward_modeling"`` for a model with
-            one output that is fitted on preference pairs, see `preferences`; or
+            one output that is fitted on preference pairs, see `data.pairs`; or
             ``"language_modeling"`` for next-token prediction of a causal language model, see
-            `language`.
+            `TokenModel`.
+        structure: How the curvature is held.
         target_ids: Answer tokens of a causal language model, see `LogitsModel`.
         modules: Which trainable modules the posterior covers: a regular expression searched for in
             their names, or a list of names or of whole parts of them. The others stay at their
             MAP values. ``None`` covers all.
         uncovered: What becomes of trainable tensors that no Kronecker factor covers: ``"error"``
-            names them, ``"diag"`` gives each the exact diagonal, see `Differentiation`.
+            names them, ``"diag"`` gives each the exact diagonal, see `Engine`.
         backend: `LoraGGN`, `LoraEF` or a subclass.
         backend_kwargs: Arguments of the backend, such as ``kfac_approx`` or ``stochastic``.
         **kwargs: laplace-torch's arguments, such as ``prior_precision``, ``sigma_noise`` and
             ``temperature``.
 
     Raises:
-        ValueError: If nothing is trainable, a trainable tensor belongs to no linear map, or
-            ``modules`` matches nothing, or a reward model has several outputs.
+        ValueError: If nothing is trainable, a trainable tensor is in no linear map, ``modules``
+            matches nothing, the likelihood is unknown, or a reward model has several outputs.
         RuntimeError: If an adapter is merged or disabled, or several are active.
         TypeError: If the backend is not one of this package's.
     """
@@ -61,6 +74,7 @@ class LoraPosterior(Fitting, PriorTuning, Saving, StreamingPredictive):
         self,
         model: nn.Module,
         likelihood: str,
+        structure: Structure[Any, Any, Any],
         *,
         target_ids: Sequence[int] | Tensor | None = None,
         modules: str | Sequence[str] | None = None,
@@ -71,66 +85,158 @@ class LoraPosterior(Fitting, PriorTuning, Saving, StreamingPredictive):
     ) -> None:
         if not (isinstance(backend, type) and issubclass(backend, LoraCurvature)):
             raise TypeError(f"backend must be LoraGGN, LoraEF or a subclass, got {backend!r}")
+        if kwargs.get("damping"):
+            raise ValueError("damping is not supported: it would have no effect on the posterior")
         self.modules = modules
-        language = likelihood == LANGUAGE_MODELING
-        wrapped = TokenModel.around if language else self._wrapped
-        model = wrapped(model, target_ids)
-        self.logits_model: Any = getattr(model, "source", model)
-        outputs = self.logits_model.n_outputs
-        if likelihood == REWARD_MODELING and outputs not in (None, 1):
-            raise ValueError(
-                f"a reward model has one output, this one {outputs}; load it with num_labels=1"
-            )
+        self.state = PosteriorState()
+        self.structure = structure
+        self.objective = likelihood_of(likelihood)
+        wrap = TokenModel.around if self.objective.predicts_tokens else LogitsModel.wrap
+        self.logits_model = wrap(model, target_ids)
+        self.objective.check_outputs(self.logits_model.n_outputs)
+        self._posterior: Posterior | None = None
         options = {"uncovered": uncovered, **(backend_kwargs or {})}
         kwargs = {"backend": backend, "backend_kwargs": options, **kwargs}
+        model = self._differentiated(self.logits_model)
         with trainable_only(model, modules):
-            # laplace-torch does not know of language models; to it tokens are classes.
-            super().__init__(model, CLASSIFICATION if language else likelihood, **kwargs)
+            super().__init__(model, self.objective.laplace_name, **kwargs)
             self.likelihood = likelihood
             # Built now, so that what it cannot cover is refused before a fit.
-            self.params = [block.parameter for block in self.backend.blocks]
+            self.params = self.engine.parameters
+        self.structure = structure.bound(self.engine)
 
     @property
-    def _device(self) -> torch.device:
-        # laplace-torch's is that of the first parameter, which may be offloaded.
-        return self.logits_model.device
+    def engine(self) -> Engine:
+        """Jacobians and curvature of the model."""
+        engine: Engine = self.backend.engine
+        return engine
 
-    @staticmethod
-    def _wrapped(model: nn.Module, target_ids: Sequence[int] | Tensor | None) -> nn.Module:
-        if not isinstance(model, LogitsModel):
-            return LogitsModel(model, target_ids=target_ids)
-        if target_ids is not None:
-            raise ValueError("the model is a LogitsModel already; give it the `target_ids`")
-        return model
+    @property
+    def parts(self) -> Posterior:
+        """The posterior's parts at this moment, fitted or not."""
+        posterior = Posterior(
+            type(self).__name__,
+            self.arguments(),
+            self._predicting_model(),
+            self.logits_model,
+            self.engine,
+            self.objective,
+            self.structure,
+            self.state,
+            self.temperature,
+            self.dict_key_y,
+            self._device,
+            self.enable_backprop,
+        )
+        latest = self._posterior
+        if latest is None or latest.state is not self.state or latest.scale_differs(posterior):
+            self._posterior = posterior
+        assert self._posterior is not None
+        return self._posterior
+
+    @property
+    def fitted(self) -> Posterior:
+        """The posterior's parts at this moment.
+
+        Raises:
+            AttributeError: If it has not been fitted.
+        """
+        self._check_H_init()
+        return self.parts
+
+    @property
+    def curvature(self) -> Any:
+        """Curvature of the summed loss: Kronecker factors, a diagonal, a dense matrix or rows."""
+        return self.structure.raw(self.fitted.state.curvature)
+
+    @property
+    def block_names(self) -> list[str]:
+        """Names of the trainable tensors, in parameter order."""
+        return self.engine.names
 
     def arguments(self) -> dict[str, Any]:
         """Return the constructor's arguments, but for model and backend."""
         ids = self.logits_model.target_ids
+        structure = self.structure.arguments()
+        options = {k: v for k, v in self._backend_kwargs.items() if k not in structure}
         return {
             "likelihood": self.likelihood,
             "target_ids": None if ids is None else ids.tolist(),
             "modules": self.modules,
-            "backend_kwargs": dict(self._backend_kwargs),
+            "backend_kwargs": options,
             "temperature": self.temperature,
             "dict_key_y": self.dict_key_y,
+            **structure,
         }
 
-    def marginals(self) -> dict[nn.Parameter, tuple[Tensor, Tensor]]:
-        """Return posterior mean and standard deviation of every weight, by parameter.
+    def fit(
+        self,
+        train_loader: DataLoader[Any],
+        override: bool = True,
+        progress_bar: bool = False,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | None = None,
+    ) -> None:
+        """Fit the posterior at the model's current weights.
 
-        Correlations between weights are left out. A calibrated width counts.
+        One forward pass and ``C − 1`` backward passes per batch, and once more if eigenvalues are
+        corrected; for language models one backward pass, which draws labels from torch's global
+        generator. The result does not depend on batch size or padding. If anything fails, the
+        earlier posterior stays as it was.
+
+        Where several processes share a loader (a `DistributedSampler`, or one that accelerate has
+        prepared), all end with the posterior of all data; examples that the sampler repeats count
+        once, and an error in one process ends all.
+
+        Args:
+            train_loader: Batches with labels: mappings with ``dict_key_y``, or pairs. For a reward
+                model preference pairs, see `as_pairs`, which need no labels.
+            override: Start anew; ``False`` adds these data to those fitted before.
+            progress_bar: Show progress over the batches.
+            checkpoint_dir: Where the sums so far are kept. A fit that was interrupted goes on
+                there, after the batches it had seen, if the loader yields the same ones in the
+                same order. The files, one per pass, are deleted at the end.
+            checkpoint_every: Batches from one writing to the next, 100 by default.
 
         Raises:
-            AttributeError: If the posterior has not been fitted.
+            TypeError: If the loader has no ``dataset``, or a batch is neither mapping nor pair.
+            ValueError: If the loader is empty, labels are missing or out of range, passes see
+                different numbers of examples, or what is kept in ``checkpoint_dir`` is damaged or
+                is of another fit.
+            FloatingPointError: If the loss or the curvature is not finite; names batch and layer.
+            RuntimeError: If another process that shares the loader failed or had no examples.
         """
-        self._check_H_init()
-        sizes = [parameter.numel() for parameter in self.params]
-        deviations = (self.covariance_scale * self.weight_variance()).sqrt().split(sizes)
-        means = self.mean.split(sizes)
-        return {
-            p: (mean.view_as(p), std.view_as(p))
-            for p, mean, std in zip(self.params, means, deviations, strict=True)
-        }
+        fitter = Fitter(self.parts)
+        options = (override, progress_bar, checkpoint_dir, checkpoint_every)
+        self._install(fitter.fit(train_loader, *options))
+
+    def adopt(self, curvature: Any, n_data: int, train_loader: Iterable[Any] | None = None) -> None:
+        """Take over a curvature that was computed elsewhere, at the model's current weights.
+
+        Args:
+            curvature: What `curvature` would return: of the mean loss times the number of examples.
+            n_data: Number of training examples.
+            train_loader: Training data with labels, for the log evidence; without it the evidence
+                is not a number.
+
+        Raises:
+            ValueError: If there is no loader and the model does not say how many outputs it has.
+        """
+        self._install(Fitter(self.parts).adopt(curvature, n_data, train_loader))
+
+    def merge(self, others: Sequence[LoraLaplace]) -> None:
+        """Add what posteriors of the same model learnt from other data.
+
+        The result is that of one fit on all the data; the prior stays, a calibration is undone.
+
+        Args:
+            others: Fitted posteriors of the same class, arguments and weights, on disjoint data.
+
+        Raises:
+            AttributeError: If one has not been fitted.
+            ValueError: If one is of another class, or its arguments or model are others.
+        """
+        self._install(Fitter(self.fitted).merge([other.fitted for other in others]))
 
     def predict(
         self,
@@ -141,7 +247,7 @@ class LoraPosterior(Fitting, PriorTuning, Saving, StreamingPredictive):
         link_approx: str = "probit",
         n_samples: int = 1000,
         generator: torch.Generator | None = None,
-        progress_bar: bool = True,
+        progress_bar: bool = False,
     ) -> Predictions:
         """Predict a whole data set with the GLM predictive.
 
@@ -149,7 +255,7 @@ class LoraPosterior(Fitting, PriorTuning, Saving, StreamingPredictive):
             data: A loader; one batch (a mapping or a tensor); or, with a tokenizer, a list of
                 strings or of pairs of strings.
             tokenizer: The model's, for texts.
-            batch_size: Texts a batch; texts of similar length share one.
+            batch_size: Texts per batch; texts of similar length share one.
             link_approx: Link of ``probs``, as in calling the posterior.
             n_samples: Samples behind ``entropy``, ``mutual_information`` and the ``"mc"`` link.
             generator: Source of the samples, on the posterior's device.
@@ -165,22 +271,27 @@ class LoraPosterior(Fitting, PriorTuning, Saving, StreamingPredictive):
             ValueError: If the data are empty, texts come without a tokenizer, the tokenizer cannot
                 pad, the link is unknown, or the posterior is a language model's.
         """
-        self._check_H_init()
         options = (batch_size, link_approx, n_samples, generator, progress_bar)
-        return predict(self, data, tokenizer, *options)
+        return predict(Predictor(self.fitted), data, tokenizer, *options)
 
-    def to(self, device: torch.device | str) -> LoraPosterior:
-        """Move model and posterior to a device, in place, and return the posterior."""
-        self.model.to(device)
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor | LowRankKron | LowRankKronDecomposed):
-                setattr(self, name, value.to(device))
-        self._norms = None
-        return self
+    def marginals(self) -> dict[nn.Parameter, tuple[Tensor, Tensor]]:
+        """Return posterior mean and standard deviation of every weight, by parameter.
 
-    _memory_advice = (
-        "lower `factor_rank`, set `modules` to cover fewer layers, or use DiagLoraLaplace"
-    )
+        Correlations between weights are left out. A calibrated width counts.
+
+        Raises:
+            AttributeError: If the posterior has not been fitted.
+        """
+        posterior = self.fitted
+        deviations = (self.covariance_scale * self.weight_variance()).sqrt()
+        sizes = posterior.engine.sizes
+        columns = (self.params, posterior.mean.split(sizes), deviations.split(sizes))
+        return {p: (mean.view_as(p), std.view_as(p)) for p, mean, std in zip(*columns, strict=True)}
+
+    @torch.no_grad()
+    def weight_variance(self) -> Tensor:
+        """Return the diagonal of the posterior covariance, ``(parameters,)``."""
+        return self.fitted.precision.variance()
 
     def estimate_memory(self, batch: Any, n_examples: int | None = None) -> MemoryEstimate:
         """Estimate the memory of fits and predictions on batches like one, before the work.
@@ -191,21 +302,131 @@ class LoraPosterior(Fitting, PriorTuning, Saving, StreamingPredictive):
             batch: What the model takes.
             n_examples: Examples of the fit, where the posterior grows with them.
         """
-        return estimate_memory(self, batch, n_examples)
+        return estimate_memory(self.parts, batch, n_examples)
 
     def curvature_size(self) -> int:
         """Return how many numbers the posterior's curvature holds."""
-        return self.n_params
+        return self.structure.size(self.engine, self.state.curvature)
 
-    def _curvature_bytes(self, n_examples: int | None, outputs: int) -> int:
-        """Return the bytes of the device that the curvature takes."""
-        return self._dtype.itemsize * self.curvature_size()
+    def to(self: Self, device: torch.device | str) -> Self:
+        """Move model and posterior to a device, in place, and return the posterior."""
+        self.model.to(device)
+        device, state = torch.device(device), self.state
+        self.state = replace(
+            state,
+            settings=state.settings.to(device),
+            curvature=self.structure.to(state.curvature, device) if state.is_fitted else None,
+            mean=None if state.mean is None else state.mean.to(device),
+        )
+        return self
 
-    @property
-    def fits_by_jacobians(self) -> bool:
-        """Whether a fit puts together each tensor's Jacobian, as a prediction does."""
-        return True
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write ``laplace.safetensors`` and ``laplace_config.json`` into a folder.
 
-    def weight_variance(self) -> Tensor:
-        """Return the diagonal of the posterior covariance, ``(parameters,)``."""
-        raise NotImplementedError
+        Each file is written under another name first and renamed when complete. Save the adapter
+        itself with ``peft_model.save_pretrained``, into the same folder if you like.
+
+        Args:
+            save_directory: The folder; made if missing.
+
+        Raises:
+            AttributeError: If the posterior has not been fitted.
+            TypeError: If the backend is a class of your own, which a file cannot name.
+        """
+        posterior, backend = self.fitted, self._backend_cls.__name__
+        if BACKENDS.get(backend) is not self._backend_cls:
+            raise TypeError(f"a posterior with the backend {backend} cannot be saved")
+        save_posterior(posterior, Path(save_directory), backend)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Self], model: nn.Module, directory: str | os.PathLike[str], **options: Any
+    ) -> Self:
+        """Restore a posterior, bit for bit, around the model that it was fitted on.
+
+        Args:
+            model: The same `PeftModel`, with the same adapter active; or the same `LogitsModel`
+                around it where an ``output`` callable was used.
+            directory: Folder with the two files, or the name of a repository on the hub.
+            **options: The constructor's arguments that no file holds, such as ``storage``.
+
+        Returns:
+            The posterior, on the model's device.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If a file is damaged, altered or of an unknown version, if it was saved by
+                another class, or if weights, base model or adapter are others.
+        """
+        payload, config = read_files(directory)
+        if config["class"] != cls.__name__:
+            raise ValueError(
+                f"{directory} holds a {config['class']}; load it with "
+                f"{config['class']}.from_pretrained"
+            )
+        constructor: Any = cls
+        try:
+            arguments = dict(config["arguments"])
+            backend = BACKENDS[config["backend"]]
+            if isinstance(model, LogitsModel):
+                arguments.pop("target_ids")
+            elif config["output"]:
+                raise ValueError(
+                    "the posterior was fitted on a LogitsModel with an `output` callable, which "
+                    "no file can hold; pass such a LogitsModel instead of the PeftModel"
+                )
+            la: Self = constructor(model, backend=backend, **arguments, **options)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{CONFIG} describes no posterior: {error!r}") from None
+        la._install(load_state(la.parts, payload, config))
+        return la
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload the two files to a repository on the hub, beside an adapter that is there.
+
+        Args:
+            repo_id: ``"user/name"``; created if missing.
+            **kwargs: Arguments of `huggingface_hub.HfApi.upload_folder`, such as ``token``,
+                ``commit_message`` and ``revision``; ``private`` goes to ``create_repo``.
+
+        Returns:
+            The address of the commit.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(folder, repo_id, **kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return laplace-torch's state, the curvature as tensors, with what a calibration chose."""
+        return {**super().state_dict(), **state_entries(self.fitted)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state of a posterior of the same class and arguments, at its weights.
+
+        Raises:
+            ValueError: If the state is of another class, likelihood or number of weights.
+        """
+        self._install(read_state(self.parts, state_dict))
+        self.temperature = state_dict["temperature"]
+        self.enable_backprop = state_dict["enable_backprop"]
+
+    def __copy__(self: Self) -> Self:
+        return shallow_copy(self)
+
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        return deep_copy(self, self.logits_model, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_pickling(self)
+
+    def _install(self, state: PosteriorState) -> None:
+        self.state = state
+        self.model.output_size = state.n_outputs  # type: ignore[assignment]
+
+    def _differentiated(self, model: LogitsModel) -> nn.Module:
+        """Return what laplace-torch takes for the model."""
+        return model
+
+    def _predicting_model(self) -> nn.Module:
+        """Return what runs in predictions."""
+        return self.model

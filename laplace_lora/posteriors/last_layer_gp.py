@@ -10,12 +10,12 @@ from laplace import FunctionalLLLaplace
 from laplace.curvature import CurvlinopsGGN
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from tqdm.auto import tqdm
 
 from laplace_lora.curvature.backends import LoraGGN
-from laplace_lora.data.pairs import REWARD_MODELING
+from laplace_lora.data.loaders import progress
+from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.last_layer_model import LastLayerModel
-from laplace_lora.posteriors.base import LoraPosterior
+from laplace_lora.models.logits_model import LogitsModel
 
 
 class FunctionalLoraLLLaplace(FunctionalLLLaplace):
@@ -46,12 +46,13 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         target_ids: Sequence[int] | Tensor | None = None,
         **kwargs: Any,
     ) -> None:
-        if likelihood == REWARD_MODELING:
+        self.objective = likelihood_of(likelihood)
+        if self.objective.has_pairs:
             raise ValueError("the Gaussian process takes no pairs; use another last-layer class")
         backend = kwargs.pop("backend", None)
         # laplace-torch accepts three backends and asks them for the Jacobian of a linear layer.
         kwargs["backend"] = CurvlinopsGGN if backend in (None, LoraGGN) else backend
-        split = LastLayerModel(LoraPosterior._wrapped(model, target_ids))
+        split = LastLayerModel(LogitsModel.wrap(model, target_ids))
         of_features = nn.Sequential(nn.Identity(), split.head)
         super().__init__(of_features, likelihood, n_subset, last_layer_name="1", **kwargs)
         self.features = split.features
@@ -67,8 +68,8 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
             ValueError: If labels are missing, or the data are fewer than ``n_subset``.
         """
         features, labels = [], []
-        for batch in tqdm(train_loader, disable=not progress_bar, desc="Computing features"):
-            x, y = LoraPosterior.labelled(self, batch)
+        for batch in progress(train_loader, progress_bar, "Computing features"):
+            x, y = self.objective.split(batch, self.dict_key_y, self._device, self._dtype)
             features.append(self.features(x))
             labels.append(y)
         data = TensorDataset(torch.cat(features), torch.cat(labels))

@@ -12,6 +12,7 @@ from laplace_lora.data.batches import batch_length, first_examples
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.structures import sizes
 from laplace_lora.structures.sizes import GIB
+from laplace_lora.structures.state import Posterior
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class MemoryEstimate:
 
     @property
     def fits(self) -> bool:
-        """Whether both should go well."""
+        """Whether fit and prediction are expected to fit in memory."""
         return max(self.fit, self.predict) <= self.available
 
     def __str__(self) -> str:
@@ -69,46 +70,49 @@ class MemoryEstimate:
         advice = (
             f"use batches of {size}" if size >= 1 else "shorten the inputs or cover fewer layers"
         )
-        return f"{text}. Too much: {advice}"
+        return f"{text}. Not enough memory: {advice}"
 
 
-def estimate_memory(la: Any, batch: Any, n_examples: int | None = None) -> MemoryEstimate:
+def estimate_memory(
+    posterior: Posterior, batch: Any, n_examples: int | None = None
+) -> MemoryEstimate:
     """Estimate the memory of a fit and a prediction on batches like one.
 
     Runs the model forward on the batch's first example.
 
     Args:
-        la: A posterior, fitted or not.
+        posterior: A posterior, fitted or not.
         batch: What the model takes.
         n_examples: Examples of the fit, for posteriors that grow with the data.
     """
+    model, engine, structure = posterior.model, posterior.engine, posterior.structure
     size = batch_length(batch)
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         seen = min(tensor.nbytes, storage.nbytes())  # a view may show a part, or a part many times
-        kept[storage.data_ptr()] = max(seen, kept.get(storage.data_ptr(), 0))
+        saved[storage.data_ptr()] = max(seen, saved.get(storage.data_ptr(), 0))
         return tensor
 
-    own = {t.untyped_storage().data_ptr() for t in [*la.model.parameters(), *la.model.buffers()]}
+    weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     with (
-        evaluation_mode(la.model),
+        evaluation_mode(model),
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):
-        outputs = la.model(first_examples(batch, 1)).shape[-1]
-    outputs = getattr(la.model, "predicted_outputs", outputs)
-    activations = size * sum(nbytes for pointer, nbytes in kept.items() if pointer not in own)
-    item = torch.finfo(la._dtype).bits // 8
-    largest = max(parameter.numel() for parameter in la.params)
-    jacobian = 2 * item * size * outputs * largest
+        outputs = model(first_examples(batch, 1)).shape[-1]
+    outputs = getattr(model, "predicted_outputs", outputs)
+    activations = size * sum(n for pointer, n in saved.items() if pointer not in weights)
+    jacobian = 2 * engine.dtype.itemsize * size * outputs * max(engine.sizes)
+    columns = posterior.objective.n_columns(outputs)
+    examples = n_examples or posterior.state.n_data
     return MemoryEstimate(
         batch_size=size,
         activations=activations,
-        curvature=la._curvature_bytes(n_examples, outputs),
+        curvature=structure.nbytes(engine, examples, columns),
         jacobian=jacobian,
-        fit_jacobian=jacobian if la.fits_by_jacobians else 0,
-        available=sizes.available(la._device),
-        advice=la._memory_advice,
+        fit_jacobian=jacobian if structure.fits_by_jacobians else 0,
+        available=sizes.available(posterior.device),
+        advice=structure.advice,
     )

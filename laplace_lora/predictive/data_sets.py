@@ -1,8 +1,4 @@
-"""`Predictions`: everything a posterior says about some data, in one pass and in its order.
-
-From a loader, a batch or texts to probabilities, logit moments and uncertainties. The predictive
-itself belongs to `predictive`, the way from logits to probabilities to `links`.
-"""
+"""`Predictions`: everything a posterior says about some data, in one pass and in its order."""
 
 from __future__ import annotations
 
@@ -12,12 +8,12 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from laplace_lora.data import distributed as sharding
-from laplace_lora.data.pairs import REWARD_MODELING, is_pair
-from laplace_lora.likelihoods import links
-from laplace_lora.likelihoods.roots import CLASSIFICATION, LANGUAGE_MODELING
+from laplace_lora.data.distributed import gather_for
+from laplace_lora.data.loaders import local_batches
+from laplace_lora.likelihoods.links import Link, entropies
+from laplace_lora.predictive.glm import Predictor
+from laplace_lora.structures.state import Posterior
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ class Predictions:
 
 
 def predict(
-    la: Any,
+    predictor: Predictor,
     data: Any,
     tokenizer: Any,
     batch_size: int,
@@ -74,30 +70,35 @@ def predict(
     generator: torch.Generator | None,
     progress_bar: bool,
 ) -> Predictions:
-    """Predict a whole data set; see `laplace_lora.base.LoraPosterior.predict`."""
-    if la.likelihood == LANGUAGE_MODELING:
-        raise ValueError("texts have many tokens; `laplace_lora.generation.score` predicts each")
-    contrasts = {CLASSIFICATION: la.n_outputs - 1, REWARD_MODELING: 1}.get(la.likelihood, 0)
-    size = (n_samples, contrasts)
-    noise = torch.randn(size, dtype=la._dtype, device=la._device, generator=generator)
+    """Predict a whole data set, see `LoraLaplace.predict`."""
+    posterior = predictor.posterior
+    objective = posterior.objective
+    if objective.jacobian_refusal is not None:
+        raise ValueError(
+            "predict() does not support language-modeling posteriors; use generation.score"
+        )
+    columns = objective.n_columns(posterior.state.n_outputs) if objective.is_classifier else 0
+    size = (n_samples, columns)
+    noise = torch.randn(size, dtype=posterior.dtype, device=posterior.device, generator=generator)
+    link = Link(link_approx, noise)
     if _is_batch(data):
-        return _of_batch(la, data, link_approx, noise)
+        return _of_batch(predictor, data, link)
     if not isinstance(data, Iterable):
         raise TypeError(f"predict takes a loader, a batch or texts, got {type(data).__name__}")
     if not _are_texts(data):
-        return _of_batches(la, data, link_approx, noise, progress_bar)
+        return _of_batches(predictor, data, link, progress_bar)
     order, batches = _batches_of_texts(data, tokenizer, batch_size)
-    return _of_batches(la, batches, link_approx, noise, progress_bar)[order.argsort()]
+    return _of_batches(predictor, batches, link, progress_bar)[order.argsort()]
 
 
 def _of_batches(
-    la: Any, source: Iterable[Any], link: str, noise: Tensor, progress_bar: bool
+    predictor: Predictor, source: Iterable[Any], link: Link, progress_bar: bool
 ) -> Predictions:
-    bar = tqdm(source, disable=not (progress_bar and sharding.is_main()), desc="Predicting")
-    parts = [_of_batch(la, batch, link, noise) for batch in sharding.own_batches(source, bar)]
+    batches = local_batches(source, "Predicting", progress_bar)
+    parts = [_of_batch(predictor, batch, link) for batch in batches]
     if not parts:
         raise ValueError("there is nothing to predict: the data are empty")
-    gather = sharding.gather_for(source)
+    gather = gather_for(source)
     joined: dict[str, Any] = {}
     for field in fields(Predictions):
         column = [getattr(part, field.name) for part in parts]
@@ -106,20 +107,16 @@ def _of_batches(
     return Predictions(**joined)
 
 
-def _of_batch(la: Any, batch: Any, link: str, noise: Tensor) -> Predictions:
-    labels = _labels(la, batch)
+def _of_batch(predictor: Predictor, batch: Any, link: Link) -> Predictions:
+    posterior = predictor.posterior
+    labels = _labels(posterior, batch)
     x = batch[0] if not isinstance(batch, Mapping) and labels is not None else batch
-    pairs = la.likelihood == REWARD_MODELING and is_pair(x)
-    if pairs:
-        difference, variance = la.reward_difference(x)
-        mean, covariance = difference[:, None], variance[:, None, None]
-    else:
-        mean, covariance = la._glm_predictive_distribution(x)
-    mean, covariance = mean.detach(), covariance.detach()
-    if la.likelihood != CLASSIFICATION and not pairs:
+    mean, covariance = (moment.detach() for moment in predictor.readout_moments(x))
+    if not posterior.objective.readout(x).is_softmax:
         return Predictions(mean, covariance, labels=labels)
-    probs = links.log_probabilities(mean, covariance, link, noise).exp()
-    total, aleatoric = links.entropies(mean, covariance, noise)
+    assert link.noise is not None
+    probs = link.log_probabilities(mean, covariance).exp()
+    total, aleatoric = entropies(mean, covariance, link.noise)
     return Predictions(mean, covariance, probs, total, total - aleatoric, labels)
 
 
@@ -136,9 +133,10 @@ def _are_texts(data: Any) -> TypeGuard[Sequence[Any]]:
     return isinstance(data, Sequence) and len(data) > 0 and all(text(x) for x in data)
 
 
-def _labels(la: Any, batch: Any) -> Tensor | None:
-    unlabelled = la.dict_key_y not in batch if isinstance(batch, Mapping) else len(batch) != 2
-    return None if isinstance(batch, Tensor) or unlabelled else la.labelled(batch)[1]
+def _labels(posterior: Posterior, batch: Any) -> Tensor | None:
+    key = posterior.label_key
+    unlabelled = key not in batch if isinstance(batch, Mapping) else len(batch) != 2
+    return None if isinstance(batch, Tensor) or unlabelled else posterior.split(batch)[1]
 
 
 def _batches_of_texts(

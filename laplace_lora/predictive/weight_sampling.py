@@ -1,51 +1,73 @@
-"""Predictions from sampled weights: the model itself, run once a sample (NN predictive).
-
-How a posterior draws weights belongs to the posterior classes, the linearised predictive and the
-choice between the two to `predictive`.
-"""
+"""Predictions from sampled weights: the model itself, run once per sample (NN predictive)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from laplace.baselaplace import ParametricLaplace
 from torch import Tensor
+from torch.nn import functional as F
 
+from laplace_lora.data.pairs import passes
+from laplace_lora.models.last_layer_model import LastLayerModel
 from laplace_lora.models.modes import evaluation_mode, set_weights, weights_kept
+from laplace_lora.structures.state import Posterior
 
 
-class WeightSampling(ParametricLaplace):
-    """The part of a posterior class that runs the model with drawn weights.
+@torch.no_grad()
+def sampled_outputs(
+    posterior: Posterior, x: Any, n_samples: int, generator: torch.Generator | None
+) -> Tensor:
+    """Return the model's outputs under sampled weights, which are restored to the bit.
 
-    Attributes:
-        covariance_scale: Factor of the predictive covariance, 1 unless calibrated.
-        likelihood_temperature: Divides the logits before the softmax, 1 unless calibrated.
+    A last-layer posterior computes its features once.
+
+    Args:
+        posterior: A fitted posterior.
+        x: Batch that the model takes.
+        n_samples: Samples of the weights.
+        generator: Their source, on the posterior's device.
+
+    Returns:
+        Shape ``(n_samples, batch, outputs)``.
+
+    Raises:
+        ValueError: If gradients are asked for.
     """
-
-    covariance_scale: float = 1.0
-    likelihood_temperature: float = 1.0
-
-    @torch.no_grad()
-    def _nn_functional_samples(
-        self, X: Any, n_samples: int = 100, generator: torch.Generator | None = None
-    ) -> Tensor:
-        self._check_H_init()
-        if self.enable_backprop:
-            raise ValueError("pred_type='nn' cannot be differentiated; use pred_type='glm'")
-        outputs = []
-        with evaluation_mode(self.model), weights_kept(self.params):
+    if posterior.differentiable:
+        raise ValueError("pred_type='nn' cannot be differentiated; use pred_type='glm'")
+    model = posterior.model
+    if isinstance(model, LastLayerModel):
+        outputs = _head_outputs(posterior, model, x, n_samples, generator)
+    else:
+        parameters, outputs = posterior.engine.parameters, []
+        with evaluation_mode(model), weights_kept(parameters):
             for _ in range(n_samples):
-                set_weights(self.params, self._scaled_sample(generator))
-                outputs.append(self.model(X))
-        return torch.stack(outputs) / self.likelihood_temperature
+                set_weights(parameters, _scaled_sample(posterior, generator))
+                outputs.append(model(x))
+    return torch.stack(outputs) / posterior.settings.likelihood_temperature
 
-    def _nn_predictive_samples(
-        self, X: Any, n_samples: int = 100, generator: torch.Generator | None = None
-    ) -> Tensor:
-        outputs = self._nn_functional_samples(X, n_samples, generator)
-        return outputs.softmax(-1) if self.likelihood == "classification" else outputs
 
-    def _scaled_sample(self, generator: torch.Generator | None) -> Tensor:
-        """Return one sample of the weights, with the calibrated width."""
-        return self.mean + self.covariance_scale**0.5 * (self.sample(1, generator)[0] - self.mean)
+def _head_outputs(
+    posterior: Posterior,
+    model: LastLayerModel,
+    x: Any,
+    n_samples: int,
+    generator: torch.Generator | None,
+) -> list[Tensor]:
+    features = [model.features(part) for part in passes(x)]
+    head, outputs = model.head, []
+    for _ in range(n_samples):
+        sample = _scaled_sample(posterior, generator)
+        size = head.weight.numel()
+        weight, bias = sample.split([size, len(sample) - size])
+        weight = weight.view_as(head.weight)
+        shift = None if head.bias is None else bias
+        outputs.append(torch.cat([F.linear(part, weight, shift) for part in features], dim=-1))
+    return outputs
+
+
+def _scaled_sample(posterior: Posterior, generator: torch.Generator | None) -> Tensor:
+    """Return one sample of the weights, with the calibrated width."""
+    deviation = posterior.sample(1, generator)[0] - posterior.mean
+    return posterior.mean + posterior.settings.covariance_scale**0.5 * deviation

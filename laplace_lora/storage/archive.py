@@ -1,8 +1,7 @@
-"""`save_pretrained` and `from_pretrained`: a posterior as two files beside its adapter.
+"""A posterior as two files beside its adapter: saving it, and reading it back.
 
 ``laplace.safetensors`` holds the tensors, ``laplace_config.json`` everything else with a hash of
-both. Nothing is ever unpickled, and no path is read from a file. How a posterior is put into
-tensors belongs to the posterior classes, by `packing`.
+both. Nothing is ever unpickled, and no path is read from a file.
 """
 
 from __future__ import annotations
@@ -10,185 +9,125 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor
 
-from laplace_lora.curvature.backends import LoraEF, LoraGGN
-from laplace_lora.models.logits_model import LogitsModel
-from laplace_lora.storage.files import CONFIG, TENSORS, VERSION, checksum, read_files, write_whole
+from laplace_lora.storage.files import CONFIG, TENSORS, VERSION, checksum, write_whole
 from laplace_lora.storage.fingerprint import check_identity, identity
+from laplace_lora.structures.state import Posterior, PosteriorState, Settings
 
-BACKENDS = {backend.__name__: backend for backend in (LoraGGN, LoraEF)}
-SCALARS = ("loss", "n_data", "n_outputs", "covariance_scale", "likelihood_temperature")
-Posterior = TypeVar("Posterior", bound="Saving")
-
-
-class Saving:
-    """Saving half of a posterior; subclasses say how their curvature becomes tensors."""
-
-    def _packed(self) -> tuple[dict[str, Tensor], Any]:
-        """Return the curvature as tensors, and a description that JSON can hold."""
-        curvature: Any = self.curvature  # type: ignore[attr-defined]
-        return {"matrix": curvature}, list(curvature.shape)
-
-    def _unpack(self, tensors: Mapping[str, Tensor], description: Any) -> None:
-        """Install a packed curvature; raise ValueError or KeyError for what does not fit."""
-        la: Any = self
-        (curvature,) = tensors.values()
-        sides = [la.n_params] * (2 if la._key[1] == "full" else 1)
-        if list(curvature.shape) != sides or description != sides:
-            raise ValueError(f"the curvature has shape {list(curvature.shape)}, not {sides}")
-        la._install(curvature)
-
-    @property
-    def _unpack_device(self) -> torch.device:
-        """Where a packed curvature is unpacked."""
-        return self._device  # type: ignore[attr-defined]
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write ``laplace.safetensors`` and ``laplace_config.json`` into a folder.
-
-        Each file is written under another name first and renamed when complete. Save the adapter
-        itself with ``peft_model.save_pretrained``, into the same folder if you like.
-
-        Args:
-            save_directory: The folder; made if missing.
-
-        Raises:
-            AttributeError: If the posterior has not been fitted.
-            TypeError: If the backend is a class of your own, which a file cannot name.
-        """
-        la: Any = self
-        la._check_H_init()
-        backend = la._backend_cls.__name__
-        if BACKENDS.get(backend) is not la._backend_cls:
-            raise TypeError(f"a posterior with the backend {backend} cannot be saved")
-        tensors, description = self._packed()
-        tensors = {f"curvature.{name}": tensor for name, tensor in tensors.items()}
-        tensors |= {name: getattr(la, name) for name in ("prior_precision", "prior_mean")}
-        tensors["sigma_noise"] = torch.as_tensor(la.sigma_noise).reshape(1)
-        payload = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
-        config = {
-            "version": VERSION,
-            "class": type(self).__name__,
-            "arguments": la.arguments(),
-            "backend": backend,
-            "output": la.logits_model.output is not None,
-            "scalars": {name: getattr(la, name) for name in SCALARS},
-            "curvature": description,
-            **identity(la),
-            "tensors": hashlib.sha256(payload).hexdigest(),
-        }
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / TENSORS, payload)
-        text = json.dumps({**config, "checksum": checksum(config)}, indent=1)
-        write_whole(folder / CONFIG, text.encode())
-
-    @classmethod
-    def from_pretrained(
-        cls: type[Posterior], model: nn.Module, directory: str | os.PathLike[str], **options: Any
-    ) -> Posterior:
-        """Restore a posterior, bit for bit, around the model that it was fitted on.
-
-        Args:
-            model: The same `PeftModel`, with the same adapter active; or the same `LogitsModel`
-                around it where an ``output`` callable was used.
-            directory: Folder with the two files, or the name of a repository on the hub.
-            **options: The constructor's arguments that no file holds, such as ``storage``.
-
-        Returns:
-            The posterior, on the model's device.
-
-        Raises:
-            FileNotFoundError: If a file is missing.
-            ValueError: If a file is damaged, altered or of an unknown version, if it was saved by
-                another class, or if weights, base model or adapter are others.
-        """
-        payload, config = read_files(directory)
-        if config["class"] != cls.__name__:
-            raise ValueError(
-                f"{directory} holds a {config['class']}; load it with "
-                f"{config['class']}.from_pretrained"
-            )
-        constructor: Any = cls
-        try:
-            arguments = dict(config["arguments"])
-            backend = BACKENDS[config["backend"]]
-            if isinstance(model, LogitsModel):
-                arguments.pop("target_ids")
-            elif config["output"]:
-                raise ValueError(
-                    "the posterior was fitted on a LogitsModel with an `output` callable, which "
-                    "no file can hold; pass such a LogitsModel instead of the PeftModel"
-                )
-            la = constructor(model, backend=backend, **arguments, **options)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{CONFIG} describes no posterior: {error!r}") from None
-        check_identity(config, identity(la))
-        try:
-            tensors = load(payload)
-            for name, tensor in tensors.items():
-                if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-                    raise ValueError(f"tensor {name!r} is not finite")
-            tensors = {name: tensor.to(la._unpack_device) for name, tensor in tensors.items()}
-            _restore(la, tensors, config)
-        except (SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
-            raise ValueError(f"{TENSORS} does not fit {CONFIG}: {error}") from None
-        return la
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Upload the two files to a repository on the hub, beside an adapter that is there.
-
-        Args:
-            repo_id: ``"user/name"``; created if missing.
-            **kwargs: Arguments of `huggingface_hub.HfApi.upload_folder`, such as ``token``,
-                ``commit_message`` and ``revision``; ``private`` goes to ``create_repo``.
-
-        Returns:
-            The address of the commit.
-        """
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=kwargs.pop("token", None))
-        api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            options = {"commit_message": "Upload Laplace posterior", **kwargs}
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
+PREFIX = "curvature."
 
 
-def _restore(la: Any, tensors: dict[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Fill a new posterior from tensors that are known to be finite."""
-    prefix = "curvature."
-    curvature = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+def save_posterior(posterior: Posterior, folder: Path, backend: str) -> None:
+    """Write a fitted posterior into a folder.
+
+    Each file is written under another name first and renamed when complete.
+
+    Args:
+        posterior: A fitted posterior.
+        folder: The folder; made if missing.
+        backend: Name of the backend's class.
+    """
+    state, settings = posterior.state, posterior.settings
+    tensors, description = posterior.structure.pack(state.curvature)
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}
+    tensors |= {name: getattr(settings, name) for name in ("prior_precision", "prior_mean")}
+    tensors["sigma_noise"] = torch.as_tensor(settings.sigma_noise).reshape(1)
+    payload = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    config = {
+        "version": VERSION,
+        "class": posterior.kind,
+        "arguments": posterior.arguments,
+        "backend": backend,
+        "output": posterior.source.output is not None,
+        "scalars": {
+            "loss": state.loss,
+            "n_data": state.n_data,
+            "n_outputs": state.n_outputs,
+            "covariance_scale": settings.covariance_scale,
+            "likelihood_temperature": settings.likelihood_temperature,
+        },
+        "curvature": description,
+        **identity(posterior),
+        "tensors": hashlib.sha256(payload).hexdigest(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / TENSORS, payload)
+    text = json.dumps({**config, "checksum": checksum(config)}, indent=1)
+    write_whole(folder / CONFIG, text.encode())
+
+
+def load_state(posterior: Posterior, payload: bytes, config: Mapping[str, Any]) -> PosteriorState:
+    """Return the state that files hold, for a posterior around the model they were saved from.
+
+    Args:
+        posterior: A new posterior of the class and arguments in the configuration.
+        payload: Bytes of the tensors.
+        config: The configuration, checked against its hash.
+
+    Raises:
+        ValueError: If weights, base model or adapter are others, or the files do not fit together.
+    """
+    check_identity(config, identity(posterior))
+    try:
+        tensors = load(payload)
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+                raise ValueError(f"tensor {name!r} is not finite")
+        device = posterior.structure.unpack_device(posterior.device)
+        return _state(posterior, {name: t.to(device) for name, t in tensors.items()}, config)
+    except (SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"{TENSORS} does not fit {CONFIG}: {error}") from None
+
+
+def _state(
+    posterior: Posterior, tensors: dict[str, Tensor], config: Mapping[str, Any]
+) -> PosteriorState:
+    packed = {n.removeprefix(PREFIX): t for n, t in tensors.items() if n.startswith(PREFIX)}
     precision, noise = tensors["prior_precision"], tensors["sigma_noise"]
     if not bool((precision > 0).all()) or not bool((noise > 0).all()):
         raise ValueError("prior precision and noise must be positive")
+    sizes = tuple(posterior.engine.sizes)
+    fits = precision.shape in [(1,), (len(sizes),), (sum(sizes),)] and noise.shape == (1,)
+    if not fits or tensors["prior_mean"].shape not in [(), (1,), (sum(sizes),)]:
+        raise ValueError("prior and noise do not fit the model's tensors")
+    posterior.structure.check_prior(len(precision), len(sizes), sum(sizes))
     scalars = config["scalars"]
-    for name in SCALARS:
-        value = scalars[name]
-        whole = name.startswith("n_")
-        if type(value) is not (int if whole else float) or (whole and value < 1):
-            raise ValueError(f"{name} is {value!r}")
-    if not (math.isfinite(scalars["covariance_scale"]) and scalars["covariance_scale"] > 0):
-        raise ValueError("the covariance scale is not positive")
-    if not (
-        math.isfinite(scalars["likelihood_temperature"]) and scalars["likelihood_temperature"] > 0
-    ):
-        raise ValueError("the likelihood temperature is not positive")
-    la._unpack(curvature, config["curvature"])
-    la._settle(scalars["loss"], scalars["n_data"], scalars["n_outputs"])
-    la.prior_precision = precision
-    la.prior_mean = tensors["prior_mean"]
-    la.sigma_noise = noise
-    la.covariance_scale = scalars["covariance_scale"]
-    la.likelihood_temperature = scalars["likelihood_temperature"]
+    scale = _positive(scalars, "covariance_scale")
+    temperature = _positive(scalars, "likelihood_temperature")
+    loss = scalars["loss"]
+    if type(loss) is not float:
+        raise ValueError(f"loss is {loss!r}")
+    n_data, n_outputs = _count(scalars, "n_data"), _count(scalars, "n_outputs")
+    curvature = posterior.structure.unpack(posterior.engine, packed, config["curvature"])
+    settings = Settings(
+        precision.to(posterior.device, posterior.dtype),
+        tensors["prior_mean"].to(posterior.device, posterior.dtype),
+        noise[0].to(posterior.device, posterior.dtype),
+        scale,
+        temperature,
+    )
+    return PosteriorState(
+        settings, curvature, posterior.current_weights(), sizes, loss, n_data, n_outputs
+    )
+
+
+def _count(scalars: Mapping[str, Any], name: str) -> int:
+    value = scalars[name]
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} is {value!r}")
+    return value
+
+
+def _positive(scalars: Mapping[str, Any], name: str) -> float:
+    value = scalars[name]
+    if type(value) is not float or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} is {value!r}, not a positive number")
+    return value

@@ -11,16 +11,20 @@ from pathlib import Path
 from typing import Any
 
 TENSORS = "laplace.safetensors"
-
-
 CONFIG = "laplace_config.json"
-
-
 VERSION = 1
 
 
 def read_files(directory: str | os.PathLike[str]) -> tuple[bytes, dict[str, Any]]:
-    """Return the bytes of the tensors and the configuration, both checked against their hashes."""
+    """Return the bytes of the tensors and the configuration, both checked against their hashes.
+
+    Args:
+        directory: Folder with the two files, or the name of a repository on the hub.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is damaged, altered or of an unknown version.
+    """
     folder = Path(directory)
     if folder.is_dir():
         paths = {name: folder / name for name in (TENSORS, CONFIG)}
@@ -54,6 +58,7 @@ def read_files(directory: str | os.PathLike[str]) -> tuple[bytes, dict[str, Any]
 
 
 def checksum(config: Mapping[str, Any]) -> str:
+    """Return the hash of a configuration without its own checksum."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 

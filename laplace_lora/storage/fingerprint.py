@@ -1,7 +1,4 @@
-"""Fingerprints of weights, by which a posterior knows the model it belongs to.
-
-Hashes, not the weights themselves. Files belong to `checkpoint`.
-"""
+"""Fingerprints of weights, by which a posterior recognises its model."""
 
 from __future__ import annotations
 
@@ -13,24 +10,29 @@ import torch
 from torch import Tensor
 
 from laplace_lora.adapters.peft_state import adapter_parameters
+from laplace_lora.structures.state import Posterior
 
 SAMPLES = 64  # values hashed of each tensor of a base model
 
 
-def identity(la: Any) -> dict[str, Any]:
-    """Return what a posterior must find again: tensors, their MAP values and the rest's."""
-    covered = {id(p) for p in la.params}
-    model = la.logits_model
-    own = adapter_parameters(model)
+def identity(posterior: Posterior) -> dict[str, Any]:
+    """Return what a posterior must find again: its tensors, their MAP values and the other weights.
+
+    Args:
+        posterior: The posterior; its model is read, not its state.
+    """
+    engine = posterior.engine
+    covered = {id(p) for p in engine.parameters}
+    adapters = adapter_parameters(posterior.source)
     # Other adapters that happen to be loaded do not change what the active one computes.
     others = [
-        (name, p, own.get(id(p)))
-        for name, p in model.named_parameters()
-        if id(p) not in covered and own.get(id(p)) is not False
+        (name, p, adapters.get(id(p)))
+        for name, p in posterior.source.named_parameters()
+        if id(p) not in covered and adapters.get(id(p)) is not False
     ]
     return {
-        "parameters": {block.name: list(block.parameter.shape) for block in la.backend.blocks},
-        "weights": exact_fingerprint(zip(la.block_names, la.params, strict=True)),
+        "parameters": {block.name: list(block.parameter.shape) for block in engine.blocks},
+        "weights": exact_fingerprint(zip(engine.names, engine.parameters, strict=True)),
         "adapter": exact_fingerprint((name, p) for name, p, active in others if active),
         "base": sampled_fingerprint((name, p) for name, p, active in others if active is None),
     }
@@ -46,15 +48,15 @@ def check_identity(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         missing = [n for n in saved["parameters"] if n not in found["parameters"]]
         example = missing[0] if missing else next(iter(saved["parameters"]))
         raise ValueError(
-            f"the posterior covers other tensors than the model trains, {example!r} for one; is "
-            "another adapter active, or one of another name or rank?"
+            f"the posterior covers other tensors than the model trains (e.g. {example!r}); check "
+            "the active adapter's name and rank"
         )
     reasons = {
         "weights": "the weights are not those that the posterior was fitted at; load the adapter "
         "that was saved with it",
         "adapter": "other trained weights of the adapter have changed since the posterior was "
         "fitted",
-        "base": "the base model is another than the one that the posterior was fitted on",
+        "base": "the base model differs from the one that the posterior was fitted on",
     }
     for name, reason in reasons.items():
         if saved[name] != found[name]:

@@ -1,23 +1,17 @@
 """Kronecker factors whose eigenvalues are corrected: the exact curvature's diagonal in their basis.
 
 Source: George, Laurent, Bouthillier, Ballas, Vincent (2018), *Fast approximate natural gradient
-descent in a Kronecker-factored eigenbasis*, arXiv:1806.03884. What one batch adds belongs to
-`curvature`, how passes are made to `accumulation`, plain factors to `kron`.
+descent in a Kronecker-factored eigenbasis*, arXiv:1806.03884.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from laplace_lora.curvature.backends import LoraCurvature
-from laplace_lora.fitting.passes import Pass, Sums
-from laplace_lora.linalg.kron import LowRankKron
-from laplace_lora.linalg.kron_eigen import LowRankKronDecomposed
+from laplace_lora.curvature.kron_protocol import LowRankKron, LowRankKronDecomposed
 
 
 @dataclass(frozen=True)
@@ -45,10 +39,6 @@ class CorrectedKron:
         tables = [torch.zeros_like(basis.table(i)) for i in range(len(basis))]
         return basis.with_tables(tables)
 
-    def decomposition(self) -> tuple[LowRankKron, LowRankKronDecomposed]:
-        """Return the factors, and the eigendecomposition that a posterior uses."""
-        return self.factors, self.decompose()
-
     def add(self, basis: LowRankKronDecomposed, diagonals: list[Tensor]) -> CorrectedKron:
         """Return the same with a diagonal of further data.
 
@@ -61,39 +51,6 @@ class CorrectedKron:
         tables = [basis.table(i) + diagonal for i, diagonal in enumerate(diagonals)]
         return replace(self, corrected=basis.with_tables(tables))
 
-    def refined(
-        self, backend: LoraCurvature, n: int, summed: Callable[[Pass], Sums]
-    ) -> CorrectedKron:
-        """Return the same with the diagonal of the data that gave the factors.
-
-        The diagonal is a sum over examples: it depends on neither batches, padding nor processes.
-
-        Args:
-            backend: Where a batch's diagonal comes from.
-            n: Number of examples.
-            summed: Passes over the data.
-
-        Raises:
-            ValueError: If the pass sees another number of examples.
-        """
-        basis = self.decompose()
-
-        def add(diagonals: Any, x: Any, y: Tensor) -> tuple[Tensor, list[Tensor]]:
-            loss, more = backend.eigenbasis_diagonal(x, y, basis)
-            earlier = diagonals or [torch.zeros_like(diagonal) for diagonal in more]
-            return loss, [a + b for a, b in zip(earlier, more, strict=True)]
-
-        sides = {id(side): side for block in basis.blocks for side in block}.values()
-        vectors = [tensor for side in sides for tensor in side.basis()]
-        title = "Correcting the eigenvalues"
-        sums = summed(Pass(add, list, "eigenvalues", title, vectors))
-        if sums.n != n:
-            raise ValueError(
-                f"the loader gave {n} examples in the first pass and {sums.n} in the second, which "
-                "eigenvalue_correction needs; use one that can be passed over twice"
-            )
-        return self.add(basis, sums.state)
-
     def joined(self, n: int, other: CorrectedKron, m: int) -> CorrectedKron:
         """Return the curvature of ``n`` examples together with that of ``m`` others.
 
@@ -105,9 +62,9 @@ class CorrectedKron:
         """
         joint = CorrectedKron(self.factors.joined(n, other.factors, m))
         basis = joint.decompose()
-        for one in (self, other):
-            if one.corrected is not None:
-                joint = joint.add(basis, one.corrected.diagonals_in(basis))
+        for part in (self, other):
+            if part.corrected is not None:
+                joint = joint.add(basis, part.corrected.diagonals_in(basis))
                 basis = joint.decompose()
         return replace(joint, corrected=basis)
 

@@ -1,243 +1,278 @@
-"""`GramPosterior`: what posteriors with a precision ``c Zᵀ Z + D`` over all weights share.
-
-Prior, evidence, predictions and samples from the rows ``Z`` of one `RowStorage`, through the
-eigenpairs of their Gram matrix. Where the rows come from belongs to `data_space` and `low_rank`,
-the algebra to `row_precision`.
-"""
+"""`Rows`: the exact curvature of all weights together, as rows of a Jacobian."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from laplace_lora.linalg.row_precision import RowPrecision, gram_matrix, group_grams
-from laplace_lora.linalg.row_storage import RowStorage
-from laplace_lora.models.modes import evaluation_mode
-from laplace_lora.posteriors.base import LoraPosterior
-from laplace_lora.predictive.glm import Gram
-from laplace_lora.tuning.coupled_cache import CoupledCache
-from laplace_lora.tuning.evidence import Spectrum, optimal_joint_precision
-from laplace_lora.tuning.groups import Structure, prior_groups
+from laplace_lora.curvature.engine import Engine
+from laplace_lora.linalg.row_precision import RowPrecision, gram_matrix
+from laplace_lora.linalg.row_storage import RowStorage, free_space
+from laplace_lora.structures import sizes as memory
+from laplace_lora.structures.sizes import GIB
+
+GRAM_COPIES = 5  # matrix, eigenvectors and workspace of the eigendecomposition, in float64
 
 
-class GramPosterior(LoraPosterior):
-    """Posterior with correlations between all weights, of every tensor with every other.
+@dataclass(frozen=True)
+class RowCurvature:
+    """Rows ``Z`` with ``Zᵀ Z`` the curvature, and their Gram matrix's eigenpairs.
 
-    The prior may be a scalar, one precision a tensor, or one a weight. The Gram matrix and its
-    eigenpairs are kept for one ratio between the tensors' precisions: a scalar prior needs them
-    once, another takes one pass over the rows, without the model, when it is first used.
+    The eigenpairs are kept for one ratio between the tensors' prior precisions: a scalar prior
+    needs them once, another takes one pass over the rows, without the model, when first used.
 
-    Args:
-        model: A `PeftModel`, or a `LogitsModel` around one.
-        likelihood: ``"classification"`` or ``"regression"``.
-        **kwargs: Arguments of `LoraPosterior`.
+    Attributes:
+        rows: The rows.
     """
 
-    H: RowStorage | None
-    _eigen: tuple[Tensor, Tensor, Tensor] | None = None
+    rows: RowStorage
+    _eigen: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
-    def _init_H(self) -> None:
-        self.H = None
+    @torch.no_grad()
+    def eigenpairs(self, pattern: Tensor) -> tuple[Tensor, Tensor]:
+        """Return eigenpairs of ``Z R⁻¹ Zᵀ``, without those at the level of rounding errors.
 
-    @property
-    def posterior_precision(self) -> RowPrecision:
-        """The posterior precision, never formed: see `RowPrecision`."""
-        delta, pattern = self._split_prior()
-        values, vectors = self._eigenpairs(pattern)
-        parts = self._by_tensor(pattern)
-        scale = float(self._H_factor)
-        return RowPrecision(self.rows, parts, values, vectors, scale, float(delta))
-
-    @property
-    def posterior_covariance(self) -> Tensor:
-        """Dense posterior covariance, ``(parameters, parameters)``; for small models."""
-        return self.posterior_precision.to_matrix(-1)
-
-    @property
-    def rows(self) -> RowStorage:
-        """Rows ``Z`` of which ``Zᵀ Z`` is the curvature of the summed loss.
-
-        Raises:
-            AttributeError: If the posterior has not been fitted.
+        Args:
+            pattern: ``R``: one value, one per tensor or one per weight.
         """
-        self._check_H_init()
-        assert self.H is not None
-        return self.H
-
-    @property
-    def log_det_ratio(self) -> Tensor:
-        """``log det P − log det P₀`` of the evidence, a float64 scalar."""
-        prior, scale = self.prior_precision.double(), self._H_factor.double()
-        if len(prior) == 1 or not prior.requires_grad:
-            values, _ = self._eigenpairs(self._split_prior()[1])
-            return torch.log1p(scale * values / prior[0]).sum()
-        gram = scale * gram_matrix(self.rows, self._by_tensor(prior))
-        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        return 2 * torch.linalg.cholesky(eye + gram).diagonal().log().sum()
-
-    @property
-    def log_det_posterior_precision(self) -> Tensor:
-        """``log det P``, a float64 scalar."""
-        return self.log_det_ratio + self.prior_precision_diag.double().log().sum()
-
-    def square_norm(self, value: Tensor) -> Tensor:
-        """Return ``(θ − θ_MAP)ᵀ P (θ − θ_MAP)`` of a weight vector, a scalar."""
-        gap = value - self.mean
-        return gap @ self.posterior_precision.multiply(gap.unsqueeze(0))[0]
-
-    def functional_variance(self, Js: Tensor) -> Tensor:
-        """Return ``J P⁻¹ Jᵀ`` for ``J`` of shape ``(batch, outputs, parameters)``."""
-        return self.posterior_precision.inverse_form(Js.split(self.rows.sizes, dim=-1))
-
-    def functional_covariance(self, Js: Tensor) -> Tensor:
-        """Return ``J P⁻¹ Jᵀ`` between all examples, ``(batch · outputs,)`` squared."""
-        return self.functional_variance(Js.flatten(0, 1).unsqueeze(0)).squeeze(0)
-
-    @torch.no_grad()
-    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
-        """Return samples of the weights, ``(n_samples, parameters)``."""
-        size = (n_samples, self.n_params)
-        noise = torch.randn(size, dtype=self._dtype, device=self._device, generator=generator)
-        return self.mean + self.posterior_precision.root_multiply(noise)
-
-    @torch.no_grad()
-    def weight_variance(self) -> Tensor:
-        """Return the diagonal of the posterior covariance, ``(parameters,)``."""
-        return self.posterior_precision.diag(-1)
-
-    def gram_blocks(self, x: Any) -> tuple[Tensor, Iterator[tuple[int, list[Gram]]]]:
-        """Return mean logits, and their covariance as a function of the prior, in one block.
-
-        All precisions change in proportion; ``δ`` is that of the first tensor.
-        """
-        precision = self.posterior_precision
-        with evaluation_mode(self.model):
-            mean, jacobians = self.backend.jacobian_blocks(x)
-        return mean, iter([(0, precision.grams(jacobians))])
-
-    def block_spectra(self) -> list[Spectrum]:
-        """Return the whole matrix's eigenvalues with the first tensor, none with the others."""
-        precision = self.posterior_precision
-        none = precision.eigenvalues.new_zeros(1)
-        spectrum = [(precision.eigenvalues, 1)]
-        if precision.multiplicity:
-            spectrum.append((none, precision.multiplicity))
-        return [spectrum] + [[(none, 0)]] * (self.n_layers - 1)
-
-    def validation_cache(
-        self, loader: DataLoader | None, groups: Tensor, progress_bar: bool
-    ) -> Any:
-        """Return what a validation set says about any prior."""
-        if int(groups.max()) == 0:
-            return super().validation_cache(loader, groups, progress_bar)
-        return CoupledCache(self, loader, groups, progress_bar)
-
-    def to(self, device: torch.device | str) -> GramPosterior:
-        """Move model and posterior to a device, in place, and return the posterior."""
-        super().to(device)
-        if self.H is not None:
-            self.H = self.H.to(device)
-        self._eigen = None
-        return self
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return laplace-torch's state, the curvature as tensors."""
-        return {**super().state_dict(), "H": self._packed()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of a posterior of the same class over the same weights."""
-        curvature = self._unpacked(*state_dict["H"])
-        super().load_state_dict(state_dict)
-        self._install(curvature)
-
-    def _checked_rows(self, i: int, block: Tensor) -> Tensor:
-        """Return a batch's rows of one tensor, ``(rows, numbers)``, if they are finite."""
-        if not bool(block.isfinite().all()):
-            raise FloatingPointError(f"the curvature of {self.block_names[i]!r} is not finite")
-        return block.flatten(2).flatten(0, 1)
-
-    def _unpack(self, tensors: Any, description: Any) -> None:
-        self._install(self._unpacked(tensors, description))
-
-    def _unpacked(self, tensors: Any, description: Any) -> Any:
-        """Return the curvature that was packed; raise ValueError or KeyError if it cannot be."""
-        raise NotImplementedError
-
-    def covariance_of(self, jacobians: Iterable[Tensor]) -> Tensor:
-        """Return ``J P⁻¹ Jᵀ``, ``(batch, outputs, outputs)``, before ``covariance_scale``."""
-        return self.posterior_precision.inverse_form(jacobians)
-
-    def _split_prior(self) -> tuple[Tensor, Tensor]:
-        """Return the first prior precision, and all of them in units of it."""
-        prior = self.prior_precision.detach().double()
-        return prior[0], prior / prior[0]
-
-    def _by_tensor(self, values: Tensor) -> list[Tensor]:
-        """Split one value for all, one a tensor or one a weight into the tensors' parts."""
-        if len(values) == 1:
-            return [values[0]] * self.n_layers
-        per_weight = len(values) == self.n_params
-        return list(values.split(self.rows.sizes) if per_weight else values.unbind())
-
-    @torch.no_grad()
-    def _eigenpairs(self, pattern: Tensor) -> tuple[Tensor, Tensor]:
-        """Return eigenpairs of ``Z R⁻¹ Zᵀ``, without those at the level of rounding errors."""
-        kept = self._eigen
-        tolerance = 4 * torch.finfo(self._dtype).eps
+        stored = self._eigen.get("latest")
+        tolerance = 4 * torch.finfo(self.rows.working_dtype).eps
         # A prior that was only scaled has the same pattern, up to rounding.
         if (
-            kept is not None
-            and kept[0].shape == pattern.shape
-            and torch.allclose(kept[0], pattern, rtol=tolerance, atol=0)
+            stored is not None
+            and stored[0].shape == pattern.shape
+            and torch.allclose(stored[0], pattern, rtol=tolerance, atol=0)
         ):
-            return kept[1], kept[2]
-        gram = gram_matrix(self.rows, self._by_tensor(pattern))
+            return stored[1], stored[2]
+        n_params = sum(self.rows.sizes)
+        gram = gram_matrix(self.rows, by_tensor(pattern, self.rows.sizes))
         values, vectors = torch.linalg.eigh(gram)
         real = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
         values, vectors = values[real].flip(0), vectors[:, real].flip(1)
         # No more directions than weights, where rows outnumber them.
-        self._eigen = (pattern, values[: self.n_params], vectors[:, : self.n_params])
-        return self._eigen[1:]
+        self._eigen["latest"] = (pattern, values[:n_params], vectors[:, :n_params])
+        return self._eigen["latest"][1:]
 
-    def _maximise_evidence(
-        self,
-        structure: Structure,
-        tune_sigma_noise: bool,
-        val_loader: DataLoader | None,
-        kwargs: dict[str, Any],
-    ) -> None:
-        coupled = False
-        if not kwargs and structure != "diag":
-            groups = prior_groups(self.block_names, structure)
-            coupled = int(groups.max()) > 0
-            # The scalar's eigenvalues are needed, for the maximum or as the start of a climb.
-            self.prior_precision = float(self.prior_precision[0].detach())
-            structure = "scalar"
-        with_noise = coupled and tune_sigma_noise and self.likelihood == "regression"
-        super()._maximise_evidence(
-            structure, tune_sigma_noise and not with_noise, val_loader, kwargs
-        )
-        if not coupled:
-            return
-        count = int(groups.max()) + 1
-        ones = [torch.ones((), dtype=torch.float64)] * self.n_layers
-        squares = self._squared_norms()
-        precisions, noise = optimal_joint_precision(
-            group_grams(self.rows, ones, groups.tolist()),
-            squares.new_zeros(count).index_add_(0, groups.to(squares.device), squares),
-            float(self.prior_precision),
-            float(self.sigma_noise.detach()),
-            1 / self.temperature,
-            (self.loss, self.n_data * self.n_outputs) if with_noise else None,
-        )
-        if with_noise:
-            self.sigma_noise = noise
-        self._set_precisions(precisions.to(self._device)[groups.to(self._device)], groups)
+    def precision(self, prior: Tensor, scale: Tensor) -> RowPrecision:
+        """Return ``scale · Zᵀ Z + prior``, never formed."""
+        wide = prior.detach().double()
+        pattern = wide / wide[0]
+        values, vectors = self.eigenpairs(pattern)
+        parts = by_tensor(pattern, self.rows.sizes)
+        return RowPrecision(self.rows, parts, values, vectors, float(scale), float(wide[0]))
 
-    def _search_grid(self, *args: Any, **kwargs: Any) -> None:
-        self.prior_precision = float(self.prior_precision[0].detach())  # the grid's are scalars
-        super()._search_grid(*args, **kwargs)
+    def log_det_ratio(self, prior: Tensor, scale: Tensor) -> Tensor:
+        """Return ``log det P − log det P₀``, a float64 scalar."""
+        prior, scale = prior.double(), scale.double()
+        if len(prior) == 1 or not prior.requires_grad:
+            wide = prior.detach()
+            values, _ = self.eigenpairs(wide / wide[0])
+            return torch.log1p(scale * values / prior[0]).sum()
+        gram = scale * gram_matrix(self.rows, by_tensor(prior, self.rows.sizes))
+        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        return 2 * torch.linalg.cholesky(eye + gram).diagonal().log().sum()
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The exact curvature as one row ``Sᵀ J`` per example and class contrast.
+
+    Attributes:
+        sizes: Numbers in each tensor.
+        row_dtype: Dtype that the rows are kept in; the working dtype before it is bound if
+            ``None``.
+        storage: Where they are kept, see `RowStorage`.
+    """
+
+    sizes: tuple[int, ...] = ()
+    row_dtype: torch.dtype | None = None
+    storage: str | os.PathLike[str] = "device"
+    advice: str = (
+        "keep the rows elsewhere (`storage`), in half the size (row_dtype='bfloat16'), cover fewer "
+        "`modules`, or use LowRankLoraLaplace"
+    )
+    adds_up: bool = False
+    has_second_pass: bool = False
+    fits_by_jacobians: bool = True
+    couples_groups: bool = True
+    scalar_only: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype that the rows are kept in."""
+        return torch.float32 if self.row_dtype is None else self.row_dtype
+
+    def bound(self, engine: Engine) -> Rows:
+        """Return the structure for a model's tensors.
+
+        Raises:
+            ValueError: If ``row_dtype`` is wider than the rows are.
+        """
+        dtype = engine.dtype if self.row_dtype is None else self.row_dtype
+        if dtype.itemsize > engine.dtype.itemsize:
+            name = str(dtype).removeprefix("torch.")
+            raise ValueError(f"row_dtype={name!r} is wider than the rows, {engine.dtype}")
+        return replace(self, sizes=tuple(engine.sizes), row_dtype=dtype)
+
+    def add(
+        self, engine: Engine, sums: RowStorage | None, x: Any, y: Tensor, expected: int | None
+    ) -> tuple[Tensor, RowStorage]:
+        """Add a batch's rows.
+
+        Raises:
+            MemoryError: If the rows of all examples will not fit; says what to do.
+            FloatingPointError: If a row is not finite; names the tensor.
+        """
+        loss, blocks = engine.root_blocks(x, y)
+        for i, block in enumerate(blocks):
+            rows = checked_rows(engine, i, block)
+            if sums is None:
+                columns = len(rows) // len(y)
+                self.check_room(engine, columns * (expected or len(y)))
+                sums = self.empty(engine)
+            sums.append(i, rows)
+        assert sums is not None
+        return loss, sums
+
+    def empty(self, engine: Engine) -> RowStorage:
+        """Return a storage without rows."""
+        return RowStorage(self.sizes, self.dtype, engine.dtype, engine.device, self.storage)
+
+    def tensors(self, sums: RowStorage) -> list[Tensor]:
+        """Return all rows of each tensor."""
+        return sums.tensors()
+
+    def finish(self, engine: Engine, sums: RowStorage, n: int) -> RowStorage:
+        """Return the rows."""
+        return sums
+
+    def merge(self, raw: RowStorage, n: int, other: RowStorage, m: int) -> RowStorage:
+        """Return the rows of both.
+
+        Raises:
+            MemoryError: If they will not fit.
+        """
+        self._check_room(raw.device, len(raw) + len(other))
+        return raw.joined(other)
+
+    def ready(self, engine: Engine, raw: RowStorage) -> RowCurvature:
+        """Return the rows with room for their Gram matrix's eigenpairs."""
+        return RowCurvature(raw)
+
+    def raw(self, curvature: RowCurvature) -> RowStorage:
+        """Return the rows."""
+        return curvature.rows
+
+    def precision(self, curvature: RowCurvature, prior: Tensor, scale: Tensor) -> RowPrecision:
+        """Return ``scale · curvature + prior``."""
+        return curvature.precision(prior, scale)
+
+    def log_det_ratio(self, curvature: RowCurvature, prior: Tensor, scale: Tensor) -> Tensor:
+        """Return ``log det P − log det P₀``, a float64 scalar."""
+        return curvature.log_det_ratio(prior, scale)
+
+    def pack(self, curvature: RowCurvature) -> tuple[dict[str, Tensor], Any]:
+        """Return the rows of each tensor by its number, and how many there are."""
+        rows = curvature.rows
+        return {str(i): rows.matrix(i) for i in range(len(rows.sizes))}, len(rows)
+
+    def unpack(
+        self, engine: Engine, tensors: Mapping[str, Tensor], description: Any
+    ) -> RowCurvature:
+        """Return packed rows."""
+        rows = self.empty(engine)
+        if type(description) is not int or description < 1 or len(tensors) != len(rows.sizes):
+            raise ValueError("the rows do not fit the model's tensors")
+        for i, size in enumerate(rows.sizes):
+            matrix = tensors[str(i)]
+            if matrix.shape != (description, size) or matrix.dtype != self.dtype:
+                raise ValueError(f"rows {i} are {matrix.dtype} of shape {tuple(matrix.shape)}")
+            rows.append(i, matrix)
+        return RowCurvature(rows)
+
+    def unpack_device(self, device: torch.device) -> torch.device:
+        """Return the posterior's device if rows are kept there, else the CPU."""
+        return device if self.storage == "device" else torch.device("cpu")
+
+    def to(self, curvature: RowCurvature, device: torch.device) -> RowCurvature:
+        """Return the rows for work on another device."""
+        return RowCurvature(curvature.rows.to(device))
+
+    def size(self, engine: Engine, curvature: RowCurvature | None) -> int:
+        """Return how many numbers the rows and their Gram matrix with eigenvectors hold.
+
+        Raises:
+            AttributeError: If the posterior has not been fitted: it grows with the data.
+        """
+        if curvature is None:
+            raise AttributeError("Laplace not fitted. Run fit() first.")
+        return len(curvature.rows) * (sum(self.sizes) + 2 * len(curvature.rows))
+
+    def nbytes(self, engine: Engine, examples: int | None, columns: int) -> int:
+        """Return the bytes that rows, and the work with their Gram matrix, take of the device.
+
+        Raises:
+            ValueError: If the number of examples is not known.
+        """
+        if not examples:
+            raise ValueError("the rows grow with the data; say how many: n_examples=...")
+        return sum(self._need(engine.device, examples * columns))
+
+    def check_prior(self, length: int, n_layers: int, n_params: int) -> None:
+        """Accept any prior precision."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the rows' dtype; where they are kept is not part of a posterior."""
+        return {"row_dtype": str(self.dtype).removeprefix("torch.")}
+
+    def check_room(self, engine: Engine, rows: int) -> None:
+        """Refuse rows that will not fit, before the work.
+
+        Raises:
+            MemoryError: With advice.
+        """
+        self._check_room(engine.device, rows)
+
+    def _need(self, device: torch.device, rows: int) -> tuple[int, int]:
+        stored = rows * sum(self.sizes) * self.dtype.itemsize
+        on_device = self.storage == "device" or (self.storage == "cpu" and device.type == "cpu")
+        return stored if on_device else 0, GRAM_COPIES * 8 * rows**2
+
+    def _check_room(self, device: torch.device, rows: int) -> None:
+        on_device, gram = self._need(device, rows)
+        stored = rows * sum(self.sizes) * self.dtype.itemsize
+        places = [(on_device + gram, memory.available(device), str(device))]
+        if self.storage == "cpu" and not on_device:
+            places.append((stored, memory.available(torch.device("cpu")), "memory"))
+        disk = free_space(self.storage)
+        if disk is not None:
+            places.append((stored, disk, f"the disk of storage={os.fspath(self.storage)!r}"))
+        for need, free, where in places:
+            if need > free:
+                raise MemoryError(
+                    f"{rows} rows of {sum(self.sizes)} numbers and their Gram matrix need "
+                    f"{need / GIB:.2f} GiB of {where}, {free / GIB:.2f} GiB are free: {self.advice}"
+                )
+
+
+def by_tensor(values: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Split one value in all, one per tensor or one per weight into the tensors' parts."""
+    if len(values) == 1:
+        return [values[0]] * len(sizes)
+    return list(values.split(sizes) if len(values) == sum(sizes) else values.unbind())
+
+
+def checked_rows(engine: Engine, i: int, block: Tensor) -> Tensor:
+    """Return a batch's rows of one tensor, ``(rows, numbers)``.
+
+    Raises:
+        FloatingPointError: If they are not finite; names the tensor.
+    """
+    if not bool(block.isfinite().all()):
+        raise FloatingPointError(f"the curvature of {engine.names[i]!r} is not finite")
+    return block.flatten(2).flatten(0, 1)

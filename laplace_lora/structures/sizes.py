@@ -1,7 +1,4 @@
-"""How much memory a fit and a prediction will take, from one example and the sizes of the maps.
-
-An estimate before the work, with advice; nothing here changes a posterior.
-"""
+"""How many numbers a curvature holds, and how much memory is free."""
 
 from __future__ import annotations
 
@@ -12,36 +9,34 @@ from pathlib import Path
 
 import torch
 
-from laplace_lora.linalg.sketch import is_dense, sketch_columns
+from laplace_lora.linalg.sketch import FactorSpec, sketch_columns
 
 GIB = 2**30
 
 
-def kron_size(sides: list[list[int]], rank: int | None, threshold: int) -> int:
+def kron_size(sides: list[list[int]], spec: FactorSpec) -> int:
     """Return the numbers that Kronecker factors and their eigenpairs hold.
 
     Args:
         sides: Lengths of each map's input and gradient side.
-        rank: Eigenpairs of a low-rank side, ``None`` for dense ones.
-        threshold: Sides up to this length stay dense.
+        spec: Which sides are low-rank.
     """
     total = 0
     for d in (d for pair in sides for d in pair):
-        dense = is_dense(d, rank, threshold)
-        total += 2 * d * d if dense else d * (sketch_columns(rank or 0) + (rank or 0))
+        rank = spec.rank or 0
+        total += 2 * d * d if spec.is_dense(d) else d * (sketch_columns(rank) + rank)
     return total
 
 
-def table_size(blocks: list[list[int]], rank: int | None, threshold: int) -> int:
+def table_size(blocks: list[list[int]], spec: FactorSpec) -> int:
     """Return the numbers that corrected eigenvalues hold.
 
     Args:
         blocks: Lengths of the sides of each tensor's block.
-        rank: Eigenpairs of a low-rank side, ``None`` for dense ones.
-        threshold: Sides up to this length stay dense.
+        spec: Which sides are low-rank.
     """
     return sum(
-        math.prod(d if is_dense(d, rank, threshold) else int(rank or 0) + 1 for d in sides)
+        math.prod(d if spec.is_dense(d) else (spec.rank or 0) + 1 for d in sides)
         for sides in blocks
     )
 

@@ -3,25 +3,25 @@
 Three numbers, chosen together on the validation NLL from one cached pass: a factor of the prior
 precision, a scale of the predictive covariance and a temperature of the likelihood. Marginal
 likelihood can miss the width of a posterior severalfold where the model is misspecified; a few
-hundred labels mend that.
+hundred labels correct that.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torchmetrics.functional.classification import multiclass_calibration_error
 
-from laplace_lora.data.pairs import REWARD_MODELING
-from laplace_lora.tuning.validation_cache import Scoring, ValidationCache
+from laplace_lora.likelihoods.base import Scoring
+from laplace_lora.likelihoods.scores import expected_calibration_error
+from laplace_lora.predictive.glm import Predictor
+from laplace_lora.structures.state import Settings
+from laplace_lora.tuning.validation_cache import ValidationCache
 
-ECE_BINS = 15
 LIMIT = 25.0  # of the logarithms that are searched
 
 
@@ -60,71 +60,79 @@ class Calibration:
 
 
 def calibrate(
-    la: Any, loader: DataLoader | None, scoring: Scoring, progress_bar: bool
-) -> Calibration:
-    """Choose and set prior factor, covariance scale and likelihood temperature.
+    predictor: Predictor, loader: Any, scoring: Scoring, progress_bar: bool
+) -> tuple[Settings, Calibration]:
+    """Choose prior factor, covariance scale and likelihood temperature.
 
     A coarse grid finds the valley, Nelder-Mead its bottom; every candidate sees the same samples.
     If nothing beats the start, the start stays.
 
     Args:
-        la: A fitted classifier's posterior; its present settings are the start.
+        predictor: Of a fitted classifier's posterior; its present settings are the start.
         loader: Validation batches with labels.
-        scoring: How predictives are judged.
+        scoring: How predictions are scored.
         progress_bar: Show progress over the batches.
 
     Returns:
-        The settings, already in force, and the NLL and ECE before and after.
+        The settings, and what they changed.
 
     Raises:
         ValueError: If the posterior is not a classifier's, there is no loader, it is empty, or a
             batch has no labels.
     """
-    if la.likelihood not in ("classification", REWARD_MODELING):
+    posterior = predictor.posterior
+    settings, objective = posterior.settings, posterior.objective
+    if not objective.is_classifier:
         raise ValueError(
-            f"calibrate needs a classifier; tune a {la.likelihood} posterior by marginal likelihood"
+            f"calibrate needs a classifier; tune a {objective.name} posterior by marginal "
+            "likelihood"
         )
-    groups = torch.zeros(la.n_layers, dtype=torch.long)
-    cache = ValidationCache(la, loader, groups, progress_bar)
-    start = (0.0, math.log(la.covariance_scale), math.log(la.likelihood_temperature))
+    groups = torch.zeros(len(posterior.names), dtype=torch.long)
+    cache = ValidationCache(predictor, loader, groups, progress_bar)
+    start = (
+        0.0,
+        math.log(settings.covariance_scale),
+        math.log(settings.likelihood_temperature),
+    )
 
     def moments(point: Any) -> tuple[Tensor, Tensor]:
-        factor, scale, heat = (math.exp(min(max(value, -LIMIT), LIMIT)) for value in point)
+        factor, scale, temperature = (_exponential(value) for value in point)
         covariance = cache.covariance(cache.mean.new_tensor([factor]))
-        return cache.mean / heat, covariance * (scale / heat**2)
+        return cache.mean / temperature, covariance * (scale / temperature**2)
 
     def nll(point: Any) -> float:
         value = scoring.nll(*moments(point), cache.y).double().mean().item()
         return value if math.isfinite(value) else 1e30
 
     def ece(point: Any) -> float:
-        probabilities = scoring.log_probabilities(*moments(point)).exp()
-        classes = probabilities.shape[-1]
-        return float(multiclass_calibration_error(probabilities, cache.y, classes, ECE_BINS, "l1"))
+        mean, covariance = moments(point)
+        ((probabilities,),) = scoring.metric_arguments(mean, covariance.unsqueeze(0))
+        return expected_calibration_error(probabilities, cache.y)
 
     candidates = [
-        (factor * math.log(10), scale * math.log(10), heat)
+        (factor * math.log(10), scale * math.log(10), temperature)
         for factor in (-3, -2, -1, 0, 1, 2, 3)
         for scale in (-1.5, -1, -0.5, 0, 0.5, 1, 1.5)
-        for heat in (-0.7, -0.35, 0.0, 0.35, 0.7)
+        for temperature in (-0.7, -0.35, 0.0, 0.35, 0.7)
     ]
     ranked = sorted([start, *candidates], key=nll)[:3]
     options = {"xatol": 1e-3, "fatol": 1e-7, "maxiter": 200}
-    found = [minimize(nll, point, method="Nelder-Mead", options=options).x for point in ranked]
-    before, best = nll(start), min(found, key=nll)
+    minima = [minimize(nll, point, method="Nelder-Mead", options=options).x for point in ranked]
+    before, best = nll(start), min(minima, key=nll)
     if nll(best) >= before:
         best = start
-    # In force only now: until here a failure has changed nothing.
-    ece_before, ece_after, after = ece(start), ece(best), nll(best)
-    best = [min(max(value, -LIMIT), LIMIT) for value in best]
-    la.prior_precision = la.prior_precision * math.exp(best[0])
-    la.covariance_scale, la.likelihood_temperature = math.exp(best[1]), math.exp(best[2])
-    return Calibration(
-        la.prior_precision,
-        la.covariance_scale,
-        la.likelihood_temperature,
-        before,
-        after,
-        ece_before,
-        ece_after,
+    factor, scale, temperature = (_exponential(value) for value in best)
+    chosen = replace(
+        settings,
+        prior_precision=settings.prior_precision * factor,
+        covariance_scale=scale,
+        likelihood_temperature=temperature,
     )
+    report = Calibration(
+        chosen.prior_precision, scale, temperature, before, nll(best), ece(start), ece(best)
+    )
+    return chosen, report
+
+
+def _exponential(value: float) -> float:
+    return math.exp(min(max(value, -LIMIT), LIMIT))

@@ -1,7 +1,6 @@
-"""One pass over a validation set for posteriors whose prior groups are coupled by the data.
+"""One pass over a validation set where the data couple the groups of a prior.
 
-The counterpart of `validation`'s cache where the covariance is no sum over the groups; made by
-`gram_posterior`.
+The counterpart of `ValidationCache` where the covariance is no sum over the groups.
 """
 
 from __future__ import annotations
@@ -10,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from laplace_lora.data import distributed as sharding
+from laplace_lora.data.distributed import gather_for
 from laplace_lora.linalg.row_precision import RowPrecision, group_grams
-from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.predictive.glm import Predictor
 from laplace_lora.tuning.validation_cache import labelled_batches
 
 
@@ -27,7 +25,7 @@ class CoupledCache:
     Memory grows with groups × rows × (rows + validation examples × outputs).
 
     Args:
-        la: A fitted `GramPosterior`.
+        predictor: Of a fitted posterior whose precision is a `RowPrecision`.
         loader: Validation batches with labels.
         groups: Group of each trainable tensor, ``(tensors,)``.
         progress_bar: Show progress over the batches.
@@ -41,23 +39,24 @@ class CoupledCache:
     """
 
     def __init__(
-        self, la: Any, loader: DataLoader | None, groups: Tensor, progress_bar: bool = False
+        self, predictor: Predictor, loader: Any, groups: Tensor, progress_bar: bool = False
     ) -> None:
-        precision: RowPrecision = la.posterior_precision
-        of = groups.tolist()
+        posterior = predictor.posterior
+        precision = posterior.precision
+        assert isinstance(precision, RowPrecision)
+        group_of = groups.tolist()
         weights = [precision.delta * weight for weight in precision.pattern]
         self.scale = precision.scale
-        self.grams = torch.stack(group_grams(la.rows, weights, of))
+        self.grams = torch.stack(group_grams(precision.rows, weights, group_of))
         means, labels, priors, onto = [], [], [], []
-        for x, y in labelled_batches(la, loader, progress_bar):
-            with evaluation_mode(la.model):
-                mean, jacobians = la.backend.jacobian_blocks(x)
-                prior, projected = precision.group_moments(jacobians, of)
+        for x, y in labelled_batches(posterior, loader, progress_bar):
+            mean, jacobians = predictor.tuning_jacobians(x)
+            prior, projected = precision.group_moments(jacobians, group_of)
             means.append(mean)
             labels.append(y)
             priors.append(prior / precision.delta)
             onto.append(projected / precision.delta)
-        gather = sharding.gather_for(loader)
+        gather = gather_for(loader)
         self.mean, self.y = gather(torch.cat(means)), gather(torch.cat(labels))
         self.prior, self.onto = gather(torch.cat(priors)), gather(torch.cat(onto))
 

@@ -5,7 +5,7 @@ For fixed noise the evidence is a sum over groups of tensors with one precision 
 with the effective number of parameters ``γ(δ) = Σ e/(e + δ)`` (MacKay 1992, *Bayesian
 interpolation*), which falls from positive to negative: one root, found by bisection, with no step
 size to choose and no pass through the model. Where the curvature couples the groups, their
-precisions are found together. Which tensors form a group belongs to `groups`.
+precisions are found together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-Spectrum = list[tuple[Tensor, int]]
+from laplace_lora.structures.base import Spectrum
 
 BOUNDS = (1e-10, 1e12)
 ITERATIONS = 80
@@ -42,7 +42,7 @@ def effective_parameters(spectra: list[Spectrum], deltas: Tensor) -> Tensor:
 
 
 def optimal_precision(spectra: list[Spectrum], squares: Tensor, groups: Tensor) -> Tensor:
-    """Return the evidence's maximum over one prior precision a group.
+    """Return the evidence's maximum over one prior precision per group.
 
     Where the data say nothing about a group, or its weights stand at the prior mean, the maximum
     lies at infinity; the precision then ends at a bound, 1e-10 or 1e12.
@@ -115,7 +115,7 @@ def optimal_joint_precision(
     scale: float,
     likelihood: tuple[float, int] | None = None,
 ) -> tuple[Tensor, float]:
-    """Return the evidence's maximum over one precision a group where groups are correlated.
+    """Return the evidence's maximum over one precision per group where groups are correlated.
 
     ``−½ [log det(I + c Σ_g K_g/δ_g) + Σ_g δ_g ‖θ_g − μ₀‖²]`` does not separate into groups; L-BFGS
     climbs it in ``log δ_g`` from a scalar, with exact gradients ``½ (γ_g − δ_g ‖θ_g − μ₀‖²)``. It
@@ -164,7 +164,7 @@ def optimal_joint_precision(
     limits = [(low, high) if norm > 0 else (high, high) for norm in norms.tolist()]
     span = 6 * math.log(10) if likelihood is not None else 0.0
     limits.append((math.log(noise) - span, math.log(noise) + span))
-    found = minimize(
+    optimum = minimize(
         descent,
         [*logs, math.log(noise)],
         jac=True,
@@ -172,4 +172,4 @@ def optimal_joint_precision(
         method="L-BFGS-B",
         options={"ftol": 1e-13, "gtol": 1e-7, "maxiter": 500},
     ).x
-    return torch.tensor(found[:-1], dtype=torch.float64).exp(), math.exp(found[-1])
+    return torch.tensor(optimum[:-1], dtype=torch.float64).exp(), math.exp(optimum[-1])

@@ -1,7 +1,4 @@
-"""Which trainable tensors share a prior precision.
-
-By names and numbers alone; choosing the precisions belongs to `evidence` and `prior`.
-"""
+"""Which trainable tensors share a prior precision."""
 
 from __future__ import annotations
 
@@ -21,9 +18,9 @@ def prior_groups(names: Sequence[str], structure: Structure) -> Tensor:
 
     Args:
         names: Names of the tensors, in parameter order.
-        structure: ``"scalar"``, one for all; ``"layerwise"``, one for each tensor; ``"matrix"``,
+        structure: ``"scalar"``, one for all; ``"layerwise"``, one per tensor; ``"matrix"``,
             one for all ``lora_A``, one for all ``lora_B``, one for what else is trained (heads);
-            ``"block"``, one a transformer block and one for what stands outside; or a function
+            ``"block"``, one per transformer block and one for what stands outside; or a function
             from a tensor's name to the name of its group.
 
     Returns:
@@ -55,5 +52,5 @@ def _matrix(name: str) -> str:
 
 
 def _block(name: str) -> str:
-    found = re.search(r"\.(\d+)\.", name)
-    return found.group(0) if found else "outside"
+    block = re.search(r"\.(\d+)\.", name)
+    return block.group(0) if block else "outside"

@@ -1,44 +1,43 @@
-"""Tuning a prior on a validation set from one pass over it.
+"""Tune a prior on a validation set from one pass over it.
 
 All that a prior precision changes is the covariance ``Σ_k M_k / (e_k + δ)`` of the logits, so the
-eigenvalues and products of one pass serve a whole grid, or a descent. What the posterior is belongs
-to `posterior`; this room asks it for ``gram_blocks`` and ``labelled`` batches. Keeping a pass
-belongs to `validation`.
+eigenvalues and products of one pass serve a whole grid, or a descent.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from laplace_lora.data import distributed as sharding
-from laplace_lora.tuning.validation_cache import Scoring, validation_pass
+from laplace_lora.data.distributed import gather_for
+from laplace_lora.likelihoods.base import Scoring
+from laplace_lora.predictive.glm import Predictor
+from laplace_lora.tuning.validation_cache import Cache, validation_pass
 
 Loss: TypeAlias = Metric | Callable[..., Any]
 Gather: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def grid_search(
-    la: Any,
-    loader: DataLoader | None,
+    predictor: Predictor,
+    loader: Any,
     grid: Tensor,
     scoring: Scoring,
     loss: Loss | None,
     progress_bar: bool,
 ) -> tuple[float, Tensor]:
-    """Judge every scalar prior precision of a grid in one pass.
+    """Score every scalar prior precision of a grid in one pass.
 
     Args:
-        la: A fitted posterior.
+        predictor: Of a fitted posterior.
         loader: Validation batches with labels.
         grid: Prior precisions, ``(values,)``.
-        scoring: How predictives are judged.
+        scoring: How predictions are scored.
         loss: A torchmetrics metric or a callable, fed as laplace-torch feeds it; ``None`` is the
             mean negative log likelihood, which stays finite where probabilities underflow.
         progress_bar: Show progress over the batches.
@@ -50,9 +49,10 @@ def grid_search(
         ValueError: If there is no loader, it is empty, or a batch has no labels.
     """
     tally = _tally(loss, len(grid), scoring)
-    gather = sharding.gather_for(loader)
-    grid = grid.to(device=la._device, dtype=la._dtype)
-    for mean, y, blocks in validation_pass(la, loader, progress_bar):
+    gather = gather_for(loader)
+    posterior = predictor.posterior
+    grid = grid.to(device=posterior.device, dtype=posterior.dtype)
+    for mean, y, blocks in validation_pass(predictor, loader, progress_bar):
         covariance = mean.new_zeros(len(grid), len(mean), mean.shape[1], mean.shape[1])
         for _, grams in blocks:
             for e, products in grams:
@@ -63,35 +63,21 @@ def grid_search(
     return float(grid[losses.nan_to_num(torch.inf).argmin()]), losses
 
 
-def descend(
-    la: Any,
-    loader: DataLoader | None,
-    groups: Tensor,
-    scoring: Scoring,
-    n_steps: int,
-    lr: float,
-    progress_bar: bool,
-) -> Tensor:
+def descend(cache: Cache, groups: Tensor, scoring: Scoring, n_steps: int, lr: float) -> Tensor:
     """Lower the validation NLL by gradient descent on the groups' log prior precisions.
 
     Source: the validation variant of Yang et al. (2024), arXiv:2308.13111, from one cached pass.
 
     Args:
-        la: A fitted posterior; its prior is the start.
-        loader: Validation batches with labels.
+        cache: The validation set at the start's prior.
         groups: Group of each trainable tensor, ``(tensors,)``.
-        scoring: How predictives are judged.
+        scoring: How predictions are scored.
         n_steps: Steps of Adam.
         lr: Its step size, in nats of precision.
-        progress_bar: Show progress over the batches.
 
     Returns:
-        The best precisions seen, ``(tensors,)``; never worse than the start.
-
-    Raises:
-        ValueError: If there is no loader, it is empty, or a batch has no labels.
+        Factors on the tensors' precisions, ``(tensors,)``: the best seen, never worse than 1.
     """
-    cache = la.validation_cache(loader, groups, progress_bar)
     log_factors = cache.mean.new_zeros(int(groups.max()) + 1, requires_grad=True)
     optimizer = torch.optim.Adam([log_factors], lr=lr)
     best, best_factors = torch.inf, log_factors.detach().clone()
@@ -104,8 +90,13 @@ def descend(
                 optimizer.zero_grad()
                 nll.backward()
                 optimizer.step()
-    factors = best_factors.exp()[groups.to(best_factors.device)]
-    return la.prior_precision.detach().expand(la.n_layers) * factors
+    return best_factors.exp()[groups.to(best_factors.device)]
+
+
+class _Tally(Protocol):
+    def update(self, mean: Tensor, covariance: Tensor, y: Tensor) -> None: ...
+
+    def compute(self, gather: Gather) -> Tensor: ...
 
 
 class _MeanNll:
@@ -131,7 +122,7 @@ class _RunningMetric:
 
     def update(self, mean: Tensor, covariance: Tensor, y: Tensor) -> None:
         for metric, predicted in zip(
-            self.metrics, _predicted(self.scoring, mean, covariance), strict=True
+            self.metrics, self.scoring.metric_arguments(mean, covariance), strict=True
         ):
             try:
                 metric.to(y.device).update(*predicted, y)
@@ -146,30 +137,25 @@ class _Offline:
     def __init__(self, function: Callable[..., Any], values: int, scoring: Scoring) -> None:
         self.function = function
         self.scoring = scoring
-        self.kept: list[list[tuple[Tensor, ...]]] = [[] for _ in range(values)]
+        self.columns: list[list[tuple[Tensor, ...]]] = [[] for _ in range(values)]
 
     def update(self, mean: Tensor, covariance: Tensor, y: Tensor) -> None:
-        for kept, predicted in zip(
-            self.kept, _predicted(self.scoring, mean, covariance), strict=True
+        for columns, predicted in zip(
+            self.columns, self.scoring.metric_arguments(mean, covariance), strict=True
         ):
-            kept.append((*predicted, y))
+            columns.append((*predicted, y))
 
     def compute(self, gather: Gather) -> Tensor:
         joined = [
-            [gather(torch.cat(column)) for column in zip(*kept, strict=True)] for kept in self.kept
+            [gather(torch.cat(column)) for column in zip(*columns, strict=True)]
+            for columns in self.columns
         ]
-        return torch.tensor([float(self.function(*columns)) for columns in joined]).double()
+        return torch.tensor([float(self.function(*arguments)) for arguments in joined]).double()
 
 
-def _tally(loss: Loss | None, values: int, scoring: Scoring) -> Any:
+def _tally(loss: Loss | None, values: int, scoring: Scoring) -> _Tally:
     if loss is None:
         return _MeanNll(scoring)
-    kind = _RunningMetric if isinstance(loss, Metric) else _Offline
-    return kind(loss, values, scoring)
-
-
-def _predicted(scoring: Scoring, mean: Tensor, covariance: Tensor) -> list[tuple[Tensor, ...]]:
-    """Return what laplace-torch's losses are fed, for each covariance of a grid."""
-    if scoring.sigma_noise is not None:
-        return [(mean, one) for one in covariance]
-    return [(one,) for one in scoring.log_probabilities(mean, covariance).exp()]
+    if isinstance(loss, Metric):
+        return _RunningMetric(loss, values, scoring)
+    return _Offline(loss, values, scoring)

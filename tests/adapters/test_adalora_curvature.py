@@ -5,7 +5,7 @@ import torch
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LogitsModel, LoraGGN
 from laplace_lora.capture.recorder import record
-from laplace_lora.likelihoods.roots import hessian_root
+from laplace_lora.likelihoods.roots import softmax_root
 from support.batches import LENGTHS, loader, rows, token_batch
 from support.models import TARGETS, adalora_model
 from support.references import assert_near, explicit_jacobians
@@ -54,7 +54,7 @@ def test_factors_equal_an_explicit_loop(approximation):
         handle.remove()
         real = one["attention_mask"][0].bool()
         a = x["x"][0, real].detach()
-        for column in hessian_root(f.detach(), "classification"):
+        for column in softmax_root(f.detach()):
             g = torch.autograd.grad(f, x["y"], column, retain_graph=True)[0][0, real] * scale
             inner = g @ B
             outer = ((a @ A.T) * inner).sum(0)
@@ -75,7 +75,7 @@ def test_kfac_is_the_ggn_of_one_example_with_one_token():
     batch = token_batch((1,))
     backend = LoraGGN(model, "classification")
     _, kron = backend.kron(batch, batch["labels"], N=1)
-    roots = hessian_root(model(batch).detach(), "classification")[:, 0]
+    roots = softmax_root(model(batch).detach())[:, 0]
     jacobians = explicit_jacobians(model, batch)
     for factors, jacobian in zip(kron.kfacs, jacobians, strict=True):
         J = roots @ jacobian[0].flatten(1)
@@ -96,7 +96,7 @@ def test_posteriors_fit_and_predict_on_adalora(cls):
     assert_near(mean, la.model(batch).detach())
     if cls is DiagLoraLaplace:
         train = next(iter(loader(len(LENGTHS))))
-        roots = hessian_root(la.model(train).detach(), "classification")
+        roots = softmax_root(la.model(train).detach())
         J = torch.cat([j.flatten(2) for j in explicit_jacobians(la.model, train)], -1)
         assert_near(la.H, torch.einsum("knc,ncp->knp", roots, J).square().sum((0, 1)))
     la.optimize_prior_precision()

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from laplace_lora import KronLoraLaplace, LogitsModel, LoraGGN
-from laplace_lora.likelihoods.roots import hessian_root
+from laplace_lora.likelihoods.roots import softmax_root
 from support.batches import images, loader, rows, token_batch
 from support.models import TARGETS, adalora_model, adapter_config, base_model, excite, peft_model
 from support.references import assert_near, explicit_jacobians
@@ -109,11 +109,11 @@ def explicit_blocks(model, batch, lengths, jacobians):
             for x, out in found:
                 a = x.detach().reshape(-1, x.shape[-1])
                 sums[name][1] += a.T @ a / len(a) / len(lengths)
-                for column in hessian_root(f.detach(), "classification"):
+                for column in softmax_root(f.detach()):
                     g = torch.autograd.grad(f, out, column, retain_graph=True)[0]
                     g = g.reshape(-1, g.shape[-1])
                     sums[name][0] += g.T @ g
-    roots = hessian_root(model(batch).detach(), "classification")
+    roots = softmax_root(model(batch).detach())
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
     blocks = []
     for name, jacobian in zip(trainable, jacobians, strict=True):

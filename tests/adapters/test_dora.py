@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from laplace_lora import KronLoraLaplace, LogitsModel, LoraGGN
-from laplace_lora.likelihoods.roots import hessian_root
+from laplace_lora.likelihoods.roots import softmax_root
 from support.batches import loader, token_batch
 from support.models import freeze_magnitudes, peft_model
 from support.references import assert_near, explicit_jacobians
@@ -24,7 +24,7 @@ def test_jacobians_equal_jacrev(name):
 def test_kfac_is_the_ggn_of_one_example_with_one_token():
     model, batch = dora(modules_to_save=None), token_batch((1,))
     _, kron = LoraGGN(model, "classification").kron(batch, batch["labels"], N=1)
-    roots = hessian_root(model(batch).detach(), "classification")[:, 0]
+    roots = softmax_root(model(batch).detach())[:, 0]
     for factors, jacobian in zip(kron.kfacs, explicit_jacobians(model, batch), strict=True):
         J = roots @ jacobian[0].flatten(1)
         assert_near(torch.kron(*factors), J.T @ J)

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from laplace_lora import KronLoraLaplace, LogitsModel, LoraGGN
-from laplace_lora.likelihoods.roots import hessian_root
+from laplace_lora.likelihoods.roots import softmax_root
 from support.batches import LENGTHS, loader, token_batch
 from support.models import PAD, TARGETS, VOCABULARY, peft_model
 from support.references import assert_near, explicit_jacobians
@@ -55,7 +55,7 @@ def test_factors_equal_an_explicit_loop():
     f = model(batch)
     handle.remove()
     grads = {"A": 0, "B": 0}
-    for column in hessian_root(f.detach(), "classification"):
+    for column in softmax_root(f.detach()):
         g = torch.autograd.grad(f, seen["y"], column, retain_graph=True)[0]
         g = g * layer.scaling["default"]
         for role, grad in (("A", g @ B), ("B", g)):

@@ -7,7 +7,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from laplace_lora import KronLoraLaplace, LoraGGN
 from laplace_lora.adapters.diagonal_maps import ElementwiseMap, WholeTensor
-from laplace_lora.likelihoods.roots import hessian_root
+from laplace_lora.likelihoods.roots import softmax_root
 from laplace_lora.linalg.factors import DiagonalFactor
 from support.batches import token_batch
 from support.models import excite
@@ -25,7 +25,7 @@ def test_jacobians_and_blocks_are_exact(key):
     expected = explicit_jacobians(model, BATCH)
     assert_near(list(blocks), expected)
     _, kron = backend.kron(BATCH, BATCH["labels"], N=3)
-    roots = hessian_root(f, "classification")
+    roots = softmax_root(f)
     diagonal = 0
     for block, factors, J in zip(backend.blocks, kron.kfacs, expected, strict=True):
         if isinstance(factors[0], DiagonalFactor):

@@ -6,7 +6,7 @@ from laplace import Laplace
 from torch import nn
 
 from laplace_lora import KronLoraLaplace, LogitsModel, LoraEF, LoraGGN
-from laplace_lora.likelihoods.roots import hessian_root
+from laplace_lora.likelihoods.roots import softmax_root
 from support.batches import loader, token_batch
 from support.models import excite, logits_model, peft_model
 from support.references import assert_near, block_diagonal_part, explicit_ggn, explicit_jacobians
@@ -118,7 +118,7 @@ def test_all_answers_of_the_backend_agree():
     J = torch.cat([j.flatten(2) for j in explicit_jacobians(model, BATCH)], -1)
     y = BATCH["labels"]
     f = model(BATCH).detach()
-    rows = torch.einsum("knc,ncp->nkp", hessian_root(f, "classification"), J).flatten(0, 1)
+    rows = torch.einsum("knc,ncp->nkp", softmax_root(f), J).flatten(0, 1)
     assert_near(backend.full(BATCH, y)[1], rows.T @ rows)
     assert_near(backend.diag(BATCH, y)[1], rows.square().sum(0))
     assert_near(backend.jacobians(BATCH)[0], J)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from laplace_lora import LoraGGN, LowRankKron
-from laplace_lora.likelihoods.roots import hessian_root
+from laplace_lora.likelihoods.roots import softmax_root
 from support.batches import rows, token_batch
 from support.models import ARCHITECTURES, logits_model
 from support.references import assert_near, block_diagonal_part, explicit_ggn
@@ -77,7 +77,7 @@ def test_factors_equal_a_plain_loop_over_real_tokens():
         f = model(rows(batch, slice(n, n + 1)))
         a = captured["a"][0, :length].detach()
         input_cov = input_cov + a.T @ a / length / len(LENGTHS)
-        for column in hessian_root(f.detach(), "classification"):
+        for column in softmax_root(f.detach()):
             (g,) = torch.autograd.grad(f, captured["g"], column, retain_graph=True)
             grad_cov = grad_cov + g[0, :length].T @ g[0, :length]
     handle.remove()

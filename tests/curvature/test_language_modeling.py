@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LoraEF
-from laplace_lora.data.labels import IGNORED, token_labels
+from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
 from support.batches import rows
 from support.language import EXACT, LENGTHS, language_posterior, text_batch, text_loader, token_ggn
 from support.models import peft_model

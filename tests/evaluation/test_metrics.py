@@ -12,12 +12,12 @@ from laplace_lora.evaluation.metrics import (
     aurc,
     brier,
     ece,
-    entropy,
     nll,
     ood_auroc,
     ood_fpr95,
     risk_coverage,
 )
+from laplace_lora.likelihoods.scores import entropy
 
 P = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.4, 0.6], [0.55, 0.45]])
 Y = torch.tensor([0, 1, 1, 1, 0])  # the second is wrong
@@ -76,9 +76,9 @@ def test_entropy_by_hand():
 
 def test_detection_by_hand():
     inside, outside = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.5, 4.0])
-    # Of the six pairs five have the foreign example above.
+    # Of the six pairs five have the out-of-distribution example above.
     assert ood_auroc(inside, outside) == pytest.approx(5 / 6)
-    # To accept 95 % of three one must accept all, up to 3: one of two foreign ones passes.
+    # To accept 95 % of three one must accept all, up to 3: one of the two others passes.
     assert ood_fpr95(inside, outside) == pytest.approx(0.5)
     assert ood_auroc(inside, inside) == pytest.approx(0.5)
 

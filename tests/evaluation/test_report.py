@@ -41,8 +41,8 @@ def test_bootstrap_errors_are_those_of_a_mean():
 
 
 def test_foreign_data_are_judged_by_entropy_and_mutual_information():
-    foreign = [{"p": torch.tensor([[0.5, 0.5], [0.5, 0.5]])}]
-    report = evaluate(given, batches(), ood_loader=foreign)
+    outside = [{"p": torch.tensor([[0.5, 0.5], [0.5, 0.5]])}]
+    report = evaluate(given, batches(), ood_loader=outside)
     assert report["OOD AUROC"] == 1 and report["OOD FPR95"] == 0
     assert "OOD AUROC (MI)" not in report.values and len(report.ood_uncertainty) == 2
 
@@ -52,7 +52,7 @@ def test_foreign_data_are_judged_by_entropy_and_mutual_information():
             torch.zeros(n, 2), torch.zeros(n, 2, 2), batch["p"], None, batch["p"][:, 0]
         )
 
-    report = evaluate(telling, batches(), ood_loader=foreign)
+    report = evaluate(telling, batches(), ood_loader=outside)
     inside = torch.tensor([0.9, 0.8, 0.3, 0.4, 0.55])
     assert report["OOD AUROC (MI)"] == pytest.approx(float((inside < 0.5).double().mean()))
     assert torch.equal(report.mutual_information, P[:, 0])
@@ -83,7 +83,7 @@ def test_tables_name_the_best():
         (lambda batch: batch["p"].log(), batches(), {}, "apply a softmax"),
         (lambda batch: batch["p"][:, 0], batches(), {}, "class probabilities"),
         (given, batches(), {"bootstrap": 1}, "two resamples"),
-        (given, batches(), {"ood_loader": []}, "foreign data is empty"),
+        (given, batches(), {"ood_loader": []}, "out-of-distribution loader is empty"),
     ],
 )
 def test_bad_input_is_refused(predict, loader, kwargs, message):

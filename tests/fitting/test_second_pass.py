@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
+from laplace_lora.fitting import second_pass as second_pass_module
 from laplace_lora.structures.eigenvalue_correction import CorrectedKron
 from support.batches import LENGTHS, loader, token_batch
 from support.corrected_posteriors import (
@@ -16,7 +17,7 @@ from support.corrected_posteriors import (
     exact_blocks,
     fit_corrected,
 )
-from support.interruptions import Interruption, Varying
+from support.interruptions import Interruption, Varying, interrupted
 from support.models import peft_model
 from support.posteriors import DENSE, LOW
 from support.references import assert_near
@@ -115,24 +116,27 @@ def test_a_curvature_of_the_other_kind_is_refused():
 
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("stop", [(2, 4), (4, 1), (4, 3), (4, 4)])
-def test_a_fit_resumes_in_either_pass(stop, stochastic, tmp_path):
+def test_a_fit_resumes_in_either_pass(stop, stochastic, tmp_path, monkeypatch):
     kwargs = {**LOW, "backend_kwargs": {"stochastic": stochastic}}
     data, folder = loader(2), tmp_path / "fit"
     second_pass = stop[0] == len(data)
     options = {"checkpoint_dir": folder, "checkpoint_every": 3 if stop == (4, 3) else 1}
     first = corrected_posterior(**kwargs)
-    if stop == (4, 4):  # after the last batch, before the posterior was made
-        first._install = lambda curvature: (_ for _ in ()).throw(Interruption)
-    with pytest.raises(Interruption):
+    with monkeypatch.context() as patch, pytest.raises(Interruption):
+        if stop == (4, 4):  # after the last batch, before the posterior was made
+            patch.setattr(type(first.structure), "ready", interrupted)
         first.fit(Varying(data, *stop, error=Interruption()), **options)
     names = ["laplace_eigenvalues_0_of_1.safetensors", "laplace_fit_0_of_1.safetensors"]
     assert sorted(path.name for path in folder.iterdir()) == names[not second_pass :]
     sums = load_file(folder / names[1])
     resumed, added = corrected_posterior(**kwargs), []
-    original = resumed.backend.eigenbasis_diagonal
-    resumed.backend.eigenbasis_diagonal = lambda x, y, basis: (
-        added.append(len(y)) or original(x, y, basis)
-    )
+    original = second_pass_module.eigenbasis_diagonal
+
+    def counted(engine, x, y, basis):
+        added.append(len(y))
+        return original(engine, x, y, basis)
+
+    monkeypatch.setattr(second_pass_module, "eigenbasis_diagonal", counted)
     resumed.fit(data, **options)
     assert not list(folder.iterdir())
     # The first batch again, for the shape of the sums.

@@ -13,7 +13,7 @@ import torch
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
 from support.batches import loader, token_batch
 from support.exact_posteriors import BOTH, NEW_BATCH, exact_posterior
-from support.interruptions import Interrupted, Interruption
+from support.interruptions import Interrupted, Interruption, interrupted
 from support.models import peft_model
 from support.posteriors import DENSE, LOW
 
@@ -27,7 +27,7 @@ def posterior(cls, **kwargs):
 
 @pytest.mark.parametrize("after", [1, 2, 3, 4])
 @pytest.mark.parametrize("cls,kwargs", CASES)
-def test_a_resumed_fit_equals_an_uninterrupted_one(cls, kwargs, after, tmp_path):
+def test_a_resumed_fit_equals_an_uninterrupted_one(cls, kwargs, after, tmp_path, monkeypatch):
     data = loader(2)
     straight = posterior(cls, **kwargs)
     straight.fit(data)
@@ -37,17 +37,23 @@ def test_a_resumed_fit_equals_an_uninterrupted_one(cls, kwargs, after, tmp_path)
         with pytest.raises(Interruption):
             first.fit(Interrupted(data, after), **options)
     else:  # after the last batch, before the posterior was made
-        first._install = lambda curvature: (_ for _ in ()).throw(Interruption)
-        with pytest.raises(Interruption):
+        with monkeypatch.context() as patch, pytest.raises(Interruption):
+            patch.setattr(type(first.structure), "ready", interrupted)
             first.fit(data, **options)
     with pytest.raises(AttributeError, match="not fitted"):
         first(BATCH)
     assert len(list((tmp_path / "fit").iterdir())) == 1
     seen = []
     second = posterior(cls, **kwargs)
-    original = second._add
-    second._add = lambda state, x, y: seen.append(len(y)) or original(state, x, y)
-    second.fit(data, **options)
+    original = type(second.structure).add
+
+    def counted(structure, engine, sums, x, y, expected):
+        seen.append(len(y))
+        return original(structure, engine, sums, x, y, expected)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(second.structure), "add", counted)
+        second.fit(data, **options)
     assert len(seen) == 1 + len(data) - after  # the first batch again, for the shape of the sums
     assert torch.equal(second(BATCH), straight(BATCH))
     assert second.loss == straight.loss and second.n_data == straight.n_data

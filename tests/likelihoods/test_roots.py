@@ -3,13 +3,24 @@
 import pytest
 import torch
 
-from laplace_lora.likelihoods.roots import (
-    contrast_root,
-    empirical_root,
-    hessian_root,
-    negative_log_likelihood,
-    sampled_root,
-)
+from laplace_lora.likelihoods.registry import likelihood_of
+from laplace_lora.likelihoods.roots import contrast_root
+
+
+def hessian_root(f, likelihood):
+    return likelihood_of(likelihood).root(f, None)
+
+
+def sampled_root(f, likelihood, num_samples):
+    return likelihood_of(likelihood).sampled_root(f, num_samples)
+
+
+def empirical_root(f, y, likelihood):
+    return likelihood_of(likelihood).residual(f, y)
+
+
+def negative_log_likelihood(f, y, likelihood):
+    return likelihood_of(likelihood).nll(f, y)
 
 
 def outer(columns):

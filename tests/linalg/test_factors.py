@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from laplace_lora.linalg.factors import DenseFactor, DiagonalFactor, map_shared
-from laplace_lora.linalg.sketch import LowRankFactor, empty_factor
+from laplace_lora.linalg.sketch import FactorSpec, LowRankFactor
 from support.references import assert_near
 
 D, RANK = 60, 8
@@ -132,7 +132,7 @@ def test_the_test_matrix_depends_on_its_size_alone():
     ],
 )
 def test_a_side_is_sketched_where_that_makes_it_smaller(d, rank, threshold, kind):
-    factor = empty_factor(d, rank, threshold, torch.float32, "cpu")
+    factor = FactorSpec(rank, threshold).empty(d, torch.float32, "cpu")
     assert type(factor) is kind
     assert factor.d == d
     assert factor.nbytes <= d * d * 4

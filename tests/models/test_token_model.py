@@ -4,7 +4,7 @@ import pytest
 from torch.nn import functional as F
 
 from laplace_lora import KronLoraLaplace
-from laplace_lora.data.labels import IGNORED, token_labels
+from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
 from laplace_lora.models.token_model import TokenModel
 from support.language import LENGTHS, text_batch
 from support.models import VOCABULARY, peft_model

@@ -10,6 +10,7 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFas
 from laplace_lora import KronLoraLaplace, KronLoraLLLaplace, LogitsModel
 from laplace_lora.likelihoods import roots as likelihoods_module
 from laplace_lora.models.token_model import TokenModel
+from laplace_lora.predictive.glm import Predictor
 from support.language import EXACT, language_posterior, text_batch, text_loader
 from support.models import VOCABULARY, peft_model
 
@@ -71,7 +72,7 @@ def test_what_makes_no_sense_is_refused(monkeypatch):
     batch = text_batch()
     with pytest.raises(ValueError, match=r"laplace_lora\.generation"):
         la(batch)
-    for call in (la.backend.jacobians, la.gram_blocks):
+    for call in (la.backend.jacobians, Predictor(la.fitted).gram_blocks):
         with pytest.raises(ValueError, match=r"laplace_lora\.generation"):
             call(batch)
     with pytest.raises(ValueError, match=r"laplace_lora\.generation"):

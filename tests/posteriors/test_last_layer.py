@@ -6,6 +6,7 @@ from laplace import LLLaplace
 from torch.nn.utils import parameters_to_vector
 
 from laplace_lora import DiagLoraLLLaplace, FullLoraLLLaplace, KronLoraLLLaplace, LogitsModel
+from laplace_lora.predictive.glm import Predictor
 from support.batches import loader, token_batch
 from support.last_layer import MODELS, PARAMETRIC, PLAIN, by_name, last_layer_logits_model, padded
 from support.models import peft_model
@@ -106,7 +107,7 @@ def test_one_pass_grid_of_the_head(cls):
     la = cls(last_layer_logits_model("bert"), "classification")
     la.fit(loader())
     (batch,) = loader(7)
-    mean, blocks = la.gram_blocks(batch)
+    mean, blocks = Predictor(la.fitted).gram_blocks(batch)
     grams = [gram for _, pairs in blocks for gram in pairs]
     for delta in (0.01, 1.0, 30.0):
         la.prior_precision = delta

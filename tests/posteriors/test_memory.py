@@ -100,7 +100,9 @@ def test_memory_is_estimated_before_the_fit(monkeypatch):
     estimate = la.estimate_memory(NEW_BATCH, n_examples=len(LENGTHS))
     la.fit(loader())
     la(NEW_BATCH)
-    held = la.rows.nbytes + sum(t.nbytes for t in la._eigen)
+    held = la.rows.nbytes + sum(
+        t.nbytes for t in la.fitted.state.curvature.eigenpairs(torch.ones(1).double())
+    )
     assert la.rows.nbytes == 14 * la.n_params * 8 < held < estimate.curvature < 1.5 * held
     assert la.curvature_size() == 14 * (la.n_params + 28)
     assert la.estimate_memory(NEW_BATCH).curvature == estimate.curvature

@@ -11,7 +11,7 @@ import torch
 from support.models import bert_config, llama_config
 from support.texts import word_tokenizer
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROOT = Path(__file__).parents[2]
 SMALL = [
     *("--train-size", "24", "--val-size", "12", "--test-size", "10", "--shifted-size", "8"),
     *("--epochs", "2", "--rank", "2", "--max-tokens", "30"),
@@ -21,8 +21,8 @@ WORDS = "abcdefgh"
 
 @pytest.fixture
 def study(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import study
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.study import __main__ as study
 
     return study
 
@@ -98,7 +98,7 @@ def test_answers_of_a_decoder_are_studied(study, monkeypatch, capsys, tmp_path):
     from transformers import LlamaForCausalLM
 
     save_model(LlamaForCausalLM, llama_config(), tmp_path)
-    tasks = sys.modules["study_tasks"]
+    tasks = sys.modules["benchmarks.study.tasks"]
     monkeypatch.setattr(tasks, "LETTERS", "efgh")  # answers that the tiny tokenizer knows
     for file, seed in (("train", 0), ("test", 1)):
         write(tmp_path / "arc_easy" / f"{file}.jsonl", questions(60, seed))
@@ -125,19 +125,19 @@ def test_a_decoder_must_be_given(study, monkeypatch, capsys, tmp_path):
 
 
 def test_structures_are_compared_on_the_same_checkpoints(study, monkeypatch, capsys, tmp_path):
-    import bench_approximation
+    from benchmarks.accuracy import approximation
     from transformers import BertForSequenceClassification
 
     save_model(BertForSequenceClassification, bert_config(), tmp_path)
     for file, seed in (("train", 0), ("dev", 1), ("dev_ood", 2)):
         write(tmp_path / "cola" / f"{file}.jsonl", sentences(60, seed))
     out = tmp_path / "out"
-    argv = ["bench_approximation.py", "--data", str(tmp_path), "--model", str(tmp_path / "model")]
+    argv = ["approximation.py", "--data", str(tmp_path), "--model", str(tmp_path / "model")]
     argv += [*SMALL, "--tasks", "cola", "--seeds", "0", "1", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", argv)
-    bench_approximation.main()
+    approximation.main()
     capsys.readouterr()
-    report = json.loads((out / "bench_approximation.json").read_text())
+    report = json.loads((out / "accuracy-approximation.json").read_text())
     cells = report["raw"]["cola-0"]
     assert cells["exact GGN"]["error"] < 1e-3 and cells["exact GGN"]["gap"] == 0
     assert cells["low rank 128"]["error"] < 1e-3  # 24 rows only

@@ -6,7 +6,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from laplace_lora import KronLoraLLLaplace, LogitsModel, LoraEF
+from laplace_lora.likelihoods import classification
 from laplace_lora.likelihoods import roots as likelihoods
+from laplace_lora.predictive.glm import Predictor
 from support.batches import LENGTHS, images, loader, token_batch
 from support.corrected_posteriors import (
     OPTIONS,
@@ -24,7 +26,7 @@ BATCH = token_batch((4, 2), seed=3)
 
 
 def assert_is_diagonal_part(la, exact):
-    residual = la.backend.residual
+    residual = la.structure.spec.residual
     for sides, ours, block in zip(la.H.blocks, blocks_of(la.H), exact, strict=True):
         assert_near(ours, diagonal_part(sides, block, residual))
 
@@ -52,7 +54,7 @@ def test_regression_and_the_empirical_fisher():
     la = fit_corrected(backend=LoraEF, **LOW)
     batch = token_batch(LENGTHS)
     f = la.model.eval()(batch)
-    gradient = likelihoods.empirical_root(f, batch["labels"], "classification")[0]
+    gradient = likelihoods.softmax_residual(f, batch["labels"])[0]
     outer = gradient.unsqueeze(2) * gradient.unsqueeze(1)
     assert_is_diagonal_part(la, exact_blocks(la, batch, outer))
 
@@ -65,11 +67,11 @@ def test_a_sampled_fisher_is_corrected_by_columns_of_its_own(monkeypatch):
     assert (la.H.table(0).sum() - before).abs() > 1e-3 * before
     calls = []
 
-    def exact(f, likelihood, num_samples):
+    def exact(f, num_samples):
         calls.append(num_samples)
-        return likelihoods.hessian_root(f, likelihood)
+        return likelihoods.softmax_root(f)
 
-    monkeypatch.setattr(likelihoods, "sampled_root", exact)
+    monkeypatch.setattr(classification, "sampled_softmax_root", exact)
     assert_near(fit_corrected(**options)(BATCH), fit_corrected(**DENSE)(BATCH))
     assert len(calls) == 2 * len(loader())
 
@@ -125,7 +127,7 @@ def test_exact_where_the_factors_are(case):
 def test_the_trace_is_that_of_the_exact_block(kwargs):
     la = fit_corrected(**kwargs)
     exact = torch.stack([block.trace() for block in exact_blocks(la, token_batch(LENGTHS))])
-    found = torch.stack([sum(n * e.sum() for e, n in s) for s in la.block_spectra()])
+    found = torch.stack([sum(n * e.sum() for e, n in s) for s in la.fitted.precision.spectra()])
     if kwargs is ZERO:
         assert (found <= exact * (1 + 1e-9)).all() and (found < 0.99 * exact).any()
     else:
@@ -168,7 +170,7 @@ def test_everything_follows_from_the_matrix(kwargs):
     J = torch.cat([rows.flatten(2) for rows in explicit_jacobians(la.model, BATCH)], -1)
     moments = J @ covariance @ J.mT
     assert_near(la._glm_predictive_distribution(BATCH)[1], moments)
-    _, grams = la.gram_blocks(BATCH)
+    _, grams = Predictor(la.fitted).gram_blocks(BATCH)
     assert_near(sum((M / (e + 0.7)).sum(-1) for _, pairs in grams for e, M in pairs), moments)
     noise = torch.randn(5, la.n_params, dtype=torch.float64)
     root = la.posterior_precision.bmm(noise, exponent=-0.5)

@@ -4,8 +4,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from laplace_lora import KronLoraLaplace
-from laplace_lora.data.labels import IGNORED
-from laplace_lora.likelihoods.roots import hessian_root
+from laplace_lora.likelihoods.language_modeling import IGNORED
+from laplace_lora.likelihoods.roots import softmax_root
 from support.batches import rows, token_batch
 from support.models import peft_model
 from support.references import explicit_jacobians
@@ -40,6 +40,6 @@ def language_posterior(
 def token_ggn(la, batch):
     """Sum of Jᵀ Λ J over all scored tokens, with a Jacobian for every token and logit."""
     jacobians = torch.cat([J.flatten(2) for J in explicit_jacobians(la.model, batch)], -1)
-    roots = hessian_root(la.model(batch).detach(), "classification")
+    roots = softmax_root(la.model(batch).detach())
     J = torch.einsum("csv,svp->csp", roots, jacobians).flatten(0, 1)
     return J.T @ J

@@ -10,6 +10,7 @@ from laplace_lora import (
     LogitsModel,
     LoraGGN,
 )
+from laplace_lora.models.last_layer_model import LastLayerModel
 from support.batches import loader
 from support.models import TARGETS, peft_model
 
@@ -40,6 +41,7 @@ def by_name(model, structure, route):
     options = {"n_subset": 6} if structure == "gp" else {}
     if route == "last_layer":
         options["backend"] = LoraGGN
+        model = LastLayerModel(model)
     return Laplace(
         model, "classification", subset_of_weights=route, hessian_structure=structure, **options
     )

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace, LowRankLoraLaplace
+from laplace_lora.fitting import second_pass
 from support.batches import loader, token_batch
 from support.models import peft_model
 from support.posteriors import LOW
@@ -83,14 +84,14 @@ def scenario_results(rank):
         assert torch.equal(la(BATCH), before)  # nothing of the failed fit is left
     results["errors"] = errors
     la = posterior_of(KronLoraLaplace, loader(7), **CORRECTED)
-    before, original = la(BATCH), la.backend.eigenbasis_diagonal
+    before, original = la(BATCH), second_pass.eigenbasis_diagonal
     if rank == 1:
-        la.backend.eigenbasis_diagonal = lambda *args: (_ for _ in ()).throw(ValueError("no luck"))
+        second_pass.eigenbasis_diagonal = lambda *args: (_ for _ in ()).throw(ValueError("no luck"))
     try:
         la.fit(shared_loader("sampler"))
     except (ValueError, RuntimeError) as error:
         results["second pass"] = f"{type(error).__name__}: {error}"
-    la.backend.eigenbasis_diagonal = original
+    second_pass.eigenbasis_diagonal = original
     assert torch.equal(la(BATCH), before)
     few = DataLoader(
         loader().dataset[:1], batch_size=1, sampler=DistributedSampler(loader().dataset[:1])

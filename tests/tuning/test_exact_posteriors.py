@@ -92,7 +92,7 @@ def test_the_cached_covariance_is_that_of_the_posterior(cls, kwargs):
     for of, factors in ((groups, [0.3, 1.0, 7.0]), (groups * 0, [0.2])):
         la.prior_precision = prior
         factors = torch.tensor(factors).double()
-        cache = la.validation_cache(data, of, False)
+        cache = (CoupledCache if int(of.max()) else ValidationCache)(Predictor(la.fitted), data, of)
         la.prior_precision = prior * factors[of]
         mean, covariance = la._glm_predictive_distribution(next(iter(data)))
         assert_near(cache.mean, mean)

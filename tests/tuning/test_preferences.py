@@ -10,7 +10,8 @@ from laplace_lora import (
     KronLoraLaplace,
     KronLoraLLLaplace,
 )
-from laplace_lora.tuning.validation_cache import Scoring
+from laplace_lora.predictive.glm import Predictor
+from laplace_lora.tuning.validation_cache import scoring_of
 from laplace_lora.tuning.validation_search import grid_search
 from support.posteriors import DENSE, LOW
 from support.preferences import pair_batch, pair_loader, reward_posterior
@@ -36,8 +37,8 @@ def test_tuning_judges_pairs_as_a_binary_classifier(cls, kwargs):
         return -la(pairs, link_approx=link)[range(5), pairs["labels"]].log().mean()
 
     grid = torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64)
-    scoring = Scoring.of(la, "probit", 10)
-    best, losses = grid_search(la, validation, grid, scoring, None, False)
+    scoring = scoring_of(la.fitted, "probit", 10)
+    best, losses = grid_search(Predictor(la.fitted), validation, grid, scoring, None, False)
     for precision, loss in zip(grid, losses, strict=True):
         la.prior_precision = precision
         assert_near(loss, nll("probit"))

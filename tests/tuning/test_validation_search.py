@@ -7,8 +7,9 @@ from laplace.utils.metrics import RunningNLLMetric
 from torch.utils.data import DataLoader
 
 from laplace_lora import KronLoraLaplace, LoraGGN
+from laplace_lora.predictive.glm import Predictor
 from laplace_lora.tuning.groups import prior_groups
-from laplace_lora.tuning.validation_cache import Scoring, ValidationCache
+from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
 from support.batches import loader, validation
 from support.models import peft_model
 from support.posteriors import CLASSES, DENSE, LOW, posterior
@@ -22,7 +23,9 @@ def test_one_pass_grid_equals_laplace_torchs_loop(cls, kwargs, link):
     grid = torch.logspace(-3, 3, 13)
     from laplace_lora.tuning.validation_search import grid_search
 
-    best, losses = grid_search(la, validation(), grid, Scoring.of(la, link, 1), None, False)
+    best, losses = grid_search(
+        Predictor(la.fitted), validation(), grid, scoring_of(la.fitted, link, 1), None, False
+    )
     expected = []
     for value in grid:
         la.prior_precision = value.item()
@@ -73,7 +76,9 @@ def test_losses_stay_finite_where_probabilities_underflow():
     from laplace_lora.tuning.validation_search import grid_search
 
     grid = torch.logspace(5, 8, 3)
-    _, losses = grid_search(la, validation(), grid, Scoring.of(la, "probit", 1), None, False)
+    _, losses = grid_search(
+        Predictor(la.fitted), validation(), grid, scoring_of(la.fitted, "probit", 1), None, False
+    )
     assert losses.isfinite().all()
 
 
@@ -116,7 +121,7 @@ def test_the_cached_covariance_is_that_of_the_posterior(cls, kwargs):
     prior = torch.logspace(-1, 1, posterior(cls, fit=False, **kwargs).n_layers)
     la = posterior(cls, prior_precision=prior, **kwargs)
     groups = prior_groups(la.block_names, "matrix")
-    cache = ValidationCache(la, validation(8), groups)
+    cache = ValidationCache(Predictor(la.fitted), validation(8), groups)
     factors = torch.tensor([0.3, 7.0]).double()
     la.prior_precision = prior * factors[groups]
     (batch,) = validation(8)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from laplace_lora.data.labels import IGNORED, token_labels
+from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
 from support.language import text_batch
 
 # torch.func, here the reference, has no batching rule for fused attention.

@@ -1,0 +1,68 @@
+"""Kronecker factors and their eigendecompositions as laplace-torch's `Kron` and `KronDecomposed`.
+
+The algebra is in `linalg.kron` and `linalg.kron_eigen`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from laplace.utils import Kron
+from laplace.utils.matrix import KronDecomposed
+from torch import Tensor
+
+from laplace_lora.linalg.kron import KronFactors
+from laplace_lora.linalg.kron_eigen import KronEigen, Side
+from laplace_lora.linalg.sketch import Factor
+
+
+class LowRankKron(KronFactors, Kron):
+    """Sums of Kronecker factors, one list per trainable tensor, which laplace-torch can add up.
+
+    Args:
+        kfacs: Factors of each trainable tensor, see `KronFactors`.
+        residual: ``"isotropic"`` or ``"zero"``, see `KronFactors`.
+
+    Raises:
+        ValueError: If ``residual`` is neither.
+    """
+
+    kfacs: list[list[Factor]]
+
+    def __add__(self, other: Any) -> LowRankKron:
+        """Add another `LowRankKron`, or a plain `Kron` of the same shapes."""
+        if not isinstance(other, Kron):
+            raise ValueError("can only add Kron objects over the same parameters")
+        return self.added(other.kfacs)
+
+    __radd__ = __add__
+
+    def decompose(self, damping: bool = False) -> LowRankKronDecomposed:
+        """Eigendecompose every factor once, see `KronFactors.decompose`."""
+        eigen = super().decompose(damping)
+        assert isinstance(eigen, LowRankKronDecomposed)
+        return eigen
+
+    def _decomposed(self, blocks: list[list[Side]]) -> LowRankKronDecomposed:
+        return LowRankKronDecomposed(blocks)
+
+
+class LowRankKronDecomposed(KronEigen, KronDecomposed):
+    """A block-diagonal matrix ``scale · (left ⊗ right) + δ`` held as eigendecompositions.
+
+    Args:
+        blocks: Eigendecompositions of each block's factors, see `KronEigen`.
+        deltas: Prior precision of each block, shape ``(blocks,)``; zero when ``None``.
+        scale: Factor of the curvature, laplace-torch's ``_H_factor``.
+        tables: Eigenvalues of each block; products when ``None``.
+    """
+
+    def __init__(
+        self,
+        blocks: list[list[Side]],
+        deltas: Tensor | None = None,
+        scale: float | Tensor = 1.0,
+        tables: list[Tensor] | None = None,
+    ) -> None:
+        self.damping = False
+        KronEigen.__init__(self, blocks, deltas, scale, tables)

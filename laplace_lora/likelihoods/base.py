@@ -1,0 +1,157 @@
+"""What a likelihood answers: labels, loss, output Hessian, and which outputs are predicted.
+
+Each likelihood is an object of this protocol, made by `registry`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from laplace_lora.likelihoods.links import Link
+
+Columns = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Readout:
+    """The linear functions of a model's outputs that a prediction is about.
+
+    Attributes:
+        columns: From outputs ``(batch, outputs)`` to their coefficients, ``(columns, batch,
+            outputs)``; ``None`` for the outputs themselves.
+        mean: From outputs to the functions' values, ``(batch, columns)``.
+        is_softmax: Whether they are logits of classes; a single one is that of the second of two
+            classes.
+    """
+
+    columns: Columns | None
+    mean: Callable[[Tensor], Tensor]
+    is_softmax: bool
+
+
+class Scoring(Protocol):
+    """How well Gaussian outputs predict labels; leading dimensions of covariances broadcast."""
+
+    def nll(self, mean: Tensor, covariance: Tensor, y: Tensor) -> Tensor:
+        """Return each example's negative log likelihood in nats, ``(…, batch)``."""
+        ...
+
+    def metric_arguments(self, mean: Tensor, covariance: Tensor) -> list[tuple[Tensor, ...]]:
+        """Return what laplace-torch feeds its losses, for each covariance of a grid."""
+        ...
+
+
+class Likelihood(Protocol):
+    """A likelihood of a model's outputs.
+
+    Attributes:
+        name: As users and saved files call it.
+        laplace_name: As laplace-torch's constructors take it.
+        is_classifier: Whether a prediction may be class probabilities, which can be calibrated.
+        has_noise: Whether there is observation noise to tune.
+        samples_labels: Whether curvature is by default estimated from sampled labels.
+        has_pairs: Whether an example is a preference pair.
+        predicts_tokens: Whether an example is a text of which every token is predicted.
+        jacobian_refusal: Why Jacobians of all outputs are refused; ``None`` where they are not.
+    """
+
+    name: str
+    laplace_name: str
+    is_classifier: bool
+    has_noise: bool
+    samples_labels: bool
+    has_pairs: bool
+    predicts_tokens: bool
+    jacobian_refusal: str | None
+
+    def check_outputs(self, outputs: int | None) -> None:
+        """Refuse a model with a number of outputs that the likelihood cannot have.
+
+        Raises:
+            ValueError: If there are too many.
+        """
+        ...
+
+    def by_example(self, batch: Any, label_key: str) -> Any:
+        """Return a labelled batch in the form in which every row is an example."""
+        ...
+
+    def split(
+        self, batch: Any, label_key: str, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Any, Tensor]:
+        """Split a batch into what the model takes and labels on a device."""
+        ...
+
+    def nll(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the negative log likelihood in nats, summed over the batch."""
+        ...
+
+    def root(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the exact root of the output Hessian, ``(columns, batch, outputs)``."""
+        ...
+
+    def sampled_root(self, f: Tensor, num_samples: int) -> Tensor:
+        """Return an unbiased Monte-Carlo root, ``(num_samples, batch, outputs)``."""
+        ...
+
+    def residual(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the gradient of the negative log likelihood, ``(1, batch, outputs)``."""
+        ...
+
+    def n_columns(self, outputs: int) -> int:
+        """Return how many columns the exact root has per example."""
+        ...
+
+    def readout(self, x: Any, pairs: bool = False) -> Readout:
+        """Return which functions of the outputs a prediction for some inputs is about.
+
+        Args:
+            x: What the model takes.
+            pairs: Take the inputs for preference pairs, whatever they look like.
+        """
+        ...
+
+    def tuning_readout(self) -> Readout:
+        """Return the functions of the outputs that labels are about."""
+        ...
+
+    def scoring(self, link: Link, noise: float) -> Scoring:
+        """Return how predictions are scored.
+
+        Args:
+            link: From Gaussian logits to probabilities.
+            noise: Standard deviation of the observation noise.
+        """
+        ...
+
+
+def split_mapping_or_pair(batch: Any, label_key: str, device: torch.device) -> tuple[Any, Tensor]:
+    """Split a batch into what the model takes and labels on a device.
+
+    Args:
+        batch: A mapping with labels, or a pair of inputs and labels.
+        label_key: Key of the labels.
+        device: Where the labels go.
+
+    Raises:
+        ValueError: If labels are missing.
+        TypeError: If the batch is neither mapping nor pair.
+    """
+    if isinstance(batch, Mapping):
+        if label_key not in batch:
+            raise ValueError(
+                f"a batch has no {label_key!r}, only {sorted(batch)}; add the labels, or name "
+                "their key with `dict_key_y`"
+            )
+        return batch, torch.as_tensor(batch[label_key]).to(device)
+    if isinstance(batch, Sequence) and len(batch) == 2:
+        return batch[0], torch.as_tensor(batch[1]).to(device)
+    raise TypeError(
+        f"a batch must be a mapping with {label_key!r} or a pair of inputs and labels, got "
+        f"{type(batch).__name__}"
+    )

@@ -1,0 +1,99 @@
+"""Classification: one label per example, a softmax over the model's logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora.likelihoods.base import Readout, Scoring, split_mapping_or_pair
+from laplace_lora.likelihoods.links import Link
+from laplace_lora.likelihoods.roots import (
+    cross_entropy,
+    sampled_softmax_root,
+    softmax_residual,
+    softmax_root,
+)
+
+LOGITS = Readout(None, lambda f: f, is_softmax=True)
+
+
+class Classification:
+    """The likelihood ``y ~ softmax(f)``."""
+
+    name = "classification"
+    laplace_name = "classification"
+    is_classifier = True
+    has_noise = False
+    has_pairs = False
+    predicts_tokens = False
+    samples_labels = False
+    jacobian_refusal: str | None = None
+
+    def check_outputs(self, outputs: int | None) -> None:
+        """Accept any number of outputs."""
+
+    def by_example(self, batch: Any, label_key: str) -> Any:
+        """Return the batch: its rows are examples."""
+        return batch
+
+    def split(
+        self, batch: Any, label_key: str, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Any, Tensor]:
+        """Split a batch into inputs and labels ``(batch,)``, see `split_mapping_or_pair`."""
+        return split_mapping_or_pair(batch, label_key, device)
+
+    def nll(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the cross entropy, summed over the batch, see `cross_entropy`."""
+        return cross_entropy(f, y)
+
+    def root(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the exact root, ``(outputs − 1, batch, outputs)``, see `softmax_root`."""
+        return softmax_root(f)
+
+    def sampled_root(self, f: Tensor, num_samples: int) -> Tensor:
+        """Return a Monte-Carlo root, see `sampled_softmax_root`."""
+        return sampled_softmax_root(f, num_samples)
+
+    def residual(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return ``softmax(f) − onehot(y)``, ``(1, batch, outputs)``."""
+        return softmax_residual(f, y)
+
+    def n_columns(self, outputs: int) -> int:
+        """Return ``outputs − 1``."""
+        return outputs - 1
+
+    def readout(self, x: Any, pairs: bool = False) -> Readout:
+        """Return the logits."""
+        return LOGITS
+
+    def tuning_readout(self) -> Readout:
+        """Return the logits."""
+        return LOGITS
+
+    def scoring(self, link: Link, noise: float) -> Scoring:
+        """Return the scoring of class probabilities."""
+        return ClassScoring(link)
+
+
+@dataclass(frozen=True)
+class ClassScoring:
+    """Scores the class probabilities of Gaussian logits.
+
+    Attributes:
+        link: From logits to probabilities.
+    """
+
+    link: Link
+
+    def nll(self, mean: Tensor, covariance: Tensor, y: Tensor) -> Tensor:
+        """Return each example's negative log likelihood in nats, ``(…, batch)``."""
+        scores = self.link.log_probabilities(mean, covariance)
+        index = y.expand(scores.shape[:-1]).unsqueeze(-1)
+        return -scores.gather(-1, index).squeeze(-1)
+
+    def metric_arguments(self, mean: Tensor, covariance: Tensor) -> list[tuple[Tensor, ...]]:
+        """Return class probabilities for each covariance of a grid."""
+        return [(p,) for p in self.link.log_probabilities(mean, covariance).exp()]

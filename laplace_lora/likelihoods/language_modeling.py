@@ -1,0 +1,172 @@
+"""Language modelling: the likelihood of a text is the product over its scored tokens.
+
+Outputs are logits of the vocabulary, one row per scored token, ``(scored, vocabulary)``, texts one
+after the other; labels are ``(batch, tokens)``, `IGNORED` where nothing is scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from laplace_lora.likelihoods.base import Readout, Scoring, split_mapping_or_pair
+from laplace_lora.likelihoods.links import Link
+from laplace_lora.likelihoods.roots import (
+    cross_entropy,
+    sampled_softmax_root,
+    softmax_residual,
+    softmax_root,
+)
+
+IGNORED = -100  # the label of tokens that are not scored
+EXACT_VOCABULARY = 1024  # tokens up to which the exact root may be asked for
+
+
+class LanguageModeling:
+    """The likelihood of texts under a model of their next tokens."""
+
+    name = "language_modeling"
+    laplace_name = "classification"  # laplace-torch does not know texts; to it tokens are classes
+    is_classifier = False
+    has_noise = False
+    has_pairs = False
+    predicts_tokens = True
+    samples_labels = True
+    jacobian_refusal: str | None = (
+        "a language model's outputs, its whole vocabulary at every token, are too many for "
+        "Jacobians; `laplace_lora.generation` predicts the likeliest tokens, and method='marglik' "
+        "tunes the prior without predictions"
+    )
+
+    def check_outputs(self, outputs: int | None) -> None:
+        """Accept any number of outputs."""
+
+    def by_example(self, batch: Any, label_key: str) -> Any:
+        """Return the batch: its rows are texts."""
+        return batch
+
+    def split(
+        self, batch: Any, label_key: str, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Any, Tensor]:
+        """Split a batch into texts, with the labels that count, and these labels."""
+        x, y = split_mapping_or_pair(batch, label_key, device)
+        y = token_labels(x, y)
+        return {**x, "labels": y}, y
+
+    def nll(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the cross entropy, summed over the scored tokens."""
+        y = y[y != IGNORED]
+        return cross_entropy(f, y) if len(y) else f.sum()
+
+    def root(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the exact root of a small vocabulary, see `token_root`."""
+        return token_root(f, y)
+
+    def sampled_root(self, f: Tensor, num_samples: int) -> Tensor:
+        """Return a Monte-Carlo root with labels drawn for every token."""
+        return sampled_softmax_root(f, num_samples)
+
+    def residual(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return ``softmax(f) − onehot(y)`` of the scored tokens, ``(1, scored, vocabulary)``."""
+        return softmax_residual(f, y[y != IGNORED])
+
+    def n_columns(self, outputs: int) -> int:
+        """Return the columns of one token."""
+        return outputs - 1
+
+    def readout(self, x: Any, pairs: bool = False) -> Readout:
+        """Refuse: texts have many tokens.
+
+        Raises:
+            ValueError: Always.
+        """
+        self._refuse()
+
+    def tuning_readout(self) -> Readout:
+        """Refuse: texts have many tokens.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(self.jacobian_refusal)
+
+    def scoring(self, link: Link, noise: float) -> Scoring:
+        """Refuse: texts have many tokens.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(self.jacobian_refusal)
+
+    def _refuse(self) -> NoReturn:
+        raise ValueError(
+            "a language model's posterior predicts tokens through `laplace_lora.generation`: "
+            "`score(la, batch)` or `generate(la, inputs)`"
+        )
+
+
+def token_labels(batch: Any, labels: Tensor) -> Tensor:
+    """Return the labels that count, `IGNORED` everywhere else.
+
+    A label counts if it is not `IGNORED` and both its token and the token before it, which
+    predicts it, are real; so padding on either side changes nothing.
+
+    Args:
+        batch: What the model takes: a mapping with ``input_ids`` and, if anything is padded,
+            ``attention_mask``.
+        labels: As Hugging Face's collators make them, ``(batch, tokens)``: not shifted.
+
+    Returns:
+        Shape ``(batch, tokens)``.
+
+    Raises:
+        TypeError: If the batch is not such a mapping.
+        ValueError: If the labels are not one integer per token.
+    """
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        raise TypeError(
+            "language modelling needs batches as Hugging Face's collators make them: mappings with "
+            "'input_ids', 'attention_mask' and 'labels'"
+        )
+    ids = batch["input_ids"]
+    if labels.shape != ids.shape or labels.is_floating_point():
+        raise ValueError(
+            f"language modelling needs one integer label per token, shape {tuple(ids.shape)}; got "
+            f"{labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    mask = batch.get("attention_mask")
+    real = torch.ones_like(labels) if mask is None else mask.to(labels.device)
+    predicted = real.bool().clone()
+    predicted[:, 1:] &= predicted[:, :-1].clone()
+    predicted[:, 0] = False
+    return labels.masked_fill(~predicted, IGNORED)
+
+
+def token_root(f: Tensor, y: Tensor) -> Tensor:
+    """Return the exact root of the output Hessian of a language model with a small vocabulary.
+
+    The tokens of an example have columns of their own, as they meet in one gradient; a token of
+    another example may share them. Labels drawn independently need no such care: the cross terms
+    of `sampled_softmax_root` vanish on average.
+
+    Args:
+        f: Logits of the scored tokens, shape ``(scored, vocabulary)``.
+        y: Labels, ``(batch, tokens)``.
+
+    Returns:
+        Columns ``(most scored tokens of an example · (vocabulary − 1), scored, vocabulary)``.
+
+    Raises:
+        ValueError: If the vocabulary has more than `EXACT_VOCABULARY` tokens.
+    """
+    if f.shape[-1] > EXACT_VOCABULARY:
+        raise ValueError(
+            f"the exact curvature needs {f.shape[-1] - 1} backward passes per token; keep "
+            "stochastic=True, and raise `num_samples` for more precision"
+        )
+    scored = y != IGNORED
+    places = torch.nn.functional.one_hot((scored.cumsum(1) - 1)[scored]).to(f)
+    return torch.einsum("st,csv->tcsv", places, softmax_root(f)).flatten(0, 1)

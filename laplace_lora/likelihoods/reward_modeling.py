@@ -1,0 +1,64 @@
+"""Reward modelling: the chosen text of a preference pair has the higher reward.
+
+A classification of pairs by the difference of their rewards; single texts are predicted like the
+outputs of a regression.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora.data.pairs import as_pairs, is_pair
+from laplace_lora.likelihoods.base import Readout
+from laplace_lora.likelihoods.classification import Classification
+from laplace_lora.likelihoods.regression import OUTPUTS
+from laplace_lora.likelihoods.roots import difference_root
+
+NO_PAIRS = "a difference needs pairs: 'input_ids_chosen', 'input_ids_rejected'"
+DIFFERENCE = Readout(difference_root, lambda f: f[:, 1:] - f[:, :1], is_softmax=True)
+
+
+class RewardModeling(Classification):
+    """The Bradley-Terry likelihood of the rewards ``[rejected, chosen]``, see `data.pairs`."""
+
+    name = "reward_modeling"
+    laplace_name = "reward_modeling"
+    has_pairs = True
+
+    def check_outputs(self, outputs: int | None) -> None:
+        """Refuse a model with several outputs.
+
+        Raises:
+            ValueError: If there is more than one.
+        """
+        if outputs not in (None, 1):
+            raise ValueError(
+                f"a reward model has one output, this one {outputs}; load it with num_labels=1"
+            )
+
+    def by_example(self, batch: Any, label_key: str) -> Any:
+        """Return a batch with one row per pair, see `as_pairs`."""
+        return as_pairs(batch, label_key)
+
+    def split(
+        self, batch: Any, label_key: str, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Any, Tensor]:
+        """Split a batch into pairs and labels, 1 where the chosen text wins, see `as_pairs`."""
+        return super().split(as_pairs(batch, label_key), label_key, device, dtype)
+
+    def readout(self, x: Any, pairs: bool = False) -> Readout:
+        """Return the difference of the rewards for pairs, the rewards for single texts.
+
+        Raises:
+            ValueError: If ``pairs`` is set and the inputs are none.
+        """
+        if pairs and not is_pair(x):
+            raise ValueError(NO_PAIRS)
+        return DIFFERENCE if is_pair(x) else OUTPUTS
+
+    def tuning_readout(self) -> Readout:
+        """Return the difference of the rewards."""
+        return DIFFERENCE

@@ -1,0 +1,45 @@
+"""Copies of a posterior: deep ones with a model of their own, shallow ones that share it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NoReturn, TypeVar
+
+from torch import nn
+
+T = TypeVar("T")
+
+
+def deep_copy(posterior: T, source: nn.Module, memo: dict[int, Any]) -> T:
+    """Return a copy of a posterior with a copy of its model.
+
+    Args:
+        posterior: The posterior.
+        source: Its `LogitsModel`; copied first, since a `LastLayerModel` would share it.
+        memo: As `copy.deepcopy` passes it.
+    """
+    twin = object.__new__(type(posterior))
+    memo[id(posterior)] = twin
+    memo[id(source)] = copy.deepcopy(source, memo)
+    vars(twin).update({k: copy.deepcopy(v, memo) for k, v in vars(posterior).items()})
+    return twin
+
+
+def shallow_copy(posterior: T) -> T:
+    """Return a copy of a posterior over the same model; their states go separate ways."""
+    twin = object.__new__(type(posterior))
+    vars(twin).update(vars(posterior))
+    return twin
+
+
+def refuse_pickling(posterior: object) -> NoReturn:
+    """Refuse to pickle a posterior, as `pickle`, `torch.save` and multiprocessing ask for.
+
+    Raises:
+        TypeError: Always; says what to do instead.
+    """
+    raise TypeError(
+        f"a {type(posterior).__name__} cannot be pickled; save it with "
+        "`la.save_pretrained(folder)` and load it with `from_pretrained(peft_model, folder)`, or "
+        "keep `la.state_dict()`"
+    )

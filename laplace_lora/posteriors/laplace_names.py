@@ -1,0 +1,198 @@
+"""`LaplaceNames`: the names that laplace-torch's code reads, writes and calls, over a frozen state.
+
+Setting one of them installs a new state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Generic, Protocol, TypeVar, overload
+
+import torch
+from laplace.baselaplace import ParametricLaplace
+from torch import Tensor, nn
+
+from laplace_lora.adapters.maps import wide_dtype
+from laplace_lora.models.logits_model import LogitsModel
+from laplace_lora.predictive.glm import Predictor
+from laplace_lora.predictive.weight_sampling import sampled_outputs
+from laplace_lora.structures.base import Structure
+from laplace_lora.structures.state import Posterior, PosteriorState
+from laplace_lora.tuning.marginal_likelihood import scatter
+
+T = TypeVar("T")
+
+
+class HasState(Protocol):
+    """An object that holds a posterior's state."""
+
+    state: PosteriorState
+
+
+class StateValue(Generic[T]):
+    """A number of the state, such as ``loss``."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> StateValue[T]: ...
+
+    @overload
+    def __get__(self, instance: HasState, owner: type) -> T: ...
+
+    def __get__(self, instance: HasState | None, owner: type) -> Any:
+        return self if instance is None else getattr(instance.state, self.name)
+
+    def __set__(self, instance: HasState, value: T) -> None:
+        instance.state = replace(instance.state, **{self.name: value})
+
+
+class SettingValue(StateValue[T]):
+    """A setting, such as ``covariance_scale``; laplace-torch's own have an underscore before."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name.removeprefix("_")
+
+    def __get__(self, instance: HasState | None, owner: type) -> Any:
+        return self if instance is None else getattr(instance.state.settings, self.name)
+
+    def __set__(self, instance: HasState, value: T) -> None:
+        settings = replace(instance.state.settings, **{self.name: value})
+        instance.state = instance.state.with_settings(settings)
+
+
+class LaplaceNames(ParametricLaplace):
+    """laplace-torch's names of a posterior.
+
+    Attributes:
+        state: Everything that a fit, a tuning or a load changes; replaced as a whole.
+        structure: How the curvature is held.
+        logits_model: The `LogitsModel` that answers for the user's model.
+        covariance_scale: Factor of the predictive covariance, 1 unless calibrated.
+        likelihood_temperature: Divides the logits before the softmax, 1 unless calibrated.
+    """
+
+    state: PosteriorState
+    structure: Structure[Any, Any, Any]
+    logits_model: LogitsModel
+    model: nn.Module
+    params: list[nn.Parameter]
+    n_params: int
+    n_layers: int
+    temperature: float
+    dict_key_y: str
+    enable_backprop: bool
+
+    loss = StateValue[float]()
+    n_data = StateValue[int]()
+    n_outputs = StateValue[int]()
+    covariance_scale = SettingValue[float]()
+    likelihood_temperature = SettingValue[float]()
+    _prior_mean = SettingValue[Tensor]()
+    _sigma_noise = SettingValue[Tensor]()
+
+    @property
+    def fitted(self) -> Posterior:
+        """The posterior's parts at this moment.
+
+        Raises:
+            AttributeError: If it has not been fitted.
+        """
+        raise NotImplementedError
+
+    @property
+    def _prior_precision(self) -> Tensor:
+        return self.state.settings.prior_precision
+
+    @_prior_precision.setter
+    def _prior_precision(self, value: Tensor) -> None:
+        self.structure.check_prior(len(value), self.n_layers, self.n_params)
+        settings = replace(self.state.settings, prior_precision=value)
+        self.state = self.state.with_settings(settings)
+
+    @property
+    def mean(self) -> Tensor:
+        """MAP weights, ``(parameters,)``; the prior mean before a fit."""
+        mean = self.state.mean
+        return self.state.settings.prior_mean if mean is None else mean
+
+    @mean.setter
+    def mean(self, value: Tensor) -> None:
+        self.state = replace(self.state, mean=value)
+
+    @property
+    def H(self) -> Any:
+        """Curvature of the summed loss as laplace-torch uses it; ``None`` before a fit."""
+        return self.state.curvature
+
+    @H.setter
+    def H(self, value: Any) -> None:
+        if value is not None:
+            raise AttributeError("the curvature is set by fit, adopt, merge or load_state_dict")
+        self.state = replace(self.state, curvature=None)
+
+    @property
+    def log_det_ratio(self) -> Tensor:
+        """``log det P − log det P₀`` of the evidence, a float64 scalar."""
+        self._check_H_init()
+        curvature = self.state.curvature
+        return self.structure.log_det_ratio(curvature, self.prior_precision, self._H_factor)
+
+    @property
+    def scatter(self) -> Tensor:
+        """``(θ − μ₀)ᵀ P₀ (θ − μ₀)`` of the evidence, a float64 scalar."""
+        return scatter(self.state)
+
+    @torch.no_grad()
+    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
+        """Return samples of the weights, ``(n_samples, parameters)``."""
+        return self.fitted.sample(n_samples, generator)
+
+    @property
+    def _device(self) -> torch.device:
+        # laplace-torch's is that of the first parameter, which may be offloaded.
+        return self.logits_model.device
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return wide_dtype(self.params)
+
+    def _init_H(self) -> None:
+        """Do nothing: the state starts without a curvature."""
+
+    def _check_H_init(self) -> None:
+        if not self.state.is_fitted:
+            raise AttributeError("Laplace not fitted. Run fit() first.")
+
+    def _glm_predictive_distribution(
+        self, X: Any, joint: bool = False, diagonal_output: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        mean, covariance = Predictor(self.fitted).moments(X, joint=joint)
+        if joint:
+            return mean.flatten(), covariance.squeeze(0)
+        return mean, covariance.diagonal(dim1=1, dim2=2) if diagonal_output else covariance
+
+    def _glm_functional_samples(
+        self,
+        f_mu: Tensor,
+        f_var: Tensor,
+        n_samples: int,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        predictor = Predictor(self.fitted)
+        return predictor.output_samples(f_mu, f_var, n_samples, diagonal_output, generator)
+
+    def _nn_functional_samples(
+        self, X: Any, n_samples: int = 100, generator: torch.Generator | None = None
+    ) -> Tensor:
+        return sampled_outputs(self.fitted, X, n_samples, generator)
+
+    def _nn_predictive_samples(
+        self, X: Any, n_samples: int = 100, generator: torch.Generator | None = None
+    ) -> Tensor:
+        outputs = self._nn_functional_samples(X, n_samples, generator)
+        readout = self.fitted.objective.readout(X)
+        is_classifier = readout.is_softmax and readout.columns is None
+        return outputs.softmax(-1) if is_classifier else outputs

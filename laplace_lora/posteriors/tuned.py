@@ -1,0 +1,209 @@
+"""`TunedLaplace`: predictions and tuning under laplace-torch's signatures."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora.posteriors.laplace_names import LaplaceNames
+from laplace_lora.predictive.glm import Predictor
+from laplace_lora.structures.state import PosteriorState
+from laplace_lora.tuning.calibration import Calibration
+from laplace_lora.tuning.groups import Structure
+from laplace_lora.tuning.tuner import Tuner
+
+
+class TunedLaplace(LaplaceNames):
+    """Calls of laplace-torch whose work is done by `Predictor` and `Tuner`."""
+
+    def __call__(
+        self,
+        x: Any,
+        pred_type: str = "glm",
+        joint: bool = False,
+        link_approx: str = "probit",
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+        fitting: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the posterior predictive of a batch.
+
+        The GLM predictive is ``f ~ N(f_MAP, J P⁻¹ Jᵀ)``. With ``link_approx="mc"`` the softmax does
+        not see a shift of all logits, so ``C − 1`` contrasts of logits are propagated and sampled.
+
+        A reward model answers single texts like a regression and pairs (see `data.pairs`) like a
+        classifier: the probabilities that the rejected and that the chosen text wins, from the
+        difference of the rewards alone.
+
+        Args:
+            x: Batch that the model takes.
+            pred_type: ``"glm"`` (linearised) or ``"nn"`` (sampled weights, ``link_approx="mc"``).
+            joint: For regression, covariances between the examples as well.
+            link_approx: ``"probit"``, ``"mc"``, ``"bridge"`` or ``"bridge_norm"``.
+            n_samples: Samples for ``"mc"``.
+            diagonal_output: Ignore covariances between outputs (``"mc"`` and regression).
+            generator: Source of the samples, on the posterior's device.
+            fitting: Of laplace-torch: for reward models, insist on pairs.
+
+        Returns:
+            Class probabilities ``(batch, classes)``. For regression mean ``(batch, outputs)`` and
+            covariance ``(batch, outputs, outputs)``; if joint ``(batch·outputs,)`` and its square;
+            if ``pred_type="nn"`` mean and variance of the samples, ``(batch, outputs)`` each.
+
+        Raises:
+            AttributeError: If the posterior has not been fitted.
+            ValueError: If an option is unknown, or the generator is on another device.
+        """
+        options = (pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting)
+        return Predictor(self.fitted)(x, *options)
+
+    def reward_difference(self, pairs: Any) -> tuple[Tensor, Tensor]:
+        """Return the linearised posterior of ``r_chosen − r_rejected``.
+
+        The variance is that of the difference of the Jacobians: what the two rewards share, such
+        as a common shift, cancels.
+
+        Args:
+            pairs: Batch of pairs, see `data.pairs`.
+
+        Returns:
+            Mean and variance, ``(batch,)`` each.
+
+        Raises:
+            AttributeError: If the posterior has not been fitted.
+            ValueError: If the batch holds no pairs.
+        """
+        return Predictor(self.fitted).reward_difference(pairs)
+
+    def optimize_prior_precision(
+        self,
+        pred_type: str = "glm",
+        method: str = "marglik",
+        *,
+        prior_structure: Structure = "scalar",
+        val_loader: Any = None,
+        link_approx: str = "probit",
+        n_samples: int = 100,
+        tune_sigma_noise: bool = False,
+        progress_bar: bool = False,
+        verbose: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Tune the prior precision; undoes an earlier `calibrate`.
+
+        * ``"marglik"``: the exact maximum of the marginal likelihood, from eigenvalues alone. With
+          ``n_steps``, ``lr`` or ``init_prior_prec``: laplace-torch's Adam instead.
+        * ``"gridsearch"``: a scalar from a logarithmic grid, in one pass over ``val_loader``; with
+          ``loss``, ``log_prior_prec_min``, ``log_prior_prec_max``, ``log_prior_prec_base`` and
+          ``grid_size`` as in laplace-torch.
+        * ``"val_gd"``: gradient descent on the validation NLL from the present prior, in one pass
+          over ``val_loader``; with ``n_steps`` (100) and ``lr`` (0.1).
+
+        Args:
+            pred_type: Predictive that a grid search scores, ``"glm"`` or ``"nn"``.
+            method: ``"marglik"``, ``"gridsearch"`` or ``"val_gd"``.
+            prior_structure: Which tensors share a precision, see `prior_groups`.
+            val_loader: Validation batches with labels.
+            link_approx: Link of the predictive that is scored.
+            n_samples: Samples for ``"mc"``, common to all priors compared.
+            tune_sigma_noise: For ``"marglik"`` of a regression: also the observation noise.
+            progress_bar: Show progress over the batches.
+            verbose: Print the result.
+            **kwargs: As listed with the methods.
+
+        Raises:
+            AttributeError: If the posterior has not been fitted.
+            ValueError: If the method or structure is unknown or do not go together, or the
+                validation loader is missing, empty or without labels.
+        """
+        self._check_H_init()
+        if self.structure.scalar_only and prior_structure != "scalar":
+            raise ValueError(
+                f"a full matrix cannot have prior_structure={prior_structure!r}; use 'scalar', or "
+                "a Kron or diagonal posterior"
+            )
+        before = self.state
+        uncalibrated = before.with_settings(before.settings.uncalibrated())
+        data = (val_loader, link_approx, n_samples, progress_bar)
+        try:
+            self.state = uncalibrated
+            tuner = Tuner(self.fitted)
+            settings = None
+            if method == "marglik":
+                if val_loader is not None:
+                    raise ValueError(
+                        "method='marglik' uses no validation data; leave `val_loader` out"
+                    )
+                if kwargs or prior_structure == "diag":
+                    self._laplace_marglik(prior_structure, tune_sigma_noise, kwargs)
+                else:
+                    settings = tuner.marginal_likelihood(prior_structure, tune_sigma_noise)
+            elif method == "gridsearch" and pred_type == "nn":
+                self._laplace_grid(val_loader, n_samples, kwargs)
+            elif method == "gridsearch":
+                settings = tuner.grid_search(prior_structure, *data, **kwargs)
+            elif method == "val_gd":
+                settings = tuner.descent(prior_structure, *data, **kwargs)
+            else:
+                raise ValueError(
+                    f"method must be 'marglik', 'gridsearch' or 'val_gd', got {method!r}"
+                )
+            if settings is not None:
+                self.state = uncalibrated.with_settings(settings)
+        except BaseException:
+            self.state = before  # laplace-torch's own loops write while they search
+            raise
+        if verbose:
+            print(f"Optimized prior precision is {self.prior_precision}.")
+
+    def calibrate(
+        self,
+        val_loader: Any,
+        link_approx: str = "probit",
+        n_samples: int = 100,
+        generator: torch.Generator | None = None,
+        progress_bar: bool = False,
+    ) -> Calibration:
+        """Choose prior, width and temperature of a classifier's predictive on a validation set.
+
+        One pass over the data; afterwards ``la(batch)`` uses what was chosen. Calibrate for the
+        link that you will predict with.
+
+        Args:
+            val_loader: Validation batches with labels.
+            link_approx: Link of the predictive.
+            n_samples: Samples for ``"mc"``, common to all candidates.
+            generator: Source of these samples.
+            progress_bar: Show progress over the batches.
+
+        Returns:
+            The values chosen, and validation NLL and ECE before and after; NLL is never worse.
+
+        Raises:
+            AttributeError: If the posterior has not been fitted.
+            ValueError: If it is not a classifier's, or the loader is empty or without labels.
+        """
+        options = (link_approx, n_samples, generator, progress_bar)
+        settings, report = Tuner(self.fitted).calibrate(val_loader, *options)
+        self.state: PosteriorState = self.state.with_settings(settings)
+        return report
+
+    def _laplace_marglik(
+        self, structure: Structure, tune_noise: bool, kwargs: dict[str, Any]
+    ) -> None:
+        if tune_noise and not self.fitted.objective.has_noise:
+            raise ValueError("only a regression has observation noise to tune")
+        with warnings.catch_warnings():
+            # laplace-torch speaks of links, which evidence does not involve.
+            warnings.filterwarnings("ignore", "By default `link_approx`", UserWarning)
+            super().optimize_prior_precision("glm", "marglik", prior_structure=structure, **kwargs)
+
+    def _laplace_grid(self, val_loader: Any, n_samples: int, kwargs: dict[str, Any]) -> None:
+        by_example = self.fitted.by_example
+        data = val_loader if val_loader is None else list(map(by_example, val_loader))
+        options = {"val_loader": data, "n_samples": n_samples, "link_approx": "mc"}
+        super().optimize_prior_precision("nn", "gridsearch", **options, **kwargs)

@@ -1,0 +1,185 @@
+"""What a structure and a precision answer, whatever their shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from laplace_lora.curvature.engine import Engine
+
+Gram = tuple[Tensor, Tensor]
+Spectrum = list[tuple[Tensor, int]]
+Sums = TypeVar("Sums")
+Curvature = TypeVar("Curvature")
+Raw = TypeVar("Raw")
+Self = TypeVar("Self")
+
+
+class Precision(Protocol):
+    """A posterior precision ``P`` over all weights, and what predictions and evidence ask of it."""
+
+    def covariance(self, jacobians: Iterable[Tensor]) -> Tensor:
+        """Return ``J P⁻¹ Jᵀ``, ``(batch, outputs, outputs)``.
+
+        Args:
+            jacobians: Rows ``(batch, outputs, *shape)`` of each tensor, in parameter order.
+        """
+        ...
+
+    def gram_blocks(self, jacobians: Iterable[Tensor]) -> Iterator[tuple[int, list[Gram]]]:
+        """Yield tensors' parts of ``J P⁻¹ Jᵀ`` as functions of the prior precision ``δ``.
+
+        A part is a list of eigenvalues ``e``, ``(K,)``, and products ``M``, ``(batch, outputs,
+        outputs, K)``, with the value ``Σ_k M_k / (e_k + δ)`` summed over the list.
+        """
+        ...
+
+    def spectra(self) -> list[Spectrum]:
+        """Return each tensor's curvature eigenvalues, with how often each counts."""
+        ...
+
+    def root_multiply(self, noise: Tensor) -> Tensor:
+        """Return ``L ε`` with ``L Lᵀ = P⁻¹`` for ``ε`` of shape ``(n, parameters)``."""
+        ...
+
+    def variance(self) -> Tensor:
+        """Return the diagonal of ``P⁻¹``, ``(parameters,)``."""
+        ...
+
+
+class Structure(Protocol[Sums, Raw, Curvature]):
+    """How curvature is held: as sums while the data are seen, raw afterwards, ready in a posterior.
+
+    Attributes:
+        advice: What to do if the curvature does not fit in memory.
+        adds_up: Whether processes combine their sums by addition; otherwise by gathering rows.
+        couples_groups: Whether the data correlate tensors, so that groups of them cannot be tuned
+            apart.
+        scalar_only: Whether a prior is tuned as one scalar: another would not share the curvature's
+            eigenvectors.
+    """
+
+    advice: str
+    adds_up: bool
+    couples_groups: bool
+    scalar_only: bool
+
+    @property
+    def has_second_pass(self) -> bool:
+        """Whether a fit iterates over the data once more, for the eigenvalues."""
+        ...
+
+    @property
+    def fits_by_jacobians(self) -> bool:
+        """Whether a fit puts together each tensor's Jacobian, as a prediction does."""
+        ...
+
+    def bound(self: Self, engine: Engine) -> Self:
+        """Return the structure for a model's tensors.
+
+        Raises:
+            ValueError: If an argument does not fit them.
+        """
+        ...
+
+    def add(
+        self, engine: Engine, sums: Sums | None, x: Any, y: Tensor, expected: int | None
+    ) -> tuple[Tensor, Sums]:
+        """Add a batch; return its loss and the sums.
+
+        Args:
+            engine: The model and its likelihood.
+            sums: What earlier batches returned; ``None`` before the first.
+            x: Batch that the model takes.
+            y: Its labels.
+            expected: Examples of the whole data set, if known.
+        """
+        ...
+
+    def tensors(self, sums: Sums) -> list[Tensor]:
+        """Return the tensors that the sums consist of."""
+        ...
+
+    def finish(self, engine: Engine, sums: Sums, n: int) -> Raw:
+        """Return the raw curvature of the summed loss over ``n`` examples."""
+        ...
+
+    def merge(self, raw: Raw, n: int, other: Raw, m: int) -> Raw:
+        """Return the raw curvature of ``n`` examples together with that of ``m`` others."""
+        ...
+
+    def ready(self, engine: Engine, raw: Raw) -> Curvature:
+        """Return a curvature that a posterior can use.
+
+        Raises:
+            FloatingPointError: If it is not finite.
+        """
+        ...
+
+    def raw(self, curvature: Curvature) -> Raw:
+        """Return the raw curvature of a posterior."""
+        ...
+
+    def precision(self, curvature: Curvature, prior: Tensor, scale: Tensor) -> Precision:
+        """Return ``scale · curvature + prior``.
+
+        Args:
+            curvature: What `ready` returned.
+            prior: Prior precision: one value, one per tensor or, where allowed, one per weight.
+            scale: Factor of the curvature, a scalar.
+        """
+        ...
+
+    def log_det_ratio(self, curvature: Curvature, prior: Tensor, scale: Tensor) -> Tensor:
+        """Return ``log det P − log det P₀``, a float64 scalar; gradients flow through it."""
+        ...
+
+    def pack(self, curvature: Curvature) -> tuple[dict[str, Tensor], Any]:
+        """Return a curvature as tensors, and a description that JSON can hold."""
+        ...
+
+    def unpack(self, engine: Engine, tensors: Mapping[str, Tensor], description: Any) -> Curvature:
+        """Return a packed curvature.
+
+        Raises:
+            ValueError: If tensors and description do not fit the model.
+            KeyError: If a tensor is missing.
+        """
+        ...
+
+    def unpack_device(self, device: torch.device) -> torch.device:
+        """Return where packed tensors are unpacked."""
+        ...
+
+    def to(self, curvature: Curvature, device: torch.device) -> Curvature:
+        """Return a curvature on another device."""
+        ...
+
+    def size(self, engine: Engine, curvature: Curvature | None) -> int:
+        """Return how many numbers a curvature holds after a fit."""
+        ...
+
+    def nbytes(self, engine: Engine, examples: int | None, columns: int) -> int:
+        """Return the bytes of the device that a curvature takes.
+
+        Args:
+            engine: The model and its likelihood.
+            examples: Examples of the fit, for structures that grow with them.
+            columns: Rows per example.
+        """
+        ...
+
+    def check_prior(self, length: int, n_layers: int, n_params: int) -> None:
+        """Refuse a prior precision that the structure cannot have.
+
+        Raises:
+            ValueError: If the structure's eigenvectors do not allow so many precisions.
+        """
+        ...
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the posterior's constructor arguments that describe the structure."""
+        ...

@@ -1,0 +1,172 @@
+"""`Dense`: one matrix over all weights, for heads and other small sets of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora.curvature import batch_curvature
+from laplace_lora.curvature.engine import Engine, joined
+from laplace_lora.structures.base import Gram, Spectrum
+from laplace_lora.structures.packed_tensor import pack_tensor, unpack_tensor
+from laplace_lora.structures.state import expanded
+
+
+@dataclass(frozen=True)
+class DensePrecision:
+    """The dense matrix ``curvature + prior``.
+
+    Attributes:
+        curvature: Scaled curvature, ``(parameters, parameters)``.
+        prior: Prior precision of each weight.
+        tensors: Number of trainable tensors.
+    """
+
+    curvature: Tensor
+    prior: Tensor
+    tensors: int
+
+    @cached_property
+    def root(self) -> Tensor:
+        """Lower triangular ``L`` with ``L Lᵀ = P⁻¹``: the flipped inverse Cholesky factor."""
+        matrix = self.curvature + torch.diag(self.prior)
+        factor = torch.linalg.cholesky(torch.flip(matrix, (-2, -1)))
+        flipped = torch.flip(factor, (-2, -1)).mT
+        eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        return torch.linalg.solve_triangular(flipped, eye, upper=False)
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """The posterior covariance, ``(parameters, parameters)``."""
+        return self.root @ self.root.T
+
+    @cached_property
+    def eigenpairs(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues and eigenvectors of the scaled curvature."""
+        values, vectors = torch.linalg.eigh(self.curvature.double())
+        dtype = self.curvature.dtype
+        return values.clamp(min=0).to(dtype), vectors.to(dtype)
+
+    def covariance(self, jacobians: Iterable[Tensor]) -> Tensor:
+        """Return ``J P⁻¹ Jᵀ``, see `Precision`."""
+        rows = joined(jacobians)
+        return torch.einsum("ncp,pq,nkq->nck", rows, self.inverse, rows)
+
+    def gram_blocks(self, jacobians: Iterable[Tensor]) -> Iterator[tuple[int, list[Gram]]]:
+        """Yield ``J P⁻¹ Jᵀ`` as a function of a scalar ``δ``, as the first tensor's part."""
+        values, vectors = self.eigenpairs
+        rows = joined(jacobians) @ vectors
+        yield 0, [(values, rows.unsqueeze(2) * rows.unsqueeze(1))]
+
+    def spectra(self) -> list[Spectrum]:
+        """Return the whole matrix's eigenvalues with the first tensor, none with the others."""
+        values, _ = self.eigenpairs
+        return [[(values, 1)]] + [[(values.new_zeros(1), 0)]] * (self.tensors - 1)
+
+    def root_multiply(self, noise: Tensor) -> Tensor:
+        """Return ``L ε`` for ``ε`` of shape ``(n, parameters)``."""
+        return noise @ self.root.T
+
+    def variance(self) -> Tensor:
+        """Return the diagonal of ``P⁻¹``, ``(parameters,)``."""
+        return self.inverse.diagonal()
+
+
+@dataclass(frozen=True)
+class Dense:
+    """One matrix over all weights; its prior is tuned as a scalar.
+
+    Attributes:
+        sizes: Numbers in each tensor.
+    """
+
+    sizes: tuple[int, ...] = ()
+    advice: str = "use KronLoraLLLaplace or DiagLoraLLLaplace"
+    adds_up: bool = True
+    has_second_pass: bool = False
+    fits_by_jacobians: bool = True
+    couples_groups: bool = False
+    scalar_only: bool = True
+
+    def bound(self, engine: Engine) -> Dense:
+        """Return the structure for a model's tensors."""
+        return replace(self, sizes=tuple(engine.sizes))
+
+    def add(
+        self, engine: Engine, sums: Tensor | None, x: Any, y: Tensor, expected: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Add a batch's matrix."""
+        loss, matrix = batch_curvature.matrix(engine, x, y)
+        return loss, matrix if sums is None else sums + matrix
+
+    def tensors(self, sums: Tensor) -> list[Tensor]:
+        """Return the one tensor."""
+        return [sums]
+
+    def finish(self, engine: Engine, sums: Tensor, n: int) -> Tensor:
+        """Return the matrix."""
+        return sums
+
+    def merge(self, raw: Tensor, n: int, other: Tensor, m: int) -> Tensor:
+        """Return the sum of two matrices."""
+        return raw + other
+
+    def ready(self, engine: Engine, raw: Tensor) -> Tensor:
+        """Return the matrix.
+
+        Raises:
+            FloatingPointError: If it is not finite.
+        """
+        if not bool(raw.isfinite().all()):
+            raise FloatingPointError("the curvature of the last layer is not finite")
+        return raw
+
+    def raw(self, curvature: Tensor) -> Tensor:
+        """Return the matrix."""
+        return curvature
+
+    def precision(self, curvature: Tensor, prior: Tensor, scale: Tensor) -> DensePrecision:
+        """Return ``scale · curvature + prior``."""
+        return DensePrecision(scale * curvature, expanded(prior, self.sizes), len(self.sizes))
+
+    def log_det_ratio(self, curvature: Tensor, prior: Tensor, scale: Tensor) -> Tensor:
+        """Return ``log det P − log det P₀``, a float64 scalar."""
+        root = expanded(prior, self.sizes).double().rsqrt()
+        ratio = scale.double() * root.unsqueeze(1) * curvature.double() * root
+        return torch.logdet(ratio + torch.eye(len(root), dtype=root.dtype, device=root.device))
+
+    def pack(self, curvature: Tensor) -> tuple[dict[str, Tensor], Any]:
+        """Return the matrix under a name."""
+        return pack_tensor(curvature)
+
+    def unpack(self, engine: Engine, tensors: Mapping[str, Tensor], description: Any) -> Tensor:
+        """Return a packed matrix."""
+        return self.ready(engine, unpack_tensor(tensors, description, [sum(self.sizes)] * 2))
+
+    def unpack_device(self, device: torch.device) -> torch.device:
+        """Return the posterior's device."""
+        return device
+
+    def to(self, curvature: Tensor, device: torch.device) -> Tensor:
+        """Return the matrix on another device."""
+        return curvature.to(device)
+
+    def size(self, engine: Engine, curvature: Tensor | None) -> int:
+        """Return the number of the matrix's entries."""
+        return sum(self.sizes) ** 2
+
+    def nbytes(self, engine: Engine, examples: int | None, columns: int) -> int:
+        """Return the bytes of the matrix."""
+        return engine.dtype.itemsize * self.size(engine, None)
+
+    def check_prior(self, length: int, n_layers: int, n_params: int) -> None:
+        """Accept any prior precision; a tuned one is a scalar."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Return no arguments."""
+        return {}

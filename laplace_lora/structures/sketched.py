@@ -1,0 +1,167 @@
+"""`Sketched`: the leading directions of the curvature of all weights together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora.curvature.engine import Engine
+from laplace_lora.linalg.row_precision import RowPrecision
+from laplace_lora.linalg.row_storage import RowStorage
+from laplace_lora.linalg.sketch import Factor, FactorSpec, LowRankFactor, sketch_columns
+from laplace_lora.structures.rows import RowCurvature, checked_rows
+
+
+@dataclass(frozen=True)
+class SketchedCurvature:
+    """A sketch of the curvature, and its leading directions as rows.
+
+    Attributes:
+        sketch: The sketch, to which further data may be added.
+        directions: The leading directions.
+        truncation: Share of the curvature's trace that the directions miss.
+    """
+
+    sketch: Factor
+    directions: RowCurvature
+    truncation: float
+
+    @property
+    def rows(self) -> RowStorage:
+        """The leading directions, one per row."""
+        return self.directions.rows
+
+
+@dataclass(frozen=True)
+class Sketched:
+    """The leading directions of the curvature, from a sketch that grows with the weights alone.
+
+    Attributes:
+        sizes: Numbers in each tensor.
+        rank: Directions kept.
+    """
+
+    sizes: tuple[int, ...] = ()
+    rank: int = 128
+    advice: str = "lower `rank`, or cover fewer `modules`"
+    adds_up: bool = True
+    has_second_pass: bool = False
+    fits_by_jacobians: bool = True
+    couples_groups: bool = True
+    scalar_only: bool = False
+
+    def bound(self, engine: Engine) -> Sketched:
+        """Return the structure for a model's tensors."""
+        return replace(self, sizes=tuple(engine.sizes))
+
+    def add(
+        self, engine: Engine, sums: Factor | None, x: Any, y: Tensor, expected: int | None
+    ) -> tuple[Tensor, Factor]:
+        """Add a batch's rows to the sketch.
+
+        Raises:
+            FloatingPointError: If a row is not finite; names the tensor.
+        """
+        loss, blocks = engine.root_blocks(x, y)
+        parts = [checked_rows(engine, i, block) for i, block in enumerate(blocks)]
+        # A sketch needs a row's product with the test matrix first, over all tensors.
+        sums = self.empty(engine) if sums is None else sums
+        sums.update(torch.cat(parts, dim=1))
+        return loss, sums
+
+    def empty(self, engine: Engine) -> Factor:
+        """Return an empty sketch."""
+        return FactorSpec(self.rank, 0).empty(sum(self.sizes), engine.dtype, engine.device)
+
+    def tensors(self, sums: Factor) -> list[Tensor]:
+        """Return the tensors that the sketch consists of."""
+        return sums.tensors()
+
+    def finish(self, engine: Engine, sums: Factor, n: int) -> Factor:
+        """Return the sketch."""
+        return sums
+
+    def merge(self, raw: Any, n: int, other: Any, m: int) -> Factor:
+        """Return the sum of two sketches."""
+        total: Factor = raw.add(other)
+        return total
+
+    def ready(self, engine: Engine, raw: Factor) -> SketchedCurvature:
+        """Return the sketch with its leading directions.
+
+        Raises:
+            FloatingPointError: If the sketch is not finite.
+        """
+        eigen = raw.decompose("zero")
+        values, order = eigen.values.sort(descending=True)
+        values, order = values[: self.rank], order[: self.rank]
+        rows = RowStorage(self.sizes, engine.dtype, engine.dtype, engine.device)
+        directions = (eigen.vectors[:, order] * values.sqrt()).T
+        for i, part in enumerate(directions.split(self.sizes, dim=1)):
+            rows.append(i, part)
+        trace, kept = float(raw.trace), float(values.double().sum())
+        truncation = max(0.0, 1 - kept / trace) if trace > 0 else 0.0
+        return SketchedCurvature(raw, RowCurvature(rows), truncation)
+
+    def raw(self, curvature: SketchedCurvature) -> Factor:
+        """Return the sketch."""
+        return curvature.sketch
+
+    def precision(self, curvature: SketchedCurvature, prior: Tensor, scale: Tensor) -> RowPrecision:
+        """Return ``scale · curvature + prior``."""
+        return curvature.directions.precision(prior, scale)
+
+    def log_det_ratio(self, curvature: SketchedCurvature, prior: Tensor, scale: Tensor) -> Tensor:
+        """Return ``log det P − log det P₀``, a float64 scalar."""
+        return curvature.directions.log_det_ratio(prior, scale)
+
+    def pack(self, curvature: SketchedCurvature) -> tuple[dict[str, Tensor], Any]:
+        """Return the sketch's tensors by their numbers, and how many there are."""
+        tensors = curvature.sketch.tensors()
+        return {str(i): tensor for i, tensor in enumerate(tensors)}, len(tensors)
+
+    def unpack(
+        self, engine: Engine, tensors: Mapping[str, Tensor], description: Any
+    ) -> SketchedCurvature:
+        """Return a packed sketch with its directions."""
+        sketch = self.empty(engine)
+        expected = sketch.tensors()
+        if description != len(expected) or len(tensors) != len(expected):
+            raise ValueError("the tensors are not those of a sketch")
+        for i, tensor in enumerate(expected):
+            packed = tensors[str(i)]
+            if packed.shape != tensor.shape or packed.dtype != tensor.dtype:
+                raise ValueError(f"the sketch has {packed.dtype} of shape {tuple(packed.shape)}")
+            tensor.copy_(packed)
+        if isinstance(sketch, LowRankFactor) and sketch.trace < 0:
+            raise ValueError("the sketch has a negative trace")
+        return self.ready(engine, sketch)
+
+    def unpack_device(self, device: torch.device) -> torch.device:
+        """Return the posterior's device."""
+        return device
+
+    def to(self, curvature: SketchedCurvature, device: torch.device) -> SketchedCurvature:
+        """Return sketch and directions on another device."""
+        directions = RowCurvature(curvature.directions.rows.to(device))
+        return SketchedCurvature(curvature.sketch.to(device), directions, curvature.truncation)
+
+    def size(self, engine: Engine, curvature: SketchedCurvature | None) -> int:
+        """Return how many numbers sketch, test matrix and directions hold."""
+        n = sum(self.sizes)
+        return n * (2 * min(sketch_columns(self.rank), n) + self.rank)
+
+    def nbytes(self, engine: Engine, examples: int | None, columns: int) -> int:
+        """Return the bytes of sketch, test matrix and directions."""
+        return engine.dtype.itemsize * self.size(engine, None)
+
+    def check_prior(self, length: int, n_layers: int, n_params: int) -> None:
+        """Accept any prior precision."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the number of directions."""
+        return {"rank": self.rank}

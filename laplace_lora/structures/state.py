@@ -1,0 +1,211 @@
+"""The frozen state of a posterior, and its parts put together.
+
+A fit, a tuning or a load makes a new state; nothing is changed in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace_lora.curvature.engine import Engine
+from laplace_lora.likelihoods.base import Likelihood
+from laplace_lora.structures.base import Precision, Structure
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What may be tuned after a fit.
+
+    Attributes:
+        prior_precision: One value, one per tensor or one per weight.
+        prior_mean: One value, or one per weight.
+        sigma_noise: Standard deviation of a regression's noise, a scalar; 1 for other likelihoods.
+        covariance_scale: Factor of the predictive covariance, 1 unless calibrated.
+        likelihood_temperature: Divides logits before the softmax, 1 unless calibrated.
+    """
+
+    prior_precision: Tensor = field(default_factory=lambda: torch.ones(1))
+    prior_mean: Tensor = field(default_factory=lambda: torch.zeros(()))
+    sigma_noise: Tensor = field(default_factory=lambda: torch.ones(()))
+    covariance_scale: float = 1.0
+    likelihood_temperature: float = 1.0
+
+    def uncalibrated(self) -> Settings:
+        """Return the settings with width and temperature as a fit leaves them."""
+        return replace(self, covariance_scale=1.0, likelihood_temperature=1.0)
+
+    def to(self, device: torch.device) -> Settings:
+        """Return the settings on another device."""
+        names = ("prior_precision", "prior_mean", "sigma_noise")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+
+@dataclass(frozen=True)
+class PosteriorState:
+    """A posterior as numbers.
+
+    Attributes:
+        settings: Prior, noise and calibration.
+        curvature: Curvature of the summed loss, of the structure's kind; ``None`` before a fit.
+        mean: MAP weights, ``(parameters,)``; ``None`` before a fit.
+        sizes: Numbers in each tensor.
+        loss: Summed training loss.
+        n_data: Number of training examples.
+        n_outputs: Number of outputs.
+    """
+
+    settings: Settings = field(default_factory=Settings)
+    curvature: Any = None
+    mean: Tensor | None = None
+    sizes: tuple[int, ...] = ()
+    loss: float = 0.0
+    n_data: int = 0
+    n_outputs: int = 0
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there is a curvature."""
+        return self.curvature is not None
+
+    @cached_property
+    def squared_norms(self) -> Tensor:
+        """Each tensor's ``‖θ − μ₀‖²``, float64, ``(tensors,)``."""
+        assert self.mean is not None
+        squares = (self.mean - self.settings.prior_mean).double().square()
+        return torch.stack([part.sum() for part in squares.split(self.sizes)])
+
+    def with_settings(self, settings: Settings) -> PosteriorState:
+        """Return the state with other settings."""
+        state = replace(self, settings=settings)
+        if settings.prior_mean is self.settings.prior_mean and "squared_norms" in vars(self):
+            vars(state)["squared_norms"] = self.squared_norms
+        return state
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The parts of a posterior at one moment: model, likelihood, structure and state.
+
+    Attributes:
+        kind: Name of the posterior's class.
+        arguments: Its constructor's arguments, but for model and backend.
+        model: From a batch to outputs.
+        source: The `LogitsModel` that answers for the user's model.
+        engine: Jacobians and curvature of the model.
+        objective: Likelihood.
+        structure: How the curvature is held.
+        state: The numbers.
+        temperature: laplace-torch's temperature of the likelihood, in the curvature's scale.
+        label_key: Key of the labels in a batch.
+        device: Where the posterior is.
+        differentiable: Whether gradients flow through predictions to the inputs.
+    """
+
+    kind: str
+    arguments: dict[str, Any]
+    model: nn.Module
+    source: Any
+    engine: Engine
+    objective: Likelihood
+    structure: Structure[Any, Any, Any]
+    state: PosteriorState
+    temperature: float
+    label_key: str
+    device: torch.device
+    differentiable: bool = False
+
+    def scale_differs(self, other: Posterior) -> bool:
+        """Return whether another posterior's attributes outside the state differ."""
+        names = ("temperature", "label_key", "device", "differentiable", "arguments")
+        return any(getattr(self, name) != getattr(other, name) for name in names)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of curvature and predictions: the adapters', float32 at least."""
+        return self.engine.dtype
+
+    @property
+    def settings(self) -> Settings:
+        """Prior, noise and calibration."""
+        return self.state.settings
+
+    @property
+    def mean(self) -> Tensor:
+        """MAP weights, ``(parameters,)``."""
+        assert self.state.mean is not None
+        return self.state.mean
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the trainable tensors, in parameter order."""
+        return self.engine.names
+
+    @property
+    def prior_by_tensor(self) -> Tensor:
+        """Prior precision of each tensor, ``(tensors,)``, detached."""
+        return self.settings.prior_precision.detach().expand(len(self.engine.blocks))
+
+    @property
+    def scale(self) -> Tensor:
+        """Factor of the curvature in the posterior precision, a scalar."""
+        return 1 / self.settings.sigma_noise.square() / self.temperature
+
+    @cached_property
+    def precision(self) -> Precision:
+        """The posterior precision."""
+        return self.precision_at(self.settings)
+
+    def precision_at(self, settings: Settings) -> Precision:
+        """Return the posterior precision with other settings."""
+        scale = 1 / settings.sigma_noise.square() / self.temperature
+        return self.structure.precision(self.state.curvature, settings.prior_precision, scale)
+
+    def with_settings(self, settings: Settings) -> Posterior:
+        """Return the posterior with other settings."""
+        return replace(self, state=self.state.with_settings(settings))
+
+    def current_weights(self) -> Tensor:
+        """Return the model's trainable weights, ``(parameters,)``, on the posterior's device."""
+        # A model may be spread over devices; the posterior is on one.
+        parts = [p.detach().flatten() for p in self.engine.parameters]
+        return torch.cat([part.to(self.device, self.dtype) for part in parts])
+
+    def by_example(self, batch: Any) -> Any:
+        """Return a labelled batch in the form in which every row is an example."""
+        return self.objective.by_example(batch, self.label_key)
+
+    def split(self, batch: Any) -> tuple[Any, Tensor]:
+        """Split a batch into what the model takes and labels, see `Likelihood.split`."""
+        return self.objective.split(batch, self.label_key, self.device, self.dtype)
+
+    def sample(self, n_samples: int, generator: torch.Generator | None) -> Tensor:
+        """Return samples of the weights before calibration, ``(n_samples, parameters)``."""
+        size = (n_samples, len(self.mean))
+        noise = torch.randn(size, dtype=self.dtype, device=self.device, generator=generator)
+        return self.mean.reshape(1, -1) + self.precision.root_multiply(noise)
+
+
+def expanded(values: Tensor, sizes: tuple[int, ...] | list[int]) -> Tensor:
+    """Return one value per weight from one in all, one per tensor or one per weight.
+
+    Args:
+        values: ``(1,)``, ``(tensors,)`` or ``(parameters,)``.
+        sizes: Numbers in each tensor.
+
+    Raises:
+        ValueError: If there are as many values as neither.
+    """
+    n = sum(sizes)
+    if len(values) == 1:
+        return values * torch.ones(n, device=values.device, dtype=values.dtype)
+    if len(values) == n:
+        return values
+    if len(values) != len(sizes):
+        raise ValueError(f"{len(values)} values for {len(sizes)} tensors of {n} numbers")
+    pairs = zip(values, sizes, strict=True)
+    return torch.cat([value * torch.ones(size).to(values) for value, size in pairs])
