@@ -154,10 +154,7 @@ def test_every_guide_and_every_example_is_listed():
             assert f"({script.name}" in examples
 
 
-def test_tests_and_modules_that_a_guide_names_exist():
-    known = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
-    for path in DOCUMENTS:
-        assert set(re.findall(r"test_\w+\.py", path.read_text())) <= known
+def test_the_modules_that_the_changes_name_exist():
     rows = re.findall(r"^\| `laplace_lora\..* \| (.*) \|$", CHANGES.read_text(), flags=re.M)
     modules = re.findall(r"laplace_lora[\w.]+", " ".join(rows))
     assert len(modules) > 10
