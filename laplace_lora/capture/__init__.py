@@ -1,4 +1,4 @@
-"""One recorded forward pass, its backward passes, and Jacobians put together from them.
+"""Record one forward pass, run its backward passes, and assemble Jacobians from them.
 
-No sums over data; covariances are in `curvature`.
+Sums over data are in `curvature`.
 """

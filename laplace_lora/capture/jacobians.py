@@ -1,8 +1,7 @@
 """Jacobians of a recorded forward pass, one trainable tensor at a time.
 
-Never `torch.func.jacrev`, which makes a backward pass for every example and output, and never all
-parameters at once: memory is what the output gradients of the maps need. What the rows are
-multiplied with belongs to `curvature` and `predictive`.
+Not by `torch.func.jacrev`, which runs a backward pass for every example and output, and never for
+all parameters at once: only the maps' output gradients are held in memory.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ def jacobian_blocks(
 ) -> Iterator[Tensor]:
     """Yield ``columnsᵀ J`` for each trainable tensor in turn.
 
-    Runs all backward passes at once; examples are independent, so one pass serves the whole batch.
-    A pass leaves what is smaller of a map's token gradients ``(tokens, p)`` and its Jacobian
-    ``(p, q)``: for ``lora_A`` the first, for ``lora_B`` the second. A block is put together when
-    its turn comes and is then the caller's alone. Whole tensors' gradients are kept as they are,
-    all of them, ``(batch, columns, entries)``.
+    Runs all backward passes first; examples are independent, so one pass serves the whole batch.
+    Of each map it keeps the smaller of its token gradients ``(tokens, p)`` and its Jacobian
+    ``(p, q)``: for ``lora_A`` the first, for ``lora_B`` the second. A block is assembled in its
+    turn, and no reference to it is kept. The gradients of whole tensors are all kept, ``(batch,
+    columns, entries)``.
 
     Args:
-        tape: The recorded forward pass; its graph is spent.
+        tape: The recorded forward pass; its graph is freed.
         blocks: The trainable tensors, in parameter order.
         columns: Gradients with respect to the outputs, ``(columns, batch, outputs)``.
-        dtype: Number format of the result.
+        dtype: Dtype of the result.
 
     Yields:
-        Rows ``(batch, columns, *shape of the tensor)``, on the outputs' device; the shape of a
-        scalar is ``(1,)``.
+        Rows ``(batch, columns, *shape of the tensor)``, on the outputs' device; a scalar has
+        shape ``(1,)``.
     """
     weights: dict[int, list[Tensor]] = {block.map: [] for block in blocks if not block.is_bias}
     biases: dict[int, list[Tensor]] = {block.map: [] for block in blocks if block.is_bias}
@@ -64,13 +63,13 @@ def jacobian_blocks(
             rows = torch.stack(whole.pop(i))
             yield rows.reshape(*rows.shape[:2], *(block.parameter.shape or (1,))).to(device)
             continue
-        kept = biases.pop(i) if block.is_bias else weights.pop(i)
-        if not kept:  # the outputs do not depend on this map
+        stored = biases.pop(i) if block.is_bias else weights.pop(i)
+        if not stored:  # the outputs do not depend on this map
             shape = (tape.examples, len(columns), *block.parameter.shape)
             yield torch.zeros(shape, dtype=dtype, device=device)
             continue
-        rows = torch.stack(kept, dim=1)
-        del kept
+        rows = torch.stack(stored, dim=1)
+        del stored
         if not block.is_bias and keeps_tokens(i):
             rows = torch.einsum("nrtp,ntq->nrpq", rows.to(dtype), inputs[i].to(dtype))
         rows = rows.mT if linear.transposed and not block.is_bias else rows

@@ -1,50 +1,46 @@
-"""`Tape`: one recorded forward pass, with as many backward passes as asked.
-
-What each trainable map saw, which tokens of it are real, and which maps share an input; output
-gradients go to a visitor the moment they exist. How a pass is recorded belongs to `capture`, how a
-map's own input and gradient follow from its module's to `maps` and `uncovered`, what is made of
-them to `kfac` and `jacobians`.
-"""
+"""`Tape`: one recorded forward pass, and any number of backward passes through it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from laplace_lora.adapters.maps import Call, LinearMap
+from laplace_lora.data.batches import Batch
 from laplace_lora.data.masks import joined_masks, token_mask
 from laplace_lora.data.pairs import passes
 
 Visitor = Callable[[int, int, Tensor], None]
+Address: TypeAlias = tuple[Any, ...]
 
 
 class Tape:
     """One recorded forward pass.
 
-    A map that ran several times, as in models that share their layers' weights or that run on both
-    texts of a preference pair, has the tokens of all its calls, one call after the other.
+    A map that was called several times, in a model whose layers share weights or that runs on both
+    texts of a preference pair, has the tokens of all its calls, concatenated in order.
 
     Attributes:
         maps: The maps: those recorded, then whole tensors, which have nothing to record.
         examples: Number of examples.
-        inputs: Own input of each recorded map, ``(batch, tokens, q)`` or ``(batch, q)``, detached.
-        output: What the model returned, ``(rows, outputs)``, detached; a row an example, unless
-            several of an example's tokens have outputs of their own.
-        rerun: From the number of an example to what the model returns for it alone, with its graph.
+        inputs: Input of each recorded map, ``(batch, tokens, q)`` or ``(batch, q)``, detached.
+        output: The model's output, ``(rows, outputs)``, detached; one row per example, or one per
+            scored token.
+        rerun: From the index of an example to the model's output for it alone, with its graph.
     """
 
     def __init__(
         self,
         maps: Sequence[LinearMap],
-        mask_source: Any,
+        mask_source: Batch,
         calls: Sequence[Sequence[Call]],
         output: Tensor,
-        sources: dict[int, list[tuple]],
+        sources: dict[int, list[Address]],
         rerun: Callable[[int], Tensor],
         examples: int,
     ) -> None:
@@ -56,50 +52,50 @@ class Tape:
         self._mask_source = mask_source
         self._output = output
         self._inputs = [
-            [linear.read(call) for call in found]
-            for linear, found in zip(maps, calls, strict=False)
+            [linear.read(call) for call in map_calls]
+            for linear, map_calls in zip(maps, calls, strict=False)
         ]
-        # Projections that share an input, in each of their calls, share what is joined as well.
+        # Projections that share an input in each of their calls share the joined input as well.
         distinct = {_addresses(inputs): inputs for inputs in self._inputs}
         joined = {addresses: _joined(inputs) for addresses, inputs in distinct.items()}
         self.inputs = [joined[_addresses(inputs)] for inputs in self._inputs]
-        self._outputs = [[call.output for call in found] for found in calls]
-        made = {id(out) for outputs in self._outputs for out in outputs}
-        # A map fed by another recorded map lies on that one's backward path, so it needs no
-        # gradient of its own kept alive: lora_B's wide gradients pass by and are gone.
-        own = [call.output for found in calls for call in found if id(call.x) not in made]
-        self._targets = list({id(out): out for out in own}.values())
+        self._outputs = [[call.output for call in map_calls] for map_calls in calls]
+        output_ids = {id(out) for outputs in self._outputs for out in outputs}
+        # A map fed by another recorded map lies on that map's backward path, so its gradient need
+        # not be kept alive as a target: lora_B's wide gradients are freed once they were visited.
+        targets = [c.output for map_calls in calls for c in map_calls if id(c.x) not in output_ids]
+        self._targets = list({id(out): out for out in targets}.values())
 
     @cached_property
     def masks(self) -> list[Tensor | None]:
-        """For each recorded map which tokens are real, ``(batch, tokens)``, or ``None`` if all are.
+        """For each recorded map, which tokens are real, ``(batch, tokens)``; ``None`` if all are.
 
         Raises:
             ValueError: If the attention masks in the batch do not fit a map's tokens.
         """
         sources = passes(self._mask_source)
-        found: dict[tuple, Tensor | None] = {}
+        token_masks: dict[Address, Tensor | None] = {}
         masks: list[Tensor | None] = []
         for linear, inputs in zip(self.maps, self._inputs, strict=False):
             parts = []
             for call, x in enumerate(inputs if linear.has_tokens else []):
                 source = call * len(sources) // len(inputs)
                 key = (source, x.shape[:-1], x.device)
-                if key not in found:
-                    found[key] = token_mask(sources[source], x, linear.name)
-                parts.append((x, found[key]))
+                if key not in token_masks:
+                    token_masks[key] = token_mask(sources[source], x, linear.name)
+                parts.append((x, token_masks[key]))
             masks.append(joined_masks(parts))
         return masks
 
     @cached_property
     def input_groups(self) -> list[int]:
-        """For each recorded map the first map with the same input.
+        """For each recorded map, the index of the first map with the same input.
 
-        Projections that share their input tensor are found by its address. PEFT casts the input to
-        the adapter's number format, once a projection; then the address before the cast tells where
-        to look, and the values decide.
+        Projections that share their input tensor are recognised by its address. If PEFT casts the
+        input to the adapter's dtype, once per projection, the address before the cast names the
+        candidate, and equal values confirm it.
         """
-        first: dict[tuple, int] = {}
+        first: dict[Address, int] = {}
         groups: list[int] = []
         for i, (linear, x) in enumerate(zip(self.maps, self.inputs, strict=False)):
             group = first.setdefault(address(x), i)
@@ -110,42 +106,43 @@ class Tape:
                 candidate = first.get(before, i)
                 if torch.equal(self.inputs[candidate], x):
                     group = first[address(x)] = candidate
-                # Memory is used again: the next map may look for this one, not for an older.
+                # Addresses are reused: the next map must be compared with this one, not an older.
                 first[before] = group
             groups.append(group)
         return groups
 
     def backward(self, columns: Tensor, visit: Visitor) -> None:
-        """Run one backward pass a column; frees the graph after the last.
+        """Run one backward pass per column; frees the graph after the last.
 
         Args:
             columns: Gradients with respect to the output, ``(columns, batch, outputs)``.
-            visit: Called with the column, the map and the gradient with respect to the map's
-                output, ``(batch, tokens, p)`` or ``(batch, p)``, as soon as the backward pass
-                knows it. Not called for a map on which the output does not depend.
+            visit: Called with the indices of column and map and the gradient with respect to the
+                map's output, ``(batch, tokens, p)`` or ``(batch, p)``, as soon as the backward
+                pass has computed it. Not called for a map on which the output does not depend.
         """
         if not self._targets:
             return
         column = 0
-        waiting: dict[int, dict[int, Tensor]] = {}
+        pending: dict[int, dict[int, Tensor]] = {}  # gradients of maps whose calls are not all seen
 
         def finish(i: int) -> None:
-            found = waiting.pop(i)
+            by_call = pending.pop(i)
             for call, out in enumerate(self._outputs[i]):
-                if call not in found:
+                if call not in by_call:
                     zeros = torch.zeros_like(out)
-                    found[call] = self.maps[i].own_grad(self._inputs[i][call], zeros)
-            grads = [found[call] for call in range(len(self._outputs[i]))]
-            summed = grads[0].ndim < self._inputs[i][0].ndim  # over the tokens of a call already
-            visit(column, i, torch.stack(grads).sum(0) if summed else _joined(grads))
+                    by_call[call] = self.maps[i].map_grad(self._inputs[i][call], zeros)
+            grads = [by_call[call] for call in range(len(self._outputs[i]))]
+            is_summed = grads[0].ndim < self._inputs[i][0].ndim  # over the tokens of each call
+            visit(column, i, torch.stack(grads).sum(0) if is_summed else _joined(grads))
 
         def hook(i: int, call: int) -> Callable[[Tensor], None]:
-            def seen(grad: Tensor) -> None:
-                waiting.setdefault(i, {})[call] = self.maps[i].own_grad(self._inputs[i][call], grad)
-                if len(waiting[i]) == len(self._outputs[i]):
+            def receive(grad: Tensor) -> None:
+                by_call = pending.setdefault(i, {})
+                by_call[call] = self.maps[i].map_grad(self._inputs[i][call], grad)
+                if len(by_call) == len(self._outputs[i]):
                     finish(i)
 
-            return seen
+            return receive
 
         with ExitStack() as stack:
             for i, outputs in enumerate(self._outputs):
@@ -159,21 +156,21 @@ class Tape:
                     retain_graph=column + 1 < len(columns),
                     allow_unused=True,
                 )
-                for i in list(waiting):  # the output does not depend on all calls of these
+                for i in list(pending):  # the output does not depend on all calls of these
                     finish(i)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the tokens of several calls, one after the other."""
+    """Return the tokens of several calls, concatenated."""
     if len(tensors) == 1:
         return tensors[0]
     return torch.cat([t if t.ndim == 3 else t.unsqueeze(1) for t in tensors], dim=1)
 
 
-def _addresses(inputs: Sequence[Tensor]) -> tuple:
+def _addresses(inputs: Sequence[Tensor]) -> Address:
     return tuple(map(address, inputs))
 
 
-def address(x: Tensor) -> tuple:
-    """Return where a tensor lies and how, by which those that are one are known."""
+def address(x: Tensor) -> Address:
+    """Return where and how a tensor is stored; equal for views of the same values."""
     return (x.device, x.data_ptr(), x.shape, x.stride(), x.dtype)

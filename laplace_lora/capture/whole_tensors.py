@@ -1,4 +1,4 @@
-"""Gradients of tensors that no map covers, from running the model on each example alone."""
+"""Gradients of tensors that no map covers, from running the model on one example at a time."""
 
 from __future__ import annotations
 
@@ -13,43 +13,45 @@ from laplace_lora.capture.tape import Tape
 def whole_gradients(tape: Tape, columns: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield the gradients of the whole tensors, example by example.
 
-    Runs the model on each example alone, and backward once a column: about as much work as a
-    tape's `backward`, but without the speed of batches. Yields nothing if there are none.
+    Runs the model on each example alone, and backward once per column: about as much work as a
+    tape's `backward`, but without the speed of batches. Yields nothing if there are no whole
+    tensors.
 
     Args:
         tape: The recorded forward pass.
         columns: Gradients with respect to the output, ``(columns, rows, outputs)``.
 
     Yields:
-        A whole tensor's index and its gradients ``(columns, entries)``, for all tensors of the
-        first example, then of the second, and so on.
+        The index of a whole tensor and its gradients ``(columns, entries)``: first all tensors
+        for the first example, then for the second, and so on.
 
     Raises:
-        RuntimeError: If the model gives an example alone another output than in its batch.
+        RuntimeError: If the model's output for an example alone differs from that in the batch.
     """
     first = len(tape.inputs)
     parameters = [p for linear in tape.maps[first:] for p, _ in linear.parameters()]
     start = 0
     for n in range(tape.examples) if parameters else ():
         alone = tape.rerun(n)
-        own = slice(start, start + len(alone))  # one row, or one a scored token
-        start, together = own.stop, tape.output[own]
+        rows = slice(start, start + len(alone))  # one row, or one per scored token
+        start, together = rows.stop, tape.output[rows]
         bound = 0.05 * (1 + tape.output.abs().max())  # half precision rounds by the batch's size
         if alone.shape != together.shape or not ((alone - together).abs() <= bound).all():
             raise RuntimeError(
-                f"the model's output for example {n} alone differs from that in its batch, so its "
-                "gradients cannot be told apart; is dropout on, or does the model mix examples?"
+                f"the model's output for example {n} alone differs from that in its batch, so "
+                "gradients per example cannot be computed; switch dropout off, and use layers that "
+                "do not mix examples"
             )
-        rows: list[list[Tensor]] = [[] for _ in parameters]
+        gradients: list[list[Tensor]] = [[] for _ in parameters]
         for column in range(len(columns)):
             grads = torch.autograd.grad(
                 alone,
                 parameters,
-                columns[column, own].to(alone.dtype),
+                columns[column, rows].to(alone.dtype),
                 retain_graph=column + 1 < len(columns),
                 allow_unused=True,
             )
-            for found, p, grad in zip(rows, parameters, grads, strict=True):
-                found.append(torch.zeros_like(p) if grad is None else grad)
-        for i, found in enumerate(rows):
-            yield first + i, torch.stack(found).reshape(len(columns), -1)
+            for stored, p, grad in zip(gradients, parameters, grads, strict=True):
+                stored.append(torch.zeros_like(p) if grad is None else grad)
+        for i, stored in enumerate(gradients):
+            yield first + i, torch.stack(stored).reshape(len(columns), -1)
