@@ -176,7 +176,7 @@ class FullLaplace(ParametricLaplace):
 
 class KronLaplace(ParametricLaplace):
     damping: bool
-    H_facs: Kron | None
+    H_facs: Any  # `Kron | None`; Any, so that subclasses may make it a property
     def __init__(
         self,
         model: nn.Module,
@@ -241,6 +241,9 @@ class FunctionalLaplace(BaseLaplace):
     ) -> Tensor | tuple[Tensor, Tensor]: ...
     def functional_variance(self, Js_star: Tensor) -> Tensor: ...
     def functional_covariance(self, Js_star: Tensor) -> Tensor: ...
+    def _glm_predictive_distribution(
+        self, X: Tensor | MutableMapping[str, Any], joint: bool = False
+    ) -> tuple[Tensor, Tensor]: ...
     def _jacobians(
         self, X: Tensor | MutableMapping[str, Any], enable_backprop: bool | None = None
     ) -> tuple[Tensor, Tensor]: ...
