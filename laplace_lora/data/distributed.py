@@ -1,8 +1,7 @@
-"""Passing over data that several processes share: whose examples are whose, and adding up.
+"""Iterate over sharded data without counting duplicates, and combine results across processes.
 
-Loaders of `torch.utils.data.DistributedSampler` and of accelerate repeat examples so that all
-processes see equally many; the repeats are left out here. What is added up belongs to `fitting` and
-`validation`.
+Loaders with a `torch.utils.data.DistributedSampler` and accelerate's loaders repeat examples so
+that all processes see equally many; the repeats are left out here.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from laplace_lora.data.batches import batch_length, first_examples
+from laplace_lora.data.batches import Batch, batch_length, first_examples
 
-Own = Callable[[int, int, int], int]
+LocalCount = Callable[[int, int, int], int]
 
 
 def processes() -> int:
-    """Return how many processes work together."""
+    """Return the number of processes that share the work."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -31,48 +30,50 @@ def is_main() -> bool:
 
 
 def is_sharded(loader: Any) -> bool:
-    """Return whether a loader gives each process examples of its own.
+    """Return whether a loader gives each process different examples.
 
     Raises:
         TypeError: If accelerate dispatches batches from the main process, whose repeats cannot be
             told apart.
     """
-    return processes() > 1 and _own_examples(loader) is not None
+    return processes() > 1 and _local_count(loader) is not None
 
 
-def own_batches(loader: Any, batches: Iterable[Any] | None = None) -> Iterator[Any]:
+def without_repeats(
+    loader: Iterable[Batch], batches: Iterable[Batch] | None = None
+) -> Iterator[Batch]:
     """Yield a loader's batches without the examples that another process counts.
 
     Args:
-        loader: Any loader; one that is not sharded is passed through.
-        batches: The loader in a wrapper, such as a progress bar; ``None`` for itself.
+        loader: Any loader; the batches of one that is not sharded are yielded unchanged.
+        batches: The loader in a wrapper, such as a progress bar; ``None`` for the loader itself.
     """
-    own = _own_examples(loader) if processes() > 1 else None
+    local_count = _local_count(loader) if processes() > 1 else None
     seen = 0
     for index, batch in enumerate(loader if batches is None else batches):
-        if own is None:
+        if local_count is None:
             yield batch
             continue
         size = batch_length(batch)
-        count = max(0, min(own(index, seen, size), size))
+        count = max(0, min(local_count(index, seen, size), size))
         seen += size
         if count:
             yield batch if count == size else first_examples(batch, count)
 
 
 def agree(error: BaseException | None, signature: Any) -> None:
-    """Let all processes go on together, or fail together.
+    """Let all processes continue together, or fail together.
+
+    A process that was killed silently (e.g. out of memory) is noticed by gloo at once; NCCL waits
+    for the timeout of its process group.
 
     Args:
-        error: What went wrong in this process, if anything.
+        error: The error raised in this process, if any.
         signature: Must be equal in all processes; ``None`` where a process had no data.
-
-    A process that ended without a word, killed for its memory say, is noticed by gloo at once; NCCL
-    waits for the time limit of its process group.
 
     Raises:
         BaseException: The error of this process.
-        RuntimeError: If another process failed, had no data, has another signature, or has ended.
+        RuntimeError: If another process failed, had no data, has a different signature, or ended.
     """
     if processes() == 1:
         if error is not None:
@@ -95,7 +96,7 @@ def agree(error: BaseException | None, signature: Any) -> None:
     for rank, (_, other) in enumerate(reports):
         if other != signature:
             raise RuntimeError(
-                f"process {rank} sums up other tensors than process {dist.get_rank()}"
+                f"process {rank} sums different tensors than process {dist.get_rank()}"
             )
 
 
@@ -106,12 +107,12 @@ def add_up(tensors: Sequence[Tensor]) -> None:
 
 
 def gather_for(loader: Any) -> Callable[[Tensor], Tensor]:
-    """Return a function from this process's rows to all processes' rows, as a loader needs it.
+    """Return a function from this process's rows to those of all processes.
 
-    It takes ``(rows, ...)``, whose number may differ between processes.
+    It takes ``(rows, ...)``; the number of rows may differ between processes.
 
     Args:
-        loader: Where the rows come from; if it is not sharded the function changes nothing.
+        loader: Source of the rows; if it is not sharded the function changes nothing.
     """
     return gather if is_sharded(loader) else lambda tensor: tensor
 
@@ -134,10 +135,11 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
 
-def _own_examples(loader: Any) -> Own | None:
-    """Return how many of a batch's examples are this process's own, ``None`` without sharding.
+def _local_count(loader: Any) -> LocalCount | None:
+    """Return how many examples of a batch this process counts, ``None`` without sharding.
 
-    The function takes the number of the batch, of the examples before it, and of those in it.
+    The function takes the index of the batch, the number of examples in earlier batches, and the
+    number in this one.
     """
     if type(loader).__name__ == "DataLoaderDispatcher":
         raise TypeError(
@@ -148,16 +150,15 @@ def _own_examples(loader: Any) -> Own | None:
     if isinstance(sampler, DistributedSampler):
         data: Any = sampler.dataset
         n, replicas, rank = len(data), sampler.num_replicas, sampler.rank
-        mine = len(range(rank, n, replicas))
-        return lambda index, seen, size: size if sampler.drop_last else mine - seen
-    shard = getattr(loader, "batch_sampler", None)
+        local = len(range(rank, n, replicas))
+        return lambda index, seen, size: size if sampler.drop_last else local - seen
+    shard: Any = getattr(loader, "batch_sampler", None)  # accelerate need not be installed
     if type(shard).__name__ != "BatchSamplerShard":
         return None
-    shard_: Any = shard
-    n, rank, count = len(shard_.batch_sampler.sampler), shard_.process_index, shard_.num_processes
-    whole = shard_.batch_sampler.batch_size
-    if not shard_.even_batches:
+    n, rank, count = len(shard.batch_sampler.sampler), shard.process_index, shard.num_processes
+    whole = shard.batch_sampler.batch_size
+    if not shard.even_batches:
         return lambda index, seen, size: size
-    if shard_.split_batches:
+    if shard.split_batches:
         return lambda index, seen, size: n - index * whole - rank * (whole // count)
     return lambda index, seen, size: n - (index * count + rank) * whole

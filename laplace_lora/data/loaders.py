@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tqdm.auto import tqdm
 
-from laplace_lora.data.distributed import is_main, own_batches
+from laplace_lora.data.batches import Batch
+from laplace_lora.data.distributed import is_main, without_repeats
 
 T = TypeVar("T")
 
@@ -25,11 +26,11 @@ def progress(items: Iterable[T], shown: bool, title: str) -> Iterable[T]:
 
 
 def local_batches(
-    loader: Iterable[Any],
+    loader: Iterable[Batch],
     title: str,
     progress_bar: bool = False,
-    by_example: Callable[[Any], Any] | None = None,
-) -> Iterator[Any]:
+    by_example: Callable[[Batch], Batch] | None = None,
+) -> Iterator[Batch]:
     """Iterate over this process's share of a loader, without the examples that others count.
 
     Args:
@@ -42,4 +43,4 @@ def local_batches(
         Batches with at least one example.
     """
     bar = progress(loader, progress_bar, title)
-    return own_batches(loader, bar if by_example is None else map(by_example, bar))
+    return without_repeats(loader, bar if by_example is None else map(by_example, bar))

@@ -1,39 +1,36 @@
-"""Which tokens of a layer's input are real, by the attention masks of a batch.
-
-Which batch belongs to which call of a layer is `tape`'s to know, what masked rows are worth
-`kfac`'s.
-"""
+"""Find which tokens of a layer's input are real, by the attention masks of a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from laplace_lora.data.batches import Batch
+
 MASK_NAMES = ("attention_mask", "decoder_attention_mask")
 
 
-def token_mask(batch: Any, inputs: Tensor, name: str) -> Tensor | None:
+def token_mask(batch: Batch | None, inputs: Tensor, name: str) -> Tensor | None:
     """Return which tokens of a map's input are real.
 
     Args:
-        batch: Mapping with ``attention_mask`` or ``decoder_attention_mask``; anything else has
+        batch: Mapping with ``attention_mask`` or ``decoder_attention_mask``; any other batch has
             no padding.
         inputs: Input of the map, ``(batch, tokens, q)`` or ``(batch, q)``.
-        name: Name of the map, for the error.
+        name: Name of the map, for error messages.
 
     Returns:
-        The ``(batch, tokens)`` mask that fits the input, ``None`` if all tokens are real.
+        The ``(batch, tokens)`` mask that fits the input; ``None`` if all tokens are real.
 
     Raises:
         ValueError: If there are masks, but none fits.
     """
     if inputs.ndim == 2 or inputs.shape[1] == 1 or not isinstance(batch, Mapping):
         return None
-    found = [batch.get(key) for key in MASK_NAMES]
-    masks: list[Tensor] = [mask for mask in found if mask is not None]
+    candidates = [batch.get(key) for key in MASK_NAMES]
+    masks: list[Tensor] = [mask for mask in candidates if mask is not None]
     if not masks:
         return None
     for mask in masks:
@@ -41,13 +38,13 @@ def token_mask(batch: Any, inputs: Tensor, name: str) -> Tensor | None:
             mask = mask.to(inputs.device).bool()
             return None if bool(mask.all()) else mask
     raise ValueError(
-        f"layer {name!r} saw {inputs.shape[1]} tokens an example, but the batch's attention masks "
-        f"have the shapes {[tuple(mask.shape) for mask in masks]}, so padding cannot be told apart"
+        f"layer {name!r} received {inputs.shape[1]} tokens per example, but the batch's attention "
+        f"masks have the shapes {[tuple(mask.shape) for mask in masks]}, so padding is unknown"
     )
 
 
 def joined_masks(parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor | None:
-    """Return the masks of several inputs, one after the other; ``None`` if all tokens are real."""
+    """Return the masks of several inputs, concatenated; ``None`` if all tokens are real."""
     if all(mask is None for _, mask in parts):
         return None
     real = [x.new_ones(x.shape[:2], dtype=torch.bool) if m is None else m for x, m in parts]

@@ -1,9 +1,8 @@
-"""Preference pairs: batches in which an example is two texts, of which one was chosen.
+"""Preference pairs: batches whose examples are two texts each, one of them chosen.
 
 A reward model runs on each text of a pair. Its two rewards are the outputs of one example,
 ``[rejected, chosen]``, and their softmax is the Bradley-Terry likelihood ``P(chosen ≻ rejected) =
-σ(r_chosen − r_rejected)``: label 1 says that the chosen text wins. What a reward is belongs to
-`models`, predictions to `predictive`.
+σ(r_chosen − r_rejected)``: label 1 means that the chosen text wins.
 
 Source: Bradley and Terry (1952), *Rank analysis of incomplete block designs*; the names in a batch
 are those of TRL's ``RewardTrainer``.
@@ -17,33 +16,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.data.batches import Batch
+
 REWARD_MODELING = "reward_modeling"
 SUFFIXES = ("_rejected", "_chosen")  # in the order of the outputs
-OF_TRAINING = ("margin", "return_loss")  # what TRL's collators add, which no model takes
+TRAINING_ONLY = ("margin", "return_loss")  # added by TRL's collators; no model takes them
 
 
-def is_pair(batch: Any) -> bool:
-    """Return whether a batch holds pairs: a mapping with names that end in one of the suffixes."""
+def is_pair(batch: Batch) -> bool:
+    """Return whether a batch holds pairs: a mapping with keys that end in one of the suffixes."""
     return isinstance(batch, Mapping) and any(str(name).endswith(SUFFIXES) for name in batch)
 
 
-def passes(batch: Any) -> list[Any]:
-    """Return the batches that a model runs on for one batch.
+def passes(batch: Batch) -> list[Any]:
+    """Return the inputs of the forward passes that one batch needs.
 
     Args:
         batch: Pairs, with ``input_ids_chosen``, ``input_ids_rejected`` and the like, each padded
-            to a length of its own; or any other batch.
+            separately; or any other batch.
 
     Returns:
-        The rejected and the chosen texts of pairs, under the names that a model knows; names
-        without a suffix go to both. The batch itself if it holds no pairs.
+        For pairs the rejected and the chosen texts, under the names that a model knows; entries
+        without a suffix go to both. Otherwise the batch itself.
 
     Raises:
-        ValueError: If a half lacks what the other has, or is of another size.
+        ValueError: If one text of the pairs lacks what the other has, or their numbers differ.
     """
-    if not is_pair(batch):
+    if not isinstance(batch, Mapping) or not is_pair(batch):
         return [batch]
-    common = {k: v for k, v in batch.items() if not k.endswith(SUFFIXES) and k not in OF_TRAINING}
+    shared = {k: v for k, v in batch.items() if not k.endswith(SUFFIXES) and k not in TRAINING_ONLY}
     halves = [
         {k.removesuffix(suffix): v for k, v in batch.items() if k.endswith(suffix)}
         for suffix in SUFFIXES
@@ -58,24 +59,24 @@ def passes(batch: Any) -> list[Any]:
             f"a batch of pairs has {sizes[1]} chosen, but {sizes[0]} rejected rows; give as many "
             "of each, in the same order"
         )
-    return [{**common, **half} for half in halves]
+    return [{**shared, **half} for half in halves]
 
 
-def as_pairs(batch: Any, label: str) -> Any:
-    """Return a batch with one row a pair, and a label each.
+def as_pairs(batch: Batch, label: str) -> dict[str, Any]:
+    """Return a batch with one row and one label per pair.
 
     Args:
-        batch: Pairs in a mapping, or in a pair of such a mapping and labels. Without suffixes and
-            labels it is taken for TRL's newer form: the chosen texts, then as many rejected ones.
-        label: Name of the labels, 1 where the chosen text wins and 0 where the rejected one does.
-            Where there are none, the chosen text wins.
+        batch: Pairs in a mapping, or a tuple of such a mapping and labels. Without suffixes and
+            labels it is read as TRL's newer form: the chosen texts, then as many rejected ones.
+        label: Key of the labels, 1 where the chosen text wins and 0 where the rejected one does.
+            Without labels the chosen text wins.
 
     Returns:
         A mapping with suffixes and labels.
 
     Raises:
-        TypeError: If the batch is no such thing.
-        ValueError: If it holds single texts or margins, or labels are others than 0 and 1.
+        TypeError: If the batch has neither form.
+        ValueError: If it holds single texts or margins, or labels other than 0 and 1.
     """
     if isinstance(batch, Sequence) and len(batch) == 2 and isinstance(batch[0], Mapping):
         batch = {**batch[0], label: batch[1]}
@@ -85,7 +86,7 @@ def as_pairs(batch: Any, label: str) -> Any:
             f"'input_ids_rejected', got {type(batch).__name__}"
         )
     if bool(torch.as_tensor(batch.get("margin", 0)).any()):
-        raise ValueError("the likelihood knows no margins; remove 'margin' from the batches")
+        raise ValueError("the likelihood has no margins; remove 'margin' from the batches")
     pairs = dict(batch) if is_pair(batch) else _halved(batch, label)
     rows = [len(v) for k, v in pairs.items() if k.endswith(SUFFIXES) and isinstance(v, Tensor)]
     size = rows[0] if rows else 0
@@ -99,11 +100,11 @@ def as_pairs(batch: Any, label: str) -> Any:
 
 
 def _halved(batch: Mapping[str, Any], label: str) -> dict[str, Any]:
-    """Split texts that stand one after the other, first the chosen and then the rejected ones."""
+    """Split a batch whose first half are the chosen and whose second half the rejected texts."""
     rows = next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim), 0)
     if label in batch or not rows or rows % 2:
         raise ValueError(
-            "a reward model is fitted on pairs: names that end in '_chosen' and '_rejected', or "
+            "a reward model is fitted on pairs: keys that end in '_chosen' and '_rejected', or "
             f"unlabelled rows of which the first half was chosen; got {rows} rows of "
             f"{sorted(batch)}"
         )

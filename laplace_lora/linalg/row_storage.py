@@ -141,6 +141,10 @@ class RowStorage:
             result.append(i, moved.to(device) if self.storage == "device" else moved)
         return result
 
+    def __deepcopy__(self, memo: dict[int, object]) -> RowStorage:
+        """Copy the rows, mapped files included."""
+        return self.to(self.device)
+
     def take(self, other: RowStorage) -> None:
         """Put another storage's rows in the place of these."""
         self._parts, self._counts, self._folder = other._parts, other._counts, other._folder

@@ -15,7 +15,8 @@ def device_of(model: nn.Module) -> torch.device:
 
     Parameters that are offloaded are on none.
     """
-    return next(p.device for p in model.parameters() if p.device.type != "meta")
+    devices = (p.device for p in model.parameters() if p.device.type != "meta")
+    return next(devices, torch.device("meta"))
 
 
 @contextmanager

@@ -420,7 +420,7 @@ class LoraLaplace(TunedLaplace):
         refuse_pickling(self)
 
     def _install(self, state: PosteriorState) -> None:
-        self.state = state
+        self.state, self._posterior = state, None
         self.model.output_size = state.n_outputs  # type: ignore[assignment]
 
     def _differentiated(self, model: LogitsModel) -> nn.Module:

@@ -118,6 +118,12 @@ class FullLoraLaplace(RowLaplace):
         super().__init__(model, likelihood, Rows(row_dtype=dtype, storage=storage), **kwargs)
 
     @property
+    def storage(self) -> str | os.PathLike[str]:
+        """Where the rows are kept."""
+        storage: str | os.PathLike[str] = self.structure.storage  # type: ignore[attr-defined]
+        return storage
+
+    @property
     def row_dtype(self) -> torch.dtype:
         """Dtype that the rows are kept in."""
         dtype: torch.dtype = self.structure.dtype  # type: ignore[attr-defined]

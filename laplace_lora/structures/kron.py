@@ -13,7 +13,7 @@ from laplace_lora.curvature.batch_curvature import add_factors, assembled
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.kfac import KfacSums
 from laplace_lora.curvature.kron_protocol import LowRankKron, LowRankKronDecomposed
-from laplace_lora.linalg.packing import diagonal_blocks, pack_kron, unpack_kron
+from laplace_lora.linalg.packing import TABLE, diagonal_blocks, pack_kron, unpack_kron
 from laplace_lora.linalg.sketch import FactorSpec
 from laplace_lora.structures.eigenvalue_correction import CorrectedKron
 from laplace_lora.structures.sizes import kron_size, table_size
@@ -124,6 +124,9 @@ class Kron:
         self, engine: Engine, tensors: Mapping[str, Tensor], description: Any
     ) -> KronCurvature:
         """Return packed factors and eigenpairs, see `unpack_kron`."""
+        has_tables = any(name.startswith(f"{TABLE}.") for name in tensors)
+        if has_tables != self.eigenvalue_correction:
+            raise ValueError("the state is of another eigenvalue_correction than this posterior's")
         if engine.uncovered == "diag":
             # Which maps Kronecker factors cannot express showed when the posterior was fitted.
             diagonal = diagonal_blocks(tensors, description)

@@ -16,7 +16,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from laplace_lora.likelihoods.base import Scoring
+from laplace_lora.likelihoods.base import Likelihood, Scoring
 from laplace_lora.likelihoods.scores import expected_calibration_error
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.state import Settings
@@ -77,16 +77,10 @@ def calibrate(
         The settings, and what they changed.
 
     Raises:
-        ValueError: If the posterior is not a classifier's, there is no loader, it is empty, or a
-            batch has no labels.
+        ValueError: If there is no loader, it is empty, or a batch has no labels.
     """
     posterior = predictor.posterior
-    settings, objective = posterior.settings, posterior.objective
-    if not objective.is_classifier:
-        raise ValueError(
-            f"calibrate needs a classifier; tune a {objective.name} posterior by marginal "
-            "likelihood"
-        )
+    settings = posterior.settings
     groups = torch.zeros(len(posterior.names), dtype=torch.long)
     cache = ValidationCache(predictor, loader, groups, progress_bar)
     start = (
@@ -132,6 +126,19 @@ def calibrate(
         chosen.prior_precision, scale, temperature, before, nll(best), ece(start), ece(best)
     )
     return chosen, report
+
+
+def check_classifier(objective: Likelihood) -> None:
+    """Refuse a likelihood without class probabilities.
+
+    Raises:
+        ValueError: If the likelihood is not a classifier's.
+    """
+    if not objective.is_classifier:
+        raise ValueError(
+            f"calibrate needs a classifier; tune a {objective.name} posterior by marginal "
+            "likelihood"
+        )
 
 
 def _exponential(value: float) -> float:

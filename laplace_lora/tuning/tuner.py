@@ -9,7 +9,7 @@ import torch
 
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.state import Posterior, Settings
-from laplace_lora.tuning.calibration import Calibration, calibrate
+from laplace_lora.tuning.calibration import Calibration, calibrate, check_classifier
 from laplace_lora.tuning.coupled_cache import CoupledCache
 from laplace_lora.tuning.groups import Structure, prior_groups
 from laplace_lora.tuning.marginal_likelihood import first_precision, maximise, with_precisions
@@ -105,5 +105,6 @@ class Tuner:
         progress_bar: bool,
     ) -> tuple[Settings, Calibration]:
         """Return calibrated settings, and what they changed, see `calibrate`."""
+        check_classifier(self.posterior.objective)
         scoring = scoring_of(self.posterior, link, n_samples, generator)
         return calibrate(Predictor(self.posterior), val_loader, scoring, progress_bar)

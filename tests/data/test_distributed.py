@@ -94,10 +94,10 @@ def test_a_killed_process_ends_the_others_at_once(outcomes):
 def test_alone_nothing_changes():
     data = loader(2)
     assert not sharding.is_sharded(data)
-    assert [len(b["labels"]) for b in sharding.own_batches(data)] == [2, 2, 2, 1]
+    assert [len(b["labels"]) for b in sharding.without_repeats(data)] == [2, 2, 2, 1]
     assert sharding.processes() == 1 and sharding.is_main()
     assert torch.equal(sharding.gather_for(data)(torch.ones(2)), torch.ones(2))
     sampler = BatchSampler(SequentialSampler(range(3)), 2, drop_last=False)
-    assert list(sharding.own_batches(DataLoader(range(3), batch_sampler=sampler)))[1].tolist() == [
-        2
-    ]
+    assert list(sharding.without_repeats(DataLoader(range(3), batch_sampler=sampler)))[
+        1
+    ].tolist() == [2]

@@ -73,7 +73,7 @@ def test_shares_of_a_sampler_count_pairs(monkeypatch):
     monkeypatch.setattr(sharding, "processes", lambda: 2)
     sampler = DistributedSampler(examples, 2, 1, shuffle=False)
     data = DataLoader(examples, 2, sampler=sampler, collate_fn=stacked)
-    batches = list(sharding.own_batches(data, map(la.parts.by_example, data)))
+    batches = list(sharding.without_repeats(data, map(la.parts.by_example, data)))
     assert [len(b["labels"]) for b in batches] == [2]  # of five, two are process 1's
     assert torch.equal(batches[0]["input_ids_rejected"][1], examples[3]["input_ids_rejected"])
 

@@ -92,7 +92,7 @@ def test_regression_targets_may_be_flat():
 def test_a_failed_fit_leaves_the_earlier_posterior(cls, kwargs):
     la = exact_posterior(cls, **kwargs)
     before = la(NEW_BATCH)
-    original = la.backend.root_blocks
+    original = la.engine.root_blocks
     calls = []
 
     def broken(x, y):
@@ -101,10 +101,10 @@ def test_a_failed_fit_leaves_the_earlier_posterior(cls, kwargs):
         scale = torch.inf if len(calls) == 2 else 1.0
         return loss, (block * scale for block in blocks)
 
-    la.backend.root_blocks = broken
+    la.engine.root_blocks = broken
     with pytest.raises(FloatingPointError, match=r"batch 1 .*lora_A.*not finite"):
         la.fit(loader())
-    del la.backend.root_blocks
+    del la.engine.root_blocks
     assert torch.equal(la(NEW_BATCH), before) and la.n_data == len(LENGTHS)
 
 

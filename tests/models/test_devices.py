@@ -10,6 +10,7 @@ from peft import get_peft_model
 from torch import nn
 
 from laplace_lora import DiagLoraLaplace, FullLoraLLLaplace, KronLoraLaplace, LogitsModel
+from laplace_lora.curvature.batch_curvature import add_factors, assembled
 from laplace_lora.curvature.kfac import KfacSums
 from support.batches import loader, token_batch
 from support.models import TARGETS, adapter_config, base_model, excite
@@ -79,8 +80,8 @@ def test_sums_come_together_where_the_outputs_are():
     """The device is fixed by the outputs, whatever those of the layers."""
     la = KronLoraLaplace(model_of("bert"), "classification", **LOW)
     la.fit(loader())
-    _, sums = la.backend.accumulate(BATCH, BATCH["labels"])
+    _, sums = add_factors(la.engine, BATCH, BATCH["labels"], la.structure.spec)
     assert isinstance(sums, KfacSums)
     sums.device = torch.device("meta")
-    kron = la.backend.assemble(sums, 2)
+    kron = assembled(la.engine, sums, 2, "isotropic")
     assert {t.device.type for factor in kron.factors() for t in factor.tensors()} == {"meta"}

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from laplace_lora import KronLoraLLLaplace, LogitsModel
+from laplace_lora.models.last_layer_model import LastLayerModel
 from support.batches import loader, token_batch
 from support.last_layer import PLAIN, by_name, last_layer_logits_model
 from support.models import TARGETS, peft_model
@@ -32,13 +33,14 @@ def test_the_transformer_exists_once():
 
 def test_a_copy_has_a_head_of_its_own_and_nothing_else():
     model = last_layer_logits_model("bert").eval()
-    duplicate = copy.deepcopy(model)
+    assert type(copy.deepcopy(model)) is LogitsModel
+    split = LastLayerModel(model)
+    duplicate = copy.deepcopy(split)
     assert_near(duplicate(BATCH), model(BATCH))
     with torch.no_grad():
         duplicate.head.weight.zero_()
-    assert model.head_tensors()[0].any()
-    again = copy.deepcopy(duplicate)
-    assert_near(again(BATCH), model(BATCH))
+    assert split.head.weight.any() and model.head_tensors()[0].any()
+    assert duplicate.source is model
 
 
 def test_heads_that_are_not_linear_are_refused():

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from laplace_lora import KronLoraLaplace, KronLoraLLLaplace, LogitsModel
-from laplace_lora.likelihoods import roots as likelihoods_module
+from laplace_lora.likelihoods import language_modeling as likelihoods_module
 from laplace_lora.models.token_model import TokenModel
 from laplace_lora.predictive.glm import Predictor
 from support.language import EXACT, language_posterior, text_batch, text_loader
@@ -95,10 +95,10 @@ def test_bad_batches_are_refused_and_the_posterior_stays():
     with pytest.raises(TypeError, match="collators"):
         la.fit(DataLoader([(row, row) for row in batch["input_ids"]], batch_size=2))
     for labels in (batch["labels"][:, :-1], batch["labels"].double(), batch["labels"][:, 0]):
-        with pytest.raises(ValueError, match="one integer label a token"):
+        with pytest.raises(ValueError, match="one integer label per token"):
             la.fit(text_loader(2, {**batch, "labels": labels}))
     with pytest.raises(ValueError, match=r"labels must lie in 0\.\.49"):
         la.fit(text_loader(2, {**batch, "labels": batch["labels"] + 90}))
-    with pytest.raises(TypeError, match="scored is told by 'labels'"):
+    with pytest.raises(TypeError, match="no 'labels', which mark"):
         la.model({"input_ids": batch["input_ids"]})
     assert torch.equal(la.log_marginal_likelihood(), before)

@@ -12,7 +12,7 @@ from laplace_lora import (
     LowRankLoraLaplace,
 )
 from laplace_lora.linalg import row_storage
-from laplace_lora.posteriors import exact as data_space
+from laplace_lora.structures import rows
 from laplace_lora.structures import sizes as memory
 from support.batches import LENGTHS, loader, token_batch
 from support.exact_posteriors import ENOUGH, NEW_BATCH, exact_posterior
@@ -85,7 +85,7 @@ def test_what_cannot_fit_is_refused_before_the_work(tmp_path, monkeypatch):
             la.merge([la])
     assert torch.equal(la(NEW_BATCH), before)
     with monkeypatch.context() as patch:
-        patch.setattr(data_space, "free_space", lambda storage: 10_000)
+        patch.setattr(rows, "free_space", lambda storage: 10_000)
         with pytest.raises(MemoryError, match="the disk of storage="):
             exact_posterior(storage=tmp_path)
     assert row_storage.free_space(tmp_path / "not" / "there") > 10_000

@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from laplace_lora.predictive.glm import Predictor
+from laplace_lora.tuning.coupled_cache import CoupledCache
+from laplace_lora.tuning.validation_cache import ValidationCache
 from support.batches import loader
 from support.exact_posteriors import BOTH, LAYERS, NEW_BATCH, exact_posterior
 from support.references import assert_near

@@ -10,50 +10,27 @@ fits without ever forming them. *zero* drops the directions left out, *isotropic
 missing trace over them. In all columns a side of width d stays dense if d is at most
 ``--low-rank-threshold``, or a sketch of ``2 rank + 10`` columns would not be smaller.
 
-Run ``python benchmarks/bench_rank.py --help`` for the options.
+    python -m benchmarks.accuracy.rank
 """
 
 from __future__ import annotations
 
 import argparse
-import random
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
-from measure import add_run_arguments, prepare, verdict, write_report
-from quickstart_model import load_quickstart
 from torch.utils.data import DataLoader
 
+from benchmarks.harness import arguments
+from benchmarks.harness.quickstart import add_quickstart_arguments, fine_tuned
+from benchmarks.harness.report import verdict, write_report
 from laplace_lora import KronLoraLaplace, LogitsModel, LowRankKronDecomposed
 from laplace_lora.linalg.eigen import Eigen
 from laplace_lora.linalg.factors import RESIDUALS
 
 DENSE = "dense"
 AT_MOST = {10: 0.154, 32: 0.046, 64: 0.007}  # streamed, isotropic, by rank
-
-
-def fine_tune(args: argparse.Namespace, seed: int) -> tuple[LogitsModel, DataLoader, DataLoader]:
-    """Fine-tune the quickstart's model.
-
-    Returns:
-        The model, and the loaders of training and test data.
-    """
-    quickstart = load_quickstart()
-    read = quickstart.tumour_rows if args.data is None else lambda: quickstart.read_rows(args.data)
-    rows, names = read()
-    random.Random(seed).shuffle(rows)
-    torch.manual_seed(seed)
-    name = args.model or str(quickstart.get_model_path())
-    model, tokenizer = quickstart.load_model(name, len(names), args.device)
-    collate = quickstart.DataCollatorWithPadding(tokenizer)
-    data = quickstart.encode(rows[: args.train_size + args.test_size], tokenizer)
-    train_data, test_data = data[: args.train_size], data[args.train_size :]
-    loader = DataLoader(train_data, args.batch, shuffle=True, collate_fn=collate)
-    quickstart.train(model, loader, args.epochs)
-    model = LogitsModel(model.to(getattr(torch, args.dtype)))
-    return model, loader, DataLoader(test_data, args.batch, collate_fn=collate)
 
 
 def truncate(side: Eigen, rank: int, threshold: int, residual: str) -> Eigen:
@@ -69,10 +46,10 @@ def truncate(side: Eigen, rank: int, threshold: int, residual: str) -> Eigen:
     if d <= max(threshold, 2 * rank + 10):
         return side
     order = side.values.argsort(descending=True)
-    kept, dropped = order[:rank], order[rank:]
+    leading, dropped = order[:rank], order[rank:]
     rest = side.values[dropped].mean()
     rest = rest if residual == "isotropic" else torch.zeros_like(rest)
-    return Eigen(side.vectors[:, kept], side.values[kept], rest)
+    return Eigen(side.vectors[:, leading], side.values[leading], rest)
 
 
 def posterior_precisions(
@@ -153,26 +130,21 @@ def table_rows(runs: list[dict[str, float]], args: argparse.Namespace) -> list[d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_run_arguments(parser, repeats=1, repeated="fine-tunings, each with a seed of its own")
-    parser.add_argument("--model", help="folder or name; default: the quickstart's encoder")
-    parser.add_argument("--data", type=Path, help="rows as the quickstart reads them")
-    parser.add_argument("--train-size", type=int, default=200)
-    parser.add_argument("--test-size", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--epochs", type=int, default=15)
+    parser = arguments.plain_parser(__doc__)
+    arguments.add_run_arguments(parser, repeats=1, repeated="fine-tunings, each with its own seed")
+    add_quickstart_arguments(parser)
     parser.add_argument("--ranks", type=int, nargs="+", default=[10, 32, 64])
     parser.add_argument("--low-rank-threshold", type=int, default=64)
     parser.add_argument("--prior-precision", type=float, default=1.0)
     args = parser.parse_args()
-    prepare(args)
+    arguments.prepare(args)
     runs = []
     for seed in range(args.seed, args.seed + args.repeats):
-        model, train_loader, test_loader = fine_tune(args, seed)
+        model, train_loader, test_loader = fine_tuned(args, seed)
         backend, precisions = posterior_precisions(model, train_loader, args)
         runs.append(relative_errors(backend, precisions, test_loader))
     tables = {"Relative error of the predictive covariance": table_rows(runs, args)}
-    write_report("bench_rank", args, tables, runs)
+    write_report("accuracy.rank", args, tables, runs)
 
 
 if __name__ == "__main__":

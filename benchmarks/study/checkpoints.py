@@ -1,7 +1,6 @@
-"""Fine-tuned adapters of the studies: trained once, kept on disk, loaded by every method.
+"""Fine-tuned adapters of the studies: trained once, saved, loaded by every method.
 
-A checkpoint is a folder as PEFT saves it, with ``training.json`` beside it. Tasks belong to
-`study_tasks`.
+A checkpoint is a folder as PEFT saves it, with ``training.json`` in it. See `tasks` for the data.
 """
 
 from __future__ import annotations
@@ -16,19 +15,27 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from study_tasks import Task, quickstart
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from benchmarks.harness.arguments import RESULTS
+from benchmarks.study.tasks import Task
+from examples import support
 from laplace_lora import LogitsModel
 
 BATCH_SIZE = 16
 
 
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of fine-tuning."""
+def add_study_arguments(parser: argparse.ArgumentParser, seeds: list[int]) -> None:
+    """Add the arguments of fine-tuning and those that every study has.
+
+    Args:
+        parser: Where to add them.
+        seeds: Default seeds, one per checkpoint.
+    """
     parser.add_argument("--epochs", type=int, default=10, help="passes over the training rows")
     parser.add_argument("--rate", type=float, default=1e-3, help="AdamW's, falling to zero")
     parser.add_argument("--rank", type=int, default=8, help="of LoRA on query and value")
@@ -36,6 +43,12 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--autocast", action="store_true", help="train in bfloat16, with weights in float32"
     )
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help="one per checkpoint")
+    parser.add_argument("--report", action="store_true", help="only report what is finished")
+    parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.add_argument("--out", type=Path, default=RESULTS / "study", help="folder of checkpoints")
+    parser.set_defaults(repeats=1, seed=0)
 
 
 def checkpoint(task: Task, args: argparse.Namespace, seed: int) -> tuple[PeftModel, dict[str, Any]]:
@@ -43,14 +56,14 @@ def checkpoint(task: Task, args: argparse.Namespace, seed: int) -> tuple[PeftMod
 
     Args:
         task: What to train on.
-        args: Of `add_training_arguments`, with ``out`` and ``device``.
+        args: Of `add_study_arguments`.
         seed: Of head, adapter, batch order and dropout.
 
     Returns:
         The model, and how it was trained: settings, seconds of all epochs, final loss.
 
     Raises:
-        SystemExit: If the folder holds a checkpoint of other settings.
+        SystemExit: If the folder has a checkpoint of other settings.
     """
     folder = Path(args.out) / "checkpoints" / f"{task.name}-{seed}"
     settings = {name: getattr(args, name) for name in ("epochs", "rate", "rank", "dropout")}
@@ -61,22 +74,22 @@ def checkpoint(task: Task, args: argparse.Namespace, seed: int) -> tuple[PeftMod
         trained = train(model, task, args)
         model.save_pretrained(folder)
         record.write_text(json.dumps({**settings, **trained}))
-    kept = json.loads(record.read_text())
-    if any(kept[name] != value for name, value in settings.items()):
+    saved = json.loads(record.read_text())
+    if any(saved[name] != value for name, value in settings.items()):
         raise SystemExit(f"{folder} was trained with other settings; give another --out")
     model = PeftModel.from_pretrained(base_model(task), str(folder), is_trainable=True)
-    return model.to(args.device).eval(), kept
+    return model.to(args.device).eval(), saved
 
 
 def clock_for(device: str) -> Callable[[], float]:
-    """Return the clock of a device: on the CPU this process's own time, others run beside it."""
+    """Return a device's clock; the CPU's counts this process's time only."""
     return time.process_time if torch.device(device).type == "cpu" else time.perf_counter
 
 
 def base_model(task: Task) -> torch.nn.Module:
     """Load the pretrained model of a task, a classifier's with a fresh head."""
     if task.target_ids is None:
-        return quickstart.load_base(task.model, task.classes)[0]
+        return support.load_base(task.model, task.classes)[0]
     return AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32)
 
 
@@ -94,16 +107,16 @@ def pretrained(task: Task, args: argparse.Namespace, seed: int) -> PeftModel:
 
 
 def epoch_seconds(task: Task, args: argparse.Namespace) -> float:
-    """Return the seconds of one pass of training in float32, the format that posteriors use.
+    """Return the seconds of one pass of training in float32, the dtype that posteriors use.
 
-    Measured once a task and kept beside the checkpoints.
+    Measured once per task and saved with the checkpoints.
     """
     path = Path(args.out) / "epochs" / f"{task.name}-{len(task.splits['train'])}.json"
     if not path.exists():
-        one = argparse.Namespace(**{**vars(args), "epochs": 1, "autocast": False})
-        found = train(pretrained(task, one, seed=0), task, one)
+        single = argparse.Namespace(**{**vars(args), "epochs": 1, "autocast": False})
+        trained = train(pretrained(task, single, seed=0), task, single)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found))
+        path.write_text(json.dumps(trained))
     return json.loads(path.read_text())["seconds"]
 
 
@@ -117,19 +130,13 @@ def train(model: PeftModel, task: Task, args: argparse.Namespace) -> dict[str, f
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.rate)
     steps = args.epochs * len(loader)
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
-    model.train()
+
+    def loss_of(batch: dict[str, Tensor]) -> Tensor:
+        with torch.autocast(str(args.device), torch.bfloat16, enabled=args.autocast):
+            output = logits(batch)
+        return F.cross_entropy(output, batch["labels"].to(output.device))
+
     clock = clock_for(args.device)
-    started, total = clock(), 0.0
-    for _ in range(args.epochs):
-        total = 0.0
-        for batch in loader:
-            with torch.autocast(str(args.device), torch.bfloat16, enabled=args.autocast):
-                output = logits(batch)
-            loss = F.cross_entropy(output, batch["labels"].to(output.device))
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            total += loss.item()
-    model.eval()
-    return {"seconds": clock() - started, "final loss": total / len(loader)}
+    started = clock()
+    loss = support.train(model, loader, args.epochs, optimizer, schedule, loss_of, progress=None)
+    return {"seconds": clock() - started, "final loss": loss}

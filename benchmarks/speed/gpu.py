@@ -6,39 +6,32 @@ passes to the adapters' outputs that exact curvature (classes - 1) or Jacobians 
 least. Every side is timed in turn in one process; peak memory is the caching allocator's, reset
 before each side. A peer that cannot run on this model is reported with its error.
 
-    python benchmarks/bench_gpu.py                                    # an 80 GB accelerator
-    python benchmarks/bench_gpu.py --device cpu --dtype float32 --layers 2 --hidden 64 ...
+    python -m benchmarks.speed.gpu                                    # an 80 GB accelerator
+    python -m benchmarks.speed.gpu --device cpu --dtype float32 --layers 2 --hidden 64 ...
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench_fit import library_runs
-from bench_predict import library_run
-from llama_workload import (
+
+from benchmarks.harness import arguments
+from benchmarks.harness.llama import (
     ALL_PROJECTIONS,
     Workload,
-    add_size_arguments,
     bare_passes,
     make_workload,
     peer_kron_runs,
     random_llama,
 )
-from measure import (
-    add_clock_argument,
-    add_run_arguments,
-    prepare,
-    ratio,
-    time_in_turn,
-    verdict,
-    write_report,
-)
-from peak_memory import MIB, peak_of_run
+from benchmarks.harness.memory import MIB, peak_of_run
+from benchmarks.harness.report import verdict, write_report
+from benchmarks.harness.timing import Run, ratio, time_in_turn
+from benchmarks.speed.fit import library_runs
+from benchmarks.speed.predict import library_run
 
 LLAMA_3_8B = {
     "hidden": 4096,
@@ -54,8 +47,6 @@ LLAMA_3_8B = {
     "dtype": "bfloat16",
 }
 FIT_AT_MOST, PREDICT_AT_MOST, MEMORY_AT_MOST = 1.10, 1.25, 1.05
-
-Run = Callable[[], object]
 
 
 def runnable(runs: dict[str, Run]) -> tuple[dict[str, Run], dict[str, str]]:
@@ -82,15 +73,15 @@ def rows(
     seconds = time_in_turn({"bare": bare, **good}, args)
     peaks = {name: peak_of_run(run, args.device, "records") for name, run in good.items()}
     bare_peak = peak_of_run(bare, args.device, "records")
-    found = []
+    cells = []
     for name in [*runs, *peers]:
         if name in failed:
-            found.append({"side": name, "times bare": failed[name], "": "-", "peak": "-", " ": "-"})
+            cells.append({"side": name, "times bare": failed[name], "": "-", "peak": "-", " ": "-"})
             continue
         cost, share = ratio(seconds[name], seconds["bare"]), peaks[name] / bare_peak
         ours = name in runs
         memory = f"{share:.2f} of bare's {bare_peak / MIB:.0f} MiB"
-        found.append(
+        cells.append(
             {
                 "side": name,
                 "times bare": str(cost),
@@ -99,7 +90,7 @@ def rows(
                 " ": verdict(share, at_most=MEMORY_AT_MOST) if ours and what == "fit" else "-",
             }
         )
-    return found
+    return cells
 
 
 def fit_rows(work: Workload, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -117,12 +108,7 @@ def predict_rows(work: Workload, args: argparse.Namespace) -> list[dict[str, Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_run_arguments(parser, repeats=5)
-    add_clock_argument(parser)
-    add_size_arguments(parser)
+    parser = arguments.speed_parser(__doc__, repeats=5)
     parser.add_argument("--classes", type=int, default=4)
     parser.add_argument("--prior-precision", type=float, default=1.0)
     parser.add_argument("--no-peers", action="store_true", help="leave laplace-torch's own out")
@@ -130,13 +116,13 @@ def main() -> None:
     args = parser.parse_args()
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no accelerator here; --device cpu takes smaller sizes, see --help")
-    prepare(args)
+    arguments.prepare(args)
     work = make_workload(random_llama(args), args, args.classes)
     tables = {
         "Fit, one batch": fit_rows(work, args),
         "Predict, one batch": predict_rows(work, args),
     }
-    write_report("bench_gpu", args, tables, {"adapter weights": work.n_parameters})
+    write_report("speed.gpu", args, tables, {"adapter weights": work.n_parameters})
 
 
 if __name__ == "__main__":

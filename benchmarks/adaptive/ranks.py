@@ -11,8 +11,10 @@ average rank:
 * LoRA with AdamW, pruned by each criterion of a K-FAC Laplace posterior; nothing is trained after.
 
 The data are folders of ``.jsonl`` files with ``text``, ``text_pair`` and ``label`` under
-``--data``. A finished cell is kept under ``--out`` and not computed again. Seconds a step are
-measured apart, both sides in one process. Run ``python benchmarks/bench_adaptive.py --help``.
+``--data``. A finished cell is saved under ``--out`` and not computed again. Seconds per step are
+measured apart, both sides in one process.
+
+    python -m benchmarks.adaptive.ranks --data DATA --autocast
 """
 
 from __future__ import annotations
@@ -21,25 +23,26 @@ import argparse
 import copy
 import json
 import random
-import statistics
 from collections.abc import Iterator
 from typing import Any
 
-from adaptive_training import (
+from torch import nn
+
+from benchmarks.adaptive.training import (
     CRITERIA,
     IVON_SETTINGS,
     Task,
     data_folder,
-    judge,
     load_task,
     persistent_bytes,
+    scores,
     step_seconds,
     train_adalora,
     train_lora,
 )
-from measure import add_clock_argument, add_run_arguments, prepare, ratio, verdict, write_report
-from torch import nn
-
+from benchmarks.harness import arguments
+from benchmarks.harness.report import mean_and_error, verdict, write_report
+from benchmarks.harness.timing import ratio
 from laplace_lora import KronLoraLaplace
 from laplace_lora.adaptive import prune_adapter
 
@@ -62,28 +65,28 @@ def cells(args: argparse.Namespace) -> Iterator[tuple[str, str, str, float]]:
 def adalora_cell(
     task: Task, args: argparse.Namespace, seed: int, cell: tuple[str, str, str, float]
 ) -> dict[str, Any]:
-    """Train one AdaLoRA model and judge it."""
+    """Train one AdaLoRA model and evaluate it."""
     setting, _, criterion, rank = cell
     model, optimizer, score = train_adalora(task, args, seed, setting, criterion, rank)
-    result = judge(model, task.test_loader)
-    result["bytes a weight"] = persistent_bytes(model, optimizer, score)
+    result = scores(model, task.test_loader)
+    result["bytes per weight"] = persistent_bytes(model, optimizer, score)
     if hasattr(optimizer, "curvature_change"):
         result["h/h0 quantiles"] = optimizer.curvature_change().tolist()
     return result
 
 
 def lora_cells(task: Task, args: argparse.Namespace, seed: int) -> dict[str, dict[str, Any]]:
-    """Train one LoRA model, and judge it whole and pruned by every criterion."""
+    """Train one LoRA model, and evaluate it whole and pruned by every criterion."""
     model = train_lora(task, args, seed)
     la = KronLoraLaplace(model, "classification")
     la.fit(task.train_loader)
     la.optimize_prior_precision()
-    results = {f"{LORA}, full rank {args.init_rank}": judge(model, task.test_loader)}
+    results = {f"{LORA}, full rank {args.init_rank}": scores(model, task.test_loader)}
     for rank in args.ranks:
         for criterion in CRITERIA:
             pruned = pruned_copy(model, la, rank, criterion)
             name = f"{LORA}, pruned by {criterion}, rank {rank:g}"
-            results[name] = judge(pruned, task.test_loader)
+            results[name] = scores(pruned, task.test_loader)
     return results
 
 
@@ -106,48 +109,44 @@ def pruned_copy(model: nn.Module, la: KronLoraLaplace, rank: float, criterion: s
 
 
 def run_cells(args: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
-    """Compute what is not yet there; return results by task and seed, then by method."""
+    """Compute what is not there yet; return results by task and seed, then by method."""
     results: dict[str, dict[str, dict[str, Any]]] = {}
     for seed in range(args.seed, args.seed + args.repeats):
         for name in args.tasks:
             path = args.out / "adaptive" / f"{name}-{seed}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            found = json.loads(path.read_text()) if path.exists() else {}
+            cell_results = json.loads(path.read_text()) if path.exists() else {}
             task = load_task(args, name, seed)
-            if not any(key.startswith(LORA) for key in found):
-                found |= lora_cells(task, args, seed)
-                path.write_text(json.dumps(found, indent=1))
+            if not any(key.startswith(LORA) for key in cell_results):
+                cell_results |= lora_cells(task, args, seed)
+                path.write_text(json.dumps(cell_results, indent=1))
             for cell in cells(args):
                 setting, method, criterion, rank = cell
                 optimiser = "AdamW" if setting == "adamw" else f"IVON {setting}"
                 key = f"{method}, {optimiser}, {criterion}, rank {rank:g}"
-                if key not in found:
+                if key not in cell_results:
                     random.seed(seed)
-                    found[key] = adalora_cell(task, args, seed, cell)
-                    path.write_text(json.dumps(found, indent=1))
-                    print(f"{name}, seed {seed}: {key}: {found[key]}", flush=True)
-            results[f"{name}-{seed}"] = found
+                    cell_results[key] = adalora_cell(task, args, seed, cell)
+                    path.write_text(json.dumps(cell_results, indent=1))
+                    print(f"{name}, seed {seed}: {key}: {cell_results[key]}", flush=True)
+            results[f"{name}-{seed}"] = cell_results
     return results
 
 
 def table(results: dict[str, dict[str, dict[str, Any]]], task: str) -> list[dict[str, Any]]:
     """Average a task's seeds; mean ± standard error."""
-    seeds = [found for key, found in results.items() if key.rpartition("-")[0] == task]
-    rows = []
-    for method in seeds[0]:
-        row: dict[str, Any] = {"method": method}
-        for metric in METRICS:
-            values = [found[method][metric] for found in seeds]
-            error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-            row[metric] = f"{statistics.mean(values):.3f} ± {error:.3f}"
-        rows.append(row)
-    return rows
+    seeds = [cells for key, cells in results.items() if key.rpartition("-")[0] == task]
+    return [
+        {"method": method}
+        | {metric: mean_and_error([cells[method][metric] for cells in seeds]) for metric in METRICS}
+        for method in seeds[0]
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_run_arguments(parser, repeats=3, repeated="seeds; and rounds of the step times")
-    add_clock_argument(parser)
+    parser = arguments.plain_parser(__doc__)
+    arguments.add_run_arguments(parser, repeats=3, repeated="seeds; and rounds of the step times")
+    arguments.add_clock_argument(parser)
     parser.add_argument(
         "--data", type=data_folder, required=True, help="folder with the tasks' folders"
     )
@@ -163,7 +162,7 @@ def main() -> None:
     parser.add_argument("--autocast", action="store_true", help="train in bfloat16")
     parser.add_argument("--no-times", action="store_true", help="skip the step times")
     args = parser.parse_args()
-    prepare(args)
+    arguments.prepare(args)
     results = run_cells(args)
     tables = {name: table(results, name) for name in args.tasks}
     raw: dict[str, Any] = {"cells": results}
@@ -178,11 +177,11 @@ def main() -> None:
             }
         ]
         tables["Persistent bytes"] = [
-            {"method": name, "bytes a trained weight": f"{value:.1f}"}
+            {"method": name, "bytes per trained weight": f"{value:.1f}"}
             for name, value in used.items()
         ]
         raw |= {"seconds": seconds, "bytes": used}
-    write_report("bench_adaptive", args, tables, raw)
+    write_report("adaptive.ranks", args, tables, raw)
 
 
 if __name__ == "__main__":

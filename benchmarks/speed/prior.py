@@ -6,7 +6,7 @@ by that of one predictive pass over the same loader, the same for laplace-torch'
 ``--peer-grid`` values, as its cost is proportional to their number), and how far apart the losses
 of the two searches are on the same posterior.
 
-Run ``python benchmarks/bench_prior.py --help`` for the sizes.
+    python -m benchmarks.speed.prior --clock cpu --repeats 3 --validation 16
 """
 
 from __future__ import annotations
@@ -17,18 +17,12 @@ from typing import Any
 import torch
 from laplace.baselaplace import BaseLaplace
 from laplace.utils.metrics import RunningNLLMetric
-from llama_workload import add_size_arguments, make_workload, random_llama
-from measure import (
-    add_clock_argument,
-    add_run_arguments,
-    prepare,
-    ratio,
-    time_in_turn,
-    verdict,
-    write_report,
-)
 from torch.utils.data import DataLoader
 
+from benchmarks.harness import arguments
+from benchmarks.harness.llama import make_workload, random_llama
+from benchmarks.harness.report import verdict, write_report
+from benchmarks.harness.timing import ratio, time_in_turn
 from laplace_lora import KronLoraLaplace
 from laplace_lora.tuning.validation_cache import Scoring
 from laplace_lora.tuning.validation_search import grid_search
@@ -108,21 +102,18 @@ def compare(la: Any, loader: DataLoader, args: argparse.Namespace) -> tuple[dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_run_arguments(parser, repeats=5)
-    add_clock_argument(parser)
-    add_size_arguments(parser)
+    parser = arguments.speed_parser(__doc__, repeats=5)
     parser.add_argument("--classes", type=int, default=4)
     parser.add_argument("--validation", type=int, default=32, help="examples to validate on")
     parser.add_argument("--grid", type=int, default=100, help="values of the one-pass search")
     parser.add_argument("--peer-grid", type=int, default=5, help="values of laplace-torch's loop")
     args = parser.parse_args()
-    prepare(args)
+    arguments.prepare(args)
     rows, raw = [], {}
     for side, factor_rank in (("dense", None), ("low-rank", args.factor_rank)):
         row, raw[side] = compare(*fitted_posterior(args, factor_rank), args)
         rows.append({"side": side, **row})
-    write_report("bench_prior", args, {"Grid search on a validation set": rows}, raw)
+    write_report("speed.prior", args, {"Grid search on a validation set": rows}, raw)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from llama_workload import ALL_PROJECTIONS, Workload, llama_with_lora
 from transformers import LlamaConfig
 
+from benchmarks.harness.llama import ALL_PROJECTIONS, Workload, llama_with_lora
 from laplace_lora import LogitsModel, LoraGGN
 
 GIB = 2**30
@@ -65,7 +65,7 @@ def dense_bytes(work: Workload) -> int:
     return sum(4 * side**2 for shape in widths for side in shape)
 
 
-def measure(name: str, factor_rank: int) -> dict[str, Any]:
+def count_bytes(name: str, factor_rank: int) -> dict[str, Any]:
     """Fit one layer and count what the library holds for all layers.
 
     Args:
@@ -94,7 +94,7 @@ def factor_memory_rows(
     """Return the table over ``args.shapes`` and its raw figures in GiB."""
     rows, raw = [], {}
     for name in args.shapes:
-        shape, figures = SHAPES[name], measure(name, args.factor_rank)
+        shape, figures = SHAPES[name], count_bytes(name, args.factor_rank)
         raw[name] = figures
         row: dict[str, Any] = {
             "shape": name,

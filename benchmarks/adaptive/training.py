@@ -1,4 +1,4 @@
-"""Tasks, training loops and judgement that the adaptive-rank benchmark is made of."""
+"""Tasks, training loops and evaluation of the adaptive-rank benchmark."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import time_in_turn
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
-from quickstart_model import load_quickstart
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_matthews_corrcoef
-from transformers import get_linear_schedule_with_warmup
+from transformers import DataCollatorWithPadding, get_linear_schedule_with_warmup
 
+from benchmarks.harness.timing import Run, time_in_turn
+from examples import support
 from laplace_lora.adaptive import CRITERIA as KNOWN
 from laplace_lora.adaptive import IVON, PosteriorScore, SensitivityScore, set_importance_score
 from laplace_lora.evaluation import MAP, evaluate
@@ -33,12 +33,10 @@ IVON_SETTINGS: dict[str, dict[str, Any]] = {
 }
 SAMPLES = 1e6  # effective sample size; a few hundred would drown the steps in noise
 
-quickstart = load_quickstart()
-
 
 @dataclass(frozen=True)
 class Task:
-    """One data set, cut to size."""
+    """A data set, cut to size."""
 
     name: str
     model: str
@@ -48,19 +46,18 @@ class Task:
 
 
 def load_task(args: argparse.Namespace, name: str, seed: int) -> Task:
-    """Read and tokenise a task; ``dev`` is judged, ``train`` sampled by the seed."""
+    """Read and tokenise a task: ``train`` is sampled by the seed, ``dev`` is held out."""
     folder = args.data / name
     train_file = next(p for p in sorted(folder.glob("train.jsonl*")))
-    train_rows, names = quickstart.read_rows(train_file)
-    test_rows, _ = quickstart.read_rows(folder / "dev.jsonl")
+    train_rows, names = support.read_rows(train_file)
+    test_rows, _ = support.read_rows(folder / "dev.jsonl")
     random.Random(seed).shuffle(train_rows)
     random.Random(0).shuffle(test_rows)
-    model = args.model or str(quickstart.get_model_path())
-    _, tokenizer = quickstart.load_base(model, len(names))
-    quickstart.MAX_TOKENS = args.max_tokens
-    collate = quickstart.DataCollatorWithPadding(tokenizer)
+    model = args.model or support.encoder_path()
+    _, tokenizer = support.load_base(model, len(names))
+    collate = DataCollatorWithPadding(tokenizer)
     train, test = (
-        quickstart.encode(rows[:size], tokenizer)
+        support.encode(rows[:size], tokenizer, args.max_tokens)
         for rows, size in ((train_rows, args.train_size), (test_rows, args.test_size))
     )
     generator = torch.Generator().manual_seed(seed)
@@ -75,7 +72,7 @@ def load_task(args: argparse.Namespace, name: str, seed: int) -> Task:
 
 def pretrained(task: Task) -> nn.Module:
     """Load the encoder with a fresh head and without dropout."""
-    base, _ = quickstart.load_base(task.model, task.classes)
+    base, _ = support.load_base(task.model, task.classes)
     for module in base.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -90,19 +87,19 @@ def train_lora(task: Task, args: argparse.Namespace, seed: int) -> PeftModel:
     config = LoraConfig(
         task_type="SEQ_CLS", r=args.init_rank, lora_alpha=2 * args.init_rank, target_modules=TARGETS
     )
-    model = get_peft_model(base, config).train()
+    model = get_peft_model(base, config)
     optimizer = torch.optim.AdamW(trained(model), lr=LORA_RATE)
     steps = args.epochs * len(task.train_loader)
     schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
-    for _ in range(args.epochs):
-        for batch in task.train_loader:
-            with autocast(args):
-                loss = model(**batch).loss
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-    return model.eval()
+
+    def loss_of(batch: Any) -> Tensor:
+        with autocast(args):
+            return model(**batch).loss
+
+    support.train(
+        model, task.train_loader, args.epochs, optimizer, schedule, loss_of, progress=None
+    )
+    return model
 
 
 def adalora(task: Task, args: argparse.Namespace, seed: int, rank: float, steps: int) -> PeftModel:
@@ -183,33 +180,33 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for n, p in model.named_parameters() if p.requires_grad and "ranknum" not in n]
 
 
-def judge(model: nn.Module, loader: DataLoader) -> dict[str, float]:
-    """Judge a classifier's probabilities."""
+def scores(model: nn.Module, loader: DataLoader) -> dict[str, float]:
+    """Return the metrics of a classifier's probabilities."""
     report = evaluate(MAP(model), loader, bootstrap=2)
     p, y = report.probs, report.labels
     matthews = multiclass_matthews_corrcoef(p, y, p.shape[1]).item()
-    return {**{name: report[name] for name in quickstart.SHOWN}, "matthews": matthews}
+    return {**{name: report[name] for name in support.SHOWN}, "matthews": matthews}
 
 
 def persistent_bytes(model: nn.Module, optimizer: Optimizer, score: Any) -> float:
-    """Return what optimiser and score keep between steps, in bytes a trained weight."""
-    kept: list[Tensor] = [
+    """Return what optimiser and score store between steps, in bytes per trained weight."""
+    stored: list[Tensor] = [
         value
         for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, Tensor) and value.ndim
     ]
-    kept += [tensor for pair in getattr(score, "averages", {}).values() for tensor in pair]
-    return sum(tensor.nbytes for tensor in kept) / sum(p.numel() for p in trained(model))
+    stored += [tensor for pair in getattr(score, "averages", {}).values() for tensor in pair]
+    return sum(tensor.nbytes for tensor in stored) / sum(p.numel() for p in trained(model))
 
 
 def step_seconds(
     task: Task, args: argparse.Namespace
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Time runs of training steps, masks among them, of both ways; and count what they keep."""
+    """Time training steps of both optimisers, masking included; and count what they store."""
     batches = list(task.train_loader)[:10]
-    runs: dict[str, Callable[[], None]] = {}
-    kept: dict[str, Callable[[], float]] = {}
+    runs: dict[str, Run] = {}
+    stored: dict[str, Callable[[], float]] = {}
     for name, setting, criterion in (
         ("AdamW, sensitivity", "adamw", "sensitivity"),
         ("IVON, snr_magnitude", "informative", "snr_magnitude"),
@@ -226,10 +223,10 @@ def step_seconds(
         def used(model: Any = model, optimizer: Any = optimizer, score: Any = score) -> float:
             return persistent_bytes(model, optimizer, score)
 
-        runs[name], kept[name] = run, used
+        runs[name], stored[name] = run, used
     rounds = argparse.Namespace(**{**vars(args), "repeats": max(5, args.repeats)})
     seconds = time_in_turn(runs, rounds)
-    return seconds, {name: count() for name, count in kept.items()}
+    return seconds, {name: count() for name, count in stored.items()}
 
 
 def data_folder(text: str) -> Path:

@@ -1,6 +1,6 @@
 """Every method of the calibration study on one fine-tuned checkpoint, with its cost.
 
-A method's probabilities on all splits are computed once; judging them belongs to `study`.
+A method's probabilities on all splits are computed once; see `cells` for their evaluation.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
-from study_checkpoints import checkpoint, clock_for
-from study_tasks import Task
 from torch import Tensor
 
+from benchmarks.study.checkpoints import checkpoint, clock_for
+from benchmarks.study.tasks import Task
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, KronLoraLLLaplace, LogitsModel
 from laplace_lora.evaluation import MAP, LoraEnsemble, MCDropout, TemperatureScaling
 from laplace_lora.likelihoods import links
@@ -27,13 +26,13 @@ ENSEMBLE = "LoRA ensemble"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method said, and what that cost beyond the fine-tuned model.
+    """A method's probabilities, and their cost beyond the fine-tuned model.
 
     Attributes:
         probs: Class probabilities by split.
         fit: Seconds to fit and tune.
         predict: Seconds to predict the test split.
-        memory: Bytes that the method keeps.
+        memory: Bytes that the method stores.
         notes: Its hyperparameters.
     """
 
@@ -58,9 +57,9 @@ class Stopwatch:
         return seconds
 
 
-def judged_splits(task: Task) -> list[str]:
-    """Return the splits that methods are judged on, the test set first."""
-    return [split for split in ("test", "shifted", "foreign") if split in task.splits]
+def evaluated_splits(task: Task) -> list[str]:
+    """Return the splits that methods are evaluated on, the test set first."""
+    return [split for split in ("test", "shifted", "ood") if split in task.splits]
 
 
 def outcomes(
@@ -103,18 +102,18 @@ def outcomes(
         fit = watch.lap()
         notes = {"prior precision": float(la.prior_precision), "evidence": _evidence(la)}
         moments, predict = _moments(task, args, la)
-        memory = kept_bytes(la)
+        memory = stored_bytes(la)
         for method, link in links_of.items():
             probs = {split: linked(link, *pair) for split, pair in moments.items()}
             yield method, Outcome(probs, fit, predict, memory, notes)
         if calibrated in wanted:
             watch = Stopwatch(args.device)
-            found = la.calibrate(_loader(task, "val"))
+            calibration = la.calibrate(_loader(task, "val"))
             fit += watch.lap()
             notes = {
-                "prior precision": float(found.prior_precision),
-                "covariance scale": found.covariance_scale,
-                "temperature": found.likelihood_temperature,
+                "prior precision": float(calibration.prior_precision),
+                "covariance scale": calibration.covariance_scale,
+                "temperature": calibration.likelihood_temperature,
             }
             moments, predict = _moments(task, args, la)
             probs = {split: linked("probit", *pair) for split, pair in moments.items()}
@@ -122,7 +121,7 @@ def outcomes(
 
 
 def ensemble(task: Task, args: argparse.Namespace) -> Outcome:
-    """Average the checkpoints of all seeds: one ensemble a task."""
+    """Average the checkpoints of all seeds: one ensemble per task."""
     first, record = checkpoint(task, args, args.seeds[0])
     seconds = record["seconds"]
     for seed in args.seeds[1:]:
@@ -131,8 +130,9 @@ def ensemble(task: Task, args: argparse.Namespace) -> Outcome:
         folder = args.out / "checkpoints" / f"{task.name}-{seed}"
         first.load_adapter(str(folder), adapter_name=str(seed))
     members = LoraEnsemble(first, target_ids=task.target_ids)
-    kept = sum(p.nbytes for p in _trained(first)) * (len(args.seeds) - 1)
-    return _outcome(task, args, members, seconds, kept, {"members": len(args.seeds)})
+    trained = sum(p.nbytes for p in first.parameters() if p.requires_grad)
+    stored = trained * (len(args.seeds) - 1)
+    return _outcome(task, args, members, seconds, stored, {"members": len(args.seeds)})
 
 
 def _posteriors(task: Task, logits: LogitsModel) -> dict[str, Callable[[], Any]]:
@@ -146,7 +146,7 @@ def _posteriors(task: Task, logits: LogitsModel) -> dict[str, Callable[[], Any]]
         made["K-FAC, one sampled label"] = lambda: KronLoraLaplace(
             logits, "classification", backend_kwargs=sampled
         )
-    if task.target_ids is not None:  # the vocabulary's head is no layer of the adapter
+    if task.target_ids is not None:  # the adapter has no head of its own
         del made["last layer"]
     return made
 
@@ -160,7 +160,7 @@ def _outcome(
     notes: dict[str, float],
 ) -> Outcome:
     probs, predict = {}, 0.0
-    for split in judged_splits(task):
+    for split in evaluated_splits(task):
         watch = Stopwatch(args.device)
         probs[split] = torch.cat([method(batch).cpu() for batch in _loader(task, split)])
         predict = watch.lap() if split == "test" else predict
@@ -171,7 +171,7 @@ def _moments(
     task: Task, args: argparse.Namespace, la: Any
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
     moments, seconds = {}, 0.0
-    for split in judged_splits(task):
+    for split in evaluated_splits(task):
         watch = Stopwatch(args.device)
         parts = [la._glm_predictive_distribution(batch) for batch in _loader(task, split)]
         seconds = watch.lap() if split == "test" else seconds
@@ -192,19 +192,15 @@ def _loader(task: Task, split: str) -> Any:
 
 
 def _numbers(method: MAP) -> dict[str, float]:
-    found = vars(method)
-    return {name: found[name] for name in ("temperature", "n_samples") if name in found}
+    settings = vars(method)
+    return {name: settings[name] for name in ("temperature", "n_samples") if name in settings}
 
 
 def _evidence(la: Any) -> float:
     return float(la.log_marginal_likelihood())
 
 
-def kept_bytes(la: Any) -> int:
+def stored_bytes(la: Any) -> int:
     """Return the bytes of a posterior's mean and curvature."""
     tensors, _ = la._packed()
     return la.mean.nbytes + sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _trained(model: PeftModel) -> list[Tensor]:
-    return [p for p in model.parameters() if p.requires_grad]

@@ -3,42 +3,35 @@
 On an accelerator a reading is the caching allocator's own peak. On the CPU there are two:
 ``records``, the peak of torch's record of every CPU allocation and release (exact and repeatable,
 blind to what is not allocated by torch), and ``resident``, the peak of the process's resident set
-above its level before the run (sees everything, in pages, Linux only). Timings belong to `measure`.
+above its level before the run (sees everything, in pages, Linux only). See `timing` for times.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.harness.timing import Run
+
+ROOT = Path(__file__).parents[2]
 MIB = 2**20
 READINGS = ("records", "resident")
 
 
-def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments by which a benchmark calls itself to read one side's peak memory."""
-    parser.add_argument("--peak-of", help="only run this side once, print its peak memory, stop")
-    parser.add_argument(
-        "--peak-by", choices=READINGS, default="records", help="how --peak-of reads the CPU"
-    )
-    parser.add_argument("--no-memory", action="store_true", help="skip the memory readings")
-
-
-def peak_of_run(run: Callable[[], object], device: str, reading: str) -> int:
+def peak_of_run(run: Run, device: str, reading: str) -> int:
     """Run once and return the peak of the bytes held above the level before the run.
 
     Args:
-        run: What to run. Its result counts: it is still held at the end of the reading.
+        run: What to run. Its result counts: it is still in memory at the end of the reading.
         device: Where the memory is read.
         reading: On the CPU, ``records`` or ``resident`` (see the module's text). An accelerator
             has its allocator's own peak and ignores this.
@@ -52,19 +45,19 @@ def peak_of_run(run: Callable[[], object], device: str, reading: str) -> int:
         module.synchronize()
         module.reset_peak_memory_stats()
         before = module.memory_allocated()
-        held = run()
+        result = run()
         module.synchronize()
         peak = module.max_memory_allocated() - before
     elif reading == "resident":
         Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's record of the peak
         before = _kernel_bytes("VmRSS")
-        held = run()
+        result = run()
         peak = _kernel_bytes("VmHWM") - before
     else:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorder:
-            held = run()
+            result = run()
         peak = _recorded_peak(recorder)
-    del held
+    del result
     return peak
 
 
@@ -87,15 +80,15 @@ def _recorded_peak(recorder: profile) -> int:
 
 
 def peaks_in_own_processes(
-    script: str, sides: Iterable[str], device: str, extra: Iterable[str] = ()
+    name: str, sides: Iterable[str], device: str
 ) -> dict[str, dict[str, int]]:
     """Start this benchmark anew for every side and reading, and collect the peaks.
 
     Args:
-        script: Path of the benchmark, which must have the arguments of `add_memory_arguments`.
+        name: Of the benchmark's module below ``benchmarks``; it must have the arguments of
+            `arguments.add_memory_arguments`.
         sides: Names that the benchmark's ``--peak-of`` knows.
         device: Where the memory is read; an accelerator has one reading only.
-        extra: Arguments to add to this process's own.
 
     Returns:
         Peak bytes by side and reading.
@@ -111,10 +104,20 @@ def peaks_in_own_processes(
     peaks: dict[str, dict[str, int]] = {}
     for side in sides:
         for reading in readings:
-            command = [sys.executable, script, *sys.argv[1:], *extra]
+            command = [sys.executable, "-m", f"benchmarks.{name}", *sys.argv[1:]]
             command += ["--peak-of", side, "--peak-by", reading]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            done = subprocess.run(
+                command, env=environment, cwd=ROOT, capture_output=True, text=True
+            )
             if done.returncode != 0:
                 raise RuntimeError(f"reading the peak of {side} failed:\n{done.stderr}")
             peaks.setdefault(side, {})[reading] = int(done.stdout.split()[-1])
     return peaks
+
+
+def cells_above(peaks: dict[str, dict[str, int]], side: str, reference: str) -> dict[str, str]:
+    """Return a side's cells by reading: its peak in MiB above that of another side."""
+    return {
+        f"MiB above {reference} ({reading})": f"{(peak - peaks[reference][reading]) / MIB:.1f}"
+        for reading, peak in peaks[side].items()
+    }

@@ -24,25 +24,6 @@ ALL_PROJECTIONS = (
 )  # fmt: skip
 
 
-def add_size_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the sizes of the model and of the batch."""
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, help="default: as many as heads")
-    parser.add_argument("--intermediate", type=int, help="default: 4 * hidden")
-    parser.add_argument("--vocab", type=int, default=1000)
-    parser.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=8, help="of the LoRA adapter")
-    parser.add_argument("--targets", nargs="+", default=["q_proj", "v_proj"])
-    parser.add_argument("--factor-rank", type=int, default=64)
-    parser.add_argument(
-        "--low-rank-threshold", type=int, default=256, help="of the low-rank side; longer is kept"
-    )
-
-
 def llama_with_lora(
     config: LlamaConfig, rank: int, targets: list[str], dtype: torch.dtype, device: str
 ) -> PeftModel:
@@ -52,7 +33,7 @@ def llama_with_lora(
         config: Shape of the model.
         rank: LoRA rank r.
         targets: Names of the projections that get an adapter.
-        dtype: Data type of the base weights. PEFT keeps adapters in float32 or better.
+        dtype: Of the base weights. PEFT keeps adapters in float32 or better.
         device: Where to build; ``meta`` allocates nothing.
 
     Returns:

@@ -1,27 +1,26 @@
 """Tasks of the studies on real data: rows, their splits and batches.
 
-Classification of texts by an encoder, and multiple choice by the answer tokens of a decoder. Models
-belong to `study_checkpoints`.
+Classification of texts by an encoder, and multiple choice by the answer tokens of a decoder. See
+`checkpoints` for the models.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quickstart_model import load_quickstart
 from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, DataCollatorWithPadding
 
-quickstart = load_quickstart()
+from examples import support
 
 LETTERS = "ABCD"
 CLASSIFICATION = {
-    # name: files of training, test and shifted data, and whose test set counts as foreign input
+    # name: files of training, test and shifted data, and of out-of-distribution inputs
     "sst2": ("train.jsonl.gz", "test.jsonl", "ood_cr.jsonl", None),
     "cola": ("train.jsonl", "dev.jsonl", "dev_ood.jsonl", None),
     "rte": ("train.jsonl", "dev.jsonl", "ood_qnli.jsonl.gz", None),
@@ -36,7 +35,7 @@ TASKS = (*CLASSIFICATION, *CHOICE)
 
 @dataclass(frozen=True)
 class Task:
-    """One data set, cut to size and tokenised.
+    """A data set, cut to size and tokenised.
 
     Attributes:
         name: Its folder's name.
@@ -45,7 +44,7 @@ class Task:
         tokenizer: The model's.
         collate: From rows to a batch.
         splits: Tokenised rows of ``train``, ``val`` and ``test``; ``shifted`` where there is data
-            of the same labels from elsewhere, ``foreign`` where there is input of another kind.
+            of the same labels from elsewhere, ``ood`` where there are out-of-distribution inputs.
         target_ids: Answer tokens of a decoder, ``None`` for a classifier.
     """
 
@@ -64,12 +63,12 @@ class Task:
 
 def add_task_arguments(parser: argparse.ArgumentParser, tasks: Sequence[str]) -> None:
     """Add the arguments that choose data and their size."""
-    parser.add_argument("--data", type=Path, required=True, help="folder of the tasks' folders")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the tasks' folders")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(tasks))
     parser.add_argument("--model", help="pretrained model; the quickstart's encoder if left out")
     parser.add_argument("--train-size", type=int, default=1000, help="rows to train on")
     parser.add_argument("--val-size", type=int, default=500, help="rows held out of the training")
-    parser.add_argument("--test-size", type=int, default=1000, help="most rows to judge by")
+    parser.add_argument("--test-size", type=int, default=1000, help="most rows to evaluate on")
     parser.add_argument("--shifted-size", type=int, default=500, help="most shifted rows")
     parser.add_argument("--max-tokens", type=int, default=128, help="longer texts are cut")
 
@@ -92,20 +91,21 @@ def load_task(args: argparse.Namespace, name: str) -> Task:
 
 
 def _classification_task(args: argparse.Namespace, name: str, folder: Path) -> Task:
-    train_file, test_file, shifted_file, foreign_file = CLASSIFICATION[name]
-    model = args.model or str(quickstart.get_model_path())
-    rows, names = quickstart.read_rows(folder / train_file)
+    train_file, test_file, shifted_file, ood_file = CLASSIFICATION[name]
+    model = args.model or support.encoder_path()
+    rows, names = support.read_rows(folder / train_file)
     splits = _held_out(rows, args)
-    splits["test"] = _cut(quickstart.read_rows(folder / test_file)[0], args.test_size)
+    splits["test"] = _cut(support.read_rows(folder / test_file)[0], args.test_size)
     if shifted_file:
-        splits["shifted"] = _cut(quickstart.read_rows(folder / shifted_file)[0], args.shifted_size)
-    if foreign_file:
-        foreign = quickstart.read_rows(args.data / foreign_file)[0]
-        splits["foreign"] = _cut(foreign, args.shifted_size)
-    _, tokenizer = quickstart.load_base(model, len(names))
-    quickstart.MAX_TOKENS = args.max_tokens
-    encoded = {split: _sorted(quickstart.encode(part, tokenizer)) for split, part in splits.items()}
-    collate = quickstart.DataCollatorWithPadding(tokenizer)
+        splits["shifted"] = _cut(support.read_rows(folder / shifted_file)[0], args.shifted_size)
+    if ood_file:
+        splits["ood"] = _cut(support.read_rows(args.data / ood_file)[0], args.shifted_size)
+    _, tokenizer = support.load_base(model, len(names))
+    encoded = {
+        split: _sorted(support.encode(part, tokenizer, args.max_tokens))
+        for split, part in splits.items()
+    }
+    collate = DataCollatorWithPadding(tokenizer)
     return Task(name, model, len(names), tokenizer, collate, encoded)
 
 
@@ -113,8 +113,6 @@ def _choice_task(args: argparse.Namespace, name: str, folder: Path) -> Task:
     if not args.model:
         raise SystemExit(f"{name} is answered by a decoder: give one with --model")
     train_file, test_file, shifted_file = CHOICE[name]
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     splits = _held_out(read_questions(folder / train_file), args)
@@ -124,20 +122,19 @@ def _choice_task(args: argparse.Namespace, name: str, folder: Path) -> Task:
         splits["shifted"] = _cut(shifted, args.shifted_size)
 
     def encode(row: dict) -> dict:
-        # From the left, so that the answer's place is never cut off.
+        # Cut on the left: the answer follows the last token.
         ids = tokenizer(prompt(row))["input_ids"][-args.max_tokens :]
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": row["answer"]}
 
     encoded = {split: _sorted([encode(row) for row in part]) for split, part in splits.items()}
-    collate = quickstart.DataCollatorWithPadding(tokenizer)
+    collate = DataCollatorWithPadding(tokenizer)
     ids = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][-1] for letter in LETTERS]
     return Task(name, args.model, len(LETTERS), tokenizer, collate, encoded, ids)
 
 
 def read_questions(path: Path) -> list[dict]:
     """Read the questions of a file that have four choices, as nearly all have."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return [row for row in rows if len(row["choices"]) == len(LETTERS)]
+    return [row for _, row in support.json_lines(path) if len(row["choices"]) == len(LETTERS)]
 
 
 def prompt(row: dict) -> str:

@@ -1,6 +1,6 @@
 """Which structure of the posterior to choose: error and quality against cost, on real data.
 
-Every structure is fitted around the checkpoints of `study`, on the same training rows, and its
+Every structure is fitted around the checkpoints of the study, on the same training rows, and its
 prior precision is tuned by its own marginal likelihood:
 
 * error: distance of its test predictive covariance from the exact GGN's at the same prior
@@ -8,12 +8,12 @@ prior precision is tuned by its own marginal likelihood:
 * evidence gap: its log evidence minus that of the exact GGN, each at its own best prior, in nats;
 * NLL and ECE on the test rows with the probit and the mc link;
 * cost: seconds of fit and prediction (this process's own on the CPU, one thread), and the bytes
-  that the posterior keeps. A posterior's eigendecomposition is part of its fit and also stands
-  apart, as ``eigen s``, where there is one of all rows.
+  that the posterior stores. ``eigen s`` is the eigendecomposition of all rows of the exact GGN,
+  which comes after its fit.
 
-    python benchmarks/bench_approximation.py --data DATA --autocast
+    python -m benchmarks.accuracy.approximation --data DATA --autocast
 
-A finished cell is kept under ``--out`` and never computed again.
+A finished cell is saved under ``--out`` and never computed again.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import prepare, write_report
-from study_checkpoints import add_training_arguments, checkpoint
-from study_methods import EVALUATION_BATCH, Stopwatch, kept_bytes, linked
-from study_tasks import Task, add_task_arguments, load_task
 from torch import Tensor
 
+from benchmarks.harness.arguments import plain_parser, prepare
+from benchmarks.harness.report import mean_and_error, write_report
+from benchmarks.study.checkpoints import add_study_arguments, checkpoint
+from benchmarks.study.methods import EVALUATION_BATCH, Stopwatch, linked, stored_bytes
+from benchmarks.study.tasks import Task, add_task_arguments, load_task
 from laplace_lora import (
     DiagLoraLaplace,
     FullLoraLaplace,
@@ -85,7 +86,7 @@ def structures() -> dict[str, Make]:
 
 
 def measured(task: Task, args: argparse.Namespace, la: Any) -> tuple[dict[str, float], Tensor]:
-    """Fit, tune and judge a posterior; return its figures and its test covariances."""
+    """Fit, tune and evaluate a posterior; return its figures and its test covariances."""
     watch = Stopwatch(args.device)
     la.fit(task.loader("train", EVALUATION_BATCH))
     fit = watch.lap()
@@ -93,8 +94,8 @@ def measured(task: Task, args: argparse.Namespace, la: Any) -> tuple[dict[str, f
     tune = watch.lap()
     figures = {"fit": fit, "evidence": float(la.log_marginal_likelihood())}
     figures["prior precision"] = float(la.prior_precision)
-    figures["MiB"] = kept_bytes(la) / 2**20
-    # Of rows the eigendecomposition comes with the first question about the evidence.
+    figures["MiB"] = stored_bytes(la) / 2**20
+    # Rows are decomposed when the evidence is first computed.
     figures["eigen"] = tune if isinstance(la, FullLoraLaplace) else 0.0
     watch.lap()
     parts = [la._glm_predictive_distribution(b) for b in task.loader("test", EVALUATION_BATCH)]
@@ -109,7 +110,7 @@ def measured(task: Task, args: argparse.Namespace, la: Any) -> tuple[dict[str, f
 
 def exact_covariances(task: Task, exact: Any, precisions: list[float]) -> list[Tensor]:
     """Return the exact posterior's test covariances at several prior precisions, in one pass."""
-    found: list[list[Tensor]] = [[] for _ in precisions]
+    covariances: list[list[Tensor]] = [[] for _ in precisions]
     for batch in task.loader("test", EVALUATION_BATCH):
         _, blocks = exact.gram_blocks(batch)
         sums: list[Any] = [0.0] * len(precisions)
@@ -117,9 +118,9 @@ def exact_covariances(task: Task, exact: Any, precisions: list[float]) -> list[T
             for e, products in grams:
                 for i, delta in enumerate(precisions):
                     sums[i] = sums[i] + products @ (1 / (e + delta))
-        for kept, total in zip(found, sums, strict=True):
-            kept.append(total.cpu())
-    return [torch.cat(parts) for parts in found]
+        for parts, total in zip(covariances, sums, strict=True):
+            parts.append(total.cpu())
+    return [torch.cat(parts) for parts in covariances]
 
 
 def run_checkpoint(task: Task, args: argparse.Namespace, seed: int) -> None:
@@ -144,7 +145,7 @@ def run_checkpoint(task: Task, args: argparse.Namespace, seed: int) -> None:
 
 
 def cell_path(args: argparse.Namespace, task: str, seed: int) -> Path:
-    """Return where a checkpoint's figures are kept."""
+    """Return where a checkpoint's figures are saved."""
     return args.out / "approximation" / f"{task}-{seed}.json"
 
 
@@ -160,9 +161,7 @@ def table(cells: list[dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
     for name in cells[0]:
         row: dict[str, Any] = {"structure": name}
         for figure, (heading, digits) in FIGURES.items():
-            values = [cell[name][figure] for cell in cells]
-            error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-            row[heading] = f"{statistics.fmean(values):.{digits}f} ± {error:.{digits}f}"
+            row[heading] = mean_and_error([cell[name][figure] for cell in cells], digits)
         rows.append(row)
     return rows
 
@@ -199,24 +198,10 @@ def draw(args: argparse.Namespace, task: str, cells: list[dict[str, dict[str, fl
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser(__doc__)
     add_task_arguments(parser, ["sst2", "cola", "trec6"])
-    add_training_arguments(parser)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--report", action="store_true", help="only write what is finished")
-    parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent / "results" / "study",
-        help="folder, the study's for its checkpoints",
-    )
-    args = parser.parse_args()
-    args.repeats, args.seed = 1, 0
-    return args
+    add_study_arguments(parser, seeds=[0, 1, 2])
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -234,7 +219,7 @@ def main() -> None:
         path.stem: json.loads(path.read_text())
         for path in sorted((args.out / "approximation").glob("*.json"))
     }
-    write_report("bench_approximation", args, tables, raw)
+    write_report("accuracy.approximation", args, tables, raw)
 
 
 if __name__ == "__main__":

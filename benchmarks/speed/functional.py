@@ -6,44 +6,36 @@ bayesian_lora sums the covariances of the last token alone, this library by defa
 bayesian_lora is no dependency; install it for this benchmark alone, without its own::
 
     pip install --no-deps bayesian_lora==0.0.6 jaxtyping wadler-lindig
-
-Run ``python benchmarks/bench_functional.py --help`` for the sizes.
+    python -m benchmarks.speed.functional --repeats 5
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
-import bayesian_lora
 import torch
-from bayesian_lora.main import jacobian_mean as their_jacobian_mean
-from llama_workload import Workload, add_size_arguments, make_workload, random_llama
-from measure import (
-    add_clock_argument,
-    add_run_arguments,
-    prepare,
-    ratio,
-    time_in_turn,
-    verdict,
-    write_report,
-)
-from peak_memory import MIB, add_memory_arguments, peak_of_run, peaks_in_own_processes
 from torch import Tensor, nn
 
+from benchmarks.harness import arguments, memory
+from benchmarks.harness.llama import Workload, make_workload, random_llama
+from benchmarks.harness.report import gain_cells, verdict, write_report
+from benchmarks.harness.timing import Run, ratio, time_in_turn
 from laplace_lora.functional import calculate_kronecker_factors, jacobian_mean
 
+NAME = "speed.functional"
 JACOBIAN, DENSE, LOW_RANK = "jacobian_mean", "factors, dense", "factors, low-rank"
 LAST = "factors, low-rank, last token"
 FASTER = {JACOBIAN: 12.0, DENSE: 1.0, LOW_RANK: 1.0, LAST: 1.0}
 MEMORY_SHARE = 0.5  # of the peer's peak, of jacobian_mean
 
-Run = Callable[[], Any]
-
 
 def make_runs(work: Workload, args: argparse.Namespace) -> dict[str, tuple[Run, Run]]:
     """Return this library's run and the peer's, by what they compute."""
+    try:
+        from bayesian_lora import main as peer
+    except ImportError as error:
+        raise SystemExit(f"{error}; --help says how to install bayesian_lora") from None
     model = work.model.model
     inputs = {key: value for key, value in work.batch.items() if key != "labels"}
     ids = torch.arange(work.classes, device=args.device)
@@ -56,7 +48,7 @@ def make_runs(work: Workload, args: argparse.Namespace) -> dict[str, tuple[Run, 
         common = (model, forward_call, data, rank, args.low_rank_threshold, ["lora"])
         return (
             lambda: calculate_kronecker_factors(*common, num_samples=1, positions=positions),
-            lambda: bayesian_lora.calculate_kronecker_factors(*common),
+            lambda: peer.calculate_kronecker_factors(*common),
         )
 
     def callback(outputs: Any) -> Tensor:
@@ -65,7 +57,7 @@ def make_runs(work: Workload, args: argparse.Namespace) -> dict[str, tuple[Run, 
     jacobians = (
         lambda: jacobian_mean(model, inputs, ids),
         # its default callback raises NameError
-        lambda: their_jacobian_mean(model, inputs, output_callback=callback),
+        lambda: peer.jacobian_mean(model, inputs, output_callback=callback),
     )
     return {
         JACOBIAN: jacobians,
@@ -86,14 +78,7 @@ def time_rows(
     rows = []
     for name in pairs:
         gain = ratio(seconds[f"{name}, theirs"], seconds[f"{name}, ours"])
-        rows.append(
-            {
-                "what": name,
-                "times faster (quartiles)": str(gain),
-                "at least": FASTER[name],
-                "": verdict(gain.median, at_least=FASTER[name]),
-            }
-        )
+        rows.append({"what": name, **gain_cells(gain, FASTER[name])})
     return rows, seconds
 
 
@@ -103,14 +88,14 @@ def memory_rows(
     """Read each side's peak in a process of its own."""
     names = list(FASTER)
     sides = [f"{name}, {who}" for name in names for who in ("ours", "theirs")]
-    peaks = peaks_in_own_processes(__file__, sides, args.device)
+    peaks = memory.peaks_in_own_processes(NAME, sides, args.device)
     rows = []
     for name in names:
         row: dict[str, Any] = {"what": name}
         for reading in peaks[f"{name}, ours"]:
             ours, theirs = (peaks[f"{name}, {who}"][reading] for who in ("ours", "theirs"))
-            row[f"ours, MiB ({reading})"] = f"{ours / MIB:.1f}"
-            row[f"theirs, MiB ({reading})"] = f"{theirs / MIB:.1f}"
+            row[f"ours, MiB ({reading})"] = f"{ours / memory.MIB:.1f}"
+            row[f"theirs, MiB ({reading})"] = f"{theirs / memory.MIB:.1f}"
             row[f"share ({reading})"] = f"{ours / theirs:.2f}"
             if name == JACOBIAN:
                 met = verdict(ours / theirs, at_most=MEMORY_SHARE)
@@ -128,21 +113,18 @@ def agreement_rows(work: Workload, args: argparse.Namespace) -> list[dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_run_arguments(parser)
-    add_clock_argument(parser)
-    add_memory_arguments(parser)
-    add_size_arguments(parser)
+    parser = arguments.speed_parser(__doc__)
+    arguments.add_memory_arguments(parser)
     parser.add_argument("--classes", type=int, default=4)
     parser.add_argument("--batches", type=int, default=8, help="of the data set of the factors")
     args = parser.parse_args()
-    prepare(args)
+    arguments.prepare(args)
     work = make_workload(random_llama(args), args, args.classes)
     if args.peak_of:
         name, _, who = args.peak_of.rpartition(", ")
         run = make_runs(work, args)[name][who == "theirs"]
         run()  # whatever is set up once is not the side's
-        print(peak_of_run(run, args.device, args.peak_by))
+        print(memory.peak_of_run(run, args.device, args.peak_by))
         return
     rows, seconds = time_rows(work, args)
     tables = {
@@ -152,7 +134,7 @@ def main() -> None:
     raw: dict[str, Any] = {"seconds": seconds}
     if not args.no_memory:
         tables["Peak memory"], raw["peak bytes"] = memory_rows(args)
-    write_report("bench_functional", args, tables, raw)
+    write_report(NAME, args, tables, raw)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ default is `CurvlinopsGGN.jacobians` (`torch.func.jacrev`) and `KronDecomposed.i
 All posteriors are fitted beforehand, on the batch itself. As it has no padding, the dense posterior
 and laplace-torch's must predict the same covariance; the report says how close they are.
 
-Run ``python benchmarks/bench_predict.py --help`` for the sizes.
+    python -m benchmarks.speed.predict --repeats 5
 """
 
 from __future__ import annotations
@@ -18,28 +18,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from llama_workload import (
+from torch.utils.data import DataLoader
+
+from benchmarks.harness import arguments, memory
+from benchmarks.harness.llama import (
     Workload,
-    add_size_arguments,
     bare_passes,
     make_workload,
     peer_backends,
     random_llama,
 )
-from measure import (
-    add_clock_argument,
-    add_run_arguments,
-    prepare,
-    ratio,
-    time_in_turn,
-    verdict,
-    write_report,
-)
-from peak_memory import MIB, add_memory_arguments, peak_of_run, peaks_in_own_processes
-from torch.utils.data import DataLoader
-
+from benchmarks.harness.report import cost_cells, gain_cells, verdict, write_report
+from benchmarks.harness.timing import ratio, time_in_turn
 from laplace_lora import KronLoraLaplace
 
+NAME = "speed.predict"
 BARE = "bare"
 JACREV, ASDL = "CurvlinopsGGN", "AsdlGGN"
 PEERS = {JACREV: "laplace-torch's default", ASDL: "AsdlGGN.jacobians alone"}
@@ -101,28 +94,13 @@ def time_rows(
     bare_rows, peer_rows = [], []
     for side in [*library, *PEERS]:
         cost = ratio(seconds[side], seconds[BARE])
-        bare_rows.append(
-            {
-                "classes": work.classes,
-                "side": PEERS.get(side, side),
-                "times bare (quartiles)": str(cost),
-                "at most": AT_MOST if side in library else "-",
-                "": verdict(cost.median, at_most=AT_MOST) if side in library else "-",
-            }
-        )
+        cells = cost_cells(cost, AT_MOST if side in library else None)
+        bare_rows.append({"classes": work.classes, "side": PEERS.get(side, side), **cells})
     for side in library:
         for peer, limit in FASTER.items():
-            gain = ratio(seconds[peer], seconds[side])
-            peer_rows.append(
-                {
-                    "classes": work.classes,
-                    "side": side,
-                    "peer": PEERS[peer],
-                    "times faster (quartiles)": str(gain),
-                    "at least": limit,
-                    "": verdict(gain.median, at_least=limit),
-                }
-            )
+            cells = gain_cells(ratio(seconds[peer], seconds[side]), limit)
+            row = {"classes": work.classes, "side": side, "peer": PEERS[peer]}
+            peer_rows.append(row | cells)
     expected = runs[JACREV]()[1]
     differences = {
         side: float((runs[side]()[1] - expected).norm() / expected.norm()) for side in library
@@ -143,52 +121,49 @@ def memory_rows(
     work: Workload, args: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, int]]]:
     """Read every side's peak in a process of its own; rows are above the bare passes' peak."""
-    peaks = peaks_in_own_processes(__file__, [BARE, "dense", "low-rank", *PEERS], args.device)
+    sides = [BARE, "dense", "low-rank", *PEERS]
+    peaks = memory.peaks_in_own_processes(NAME, sides, args.device)
     jacobian = len(work.labels) * work.classes * work.n_parameters * 4
     rows = []
-    for side in peaks:
-        if side == BARE:
-            continue
+    for side in sides[1:]:
         row: dict[str, Any] = {"classes": work.classes, "side": PEERS.get(side, side)}
+        row |= memory.cells_above(peaks, side, BARE)
         for reading, peak in peaks[side].items():
-            above = peak - peaks[BARE][reading]
-            row[f"MiB above bare ({reading})"] = f"{above / MIB:.1f}"
-            row[f"of the Jacobian ({reading})"] = f"{above / jacobian:.2f}"
+            share = (peak - peaks[BARE][reading]) / jacobian
+            row[f"of the Jacobian ({reading})"] = f"{share:.2f}"
             if side not in PEERS:
-                met = verdict(above / jacobian, at_most=MEMORY_SHARE)
+                met = verdict(share, at_most=MEMORY_SHARE)
                 row[f"of the Jacobian ({reading})"] += f" (at most {MEMORY_SHARE}: {met})"
         rows.append(row)
     return rows, peaks
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_run_arguments(parser)
-    add_clock_argument(parser)
-    add_memory_arguments(parser)
-    add_size_arguments(parser)
+    parser = arguments.speed_parser(__doc__)
+    arguments.add_memory_arguments(parser)
     parser.add_argument("--classes", type=int, nargs="+", default=[4])
     parser.add_argument("--prior-precision", type=float, default=1.0)
     args = parser.parse_args()
-    prepare(args)
+    arguments.prepare(args)
     peft_model = random_llama(args)
     if args.peak_of:
         work = make_workload(peft_model, args, args.classes[0])
         run = make_run(args.peak_of, work, args)
         bare_passes(work, work.classes)  # whatever is set up once is not the side's
-        print(peak_of_run(run, args.device, args.peak_by))
+        print(memory.peak_of_run(run, args.device, args.peak_by))
         return
 
     tables: dict[str, list[dict[str, Any]]] = {}
     raw: dict[str, Any] = {}
     for classes in args.classes:
-        found, raw[f"{classes} classes"] = time_rows(make_workload(peft_model, args, classes), args)
-        for heading, rows in found.items():
+        work = make_workload(peft_model, args, classes)
+        timed, raw[f"{classes} classes"] = time_rows(work, args)
+        for heading, rows in timed.items():
             tables.setdefault(heading, []).extend(rows)
     if not args.no_memory:
         work = make_workload(peft_model, args, args.classes[0])
         tables["Peak memory"], raw["peak bytes"] = memory_rows(work, args)
-    write_report("bench_predict", args, tables, raw)
+    write_report(NAME, args, tables, raw)
 
 
 if __name__ == "__main__":

@@ -5,45 +5,34 @@ no method with exact output gradients does less. Two calls of the library are ti
 with low-rank factors: ``fit`` adds a batch to running sums, which is what `KronLoraLaplace.fit`
 does for each batch, and ``kron`` makes a batch's factors from nothing, which is what laplace-torch
 calls and what its own backends offer. Peak memory is read for the first number of classes; the
-factors themselves count.
+factors themselves count. The factors of models of well-known shapes are counted in GiB, too.
 
-Run ``python benchmarks/bench_fit.py --help`` for the sizes.
+    python -m benchmarks.speed.fit --repeats 7
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
-from factor_memory import SHAPES, factor_memory_rows
-from llama_workload import (
+from benchmarks.harness import arguments, memory
+from benchmarks.harness.factor_memory import SHAPES, factor_memory_rows
+from benchmarks.harness.llama import (
     Workload,
-    add_size_arguments,
     bare_passes,
     make_workload,
     peer_kron_runs,
     random_llama,
 )
-from measure import (
-    add_clock_argument,
-    add_run_arguments,
-    prepare,
-    ratio,
-    time_in_turn,
-    verdict,
-    write_report,
-)
-from peak_memory import MIB, add_memory_arguments, peak_of_run, peaks_in_own_processes
-
+from benchmarks.harness.report import cost_cells, gain_cells, write_report
+from benchmarks.harness.timing import Run, ratio, time_in_turn
 from laplace_lora import LoraGGN
 
+NAME = "speed.fit"
 BARE = "bare"
 AT_MOST = 1.10  # times the bare passes
 FASTER = {2: 1.8}  # than a peer, by number of classes
 FASTER_OTHERWISE = 1.6
-
-Run = Callable[[], object]
 
 
 def library_runs(work: Workload, args: argparse.Namespace, fresh: bool = False) -> dict[str, Run]:
@@ -88,66 +77,34 @@ def time_rows(
     against_bare = []
     for side in [*runs, *peers]:
         cost = ratio(seconds[side], seconds[BARE])
-        against_bare.append(
-            {
-                "classes": work.classes,
-                "side": side,
-                "times bare (quartiles)": str(cost),
-                "at most": AT_MOST if side in runs else "-",
-                "": verdict(cost.median, at_most=AT_MOST) if side in runs else "-",
-            }
-        )
+        cells = cost_cells(cost, AT_MOST if side in runs else None)
+        against_bare.append({"classes": work.classes, "side": side, **cells})
     limit = FASTER.get(work.classes, FASTER_OTHERWISE)
     against_peers = []
     for side in runs:
         for peer in peers:
-            gain = ratio(seconds[peer], seconds[side])
-            against_peers.append(
-                {
-                    "classes": work.classes,
-                    "side": side,
-                    "peer": f"{peer}.kron",
-                    "times faster (quartiles)": str(gain),
-                    "at least": limit,
-                    "": verdict(gain.median, at_least=limit),
-                }
-            )
+            cells = gain_cells(ratio(seconds[peer], seconds[side]), limit)
+            row = {"classes": work.classes, "side": side, "peer": f"{peer}.kron"}
+            against_peers.append(row | cells)
     return against_bare, against_peers, seconds
 
 
-def memory_rows(
-    sides: list[str], args: argparse.Namespace
-) -> tuple[list[dict[str, Any]], dict[str, dict[str, int]]]:
-    """Read every side's peak in a process of its own; rows are above the bare passes' peak."""
-    peaks = peaks_in_own_processes(__file__, [BARE, *sides], args.device)
-    rows = []
-    for side in sides:
-        row: dict[str, Any] = {"classes": args.classes[0], "side": side}
-        for reading, peak in peaks[side].items():
-            row[f"MiB above bare ({reading})"] = f"{(peak - peaks[BARE][reading]) / MIB:.1f}"
-        rows.append(row)
-    return rows, peaks
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_run_arguments(parser)
-    add_clock_argument(parser)
-    add_memory_arguments(parser)
-    add_size_arguments(parser)
+    parser = arguments.speed_parser(__doc__)
+    arguments.add_memory_arguments(parser)
     parser.add_argument("--classes", type=int, nargs="+", default=[4, 2])
     parser.add_argument(
         "--shapes", nargs="*", choices=SHAPES, default=list(SHAPES), help="for the factor memory"
     )
     args = parser.parse_args()
-    prepare(args)
+    arguments.prepare(args)
     peft_model = random_llama(args)
     if args.peak_of:
         work = make_workload(peft_model, args, args.classes[0])
         bare_passes(work, work.classes - 1)  # whatever is set up once is not the side's
         runs = {BARE: lambda: bare_passes(work, work.classes - 1)}
         runs |= library_runs(work, args, fresh=True) | peer_kron_runs(work)
-        print(peak_of_run(runs[args.peak_of], args.device, args.peak_by))
+        print(memory.peak_of_run(runs[args.peak_of], args.device, args.peak_by))
         return
 
     tables: dict[str, list[dict[str, Any]]] = {"Against bare passes": [], "Against peers": []}
@@ -159,10 +116,15 @@ def main() -> None:
         tables["Against peers"] += peer_rows
     if not args.no_memory:
         sides = [row["side"] for row in bare_rows]
-        tables["Peak memory"], raw["peak bytes"] = memory_rows(sides, args)
+        peaks = memory.peaks_in_own_processes(NAME, [BARE, *sides], args.device)
+        tables["Peak memory"] = [
+            {"classes": args.classes[0], "side": side, **memory.cells_above(peaks, side, BARE)}
+            for side in sides
+        ]
+        raw["peak bytes"] = peaks
     if args.shapes:
         tables["Factor memory"], raw["factor GiB"] = factor_memory_rows(args)
-    write_report("bench_fit", args, tables, raw)
+    write_report(NAME, args, tables, raw)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Benchmarks of laplace_lora; ``python -m benchmarks`` lists them, README.md has their results."""

@@ -1,0 +1,1 @@
+"""How far approximate posteriors are from what they approximate."""

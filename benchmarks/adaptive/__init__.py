@@ -1,0 +1,1 @@
+"""Rank allocation with AdaLoRA, IVON and posteriors."""

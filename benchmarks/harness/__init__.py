@@ -1,0 +1,1 @@
+"""What the benchmarks share: arguments, timing, peak memory, workloads and reports."""

@@ -1,0 +1,1 @@
+"""The calibration study on real data: ``python -m benchmarks.study``."""
