@@ -69,7 +69,7 @@ class LoraCurvature(CurvatureInterface):
         self.objective = likelihood_of(likelihood)
         super().__init__(model, self.objective.laplace_name, *args, **kwargs)
         self.likelihood = likelihood
-        trained = model.last_layer if self.last_layer else model
+        trained: Any = model.last_layer if self.last_layer else model
         self.engine = Engine(model, self.objective, self.columns, rows, uncovered, trained)
 
     @property

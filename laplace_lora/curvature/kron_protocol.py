@@ -12,7 +12,8 @@ from laplace.utils.matrix import KronDecomposed
 from torch import Tensor
 
 from laplace_lora.linalg.kron import KronFactors
-from laplace_lora.linalg.kron_eigen import KronEigen, Side
+from laplace_lora.linalg.kron_block import Side
+from laplace_lora.linalg.kron_eigen import KronEigen
 from laplace_lora.linalg.sketch import Factor
 
 

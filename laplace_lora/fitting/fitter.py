@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -73,7 +73,7 @@ class Fitter:
         return state
 
     def adopt(
-        self, raw: Any, n_data: int, train_loader: DataLoader[Any] | None = None
+        self, raw: Any, n_data: int, train_loader: Iterable[Any] | None = None
     ) -> PosteriorState:
         """Return the state with a curvature from elsewhere, see `LoraLaplace.adopt`."""
         posterior = self.posterior

@@ -15,7 +15,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from laplace_lora.linalg.eigen import Eigen
 from laplace_lora.linalg.factors import DenseFactor
-from laplace_lora.linalg.kron_eigen import KronEigen, Side
+from laplace_lora.linalg.kron_block import Side
+from laplace_lora.linalg.kron_eigen import KronEigen
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 

@@ -95,7 +95,7 @@ class NextTokenPredictor:
                 "weights, such as KronLoraLaplace"
             )
         self.posterior = posterior
-        self.model = TokenModel(posterior.source.model)
+        self.model = TokenModel(posterior.source.get_submodule("model"))
         vocabulary: Any = self.model.vocabulary_size
         if not 1 <= top_k <= vocabulary:
             raise ValueError(

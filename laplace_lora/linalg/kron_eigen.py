@@ -132,7 +132,8 @@ class KronEigen:
         total: Any = 0.0
         for i, jacobian in enumerate(jacobians):
             total = total + self.inverse_form(i, jacobian)
-        return total  # type: ignore[no-any-return]
+        result: Tensor = total
+        return result
 
     def gram_blocks(self, jacobians: Iterable[Tensor]) -> Iterator[tuple[int, list[Gram]]]:
         """Yield each tensor's part of ``J P⁻¹ Jᵀ`` as a function of ``δ``, see `grams`."""

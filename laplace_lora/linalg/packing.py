@@ -13,7 +13,8 @@ from torch import Tensor
 from laplace_lora.linalg.eigen import DiagonalEigen, Eigen
 from laplace_lora.linalg.factors import DenseFactor, DiagonalFactor
 from laplace_lora.linalg.kron import KronFactors
-from laplace_lora.linalg.kron_eigen import KronEigen, Side
+from laplace_lora.linalg.kron_block import Side
+from laplace_lora.linalg.kron_eigen import KronEigen
 from laplace_lora.linalg.sketch import Factor, FactorSpec, LowRankFactor, sketch_columns
 
 EIGEN = ("vectors", "values", "residual")

@@ -108,8 +108,9 @@ class LoraLaplace(TunedLaplace):
     @property
     def engine(self) -> Engine:
         """Jacobians and curvature of the model."""
-        engine: Engine = self.backend.engine
-        return engine
+        backend = self.backend
+        assert isinstance(backend, LoraCurvature)
+        return backend.engine
 
     @property
     def parts(self) -> Posterior:

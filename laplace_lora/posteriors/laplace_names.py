@@ -45,7 +45,8 @@ class StateValue(Generic[T]):
         return self if instance is None else getattr(instance.state, self.name)
 
     def __set__(self, instance: HasState, value: T) -> None:
-        instance.state = replace(instance.state, **{self.name: value})
+        changes: dict[str, Any] = {self.name: value}
+        instance.state = replace(instance.state, **changes)
 
 
 class SettingValue(StateValue[T]):
@@ -58,7 +59,8 @@ class SettingValue(StateValue[T]):
         return self if instance is None else getattr(instance.state.settings, self.name)
 
     def __set__(self, instance: HasState, value: T) -> None:
-        settings = replace(instance.state.settings, **{self.name: value})
+        changes: dict[str, Any] = {self.name: value}
+        settings = replace(instance.state.settings, **changes)
         instance.state = instance.state.with_settings(settings)
 
 

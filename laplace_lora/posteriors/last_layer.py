@@ -51,8 +51,7 @@ class LastLayerLaplace(LoraLaplace):
 
     def _predicting_model(self) -> nn.Module:
         # laplace-torch has put a feature extractor around it.
-        model: nn.Module = self.model.model
-        return model
+        return self.model.get_submodule("model")
 
 
 class KronLoraLLLaplace(KronNames, LastLayerLaplace, KronLLLaplace):

@@ -57,7 +57,7 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         super().__init__(of_features, likelihood, n_subset, last_layer_name="1", **kwargs)
         self.features = split.features
 
-    def fit(self, train_loader: DataLoader, progress_bar: bool = False) -> None:
+    def fit(self, train_loader: DataLoader[Any], progress_bar: bool = False) -> None:
         """Fit the process.
 
         Args:

@@ -51,21 +51,27 @@ class Precision(Protocol):
 
 
 class Structure(Protocol[Sums, Raw, Curvature]):
-    """How curvature is held: as sums while the data are seen, raw afterwards, ready in a posterior.
+    """How curvature is held: as sums while the data are seen, raw afterwards, ready in a posterior."""
 
-    Attributes:
-        advice: What to do if the curvature does not fit in memory.
-        adds_up: Whether processes combine their sums by addition; otherwise by gathering rows.
-        couples_groups: Whether the data correlate tensors, so that groups of them cannot be tuned
-            apart.
-        scalar_only: Whether a prior is tuned as one scalar: another would not share the curvature's
-            eigenvectors.
-    """
+    @property
+    def advice(self) -> str:
+        """What to do if the curvature does not fit in memory."""
+        ...
 
-    advice: str
-    adds_up: bool
-    couples_groups: bool
-    scalar_only: bool
+    @property
+    def adds_up(self) -> bool:
+        """Whether processes combine their sums by addition; otherwise by gathering rows."""
+        ...
+
+    @property
+    def couples_groups(self) -> bool:
+        """Whether the data correlate tensors, so that groups cannot be tuned apart."""
+        ...
+
+    @property
+    def scalar_only(self) -> bool:
+        """Whether a prior is tuned as one scalar."""
+        ...
 
     @property
     def has_second_pass(self) -> bool:
