@@ -33,7 +33,8 @@ MEMORY_SHARE = 0.5  # of the peer's peak, of jacobian_mean
 def make_runs(work: Workload, args: argparse.Namespace) -> dict[str, tuple[Run, Run]]:
     """Return this library's run and the peer's, by what they compute."""
     try:
-        from bayesian_lora import main as peer
+        from bayesian_lora import calculate_kronecker_factors as peer_factors
+        from bayesian_lora.main import jacobian_mean as peer_jacobian_mean
     except ImportError as error:
         raise SystemExit(f"{error}; --help says how to install bayesian_lora") from None
     model = work.model.model
@@ -48,7 +49,7 @@ def make_runs(work: Workload, args: argparse.Namespace) -> dict[str, tuple[Run, 
         common = (model, forward_call, data, rank, args.low_rank_threshold, ["lora"])
         return (
             lambda: calculate_kronecker_factors(*common, num_samples=1, positions=positions),
-            lambda: peer.calculate_kronecker_factors(*common),
+            lambda: peer_factors(*common),
         )
 
     def callback(outputs: Any) -> Tensor:
@@ -57,7 +58,7 @@ def make_runs(work: Workload, args: argparse.Namespace) -> dict[str, tuple[Run, 
     jacobians = (
         lambda: jacobian_mean(model, inputs, ids),
         # its default callback raises NameError
-        lambda: peer.jacobian_mean(model, inputs, output_callback=callback),
+        lambda: peer_jacobian_mean(model, inputs, output_callback=callback),
     )
     return {
         JACOBIAN: jacobians,

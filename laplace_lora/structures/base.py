@@ -51,7 +51,7 @@ class Precision(Protocol):
 
 
 class Structure(Protocol[Sums, Raw, Curvature]):
-    """How curvature is held: as sums while the data are seen, raw afterwards, ready in a posterior."""
+    """How curvature is held: summed up, then raw, then ready for a posterior."""
 
     @property
     def advice(self) -> str:

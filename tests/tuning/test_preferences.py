@@ -6,9 +6,11 @@ import torch
 from laplace_lora import (
     DiagLoraLaplace,
     DiagLoraLLLaplace,
+    FullLoraLaplace,
     FullLoraLLLaplace,
     KronLoraLaplace,
     KronLoraLLLaplace,
+    LowRankLoraLaplace,
 )
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.tuning.validation_cache import scoring_of
@@ -24,6 +26,8 @@ EVERY_CLASS = [
     (KronLoraLLLaplace, {}),
     (DiagLoraLLLaplace, {}),
     (FullLoraLLLaplace, {}),
+    (FullLoraLaplace, {}),
+    (LowRankLoraLaplace, {"rank": 40}),
 ]
 
 
@@ -63,3 +67,10 @@ def test_grid_search_by_sampled_weights_needs_no_labels():
     options = {"val_loader": pair_loader(), "grid_size": 3, "n_samples": 3}
     la.optimize_prior_precision("nn", "gridsearch", **options)
     assert la.prior_precision.item() in torch.logspace(-4, 4, 3).tolist()
+
+
+def test_the_memory_of_pairs_counts_one_row_each():
+    la = reward_posterior(FullLoraLaplace)
+    pairs = pair_batch(seed=4)
+    one = la.structure.nbytes(la.engine, 5, 1)
+    assert la.estimate_memory(pairs, n_examples=5).curvature == one
