@@ -18,7 +18,6 @@ from torch import Tensor
 
 from laplace_lora.data.batches import Batch
 
-REWARD_MODELING = "reward_modeling"
 SUFFIXES = ("_rejected", "_chosen")  # in the order of the outputs
 TRAINING_ONLY = ("margin", "return_loss")  # added by TRL's collators; no model takes them
 
