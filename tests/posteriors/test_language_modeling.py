@@ -84,7 +84,7 @@ def test_what_makes_no_sense_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="language_modeling posterior by marginal"):
         la.calibrate(text_loader())
     monkeypatch.setattr(likelihoods_module, "EXACT_VOCABULARY", 10)
-    with pytest.raises(ValueError, match="49 backward passes a token"):
+    with pytest.raises(ValueError, match="49 backward passes per token"):
         language_posterior(**EXACT)
 
 
