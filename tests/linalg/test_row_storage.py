@@ -64,7 +64,7 @@ def test_files_go_with_the_posterior(tmp_path):
 
 def test_rows_that_do_not_fit_are_refused():
     rows = RowStorage([2, 3], torch.float32, torch.float32, torch.device("cpu"))
-    with pytest.raises(ValueError, match="tensor 1 has 3 numbers"):
+    with pytest.raises(ValueError, match="tensor 1 have 3 entries"):
         rows.append(1, torch.ones(4, 2))
     with pytest.raises(ValueError, match="equally many rows"):
         rows.replace([torch.ones(4, 2), torch.ones(5, 3)])
