@@ -1,4 +1,4 @@
 """Sums of outer products, their eigendecompositions, and functions of the posterior's eigenvalues.
 
-Pure torch on plain tensors; no models, data or likelihoods.
+Pure torch on plain tensors: models, data and likelihoods are elsewhere.
 """

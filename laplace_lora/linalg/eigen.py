@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +13,8 @@ class Eigen:
     """One side's eigendecomposition ``U diag(λ) Uᵀ + ρ (I − U Uᵀ)``.
 
     Attributes:
-        vectors: Orthonormal ``U``, shape ``(d, k)``, contiguous: a file restores them so, and
-            products round by layout.
+        vectors: Orthonormal ``U``, shape ``(d, k)``, contiguous as when loaded from a file, since
+            the layout decides how products round.
         values: ``λ ≥ 0``, shape ``(k,)``, in no particular order.
         residual: ``ρ ≥ 0``, a scalar; the eigenvalue of the ``d − k`` directions left out.
     """
@@ -34,9 +33,11 @@ class Eigen:
         return self.vectors.shape[0] - self.vectors.shape[1]
 
     def parts(self) -> list[tuple[Tensor, int]]:
-        """Return eigenvalues with the multiplicity of each: the kept, then the residual."""
-        kept = [(self.values, 1)]
-        return [*kept, (self.residual.reshape(1), self.multiplicity)] if self.multiplicity else kept
+        """Return eigenvalues with the multiplicity of each: of ``U``, then the residual."""
+        parts = [(self.values, 1)]
+        if self.multiplicity:
+            parts.append((self.residual.reshape(1), self.multiplicity))
+        return parts
 
     @property
     def d(self) -> int:
@@ -44,54 +45,54 @@ class Eigen:
         return self.vectors.shape[0]
 
     def basis(self) -> list[Tensor]:
-        """Return the tensors that say which directions the eigenvalues belong to."""
+        """Return the tensors that define the directions of the eigenvalues."""
         return [self.vectors]
 
     def split(self, W: Tensor, dim: int) -> list[Tensor]:
-        """Return coordinates of ``W`` for each of the `parts`: on ``U``, and what ``U`` misses.
+        """Return coordinates of ``W`` for each of the `parts`: along ``U``, and the remainder.
 
         Args:
             W: Any tensor whose dimension ``dim`` has length ``d``.
             dim: Either -2 or -1.
         """
         U = self.vectors
-        kept = U.T @ W if dim == -2 else W @ U
+        coordinates = U.T @ W if dim == -2 else W @ U
         if not self.multiplicity:
-            return [kept]
-        # Subtracting the projection, not its square norm, keeps the rest accurate when it is small.
-        return [kept, W - (U @ kept if dim == -2 else kept @ U.T)]
+            return [coordinates]
+        # Subtracting the projection, not its square norm, keeps a small remainder accurate.
+        return [coordinates, W - (U @ coordinates if dim == -2 else coordinates @ U.T)]
 
     def join(self, parts: list[Tensor], dim: int) -> Tensor:
-        """Return the tensor whose coordinates `split` gives."""
-        kept = self.vectors @ parts[0] if dim == -2 else parts[0] @ self.vectors.T
-        return kept + parts[1] if len(parts) == 2 else kept
+        """Return the tensor with these coordinates; the inverse of `split`."""
+        W = self.vectors @ parts[0] if dim == -2 else parts[0] @ self.vectors.T
+        return W + parts[1] if len(parts) == 2 else W
 
-    def spread(self, parts: list[Tensor]) -> Tensor:
-        """Return the diagonal of a matrix with these eigenvectors.
+    def matrix_diagonal(self, parts: list[Tensor]) -> Tensor:
+        """Return the diagonals of ``n`` matrices with these eigenvectors.
 
         Args:
-            parts: Its eigenvalues for each of `parts`, ``(k, n)`` and ``(1, n)``, ``n`` at once.
+            parts: Their eigenvalues for each of the `parts`, ``(k, n)`` and ``(1, n)``.
 
         Returns:
             Shape ``(d, n)``.
         """
         squares = self.vectors.square()
-        kept = squares @ parts[0]
+        diagonal = squares @ parts[0]
         if not self.multiplicity:
-            return kept
-        return kept + (1 - squares.sum(1, keepdim=True)).clamp(min=0) @ parts[1]
+            return diagonal
+        return diagonal + (1 - squares.sum(1, keepdim=True)).clamp(min=0) @ parts[1]
 
-    def carried(self, other: Any, values: Tensor) -> Tensor:
-        """Return the diagonal, in this basis, of what is diagonal in another one.
+    def diagonal_from(self, other: Eigen | DiagonalEigen, values: Tensor) -> Tensor:
+        """Return the diagonal, in this basis, of a matrix that is diagonal in another basis.
 
-        Directions left out share the mean of theirs.
+        The directions left out share the mean of their diagonal.
 
         Args:
             other: A basis of the same space.
-            values: Eigenvalues in the other's `parts`, ``(n, …)``, float64.
+            values: The eigenvalues by the other's `parts`, ``(n, …)``, float64.
 
         Returns:
-            One row for each eigenvalue of this basis' `parts`.
+            One row for each eigenvalue of this basis's `parts`.
         """
         squares = (self.vectors.double().T @ other.vectors.double()).square()
         counts = squares.new_ones(squares.shape[1])
@@ -101,8 +102,8 @@ class Eigen:
             counts = torch.cat([counts, counts.new_full((1,), other.multiplicity)])
         if not self.multiplicity:
             return squares @ values
-        rest = (counts - squares.sum(0)).clamp(min=0) / self.multiplicity
-        return torch.cat([squares, rest.unsqueeze(0)]) @ values
+        mean = (counts - squares.sum(0)).clamp(min=0) / self.multiplicity
+        return torch.cat([squares, mean.unsqueeze(0)]) @ values
 
 
 def check_finite(tensor: Tensor) -> None:
@@ -117,7 +118,7 @@ def check_finite(tensor: Tensor) -> None:
 
 @dataclass(frozen=True)
 class DiagonalEigen:
-    """A diagonal matrix in the protocol of `Eigen`: its eigenvectors are the unit vectors.
+    """A diagonal matrix with the methods of `Eigen`; its eigenvectors are the unit vectors.
 
     Attributes:
         values: The diagonal, ``≥ 0``, shape ``(d,)``.
@@ -141,7 +142,7 @@ class DiagonalEigen:
 
     @property
     def vectors(self) -> Tensor:
-        """The unit vectors, ``(d, d)``; for tests, nothing else forms them."""
+        """The unit vectors, ``(d, d)``; formed in tests only."""
         return torch.eye(self.d, dtype=self.values.dtype, device=self.values.device)
 
     def parts(self) -> list[tuple[Tensor, int]]:
@@ -149,21 +150,21 @@ class DiagonalEigen:
         return [(self.values, 1)]
 
     def basis(self) -> list[Tensor]:
-        """Return the tensors that say which directions the eigenvalues belong to: none."""
+        """Return the tensors that define the directions of the eigenvalues: none."""
         return []
 
     def split(self, W: Tensor, dim: int) -> list[Tensor]:
-        """Return ``W``, which has its coordinates already."""
+        """Return ``W``, which is its own coordinates."""
         return [W]
 
     def join(self, parts: list[Tensor], dim: int) -> Tensor:
         """Undo `split`."""
         return parts[0]
 
-    def spread(self, parts: list[Tensor]) -> Tensor:
-        """Return values on the diagonal from values of the eigenvalues: the same."""
+    def matrix_diagonal(self, parts: list[Tensor]) -> Tensor:
+        """Return the diagonals of matrices with these eigenvectors: their eigenvalues."""
         return parts[0]
 
-    def carried(self, other: Any, values: Tensor) -> Tensor:
-        """Return what is diagonal here as it is there: unchanged."""
+    def diagonal_from(self, other: Eigen | DiagonalEigen, values: Tensor) -> Tensor:
+        """Return the diagonal of a matrix that is diagonal in the same basis: unchanged."""
         return values

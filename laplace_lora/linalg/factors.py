@@ -1,8 +1,7 @@
-"""Dense sums of outer products, and the eigendecomposition that every factor ends in.
+"""Dense and diagonal sums of outer products, and their eigendecompositions.
 
-A factor is filled by `update`, is linear in what it was given (so that batches, loaders and
-processes merge by addition) and ends in `decompose`. Sketched sums live in `sketch`; neither knows
-layers or likelihoods.
+A factor is filled by `update` and is linear in the data, so batches, loaders and processes merge by
+addition. See `sketch` for low-rank factors.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class DenseFactor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Number format of the sums."""
+        """Dtype of the sums."""
         return self.matrix.dtype
 
     @property
@@ -57,7 +56,7 @@ class DenseFactor:
         return self.matrix.nbytes
 
     def tensors(self) -> list[Tensor]:
-        """Return what the sum consists of; adding these adds factors."""
+        """Return the tensors that hold the sum; adding these adds factors."""
         return [self.matrix]
 
     def update(self, rows: Tensor, weight: float = 1.0) -> None:
@@ -65,7 +64,7 @@ class DenseFactor:
 
         Args:
             rows: Inputs or output gradients of one map, shape ``(n, d)``.
-            weight: Factor of the whole addend.
+            weight: Factor of the product.
         """
         rows = rows.to(self.matrix.dtype)
         self.matrix.addmm_(rows.T, rows, alpha=weight)
@@ -84,7 +83,7 @@ class DenseFactor:
         return DenseFactor(self.matrix.to(device))
 
     def decompose(self, residual: str = "isotropic") -> Eigen:
-        """Eigendecompose in double precision; nothing is left out, so ``residual`` is moot."""
+        """Eigendecompose in double precision; ``residual`` has no effect on a dense sum."""
         check_finite(self.matrix)
         values, vectors = torch.linalg.eigh(self.matrix.double())
         dtype = self.matrix.dtype
@@ -93,13 +92,13 @@ class DenseFactor:
 
 
 def check_residual(residual: str) -> None:
-    """Refuse what is not one of the two ways to treat the directions left out."""
+    """Refuse any other treatment of the directions left out than `RESIDUALS`."""
     if residual not in RESIDUALS:
         raise ValueError(f"residual must be one of {RESIDUALS}, got {residual!r}")
 
 
 def map_shared(blocks: list[list[X]], function: Callable[[X], Y]) -> list[list[Y]]:
-    """Apply a function to every object of nested lists, once to one that stands there twice."""
+    """Apply a function to every object of nested lists, only once to one that occurs repeatedly."""
     results = {id(x): function(x) for x in {id(x): x for block in blocks for x in block}.values()}
     return [[results[id(x)] for x in block] for block in blocks]
 
@@ -126,7 +125,7 @@ class DiagonalFactor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Number format of the sums."""
+        """Dtype of the sums."""
         return self.sums.dtype
 
     @property
@@ -141,19 +140,19 @@ class DiagonalFactor:
 
     @property
     def matrix(self) -> Tensor:
-        """The dense ``(d, d)`` matrix, for laplace-torch's own `Kron`."""
+        """The dense ``(d, d)`` matrix, for laplace-torch's `Kron`."""
         return self.sums.diag()
 
     def tensors(self) -> list[Tensor]:
-        """Return what the sum consists of; adding these adds factors."""
+        """Return the tensors that hold the sum; adding these adds factors."""
         return [self.sums]
 
     def update(self, rows: Tensor, weight: float = 1.0) -> None:
         """Add ``weight`` times the diagonal of ``rowsᵀ rows`` in ``O(n d)``.
 
         Args:
-            rows: Gradients of whole examples, shape ``(n, d)``.
-            weight: Factor of the whole addend.
+            rows: One gradient per example, shape ``(n, d)``.
+            weight: Factor of the product.
         """
         self.sums.add_(rows.to(self.sums.dtype).square().sum(0), alpha=weight)
 
@@ -173,6 +172,6 @@ class DiagonalFactor:
         return DiagonalFactor(self.sums.to(device))
 
     def decompose(self, residual: str = "isotropic") -> DiagonalEigen:
-        """Return the diagonal as its eigenvalues; nothing is left out, so ``residual`` is moot."""
+        """Return the diagonal as eigenvalues; ``residual`` has no effect."""
         check_finite(self.sums)
         return DiagonalEigen(self.sums)

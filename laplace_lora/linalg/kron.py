@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.linalg.factors import check_residual, map_shared
+from laplace_lora.linalg.kron_block import Side
 from laplace_lora.linalg.kron_eigen import KronEigen
 from laplace_lora.linalg.sketch import Factor
 
@@ -24,11 +25,11 @@ class KronFactors:
 
     Args:
         kfacs: Factors of each trainable tensor.
-        residual: What stands for the directions that a low-rank side leaves out when decomposed:
+        residual: What replaces the directions that a low-rank side leaves out when decomposed:
             ``"isotropic"`` spreads the missing trace evenly, ``"zero"`` drops it.
 
     Raises:
-        ValueError: If ``residual`` is neither.
+        ValueError: If ``residual`` is unknown.
     """
 
     def __init__(self, kfacs: list[list[Factor]], residual: str = "isotropic") -> None:
@@ -40,19 +41,19 @@ class KronFactors:
         return len(self.kfacs)
 
     def added(self: Self, kfacs: Sequence[Sequence[Any]]) -> Self:
-        """Return the sums with other factors, or with dense matrices, of the same shapes.
+        """Return the sums with other factors of the same kind, or with dense matrices.
 
         Raises:
-            ValueError: If they are over other tensors.
+            ValueError: If the numbers of factors differ.
         """
         if list(map(len, kfacs)) != list(map(len, self.kfacs)):
             raise ValueError("can only add Kron objects over the same parameters")
         pairs = [list(zip(X, Y, strict=True)) for X, Y in zip(self.kfacs, kfacs, strict=True)]
-        memo: dict[tuple[int, int], Factor] = {}
+        sums: dict[tuple[int, int], Factor] = {}  # a pair that several blocks share is added once
         for x, y in (pair for block in pairs for pair in block):
-            if (id(x), id(y)) not in memo:
-                memo[id(x), id(y)] = x.add(y)
-        return self._with([[memo[id(x), id(y)] for x, y in block] for block in pairs])
+            if (id(x), id(y)) not in sums:
+                sums[id(x), id(y)] = x.add(y)
+        return self._with([[sums[id(x), id(y)] for x, y in block] for block in pairs])
 
     def __add__(self: Self, other: KronFactors) -> Self:
         return self.added(other.kfacs)
@@ -65,7 +66,7 @@ class KronFactors:
     __rmul__ = __mul__
 
     def scale_inputs(self: Self, scalar: float) -> Self:
-        """Return a copy whose second factors are scaled, the side that carries ``1/N``."""
+        """Return a copy with scaled second factors: input covariances, which contain ``1/N``."""
         inputs = map_shared([X[1:] for X in self.kfacs], lambda x: x * scalar)
         return self._with([[*X[:1], *x] for X, x in zip(self.kfacs, inputs, strict=True)])
 
@@ -94,7 +95,7 @@ class KronFactors:
             damping: Must be false: laplace-torch's damping is lost once a prior is added.
 
         Raises:
-            ValueError: If ``damping`` is asked for.
+            ValueError: If ``damping`` is true.
             FloatingPointError: If a factor is not finite.
         """
         if damping:
@@ -120,5 +121,5 @@ class KronFactors:
     def _with(self: Self, kfacs: list[list[Factor]]) -> Self:
         return type(self)(kfacs, self.residual)
 
-    def _decomposed(self, blocks: list[list[Any]]) -> KronEigen:
+    def _decomposed(self, blocks: list[list[Side]]) -> KronEigen:
         return KronEigen(blocks)

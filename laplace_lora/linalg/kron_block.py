@@ -1,7 +1,7 @@
-"""One block of a Kronecker-factored matrix in its eigenbasis: coordinates, and eigenvalues there.
+"""One block of a Kronecker-factored matrix in its eigenbasis.
 
-With kept directions and others on each side a block has up to four parts: kept × kept, kept × left
-out, left out × kept and left out × left out. What the eigenvalues are belongs to `decomposed`.
+Each side has eigenvectors and possibly directions left out, so a block has up to four parts:
+eigenvectors × eigenvectors, eigenvectors × left out, and so on.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class KronBlock:
     Attributes:
         left: Eigenvectors ``u`` of the rows' side.
         right: Eigenvectors ``v`` of the columns' side.
-        table: Eigenvalues. One row for each kept direction of the left side, and a last one for
-            each of those left out, if there are any; columns the same of the right side.
+        table: Eigenvalues. One row per eigenvector of the left side, and a last row that stands
+            for each direction left out, if there are any; columns likewise for the right side.
     """
 
     left: Side
@@ -40,17 +40,19 @@ class KronBlock:
 
     def parts(self) -> list[list[Tensor]]:
         """Return the eigenvalues of each part, by the parts of the left and the right side."""
-        rows, columns = ([len(values) for values, _ in s.parts()] for s in (self.left, self.right))
+        rows, columns = (
+            [len(values) for values, _ in side.parts()] for side in (self.left, self.right)
+        )
         return [list(row.split(columns, dim=1)) for row in self.table.split(rows)]
 
     def spectrum(self) -> Iterator[tuple[Tensor, int]]:
-        """Yield the eigenvalues of each part, and how often each of them counts."""
-        for (_, times), row in zip(self.left.parts(), self.parts(), strict=True):
-            for (_, more), e in zip(self.right.parts(), row, strict=True):
-                yield e, times * more
+        """Yield the eigenvalues of each part, and the multiplicity of each of them."""
+        for (_, left_count), row in zip(self.left.parts(), self.parts(), strict=True):
+            for (_, right_count), e in zip(self.right.parts(), row, strict=True):
+                yield e, left_count * right_count
 
     def pieces(self, W: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the coordinates of ``W``, ``(…, p, q)``, on each part, and its eigenvalues."""
+        """Yield the coordinates of ``W``, ``(…, p, q)``, in each part, and its eigenvalues."""
         for part, row in zip(self.left.split(W, -2), self.parts(), strict=True):
             yield from zip(self.right.split(part, -1), row, strict=True)
 
@@ -61,23 +63,23 @@ class KronBlock:
 
     def diagonal(self, function: Spectrum) -> Tensor:
         """Return the diagonal of ``f(block)``, shape ``(p, q)``."""
-        rows = [self.right.spread([function(e).T for e in row]).T for row in self.parts()]
-        return self.left.spread(rows)
+        rows = [self.right.matrix_diagonal([function(e).T for e in row]).T for row in self.parts()]
+        return self.left.matrix_diagonal(rows)
 
     def gram_diagonal(self, W: Tensor) -> Tensor:
         """Return the diagonal of ``Wᵀ W`` in this eigenbasis, ``Σ (uᵀ W v)²``.
 
-        Directions left out share the mean of theirs, so that the trace is that of ``Wᵀ W``.
+        Directions left out share the mean of their diagonal, so the trace is that of ``Wᵀ W``.
 
         Args:
             W: Rows, shape ``(rows, p, q)``.
 
         Returns:
-            In the form of `table`.
+            Shaped like `table`.
         """
         sums = [piece.square().sum(0).sum_to_size(e.shape) for piece, e in self.pieces(W)]
         left, right = (
-            torch.cat([torch.full_like(values, times) for values, times in side.parts()])
+            torch.cat([torch.full_like(values, count) for values, count in side.parts()])
             for side in (self.left, self.right)
         )
         table = torch.cat([torch.cat(row, dim=1) for row in self._rows(sums)])
@@ -86,15 +88,15 @@ class KronBlock:
     def diagonal_in(self, other: KronBlock) -> Tensor:
         """Return this matrix's diagonal in another block's eigenbasis.
 
-        Of all diagonals there the nearest to this matrix in Frobenius norm. Directions left out
-        there share the mean of theirs, so that the trace stays.
+        Of all diagonals there, this is nearest to the matrix in Frobenius norm. Directions left
+        out there share the mean of their diagonal, so the trace stays.
 
         Returns:
-            In the form of the other's `table`.
+            Shaped like the other's `table`.
         """
-        rows = other.left.carried(self.left, self.table.double())
-        return other.right.carried(self.right, rows.T).T.to(self.table.dtype)
+        rows = other.left.diagonal_from(self.left, self.table.double())
+        return other.right.diagonal_from(self.right, rows.T).T.to(self.table.dtype)
 
     def _rows(self, pieces: list[Tensor]) -> list[list[Tensor]]:
         length = len(self.right.parts())
-        return [pieces[at : at + length] for at in range(0, len(pieces), length)]
+        return [pieces[start : start + length] for start in range(0, len(pieces), length)]

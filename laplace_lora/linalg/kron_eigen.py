@@ -23,15 +23,15 @@ Self = TypeVar("Self", bound="KronEigen")
 class KronEigen:
     """A block-diagonal matrix ``scale · (left ⊗ right) + δ`` held as eigendecompositions.
 
-    With kept directions and a residual on each side a block has up to four parts: kept × kept with
-    eigenvalues ``scale λ_i μ_j + δ``, kept × residual, residual × kept and residual × residual.
-    Other eigenvalues of the same eigenvectors may stand in place of the products ``λ_i μ_j``.
+    The eigenvalues of a block are ``scale λ_i μ_j + δ`` on its eigenvectors, and likewise with a
+    side's residual in place of ``λ_i`` or ``μ_j``. Other eigenvalues of the same eigenvectors may
+    replace the products.
 
     Args:
         blocks: Eigendecompositions of each block's factors; a bias has one.
         deltas: Prior precision of each block, shape ``(blocks,)``; zero when ``None``.
         scale: Factor of the curvature, laplace-torch's ``_H_factor``; gradients flow through it.
-        tables: Eigenvalues of each block in the form of `table`; products when ``None``.
+        tables: Eigenvalues of each block, shaped like `table`; the products when ``None``.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class KronEigen:
 
     @property
     def eigenvectors(self) -> list[list[Tensor]]:
-        """Kept eigenvectors of each factor, ``(d, k)``."""
+        """Eigenvectors of each factor, ``(d, k)``."""
         return [[side.vectors for side in sides] for sides in self.blocks]
 
     @property
     def eigenvalues(self) -> list[list[Tensor]]:
-        """Kept eigenvalues of each factor, ``(k,)``, before ``scale``."""
+        """Eigenvalues of each factor without the residual, ``(k,)``, before ``scale``."""
         return [[side.values for side in sides] for sides in self.blocks]
 
     def __len__(self) -> int:
@@ -96,15 +96,15 @@ class KronEigen:
         return self._cache[i]
 
     def spectra(self) -> list[list[tuple[Tensor, int]]]:
-        """Return every block's eigenvalues without ``δ``, with how often each counts."""
+        """Return every block's eigenvalues without ``δ``, with the multiplicity of each."""
         return [list(self.spectrum(i)) for i in range(len(self))]
 
     def spectrum(self, i: int) -> Iterator[tuple[Tensor, int]]:
         """Yield block ``i``'s eigenvalues without ``δ``, with the multiplicity of each.
 
         Yields:
-            ``scale`` times the eigenvalues of one of the up to four parts, and how often each
-            value counts.
+            ``scale`` times the eigenvalues of one of the up to four parts, and the multiplicity of
+            each.
         """
         return self.block(i).spectrum()
 
@@ -115,7 +115,7 @@ class KronEigen:
     def log_det_ratio(self) -> Tensor:
         """Return ``Σ log(1 + e/δ)``, the log determinant relative to the prior's, in float64.
 
-        Summed this way nothing cancels, however many parameters the data say nothing about.
+        Nothing cancels in this sum, however many directions the data leave undetermined.
         """
         return self._sum(lambda e, delta: torch.log1p(e / delta))
 
@@ -181,14 +181,14 @@ class KronEigen:
         W = W.flatten(2).unflatten(-1, block.shape)
         result = []
         for piece, e in block.pieces(W):
-            # Directions of one eigenvalue need only the sum of their products.
+            # Of directions that share an eigenvalue only the sum of the products is needed.
             summed = "ab" if e.numel() == 1 else "b" if e.shape[1] == 1 else "a"
             if e.shape == piece.shape[-2:]:
                 flat = piece.flatten(2)
                 products = flat.unsqueeze(2) * flat.unsqueeze(1)
             else:
-                kept = "ab".translate({ord(letter): None for letter in summed})
-                products = torch.einsum(f"ncab,nkab->nck{kept}", piece, piece)
+                remaining = "ab".translate({ord(letter): None for letter in summed})
+                products = torch.einsum(f"ncab,nkab->nck{remaining}", piece, piece)
             result.append((e.flatten(), products.reshape(*products.shape[:3], -1)))
         return result
 
@@ -200,7 +200,7 @@ class KronEigen:
             W: Rows, shape ``(…, *shape of the parameter)``.
 
         Returns:
-            In the form of `table`.
+            Shaped like `table`.
         """
         block = self.block(i)
         return block.gram_diagonal(W.reshape(-1, *block.shape))

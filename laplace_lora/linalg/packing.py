@@ -1,12 +1,11 @@
-"""Kronecker factors and their eigendecompositions as named tensors, and back.
+"""Pack Kronecker factors and their eigendecompositions into named tensors, and unpack them.
 
-A factor that several blocks share is packed once. Files belong to `checkpoint`.
+A factor that several blocks share is packed once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -19,13 +18,13 @@ from laplace_lora.linalg.sketch import Factor, FactorSpec, LowRankFactor, sketch
 
 EIGEN = ("vectors", "values", "residual")
 SUMS = {DenseFactor: ["matrix"], LowRankFactor: ["sketch", "trace"], DiagonalFactor: ["diagonal"]}
-TABLE = "eigenvalues"  # corrected ones, of a block
+TABLE = "eigenvalues"  # prefix of a block's corrected eigenvalues
 
 
 def pack_kron(
     factors: KronFactors, decomposed: KronEigen
 ) -> tuple[dict[str, Tensor], list[list[int]]]:
-    """Return factors with eigenpairs as tensors, and for each block the numbers of its factors.
+    """Return factors and eigenpairs as tensors, and for each block the numbers of its factors.
 
     Args:
         factors: The sums.
@@ -49,7 +48,7 @@ def pack_kron(
 
 def unpack_kron(
     tensors: Mapping[str, Tensor],
-    blocks: Any,
+    blocks: object,
     shapes: Sequence[Sequence[int]],
     diagonal: Sequence[bool],
     spec: FactorSpec,
@@ -58,12 +57,12 @@ def unpack_kron(
     """Return factors and eigendecompositions from tensors that are known to be finite.
 
     Args:
-        tensors: What `pack_kron` made.
-        blocks: Numbers of each block's factors.
+        tensors: The tensors, as packed by `pack_kron`.
+        blocks: Numbers of each block's factors, read from a file and not validated yet.
         shapes: For each block the lengths of its sides.
         diagonal: For each block whether it is a diagonal.
         spec: Which factors are low-rank, and their rank.
-        corrected: Whether there are corrected eigenvalues.
+        corrected: Whether the eigenvalues are corrected.
 
     Raises:
         ValueError: If numbers or shapes do not fit, or an eigenvalue is negative.
@@ -71,26 +70,27 @@ def unpack_kron(
     """
     if not isinstance(blocks, list) or [len(b) for b in blocks] != [len(s) for s in shapes]:
         raise ValueError("the blocks do not fit the model's tensors")
-    found: dict[int, tuple[Factor, Side]] = {}
+    unpacked: dict[int, tuple[Factor, Side]] = {}
     for block, sides, exact in zip(blocks, shapes, diagonal, strict=True):
         for number, d in zip(block, sides, strict=True):
             if type(number) is not int:
                 raise ValueError(f"a factor is numbered {number!r}")
-            if number not in found:
-                found[number] = _unpacked(tensors, number, spec.rank)
-            if found[number][0].d != d:
-                raise ValueError(f"factor {number} has side {found[number][0].d}, not {d}")
-            if isinstance(found[number][0], DiagonalFactor) != exact:
+            if number not in unpacked:
+                unpacked[number] = _unpacked(tensors, number, spec.rank)
+            factor = unpacked[number][0]
+            if factor.d != d:
+                raise ValueError(f"factor {number} has side {factor.d}, not {d}")
+            if isinstance(factor, DiagonalFactor) != exact:
                 raise ValueError(f"factor {number} is of the wrong kind")
     tables = {f"{TABLE}.{i}" for i in range(len(blocks))} if corrected else set()
-    used = {f"{number}." for number in found}
+    used = {f"{number}." for number in unpacked}
     unused = [
         name for name in tensors if name not in tables and f"{name.split('.')[0]}." not in used
     ]
     if unused:
         raise ValueError(f"tensor {unused[0]!r} belongs to no block")
-    kfacs = [[found[number][0] for number in block] for block in blocks]
-    decomposed = KronEigen([[found[number][1] for number in b] for b in blocks])
+    kfacs = [[unpacked[number][0] for number in block] for block in blocks]
+    decomposed = KronEigen([[unpacked[number][1] for number in block] for block in blocks])
     if corrected:
         decomposed = decomposed.with_tables(_tables(tensors, decomposed))
     return kfacs, decomposed
@@ -106,12 +106,12 @@ def _tables(tensors: Mapping[str, Tensor], basis: KronEigen) -> list[Tensor]:
     return tables
 
 
-def diagonal_blocks(tensors: Mapping[str, Tensor], blocks: Any) -> set[int]:
+def diagonal_blocks(tensors: Mapping[str, Tensor], blocks: object) -> set[int]:
     """Return which blocks were packed as diagonals.
 
     Args:
-        tensors: What `pack_kron` made.
-        blocks: Numbers of each block's factors.
+        tensors: The tensors, as packed by `pack_kron`.
+        blocks: Numbers of each block's factors, read from a file and not validated yet.
     """
     packed = list(blocks) if isinstance(blocks, list) else []
     return {
@@ -125,7 +125,7 @@ def _unpacked(tensors: Mapping[str, Tensor], number: int, rank: int | None) -> t
     if f"{number}.diagonal" in tensors:
         sums = tensors[f"{number}.diagonal"]
         if sums.ndim != 1 or bool((sums < 0).any()):
-            raise ValueError(f"factor {number} is no diagonal of a sum of squares")
+            raise ValueError(f"factor {number} is not the diagonal of a sum of squares")
         return DiagonalFactor(sums), DiagonalFactor(sums).decompose()
     vectors, values, residual = (tensors[f"{number}.{name}"] for name in EIGEN)
     factor: Factor

@@ -1,9 +1,9 @@
 """`RowPrecision`: a posterior precision ``P = c Zᵀ Z + D`` that is never formed.
 
-``Z`` holds one row a datum and class contrast, ``D`` is the prior's diagonal. With ``D = δ R`` and
-the eigenpairs ``λ, U`` of the Gram matrix ``Z R⁻¹ Zᵀ`` (rows × rows), the Woodbury identity gives
-``P⁻¹ = δ⁻¹ [R⁻¹ − R⁻¹ Zᵀ U diag(c / (cλ + δ)) Uᵀ Z R⁻¹]``, so one eigendecomposition serves every
-``δ``. All products go tensor by tensor; where rows lie belongs to `row_storage`.
+``Z`` holds one row per example and class contrast, ``D`` is the prior's diagonal. With ``D = δ R``
+and the eigenpairs ``λ, U`` of the Gram matrix ``Z R⁻¹ Zᵀ`` (rows × rows), the Woodbury identity
+gives ``P⁻¹ = δ⁻¹ [R⁻¹ − R⁻¹ Zᵀ U diag(c / (cλ + δ)) Uᵀ Z R⁻¹]``, so one eigendecomposition serves
+every ``δ``. All products are computed tensor by tensor.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Spectrum = list[tuple[Tensor, int]]
 def gram_matrix(rows: RowStorage, pattern: Sequence[Tensor]) -> Tensor:
     """Return ``Z R⁻¹ Zᵀ``; gradients flow through the pattern.
 
-    In float64 throughout, so that small eigenvalues, which a log determinant sees as well as large
-    ones, are those of the rows.
+    In float64 throughout: a log determinant depends on small eigenvalues as much as on large ones,
+    and rounding would change them.
 
     Args:
         rows: ``Z``.
-        pattern: ``R``'s part for each tensor, a scalar or one value a number.
+        pattern: ``R``'s part for each tensor, a scalar or one value per entry.
 
     Returns:
         Float64, ``(rows, rows)``.
@@ -63,11 +63,11 @@ def group_grams(rows: RowStorage, pattern: Sequence[Tensor], groups: Sequence[in
 
 
 class RowPrecision:
-    """The matrix ``P = scale · Zᵀ Z + delta · R`` and what a Gaussian needs of it.
+    """The matrix ``P = scale · Zᵀ Z + delta · R`` and the operations of a Gaussian on it.
 
     Args:
         rows: ``Z``, ``(rows, parameters)`` in all.
-        pattern: ``R``'s diagonal for each tensor, a scalar or one value a number.
+        pattern: ``R``'s diagonal for each tensor, a scalar or one value per entry.
         values: Eigenvalues ``λ > 0`` of ``Z R⁻¹ Zᵀ``, ``(k,)``, float64.
         vectors: Their eigenvectors ``U``, ``(rows, k)``.
         scale: ``c``.
@@ -100,10 +100,10 @@ class RowPrecision:
         return torch.log1p(self.eigenvalues / self.delta).sum()
 
     def inverse_form(self, blocks: Iterable[Tensor]) -> Tensor:
-        """Return ``J P⁻¹ Jᵀ`` of Jacobians that come tensor by tensor.
+        """Return ``J P⁻¹ Jᵀ`` of Jacobians given tensor by tensor.
 
-        The prior's part minus what the data take away, in float64: its error is that of the
-        products, some 1e-6 of the prior's part in single precision.
+        The prior's part minus the data's, in float64. The error is that of the products, about
+        1e-6 of the prior's part in single precision.
 
         Args:
             blocks: Jacobian of each tensor in turn, ``(batch, outputs, *shape)``.
@@ -112,8 +112,8 @@ class RowPrecision:
             Shape ``(batch, outputs, outputs)``.
         """
         prior, projected = self._moments(blocks)
-        taken = projected * (self.scale / (self.eigenvalues + self.delta))
-        form = (prior - taken @ projected.mT) / self.delta
+        weighted = projected * (self.scale / (self.eigenvalues + self.delta))
+        form = (prior - weighted @ projected.mT) / self.delta
         return form.to(self.rows.working_dtype)
 
     def covariance(self, jacobians: Iterable[Tensor]) -> Tensor:
@@ -125,7 +125,7 @@ class RowPrecision:
         yield 0, self.grams(jacobians)
 
     def spectra(self) -> list[Spectrum]:
-        """Return the whole matrix's eigenvalues with the first tensor, none with the others."""
+        """Return the whole matrix's eigenvalues for the first tensor, none for the others."""
         none = self.eigenvalues.new_zeros(1)
         spectrum = [(self.eigenvalues, 1)]
         if self.multiplicity:
@@ -152,13 +152,14 @@ class RowPrecision:
         products = unit.unsqueeze(2) * unit.unsqueeze(1)
         pairs = [(self.eigenvalues.to(dtype), products.to(dtype))]
         if self.multiplicity:
-            rest = (prior - products.sum(-1)).unsqueeze(-1)
-            pairs.append((torch.zeros(1, dtype=dtype, device=rest.device), rest.to(dtype)))
+            remainder = (prior - products.sum(-1)).unsqueeze(-1)
+            zero = torch.zeros(1, dtype=dtype, device=remainder.device)
+            pairs.append((zero, remainder.to(dtype)))
         return pairs
 
     @property
     def multiplicity(self) -> int:
-        """Number of directions that the data say nothing about."""
+        """Number of directions that the data leave undetermined."""
         return sum(self.rows.sizes) - len(self.values)
 
     def solve(self, W: Tensor) -> Tensor:
@@ -184,7 +185,7 @@ class RowPrecision:
             return -1 / (s.sqrt() * (1 + s.sqrt())) * self.scale / self.delta
 
         core = self._on_rows(noise * root, shrink)
-        return (noise + root * self._lifted(core)) * root / self.delta**0.5
+        return (noise + root * self._lifted(core)) * root / float(self.delta**0.5)
 
     def diag(self, exponent: int = 1) -> Tensor:
         """Return the diagonal of ``P``, or of ``P⁻¹`` for the exponent −1, ``(parameters,)``.

@@ -1,8 +1,4 @@
-"""`RowStorage`: rows of a Jacobian, tensor by tensor, on a device, in memory or in mapped files.
-
-Only where rows lie and how they are read again. What they mean belongs to `row_precision`, how many
-there may be to `data_space`.
-"""
+"""`RowStorage`: rows of a Jacobian, tensor by tensor, on a device, in memory or in mapped files."""
 
 from __future__ import annotations
 
@@ -17,17 +13,17 @@ import torch
 from torch import Tensor
 
 STORAGES = ("device", "cpu", "disk")
-PIECE = 2**26  # numbers that are brought to the device at a time
+PIECE = 2**26  # number of entries brought to the device at a time
 
 
 class RowStorage:
     """Rows ``(rows, parameters)`` as one matrix for each trainable tensor.
 
     Args:
-        sizes: Numbers of each trainable tensor.
-        dtype: Number format that the rows are kept in.
-        working_dtype: Number format that they are read in.
-        device: Where they are computed with.
+        sizes: Number of entries of each trainable tensor.
+        dtype: Dtype in which the rows are stored.
+        working_dtype: Dtype in which they are read.
+        device: Device of computations.
         storage: ``"device"``, ``"cpu"``, ``"disk"`` (files in the system's temporary folder), or a
             folder for the files. Files are mapped into memory, and deleted with the object.
     """
@@ -62,30 +58,32 @@ class RowStorage:
         return RowStorage(self.sizes, self.dtype, self.working_dtype, self.device, self.storage)
 
     def append(self, i: int, rows: Tensor) -> None:
-        """Add rows of one tensor, ``(rows, numbers)``; every tensor gets equally many.
+        """Add rows of one tensor, ``(rows, entries)``; every tensor needs equally many.
 
         Raises:
-            ValueError: If the rows have another length.
+            ValueError: If the rows have the wrong length.
         """
         if rows.ndim != 2 or rows.shape[1] != self.sizes[i]:
-            raise ValueError(f"tensor {i} has {self.sizes[i]} numbers, not {tuple(rows.shape)}")
+            raise ValueError(
+                f"rows of tensor {i} have {self.sizes[i]} entries, got shape {tuple(rows.shape)}"
+            )
         rows = rows.detach().to(self.dtype).contiguous()
         self._counts[i] += len(rows)
         if self._folder is None:
             self._parts[i].append(rows if self.storage == "device" else rows.cpu())
             return
-        self._parts[i].clear()  # mapped again when it is read
+        self._parts[i].clear()  # the file is mapped again when it is read
         with open(self._folder.path / str(i), "ab") as file:
             rows.cpu().view(torch.uint8).numpy().tofile(file)
 
     def matrix(self, i: int) -> Tensor:
-        """Return all rows of one tensor as they are kept, ``(rows, numbers)``."""
+        """Return all rows of one tensor as stored, ``(rows, entries)``."""
         if self._folder is None:
             if len(self._parts[i]) != 1:
                 self._parts[i] = [torch.cat(self._parts[i])]
         elif not self._parts[i]:
-            path, numbers = str(self._folder.path / str(i)), self._counts[i] * self.sizes[i]
-            mapped = torch.from_file(path, shared=False, size=numbers, dtype=self.dtype)
+            path, size = str(self._folder.path / str(i)), self._counts[i] * self.sizes[i]
+            mapped = torch.from_file(path, shared=False, size=size, dtype=self.dtype)
             self._parts[i] = [mapped.view(self._counts[i], self.sizes[i])]
         return self._parts[i][0]
 
@@ -98,10 +96,10 @@ class RowStorage:
 
         Args:
             i: The tensor.
-            dtype: Number format, the working one if ``None``.
+            dtype: Dtype of the result; ``None`` for the working dtype.
 
         Yields:
-            Which columns, and ``(rows, columns)``.
+            The columns, and their entries ``(rows, columns)``.
         """
         matrix, dtype = self.matrix(i), dtype or self.working_dtype
         ready = matrix.device == self.device and matrix.dtype == dtype
@@ -111,7 +109,7 @@ class RowStorage:
             yield columns, matrix[:, columns].to(self.device, dtype)
 
     def replace(self, matrices: Sequence[Tensor]) -> None:
-        """Put other rows in the place of those there are.
+        """Replace all rows by others.
 
         Raises:
             ValueError: If their shapes do not fit.
@@ -124,7 +122,7 @@ class RowStorage:
         self.take(fresh)
 
     def joined(self, other: RowStorage) -> RowStorage:
-        """Return these rows and another storage's, stored as these."""
+        """Return these rows followed by another storage's, stored like these."""
         result = self.like()
         for i in range(len(self.sizes)):
             for rows in (self.matrix(i), other.matrix(i)):
@@ -132,7 +130,7 @@ class RowStorage:
         return result
 
     def to(self, device: torch.device | str) -> RowStorage:
-        """Return the rows for work on another device."""
+        """Return the rows for computations on another device."""
         result = RowStorage(
             self.sizes, self.dtype, self.working_dtype, torch.device(device), self.storage
         )
@@ -146,12 +144,12 @@ class RowStorage:
         return self.to(self.device)
 
     def take(self, other: RowStorage) -> None:
-        """Put another storage's rows in the place of these."""
+        """Replace these rows by another storage's."""
         self._parts, self._counts, self._folder = other._parts, other._counts, other._folder
 
 
 class _Folder:
-    """A folder of its own that goes with the object."""
+    """A new folder that is deleted with the object."""
 
     def __init__(self, storage: str | os.PathLike[str]) -> None:
         root = None if storage == "disk" else Path(storage)
@@ -162,7 +160,7 @@ class _Folder:
 
 
 def free_space(storage: str | os.PathLike[str]) -> int | None:
-    """Return the free bytes of a storage's disk; ``None`` if it is none."""
+    """Return the free bytes of a storage's disk; ``None`` if it is not on disk."""
     if storage in ("device", "cpu"):
         return None
     folder = Path(tempfile.gettempdir() if storage == "disk" else storage).absolute()

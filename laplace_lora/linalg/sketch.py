@@ -1,6 +1,6 @@
-"""Sketched sums of outer products: a low-rank factor that is still a plain sum over the data.
+"""Sketched sums of outer products: low-rank factors that are still plain sums over the data.
 
-The choice between dense and sketched is made here; dense sums live in `factors`.
+`FactorSpec` chooses between dense and sketched factors.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class LowRankFactor:
     Args:
         sketch: ``F Ω`` so far, shape ``(d, l)``.
         trace: Trace of ``F`` so far, a float64 scalar.
-        rank: Eigenpairs to keep in the end.
+        rank: Number of eigenpairs of the decomposition.
     """
 
     def __init__(self, sketch: Tensor, trace: Tensor, rank: int) -> None:
@@ -58,16 +58,16 @@ class LowRankFactor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Number format of the sums."""
+        """Dtype of the sums."""
         return self.sketch.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes held; ``Ω`` is shared by all factors of its size and not counted."""
+        """Bytes held, without ``Ω``, which all factors of the same size share."""
         return self.sketch.nbytes + self.trace.nbytes
 
     def tensors(self) -> list[Tensor]:
-        """Return what the sketch consists of; adding these adds sketches."""
+        """Return the tensors that hold the sketch; adding these adds sketches."""
         return [self.sketch, self.trace]
 
     def update(self, rows: Tensor, weight: float = 1.0) -> None:
@@ -77,7 +77,7 @@ class LowRankFactor:
 
         Args:
             rows: Inputs or output gradients of one map, shape ``(n, d)``.
-            weight: Factor of the whole addend.
+            weight: Factor of the product.
         """
         rows = rows.to(self.sketch.dtype)
         self.sketch.addmm_(rows.T, rows @ self._test_matrix(), alpha=weight)
@@ -115,9 +115,9 @@ class LowRankFactor:
         rounding errors in ``Y`` and grows until ``Ωᵀ Y`` is numerically positive definite.
 
         Args:
-            residual: ``"isotropic"`` spreads the trace that the kept eigenpairs miss evenly over
-                the other directions, so the trace is exact; ``"zero"`` drops it, as
-                Yang et al. (2024), arXiv:2308.13111, do.
+            residual: ``"isotropic"`` spreads the trace that the eigenpairs miss evenly over the
+                other directions, so the trace is exact; ``"zero"`` drops it, as Yang et al. (2024),
+                arXiv:2308.13111, do.
         """
         check_finite(self.sketch)
         dtype, d = self.sketch.dtype, self.d
@@ -133,9 +133,9 @@ class LowRankFactor:
                 gram = test.T @ shifted
                 core, failed = torch.linalg.cholesky_ex((gram + gram.T) / 2)
                 shift = shift if not failed else 10 * shift
-            tall = torch.linalg.solve_triangular(core, shifted.T, upper=False).T
-            basis, small = torch.linalg.qr(tall)
-            left, singular, _ = torch.linalg.svd(small, full_matrices=False)
+            root = torch.linalg.solve_triangular(core, shifted.T, upper=False).T
+            basis, triangular = torch.linalg.qr(root)
+            left, singular, _ = torch.linalg.svd(triangular, full_matrices=False)
             values = (singular[: self.rank].square() - shift).clamp(min=0)
             vectors = basis @ left[:, : self.rank]
         missing = (self.trace - values.sum()).clamp(min=0) / (d - self.rank)
@@ -151,20 +151,20 @@ Factor = DenseFactor | LowRankFactor | DiagonalFactor
 
 
 def sketch_columns(rank: int) -> int:
-    """Number of columns of a sketch that ends in ``rank`` eigenpairs."""
+    """Return the number of columns of a sketch that yields ``rank`` eigenpairs."""
     return 2 * rank + OVERSAMPLING
 
 
 @dataclass(frozen=True)
 class FactorSpec:
-    """Which sides of a Kronecker factor are low-rank, and what stands for what they leave out.
+    """Which Kronecker factors are low-rank, and what replaces the directions they leave out.
 
     Attributes:
-        rank: Eigenpairs kept of a low-rank side; ``None`` keeps every side dense.
+        rank: Eigenpairs of a low-rank side; ``None`` keeps every side dense.
         threshold: Sides up to this length stay dense, and so do those that a sketch would not
             make smaller.
-        residual: ``"isotropic"`` keeps a low-rank side's trace exact, ``"zero"`` drops what the
-            kept eigenpairs miss.
+        residual: ``"isotropic"`` keeps a low-rank side's trace exact, ``"zero"`` drops what its
+            eigenpairs miss.
 
     Raises:
         ValueError: If ``rank`` is not positive, or ``residual`` is unknown.
@@ -201,5 +201,6 @@ def _orthonormal(d: int, l: int, dtype: torch.dtype, device: torch.device) -> Te
     generator = torch.Generator("cpu").manual_seed(d * 1_000_003 + l)
     gaussian = torch.randn(d, l, dtype=torch.float64, generator=generator)
     q, r = torch.linalg.qr(gaussian)
-    # The signs of a QR factorisation are the library's choice; sketches must agree across machines.
-    return (q * r.diagonal().sign()).to(device=device, dtype=dtype)
+    # The signs of a QR factorisation depend on the library; sketches must agree across machines.
+    signed: Tensor = q * r.diagonal().sign()
+    return signed.to(device=device, dtype=dtype)
