@@ -1,11 +1,11 @@
 """The Laplace-LoRA paper's functional interface: factors, evidence and predictive as functions.
 
-Names and arguments are those of the bayesian_lora documentation, so that a script changes one
-import line; the numbers are those of `KronLoraLaplace`, whose factors, Kronecker algebra and
-Jacobians do the work. Source: Yang, Robeyns, Wang, Aitchison (2024), arXiv:2308.13111.
+Names and arguments follow the bayesian_lora documentation, so that a script changes one import
+line; results equal those of `KronLoraLaplace`. Source: Yang, Robeyns, Wang, Aitchison (2024),
+arXiv:2308.13111.
 
-A factor is a covariance ``(d, d)``, or where it is low-rank a root ``R`` of shape ``(d, n_kfac)``
-with ``R Rᵀ`` in its place.
+A factor is a covariance ``(d, d)``, or if low-rank a root ``R`` of shape ``(d, n_kfac)`` that
+stands for ``R Rᵀ``.
 """
 
 from laplace_lora.functional.factors import calculate_kronecker_factors

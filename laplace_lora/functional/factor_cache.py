@@ -1,13 +1,8 @@
-"""Factors as a user hands them over, and as a `KronEigen`.
-
-Whether they fit the ranks that go with them, and one eigendecomposition for each, kept. What it is
-good for belongs to `posterior`, where factors come from to `kronecker`.
-"""
+"""Validate user-supplied factors and cache their eigendecompositions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, MutableMapping
 
 import torch
 from torch import Tensor
@@ -20,8 +15,8 @@ from laplace_lora.linalg.kron_eigen import KronEigen
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 
-# One eigendecomposition serves every s2 and batch, for as long as the factor lives unchanged.
-_EIGEN: Any = WeakTensorKeyDictionary()
+# One eigendecomposition serves every s2 and batch while a factor exists unchanged, in this version.
+_EIGEN: MutableMapping[Tensor, tuple[int, Eigen]] = WeakTensorKeyDictionary()
 
 
 def check_ranks(factors: Factors, n_lora: int | None, n_kfac: int | None) -> None:
@@ -33,7 +28,7 @@ def check_ranks(factors: Factors, n_lora: int | None, n_kfac: int | None) -> Non
         n_kfac: Rank of low-rank factors, or ``None``.
 
     Raises:
-        ValueError: If there are no factors, or they have other ranks.
+        ValueError: If there are no factors, or their ranks differ from those given.
     """
     if not factors:
         raise ValueError("there are no factors")
@@ -42,7 +37,7 @@ def check_ranks(factors: Factors, n_lora: int | None, n_kfac: int | None) -> Non
     if n_kfac is not None and roots - {n_kfac}:
         raise ValueError(f"n_kfac is {n_kfac}, but low-rank factors have ranks {sorted(roots)}")
     if n_lora is not None and not any(n_lora in (len(x), len(g)) for x, g in factors.values()):
-        raise ValueError(f"n_lora is {n_lora}, but no factor has that side")
+        raise ValueError(f"n_lora is {n_lora}, but no factor has a side of that length")
 
 
 def decomposed(factors: Factors, device: torch.device | str) -> KronEigen:
@@ -50,7 +45,7 @@ def decomposed(factors: Factors, device: torch.device | str) -> KronEigen:
 
     Args:
         factors: From `calculate_kronecker_factors`.
-        device: Where the result goes.
+        device: Device of the result.
     """
     blocks: list[list[Side]] = [
         [_eigen(grads).to(device), _eigen(inputs).to(device)] for inputs, grads in factors.values()
@@ -59,7 +54,7 @@ def decomposed(factors: Factors, device: torch.device | str) -> KronEigen:
 
 
 def _eigen(factor: Tensor) -> Eigen:
-    version, eigen = _EIGEN.get(factor, (None, None))
+    version, eigen = _EIGEN.get(factor, (-1, None))
     if eigen is None or version != factor._version:
         wide = factor.detach().to(torch.promote_types(torch.float32, factor.dtype))
         if factor.shape[0] == factor.shape[1]:

@@ -1,8 +1,4 @@
-"""`calculate_kronecker_factors`: K-FAC factors of any linear modules over a data set.
-
-The loop, the masks and the likelihood's root; the sums are `kfac`'s. What the factors are good for
-belongs to `posterior`.
-"""
+"""`calculate_kronecker_factors`: K-FAC factors of any linear modules over a data set."""
 
 from __future__ import annotations
 
@@ -12,12 +8,13 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from laplace_lora.adapters.maps import wide_dtype
 from laplace_lora.adapters.peft_state import check_adapters
 from laplace_lora.capture.recorder import record
 from laplace_lora.curvature.kfac import KfacSums, Rows
+from laplace_lora.data.batches import Batch
+from laplace_lora.data.loaders import progress
 from laplace_lora.data.masks import MASK_NAMES
 from laplace_lora.functional.hooks import factor_tensor, note_masks
 from laplace_lora.functional.selection import selected_maps
@@ -26,13 +23,13 @@ from laplace_lora.linalg.factors import map_shared
 from laplace_lora.linalg.sketch import FactorSpec
 from laplace_lora.models.modes import evaluation_mode, gradients_needed
 
-EXACT_UP_TO = 256  # outputs; beyond it one backward pass an output is too many
+EXACT_UP_TO = 256  # outputs; beyond it one backward pass per output is too many
 
 
 def calculate_kronecker_factors(
     model: nn.Module,
     forward_call: Callable[[nn.Module, Any], Tensor],
-    loader: Iterable[Any],
+    loader: Iterable[Batch],
     n_kfac: int | None = None,
     lr_threshold: int = 512,
     target_module_keywords: Sequence[str] = ("",),
@@ -45,31 +42,31 @@ def calculate_kronecker_factors(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Sum the Kronecker factors of a classifier's generalised Gauss-Newton matrix over a data set.
 
-    The block of a module with weight ``(p, q)`` is about ``gradient factor ⊗ input factor``. Both
-    are the factors of `KronLoraLaplace`, whatever the batch size, a last partial batch or the
-    padding: *expand* over real tokens, the gradient factor a sum over examples, the input factor a
-    mean. The model runs in evaluation mode; its modes, gradients and weights stay as they are.
+    The block of a module with weight ``(p, q)`` is approximately ``gradient factor ⊗ input
+    factor``. Both equal the factors of `KronLoraLaplace` and depend neither on the batch size nor
+    on padding: *expand* over real tokens, the gradient factor a sum over examples, the input factor
+    a mean. The model runs in evaluation mode; its modes, gradients and weights stay as they are.
 
-    Modules that do not run are left out: the logits do not depend on them.
+    Modules that do not run are left out, as the logits do not depend on them.
 
     Args:
         model: Any module, a `PeftModel` or not.
         forward_call: From the model and a batch to logits ``(batch, classes)``.
-        loader: Batches, in whatever form ``forward_call`` takes.
+        loader: Batches, in any form that ``forward_call`` takes.
         n_kfac: Rank of low-rank factors; ``None`` keeps all dense.
         lr_threshold: Sides shorter than this stay dense, and so do those that a sketch of
             ``2 n_kfac + 10`` columns would not make smaller.
-        target_module_keywords: Which `nn.Linear` and `Conv1D` modules count, by whole parts of
-            their names: dots and underscores part, so ``"lora"`` means ``lora_A`` and ``lora_B``.
-            ``""`` means all, frozen ones too.
+        target_module_keywords: Selects `nn.Linear` and `Conv1D` modules, trainable or frozen, by
+            whole parts of their names, separated by dots and underscores: ``"lora"`` selects
+            ``lora_A`` and ``lora_B``. ``""`` selects all.
         exclude_bias: Treat biases as fixed. Otherwise a module's bias is the last column of its
             weight, its input factor ``(q + 1, q + 1)``.
         use_tqdm: Show progress over the batches.
         attention_mask: From a batch to the ``(batch, tokens)`` mask of real tokens. ``None`` for
-            the batch's own ``attention_mask``, or else that with which the model is called.
+            the batch's ``attention_mask``, or else the one with which the model is called.
         positions: ``"all"`` real tokens, or only the ``"last"`` one of each example.
-        num_samples: Labels drawn for each example and backward passes a batch (Monte-Carlo
-            Fisher). ``None`` for the exact matrix from ``classes − 1`` passes; with more than 256
+        num_samples: Labels drawn per example, and backward passes per batch (Monte-Carlo Fisher).
+            ``None`` for the exact matrix from ``classes − 1`` passes, or with more than 256
             outputs, such as a whole vocabulary, for one sample and a warning.
 
     Returns:
@@ -88,14 +85,14 @@ def calculate_kronecker_factors(
     selected = selected_maps(model, target_module_keywords, exclude_bias)
     with_bias = {linear.name: has_bias for linear, has_bias in selected}
     maps = [linear for linear, _ in selected]
-    weights: list[Any] = [linear.module.weight for linear in maps]
+    weights: list[nn.Parameter] = [linear.module.weight for linear in maps]
     dtype = wide_dtype(weights)
     sums, n = None, 0
     called_with: dict[str, Any] = {}
     handle = note_masks(model, called_with)
     try:
         with evaluation_mode(model), gradients_needed(weights):
-            for index, batch in enumerate(tqdm(loader, disable=not use_tqdm, desc="Factors")):
+            for index, batch in enumerate(progress(loader, use_tqdm, "Factors")):
                 masks: Mapping[str, Any] = called_with
                 if attention_mask is not None:
                     masks = {MASK_NAMES[0]: attention_mask(batch)}
@@ -139,8 +136,8 @@ def _columns(f: Tensor, num_samples: int | None) -> Tensor:
         return softmax_root(f)
     if num_samples is None:
         warnings.warn(
-            f"forward_call returns {f.shape[-1]} logits an example, so the curvature is a "
-            "Monte-Carlo estimate from one label an example; return the answers' logits for an "
+            f"forward_call returns {f.shape[-1]} logits per example, so the curvature is a "
+            "Monte-Carlo estimate from one label per example; return the answers' logits for an "
             "exact one, or set `num_samples`",
             stacklevel=3,
         )

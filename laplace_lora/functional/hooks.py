@@ -1,7 +1,6 @@
 """Hooks that sum a module's input and gradient covariances while the user runs the model.
 
-Reading the masks that a model is called with lives here too. Selecting modules by keyword belongs
-to `selection`, the loop over a data set that needs no hooks of one's own to `kronecker`.
+See `factors` for a loop over a data set that needs no hooks from the user.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def factor_tensor(factor: Factor) -> Tensor:
 
 
 class RunningFactor:
-    """A covariance that hooks are summing; unpacks into ``(tensor, low_rank)`` as it stands.
+    """A covariance that hooks are summing; unpacks into ``(tensor, low_rank)`` at any time.
 
     Args:
         factor: The sum so far.
@@ -49,7 +48,7 @@ class RunningFactor:
 
 
 class Hooks(list[RemovableHandle]):
-    """Handles of registered hooks; as a context manager it removes them, whatever happens."""
+    """Handles of registered hooks; as a context manager it always removes them on exit."""
 
     def __enter__(self) -> Hooks:
         return self
@@ -59,7 +58,7 @@ class Hooks(list[RemovableHandle]):
 
 
 def note_masks(model: nn.Module, masks: dict[str, Any]) -> RemovableHandle:
-    """Register a hook that keeps the attention masks of a model's latest call in ``masks``."""
+    """Register a hook that stores the attention masks of a model's latest call in ``masks``."""
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         masks.clear()
@@ -83,13 +82,13 @@ def save_input_hook(
 
     Args:
         module_name: Key in ``activations``.
-        activations: Where the sum is kept; it unpacks into the factor and whether it is low-rank.
+        activations: Holds the sum; it unpacks into the factor and whether it is low-rank.
         n_kfac: Rank of a low-rank factor; ``None`` keeps it dense.
-        lr_threshold: Inputs shorter than this (with a bias one longer) keep a dense factor.
+        lr_threshold: Inputs shorter than this, the 1 of a bias included, keep a dense factor.
         has_bias: Append a 1 to the inputs, so that the bias is a column of the weight.
-        svd_dtype: Number format of the sums; ``None`` for float32, or the inputs' if wider.
+        svd_dtype: Dtype of the sums; ``None`` for float32, or the inputs' if wider.
         masks: Where ``attention_mask``, ``(batch, tokens)``, is looked up when the hook runs;
-            ``None`` takes every token for real.
+            ``None`` treats every token as real.
         positions: ``"all"`` real tokens, or each example's ``"last"`` one.
     """
     rows = Rows(positions=positions)
@@ -116,17 +115,17 @@ def save_output_grad_hook(
 ) -> Callable[[nn.Module, Any, tuple[Tensor, ...]], None]:
     """Return a full backward hook that adds ``Σ_n Σ_t g gᵀ`` of a module's output gradients.
 
-    The gradients are those of what is differentiated: for a curvature that does not depend on the
-    batch size, differentiate a sum over examples, not a mean.
+    For a curvature that does not depend on the batch size, differentiate a sum over examples, not
+    a mean.
 
     Args:
         module_name: Key in ``output_grads``.
-        output_grads: Where the sum is kept; it unpacks into the factor and whether it is low-rank.
+        output_grads: Holds the sum; it unpacks into the factor and whether it is low-rank.
         n_kfac: Rank of a low-rank factor; ``None`` keeps it dense.
         lr_threshold: Outputs shorter than this keep a dense factor.
-        svd_dtype: Number format of the sums; ``None`` for float32, or the gradients' if wider.
+        svd_dtype: Dtype of the sums; ``None`` for float32, or the gradients' if wider.
         masks: Where ``attention_mask``, ``(batch, tokens)``, is looked up when the hook runs;
-            ``None`` takes every token for real.
+            ``None`` treats every token as real.
         positions: ``"all"`` real tokens, or each example's ``"last"`` one.
     """
     rows = Rows(positions=positions)
@@ -155,7 +154,7 @@ def register_hooks(
 ) -> Hooks:
     """Register the two hooks on every selected module.
 
-    They sum for as long as they stay: call the model, differentiate a sum over examples, repeat.
+    The hooks sum until they are removed: call the model, differentiate a sum over examples, repeat.
     Remove them with `remove_hooks`, or use the result in a ``with`` statement.
 
     Args:
@@ -167,7 +166,7 @@ def register_hooks(
         lr_threshold: Sides shorter than this stay dense.
         exclude_bias: Treat all biases as fixed.
         masks: Where ``attention_mask``, ``(batch, tokens)``, is looked up when a hook runs;
-            ``None`` for what the model is called with by that name.
+            ``None`` for the argument of that name with which the model is called.
         positions: ``"all"`` real tokens, or each example's ``"last"`` one.
 
     Raises:
@@ -175,11 +174,11 @@ def register_hooks(
         ValueError: If no module is selected, or a dictionary already holds one.
     """
     selected = selected_maps(model, target_module_keywords, exclude_bias)
-    taken = [
+    present = [
         linear.name for linear, _ in selected if linear.name in {**activations, **output_grads}
     ]
-    if taken:
-        raise ValueError(f"the dictionaries already hold {taken[0]!r}; pass empty ones")
+    if present:
+        raise ValueError(f"the dictionaries already hold {present[0]!r}; pass empty ones")
     hooks = Hooks()
     if masks is None:
         masks = {}
@@ -203,8 +202,8 @@ def remove_hooks(hooks: list[RemovableHandle]) -> None:
 def _on_gradient(hook: Callable[..., None]) -> Callable[..., None]:
     """Return a forward hook that calls a backward hook with the output's gradient.
 
-    `nn.Module.register_full_backward_hook` would do, but warns where a module's inputs need no
-    gradient, as those of the first layer do.
+    `nn.Module.register_full_backward_hook` would do the same, but warns if no input of the module
+    needs a gradient, as in the first layer.
     """
 
     def forward_hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:

@@ -1,8 +1,4 @@
-"""Evidence and predictive from given factors: `model_evidence`, `jacobian_mean`, `variance`.
-
-Jacobians come from `laplace_lora.jacobians`. What is asked of factors, and their
-eigendecompositions, belongs to `given`; where factors come from to `kronecker`.
-"""
+"""Evidence and predictive from given factors: `model_evidence`, `jacobian_mean`, `variance`."""
 
 from __future__ import annotations
 
@@ -16,6 +12,7 @@ from laplace_lora.adapters.discovery import trainable_maps
 from laplace_lora.adapters.maps import wide_dtype
 from laplace_lora.capture.jacobians import jacobian_blocks
 from laplace_lora.capture.recorder import record
+from laplace_lora.data.batches import Batch
 from laplace_lora.functional.factor_cache import Factors, check_ranks, decomposed
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.roots import identity_root
@@ -38,24 +35,24 @@ def model_evidence(
     ``residual="zero"`` where a factor is low-rank). Differentiable in ``s2`` and ``LL``.
 
     Args:
-        model: The model the factors were computed for; ``θ`` are its weights that they cover.
+        model: The model for which the factors were computed; ``θ`` are the weights they cover.
         LL: Log likelihood of the training data, summed over the examples, in nats.
         factors: From `calculate_kronecker_factors`.
-        n_lora: LoRA rank, or ``None``. Ranks are read from the factors, which may differ in them;
-            a rank that none has is an error.
-        n_kfac: Rank of low-rank factors, or ``None``; another than the roots have is an error.
+        n_lora: LoRA rank, or ``None``. Only checked: ranks are read from the factors, which may
+            have several, and a rank that no factor has is an error.
+        n_kfac: Rank of low-rank factors, or ``None``. Only checked against the roots.
         s2: Prior variance, one positive number.
 
     Returns:
         The log evidence in nats, of the shape of ``s2``.
 
     Raises:
-        ValueError: If ``s2`` is not one positive number, a module is not in the model or has
-            another size than its factors, or the ranks do not fit.
+        ValueError: If ``s2`` is not one positive number, a module is not in the model or differs
+            in size from its factors, or the ranks do not fit.
     """
     s2 = _checked_variance(s2)
     check_ranks(factors, n_lora, n_kfac)
-    square: Any = 0.0
+    square: Tensor | float = 0.0
     for name, (inputs, grads) in factors.items():
         try:
             module: Any = model.get_submodule(name)
@@ -68,8 +65,8 @@ def model_evidence(
             weights.append(module.bias)
         if len(inputs) * len(grads) != sum(weight.numel() for weight in weights):
             raise ValueError(
-                f"the factors of {name!r} have sides {len(inputs)} and {len(grads)}, its weight "
-                f"the shape {tuple(module.weight.shape)}"
+                f"the factors of {name!r} have sides {len(inputs)} and {len(grads)}, but its "
+                f"weight has shape {tuple(module.weight.shape)}"
             )
         square = square + sum(w.detach().double().square().sum().to(s2.device) for w in weights)
     ratio = (decomposed(factors, s2.device) + 1 / s2).log_det_ratio()
@@ -85,21 +82,21 @@ def jacobian_mean(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return the Jacobian of the logits with respect to the trainable weights, and the logits.
 
-    One forward and one backward pass a logit for the whole batch, in evaluation mode.
+    One forward pass, and one backward pass per logit for the whole batch, in evaluation mode.
 
     Args:
         model: A `PeftModel`, or any model whose trainable tensors belong to linear modules.
-        batch_inputs: What the model takes, as ``model(**batch_inputs)``.
-        target_ids: Which next tokens' logits; ``None`` for all logits: a classifier's classes, or
-            the whole vocabulary.
+        batch_inputs: The model's keyword arguments.
+        target_ids: Tokens whose next-token logits are wanted; ``None`` for all logits: a
+            classifier's classes, or the whole vocabulary.
         is_s2s: Whether the model is an encoder-decoder; its logits are those of the first decoder
-            step. Otherwise a language model's are those after the last real token.
-        output_callback: From what the model returns to logits ``(batch, outputs)``, instead of
-            both.
+            step. A decoder's logits are those after the last real token.
+        output_callback: From the model's output to logits ``(batch, outputs)``, used
+            instead of ``target_ids`` and ``is_s2s``.
 
     Returns:
         For each trainable tensor, by name, ``(batch, outputs, *shape)``, with a `Conv1D` weight
-        turned to ``(out, in)`` as its factors are; and logits ``(batch, outputs)``.
+        transposed to ``(out, in)`` like its factors; and logits ``(batch, outputs)``.
 
     Raises:
         ValueError: If ``is_s2s`` does not fit the model, both ``target_ids`` and
@@ -123,7 +120,7 @@ def jacobian_mean(
 
 
 def variance(
-    inputs: Any,
+    inputs: Batch,
     jacobian: Mapping[str, Tensor],
     factors: Factors,
     s2: Tensor | float,
@@ -134,29 +131,29 @@ def variance(
 ) -> Tensor:
     """Return the covariance of the logits under the linearised model, ``J P⁻¹ Jᵀ``.
 
-    Weights without factors are taken for fixed. Differentiable in ``s2``.
+    Weights without factors are treated as fixed. Differentiable in ``s2``.
 
     Args:
-        inputs: The batch of the Jacobian; tells how many examples there should be.
+        inputs: The batch of the Jacobian, only to check the number of examples.
         jacobian: From `jacobian_mean`.
-        factors: From `calculate_kronecker_factors`; dense, low-rank and of any adapter ranks.
+        factors: From `calculate_kronecker_factors`; dense or low-rank, of any adapter ranks.
         s2: Prior variance, one positive number.
         n_logits: Number of logits.
         n_lora: As in `model_evidence`.
         n_kfac: As in `model_evidence`.
-        device: Where the result goes.
+        device: Device of the result.
 
     Returns:
         Shape ``(batch, n_logits, n_logits)``.
 
     Raises:
-        ValueError: If ``s2`` is not one positive number, a factor has no Jacobian or one of
-            another size, the ranks do not fit, or examples or logits are not as many as said.
+        ValueError: If ``s2`` is not one positive number, a factor has no Jacobian or one of a
+            different size, or the ranks or the numbers of examples or logits do not fit.
     """
     s2 = _checked_variance(s2).to(device)
     check_ranks(factors, n_lora, n_kfac)
     precision = decomposed(factors, device) + 1 / s2
-    total: Any = 0.0
+    total: Tensor | None = None
     for i, (name, (input_factor, grad_factor)) in enumerate(factors.items()):
         rows = _jacobian_of(name, jacobian)
         if rows.shape[2:] == (len(grad_factor), len(input_factor) - 1):
@@ -168,7 +165,9 @@ def variance(
                 f"the Jacobian of {name!r} has shape {tuple(rows.shape)}; {expected[0]} examples, "
                 f"{n_logits} logits and its factors need {expected}"
             )
-        total = total + precision.inverse_form(i, rows.to(device))
+        form = precision.inverse_form(i, rows.to(device))
+        total = form if total is None else total + form
+    assert total is not None  # check_ranks refuses an empty set of factors
     return total
 
 
@@ -181,7 +180,7 @@ def predict_probs(
 ) -> Tensor:
     """Return class probabilities ``E[softmax(f)]`` of Gaussian logits.
 
-    The average of the samples' probabilities, not the probabilities of their average.
+    The mean of the samples' probabilities, not the probabilities of their mean.
 
     Args:
         f_mu: Mean logits, ``(batch, classes)``, from `jacobian_mean`.
@@ -214,8 +213,8 @@ def _logits_model(
         kind = "an encoder-decoder" if wrapped.is_encoder_decoder else "no encoder-decoder"
         raise ValueError(f"is_s2s is {is_s2s}, but the model is {kind}")
     if wrapped.vocabulary_size is not None:
-        every = torch.arange(wrapped.vocabulary_size)
-        return LogitsModel(model, every if target_ids is None else target_ids)
+        all_ids = torch.arange(wrapped.vocabulary_size)
+        return LogitsModel(model, all_ids if target_ids is None else target_ids)
     if target_ids is None:
         return wrapped
     return LogitsModel(model, output=lambda out: getattr(out, "logits", out)[:, target_ids])
@@ -229,20 +228,20 @@ def _checked_variance(s2: Tensor | float) -> Tensor:
 
 
 def _jacobian_of(name: str, jacobian: Mapping[str, Tensor], kind: str = "weight") -> Tensor:
-    """Return a module's Jacobian; its name may have lost a wrapper's prefix, or gained one."""
+    """Return a module's Jacobian; one of the two names may have a wrapper's prefix."""
     wanted = f"{name}.{kind}"
-    found = [
+    matches = [
         key for key in jacobian if f".{key}".endswith(f".{wanted}") or wanted.endswith(f".{key}")
     ]
-    if wanted in jacobian or len(found) == 1:
-        return jacobian[wanted if wanted in jacobian else found[0]]
+    if wanted in jacobian or len(matches) == 1:
+        return jacobian[wanted if wanted in jacobian else matches[0]]
     raise ValueError(
-        f"there is a factor for {name!r}, but the Jacobian has {len(found) or 'no'} tensors of "
+        f"there is a factor for {name!r}, but the Jacobian has {len(matches) or 'no'} tensors of "
         f"that name; it has {list(jacobian)[:4]}, ..."
     )
 
 
-def _examples(inputs: Any, otherwise: int) -> int:
-    """Return how many examples a batch of inputs holds."""
+def _examples(inputs: Batch, default: int) -> int:
+    """Return the number of examples in a batch of inputs."""
     tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
-    return next((len(t) for t in tensors if isinstance(t, Tensor) and t.ndim), otherwise)
+    return next((len(t) for t in tensors if isinstance(t, Tensor) and t.ndim), default)

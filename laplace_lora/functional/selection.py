@@ -1,7 +1,4 @@
-"""Which linear maps of a model keywords select.
-
-By names alone; what is summed over the maps belongs to `hooks` and `kronecker`.
-"""
+"""Select linear maps by keywords in their names."""
 
 from __future__ import annotations
 
@@ -17,20 +14,20 @@ from laplace_lora.adapters.maps import LinearMap
 def selected_maps(
     model: nn.Module, target_module_keywords: Sequence[str], exclude_bias: bool
 ) -> list[tuple[LinearMap, bool]]:
-    """Return the linear maps that a keyword selects, and whether each brings its bias.
+    """Return the linear maps that a keyword selects, and whether each includes its bias.
 
-    A keyword selects by whole parts of a name, whatever their case, where dots and underscores
-    part: ``"lora"`` selects ``q_proj.lora_A.default``, ``"q_proj"`` too, ``"layers.1"`` not
-    ``layers.11``. The empty keyword selects everything.
+    A keyword matches whole parts of a name, separated by dots and underscores, in upper or lower
+    case: ``"lora"`` and ``"q_proj"`` select ``q_proj.lora_A.default``, ``"layers.1"`` does not
+    select ``layers.11``. The empty keyword selects everything.
 
     Args:
-        model: Any module; its `nn.Linear` and `Conv1D` modules count.
+        model: Any module; only its `nn.Linear` and `Conv1D` modules are considered.
         target_module_keywords: Parts of module names.
         exclude_bias: Treat all biases as fixed.
 
     Raises:
         TypeError: If the keywords are a single string.
-        ValueError: If no linear map is selected; lists some there are.
+        ValueError: If no linear map is selected; lists some that exist.
     """
     if isinstance(target_module_keywords, str):
         raise TypeError(f"give a list of keywords, such as [{target_module_keywords!r}]")
@@ -38,11 +35,11 @@ def selected_maps(
         re.compile(rf"(?<![^._]){re.escape(keyword)}(?![^._])" if keyword else "", re.IGNORECASE)
         for keyword in target_module_keywords
     ]
-    every = [linear for linear in linear_maps(model) if type(linear) is LinearMap]
-    found = [linear for linear in every if any(p.search(linear.name) for p in patterns)]
-    if not found:
+    candidates = [linear for linear in linear_maps(model) if type(linear) is LinearMap]
+    selected = [linear for linear in candidates if any(p.search(linear.name) for p in patterns)]
+    if not selected:
         raise ValueError(
             f"target_module_keywords={list(target_module_keywords)} select no linear module by a "
-            f"whole part of its name; there are {[linear.name for linear in every[:8]]}, ..."
+            f"whole part of its name; there are {[linear.name for linear in candidates[:8]]}, ..."
         )
-    return [(linear, linear.module.bias is not None and not exclude_bias) for linear in found]
+    return [(linear, linear.module.bias is not None and not exclude_bias) for linear in selected]
