@@ -62,9 +62,9 @@ class ScoreAllocator(RankAllocator):
             FloatingPointError: If a score is not finite; names the layer.
         """
         layers = adalora_components(model, self.adapter_name)
-        kept = best(layers, self.score.scores(layers), budget)
+        masks = best(layers, self.score.scores(layers), budget)
         pattern = {}
-        for layer, keep in zip(layers, kept, strict=True):
+        for layer, keep in zip(layers, masks, strict=True):
             _singular_values(layer).masked_fill_(~keep.unsqueeze(1), 0.0)
             pattern[f"{layer.name}.lora_E.{self.adapter_name}"] = keep.tolist()
         return pattern

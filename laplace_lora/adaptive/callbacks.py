@@ -237,10 +237,10 @@ def _pattern_from_zeros(
         f"{layer.name}.lora_E.{adapter}": (layer.parameters[-1] != 0).view(-1).tolist()
         for layer in layers
     }
-    kept = sum(map(sum, pattern.values()))
-    if kept > config.target_r * len(layers):
+    remaining = sum(map(sum, pattern.values()))
+    if remaining > config.target_r * len(layers):
         raise ValueError(
-            f"cannot resume: the checkpoint is past the final mask but keeps {kept} triplets, more "
+            f"cannot resume: the checkpoint is past the final mask but keeps {remaining} triplets, more "
             f"than {config.target_r * len(layers)}"
         )
     return pattern

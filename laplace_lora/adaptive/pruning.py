@@ -58,15 +58,15 @@ def prune_adapter(
         layers = adalora_components(peft_model.base_model.model, adapter)
     else:
         layers = _lora_components(peft_model, adapter)
-    kept = best(layers, score.scores(layers), round(target_r * len(layers)))
-    ranks = {layer.name: int(keep.sum()) for layer, keep in zip(layers, kept, strict=True)}
+    masks = best(layers, score.scores(layers), round(target_r * len(layers)))
+    ranks = {layer.name: int(keep.sum()) for layer, keep in zip(layers, masks, strict=True)}
     if layers[0].E is None:
-        for layer, keep in zip(layers, kept, strict=True):
+        for layer, keep in zip(layers, masks, strict=True):
             _shrink_lora(peft_model, layer.name, adapter, keep)
         _update_config(peft_model, adapter, ranks)
         return ranks
     with torch.no_grad():
-        for layer, keep in zip(layers, kept, strict=True):
+        for layer, keep in zip(layers, masks, strict=True):
             layer.parameters[-1].masked_fill_(~keep.unsqueeze(1), 0.0)
     remove_pruned_triplets(peft_model)
     return ranks

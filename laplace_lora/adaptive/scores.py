@@ -206,7 +206,7 @@ def best(components: list[Components], scores: list[Tensor], budget: int) -> lis
     flat = torch.cat([score.to(device).double() for score in scores])
     if not 0 <= budget <= len(flat):
         raise ValueError(f"the budget is {budget}, but there are {len(flat)} components")
-    kept = torch.zeros(len(flat), dtype=torch.bool, device=device)
-    kept[flat.argsort(descending=True, stable=True)[:budget]] = True
-    parts = kept.split([len(score) for score in scores])
+    chosen = torch.zeros(len(flat), dtype=torch.bool, device=device)
+    chosen[flat.argsort(descending=True, stable=True)[:budget]] = True
+    parts = chosen.split([len(score) for score in scores])
     return [part.to(score.device) for part, score in zip(parts, scores, strict=True)]

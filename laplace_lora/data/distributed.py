@@ -29,7 +29,7 @@ def is_main() -> bool:
     return processes() == 1 or dist.get_rank() == 0
 
 
-def is_sharded(loader: Any) -> bool:
+def is_sharded(loader: object) -> bool:
     """Return whether a loader gives each process different examples.
 
     Raises:
@@ -61,7 +61,7 @@ def without_repeats(
             yield batch if count == size else first_examples(batch, count)
 
 
-def agree(error: BaseException | None, signature: Any) -> None:
+def agree(error: BaseException | None, signature: object) -> None:
     """Let all processes continue together, or fail together.
 
     A process that was killed silently (e.g. out of memory) is noticed by gloo at once; NCCL waits
@@ -106,7 +106,7 @@ def add_up(tensors: Sequence[Tensor]) -> None:
         dist.all_reduce(tensor)
 
 
-def gather_for(loader: Any) -> Callable[[Tensor], Tensor]:
+def gather_for(loader: object) -> Callable[[Tensor], Tensor]:
     """Return a function from this process's rows to those of all processes.
 
     It takes ``(rows, ...)``; the number of rows may differ between processes.
@@ -135,7 +135,7 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
 
-def _local_count(loader: Any) -> LocalCount | None:
+def _local_count(loader: object) -> LocalCount | None:
     """Return how many examples of a batch this process counts, ``None`` without sharding.
 
     The function takes the index of the batch, the number of examples in earlier batches, and the

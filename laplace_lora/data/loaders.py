@@ -1,4 +1,4 @@
-"""Iterate over loaders: one progress bar, and each process's own share of the batches."""
+"""Iterate over loaders: with a progress bar, and over each process's share of the batches."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def progress(items: Iterable[T], shown: bool, title: str) -> Iterable[T]:
     """Wrap an iterable in a progress bar.
 
     Args:
-        items: What is iterated over.
+        items: The iterable.
         shown: Whether to show the bar; only the main process does.
-        title: What it says.
+        title: Title of the bar.
     """
     bar: Iterable[T] = tqdm(items, disable=not (shown and is_main()), desc=title)
     return bar

@@ -36,7 +36,7 @@ class UncertainPrediction(Protocol):
 
 Predict = Callable[[Any], Tensor | UncertainPrediction]  # from a batch of any form
 
-HIGHER = ("accuracy", "OOD AUROC")  # the names of metrics for which higher is better start so
+HIGHER = ("accuracy", "OOD AUROC")  # prefixes of the metrics for which higher is better
 SHOWN = ("accuracy", "NLL", "ECE", "Brier", "AURC")
 
 

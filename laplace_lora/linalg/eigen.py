@@ -1,4 +1,4 @@
-"""Eigendecomposition of one side of a Kronecker block: kept directions and a residual."""
+"""Eigendecompositions of one side of a Kronecker block: with a residual, or of a diagonal."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ eigendecomposition serves every ``δ``. Nothing ``d × d`` is formed on a low-ra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -129,11 +129,12 @@ class KronEigen:
         Args:
             jacobians: Rows ``(batch, outputs, *shape)`` of each tensor, in parameter order.
         """
-        total: Any = 0.0
+        total: Tensor | None = None
         for i, jacobian in enumerate(jacobians):
-            total = total + self.inverse_form(i, jacobian)
-        result: Tensor = total
-        return result
+            form = self.inverse_form(i, jacobian)
+            total = form if total is None else total + form
+        assert total is not None  # there is a Jacobian for each of the blocks
+        return total
 
     def gram_blocks(self, jacobians: Iterable[Tensor]) -> Iterator[tuple[int, list[Gram]]]:
         """Yield each tensor's part of ``J P⁻¹ Jᵀ`` as a function of ``δ``, see `grams`."""
@@ -253,8 +254,8 @@ class KronEigen:
         sides = self.blocks[i]
         if len(sides) == 2:
             return sides[0], sides[1]
-        one = sides[0].values.new_ones(1)
-        return sides[0], Eigen(one.unsqueeze(1), one, one.new_zeros(()))
+        unit = sides[0].values.new_ones(1)
+        return sides[0], Eigen(unit.unsqueeze(1), unit, unit.new_zeros(()))
 
     def _with(
         self: Self, deltas: Tensor, scale: float | Tensor, tables: list[Tensor] | None

@@ -232,7 +232,7 @@ class RowPrecision:
             Float64, ``(batch, groups, outputs, outputs)`` and ``(batch, groups, outputs, rows)``.
         """
         count = max(groups) + 1
-        prior: list[Any] = [0.0] * count
+        prior: list[Any] = [0.0] * count  # tensors from the first term on
         onto: list[Any] = [0.0] * count
         for i, block in enumerate(blocks):
             J, group = block.flatten(2), groups[i]
