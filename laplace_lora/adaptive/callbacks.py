@@ -240,7 +240,7 @@ def _pattern_from_zeros(
     remaining = sum(map(sum, pattern.values()))
     if remaining > config.target_r * len(layers):
         raise ValueError(
-            f"cannot resume: the checkpoint is past the final mask but keeps {remaining} triplets, more "
-            f"than {config.target_r * len(layers)}"
+            f"cannot resume: the checkpoint is past the final mask but keeps {remaining} triplets, "
+            f"more than {config.target_r * len(layers)}"
         )
     return pattern
