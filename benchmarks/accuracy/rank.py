@@ -81,7 +81,7 @@ def posterior_precisions(
                 [truncate(side, rank, args.low_rank_threshold, residual) for side in sides]
                 for sides in dense.H.blocks
             ]
-            best = LowRankKronDecomposed(blocks) * dense._H_factor + dense.prior_precision
+            best = LowRankKronDecomposed(blocks) * dense.fitted.scale + dense.prior_precision
             precisions[f"best, {residual}, {rank}"] = best
             streamed = fit(rank, residual).posterior_precision
             precisions[f"streamed, {residual}, {rank}"] = streamed

@@ -27,6 +27,7 @@ from benchmarks.harness.llama import (
 from benchmarks.harness.report import cost_cells, gain_cells, write_report
 from benchmarks.harness.timing import Run, ratio, time_in_turn
 from laplace_lora import LoraGGN
+from laplace_lora.curvature.batch_curvature import add_factors
 
 NAME = "speed.fit"
 BARE = "bare"
@@ -51,10 +52,11 @@ def library_runs(work: Workload, args: argparse.Namespace, fresh: bool = False) 
             factor_rank=rank,
             low_rank_threshold=args.low_rank_threshold,
         )
-        sums = None if fresh else backend.accumulate(work.batch, work.labels)[1]
+        batch = (backend.engine, work.batch, work.labels, backend.spec)
+        sums = None if fresh else add_factors(*batch)[1]
 
-        def fit(backend: LoraGGN = backend, sums: Any = sums) -> object:
-            return backend.accumulate(work.batch, work.labels, sums)
+        def fit(batch: tuple[Any, ...] = batch, sums: Any = sums) -> object:
+            return add_factors(*batch, sums)
 
         def kron(backend: LoraGGN = backend) -> object:
             return backend.kron(work.batch, work.labels, N=len(work.labels))

@@ -24,7 +24,8 @@ from benchmarks.harness.llama import make_workload, random_llama
 from benchmarks.harness.report import verdict, write_report
 from benchmarks.harness.timing import ratio, time_in_turn
 from laplace_lora import KronLoraLaplace
-from laplace_lora.tuning.validation_cache import Scoring
+from laplace_lora.predictive.glm import Predictor
+from laplace_lora.tuning.validation_cache import scoring_of
 from laplace_lora.tuning.validation_search import grid_search
 
 AT_MOST = 1.5  # times one predictive pass
@@ -57,7 +58,8 @@ def compare(la: Any, loader: DataLoader, args: argparse.Namespace) -> tuple[dict
     """Time one pass, our search and laplace-torch's loop in turn, and compare their losses."""
     grid = torch.logspace(-4, 4, args.grid)
     few = torch.logspace(-4, 4, args.peer_grid)
-    scoring = Scoring.of(la, "probit", 1)
+    search = (Predictor(la.fitted), loader)
+    scoring = (scoring_of(la.fitted, "probit", 1), None, False)
     options = {"pred_type": "glm", "link_approx": "probit", "n_samples": 1}
 
     def one_pass() -> None:
@@ -76,14 +78,14 @@ def compare(la: Any, loader: DataLoader, args: argparse.Namespace) -> tuple[dict
     seconds = time_in_turn(
         {
             "one pass": one_pass,
-            "one-pass search": lambda: grid_search(la, loader, grid, scoring, None, False),
+            "one-pass search": lambda: grid_search(*search, grid, *scoring),
             "laplace-torch": lambda: BaseLaplace._gridsearch(
                 la, RunningNLLMetric().to(args.device), few, loader, **options
             ),
         },
         args,
     )
-    _, ours = grid_search(la, loader, few, scoring, None, False)
+    _, ours = grid_search(*search, few, *scoring)
     theirs = peer_losses(few)
     la.prior_precision = prior
     cost = ratio(seconds["one-pass search"], seconds["one pass"])

@@ -17,7 +17,7 @@ from benchmarks.study.checkpoints import checkpoint, clock_for
 from benchmarks.study.tasks import Task
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, KronLoraLLLaplace, LogitsModel
 from laplace_lora.evaluation import MAP, LoraEnsemble, MCDropout, TemperatureScaling
-from laplace_lora.likelihoods import links
+from laplace_lora.likelihoods.links import Link
 
 EVALUATION_BATCH = 64
 LINK_SAMPLES = 1000
@@ -184,7 +184,7 @@ def linked(link: str, mean: Tensor, covariance: Tensor) -> Tensor:
     """Return class probabilities from moments, with the same samples for every method."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(LINK_SAMPLES, mean.shape[1] - 1, generator=generator)
-    return links.log_probabilities(mean, covariance, link, noise).exp()
+    return Link(link, noise).log_probabilities(mean, covariance).exp()
 
 
 def _loader(task: Task, split: str) -> Any:
@@ -202,5 +202,5 @@ def _evidence(la: Any) -> float:
 
 def stored_bytes(la: Any) -> int:
     """Return the bytes of a posterior's mean and curvature."""
-    tensors, _ = la._packed()
+    tensors, _ = la.structure.pack(la.fitted.state.curvature)
     return la.mean.nbytes + sum(tensor.nbytes for tensor in tensors.values())

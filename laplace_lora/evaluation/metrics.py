@@ -14,6 +14,7 @@ from torchmetrics.functional.classification import (
     multiclass_accuracy,
 )
 
+from laplace_lora.likelihoods import scores
 from laplace_lora.likelihoods.scores import BINS, expected_calibration_error
 
 COVERAGES = (0.5, 0.8, 0.9)
@@ -94,6 +95,11 @@ def accuracy_at(coverage: float) -> Callable[[Tensor, Tensor], float]:
         return 1 - float(risk_coverage(p, y)[1][accepted - 1])
 
     return metric
+
+
+def entropy(p: Tensor) -> Tensor:
+    """Return the entropy of each row in nats, ``(examples,)``, in float64."""
+    return scores.entropy(p.double())
 
 
 def ood_auroc(inside: Tensor, outside: Tensor) -> float:

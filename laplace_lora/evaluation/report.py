@@ -11,9 +11,8 @@ from torch import Tensor
 
 from laplace_lora.data.batches import Batch, batch_labels, model_inputs
 from laplace_lora.data.loaders import progress
-from laplace_lora.evaluation.metrics import METRICS, ood_auroc, ood_fpr95
+from laplace_lora.evaluation.metrics import METRICS, entropy, ood_auroc, ood_fpr95
 from laplace_lora.evaluation.plots import plot_reports
-from laplace_lora.likelihoods.scores import entropy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -135,7 +134,7 @@ def evaluate(
         return torch.randint(n, (bootstrap, n), generator=generator)
 
     draws = [{m: f(p[i], y[i]) for m, f in METRICS.items()} for i in resampled(len(y))]
-    uncertainty, ood_uncertainty = entropy(p.double()), None
+    uncertainty, ood_uncertainty = entropy(p), None
     if ood_loader is not None:
         title = f"Evaluating {name}, out of distribution"
         outside = [
@@ -143,7 +142,7 @@ def evaluate(
         ]
         if not outside:
             raise ValueError("the out-of-distribution loader is empty")
-        ood_uncertainty = entropy(torch.cat([row[0] for row in outside]).double())
+        ood_uncertainty = entropy(torch.cat([row[0] for row in outside]))
         ood_information = _joined([row[1] for row in outside])
         scores = {"": (uncertainty, ood_uncertainty)}
         if information is not None and ood_information is not None:

@@ -195,6 +195,11 @@ class LaplaceNames(ParametricLaplace):
         self, X: Any, n_samples: int = 100, generator: torch.Generator | None = None
     ) -> Tensor:
         outputs = self._nn_functional_samples(X, n_samples, generator)
-        readout = self.fitted.objective.readout(X)
+        objective = self.fitted.objective
+        if (
+            objective.predicts_tokens
+        ):  # logits of the scored tokens, as laplace-torch knows no texts
+            return outputs
+        readout = objective.readout(X)
         is_classifier = readout.is_softmax and readout.columns is None
         return outputs.softmax(-1) if is_classifier else outputs

@@ -64,7 +64,9 @@ class RowCurvature:
         pattern = wide / wide[0]
         values, vectors = self.eigenpairs(pattern)
         parts = by_tensor(pattern, self.rows.sizes)
-        return RowPrecision(self.rows, parts, values, vectors, float(scale), float(wide[0]))
+        return RowPrecision(
+            self.rows, parts, values, vectors, float(scale.detach()), float(wide[0])
+        )
 
     def log_det_ratio(self, prior: Tensor, scale: Tensor) -> Tensor:
         """Return ``log det P − log det P₀``, a float64 scalar."""

@@ -78,7 +78,7 @@ def _separate(posterior: Posterior, groups: Tensor, tune_noise: bool) -> Setting
     groups = groups.to(posterior.device)
     squares = posterior.state.squared_norms
     if tune_noise:
-        state, sigma = posterior.state, posterior.settings.sigma_noise
+        state, sigma = posterior.state, posterior.settings.sigma_noise.detach()
         at_unit_noise = [
             [(e * sigma.square(), times) for e, times in spectrum]
             for spectrum in posterior.precision.spectra()

@@ -51,7 +51,7 @@ def scoring_of(
     draws = torch.randn(size, dtype=posterior.dtype, device=posterior.device, generator=generator)
     draws = common(draws)
     noise = draws if link == "mc" else None
-    sigma = float(posterior.settings.sigma_noise)
+    sigma = float(posterior.settings.sigma_noise.detach())
     return posterior.objective.scoring(Link(link, noise), sigma)
 
 

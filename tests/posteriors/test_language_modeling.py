@@ -102,3 +102,10 @@ def test_bad_batches_are_refused_and_the_posterior_stays():
     with pytest.raises(TypeError, match="no 'labels', which mark"):
         la.model({"input_ids": batch["input_ids"]})
     assert torch.equal(la.log_marginal_likelihood(), before)
+
+
+def test_sampled_weights_give_the_logits_of_scored_tokens():
+    la = language_posterior()
+    samples = la.predictive_samples(text_batch(), pred_type="nn", n_samples=2)
+    logits = la.model(text_batch())
+    assert samples.shape == (2, *logits.shape) and (samples < 0).any()
