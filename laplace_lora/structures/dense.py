@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from torch import Tensor
 from laplace_lora.curvature import batch_curvature
 from laplace_lora.curvature.engine import Engine, joined
 from laplace_lora.structures.base import Gram, Spectrum
-from laplace_lora.structures.packed_tensor import pack_tensor, unpack_tensor
 from laplace_lora.structures.state import expanded
+from laplace_lora.structures.tensor_sum import TensorSum
 
 
 @dataclass(frozen=True)
@@ -78,24 +78,18 @@ class DensePrecision:
 
 
 @dataclass(frozen=True)
-class Dense:
-    """One matrix over all weights; its prior is tuned as a scalar.
+class Dense(TensorSum):
+    """One matrix over all weights; its prior is tuned as a scalar."""
 
-    Attributes:
-        sizes: Numbers in each tensor.
-    """
+    not_finite: ClassVar[str] = "the curvature of the last layer is not finite"
 
-    sizes: tuple[int, ...] = ()
     advice: str = "use KronLoraLLLaplace or DiagLoraLLLaplace"
-    adds_up: bool = True
-    has_second_pass: bool = False
-    fits_by_jacobians: bool = True
-    couples_groups: bool = False
     scalar_only: bool = True
 
-    def bound(self, engine: Engine) -> Dense:
-        """Return the structure for a model's tensors."""
-        return replace(self, sizes=tuple(engine.sizes))
+    @property
+    def shape(self) -> list[int]:
+        """Shape of the curvature."""
+        return [sum(self.sizes)] * 2
 
     def add(
         self, engine: Engine, sums: Tensor | None, x: Any, y: Tensor, expected: int | None
@@ -103,32 +97,6 @@ class Dense:
         """Add a batch's matrix."""
         loss, matrix = batch_curvature.matrix(engine, x, y)
         return loss, matrix if sums is None else sums + matrix
-
-    def tensors(self, sums: Tensor) -> list[Tensor]:
-        """Return the one tensor."""
-        return [sums]
-
-    def finish(self, engine: Engine, sums: Tensor, n: int) -> Tensor:
-        """Return the matrix."""
-        return sums
-
-    def merge(self, raw: Tensor, n: int, other: Tensor, m: int) -> Tensor:
-        """Return the sum of two matrices."""
-        return raw + other
-
-    def ready(self, engine: Engine, raw: Tensor) -> Tensor:
-        """Return the matrix.
-
-        Raises:
-            FloatingPointError: If it is not finite.
-        """
-        if not bool(raw.isfinite().all()):
-            raise FloatingPointError("the curvature of the last layer is not finite")
-        return raw
-
-    def raw(self, curvature: Tensor) -> Tensor:
-        """Return the matrix."""
-        return curvature
 
     def precision(self, curvature: Tensor, prior: Tensor, scale: Tensor) -> DensePrecision:
         """Return ``scale · curvature + prior``."""
@@ -139,34 +107,3 @@ class Dense:
         root = expanded(prior, self.sizes).double().rsqrt()
         ratio = scale.double() * root.unsqueeze(1) * curvature.double() * root
         return torch.logdet(ratio + torch.eye(len(root), dtype=root.dtype, device=root.device))
-
-    def pack(self, curvature: Tensor) -> tuple[dict[str, Tensor], Any]:
-        """Return the matrix under a name."""
-        return pack_tensor(curvature)
-
-    def unpack(self, engine: Engine, tensors: Mapping[str, Tensor], description: Any) -> Tensor:
-        """Return a packed matrix."""
-        return self.ready(engine, unpack_tensor(tensors, description, [sum(self.sizes)] * 2))
-
-    def unpack_device(self, device: torch.device) -> torch.device:
-        """Return the posterior's device."""
-        return device
-
-    def to(self, curvature: Tensor, device: torch.device) -> Tensor:
-        """Return the matrix on another device."""
-        return curvature.to(device)
-
-    def size(self, engine: Engine, curvature: Tensor | None) -> int:
-        """Return the number of the matrix's entries."""
-        return sum(self.sizes) ** 2
-
-    def nbytes(self, engine: Engine, examples: int | None, columns: int) -> int:
-        """Return the bytes of the matrix."""
-        return engine.dtype.itemsize * self.size(engine, None)
-
-    def check_prior(self, length: int, n_layers: int, n_params: int) -> None:
-        """Accept any prior precision; a tuned one is a scalar."""
-
-    def arguments(self) -> dict[str, Any]:
-        """Return no arguments."""
-        return {}

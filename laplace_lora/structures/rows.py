@@ -135,7 +135,7 @@ class Rows:
             rows = checked_rows(engine, i, block)
             if sums is None:
                 columns = len(rows) // len(y)
-                self.check_room(engine, columns * (expected or len(y)))
+                self.check_room(engine.device, columns * (expected or len(y)))
                 sums = self.empty(engine)
             sums.append(i, rows)
         assert sums is not None
@@ -159,7 +159,7 @@ class Rows:
         Raises:
             MemoryError: If they will not fit.
         """
-        self._check_room(raw.device, len(raw) + len(other))
+        self.check_room(raw.device, len(raw) + len(other))
         return raw.joined(other)
 
     def ready(self, engine: Engine, raw: RowStorage) -> RowCurvature:
@@ -232,20 +232,17 @@ class Rows:
         """Return the rows' dtype; where they are kept is not part of a posterior."""
         return {"row_dtype": str(self.dtype).removeprefix("torch.")}
 
-    def check_room(self, engine: Engine, rows: int) -> None:
-        """Refuse rows that will not fit, before the work.
-
-        Raises:
-            MemoryError: With advice.
-        """
-        self._check_room(engine.device, rows)
-
     def _need(self, device: torch.device, rows: int) -> tuple[int, int]:
         stored = rows * sum(self.sizes) * self.dtype.itemsize
         on_device = self.storage == "device" or (self.storage == "cpu" and device.type == "cpu")
         return stored if on_device else 0, GRAM_COPIES * 8 * rows**2
 
-    def _check_room(self, device: torch.device, rows: int) -> None:
+    def check_room(self, device: torch.device, rows: int) -> None:
+        """Refuse rows that will not fit, before the work.
+
+        Raises:
+            MemoryError: With advice.
+        """
         on_device, gram = self._need(device, rows)
         stored = rows * sum(self.sizes) * self.dtype.itemsize
         places = [(on_device + gram, memory.available(device), str(device))]
