@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.evaluation.metrics import risk_coverage
-from laplace_lora.likelihoods.scores import BINS
+from laplace_lora.tuning.calibration_error import BINS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,6 @@ the ``k`` tokens is kept, and with ``k`` one less than the vocabulary nothing is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,9 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from laplace_lora.likelihoods import links
-from laplace_lora.likelihoods.roots import contrast_matrix
-from laplace_lora.likelihoods.scores import entropy
+from laplace_lora.likelihoods.links import averaged, class_samples, entropy, probit
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.models.token_model import TokenModel
 from laplace_lora.structures.state import Posterior
@@ -167,18 +164,14 @@ class NextTokenPredictor:
         p_map = F.log_softmax(mean, dim=-1)
         mean, covariance = mean.to(self.posterior.dtype), covariance.to(self.posterior.dtype)
         if self._noise is None:
-            log_p = links.probit(mean, covariance)
+            log_p = probit(mean, covariance)
             total = entropy(log_p.exp())
             information = _second_order_information(p_map.exp(), covariance).minimum(total)
         else:
-            contrasts = contrast_matrix(mean)
-            draws = links.gaussian_samples(
-                mean @ contrasts.T, contrasts @ covariance @ contrasts.T, self._noise
-            )
-            sampled = F.log_softmax(F.pad(draws, (0, 1)), dim=-1)
-            log_p = sampled.logsumexp(0) - math.log(len(sampled))
+            samples = class_samples(mean, covariance, self._noise)
+            log_p = averaged(samples)
             total = entropy(log_p.exp())
-            information = total - entropy(sampled.exp()).mean(0)
+            information = total - entropy(samples.exp()).mean(0)
         k = self.top_k
         return NextToken(
             candidates,

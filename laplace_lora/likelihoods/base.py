@@ -130,6 +130,24 @@ class Likelihood(Protocol):
         ...
 
 
+class LikelihoodDefaults:
+    """What most likelihoods answer alike."""
+
+    is_classifier = False
+    has_noise = False
+    samples_labels = False
+    has_pairs = False
+    predicts_tokens = False
+    jacobian_refusal: str | None = None
+
+    def check_outputs(self, outputs: int | None) -> None:
+        """Accept any number of outputs."""
+
+    def by_example(self, batch: Any, label_key: str) -> Any:
+        """Return the batch: its rows are examples."""
+        return batch
+
+
 def split_mapping_or_pair(batch: Any, label_key: str, device: torch.device) -> tuple[Any, Tensor]:
     """Split a batch into what the model takes and labels on a device.
 

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.likelihoods.base import Readout, Scoring, split_mapping_or_pair
+from laplace_lora.likelihoods.base import (
+    LikelihoodDefaults,
+    Readout,
+    Scoring,
+    split_mapping_or_pair,
+)
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.roots import (
     cross_entropy,
@@ -20,24 +25,12 @@ from laplace_lora.likelihoods.roots import (
 LOGITS = Readout(None, lambda f: f, is_softmax=True)
 
 
-class Classification:
+class Classification(LikelihoodDefaults):
     """The likelihood ``y ~ softmax(f)``."""
 
     name = "classification"
     laplace_name = "classification"
     is_classifier = True
-    has_noise = False
-    has_pairs = False
-    predicts_tokens = False
-    samples_labels = False
-    jacobian_refusal: str | None = None
-
-    def check_outputs(self, outputs: int | None) -> None:
-        """Accept any number of outputs."""
-
-    def by_example(self, batch: Any, label_key: str) -> Any:
-        """Return the batch: its rows are examples."""
-        return batch
 
     def split(
         self, batch: Any, label_key: str, device: torch.device, dtype: torch.dtype

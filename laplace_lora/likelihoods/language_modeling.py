@@ -7,12 +7,17 @@ after the other; labels are ``(batch, tokens)``, `IGNORED` where nothing is scor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from laplace_lora.likelihoods.base import Readout, Scoring, split_mapping_or_pair
+from laplace_lora.likelihoods.base import (
+    LikelihoodDefaults,
+    Readout,
+    Scoring,
+    split_mapping_or_pair,
+)
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.roots import (
     cross_entropy,
@@ -25,14 +30,11 @@ IGNORED = -100  # the label of tokens that are not scored
 EXACT_VOCABULARY = 1024  # tokens up to which the exact root may be asked for
 
 
-class LanguageModeling:
+class LanguageModeling(LikelihoodDefaults):
     """The likelihood of texts under a model of their next tokens."""
 
     name = "language_modeling"
     laplace_name = "classification"  # laplace-torch does not know texts; to it tokens are classes
-    is_classifier = False
-    has_noise = False
-    has_pairs = False
     predicts_tokens = True
     samples_labels = True
     jacobian_refusal: str | None = (
@@ -40,13 +42,6 @@ class LanguageModeling:
         "Jacobians; `laplace_lora.generation` predicts the likeliest tokens, and method='marglik' "
         "tunes the prior without predictions"
     )
-
-    def check_outputs(self, outputs: int | None) -> None:
-        """Accept any number of outputs."""
-
-    def by_example(self, batch: Any, label_key: str) -> Any:
-        """Return the batch: its rows are texts."""
-        return batch
 
     def split(
         self, batch: Any, label_key: str, device: torch.device, dtype: torch.dtype
@@ -83,7 +78,10 @@ class LanguageModeling:
         Raises:
             ValueError: Always.
         """
-        self._refuse()
+        raise ValueError(
+            "a language model's posterior predicts tokens through `laplace_lora.generation`: "
+            "`score(la, batch)` or `generate(la, inputs)`"
+        )
 
     def tuning_readout(self) -> Readout:
         """Refuse: texts have many tokens.
@@ -100,12 +98,6 @@ class LanguageModeling:
             ValueError: Always.
         """
         raise ValueError(self.jacobian_refusal)
-
-    def _refuse(self) -> NoReturn:
-        raise ValueError(
-            "a language model's posterior predicts tokens through `laplace_lora.generation`: "
-            "`score(la, batch)` or `generate(la, inputs)`"
-        )
 
 
 def token_labels(batch: Any, labels: Tensor) -> Tensor:

@@ -64,8 +64,7 @@ class Link:
             return bridge(mean, covariance, normalised=self.name == "bridge_norm")
         if self.noise is None:
             raise ValueError("link_approx='mc' needs samples")
-        contrasts = contrast_matrix(mean)
-        return sampled(mean @ contrasts.T, contrasts @ covariance @ contrasts.T, self.noise)
+        return averaged(class_samples(mean, covariance, self.noise))
 
 
 def _at_least_two(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +88,28 @@ def sampled(contrasts: Tensor, covariance: Tensor, noise: Tensor) -> Tensor:
         covariance: Their covariance.
         noise: Standard normal samples ``(samples, classes − 1)``, the same for all examples.
     """
-    return sampled_log_softmax(contrasts, covariance, noise).logsumexp(0) - math.log(len(noise))
+    return averaged(sampled_log_softmax(contrasts, covariance, noise))
+
+
+def averaged(samples: Tensor) -> Tensor:
+    """Return the log of the mean probabilities of samples, from logs ``(samples, …, classes)``."""
+    return samples.logsumexp(0) - math.log(len(samples))
+
+
+def class_samples(mean: Tensor, covariance: Tensor, noise: Tensor) -> Tensor:
+    """Return the log softmax of each sample of two or more logits.
+
+    Args:
+        mean: Mean of the logits, ``(…, batch, classes)``.
+        covariance: Their covariance, ``(…, batch, classes, classes)``.
+        noise: Standard normal samples ``(samples, classes − 1)``, the same for all examples.
+
+    Returns:
+        Shape ``(samples, …, batch, classes)``.
+    """
+    contrasts = contrast_matrix(mean)
+    rows = contrasts @ covariance @ contrasts.T
+    return sampled_log_softmax(mean @ contrasts.T, rows, noise)
 
 
 def sampled_log_softmax(contrasts: Tensor, covariance: Tensor, noise: Tensor) -> Tensor:
@@ -122,11 +142,21 @@ def entropies(mean: Tensor, covariance: Tensor, noise: Tensor) -> tuple[Tensor, 
     Returns:
         Nats, shape ``(…, batch)`` each.
     """
-    mean, covariance = _at_least_two(mean, covariance)
-    contrasts = contrast_matrix(mean)
-    rows = contrasts @ covariance @ contrasts.T
-    p = sampled_log_softmax(mean @ contrasts.T, rows, noise).exp()
-    return torch.special.entr(p.mean(0)).sum(-1), torch.special.entr(p).sum(-1).mean(0)
+    p = class_samples(*_at_least_two(mean, covariance), noise).exp()
+    return entropy(p.mean(0)), entropy(p).mean(0)
+
+
+def entropy(p: Tensor) -> Tensor:
+    """Return the entropy of each distribution in nats.
+
+    Args:
+        p: Probabilities, ``(…, classes)``; the sum is taken in their dtype.
+
+    Returns:
+        Shape ``(…)``.
+    """
+    terms: Tensor = torch.special.entr(p)
+    return terms.sum(-1)
 
 
 def gaussian_samples(mean: Tensor, covariance: Tensor, noise: Tensor) -> Tensor:

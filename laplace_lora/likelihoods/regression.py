@@ -8,31 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.likelihoods.base import Readout, Scoring, split_mapping_or_pair
+from laplace_lora.likelihoods.base import (
+    LikelihoodDefaults,
+    Readout,
+    Scoring,
+    split_mapping_or_pair,
+)
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.roots import identity_root
 
 OUTPUTS = Readout(None, lambda f: f, is_softmax=False)
 
 
-class Regression:
+class Regression(LikelihoodDefaults):
     """The likelihood ``y ~ N(f, σ²)``; losses and roots are those of unit noise."""
 
     name = "regression"
     laplace_name = "regression"
-    is_classifier = False
     has_noise = True
-    has_pairs = False
-    predicts_tokens = False
-    samples_labels = False
-    jacobian_refusal: str | None = None
-
-    def check_outputs(self, outputs: int | None) -> None:
-        """Accept any number of outputs."""
-
-    def by_example(self, batch: Any, label_key: str) -> Any:
-        """Return the batch: its rows are examples."""
-        return batch
 
     def split(
         self, batch: Any, label_key: str, device: torch.device, dtype: torch.dtype

@@ -17,9 +17,9 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from laplace_lora.likelihoods.base import Likelihood, Scoring
-from laplace_lora.likelihoods.scores import expected_calibration_error
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.state import Settings
+from laplace_lora.tuning.calibration_error import expected_calibration_error
 from laplace_lora.tuning.validation_cache import ValidationCache
 
 LIMIT = 25.0  # of the logarithms that are searched

@@ -1,25 +1,11 @@
-"""Scores of class probabilities: entropy and expected calibration error."""
+"""The expected calibration error of class probabilities."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 BINS = 15  # of confidence, equally wide
-
-
-def entropy(p: Tensor) -> Tensor:
-    """Return the entropy of each distribution in nats.
-
-    Args:
-        p: Probabilities, ``(…, classes)``; the sum is taken in their dtype.
-
-    Returns:
-        Shape ``(…)``.
-    """
-    terms: Tensor = torch.special.entr(p)
-    return terms.sum(-1)
 
 
 def expected_calibration_error(p: Tensor, y: Tensor) -> float:
