@@ -94,7 +94,7 @@ class LoraLaplace(TunedLaplace):
         wrap = TokenModel.around if self.objective.predicts_tokens else LogitsModel.wrap
         self.logits_model = wrap(model, target_ids)
         self.objective.check_outputs(self.logits_model.n_outputs)
-        self._posterior: Posterior | None = None
+        self._latest: tuple[Posterior, tuple[float, str, torch.device, bool]] | None = None
         options = {"uncovered": uncovered, **(backend_kwargs or {})}
         kwargs = {"backend": backend, "backend_kwargs": options, **kwargs}
         model = self._differentiated(self.logits_model)
@@ -115,25 +115,23 @@ class LoraLaplace(TunedLaplace):
     @property
     def parts(self) -> Posterior:
         """The posterior's parts at this moment, fitted or not."""
-        posterior = Posterior(
-            type(self).__name__,
-            self.arguments(),
-            self._predicting_model(),
-            self.logits_model,
-            self.engine,
-            self.objective,
-            self.structure,
-            self.state,
-            self.temperature,
-            self.dict_key_y,
-            self._device,
-            self.enable_backprop,
-        )
-        latest = self._posterior
-        if latest is None or latest.state is not self.state or latest.scale_differs(posterior):
-            self._posterior = posterior
-        assert self._posterior is not None
-        return self._posterior
+        # All that may change after construction; a precision is kept for as long as none does.
+        key = (self.temperature, self.dict_key_y, self._device, self.enable_backprop)
+        latest = self._latest
+        if latest is None or latest[0].state is not self.state or latest[1] != key:
+            posterior = Posterior(
+                type(self).__name__,
+                self.arguments(),
+                self._predicting_model(),
+                self.logits_model,
+                self.engine,
+                self.objective,
+                self.structure,
+                self.state,
+                *key,
+            )
+            self._latest = latest = (posterior, key)
+        return latest[0]
 
     @property
     def fitted(self) -> Posterior:
@@ -421,7 +419,7 @@ class LoraLaplace(TunedLaplace):
         refuse_pickling(self)
 
     def _install(self, state: PosteriorState) -> None:
-        self.state, self._posterior = state, None
+        self.state, self._latest = state, None
         self.model.output_size = state.n_outputs  # type: ignore[assignment]
 
     def _differentiated(self, model: LogitsModel) -> nn.Module:

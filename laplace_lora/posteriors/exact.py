@@ -12,8 +12,8 @@ from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.linalg.row_storage import STORAGES, RowStorage
 from laplace_lora.linalg.sketch import Factor
 from laplace_lora.posteriors.base import LoraLaplace
-from laplace_lora.structures.rows import Rows
-from laplace_lora.structures.sketched import Sketched
+from laplace_lora.structures.rows import RowCurvature, Rows
+from laplace_lora.structures.sketched import Sketched, SketchedCurvature
 from laplace_lora.structures.state import expanded
 
 ROW_DTYPES = ("bfloat16", "float32", "float64")
@@ -22,15 +22,8 @@ ROW_DTYPES = ("bfloat16", "float32", "float64")
 class RowLaplace(LoraLaplace):
     """laplace-torch's names of a posterior with correlations between all weights."""
 
-    @property
-    def H(self) -> RowStorage | None:
-        """Rows ``Z`` of which ``Zᵀ Z`` is the curvature; ``None`` before a fit."""
-        curvature = self.state.curvature
-        return None if curvature is None else curvature.rows
-
-    @H.setter
-    def H(self, value: None) -> None:
-        LoraLaplace.H.fset(self, value)  # type: ignore[attr-defined]
+    def _as_H(self, curvature: RowCurvature | SketchedCurvature) -> RowStorage:
+        return curvature.rows
 
     @property
     def rows(self) -> RowStorage:

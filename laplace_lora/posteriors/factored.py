@@ -11,40 +11,34 @@ from laplace_lora.curvature.kron_protocol import LowRankKron, LowRankKronDecompo
 from laplace_lora.linalg.sketch import FactorSpec
 from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.structures.diagonal import Diagonal
-from laplace_lora.structures.kron import Kron
+from laplace_lora.structures.kron import Kron, KronCurvature
 
 
-class KronNames:
+class KronNames(LoraLaplace):
     """laplace-torch's names of Kronecker factors, over a posterior's state."""
 
-    @property
-    def H(self: Any) -> LowRankKronDecomposed | None:
-        """Eigendecomposed factors; ``None`` before a fit."""
-        curvature = self.state.curvature
-        return None if curvature is None else curvature.eigen
-
-    @H.setter
-    def H(self: Any, value: None) -> None:
-        LoraLaplace.H.fset(self, value)  # type: ignore[attr-defined]
+    def _as_H(self, curvature: KronCurvature) -> LowRankKronDecomposed:
+        return curvature.eigen
 
     @property
-    def H_facs(self: Any) -> LowRankKron | None:
+    def H_facs(self) -> LowRankKron | None:
         """Factors; ``None`` before a fit."""
         curvature = self.state.curvature
         return None if curvature is None else curvature.factors
 
     @H_facs.setter
-    def H_facs(self: Any, value: None) -> None:
+    def H_facs(self, value: None) -> None:
         self.H = value
 
     @property
-    def posterior_precision(self: Any) -> LowRankKronDecomposed:
+    def posterior_precision(self) -> LowRankKronDecomposed:
         """The posterior precision in its eigenbasis."""
-        precision: LowRankKronDecomposed = self.fitted.precision
+        precision = self.fitted.precision
+        assert isinstance(precision, LowRankKronDecomposed)
         return precision
 
 
-class KronLoraLaplace(KronNames, LoraLaplace, KronLaplace):
+class KronLoraLaplace(KronNames, KronLaplace):
     """Laplace posterior with low-rank Kronecker factors over all adapter weights.
 
     Args:

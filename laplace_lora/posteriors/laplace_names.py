@@ -126,7 +126,8 @@ class LaplaceNames(ParametricLaplace):
     @property
     def H(self) -> Any:
         """Curvature of the summed loss as laplace-torch uses it; ``None`` before a fit."""
-        return self.state.curvature
+        curvature = self.state.curvature
+        return None if curvature is None else self._as_H(curvature)
 
     @H.setter
     def H(self, value: Any) -> None:
@@ -160,6 +161,10 @@ class LaplaceNames(ParametricLaplace):
     def _dtype(self) -> torch.dtype:
         return wide_dtype(self.params)
 
+    def _as_H(self, curvature: Any) -> Any:
+        """Return a fitted state's curvature as laplace-torch uses it."""
+        return curvature
+
     def _init_H(self) -> None:
         """Do nothing: the state starts without a curvature."""
 
@@ -170,10 +175,7 @@ class LaplaceNames(ParametricLaplace):
     def _glm_predictive_distribution(
         self, X: Any, joint: bool = False, diagonal_output: bool = False
     ) -> tuple[Tensor, Tensor]:
-        mean, covariance = Predictor(self.fitted).moments(X, joint=joint)
-        if joint:
-            return mean.flatten(), covariance.squeeze(0)
-        return mean, covariance.diagonal(dim1=1, dim2=2) if diagonal_output else covariance
+        return Predictor(self.fitted).distribution(X, joint, diagonal_output)
 
     def _glm_functional_samples(
         self,
@@ -196,10 +198,8 @@ class LaplaceNames(ParametricLaplace):
     ) -> Tensor:
         outputs = self._nn_functional_samples(X, n_samples, generator)
         objective = self.fitted.objective
-        if (
-            objective.predicts_tokens
-        ):  # logits of the scored tokens, as laplace-torch knows no texts
-            return outputs
+        if objective.predicts_tokens:
+            return outputs  # logits of the scored tokens
         readout = objective.readout(X)
         is_classifier = readout.is_softmax and readout.columns is None
         return outputs.softmax(-1) if is_classifier else outputs

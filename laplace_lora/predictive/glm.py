@@ -58,6 +58,22 @@ class Predictor:
             return self._probabilities(
                 x, readout, link_approx, n_samples, diagonal_output, generator
             )
+        return self.distribution(x, joint, diagonal_output)
+
+    def distribution(
+        self, x: Any, joint: bool = False, diagonal_output: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return mean and covariance of a batch's outputs.
+
+        Args:
+            x: Batch that the model takes.
+            joint: Between all examples of the batch.
+            diagonal_output: Variances only; has no effect if joint.
+
+        Returns:
+            ``(batch, outputs)`` and ``(batch, outputs, outputs)``, or the latter's diagonal; if
+            joint ``(batch · outputs,)`` and its square.
+        """
         mean, covariance = self.moments(x, joint=joint)
         if joint:
             return mean.flatten(), covariance.squeeze(0)

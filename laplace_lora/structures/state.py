@@ -119,11 +119,6 @@ class Posterior:
     device: torch.device
     differentiable: bool = False
 
-    def scale_differs(self, other: Posterior) -> bool:
-        """Return whether another posterior's attributes outside the state differ."""
-        names = ("temperature", "label_key", "device", "differentiable", "arguments")
-        return any(getattr(self, name) != getattr(other, name) for name in names)
-
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of curvature and predictions: the adapters', float32 at least."""
@@ -158,12 +153,8 @@ class Posterior:
     @cached_property
     def precision(self) -> Precision:
         """The posterior precision."""
-        return self.precision_at(self.settings)
-
-    def precision_at(self, settings: Settings) -> Precision:
-        """Return the posterior precision with other settings."""
-        scale = 1 / settings.sigma_noise.square() / self.temperature
-        return self.structure.precision(self.state.curvature, settings.prior_precision, scale)
+        prior = self.settings.prior_precision
+        return self.structure.precision(self.state.curvature, prior, self.scale)
 
     def with_settings(self, settings: Settings) -> Posterior:
         """Return the posterior with other settings."""
