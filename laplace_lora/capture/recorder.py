@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -55,57 +55,89 @@ def record(
         RuntimeError: If the output carries no gradient.
     """
     recorded = [linear for linear in maps if linear.module is not None]
-    calls: dict[int, list[Call]] = {i: [] for i in range(len(recorded))}
+    with _listening(recorded) as (calls, sources), torch.enable_grad():
+        output = model(batch)
+    mask_source = batch if masks is None else masks
+    texts = len(passes(mask_source))
+    pairs = zip(recorded, calls, strict=True)
+    calls = [_counted_once(linear, seen, texts) for linear, seen in pairs]
+    if skip_idle:
+        maps = recorded = [linear for linear, seen in zip(recorded, calls, strict=True) if seen]
+        calls = [seen for seen in calls if seen]
+    _check_output(output, any(calls))
+    examples = len(output) if examples is None else examples
+    _check_calls(recorded, calls, examples, texts)
+    return Tape(maps, mask_source, calls, output, sources, _rerun(model, batch), examples)
 
-    def hook(i: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
-        return lambda module, args, kwargs, output: calls[i].append(Call(args, kwargs, output))
 
+@contextmanager
+def _listening(
+    maps: Sequence[LinearMap],
+) -> Iterator[tuple[list[list[Call]], dict[int, list[Address]]]]:
+    """Yield the calls of each map, and where the inputs of their layers lie; filled by hooks."""
+    calls: list[list[Call]] = [[] for _ in maps]
     sources: dict[int, list[Address]] = {}
+
+    def note_call(
+        seen: list[Call],
+    ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
+        return lambda module, args, kwargs, output: seen.append(Call(args, kwargs, output))
 
     def note_source(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if inputs:  # the address only, to keep the tensor itself out of memory
             sources.setdefault(id(layer), []).append(address(inputs[0]))
 
-    with ExitStack() as stack, torch.enable_grad():
-        for i, linear in enumerate(recorded):
-            handle = linear.module.register_forward_hook(hook(i), with_kwargs=True)
+    with ExitStack() as stack:
+        for linear, seen in zip(maps, calls, strict=True):
+            handle = linear.module.register_forward_hook(note_call(seen), with_kwargs=True)
             stack.callback(handle.remove)
         for layer in {linear.layer for linear in maps if linear.layer is not None}:
             stack.callback(layer.register_forward_pre_hook(note_source).remove)
-        output = model(batch)
-    mask_source = batch if masks is None else masks
-    texts = len(passes(mask_source))
-    for i, linear in enumerate(recorded):
-        if calls_twice(linear.layer) and len(calls[i]) % (2 * texts) == 0:
-            calls[i] = calls[i][1::2]
-    if skip_idle:
-        maps = recorded = [linear for i, linear in enumerate(recorded) if calls[i]]
-        calls = dict(enumerate(map_calls for map_calls in calls.values() if map_calls))
+        yield calls, sources
+
+
+def _counted_once(linear: LinearMap, calls: list[Call], texts: int) -> list[Call]:
+    """Return a map's calls without those that its layer makes for its own use."""
+    twice = calls_twice(linear.layer) and len(calls) % (2 * texts) == 0
+    return calls[1::2] if twice else calls
+
+
+def _check_output(output: Tensor, any_calls: bool) -> None:
     if output.ndim != 2:
         raise ValueError(
             f"the model returned shape {tuple(output.shape)}, expected (batch, outputs); give "
             "LogitsModel `target_ids` or an `output` callable"
         )
-    if any(calls.values()) and not output.requires_grad:
+    if any_calls and not output.requires_grad:
         raise RuntimeError(
             "the outputs carry no gradient; the model must not run under torch.no_grad or detach "
             "them"
         )
-    examples = len(output) if examples is None else examples
-    reasons = {i: linear.misfit(calls[i], examples, texts) for i, linear in enumerate(recorded)}
-    misfits = [i for i, reason in reasons.items() if reason is not None]
+
+
+def _check_calls(
+    maps: Sequence[LinearMap], calls: Sequence[list[Call]], examples: int, texts: int
+) -> None:
+    reasons = [
+        linear.misfit(seen, examples, texts) for linear, seen in zip(maps, calls, strict=True)
+    ]
+    misfits = [i for i, reason in enumerate(reasons) if reason is not None]
     if misfits:
         raise MisfitError(
             f"{reasons[misfits[0]]}; freeze its parameters first, or give them a diagonal block "
             "with uncovered='diag'",
             misfits,
         )
-    for i, linear in enumerate(recorded):
-        if not all(call.output.requires_grad for call in calls[i]):
+    for linear, seen in zip(maps, calls, strict=True):
+        if not all(call.output.requires_grad for call in seen):
             raise RuntimeError(
                 f"the output of layer {linear.name!r} carries no gradient; it must not run under "
                 "torch.no_grad, nor under gradient checkpointing without use_reentrant=False"
             )
+
+
+def _rerun(model: Callable[[Any], Tensor], batch: Batch) -> Callable[[int], Tensor]:
+    """Return the model's output for one example of a batch, in the mode that it is in now."""
     # Whole tensors may be rerun after the caller has put the model back into training mode.
     was_training = getattr(model, "training", True)
 
@@ -115,5 +147,4 @@ def record(
         with mode:
             return model(one_example(batch, n))
 
-    ordered = [calls[i] for i in range(len(recorded))]
-    return Tape(maps, mask_source, ordered, output, sources, rerun, examples)
+    return rerun

@@ -1,0 +1,134 @@
+"""`SavedLaplace`: files, state dictionaries and copies of a posterior."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from torch import nn
+
+from laplace_lora.curvature.backends import LoraCurvature, LoraEF, LoraGGN
+from laplace_lora.models.logits_model import LogitsModel
+from laplace_lora.posteriors.copies import deep_copy, refuse_pickling, shallow_copy
+from laplace_lora.posteriors.state_dicts import read_state, state_entries
+from laplace_lora.posteriors.tuned import TunedLaplace
+from laplace_lora.storage.archive import load_state, save_posterior
+from laplace_lora.storage.files import CONFIG, read_files
+from laplace_lora.storage.hub import upload
+from laplace_lora.structures.state import Posterior, PosteriorState
+
+BACKENDS: dict[str, type[LoraCurvature]] = {kind.__name__: kind for kind in (LoraGGN, LoraEF)}
+Self = TypeVar("Self", bound="SavedLaplace")
+
+
+class SavedLaplace(TunedLaplace):
+    """How a posterior leaves the process and comes back; the work is done by `storage`."""
+
+    @property
+    def parts(self) -> Posterior:
+        """The posterior's parts at this moment, fitted or not."""
+        raise NotImplementedError
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write ``laplace.safetensors`` and ``laplace_config.json`` into a folder.
+
+        Each file is written under another name first and renamed when complete. Save the adapter
+        itself with ``peft_model.save_pretrained``, into the same folder if you like.
+
+        Args:
+            save_directory: The folder; made if missing.
+
+        Raises:
+            AttributeError: If the posterior has not been fitted.
+            TypeError: If the backend is a class of your own, which a file cannot name.
+        """
+        posterior, backend = self.fitted, self._backend_cls.__name__
+        if BACKENDS.get(backend) is not self._backend_cls:
+            raise TypeError(f"a posterior with the backend {backend} cannot be saved")
+        save_posterior(posterior, Path(save_directory), backend)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Self], model: nn.Module, directory: str | os.PathLike[str], **options: Any
+    ) -> Self:
+        """Restore a posterior, bit for bit, around the model that it was fitted on.
+
+        Args:
+            model: The same `PeftModel`, with the same adapter active; or the same `LogitsModel`
+                around it where an ``output`` callable was used.
+            directory: Folder with the two files, or the name of a repository on the hub.
+            **options: The constructor's arguments that no file holds, such as ``storage``.
+
+        Returns:
+            The posterior, on the model's device.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If a file is damaged, altered or of an unknown version, if it was saved by
+                another class, or if weights, base model or adapter are others.
+        """
+        payload, config = read_files(directory)
+        if config["class"] != cls.__name__:
+            raise ValueError(
+                f"{directory} holds a {config['class']}; load it with "
+                f"{config['class']}.from_pretrained"
+            )
+        constructor: Any = cls
+        try:
+            arguments = dict(config["arguments"])
+            backend = BACKENDS[config["backend"]]
+            if isinstance(model, LogitsModel):
+                arguments.pop("target_ids")
+            elif config["output"]:
+                raise ValueError(
+                    "the posterior was fitted on a LogitsModel with an `output` callable, which "
+                    "no file can hold; pass such a LogitsModel instead of the PeftModel"
+                )
+            la: Self = constructor(model, backend=backend, **arguments, **options)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{CONFIG} describes no posterior: {error!r}") from None
+        la._install(load_state(la.parts, payload, config))
+        return la
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload the two files to a repository on the hub, beside an adapter that is there.
+
+        Args:
+            repo_id: ``"user/name"``; created if missing.
+            **kwargs: Arguments of `huggingface_hub.HfApi.upload_folder`, such as ``token``,
+                ``commit_message`` and ``revision``; ``private`` goes to ``create_repo``.
+
+        Returns:
+            The address of the commit.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(folder, repo_id, **kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return laplace-torch's state, the curvature as tensors, with what a calibration chose."""
+        return {**super().state_dict(), **state_entries(self.fitted)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state of a posterior of the same class and arguments, at its weights.
+
+        Raises:
+            ValueError: If the state is of another class, likelihood or number of weights.
+        """
+        self._install(read_state(self.parts, state_dict))
+        self.temperature = state_dict["temperature"]
+        self.enable_backprop = state_dict["enable_backprop"]
+
+    def __copy__(self: Self) -> Self:
+        return shallow_copy(self)
+
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        return deep_copy(self, self.logits_model, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_pickling(self)
+
+    def _install(self, state: PosteriorState) -> None:
+        raise NotImplementedError
