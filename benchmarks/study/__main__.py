@@ -7,6 +7,7 @@ likelihood without validation data; K-FAC also calibrated on the validation set.
 data is the same for every seed; the test set is used for nothing but the table.
 
     python -m benchmarks.study --data DATA --autocast
+    python -m benchmarks.study --data DATA --autocast --decoder --tasks sst2 rte trec6 --epochs 3
     python -m benchmarks.study --data DATA --tasks arc_easy --model path/to/decoder
 
 ``DATA`` has a folder per task with ``.jsonl`` files. Checkpoints and finished cells are saved under

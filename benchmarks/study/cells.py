@@ -81,7 +81,7 @@ def cells_of(args: argparse.Namespace, task: str) -> dict[str, list[dict[str, An
     cells: dict[str, list[dict[str, Any]]] = {}
     for path in sorted((args.out / "cells").glob(f"{task}-*.json")):
         cell = json.loads(path.read_text())
-        if cell["seed"] == "all" or int(cell["seed"]) in args.seeds:
+        if cell["task"] == task and (cell["seed"] == "all" or int(cell["seed"]) in args.seeds):
             cells.setdefault(cell["method"], []).append(cell)
     return cells
 

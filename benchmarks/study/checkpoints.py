@@ -1,6 +1,8 @@
 """Fine-tuned adapters of the studies: trained once, saved, loaded by every method.
 
-A checkpoint is a folder as PEFT saves it, with ``training.json`` in it. See `tasks` for the data.
+A checkpoint is a folder as PEFT saves it. ``training.json`` in it says how it was trained, and
+``start.safetensors`` holds the trainable tensors before the first step, by the names of the model's
+``named_parameters()``. See `tasks` for the data, `trainings` for the checkpoints of the decoder.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -27,6 +30,7 @@ from examples import support
 from laplace_lora import LogitsModel
 
 BATCH_SIZE = 16
+START = "start.safetensors"
 
 
 def add_study_arguments(parser: argparse.ArgumentParser, seeds: list[int]) -> None:
@@ -65,12 +69,15 @@ def checkpoint(task: Task, args: argparse.Namespace, seed: int) -> tuple[PeftMod
     Raises:
         SystemExit: If the folder has a checkpoint of other settings.
     """
-    folder = Path(args.out) / "checkpoints" / f"{task.name}-{seed}"
+    folder = folder_of(task, args, seed)
     settings = {name: getattr(args, name) for name in ("epochs", "rate", "rank", "dropout")}
     settings |= {"rows": len(task.splits["train"]), "model": Path(task.model).name}
     record = folder / "training.json"
     if not record.exists():
         model = pretrained(task, args, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        start = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+        save_file(start, folder / START)
         trained = train(model, task, args)
         model.save_pretrained(folder)
         record.write_text(json.dumps({**settings, **trained}))
@@ -79,6 +86,11 @@ def checkpoint(task: Task, args: argparse.Namespace, seed: int) -> tuple[PeftMod
         raise SystemExit(f"{folder} was trained with other settings; give another --out")
     model = PeftModel.from_pretrained(base_model(task), str(folder), is_trainable=True)
     return model.to(args.device).eval(), saved
+
+
+def folder_of(task: Task, args: argparse.Namespace, seed: int) -> Path:
+    """Return where a task's checkpoint of a seed is saved."""
+    return Path(args.out) / "checkpoints" / f"{task.name}-{seed}"
 
 
 def clock_for(device: str) -> Callable[[], float]:
@@ -90,6 +102,8 @@ def base_model(task: Task) -> torch.nn.Module:
     """Load the pretrained model of a task, a classifier's with a fresh head."""
     if task.target_ids is None:
         return support.load_base(task.model, task.classes)[0]
+    if task.model == support.DECODER:
+        return support.load_decoder()[0]
     return AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.study.checkpoints import checkpoint, clock_for
+from benchmarks.study.checkpoints import checkpoint, clock_for, folder_of
 from benchmarks.study.tasks import Task
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, KronLoraLLLaplace, LogitsModel
 from laplace_lora.evaluation import MAP, LoraEnsemble, MCDropout, TemperatureScaling
@@ -127,8 +127,7 @@ def ensemble(task: Task, args: argparse.Namespace) -> Outcome:
     for seed in args.seeds[1:]:
         _, record = checkpoint(task, args, seed)  # trains it where that is still to be done
         seconds += record["seconds"]
-        folder = args.out / "checkpoints" / f"{task.name}-{seed}"
-        first.load_adapter(str(folder), adapter_name=str(seed))
+        first.load_adapter(str(folder_of(task, args, seed)), adapter_name=str(seed))
     members = LoraEnsemble(first, target_ids=task.target_ids)
     trained = sum(p.nbytes for p in first.parameters() if p.requires_grad)
     stored = trained * (len(args.seeds) - 1)

@@ -1,7 +1,7 @@
 """Tasks of the studies on real data: rows, their splits and batches.
 
-Classification of texts by an encoder, and multiple choice by the answer tokens of a decoder. See
-`checkpoints` for the models.
+Classification of texts by an encoder, or by the answer tokens of a decoder (``--decoder``); multiple
+choice by a decoder. See `checkpoints` for the models.
 """
 
 from __future__ import annotations
@@ -31,6 +31,16 @@ CHOICE = {
     "arc_challenge": ("train.jsonl", "test.jsonl", "arc_easy/test.jsonl"),
 }
 TASKS = (*CLASSIFICATION, *CHOICE)
+ANSWERS = {
+    # name: how a decoder is asked, and what it may answer, in the order of the labels
+    "sst2": ("Review: {text}\nSentiment:", ("negative", "positive")),
+    "cola": ("Sentence: {text}\nIs this grammatical?", ("no", "yes")),
+    "rte": ("{text}\nDoes it follow that: {text_pair}\nAnswer:", ("yes", "no")),
+    "trec6": (
+        "Question: {text}\nAsks for:",
+        ("abbreviation", "description", "entity", "person", "place", "number"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -38,8 +48,9 @@ class Task:
     """A data set, cut to size and tokenised.
 
     Attributes:
-        name: Its folder's name.
-        model: Pretrained model, a folder or a name.
+        name: What its files are named after: its folder's name, behind "decoder-" where a decoder
+            classifies.
+        model: Pretrained model, a folder or a name, or `support.DECODER`.
         classes: Number of classes or of choices.
         tokenizer: The model's.
         collate: From rows to a batch.
@@ -66,6 +77,8 @@ def add_task_arguments(parser: argparse.ArgumentParser, tasks: Sequence[str]) ->
     parser.add_argument("--data", type=Path, required=True, help="folder with the tasks' folders")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(tasks))
     parser.add_argument("--model", help="pretrained model; the quickstart's encoder if left out")
+    decoder = "classify by answer tokens, with SmolLM2-135M-Instruct unless --model names another"
+    parser.add_argument("--decoder", action="store_true", help=decoder)
     parser.add_argument("--train-size", type=int, default=1000, help="rows to train on")
     parser.add_argument("--val-size", type=int, default=500, help="rows held out of the training")
     parser.add_argument("--test-size", type=int, default=1000, help="most rows to evaluate on")
@@ -86,13 +99,65 @@ def load_task(args: argparse.Namespace, name: str) -> Task:
     folder = args.data / name
     if not folder.is_dir():
         raise SystemExit(f"--data: there is no folder {folder}")
-    make = _choice_task if name in CHOICE else _classification_task
-    return make(args, name, folder)
+    if name in CHOICE or args.decoder:
+        return _answer_task(args, name, folder)
+    return _classification_task(args, name, folder)
 
 
 def _classification_task(args: argparse.Namespace, name: str, folder: Path) -> Task:
-    train_file, test_file, shifted_file, ood_file = CLASSIFICATION[name]
     model = args.model or support.encoder_path()
+    parts, classes = _texts(args, name, folder)
+    _, tokenizer = support.load_base(model, classes)
+    encoded = {
+        split: _sorted(support.encode(part, tokenizer, args.max_tokens))
+        for split, part in parts.items()
+    }
+    return Task(name, model, classes, tokenizer, DataCollatorWithPadding(tokenizer), encoded)
+
+
+def _answer_task(args: argparse.Namespace, name: str, folder: Path) -> Task:
+    if not (args.model or args.decoder):
+        raise SystemExit(f"{name} is answered by a decoder: give one with --model, or --decoder")
+    model = args.model or support.DECODER
+    tokenizer = decoder_tokenizer(model)
+    if name in CHOICE:
+        parts, answers = _questions(args, name, folder), tuple(LETTERS)
+    else:
+        parts, _ = _texts(args, name, folder)
+        answers = ANSWERS[name][1]
+
+    def encode(row: dict) -> dict:
+        # Cut on the left: the answer follows the last token.
+        ids = tokenizer(prompt(name, row))["input_ids"][-args.max_tokens :]
+        label = row["answer"] if name in CHOICE else row["label"]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": label}
+
+    encoded = {split: _sorted([encode(row) for row in part]) for split, part in parts.items()}
+    # Words of several tokens are told apart by the first; a letter may come behind a lone space.
+    place = -1 if name in CHOICE else 0
+    words = [tokenizer(f" {answer}", add_special_tokens=False)["input_ids"] for answer in answers]
+    ids = [word[place] for word in words]
+    if len(set(ids)) < len(ids):
+        raise SystemExit(f"--model: the tokenizer does not tell the answers {answers} apart")
+    label = name if name in CHOICE else f"decoder-{name}"
+    collate = DataCollatorWithPadding(tokenizer)
+    return Task(label, model, len(ids), tokenizer, collate, encoded, ids)
+
+
+def decoder_tokenizer(model: str) -> Any:
+    """Return a decoder's tokenizer, with a padding token."""
+    if model == support.DECODER:
+        return support.load_decoder()[1]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def _texts(
+    args: argparse.Namespace, name: str, folder: Path
+) -> tuple[dict[str, list[dict]], int]:
+    """Return a classification task's rows by split, and the number of classes."""
+    train_file, test_file, shifted_file, ood_file = CLASSIFICATION[name]
     rows, names = support.read_rows(folder / train_file)
     splits = _held_out(rows, args)
     splits["test"] = _cut(support.read_rows(folder / test_file)[0], args.test_size)
@@ -100,36 +165,18 @@ def _classification_task(args: argparse.Namespace, name: str, folder: Path) -> T
         splits["shifted"] = _cut(support.read_rows(folder / shifted_file)[0], args.shifted_size)
     if ood_file:
         splits["ood"] = _cut(support.read_rows(args.data / ood_file)[0], args.shifted_size)
-    _, tokenizer = support.load_base(model, len(names))
-    encoded = {
-        split: _sorted(support.encode(part, tokenizer, args.max_tokens))
-        for split, part in splits.items()
-    }
-    collate = DataCollatorWithPadding(tokenizer)
-    return Task(name, model, len(names), tokenizer, collate, encoded)
+    return splits, len(names)
 
 
-def _choice_task(args: argparse.Namespace, name: str, folder: Path) -> Task:
-    if not args.model:
-        raise SystemExit(f"{name} is answered by a decoder: give one with --model")
+def _questions(args: argparse.Namespace, name: str, folder: Path) -> dict[str, list[dict]]:
+    """Return a multiple-choice task's rows by split."""
     train_file, test_file, shifted_file = CHOICE[name]
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     splits = _held_out(read_questions(folder / train_file), args)
     splits["test"] = _cut(read_questions(folder / test_file), args.test_size)
     if (args.data / shifted_file).exists():
         shifted = read_questions(args.data / shifted_file)
         splits["shifted"] = _cut(shifted, args.shifted_size)
-
-    def encode(row: dict) -> dict:
-        # Cut on the left: the answer follows the last token.
-        ids = tokenizer(prompt(row))["input_ids"][-args.max_tokens :]
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": row["answer"]}
-
-    encoded = {split: _sorted([encode(row) for row in part]) for split, part in splits.items()}
-    collate = DataCollatorWithPadding(tokenizer)
-    ids = [tokenizer(f" {letter}", add_special_tokens=False)["input_ids"][-1] for letter in LETTERS]
-    return Task(name, args.model, len(LETTERS), tokenizer, collate, encoded, ids)
+    return splits
 
 
 def read_questions(path: Path) -> list[dict]:
@@ -137,8 +184,10 @@ def read_questions(path: Path) -> list[dict]:
     return [row for _, row in support.json_lines(path) if len(row["choices"]) == len(LETTERS)]
 
 
-def prompt(row: dict) -> str:
-    """Return a question as a decoder is asked it; the answer is the next token, a letter."""
+def prompt(name: str, row: dict) -> str:
+    """Return a task's row as a decoder is asked it; the answer is the next token."""
+    if name not in CHOICE:
+        return ANSWERS[name][0].format(**row)
     choices = "\n".join(f"{a}. {c}" for a, c in zip(LETTERS, row["choices"], strict=True))
     return f"Question: {row['question']}\n{choices}\nAnswer:"
 
