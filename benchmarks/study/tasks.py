@@ -1,7 +1,7 @@
 """Tasks of the studies on real data: rows, their splits and batches.
 
-Classification of texts by an encoder, or by the answer tokens of a decoder (``--decoder``); multiple
-choice by a decoder. See `checkpoints` for the models.
+Classification of texts by an encoder, or by the answer tokens of a decoder (``--decoder``);
+multiple choice by a decoder. See `checkpoints` for the models.
 """
 
 from __future__ import annotations
@@ -153,9 +153,7 @@ def decoder_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def _texts(
-    args: argparse.Namespace, name: str, folder: Path
-) -> tuple[dict[str, list[dict]], int]:
+def _texts(args: argparse.Namespace, name: str, folder: Path) -> tuple[dict[str, list[dict]], int]:
     """Return a classification task's rows by split, and the number of classes."""
     train_file, test_file, shifted_file, ood_file = CLASSIFICATION[name]
     rows, names = support.read_rows(folder / train_file)

@@ -1,0 +1,189 @@
+"""The study's checkpoints: a decoder and an encoder, each trained briefly and for long.
+
+Three seeds each of SmolLM2-135M-Instruct, which answers with a token, and of the quickstart's
+encoder, on 400 rows, with 200 held out for validation. A long training is one of its own, not a
+short one continued: the learning rate falls over its whole length.
+
+    python -m benchmarks.study.trainings --data DATA --out OUT
+
+What is finished is not trained again. Beside each checkpoint, ``map.json`` has the figures of the
+MAP and of temperature scaling on the validation rows. In Python, `load_checkpoint` returns one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from benchmarks.harness.arguments import RESULTS, plain_parser, prepare
+from benchmarks.harness.report import write_report
+from benchmarks.study.checkpoints import START, add_study_arguments, checkpoint, folder_of
+from benchmarks.study.tasks import Task, add_task_arguments, load_task
+from laplace_lora import LogitsModel
+from laplace_lora.evaluation import MAP, TemperatureScaling, evaluate
+
+EPOCHS = {
+    ("decoder", "short"): 3,
+    ("decoder", "long"): 8,
+    ("encoder", "short"): 4,
+    ("encoder", "long"): 15,
+}
+SIZES = {"train-size": 400, "val-size": 200, "test-size": 400, "shifted-size": 300}
+RATE = 1e-3
+SEEDS = (0, 1, 2)
+FIGURES = "map.json"
+EVALUATION_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Training:
+    """One checkpoint.
+
+    Attributes:
+        model: ``"decoder"`` or ``"encoder"``.
+        task: Name of the data set.
+        length: ``"short"`` or ``"long"``.
+        seed: Of head, adapter, batch order and dropout.
+    """
+
+    model: str
+    task: str
+    length: str
+    seed: int
+
+    def load(self, data: Path, out: Path, device: str = "cpu") -> tuple[Task, argparse.Namespace]:
+        """Return the data of the training, and its arguments.
+
+        Args:
+            data: Folder with the tasks' folders.
+            out: Folder with the ``checkpoints``.
+            device: Where to compute.
+        """
+        parser = plain_parser("")
+        add_task_arguments(parser, [self.task])
+        add_study_arguments(parser, [self.seed])
+        values: dict[str, Any] = {"data": data, "out": out, "device": device, **SIZES}
+        values |= {"rate": RATE, "epochs": EPOCHS[self.model, self.length]}
+        given = [f"--{name}={value}" for name, value in values.items()]
+        if self.model == "decoder":
+            given.append("--decoder")
+        args = parser.parse_args([*given, "--autocast"])
+        name = f"{self.model}-{self.task}-{self.length}"
+        return replace(load_task(args, self.task), name=name), args
+
+
+def in_order() -> list[Training]:
+    """Return all trainings, the most wanted first."""
+
+    def seeds(model: str, length: str, *tasks: str) -> list[Training]:
+        return [Training(model, task, length, s) for task, s in itertools.product(tasks, SEEDS)]
+
+    encoded = ("trec6", "sst2", "cola", "rte")
+    wanted = [
+        Training("decoder", "sst2", "short", 0),
+        *seeds("encoder", "short", *encoded),
+        *seeds("encoder", "long", *encoded),
+        *seeds("decoder", "short", "sst2", "trec6"),
+        *seeds("decoder", "long", "sst2", "trec6"),
+        *seeds("decoder", "short", "rte"),
+        *seeds("decoder", "long", "rte"),
+    ]
+    return list(dict.fromkeys(wanted))
+
+
+def load_checkpoint(
+    model: str, task: str, length: str, seed: int, data: Path, out: Path, device: str = "cpu"
+) -> tuple[Task, PeftModel, dict[str, Tensor]]:
+    """Load a finished checkpoint.
+
+    Args:
+        model: ``"decoder"`` or ``"encoder"``.
+        task: Such as ``"sst2"``.
+        length: ``"short"`` or ``"long"``.
+        seed: One of `SEEDS`.
+        data: Folder with the tasks' folders.
+        out: Folder with the ``checkpoints``.
+        device: Where to put the model.
+
+    Returns:
+        The data, the model in evaluation mode with its adapter trainable, and the trainable tensors
+        before the first step by the names of ``named_parameters()``.
+
+    Raises:
+        FileNotFoundError: If it has not been trained yet.
+    """
+    found, args = Training(model, task, length, seed).load(Path(data), Path(out), device)
+    folder = folder_of(found, args, seed)
+    if not (folder / "training.json").exists():
+        raise FileNotFoundError(f"{folder} is not there yet: run benchmarks.study.trainings first")
+    trained, _ = checkpoint(found, args, seed)
+    return found, trained, load_file(folder / START)
+
+
+def figures(training: Training, data: Path, out: Path, device: str) -> dict[str, Any]:
+    """Train a checkpoint if needed; return its figures, MAP's and those of temperature scaling."""
+    task, args = training.load(data, out, device)
+    path = folder_of(task, args, training.seed) / FIGURES
+    if not path.exists():
+        model, record = checkpoint(task, args, training.seed)
+        logits = LogitsModel(model, task.target_ids)
+        scaled = TemperatureScaling(logits, task.loader("val", EVALUATION_BATCH))
+        found: dict[str, Any] = {"temperature": scaled.temperature, **record}
+        for name, method in {"MAP": MAP(logits), "temperature scaling": scaled}.items():
+            for split in [split for split in ("val", "test", "shifted") if split in task.splits]:
+                report = evaluate(method, task.loader(split, EVALUATION_BATCH), bootstrap=2)
+                found[f"{name}, {split}"] = report.values
+        path.write_text(json.dumps(found, indent=1))
+    return {"checkpoint": f"{task.name}-{training.seed}", **json.loads(path.read_text())}
+
+
+def row_of(found: dict[str, Any]) -> dict[str, str]:
+    """Return a line of the table."""
+    row = {"checkpoint": found["checkpoint"], "training loss": f"{found['final loss']:.3f}"}
+    row["accuracy"] = f"{found['MAP, test']['accuracy']:.3f}"
+    for split in ("test", "shifted"):
+        for method, short in (("MAP", "MAP"), ("temperature scaling", "scaled")):
+            values = found.get(f"{method}, {split}")
+            cell = "-" if values is None else f"{values['NLL']:.3f} / {values['ECE']:.3f}"
+            row[f"{split} NLL / ECE, {short}"] = cell
+    row["temperature"] = f"{found['temperature']:.2f}"
+    row["seconds"] = f"{found['seconds']:.0f}"
+    return row
+
+
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = plain_parser(__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the tasks' folders")
+    parser.add_argument("--out", type=Path, default=RESULTS / "study", help="folder of checkpoints")
+    parser.add_argument("--report", action="store_true", help="only report what is finished")
+    parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
+    parser.set_defaults(repeats=1, seed=0)
+    return parser.parse_args(given)
+
+
+def main() -> None:
+    args = parse_arguments()
+    prepare(args)
+    rows = []
+    for training in in_order():
+        folder = args.out / "checkpoints" / "-".join(map(str, vars(training).values()))
+        if args.report and not (folder / FIGURES).exists():
+            continue
+        rows.append(row_of(figures(training, args.data, args.out, args.device)))
+        print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    write_report("study.trainings", args, {"Checkpoints": rows}, rows)
+
+
+if __name__ == "__main__":
+    main()
