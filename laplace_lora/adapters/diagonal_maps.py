@@ -6,12 +6,13 @@ tensor.
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from laplace_lora.adapters.maps import Block, Call, LinearMap
 
@@ -83,8 +84,14 @@ class ElementwiseMap(LinearMap):
     def _output_at(self, call: Call, value: float | Tensor) -> Tensor:
         """Return the module's output with another value in place of the tensor."""
         parameter: Tensor = getattr(self.module, self.key)
-        replaced = {self.key: torch.zeros_like(parameter) + value}
-        output: Tensor = functional_call(self.module, replaced, call.args, dict(call.kwargs))
+        # On a copy that shares the tensors: other threads may be running the module.
+        twin = copy.copy(self.module)
+        vars(twin).update(
+            _parameters={**self.module._parameters, self.key: torch.zeros_like(parameter) + value},
+            _forward_hooks=OrderedDict(),
+            _forward_pre_hooks=OrderedDict(),
+        )
+        output: Tensor = twin(*call.args, **call.kwargs)
         return output
 
     def _is_affine(self, call: Call) -> bool:

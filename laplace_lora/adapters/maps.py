@@ -16,11 +16,19 @@ from torch.nn import functional as F
 
 
 class Call(NamedTuple):
-    """One call of a module: its arguments and its output."""
+    """One call of a module: its arguments and its output.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Arguments by name.
+        output: What the module itself returned, before any hook of the user's replaced it.
+        gradient: Where the output's gradient can be watched; ``None`` if it has none.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     output: Tensor
+    gradient: Any = None
 
     @property
     def x(self) -> Tensor:

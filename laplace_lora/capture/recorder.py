@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from laplace_lora.adapters.maps import Call, LinearMap
 from laplace_lora.adapters.peft_state import calls_twice
+from laplace_lora.capture.output_gradients import OutputGradient
 from laplace_lora.capture.tape import Address, Tape, address
 from laplace_lora.data.batches import Batch, one_example
 from laplace_lora.data.pairs import passes
 from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.models.thread_hooks import on_input, on_output
 
 
 class MisfitError(RuntimeError):
@@ -78,21 +80,24 @@ def _listening(
     calls: list[list[Call]] = [[] for _ in maps]
     sources: dict[int, list[Address]] = {}
 
-    def note_call(
-        seen: list[Call],
-    ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
-        return lambda module, args, kwargs, output: seen.append(Call(args, kwargs, output))
+    def note_call(seen: list[Call]) -> Callable[[Any, Any, Any], None]:
+        return lambda args, kwargs, output: seen.append(
+            Call(args, kwargs, output, OutputGradient.of(output))
+        )
 
-    def note_source(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if inputs:  # the address only, to keep the tensor itself out of memory
-            sources.setdefault(id(layer), []).append(address(inputs[0]))
+    def note_source(layer: nn.Module) -> Callable[[Any, Any], None]:
+        def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if args:  # the address only, to keep the tensor itself out of memory
+                sources.setdefault(id(layer), []).append(address(args[0]))
+
+        return note
 
     with ExitStack() as stack:
         for linear, seen in zip(maps, calls, strict=True):
-            handle = linear.module.register_forward_hook(note_call(seen), with_kwargs=True)
-            stack.callback(handle.remove)
+            # Before the user's own hooks, which may replace the output.
+            stack.callback(on_output(linear.module, note_call(seen), first=True).remove)
         for layer in {linear.layer for linear in maps if linear.layer is not None}:
-            stack.callback(layer.register_forward_pre_hook(note_source).remove)
+            stack.callback(on_input(layer, note_source(layer)).remove)
         yield calls, sources
 
 
@@ -129,7 +134,7 @@ def _check_calls(
             misfits,
         )
     for linear, seen in zip(maps, calls, strict=True):
-        if not all(call.output.requires_grad for call in seen):
+        if any(call.gradient is None for call in seen):
             raise RuntimeError(
                 f"the output of layer {linear.name!r} carries no gradient; it must not run under "
                 "torch.no_grad, nor under gradient checkpointing without use_reentrant=False"

@@ -63,8 +63,9 @@ class Tape:
         output_ids = {id(out) for outputs in self._outputs for out in outputs}
         # A map fed by another recorded map lies on that map's backward path, so its gradient need
         # not be kept alive as a target: lora_B's wide gradients are freed once they were visited.
-        targets = [c.output for map_calls in calls for c in map_calls if id(c.x) not in output_ids]
-        self._targets = list({id(out): out for out in targets}.values())
+        targets = [c.gradient for some in calls for c in some if id(c.x) not in output_ids]
+        self._targets = list({t.edge: t.edge for t in targets}.values())
+        self._gradients = [[call.gradient for call in map_calls] for map_calls in calls]
 
     @cached_property
     def masks(self) -> list[Tensor | None]:
@@ -145,9 +146,9 @@ class Tape:
             return receive
 
         with ExitStack() as stack:
-            for i, outputs in enumerate(self._outputs):
-                for call, out in enumerate(outputs):
-                    stack.callback(out.register_hook(hook(i, call)).remove)
+            for i, gradients in enumerate(self._gradients):
+                for call, gradient in enumerate(gradients):
+                    stack.enter_context(gradient.watched(hook(i, call)))
             for column in range(len(columns)):
                 torch.autograd.grad(
                     self._output,

@@ -23,6 +23,7 @@ from laplace_lora.curvature.kfac import Rows
 from laplace_lora.likelihoods.base import Columns, Likelihood
 from laplace_lora.likelihoods.roots import identity_root
 from laplace_lora.models.modes import device_of, differentiable
+from laplace_lora.models.twins import resampled
 
 Root = Callable[[Tensor, Tensor], Tensor]
 
@@ -146,10 +147,12 @@ class Engine:
         buffers = dict(self.model.named_buffers())
 
         def outputs(weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            f = torch.func.functional_call(self.model, (weights, buffers), (x,))
+            f = torch.func.functional_call(twin, (weights, buffers), (x,))
             return f, f
 
-        jacobians, f = torch.func.jacrev(outputs, has_aux=True)(weights)
+        # On a twin, as a functional call replaces the tensors of its modules.
+        with resampled(self.model, []) as (twin, _):
+            jacobians, f = torch.func.jacrev(outputs, has_aux=True)(weights)
         parts = [jacobians[k].flatten(start_dim=-p.ndim) for k, p in weights.items()]
         return f, torch.cat(parts, dim=-1)
 

@@ -15,6 +15,7 @@ from laplace_lora.data.pairs import is_pair, passes
 from laplace_lora.models.last_layer_model import head_tensors, last_linear, n_rows
 from laplace_lora.models.modes import device_of
 from laplace_lora.models.narrowing import last_true, one_token, rows_only
+from laplace_lora.models.thread_hooks import on_output
 
 
 class LogitsModel(nn.Module):
@@ -153,7 +154,7 @@ class LogitsModel(nn.Module):
             RuntimeError: If that layer did not run once per example.
         """
         seen: list[Tensor] = []
-        hook = self._linear_head().register_forward_hook(lambda m, args, out: seen.append(args[0]))
+        hook = on_output(self._linear_head(), lambda args, kwargs, out: seen.append(args[0]))
         try:
             logits = self(batch)
         finally:

@@ -1,13 +1,78 @@
-"""Context managers that temporarily change a model and always restore it."""
+"""Context managers that temporarily change a model and always restore it.
+
+Several threads may hold the same change at once: it is made by the first and undone by the last.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+class _Holders(Generic[T]):
+    """Objects that one or more threads hold in a changed state.
+
+    Args:
+        change: Changes an object.
+        undo: Changes it back.
+    """
+
+    def __init__(self, change: Callable[[T], None], undo: Callable[[T], None]) -> None:
+        self._change, self._undo = change, undo
+        self._lock = threading.Lock()
+        self._held: dict[int, tuple[T, int]] = {}
+
+    @contextmanager
+    def hold(self, objects: Sequence[T], needs_change: Callable[[T], bool]) -> Iterator[None]:
+        """Hold those objects that need the change, or that another thread has changed already."""
+        taken: list[T] = []
+        try:
+            with self._lock:
+                for item in objects:
+                    holders = self._held.get(id(item), (item, 0))[1]
+                    if holders == 0 and not needs_change(item):
+                        continue
+                    if holders == 0:
+                        self._change(item)
+                    self._held[id(item)] = (item, holders + 1)
+                    taken.append(item)
+            yield
+        finally:
+            with self._lock:
+                for item in taken:
+                    holders = self._held.pop(id(item))[1] - 1
+                    if holders:
+                        self._held[id(item)] = (item, holders)
+                    else:
+                        self._undo(item)
+
+
+def _set_training(module: nn.Module) -> None:
+    module.training = True
+
+
+def _set_evaluation(module: nn.Module) -> None:
+    module.training = False
+
+
+def _thaw(parameter: nn.Parameter) -> None:
+    parameter.requires_grad_(True)
+
+
+def _freeze(parameter: nn.Parameter) -> None:
+    parameter.requires_grad_(False)
+
+
+_EVALUATING = _Holders[nn.Module](_set_evaluation, _set_training)
+_DIFFERENTIABLE = _Holders[nn.Module](_set_training, _set_evaluation)
+_THAWED = _Holders[nn.Parameter](_thaw, _freeze)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -23,16 +88,12 @@ def device_of(model: nn.Module) -> torch.device:
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode; each module's own mode comes back afterwards.
 
-    Gradients flow all the same, see `differentiable`.
+    Gradients flow all the same, see `differentiable`. While one thread holds the mode, other
+    threads' forward passes run in it, too.
     """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with differentiable(model):
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    modules = [module for module in model.modules() if not _is_four_bit(module)]
+    with _EVALUATING.hold(modules, lambda module: module.training), differentiable(model):
+        yield
 
 
 @contextmanager
@@ -43,31 +104,24 @@ def differentiable(model: nn.Module) -> Iterator[None]:
     gradient in evaluation mode, and have no gradient from then on. That is all the mode means to
     them, so they are put in training mode; writing their state out brings the first packing back.
     """
-    layers: list[Any] = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    layers: list[Any] = [m for m in model.modules() if _is_four_bit(m)]
     for layer in layers:
         if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
             layer.state_dict()
-    evaluating = [layer for layer in layers if not layer.training]
-    for layer in evaluating:
-        layer.training = True
-    try:
+    with _DIFFERENTIABLE.hold(layers, lambda layer: not layer.training):
         yield
-    finally:
-        for layer in evaluating:
-            layer.training = False
+
+
+def _is_four_bit(module: nn.Module) -> bool:
+    return type(module).__name__ == "Linear4bit"
 
 
 @contextmanager
 def gradients_needed(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Let frozen floating-point tensors take part in a graph; they are frozen again afterwards."""
-    frozen = [p for p in parameters if p.is_floating_point() and not p.requires_grad]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+    floating = [p for p in parameters if p.is_floating_point()]
+    with _THAWED.hold(floating, lambda p: not p.requires_grad):
         yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
 
 
 @contextmanager

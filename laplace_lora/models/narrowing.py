@@ -1,14 +1,20 @@
-"""Let a model's head temporarily see fewer tokens, or compute fewer of its rows."""
+"""Let a model's head temporarily see fewer tokens, or compute fewer of its rows.
+
+Only in the current thread: other threads' forward passes see the head as it is.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from laplace_lora.models.thread_hooks import STRUCTURE, on_input, on_output
 
 
 def last_true(mask: Tensor) -> Tensor:
@@ -18,31 +24,43 @@ def last_true(mask: Tensor) -> Tensor:
 
 @contextmanager
 def one_token(
-    head: nn.Module | None, position: Tensor | None, keep_length: bool = False
+    head: nn.Module | None,
+    position: Tensor | None,
+    keep_length: bool = False,
+    length: int | None = None,
 ) -> Iterator[None]:
     """Let a head see one token of each example: ``position``, or the last if that is ``None``.
 
     With ``keep_length`` its output is repeated (as a view) over the tokens, for a model that picks
     the token from the head's output itself.
+
+    Args:
+        head: The head; ``None`` changes nothing.
+        position: Index of the token of each example, ``(batch,)``.
+        keep_length: See above.
+        length: Number of tokens that ``position`` counts. Tokens that the model puts before them,
+            as prompt tuning does, are skipped.
     """
     if head is None:
         yield
         return
-    length = 1
+    seen = 1
 
-    def narrow(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        nonlocal length
-        hidden, length = args[0], args[0].shape[1]
-        at = hidden.new_full((), length - 1, dtype=torch.long) if position is None else position
+    def narrow(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal seen
+        hidden, seen = args[0], args[0].shape[1]
+        at = hidden.new_full((), seen - 1, dtype=torch.long)
+        if position is not None:
+            at = position.to(hidden.device) + (0 if length is None else seen - length)
         rows = torch.arange(len(hidden), device=hidden.device)
-        return (hidden[rows, at.to(hidden.device)].unsqueeze(1), *args[1:])
+        return (hidden[rows, at].unsqueeze(1), *args[1:]), kwargs
 
-    def widen(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output.expand(-1, length, -1)
+    def widen(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        return output.expand(-1, seen, -1)
 
-    handles = [head.register_forward_pre_hook(narrow)]
+    handles = [on_input(head, narrow)]
     if keep_length:
-        handles.append(head.register_forward_hook(widen))
+        handles.append(on_output(head, widen))
     try:
         yield
     finally:
@@ -51,35 +69,67 @@ def one_token(
 
 
 @contextmanager
-def at_tokens(head: nn.Module, rows: Tensor, tokens: Tensor) -> Iterator[bool]:
-    """Let a frozen head see chosen tokens only, each as a sequence; yields whether it does."""
+def at_tokens(
+    head: nn.Module, rows: Tensor, tokens: Tensor, length: int | None = None
+) -> Iterator[bool]:
+    """Let a frozen head see chosen tokens only, each as a sequence; yields whether it does.
+
+    Args:
+        head: The head.
+        rows: Example of each token.
+        tokens: Index of each token in its example.
+        length: Number of tokens that the indices count, see `one_token`.
+    """
     if any(parameter.requires_grad for parameter in head.parameters()):
         yield False  # its curvature needs the inputs by example
         return
 
-    def narrow(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def narrow(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = args[0]
-        chosen = hidden[rows.to(hidden.device), tokens.to(hidden.device)]
-        return (chosen.unsqueeze(1), *args[1:])
+        at = tokens.to(hidden.device) + (0 if length is None else hidden.shape[1] - length)
+        return (hidden[rows.to(hidden.device), at].unsqueeze(1), *args[1:]), kwargs
 
-    handle = head.register_forward_pre_hook(narrow)
+    handle = on_input(head, narrow)
     try:
         yield True
     finally:
         handle.remove()
 
 
+class _RowsByThread:
+    """Takes the place of a linear layer's ``forward``; each thread may choose rows of its own."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        self.head = head
+        self.rows: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        weight, bias = self.rows.get(threading.get_ident(), (self.head.weight, self.head.bias))
+        return F.linear(hidden, weight, bias)
+
+
 @contextmanager
 def rows_only(head: nn.Module, ids: Tensor) -> Iterator[bool]:
     """Let a plain frozen linear head compute only some rows; yields whether it does."""
     trainable = any(parameter.requires_grad for parameter in head.parameters())
-    if type(head) is not nn.Linear or trainable or "forward" in vars(head):
+    if type(head) is not nn.Linear or trainable:
         yield False
         return
     ids = ids.to(head.weight.device)
-    bias = None if head.bias is None else head.bias[ids]
-    head.forward = partial(F.linear, weight=head.weight[ids], bias=bias)  # type: ignore[method-assign]
+    rows = head.weight[ids], None if head.bias is None else head.bias[ids]
+    thread = threading.get_ident()
+    with STRUCTURE:
+        forward = vars(head).setdefault("forward", _RowsByThread(head))
+        narrowed = isinstance(forward, _RowsByThread) and thread not in forward.rows
+        if narrowed:
+            forward.rows[thread] = rows
+    if not narrowed:
+        yield False
+        return
     try:
         yield True
     finally:
-        del head.forward
+        with STRUCTURE:
+            del forward.rows[thread]
+            if not forward.rows:
+                del head.forward

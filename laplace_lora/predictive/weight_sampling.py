@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from laplace_lora.data.pairs import passes
 from laplace_lora.models.last_layer_model import LastLayerModel
-from laplace_lora.models.modes import evaluation_mode, set_weights, weights_kept
+from laplace_lora.models.modes import evaluation_mode, set_weights
+from laplace_lora.models.twins import resampled
 from laplace_lora.structures.state import Posterior
 
 
@@ -18,7 +19,7 @@ from laplace_lora.structures.state import Posterior
 def sampled_outputs(
     posterior: Posterior, x: Any, n_samples: int, generator: torch.Generator | None
 ) -> Tensor:
-    """Return the model's outputs under sampled weights, which are restored to the bit.
+    """Return the model's outputs under sampled weights; the model keeps its own, see `resampled`.
 
     A last-layer posterior computes its features once.
 
@@ -40,11 +41,12 @@ def sampled_outputs(
     if isinstance(model, LastLayerModel):
         outputs = _head_outputs(posterior, model, x, n_samples, generator)
     else:
-        parameters, outputs = posterior.engine.parameters, []
-        with evaluation_mode(model), weights_kept(parameters):
+        outputs = []
+        # On a twin: other threads may be running the model meanwhile.
+        with evaluation_mode(model), resampled(model, posterior.engine.parameters) as (twin, own):
             for _ in range(n_samples):
-                set_weights(parameters, _scaled_sample(posterior, generator))
-                outputs.append(model(x))
+                set_weights(own, _scaled_sample(posterior, generator))
+                outputs.append(twin(x))
     return torch.stack(outputs) / posterior.settings.likelihood_temperature
 
 

@@ -1,0 +1,59 @@
+"""`OutputGradient`: where the gradient of a layer's output passes in a backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+Receiver = Callable[[Tensor], None]
+
+
+class OutputGradient:
+    """The gradient with respect to a layer's output as the layer returned it.
+
+    It must be made while the layer returns: what changes the output in place afterwards, as
+    ``nn.ReLU(inplace=True)`` does, takes over the tensor's place in the graph.
+
+    Args:
+        output: A layer's output that carries a gradient.
+
+    Attributes:
+        edge: Its place in the graph, to differentiate by.
+    """
+
+    def __init__(self, output: Tensor) -> None:
+        self._shape = output.shape
+        self._receivers: list[Receiver] = []
+        base = output._base
+        # An in-place change of a view moves the view in the graph, but not the tensor beneath it.
+        # torch's linear layers return views of a matrix.
+        if (
+            base is not None
+            and base.numel() == output.numel()
+            and base.is_contiguous()
+            and output.is_contiguous()
+        ):
+            output = base
+        self.edge: GradientEdge = get_gradient_edge(output)
+        output.register_hook(self._receive)
+
+    @classmethod
+    def of(cls, output: object) -> OutputGradient | None:
+        """Return the gradient of a layer's output, ``None`` if it carries none."""
+        return cls(output) if isinstance(output, Tensor) and output.requires_grad else None
+
+    @contextmanager
+    def watched(self, receive: Receiver) -> Iterator[None]:
+        """Call a function with the gradient whenever a backward pass has computed it."""
+        self._receivers.append(receive)
+        try:
+            yield
+        finally:
+            self._receivers.remove(receive)
+
+    def _receive(self, grad: Tensor) -> None:
+        for receive in tuple(self._receivers):
+            receive(grad.reshape(self._shape))
