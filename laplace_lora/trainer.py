@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from laplace_lora.data.distributed import gather_for
 from laplace_lora.data.loaders import local_batches
 from laplace_lora.evaluation.metrics import ece, nll
+from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.posteriors.base import LoraLaplace
@@ -53,7 +54,7 @@ class LaplaceCallback(TrainerCallback):
         posterior: type[LoraLaplace] = KronLoraLaplace,
         *,
         save: bool = True,
-        link_approx: str = "probit",
+        link_approx: str = QUADRATURE,
         **kwargs: Any,
     ) -> None:
         self.trainer = trainer

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.likelihoods.links import Link
+from laplace_lora.likelihoods.roots import contrast_root
 
 Columns = Callable[[Tensor], Tensor]
 
@@ -25,17 +26,26 @@ class Readout:
         columns: From outputs ``(batch, outputs)`` to their coefficients, ``(columns, batch,
             outputs)``; ``None`` for the outputs themselves.
         mean: From outputs to the functions' values, ``(batch, columns)``.
-        is_softmax: Whether they are logits of classes; a single one is that of the second of two
-            classes.
+        is_softmax: Whether they are logits of classes.
+        relative: Whether these logits are contrasts to a first class, which stands at zero.
     """
 
     columns: Columns | None
     mean: Callable[[Tensor], Tensor]
     is_softmax: bool
+    relative: bool = False
+
+
+CONTRASTS = Readout(contrast_root, lambda f: f[:, 1:] - f[:, :1], is_softmax=True, relative=True)
 
 
 class Scoring(Protocol):
     """How well Gaussian outputs predict labels; leading dimensions of covariances broadcast."""
+
+    @property
+    def readout(self) -> Readout:
+        """Which functions of a model's outputs mean and covariance are of."""
+        ...
 
     def nll(self, mean: Tensor, covariance: Tensor, y: Tensor) -> Tensor:
         """Return each example's negative log likelihood in nats, ``(…, batch)``."""
@@ -107,17 +117,14 @@ class Likelihood(Protocol):
         """Return how many columns the exact root has per example."""
         ...
 
-    def readout(self, x: Any, pairs: bool = False) -> Readout:
+    def readout(self, x: Any, pairs: bool = False, contrasts: bool = False) -> Readout:
         """Return which functions of the outputs a prediction for some inputs is about.
 
         Args:
             x: What the model takes.
             pairs: Take the inputs for preference pairs, whatever they look like.
+            contrasts: Whether class probabilities are all that is wanted, so that contrasts do.
         """
-        ...
-
-    def tuning_readout(self) -> Readout:
-        """Return the functions of the outputs that labels are about."""
         ...
 
     def scoring(self, link: Link, noise: float) -> Scoring:

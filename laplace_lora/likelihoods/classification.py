@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.likelihoods.base import (
+    CONTRASTS,
     LikelihoodDefaults,
     Readout,
     Scoring,
@@ -58,17 +59,13 @@ class Classification(LikelihoodDefaults):
         """Return ``outputs − 1``."""
         return outputs - 1
 
-    def readout(self, x: Any, pairs: bool = False) -> Readout:
-        """Return the logits."""
-        return LOGITS
-
-    def tuning_readout(self) -> Readout:
-        """Return the logits."""
-        return LOGITS
+    def readout(self, x: Any, pairs: bool = False, contrasts: bool = False) -> Readout:
+        """Return the logits, or their contrasts."""
+        return CONTRASTS if contrasts else LOGITS
 
     def scoring(self, link: Link, noise: float) -> Scoring:
         """Return the scoring of class probabilities."""
-        return ClassScoring(link)
+        return ClassScoring(link, CONTRASTS if link.sees_contrasts else LOGITS)
 
 
 @dataclass(frozen=True)
@@ -77,16 +74,21 @@ class ClassScoring:
 
     Attributes:
         link: From logits to probabilities.
+        readout: The logits, or their contrasts.
     """
 
     link: Link
+    readout: Readout
 
     def nll(self, mean: Tensor, covariance: Tensor, y: Tensor) -> Tensor:
         """Return each example's negative log likelihood in nats, ``(…, batch)``."""
-        scores = self.link.log_probabilities(mean, covariance)
+        scores = self._log_probabilities(mean, covariance)
         index = y.expand(scores.shape[:-1]).unsqueeze(-1)
         return -scores.gather(-1, index).squeeze(-1)
 
     def metric_arguments(self, mean: Tensor, covariance: Tensor) -> list[tuple[Tensor, ...]]:
         """Return class probabilities for each covariance of a grid."""
-        return [(p,) for p in self.link.log_probabilities(mean, covariance).exp()]
+        return [(p,) for p in self._log_probabilities(mean, covariance).exp()]
+
+    def _log_probabilities(self, mean: Tensor, covariance: Tensor) -> Tensor:
+        return self.link.log_probabilities(mean, covariance, self.readout.relative)

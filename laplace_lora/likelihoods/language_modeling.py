@@ -72,7 +72,7 @@ class LanguageModeling(LikelihoodDefaults):
         """Return the columns of one token."""
         return outputs - 1
 
-    def readout(self, x: Any, pairs: bool = False) -> Readout:
+    def readout(self, x: Any, pairs: bool = False, contrasts: bool = False) -> Readout:
         """Refuse: texts have many tokens.
 
         Raises:
@@ -82,14 +82,6 @@ class LanguageModeling(LikelihoodDefaults):
             "a language model's posterior predicts tokens through `laplace_lora.generation`: "
             "`score(la, batch)` or `generate(la, inputs)`"
         )
-
-    def tuning_readout(self) -> Readout:
-        """Refuse: texts have many tokens.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError(self.jacobian_refusal)
 
     def scoring(self, link: Link, noise: float) -> Scoring:
         """Refuse: texts have many tokens.

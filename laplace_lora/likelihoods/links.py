@@ -1,7 +1,6 @@
 """From Gaussian logits to class probabilities and their entropies.
 
-Closed-form and sampled approximations of ``E[softmax(f)]`` for Gaussian ``f``, in logs, so that no
-probability underflows.
+Approximations of ``E[softmax(f)]`` for Gaussian ``f``, in logs, so that no probability underflows.
 
 All functions take a mean ``(…, batch, classes)`` and a covariance ``(…, batch, classes, classes)``
 whose leading dimensions broadcast: several covariances of one batch at once.
@@ -16,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from laplace_lora.likelihoods.quadrature import covariance_root, softmax_log_probabilities
 from laplace_lora.likelihoods.roots import contrast_matrix
 
-LINKS = ("probit", "mc", "bridge", "bridge_norm")
+QUADRATURE = "quadrature"
+LINKS = (QUADRATURE, "probit", "mc", "bridge", "bridge_norm")
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,13 @@ class Link:
     """A way from Gaussian logits to class probabilities.
 
     Attributes:
-        name: ``"probit"``, ``"mc"``, ``"bridge"`` or ``"bridge_norm"``.
+        name: ``"quadrature"`` integrates the softmax over the contrasts of the logits, see
+            `quadrature`. ``"probit"``, ``"mc"``, ``"bridge"`` and ``"bridge_norm"`` are
+            laplace-torch's.
         noise: Standard normal samples ``(samples, classes − 1)`` for ``"mc"``, common to all
             examples.
+        points: Points of ``"quadrature"`` for three or more classes; ``None`` as many as an
+            example needs.
 
     Raises:
         ValueError: If the name is none of these.
@@ -36,41 +41,61 @@ class Link:
 
     name: str
     noise: Tensor | None = None
+    points: int | None = None
 
     def __post_init__(self) -> None:
         if self.name not in LINKS:
             raise ValueError(f"link_approx must be one of {LINKS}, got {self.name!r}")
 
-    def log_probabilities(self, mean: Tensor, covariance: Tensor) -> Tensor:
+    @property
+    def sees_contrasts(self) -> bool:
+        """Whether probabilities depend on the contrasts alone, not on what all logits share."""
+        return self.name in (QUADRATURE, "mc")
+
+    def log_probabilities(self, mean: Tensor, covariance: Tensor, relative: bool = False) -> Tensor:
         """Return log class probabilities.
 
         Args:
             mean: Mean of the logits, ``(…, batch, classes)``.
             covariance: Their covariance, ``(…, batch, classes, classes)``.
+            relative: Whether they are contrasts to a first class, which stands at zero: one fewer
+                than there are classes. A single logit always is.
 
         Returns:
-            Shape ``(…, batch, classes)``. A single logit is that of the second of two classes, with
-            the first at zero.
+            Shape ``(…, batch, classes)``.
 
         Raises:
-            ValueError: If a bridge meets a single logit, or ``"mc"`` has no samples.
+            ValueError: If a bridge meets contrasts, or ``"mc"`` has no samples.
         """
-        if mean.shape[-1] == 1 and self.name.startswith("bridge"):
-            raise ValueError(f"link_approx={self.name!r} needs two logits; use 'probit' or 'mc'")
-        mean, covariance = _at_least_two(mean, covariance)
-        if self.name == "probit":
-            return probit(mean, covariance)
-        if self.name != "mc":
-            return bridge(mean, covariance, normalised=self.name == "bridge_norm")
+        relative = relative or mean.shape[-1] == 1
+        if not self.sees_contrasts:
+            return self._from_logits(mean, covariance, relative)
+        if not relative:
+            mean, covariance = contrasts_of(mean, covariance)
+        if self.name == QUADRATURE:
+            return softmax_log_probabilities(mean, covariance, self.points)
         if self.noise is None:
             raise ValueError("link_approx='mc' needs samples")
-        return averaged(class_samples(mean, covariance, self.noise))
+        return averaged(sampled_log_softmax(mean, covariance, self.noise))
+
+    def _from_logits(self, mean: Tensor, covariance: Tensor, relative: bool) -> Tensor:
+        if self.name == "probit":
+            return probit(*(with_first_class(mean, covariance) if relative else (mean, covariance)))
+        if relative:
+            raise ValueError(
+                f"link_approx={self.name!r} needs two logits; use {QUADRATURE!r}, 'probit' or 'mc'"
+            )
+        return bridge(mean, covariance, normalised=self.name == "bridge_norm")
 
 
-def _at_least_two(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits as they are, a single one as that of the second of two classes."""
-    if mean.shape[-1] > 1:
-        return mean, covariance
+def contrasts_of(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the contrasts ``f_c − f_1`` of two or more logits, ``classes − 1`` of them."""
+    rows = contrast_matrix(mean)
+    return mean @ rows.T, rows @ covariance @ rows.T
+
+
+def with_first_class(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return contrasts as the logits of all classes, the first one's zero."""
     return F.pad(mean, (1, 0)), F.pad(covariance, (1, 0, 1, 0))
 
 
@@ -78,17 +103,6 @@ def probit(mean: Tensor, covariance: Tensor) -> Tensor:
     """Scale each logit by ``1/√(1 + π/8 var)``, as for a binary probit (MacKay 1992)."""
     variance = covariance.diagonal(dim1=-2, dim2=-1)
     return F.log_softmax(mean / torch.sqrt(1 + math.pi / 8 * variance), dim=-1)
-
-
-def sampled(contrasts: Tensor, covariance: Tensor, noise: Tensor) -> Tensor:
-    """Average the softmax over samples of the contrasts ``f_c − f_C``.
-
-    Args:
-        contrasts: Mean contrasts, ``(…, batch, classes − 1)``.
-        covariance: Their covariance.
-        noise: Standard normal samples ``(samples, classes − 1)``, the same for all examples.
-    """
-    return averaged(sampled_log_softmax(contrasts, covariance, noise))
 
 
 def averaged(samples: Tensor) -> Tensor:
@@ -107,13 +121,11 @@ def class_samples(mean: Tensor, covariance: Tensor, noise: Tensor) -> Tensor:
     Returns:
         Shape ``(samples, …, batch, classes)``.
     """
-    contrasts = contrast_matrix(mean)
-    rows = contrasts @ covariance @ contrasts.T
-    return sampled_log_softmax(mean @ contrasts.T, rows, noise)
+    return sampled_log_softmax(*contrasts_of(mean, covariance), noise)
 
 
 def sampled_log_softmax(contrasts: Tensor, covariance: Tensor, noise: Tensor) -> Tensor:
-    """Return the log softmax of each sample of the contrasts ``f_c − f_C``.
+    """Return the log softmax of each sample of the contrasts ``f_c − f_1``.
 
     Args:
         contrasts: Mean contrasts, ``(…, batch, classes − 1)``.
@@ -124,10 +136,12 @@ def sampled_log_softmax(contrasts: Tensor, covariance: Tensor, noise: Tensor) ->
         Shape ``(samples, …, batch, classes)``.
     """
     draws = gaussian_samples(contrasts, covariance, noise)
-    return F.log_softmax(F.pad(draws, (0, 1)), dim=-1)
+    return F.log_softmax(F.pad(draws, (1, 0)), dim=-1)
 
 
-def entropies(mean: Tensor, covariance: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def entropies(
+    mean: Tensor, covariance: Tensor, noise: Tensor, relative: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return the entropy of the averaged softmax, and the average entropy of the softmax.
 
     Their difference is the mutual information between label and weights, the epistemic part
@@ -138,11 +152,14 @@ def entropies(mean: Tensor, covariance: Tensor, noise: Tensor) -> tuple[Tensor, 
         mean: Mean of the logits, ``(…, batch, classes)``.
         covariance: Their covariance, ``(…, batch, classes, classes)``.
         noise: Standard normal samples ``(samples, classes − 1)``.
+        relative: Whether they are contrasts to a first class, see `Link`.
 
     Returns:
         Nats, shape ``(…, batch)`` each.
     """
-    p = class_samples(*_at_least_two(mean, covariance), noise).exp()
+    if not relative and mean.shape[-1] > 1:
+        mean, covariance = contrasts_of(mean, covariance)
+    p = sampled_log_softmax(mean, covariance, noise).exp()
     return entropy(p.mean(0)), entropy(p).mean(0)
 
 
@@ -162,20 +179,10 @@ def entropy(p: Tensor) -> Tensor:
 def gaussian_samples(mean: Tensor, covariance: Tensor, noise: Tensor) -> Tensor:
     """Return ``mean + covariance^½ noise``, shape ``(samples, …, batch, outputs)``.
 
-    Differentiable; a covariance that is singular or slightly indefinite from rounding is no
-    obstacle.
+    Differentiable, see `covariance_root`.
     """
-    wide = covariance.double()
-    size = wide.detach().diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-30)
-    eye = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
-    jitter = 1e-12
-    root, failed = torch.linalg.cholesky_ex(wide + jitter * size * eye)
-    while bool(failed.any()) and jitter < 1:
-        jitter *= 100
-        root, failed = torch.linalg.cholesky_ex(wide + jitter * size * eye)
-    if bool(failed.any()):
-        raise FloatingPointError("the predictive covariance is not finite or far from positive")
-    return mean + torch.einsum("...ij,sj->s...i", root.to(mean.dtype), noise.to(mean.dtype))
+    root = covariance_root(covariance).to(mean.dtype)
+    return mean + torch.einsum("...ij,sj->s...i", root, noise.to(mean.dtype))
 
 
 def bridge(mean: Tensor, covariance: Tensor, normalised: bool) -> Tensor:

@@ -65,11 +65,7 @@ class Regression(LikelihoodDefaults):
         """Return ``outputs``."""
         return outputs
 
-    def readout(self, x: Any, pairs: bool = False) -> Readout:
-        """Return the outputs."""
-        return OUTPUTS
-
-    def tuning_readout(self) -> Readout:
+    def readout(self, x: Any, pairs: bool = False, contrasts: bool = False) -> Readout:
         """Return the outputs."""
         return OUTPUTS
 
@@ -84,9 +80,11 @@ class GaussianScoring:
 
     Attributes:
         noise: Standard deviation of the observation noise.
+        readout: The outputs.
     """
 
     noise: float
+    readout: Readout = OUTPUTS
 
     def nll(self, mean: Tensor, covariance: Tensor, y: Tensor) -> Tensor:
         """Return each example's negative log likelihood in nats, ``(…, batch)``."""

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from laplace_lora.data.pairs import as_pairs, is_pair
-from laplace_lora.likelihoods.base import Readout
-from laplace_lora.likelihoods.classification import Classification
+from laplace_lora.likelihoods.base import CONTRASTS, Readout, Scoring
+from laplace_lora.likelihoods.classification import Classification, ClassScoring
+from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.regression import OUTPUTS
-from laplace_lora.likelihoods.roots import difference_root
 
 NO_PAIRS = "a difference needs pairs: 'input_ids_chosen', 'input_ids_rejected'"
-DIFFERENCE = Readout(difference_root, lambda f: f[:, 1:] - f[:, :1], is_softmax=True)
+DIFFERENCE = CONTRASTS  # of the rewards [rejected, chosen]: one, the chosen less the rejected
 
 
 class RewardModeling(Classification):
@@ -49,7 +49,7 @@ class RewardModeling(Classification):
         """Split a batch into pairs and labels, 1 where the chosen text wins, see `as_pairs`."""
         return super().split(as_pairs(batch, label_key), label_key, device, dtype)
 
-    def readout(self, x: Any, pairs: bool = False) -> Readout:
+    def readout(self, x: Any, pairs: bool = False, contrasts: bool = False) -> Readout:
         """Return the difference of the rewards for pairs, the rewards for single texts.
 
         Raises:
@@ -59,6 +59,6 @@ class RewardModeling(Classification):
             raise ValueError(NO_PAIRS)
         return DIFFERENCE if is_pair(x) else OUTPUTS
 
-    def tuning_readout(self) -> Readout:
-        """Return the difference of the rewards."""
-        return DIFFERENCE
+    def scoring(self, link: Link, noise: float) -> Scoring:
+        """Return the scoring of the probabilities that each text wins."""
+        return ClassScoring(link, DIFFERENCE)

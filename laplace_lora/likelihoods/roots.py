@@ -27,17 +27,17 @@ def identity_root(f: Tensor) -> Tensor:
 
 
 def contrast_matrix(f: Tensor) -> Tensor:
-    """Return the rows ``e_c − e_C``, ``(outputs − 1, outputs)``: all that a softmax sees.
+    """Return the rows ``e_c − e_1``, ``(outputs − 1, outputs)``: all that a softmax sees.
 
     Args:
         f: Logits, shape ``(…, outputs)``; tells size, dtype and device.
     """
     eye = torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)
-    return eye[:-1] - eye[-1]
+    return eye[1:] - eye[0]
 
 
 def contrast_root(f: Tensor) -> Tensor:
-    """Return the columns ``e_c − e_C``, whose products with ``f`` fix its softmax.
+    """Return the columns ``e_c − e_1``, whose products with ``f`` fix its softmax.
 
     Args:
         f: Logits, shape ``(batch, outputs)``.
@@ -46,18 +46,6 @@ def contrast_root(f: Tensor) -> Tensor:
         Columns ``(outputs − 1, batch, outputs)``.
     """
     return contrast_matrix(f).unsqueeze(1).repeat(1, len(f), 1)
-
-
-def difference_root(f: Tensor) -> Tensor:
-    """Return the column ``e_2 − e_1``: the reward of the chosen text less that of the rejected one.
-
-    Args:
-        f: Both rewards, shape ``(batch, 2)``.
-
-    Returns:
-        One column, ``(1, batch, 2)``.
-    """
-    return -contrast_root(f)
 
 
 def softmax_root(f: Tensor) -> Tensor:

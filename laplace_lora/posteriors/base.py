@@ -19,6 +19,7 @@ from laplace_lora.adapters.selection import trainable_only
 from laplace_lora.curvature.backends import LoraCurvature, LoraGGN
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.fitting.fitter import Fitter
+from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.models.token_model import TokenModel
@@ -235,7 +236,7 @@ class LoraLaplace(SavedLaplace):
         tokenizer: Any = None,
         *,
         batch_size: int = 32,
-        link_approx: str = "probit",
+        link_approx: str = QUADRATURE,
         n_samples: int = 1000,
         generator: torch.Generator | None = None,
         progress_bar: bool = False,

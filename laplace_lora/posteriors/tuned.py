@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.posteriors.laplace_names import LaplaceNames
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.state import PosteriorState
@@ -24,7 +25,7 @@ class TunedLaplace(LaplaceNames):
         x: Any,
         pred_type: str = "glm",
         joint: bool = False,
-        link_approx: str = "probit",
+        link_approx: str = QUADRATURE,
         n_samples: int = 100,
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
@@ -86,7 +87,7 @@ class TunedLaplace(LaplaceNames):
         *,
         prior_structure: Structure = "scalar",
         val_loader: Any = None,
-        link_approx: str = "probit",
+        link_approx: str = QUADRATURE,
         n_samples: int = 100,
         tune_sigma_noise: bool = False,
         progress_bar: bool = False,
@@ -163,7 +164,7 @@ class TunedLaplace(LaplaceNames):
     def calibrate(
         self,
         val_loader: Any,
-        link_approx: str = "probit",
+        link_approx: str = QUADRATURE,
         n_samples: int = 100,
         generator: torch.Generator | None = None,
         progress_bar: bool = False,

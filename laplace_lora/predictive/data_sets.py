@@ -12,8 +12,11 @@ from torch import Tensor
 from laplace_lora.data.distributed import gather_for
 from laplace_lora.data.loaders import local_batches
 from laplace_lora.likelihoods.links import Link, entropies
+from laplace_lora.likelihoods.quadrature import normal_points
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.state import Posterior
+
+ENTROPY_POINTS = 1024
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,12 @@ def predict(
             "predict() does not support language-modeling posteriors; use generation.score"
         )
     columns = objective.n_columns(posterior.state.n_outputs) if objective.is_classifier else 0
-    size = (n_samples, columns)
-    noise = torch.randn(size, dtype=posterior.dtype, device=posterior.device, generator=generator)
+    if link_approx == "mc":
+        size = (n_samples, columns)
+        place: Any = {"dtype": posterior.dtype, "device": posterior.device}
+        noise = torch.randn(size, generator=generator, **place)
+    else:
+        noise = normal_points(ENTROPY_POINTS, max(columns, 1)).to(posterior.device, posterior.dtype)
     link = Link(link_approx, noise)
     if _is_batch(data):
         return _of_batch(predictor, data, link)
@@ -111,12 +118,14 @@ def _of_batch(predictor: Predictor, batch: Any, link: Link) -> Predictions:
     posterior = predictor.posterior
     labels = _labels(posterior, batch)
     x = batch[0] if not isinstance(batch, Mapping) and labels is not None else batch
-    mean, covariance = (moment.detach() for moment in predictor.readout_moments(x))
-    if not posterior.objective.readout(x).is_softmax:
+    readout = posterior.objective.readout(x)
+    moments = predictor.readout_moments(x, readout)
+    mean, covariance = (moment.detach() for moment in moments)
+    if not readout.is_softmax:
         return Predictions(mean, covariance, labels=labels)
     assert link.noise is not None
-    probs = link.log_probabilities(mean, covariance).exp()
-    total, aleatoric = entropies(mean, covariance, link.noise)
+    probs = link.log_probabilities(mean, covariance, readout.relative).exp()
+    total, aleatoric = entropies(mean, covariance, link.noise, readout.relative)
     return Predictions(mean, covariance, probs, total, total - aleatoric, labels)
 
 

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from laplace_lora.data.pairs import is_pair
 from laplace_lora.likelihoods.base import Columns, Readout
-from laplace_lora.likelihoods.links import LINKS, Link, gaussian_samples, sampled
+from laplace_lora.likelihoods.links import LINKS, Link, gaussian_samples
 from laplace_lora.likelihoods.reward_modeling import DIFFERENCE, NO_PAIRS
-from laplace_lora.likelihoods.roots import contrast_root
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.predictive.weight_sampling import sampled_outputs
 from laplace_lora.structures.base import Gram
@@ -45,8 +44,10 @@ class Predictor:
         fitting: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the posterior predictive of a batch, see `LoraLaplace.__call__`."""
-        readout = self.posterior.objective.readout(x, pairs=fitting)
         self._check_options(pred_type, link_approx, generator)
+        # Ignoring covariances between outputs is a question about the logits themselves.
+        contrasts = Link(link_approx).sees_contrasts and not diagonal_output and pred_type == "glm"
+        readout = self.posterior.objective.readout(x, pairs=fitting, contrasts=contrasts)
         if pred_type == "nn":
             if readout.is_softmax and link_approx != "mc":
                 raise ValueError("pred_type='nn' samples weights; choose link_approx='mc'")
@@ -104,9 +105,8 @@ class Predictor:
         temperature = settings.likelihood_temperature
         return mean / temperature, covariance * (settings.covariance_scale / temperature**2)
 
-    def readout_moments(self, x: Any) -> tuple[Tensor, Tensor]:
-        """Return mean and covariance of what is predicted about a batch, see `Readout`."""
-        readout = self.posterior.objective.readout(x)
+    def readout_moments(self, x: Any, readout: Readout) -> tuple[Tensor, Tensor]:
+        """Return mean and covariance of functions of a batch's outputs."""
         mean, covariance = self.moments(x, readout.columns)
         return readout.mean(mean), covariance
 
@@ -117,24 +117,26 @@ class Predictor:
         mean, covariance = self.moments(pairs, DIFFERENCE.columns)
         return DIFFERENCE.mean(mean).squeeze(-1), covariance.flatten()
 
-    def gram_blocks(self, x: Any) -> tuple[Tensor, Iterator[tuple[int, list[Gram]]]]:
-        """Return what labels are about, and its covariance as a function of the prior.
+    def gram_blocks(
+        self, x: Any, readout: Readout
+    ) -> tuple[Tensor, Iterator[tuple[int, list[Gram]]]]:
+        """Return functions of the outputs, and their covariance as a function of the prior.
 
         One pass serves every prior precision: the covariance is the sum of ``M_k / (e_k + δ_i)``
         over the grams of all tensors ``i``, before ``covariance_scale``.
 
         Args:
             x: Batch that the model takes.
+            readout: The functions.
 
         Returns:
             Mean ``(batch, columns)``, and an iterator over ``(i, grams)``, see `Precision`.
         """
-        mean, jacobians = self.tuning_jacobians(x)
+        mean, jacobians = self.readout_jacobians(x, readout)
         return mean, self.posterior.precision.gram_blocks(jacobians)
 
-    def tuning_jacobians(self, x: Any) -> tuple[Tensor, Iterator[Tensor]]:
-        """Return what labels are about, ``(batch, columns)``, and its Jacobians by tensor."""
-        readout = self.posterior.objective.tuning_readout()
+    def readout_jacobians(self, x: Any, readout: Readout) -> tuple[Tensor, Iterator[Tensor]]:
+        """Return functions of the outputs, ``(batch, columns)``, and their Jacobians by tensor."""
         with evaluation_mode(self.posterior.model):
             f, jacobians = self.posterior.engine.jacobian_blocks(x, readout.columns)
         return readout.mean(f), jacobians
@@ -162,18 +164,15 @@ class Predictor:
         diagonal_output: bool,
         generator: torch.Generator | None,
     ) -> Tensor:
-        contrasts = link_approx == "mc" and readout.columns is None
-        if contrasts and not diagonal_output:
-            f, covariance = self.moments(x, contrast_root)
-            mean = f[:, :-1] - f[:, -1:]
-            return sampled(mean, covariance, self._noise(n_samples, mean, generator)).exp()
-        f, covariance = self.moments(x, readout.columns)
-        mean = readout.mean(f)
-        if contrasts:
-            samples = self.output_samples(mean, covariance, n_samples, True, generator)
-            return samples.softmax(-1).mean(0)
-        noise = self._noise(n_samples, mean, generator) if link_approx == "mc" else None
-        return Link(link_approx, noise).log_probabilities(mean, covariance).exp()
+        mean, covariance = self.readout_moments(x, readout)
+        noise = None
+        if link_approx == "mc":
+            contrasts = mean if readout.relative else mean[:, 1:]
+            noise = self._noise(n_samples, contrasts, generator)
+        link = Link(link_approx, noise)
+        if diagonal_output and link.sees_contrasts:
+            covariance = torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1))
+        return link.log_probabilities(mean, covariance, readout.relative).exp()
 
     def _check_options(
         self, pred_type: str, link_approx: str, generator: torch.Generator | None

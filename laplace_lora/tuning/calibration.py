@@ -82,7 +82,7 @@ def calibrate(
     posterior = predictor.posterior
     settings = posterior.settings
     groups = torch.zeros(len(posterior.names), dtype=torch.long)
-    cache = ValidationCache(predictor, loader, groups, progress_bar)
+    cache = ValidationCache(predictor, loader, groups, scoring.readout, progress_bar)
     start = (
         0.0,
         math.log(settings.covariance_scale),

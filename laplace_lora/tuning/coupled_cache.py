@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.data.distributed import gather_for
+from laplace_lora.likelihoods.base import Readout
 from laplace_lora.linalg.row_precision import RowPrecision, group_grams
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.tuning.validation_cache import labelled_batches
@@ -28,6 +29,7 @@ class CoupledCache:
         predictor: Of a fitted posterior whose precision is a `RowPrecision`.
         loader: Validation batches with labels.
         groups: Group of each trainable tensor, ``(tensors,)``.
+        readout: Functions of the outputs that are scored.
         progress_bar: Show progress over the batches.
 
     Attributes:
@@ -39,7 +41,12 @@ class CoupledCache:
     """
 
     def __init__(
-        self, predictor: Predictor, loader: Any, groups: Tensor, progress_bar: bool = False
+        self,
+        predictor: Predictor,
+        loader: Any,
+        groups: Tensor,
+        readout: Readout,
+        progress_bar: bool = False,
     ) -> None:
         posterior = predictor.posterior
         precision = posterior.precision
@@ -50,7 +57,7 @@ class CoupledCache:
         self.grams = torch.stack(group_grams(precision.rows, weights, group_of))
         means, labels, priors, onto = [], [], [], []
         for x, y in labelled_batches(posterior, loader, progress_bar):
-            mean, jacobians = predictor.tuning_jacobians(x)
+            mean, jacobians = predictor.readout_jacobians(x, readout)
             prior, projected = precision.group_moments(jacobians, group_of)
             means.append(mean)
             labels.append(y)

@@ -92,7 +92,9 @@ class Tuner:
         groups = prior_groups(self.posterior.names, structure)
         coupled = self.posterior.structure.couples_groups and int(groups.max()) > 0
         kind = CoupledCache if coupled else ValidationCache
-        cache: Cache = kind(Predictor(self.posterior), val_loader, groups, progress_bar)
+        cache: Cache = kind(
+            Predictor(self.posterior), val_loader, groups, scoring.readout, progress_bar
+        )
         factors = descend(cache, groups, scoring, n_steps, lr)
         return with_precisions(self.posterior, self.posterior.prior_by_tensor * factors, groups)
 

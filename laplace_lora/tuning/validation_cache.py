@@ -15,7 +15,7 @@ from torch import Tensor
 
 from laplace_lora.data.distributed import common, gather_for
 from laplace_lora.data.loaders import local_batches
-from laplace_lora.likelihoods.base import Scoring
+from laplace_lora.likelihoods.base import Readout, Scoring
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.base import Gram
@@ -23,6 +23,7 @@ from laplace_lora.structures.state import Posterior
 
 RESOLUTION = math.log(1.02)
 DECADES = 10
+TUNING_POINTS = 256  # of the quadrature, for hundreds of candidates in turn
 
 
 class Cache(Protocol):
@@ -39,7 +40,7 @@ class Cache(Protocol):
 def scoring_of(
     posterior: Posterior, link: str, n_samples: int, generator: torch.Generator | None = None
 ) -> Scoring:
-    """Return how a posterior's predictions are scored; draws common samples once.
+    """Return how a posterior's predictions are scored; everything compared sees the same samples.
 
     Args:
         posterior: A fitted posterior.
@@ -47,12 +48,13 @@ def scoring_of(
         n_samples: Samples of the ``"mc"`` link, common to everything compared.
         generator: Source of the samples.
     """
-    size = (n_samples, max(posterior.state.n_outputs - 1, 1))
-    draws = torch.randn(size, dtype=posterior.dtype, device=posterior.device, generator=generator)
-    draws = common(draws)
-    noise = draws if link == "mc" else None
+    noise = None
+    if link == "mc":
+        size = (n_samples, max(posterior.state.n_outputs - 1, 1))
+        place: Any = {"dtype": posterior.dtype, "device": posterior.device}
+        noise = common(torch.randn(size, generator=generator, **place))
     sigma = float(posterior.settings.sigma_noise.detach())
-    return posterior.objective.scoring(Link(link, noise), sigma)
+    return posterior.objective.scoring(Link(link, noise, TUNING_POINTS), sigma)
 
 
 def labelled_batches(
@@ -76,15 +78,15 @@ def labelled_batches(
 
 
 def validation_pass(
-    predictor: Predictor, loader: Any, progress_bar: bool
+    predictor: Predictor, loader: Any, readout: Readout, progress_bar: bool
 ) -> Iterator[tuple[Tensor, Tensor, Iterator[tuple[int, list[Gram]]]]]:
-    """Yield what labels are about, labels and gram blocks of each batch, see `gram_blocks`.
+    """Yield functions of the outputs, labels and gram blocks of each batch, see `gram_blocks`.
 
     Raises:
         ValueError: If there is no loader, it is empty, or a batch has no labels.
     """
     for x, y in labelled_batches(predictor.posterior, loader, progress_bar):
-        mean, blocks = predictor.gram_blocks(x)
+        mean, blocks = predictor.gram_blocks(x, readout)
         yield mean, y, blocks
 
 
@@ -99,6 +101,7 @@ class ValidationCache:
         predictor: Of a fitted posterior.
         loader: Validation batches with labels.
         groups: Group of each trainable tensor, ``(tensors,)``.
+        readout: Functions of the outputs that are scored.
         progress_bar: Show progress over the batches.
 
     Attributes:
@@ -112,7 +115,12 @@ class ValidationCache:
     """
 
     def __init__(
-        self, predictor: Predictor, loader: Any, groups: Tensor, progress_bar: bool = False
+        self,
+        predictor: Predictor,
+        loader: Any,
+        groups: Tensor,
+        readout: Readout,
+        progress_bar: bool = False,
     ) -> None:
         posterior = predictor.posterior
         prior = posterior.prior_by_tensor.tolist()
@@ -138,7 +146,7 @@ class ValidationCache:
         slots = [used.cumsum(0) - 1 for used in occupied]
         means, labels = [], []
         stored: list[list[Tensor]] = [[] for _ in sums]
-        for mean, y, blocks in validation_pass(predictor, loader, progress_bar):
+        for mean, y, blocks in validation_pass(predictor, loader, readout, progress_bar):
             shape = (len(mean), mean.shape[1], mean.shape[1])
             parts = [mean.new_zeros(*shape, int(used.sum())) for used in occupied]
             for i, grams in blocks:

@@ -52,7 +52,7 @@ def grid_search(
     gather = gather_for(loader)
     posterior = predictor.posterior
     grid = grid.to(device=posterior.device, dtype=posterior.dtype)
-    for mean, y, blocks in validation_pass(predictor, loader, progress_bar):
+    for mean, y, blocks in validation_pass(predictor, loader, scoring.readout, progress_bar):
         covariance = mean.new_zeros(len(grid), len(mean), mean.shape[1], mean.shape[1])
         for _, grams in blocks:
             for e, products in grams:

@@ -1,0 +1,150 @@
+"""The softmax of Gaussian logits, integrated over its contrasts without random numbers.
+
+A softmax does not see a shift of all logits, so the logits of classes 2 to C relative to the first
+are all there is to integrate over: one variable for two classes, where a trapezoidal rule is exact
+to 1e-9, ``C − 1`` for more, where scrambled Sobol' points are.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.quasirandom import SobolEngine
+
+NODES = 64
+HALF_WIDTH = 9.0  # of the trapezoidal rule, in standard deviations
+LEVELS = ((2.0, 2**10), (50.0, 2**14), (math.inf, 2**16))  # largest variance of a contrast, points
+CHUNK = 2**24  # numbers in memory at once
+SMALLEST_VARIANCE = 1e-24
+
+
+def binary_log_probabilities(mean: Tensor, variance: Tensor) -> Tensor:
+    """Return ``log E[σ(−f)]`` and ``log E[σ(f)]`` for Gaussian ``f``.
+
+    A trapezoidal rule after the substitution ``f = (π/s) sinh t`` in units of the deviation, which
+    keeps the poles of ``σ`` at a distance of ``π/2`` however wide the Gaussian (Tee and Trefethen
+    2006, *A rational spectral collocation method with adaptively transformed Chebyshev grid
+    points*, for the substitution; Trefethen and Weideman 2014, *The exponentially convergent
+    trapezoidal rule*). All terms are positive, so small probabilities have small relative errors.
+    Gauss-Hermite nodes would need thousands for a deviation of 50.
+
+    Args:
+        mean: Mean of ``f``, ``(…)``.
+        variance: Its variance, ``(…)``.
+
+    Returns:
+        Shape ``(…, 2)``; errors below 1e-8 for means and deviations up to 50.
+    """
+    wide, deviation = mean.double(), variance.double().clamp(min=SMALLEST_VARIANCE).sqrt()
+    sides = [_log_sigmoid_mean(-wide, deviation), _log_sigmoid_mean(wide, deviation)]
+    return torch.stack(sides, dim=-1).to(mean.dtype)
+
+
+def _log_sigmoid_mean(mean: Tensor, deviation: Tensor) -> Tensor:
+    with torch.no_grad():  # nodes may lie anywhere; gradients flow through the integrand
+        scale = math.pi / deviation
+        origin = -mean / deviation
+        peak = torch.minimum(origin.clamp(min=0), deviation)
+        low = torch.asinh((peak - HALF_WIDTH - origin) / scale)
+        high = torch.asinh((peak + HALF_WIDTH - origin) / scale)
+        steps = torch.linspace(0, 1, NODES, dtype=mean.dtype, device=mean.device)
+        t = low.unsqueeze(-1) + (high - low).unsqueeze(-1) * steps
+        z = origin.unsqueeze(-1) + scale.unsqueeze(-1) * t.sinh()
+        spacing = (scale * (high - low) / (NODES - 1)).unsqueeze(-1) * t.cosh()
+        log_weights = spacing.log() - z.square() / 2 - 0.5 * math.log(2 * math.pi)
+    values = F.logsigmoid(mean.unsqueeze(-1) + deviation.unsqueeze(-1) * z)
+    return (values + log_weights).logsumexp(-1)
+
+
+def softmax_log_probabilities(
+    contrasts: Tensor, covariance: Tensor, points: int | None = None
+) -> Tensor:
+    """Return ``log E[softmax((0, f))]`` for Gaussian contrasts ``f``.
+
+    Args:
+        contrasts: Mean contrasts to the first class, ``(…, classes − 1)``.
+        covariance: Their covariance, ``(…, classes − 1, classes − 1)``.
+        points: Sobol' points, a power of two; ``None`` takes more for wider Gaussians, so that
+            errors stay below 2e-3 for up to 20 classes.
+
+    Returns:
+        Shape ``(…, classes)``. The same inputs give the same result, whatever else is in the batch.
+    """
+    contrasts, covariance = _broadcast(contrasts, covariance)
+    if contrasts.shape[-1] == 1:
+        return binary_log_probabilities(contrasts[..., 0], covariance[..., 0, 0])
+    shape = contrasts.shape[:-1]
+    mean, matrix = contrasts.flatten(0, -2), covariance.flatten(0, -3)
+    if points is not None:
+        return _averaged(mean, matrix, points).unflatten(0, shape)
+    widest = matrix.detach().diagonal(dim1=-2, dim2=-1).amax(-1)
+    result = mean.new_zeros(len(mean), mean.shape[-1] + 1)
+    below = -math.inf
+    for limit, size in LEVELS:
+        index = ((widest > below) & (widest <= limit)).nonzero().squeeze(-1)
+        if len(index):
+            values = _averaged(mean[index], matrix[index], size)
+            result = result.index_put((index,), values)
+        below = limit
+    return result.unflatten(0, shape)
+
+
+def normal_points(points: int, dimensions: int) -> Tensor:
+    """Return scrambled Sobol' points of a standard normal, ``(points, dimensions)``, float64.
+
+    Args:
+        points: Their number, a power of two.
+        dimensions: Length of each.
+    """
+    return _normal_points(points, dimensions).clone()
+
+
+@lru_cache(maxsize=16)
+def _normal_points(points: int, dimensions: int) -> Tensor:
+    engine = SobolEngine(dimensions, scramble=True, seed=0)
+    uniform: Tensor = engine.draw(points, dtype=torch.float64)
+    return torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12))
+
+
+def _averaged(mean: Tensor, covariance: Tensor, points: int) -> Tensor:
+    """Average the softmax over points; ``mean`` has shape ``(n, classes − 1)``."""
+    noise = _normal_points(points, mean.shape[-1]).to(mean)
+    root = covariance_root(covariance).to(mean.dtype)
+    part = max(1, CHUNK // (points * (mean.shape[-1] + 1)))
+    parts = []
+    for m, L in zip(mean.split(part), root.split(part), strict=True):
+        draws = m + torch.einsum("nij,sj->sni", L, noise)
+        log_p = F.log_softmax(F.pad(draws, (1, 0)), dim=-1)
+        parts.append(log_p.logsumexp(0) - math.log(points))
+    return torch.cat(parts)
+
+
+def covariance_root(covariance: Tensor) -> Tensor:
+    """Return lower triangular ``L`` with ``L Lᵀ`` a covariance, ``(…, n, n)``, in float64.
+
+    Differentiable; a covariance that is singular or slightly indefinite from rounding is no
+    obstacle.
+
+    Raises:
+        FloatingPointError: If it is not finite, or far from positive.
+    """
+    wide = covariance.double()
+    size = wide.detach().diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-30)
+    eye = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
+    jitter = 1e-12
+    root, failed = torch.linalg.cholesky_ex(wide + jitter * size * eye)
+    while bool(failed.any()) and jitter < 1:
+        jitter *= 100
+        root, failed = torch.linalg.cholesky_ex(wide + jitter * size * eye)
+    if bool(failed.any()):
+        raise FloatingPointError("the predictive covariance is not finite or far from positive")
+    return root
+
+
+def _broadcast(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    shape = torch.broadcast_shapes(mean.shape[:-1], covariance.shape[:-2])
+    return mean.expand(*shape, -1), covariance.expand(*shape, *covariance.shape[-2:])
