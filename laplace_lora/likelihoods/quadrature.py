@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,8 +19,10 @@ from torch.quasirandom import SobolEngine
 NODES = 64
 HALF_WIDTH = 9.0  # of the trapezoidal rule, in standard deviations
 LEVELS = ((2.0, 2**10), (50.0, 2**14), (math.inf, 2**16))  # largest variance of a contrast, points
+NOT_POSITIVE = "the predictive covariance is not finite or far from positive"
 CHUNK = 2**24  # numbers in memory at once
-SMALLEST_VARIANCE = 1e-24
+SMALLEST_VARIANCE = 1e-12  # changes σ by 1e-13; nodes of a narrower Gaussian would be rounded
+ROUNDING = 1e-6  # how far below zero rounding may take a variance
 
 
 def binary_log_probabilities(mean: Tensor, variance: Tensor) -> Tensor:
@@ -38,7 +41,13 @@ def binary_log_probabilities(mean: Tensor, variance: Tensor) -> Tensor:
 
     Returns:
         Shape ``(…, 2)``; errors below 1e-8 for means and deviations up to 50.
+
+    Raises:
+        FloatingPointError: If a variance is not finite or far from positive.
     """
+    # NaN compares as false.
+    if not bool(((variance >= -ROUNDING) & (variance < math.inf)).all()):
+        raise FloatingPointError(NOT_POSITIVE)
     wide, deviation = mean.double(), variance.double().clamp(min=SMALLEST_VARIANCE).sqrt()
     sides = [_log_sigmoid_mean(-wide, deviation), _log_sigmoid_mean(wide, deviation)]
     return torch.stack(sides, dim=-1).to(mean.dtype)
@@ -73,24 +82,28 @@ def softmax_log_probabilities(
 
     Returns:
         Shape ``(…, classes)``. The same inputs give the same result, whatever else is in the batch.
+
+    Raises:
+        FloatingPointError: If a covariance is not finite or far from positive.
     """
     contrasts, covariance = _broadcast(contrasts, covariance)
     if contrasts.shape[-1] == 1:
         return binary_log_probabilities(contrasts[..., 0], covariance[..., 0, 0])
-    shape = contrasts.shape[:-1]
-    mean, matrix = contrasts.flatten(0, -2), covariance.flatten(0, -3)
+    shape, size = contrasts.shape[:-1], contrasts.shape[-1]
+    mean, matrix = contrasts.reshape(-1, size), covariance.reshape(-1, size, size)
     if points is not None:
-        return _averaged(mean, matrix, points).unflatten(0, shape)
+        return _averaged(mean, matrix, points).reshape(*shape, size + 1)
     widest = matrix.detach().diagonal(dim1=-2, dim2=-1).amax(-1)
-    result = mean.new_zeros(len(mean), mean.shape[-1] + 1)
+    widest = widest.nan_to_num(math.inf)  # of NaN, which `covariance_root` refuses
+    result = mean.new_zeros(len(mean), size + 1)
     below = -math.inf
-    for limit, size in LEVELS:
+    for limit, enough in LEVELS:
         index = ((widest > below) & (widest <= limit)).nonzero().squeeze(-1)
         if len(index):
-            values = _averaged(mean[index], matrix[index], size)
+            values = _averaged(mean[index], matrix[index], enough)
             result = result.index_put((index,), values)
         below = limit
-    return result.unflatten(0, shape)
+    return result.reshape(*shape, size + 1)
 
 
 def normal_points(points: int, dimensions: int) -> Tensor:
@@ -106,8 +119,8 @@ def normal_points(points: int, dimensions: int) -> Tensor:
 @lru_cache(maxsize=16)
 def _normal_points(points: int, dimensions: int) -> Tensor:
     engine = SobolEngine(dimensions, scramble=True, seed=0)
-    uniform: Tensor = engine.draw(points, dtype=torch.float64)
-    return torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12))
+    uniform = engine.draw(points, dtype=torch.float64)
+    return cast(Tensor, torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12)))
 
 
 def _averaged(mean: Tensor, covariance: Tensor, points: int) -> Tensor:
@@ -135,14 +148,14 @@ def covariance_root(covariance: Tensor) -> Tensor:
     wide = covariance.double()
     size = wide.detach().diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-30)
     eye = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
-    jitter = 1e-12
+    jitter = torch.full_like(size, 1e-12)
     root, failed = torch.linalg.cholesky_ex(wide + jitter * size * eye)
-    while bool(failed.any()) and jitter < 1:
-        jitter *= 100
+    while bool(failed.any()) and bool(jitter.max() < 1):
+        jitter = jitter * torch.where(failed > 0, 100, 1)[..., None, None]
         root, failed = torch.linalg.cholesky_ex(wide + jitter * size * eye)
     if bool(failed.any()):
-        raise FloatingPointError("the predictive covariance is not finite or far from positive")
-    return root
+        raise FloatingPointError(NOT_POSITIVE)
+    return cast(Tensor, root)
 
 
 def _broadcast(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
