@@ -185,7 +185,8 @@ def predict_probs(
     Args:
         f_mu: Mean logits, ``(batch, classes)``, from `jacobian_mean`.
         f_var: Their covariance, ``(batch, classes, classes)``, from `variance`.
-        link_approx: ``"mc"``, ``"probit"``, ``"bridge"`` or ``"bridge_norm"``.
+        link_approx: ``"mc"``, ``"quadrature"`` (the same integral without random numbers),
+            ``"probit"``, ``"bridge"`` or ``"bridge_norm"``.
         n_samples: Samples for ``"mc"``.
         generator: Source of the samples, on the device of ``f_mu``.
 
@@ -195,8 +196,10 @@ def predict_probs(
     Raises:
         ValueError: If the link is unknown.
     """
-    size = (n_samples, f_mu.shape[-1] - 1)
-    noise = torch.randn(size, dtype=f_mu.dtype, device=f_mu.device, generator=generator)
+    noise = None
+    if link_approx == "mc":
+        size = (n_samples, f_mu.shape[-1] - 1)
+        noise = torch.randn(size, dtype=f_mu.dtype, device=f_mu.device, generator=generator)
     return Link(link_approx, noise).log_probabilities(f_mu, f_var).exp()
 
 

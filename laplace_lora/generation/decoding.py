@@ -19,6 +19,7 @@ from torch import Tensor
 from laplace_lora.generation.next_token import HasPosterior, NextTokenPredictor
 from laplace_lora.generation.token_predictions import TokenPredictions
 from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
+from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.token_model import TOP_K
 
 SAMPLES = 1000
@@ -28,7 +29,7 @@ def score(
     la: HasPosterior,
     batch: Mapping[str, Any],
     top_k: int = TOP_K,
-    link_approx: str = "mc",
+    link_approx: str = QUADRATURE,
     n_samples: int = SAMPLES,
     generator: torch.Generator | None = None,
     batch_size: int | None = None,
@@ -41,9 +42,10 @@ def score(
             shifted, -100 where nothing is scored) and, if padded on either side,
             ``attention_mask``.
         top_k: Tokens looked at in each place.
-        link_approx: ``"mc"`` averages over samples of the logits. ``"probit"`` needs none; its
-            mutual information is ``½ tr(Λ Σ)``, right for small covariances and at most the
-            entropy.
+        link_approx: ``"quadrature"`` integrates over the tokens' contrasts, without random
+            numbers; ``"mc"`` averages over samples of the logits. ``"probit"`` needs no integral,
+            but counts what all logits share as uncertainty; its mutual information is
+            ``½ tr(Λ Σ)``, right for small covariances and at most the entropy.
         n_samples: Samples for ``"mc"``, the same in all places.
         generator: Their source, on the posterior's device.
         batch_size: Places predicted together, as many as there are texts by default.
@@ -92,7 +94,7 @@ def generate(
     max_new_tokens: int = 20,
     top_k: int = TOP_K,
     do_sample: bool = False,
-    link_approx: str = "mc",
+    link_approx: str = QUADRATURE,
     n_samples: int = SAMPLES,
     generator: torch.Generator | None = None,
     eos_token_id: int | list[int] | None = None,

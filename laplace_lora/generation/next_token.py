@@ -17,12 +17,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from laplace_lora.likelihoods.links import averaged, class_samples, entropy, probit
+from laplace_lora.likelihoods.links import (
+    QUADRATURE,
+    Link,
+    averaged,
+    class_samples,
+    entropy,
+    probit,
+)
+from laplace_lora.likelihoods.quadrature import ENTROPY_POINTS, normal_points
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.models.token_model import TokenModel
 from laplace_lora.structures.state import Posterior
 
-LINKS = ("mc", "probit")
+LINKS = (QUADRATURE, "mc", "probit")
 WANTED = "wanted_token"  # rides in a batch of texts
 
 
@@ -64,8 +72,8 @@ class NextTokenPredictor:
     Args:
         la: A fitted posterior over a causal language model's adapters.
         top_k: Tokens looked at.
-        link_approx: ``"mc"``, samples of the logits, or ``"probit"``, which needs none.
-        n_samples: Samples, the same for all positions.
+        link_approx: ``"quadrature"``, ``"mc"`` (samples of the logits) or ``"probit"``.
+        n_samples: Samples for ``"mc"``, the same for all positions.
         generator: Their source.
 
     Attributes:
@@ -103,12 +111,13 @@ class NextTokenPredictor:
         if n_samples < 1:
             raise ValueError(f"n_samples must be positive, got {n_samples}")
         self.top_k = top_k
-        self._noise = None
+        self.link_approx = link_approx
+        contrasts = min(top_k, vocabulary - 1)
+        place: Any = {"dtype": posterior.dtype, "device": posterior.device}
         if link_approx == "mc":
-            size = (n_samples, min(top_k, vocabulary - 1))
-            self._noise = torch.randn(
-                size, dtype=posterior.dtype, device=posterior.device, generator=generator
-            )
+            self._noise = torch.randn(n_samples, contrasts, generator=generator, **place)
+        elif link_approx == QUADRATURE:
+            self._noise = normal_points(ENTROPY_POINTS, contrasts).to(**place)
 
     def __call__(self, texts: Mapping[str, Any], token: Tensor | None = None) -> NextToken:
         """Predict the token after each text.
@@ -163,14 +172,16 @@ class NextTokenPredictor:
     def _linked(self, candidates: Tensor, mean: Tensor, covariance: Tensor) -> NextToken:
         p_map = F.log_softmax(mean, dim=-1)
         mean, covariance = mean.to(self.posterior.dtype), covariance.to(self.posterior.dtype)
-        if self._noise is None:
+        if self.link_approx == "probit":
             log_p = probit(mean, covariance)
             total = entropy(log_p.exp())
             information = _second_order_information(p_map.exp(), covariance).minimum(total)
         else:
             samples = class_samples(mean, covariance, self._noise)
-            log_p = averaged(samples)
-            total = entropy(log_p.exp())
+            log_p = average = averaged(samples)
+            if self.link_approx == QUADRATURE:
+                log_p = Link(QUADRATURE).log_probabilities(mean, covariance)
+            total = entropy(average.exp())
             information = total - entropy(samples.exp()).mean(0)
         k = self.top_k
         return NextToken(

@@ -19,6 +19,7 @@ from torch.quasirandom import SobolEngine
 NODES = 64
 HALF_WIDTH = 9.0  # of the trapezoidal rule, in standard deviations
 LEVELS = ((2.0, 2**10), (50.0, 2**14), (math.inf, 2**16))  # largest variance of a contrast, points
+ENTROPY_POINTS = 2**10
 NOT_POSITIVE = "the predictive covariance is not finite or far from positive"
 CHUNK = 2**24  # numbers in memory at once
 SMALLEST_VARIANCE = 1e-12  # changes σ by 1e-13; nodes of a narrower Gaussian would be rounded
@@ -96,11 +97,12 @@ def softmax_log_probabilities(
     widest = matrix.detach().diagonal(dim1=-2, dim2=-1).amax(-1)
     widest = widest.nan_to_num(math.inf)  # of NaN, which `covariance_root` refuses
     result = mean.new_zeros(len(mean), size + 1)
+    most = 2 ** int(math.log2(CHUNK // (size + 1)))  # fewer than enough from 256 classes on
     below = -math.inf
     for limit, enough in LEVELS:
         index = ((widest > below) & (widest <= limit)).nonzero().squeeze(-1)
         if len(index):
-            values = _averaged(mean[index], matrix[index], enough)
+            values = _averaged(mean[index], matrix[index], min(enough, most))
             result = result.index_put((index,), values)
         below = limit
     return result.reshape(*shape, size + 1)

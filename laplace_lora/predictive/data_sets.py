@@ -12,11 +12,9 @@ from torch import Tensor
 from laplace_lora.data.distributed import gather_for
 from laplace_lora.data.loaders import local_batches
 from laplace_lora.likelihoods.links import Link, entropies
-from laplace_lora.likelihoods.quadrature import normal_points
+from laplace_lora.likelihoods.quadrature import ENTROPY_POINTS, normal_points
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.state import Posterior
-
-ENTROPY_POINTS = 1024
 
 
 @dataclass(frozen=True)

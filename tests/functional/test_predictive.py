@@ -89,6 +89,10 @@ def test_probabilities_are_averaged_not_logits():
     assert probs.sum().item() == pytest.approx(1)
     assert probs[0, 0].item() == pytest.approx(expected, abs=0.01)
     assert probs[0, 0] < mean.softmax(-1)[0, 0] - 0.2
+    state = torch.random.get_rng_state()
+    integral = predict_probs(mean.double(), covariance.double(), "quadrature")
+    assert integral[0, 0].item() == pytest.approx(expected, abs=1e-6)
+    assert torch.equal(torch.random.get_rng_state(), state)
     probit = predict_probs(mean, covariance, "probit")
     scaled = mean / (1 + math.pi / 8 * 40) ** 0.5
     assert_near(probit, scaled.softmax(-1))

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:User
 
 
 @pytest.mark.parametrize("name", ["llama-lm", "gpt2-lm"])
-@pytest.mark.parametrize("link", ["mc", "probit"])
+@pytest.mark.parametrize("link", ["quadrature", "mc", "probit"])
 def test_without_uncertainty_decoding_is_greedy_and_knows_nothing_more(name, link):
     la = language_posterior(name=name, prior_precision=1e16)
     prompts = token_batch((4, 2, 5), pad_to=6, side="left")
