@@ -112,7 +112,36 @@ class Tape:
             groups.append(group)
         return groups
 
-    def backward(self, columns: Tensor, visit: Visitor) -> None:
+    @property
+    def batch(self) -> Batch:
+        """Where attention masks are looked up: the batch, unless others were given."""
+        return self._mask_source
+
+    def rows_of_first(self) -> int:
+        """Return how many rows of the output are the first example's."""
+        return 1 if len(self.output) == self.examples else len(self.rerun(0))
+
+    def coarsest(self, i: int, parameter: Tensor) -> torch.dtype:
+        """Return the coarsest dtype in which a recorded map computes, its tensor's included."""
+        tensors = [parameter, *self._inputs[i], *self._outputs[i]]
+        floating = [t.dtype for t in tensors if t.is_floating_point()]
+        return max(floating, key=lambda dtype: torch.finfo(dtype).eps)
+
+    def parameter_gradients(
+        self, column: Tensor, parameters: Sequence[Tensor]
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of tensors by autograd itself; keeps the graph.
+
+        Args:
+            column: Gradient with respect to the output, ``(rows, outputs)``.
+            parameters: The tensors.
+        """
+        column = column.to(self._output.dtype)
+        return torch.autograd.grad(
+            self._output, parameters, column, retain_graph=True, allow_unused=True
+        )
+
+    def backward(self, columns: Tensor, visit: Visitor, keep_graph: bool = False) -> None:
         """Run one backward pass per column; frees the graph after the last.
 
         Args:
@@ -120,6 +149,7 @@ class Tape:
             visit: Called with the indices of column and map and the gradient with respect to the
                 map's output, ``(batch, tokens, p)`` or ``(batch, p)``, as soon as the backward
                 pass has computed it. Not called for a map on which the output does not depend.
+            keep_graph: Keep the graph for another call.
         """
         if not self._targets:
             return
@@ -154,7 +184,7 @@ class Tape:
                     self._output,
                     self._targets,
                     columns[column].to(self._output.dtype),
-                    retain_graph=column + 1 < len(columns),
+                    retain_graph=keep_graph or column + 1 < len(columns),
                     allow_unused=True,
                 )
                 for i in list(pending):  # the output does not depend on all calls of these

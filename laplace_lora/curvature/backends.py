@@ -41,6 +41,7 @@ class LoraCurvature(CurvatureInterface):
         low_rank_threshold: Sides up to this length stay dense.
         residual: What stands for the directions that a low-rank side leaves out, see `FactorSpec`.
         uncovered: ``"error"`` or ``"diag"``, see `Engine`.
+        verify: Verify the first batch of a fit, see `capture.verification`.
         **kwargs: laplace-torch's arguments.
 
     Attributes:
@@ -62,6 +63,7 @@ class LoraCurvature(CurvatureInterface):
         low_rank_threshold: int = 512,
         residual: str = "isotropic",
         uncovered: str = "error",
+        verify: bool = True,
         **kwargs: Any,
     ) -> None:
         self.spec = FactorSpec(factor_rank, low_rank_threshold, residual)
@@ -70,7 +72,8 @@ class LoraCurvature(CurvatureInterface):
         super().__init__(model, self.objective.laplace_name, *args, **kwargs)
         self.likelihood = likelihood
         trained: Any = model.last_layer if self.last_layer else model
-        self.engine = Engine(model, self.objective, self.columns, rows, uncovered, trained)
+        options = (uncovered, trained, verify)
+        self.engine = Engine(model, self.objective, self.columns, rows, *options)
 
     @property
     def maps(self) -> list[LinearMap]:

@@ -10,12 +10,18 @@ from torch import Tensor
 from laplace_lora.curvature.engine import Engine, joined
 from laplace_lora.curvature.kfac import KfacSums
 from laplace_lora.curvature.kron_protocol import LowRankKron
+from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.linalg.kron_eigen import KronEigen
 from laplace_lora.linalg.sketch import FactorSpec
 
 
 def add_factors(
-    engine: Engine, x: Any, y: Tensor, spec: FactorSpec, sums: KfacSums | None = None
+    engine: Engine,
+    x: Any,
+    y: Tensor,
+    spec: FactorSpec,
+    sums: KfacSums | None = None,
+    gradient: LossGradient | None = None,
 ) -> tuple[Tensor, KfacSums]:
     """Add a batch to K-FAC sums in place; starts them if there are none.
 
@@ -25,6 +31,7 @@ def add_factors(
         y: Its labels.
         spec: Which sides are low-rank.
         sums: What earlier batches returned.
+        gradient: Where the loss's gradient is added up.
 
     Returns:
         The summed loss of the batch, and the sums.
@@ -36,7 +43,12 @@ def add_factors(
     tape, loss = engine.forward(x, y)
     if sums is None:
         sums = KfacSums.empty(tape, spec, engine.dtype, engine.rows)
-    sums.update(tape, engine.root(tape.output, y))
+    root = engine.root(tape.output, y)
+    if gradient is None:
+        sums.update(tape, root)
+    else:
+        residual = engine.residual_columns(tape, root, y)
+        sums.update(tape, root, (gradient, residual, engine.blocks))
     return loss, sums
 
 
@@ -46,15 +58,19 @@ def assembled(engine: Engine, sums: KfacSums, n: int, residual: str) -> LowRankK
     return LowRankKron(sums.kfacs(engine.blocks, transposed, n), residual)
 
 
-def diagonal(engine: Engine, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+def diagonal(
+    engine: Engine, x: Any, y: Tensor, gradient: LossGradient | None = None
+) -> tuple[Tensor, Tensor]:
     """Return a batch's summed loss and the exact diagonal of its curvature, ``(parameters,)``."""
-    loss, blocks = engine.root_blocks(x, y)
+    loss, blocks = engine.root_blocks(x, y, gradient)
     return loss, torch.cat([rows.square().sum((0, 1)).flatten() for rows in blocks])
 
 
-def matrix(engine: Engine, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+def matrix(
+    engine: Engine, x: Any, y: Tensor, gradient: LossGradient | None = None
+) -> tuple[Tensor, Tensor]:
     """Return a batch's summed loss and its exact curvature, ``(parameters, parameters)``."""
-    loss, blocks = engine.root_blocks(x, y)
+    loss, blocks = engine.root_blocks(x, y, gradient)
     rows = joined(blocks).flatten(0, 1)
     return loss, rows.T @ rows
 

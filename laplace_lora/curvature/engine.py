@@ -6,6 +6,7 @@ batches is in `batch_curvature` and `kfac`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,18 +15,21 @@ from torch import Tensor, nn
 
 from laplace_lora.adapters.diagonal_maps import whole_instead
 from laplace_lora.adapters.discovery import trainable_maps
-from laplace_lora.adapters.maps import wide_dtype
+from laplace_lora.adapters.maps import Block, LinearMap, wide_dtype
 from laplace_lora.adapters.peft_state import check_adapters
 from laplace_lora.capture.jacobians import jacobian_blocks
 from laplace_lora.capture.recorder import MisfitError, record
 from laplace_lora.capture.tape import Tape
+from laplace_lora.capture.verification import verify_gradients, verify_outputs
 from laplace_lora.curvature.kfac import Rows
+from laplace_lora.curvature.loss_gradient import LossGradient, ResidualColumns
 from laplace_lora.likelihoods.base import Columns, Likelihood
 from laplace_lora.likelihoods.roots import identity_root
-from laplace_lora.models.modes import device_of, differentiable
+from laplace_lora.models.modes import coarsest_dtype, device_of, differentiable
 from laplace_lora.models.twins import resampled
 
 Root = Callable[[Tensor, Tensor], Tensor]
+_COVERING = threading.Lock()
 
 
 class Engine:
@@ -44,10 +48,11 @@ class Engine:
             magnitudes cost next to nothing; anything else costs one more forward pass and its
             backward passes for each example alone.
         trained: The part of the model whose trainable tensors count; the model when ``None``.
+        verify: Verify the first batch against autograd and the model's own forward pass, see
+            `capture.verification`.
 
     Attributes:
-        maps: Trainable linear maps, and tensors with a diagonal block.
-        blocks: Trainable tensors, in parameter order.
+        is_verified: Whether that has been done; set it to false to have it done again.
         n_outputs: Outputs of the latest labelled batch, 0 before there was one.
 
     Raises:
@@ -64,6 +69,7 @@ class Engine:
         rows: Rows | None = None,
         uncovered: str = "error",
         trained: nn.Module | None = None,
+        verify: bool = True,
     ) -> None:
         self.model = model
         self.objective = objective
@@ -71,7 +77,19 @@ class Engine:
         self.rows = Rows() if rows is None else rows
         self.uncovered = uncovered
         self.n_outputs = 0
-        self.maps, self.blocks = trainable_maps(model if trained is None else trained, uncovered)
+        self.verify = verify
+        self.is_verified = False
+        self._covered = trainable_maps(model if trained is None else trained, uncovered)
+
+    @property
+    def maps(self) -> list[LinearMap]:
+        """Trainable linear maps, and tensors with a diagonal block."""
+        return self._covered[0]
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Trainable tensors, in parameter order."""
+        return self._covered[1]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -127,10 +145,10 @@ class Engine:
         """
         if function is None:
             self.check_outputs_few()
-        tape = self._record(x, function)
+        tape, blocks = self._record(x, function)
         f = tape.output
         roots = identity_root(f) if columns is None else columns(f)
-        return f, jacobian_blocks(tape, self.blocks, roots, self.dtype)
+        return f, jacobian_blocks(tape, blocks, roots, self.dtype)
 
     @torch.enable_grad()
     def differentiable_jacobians(self, x: Any) -> tuple[Tensor, Tensor]:
@@ -156,12 +174,15 @@ class Engine:
         parts = [jacobians[k].flatten(start_dim=-p.ndim) for k, p in weights.items()]
         return f, torch.cat(parts, dim=-1)
 
-    def root_blocks(self, x: Any, y: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
+    def root_blocks(
+        self, x: Any, y: Tensor, gradient: LossGradient | None = None
+    ) -> tuple[Tensor, Iterator[Tensor]]:
         """Return the summed loss, and rows ``Z`` whose ``Zᵀ Z`` is the curvature, by tensor.
 
         Args:
             x: Batch that the model takes.
             y: Labels, see `Likelihood.split`.
+            gradient: Where the loss's gradient is added up, as the blocks are consumed.
 
         Returns:
             The loss, and an iterator over ``(batch, columns, *shape)`` of each trainable tensor in
@@ -172,8 +193,24 @@ class Engine:
             FloatingPointError: If the loss is not finite.
         """
         tape, loss = self.forward(x, y)
-        columns = self.root(tape.output, y)
-        return loss, jacobian_blocks(tape, self.blocks, columns, self.dtype)
+        root = self.root(tape.output, y)
+        if gradient is None:
+            return loss, jacobian_blocks(tape, self.blocks, root, self.dtype)
+        columns = self.residual_columns(tape, root, y)
+        blocks = jacobian_blocks(tape, self.blocks, columns.columns, self.dtype)
+        return loss, gradient.tapped(blocks, columns)
+
+    def residual_columns(self, tape: Tape, root: Tensor, y: Tensor) -> ResidualColumns:
+        """Return a root's columns, with what makes them bring the loss's gradient as well.
+
+        Args:
+            tape: The recorded forward pass.
+            root: Columns of the output Hessian's root for its outputs.
+            y: Labels.
+        """
+        f, objective = tape.output, self.objective
+        weights = objective.residual_weights(root, f, y)
+        return ResidualColumns(root, objective.residual(f, y), weights, tape.examples)
 
     def forward(self, x: Any, y: Tensor) -> tuple[Tape, Tensor]:
         """Record a labelled batch, and return its summed loss.
@@ -182,7 +219,7 @@ class Engine:
             ValueError: If labels lie outside the classes.
             FloatingPointError: If the loss is not finite.
         """
-        tape = self._record(x, examples=len(y))
+        tape, _ = self._record(x, examples=len(y))
         loss = self.objective.nll(tape.output, y)
         if not bool(loss.isfinite()):
             raise FloatingPointError(f"the loss is {loss.item()}")
@@ -195,7 +232,7 @@ class Engine:
         Args:
             maps: Indices of the maps.
         """
-        self.maps, self.blocks = whole_instead(self.maps, self.blocks, maps)
+        self._covered = whole_instead(self.maps, self.blocks, maps)
 
     def check_outputs_few(self) -> None:
         """Refuse Jacobians of all outputs of a language model.
@@ -211,17 +248,30 @@ class Engine:
         x: Any,
         function: Callable[[Any], Tensor] | None = None,
         examples: int | None = None,
-    ) -> Tape:
+    ) -> tuple[Tape, Sequence[Block]]:
         check_adapters(self.model)
         run = self.model if function is None else function
         with differentiable(self.model):
-            try:
-                return record(run, self.maps, x, examples=examples)
-            except MisfitError as error:
-                if self.uncovered == "error":
-                    raise
-                self.cover_whole(error.maps)
-            return record(run, self.maps, x, examples=examples)
+            while True:
+                maps, blocks = self._covered
+                try:
+                    tape = record(run, maps, x, examples=examples)
+                    if self.verify and not self.is_verified and function is None:
+                        self._verify(tape, blocks, x)
+                    return tape, blocks
+                except MisfitError as error:
+                    if self.uncovered == "error":
+                        raise
+                    with _COVERING:  # unless another thread has done so meanwhile
+                        if self._covered[0] is maps:
+                            self.cover_whole(error.maps)
+
+    def _verify(self, tape: Tape, blocks: Sequence[Block], x: Any) -> None:
+        """Verify a recorded pass, see `capture.verification`."""
+        verify_gradients(tape, blocks)
+        if not self.model.training:  # with dropout no two passes agree
+            verify_outputs(self.model, x, tape.output, tape.examples, coarsest_dtype(self.model))
+        self.is_verified = True
 
 
 def joined(blocks: Iterable[Tensor]) -> Tensor:

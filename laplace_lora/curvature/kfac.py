@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from laplace_lora.adapters.maps import Block
 from laplace_lora.capture.tape import Tape
 from laplace_lora.capture.whole_tensors import whole_gradients
+from laplace_lora.curvature.loss_gradient import LossGradient, ResidualColumns
 from laplace_lora.linalg.factors import DiagonalFactor, map_shared
 from laplace_lora.linalg.sketch import Factor, FactorSpec
 
@@ -151,12 +152,19 @@ class KfacSums:
             inputs.append(owners[key])
         return cls(inputs, grads, rows, tape.output.device)
 
-    def update(self, tape: Tape, columns: Tensor) -> None:
+    def update(
+        self,
+        tape: Tape,
+        columns: Tensor,
+        gradient: tuple[LossGradient, ResidualColumns, Sequence[Block]] | None = None,
+    ) -> None:
         """Add a batch: its inputs once, its gradients for every column.
 
         Args:
             tape: The recorded forward pass; its graph is spent.
             columns: Roots of the output Hessian, ``(columns, batch, outputs)``.
+            gradient: Where the loss's gradient is added up, the columns that bring it, which are
+                sent backward in place of ``columns``, and the trainable tensors.
 
         Raises:
             RuntimeError: If maps that shared an input in earlier batches no longer do, or some
@@ -181,12 +189,26 @@ class KfacSums:
             if first == i:
                 factor.update(*self.rows.of_input(tape.inputs[i], tape.masks[i], factor))
 
+        roots = len(columns)
+        visits = []
+        if gradient is not None:
+            total, residual, blocks = gradient
+            columns = residual.columns
+            visits.append(total.visitor(tape, blocks, residual))
+
         def visit(column: int, i: int, grad: Tensor) -> None:
-            self.grads[i].update(self.rows.of_grad(grad, tape.masks[i]))
+            if column < roots:
+                self.grads[i].update(self.rows.of_grad(grad, tape.masks[i]))
+            for also in visits:
+                also(column, i, grad)
 
         tape.backward(columns, visit)
+        seen: dict[int, int] = {}
         for i, rows in whole_gradients(tape, columns):
-            self.grads[i].update(rows)
+            self.grads[i].update(rows[:roots])
+            if gradient is not None:
+                n = seen[i] = seen.get(i, -1) + 1
+                total.add_whole(blocks, i, rows, residual.weights[:, n])
         self._check_finite(tape)
 
     def tensors(self) -> list[Tensor]:

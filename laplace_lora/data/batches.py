@@ -19,6 +19,23 @@ def batch_length(batch: Batch) -> int:
     return len(batch) if isinstance(batch, Tensor) else batch_length(batch[-1])
 
 
+def splits_by_example(batch: Batch, examples: int | None = None) -> bool:
+    """Return whether every tensor of a batch has one row per example.
+
+    Images of several sizes in one tensor, with a table of their sizes, do not.
+
+    Args:
+        batch: Any batch.
+        examples: Number of examples, where it is known.
+    """
+    if isinstance(batch, Tensor):
+        return examples in (None, len(batch))
+    if not isinstance(batch, Mapping):
+        return all(splits_by_example(part, examples) for part in batch)
+    lengths = {len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim}
+    return len(lengths) == 1 and (examples is None or lengths == {examples})
+
+
 def first_examples(batch: Batch, count: int) -> Batch:
     """Return the first examples of a batch."""
     return _examples(batch, slice(count))

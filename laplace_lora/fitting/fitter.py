@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.fitting.accumulation import accumulate
-from laplace_lora.fitting.passes import Pass, RowPass, Sums
+from laplace_lora.fitting.passes import FitSums, Pass, RowPass, Sums
 from laplace_lora.fitting.second_pass import corrected
 from laplace_lora.fitting.snapshots import Snapshot
 from laplace_lora.models.modes import evaluation_mode
@@ -48,6 +49,7 @@ class Fitter:
             )
         if checkpoint_every is not None and checkpoint_dir is None:
             raise ValueError("checkpoint_every needs checkpoint_dir")
+        posterior.engine.is_verified = False  # data of another form may come
         snapshots: list[Snapshot] = []
 
         def summed(data_pass: Pass) -> Sums:
@@ -58,16 +60,17 @@ class Fitter:
             return accumulate(posterior, data_pass, train_loader, progress_bar, snapshot)
 
         sums = summed(self._first_pass(train_loader))
-        raw = structure.finish(posterior.engine, sums.state, sums.n)
-        loss, n = sums.loss, sums.n
+        raw = structure.finish(posterior.engine, sums.state.curvature, sums.n)
+        loss, n, gradient = sums.loss, sums.n, sums.state.gradient.total
         earlier = posterior.state
         if earlier.is_fitted and not override:
             before = structure.raw(earlier.curvature)
             raw = structure.merge(raw, n, before, earlier.n_data)
             loss, n = loss + earlier.loss, n + earlier.n_data
+            gradient = _total(gradient, earlier.loss_gradient)
         if structure.has_second_pass:
             raw = corrected(posterior.engine, raw, sums.n, summed)
-        state = self._state(raw, loss, n, posterior.engine.n_outputs)
+        state = self._state(raw, loss, gradient, n, posterior.engine.n_outputs)
         for snapshot in reversed(snapshots):
             snapshot.remove()
         return state
@@ -88,13 +91,14 @@ class Fitter:
                     outputs = f.shape[-1]
         if outputs is None:
             raise ValueError("the model does not say how many outputs it has; give `train_loader`")
-        return self._state(raw, loss, n_data, outputs)
+        return self._state(raw, loss, None, n_data, outputs)
 
     def merge(self, others: Sequence[Posterior]) -> PosteriorState:
         """Return the state of all data together, see `LoraLaplace.merge`."""
         posterior, structure = self.posterior, self.posterior.structure
         raw = structure.raw(posterior.state.curvature)
         n, loss = posterior.state.n_data, posterior.state.loss
+        gradient = posterior.state.loss_gradient
         expected = identity(posterior)
         for other in others:
             if other.kind != posterior.kind or other.arguments != posterior.arguments:
@@ -103,9 +107,12 @@ class Fitter:
             added = structure.to(other.state.curvature, posterior.device)
             raw = structure.merge(raw, n, structure.raw(added), other.state.n_data)
             n, loss = n + other.state.n_data, loss + other.state.loss
-        return self._state(raw, loss, n, posterior.state.n_outputs)
+            gradient = _total(gradient, other.state.loss_gradient)
+        return self._state(raw, loss, gradient, n, posterior.state.n_outputs)
 
-    def _state(self, raw: Any, loss: float, n_data: int, n_outputs: int) -> PosteriorState:
+    def _state(
+        self, raw: Any, loss: float, gradient: Tensor | None, n_data: int, n_outputs: int
+    ) -> PosteriorState:
         posterior = self.posterior
         return PosteriorState(
             posterior.settings.uncalibrated(),
@@ -115,6 +122,7 @@ class Fitter:
             loss,
             n_data,
             n_outputs,
+            gradient,
         )
 
     def _first_pass(self, loader: DataLoader[Any]) -> Pass:
@@ -123,7 +131,20 @@ class Fitter:
         with suppress(TypeError):  # a stream has no length
             expected = len(loader.dataset)  # type: ignore[arg-type]
 
-        def add(sums: Any, x: Any, y: Tensor) -> tuple[Tensor, Any]:
-            return structure.add(engine, sums, x, y, expected)
+        def add(sums: FitSums | None, x: Any, y: Tensor) -> tuple[Tensor, FitSums]:
+            if sums is None:
+                sums = FitSums(None, LossGradient(engine.sizes, engine.dtype, engine.device))
+            loss, sums.curvature = structure.add(
+                engine, sums.curvature, (x, y), sums.gradient, expected
+            )
+            return loss, sums
 
-        return (Pass if structure.adds_up else RowPass)(add, structure.tensors)
+        def tensors(sums: FitSums) -> list[Tensor]:
+            return [*structure.tensors(sums.curvature), sums.gradient.total]
+
+        return (Pass if structure.adds_up else RowPass)(add, tensors)
+
+
+def _total(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Return the sum of two gradients, ``None`` where one is not known."""
+    return None if a is None or b is None else a + b.to(a)

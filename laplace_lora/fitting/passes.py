@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.data.distributed import add_up, gather
 from laplace_lora.linalg.row_storage import RowStorage
 
@@ -47,25 +48,42 @@ class Pass:
             tensor.copy_(value)
 
 
+@dataclass
+class FitSums:
+    """What the first pass of a fit adds up.
+
+    Attributes:
+        curvature: Sums of the structure's kind, ``None`` before the first batch.
+        gradient: The loss's gradient.
+    """
+
+    curvature: Any
+    gradient: LossGradient
+
+
 class RowPass(Pass):
     """A pass that collects rows, where others add up."""
 
-    def signature(self, state: RowStorage) -> Any:
+    def signature(self, state: FitSums) -> Any:
         """Return what must be equal in processes whose rows go together."""
-        return [*state.sizes, str(state.dtype)]
+        return [*state.curvature.sizes, str(state.curvature.dtype)]
 
-    def combine(self, state: RowStorage) -> None:
+    def combine(self, state: FitSums) -> None:
         """Take in the rows of all processes, in the order of their ranks."""
-        gathered = state.like()
-        for i in range(len(state.sizes)):
+        rows: RowStorage = state.curvature
+        gathered = rows.like()
+        for i in range(len(rows.sizes)):
             # As bytes: not every backend knows every dtype.
-            local = state.matrix(i).to(state.device).view(torch.uint8)
-            gathered.append(i, gather(local).view(state.dtype))
-        state.take(gathered)
+            local = rows.matrix(i).to(rows.device).view(torch.uint8)
+            gathered.append(i, gather(local).view(rows.dtype))
+        rows.take(gathered)
+        add_up([state.gradient.total])
 
-    def resume(self, state: RowStorage, stored: Sequence[Tensor]) -> None:
+    def resume(self, state: FitSums, stored: Sequence[Tensor]) -> None:
         """Put the rows of an interrupted pass in the place of a first batch's."""
-        state.replace(stored)
+        *rows, gradient = stored
+        state.curvature.replace(rows)
+        state.gradient.total.copy_(gradient)
 
 
 @dataclass

@@ -113,6 +113,19 @@ class Likelihood(Protocol):
         """Return the gradient of the negative log likelihood, ``(1, batch, outputs)``."""
         ...
 
+    def residual_weights(self, root: Tensor, f: Tensor, y: Tensor) -> Tensor | None:
+        """Return weights with which the exact root's columns add up to the residual.
+
+        Args:
+            root: Columns ``(columns, batch, outputs)`` of the exact root.
+            f: Outputs.
+            y: Labels.
+
+        Returns:
+            Shape ``(columns, batch)``; ``None`` where there is no closed form.
+        """
+        ...
+
     def n_columns(self, outputs: int) -> int:
         """Return how many columns the exact root has per example."""
         ...
@@ -153,6 +166,10 @@ class LikelihoodDefaults:
     def by_example(self, batch: Any, label_key: str) -> Any:
         """Return the batch: its rows are examples."""
         return batch
+
+    def residual_weights(self, root: Tensor, f: Tensor, y: Tensor) -> Tensor | None:
+        """Return ``None``: there is no closed form."""
+        return None
 
 
 def split_mapping_or_pair(batch: Any, label_key: str, device: torch.device) -> tuple[Any, Tensor]:

@@ -55,6 +55,12 @@ class Classification(LikelihoodDefaults):
         """Return ``softmax(f) − onehot(y)``, ``(1, batch, outputs)``."""
         return softmax_residual(f, y)
 
+    def residual_weights(self, root: Tensor, f: Tensor, y: Tensor) -> Tensor | None:
+        """Return ``−Sᵀ e_y / p_y``: ``S Sᵀ e_y = p_y (e_y − p)`` holds for every exact root."""
+        log_p = f.double().log_softmax(-1).gather(-1, y.unsqueeze(-1))
+        at_label = root.double().gather(-1, y.expand(len(root), -1).unsqueeze(-1)).squeeze(-1)
+        return -at_label * (-log_p.squeeze(-1)).clamp(max=600).exp()
+
     def n_columns(self, outputs: int) -> int:
         """Return ``outputs − 1``."""
         return outputs - 1

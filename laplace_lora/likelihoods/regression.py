@@ -61,6 +61,10 @@ class Regression(LikelihoodDefaults):
         """Return ``f − y``, ``(1, batch, outputs)``."""
         return (f - y).unsqueeze(0)
 
+    def residual_weights(self, root: Tensor, f: Tensor, y: Tensor) -> Tensor | None:
+        """Return ``f − y``: the root is the identity."""
+        return (f - y).T
+
     def n_columns(self, outputs: int) -> int:
         """Return ``outputs``."""
         return outputs

@@ -84,6 +84,16 @@ def device_of(model: nn.Module) -> torch.device:
     return next(devices, torch.device("meta"))
 
 
+def coarsest_dtype(model: nn.Module) -> torch.dtype:
+    """Return the coarsest dtype in which a model computes; bfloat16 if it is quantised."""
+    if torch.is_autocast_enabled(device_of(model).type):
+        return torch.bfloat16
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if not all(dtype.is_floating_point for dtype in dtypes):
+        return torch.bfloat16
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode; each module's own mode comes back afterwards.

@@ -309,6 +309,7 @@ class LoraLaplace(SavedLaplace):
             settings=state.settings.to(device),
             curvature=self.structure.to(state.curvature, device) if state.is_fitted else None,
             mean=None if state.mean is None else state.mean.to(device),
+            loss_gradient=None if state.loss_gradient is None else state.loss_gradient.to(device),
         )
         return self
 

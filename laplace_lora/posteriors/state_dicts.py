@@ -27,7 +27,12 @@ def state_entries(posterior: Posterior) -> dict[str, Any]:
     structure, curvature = posterior.structure, posterior.state.curvature
     raw = structure.raw(curvature)
     packed = raw if isinstance(raw, Tensor) else structure.pack(curvature)
-    return {"H": packed, **{name: getattr(posterior.settings, name) for name in CALIBRATED}}
+    gradient = {"loss_gradient": posterior.state.loss_gradient}
+    return {
+        "H": packed,
+        **gradient,
+        **{name: getattr(posterior.settings, name) for name in CALIBRATED},
+    }
 
 
 def read_state(posterior: Posterior, state_dict: Mapping[str, Any]) -> PosteriorState:
@@ -70,6 +75,7 @@ def read_state(posterior: Posterior, state_dict: Mapping[str, Any]) -> Posterior
         state_dict["loss"],
         state_dict["n_data"],
         state_dict["n_outputs"],
+        state_dict.get("loss_gradient"),
     )
 
 

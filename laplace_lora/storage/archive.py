@@ -23,6 +23,7 @@ from laplace_lora.storage.fingerprint import check_identity, identity
 from laplace_lora.structures.state import Posterior, PosteriorState, Settings
 
 PREFIX = "curvature."
+GRADIENT = "loss_gradient"
 
 
 def save_posterior(posterior: Posterior, folder: Path, backend: str) -> None:
@@ -39,6 +40,8 @@ def save_posterior(posterior: Posterior, folder: Path, backend: str) -> None:
     tensors, description = posterior.structure.pack(state.curvature)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}
     tensors |= {name: getattr(settings, name) for name in ("prior_precision", "prior_mean")}
+    if state.loss_gradient is not None:
+        tensors[GRADIENT] = state.loss_gradient
     tensors["sigma_noise"] = torch.as_tensor(settings.sigma_noise).reshape(1)
     payload = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
     config = {
@@ -114,9 +117,13 @@ def _state(
         scale,
         temperature,
     )
-    return PosteriorState(
-        settings, curvature, posterior.current_weights(), sizes, loss, n_data, n_outputs
-    )
+    gradient = tensors.get(GRADIENT)  # files of earlier versions have none
+    if gradient is not None:
+        if gradient.shape != (sum(sizes),):
+            raise ValueError(f"the gradient has shape {tuple(gradient.shape)}")
+        gradient = gradient.to(posterior.device, posterior.dtype)
+    weights = posterior.current_weights()
+    return PosteriorState(settings, curvature, weights, sizes, loss, n_data, n_outputs, gradient)
 
 
 def _count(scalars: Mapping[str, Any], name: str) -> int:

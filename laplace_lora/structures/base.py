@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.curvature.engine import Engine
+from laplace_lora.curvature.loss_gradient import LossGradient
 
 Gram = tuple[Tensor, Tensor]
 Spectrum = list[tuple[Tensor, int]]
@@ -92,15 +93,20 @@ class Structure(Protocol[Sums, Raw, Curvature]):
         ...
 
     def add(
-        self, engine: Engine, sums: Sums | None, x: Any, y: Tensor, expected: int | None
+        self,
+        engine: Engine,
+        sums: Sums | None,
+        batch: tuple[Any, Tensor],
+        gradient: LossGradient,
+        expected: int | None,
     ) -> tuple[Tensor, Sums]:
         """Add a batch; return its loss and the sums.
 
         Args:
             engine: The model and its likelihood.
             sums: What earlier batches returned; ``None`` before the first.
-            x: Batch that the model takes.
-            y: Its labels.
+            batch: What the model takes, and labels.
+            gradient: Where the loss's gradient is added up.
             expected: Examples of the whole data set, if known.
         """
         ...

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from laplace_lora.curvature import batch_curvature
 from laplace_lora.curvature.engine import Engine, joined
+from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.structures.base import Gram, Spectrum
 from laplace_lora.structures.state import expanded
 from laplace_lora.structures.tensor_sum import TensorSum
@@ -92,10 +93,15 @@ class Dense(TensorSum):
         return [sum(self.sizes)] * 2
 
     def add(
-        self, engine: Engine, sums: Tensor | None, x: Any, y: Tensor, expected: int | None
+        self,
+        engine: Engine,
+        sums: Tensor | None,
+        batch: tuple[Any, Tensor],
+        gradient: LossGradient,
+        expected: int | None,
     ) -> tuple[Tensor, Tensor]:
         """Add a batch's matrix."""
-        loss, matrix = batch_curvature.matrix(engine, x, y)
+        loss, matrix = batch_curvature.matrix(engine, *batch, gradient)
         return loss, matrix if sums is None else sums + matrix
 
     def precision(self, curvature: Tensor, prior: Tensor, scale: Tensor) -> DensePrecision:

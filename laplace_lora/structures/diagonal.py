@@ -11,6 +11,7 @@ from torch import Tensor
 
 from laplace_lora.curvature import batch_curvature
 from laplace_lora.curvature.engine import Engine
+from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.structures.base import Gram, Spectrum
 from laplace_lora.structures.state import expanded
 from laplace_lora.structures.tensor_sum import TensorSum
@@ -79,10 +80,15 @@ class Diagonal(TensorSum):
         return [sum(self.sizes)]
 
     def add(
-        self, engine: Engine, sums: Tensor | None, x: Any, y: Tensor, expected: int | None
+        self,
+        engine: Engine,
+        sums: Tensor | None,
+        batch: tuple[Any, Tensor],
+        gradient: LossGradient,
+        expected: int | None,
     ) -> tuple[Tensor, Tensor]:
         """Add a batch's diagonal."""
-        loss, diagonal = batch_curvature.diagonal(engine, x, y)
+        loss, diagonal = batch_curvature.diagonal(engine, *batch, gradient)
         return loss, diagonal if sums is None else sums + diagonal
 
     def precision(self, curvature: Tensor, prior: Tensor, scale: Tensor) -> DiagonalPrecision:

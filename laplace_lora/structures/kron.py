@@ -13,6 +13,7 @@ from laplace_lora.curvature.batch_curvature import add_factors, assembled
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.kfac import KfacSums
 from laplace_lora.curvature.kron_protocol import LowRankKron, LowRankKronDecomposed
+from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.linalg.packing import TABLE, diagonal_blocks, pack_kron, unpack_kron
 from laplace_lora.linalg.sketch import FactorSpec
 from laplace_lora.structures.eigenvalue_correction import CorrectedKron
@@ -66,10 +67,15 @@ class Kron:
         return self
 
     def add(
-        self, engine: Engine, sums: KfacSums | None, x: Any, y: Tensor, expected: int | None
+        self,
+        engine: Engine,
+        sums: KfacSums | None,
+        batch: tuple[Any, Tensor],
+        gradient: LossGradient,
+        expected: int | None,
     ) -> tuple[Tensor, KfacSums]:
         """Add a batch to the K-FAC sums, see `add_factors`."""
-        return add_factors(engine, x, y, self.spec, sums)
+        return add_factors(engine, *batch, self.spec, sums, gradient)
 
     def tensors(self, sums: KfacSums) -> list[Tensor]:
         """Return the tensors that the sums consist of."""

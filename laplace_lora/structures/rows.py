@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.curvature.engine import Engine
+from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.linalg.row_precision import RowPrecision, gram_matrix
 from laplace_lora.linalg.row_storage import RowStorage, free_space
 from laplace_lora.structures import sizes as memory
@@ -122,7 +123,12 @@ class Rows:
         return replace(self, sizes=tuple(engine.sizes), row_dtype=dtype)
 
     def add(
-        self, engine: Engine, sums: RowStorage | None, x: Any, y: Tensor, expected: int | None
+        self,
+        engine: Engine,
+        sums: RowStorage | None,
+        batch: tuple[Any, Tensor],
+        gradient: LossGradient,
+        expected: int | None,
     ) -> tuple[Tensor, RowStorage]:
         """Add a batch's rows.
 
@@ -130,12 +136,13 @@ class Rows:
             MemoryError: If the rows of all examples will not fit; says what to do.
             FloatingPointError: If a row is not finite; names the tensor.
         """
-        loss, blocks = engine.root_blocks(x, y)
+        loss, blocks = engine.root_blocks(*batch, gradient)
         for i, block in enumerate(blocks):
             rows = checked_rows(engine, i, block)
             if sums is None:
-                columns = len(rows) // len(y)
-                self.check_room(engine.device, columns * (expected or len(y)))
+                examples = len(batch[1])
+                columns = len(rows) // examples
+                self.check_room(engine.device, columns * (expected or examples))
                 sums = self.empty(engine)
             sums.append(i, rows)
         assert sums is not None

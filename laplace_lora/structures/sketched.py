@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.curvature.engine import Engine
+from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.linalg.row_storage import RowStorage
 from laplace_lora.linalg.sketch import Factor, FactorSpec, LowRankFactor, sketch_columns
@@ -59,14 +60,19 @@ class Sketched:
         return replace(self, sizes=tuple(engine.sizes))
 
     def add(
-        self, engine: Engine, sums: Factor | None, x: Any, y: Tensor, expected: int | None
+        self,
+        engine: Engine,
+        sums: Factor | None,
+        batch: tuple[Any, Tensor],
+        gradient: LossGradient,
+        expected: int | None,
     ) -> tuple[Tensor, Factor]:
         """Add a batch's rows to the sketch.
 
         Raises:
             FloatingPointError: If a row is not finite; names the tensor.
         """
-        loss, blocks = engine.root_blocks(x, y)
+        loss, blocks = engine.root_blocks(*batch, gradient)
         parts = [checked_rows(engine, i, block) for i, block in enumerate(blocks)]
         # A sketch needs a row's product with the test matrix first, over all tensors.
         sums = self.empty(engine) if sums is None else sums

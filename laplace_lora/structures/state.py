@@ -57,6 +57,8 @@ class PosteriorState:
         loss: Summed training loss.
         n_data: Number of training examples.
         n_outputs: Number of outputs.
+        loss_gradient: Gradient of the summed loss at the MAP weights, ``(parameters,)``; ``None``
+            where it is not known, as of files of earlier versions.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -66,6 +68,7 @@ class PosteriorState:
     loss: float = 0.0
     n_data: int = 0
     n_outputs: int = 0
+    loss_gradient: Tensor | None = None
 
     @property
     def is_fitted(self) -> bool:

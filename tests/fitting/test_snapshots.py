@@ -47,15 +47,16 @@ def test_a_resumed_fit_equals_an_uninterrupted_one(cls, kwargs, after, tmp_path,
     second = posterior(cls, **kwargs)
     original = type(second.structure).add
 
-    def counted(structure, engine, sums, x, y, expected):
-        seen.append(len(y))
-        return original(structure, engine, sums, x, y, expected)
+    def counted(structure, engine, sums, batch, *rest):
+        seen.append(len(batch[1]))
+        return original(structure, engine, sums, batch, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(type(second.structure), "add", counted)
         second.fit(data, **options)
     assert len(seen) == 1 + len(data) - after  # the first batch again, for the shape of the sums
     assert torch.equal(second(BATCH), straight(BATCH))
+    assert torch.equal(second.state.loss_gradient, straight.state.loss_gradient)
     assert second.loss == straight.loss and second.n_data == straight.n_data
     assert not list((tmp_path / "fit").iterdir())
 
