@@ -9,6 +9,8 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFas
 
 from laplace_lora import KronLoraLaplace, KronLoraLLLaplace, LogitsModel
 from laplace_lora.likelihoods import language_modeling as likelihoods_module
+from laplace_lora.likelihoods.base import CONTRASTS
+from laplace_lora.likelihoods.classification import LOGITS
 from laplace_lora.models.token_model import TokenModel
 from laplace_lora.predictive.glm import Predictor
 from support.language import EXACT, language_posterior, text_batch, text_loader
@@ -72,9 +74,11 @@ def test_what_makes_no_sense_is_refused(monkeypatch):
     batch = text_batch()
     with pytest.raises(ValueError, match=r"laplace_lora\.generation"):
         la(batch)
-    for call in (la.backend.jacobians, Predictor(la.fitted).gram_blocks):
+    with pytest.raises(ValueError, match=r"laplace_lora\.generation"):
+        la.backend.jacobians(batch)
+    for readout in (LOGITS, CONTRASTS):
         with pytest.raises(ValueError, match=r"laplace_lora\.generation"):
-            call(batch)
+            Predictor(la.fitted).gram_blocks(batch, readout)
     with pytest.raises(ValueError, match=r"laplace_lora\.generation"):
         la.backend.jacobians(batch, enable_backprop=True)
     with pytest.raises(ValueError, match=r"laplace_lora\.generation"):

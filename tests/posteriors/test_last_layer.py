@@ -6,6 +6,8 @@ from laplace import LLLaplace
 from torch.nn.utils import parameters_to_vector
 
 from laplace_lora import DiagLoraLLLaplace, FullLoraLLLaplace, KronLoraLLLaplace, LogitsModel
+from laplace_lora.likelihoods.base import CONTRASTS
+from laplace_lora.likelihoods.classification import LOGITS
 from laplace_lora.predictive.glm import Predictor
 from support.batches import loader, token_batch
 from support.last_layer import MODELS, PARAMETRIC, PLAIN, by_name, last_layer_logits_model, padded
@@ -107,13 +109,17 @@ def test_one_pass_grid_of_the_head(cls):
     la = cls(last_layer_logits_model("bert"), "classification")
     la.fit(loader())
     (batch,) = loader(7)
-    mean, blocks = Predictor(la.fitted).gram_blocks(batch)
-    grams = [gram for _, pairs in blocks for gram in pairs]
-    for delta in (0.01, 1.0, 30.0):
-        la.prior_precision = delta
-        expected_mean, expected = la._glm_predictive_distribution(batch)
-        assert_near(sum((M / (e + delta)).sum(-1) for e, M in grams), expected)
-        assert_near(mean, expected_mean)
+    rows = torch.tensor([[-1.0, 1, 0], [-1, 0, 1]], dtype=torch.float64)
+    for readout, functions in ((LOGITS, torch.eye(3).double()), (CONTRASTS, rows)):
+        la.prior_precision = 1.0
+        mean, blocks = Predictor(la.fitted).gram_blocks(batch, readout)
+        grams = [gram for _, pairs in blocks for gram in pairs]
+        for delta in (0.01, 1.0, 30.0):
+            la.prior_precision = delta
+            expected_mean, expected = la._glm_predictive_distribution(batch)
+            covariance = functions @ expected @ functions.T
+            assert_near(sum((M / (e + delta)).sum(-1) for e, M in grams), covariance)
+            assert_near(mean, expected_mean @ functions.T)
 
 
 def test_layerwise_priors_where_the_structure_allows():

@@ -43,14 +43,15 @@ def test_evidence_and_predictions_are_as_they_were(folder):
     check(la.prior_precision, expected["prior_precision"])
     assert float(la.sigma_noise) == pytest.approx(expected["sigma_noise"], rel=1e-9)
     batch = {key: torch.tensor(value) for key, value in expected["batch"].items()}
+    link = {"link_approx": "probit"}  # their default
     if la.likelihood == "regression":
         found = dict(zip(("mean", "covariance"), la(batch), strict=True))
     elif la.likelihood == "reward_modeling":
         difference, variance = la.reward_difference(batch)
-        found = {"probs": la(batch), "difference": difference, "variance": variance}
+        found = {"probs": la(batch, **link), "difference": difference, "variance": variance}
     else:
         whole = la.predict(batch, n_samples=2, progress_bar=False)
-        found = {"probs": la(batch), "mean": whole.mean, "covariance": whole.covariance}
+        found = {"probs": la(batch, **link), "mean": whole.mean, "covariance": whole.covariance}
     assert found.keys() == expected["predictions"].keys()
     for name, value in found.items():
         check(value, expected["predictions"][name])

@@ -69,7 +69,7 @@ def block_diagonal_part(matrix, model):
     return torch.block_diag(*parts)
 
 
-def validation_nll(la, link="probit"):
+def validation_nll(la, link="quadrature"):
     """Mean NLL of the validation examples, from one prediction each."""
     total, count = 0.0, 0
     for batch in validation(8):

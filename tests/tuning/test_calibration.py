@@ -13,6 +13,7 @@ from support.references import assert_near, validation_nll
     "cls,kwargs,link,width",
     [
         *((KronLoraLaplace, LOW, link, w) for link in ("probit", "mc") for w in (0.1, 1.0, 10.0)),
+        (KronLoraLaplace, LOW, "quadrature", 10.0),
         (DiagLoraLaplace, {}, "probit", 10.0),
     ],
 )

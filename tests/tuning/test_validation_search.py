@@ -7,6 +7,9 @@ from laplace.utils.metrics import RunningNLLMetric
 from torch.utils.data import DataLoader
 
 from laplace_lora import KronLoraLaplace, LoraGGN
+from laplace_lora.likelihoods.base import CONTRASTS
+from laplace_lora.likelihoods.classification import LOGITS
+from laplace_lora.likelihoods.links import contrasts_of
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.tuning.groups import prior_groups
 from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
@@ -42,6 +45,7 @@ def test_one_pass_grid_equals_laplace_torchs_own_search():
     theirs = KronLaplace(ours.model, "classification", backend=LoraGGN)
     theirs.fit(loader())
     options = {"val_loader": validation(), "grid_size": 11}
+    options["link_approx"] = "probit"
     for metric in (None, RunningNLLMetric(), lambda p, y: -p[range(len(y)), y].log().mean()):
         for la in (ours, theirs):
             la.optimize_prior_precision(method="gridsearch", loss=metric, **options)
@@ -69,7 +73,8 @@ def test_grid_bounds_and_sampling_predictive():
     assert la.prior_precision.item() in (pytest.approx(1e-4), pytest.approx(1e4))
 
 
-def test_losses_stay_finite_where_probabilities_underflow():
+@pytest.mark.parametrize("link", ["quadrature", "probit"])
+def test_losses_stay_finite_where_probabilities_underflow(link):
     la = posterior(dtype=torch.float32, prior_precision=1e6, **DENSE)
     original = la.model.forward
     la.model.forward = lambda batch: original(batch) * 1e4
@@ -77,7 +82,7 @@ def test_losses_stay_finite_where_probabilities_underflow():
 
     grid = torch.logspace(5, 8, 3)
     _, losses = grid_search(
-        Predictor(la.fitted), validation(), grid, scoring_of(la.fitted, "probit", 1), None, False
+        Predictor(la.fitted), validation(), grid, scoring_of(la.fitted, link, 1), None, False
     )
     assert losses.isfinite().all()
 
@@ -121,13 +126,17 @@ def test_the_cached_covariance_is_that_of_the_posterior(cls, kwargs):
     prior = torch.logspace(-1, 1, posterior(cls, fit=False, **kwargs).n_layers)
     la = posterior(cls, prior_precision=prior, **kwargs)
     groups = prior_groups(la.block_names, "matrix")
-    cache = ValidationCache(Predictor(la.fitted), validation(8), groups)
+    caches = [
+        ValidationCache(Predictor(la.fitted), validation(8), groups, readout)
+        for readout in (LOGITS, CONTRASTS)
+    ]
     factors = torch.tensor([0.3, 7.0]).double()
     la.prior_precision = prior * factors[groups]
     (batch,) = validation(8)
-    mean, covariance = la._glm_predictive_distribution(batch)
-    assert_near(cache.mean, mean)
-    assert_near(cache.covariance(factors), covariance, 2e-3)
+    moments = la._glm_predictive_distribution(batch)
+    for cache, (mean, covariance) in zip(caches, (moments, contrasts_of(*moments)), strict=True):
+        assert_near(cache.mean, mean)
+        assert_near(cache.covariance(factors), covariance, 2e-3)
 
 
 @pytest.mark.parametrize("method", ["gridsearch", "val_gd"])
