@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from peft.tuners.lora import Embedding as LoraEmbedding
@@ -120,8 +121,11 @@ def trainable_maps(
             owners.setdefault(id(parameter), []).append((linear, is_bias))
 
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    holders = _holders(model)
+    tied = {id(p) for _, p in trainable if holders[id(p)] > 1}
     if uncovered == "error":
-        _check_covered({name: len(owners.get(id(p), [])) for name, p in trainable})
+        counts = {name: 2 if id(p) in tied else len(owners.get(id(p), [])) for name, p in trainable}
+        _check_covered(counts)
     owned = []
     for name, parameter in trainable:
         if parameter.device.type == "meta":
@@ -129,7 +133,7 @@ def trainable_maps(
                 f"the trainable parameter {name!r} is offloaded; keep it on a device, or freeze it"
             )
         candidates = owners.get(id(parameter), [])
-        if len(candidates) == 1:
+        if len(candidates) == 1 and id(parameter) not in tied:
             owner, is_bias = candidates[0]
         else:
             owner, is_bias = WholeTensor.from_parameter(name, parameter), True
@@ -142,6 +146,16 @@ def trainable_maps(
             "`model.set_adapter(name)`"
         )
     return maps_and_blocks(maps, owned)
+
+
+def _holders(model: nn.Module) -> Counter[int]:
+    """Return in how many modules each tensor is, by its ``id``.
+
+    An input embedding tied to the output head is in two, one of which is no linear map.
+    """
+    return Counter(
+        id(p) for module in set(model.modules()) for p in set(module._parameters.values())
+    )
 
 
 def _check_covered(owner_counts: dict[str, int]) -> None:

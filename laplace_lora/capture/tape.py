@@ -127,21 +127,9 @@ class Tape:
         floating = [t.dtype for t in tensors if t.is_floating_point()]
         return max(floating, key=lambda dtype: torch.finfo(dtype).eps)
 
-    def parameter_gradients(
-        self, column: Tensor, parameters: Sequence[Tensor]
+    def backward(
+        self, columns: Tensor, visit: Visitor, parameters: Sequence[Tensor] | None = None
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of tensors by autograd itself; keeps the graph.
-
-        Args:
-            column: Gradient with respect to the output, ``(rows, outputs)``.
-            parameters: The tensors.
-        """
-        column = column.to(self._output.dtype)
-        return torch.autograd.grad(
-            self._output, parameters, column, retain_graph=True, allow_unused=True
-        )
-
-    def backward(self, columns: Tensor, visit: Visitor, keep_graph: bool = False) -> None:
         """Run one backward pass per column; frees the graph after the last.
 
         Args:
@@ -149,10 +137,16 @@ class Tape:
             visit: Called with the indices of column and map and the gradient with respect to the
                 map's output, ``(batch, tokens, p)`` or ``(batch, p)``, as soon as the backward
                 pass has computed it. Not called for a map on which the output does not depend.
-            keep_graph: Keep the graph for another call.
+            parameters: Tensors whose gradients autograd is to compute in the same passes; then the
+                graph is kept.
+
+        Returns:
+            Their gradients in the last pass, ``None`` for those that the output does not depend on.
         """
-        if not self._targets:
-            return
+        targets = self._targets if parameters is None else parameters
+        found: tuple[Tensor | None, ...] = ()
+        if not targets:
+            return found
         column = 0
         pending: dict[int, dict[int, Tensor]] = {}  # gradients of maps whose calls are not all seen
 
@@ -180,15 +174,16 @@ class Tape:
                 for call, gradient in enumerate(gradients):
                     stack.enter_context(gradient.watched(hook(i, call)))
             for column in range(len(columns)):
-                torch.autograd.grad(
+                found = torch.autograd.grad(
                     self._output,
-                    self._targets,
+                    targets,
                     columns[column].to(self._output.dtype),
-                    retain_graph=keep_graph or column + 1 < len(columns),
+                    retain_graph=parameters is not None or column + 1 < len(columns),
                     allow_unused=True,
                 )
                 for i in list(pending):  # the output does not depend on all calls of these
                     finish(i)
+        return found
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -18,9 +18,10 @@ from laplace_lora.adapters.discovery import trainable_maps
 from laplace_lora.adapters.maps import Block, LinearMap, wide_dtype
 from laplace_lora.adapters.peft_state import check_adapters
 from laplace_lora.capture.jacobians import jacobian_blocks
+from laplace_lora.capture.output_verification import verify_outputs
 from laplace_lora.capture.recorder import MisfitError, record
 from laplace_lora.capture.tape import Tape
-from laplace_lora.capture.verification import verify_gradients, verify_outputs
+from laplace_lora.capture.verification import verify_gradients
 from laplace_lora.curvature.kfac import Rows
 from laplace_lora.curvature.loss_gradient import LossGradient, ResidualColumns
 from laplace_lora.likelihoods.base import Columns, Likelihood

@@ -86,6 +86,12 @@ class LastLayerModel(nn.Module):
         """Return logits ``(batch, outputs)``, for pairs both rewards."""
         return torch.cat([self.head(self.features(part)) for part in passes(batch)], dim=-1)
 
+    def own_logits(self, batch: Any) -> Tensor | None:
+        """Return the logits of the transformer by itself, see `LogitsModel`."""
+        with evaluation_mode(self.source):  # which is no part of the module tree
+            own: Tensor | None = self.source.own_logits(batch)
+        return own
+
     def __deepcopy__(self, memo: dict[int, Any]) -> LastLayerModel:
         """Copy the head, and share the transformer unless it is being copied as well."""
         twin = object.__new__(type(self))

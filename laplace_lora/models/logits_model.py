@@ -15,7 +15,8 @@ from laplace_lora.data.pairs import is_pair, passes
 from laplace_lora.models.last_layer_model import head_tensors, last_linear, n_rows
 from laplace_lora.models.modes import device_of
 from laplace_lora.models.narrowing import last_true, one_token, rows_only
-from laplace_lora.models.thread_hooks import on_output
+from laplace_lora.models.positions import PositionRule
+from laplace_lora.models.thread_hooks import on_input, on_output
 
 
 class LogitsModel(nn.Module):
@@ -60,6 +61,8 @@ class LogitsModel(nn.Module):
         )
         self.config: Any = getattr(self._base, "config", None)
         self._arguments = frozenset(inspect.signature(self._base.forward).parameters)
+        prompts = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+        self._positions = PositionRule("position_ids" in self._arguments and not prompts)
         activate_adapter(model)
         ids = None
         if target_ids is not None:
@@ -139,6 +142,32 @@ class LogitsModel(nn.Module):
             logits = self._logits(self.model(batch.to(self.device)))
         return wide(logits.to(self.device))  # a model may be spread over devices
 
+    def own_logits(self, batch: Mapping[str, Any] | Tensor) -> Tensor | None:
+        """Return the logits that the model itself gives for a batch, ``None`` if ours are these.
+
+        The model runs as a whole, at all tokens and for all of the vocabulary, and counts positions
+        by itself.
+
+        Args:
+            batch: As for `forward`.
+        """
+        if not isinstance(batch, Mapping) or self.output is not None:
+            return None
+        if is_pair(batch):
+            rewards = [self.own_logits(half) for half in passes(batch)]
+            return torch.cat([reward for reward in rewards if reward is not None], dim=-1)
+        inputs = self._inputs(batch)
+        if self.target_ids is None:
+            logits = self._logits(self.model(**inputs))
+        else:
+            mask = self._answer_mask(inputs)
+            logits = self.model(**inputs).logits
+            after = -1 if mask is None else last_true(mask) + logits.shape[1] - mask.shape[1]
+            rows = torch.arange(len(logits), device=logits.device)
+            at = torch.as_tensor(after, device=logits.device)
+            logits = logits[rows, at][:, self.target_ids.to(logits.device)]
+        return wide(logits.to(self.device))
+
     def features(self, batch: Mapping[str, Any] | Tensor) -> tuple[Tensor, Tensor]:
         """Return what the last linear layer sees, and the logits.
 
@@ -191,36 +220,54 @@ class LogitsModel(nn.Module):
         return inputs
 
     def _count_real_tokens(self, inputs: dict[str, Any]) -> None:
-        """Let positions count real tokens only, as in generation."""
-        mask = inputs.get("attention_mask")
-        if mask is not None and "position_ids" in self._arguments:
-            inputs.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
+        """Let positions count real tokens only, as in generation, see `PositionRule`."""
+        self._positions.apply(inputs, lambda x: self.model(**x).logits, not self.model.training)
 
     def _from_mapping(self, inputs: dict[str, Any]) -> Tensor:
         if self.target_ids is not None:
             return self._answer_logits(inputs, self.target_ids)
         head = self._score_head(inputs)
-        position = _last_unpadded(inputs, self.config) if head is not None else None
-        with one_token(head, position, keep_length=True):
+        if head is None:
             return self._logits(self.model(**inputs))
+        # The decoder picks the token by the ids that it receives itself. Prompt tuning hands it
+        # embeddings instead, of a longer text.
+        received = {"input_ids": inputs["input_ids"]}
+
+        def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            received["input_ids"] = kwargs.get("input_ids", args[0] if args else None)
+
+        def position() -> Tensor | None:
+            return _last_unpadded(received["input_ids"], self.config)
+
+        handle = on_input(self._base, note)
+        try:
+            with one_token(head, position, keep_length=True):
+                return self._logits(self.model(**inputs))
+        finally:
+            handle.remove()
 
     def _logits(self, returned: Any) -> Tensor:
         if self.output is not None:
             return self.output(returned)
         return returned if isinstance(returned, Tensor) else returned.logits
 
+    def _answer_mask(self, inputs: dict[str, Any]) -> Tensor | None:
+        """Return which tokens are real where answers are read; makes the first decoder step."""
+        if not self.is_encoder_decoder:
+            return inputs.get("attention_mask")
+        start = self.config.decoder_start_token_id
+        first = inputs["input_ids"].new_full((len(inputs["input_ids"]), 1), start)
+        inputs.setdefault("decoder_input_ids", first)
+        return inputs.get("decoder_attention_mask")
+
     def _answer_logits(self, inputs: dict[str, Any], ids: Tensor) -> Tensor:
-        mask = inputs.get("attention_mask")
-        if self.is_encoder_decoder:
-            start = self.config.decoder_start_token_id
-            first = inputs["input_ids"].new_full((len(inputs["input_ids"]), 1), start)
-            inputs.setdefault("decoder_input_ids", first)
-            mask = inputs.get("decoder_attention_mask")
-        else:
+        mask = self._answer_mask(inputs)
+        if not self.is_encoder_decoder:
             self._count_real_tokens(inputs)
         head = self._vocabulary_head()
         position = None if mask is None else last_true(mask)
-        with one_token(head, position), rows_only(head, ids) as narrowed:
+        length = None if mask is None else mask.shape[1]
+        with one_token(head, position, length=length), rows_only(head, ids) as narrowed:
             logits = self.model(**inputs).logits[:, -1]
         return logits if narrowed else logits[:, ids.to(logits.device)]
 
@@ -260,7 +307,10 @@ def _checked_target_ids(target_ids: Sequence[int] | Tensor, head: Any) -> Tensor
     return ids
 
 
-def _last_unpadded(inputs: dict[str, Any], config: Any) -> Tensor | None:
-    """Return the token at which transformers' decoders classify: the last that is not padding."""
+def _last_unpadded(input_ids: Tensor | None, config: Any) -> Tensor | None:
+    """Return the token at which transformers' decoders classify: the last that is not padding.
+
+    ``None`` for the last of all, which they take where there are no ids.
+    """
     pad = config.get_text_config().pad_token_id
-    return None if pad is None else last_true(inputs["input_ids"] != pad)
+    return None if pad is None or input_ids is None else last_true(input_ids != pad)

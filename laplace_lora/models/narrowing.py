@@ -6,7 +6,7 @@ Only in the current thread: other threads' forward passes see the head as it is.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ def last_true(mask: Tensor) -> Tensor:
 @contextmanager
 def one_token(
     head: nn.Module | None,
-    position: Tensor | None,
+    position: Tensor | Callable[[], Tensor | None] | None,
     keep_length: bool = False,
     length: int | None = None,
 ) -> Iterator[None]:
@@ -36,7 +36,8 @@ def one_token(
 
     Args:
         head: The head; ``None`` changes nothing.
-        position: Index of the token of each example, ``(batch,)``.
+        position: Index of the token of each example, ``(batch,)``; or a function that tells it when
+            the head runs.
         keep_length: See above.
         length: Number of tokens that ``position`` counts. Tokens that the model puts before them,
             as prompt tuning does, are skipped.
@@ -50,8 +51,9 @@ def one_token(
         nonlocal seen
         hidden, seen = args[0], args[0].shape[1]
         at = hidden.new_full((), seen - 1, dtype=torch.long)
-        if position is not None:
-            at = position.to(hidden.device) + (0 if length is None else seen - length)
+        chosen = position() if callable(position) else position
+        if chosen is not None:
+            at = chosen.to(hidden.device) + (0 if length is None else seen - length)
         rows = torch.arange(len(hidden), device=hidden.device)
         return (hidden[rows, at].unsqueeze(1), *args[1:]), kwargs
 

@@ -7,7 +7,8 @@ must neither record nor change another thread's forward pass.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 # Held while modules change: torch numbers hooks with a counter that two threads may read at once,
 # and a model that is being copied must keep still.
 STRUCTURE = threading.RLock()
+_SUSPENDED = threading.local()
 
 
 class Handle:
@@ -28,6 +30,21 @@ class Handle:
         """Remove the hook from its module."""
         with STRUCTURE:
             self._handle.remove()
+
+
+@contextmanager
+def hooks_suspended() -> Iterator[None]:
+    """Let forward passes of the current thread run as if there were none of these hooks."""
+    before = getattr(_SUSPENDED, "yes", False)
+    _SUSPENDED.yes = True
+    try:
+        yield
+    finally:
+        _SUSPENDED.yes = before
+
+
+def _acts_for(owner: int) -> bool:
+    return threading.get_ident() == owner and not getattr(_SUSPENDED, "yes", False)
 
 
 def on_input(
@@ -47,7 +64,7 @@ def on_input(
     def own(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         # torch asks whether a hook takes keywords when it calls it. By then another thread may have
         # removed its hook, and the call comes without: hence `rest`.
-        return hook(args, *rest) if threading.get_ident() == owner else None
+        return hook(args, *rest) if _acts_for(owner) else None
 
     with STRUCTURE:
         return Handle(module.register_forward_pre_hook(own, with_kwargs=True))
@@ -69,7 +86,7 @@ def on_output(
     owner = threading.get_ident()
 
     def own(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
-        return hook(args, *rest) if threading.get_ident() == owner else None
+        return hook(args, *rest) if _acts_for(owner) else None
 
     with STRUCTURE:
         return Handle(module.register_forward_hook(own, with_kwargs=True, prepend=first))

@@ -104,8 +104,15 @@ class TokenModel(LogitsModel):
         """
         if not isinstance(batch, Mapping) or "labels" not in batch:
             raise TypeError("the batch has no 'labels', which mark the tokens to score")
-        rows, tokens = (token_labels(batch, batch["labels"]) != IGNORED).nonzero(as_tuple=True)
-        return self._logits_after(batch, rows, tokens - 1)
+        return self._logits_after(batch, *_scored(batch))
+
+    def own_logits(self, batch: Mapping[str, Any] | Tensor) -> Tensor | None:
+        """Return the logits that the model itself gives for a batch, see `LogitsModel`."""
+        assert isinstance(batch, Mapping)
+        rows, tokens = _scored(batch)
+        logits = self.model(**self._inputs(batch)).logits
+        at = tokens.to(logits.device) + logits.shape[1] - batch["input_ids"].shape[1]
+        return wide(logits[rows.to(logits.device), at])
 
     def log_likelihood(self, batch: Mapping[str, Any], temperature: float = 1.0) -> Tensor:
         """Return each text's log probability of its scored tokens, ``(batch,)``.
@@ -134,7 +141,16 @@ class TokenModel(LogitsModel):
     def _logits_after(self, batch: Mapping[str, Any], rows: Tensor, tokens: Tensor) -> Tensor:
         inputs = self._inputs(batch)
         self._count_real_tokens(inputs)
-        with at_tokens(self._vocabulary_head(), rows, tokens) as narrowed:
+        length = batch["input_ids"].shape[1]
+        with at_tokens(self._vocabulary_head(), rows, tokens, length) as narrowed:
             logits = self.model(**inputs).logits
-        index = (rows.to(logits.device), tokens.to(logits.device))
-        return wide(logits[:, 0] if narrowed else logits[index])
+        if narrowed:
+            return wide(logits[:, 0])
+        at = tokens.to(logits.device) + logits.shape[1] - length  # a prompt may stand before them
+        return wide(logits[rows.to(logits.device), at])
+
+
+def _scored(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return example and index of the tokens that predict a scored one."""
+    rows, tokens = (token_labels(batch, batch["labels"]) != IGNORED).nonzero(as_tuple=True)
+    return rows, tokens - 1

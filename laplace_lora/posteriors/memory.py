@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.data.batches import batch_length, first_examples
+from laplace_lora.data.batches import batch_length, first_examples, splits_by_example
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.structures import sizes
 from laplace_lora.structures.sizes import GIB
@@ -78,7 +78,8 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Estimate the memory of a fit and a prediction on batches like one.
 
-    Runs the model forward on the batch's first example.
+    Runs the model forward on the batch's first example, or on the whole batch where its tensors do
+    not have one row per example.
 
     Args:
         posterior: A posterior, fitted or not.
@@ -101,9 +102,11 @@ def estimate_memory(
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):
-        outputs = model(first_examples(batch, 1)).shape[-1]
+        splits = splits_by_example(batch)
+        outputs = model(first_examples(batch, 1) if splits else batch).shape[-1]
     outputs = getattr(model, "predicted_outputs", outputs)
-    activations = size * sum(n for pointer, n in saved.items() if pointer not in weights)
+    recorded = sum(n for pointer, n in saved.items() if pointer not in weights)
+    activations = recorded * size if splits else recorded
     jacobian = 2 * engine.dtype.itemsize * size * outputs * max(engine.sizes)
     columns = posterior.objective.n_columns(outputs)
     examples = n_examples or posterior.state.n_data

@@ -1,0 +1,135 @@
+"""Verify a model's outputs for a batch against single examples and its own forward pass.
+
+What is inferred about a model is checked: that examples do not mix, at which positions a decoder
+reads its tokens, that a head may be run at one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora.data.batches import one_example, splits_by_example
+from laplace_lora.data.pairs import passes
+
+# Relative errors, of outputs a little larger than these numbers: dtype -> (error, outputs).
+BOUNDS = {torch.float64: (1e-4, 0.1), torch.float32: (1e-2, 0.1)}
+COARSE = (0.05, 1.0)
+OWN = "own_logits"  # of a model that says how its transformer answers by itself
+
+
+def verify_outputs(
+    model: Any, batch: Any, output: Tensor, examples: int, dtype: torch.dtype
+) -> None:
+    """Compare outputs with those of single examples, and with the model's own forward pass.
+
+    Costs two forward passes of one example each: of the one with the most real tokens and of the
+    one with the fewest. Where a batch cannot be split, as images of several sizes in one tensor
+    cannot, the whole is compared with the model's own pass.
+
+    Args:
+        model: From a batch to outputs; `LogitsModel` says how its transformer answers by itself.
+        batch: What the model takes.
+        output: Its outputs, ``(rows, outputs)``.
+        examples: Number of examples.
+        dtype: The coarsest in which the model computes.
+
+    Raises:
+        RuntimeError: If the outputs differ.
+    """
+    own = _own_logits(model)
+    with torch.no_grad():
+        if not splits_by_example(batch, examples):
+            whole = own(batch)
+            if whole is not None and not _near(whole, output, dtype):
+                raise RuntimeError(_positions(whole, output))
+            return
+        for n in chosen_examples(batch, examples, len(output)):
+            single = one_example(batch, n)
+            # One row per example, or for tokens those of the first example.
+            rows = slice(n, n + 1) if len(output) == examples else slice(None)
+            alone = own(single)
+            if alone is not None and _near(alone, output[rows][: len(alone)], dtype):
+                continue
+            ours = model(single)
+            expected = output[rows][: len(ours)]
+            if not _near(ours, expected, dtype):
+                raise RuntimeError(
+                    f"the model mixes the examples of a batch: alone, example {n} has other "
+                    f"outputs ({_distance(ours, expected)}), so they depend on the batch. "
+                    "Switch dropout off, and replace layers that use statistics of the batch, "
+                    "such as batch norms without running statistics"
+                )
+            if alone is None:
+                continue
+            bare = own(without_padding(single))
+            if bare is not None and not _near(bare, expected, dtype):
+                raise RuntimeError(_positions(alone, expected))
+
+
+def without_padding(batch: Any) -> Any:
+    """Return a batch of one example without its padding, where it has a mask."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != 1:
+        return batch
+    real = mask[0].bool()
+    return {
+        key: value[:, real]
+        if isinstance(value, Tensor) and value.shape == mask.shape and not value.is_floating_point()
+        else value
+        for key, value in batch.items()
+    }
+
+
+def _own_logits(model: Any) -> Callable[[Any], Tensor | None]:
+    """Return what gives the logits of the transformer by itself, where a model says so."""
+    for part in (model, getattr(model, "model", None)):  # laplace-torch wraps last layers
+        if hasattr(part, OWN):
+            own: Callable[[Any], Tensor | None] = getattr(part, OWN)
+            return own
+    return lambda batch: None
+
+
+def chosen_examples(batch: Any, examples: int, rows: int) -> list[int]:
+    """Return the examples with the most and the fewest real tokens; the first one of texts."""
+    if rows != examples:
+        return [0]
+    mask = passes(batch)[0].get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != examples:
+        return [0]
+    lengths = (mask != 0).sum(1)
+    return list(dict.fromkeys([int(lengths.argmax()), int(lengths.argmin())]))
+
+
+def _bound(dtype: torch.dtype, outputs: Tensor) -> float:
+    """Return by how much outputs may differ that a model computes in a dtype."""
+    relative, smallest = BOUNDS.get(dtype, COARSE)
+    return relative * (smallest + float(outputs.abs().max()))
+
+
+def _near(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
+    if ours.shape != theirs.shape:
+        return False
+    if not ours.numel():
+        return True
+    return not float((ours.to(theirs) - theirs).abs().max()) > _bound(dtype, theirs)
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> str:
+    """Return how far outputs are apart, relative to the largest."""
+    if ours.shape != theirs.shape:
+        return f"shape {tuple(ours.shape)} for {tuple(theirs.shape)}"
+    error = float((ours.to(theirs) - theirs).abs().max() / theirs.abs().max())
+    return f"{error:.1e} of the largest"
+
+
+def _positions(theirs: Tensor, ours: Tensor) -> str:
+    return (
+        "the logits differ from those of the model's own forward pass ("
+        f"{_distance(theirs, ours)}): the model counts or reads its tokens in "
+        "another way than LogitsModel expects. Give the batches `position_ids`, or LogitsModel "
+        "an `output` callable"
+    )

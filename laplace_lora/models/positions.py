@@ -1,0 +1,87 @@
+"""`PositionRule`: who counts a decoder's positions where padding stands before a text.
+
+Generation counts real tokens only. Some models do so by themselves, some count padding as well and
+must be told, and some number positions in ways of their own (several dimensions for images, an
+offset after padding). Which it is cannot be told from names, so it is tried once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora.data.batches import splits_by_example
+from laplace_lora.models.narrowing import last_true
+from laplace_lora.models.thread_hooks import hooks_suspended
+
+NEGLIGIBLE = 1e-4  # of the largest logit: rounding, not another position
+
+
+def real_positions(mask: Tensor) -> Tensor:
+    """Return positions that count real tokens only, ``(batch, tokens)``."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+class PositionRule:
+    """Supplies ``position_ids`` where a model needs them.
+
+    Where no text begins with padding they are left to the model. Otherwise one text is run without
+    its padding, and with it in both ways: that which gives the same logits is kept.
+
+    Args:
+        takes_positions: Whether the model has an argument ``position_ids``.
+    """
+
+    def __init__(self, takes_positions: bool) -> None:
+        self._takes_positions = takes_positions
+        self._supplies: bool | None = None
+
+    def apply(
+        self, inputs: dict[str, Any], run: Callable[[dict[str, Any]], Tensor], settles: bool
+    ) -> None:
+        """Add ``position_ids`` to a model's inputs if it needs them.
+
+        Args:
+            inputs: The model's inputs, changed in place.
+            run: From inputs to logits, ``(batch, tokens, vocabulary)``.
+            settles: Whether the model may be tried: it is in evaluation mode.
+        """
+        mask = inputs.get("attention_mask")
+        if not self._takes_positions or "position_ids" in inputs or mask is None or mask.ndim != 2:
+            return
+        if bool((mask[:, 0] != 0).all()):
+            return
+        if self._supplies is None and settles:
+            self._supplies = _needs_positions(inputs, mask, run)
+        if self._supplies is not False:
+            inputs["position_ids"] = real_positions(mask)
+
+
+@torch.no_grad()
+def _needs_positions(
+    inputs: Mapping[str, Any], mask: Tensor, run: Callable[[dict[str, Any]], Tensor]
+) -> bool | None:
+    """Return whether a model must be told positions, ``None`` if that cannot be tried now."""
+    if not splits_by_example(inputs, len(mask)):
+        return False  # several images in one tensor: such models count by themselves
+    n = int((mask[:, 0] == 0).to(torch.uint8).argmax())
+    single = {k: v[n : n + 1] if isinstance(v, Tensor) and v.ndim else v for k, v in inputs.items()}
+    real = mask[n] != 0
+    bare = {
+        key: value[:, real]
+        if isinstance(value, Tensor) and value.shape[:2] == (1, len(real)) and value.ndim == 2
+        else value
+        for key, value in single.items()
+    }
+    at = int(last_true(mask[n : n + 1]))
+    told = {**single, "position_ids": real_positions(mask[n : n + 1])}
+    try:
+        with hooks_suspended():
+            truth = run(bare)[0, -1].double()
+            errors = [float((run(x)[0, at].double() - truth).abs().max()) for x in (single, told)]
+    except RuntimeError:  # inside a transform of torch.func, which has no numbers to compare
+        return None
+    return errors[1] <= max(errors[0], NEGLIGIBLE * float(truth.abs().max()))
