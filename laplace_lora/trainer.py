@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ class LaplaceCallback(TrainerCallback):
         self,
         trainer: Any,
         likelihood: str = "classification",
-        posterior: type[LoraLaplace] = KronLoraLaplace,
+        posterior: Callable[..., LoraLaplace] = KronLoraLaplace,
         *,
         save: bool = True,
         link_approx: str = QUADRATURE,
@@ -64,21 +64,21 @@ class LaplaceCallback(TrainerCallback):
         self.save = save
         self.link_approx = link_approx
         self.kwargs = kwargs
-        self.la: Any = None
+        self.la: LoraLaplace | None = None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Fit, tune, log and save."""
         model: nn.Module = self.trainer.model
-        la: Any = self.posterior(model, self.likelihood, **self.kwargs)
+        la = self.posterior(model, self.likelihood, **self.kwargs)
         progress = not args.disable_tqdm
         la.fit(self.trainer.get_train_dataloader(), progress_bar=progress)
         la.optimize_prior_precision()
         self.la = la
         metrics = {"laplace_log_marginal_likelihood": la.log_marginal_likelihood().item()}
         if self.trainer.eval_dataset is not None and not self._regresses:
-            metrics |= self._scores(self.trainer.get_eval_dataloader(), progress)
+            metrics |= self._scores(la, self.trainer.get_eval_dataloader(), progress)
         self.trainer.log(metrics)
         if self.save and args.should_save:
             la.save_pretrained(args.output_dir)
@@ -96,32 +96,35 @@ class LaplaceCallback(TrainerCallback):
         Raises:
             RuntimeError: If training has not ended.
         """
-        if self.la is None:
+        la = self.la
+        if la is None:
             raise RuntimeError("there is no posterior yet; it is fitted when training ends")
         loader = self.trainer.get_test_dataloader(dataset)
-        if not self._regresses:
-            return self._collected(loader, self._laplace, not self.trainer.args.disable_tqdm)
-        parts = [self.la(batch) for batch in local_batches(loader, "Predicting")]
+        progress = not self.trainer.args.disable_tqdm
+        batches = local_batches(loader, "Predicting", progress, la.fitted.by_example)
+        parts = [self._predicted(la, batch) for batch in batches]
         gather = gather_for(loader)
-        return tuple(gather(torch.cat(column)) for column in zip(*parts, strict=True))
+        columns = [gather(torch.cat(column)) for column in zip(*parts, strict=True)]
+        return tuple(columns) if self._regresses else columns[0]
 
-    def _laplace(self, batch: Mapping[str, Any]) -> Tensor:
-        return self.la(batch, link_approx=self.link_approx)
+    def _predicted(self, la: LoraLaplace, batch: Any) -> tuple[Tensor, ...]:
+        """Return probabilities, or mean and covariance."""
+        prediction = la(batch, link_approx=self.link_approx)
+        moments = prediction if isinstance(prediction, tuple) else (prediction,)
+        return tuple(moment.detach() for moment in moments)
 
-    @torch.no_grad()
-    def _map(self, batch: Mapping[str, Any]) -> Tensor:
-        with evaluation_mode(self.la.model):
-            return self.la.model(batch).softmax(-1)
+    def _scored(self, la: LoraLaplace, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Return labels, and probabilities under posterior and MAP."""
+        (p,) = self._predicted(la, batch)
+        with torch.no_grad(), evaluation_mode(la.model):
+            return la.fitted.split(batch)[1], p, la.model(batch).softmax(-1)
 
-    def _collected(self, loader: Any, predict: Callable[[Any], Tensor], progress: bool) -> Tensor:
-        batches = local_batches(loader, "Predicting", progress, self.la.fitted.by_example)
-        parts = [predict(batch).detach() for batch in batches]
-        return gather_for(loader)(torch.cat(parts))
-
-    def _scores(self, loader: Any, progress: bool) -> dict[str, float]:
-        labels = self._collected(loader, lambda batch: self.la.fitted.split(batch)[1], False)
+    def _scores(self, la: LoraLaplace, loader: Any, progress: bool) -> dict[str, float]:
+        batches = local_batches(loader, "Evaluating", progress, la.fitted.by_example)
+        parts = [self._scored(la, batch) for batch in batches]
+        gather = gather_for(loader)
+        labels, *predicted = (gather(torch.cat(column)) for column in zip(*parts, strict=True))
         metrics: dict[str, float] = {}
-        for name, predict in (("laplace", self._laplace), ("map", self._map)):
-            p = self._collected(loader, predict, progress)
+        for name, p in zip(("laplace", "map"), predicted, strict=True):
             metrics |= {f"eval_{name}_nll": nll(p, labels), f"eval_{name}_ece": ece(p, labels)}
         return metrics

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LaplaceCallback, LogitsModel
@@ -59,6 +59,24 @@ def test_training_ends_with_a_saved_posterior(cls, tmp_path):
         assert 0 <= logged[f"eval_{name}_ece"] <= 1
     again = cls.from_pretrained(model, tmp_path)
     assert torch.equal(again(batch), callback.la(batch))
+
+
+def test_the_evaluation_set_is_iterated_over_once(tmp_path):
+    class Counting(Dataset):
+        rows, seen = examples(7, seed=1), 0
+
+        def __len__(self):
+            return 7
+
+        def __getitem__(self, n):
+            Counting.seen += 1
+            return self.rows[n]
+
+    model = peft_model("bert", dtype=torch.float32)
+    trainer = trainer_of(model, tmp_path, eval_dataset=Counting())
+    trainer.add_callback(LaplaceCallback(trainer, save=False))
+    trainer.train()
+    assert Counting.seen == 7
 
 
 def test_predictions_stand_in_the_order_of_the_trainers(tmp_path):

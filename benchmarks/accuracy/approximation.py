@@ -41,6 +41,7 @@ from laplace_lora import (
     LowRankLoraLaplace,
 )
 from laplace_lora.evaluation.metrics import ece, nll
+from laplace_lora.likelihoods.classification import LOGITS
 from laplace_lora.predictive.glm import Predictor
 
 EXACT = "exact GGN"
@@ -113,7 +114,7 @@ def exact_covariances(task: Task, exact: Any, precisions: list[float]) -> list[T
     """Return the exact posterior's test covariances at several prior precisions, in one pass."""
     covariances: list[list[Tensor]] = [[] for _ in precisions]
     for batch in task.loader("test", EVALUATION_BATCH):
-        _, blocks = Predictor(exact.fitted).gram_blocks(batch)
+        _, blocks = Predictor(exact.fitted).gram_blocks(batch, LOGITS)
         sums: list[Any] = [0.0] * len(precisions)
         for _, grams in blocks:
             for e, products in grams:

@@ -40,7 +40,7 @@ def test_bootstrap_errors_are_those_of_a_mean():
     assert evaluate(given, batches(p, y, 50), seed=1).errors != report.errors
 
 
-def test_foreign_data_are_judged_by_entropy_and_mutual_information():
+def test_out_of_distribution_data_are_evaluated_by_entropy_and_mutual_information():
     outside = [{"p": torch.tensor([[0.5, 0.5], [0.5, 0.5]])}]
     report = evaluate(given, batches(), ood_loader=outside)
     assert report["OOD AUROC"] == 1 and report["OOD FPR95"] == 0

@@ -32,7 +32,7 @@ EVERY_CLASS = [
 
 
 @pytest.mark.parametrize("cls,kwargs", EVERY_CLASS)
-def test_tuning_judges_pairs_as_a_binary_classifier(cls, kwargs):
+def test_tuning_evaluates_pairs_as_a_binary_classifier(cls, kwargs):
     la, pairs = reward_posterior(cls, **kwargs), pair_batch(seed=4)
     pairs["labels"] = torch.tensor([1, 0, 1, 1, 0])
     validation = pair_loader(2, pairs)
