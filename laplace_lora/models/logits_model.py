@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from laplace_lora.adapters.peft_state import activate_adapter
 from laplace_lora.data.pairs import is_pair, passes
+from laplace_lora.models.answers import AnswerPlace, checked_target_ids
 from laplace_lora.models.last_layer_model import head_tensors, last_linear, n_rows
 from laplace_lora.models.modes import device_of
-from laplace_lora.models.narrowing import last_true, one_token, rows_only
+from laplace_lora.models.narrowing import at_position, one_token, rows_only
 from laplace_lora.models.positions import PositionRule
-from laplace_lora.models.thread_hooks import on_input, on_output
+from laplace_lora.models.score_head import score_head_narrowed
+from laplace_lora.models.thread_hooks import on_output
 
 
 class LogitsModel(nn.Module):
@@ -31,6 +33,7 @@ class LogitsModel(nn.Module):
       real token, with padding on either side; the vocabulary's other rows and the other tokens
       never go through the head. Positions count real tokens only, as in generation.
     * Encoder-decoder with ``target_ids``: the same at the first decoder step.
+    * Masked language model with ``target_ids``: the same at the mask token, one per text.
     * Anything else through ``output``.
     * A reward model, which has one output, on pairs (see `preferences`): both rewards.
 
@@ -38,6 +41,7 @@ class LogitsModel(nn.Module):
         model: A `PeftModel`, or any module. An adapter loaded for inference is made trainable.
         target_ids: Vocabulary indices of the answers, in the order of the labels.
         output: Maps what the model returns to logits ``(batch, outputs)``.
+        mask_token_id: Where a masked language model answers, if its configuration does not say.
 
     Raises:
         ValueError: If ``target_ids`` are fewer than two, repeated, outside the vocabulary or given
@@ -49,6 +53,7 @@ class LogitsModel(nn.Module):
         model: nn.Module,
         target_ids: Sequence[int] | Tensor | None = None,
         output: Callable[[Any], Tensor] | None = None,
+        mask_token_id: int | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -63,12 +68,13 @@ class LogitsModel(nn.Module):
         self._arguments = frozenset(inspect.signature(self._base.forward).parameters)
         prompts = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
         self._positions = PositionRule("position_ids" in self._arguments and not prompts)
+        self._answer = AnswerPlace(self._base, mask_token_id)
         activate_adapter(model)
         ids = None
         if target_ids is not None:
             if output is not None:
                 raise ValueError("give either `target_ids` or `output`, not both")
-            ids = _checked_target_ids(target_ids, self._vocabulary_head()).to(self.device)
+            ids = checked_target_ids(target_ids, n_rows(self._vocabulary_head())).to(self.device)
         self.register_buffer("target_ids", ids, persistent=False)
 
     @classmethod
@@ -98,7 +104,7 @@ class LogitsModel(nn.Module):
     @property
     def is_encoder_decoder(self) -> bool:
         """Whether the model is an encoder-decoder; answers are read at its first decoder step."""
-        return bool(getattr(self.config, "is_encoder_decoder", False))
+        return self._answer.is_encoder_decoder
 
     @property
     def vocabulary_size(self) -> int | None:
@@ -160,12 +166,9 @@ class LogitsModel(nn.Module):
         if self.target_ids is None:
             logits = self._logits(self.model(**inputs))
         else:
-            mask = self._answer_mask(inputs)
-            logits = self.model(**inputs).logits
-            after = -1 if mask is None else last_true(mask) + logits.shape[1] - mask.shape[1]
-            rows = torch.arange(len(logits), device=logits.device)
-            at = torch.as_tensor(after, device=logits.device)
-            logits = logits[rows, at][:, self.target_ids.to(logits.device)]
+            position, length = self._answer.find(inputs, self.device)
+            logits = self._logits(self.model(**inputs))
+            logits = at_position(logits, position, length)[:, self.target_ids.to(logits.device)]
         return wide(logits.to(self.device))
 
     def features(self, batch: Mapping[str, Any] | Tensor) -> tuple[Tensor, Tensor]:
@@ -217,59 +220,50 @@ class LogitsModel(nn.Module):
         }
         if "use_cache" in self._arguments:
             inputs.setdefault("use_cache", False)
+        if getattr(self.config, "return_dict", True) is False:
+            inputs["return_dict"] = True  # a tuple does not name its parts
         return inputs
 
     def _count_real_tokens(self, inputs: dict[str, Any]) -> None:
         """Let positions count real tokens only, as in generation, see `PositionRule`."""
-        self._positions.apply(inputs, lambda x: self.model(**x).logits, not self.model.training)
+        self._positions.apply(
+            inputs, lambda x: self._logits(self.model(**x)), not self.model.training
+        )
 
     def _from_mapping(self, inputs: dict[str, Any]) -> Tensor:
         if self.target_ids is not None:
             return self._answer_logits(inputs, self.target_ids)
-        head = self._score_head(inputs)
-        if head is None:
+        with score_head_narrowed(self._base, inputs):
             return self._logits(self.model(**inputs))
-        # The decoder picks the token by the ids that it receives itself. Prompt tuning hands it
-        # embeddings instead, of a longer text.
-        received = {"input_ids": inputs["input_ids"]}
-
-        def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            received["input_ids"] = kwargs.get("input_ids", args[0] if args else None)
-
-        def position() -> Tensor | None:
-            return _last_unpadded(received["input_ids"], self.config)
-
-        handle = on_input(self._base, note)
-        try:
-            with one_token(head, position, keep_length=True):
-                return self._logits(self.model(**inputs))
-        finally:
-            handle.remove()
 
     def _logits(self, returned: Any) -> Tensor:
         if self.output is not None:
             return self.output(returned)
-        return returned if isinstance(returned, Tensor) else returned.logits
-
-    def _answer_mask(self, inputs: dict[str, Any]) -> Tensor | None:
-        """Return which tokens are real where answers are read; makes the first decoder step."""
-        if not self.is_encoder_decoder:
-            return inputs.get("attention_mask")
-        start = self.config.decoder_start_token_id
-        first = inputs["input_ids"].new_full((len(inputs["input_ids"]), 1), start)
-        inputs.setdefault("decoder_input_ids", first)
-        return inputs.get("decoder_attention_mask")
+        logits = returned if isinstance(returned, Tensor) else getattr(returned, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"{type(self._base).__name__} returned a {type(returned).__name__} without "
+                "`logits`; give LogitsModel an `output` callable that makes (batch, outputs) of it"
+            )
+        return logits
 
     def _answer_logits(self, inputs: dict[str, Any], ids: Tensor) -> Tensor:
-        mask = self._answer_mask(inputs)
-        if not self.is_encoder_decoder:
+        position, length = self._answer.find(inputs, self.device)
+        if not (self.is_encoder_decoder or self._answer.is_masked):
             self._count_real_tokens(inputs)
         head = self._vocabulary_head()
-        position = None if mask is None else last_true(mask)
-        length = None if mask is None else mask.shape[1]
+        if self._adds_to_vocabulary():
+            logits = self._logits(self.model(**inputs))
+            return at_position(logits, position, length)[:, ids.to(logits.device)]
         with one_token(head, position, length=length), rows_only(head, ids) as narrowed:
-            logits = self.model(**inputs).logits[:, -1]
+            logits = self._logits(self.model(**inputs))[:, -1]
         return logits if narrowed else logits[:, ids.to(logits.device)]
+
+    def _adds_to_vocabulary(self) -> bool:
+        """Return whether the model adds a vector to the head's output, as BART does."""
+        vocabulary = self.vocabulary_size
+        buffers = self._base.named_buffers(recurse=False)
+        return any(b.ndim and b.shape[-1] == vocabulary for _, b in buffers)
 
     def _output_embeddings(self) -> Any:
         return getattr(self._base, "get_output_embeddings", lambda: None)()
@@ -283,34 +277,7 @@ class LogitsModel(nn.Module):
             )
         return head
 
-    def _score_head(self, inputs: dict[str, Any]) -> nn.Module | None:
-        """Return the head of a decoder that classifies at its last unpadded token."""
-        classifier = type(self._base).__name__.endswith("ForSequenceClassification")
-        known = classifier and not self.is_encoder_decoder and "input_ids" in inputs
-        return getattr(self._base, "score", None) if known else None
-
 
 def wide(logits: Tensor) -> Tensor:
     """Return logits in float32 or better."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-
-
-def _checked_target_ids(target_ids: Sequence[int] | Tensor, head: Any) -> Tensor:
-    ids = torch.as_tensor(target_ids)
-    vocabulary = n_rows(head)
-    if ids.ndim != 1 or len(ids) < 2 or ids.is_floating_point() or len(ids.unique()) != len(ids):
-        raise ValueError(f"`target_ids` must be two or more different integers, got {target_ids}")
-    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        raise ValueError(
-            f"`target_ids` must lie in the vocabulary, 0..{vocabulary - 1}; got {ids.tolist()}"
-        )
-    return ids
-
-
-def _last_unpadded(input_ids: Tensor | None, config: Any) -> Tensor | None:
-    """Return the token at which transformers' decoders classify: the last that is not padding.
-
-    ``None`` for the last of all, which they take where there are no ids.
-    """
-    pad = config.get_text_config().pad_token_id
-    return None if pad is None or input_ids is None else last_true(input_ids != pad)

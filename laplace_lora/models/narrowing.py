@@ -22,6 +22,20 @@ def last_true(mask: Tensor) -> Tensor:
     return (torch.arange(mask.shape[1], device=mask.device) * (mask != 0)).argmax(-1)
 
 
+def at_position(values: Tensor, position: Tensor | None, length: int) -> Tensor:
+    """Return each example's values at one token, ``(batch, d)``.
+
+    Args:
+        values: Shape ``(batch, tokens, d)``.
+        position: Index of the token, ``None`` for the last.
+        length: Number of tokens that the index counts, see `one_token`.
+    """
+    if position is None:
+        return values[:, -1]
+    rows = torch.arange(len(values), device=values.device)
+    return values[rows, position.to(values.device) + values.shape[1] - length]
+
+
 @contextmanager
 def one_token(
     head: nn.Module | None,
@@ -50,12 +64,9 @@ def one_token(
     def narrow(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal seen
         hidden, seen = args[0], args[0].shape[1]
-        at = hidden.new_full((), seen - 1, dtype=torch.long)
         chosen = position() if callable(position) else position
-        if chosen is not None:
-            at = chosen.to(hidden.device) + (0 if length is None else seen - length)
-        rows = torch.arange(len(hidden), device=hidden.device)
-        return (hidden[rows, at].unsqueeze(1), *args[1:]), kwargs
+        counted = seen if length is None else length
+        return (at_position(hidden, chosen, counted).unsqueeze(1), *args[1:]), kwargs
 
     def widen(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         return output.expand(-1, seen, -1)

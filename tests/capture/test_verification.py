@@ -22,7 +22,7 @@ from transformers import (
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LogitsModel, LoraGGN
 from laplace_lora.adapters import discovery
 from laplace_lora.capture import recorder
-from laplace_lora.models import logits_model
+from laplace_lora.models import score_head
 from laplace_lora.models.narrowing import last_true
 from laplace_lora.models.positions import PositionRule, real_positions
 from laplace_lora.models.thread_hooks import on_output
@@ -200,7 +200,7 @@ def test_a_wrong_token_is_noticed_without_its_fix(monkeypatch):
     def of_the_users_ids(ids, config):
         return last_true(BATCH["input_ids"] != 0)
 
-    monkeypatch.setattr(logits_model, "_last_unpadded", of_the_users_ids)
+    monkeypatch.setattr(score_head, "last_unpadded", of_the_users_ids)
     with pytest.raises(RuntimeError, match=r"own forward pass|alone, example"):
         LoraGGN(wrapped, "classification", **options).jacobians(BATCH)
 

@@ -1,0 +1,117 @@
+"""Where a language model's answer tokens are read, and which tokens these may be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora.data.batches import batch_length
+from laplace_lora.models.narrowing import last_true
+
+
+def checked_target_ids(target_ids: Sequence[int] | Tensor, vocabulary: int) -> Tensor:
+    """Return answer tokens as a tensor.
+
+    Args:
+        target_ids: Two or more different indices.
+        vocabulary: Number of tokens.
+
+    Raises:
+        ValueError: If they are fewer than two, repeated, no integers or outside the vocabulary.
+    """
+    message = f"`target_ids` must be two or more different integers, got {target_ids}"
+    try:
+        ids = torch.as_tensor(target_ids)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"{message}; a tokenizer turns words into them: `tokenizer(word, "
+            "add_special_tokens=False).input_ids`"
+        ) from None
+    is_integer = not (ids.is_floating_point() or ids.dtype == torch.bool)
+    if ids.ndim != 1 or len(ids) < 2 or not is_integer or len(ids.unique()) != len(ids):
+        raise ValueError(message)
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise ValueError(
+            f"`target_ids` must lie in the vocabulary, 0..{vocabulary - 1}; got {ids.tolist()}"
+        )
+    return ids
+
+
+class AnswerPlace:
+    """The token after which a language model's answer stands.
+
+    A decoder's last real token, the first step of an encoder-decoder's decoder, and in a masked
+    language model the mask token itself.
+
+    Args:
+        base: The transformer.
+        mask_token_id: The mask token of a masked language model.
+    """
+
+    def __init__(self, base: Any, mask_token_id: int | None) -> None:
+        config = getattr(base, "config", None)
+        self.is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        self._config = config
+        self._generation = getattr(base, "generation_config", None)
+        generates = getattr(base, "can_generate", lambda: True)()
+        self.is_masked = not generates and not self.is_encoder_decoder
+        self._mask_token_id = (
+            getattr(config, "mask_token_id", None) if mask_token_id is None else mask_token_id
+        )
+        self._kind = type(base).__name__
+
+    def find(self, inputs: dict[str, Any], device: torch.device) -> tuple[Tensor | None, int]:
+        """Return the token's index in each example, and how many tokens the indices count.
+
+        Adds the first decoder step to an encoder-decoder's inputs if there is none.
+
+        Args:
+            inputs: The model's inputs.
+            device: Where inputs go.
+
+        Returns:
+            Indices ``(batch,)``, ``None`` for the last token; and the number of tokens, 0 where
+            there are no indices.
+
+        Raises:
+            ValueError: If a masked language model's mask token is unknown, or a text has not
+                exactly one; or no configuration says how a decoder starts.
+        """
+        if self.is_masked:
+            return self._of_mask_token(inputs["input_ids"])
+        mask = inputs.get("attention_mask")
+        if self.is_encoder_decoder:
+            if inputs.get("decoder_input_ids") is None:
+                inputs["decoder_input_ids"] = self._start(batch_length(inputs), device)
+            mask = inputs.get("decoder_attention_mask")
+        return (None, 0) if mask is None else (last_true(mask), mask.shape[1])
+
+    def _start(self, examples: int, device: torch.device) -> Tensor:
+        sources = [self._config, getattr(self._config, "decoder", None), self._generation]
+        found = [getattr(source, "decoder_start_token_id", None) for source in sources]
+        start = next((token for token in found if token is not None), None)
+        if start is None:
+            raise ValueError(
+                f"no configuration of {self._kind} says how its decoder starts; set "
+                "`config.decoder_start_token_id`, or give the batches `decoder_input_ids`"
+            )
+        return torch.full((examples, 1), start, device=device)
+
+    def _of_mask_token(self, ids: Tensor) -> tuple[Tensor, int]:
+        if self._mask_token_id is None:
+            raise ValueError(
+                f"{self._kind} answers at a mask token, which its configuration does not name; use "
+                "LogitsModel(model, target_ids, mask_token_id=tokenizer.mask_token_id)"
+            )
+        masked = ids == self._mask_token_id
+        counts = masked.sum(1)
+        if bool((counts != 1).any()):
+            row = int((counts != 1).nonzero()[0])
+            raise ValueError(
+                f"{self._kind} answers at the mask token ({self._mask_token_id}), of which every "
+                f"text needs exactly one; text {row} has {int(counts[row])}"
+            )
+        return last_true(masked), ids.shape[1]

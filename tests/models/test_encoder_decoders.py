@@ -1,0 +1,110 @@
+"""Encoder-decoders of every kind, and what else a transformer may return."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertForQuestionAnswering,
+    BertModel,
+    MarianConfig,
+    MarianMTModel,
+    MBartConfig,
+    MBartForConditionalGeneration,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
+
+from laplace_lora import KronLoraLaplace, LogitsModel, LoraGGN
+from support.batches import loader, token_batch
+from support.models import TARGETS, bert_config, excite, peft_model
+from support.references import assert_near, looped_jacobians
+
+SIZES = {
+    "vocab_size": 50,
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+KINDS = {
+    "bart": (BartForConditionalGeneration, BartConfig),
+    "mbart": (MBartForConditionalGeneration, MBartConfig),
+    "marian": (MarianMTModel, MarianConfig),
+    "pegasus": (PegasusForConditionalGeneration, PegasusConfig),
+}
+
+
+def adapted(base, modules):
+    return excite(get_peft_model(base, LoraConfig(r=2, target_modules=modules))).double().eval()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_models_that_add_to_the_whole_vocabulary(name):
+    torch.manual_seed(0)
+    kind, config = KINDS[name]
+    base = kind(config(max_position_embeddings=32, **SIZES))
+    base.final_logits_bias.normal_()
+    model, batch = adapted(base, ["q_proj", "v_proj"]), token_batch((6, 3, 5, 4))
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    start = torch.full((4, 1), 2)
+    own = model(**inputs, decoder_input_ids=start).logits[:, 0, TARGETS]
+    wrapped = LogitsModel(model, target_ids=TARGETS).eval()
+    assert_near(wrapped(batch), own)
+    backend = LoraGGN(wrapped, "classification", uncovered="diag")
+    assert_near(backend.jacobians(batch)[0], looped_jacobians(wrapped, batch))
+
+
+def test_speech_has_no_input_ids():
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 12}
+    model = adapted(WhisperForConditionalGeneration(WhisperConfig(**sizes)), ["q_proj", "v_proj"])
+    features = torch.randn(3, 8, 20, dtype=torch.float64)
+    batch = {"input_features": features, "labels": torch.arange(3)}
+    start = torch.full((3, 1), 2)
+    own = model(input_features=features, decoder_input_ids=start).logits[:, 0, TARGETS]
+    wrapped = LogitsModel(model, target_ids=TARGETS).eval()
+    assert_near(wrapped(batch), own)
+    assert_near(
+        LoraGGN(wrapped, "classification").jacobians(batch)[0], looped_jacobians(wrapped, batch)
+    )
+
+
+def test_a_decoder_that_no_configuration_starts_is_refused():
+    sizes = {**SIZES, "decoder_start_token_id": None}
+    model = adapted(BartForConditionalGeneration(BartConfig(**sizes)), ["q_proj"])
+    model.get_base_model().generation_config.decoder_start_token_id = None
+    with pytest.raises(ValueError, match="says how its decoder starts"):
+        LogitsModel(model, target_ids=TARGETS)(token_batch((3, 3)))
+
+
+@pytest.mark.parametrize("kind", [BertForQuestionAnswering, BertModel])
+def test_outputs_without_logits_are_refused_with_advice(kind):
+    model = adapted(kind(bert_config()), ["query"])
+    with pytest.raises(ValueError, match="without `logits`; give LogitsModel an `output`"):
+        KronLoraLaplace(model, "classification").fit(loader())
+
+
+def test_a_configuration_that_asks_for_tuples_changes_nothing():
+    """transformers' Llama itself fails with such a configuration."""
+    model, batch = peft_model("bert").eval(), token_batch((6, 3))
+    expected = LogitsModel(model)(batch)
+    model.get_base_model().config.return_dict = False
+    assert torch.equal(LogitsModel(model)(batch), expected)
+
+
+@pytest.mark.parametrize("ids", [["yes", "no"], [True, False], "yes", [[1], [2]], [1.0, 2.0]])
+def test_target_ids_of_other_types_are_refused(ids):
+    with pytest.raises(ValueError, match="two or more different integers"):
+        LogitsModel(peft_model("llama-lm"), target_ids=ids)

@@ -1,0 +1,204 @@
+"""Positions and lengths that a model counts in its own way, against its own plain passes."""
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import (
+    BertForMaskedLM,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    RobertaConfig,
+    RobertaForCausalLM,
+)
+
+from laplace_lora import KronLoraLaplace, LogitsModel, LoraGGN
+from laplace_lora.evaluation import MAP
+from support.batches import loader, rows, token_batch
+from support.models import TARGETS, base_model, bert_config, excite, peft_model
+from support.references import assert_near, looped_jacobians
+
+LENGTHS = (6, 3, 5, 4)
+IMAGE, VOCABULARY = 55, 60
+
+
+def real_tokens(batch, n):
+    return batch["input_ids"][n][batch["attention_mask"][n].bool()][None]
+
+
+@torch.no_grad()
+def after_last(model, batch):
+    """One text at a time, without padding, by the model itself."""
+    texts = [real_tokens(batch, n) for n in range(len(batch["input_ids"]))]
+    return torch.stack([model(input_ids=ids).logits[0, -1, TARGETS] for ids in texts])
+
+
+def roberta(**kwargs):
+    torch.manual_seed(0)
+    base = RobertaForCausalLM(bert_config(RobertaConfig, is_decoder=True, **kwargs))
+    return excite(get_peft_model(base, LoraConfig(r=2, target_modules=["query"]))).double()
+
+
+MODELS = {
+    "roberta": roberta,
+    "llama": lambda: peft_model("llama-lm"),
+    "gpt2": lambda: peft_model("gpt2-lm"),
+}
+
+
+@pytest.mark.parametrize("pad_to", [None, 9])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_are_those_of_each_text_alone(name, side, pad_to):
+    model = MODELS[name]().eval()
+    batch = token_batch(LENGTHS, side=side, pad_to=pad_to)
+    wrapped = LogitsModel(model, target_ids=TARGETS).eval()
+    assert_near(wrapped(batch), after_last(model, batch))
+    LoraGGN(wrapped, "classification").jacobians(batch)  # verified on the way
+
+
+def test_positions_are_tried_outside_of_a_recorded_pass():
+    """Recording counts the calls of each layer, of which the trial must add none."""
+    model = peft_model("gpt2-lm").eval()
+    batch = token_batch(LENGTHS, side="left")
+    fresh = LogitsModel(model, target_ids=TARGETS).eval()
+    jacobians, _ = LoraGGN(fresh, "classification", verify=False).jacobians(batch)
+    assert_near(jacobians, looped_jacobians(fresh, batch))
+
+
+def vision_model(kind, config, **vision):
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "rope_parameters": rope,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "patch_size": 4, **vision}
+    vision |= {"spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
+    base = kind(
+        config(
+            text_config=text,
+            vision_config=vision,
+            image_token_id=IMAGE,
+            video_token_id=56,
+            vision_start_token_id=57,
+            vision_end_token_id=58,
+        )
+    )
+    lora = LoraConfig(r=2, target_modules=r".*language_model.*(q_proj|v_proj)")
+    return excite(get_peft_model(base, lora)).double().eval()
+
+
+VISION = {
+    "qwen2_vl": (Qwen2VLForConditionalGeneration, Qwen2VLConfig, {"embed_dim": 16}),
+    "qwen2_5_vl": (
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLConfig,
+        {
+            "out_hidden_size": 16,
+            "intermediate_size": 24,
+            "window_size": 16,
+            "fullatt_block_indexes": [0],
+        },
+    ),
+}
+
+
+def question(answer):
+    """A question about an image of 8 × 8 patches, which makes 16 tokens."""
+    ids = torch.tensor([[5, 57, *[IMAGE] * 16, 58, 6, 7 + answer, 9]])
+    generator = torch.Generator().manual_seed(answer)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == IMAGE).int(),
+        "pixel_values": torch.randn(64, 96, generator=generator, dtype=torch.float64),
+        "image_grid_thw": torch.tensor([[1, 8, 8]]),
+    }
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_images_are_counted_as_the_model_counts_them(name):
+    kind, config, vision = VISION[name]
+    model = vision_model(kind, config, **vision)
+    questions = [question(answer) for answer in range(3)]
+    batch = {key: torch.cat([q[key] for q in questions]) for key in questions[0]}
+    with torch.no_grad():
+        alone = torch.cat([model(**q).logits[:, -1, TARGETS] for q in questions])
+    la = KronLoraLaplace(model, "classification", target_ids=TARGETS)
+    assert_near(la.logits_model(batch).detach(), alone, 1e-5)
+    labelled = [{**batch, "labels": torch.arange(3)}]
+    la.fit(torch.utils.data.DataLoader(labelled, batch_size=None))
+    assert la.n_data == 3
+    assert la.estimate_memory(batch).activations > 0
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_prompt_tuning_reads_the_token_that_the_model_reads(side):
+    batch = token_batch(LENGTHS, side=side)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    config = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    model = excite(get_peft_model(base_model("llama"), config), 0.5).double().eval()
+    own = model(**inputs).logits
+    assert_near(LogitsModel(model)(batch), own)
+    assert_near(MAP(model)(batch), own.softmax(-1))
+    la = KronLoraLaplace(model, "classification", uncovered="diag")
+    la.fit(loader())
+    assert_near(la._glm_predictive_distribution(batch)[0], own)
+    assert_near(la.backend.jacobians(batch)[0], looped_jacobians(la.logits_model, batch))
+
+
+def test_prompt_tuning_answers_after_the_last_real_token():
+    batch = token_batch(LENGTHS)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = excite(get_peft_model(base_model("llama-lm"), config), 0.5).double().eval()
+    assert_near(LogitsModel(model, target_ids=TARGETS)(batch).detach(), after_last(model, batch))
+
+
+MASK = 49
+
+
+def masked_texts():
+    batch = token_batch(LENGTHS)
+    batch["input_ids"][batch["input_ids"] == MASK] = 3
+    for n, place in enumerate((2, 0, 4, 1)):
+        batch["input_ids"][n, place] = MASK
+    return batch
+
+
+def test_a_masked_language_model_answers_at_its_mask_token():
+    torch.manual_seed(0)
+    base = BertForMaskedLM(bert_config())
+    model = excite(get_peft_model(base, LoraConfig(r=2, target_modules=["query"]))).double().eval()
+    batch = masked_texts()
+    wrapped = LogitsModel(model, TARGETS, mask_token_id=MASK).eval()
+    expected = []
+    for n in range(len(LENGTHS)):
+        ids = real_tokens(batch, n)
+        place = int((ids[0] == MASK).nonzero())
+        expected.append(model(input_ids=ids).logits[0, place, TARGETS])
+    assert_near(wrapped(batch), torch.stack(expected))
+    jacobians, _ = LoraGGN(wrapped, "classification").jacobians(batch)
+    assert_near(jacobians, looped_jacobians(wrapped, batch))
+    with pytest.raises(ValueError, match="mask_token_id=tokenizer"):
+        LogitsModel(model, TARGETS)(batch)
+    for ids in (torch.full((1, 3), MASK), torch.full((1, 3), 5)):
+        with pytest.raises(ValueError, match="exactly one; text 0 has"):
+            wrapped({"input_ids": ids})
+
+
+def test_without_a_mask_all_tokens_are_real():
+    model = peft_model("llama-lm").eval()
+    batch = rows(token_batch((5, 5)), slice(2))
+    plain = LogitsModel(model, target_ids=TARGETS)({"input_ids": batch["input_ids"]})
+    assert_near(LogitsModel(model, target_ids=TARGETS)(batch), plain)
