@@ -162,7 +162,7 @@ def main() -> None:
     # 3. Pairs: probabilities, and the mean and variance of the difference that they come from.
     p_laplace, moments = [], []
     for batch in tqdm(test_loader, desc="Predicting pairs"):
-        p_laplace.append(la(batch, link_approx="probit")[:, 1].detach().cpu())
+        p_laplace.append(la(batch)[:, 1].detach().cpu())
         moments.append(torch.stack(la.reward_difference(batch)).detach().cpu())
     mean, variance = torch.cat(moments, dim=1)
     print_pairs(mean.sigmoid(), torch.cat(p_laplace), mean / variance.sqrt())

@@ -249,7 +249,8 @@ class LoraLaplace(SavedLaplace):
             tokenizer: The model's, for texts.
             batch_size: Texts per batch; texts of similar length share one.
             link_approx: Link of ``probs``, as in calling the posterior.
-            n_samples: Samples behind ``entropy``, ``mutual_information`` and the ``"mc"`` link.
+            n_samples: Samples of the ``"mc"`` link, of its entropy and mutual information too. All
+                other links take fixed points for these two, and nothing random.
             generator: Source of the samples, on the posterior's device.
             progress_bar: Show progress over the batches, in the main process.
 

@@ -33,8 +33,11 @@ class TunedLaplace(LaplaceNames):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the posterior predictive of a batch.
 
-        The GLM predictive is ``f ~ N(f_MAP, J P⁻¹ Jᵀ)``. With ``link_approx="mc"`` the softmax does
-        not see a shift of all logits, so ``C − 1`` contrasts of logits are propagated and sampled.
+        The GLM predictive is ``f ~ N(f_MAP, J P⁻¹ Jᵀ)``. Class probabilities are the softmax
+        averaged over it. A softmax does not see a shift of all logits, so ``C − 1`` contrasts of
+        logits are propagated and integrated over, without random numbers. laplace-torch's
+        ``"probit"`` scales each logit by its own variance, the shift's included; for answer tokens
+        of a language model that is most of it.
 
         A reward model answers single texts like a regression and pairs (see `data.pairs`) like a
         classifier: the probabilities that the rejected and that the chosen text wins, from the
@@ -44,9 +47,11 @@ class TunedLaplace(LaplaceNames):
             x: Batch that the model takes.
             pred_type: ``"glm"`` (linearised) or ``"nn"`` (sampled weights, ``link_approx="mc"``).
             joint: For regression, covariances between the examples as well.
-            link_approx: ``"probit"``, ``"mc"``, ``"bridge"`` or ``"bridge_norm"``.
+            link_approx: ``"quadrature"``, the integral; or laplace-torch's ``"mc"`` (the same from
+                samples), ``"probit"``, ``"bridge"`` or ``"bridge_norm"``.
             n_samples: Samples for ``"mc"``.
-            diagonal_output: Ignore covariances between outputs (``"mc"`` and regression).
+            diagonal_output: Ignore covariances between outputs (``"quadrature"``, ``"mc"`` and
+                regression).
             generator: Source of the samples, on the posterior's device.
             fitting: Of laplace-torch: for reward models, insist on pairs.
 
