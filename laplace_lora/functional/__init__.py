@@ -5,9 +5,11 @@ line; results equal those of `KronLoraLaplace`. Source: Yang, Robeyns, Wang, Ait
 arXiv:2308.13111.
 
 A factor is a covariance ``(d, d)``, or if low-rank a root ``R`` of shape ``(d, n_kfac)`` that
-stands for ``R Rᵀ``.
+stands for ``R Rᵀ``. Cholesky roots of the covariances, which bayesian_lora's example keeps, are
+taken for what they are.
 """
 
+from laplace_lora.functional.cholesky import cholesky_decompose_small_factors, stable_cholesky
 from laplace_lora.functional.factors import calculate_kronecker_factors
 from laplace_lora.functional.hooks import (
     Hooks,
@@ -26,6 +28,7 @@ from laplace_lora.functional.predictive import (
 __all__ = [
     "Hooks",
     "calculate_kronecker_factors",
+    "cholesky_decompose_small_factors",
     "jacobian_mean",
     "model_evidence",
     "predict_probs",
@@ -33,5 +36,6 @@ __all__ = [
     "remove_hooks",
     "save_input_hook",
     "save_output_grad_hook",
+    "stable_cholesky",
     "variance",
 ]

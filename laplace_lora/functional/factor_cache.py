@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from laplace_lora.functional.cholesky import sides_with_roots
 from laplace_lora.linalg.eigen import Eigen
 from laplace_lora.linalg.factors import DenseFactor
 from laplace_lora.linalg.kron_block import Side
@@ -16,7 +17,7 @@ from laplace_lora.linalg.kron_eigen import KronEigen
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 
 # One eigendecomposition serves every s2 and batch while a factor exists unchanged, in this version.
-_EIGEN: MutableMapping[Tensor, tuple[int, Eigen]] = WeakTensorKeyDictionary()
+_EIGEN: MutableMapping[Tensor, tuple[tuple[int, bool], Eigen]] = WeakTensorKeyDictionary()
 
 
 def check_ranks(factors: Factors, n_lora: int | None, n_kfac: int | None) -> None:
@@ -44,23 +45,31 @@ def decomposed(factors: Factors, device: torch.device | str) -> KronEigen:
     """Return the blocks ``gradient factor ⊗ input factor`` in the order of the factors.
 
     Args:
-        factors: From `calculate_kronecker_factors`.
+        factors: From `calculate_kronecker_factors`, or with Cholesky roots of some.
         device: Device of the result.
+
+    Raises:
+        ValueError: If a square factor is neither a covariance nor a root.
     """
-    blocks: list[list[Side]] = [
-        [_eigen(grads).to(device), _eigen(inputs).to(device)] for inputs, grads in factors.values()
-    ]
+    longest = sides_with_roots(factors)
+
+    def eigen(factor: Tensor) -> Eigen:
+        is_square = factor.shape[0] == factor.shape[1]
+        return _eigen(factor, not is_square or len(factor) <= longest).to(device)
+
+    blocks: list[list[Side]] = [[eigen(grads), eigen(inputs)] for inputs, grads in factors.values()]
     return KronEigen(blocks)
 
 
-def _eigen(factor: Tensor) -> Eigen:
-    version, eigen = _EIGEN.get(factor, (-1, None))
-    if eigen is None or version != factor._version:
+def _eigen(factor: Tensor, is_root: bool) -> Eigen:
+    key = (factor._version, is_root)
+    found, eigen = _EIGEN.get(factor, (None, None))
+    if eigen is None or found != key:
         wide = factor.detach().to(torch.promote_types(torch.float32, factor.dtype))
-        if factor.shape[0] == factor.shape[1]:
+        if not is_root:
             eigen = DenseFactor(wide).decompose()
         else:
             vectors, singular, _ = torch.linalg.svd(wide.double(), full_matrices=False)
             eigen = Eigen(vectors.to(wide), singular.square().to(wide), wide.new_zeros(()))
-        _EIGEN[factor] = (factor._version, eigen)
+        _EIGEN[factor] = (key, eigen)
     return eigen

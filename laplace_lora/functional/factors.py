@@ -16,12 +16,13 @@ from laplace_lora.curvature.kfac import KfacSums, Rows
 from laplace_lora.data.batches import Batch
 from laplace_lora.data.loaders import progress
 from laplace_lora.data.masks import MASK_NAMES
-from laplace_lora.functional.hooks import factor_tensor, note_masks
+from laplace_lora.functional.hooks import factor_tensor, mask_notes
 from laplace_lora.functional.selection import selected_maps
 from laplace_lora.likelihoods.roots import sampled_softmax_root, softmax_root
 from laplace_lora.linalg.factors import map_shared
 from laplace_lora.linalg.sketch import FactorSpec
 from laplace_lora.models.modes import evaluation_mode, gradients_needed
+from laplace_lora.models.thread_hooks import on_input
 
 EXACT_UP_TO = 256  # outputs; beyond it one backward pass per output is too many
 
@@ -39,6 +40,7 @@ def calculate_kronecker_factors(
     attention_mask: Callable[[Any], Tensor] | None = None,
     positions: str = "all",
     num_samples: int | None = None,
+    match: str = "parts",
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Sum the Kronecker factors of a classifier's generalised Gauss-Newton matrix over a data set.
 
@@ -68,6 +70,7 @@ def calculate_kronecker_factors(
         num_samples: Labels drawn per example, and backward passes per batch (Monte-Carlo Fisher).
             ``None`` for the exact matrix from ``classes − 1`` passes, or with more than 256
             outputs, such as a whole vocabulary, for one sample and a warning.
+        match: ``"parts"``, or ``"substring"`` for bayesian_lora's keywords, see `selected_maps`.
 
     Returns:
         For each module name the input factor and the gradient factor: covariances ``(d, d)``, or
@@ -82,14 +85,14 @@ def calculate_kronecker_factors(
         FloatingPointError: If a factor is not finite; names batch and layer.
     """
     check_adapters(model)
-    selected = selected_maps(model, target_module_keywords, exclude_bias)
+    selected = selected_maps(model, target_module_keywords, exclude_bias, match)
     with_bias = {linear.name: has_bias for linear, has_bias in selected}
     maps = [linear for linear, _ in selected]
     weights: list[nn.Parameter] = [linear.module.weight for linear in maps]
     dtype = wide_dtype(weights)
     sums, n = None, 0
     called_with: dict[str, Any] = {}
-    handle = note_masks(model, called_with)
+    handle = on_input(model, mask_notes(called_with))
     try:
         with evaluation_mode(model), gradients_needed(weights):
             for index, batch in enumerate(progress(loader, use_tqdm, "Factors")):

@@ -57,14 +57,14 @@ class Hooks(list[RemovableHandle]):
         remove_hooks(self)
 
 
-def note_masks(model: nn.Module, masks: dict[str, Any]) -> RemovableHandle:
-    """Register a hook that stores the attention masks of a model's latest call in ``masks``."""
+def mask_notes(masks: dict[str, Any]) -> Callable[[Any, dict[str, Any]], None]:
+    """Return what stores the attention masks of a model's latest call in ``masks``."""
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(args: Any, kwargs: dict[str, Any]) -> None:
         masks.clear()
         masks.update({key: kwargs[key] for key in MASK_NAMES if kwargs.get(key) is not None})
 
-    return model.register_forward_pre_hook(note, with_kwargs=True)
+    return note
 
 
 def save_input_hook(
@@ -151,6 +151,7 @@ def register_hooks(
     *,
     masks: Mapping[str, Any] | None = None,
     positions: str = "all",
+    match: str = "parts",
 ) -> Hooks:
     """Register the two hooks on every selected module.
 
@@ -168,12 +169,13 @@ def register_hooks(
         masks: Where ``attention_mask``, ``(batch, tokens)``, is looked up when a hook runs;
             ``None`` for the argument of that name with which the model is called.
         positions: ``"all"`` real tokens, or each example's ``"last"`` one.
+        match: ``"parts"``, or ``"substring"`` for bayesian_lora's keywords, see `selected_maps`.
 
     Raises:
         TypeError: If the keywords are a single string.
         ValueError: If no module is selected, or a dictionary already holds one.
     """
-    selected = selected_maps(model, target_module_keywords, exclude_bias)
+    selected = selected_maps(model, target_module_keywords, exclude_bias, match)
     present = [
         linear.name for linear, _ in selected if linear.name in {**activations, **output_grads}
     ]
@@ -182,7 +184,11 @@ def register_hooks(
     hooks = Hooks()
     if masks is None:
         masks = {}
-        hooks.append(note_masks(model, masks))
+        note = mask_notes(masks)
+        before = model.register_forward_pre_hook(
+            lambda module, args, kwargs: note(args, kwargs), with_kwargs=True
+        )
+        hooks.append(before)
     options: dict[str, Any] = {"masks": masks, "positions": positions}
     for linear, has_bias in selected:
         name, module = linear.name, linear.module

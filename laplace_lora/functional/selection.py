@@ -10,9 +10,14 @@ from torch import nn
 from laplace_lora.adapters.discovery import linear_maps
 from laplace_lora.adapters.maps import LinearMap
 
+MATCHES = ("parts", "substring")
+
 
 def selected_maps(
-    model: nn.Module, target_module_keywords: Sequence[str], exclude_bias: bool
+    model: nn.Module,
+    target_module_keywords: Sequence[str],
+    exclude_bias: bool,
+    match: str = "parts",
 ) -> list[tuple[LinearMap, bool]]:
     """Return the linear maps that a keyword selects, and whether each includes its bias.
 
@@ -24,22 +29,29 @@ def selected_maps(
         model: Any module; only its `nn.Linear` and `Conv1D` modules are considered.
         target_module_keywords: Parts of module names.
         exclude_bias: Treat all biases as fixed.
+        match: ``"parts"`` as above; ``"substring"`` for a keyword anywhere in a name, upper and
+            lower case apart, as in bayesian_lora.
 
     Raises:
         TypeError: If the keywords are a single string.
-        ValueError: If no linear map is selected; lists some that exist.
+        ValueError: If no linear map is selected; lists some that exist. If ``match`` is unknown.
     """
+    if match not in MATCHES:
+        raise ValueError(f"match must be one of {MATCHES}, got {match!r}")
     if isinstance(target_module_keywords, str):
         raise TypeError(f"give a list of keywords, such as [{target_module_keywords!r}]")
     patterns = [
-        re.compile(rf"(?<![^._]){re.escape(keyword)}(?![^._])" if keyword else "", re.IGNORECASE)
+        re.compile(re.escape(keyword))
+        if match == "substring" or not keyword
+        else re.compile(rf"(?<![^._]){re.escape(keyword)}(?![^._])", re.IGNORECASE)
         for keyword in target_module_keywords
     ]
     candidates = [linear for linear in linear_maps(model) if type(linear) is LinearMap]
     selected = [linear for linear in candidates if any(p.search(linear.name) for p in patterns)]
     if not selected:
+        part = "a whole part" if match == "parts" else "any part"
         raise ValueError(
-            f"target_module_keywords={list(target_module_keywords)} select no linear module by a "
-            f"whole part of its name; there are {[linear.name for linear in candidates[:8]]}, ..."
+            f"target_module_keywords={list(target_module_keywords)} select no linear module by "
+            f"{part} of its name; there are {[linear.name for linear in candidates[:8]]}, ..."
         )
     return [(linear, linear.module.bias is not None and not exclude_bias) for linear in selected]
