@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from laplace_lora.adapters.maps import Call, LinearMap
 from laplace_lora.adapters.peft_state import calls_twice
 from laplace_lora.capture.output_gradients import OutputGradient
+from laplace_lora.capture.padding import Padding
 from laplace_lora.capture.tape import Address, Tape, address
 from laplace_lora.data.batches import Batch, one_example
-from laplace_lora.data.pairs import passes
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.models.thread_hooks import on_input, on_output
 
@@ -59,17 +59,18 @@ def record(
     recorded = [linear for linear in maps if linear.module is not None]
     with _listening(recorded) as (calls, sources), torch.enable_grad():
         output = model(batch)
-    mask_source = batch if masks is None else masks
-    texts = len(passes(mask_source))
+    padding = Padding(batch if masks is None else masks)
+    texts = padding.texts
     pairs = zip(recorded, calls, strict=True)
     calls = [_counted_once(linear, seen, texts) for linear, seen in pairs]
+    calls = padding.cleaned_calls(calls)
     if skip_idle:
         maps = recorded = [linear for linear, seen in zip(recorded, calls, strict=True) if seen]
         calls = [seen for seen in calls if seen]
     _check_output(output, any(calls))
     examples = len(output) if examples is None else examples
     _check_calls(recorded, calls, examples, texts)
-    return Tape(maps, mask_source, calls, output, sources, _rerun(model, batch), examples)
+    return Tape(maps, padding, calls, output, sources, _rerun(model, batch), examples)
 
 
 @contextmanager

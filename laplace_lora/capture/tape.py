@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from laplace_lora.adapters.maps import Call, LinearMap
+from laplace_lora.capture.padding import Padding
 from laplace_lora.data.batches import Batch
-from laplace_lora.data.masks import joined_masks, token_mask
-from laplace_lora.data.pairs import passes
+from laplace_lora.data.masks import joined_masks
 
 Visitor = Callable[[int, int, Tensor], None]
 Address: TypeAlias = tuple[Any, ...]
@@ -37,7 +37,7 @@ class Tape:
     def __init__(
         self,
         maps: Sequence[LinearMap],
-        mask_source: Batch,
+        padding: Padding,
         calls: Sequence[Sequence[Call]],
         output: Tensor,
         sources: dict[int, list[Address]],
@@ -49,7 +49,7 @@ class Tape:
         self.examples = examples
         self._sources = sources
         self.output = output.detach()
-        self._mask_source = mask_source
+        self._padding = padding
         self._output = output
         self._inputs = [
             [linear.read(call) for call in map_calls]
@@ -74,17 +74,11 @@ class Tape:
         Raises:
             ValueError: If the attention masks in the batch do not fit a map's tokens.
         """
-        sources = passes(self._mask_source)
-        token_masks: dict[Address, Tensor | None] = {}
         masks: list[Tensor | None] = []
         for linear, inputs in zip(self.maps, self._inputs, strict=False):
             parts = []
             for call, x in enumerate(inputs if linear.has_tokens else []):
-                source = call * len(sources) // len(inputs)
-                key = (source, x.shape[:-1], x.device)
-                if key not in token_masks:
-                    token_masks[key] = token_mask(sources[source], x, linear.name)
-                parts.append((x, token_masks[key]))
+                parts.append((x, self._padding.mask(call, len(inputs), x, linear.name)))
             masks.append(joined_masks(parts))
         return masks
 
@@ -115,7 +109,7 @@ class Tape:
     @property
     def batch(self) -> Batch:
         """Where attention masks are looked up: the batch, unless others were given."""
-        return self._mask_source
+        return self._padding.batch
 
     def rows_of_first(self) -> int:
         """Return how many rows of the output are the first example's."""
@@ -163,6 +157,7 @@ class Tape:
         def hook(i: int, call: int) -> Callable[[Tensor], None]:
             def receive(grad: Tensor) -> None:
                 by_call = pending.setdefault(i, {})
+                grad = self._padding.cleaned(call, len(self._outputs[i]), grad)
                 by_call[call] = self.maps[i].map_grad(self._inputs[i][call], grad)
                 if len(by_call) == len(self._outputs[i]):
                     finish(i)

@@ -30,6 +30,7 @@ def stable_cholesky(
     """
     diagonal = torch.diag_embed(K.diagonal(dim1=-2, dim2=-1))
     eye = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+    root: Tensor
     for attempt in range(max_tries):
         scale = GROWTH**attempt
         raised = K + scale * (mult_eps * diagonal + abs_eps * eye)

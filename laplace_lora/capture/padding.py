@@ -1,0 +1,85 @@
+"""`Padding`: which tokens of a recorded pass are real, and cleaning what stands at the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from laplace_lora.adapters.maps import Call
+from laplace_lora.data.batches import Batch
+from laplace_lora.data.masks import token_mask
+from laplace_lora.data.pairs import passes
+
+
+class Padding:
+    """The attention masks of a batch, for the inputs and gradients of its layers.
+
+    Args:
+        batch: Where attention masks are looked up.
+
+    Attributes:
+        batch: The same.
+        texts: Number of texts per example.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self._sources = passes(batch)
+        self.texts = len(self._sources)
+        self._masks: dict[Any, Tensor | None] = {}
+
+    def mask(self, call: int, calls: int, x: Tensor, name: str) -> Tensor | None:
+        """Return which tokens of a layer's input are real; ``None`` if all are.
+
+        Args:
+            call: Index of the layer's call.
+            calls: Number of its calls, which are shared equally by the texts.
+            x: Input, ``(batch, tokens, q)`` or ``(batch, q)``.
+            name: Name of the layer, for error messages.
+
+        Raises:
+            ValueError: If there are masks, but none fits.
+        """
+        source = call * len(self._sources) // calls
+        key = (source, x.shape[:-1], x.device)
+        if key not in self._masks:
+            self._masks[key] = token_mask(self._sources[source], x, name)
+        return self._masks[key]
+
+    def cleaned(self, call: int, calls: int, values: Tensor) -> Tensor:
+        """Return values at tokens, with zeros for what is not finite at padding.
+
+        Attention may leave anything there, as nobody uses it; times a gradient of zero it would be
+        no number.
+
+        Args:
+            call: As for `mask`.
+            calls: As for `mask`.
+            values: An input or an output gradient, ``(batch, tokens, d)``; others are returned
+                unchanged.
+        """
+        if values.ndim != 3 or not values.is_floating_point() or bool(values.sum().isfinite()):
+            return values
+        try:
+            mask = self.mask(call, calls, values, "")
+        except ValueError:  # which tokens are padding is not known
+            return values
+        if mask is None:
+            return values
+        return values.masked_fill(~mask.unsqueeze(-1) & ~values.isfinite(), 0)
+
+    def cleaned_calls(self, by_map: list[list[Call]]) -> list[list[Call]]:
+        """Return the calls of layers with cleaned inputs; layers that share one still share it."""
+        cleaned: dict[int, Tensor] = {}
+
+        def clean(index: int, calls: int, call: Call) -> Call:
+            if not call.args or not isinstance(call.x, Tensor):
+                return call
+            if id(call.x) not in cleaned:
+                cleaned[id(call.x)] = self.cleaned(index, calls, call.x.detach())
+            x = cleaned[id(call.x)]
+            unchanged = x.data_ptr() == call.x.data_ptr()
+            return call if unchanged else call._replace(args=(x, *call.args[1:]))
+
+        return [[clean(k, len(calls), call) for k, call in enumerate(calls)] for calls in by_map]
