@@ -18,7 +18,12 @@ from torch.quasirandom import SobolEngine
 
 NODES = 64
 HALF_WIDTH = 9.0  # of the trapezoidal rule, in standard deviations
-LEVELS = ((2.0, 2**10), (50.0, 2**14), (math.inf, 2**16))  # largest variance of a contrast, points
+WIDTHS = (2.0, 12.0, 50.0, math.inf)  # largest variance of a contrast
+POINTS = (  # contrasts up to which, and points for each of the widths
+    (2, (2**9, 2**11, 2**11, 2**12)),
+    (5, (2**10, 2**12, 2**13, 2**15)),
+    (math.inf, (2**10, 2**14, 2**16, 2**17)),
+)
 ENTROPY_POINTS = 2**10
 NOT_POSITIVE = "the predictive covariance is not finite or far from positive"
 CHUNK = 2**24  # numbers in memory at once
@@ -78,8 +83,8 @@ def softmax_log_probabilities(
     Args:
         contrasts: Mean contrasts to the first class, ``(…, classes − 1)``.
         covariance: Their covariance, ``(…, classes − 1, classes − 1)``.
-        points: Sobol' points, a power of two; ``None`` takes more for wider Gaussians, so that
-            errors stay below 2e-3 for up to 20 classes.
+        points: Sobol' points, a power of two; ``None`` takes more for more classes and wider
+            Gaussians, so that errors stay below 2e-3 for up to 20 classes.
 
     Returns:
         Shape ``(…, classes)``. The same inputs give the same result, whatever else is in the batch.
@@ -97,9 +102,10 @@ def softmax_log_probabilities(
     widest = matrix.detach().diagonal(dim1=-2, dim2=-1).amax(-1)
     widest = widest.nan_to_num(math.inf)  # of NaN, which `covariance_root` refuses
     result = mean.new_zeros(len(mean), size + 1)
-    most = 2 ** int(math.log2(CHUNK // (size + 1)))  # fewer than enough from 256 classes on
+    by_width = next(by_width for largest, by_width in POINTS if size <= largest)
+    most = 2 ** int(math.log2(CHUNK // (size + 1)))  # fewer than enough from 128 classes on
     below = -math.inf
-    for limit, enough in LEVELS:
+    for limit, enough in zip(WIDTHS, by_width, strict=True):
         index = ((widest > below) & (widest <= limit)).nonzero().squeeze(-1)
         if len(index):
             values = _averaged(mean[index], matrix[index], min(enough, most))
