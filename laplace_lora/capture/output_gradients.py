@@ -25,8 +25,8 @@ class OutputGradient:
     """
 
     def __init__(self, output: Tensor) -> None:
-        self._shape = output.shape
-        self._receivers: list[Receiver] = []
+        shape = output.shape
+        receivers: list[Receiver] = []
         base = output._base
         # An in-place change of a view moves the view in the graph, but not the tensor beneath it.
         # torch's linear layers return views of a matrix.
@@ -38,7 +38,15 @@ class OutputGradient:
         ):
             output = base
         self.edge: GradientEdge = get_gradient_edge(output)
-        output.register_hook(self._receive)
+        self._receivers = receivers
+
+        # Of the list alone: a hook that held `self`, and with it the edge, would be a cycle through
+        # the graph, and keep it in memory.
+        def receive(grad: Tensor) -> None:
+            for receiver in tuple(receivers):
+                receiver(grad.reshape(shape))
+
+        output.register_hook(receive)
 
     @classmethod
     def of(cls, output: object) -> OutputGradient | None:
@@ -53,7 +61,3 @@ class OutputGradient:
             yield
         finally:
             self._receivers.remove(receive)
-
-    def _receive(self, grad: Tensor) -> None:
-        for receive in tuple(self._receivers):
-            receive(grad.reshape(self._shape))

@@ -25,6 +25,7 @@ from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.models.token_model import TokenModel
 from laplace_lora.posteriors.memory import MemoryEstimate, estimate_memory
 from laplace_lora.posteriors.saved import SavedLaplace
+from laplace_lora.posteriors.weights_watch import WeightsWatch
 from laplace_lora.predictive.data_sets import Predictions, predict
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.base import Structure
@@ -82,6 +83,7 @@ class LoraLaplace(SavedLaplace):
             raise ValueError("damping is not supported: it would have no effect on the posterior")
         self.modules = modules
         self.state = PosteriorState()
+        self._weights_watch = WeightsWatch()
         self.structure = structure
         self.objective = likelihood_of(likelihood)
         wrap = TokenModel.around if self.objective.predicts_tokens else LogitsModel.wrap
@@ -132,8 +134,10 @@ class LoraLaplace(SavedLaplace):
 
         Raises:
             AttributeError: If it has not been fitted.
+            RuntimeError: If the model's weights have changed since.
         """
         self._check_H_init()
+        self._weights_watch.check(self.parts)
         return self.parts
 
     @property
@@ -198,7 +202,7 @@ class LoraLaplace(SavedLaplace):
             FloatingPointError: If the loss or the curvature is not finite; names batch and layer.
             RuntimeError: If another process that shares the loader failed or had no examples.
         """
-        fitter = Fitter(self.parts)
+        fitter = Fitter(self.parts if override or not self.state.is_fitted else self.fitted)
         options = (override, progress_bar, checkpoint_dir, checkpoint_every)
         self._install(fitter.fit(train_loader, *options))
 

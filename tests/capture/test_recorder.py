@@ -1,5 +1,8 @@
 """What layers receive and return in a forward pass, and what cannot be recorded."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -118,3 +121,16 @@ def test_a_score_head_sees_one_token(name):
 
     tape = record(backend.model, backend.maps, token_batch(LENGTHS))
     assert tape.inputs[index].shape == (5, 1, 16)
+
+
+def test_a_recorded_graph_is_freed_without_the_garbage_collector():
+    model = LogitsModel(peft_model("bert")).eval()
+    gc.disable()
+    try:
+        tape = record(model, trainable_maps(model)[0], token_batch(LENGTHS))
+        output = weakref.ref(tape._output)
+        backward = weakref.ref(tape._gradients[0][0])
+        del tape
+        assert output() is None and backward() is None
+    finally:
+        gc.enable()

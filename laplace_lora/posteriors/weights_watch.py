@@ -1,0 +1,63 @@
+"""`WeightsWatch`: notice that a model is no longer at the weights where a posterior was fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from laplace_lora.adapters.selection import listed
+from laplace_lora.models.last_layer_model import LastLayerModel
+from laplace_lora.structures.state import Posterior
+
+
+class WeightsWatch:
+    """Compares a model's weights with a posterior's mean whenever one of them may have changed."""
+
+    def __init__(self) -> None:
+        self._seen: Any = None
+
+    def check(self, posterior: Posterior) -> None:
+        """Refuse weights other than those of the fit.
+
+        Args:
+            posterior: A fitted posterior.
+
+        Raises:
+            RuntimeError: If a tensor has changed; names it.
+        """
+        tensors = [tensor for _, tensor, _ in _pairs(posterior)]
+        versions = [-1 if t.is_inference() else t._version for t in tensors]
+        seen = (id(posterior.mean), versions, [(id(t), t.data_ptr(), t.dtype) for t in tensors])
+        if seen == self._seen:
+            return
+        changed = [name for name, now, then in _pairs(posterior) if not _equal(now, then)]
+        if changed:
+            raise RuntimeError(
+                f"the weights {listed(changed)} have changed since the posterior was fitted "
+                "(trained on, loaded over or replaced), so its curvature belongs to others. Fit "
+                "again, or load the weights of the fit"
+            )
+        self._seen = seen
+
+
+def _pairs(posterior: Posterior) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield each tensor's name, its value in the model and that of the fit."""
+    engine = posterior.engine
+    means = posterior.mean.split(engine.sizes)
+    yield from zip(engine.names, [p.detach() for p in engine.parameters], means, strict=True)
+    model: Any = posterior.model
+    if isinstance(model, LastLayerModel):  # the posterior is over a copy of the transformer's head
+        weight, bias = model.source.head_tensors()
+        yield "last layer", weight, model.head.weight.detach()
+        if bias is not None:
+            yield "last layer's bias", bias, model.head.bias.detach()
+
+
+def _equal(now: Tensor, then: Tensor) -> bool:
+    """Return whether two tensors are equal in the dtype of the first."""
+    if "meta" in (now.device.type, then.device.type):
+        return True  # there are no values
+    then = then.reshape(now.shape).to(now)
+    return bool(((now == then) | (now.isnan() & then.isnan())).all())

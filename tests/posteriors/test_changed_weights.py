@@ -1,0 +1,47 @@
+"""A posterior notices at its next call that the model's weights are no longer those of the fit."""
+
+import copy
+
+import pytest
+import torch
+
+from laplace_lora import DiagLoraLaplace, KronLoraLaplace, KronLoraLLLaplace
+from support.batches import loader, token_batch
+from support.models import peft_model
+
+BATCH = token_batch((4, 2, 5))
+
+
+@pytest.mark.parametrize("kind", [KronLoraLaplace, DiagLoraLaplace, KronLoraLLLaplace])
+def test_weights_that_were_trained_on_are_refused_until_they_come_back(kind, tmp_path):
+    model = peft_model("bert")
+    la = kind(model, "classification")
+    la.fit(loader())
+    expected = la(BATCH)
+    name = "base_model.model.classifier.modules_to_save.default.weight"
+    weights = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model.get_parameter(name).add_(0.01)
+    for call in (
+        lambda: la(BATCH),
+        lambda: la.predict(BATCH),
+        lambda: la.save_pretrained(tmp_path),
+        lambda: la.fit(loader(), override=False),
+    ):
+        with pytest.raises(RuntimeError, match="have changed since the posterior was fitted"):
+            call()
+    model.load_state_dict(weights)
+    assert torch.equal(la(BATCH), expected)
+
+
+def test_a_new_fit_and_another_dtype_are_no_change():
+    model = peft_model("bert", dtype=torch.float32)
+    la = KronLoraLaplace(model, "classification")
+    la.fit(loader())
+    with torch.no_grad():
+        for parameter in la.params:
+            parameter.mul_(0.5)
+    la.fit(loader())
+    la(BATCH)
+    model.to(torch.bfloat16)
+    la(BATCH)
