@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
@@ -106,3 +107,27 @@ def check_adapters(model: nn.Module) -> None:
                 f"adapters {list(layer.active_adapters)} are active together in {name!r}; choose "
                 "one with `model.set_adapter(name)`"
             )
+
+
+def adapter_settings(model: nn.Module) -> dict[str, Any]:
+    """Return what an active adapter's configuration changes about its outputs, as plain values.
+
+    The kind of each adapted layer and the factor of its update, which are in no tensor.
+
+    Args:
+        model: Any module.
+    """
+    settings: dict[str, Any] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            for adapter in layer.active_adapters:
+                scaling = getattr(layer, "scaling", {})
+                found = scaling.get(adapter) if isinstance(scaling, dict) else None
+                variant = getattr(layer, "lora_variant", {}).get(adapter)
+                settings[name] = [
+                    type(layer).__name__,
+                    None if variant is None else type(variant).__name__,
+                    float(found) if isinstance(found, int | float) else None,
+                    bool(getattr(layer, "fan_in_fan_out", False)),
+                ]
+    return settings

@@ -1,13 +1,11 @@
-"""A posterior as two files beside its adapter: saving it, and reading it back.
+"""A posterior as files beside its adapter: saving it, and reading it back.
 
-``laplace.safetensors`` holds the tensors, ``laplace_config.json`` everything else with a hash of
-both. Nothing is ever unpickled, and no path is read from a file.
+``laplace.safetensors`` holds tensors and configuration, ``laplace_config.json`` the latter once
+more, see `files`. Nothing is ever unpickled, and no path is read from a file.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +13,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
-from laplace_lora.storage.files import CONFIG, TENSORS, VERSION, checksum, write_whole
+from laplace_lora.storage.files import CONFIG, TENSORS, VERSION, write_files
 from laplace_lora.storage.fingerprint import check_identity, identity
 from laplace_lora.structures.state import Posterior, PosteriorState, Settings
 
@@ -29,7 +27,7 @@ GRADIENT = "loss_gradient"
 def save_posterior(posterior: Posterior, folder: Path, backend: str) -> None:
     """Write a fitted posterior into a folder.
 
-    Each file is written under another name first and renamed when complete.
+    A reader finds the earlier posterior or this one, at any moment, see `files`.
 
     Args:
         posterior: A fitted posterior.
@@ -43,7 +41,6 @@ def save_posterior(posterior: Posterior, folder: Path, backend: str) -> None:
     if state.loss_gradient is not None:
         tensors[GRADIENT] = state.loss_gradient
     tensors["sigma_noise"] = torch.as_tensor(settings.sigma_noise).reshape(1)
-    payload = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
     config = {
         "version": VERSION,
         "class": posterior.kind,
@@ -59,12 +56,9 @@ def save_posterior(posterior: Posterior, folder: Path, backend: str) -> None:
         },
         "curvature": description,
         **identity(posterior),
-        "tensors": hashlib.sha256(payload).hexdigest(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / TENSORS, payload)
-    text = json.dumps({**config, "checksum": checksum(config)}, indent=1)
-    write_whole(folder / CONFIG, text.encode())
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write_files(folder, plain, config)
 
 
 def load_state(posterior: Posterior, payload: bytes, config: Mapping[str, Any]) -> PosteriorState:
@@ -102,6 +96,9 @@ def _state(
     if not fits or tensors["prior_mean"].shape not in [(), (1,), (sum(sizes),)]:
         raise ValueError("prior and noise do not fit the model's tensors")
     posterior.structure.check_prior(len(precision), len(sizes), sum(sizes))
+    if not _is_positive(posterior.temperature):
+        raise ValueError(f"temperature is {posterior.temperature!r}, not a positive number")
+    _check_diagonals(packed)
     scalars = config["scalars"]
     scale = _positive(scalars, "covariance_scale")
     temperature = _positive(scalars, "likelihood_temperature")
@@ -134,7 +131,21 @@ def _count(scalars: Mapping[str, Any], name: str) -> int:
 
 
 def _positive(scalars: Mapping[str, Any], name: str) -> float:
-    value = scalars[name]
-    if type(value) is not float or not math.isfinite(value) or value <= 0:
+    value: float = scalars[name]
+    if type(value) is not float or not _is_positive(value):
         raise ValueError(f"{name} is {value!r}, not a positive number")
     return value
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
+
+
+def _check_diagonals(packed: Mapping[str, Tensor]) -> None:
+    """Refuse curvatures with a negative diagonal."""
+    for name, tensor in packed.items():
+        stem = name.rpartition(".")[2]
+        square = stem == "matrix" and tensor.ndim == 2
+        diagonal = tensor.diagonal() if square else tensor
+        if stem in ("matrix", "diagonal", "curvature", "trace") and bool((diagonal < 0).any()):
+            raise ValueError(f"the curvature has negative entries on its diagonal ({name!r})")

@@ -1,4 +1,10 @@
-"""The two files of a saved posterior: written whole, read back and checked against their hashes."""
+"""The two files of a saved posterior: written whole, read back and checked against their hashes.
+
+``laplace.safetensors`` holds the tensors and, in its header, the configuration: it is a whole
+posterior by itself, and one rename puts it in place. ``laplace_config.json`` repeats the
+configuration for people and for earlier versions. A reader that finds the two apart, because a
+writer is at work or was killed between them, takes the first.
+"""
 
 from __future__ import annotations
 
@@ -7,41 +13,155 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where an open file cannot be deleted anyway
+    fcntl = None  # type: ignore[assignment]
 
 TENSORS = "laplace.safetensors"
 CONFIG = "laplace_config.json"
 VERSION = 1
+KEY = "laplace_config"  # of the configuration in the header of the tensors
+LITTER = ".tmp"
+NEEDED = (
+    "class",
+    "arguments",
+    "backend",
+    "output",
+    "scalars",
+    "curvature",
+    "parameters",
+    "weights",
+    "adapter",
+    "base",
+)
+
+
+def write_files(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write tensors and configuration into a folder; the first file is a whole by itself.
+
+    Files that a process left half-written when it was killed are removed.
+
+    Args:
+        folder: The folder; made if missing.
+        tensors: Contiguous tensors on the CPU.
+        config: Everything else, without hashes.
+    """
+    plain = save(dict(tensors))
+    content = {**config, "content": _content_hash(plain)}
+    text = json.dumps({**content, "checksum": checksum(content)})
+    head = json.dumps({**_header(plain), "__metadata__": {KEY: text}}).encode()
+    head += b" " * (-len(head) % 8)
+    payload: list[bytes | memoryview] = [len(head).to_bytes(8, "little") + head, _data(plain)]
+    digest = hashlib.sha256()
+    for part in payload:
+        digest.update(part)
+    beside = {**content, "tensors": digest.hexdigest()}
+    folder.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
+    write_whole(folder / TENSORS, *payload)
+    text = json.dumps({**beside, "checksum": checksum(beside)}, indent=1)
+    write_whole(folder / CONFIG, text.encode())
 
 
 def read_files(directory: str | os.PathLike[str]) -> tuple[bytes, dict[str, Any]]:
     """Return the bytes of the tensors and the configuration, both checked against their hashes.
 
     Args:
-        directory: Folder with the two files, or the name of a repository on the hub.
+        directory: Folder with the files, or the name of a repository on the hub.
 
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If a file is damaged, altered or of an unknown version.
     """
+    paths = _paths(directory)
+    payload = paths[TENSORS].read_bytes()
+    within = _config_within(payload)
+    if paths[CONFIG].is_file():
+        config = _checked(_parsed(paths[CONFIG].read_bytes()))
+        if config.get("tensors") == hashlib.sha256(payload).hexdigest():
+            return payload, config
+    elif within is None:
+        raise FileNotFoundError(f"{paths[CONFIG]} is missing; was save_pretrained called there?")
+    if within is None:
+        raise ValueError(f"{TENSORS} was altered, truncated or not completely written")
+    return payload, within
+
+
+def checksum(config: Mapping[str, Any]) -> str:
+    """Return the hash of a configuration without its own checksum."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def write_whole(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file so that it is either there as a whole or not at all.
+
+    Args:
+        path: The file; written under another name in its folder first.
+        *parts: All of it.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=LITTER)
+    try:
+        with os.fdopen(handle, "wb") as file, _locked(file.fileno()):
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _locked(handle: int) -> Any:
+    """Hold a lock on a file while it is being written, so that nobody takes it for litter."""
+    if fcntl is not None:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    yield
+
+
+def _sweep(folder: Path) -> None:
+    """Remove half-written files whose process is gone: nobody holds their lock any more."""
+    for name in (TENSORS, CONFIG):
+        for path in folder.glob(f"{name}*{LITTER}") if fcntl is not None else ():
+            with suppress(OSError), path.open("rb") as file:
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+
+
+def _paths(directory: str | os.PathLike[str]) -> dict[str, Path]:
     folder = Path(directory)
     if folder.is_dir():
         paths = {name: folder / name for name in (TENSORS, CONFIG)}
-        for path in paths.values():
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing; was save_pretrained called there?")
-    elif str(directory).count("/") == 1 and not folder.exists():
+        if not paths[TENSORS].is_file():
+            raise FileNotFoundError(
+                f"{paths[TENSORS]} is missing; was save_pretrained called there?"
+            )
+        return paths
+    if str(directory).count("/") == 1 and not folder.exists():
         from huggingface_hub import hf_hub_download
 
-        paths = {name: Path(hf_hub_download(str(directory), name)) for name in (TENSORS, CONFIG)}
-    else:
-        raise FileNotFoundError(f"{directory} is neither a folder nor the name of a repository")
-    payload = paths[TENSORS].read_bytes()
+        return {name: Path(hf_hub_download(str(directory), name)) for name in (TENSORS, CONFIG)}
+    raise FileNotFoundError(f"{directory} is neither a folder nor the name of a repository")
+
+
+def _parsed(content: bytes) -> Any:
     try:
-        config = json.loads(paths[CONFIG].read_bytes())
+        return json.loads(content)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{CONFIG} is damaged: {error}") from None
+
+
+def _checked(config: Any) -> dict[str, Any]:
+    """Return a configuration without its checksum, which is right."""
     if not isinstance(config, dict) or not isinstance(config.get("version"), int):
         raise ValueError(f"{CONFIG} is not the configuration of a posterior")
     if config["version"] != VERSION:
@@ -52,30 +172,34 @@ def read_files(directory: str | os.PathLike[str]) -> tuple[bytes, dict[str, Any]
     signature = config.pop("checksum", None)
     if signature != checksum(config):
         raise ValueError(f"{CONFIG} was altered or not completely written")
-    if config["tensors"] != hashlib.sha256(payload).hexdigest():
-        raise ValueError(f"{TENSORS} was altered, truncated or not completely written")
-    return payload, config
+    missing = [key for key in NEEDED if key not in config]
+    if missing:
+        raise ValueError(f"{CONFIG} lacks {missing}")
+    return config
 
 
-def checksum(config: Mapping[str, Any]) -> str:
-    """Return the hash of a configuration without its own checksum."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is either there as a whole or not at all.
-
-    Args:
-        path: The file; written under another name in its folder first.
-        content: All of it.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+def _config_within(payload: bytes) -> dict[str, Any] | None:
+    """Return the configuration in the header of the tensors, ``None`` unless both are whole."""
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        config = _checked(json.loads(_header(payload)["__metadata__"][KEY]))
+        return config if config.get("content") == _content_hash(payload) else None
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        return None
+
+
+def _header(payload: bytes) -> Any:
+    """Return the table of tensors at the beginning of a safetensors file."""
+    return json.loads(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
+
+
+def _data(payload: bytes) -> memoryview:
+    """Return the values of the tensors, without copying them."""
+    return memoryview(payload)[8 + int.from_bytes(payload[:8], "little") :]
+
+
+def _content_hash(payload: bytes) -> str:
+    """Return the hash of tensors, their names and shapes, without the rest of the header."""
+    header = {name: value for name, value in _header(payload).items() if name != "__metadata__"}
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    digest.update(_data(payload))
+    return digest.hexdigest()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from laplace_lora.adapters.peft_state import adapter_parameters
+from laplace_lora.adapters.peft_state import adapter_parameters, adapter_settings
 from laplace_lora.structures.state import Posterior
 
+SETTINGS = "adapter_settings"
 SAMPLES = 64  # values hashed of each tensor of a base model
 
 
@@ -35,6 +37,9 @@ def identity(posterior: Posterior) -> dict[str, Any]:
         "weights": exact_fingerprint(zip(engine.names, engine.parameters, strict=True)),
         "adapter": exact_fingerprint((name, p) for name, p, active in others if active),
         "base": sampled_fingerprint((name, p) for name, p, active in others if active is None),
+        SETTINGS: hashlib.sha256(
+            json.dumps(adapter_settings(posterior.source), sort_keys=True).encode()
+        ).hexdigest(),
     }
 
 
@@ -57,8 +62,12 @@ def check_identity(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         "adapter": "other trained weights of the adapter have changed since the posterior was "
         "fitted",
         "base": "the base model differs from the one that the posterior was fitted on",
+        SETTINGS: "the adapter's configuration differs from the one that the posterior was fitted "
+        "with (lora_alpha, use_rslora, use_dora or the layers' scaling)",
     }
     for name, reason in reasons.items():
+        if name == SETTINGS and name not in saved:
+            continue  # files of earlier versions do not have it
         if saved[name] != found[name]:
             raise ValueError(reason)
 
