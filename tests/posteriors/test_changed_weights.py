@@ -45,3 +45,14 @@ def test_a_new_fit_and_another_dtype_are_no_change():
     la(BATCH)
     model.to(torch.bfloat16)
     la(BATCH)
+
+
+def test_rounding_is_no_change():
+    la = KronLoraLaplace(peft_model("bert", dtype=torch.float32), "classification")
+    la.fit(loader())
+    weight, before = la.params[0], la.params[0].detach().clone()
+    with torch.no_grad():
+        weight += 1
+        weight -= 1
+    assert not torch.equal(weight, before)
+    la(BATCH)
