@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.fitting.accumulation import accumulate
+from laplace_lora.fitting.evidence_pass import subspace_of
 from laplace_lora.fitting.passes import FitSums, Pass, RowPass, Sums
 from laplace_lora.fitting.second_pass import corrected
 from laplace_lora.fitting.snapshots import Snapshot
@@ -39,6 +41,7 @@ class Fitter:
         progress_bar: bool,
         checkpoint_dir: str | os.PathLike[str] | None,
         checkpoint_every: int | None,
+        evidence_correction: bool,
     ) -> PosteriorState:
         """Return the state at the model's current weights, see `LoraLaplace.fit`."""
         posterior, structure = self.posterior, self.posterior.structure
@@ -71,6 +74,9 @@ class Fitter:
         if structure.has_second_pass:
             raw = corrected(posterior.engine, raw, sums.n, summed)
         state = self._state(raw, loss, gradient, n, posterior.engine.n_outputs)
+        if evidence_correction and n == sums.n:  # data fitted earlier cannot be seen again
+            subspace = subspace_of(posterior, raw, sums.state.gradient.total, n, summed)
+            state = replace(state, subspace=subspace)
         for snapshot in reversed(snapshots):
             snapshot.remove()
         return state

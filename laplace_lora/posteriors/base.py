@@ -172,6 +172,7 @@ class LoraLaplace(SavedLaplace):
         progress_bar: bool = False,
         checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_every: int | None = None,
+        evidence_correction: bool = True,
     ) -> None:
         """Fit the posterior at the model's current weights.
 
@@ -193,6 +194,9 @@ class LoraLaplace(SavedLaplace):
                 there, after the batches it had seen, if the loader yields the same ones in the
                 same order. The files, one per pass, are deleted at the end.
             checkpoint_every: Batches from one writing to the next, 100 by default.
+            evidence_correction: Iterate over the data once more and measure what the evidence
+                gains because trained weights are no mode of the prior, see `Subspace`. Without it
+                a tuned prior is far too weak where weights were trained without it.
 
         Raises:
             TypeError: If the loader has no ``dataset``, or a batch is neither mapping nor pair.
@@ -203,7 +207,7 @@ class LoraLaplace(SavedLaplace):
             RuntimeError: If another process that shares the loader failed or had no examples.
         """
         fitter = Fitter(self.parts if override or not self.state.is_fitted else self.fitted)
-        options = (override, progress_bar, checkpoint_dir, checkpoint_every)
+        options = (override, progress_bar, checkpoint_dir, checkpoint_every, evidence_correction)
         self._install(fitter.fit(train_loader, *options))
 
     def adopt(self, curvature: Any, n_data: int, train_loader: Iterable[Any] | None = None) -> None:
@@ -315,6 +319,7 @@ class LoraLaplace(SavedLaplace):
             curvature=self.structure.to(state.curvature, device) if state.is_fitted else None,
             mean=None if state.mean is None else state.mean.to(device),
             loss_gradient=None if state.loss_gradient is None else state.loss_gradient.to(device),
+            subspace=None if state.subspace is None else state.subspace.to(device),
         )
         return self
 

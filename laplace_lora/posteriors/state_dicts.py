@@ -14,6 +14,7 @@ from torch import Tensor
 from laplace_lora.curvature.kron_protocol import LowRankKron
 from laplace_lora.structures.eigenvalue_correction import CorrectedKron
 from laplace_lora.structures.state import Posterior, PosteriorState, Settings
+from laplace_lora.structures.subspace import SUBSPACE, SUBSPACE_TENSORS, subspace_from
 
 CALIBRATED = ("covariance_scale", "likelihood_temperature")
 
@@ -27,7 +28,10 @@ def state_entries(posterior: Posterior) -> dict[str, Any]:
     structure, curvature = posterior.structure, posterior.state.curvature
     raw = structure.raw(curvature)
     packed = raw if isinstance(raw, Tensor) else structure.pack(curvature)
-    gradient = {"loss_gradient": posterior.state.loss_gradient}
+    state = posterior.state
+    gradient: dict[str, Any] = {"loss_gradient": state.loss_gradient}
+    if state.subspace is not None:
+        gradient |= {f"{SUBSPACE}{n}": getattr(state.subspace, n) for n in SUBSPACE_TENSORS}
     return {
         "H": packed,
         **gradient,
@@ -76,6 +80,7 @@ def read_state(posterior: Posterior, state_dict: Mapping[str, Any]) -> Posterior
         state_dict["n_data"],
         state_dict["n_outputs"],
         state_dict.get("loss_gradient"),
+        subspace_from(state_dict),
     )
 
 

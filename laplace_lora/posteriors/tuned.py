@@ -95,6 +95,7 @@ class TunedLaplace(LaplaceNames):
         link_approx: str = QUADRATURE,
         n_samples: int = 100,
         tune_sigma_noise: bool = False,
+        correction: bool = True,
         progress_bar: bool = False,
         verbose: bool = False,
         **kwargs: Any,
@@ -117,6 +118,8 @@ class TunedLaplace(LaplaceNames):
             link_approx: Link of the predictive that is scored.
             n_samples: Samples for ``"mc"``, common to all priors compared.
             tune_sigma_noise: For ``"marglik"`` of a regression: also the observation noise.
+            correction: For ``"marglik"``: take in the gradient term that the evidence has because
+                trained weights are no mode of the prior, where the fit has measured it.
             progress_bar: Show progress over the batches.
             verbose: Print the result.
             **kwargs: As listed with the methods.
@@ -147,7 +150,9 @@ class TunedLaplace(LaplaceNames):
                 if kwargs or prior_structure == "diag":
                     self._laplace_marglik(prior_structure, tune_sigma_noise, kwargs)
                 else:
-                    settings = tuner.marginal_likelihood(prior_structure, tune_sigma_noise)
+                    settings = tuner.marginal_likelihood(
+                        prior_structure, tune_sigma_noise, correction
+                    )
             elif method == "gridsearch" and pred_type == "nn":
                 self._laplace_grid(val_loader, n_samples, kwargs)
             elif method == "gridsearch":

@@ -19,6 +19,7 @@ from torch import Tensor
 from laplace_lora.storage.files import CONFIG, TENSORS, VERSION, write_files
 from laplace_lora.storage.fingerprint import check_identity, identity
 from laplace_lora.structures.state import Posterior, PosteriorState, Settings
+from laplace_lora.structures.subspace import SUBSPACE, SUBSPACE_TENSORS, subspace_from
 
 PREFIX = "curvature."
 GRADIENT = "loss_gradient"
@@ -40,6 +41,9 @@ def save_posterior(posterior: Posterior, folder: Path, backend: str) -> None:
     tensors |= {name: getattr(settings, name) for name in ("prior_precision", "prior_mean")}
     if state.loss_gradient is not None:
         tensors[GRADIENT] = state.loss_gradient
+    if state.subspace is not None:
+        for name in SUBSPACE_TENSORS:
+            tensors[f"{SUBSPACE}{name}"] = getattr(state.subspace, name).clone()
     tensors["sigma_noise"] = torch.as_tensor(settings.sigma_noise).reshape(1)
     config = {
         "version": VERSION,
@@ -120,7 +124,14 @@ def _state(
             raise ValueError(f"the gradient has shape {tuple(gradient.shape)}")
         gradient = gradient.to(posterior.device, posterior.dtype)
     weights = posterior.current_weights()
-    return PosteriorState(settings, curvature, weights, sizes, loss, n_data, n_outputs, gradient)
+    subspace = subspace_from(tensors)
+    if subspace is not None:
+        if subspace.displacement.shape[0] != len(sizes):
+            raise ValueError(f"the subspace is of {subspace.displacement.shape[0]} tensors")
+        subspace = subspace.to(posterior.device)
+    return PosteriorState(
+        settings, curvature, weights, sizes, loss, n_data, n_outputs, gradient, subspace
+    )
 
 
 def _count(scalars: Mapping[str, Any], name: str) -> int:

@@ -84,6 +84,14 @@ class Structure(Protocol[Sums, Raw, Curvature]):
         """Whether a fit puts together each tensor's Jacobian, as a prediction does."""
         ...
 
+    def product(self, curvature: Curvature, rows: Tensor) -> Tensor:
+        """Return the products of a curvature with weight vectors, ``(n, parameters)``."""
+        ...
+
+    def solve(self, curvature: Curvature, rows: Tensor, delta: float) -> Tensor:
+        """Return ``(curvature + δ)⁻¹`` times weight vectors, ``(n, parameters)``."""
+        ...
+
     def bound(self: Self, engine: Engine) -> Self:
         """Return the structure for a model's tensors.
 

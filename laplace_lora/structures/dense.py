@@ -87,6 +87,15 @@ class Dense(TensorSum):
     advice: str = "use KronLoraLLLaplace or DiagLoraLLLaplace"
     scalar_only: bool = True
 
+    def product(self, curvature: Tensor, rows: Tensor) -> Tensor:
+        """Return the products of the matrix with weight vectors, ``(n, parameters)``."""
+        return rows @ curvature
+
+    def solve(self, curvature: Tensor, rows: Tensor, delta: float) -> Tensor:
+        """Return ``(curvature + δ)⁻¹`` times weight vectors, ``(n, parameters)``."""
+        eye = torch.eye(len(curvature), dtype=curvature.dtype, device=curvature.device)
+        return torch.linalg.solve(curvature + delta * eye, rows.T).T
+
     @property
     def shape(self) -> list[int]:
         """Shape of the curvature."""

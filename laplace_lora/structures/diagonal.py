@@ -74,6 +74,14 @@ class Diagonal(TensorSum):
 
     advice: str = "set `modules` to cover fewer layers"
 
+    def product(self, curvature: Tensor, rows: Tensor) -> Tensor:
+        """Return the products of the diagonal with weight vectors, ``(n, parameters)``."""
+        return rows * curvature
+
+    def solve(self, curvature: Tensor, rows: Tensor, delta: float) -> Tensor:
+        """Return ``(curvature + δ)⁻¹`` times weight vectors, ``(n, parameters)``."""
+        return rows / (curvature + delta)
+
     @property
     def shape(self) -> list[int]:
         """Shape of the curvature."""

@@ -62,6 +62,14 @@ class Kron:
         """Whether eigenvalues are corrected."""
         return self.eigenvalue_correction
 
+    def product(self, curvature: KronCurvature, rows: Tensor) -> Tensor:
+        """Return the products of the factors with weight vectors, ``(n, parameters)``."""
+        return curvature.eigen.bmm(rows, exponent=1)
+
+    def solve(self, curvature: KronCurvature, rows: Tensor, delta: float) -> Tensor:
+        """Return ``(curvature + δ)⁻¹`` times weight vectors, ``(n, parameters)``."""
+        return (curvature.eigen + rows.new_tensor([delta])).bmm(rows)
+
     def bound(self, engine: Engine) -> Kron:
         """Return the structure itself: factors know their sizes."""
         return self

@@ -110,6 +110,15 @@ class Rows:
         """Dtype that the rows are kept in."""
         return torch.float32 if self.row_dtype is None else self.row_dtype
 
+    def product(self, curvature: RowCurvature, rows: Tensor) -> Tensor:
+        """Return the products of the curvature with weight vectors, ``(n, parameters)``."""
+        one = rows.new_ones(1)
+        return curvature.precision(one, one[0]).multiply(rows) - rows
+
+    def solve(self, curvature: RowCurvature, rows: Tensor, delta: float) -> Tensor:
+        """Return ``(curvature + δ)⁻¹`` times weight vectors, ``(n, parameters)``."""
+        return curvature.precision(rows.new_tensor([delta]), rows.new_tensor(1.0)).solve(rows)
+
     def bound(self, engine: Engine) -> Rows:
         """Return the structure for a model's tensors.
 

@@ -55,6 +55,17 @@ class Sketched:
     couples_groups: bool = True
     scalar_only: bool = False
 
+    def product(self, curvature: SketchedCurvature, rows: Tensor) -> Tensor:
+        """Return the products of the curvature with weight vectors, ``(n, parameters)``."""
+        one = rows.new_ones(1)
+        return curvature.directions.precision(one, one[0]).multiply(rows) - rows
+
+    def solve(self, curvature: SketchedCurvature, rows: Tensor, delta: float) -> Tensor:
+        """Return ``(curvature + δ)⁻¹`` times weight vectors, ``(n, parameters)``."""
+        return curvature.directions.precision(rows.new_tensor([delta]), rows.new_tensor(1.0)).solve(
+            rows
+        )
+
     def bound(self, engine: Engine) -> Sketched:
         """Return the structure for a model's tensors."""
         return replace(self, sizes=tuple(engine.sizes))

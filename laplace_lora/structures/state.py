@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.likelihoods.base import Likelihood
 from laplace_lora.structures.base import Precision, Structure
+from laplace_lora.structures.subspace import Subspace
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class PosteriorState:
         n_outputs: Number of outputs.
         loss_gradient: Gradient of the summed loss at the MAP weights, ``(parameters,)``; ``None``
             where it is not known, as of files of earlier versions.
+        subspace: Exact curvature along a few directions, for the evidence's gradient term; ``None``
+            where it was not measured, or data were added since.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -69,6 +72,7 @@ class PosteriorState:
     n_data: int = 0
     n_outputs: int = 0
     loss_gradient: Tensor | None = None
+    subspace: Subspace | None = None
 
     @property
     def is_fitted(self) -> bool:
@@ -81,6 +85,14 @@ class PosteriorState:
         assert self.mean is not None
         squares = (self.mean - self.settings.prior_mean).double().square()
         return torch.stack([part.sum() for part in squares.split(self.sizes)])
+
+    @property
+    def has_gradient_term(self) -> bool:
+        """Whether the evidence's gradient term is known for the present prior mean."""
+        if self.subspace is None:
+            return False
+        known, mean = self.subspace.prior_mean, self.settings.prior_mean
+        return known is mean or torch.equal(known.expand_as(mean), mean)
 
     def with_settings(self, settings: Settings) -> PosteriorState:
         """Return the state with other settings."""
@@ -147,6 +159,18 @@ class Posterior:
     def prior_by_tensor(self) -> Tensor:
         """Prior precision of each tensor, ``(tensors,)``, detached."""
         return self.settings.prior_precision.detach().expand(len(self.engine.blocks))
+
+    @property
+    def precision_by_tensor(self) -> Tensor:
+        """Prior precision of each tensor, ``(tensors,)``.
+
+        Raises:
+            ValueError: If there is one per weight.
+        """
+        prior = self.settings.prior_precision
+        if len(prior) not in (1, len(self.engine.blocks)):
+            raise ValueError("the gradient term takes one prior precision in all or per tensor")
+        return prior.expand(len(self.engine.blocks))
 
     @property
     def scale(self) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from laplace_lora.linalg.row_precision import RowPrecision, group_grams
 from laplace_lora.structures.state import Posterior, PosteriorState, Settings
+from laplace_lora.tuning.corrected_evidence import corrected_precision
 from laplace_lora.tuning.evidence import (
     optimal_joint_precision,
     optimal_noise,
@@ -16,19 +17,28 @@ from laplace_lora.tuning.evidence import (
 )
 
 
-def maximise(posterior: Posterior, groups: Tensor, tune_noise: bool) -> Settings:
+def maximise(
+    posterior: Posterior, groups: Tensor, tune_noise: bool, correction: bool = True
+) -> Settings:
     """Return the settings at which the log marginal likelihood is largest.
 
     Args:
         posterior: A fitted posterior.
         groups: Group of each trainable tensor, ``(tensors,)``.
-        tune_noise: Whether to choose the observation noise as well.
+        tune_noise: Whether to choose the observation noise as well; then, and where the data
+            couple several groups, the evidence is taken without its gradient term.
+        correction: Whether to take the gradient term in, where it is known.
 
     Raises:
         ValueError: If there is no observation noise to tune.
     """
     if tune_noise and not posterior.objective.has_noise:
         raise ValueError("only a regression has observation noise to tune")
+    coupled = posterior.structure.couples_groups and int(groups.max()) > 0
+    if correction and not tune_noise and not coupled and posterior.state.has_gradient_term:
+        start = posterior.with_settings(first_precision(posterior))
+        precisions = corrected_precision(start, groups)
+        return with_precisions(posterior, precisions[groups], groups)
     if not posterior.structure.couples_groups:
         return _separate(posterior, groups, tune_noise)
     # The scalar's eigenvalues are needed, for the maximum or as the start of a climb.

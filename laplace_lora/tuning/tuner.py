@@ -27,17 +27,21 @@ class Tuner:
     def __init__(self, posterior: Posterior) -> None:
         self.posterior = posterior
 
-    def marginal_likelihood(self, structure: Structure, tune_noise: bool) -> Settings:
+    def marginal_likelihood(
+        self, structure: Structure, tune_noise: bool, correction: bool = True
+    ) -> Settings:
         """Return the settings that maximise the log marginal likelihood.
 
         Args:
             structure: Which tensors share a prior precision, see `prior_groups`.
             tune_noise: Whether to choose a regression's noise as well.
+            correction: Whether to take the evidence's gradient term in, where it is known.
 
         Raises:
             ValueError: If the structure is unknown, or there is no noise to tune.
         """
-        return maximise(self.posterior, prior_groups(self.posterior.names, structure), tune_noise)
+        groups = prior_groups(self.posterior.names, structure)
+        return maximise(self.posterior, groups, tune_noise, correction)
 
     def grid_search(
         self,

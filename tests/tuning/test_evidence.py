@@ -70,7 +70,7 @@ def evidence_at(la, log_prior):
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_the_evidence_is_at_its_maximum(cls, kwargs, structure):
     la = posterior(cls, **kwargs)
-    la.optimize_prior_precision(prior_structure=structure)
+    la.optimize_prior_precision(prior_structure=structure, correction=False)
     groups = prior_groups(la.block_names, structure)
     assert len(la.prior_precision) == (1 if structure == "scalar" else la.n_layers)
     log_prior = la.prior_precision.log().requires_grad_()
@@ -92,7 +92,7 @@ def test_finer_groups_never_lower_the_evidence(cls, kwargs):
     la = posterior(cls, **kwargs)
     evidence = {}
     for structure in STRUCTURES:
-        la.optimize_prior_precision(prior_structure=structure)
+        la.optimize_prior_precision(prior_structure=structure, correction=False)
         evidence[structure] = la.log_marginal_likelihood().item()
     assert evidence["scalar"] <= min(evidence["matrix"], evidence["block"]) + 1e-9
     assert max(evidence["matrix"], evidence["block"]) <= evidence["layerwise"] + 1e-9
@@ -100,7 +100,7 @@ def test_finer_groups_never_lower_the_evidence(cls, kwargs):
 
 def test_laplace_torchs_adam_is_there_on_request_and_not_better():
     la = posterior(**DENSE)
-    la.optimize_prior_precision()
+    la.optimize_prior_precision(correction=False)
     exact = la.log_marginal_likelihood().item()
     la.optimize_prior_precision(n_steps=2, lr=0.1)
     few = la.log_marginal_likelihood().item()

@@ -1,0 +1,90 @@
+"""The prior precision that maximises the evidence with its gradient term.
+
+See `Subspace` for the term. The scalar's evidence is looked at over the whole range, since it may
+have several maxima; groups climb from the best scalar.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from scipy.optimize import minimize, minimize_scalar
+from torch import Tensor
+
+from laplace_lora.structures.base import Spectrum
+from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.subspace import Subspace
+
+LOW, HIGH, STEP = math.log(1e-6), math.log(1e10), 0.5  # of log δ
+
+
+def corrected_precision(posterior: Posterior, groups: Tensor) -> Tensor:
+    """Return the maximum of the corrected evidence over one prior precision per group.
+
+    A classifier's evidence above zero would mean labels with a probability above one: there the
+    quadratic expansion does not hold, and such precisions are left out.
+
+    Args:
+        posterior: A fitted posterior whose gradient term is known.
+        groups: Group of each tensor, ``(tensors,)``.
+
+    Returns:
+        Float64 precisions, ``(groups,)``.
+
+    Raises:
+        FloatingPointError: If the evidence is nowhere credible.
+    """
+    subspace = posterior.state.subspace
+    assert subspace is not None
+    spectra, squares = posterior.precision.spectra(), posterior.state.squared_norms
+    scale, groups = float(posterior.scale.detach()), groups.to(squares.device)
+    loss = scale * posterior.state.loss
+    bound = 0.0 if posterior.objective.is_classifier else math.inf
+
+    def evidence(logs: Tensor) -> Tensor:
+        deltas = logs.to(squares).exp()[groups]
+        return _evidence(deltas, spectra, squares, subspace, scale) - loss
+
+    def descent(log_delta: float) -> float:
+        value = evidence(torch.full((len(set(groups.tolist())),), log_delta, dtype=torch.float64))
+        return -float(value) if value <= bound else math.inf
+
+    points = torch.arange(LOW, HIGH, STEP, dtype=torch.float64).tolist()
+    values = [descent(point) for point in points]
+    best = min(range(len(points)), key=values.__getitem__)
+    if not math.isfinite(values[best]):
+        raise FloatingPointError("the evidence is above zero for every prior precision")
+    limits = (points[max(best - 1, 0)], points[min(best + 1, len(points) - 1)])
+    options = {"xatol": 1e-6}
+    found = minimize_scalar(descent, bounds=limits, method="bounded", options=options)
+    scalar = found.x if found.fun <= values[best] else points[best]
+    count = int(groups.max()) + 1
+    if count == 1:
+        return torch.tensor([math.exp(scalar)], dtype=torch.float64)
+
+    def gradient(point: Any) -> tuple[float, Any]:
+        logs = torch.tensor(point, dtype=torch.float64, requires_grad=True)
+        with torch.enable_grad():
+            value = -evidence(logs)
+        (slope,) = torch.autograd.grad(value, logs)
+        return float(value.detach()), slope.tolist()
+
+    bounds = [(LOW, HIGH)] * count
+    climbed = minimize(gradient, [scalar] * count, jac=True, bounds=bounds, method="L-BFGS-B")
+    if -climbed.fun > bound or climbed.fun > descent(scalar):
+        return torch.full((count,), math.exp(scalar), dtype=torch.float64)
+    return torch.tensor(climbed.x, dtype=torch.float64).exp()
+
+
+def _evidence(
+    deltas: Tensor, spectra: list[Spectrum], squares: Tensor, subspace: Subspace, scale: float
+) -> Tensor:
+    """Return the log evidence less the log likelihood."""
+    log_det: Any = sum(
+        (times * torch.log1p(e.double() / delta)).sum()
+        for spectrum, delta in zip(spectra, deltas, strict=True)
+        for e, times in spectrum
+    )
+    return subspace.term(deltas, scale) - 0.5 * (log_det + (deltas * squares).sum())
