@@ -17,6 +17,7 @@ from laplace_lora.structures.base import Spectrum
 from laplace_lora.structures.state import Posterior
 from laplace_lora.structures.subspace import Subspace
 
+PLATEAU = 0.01  # nats that do not count
 LOW, HIGH, STEP = math.log(1e-6), math.log(1e10), 0.5  # of log δ
 
 
@@ -56,6 +57,11 @@ def corrected_precision(posterior: Posterior, groups: Tensor) -> Tensor:
     best = min(range(len(points)), key=values.__getitem__)
     if not math.isfinite(values[best]):
         raise FloatingPointError("the evidence is above zero for every prior precision")
+    if values[-1] - values[best] <= PLATEAU:
+        # Flat up to an infinitely strong prior: the data ask for no width. The weakest of the
+        # priors that are as good keeps the numbers finite.
+        best = next(i for i, value in enumerate(values) if value - values[best] <= PLATEAU)
+        return torch.full((int(groups.max()) + 1,), math.exp(points[best]), dtype=torch.float64)
     limits = (points[max(best - 1, 0)], points[min(best + 1, len(points) - 1)])
     options = {"xatol": 1e-6}
     found = minimize_scalar(descent, bounds=limits, method="bounded", options=options)

@@ -39,7 +39,7 @@ def test_collated_texts_fit_tune_and_come_back_from_a_file(tmp_path):
     before = la.log_marginal_likelihood()
     la.optimize_prior_precision(n_steps=10)
     assert la.log_marginal_likelihood() > before
-    la.optimize_prior_precision(prior_structure="layerwise")
+    la.optimize_prior_precision(prior_structure="layerwise", correction=False)
     assert la.log_marginal_likelihood() > before
     la.save_pretrained(tmp_path)
     again = KronLoraLaplace.from_pretrained(la.model.model, tmp_path)
