@@ -60,16 +60,11 @@ class LossGradient:
         def visit(column: int, m: int, grad: Tensor) -> None:
             weights = columns.weights[column].to(grad.device, dtype)
             grad = grad.to(dtype) * weights.view(-1, *[1] * (grad.ndim - 1))
-            mask = tape.masks[m]
-            if mask is not None and grad.ndim == 3:
-                grad = grad.masked_fill(~mask.unsqueeze(-1), 0)
             for i, block in by_map.get(m, ()):
                 if block.is_bias:
                     self._add(i, grad.flatten(0, -2).sum(0))
                     continue
                 x = tape.inputs[m].to(dtype)
-                if mask is not None and x.ndim == 3:
-                    x = x.masked_fill(~mask.unsqueeze(-1), 0)
                 weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
                 self._add(i, weight.T if tape.maps[m].transposed else weight)
 

@@ -17,7 +17,7 @@ SHIFTS = (1.0, 30.0, 1000.0)  # prior precisions at which the structure's own in
 
 
 def subspace_of(
-    posterior: Posterior, raw: Any, gradient: Tensor, n: int, summed: Callable[[Pass], Sums]
+    posterior: Posterior, curvature: Any, gradient: Tensor, n: int, summed: Callable[[Pass], Sums]
 ) -> Subspace | None:
     """Return the exact curvature along the gradient, the displacement and what follows from them.
 
@@ -26,7 +26,7 @@ def subspace_of(
 
     Args:
         posterior: What is being fitted, for its model, structure and prior mean.
-        raw: The raw curvature of the data.
+        curvature: Curvature of the data, ready for use.
         gradient: Gradient of the summed loss, ``(parameters,)``.
         n: Number of examples.
         summed: Iterates over the data and returns the sums.
@@ -36,7 +36,6 @@ def subspace_of(
     """
     engine, structure = posterior.engine, posterior.structure
     displacement = posterior.current_weights() - posterior.settings.prior_mean
-    curvature = structure.ready(engine, raw)
     starts = torch.stack([gradient, displacement.to(gradient)])
     rows = [starts, structure.product(curvature, starts)]
     rows += [structure.solve(curvature, starts[:1], delta) for delta in SHIFTS]

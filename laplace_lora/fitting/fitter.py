@@ -75,7 +75,7 @@ class Fitter:
             raw = corrected(posterior.engine, raw, sums.n, summed)
         state = self._state(raw, loss, gradient, n, posterior.engine.n_outputs)
         if evidence_correction and n == sums.n:  # data fitted earlier cannot be seen again
-            subspace = subspace_of(posterior, raw, sums.state.gradient.total, n, summed)
+            subspace = subspace_of(posterior, state.curvature, gradient, n, summed)
             state = replace(state, subspace=subspace)
         for snapshot in reversed(snapshots):
             snapshot.remove()

@@ -101,17 +101,11 @@ class Dense(TensorSum):
         """Shape of the curvature."""
         return [sum(self.sizes)] * 2
 
-    def add(
-        self,
-        engine: Engine,
-        sums: Tensor | None,
-        batch: tuple[Any, Tensor],
-        gradient: LossGradient,
-        expected: int | None,
+    def of_batch(
+        self, engine: Engine, x: Any, y: Tensor, gradient: LossGradient
     ) -> tuple[Tensor, Tensor]:
-        """Add a batch's matrix."""
-        loss, matrix = batch_curvature.matrix(engine, *batch, gradient)
-        return loss, matrix if sums is None else sums + matrix
+        """Return a batch's loss and matrix."""
+        return batch_curvature.matrix(engine, x, y, gradient)
 
     def precision(self, curvature: Tensor, prior: Tensor, scale: Tensor) -> DensePrecision:
         """Return ``scale · curvature + prior``."""

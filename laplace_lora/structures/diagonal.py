@@ -87,17 +87,11 @@ class Diagonal(TensorSum):
         """Shape of the curvature."""
         return [sum(self.sizes)]
 
-    def add(
-        self,
-        engine: Engine,
-        sums: Tensor | None,
-        batch: tuple[Any, Tensor],
-        gradient: LossGradient,
-        expected: int | None,
+    def of_batch(
+        self, engine: Engine, x: Any, y: Tensor, gradient: LossGradient
     ) -> tuple[Tensor, Tensor]:
-        """Add a batch's diagonal."""
-        loss, diagonal = batch_curvature.diagonal(engine, *batch, gradient)
-        return loss, diagonal if sums is None else sums + diagonal
+        """Return a batch's loss and diagonal."""
+        return batch_curvature.diagonal(engine, x, y, gradient)
 
     def precision(self, curvature: Tensor, prior: Tensor, scale: Tensor) -> DiagonalPrecision:
         """Return ``scale · curvature + prior``."""

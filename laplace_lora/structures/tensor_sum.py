@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.curvature.engine import Engine
+from laplace_lora.curvature.loss_gradient import LossGradient
 
 Self = TypeVar("Self", bound="TensorSum")
 
@@ -41,6 +42,24 @@ class TensorSum:
     def bound(self: Self, engine: Engine) -> Self:
         """Return the structure for a model's tensors."""
         return replace(self, sizes=tuple(engine.sizes))
+
+    def of_batch(
+        self, engine: Engine, x: Any, y: Tensor, gradient: LossGradient
+    ) -> tuple[Tensor, Tensor]:
+        """Return a batch's loss and its tensor; add its gradient of the loss up."""
+        raise NotImplementedError
+
+    def add(
+        self,
+        engine: Engine,
+        sums: Tensor | None,
+        batch: tuple[Any, Tensor],
+        gradient: LossGradient,
+        expected: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Add a batch's tensor."""
+        loss, tensor = self.of_batch(engine, *batch, gradient)
+        return loss, tensor if sums is None else sums + tensor
 
     def tensors(self, sums: Tensor) -> list[Tensor]:
         """Return the one tensor."""

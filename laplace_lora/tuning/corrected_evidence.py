@@ -42,6 +42,7 @@ def corrected_precision(posterior: Posterior, groups: Tensor) -> Tensor:
     spectra, squares = posterior.precision.spectra(), posterior.state.squared_norms
     scale, groups = float(posterior.scale.detach()), groups.to(squares.device)
     loss = scale * posterior.state.loss
+    count = int(groups.max()) + 1
     bound = 0.0 if posterior.objective.is_classifier else math.inf
 
     def evidence(logs: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ def corrected_precision(posterior: Posterior, groups: Tensor) -> Tensor:
         return _evidence(deltas, spectra, squares, subspace, scale) - loss
 
     def descent(log_delta: float) -> float:
-        value = evidence(torch.full((len(set(groups.tolist())),), log_delta, dtype=torch.float64))
+        value = evidence(torch.full((count,), log_delta, dtype=torch.float64))
         return -float(value) if value <= bound else math.inf
 
     points = torch.arange(LOW, HIGH, STEP, dtype=torch.float64).tolist()
@@ -61,12 +62,11 @@ def corrected_precision(posterior: Posterior, groups: Tensor) -> Tensor:
         # Flat up to an infinitely strong prior: the data ask for no width. The weakest of the
         # priors that are as good keeps the numbers finite.
         best = next(i for i, value in enumerate(values) if value - values[best] <= PLATEAU)
-        return torch.full((int(groups.max()) + 1,), math.exp(points[best]), dtype=torch.float64)
+        return torch.full((count,), math.exp(points[best]), dtype=torch.float64)
     limits = (points[max(best - 1, 0)], points[min(best + 1, len(points) - 1)])
     options = {"xatol": 1e-6}
     found = minimize_scalar(descent, bounds=limits, method="bounded", options=options)
     scalar = found.x if found.fun <= values[best] else points[best]
-    count = int(groups.max()) + 1
     if count == 1:
         return torch.tensor([math.exp(scalar)], dtype=torch.float64)
 
