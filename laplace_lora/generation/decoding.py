@@ -1,91 +1,32 @@
-"""Which tokens a language model is unsure of: in a text that is given, or one that it writes.
-
-`score` and `generate` walk over the positions of texts and lay the results out. They take any
-posterior over a causal language model's adapters, fitted on next tokens (``"language_modeling"``)
-or on answers (``target_ids``).
-
-Gradients run through the whole text before a token, so every token costs a forward pass over it and
-``top_k + 1`` backward passes, shared by a batch; there is no cache of keys and values to spare it.
-"""
+"""`generate`: texts that a language model writes, with what it is unsure of in them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from laplace_lora.generation.next_token import HasPosterior, NextTokenPredictor
+from laplace_lora.generation.methods import EXACT, SAMPLED, check_method, exact_predictor
+from laplace_lora.generation.next_token import HasPosterior
+from laplace_lora.generation.prompts import left_padded
+from laplace_lora.generation.sampled_predictor import SampledPredictor
+from laplace_lora.generation.selection import Processor, Selection
 from laplace_lora.generation.token_predictions import TokenPredictions
-from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
-from laplace_lora.likelihoods.links import QUADRATURE
+from laplace_lora.generation.writing import (
+    ExactSteps,
+    SampledSteps,
+    Steps,
+    Stopping,
+    Streamer,
+    write,
+)
+from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.models.token_model import TOP_K
 
-SAMPLES = 1000
-
-
-def score(
-    la: HasPosterior,
-    batch: Mapping[str, Any],
-    top_k: int = TOP_K,
-    link_approx: str = QUADRATURE,
-    n_samples: int = SAMPLES,
-    generator: torch.Generator | None = None,
-    batch_size: int | None = None,
-) -> TokenPredictions:
-    """Predict every scored token of given texts from the tokens before it.
-
-    Args:
-        la: A fitted posterior over a causal language model's adapters.
-        batch: Texts as for a fit with ``"language_modeling"``: ``input_ids``, ``labels`` (not
-            shifted, -100 where nothing is scored) and, if padded on either side,
-            ``attention_mask``.
-        top_k: Tokens looked at in each place.
-        link_approx: ``"quadrature"`` integrates over the tokens' contrasts, without random
-            numbers; ``"mc"`` averages over samples of the logits. ``"probit"`` needs no integral,
-            but counts what all logits share as uncertainty; its mutual information is
-            ``½ tr(Λ Σ)``, right for small covariances and at most the entropy.
-        n_samples: Samples for ``"mc"``, the same in all places.
-        generator: Their source, on the posterior's device.
-        batch_size: Places predicted together, as many as there are texts by default.
-
-    Returns:
-        Predictions of the scored tokens, in the order of the text.
-
-    Raises:
-        AttributeError: If the posterior has not been fitted.
-        TypeError: If the batch is no mapping with ``input_ids`` and ``labels``.
-        ValueError: If nothing is scored, labels do not fit the tokens or the vocabulary, an option
-            is out of range, or the model is no causal language model.
-    """
-    predictor = NextTokenPredictor(la, top_k, link_approx, n_samples, generator)
-    if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= set(batch):
-        raise TypeError("score needs a mapping with 'input_ids' and 'labels'")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be positive, got {batch_size}")
-    batch = {k: v.to(la.fitted.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    labels = token_labels(batch, batch["labels"])
-    scored = labels != IGNORED
-    rows, places = scored.nonzero(as_tuple=True)
-    if not len(rows):
-        raise ValueError("no token of the batch is scored: all labels are -100 or on padding")
-    vocabulary: Any = predictor.model.vocabulary_size
-    if int(labels[scored].min()) < 0 or int(labels.max()) >= vocabulary:
-        raise ValueError(f"labels must lie in the vocabulary, 0..{vocabulary - 1}, or be -100")
-    order = places.argsort(stable=True)  # texts of similar length share a pass
-    predictions = [
-        (part, predictor(_until(batch, rows[part], places[part]), labels[rows[part], places[part]]))
-        for part in order.split(batch_size or len(labels))
-    ]
-    slots = (scored.cumsum(1) - 1)[scored]
-    where = [(rows[part], slots[part]) for part, _ in predictions]
-    tokens = [labels[rows[part], places[part]] for part, _ in predictions]
-    pad = predictor.model.pad_token
-    variance = predictor.variance({**batch, "labels": labels})
-    return TokenPredictions.laid_out(
-        [prediction for _, prediction in predictions], tokens, where, len(labels), pad, variance
-    )
+SAMPLES = 16
 
 
 def generate(
@@ -94,10 +35,18 @@ def generate(
     max_new_tokens: int = 20,
     top_k: int = TOP_K,
     do_sample: bool = False,
-    link_approx: str = QUADRATURE,
-    n_samples: int = SAMPLES,
+    link_approx: str | None = None,
+    n_samples: int | None = None,
     generator: torch.Generator | None = None,
     eos_token_id: int | list[int] | None = None,
+    method: str = SAMPLED,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    logits_processor: Processor | None = None,
+    streamer: Streamer | None = None,
+    stop_above: float | None = None,
+    stop_on: str = "token",
 ) -> TokenPredictions:
     """Continue texts, token by token from the posterior predictive.
 
@@ -106,13 +55,27 @@ def generate(
         inputs: Prompts: a mapping with ``input_ids`` and, if padded on either side,
             ``attention_mask``; or the token numbers alone, ``(texts, tokens)``.
         max_new_tokens: Where to stop at the latest.
-        top_k: Tokens looked at in each place; no other is generated.
+        top_k: Tokens looked at in each place. Draws are among these; ``"exact"`` generates no
+            others.
         do_sample: Draw tokens from the predictive among the ``top_k``, instead of taking the
             likeliest.
         link_approx: As of `score`.
-        n_samples: As of `score`.
+        n_samples: As of `score`, but 16 samples of the weights by default.
         generator: Source of the samples and the draws, on the posterior's device.
         eos_token_id: Tokens that end a text; by default those of the model's configuration.
+        method: As of `score`. With ``"sampled"`` keys, values and their tangents are kept, so a
+            token costs one step of the network, whatever the length.
+        temperature: Divides the scores of draws, see `Selection`.
+        top_p: Draws are among the likeliest tokens with this probability together.
+        repetition_penalty: Makes tokens that are in the text less likely, if above 1.
+        logits_processor: Changes the scores, such as transformers' ``LogitsProcessorList``. They
+            are log probabilities of the predictive, shifted to the MAP's logits.
+        streamer: Told of the prompts and of every new token, such as transformers'
+            ``TextStreamer``.
+        stop_above: Nats of epistemic uncertainty above which a text is ended; it keeps the token
+            that passed it and is marked in ``stopped``.
+        stop_on: What is compared: ``"token"``, one token's mutual information; ``"answer"``, its
+            sum over the answer so far.
 
     Returns:
         Predictions of the new tokens, an ending one among them.
@@ -120,69 +83,46 @@ def generate(
     Raises:
         AttributeError: If the posterior has not been fitted.
         ValueError: If a prompt is missing, an option is out of range, or the model is no causal
-            language model.
+            language model or cannot carry tangents, see `score`.
     """
-    predictor = NextTokenPredictor(la, top_k, link_approx, n_samples, generator)
+    check_method(method, link_approx)
+    stopping = Stopping(stop_above, stop_on)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}")
-    ids, mask = _left_padded(inputs, la.fitted.device)
-    prompt = ids.shape[1]
-    ends = predictor.model.end_tokens if eos_token_id is None else eos_token_id
-    stop = torch.tensor(ends, device=ids.device, dtype=torch.long).reshape(-1)
-    live = torch.arange(len(ids), device=ids.device)
-    pad = predictor.model.pad_token
-    predictions, tokens, where = [], [], []
-    while len(live) and ids.shape[1] < prompt + max_new_tokens:
-        prediction = predictor({"input_ids": ids[live], "attention_mask": mask[live]})
-        chosen = prediction.log_probabilities.argmax(-1, keepdim=True)
-        if do_sample:
-            weights = prediction.log_probabilities.softmax(-1)
-            chosen = torch.multinomial(weights, 1, generator=generator)
-        token = prediction.candidates.gather(-1, chosen).squeeze(-1)
-        predictions.append(prediction)
-        tokens.append(token)
-        where.append((live, torch.full_like(live, ids.shape[1] - prompt)))
-        ids, mask = (torch.cat([x, torch.zeros_like(x[:, :1])], dim=1) for x in (ids, mask))
-        ids[live, -1], mask[live, -1] = token, 1
-        live = live[~torch.isin(token, stop)]
-    labels = ids.masked_fill(mask == 0, IGNORED)
-    labels[:, :prompt] = IGNORED
-    variance = predictor.variance({"input_ids": ids, "attention_mask": mask, "labels": labels})
-    return TokenPredictions.laid_out(predictions, tokens, where, len(ids), pad, variance)
-
-
-def _until(batch: Mapping[str, Any], rows: Tensor, places: Tensor) -> dict[str, Any]:
-    """Return texts up to a place in each of them, which is left out."""
-    texts, width = batch["input_ids"].shape
-    end = int(places.max())
-    cut = {}
-    for key, value in batch.items():
-        if isinstance(value, Tensor) and value.shape[:1] == (texts,):
-            value = value[rows]
-            value = value[:, :end] if value.shape[1:2] == (width,) else value
-        cut[key] = value
-    mask = cut.get("attention_mask")
-    mask = torch.ones_like(cut["input_ids"]) if mask is None else mask
-    before = torch.arange(end, device=places.device) < places.unsqueeze(1)
-    return {**cut, "attention_mask": mask * before}
-
-
-def _left_padded(inputs: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return token numbers and mask with the padding, wherever it was, on the left.
-
-    Raises:
-        ValueError: If there are no prompts, or one is empty.
-    """
-    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel():
-        raise ValueError(
-            "prompts are missing: generate needs 'input_ids' of shape (texts, tokens), from a "
-            "tokenizer with return_tensors='pt'"
+    selection = Selection(
+        do_sample, temperature, top_k, top_p, repetition_penalty, logits_processor, generator
+    )
+    with ExitStack() as stack:
+        steps: Steps
+        if method == EXACT:
+            exact = exact_predictor(la, top_k, link_approx, n_samples, generator)
+            ids, mask = left_padded(inputs, la.fitted.device)
+            model, steps = exact.model, ExactSteps(exact, ids, mask)
+        else:
+            count = SAMPLES if n_samples is None else n_samples
+            sampled = SampledPredictor(la, top_k, count, generator)
+            ids, mask = left_padded(inputs, la.fitted.device)
+            prompts = {"input_ids": ids, "attention_mask": mask}
+            reading = stack.enter_context(sampled.opened(prompts))
+            model, steps = sampled.model, SampledSteps(sampled, reading, top_k)
+        ends = model.end_tokens if eos_token_id is None else eos_token_id
+        stop = torch.tensor(ends, device=ids.device, dtype=torch.long).reshape(-1)
+        text = write(
+            steps, ids, mask, max_new_tokens, selection, stop, stopping, streamer, model.pad_token
         )
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    mask = torch.ones_like(ids) if mask is None else (mask != 0).to(ids)
-    if not bool(mask.any(1).all()):
-        raise ValueError("a prompt has no real token; begin it with the tokenizer's bos token")
-    order = mask.argsort(dim=1, stable=True)
-    ids, mask = (x.gather(1, order).to(device) for x in (ids, mask))
-    return ids.masked_fill(mask == 0, 0), mask
+    variance = None
+    if method == EXACT:
+        labels = text.ids.masked_fill(text.mask == 0, IGNORED)
+        labels[:, : ids.shape[1]] = IGNORED
+        variance = exact.variance(
+            {"input_ids": text.ids, "attention_mask": text.mask, "labels": labels}
+        )
+    return TokenPredictions.laid_out(
+        text.predictions,
+        text.tokens,
+        text.where,
+        len(ids),
+        model.pad_token,
+        variance,
+        text.stopped,
+    )

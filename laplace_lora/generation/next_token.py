@@ -1,10 +1,11 @@
 """What a posterior knows about the next token: the likeliest ones, with their joint uncertainty.
 
-The linearised predictive of one position. A softmax over ``k`` tokens and the tail, which is one
-more class: its logit is the log-sum-exp of all other logits, linearised like theirs. It is not held
-at its MAP value, since a softmax does not see what moves all logits together, and a tail at rest
-would turn that into uncertainty. So nothing of the vocabulary's size is ever squared, mass outside
-the ``k`` tokens is kept, and with ``k`` one less than the vocabulary nothing is approximated.
+The exact moments of the linearised predictive at one position. A softmax over ``k`` tokens and the
+tail, which is one more class: its logit is the log-sum-exp of all other logits, linearised like
+theirs. It is not held at its MAP value, since a softmax does not see what moves all logits
+together, and a tail at rest would turn that into uncertainty. So nothing of the vocabulary's size
+is ever squared, mass outside the ``k`` tokens is kept (how it is spread there, the MAP decides),
+and with ``k`` one less than the vocabulary nothing is approximated.
 """
 
 from __future__ import annotations
@@ -53,8 +54,12 @@ class NextToken:
         covariance: The logits' posterior covariance, ``(texts, k, k)``.
         map_log_probabilities: Log probabilities under the MAP weights, ``(texts, k)``.
         log_probabilities: Log probabilities under the posterior predictive, ``(texts, k)``.
-        entropy: Entropy of the predictive, the tail counted as one token, in nats, ``(texts,)``.
+        entropy: Entropy of the predictive over the whole vocabulary, in nats, ``(texts,)``.
         mutual_information: Its epistemic part, ``(texts,)``.
+        tail_probability: Of all other tokens together under the predictive, ``(texts,)``.
+        samples: Log probability of the token itself under each sample, ``(texts, samples)``; none
+            where only moments are known.
+        slopes: Its change along each direction of the samples, ``(texts, directions)``.
     """
 
     candidates: Tensor
@@ -64,6 +69,9 @@ class NextToken:
     log_probabilities: Tensor
     entropy: Tensor
     mutual_information: Tensor
+    tail_probability: Tensor
+    samples: Tensor | None = None
+    slopes: Tensor | None = None
 
 
 class NextTokenPredictor:
@@ -93,19 +101,9 @@ class NextTokenPredictor:
         n_samples: int,
         generator: torch.Generator | None,
     ) -> None:
-        posterior = la.fitted
-        if posterior.model is not posterior.source:
-            raise ValueError(
-                "a last-layer posterior covers only the answer tokens; use one over adapter "
-                "weights, such as KronLoraLaplace"
-            )
-        self.posterior = posterior
-        self.model = TokenModel(posterior.source.get_submodule("model"))
+        self.posterior = posterior = la.fitted
+        self.model = language_model_of(posterior, top_k)
         vocabulary: Any = self.model.vocabulary_size
-        if not 1 <= top_k <= vocabulary:
-            raise ValueError(
-                f"top_k must lie in 1..{vocabulary}, the vocabulary's size, got {top_k}"
-            )
         if link_approx not in LINKS:
             raise ValueError(f"link_approx must be one of {LINKS}, got {link_approx!r}")
         if n_samples < 1:
@@ -131,20 +129,22 @@ class NextTokenPredictor:
         """
         texts = texts if token is None else {**texts, WANTED: token}
         candidates: Any = None
+        inside: Any = None
 
         def classes(batch: Mapping[str, Any]) -> Tensor:
-            nonlocal candidates
+            nonlocal candidates, inside
             inputs = {name: value for name, value in batch.items() if name != WANTED}
             logits = self.model.next_logits(inputs) / self.posterior.settings.likelihood_temperature
-            chosen = _candidates(logits.detach(), self.top_k, batch.get(WANTED))
+            chosen = candidates_of(logits.detach(), self.top_k, batch.get(WANTED))
             # Diagonal blocks run the model again, on one text alone.
-            candidates = chosen if candidates is None else candidates
+            if candidates is None:
+                candidates, inside = chosen, tail_entropy(logits.detach(), chosen)
             return class_logits(logits, chosen)
 
         with evaluation_mode(self.posterior.model):
             mean, jacobians = self.posterior.engine.jacobian_blocks(texts, function=classes)
             covariance = self._covariance(jacobians)
-        return self._linked(candidates, mean, covariance)
+        return self._linked(candidates, mean, covariance, inside)
 
     def variance(self, texts: Mapping[str, Any]) -> Tensor:
         """Return the posterior variance of each text's log likelihood, ``(texts,)``.
@@ -169,21 +169,23 @@ class NextTokenPredictor:
         scale = self.posterior.settings.covariance_scale
         return self.posterior.precision.covariance(jacobians) * scale
 
-    def _linked(self, candidates: Tensor, mean: Tensor, covariance: Tensor) -> NextToken:
+    def _linked(
+        self, candidates: Tensor, mean: Tensor, covariance: Tensor, inside: Tensor
+    ) -> NextToken:
         p_map = F.log_softmax(mean, dim=-1)
         mean, covariance = mean.to(self.posterior.dtype), covariance.to(self.posterior.dtype)
+        k = self.top_k
         if self.link_approx == "probit":
-            log_p = probit(mean, covariance)
-            total = entropy(log_p.exp())
+            log_p = average = probit(mean, covariance)
+            total = self._entropy(average, inside)
             information = _second_order_information(p_map.exp(), covariance).minimum(total)
         else:
             samples = class_samples(mean, covariance, self._noise)
             log_p = average = averaged(samples)
             if self.link_approx == QUADRATURE:
                 log_p = Link(QUADRATURE).log_probabilities(mean, covariance)
-            total = entropy(average.exp())
-            information = total - entropy(samples.exp()).mean(0)
-        k = self.top_k
+            total = self._entropy(average, inside)
+            information = entropy(average.exp()) - entropy(samples.exp()).mean(0)
         return NextToken(
             candidates,
             mean[:, :k],
@@ -192,7 +194,35 @@ class NextTokenPredictor:
             log_p[:, :k],
             total,
             information.clamp(min=0),
+            log_p[:, k:].exp().sum(-1),
         )
+
+    def _entropy(self, log_p: Tensor, inside: Tensor) -> Tensor:
+        """Return the entropy over the vocabulary; within the tail the MAP decides."""
+        return entropy(log_p.exp()) + log_p[:, self.top_k :].exp().sum(-1) * inside.to(log_p)
+
+
+def language_model_of(posterior: Posterior, top_k: int) -> TokenModel:
+    """Return the language model whose adapters a posterior covers.
+
+    Args:
+        posterior: A fitted posterior.
+        top_k: How many of its tokens are to be looked at.
+
+    Raises:
+        ValueError: If ``top_k`` is out of range, or the model is no causal language model with a
+            posterior over its adapters.
+    """
+    if posterior.model is not posterior.source:
+        raise ValueError(
+            "a last-layer posterior covers only the answer tokens; use one over adapter weights, "
+            "such as KronLoraLaplace"
+        )
+    model = TokenModel(posterior.source.get_submodule("model"))
+    vocabulary: Any = model.vocabulary_size
+    if not 1 <= top_k <= vocabulary:
+        raise ValueError(f"top_k must lie in 1..{vocabulary}, the vocabulary's size, got {top_k}")
+    return model
 
 
 def class_logits(logits: Tensor, candidates: Tensor) -> Tensor:
@@ -212,7 +242,26 @@ def class_logits(logits: Tensor, candidates: Tensor) -> Tensor:
     return torch.cat([kept, rest.logsumexp(-1, keepdim=True)], dim=-1)
 
 
-def _candidates(logits: Tensor, top_k: int, token: Tensor | None) -> Tensor:
+def tail_entropy(logits: Tensor, candidates: Tensor) -> Tensor:
+    """Return the entropy of the softmax over all tokens but the candidates, ``(texts,)``.
+
+    Args:
+        logits: Of the whole vocabulary, ``(texts, vocabulary)``.
+        candidates: Tokens, ``(texts, k)``.
+    """
+    if candidates.shape[-1] == logits.shape[-1]:
+        return logits.new_zeros(len(logits))
+    return entropy(logits.scatter(-1, candidates, -torch.inf).softmax(-1))
+
+
+def candidates_of(logits: Tensor, top_k: int, token: Tensor | None) -> Tensor:
+    """Return the likeliest tokens, ``(texts, top_k)``.
+
+    Args:
+        logits: Of the whole vocabulary, ``(texts, vocabulary)``.
+        top_k: How many.
+        token: A token of each text that takes the last place if it is none of them.
+    """
     chosen = logits.topk(top_k, dim=-1).indices
     if token is not None:
         token = token.to(chosen.device)

@@ -15,8 +15,8 @@ from laplace_lora.generation.next_token import NextToken
 class TokenPredictions:
     """Predictions of the tokens of texts, one row a text; zeros where ``mask`` is false.
 
-    ``k`` tokens are looked at in each place. The rest of the vocabulary is one class more in the
-    softmax, so probabilities of the ``k`` sum to less than one. Logarithms are natural.
+    ``k`` tokens are looked at in each place. The rest of the vocabulary has a share, too, so
+    probabilities of the ``k`` sum to less than one. Logarithms are natural.
 
     Attributes:
         tokens: The tokens that were scored or generated, ``(texts, length)``; the padding token
@@ -30,11 +30,18 @@ class TokenPredictions:
         probabilities: And under the posterior predictive.
         map_log_prob: Log probability of each token under the MAP weights, ``(texts, length)``.
         log_prob: And under the posterior predictive.
-        entropy: Entropy of the predictive, in nats, ``(texts, length)``.
+        entropy: Entropy of the predictive over the whole vocabulary, in nats, ``(texts, length)``.
         mutual_information: What of it is epistemic: how much the token would tell about the
             weights, in nats.
         log_prob_variance: Posterior variance of the log probability of the whole text, from the
             linearised model, ``(texts,)``. The tokens' correlations count.
+        tail_probability: What the predictive leaves to tokens outside the ``k``, ``(texts,
+            length)``.
+        log_probabilities: Log probability of each whole text under each sample of the weights,
+            ``(samples, texts)``: a distribution over answers, the tokens' correlations included.
+            ``None`` for ``method="exact"``, which knows moments only.
+        stopped: Which texts were ended for their uncertainty, ``(texts,)``, see ``stop_above`` of
+            `generate`.
     """
 
     tokens: Tensor
@@ -49,6 +56,9 @@ class TokenPredictions:
     entropy: Tensor
     mutual_information: Tensor
     log_prob_variance: Tensor
+    tail_probability: Tensor
+    log_probabilities: Tensor | None
+    stopped: Tensor
 
     @property
     def expected_entropy(self) -> Tensor:
@@ -70,6 +80,23 @@ class TokenPredictions:
         """Mutual information, averaged over the tokens of each text, ``(texts,)``."""
         return self.mutual_information.sum(1) / self.mask.sum(1).clamp(min=1)
 
+    def sequence_quantiles(self, levels: Sequence[float]) -> Tensor:
+        """Return quantiles of each text's log probability over the posterior.
+
+        Args:
+            levels: Between 0 and 1.
+
+        Returns:
+            Shape ``(levels, texts)``.
+
+        Raises:
+            ValueError: If there are no samples, because the method was ``"exact"``.
+        """
+        if self.log_probabilities is None:
+            raise ValueError("quantiles need samples; use method='sampled'")
+        samples = self.log_probabilities
+        return samples.quantile(torch.as_tensor(levels).to(samples), dim=0)
+
     @classmethod
     def laid_out(
         cls,
@@ -78,7 +105,8 @@ class TokenPredictions:
         where: Sequence[tuple[Tensor, Tensor]],
         texts: int,
         pad: int,
-        variance: Tensor,
+        variance: Tensor | None = None,
+        stopped: Tensor | None = None,
     ) -> TokenPredictions:
         """Put predictions of single places into rows of texts.
 
@@ -88,7 +116,9 @@ class TokenPredictions:
             where: Row and column of each place.
             texts: Number of rows.
             pad: Token where there is no place.
-            variance: ``log_prob_variance``.
+            variance: ``log_prob_variance``; where the predictions have samples it follows from
+                these.
+            stopped: See above; by default none were.
         """
         rows, columns = (torch.cat(indices) for indices in zip(*where, strict=True))
 
@@ -102,6 +132,13 @@ class TokenPredictions:
             index = (prediction.candidates == token.unsqueeze(-1)).int().argmax(-1, keepdim=True)
             return values.gather(-1, index).squeeze(-1)
 
+        log_probabilities = None
+        if variance is None:
+            samples, slopes = ([getattr(p, n) for p in predictions] for n in ("samples", "slopes"))
+            log_probabilities = laid(samples).sum(1).T
+            variance = laid(slopes).sum(1).square().mean(-1)
+        if stopped is None:
+            stopped = torch.zeros(texts, dtype=torch.bool, device=rows.device)
         pairs = list(zip(predictions, tokens, strict=True))
         return cls(
             tokens=laid(list(tokens), pad),
@@ -116,4 +153,7 @@ class TokenPredictions:
             entropy=laid([p.entropy for p in predictions]),
             mutual_information=laid([p.mutual_information for p in predictions]),
             log_prob_variance=variance,
+            tail_probability=laid([p.tail_probability for p in predictions]),
+            log_probabilities=log_probabilities,
+            stopped=stopped,
         )

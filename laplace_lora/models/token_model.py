@@ -85,6 +85,20 @@ class TokenModel(LogitsModel):
         """Token that fills up texts; 0 if the model's configuration does not say."""
         return self._special_token("pad_token_id") or 0
 
+    def accepts(self, argument: str) -> bool:
+        """Return whether the transformer's forward pass takes an argument of this name."""
+        return argument in self._arguments
+
+    def needs_positions(self, batch: Mapping[str, Any]) -> bool:
+        """Return whether the transformer must be told positions, see `PositionRule`.
+
+        Args:
+            batch: A mapping with ``input_ids`` and, if padded on either side, ``attention_mask``.
+        """
+        inputs = self._inputs(batch)
+        self._count_real_tokens(inputs)
+        return "position_ids" in inputs and "position_ids" not in batch
+
     def _special_token(self, name: str) -> Any:
         generation = getattr(getattr(self._base, "generation_config", None), name, None)
         return getattr(self.config, name, None) if generation is None else generation

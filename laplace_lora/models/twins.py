@@ -35,7 +35,7 @@ def resampled(
         model: Any module, in the mode in which it is to run.
         parameters: Its tensors to overwrite.
     """
-    twin, twins = _twin(model, parameters) if _has_twin(model) else (None, [])
+    twin, twins = twin_of(model, parameters)
     if twin is not None:
         yield twin, twins
         return
@@ -43,10 +43,17 @@ def resampled(
         yield model, list(parameters)
 
 
-def _twin(
+def twin_of(
     model: nn.Module, parameters: Sequence[nn.Parameter]
 ) -> tuple[nn.Module | None, list[nn.Parameter]]:
-    """Return a twin and its own tensors; ``None`` if something in the model cannot be copied."""
+    """Return a twin and its own tensors; ``None`` if the model cannot have one, see `resampled`.
+
+    Args:
+        model: Any module.
+        parameters: The tensors of which the twin has its own.
+    """
+    if not _has_twin(model):
+        return None, []
     own = {id(parameter) for parameter in parameters}
     shared: list[object] = [p for p in (*model.parameters(), *model.buffers()) if id(p) not in own]
     for module in model.modules():  # bitsandbytes keeps 8-bit weights in an object of its own

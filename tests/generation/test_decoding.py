@@ -1,11 +1,12 @@
-"""Decoding: greedy without uncertainty, sampled from the predictive."""
+"""Decoding by exact moments: greedy without uncertainty, drawn from the predictive."""
+
+from functools import partial
 
 import pytest
 import torch
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, KronLoraLLLaplace, LogitsModel
-from laplace_lora.generation import decoding as generation_module
-from laplace_lora.generation.decoding import generate, score
+from laplace_lora.generation import decoding, scoring
 from support.batches import token_batch
 from support.generation import FIELDS, K, posteriors, seeded
 from support.language import language_posterior, text_batch, text_loader
@@ -14,6 +15,8 @@ from support.references import assert_near
 
 # torch.func, here the reference, has no batching rule for fused attention.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+
+generate, score = (partial(method, method="exact") for method in (decoding.generate, scoring.score))
 
 
 @pytest.mark.parametrize("name", ["llama-lm", "gpt2-lm"])
@@ -131,4 +134,4 @@ def test_errors():
     last.fit(text_loader(2, token_batch((4, 6, 3))))
     with pytest.raises(ValueError, match="last-layer posterior"):
         score(last, batch)
-    assert generation_module.TOP_K < VOCABULARY
+    assert decoding.TOP_K < VOCABULARY

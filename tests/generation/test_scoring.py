@@ -1,11 +1,13 @@
 """Predictions of tokens: exact moments, probabilities with a tail."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.func import jacrev
 
 from laplace_lora import DiagLoraLaplace, LoraEF
-from laplace_lora.generation.decoding import score
+from laplace_lora.generation import scoring
 from laplace_lora.generation.next_token import class_logits
 from laplace_lora.likelihoods import links
 from laplace_lora.models.token_model import TokenModel
@@ -16,6 +18,8 @@ from support.references import assert_near, explicit_jacobians
 
 # torch.func, here the reference, has no batching rule for fused attention.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+
+score = partial(scoring.score, method="exact")
 
 
 def explicit_moments(la, batch):
@@ -67,7 +71,9 @@ def test_moments_and_probabilities_equal_explicit_jacobians(name, kind):
         logp.append(p.mean(0).log()[:K])
         entropy = torch.special.entr(p.mean(0)).sum()
         information.append(entropy - torch.special.entr(p).sum(-1).mean())
+        entropy += p[:, -1].mean() * torch.special.entr(f[rest].softmax(-1)).sum()
         assert_near(ours.entropy[ours.mask][place], entropy)
+        assert_near(ours.tail_probability[ours.mask][place], p[:, -1].mean())
     assert_near(ours.map_probabilities[ours.mask], mean.softmax(-1).gather(1, chosen))
     assert_near(ours.probabilities[ours.mask], torch.stack(logp).exp())
     assert_near(ours.mutual_information[ours.mask], torch.stack(information), 1e-5)

@@ -1,0 +1,193 @@
+"""`Reading`: texts read from left to right, with their logits' tangents.
+
+Every token goes through the network once: keys, values and their tangents are kept, so a token
+costs the same at any length, but for the attention to those before it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora.models.forward_mode import ForwardMode
+from laplace_lora.models.logits_model import wide
+from laplace_lora.models.positions import real_positions
+from laplace_lora.models.tangent_cache import (
+    NAMES,
+    TangentCache,
+    cache_of,
+    cached_tensors,
+    carries_tangents,
+)
+from laplace_lora.models.token_model import TokenModel
+
+logger = logging.getLogger(__name__)
+
+PIECE = 128  # tokens read at once: attention's tangents grow with their square
+ROOM = 2**26  # numbers: logits of all samples that are in memory at once
+
+
+class Reading:
+    """A batch of texts that is being read.
+
+    Args:
+        model: The language model, in evaluation mode.
+        forward: Its twin, which carries the directions.
+        inputs: The first tokens: ``input_ids``, and whatever else the model takes.
+        samples: Logits per place that the reader of the logits makes of one.
+        cached: Whether keys and values are kept. They are not if the model's cache is no plain
+            attention cache; then every reading goes over the whole text again.
+    """
+
+    def __init__(
+        self,
+        model: TokenModel,
+        forward: ForwardMode,
+        inputs: Mapping[str, Any],
+        samples: int,
+        cached: bool = True,
+    ) -> None:
+        self._model, self._forward = model, forward
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        self._ids = ids[:, :0]
+        self._mask = ids[:, :0]
+        self._waiting = ids, torch.ones_like(ids) if mask is None else mask
+        self._width = ids.shape[1]
+        self._others = {
+            key: value
+            for key, value in inputs.items()
+            if key not in ("input_ids", "attention_mask", "labels")
+        }
+        self._counts = model.needs_positions(inputs)
+        self._room = max(1, ROOM // (samples * len(ids) * int(model.vocabulary_size or 1)))
+        self._cache: TangentCache | None = None
+        self._cached = cached and self._has_plain_cache(ids)
+
+    def logits(self, columns: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Read the waiting tokens.
+
+        Args:
+            columns: Of which tokens the logits are wanted, ascending.
+
+        Yields:
+            Some of the columns, ``(k,)``, the logits there, ``(texts, k, vocabulary)``, and their
+            tangents, ``(directions, texts, k, vocabulary)``.
+        """
+        ids, mask = self._waiting
+        start = self._ids.shape[1]
+        while ids.shape[1]:
+            length = self._piece_length(columns - start, ids.shape[1])
+            self._ids = torch.cat([self._ids, ids[:, :length]], dim=1)
+            self._mask = torch.cat([self._mask, mask[:, :length]], dim=1)
+            ids, mask = ids[:, length:], mask[:, length:]
+            chosen = columns[(columns >= start) & (columns < start + length)]
+            start += length
+            # The cache needs the pass, wanted or not.
+            kept = chosen if len(chosen) else torch.tensor([start - 1], device=chosen.device)
+            values, tangents = self._run(length, kept)
+            if len(chosen):
+                yield chosen, values, tangents
+        self._waiting = ids, mask
+
+    def last_logits(self) -> tuple[Tensor, Tensor]:
+        """Read the waiting tokens; return logits after the last, and their tangents.
+
+        Returns:
+            ``(texts, vocabulary)`` and ``(directions, texts, vocabulary)``.
+        """
+        last = self._ids.shape[1] + self._waiting[0].shape[1] - 1
+        columns = torch.tensor([last], device=self._ids.device)
+        ((_, logits, tangents),) = list(self.logits(columns))
+        return logits[:, 0], tangents[:, :, 0]
+
+    def append(self, tokens: Tensor) -> None:
+        """Let a token of each text wait to be read, ``(texts,)``."""
+        column = tokens.unsqueeze(1)
+        self._waiting = column, torch.ones_like(column)
+
+    def keep(self, texts: Tensor) -> None:
+        """Go on with some of the texts only, given by their indices."""
+        if len(texts) == len(self._ids):
+            return
+        self._ids, self._mask = self._ids[texts], self._mask[texts]
+        self._waiting = self._waiting[0][texts], self._waiting[1][texts]
+        self._others = {
+            key: value[texts] if isinstance(value, Tensor) and value.ndim else value
+            for key, value in self._others.items()
+        }
+        self._cache = None if self._cache is None else self._cache.select(texts)
+
+    def _piece_length(self, columns: Tensor, waiting: int) -> int:
+        if not self._cached:
+            return waiting
+        ahead = columns[columns >= 0]
+        limit = int(ahead[self._room]) if len(ahead) > self._room else waiting
+        return min(limit, waiting, PIECE)
+
+    def _run(self, length: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the network over the last tokens, or all, and return logits and tangents."""
+        width = self._ids.shape[1]
+        first = width - length if self._cached else 0
+        columns = columns - first
+        arguments = {**self._pieces(first), "attention_mask": self._mask}
+        if self._model.accepts("use_cache"):
+            arguments["use_cache"] = self._cached
+        if self._counts:
+            arguments["position_ids"] = real_positions(self._mask)[:, first:]
+        narrowed = self._model.accepts("logits_to_keep")
+        if narrowed:
+            arguments["logits_to_keep"] = columns
+        left: Any = None
+
+        def read(returned: Any) -> dict[str, Tensor]:
+            nonlocal left
+            logits = returned.logits
+            found = {"logits": wide(logits if narrowed else logits[:, columns])}
+            if self._cached:
+                left = cache_of(returned)
+                found.update(cached_tensors(left))
+            return found
+
+        cache = self._cache
+        if cache is None:
+            values, tangents = self._forward.run(arguments, read)
+        else:
+            earlier = cache
+            argument = next(name for name in NAMES if self._model.accepts(name))
+            values, tangents = self._forward.run(
+                arguments,
+                read,
+                lambda tensors: {argument: earlier.cache(tensors)},
+                cache.values,
+                cache.tangents,
+            )
+        logits = values.pop("logits"), tangents.pop("logits")
+        if self._cached:
+            self._cache = TangentCache.after(left, values, tangents)
+        return logits
+
+    def _pieces(self, first: int) -> dict[str, Any]:
+        """Return the tokens from one on, and what else the model takes beside them."""
+        whole = (len(self._ids), self._width)
+        inputs = {"input_ids": self._ids[:, first:]}
+        for key, value in self._others.items():
+            if isinstance(value, Tensor) and value.shape[:2] == whole:
+                value = value[:, first : self._ids.shape[1]]
+            inputs[key] = value
+        return inputs
+
+    def _has_plain_cache(self, ids: Tensor) -> bool:
+        if not self._model.accepts("use_cache"):
+            return False
+        with torch.no_grad():
+            returned = self._forward.model(input_ids=ids[:1, :1], use_cache=True)
+        plain = carries_tangents(cache_of(returned))
+        if not plain:
+            logger.info(
+                "the model's cache is no plain attention cache: every token reads the text anew"
+            )
+        return plain

@@ -1,0 +1,156 @@
+"""`score`: which tokens of given texts a language model is unsure of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora.generation.methods import EXACT, SAMPLED, check_method, exact_predictor
+from laplace_lora.generation.next_token import HasPosterior, NextToken, NextTokenPredictor
+from laplace_lora.generation.sampled_predictor import SampledPredictor
+from laplace_lora.generation.token_predictions import TokenPredictions
+from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
+from laplace_lora.models.token_model import TOP_K
+
+SAMPLES = 32
+
+Scored = tuple[list[NextToken], list[tuple[Tensor, Tensor]]]
+
+
+def score(
+    la: HasPosterior,
+    batch: Mapping[str, Any],
+    top_k: int = TOP_K,
+    link_approx: str | None = None,
+    n_samples: int | None = None,
+    generator: torch.Generator | None = None,
+    batch_size: int | None = None,
+    method: str = SAMPLED,
+) -> TokenPredictions:
+    """Predict every scored token of given texts from the tokens before it.
+
+    It takes any posterior over a causal language model's adapters, fitted on next tokens
+    (``"language_modeling"``) or on answers (``target_ids``).
+
+    Args:
+        la: A fitted posterior.
+        batch: Texts as for a fit with ``"language_modeling"``: ``input_ids``, ``labels`` (not
+            shifted, -100 where nothing is scored) and, if padded on either side,
+            ``attention_mask``.
+        top_k: Tokens looked at in each place. Entropies are over the whole vocabulary.
+        link_approx: Of the exact method. ``"quadrature"``, its default, integrates over the tokens'
+            contrasts, without random numbers; ``"mc"`` averages over samples of the logits.
+            ``"probit"`` needs no integral, but counts what all logits share as uncertainty; its
+            mutual information is ``½ tr(Λ Σ)``, right for small covariances and at most the
+            entropy.
+        n_samples: Samples of the weights, 32 by default; of the logits (1000) for ``"mc"``. The
+            same in all places.
+        generator: Their source, on the posterior's device.
+        batch_size: Texts read together, for ``"exact"`` places predicted together; all texts, or as
+            many places as texts, by default.
+        method: ``"sampled"`` carries samples of the linearised model through one pass over the
+            texts: linear in their length, joint over tokens, see `SampledPredictor`. ``"exact"``
+            computes exact moments of the ``top_k`` logits, with a forward pass and ``top_k + 1``
+            backward passes over all of the text before each token.
+
+    Returns:
+        Predictions of the scored tokens, in the order of the text.
+
+    Raises:
+        AttributeError: If the posterior has not been fitted.
+        TypeError: If the batch is no mapping with ``input_ids`` and ``labels``.
+        ValueError: If nothing is scored, labels do not fit the tokens or the vocabulary, an option
+            is out of range, the model is no causal language model, or it cannot carry tangents
+            (4-bit weights, compiled or offloaded models), which the exact method does not need.
+    """
+    check_method(method, link_approx)
+    predictor: NextTokenPredictor | SampledPredictor
+    if method == EXACT:
+        predictor = exact_predictor(la, top_k, link_approx, n_samples, generator)
+    else:
+        predictor = SampledPredictor(
+            la, top_k, SAMPLES if n_samples is None else n_samples, generator
+        )
+    if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= set(batch):
+        raise TypeError("score needs a mapping with 'input_ids' and 'labels'")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be positive, got {batch_size}")
+    batch = {k: v.to(la.fitted.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    labels = token_labels(batch, batch["labels"])
+    scored = labels != IGNORED
+    if not bool(scored.any()):
+        raise ValueError("no token of the batch is scored: all labels are -100 or on padding")
+    vocabulary: Any = predictor.model.vocabulary_size
+    if int(labels[scored].min()) < 0 or int(labels.max()) >= vocabulary:
+        raise ValueError(f"labels must lie in the vocabulary, 0..{vocabulary - 1}, or be -100")
+    size = batch_size or len(labels)
+    variance = None
+    if isinstance(predictor, NextTokenPredictor):
+        predictions, where = _exact(predictor, batch, labels, size)
+        variance = predictor.variance({**batch, "labels": labels})
+    else:
+        predictions, where = _sampled(predictor, batch, labels, size, top_k)
+    slots = scored.cumsum(1) - 1
+    return TokenPredictions.laid_out(
+        predictions,
+        [labels[rows, places] for rows, places in where],
+        [(rows, slots[rows, places]) for rows, places in where],
+        len(labels),
+        predictor.model.pad_token,
+        variance,
+    )
+
+
+def _exact(
+    predictor: NextTokenPredictor, batch: Mapping[str, Any], labels: Tensor, size: int
+) -> Scored:
+    rows, places = (labels != IGNORED).nonzero(as_tuple=True)
+    order = places.argsort(stable=True)  # texts of similar length share a pass
+    where = [(rows[part], places[part]) for part in order.split(size)]
+    predictions = [predictor(_until(batch, n, at), labels[n, at]) for n, at in where]
+    return predictions, where
+
+
+def _sampled(
+    predictor: SampledPredictor, batch: Mapping[str, Any], labels: Tensor, size: int, top_k: int
+) -> Scored:
+    predictions, where = [], []
+    for texts in torch.arange(len(labels), device=labels.device).split(size):
+        scored = labels[texts] != IGNORED
+        if not bool(scored.any()):
+            continue
+        columns = scored.any(0).nonzero().squeeze(1) - 1
+        inputs = _cut(batch, texts, int(columns.max()) + 1)
+        with predictor.opened(inputs) as reading:
+            for read, logits, tangents in reading.logits(columns):
+                n, at = scored[:, read + 1].nonzero(as_tuple=True)
+                token = predictor.token(logits[n, at], tangents[:, n, at])
+                rows, places = texts[n], read[at] + 1
+                predictions.append(token.of(labels[rows, places], top_k))
+                where.append((rows, places))
+    return predictions, where
+
+
+def _cut(batch: Mapping[str, Any], rows: Tensor, end: int) -> dict[str, Any]:
+    """Return some of the texts, up to a place."""
+    texts, width = batch["input_ids"].shape
+    cut = {}
+    for key, value in batch.items():
+        if isinstance(value, Tensor) and value.shape[:1] == (texts,):
+            value = value[rows]
+            value = value[:, :end] if value.shape[1:2] == (width,) else value
+        cut[key] = value
+    return cut
+
+
+def _until(batch: Mapping[str, Any], rows: Tensor, places: Tensor) -> dict[str, Any]:
+    """Return texts up to a place in each of them, which is left out."""
+    end = int(places.max())
+    cut = _cut(batch, rows, end)
+    mask = cut.get("attention_mask")
+    mask = torch.ones_like(cut["input_ids"]) if mask is None else mask
+    before = torch.arange(end, device=places.device) < places.unsqueeze(1)
+    return {**cut, "attention_mask": mask * before}

@@ -1,0 +1,55 @@
+"""Directions in weight space drawn from a posterior, one or two samples each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from laplace_lora.structures.state import Posterior
+
+
+class SampleSet:
+    """Samples ``θ_s − θ*`` of a posterior's weights, calibrated width included.
+
+    Antithetic samples come in pairs ``±δ``: their mean is the MAP itself, and as the linearised
+    model is linear in ``δ``, one direction serves both (Hammersley & Morton 1956, *A new Monte
+    Carlo technique: antithetic variates*).
+
+    Args:
+        posterior: A fitted posterior.
+        n_samples: How many samples.
+        generator: Their source, on the posterior's device.
+        antithetic: Whether they come in pairs; of an odd number the last has no partner.
+
+    Attributes:
+        directions: What the network carries along, ``(directions, parameters)``.
+
+    Raises:
+        ValueError: If ``n_samples`` is not positive.
+    """
+
+    def __init__(
+        self,
+        posterior: Posterior,
+        n_samples: int,
+        generator: torch.Generator | None,
+        antithetic: bool = True,
+    ) -> None:
+        if n_samples < 1:
+            raise ValueError(f"n_samples must be positive, got {n_samples}")
+        self.n_samples = n_samples
+        self.antithetic = antithetic
+        count = (n_samples + 1) // 2 if antithetic else n_samples
+        scale = posterior.settings.covariance_scale**0.5
+        self.directions = scale * (posterior.sample(count, generator) - posterior.mean)
+
+    def outputs(self, mean: Tensor, tangents: Tensor) -> Tensor:
+        """Return each sample's outputs, ``(samples, …)``.
+
+        Args:
+            mean: Outputs at the MAP.
+            tangents: Their change along each direction, ``(directions, …)``.
+        """
+        if not self.antithetic:
+            return mean + tangents
+        return torch.cat([mean + tangents, mean - tangents])[: self.n_samples]

@@ -1,0 +1,161 @@
+"""`ForwardMode`: directional derivatives of a model in many directions, beside its values.
+
+A direction in weight space is carried through the network as a tangent (Pearlmutter 1994, *Fast
+exact multiplication by the Hessian*, for one direction; Griewank & Walther 2008, *Evaluating
+derivatives*, ch. 3). The values are computed once, whatever the number of directions, and nothing
+is kept for a backward pass.
+
+All of it runs on a twin, see `resampled`, so the user's model keeps its weights, its mode, its
+attention implementation and its hooks, and other threads may run it meanwhile.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vmap
+
+from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.models.twins import twin_of
+
+# Their kernels have neither a forward derivative nor a batching rule.
+QUANTISED = ("Linear4bit", "Linear8bitLt")
+
+# torch counts the levels of forward differentiation for all threads together.
+_LEVELS = threading.RLock()
+
+
+class ForwardMode(nn.Module):
+    """A model whose values and tangents are computed together, see `forward_mode`.
+
+    Args:
+        model: A twin, which nobody else uses.
+        names: Names of the tensors that the directions move, as the twin has them.
+        directions: For each of these tensors ``(directions, *shape)``.
+    """
+
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], directions: Sequence[Tensor]
+    ) -> None:
+        super().__init__()
+        self.model = model
+        own = dict(model.named_parameters())
+        self._weights = {name: own[name].detach() for name in names}
+        self._directions = dict(zip(names, directions, strict=True))
+
+    @torch.no_grad()
+    def run(
+        self,
+        arguments: dict[str, Any],
+        read: Callable[[Any], dict[str, Tensor]],
+        place: Callable[[dict[str, Tensor]], dict[str, Any]] | None = None,
+        carried: dict[str, Tensor] | None = None,
+        tangents: dict[str, Tensor] | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Run the model once, in all directions.
+
+        Args:
+            arguments: What the model takes, and does not depend on the weights.
+            read: From what the model returns to tensors by name.
+            place: From tensors of earlier runs to further arguments.
+            carried: These tensors.
+            tangents: Their tangents, ``(directions, *shape)`` each.
+
+        Returns:
+            What ``read`` finds, and its tangents, ``(directions, *shape)`` each.
+
+        Raises:
+            ValueError: If an operation of the model has no forward derivative; names it.
+        """
+        carried, tangents = carried or {}, tangents or {}
+
+        def output(weights: dict[str, Tensor], carried: dict[str, Tensor]) -> dict[str, Tensor]:
+            placed = {} if place is None else place(carried)
+            return read(functional_call(self.model, weights, (), {**arguments, **placed}))
+
+        def along(
+            direction: dict[str, Tensor], tangent: dict[str, Tensor]
+        ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            found = jvp(output, (self._weights, carried), (direction, tangent))
+            return found[0], found[1]
+
+        try:
+            shared: Any = (None, 0)  # the values do not depend on the direction
+            with _LEVELS:
+                values, slopes = vmap(along, out_dims=shared)(self._directions, tangents)
+        except (NotImplementedError, RuntimeError) as error:
+            if not _is_missing_rule(error):
+                raise
+            raise ValueError(
+                "the model has an operation without forward derivative, which samples by forward "
+                f"mode need; use method='exact' ({str(error).splitlines()[0]})"
+            ) from error
+        return values, slopes
+
+
+@contextmanager
+def forward_mode(
+    model: nn.Module, parameters: Sequence[nn.Parameter], directions: Tensor
+) -> Iterator[ForwardMode]:
+    """Yield a twin of a model that carries directions of its weights along.
+
+    Attention runs in the ``"eager"`` implementation there: the fused kernels have no forward
+    derivative.
+
+    Args:
+        model: Any module, in any mode; the twin is in evaluation mode.
+        parameters: Its trainable tensors.
+        directions: Flat, in the order of the tensors, ``(directions, parameters)``.
+
+    Raises:
+        ValueError: If the model cannot have a twin, or is quantised by bitsandbytes; names the
+            layer.
+    """
+    for name, module in model.named_modules():
+        if type(module).__name__ in QUANTISED:
+            raise ValueError(
+                f"{name} is quantised ({type(module).__name__}), which has no forward derivative; "
+                "use method='exact', or load the base model in bfloat16"
+            )
+    twin, own = twin_of(model, parameters)
+    if twin is None:
+        raise ValueError(
+            "the model is compiled, offloaded or cannot be copied, and samples by forward mode "
+            "need a copy of its modules; use method='exact'"
+        )
+    numbers = {id(parameter): index for index, parameter in enumerate(own)}
+    names = {numbers[id(p)]: name for name, p in twin.named_parameters() if id(p) in numbers}
+    parts = [
+        part.unflatten(1, p.shape).to(p.device, p.dtype)
+        for part, p in zip(directions.split([p.numel() for p in own], dim=1), own, strict=True)
+    ]
+    transformers: Any = (m for m in twin.modules() if hasattr(m, "set_attn_implementation"))
+    for transformer in transformers:
+        transformer.set_attn_implementation("eager")
+        break  # it reaches all models inside
+    if any(p.dtype == torch.float64 for p in twin.parameters()):
+        for module in twin.modules():
+            module.register_forward_pre_hook(_bound_mask, with_kwargs=True)
+    with evaluation_mode(twin):
+        yield ForwardMode(twin, [names[index] for index in range(len(own))], parts)
+
+
+def _bound_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Let padding that attends to nothing have numbers all the same.
+
+    The least float64 is minus infinity to the softmax, which eager attention takes in float32.
+    """
+    mask = kwargs.get("attention_mask")
+    if not isinstance(mask, Tensor) or not mask.is_floating_point():
+        return None
+    return args, {**kwargs, "attention_mask": mask.clamp(min=torch.finfo(torch.float32).min)}
+
+
+def _is_missing_rule(error: Exception) -> bool:
+    words = ("forward AD with", "jvp", "vmap", "batching rule")
+    return any(word in str(error) for word in words)
