@@ -28,7 +28,7 @@ from laplace_lora.models.token_model import TokenModel
 logger = logging.getLogger(__name__)
 
 PIECE = 128  # tokens read at once: attention's tangents grow with their square
-ROOM = 2**26  # numbers: logits of all samples that are in memory at once
+ROOM = 2**27  # numbers: tangents of the logits that are in memory at once
 
 
 class Reading:
@@ -38,7 +38,6 @@ class Reading:
         model: The language model, in evaluation mode.
         forward: Its twin, which carries the directions.
         inputs: The first tokens: ``input_ids``, and whatever else the model takes.
-        samples: Logits per place that the reader of the logits makes of one.
         cached: Whether keys and values are kept. They are not if the model's cache is no plain
             attention cache; then every reading goes over the whole text again.
     """
@@ -48,7 +47,6 @@ class Reading:
         model: TokenModel,
         forward: ForwardMode,
         inputs: Mapping[str, Any],
-        samples: int,
         cached: bool = True,
     ) -> None:
         self._model, self._forward = model, forward
@@ -63,7 +61,9 @@ class Reading:
             if key not in ("input_ids", "attention_mask", "labels")
         }
         self._counts = model.needs_positions(inputs)
-        self._room = max(1, ROOM // (samples * len(ids) * int(model.vocabulary_size or 1)))
+        self._room = max(
+            1, ROOM // (forward.n_directions * len(ids) * int(model.vocabulary_size or 1))
+        )
         self._cache: TangentCache | None = None
         self._cached = cached and self._has_plain_cache(ids)
 

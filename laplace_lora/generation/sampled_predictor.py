@@ -62,7 +62,7 @@ class SampledPredictor:
             evaluation_mode(self.model),
             forward_mode(self.model.model, parameters, self._samples.directions) as forward,
         ):
-            yield Reading(self.model, forward, inputs, self._samples.n_samples, cached)
+            yield Reading(self.model, forward, inputs, cached)
 
     def token(self, logits: Tensor, tangents: Tensor) -> SampledToken:
         """Return the predictive of tokens, at the calibrated temperature.

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from laplace_lora.generation.next_token import NextToken, candidates_of
 from laplace_lora.generation.weights import SampleSet
-from laplace_lora.likelihoods.links import averaged, entropy
+from laplace_lora.likelihoods.links import averaged
 
 
 class SampledToken:
@@ -29,13 +29,25 @@ class SampledToken:
     """
 
     def __init__(self, logits: Tensor, tangents: Tensor, samples: SampleSet) -> None:
-        self._logits, self._tangents = logits, tangents
-        self._log_p = F.log_softmax(samples.outputs(logits, tangents), dim=-1)
-        self.log_probabilities = averaged(self._log_p)
+        self._logits, self._tangents, self._samples = logits, tangents, samples
+        p, expected = torch.zeros_like(logits), logits.new_zeros(len(logits))
+        totals = []
+        # One sample at a time: all of them over a vocabulary do not fit a processor's cache.
+        for f in samples.each_output(logits, tangents):
+            peak = f.amax(-1, keepdim=True)
+            f -= peak
+            weights = f.exp()
+            total = weights.sum(-1, keepdim=True)
+            p.addcdiv_(weights, total, value=1 / samples.n_samples)
+            f.mul_(weights)
+            expected += (total.log() - f.sum(-1, keepdim=True) / total).squeeze(-1)
+            totals.append((peak + total.log()).squeeze(-1))
+        self._totals = torch.stack(totals)
+        # A probability may be smaller than its dtype's numbers.
+        self.log_probabilities = p.clamp(min=torch.finfo(p.dtype).tiny).log()
         self.scores = self.log_probabilities + logits.logsumexp(-1, keepdim=True)
-        self.entropy = entropy(self.log_probabilities.exp())
-        expected = entropy(self._log_p.exp()).mean(0)
-        self.mutual_information = (self.entropy - expected).clamp(min=0)
+        self.entropy = -torch.einsum("pv,pv->p", p, self.log_probabilities)
+        self.mutual_information = (self.entropy - expected / samples.n_samples).clamp(min=0)
 
     def of(self, tokens: Tensor, top_k: int) -> NextToken:
         """Return what is known about a token and the likeliest others.
@@ -46,10 +58,14 @@ class SampledToken:
         """
         candidates = candidates_of(self._logits, top_k, tokens)
         slopes = self._tangents.gather(-1, candidates.expand(len(self._tangents), -1, -1))
-        log_p = self.log_probabilities.gather(-1, candidates)
+        log_p = averaged(
+            self._samples.outputs(self._logits.gather(-1, candidates), slopes)
+            - self._totals.unsqueeze(-1)
+        )
         map_log_p = F.log_softmax(self._logits, dim=-1)
         own = tokens.unsqueeze(-1)
         own_slope = self._tangents.gather(-1, own.expand(len(self._tangents), -1, -1)).squeeze(-1)
+        own_logit = self._logits.gather(-1, own).squeeze(-1)
         shared = torch.einsum("kpv,pv->kp", self._tangents, map_log_p.exp())
         return NextToken(
             candidates,
@@ -60,6 +76,6 @@ class SampledToken:
             self.entropy,
             self.mutual_information,
             (1 - log_p.exp().sum(-1)).clamp(min=0),
-            self._log_p.gather(-1, own.expand(len(self._log_p), -1, -1)).squeeze(-1).T,
+            (self._samples.outputs(own_logit, own_slope) - self._totals).T,
             (own_slope - shared).T,
         )

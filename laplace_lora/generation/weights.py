@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,12 @@ class SampleSet:
             mean: Outputs at the MAP.
             tangents: Their change along each direction, ``(directions, …)``.
         """
-        if not self.antithetic:
-            return mean + tangents
-        return torch.cat([mean + tangents, mean - tangents])[: self.n_samples]
+        return torch.stack(list(self.each_output(mean, tangents)))
+
+    def each_output(self, mean: Tensor, tangents: Tensor) -> Iterator[Tensor]:
+        """Yield one sample's outputs after the other, see `outputs`; they may be overwritten."""
+        for tangent in tangents:
+            yield mean + tangent
+        if self.antithetic:
+            for tangent in tangents[: self.n_samples - len(tangents)]:
+                yield mean - tangent

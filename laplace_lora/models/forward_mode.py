@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 
+from laplace_lora.adapters.grouped_attention import differentiable_attention
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.models.twins import twin_of
 
@@ -47,6 +48,11 @@ class ForwardMode(nn.Module):
         own = dict(model.named_parameters())
         self._weights = {name: own[name].detach() for name in names}
         self._directions = dict(zip(names, directions, strict=True))
+
+    @property
+    def n_directions(self) -> int:
+        """How many directions are carried along."""
+        return len(next(iter(self._directions.values())))
 
     @torch.no_grad()
     def run(
@@ -104,8 +110,8 @@ def forward_mode(
 ) -> Iterator[ForwardMode]:
     """Yield a twin of a model that carries directions of its weights along.
 
-    Attention runs in the ``"eager"`` implementation there: the fused kernels have no forward
-    derivative.
+    Attention runs in an implementation with a forward derivative there, which the fused kernels
+    lack.
 
     Args:
         model: Any module, in any mode; the twin is in evaluation mode.
@@ -136,7 +142,7 @@ def forward_mode(
     ]
     transformers: Any = (m for m in twin.modules() if hasattr(m, "set_attn_implementation"))
     for transformer in transformers:
-        transformer.set_attn_implementation("eager")
+        transformer.set_attn_implementation(differentiable_attention(transformer))
         break  # it reaches all models inside
     if any(p.dtype == torch.float64 for p in twin.parameters()):
         for module in twin.modules():
@@ -148,7 +154,7 @@ def forward_mode(
 def _bound_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Let padding that attends to nothing have numbers all the same.
 
-    The least float64 is minus infinity to the softmax, which eager attention takes in float32.
+    The least float64 is minus infinity to the softmax, which is taken in float32.
     """
     mask = kwargs.get("attention_mask")
     if not isinstance(mask, Tensor) or not mask.is_floating_point():
