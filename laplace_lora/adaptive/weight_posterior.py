@@ -140,7 +140,8 @@ class WeightPosterior(Optimizer):
             state = self.weight_state(group, p)
             parts.append((state["hessian"] / group["hess_init"]).flatten().float().cpu())
         values = torch.cat(parts).sort().values
-        at = torch.tensor(QUANTILES) * (len(values) - 1)
+        # Single precision rounds the last index up beyond 2**24 weights.
+        at = torch.tensor(QUANTILES, dtype=torch.float64) * (len(values) - 1)
         return values[at.round().long()]
 
     def trainable(self) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:

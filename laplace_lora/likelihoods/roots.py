@@ -106,7 +106,9 @@ def softmax_residual(f: Tensor, y: Tensor) -> Tensor:
     Returns:
         One column, ``(1, batch, outputs)``.
     """
-    return (F.softmax(f, dim=-1) - F.one_hot(y, f.shape[-1]).to(f.dtype)).unsqueeze(0)
+    # Not by one-hot labels: over a vocabulary they are larger than the logits.
+    minus = f.new_full((len(y), 1), -1)
+    return F.softmax(f, dim=-1).scatter_add(-1, y.unsqueeze(-1), minus).unsqueeze(0)
 
 
 def cross_entropy(f: Tensor, y: Tensor) -> Tensor:

@@ -295,3 +295,9 @@ def test_bad_arguments_are_refused(kwargs):
         IVON([nn.Parameter(torch.ones(1))], **{"ess": 1, **kwargs})
     with pytest.raises(ValueError, match="betas must lie"):
         IVON([nn.Parameter(torch.ones(1))], ess=1, betas=(0.9, 1.0))
+
+
+def test_quantiles_of_more_weights_than_single_precision_counts():
+    weight = torch.nn.Parameter(torch.zeros(2**24 + 4))
+    optimizer = IVON([weight], ess=10)
+    assert_near(optimizer.curvature_change(), torch.ones(7))
