@@ -10,6 +10,8 @@ from torch.func import functional_call, jacrev
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen3Config,
@@ -278,12 +280,35 @@ def test_threads_score_and_run_the_model_at_once():
     assert all(torch.equal(out, plain) for out in outputs)
 
 
-def test_a_cache_that_is_no_plain_one_is_done_without(caplog, monkeypatch):
-    la = fitted()
-    monkeypatch.setattr(reading, "carries_tangents", lambda cache: False)
+def test_a_model_without_a_plain_attention_cache_reads_every_text_anew(caplog, in_double):
+    torch.manual_seed(0)
+    config = MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=2, pad_token_id=PAD
+    )
+    adapter = LoraConfig(r=2, target_modules=["in_proj", "x_proj"])
+    model = excite(get_peft_model(MambaForCausalLM(config), adapter)).double()
+    la = DiagLoraLaplace(model, "language_modeling")
+    la.fit(text_loader(2, text_batch((5, 5, 5))))
+    batch = token_batch((5, 5))
+    directions = SampleSet(la.fitted, 4, seeded()).directions
+    weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    def f(w):
+        return functional_call(model.eval(), w, (), {"input_ids": batch["input_ids"]}).logits
+
+    J = torch.cat([J.flatten(3) for J in jacrev(f)(weights).values()], -1)
     with caplog.at_level(logging.INFO, logger=reading.__name__):
-        score(la, text_batch(), K)
+        ours, slopes = read_all(la, batch)
     assert "no plain attention cache" in caplog.text
+    torch.testing.assert_close(ours, f(weights), atol=1e-8, rtol=1e-8)
+    expected = torch.einsum("ntvp,kp->kntv", J, directions)
+    torch.testing.assert_close(slopes, expected, atol=1e-8, rtol=1e-8)
+    written = generate(la, batch, 3, K, generator=seeded())
+    ids = torch.cat([batch["input_ids"], written.tokens], 1)
+    labels = ids.clone()
+    labels[:, :5] = -100
+    again = score(la, {"input_ids": ids, "labels": labels}, K, n_samples=16, generator=seeded())
+    torch.testing.assert_close(again.log_probabilities, written.log_probabilities)
 
 
 @pytest.mark.parametrize(
