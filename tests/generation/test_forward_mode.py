@@ -1,0 +1,118 @@
+"""What forward mode leaves as it was, what it covers, and what it refuses."""
+
+import threading
+
+import pytest
+import torch
+
+from laplace_lora.generation import generate, score
+from laplace_lora.models.modes import evaluation_mode
+from support.batches import token_batch
+from support.generation import K, seeded
+from support.language import language_posterior, text_batch
+from support.sampled import fitted
+
+
+def test_the_models_attention_modes_weights_and_hooks_are_left():
+    la = fitted()
+    model = la.logits_model.model
+    model.train()
+    base = model.get_base_model()
+    base.set_attn_implementation("sdpa")
+    before = [(m.training, len(m._forward_hooks)) for m in model.modules()]
+    weights = [p.detach().clone() for p in model.parameters()]
+    seen = []
+
+    def broken(ids, scores):
+        seen.append(base.config._attn_implementation)
+        raise KeyError("a user's processor")
+
+    score(la, text_batch(), K)
+    with pytest.raises(KeyError):
+        generate(la, token_batch((4,))["input_ids"], 3, K, logits_processor=broken)
+    assert seen == ["sdpa"] and base.config._attn_implementation == "sdpa"
+    assert [(m.training, len(m._forward_hooks)) for m in model.modules()] == before
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+
+
+def test_threads_score_and_run_the_model_at_once():
+    la = fitted()
+    model, batch = la.logits_model.model.eval(), text_batch()
+    expected = score(la, batch, K, generator=seeded()).log_probabilities
+    plain = model(input_ids=batch["input_ids"]).logits
+    found, outputs = [], []
+
+    def scoring():
+        found.extend(score(la, batch, K, generator=seeded()).log_probabilities for _ in range(3))
+
+    threads = [threading.Thread(target=scoring) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        outputs.append(model(input_ids=batch["input_ids"]).logits)
+    assert len(found) == 6
+    for values in found:
+        torch.testing.assert_close(values, expected)
+    assert all(torch.equal(out, plain) for out in outputs)
+
+
+class Linear4bit(torch.nn.Linear):
+    """Named like bitsandbytes' layer."""
+
+
+class NoForwardDerivative(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Opaque(torch.nn.Module):
+    def forward(self, x):
+        return NoForwardDerivative.apply(x)
+
+
+def test_what_has_no_forward_derivative_is_refused_by_name():
+    la = fitted()
+    layers = la.logits_model.model.get_base_model().model.layers
+    kept = layers[0].mlp.act_fn
+    layers[0].mlp.act_fn = Opaque()
+    with pytest.raises(ValueError, match="without forward derivative"):
+        score(la, text_batch(), K)
+    layers[0].mlp.act_fn = kept
+    o_proj = layers[1].self_attn.o_proj
+    layers[1].self_attn.o_proj = Linear4bit(16, 16, bias=False).double()
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.o_proj is quantised"):
+        score(la, text_batch(), K)
+    layers[1].self_attn.o_proj = o_proj
+    with evaluation_mode(la.model):
+        score(la, text_batch(), K)
+    o_proj.lock = threading.Lock()  # cannot be copied
+    with pytest.raises(ValueError, match="cannot be copied"):
+        score(la, text_batch(), K)
+
+
+def test_half_precision_and_gradient_checkpointing():
+    la = language_posterior(dtype=torch.float32)
+    model = la.logits_model.model
+    reference = score(la, text_batch(), K, generator=seeded())
+    model.apply(lambda module: setattr(module, "gradient_checkpointing", True))
+    again = score(la, text_batch(), K, generator=seeded())
+    torch.testing.assert_close(again.log_probabilities, reference.log_probabilities)
+    model.apply(lambda module: setattr(module, "gradient_checkpointing", False))
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    coarse = score(la, text_batch(), K, generator=seeded())
+    assert coarse.log_probabilities.dtype == torch.float32
+    close = {"atol": 0.15, "rtol": 0.05}
+    torch.testing.assert_close(coarse.log_probabilities, reference.log_probabilities, **close)
