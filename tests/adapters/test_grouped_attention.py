@@ -1,0 +1,49 @@
+"""Attention of grouped queries equals transformers' own."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
+
+from laplace_lora.adapters.grouped_attention import NAME, differentiable_attention
+from support.batches import token_batch
+from support.models import base_model, llama_config
+
+
+def llama(**kwargs):
+    return LlamaForCausalLM(llama_config(**kwargs))
+
+
+def gemma():
+    sizes = llama_config().to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "pad_token_id")
+    config = Gemma2Config(
+        **{name: sizes[name] for name in names},
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=3,
+        attn_logit_softcapping=0.05,
+    )
+    return Gemma2ForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [llama, gemma])
+def test_logits_equal_plain_attention(make):
+    torch.manual_seed(0)
+    model, batch = make().eval(), token_batch((4, 7, 2), pad_to=8, side="left")
+    del batch["labels"]
+    logits = []
+    for name in ("eager", NAME):
+        model.set_attn_implementation(name)
+        logits.append(model(**batch).logits.detach()[batch["attention_mask"].bool()])
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-5)
+
+
+def test_only_models_with_grouped_queries_use_it():
+    assert differentiable_attention(llama()) == NAME
+    assert differentiable_attention(base_model("gpt2-lm")) == "eager"
+    assert differentiable_attention(nn.Linear(2, 2)) == "eager"
+    with_sinks = llama()
+    with_sinks.model.layers[0].self_attn.sinks = nn.Parameter(torch.zeros(2))
+    assert differentiable_attention(with_sinks) == "eager"
