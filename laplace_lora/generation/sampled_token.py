@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from laplace_lora.generation.next_token import NextToken, candidates_of
+from laplace_lora.generation.candidates import candidates_of
+from laplace_lora.generation.next_token import NextToken
 from laplace_lora.generation.weights import SampleSet
 from laplace_lora.likelihoods.links import averaged
 

@@ -8,7 +8,7 @@ from torch.func import jacrev
 
 from laplace_lora import DiagLoraLaplace, LoraEF
 from laplace_lora.generation import scoring
-from laplace_lora.generation.next_token import class_logits
+from laplace_lora.generation.candidates import class_logits
 from laplace_lora.likelihoods import links
 from laplace_lora.models.token_model import TokenModel
 from support.generation import FIELDS, K, posteriors, seeded
