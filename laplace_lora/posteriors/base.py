@@ -208,7 +208,9 @@ class LoraLaplace(SavedLaplace):
         """
         fitter = Fitter(self.parts if override or not self.state.is_fitted else self.fitted)
         options = (override, progress_bar, checkpoint_dir, checkpoint_every, evidence_correction)
+        alone = override or not self.state.is_fitted
         self._install(fitter.fit(train_loader, *options))
+        self._train_loader = train_loader if alone else None
 
     def adopt(self, curvature: Any, n_data: int, train_loader: Iterable[Any] | None = None) -> None:
         """Take over a curvature that was computed elsewhere, at the model's current weights.
@@ -325,6 +327,7 @@ class LoraLaplace(SavedLaplace):
 
     def _install(self, state: PosteriorState) -> None:
         self.state, self._latest = state, None
+        self._train_loader, self.tuning = None, None
         self.model.output_size = state.n_outputs  # type: ignore[assignment]
 
     def _differentiated(self, model: LogitsModel) -> nn.Module:

@@ -20,6 +20,8 @@ def deep_copy(posterior: T, source: nn.Module, memo: dict[int, Any]) -> T:
     """
     twin = object.__new__(type(posterior))
     memo[id(posterior)] = twin
+    loader = vars(posterior).get("_train_loader")
+    memo[id(loader)] = loader  # data are shared
     memo[id(source)] = copy.deepcopy(source, memo)
     vars(twin).update({k: copy.deepcopy(v, memo) for k, v in vars(posterior).items()})
     return twin

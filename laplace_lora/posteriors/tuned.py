@@ -14,11 +14,19 @@ from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.state import PosteriorState
 from laplace_lora.tuning.calibration import Calibration
 from laplace_lora.tuning.groups import Structure
-from laplace_lora.tuning.tuner import Tuner
+from laplace_lora.tuning.leave_one_out import why_not
+from laplace_lora.tuning.tuner import Tuner, Tuning
 
 
 class TunedLaplace(LaplaceNames):
-    """Calls of laplace-torch whose work is done by `Predictor` and `Tuner`."""
+    """Calls of laplace-torch whose work is done by `Predictor` and `Tuner`.
+
+    Attributes:
+        tuning: What the latest tuning of the prior did; ``None`` before there was one.
+    """
+
+    tuning: Tuning | None = None
+    _train_loader: Any = None  # of the fit, as long as one loader gave all its data
 
     def __call__(
         self,
@@ -88,10 +96,11 @@ class TunedLaplace(LaplaceNames):
     def optimize_prior_precision(
         self,
         pred_type: str = "glm",
-        method: str = "marglik",
+        method: str = "auto",
         *,
         prior_structure: Structure = "scalar",
         val_loader: Any = None,
+        train_loader: Any = None,
         link_approx: str = QUADRATURE,
         n_samples: int = 100,
         tune_sigma_noise: bool = False,
@@ -100,8 +109,13 @@ class TunedLaplace(LaplaceNames):
         verbose: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Tune the prior precision; undoes an earlier `calibrate`.
+        """Tune the prior precision; undoes an earlier `calibrate`. What it did is in `tuning`.
 
+        * ``"auto"``: ``"loo"`` where a scalar is asked for and `leave_one_out.why_not` has no
+          objection, otherwise ``"marglik"``.
+        * ``"loo"``: the best leave-one-out likelihood of the training labels, in one pass over the
+          training data: those of the fit, as long as this process keeps them, or
+          ``train_loader``. For classifiers and reward models.
         * ``"marglik"``: the exact maximum of the marginal likelihood, from eigenvalues alone. With
           ``n_steps``, ``lr`` or ``init_prior_prec``: laplace-torch's Adam instead.
         * ``"gridsearch"``: a scalar from a logarithmic grid, in one pass over ``val_loader``; with
@@ -112,9 +126,11 @@ class TunedLaplace(LaplaceNames):
 
         Args:
             pred_type: Predictive that a grid search scores, ``"glm"`` or ``"nn"``.
-            method: ``"marglik"``, ``"gridsearch"`` or ``"val_gd"``.
+            method: ``"auto"``, ``"loo"``, ``"marglik"``, ``"gridsearch"`` or ``"val_gd"``.
             prior_structure: Which tensors share a precision, see `prior_groups`.
             val_loader: Validation batches with labels.
+            train_loader: For ``"auto"`` and ``"loo"``: the training data, if not those of the fit
+                in this process.
             link_approx: Link of the predictive that is scored.
             n_samples: Samples for ``"mc"``, common to all priors compared.
             tune_sigma_noise: For ``"marglik"`` of a regression: also the observation noise.
@@ -141,8 +157,15 @@ class TunedLaplace(LaplaceNames):
         try:
             self.state = uncalibrated
             tuner = Tuner(self.fitted)
-            settings = None
-            if method == "marglik":
+            settings, report, reason = None, None, ""
+            train_loader = self._train_loader if train_loader is None else train_loader
+            if method == "auto":
+                method, reason = self._method(
+                    prior_structure, (train_loader, val_loader), tune_sigma_noise, kwargs
+                )
+            if method == "loo":
+                settings, report = tuner.leave_one_out(prior_structure, train_loader, progress_bar)
+            elif method == "marglik":
                 if val_loader is not None:
                     raise ValueError(
                         "method='marglik' uses no validation data; leave `val_loader` out"
@@ -161,15 +184,17 @@ class TunedLaplace(LaplaceNames):
                 settings = tuner.descent(prior_structure, *data, **kwargs)
             else:
                 raise ValueError(
-                    f"method must be 'marglik', 'gridsearch' or 'val_gd', got {method!r}"
+                    "method must be 'auto', 'loo', 'marglik', 'gridsearch' or 'val_gd', got "
+                    f"{method!r}"
                 )
             if settings is not None:
                 self.state = uncalibrated.with_settings(settings)
+            self.tuning = Tuning(method, self.prior_precision.detach(), reason, report)
         except BaseException:
             self.state = before  # laplace-torch's own loops write while they search
             raise
         if verbose:
-            print(f"Optimized prior precision is {self.prior_precision}.")
+            print(self.tuning)
 
     def calibrate(
         self,
@@ -202,6 +227,19 @@ class TunedLaplace(LaplaceNames):
         settings, report = Tuner(self.fitted).calibrate(val_loader, *options)
         self.state: PosteriorState = self.state.with_settings(settings)
         return report
+
+    def _method(
+        self, structure: Structure, data: tuple[Any, Any], noise: bool, kwargs: dict[str, Any]
+    ) -> tuple[str, str]:
+        """Return what ``"auto"`` does, and why nothing better."""
+        train_loader, val_loader = data
+        if structure != "scalar":
+            reason = "the prior is no scalar"
+        elif noise or kwargs or val_loader is not None:
+            reason = "arguments of other methods are given"
+        else:
+            reason = why_not(self.fitted, train_loader) or ""
+        return ("marglik", reason) if reason else ("loo", "")
 
     def _laplace_marglik(
         self, structure: Structure, tune_noise: bool, kwargs: dict[str, Any]

@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.state import Posterior, Settings
+from laplace_lora.tuning import leave_one_out
 from laplace_lora.tuning.calibration import Calibration, calibrate, check_classifier
 from laplace_lora.tuning.coupled_cache import CoupledCache
 from laplace_lora.tuning.groups import Structure, prior_groups
+from laplace_lora.tuning.leave_one_out import LeaveOneOut
 from laplace_lora.tuning.marginal_likelihood import first_precision, maximise, with_precisions
 from laplace_lora.tuning.validation_cache import Cache, ValidationCache, scoring_of
 from laplace_lora.tuning.validation_search import Loss, descend, grid_search
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a tuning of the prior did.
+
+    Attributes:
+        method: How the prior precision was chosen.
+        prior_precision: The choice.
+        reason: Why ``"auto"`` took no better method; empty where it did.
+        leave_one_out: What leave-one-out promises, where that was the method.
+    """
+
+    method: str
+    prior_precision: Tensor
+    reason: str = ""
+    leave_one_out: LeaveOneOut | None = None
+
+    def __str__(self) -> str:
+        if self.leave_one_out is not None:
+            return str(self.leave_one_out)
+        low, high = self.prior_precision.min(), self.prior_precision.max()
+        chosen = f"{low:.3g}" if low == high else f"{low:.3g}..{high:.3g}"
+        why = f" (no leave-one-out: {self.reason})" if self.reason else ""
+        return f"{self.method}: prior precision {chosen}{why}"
 
 
 class Tuner:
@@ -42,6 +70,32 @@ class Tuner:
         """
         groups = prior_groups(self.posterior.names, structure)
         return maximise(self.posterior, groups, tune_noise, correction)
+
+    def leave_one_out(
+        self, structure: Structure, train_loader: Any, progress_bar: bool
+    ) -> tuple[Settings, LeaveOneOut]:
+        """Return the settings with the best leave-one-out likelihood, and what they promise.
+
+        Args:
+            structure: Must be ``"scalar"``.
+            train_loader: The training data of the fit.
+            progress_bar: Show progress over the batches.
+
+        Raises:
+            ValueError: If the structure is not a scalar, the loader is missing or not that of the
+                fit, or the adapter did not start at the base model.
+        """
+        if structure != "scalar":
+            raise ValueError(
+                "leave-one-out chooses a scalar; use method='marglik' or 'val_gd' for "
+                f"prior_structure={structure!r}"
+            )
+        if train_loader is None:
+            raise ValueError(
+                "leave-one-out needs the training data, which a posterior keeps only in the "
+                "process that fitted it; give `train_loader`, or use method='marglik'"
+            )
+        return leave_one_out.tune(self.posterior, train_loader, progress_bar)
 
     def grid_search(
         self,

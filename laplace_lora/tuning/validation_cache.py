@@ -7,7 +7,7 @@ and products ``M``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -78,7 +78,11 @@ def labelled_batches(
 
 
 def validation_pass(
-    predictor: Predictor, loader: Any, readout: Readout, progress_bar: bool
+    predictor: Predictor,
+    loader: Any,
+    readout: Readout,
+    progress_bar: bool,
+    watch: Callable[[Any, Tensor], None] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Iterator[tuple[int, list[Gram]]]]]:
     """Yield functions of the outputs, labels and gram blocks of each batch, see `gram_blocks`.
 
@@ -86,6 +90,8 @@ def validation_pass(
         ValueError: If there is no loader, it is empty, or a batch has no labels.
     """
     for x, y in labelled_batches(predictor.posterior, loader, progress_bar):
+        if watch is not None:
+            watch(x, y)
         mean, blocks = predictor.gram_blocks(x, readout)
         yield mean, y, blocks
 
@@ -103,6 +109,7 @@ class ValidationCache:
         groups: Group of each trainable tensor, ``(tensors,)``.
         readout: Functions of the outputs that are scored.
         progress_bar: Show progress over the batches.
+        watch: Called with what the model takes and the labels of each batch.
 
     Attributes:
         mean: Mean logits, ``(examples, outputs)``.
@@ -121,6 +128,7 @@ class ValidationCache:
         groups: Tensor,
         readout: Readout,
         progress_bar: bool = False,
+        watch: Callable[[Any, Tensor], None] | None = None,
     ) -> None:
         posterior = predictor.posterior
         prior = posterior.prior_by_tensor.tolist()
@@ -146,7 +154,7 @@ class ValidationCache:
         slots = [used.cumsum(0) - 1 for used in occupied]
         means, labels = [], []
         stored: list[list[Tensor]] = [[] for _ in sums]
-        for mean, y, blocks in validation_pass(predictor, loader, readout, progress_bar):
+        for mean, y, blocks in validation_pass(predictor, loader, readout, progress_bar, watch):
             shape = (len(mean), mean.shape[1], mean.shape[1])
             parts = [mean.new_zeros(*shape, int(used.sum())) for used in occupied]
             for i, grams in blocks:

@@ -1,0 +1,198 @@
+"""Tune a prior on what the training examples would have been predicted to be without their labels.
+
+Trained weights have seen every training label, and so have the features that a linearisation at
+them would use: their residuals, and leave-one-out predictions put together from them, promise too
+much. The *base* model's features have seen none. So the model is linearised where LoRA starts (its
+zero matrices at zero), the precision is found at which this linear model fits the training labels
+as closely as the trained network does, and its leave-one-out predictions stand for the network's on
+new data. The posterior's width at each example is added to them, and the prior precision with the
+best leave-one-out likelihood is chosen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+from laplace_lora.adapters.start import zero_at_start
+from laplace_lora.curvature.engine import Engine
+from laplace_lora.data.distributed import is_sharded
+from laplace_lora.likelihoods.base import Readout
+from laplace_lora.likelihoods.links import QUADRATURE
+from laplace_lora.models.start import before_adapter
+from laplace_lora.predictive.glm import Predictor
+from laplace_lora.structures.state import Posterior, Settings
+from laplace_lora.tuning.linear_model import LinearModel, without_own
+from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
+
+GRID = torch.logspace(-4, 8, 49, dtype=torch.float64)  # prior precisions
+ROWS = 3000  # examples times contrasts; the work grows with their cube
+BYTES = 2**31
+
+
+@dataclass(frozen=True)
+class LeaveOneOut:
+    """What a tuning by leave-one-out chose, and what it expects on new data of the same kind.
+
+    Attributes:
+        prior_precision: The choice.
+        nll_map: Mean leave-one-out NLL without any width, in nats.
+        nll: The same with the posterior's width.
+        standard_error: Of the difference of the two.
+        base_precision: Prior precision at which the linearised base model fits the training
+            labels as closely as the trained network.
+    """
+
+    prior_precision: float
+    nll_map: float
+    nll: float
+    standard_error: float
+    base_precision: float
+
+    def __str__(self) -> str:
+        return (
+            f"leave-one-out: prior precision {self.prior_precision:.3g}, NLL of the base model's "
+            f"linearisation {self.nll_map:.3f} -> {self.nll:.3f} with the posterior's width "
+            f"(difference ± {self.standard_error:.3f})"
+        )
+
+
+def why_not(posterior: Posterior, loader: Any) -> str | None:
+    """Return why a posterior cannot be tuned by leave-one-out at reasonable cost.
+
+    Args:
+        posterior: A fitted posterior.
+        loader: Its training data; ``None`` where they are not at hand.
+
+    Returns:
+        The reason, ``None`` where there is none.
+    """
+    objective, state = posterior.objective, posterior.state
+    if not (objective.is_classifier or objective.has_pairs):
+        return f"a {objective.name} posterior has no class probabilities"
+    if loader is None:
+        return "the training data are not at hand"
+    if is_sharded(loader):
+        return "several processes share the training data"
+    rows = state.n_data * max(state.n_outputs - 1, 1)
+    trainable = sum(p.numel() for p in posterior.source.parameters() if p.requires_grad)
+    if rows > ROWS or 4 * rows * trainable > BYTES:
+        return f"{state.n_data} training examples of {trainable} weights are too many"
+    try:
+        zero_at_start(posterior.source)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def tune(posterior: Posterior, loader: Any, progress_bar: bool) -> tuple[Settings, LeaveOneOut]:
+    """Choose a scalar prior precision by leave-one-out.
+
+    Iterates once over the data: the Jacobians at the base model, and those at the trained weights.
+
+    Args:
+        posterior: A fitted posterior, uncalibrated.
+        loader: Its training data.
+        progress_bar: Show progress over the batches.
+
+    Returns:
+        The settings, and what they promise.
+
+    Raises:
+        ValueError: If the adapter did not start at the base model, or the data are not those of the
+            fit.
+    """
+    scoring = scoring_of(posterior, QUADRATURE, 0)
+    readout = scoring.readout
+    groups = torch.zeros(len(posterior.names), dtype=torch.long)
+    prior = posterior.prior_by_tensor
+    even = posterior.with_settings(
+        replace(posterior.settings, prior_precision=prior.mean().reshape(1))
+    )
+    with _base_rows(posterior, readout) as rows:
+        cache = ValidationCache(Predictor(even), loader, groups, readout, progress_bar, rows.add)
+    if len(cache.y) != posterior.state.n_data:
+        raise ValueError(
+            f"the loader gives {len(cache.y)} examples, the fit saw {posterior.state.n_data}; "
+            "leave-one-out needs the training data of the fit"
+        )
+    linear = rows.linear_model(cache.y)
+    outputs = cache.mean.double()
+    mode = linear.fitted_like(linear.nll(outputs))
+    mean, _ = linear.leave_one_out(mode)
+    mean = mean.to(cache.mean)
+    root = linear.root(outputs).to(cache.mean)
+
+    def losses(log_precision: float) -> Tensor:
+        factor = math.exp(log_precision) / float(even.settings.prior_precision)
+        covariance = cache.covariance(cache.mean.new_tensor([factor]))
+        if posterior.structure.couples_groups:  # the exact curvature holds each example's own
+            covariance = without_own(covariance, root)
+        return scoring.nll(mean, covariance, cache.y).double()
+
+    best = _lowest(lambda point: float(losses(point).mean()))
+    narrow = scoring.nll(mean, torch.zeros_like(cache.covariance(mean.new_ones(1))), cache.y)
+    gain = losses(best) - narrow.double()
+    precision = math.exp(best)
+    settings = replace(posterior.settings, prior_precision=prior.new_tensor([precision]))
+    error = float(gain.std() / math.sqrt(len(gain))) if len(gain) > 1 else 0.0
+    report = LeaveOneOut(
+        precision, float(narrow.mean()), float(losses(best).mean()), error, mode.precision
+    )
+    return settings, report
+
+
+class _BaseRows:
+    """Functions of the base model's outputs and their Jacobians, batch by batch."""
+
+    def __init__(self, posterior: Posterior, engine: Engine, readout: Readout) -> None:
+        self.posterior, self.engine, self.readout = posterior, engine, readout
+        self.means: list[Tensor] = []
+        self.jacobians: list[list[Tensor]] = [[] for _ in engine.blocks]
+
+    def add(self, x: Any, y: Tensor) -> None:
+        """Add a batch."""
+        f, blocks = self.engine.jacobian_blocks(x, self.readout.columns)
+        self.means.append(self.readout.mean(f).double())
+        for parts, block in zip(self.jacobians, blocks, strict=True):
+            if not bool(block.any()):  # lora_A's, behind a lora_B that is zero
+                block = block.new_zeros(()).expand(block.shape)
+            parts.append(block.flatten(2))
+
+    def linear_model(self, labels: Tensor) -> LinearModel:
+        """Return the base model, linearised in its adapter."""
+        means = torch.cat(self.means)
+        gram = means.new_zeros(means.numel(), means.numel())
+        for parts in self.jacobians:
+            if any(part.stride() != (0, 0, 0) for part in parts):
+                rows = torch.cat(parts).flatten(0, 1)
+                gram += rows @ rows.T
+        scale = float(self.posterior.scale)
+        options = (self.posterior.objective, self.readout.relative, scale)
+        return LinearModel(gram, means, labels, *options)
+
+
+@contextmanager
+def _base_rows(posterior: Posterior, readout: Readout) -> Iterator[_BaseRows]:
+    with before_adapter(posterior.source) as twin:
+        engine = Engine(
+            twin, posterior.objective, posterior.engine.root, None, "diag", verify=False
+        )
+        yield _BaseRows(posterior, engine, readout)
+
+
+def _lowest(loss: Any) -> float:
+    """Return the logarithm of the precision with the lowest loss."""
+    points = GRID.log().tolist()
+    values = [loss(point) for point in points]
+    i = min(range(len(values)), key=values.__getitem__)
+    bounds = (points[max(i - 1, 0)], points[min(i + 1, len(points) - 1)])
+    refined = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-3})
+    return float(refined.x) if refined.fun < values[i] else points[i]

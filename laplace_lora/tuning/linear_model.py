@@ -1,0 +1,195 @@
+"""A model linearised in its weights, in the space of its training examples.
+
+With Gaussian weights, ``N`` examples of ``c`` functions each are an ``N c``-dimensional Gaussian
+with covariance ``J Jᵀ / δ``: its mode, and what each example would have been predicted to be had it
+been left out, need no more than that matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import brentq
+from torch import Tensor
+from torch.nn import functional as F
+
+from laplace_lora.likelihoods.base import Likelihood
+
+STEPS = 100
+TOLERANCE = 1e-12  # of the objective, relative
+DECADES = (8, -10)  # of precisions tried, around the Gram matrix's mean diagonal
+
+
+@dataclass(frozen=True)
+class Mode:
+    """The most probable functions of a linear model.
+
+    Attributes:
+        precision: Prior precision ``δ`` of the weights.
+        coefficients: ``α`` with weights ``μ₀ + Jᵀ α / δ``, ``(N, c)``.
+        outputs: The functions, ``(N, c)``.
+        nll: Their summed negative log likelihood, in nats.
+    """
+
+    precision: float
+    coefficients: Tensor
+    outputs: Tensor
+    nll: float
+
+
+@dataclass(frozen=True)
+class LinearModel:
+    """Functions ``f = f₀ + J (θ − μ₀)`` of examples, with ``θ ~ N(μ₀, I / δ)``.
+
+    Attributes:
+        gram: ``J Jᵀ`` of all functions, float64, ``(N c, N c)``.
+        offset: The functions at the prior mean, ``(N, c)``.
+        labels: Of the examples.
+        likelihood: Of the functions.
+        relative: Whether they are contrasts to a first class, which stands at zero.
+        scale: Factor of the log likelihood, ``1 / σ²`` for a regression.
+    """
+
+    gram: Tensor
+    offset: Tensor
+    labels: Tensor
+    likelihood: Likelihood
+    relative: bool
+    scale: float = 1.0
+
+    def nll(self, outputs: Tensor) -> float:
+        """Return the summed negative log likelihood of functions ``(N, c)``, in nats."""
+        return self.scale * float(self.likelihood.nll(self._lift(outputs), self.labels))
+
+    def mode(self, precision: float, start: Mode | None = None) -> Mode:
+        """Return the mode, by iteratively reweighted least squares with halved steps.
+
+        Args:
+            precision: Prior precision of the weights.
+            start: Where to start, such as the mode at another precision.
+        """
+        gram, flat = self.gram / precision, self.offset.flatten()
+        alpha = torch.zeros_like(flat) if start is None else start.coefficients.flatten()
+
+        def at(alpha: Tensor) -> tuple[Tensor, float, float]:
+            shift = gram @ alpha
+            outputs = (flat + shift).view_as(self.offset)
+            nll = self.nll(outputs)
+            return outputs, nll, nll + 0.5 * float(alpha @ shift)
+
+        outputs, nll, objective = at(alpha)
+        for _ in range(STEPS):
+            residual, root = self._residual(outputs), self.root(outputs)
+            factor = self._factor(root, gram)
+            curved = _apply(root.mT @ root, (outputs - self.offset).flatten()) - residual.flatten()
+            inner = torch.cholesky_solve(_apply(root, gram @ curved).unsqueeze(1), factor)
+            step = curved - _apply(root.mT, inner.squeeze(1)) - alpha
+            length = 1.0
+            while length > 1e-6:
+                trial = at(alpha + length * step)
+                if trial[2] <= objective:
+                    break
+                length /= 2
+            else:
+                break
+            gain = objective - trial[2]
+            alpha = alpha + length * step
+            outputs, nll, objective = trial
+            if gain <= TOLERANCE * (1 + abs(objective)):
+                break
+        return Mode(precision, alpha.view_as(self.offset), outputs, nll)
+
+    def fitted_like(self, nll: float) -> Mode:
+        """Return the mode at the precision at which the training loss has a given value.
+
+        Args:
+            nll: Summed negative log likelihood; where no precision reaches it, the nearest is
+                taken.
+        """
+        unit = float(self.gram.diagonal().mean())
+        high, low = (unit * 10.0**power for power in DECADES)
+        mode = self.mode(high)
+        if mode.nll <= nll or unit == 0:
+            return mode
+        while mode.nll > nll and mode.precision / 10 >= low:
+            mode, above = self.mode(mode.precision / 10, _rescaled(mode, 0.1)), mode
+        if mode.nll > nll:
+            return mode
+        latest = mode
+
+        def excess(log_precision: float) -> float:
+            nonlocal latest
+            precision = math.exp(log_precision)
+            latest = self.mode(precision, _rescaled(latest, precision / latest.precision))
+            return math.log(max(latest.nll, 1e-300) / max(nll, 1e-300))
+
+        ends = (math.log(mode.precision), math.log(above.precision))
+        root = brentq(excess, *ends, xtol=0.02)
+        return self.mode(math.exp(root), _rescaled(latest, math.exp(root) / latest.precision))
+
+    def leave_one_out(self, mode: Mode) -> tuple[Tensor, Tensor]:
+        """Return each example's prediction without it, from one factorisation.
+
+        The cavity of a Laplace approximation (Vehtari, Mononen, Tolvanen, Sivula and Winther 2016,
+        Bayesian leave-one-out cross-validation approximations for Gaussian latent variable models);
+        for a Gaussian likelihood the exact moments.
+
+        Args:
+            mode: The model's mode.
+
+        Returns:
+            Mean ``(N, c)`` and covariance ``(N, c, c)`` of the functions.
+        """
+        n, c = self.offset.shape
+        gram, root = self.gram / mode.precision, self.root(mode.outputs)
+        rows = torch.linalg.solve_triangular(
+            self._factor(root, gram), _apply(root, gram), upper=False
+        ).view(n * c, n, c)
+        diagonal = gram.view(n, c, n, c).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        marginal = diagonal - torch.einsum("knc,knd->ncd", rows, rows)
+        cavity = without_own(marginal, root)
+        residual = self._residual(mode.outputs).unsqueeze(-1)
+        return mode.outputs + (cavity @ residual).squeeze(-1), cavity
+
+    def root(self, outputs: Tensor) -> Tensor:
+        """Return roots ``R`` of the examples' curvatures ``Rᵀ R``, ``(N, k, c)``."""
+        root = self.likelihood.root(self._lift(outputs), self.labels)
+        return math.sqrt(self.scale) * root.transpose(0, 1)[:, :, int(self.relative) :]
+
+    def _lift(self, outputs: Tensor) -> Tensor:
+        return F.pad(outputs, (1, 0)) if self.relative else outputs
+
+    def _residual(self, outputs: Tensor) -> Tensor:
+        residual = self.likelihood.residual(self._lift(outputs), self.labels)[0]
+        return self.scale * residual[:, int(self.relative) :]
+
+    def _factor(self, root: Tensor, gram: Tensor) -> Tensor:
+        inner = _apply(root, _apply(root, gram).T)
+        inner.diagonal().add_(1)
+        return torch.linalg.cholesky(inner)
+
+
+def without_own(marginal: Tensor, root: Tensor) -> Tensor:
+    """Return the covariances that examples would have without their own curvature.
+
+    Args:
+        marginal: Covariances with it, ``(N, c, c)``.
+        root: Roots ``R`` of the curvatures ``Rᵀ R``, ``(N, k, c)``.
+    """
+    weight = root.mT @ root
+    eye = torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device)
+    cavity = torch.linalg.solve((eye - weight @ marginal).mT, marginal.mT).mT
+    return (cavity + cavity.mT) / 2
+
+
+def _apply(blocks: Tensor, x: Tensor) -> Tensor:
+    """Return a block diagonal matrix's product with ``(N c,)`` or ``(N c, m)``."""
+    n, rows, columns = blocks.shape
+    return torch.bmm(blocks, x.reshape(n, columns, -1)).reshape(n * rows, *x.shape[1:])
+
+
+def _rescaled(mode: Mode, factor: float) -> Mode:
+    """Return a start for another precision: the same functions, in its coefficients."""
+    return Mode(mode.precision * factor, mode.coefficients * factor, mode.outputs, mode.nll)

@@ -1,0 +1,213 @@
+"""Tuning a prior by leave-one-out of the linearised base model."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import BertForSequenceClassification
+
+from laplace_lora import FullLoraLaplace, KronLoraLaplace, LogitsModel
+from laplace_lora.likelihoods.base import CONTRASTS
+from laplace_lora.likelihoods.registry import likelihood_of
+from laplace_lora.models.start import before_adapter
+from laplace_lora.predictive.glm import Predictor
+from laplace_lora.tuning.linear_model import LinearModel, without_own
+from laplace_lora.tuning.validation_cache import scoring_of
+from support.batches import loader, token_batch
+from support.models import adalora_model, bert_config, peft_model
+from support.posteriors import EVERY_CLASS, posterior
+from support.preferences import reward_posterior
+
+LENGTHS = (3, 6, 4, 6, 1, 5, 2, 4, 4, 3, 2, 5)
+
+
+def fitted(cls=KronLoraLaplace, name="bert", data=None, **kwargs):
+    la = posterior(cls, name, fit=False, **kwargs)
+    la.fit(loader(lengths=LENGTHS) if data is None else data)
+    return la
+
+
+def base_prediction(la):
+    """Leave-one-out means of the base model, from Jacobians by `torch.func`, text by text."""
+    model = copy.deepcopy(la.logits_model).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(parameter)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    means, rows, labels = [], [], []
+    for x in loader(batch_size=1, lengths=LENGTHS):
+        f = model(x)[0]
+        contrasts = f[1:] - f[0]
+        for contrast in contrasts:
+            gradients = torch.autograd.grad(contrast, weights, retain_graph=True)
+            rows.append(torch.cat([g.flatten() for g in gradients]))
+        means.append(contrasts.detach())
+        labels.append(x["labels"])
+    J, y = torch.stack(rows), torch.cat(labels)
+    linear = LinearModel(J @ J.T, torch.stack(means), y, likelihood_of("classification"), True)
+    target = la.state.loss
+    return linear.leave_one_out(linear.fitted_like(target))[0].detach(), y
+
+
+def score(la, precision, means, y):
+    """Mean NLL of Gaussians with the posterior's width at the training texts."""
+    la.prior_precision = precision
+    batch = token_batch(LENGTHS)
+    f, covariance = Predictor(la.fitted).readout_moments(batch, CONTRASTS)
+    if la.structure.couples_groups:
+        logits = F.pad(f, (1, 0))
+        root = likelihood_of("classification").root(logits, y).transpose(0, 1)[:, :, 1:]
+        covariance = without_own(covariance, root)
+    return float(scoring_of(la.fitted, "quadrature", 0).nll(means, covariance, y).mean())
+
+
+@pytest.mark.parametrize(
+    "cls,name",
+    [(KronLoraLaplace, "llama-lm"), (FullLoraLaplace, "bert"), (KronLoraLaplace, "gpt2")],
+)
+def test_the_choice_is_the_best_by_brute_force(cls, name):
+    la = fitted(cls, name)
+    means, y = base_prediction(la)
+    la.optimize_prior_precision(method="loo")
+    report, chosen = la.tuning.leave_one_out, float(la.prior_precision)
+    assert report.prior_precision == pytest.approx(chosen)
+    best = score(la, chosen, means, y)
+    assert report.nll == pytest.approx(best, rel=1e-3)
+    for factor in (0.03, 0.5, 0.9, 1.1, 2, 30):
+        other = min(max(chosen * factor, 1e-4), 1e8)  # the ends of what is tried
+        assert best <= score(la, other, means, y) + 2e-4
+
+
+@pytest.mark.parametrize("cls,kwargs", EVERY_CLASS)
+def test_every_class_has_it_as_its_default(cls, kwargs):
+    la = fitted(cls, **kwargs)
+    la.optimize_prior_precision()
+    assert la.tuning.method == "loo"
+    assert la.tuning.leave_one_out.nll <= la.tuning.leave_one_out.nll_map + 1e-9
+    assert "leave-one-out" in str(la.tuning)
+
+
+def test_order_batch_size_and_padding_change_nothing():
+    chosen = []
+    for data in (
+        loader(lengths=LENGTHS),
+        loader(batch_size=5, lengths=LENGTHS, pad_to=9),
+        DataLoader(loader(lengths=LENGTHS).dataset, batch_size=4, shuffle=True),
+    ):
+        la = fitted(name="llama-lm", data=data)
+        la.optimize_prior_precision()
+        chosen.append(float(la.prior_precision))
+    assert chosen[1:] == pytest.approx([chosen[0]] * 2, rel=2e-3)
+
+
+def test_preference_pairs():
+    la = reward_posterior()
+    la.optimize_prior_precision()
+    assert la.tuning.method == "loo"
+
+
+def test_regression_when_asked_for():
+    la = KronLoraLaplace(peft_model("bert", dtype=torch.float64), "regression", sigma_noise=0.5)
+    la.fit(loader(lengths=LENGTHS, likelihood="regression"))
+    la.optimize_prior_precision()
+    assert (la.tuning.method, "no class probabilities" in la.tuning.reason) == ("marglik", True)
+    la.optimize_prior_precision(method="loo")
+    assert la.tuning.leave_one_out.nll <= la.tuning.leave_one_out.nll_map + 1e-9
+
+
+def test_the_model_and_the_random_state_stay():
+    la = fitted()
+    before = {k: v.clone() for k, v in la.model.state_dict().items()}
+    batches = list(loader(lengths=LENGTHS))  # a DataLoader draws a seed of its own
+    torch.manual_seed(3)
+    la.optimize_prior_precision(train_loader=batches)
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    assert drawn == torch.rand(1)
+    assert all(torch.equal(before[k], v) for k, v in la.model.state_dict().items())
+    assert all(p.requires_grad for p in la.params)
+
+
+def test_before_an_adapter_the_base_model_answers():
+    model = peft_model("llama-lm").eval()
+    batch = {k: v for k, v in token_batch().items() if k != "labels"}
+    with torch.no_grad():
+        trained = model(**batch).logits
+        with before_adapter(model) as twin:
+            answer = twin(**batch).logits
+            torch.testing.assert_close(model(**batch).logits, trained)
+        with model.disable_adapter():
+            torch.testing.assert_close(answer, model(**batch).logits)
+    assert (answer - trained).abs().max() > 1e-3
+
+
+def test_without_the_training_data_it_says_so():
+    la = fitted()
+    other = fitted()
+    la.merge([other])
+    la.optimize_prior_precision()
+    assert la.tuning.method == "marglik"
+    assert "not at hand" in str(la.tuning)
+    with pytest.raises(ValueError, match="needs the training data"):
+        la.optimize_prior_precision(method="loo")
+
+
+def test_data_of_another_fit_are_refused():
+    la = fitted()
+    with pytest.raises(ValueError, match="7 examples, the fit saw 12"):
+        la.optimize_prior_precision(method="loo", train_loader=loader())
+
+
+def test_only_a_scalar():
+    la = fitted()
+    with pytest.raises(ValueError, match="chooses a scalar"):
+        la.optimize_prior_precision(method="loo", prior_structure="layerwise")
+    la.optimize_prior_precision(prior_structure="layerwise")
+    assert la.tuning.method == "marglik"
+    assert "no scalar" in la.tuning.reason
+
+
+def test_loaded_with_the_training_data_given(tmp_path):
+    la = fitted()
+    la.optimize_prior_precision()
+    la.save_pretrained(tmp_path)
+    again = KronLoraLaplace.from_pretrained(la.logits_model, tmp_path)
+    again.optimize_prior_precision(train_loader=loader(lengths=LENGTHS))
+    assert float(again.prior_precision) == pytest.approx(float(la.prior_precision), rel=1e-5)
+
+
+def test_copies_share_the_data():
+    la = fitted()
+    twin = copy.deepcopy(la)
+    twin.optimize_prior_precision()
+    la.optimize_prior_precision()
+    assert float(twin.prior_precision) == float(la.prior_precision)
+
+
+@pytest.mark.parametrize(
+    "config,reason",
+    [
+        (LoraConfig(r=2, target_modules=["query"], init_lora_weights=False), "initialised with"),
+        (LoraConfig(r=2, target_modules=["query"], init_lora_weights="olora"), "'olora'"),
+    ],
+)
+def test_an_unknown_start_is_refused(config, reason):
+    torch.manual_seed(0)
+    model = get_peft_model(BertForSequenceClassification(bert_config()), config)
+    la = KronLoraLaplace(LogitsModel(model), "classification")
+    la.fit(loader(labels=2))
+    la.optimize_prior_precision()
+    assert la.tuning.method == "marglik"
+    assert reason in la.tuning.reason
+    with pytest.raises(ValueError, match=reason):
+        la.optimize_prior_precision(method="loo")
+
+
+def test_other_tuners_fall_back():
+    la = KronLoraLaplace(LogitsModel(adalora_model("bert")), "classification")
+    la.fit(loader())
+    la.optimize_prior_precision()
+    assert "not a LoRA layer" in la.tuning.reason
