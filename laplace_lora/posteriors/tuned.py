@@ -16,6 +16,7 @@ from laplace_lora.tuning.calibration import Calibration
 from laplace_lora.tuning.groups import Structure
 from laplace_lora.tuning.leave_one_out import why_not
 from laplace_lora.tuning.tuner import Tuner, Tuning
+from laplace_lora.tuning.width_check import warn_if_wide
 
 
 class TunedLaplace(LaplaceNames):
@@ -142,8 +143,13 @@ class TunedLaplace(LaplaceNames):
 
         Raises:
             AttributeError: If the posterior has not been fitted.
-            ValueError: If the method or structure is unknown or do not go together, or the
-                validation loader is missing, empty or without labels.
+            ValueError: If the method or structure is unknown or do not go together, the
+                validation loader is missing, empty or without labels, or leave-one-out is asked
+                for where it is impossible.
+
+        Warns:
+            UserWarning: If the marginal likelihood made a classifier's posterior so wide that it
+                predicts its training examples worse than the MAP by more than 0.1 nats.
         """
         self._check_H_init()
         if self.structure.scalar_only and prior_structure != "scalar":
@@ -193,6 +199,8 @@ class TunedLaplace(LaplaceNames):
         except BaseException:
             self.state = before  # laplace-torch's own loops write while they search
             raise
+        if method == "marglik" and self._train_loader is not None:
+            warn_if_wide(self.fitted, self._train_loader)
         if verbose:
             print(self.tuning)
 
