@@ -105,7 +105,7 @@ class TunedLaplace(LaplaceNames):
         link_approx: str = QUADRATURE,
         n_samples: int = 100,
         tune_sigma_noise: bool = False,
-        correction: bool = True,
+        correction: bool | None = None,
         progress_bar: bool = False,
         verbose: bool = False,
         **kwargs: Any,
@@ -136,7 +136,8 @@ class TunedLaplace(LaplaceNames):
             n_samples: Samples for ``"mc"``, common to all priors compared.
             tune_sigma_noise: For ``"marglik"`` of a regression: also the observation noise.
             correction: For ``"marglik"``: take in the gradient term that the evidence has because
-                trained weights are no mode of the prior, where the fit has measured it.
+                trained weights are no mode of the prior, where the fit has measured it; yes unless
+                ``False``.
             progress_bar: Show progress over the batches.
             verbose: Print the result.
             **kwargs: As listed with the methods.
@@ -167,7 +168,12 @@ class TunedLaplace(LaplaceNames):
             train_loader = self._train_loader if train_loader is None else train_loader
             if method == "auto":
                 method, reason = self._method(
-                    prior_structure, (train_loader, val_loader), tune_sigma_noise, kwargs
+                    prior_structure,
+                    train_loader,
+                    bool(kwargs)
+                    or tune_sigma_noise
+                    or val_loader is not None
+                    or correction is not None,
                 )
             if method == "loo":
                 settings, report = tuner.leave_one_out(prior_structure, train_loader, progress_bar)
@@ -180,7 +186,7 @@ class TunedLaplace(LaplaceNames):
                     self._laplace_marglik(prior_structure, tune_sigma_noise, kwargs)
                 else:
                     settings = tuner.marginal_likelihood(
-                        prior_structure, tune_sigma_noise, correction
+                        prior_structure, tune_sigma_noise, correction is not False
                     )
             elif method == "gridsearch" and pred_type == "nn":
                 self._laplace_grid(val_loader, n_samples, kwargs)
@@ -236,14 +242,11 @@ class TunedLaplace(LaplaceNames):
         self.state: PosteriorState = self.state.with_settings(settings)
         return report
 
-    def _method(
-        self, structure: Structure, data: tuple[Any, Any], noise: bool, kwargs: dict[str, Any]
-    ) -> tuple[str, str]:
+    def _method(self, structure: Structure, train_loader: Any, has_others: bool) -> tuple[str, str]:
         """Return what ``"auto"`` does, and why nothing better."""
-        train_loader, val_loader = data
         if structure != "scalar":
             reason = "the prior is no scalar"
-        elif noise or kwargs or val_loader is not None:
+        elif has_others:
             reason = "arguments of other methods are given"
         else:
             reason = why_not(self.fitted, train_loader) or ""

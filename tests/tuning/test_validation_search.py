@@ -171,7 +171,7 @@ def test_a_tuning_that_fails_keeps_the_prior():
     la = posterior(prior_precision=2.5, **LOW)
     with pytest.raises(ValueError, match="needs `val_loader`"):
         la.optimize_prior_precision(method="gridsearch")
-    with pytest.raises(ValueError, match="method must be 'marglik'"):
+    with pytest.raises(ValueError, match="method must be 'auto'"):
         la.optimize_prior_precision(method="guess")
     broken = DataLoader([{"input_ids": torch.ones(3, dtype=torch.long)}], batch_size=1)
     with pytest.raises(ValueError, match="no 'labels'"):
