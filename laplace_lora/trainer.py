@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from laplace_lora.data.distributed import gather_for
@@ -17,6 +18,9 @@ from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.posteriors.factored import KronLoraLaplace
+
+logger = logging.getLogger(__name__)
+TASKS = {"RewardTrainer": "reward_modeling", "SFTTrainer": "language_modeling"}  # TRL's
 
 
 class LaplaceCallback(TrainerCallback):
@@ -30,58 +34,122 @@ class LaplaceCallback(TrainerCallback):
         trainer.train()
         probs = callback.predict(test_dataset)  # rows as those of trainer.predict(test_dataset)
 
-    The posterior is fitted on the trainer's own training loader, its prior tuned by the marginal
-    likelihood. Through the trainer's logger go ``laplace_log_marginal_likelihood`` and, for a
-    classifier with an evaluation set, ``eval_laplace_nll`` and ``eval_laplace_ece`` beside
-    ``eval_map_nll`` and ``eval_map_ece`` (nats per example; 15 equal-width bins).
+    The posterior is fitted on the trainer's own training loader, its prior tuned as
+    `optimize_prior_precision` does by default. Through the trainer's logger go
+    ``laplace_log_marginal_likelihood`` and, for a classifier with an evaluation set,
+    ``eval_laplace_nll`` and ``eval_laplace_ece`` beside ``eval_map_nll`` and ``eval_map_ece``
+    (nats per example; 15 equal-width bins); of several evaluation sets each has its name after
+    ``eval_``.
+
+    What can be checked is checked before the first step, where an error costs nothing. Whatever
+    goes wrong after training is logged, and the adapter saved with the posterior, if there is one.
 
     Args:
         trainer: The trainer.
-        likelihood: ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
+        likelihood: ``"classification"``, ``"regression"``, ``"reward_modeling"`` or
+            ``"language_modeling"``; by default what the trainer trains: pairs with TRL's
+            ``RewardTrainer``, texts with its ``SFTTrainer`` or with a causal language model
+            without ``target_ids``, numbers where the model's ``problem_type`` or its single output
+            say so, classes otherwise.
         posterior: The posterior's class.
         save: Write the posterior into the trainer's output folder.
         link_approx: Link of the predictive.
+        strict: Raise what goes wrong after training, too.
         **kwargs: Arguments of the posterior, such as ``target_ids``.
 
     Attributes:
         la: The posterior, ``None`` before training has ended.
+
+    Raises:
+        ValueError: If the likelihood is unknown.
     """
 
     def __init__(
         self,
         trainer: Any,
-        likelihood: str = "classification",
+        likelihood: str | None = None,
         posterior: Callable[..., LoraLaplace] = KronLoraLaplace,
         *,
         save: bool = True,
         link_approx: str = QUADRATURE,
+        strict: bool = False,
         **kwargs: Any,
     ) -> None:
         self.trainer = trainer
-        self._regresses = likelihood_of(likelihood).has_noise
-        self.likelihood = likelihood
+        self.likelihood = implied_likelihood(trainer, kwargs) if likelihood is None else likelihood
+        self._objective = likelihood_of(self.likelihood)
         self.posterior = posterior
         self.save = save
         self.link_approx = link_approx
+        self.strict = strict
         self.kwargs = kwargs
         self.la: LoraLaplace | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the model and a batch of each loader that will be used after training.
+
+        Raises:
+            ValueError: If the model does not fit the likelihood, or a loader is empty, without
+                labels or with labels out of range.
+            TypeError: If a batch is neither mapping nor pair.
+        """
+        posterior = self.posterior(self.trainer.model, self.likelihood, **self.kwargs).parts
+        # Workers and samplers draw seeds; training is to see the numbers it would have seen.
+        with torch.random.fork_rng():
+            training = {"training": self.trainer.get_train_dataloader()}
+            loaders = training | self._evaluation_loaders()
+            for name, loader in loaders.items():
+                batch = next(iter(loader), None)
+                if batch is None:
+                    raise ValueError(
+                        f"the {name} loader has no batch: the data are empty, or fewer than a "
+                        "batch with dataloader_drop_last"
+                    )
+                try:
+                    posterior.split(batch)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"{name} data: {error}") from error
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Fit, tune, log and save."""
-        model: nn.Module = self.trainer.model
-        la = self.posterior(model, self.likelihood, **self.kwargs)
+        """Fit, tune, save, evaluate and log."""
+        try:
+            self._finish(args)
+        except Exception:
+            if self.save and args.should_save:
+                self.trainer.model.save_pretrained(args.output_dir)
+            if self.strict:
+                raise
+            outcome = "there is no posterior" if self.la is None else "the posterior is kept"
+            logger.exception("training has ended, but the callback failed: %s", outcome)
+
+    def _finish(self, args: TrainingArguments) -> None:
+        la = self.posterior(self.trainer.model, self.likelihood, **self.kwargs)
         progress = not args.disable_tqdm
         la.fit(self.trainer.get_train_dataloader(), progress_bar=progress)
-        la.optimize_prior_precision()
         self.la = la
+        try:
+            la.optimize_prior_precision()
+        finally:
+            if self.save and args.should_save:
+                la.save_pretrained(args.output_dir)
         metrics = {"laplace_log_marginal_likelihood": la.log_marginal_likelihood().item()}
-        if self.trainer.eval_dataset is not None and not self._regresses:
-            metrics |= self._scores(la, self.trainer.get_eval_dataloader(), progress)
         self.trainer.log(metrics)
-        if self.save and args.should_save:
-            la.save_pretrained(args.output_dir)
+        if self._objective.is_classifier:
+            for name, loader in self._evaluation_loaders().items():
+                self.trainer.log(self._scores(la, loader, progress, name))
+
+    def _evaluation_loaders(self) -> dict[str, Any]:
+        """Return the loader of each evaluation set, by the prefix of its metrics."""
+        data = self.trainer.eval_dataset
+        if data is None:
+            return {}
+        if isinstance(data, dict):
+            return {f"eval_{name}": self.trainer.get_eval_dataloader(name) for name in data}
+        return {"eval": self.trainer.get_eval_dataloader()}
 
     def predict(self, dataset: Any) -> Any:
         """Return the posterior predictive of a data set, in its order.
@@ -105,7 +173,7 @@ class LaplaceCallback(TrainerCallback):
         parts = [self._predicted(la, batch) for batch in batches]
         gather = gather_for(loader)
         columns = [gather(torch.cat(column)) for column in zip(*parts, strict=True)]
-        return tuple(columns) if self._regresses else columns[0]
+        return columns[0] if self._objective.is_classifier else tuple(columns)
 
     def _predicted(self, la: LoraLaplace, batch: Any) -> tuple[Tensor, ...]:
         """Return probabilities, or mean and covariance."""
@@ -119,12 +187,39 @@ class LaplaceCallback(TrainerCallback):
         with torch.no_grad(), evaluation_mode(la.model):
             return la.fitted.split(batch)[1], p, la.model(batch).softmax(-1)
 
-    def _scores(self, la: LoraLaplace, loader: Any, progress: bool) -> dict[str, float]:
+    def _scores(
+        self, la: LoraLaplace, loader: Any, progress: bool, prefix: str
+    ) -> dict[str, float]:
         batches = local_batches(loader, "Evaluating", progress, la.fitted.by_example)
         parts = [self._scored(la, batch) for batch in batches]
         gather = gather_for(loader)
         labels, *predicted = (gather(torch.cat(column)) for column in zip(*parts, strict=True))
         metrics: dict[str, float] = {}
         for name, p in zip(("laplace", "map"), predicted, strict=True):
-            metrics |= {f"eval_{name}_nll": nll(p, labels), f"eval_{name}_ece": ece(p, labels)}
+            scores = {"nll": nll(p, labels), "ece": ece(p, labels)}
+            metrics |= {f"{prefix}_{name}_{score}": value for score, value in scores.items()}
         return metrics
+
+
+def implied_likelihood(trainer: Any, options: Mapping[str, Any]) -> str:
+    """Return the likelihood that a trainer's loss implies, see `LaplaceCallback`.
+
+    Args:
+        trainer: The trainer.
+        options: Arguments of the posterior.
+    """
+    for kind in type(trainer).__mro__:
+        if kind.__name__ in TASKS:
+            return TASKS[kind.__name__]
+    model = trainer.model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(base, "config", None)
+    heads = type(base).__name__
+    if heads.endswith(("ForCausalLM", "LMHeadModel")) and options.get("target_ids") is None:
+        return "language_modeling"
+    if "Classification" in heads and (
+        getattr(config, "problem_type", None) == "regression"
+        or getattr(config, "num_labels", None) == 1
+    ):
+        return "regression"
+    return "classification"

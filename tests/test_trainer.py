@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LaplaceCallback, LogitsModel
 from support.batches import rows, token_batch
@@ -47,7 +47,10 @@ def test_training_ends_with_a_saved_posterior(cls, tmp_path):
     la.fit(DataLoader(examples(10), batch_size=10))
     la.optimize_prior_precision()
     assert callback.la.n_data == 10
-    assert_near(callback.la.log_marginal_likelihood(), la.log_marginal_likelihood(), 5e-3)
+    # The trainer shuffles, and single precision moves a flat optimum more than the evidence.
+    assert_near(callback.la.prior_precision, la.prior_precision, 0.02)
+    la.prior_precision = callback.la.prior_precision
+    assert_near(callback.la.log_marginal_likelihood(), la.log_marginal_likelihood(), 1e-4)
     logged = {k: v for entry in trainer.state.log_history for k, v in entry.items()}
     evidence = callback.la.log_marginal_likelihood().item()
     assert logged["laplace_log_marginal_likelihood"] == evidence
@@ -72,8 +75,13 @@ def test_the_evaluation_set_is_iterated_over_once(tmp_path):
             Counting.seen += 1
             return self.rows[n]
 
+    class Trained(TrainerCallback):
+        def on_train_end(self, *args, **kwargs):
+            Counting.seen = 0  # what the checks before training read does not count
+
     model = peft_model("bert", dtype=torch.float32)
     trainer = trainer_of(model, tmp_path, eval_dataset=Counting())
+    trainer.add_callback(Trained())
     trainer.add_callback(LaplaceCallback(trainer, save=False))
     trainer.train()
     assert Counting.seen == 7
@@ -91,7 +99,7 @@ def test_predictions_stand_in_the_order_of_the_trainers(tmp_path):
     assert probs.shape == logits.shape
     batch = next(iter(DataLoader(data, batch_size=8)))
     assert np.allclose(LogitsModel(model).eval()(batch).detach(), logits, atol=1e-5)
-    assert_near(probs, callback.la(batch, link_approx="bridge"), 1e-3)
+    assert_near(probs, callback.la(batch, link_approx="bridge"), 1e-4)
     assert not list(tmp_path.glob("laplace*"))
 
 

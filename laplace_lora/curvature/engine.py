@@ -25,6 +25,7 @@ from laplace_lora.capture.verification import verify_gradients
 from laplace_lora.curvature.kfac import Rows
 from laplace_lora.curvature.loss_gradient import LossGradient, ResidualColumns
 from laplace_lora.likelihoods.base import Columns, Likelihood
+from laplace_lora.likelihoods.links import check_finite
 from laplace_lora.likelihoods.roots import identity_root
 from laplace_lora.models.modes import coarsest_dtype, device_of, differentiable
 from laplace_lora.models.twins import resampled
@@ -143,11 +144,14 @@ class Engine:
 
         Raises:
             ValueError: If the outputs are those of a language model.
+            FloatingPointError: If they are not finite; names the rows.
         """
         if function is None:
             self.check_outputs_few()
         tape, blocks = self._record(x, function)
         f = tape.output
+        if function is None:
+            check_finite(f)
         roots = identity_root(f) if columns is None else columns(f)
         return f, jacobian_blocks(tape, blocks, roots, self.dtype)
 
@@ -172,6 +176,7 @@ class Engine:
         # On a twin, as a functional call replaces the tensors of its modules.
         with resampled(self.model, []) as (twin, _):
             jacobians, f = torch.func.jacrev(outputs, has_aux=True)(weights)
+        check_finite(f)
         parts = [jacobians[k].flatten(start_dim=-p.ndim) for k, p in weights.items()]
         return f, torch.cat(parts, dim=-1)
 
@@ -269,6 +274,8 @@ class Engine:
 
     def _verify(self, tape: Tape, blocks: Sequence[Block], x: Any) -> None:
         """Verify a recorded pass, see `capture.verification`."""
+        if not bool(tape.output.isfinite().all()):
+            return  # refused for that by whoever asked
         verify_gradients(tape, blocks)
         if not self.model.training:  # with dropout no two passes agree
             verify_outputs(self.model, x, tape.output, tape.examples, coarsest_dtype(self.model))

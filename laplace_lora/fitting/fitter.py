@@ -63,6 +63,8 @@ class Fitter:
             return accumulate(posterior, data_pass, train_loader, progress_bar, snapshot)
 
         sums = summed(self._first_pass(train_loader))
+        if posterior.objective.predicts_tokens and sums.loss == 0:
+            raise ValueError("no token of the training data has a label that counts: all are -100")
         raw = structure.finish(posterior.engine, sums.state.curvature, sums.n)
         loss, n, gradient = sums.loss, sums.n, sums.state.gradient.total
         earlier = posterior.state
@@ -106,6 +108,8 @@ class Fitter:
         n, loss = posterior.state.n_data, posterior.state.loss
         gradient = posterior.state.loss_gradient
         expected = identity(posterior)
+        if len({id(part.state) for part in (posterior, *others)}) <= len(others):
+            raise ValueError("a posterior merges with others, each given once: data count once")
         for other in others:
             if other.kind != posterior.kind or other.arguments != posterior.arguments:
                 raise ValueError("only posteriors of one class with the same arguments merge")

@@ -37,7 +37,9 @@ class Classification(LikelihoodDefaults):
         self, batch: Any, label_key: str, device: torch.device, dtype: torch.dtype
     ) -> tuple[Any, Tensor]:
         """Split a batch into inputs and labels ``(batch,)``, see `split_mapping_or_pair`."""
-        return split_mapping_or_pair(batch, label_key, device)
+        x, y = split_mapping_or_pair(batch, label_key, device)
+        # Not every kernel takes short or boolean labels; fractions are refused with the loss.
+        return x, y if y.is_floating_point() else y.long()
 
     def nll(self, f: Tensor, y: Tensor) -> Tensor:
         """Return the cross entropy, summed over the batch, see `cross_entropy`."""

@@ -126,7 +126,7 @@ def token_labels(batch: Any, labels: Tensor) -> Tensor:
     predicted = real.bool().clone()
     predicted[:, 1:] &= predicted[:, :-1].clone()
     predicted[:, 0] = False
-    return labels.masked_fill(~predicted, IGNORED)
+    return labels.long().masked_fill(~predicted, IGNORED)
 
 
 def token_root(f: Tensor, y: Tensor) -> Tensor:

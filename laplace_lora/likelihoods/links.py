@@ -36,7 +36,7 @@ class Link:
             example needs.
 
     Raises:
-        ValueError: If the name is none of these.
+        ValueError: If the name is none of these, or there are no samples.
     """
 
     name: str
@@ -46,6 +46,8 @@ class Link:
     def __post_init__(self) -> None:
         if self.name not in LINKS:
             raise ValueError(f"link_approx must be one of {LINKS}, got {self.name!r}")
+        if self.noise is not None and not len(self.noise):
+            raise ValueError("link_approx='mc' needs n_samples of at least 1")
 
     @property
     def sees_contrasts(self) -> bool:
@@ -204,3 +206,20 @@ def bridge(mean: Tensor, covariance: Tensor, normalised: bool) -> Tensor:
     peak = mean - 2 * math.log(classes) + (-mean).logsumexp(-1, keepdim=True)
     log_alpha = torch.logaddexp(peak, torch.full_like(peak, constant)) - variance.log()
     return log_alpha - log_alpha.logsumexp(-1, keepdim=True)
+
+
+def check_finite(f: Tensor) -> None:
+    """Refuse outputs of which no probability can be made.
+
+    Args:
+        f: A model's outputs, ``(batch, outputs)``.
+
+    Raises:
+        FloatingPointError: If some are not finite; names the rows.
+    """
+    bad = ~f.detach().isfinite().flatten(1).all(1)
+    if bool(bad.any()):
+        raise FloatingPointError(
+            f"the model's outputs are not finite at rows {bad.nonzero().flatten().tolist()} of the "
+            "batch; look for NaN or infinity in these rows' inputs"
+        )

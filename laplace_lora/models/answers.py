@@ -24,6 +24,8 @@ def checked_target_ids(target_ids: Sequence[int] | Tensor, vocabulary: int) -> T
     """
     message = f"`target_ids` must be two or more different integers, got {target_ids}"
     try:
+        if any(isinstance(i, bool) for i in target_ids):
+            raise TypeError("a boolean is no token")
         ids = torch.as_tensor(target_ids)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(

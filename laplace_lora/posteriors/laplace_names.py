@@ -17,7 +17,7 @@ from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.weight_sampling import sampled_outputs
 from laplace_lora.structures.base import Structure
-from laplace_lora.structures.state import Posterior, PosteriorState
+from laplace_lora.structures.state import Posterior, PosteriorState, check_positive
 from laplace_lora.tuning.marginal_likelihood import scatter
 
 T = TypeVar("T")
@@ -82,7 +82,6 @@ class LaplaceNames(ParametricLaplace):
     params: list[nn.Parameter]
     n_params: int
     n_layers: int
-    temperature: float
     dict_key_y: str
     enable_backprop: bool
 
@@ -102,6 +101,16 @@ class LaplaceNames(ParametricLaplace):
             AttributeError: If it has not been fitted.
         """
         raise NotImplementedError
+
+    @property
+    def temperature(self) -> float:
+        """laplace-torch's temperature of the likelihood, in the curvature's scale."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        check_positive("temperature", value)
+        self._temperature = value
 
     @property
     def _prior_precision(self) -> Tensor:

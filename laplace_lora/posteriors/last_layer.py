@@ -30,7 +30,8 @@ class LastLayerLaplace(LoraLaplace):
 
     Raises:
         ValueError: If the model has no linear last layer, gradients through the predictive are
-            asked for (the features have none), or the likelihood is ``"language_modeling"``.
+            asked for (the features have none), the likelihood is ``"language_modeling"``, or a
+            ``last_layer_name`` is given.
     """
 
     # laplace-torch's last-layer classes know no layerwise prior.
@@ -43,6 +44,11 @@ class LastLayerLaplace(LoraLaplace):
             raise ValueError(
                 "the last layer of a language model is its whole vocabulary, too large for a "
                 "posterior; use KronLoraLaplace"
+            )
+        if kwargs.pop("last_layer_name", None) is not None:
+            raise ValueError(
+                "the last layer is found by itself: the model's last linear layer, or the answers' "
+                "rows of its vocabulary; leave `last_layer_name` out"
             )
         super().__init__(model, likelihood, structure, last_layer_name="head", **kwargs)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,10 @@ from laplace_lora.data.loaders import local_batches
 from laplace_lora.likelihoods.links import Link, entropies
 from laplace_lora.likelihoods.quadrature import ENTROPY_POINTS, normal_points
 from laplace_lora.predictive.glm import Predictor
+from laplace_lora.predictive.inputs import batches_of_rows, batches_of_texts, listed
 from laplace_lora.structures.state import Posterior
+
+SEED = 0  # of the samples, where no generator is given
 
 
 @dataclass(frozen=True)
@@ -82,17 +85,19 @@ def predict(
     if link_approx == "mc":
         size = (n_samples, columns)
         place: Any = {"dtype": posterior.dtype, "device": posterior.device}
+        if generator is None:  # the same answer at every call, and the global state untouched
+            generator = torch.Generator(posterior.device).manual_seed(SEED)
         noise = torch.randn(size, generator=generator, **place)
     else:
         noise = normal_points(ENTROPY_POINTS, max(columns, 1)).to(posterior.device, posterior.dtype)
     link = Link(link_approx, noise)
     if _is_batch(data):
         return _of_batch(predictor, data, link)
-    if not isinstance(data, Iterable):
-        raise TypeError(f"predict takes a loader, a batch or texts, got {type(data).__name__}")
-    if not _are_texts(data):
-        return _of_batches(predictor, data, link, progress_bar)
-    order, batches = _batches_of_texts(data, tokenizer, batch_size)
+    kind, items = listed(data)
+    if kind == "batches":
+        return _of_batches(predictor, items, link, progress_bar)
+    collate = batches_of_texts if kind == "texts" else batches_of_rows
+    order, batches = collate(items, tokenizer, batch_size)
     return _of_batches(predictor, batches, link, progress_bar)[order.argsort()]
 
 
@@ -131,38 +136,7 @@ def _is_batch(data: Any) -> bool:
     return isinstance(data, Mapping | Tensor)
 
 
-def _are_texts(data: Any) -> TypeGuard[Sequence[Any]]:
-    def text(x: Any) -> bool:
-        return isinstance(x, str) or (
-            isinstance(x, tuple) and len(x) == 2 and all(isinstance(part, str) for part in x)
-        )
-
-    return isinstance(data, Sequence) and len(data) > 0 and all(text(x) for x in data)
-
-
 def _labels(posterior: Posterior, batch: Any) -> Tensor | None:
     key = posterior.label_key
     unlabelled = key not in batch if isinstance(batch, Mapping) else len(batch) != 2
     return None if isinstance(batch, Tensor) or unlabelled else posterior.split(batch)[1]
-
-
-def _batches_of_texts(
-    texts: Sequence[Any], tokenizer: Any, batch_size: int
-) -> tuple[Tensor, list[Any]]:
-    """Return the order in which texts of similar length stand together, and their batches."""
-    if tokenizer is None:
-        raise ValueError("texts need `tokenizer`, that of the model")
-    if tokenizer.pad_token is None:
-        raise ValueError(
-            "the tokenizer has no padding token; set `tokenizer.pad_token = tokenizer.eos_token` "
-            "and the model's `config.pad_token_id` to its number"
-        )
-    pairs = [(text, None) if isinstance(text, str) else text for text in texts]
-    rows = [tokenizer(first, second, truncation=True) for first, second in pairs]
-    order = torch.tensor([len(row["input_ids"]) for row in rows]).argsort(stable=True)
-
-    def batches() -> Iterator[Any]:
-        for part in order.split(batch_size):
-            yield tokenizer.pad([rows[i] for i in part.tolist()], return_tensors="pt")
-
-    return order, list(batches())

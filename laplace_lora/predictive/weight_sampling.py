@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from laplace_lora.data.pairs import passes
+from laplace_lora.likelihoods.links import check_finite
 from laplace_lora.models.last_layer_model import LastLayerModel
 from laplace_lora.models.modes import evaluation_mode, set_weights
 from laplace_lora.models.twins import resampled
@@ -33,10 +34,13 @@ def sampled_outputs(
         Shape ``(n_samples, batch, outputs)``.
 
     Raises:
-        ValueError: If gradients are asked for.
+        ValueError: If gradients are asked for, or ``n_samples`` is not positive.
+        FloatingPointError: If the outputs are not finite; names the rows.
     """
     if posterior.differentiable:
         raise ValueError("pred_type='nn' cannot be differentiated; use pred_type='glm'")
+    if n_samples < 1:
+        raise ValueError(f"pred_type='nn' needs n_samples of at least 1, got {n_samples}")
     model = posterior.model
     if isinstance(model, LastLayerModel):
         outputs = _head_outputs(posterior, model, x, n_samples, generator)
@@ -47,6 +51,7 @@ def sampled_outputs(
             for _ in range(n_samples):
                 set_weights(own, _scaled_sample(posterior, generator))
                 outputs.append(twin(x))
+    check_finite(outputs[0])
     return torch.stack(outputs) / posterior.settings.likelihood_temperature
 
 

@@ -100,8 +100,6 @@ def _state(
     if not fits or tensors["prior_mean"].shape not in [(), (1,), (sum(sizes),)]:
         raise ValueError("prior and noise do not fit the model's tensors")
     posterior.structure.check_prior(len(precision), len(sizes), sum(sizes))
-    if not _is_positive(posterior.temperature):
-        raise ValueError(f"temperature is {posterior.temperature!r}, not a positive number")
     _check_diagonals(packed)
     scalars = config["scalars"]
     scale = _positive(scalars, "covariance_scale")

@@ -17,6 +17,22 @@ from laplace_lora.likelihoods.base import Likelihood
 from laplace_lora.structures.base import Precision, Structure
 from laplace_lora.structures.subspace import Subspace
 
+SCALES = ("covariance_scale", "likelihood_temperature")
+
+
+def check_positive(name: str, value: Tensor | float) -> None:
+    """Refuse a setting that is not positive and finite.
+
+    Raises:
+        ValueError: If some entry is not, or is no number; names the setting.
+    """
+    if not isinstance(value, Tensor | int | float):
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
+    values = torch.as_tensor(value).detach()
+    bad = ~((values > 0) & values.isfinite())
+    if values.device.type != "meta" and bool(bad.any()):
+        raise ValueError(f"{name} must be positive and finite, got {values[bad].tolist()}")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -35,6 +51,15 @@ class Settings:
     sigma_noise: Tensor = field(default_factory=lambda: torch.ones(()))
     covariance_scale: float = 1.0
     likelihood_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse what gives plausible numbers all the same.
+
+        Raises:
+            ValueError: If a precision, noise, scale or temperature is not positive and finite.
+        """
+        for name in ("prior_precision", "sigma_noise", *SCALES):
+            check_positive(name, getattr(self, name))
 
     def uncalibrated(self) -> Settings:
         """Return the settings with width and temperature as a fit leaves them."""

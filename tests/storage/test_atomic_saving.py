@@ -135,7 +135,7 @@ def test_a_forged_temperature_is_refused(tmp_path, temperature):
     la.save_pretrained(tmp_path)
     arguments = json.loads((tmp_path / CONFIG).read_text())["arguments"]
     forge(tmp_path, arguments={**arguments, "temperature": temperature})
-    with pytest.raises(ValueError, match="temperature is"):
+    with pytest.raises(ValueError, match="temperature must be"):
         KronLoraLaplace.from_pretrained(la.logits_model, tmp_path)
 
 

@@ -1,0 +1,129 @@
+"""What `predict` may be given: texts in any container, rows of a data set, batches, loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+ROW_DIMS = {"input_ids": 1, "pixel_values": 3, "input_features": 2}  # of one example's tensor
+
+
+def listed(data: Any) -> tuple[str, Any]:
+    """Return what data are, and the data as a list or as an iterable of batches.
+
+    A bare string is one text. An iterator is read to its end where it yields texts or rows.
+
+    Args:
+        data: Texts or pairs of texts, rows of a data set, or batches.
+
+    Returns:
+        ``"texts"``, ``"rows"`` or ``"batches"``, and the data.
+
+    Raises:
+        TypeError: If the data are none of these.
+    """
+    if isinstance(data, str):
+        return "texts", [data]
+    if not isinstance(data, Iterable):
+        if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+            raise TypeError(f"predict takes a loader, a batch or texts, got {type(data).__name__}")
+        data = [data[i] for i in range(len(data))]  # a data set that is only indexed
+    if hasattr(data, "tolist"):
+        data = data.tolist()  # numpy's and pandas' texts
+    if hasattr(data, "dataset"):
+        return "batches", data  # a loader, which must be iterated over once only
+    whole = data if isinstance(data, Sequence) else None
+    items = iter(data)
+    start = list(_first(items))
+    kind = _kind(start[0]) if start else "batches"
+    if kind == "batches":
+        return kind, chain(start, items) if whole is None else whole
+    return kind, whole if whole is not None else [*start, *items]
+
+
+def batches_of_texts(
+    texts: Sequence[Any], tokenizer: Any, batch_size: int
+) -> tuple[Tensor, list[Any]]:
+    """Return the order in which texts of similar length stand together, and their batches.
+
+    Args:
+        texts: Strings or pairs of strings.
+        tokenizer: The model's.
+        batch_size: Texts per batch.
+
+    Raises:
+        ValueError: If there is no tokenizer, it cannot pad, or a text has no tokens.
+    """
+    if tokenizer is None:
+        raise ValueError("texts need `tokenizer`, that of the model")
+    pairs = [(text, None) if isinstance(text, str) else text for text in texts]
+    _check_pads(tokenizer)
+    rows = [tokenizer(first, second, truncation=True) for first, second in pairs]
+    return batches_of_rows(rows, tokenizer, batch_size)
+
+
+def batches_of_rows(
+    rows: Sequence[Mapping[str, Any]], tokenizer: Any, batch_size: int
+) -> tuple[Tensor, list[Any]]:
+    """Return the order in which rows of similar length stand together, and their batches.
+
+    Args:
+        rows: Examples as a data set yields them, one by one.
+        tokenizer: Pads rows of different lengths; ``None`` if all have one length.
+        batch_size: Rows per batch.
+
+    Raises:
+        ValueError: If rows of different lengths have no tokenizer that can pad, or one is empty.
+    """
+    lengths = torch.tensor([len(row.get("input_ids", (0,))) for row in rows])
+    if bool((lengths == 0).any()):
+        raise ValueError(
+            f"rows {(lengths == 0).nonzero().flatten().tolist()} have no tokens; leave them out"
+        )
+    if tokenizer is None and int(lengths.min()) != int(lengths.max()):
+        raise ValueError("rows of different lengths need `tokenizer`, which pads them")
+    if tokenizer is not None:
+        _check_pads(tokenizer)
+    order = lengths.argsort(stable=True)
+
+    def collated(part: list[Mapping[str, Any]]) -> Any:
+        if tokenizer is None:
+            tensors = [{k: torch.as_tensor(v) for k, v in row.items()} for row in part]
+            return default_collate(tensors)
+        return tokenizer.pad(part, return_tensors="pt")
+
+    return order, [collated([rows[i] for i in part.tolist()]) for part in order.split(batch_size)]
+
+
+def _check_pads(tokenizer: Any) -> None:
+    if tokenizer.pad_token is None:
+        raise ValueError(
+            "the tokenizer has no padding token; set `tokenizer.pad_token = tokenizer.eos_token` "
+            "and the model's `config.pad_token_id` to its number"
+        )
+
+
+def _first(items: Iterator[Any]) -> Iterator[Any]:
+    for item in items:
+        yield item
+        return
+
+
+def _kind(item: Any) -> str:
+    if isinstance(item, str) or _is_text_pair(item):
+        return "texts"
+    if isinstance(item, Mapping):
+        for name, dims in ROW_DIMS.items():
+            if name in item:
+                return "rows" if torch.as_tensor(item[name]).ndim == dims else "batches"
+    return "batches"
+
+
+def _is_text_pair(item: Any) -> bool:
+    pair = isinstance(item, tuple | list) and len(item) == 2
+    return pair and all(isinstance(part, str) for part in item)

@@ -1,0 +1,98 @@
+"""Settings, labels and merges that would pass without a word are refused or put right."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from laplace_lora import KronLoraLaplace, KronLoraLLLaplace, LogitsModel
+from support.batches import loader, token_batch
+from support.models import peft_model
+from support.posteriors import posterior
+from support.references import assert_near
+
+BAD = [0.0, -1.0, float("nan"), float("inf")]
+BATCH = token_batch((4, 2), seed=3)
+
+
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("name", ["prior_precision", "sigma_noise", "temperature"])
+def test_the_constructor_refuses_a_bad_setting(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be positive and finite"):
+        KronLoraLaplace(peft_model("bert"), "regression", **{name: value})
+
+
+NAMES = ["prior_precision", "temperature", "covariance_scale", "likelihood_temperature"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bad_setting_leaves_the_posterior_as_it_was(name):
+    la = posterior(name="bert")
+    before = la(BATCH)
+    for value in BAD:
+        with pytest.raises(ValueError, match=f"{name} must be positive and finite"):
+            setattr(la, name, value)
+    if name == "prior_precision":
+        with pytest.raises(ValueError, match="must be positive and finite"):
+            la.prior_precision = torch.tensor([1.0, -1.0] * (la.n_layers // 2))
+        with pytest.raises(ValueError, match="must be positive and finite"):
+            la.log_marginal_likelihood(torch.tensor(0.0))
+    assert torch.equal(la(BATCH), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8, torch.bool])
+def test_labels_of_any_whole_dtype(dtype):
+    la, reference = posterior(name="bert", fit=False), posterior(name="bert", fit=False)
+    data = [{**row, "labels": row["labels"].clamp(max=1)} for row in loader().dataset]
+    reference.fit(DataLoader(data, batch_size=3))
+    la.fit(DataLoader([{**row, "labels": row["labels"].to(dtype)} for row in data], batch_size=3))
+    assert la.loss == reference.loss
+    assert_near(la(BATCH), reference(BATCH))
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0, 1]), torch.tensor(1)])
+def test_fewer_labels_than_rows(labels):
+    la = posterior(name="bert", fit=False)
+    inputs = {k: v for k, v in token_batch((4, 2, 3)).items() if k != "labels"}
+    for batch in ((inputs, labels), {**inputs, "labels": labels}):
+        with pytest.raises(ValueError, match="a batch has 3 rows, but labels of shape"):
+            la.fit(DataLoader([batch], batch_size=None))
+
+
+def test_texts_without_a_label_that_counts():
+    la = KronLoraLaplace(
+        peft_model("llama-lm"), "language_modeling", backend_kwargs={"num_samples": 1}
+    )
+    data = [{**r, "labels": torch.full_like(r["input_ids"], -100)} for r in loader().dataset]
+    with pytest.raises(ValueError, match="no token of the training data has a label that counts"):
+        la.fit(DataLoader(data, batch_size=3))
+    with pytest.raises(AttributeError, match="not fitted"):
+        la.log_marginal_likelihood()
+
+
+def test_a_posterior_does_not_merge_with_itself():
+    la, other = posterior(name="bert"), posterior(name="bert")
+    for others in ([la], [other, other]):
+        with pytest.raises(ValueError, match="each given once"):
+            la.merge(others)
+    assert la.n_data == 7
+    la.merge([other])
+    assert la.n_data == 14
+
+
+@pytest.mark.parametrize("ids", [["A", "B"], "AB", [True, False], [True, 5]])
+def test_answers_that_are_no_tokens(ids):
+    with pytest.raises(ValueError, match="two or more different integers"):
+        LogitsModel(peft_model("llama-lm"), ids)
+
+
+def test_a_last_layer_is_not_named():
+    with pytest.raises(ValueError, match="leave `last_layer_name` out"):
+        KronLoraLLLaplace(peft_model("bert"), "classification", last_layer_name="classifier")
+
+
+def test_tuples_instead_of_outputs():
+    model = peft_model("bert")
+    model.get_base_model().config.return_dict = False
+    la = KronLoraLaplace(model, "classification")
+    la.fit(loader())
+    assert_near(la(BATCH), posterior(name="bert")(BATCH))

@@ -1,0 +1,134 @@
+"""`predict` on texts in any container and on rows of a data set; inputs that are refused."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from laplace_lora import KronLoraLaplace
+from support.batches import LENGTHS, images, loader, rows, token_batch
+from support.models import resnet
+from support.posteriors import posterior
+from support.references import assert_near
+from support.texts import word_tokenizer
+
+TEXTS = ["a b", "c", "d e f"]
+
+
+class Series:
+    """Stands for a pandas series: iterable, with `tolist`, and no sequence."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def __iter__(self):
+        return iter(self.texts)
+
+    def tolist(self):
+        return self.texts
+
+
+class Indexed(Dataset):
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, n):
+        return self.items[n]
+
+
+@pytest.fixture(scope="module")
+def la():
+    return posterior(name="bert")
+
+
+@pytest.mark.parametrize(
+    "form", [tuple, np.array, lambda t: np.array(t, dtype=object), iter, Series, Indexed]
+)
+def test_texts_in_any_container(la, form):
+    expected = torch.cat(
+        [la(dict(word_tokenizer()([text], return_tensors="pt"))) for text in TEXTS]
+    )
+    assert_near(la.predict(form(TEXTS), word_tokenizer()).probs, expected)
+
+
+def test_pairs_may_be_lists(la):
+    pairs = [("a", "b"), ("c", "d e")]
+    expected = la.predict(pairs, word_tokenizer()).probs
+    assert_near(la.predict([list(pair) for pair in pairs], word_tokenizer()).probs, expected)
+    assert_near(la.predict(np.array(pairs), word_tokenizer()).probs, expected)
+
+
+def test_a_bare_string_is_one_text(la):
+    one = la.predict("a b", word_tokenizer()).probs
+    assert_near(one, la.predict(["a b"], word_tokenizer()).probs)
+
+
+def test_rows_of_a_data_set(la):
+    data = loader().dataset
+    expected = la(token_batch(LENGTHS))
+    for form in (list, iter, Indexed):
+        found = la.predict(form(data))
+        assert_near(found.probs, expected)
+        assert torch.equal(found.labels, token_batch(LENGTHS)["labels"])
+    unequal = [
+        {"input_ids": row["input_ids"][: int(row["attention_mask"].sum())].tolist()} for row in data
+    ]
+    assert_near(la.predict(unequal, word_tokenizer(), batch_size=2).probs, expected)
+    with pytest.raises(ValueError, match="rows of different lengths need `tokenizer`"):
+        la.predict(unequal)
+
+
+def test_a_generator_of_batches(la):
+    assert_near(la.predict(iter(list(loader()))).probs, la(token_batch(LENGTHS)))
+
+
+def test_texts_without_tokens_are_named(la):
+    with pytest.raises(ValueError, match=r"rows \[0, 2\] have no tokens"):
+        la.predict(["", "a", ""], word_tokenizer())
+
+
+def test_samples_are_the_same_at_every_call(la):
+    batch, state = token_batch((4, 2)), torch.get_rng_state()
+    first, second = (la.predict(batch, link_approx="mc", n_samples=9) for _ in range(2))
+    assert torch.equal(first.probs, second.probs) and torch.equal(first.entropy, second.entropy)
+    assert torch.equal(torch.get_rng_state(), state)
+    other = la.predict(
+        batch, link_approx="mc", n_samples=9, generator=torch.Generator().manual_seed(1)
+    )
+    assert not torch.equal(other.probs, first.probs)
+
+
+def test_no_samples_are_refused(la):
+    batch = token_batch((4, 2))
+    for call in (la, la.predict):
+        with pytest.raises(ValueError, match="n_samples of at least 1"):
+            call(batch, link_approx="mc", n_samples=0)
+    with pytest.raises(ValueError, match="n_samples of at least 1, got 0"):
+        la(batch, pred_type="nn", link_approx="mc", n_samples=0)
+    with pytest.raises(ValueError, match="n_samples of at least 1"):
+        la.calibrate(loader(), "mc", 0)
+
+
+def test_inputs_that_are_not_finite_are_named():
+    batch = images()
+    data = DataLoader([rows(batch, n) for n in range(4)], batch_size=2)
+    la = KronLoraLaplace(resnet(), "classification")
+    la.fit(data)
+    before = la(images())
+    batch["pixel_values"][2, 0, 0, 0] = torch.nan
+    calls = [
+        lambda: la(batch),
+        lambda: la(batch, pred_type="nn", link_approx="mc"),
+        lambda: la.predict(batch),
+        lambda: la.optimize_prior_precision(method="gridsearch", val_loader=[batch]),
+    ]
+    for call in calls:
+        with pytest.raises(FloatingPointError, match=r"not finite at rows \[2\] of the batch"):
+            call()
+    assert torch.equal(la(images()), before)
+    fresh = KronLoraLaplace(resnet(), "classification")
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        fresh.fit(DataLoader([rows(batch, n) for n in range(4)], batch_size=4))

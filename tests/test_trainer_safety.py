@@ -1,0 +1,149 @@
+"""LaplaceCallback never loses a training: what it checks before, and keeps after."""
+
+import logging
+
+import pytest
+import torch
+from transformers import Trainer
+
+from laplace_lora import KronLoraLaplace, LaplaceCallback
+from laplace_lora.trainer import implied_likelihood
+from support.batches import token_batch
+from support.models import TARGETS, peft_model
+from test_trainer import examples, trainer_of
+
+
+def trainer_with_callback(folder, model=None, callback=None, **kwargs):
+    model = peft_model("bert", dtype=torch.float32) if model is None else model
+    trainer = trainer_of(model, folder, **kwargs)
+    trainer.add_callback(LaplaceCallback(trainer, **(callback or {})))
+    return trainer, trainer.callback_handler.callbacks[-1]
+
+
+def steps(trainer):
+    return trainer.state.global_step
+
+
+def unlabelled(count):
+    return [{k: v for k, v in row.items() if k != "labels"} for row in examples(count)]
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (unlabelled(4), r"eval data: a batch has no 'labels'"),
+        ([], "the eval loader has no batch"),
+        ({"one": examples(4), "two": unlabelled(4)}, "eval_two data: a batch has no 'labels'"),
+    ],
+)
+def test_bad_evaluation_sets_are_refused_before_the_first_step(tmp_path, data, match):
+    trainer, _ = trainer_with_callback(tmp_path, eval_dataset=data)
+    with pytest.raises(ValueError, match=match):
+        trainer.train()
+    assert steps(trainer) == 0
+
+
+def test_a_training_set_smaller_than_a_batch_that_is_dropped(tmp_path):
+    trainer, callback = trainer_with_callback(tmp_path)
+    trainer.args.dataloader_drop_last = True
+    trainer.train_dataset = examples(3)
+    with pytest.raises(ValueError, match="fewer than a batch with dataloader_drop_last"):
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+def test_a_model_that_does_not_fit_the_likelihood(tmp_path):
+    trainer, _ = trainer_with_callback(tmp_path, callback={"likelihood": "reward_modeling"})
+    with pytest.raises(ValueError, match="a reward model has one output"):
+        trainer.train()
+    assert steps(trainer) == 0
+    with pytest.raises(ValueError, match="likelihood"):
+        LaplaceCallback(trainer, "counting")
+
+
+def test_checks_leave_the_training_as_it_was(tmp_path):
+    weights = []
+    for checked in (False, True):
+        torch.manual_seed(3)
+        model = peft_model("bert", dtype=torch.float32)
+        trainer = trainer_of(model, tmp_path, eval_dataset=examples(4))
+        if checked:
+            trainer.add_callback(LaplaceCallback(trainer, save=False))
+        trainer.train()
+        weights.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("place", ["fit", "optimize_prior_precision", "predict"])
+def test_what_fails_after_training_loses_nothing(tmp_path, monkeypatch, caplog, strict, place):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no luck")
+
+    target = "__call__" if place == "predict" else place
+    monkeypatch.setattr(KronLoraLaplace, target, fail)
+    trainer, callback = trainer_with_callback(
+        tmp_path, callback={"strict": strict}, eval_dataset=examples(4)
+    )
+    with caplog.at_level(logging.ERROR, logger="laplace_lora"):
+        if strict:
+            with pytest.raises(RuntimeError, match="no luck"):
+                trainer.train()
+        else:
+            trainer.train()
+            assert "no luck" in caplog.text
+    assert steps(trainer) == 3
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    monkeypatch.undo()
+    if place == "fit":
+        assert callback.la is None and not list(tmp_path.glob("laplace*"))
+        return
+    again = KronLoraLaplace.from_pretrained(trainer.model, tmp_path)
+    batch = token_batch((4, 2))
+    assert torch.equal(again(batch), callback.la(batch))
+
+
+def test_several_evaluation_sets_are_scored_by_name(tmp_path):
+    data = {"one": examples(4, seed=1), "two": examples(5, seed=2)}
+    trainer, _ = trainer_with_callback(tmp_path, eval_dataset=data, callback={"save": False})
+    trainer.train()
+    logged = {k for entry in trainer.state.log_history for k in entry}
+    assert {"eval_one_laplace_nll", "eval_two_map_ece"} <= logged
+
+
+class RewardTrainer(Trainer):
+    pass
+
+
+class SFTTrainer(Trainer):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "labels", "options", "likelihood"),
+    [
+        (Trainer, "bert", 3, {}, "classification"),
+        (Trainer, "bert", 1, {}, "regression"),
+        (RewardTrainer, "bert", 1, {}, "reward_modeling"),
+        (SFTTrainer, "llama-lm", 3, {}, "language_modeling"),
+        (Trainer, "gpt2-lm", 3, {}, "language_modeling"),
+        (Trainer, "llama-lm", 3, {"target_ids": TARGETS}, "classification"),
+    ],
+)
+def test_the_likelihood_is_what_the_trainer_trains(
+    tmp_path, kind, name, labels, options, likelihood
+):
+    plain = trainer_of(peft_model(name, num_labels=labels, dtype=torch.float32), tmp_path)
+    trainer = kind(plain.model, plain.args, train_dataset=examples(4))
+    assert implied_likelihood(trainer, options) == likelihood
+    assert LaplaceCallback(trainer, **options).likelihood == likelihood
+
+
+def test_texts_are_fitted_but_not_scored(tmp_path):
+    texts = [{**row, "labels": row["input_ids"]} for row in examples(6)]
+    model = peft_model("llama-lm", dtype=torch.float32)
+    plain = trainer_of(model, tmp_path)
+    trainer = SFTTrainer(model, plain.args, train_dataset=texts, eval_dataset=texts)
+    callback = LaplaceCallback(trainer, strict=True, save=False)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert callback.la.n_data == 6
