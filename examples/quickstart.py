@@ -28,7 +28,9 @@ from torch import Tensor
 from transformers import set_seed
 
 from laplace_lora import KronLoraLaplace
-from laplace_lora.evaluation import MAP, compare, evaluate
+from laplace_lora.evaluation import MAP, TemperatureScaling, compare, evaluate
+
+MAX_VALIDATION = 100  # rows that only temperature scaling sees
 
 
 def print_disagreements(rows: list[dict], names: list[str], p: Tensor, q: Tensor) -> None:
@@ -45,9 +47,11 @@ def print_disagreements(rows: list[dict], names: list[str], p: Tensor, q: Tensor
 def main() -> None:
     parser = support.argument_parser(__doc__, *support.COMMON)
     arguments = parser.parse_args()
-    train_rows, test_rows, names = support.read_split(parser, arguments)
-    test_rows = test_rows[: support.MAX_TEST]
-    sizes = f"{len(train_rows)} rows to train on, {len(test_rows)} held out"
+    train_rows, held_out, names = support.read_split(parser, arguments, least_held_out=2)
+    count = max(1, min(len(held_out) // 5, MAX_VALIDATION))
+    val_rows, test_rows = held_out[:count], held_out[count:][: support.MAX_TEST]
+    sizes = f"{len(train_rows)} rows to train on, {count} for temperature scaling alone"
+    sizes += f", {len(test_rows)} to test on"
     print(f"Data: {sizes}; classes {', '.join(names)}.")
     example = textwrap.shorten(train_rows[0]["text"], 80)
     print(f'For example ({names[train_rows[0]["label"]]}): "{example}"')
@@ -63,14 +67,15 @@ def main() -> None:
     la = KronLoraLaplace(model, "classification")
     la.fit(train_loader, progress_bar=True)
     la.optimize_prior_precision()
-    print(f"Prior precision {la.prior_precision.item():.3g}, chosen by the marginal likelihood")
-    print(f"Log marginal likelihood {la.log_marginal_likelihood().item():.1f}")
+    print(f"Tuned by {la.tuning}")
 
-    # 3. Predict held-out data with both, `la(batch)` for a batch, and compare the probabilities.
-    methods = {"MAP": MAP(model), "Laplace": la}
+    # 3. Predict other rows, `la(batch)` for a batch, and compare the probabilities. Temperature
+    # scaling corrects the MAP with labelled rows that the posterior does without.
+    scaled = TemperatureScaling(model, support.make_loader(val_rows, tokenizer))
+    methods = {"MAP": MAP(model), "temperature scaling": scaled, "Laplace": la}
     reports = [evaluate(m, test_loader, name=n, progress_bar=True) for n, m in methods.items()]
     print("\n" + compare(reports, support.SHOWN))
-    print_disagreements(test_rows, names, *(report.probs for report in reports))
+    print_disagreements(test_rows, names, reports[0].probs, reports[-1].probs)
 
 
 if __name__ == "__main__":
