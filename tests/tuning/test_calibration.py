@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace
 from support.batches import loader, token_batch, validation
@@ -62,8 +63,37 @@ def test_calibration_widens_sampled_weights_too():
     assert_near(spread, expected, 0.4)
 
 
+def test_cross_fitting_leaves_out_what_it_scores():
+    la = posterior(**LOW)
+    twin = posterior(**LOW)
+    data = loader(lengths=(4, 6, 2, 5, 3, 6, 1, 4) * 4, seed=7)
+    found = la.calibrate(data)
+    rows = [row for batch in data for row in split_rows(batch)]
+    total = 0.0
+    for fold in range(5):
+        twin.optimize_prior_precision(method="marglik")  # undoes a calibration
+        twin.prior_precision = 1.0
+        others = [row for i, row in enumerate(rows) if i % 5 != fold]
+        twin.calibrate(DataLoader(others, batch_size=len(others)))
+        mine = [row for i, row in enumerate(rows) if i % 5 == fold]
+        batch = next(iter(DataLoader(mine, batch_size=len(mine))))
+        p = twin(batch).gather(1, batch["labels"].unsqueeze(1))
+        total -= float(p.log().sum())
+    assert found.nll_cross_fitted == pytest.approx(total / len(rows), rel=0.03)
+
+
+def split_rows(batch):
+    return [{k: v[i] for k, v in batch.items()} for i in range(len(batch["labels"]))]
+
+
 def test_reports_say_what_was_chosen():
     la = posterior(**LOW)
     text = str(la.calibrate(validation()))
-    for word in ("prior precision", "covariance scale", "likelihood temperature", "NLL", "ECE"):
+    for word in (
+        "prior precision",
+        "covariance scale",
+        "likelihood temperature",
+        "cross-fitted",
+        "ECE",
+    ):
         assert word in text
