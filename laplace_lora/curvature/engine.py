@@ -27,6 +27,7 @@ from laplace_lora.curvature.loss_gradient import LossGradient, ResidualColumns
 from laplace_lora.likelihoods.base import Columns, Likelihood
 from laplace_lora.likelihoods.links import check_finite
 from laplace_lora.likelihoods.roots import identity_root
+from laplace_lora.models.autocast import as_called
 from laplace_lora.models.modes import coarsest_dtype, device_of, differentiable
 from laplace_lora.models.twins import resampled
 
@@ -257,7 +258,7 @@ class Engine:
     ) -> tuple[Tape, Sequence[Block]]:
         check_adapters(self.model)
         run = self.model if function is None else function
-        with differentiable(self.model):
+        with differentiable(self.model), as_called():
             while True:
                 maps, blocks = self._covered
                 try:

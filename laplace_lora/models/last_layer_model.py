@@ -84,7 +84,9 @@ class LastLayerModel(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         """Return logits ``(batch, outputs)``, for pairs both rewards."""
-        return torch.cat([self.head(self.features(part)) for part in passes(batch)], dim=-1)
+        features = [self.features(part) for part in passes(batch)]
+        with torch.autocast(self.head.weight.device.type, enabled=False):
+            return torch.cat([self.head(part) for part in features], dim=-1)
 
     def own_logits(self, batch: Any) -> Tensor | None:
         """Return the logits of the transformer by itself, see `LogitsModel`."""

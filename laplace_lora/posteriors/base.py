@@ -21,6 +21,7 @@ from laplace_lora.curvature.engine import Engine
 from laplace_lora.fitting.fitter import Fitter
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.likelihoods.registry import likelihood_of
+from laplace_lora.models.autocast import in_full_precision
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.models.token_model import TokenModel
 from laplace_lora.posteriors.memory import MemoryEstimate, estimate_memory
@@ -165,6 +166,7 @@ class LoraLaplace(SavedLaplace):
             **structure,
         }
 
+    @in_full_precision
     def fit(
         self,
         train_loader: DataLoader[Any],
@@ -240,6 +242,7 @@ class LoraLaplace(SavedLaplace):
         """
         self._install(Fitter(self.fitted).merge([other.fitted for other in others]))
 
+    @in_full_precision
     def predict(
         self,
         data: Any,

@@ -13,6 +13,7 @@ from laplace.baselaplace import ParametricLaplace
 from torch import Tensor, nn
 
 from laplace_lora.adapters.maps import wide_dtype
+from laplace_lora.models.autocast import in_full_precision
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.weight_sampling import sampled_outputs
@@ -156,6 +157,7 @@ class LaplaceNames(ParametricLaplace):
         """``(θ − μ₀)ᵀ P₀ (θ − μ₀)`` of the evidence, a float64 scalar."""
         return scatter(self.state)
 
+    @in_full_precision
     def log_marginal_likelihood(
         self,
         prior_precision: Tensor | None = None,

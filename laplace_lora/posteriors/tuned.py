@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.likelihoods.links import QUADRATURE
+from laplace_lora.models.autocast import in_full_precision
 from laplace_lora.posteriors.laplace_names import LaplaceNames
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.state import PosteriorState
@@ -29,6 +30,7 @@ class TunedLaplace(LaplaceNames):
     tuning: Tuning | None = None
     _train_loader: Any = None  # of the fit, as long as one loader gave all its data
 
+    @in_full_precision
     def __call__(
         self,
         x: Any,
@@ -76,6 +78,7 @@ class TunedLaplace(LaplaceNames):
         options = (pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting)
         return Predictor(self.fitted)(x, *options)
 
+    @in_full_precision
     def reward_difference(self, pairs: Any) -> tuple[Tensor, Tensor]:
         """Return the linearised posterior of ``r_chosen − r_rejected``.
 
@@ -94,6 +97,7 @@ class TunedLaplace(LaplaceNames):
         """
         return Predictor(self.fitted).reward_difference(pairs)
 
+    @in_full_precision
     def optimize_prior_precision(
         self,
         pred_type: str = "glm",
@@ -175,9 +179,14 @@ class TunedLaplace(LaplaceNames):
                     or val_loader is not None
                     or correction is not None,
                 )
-            if method == "loo":
+                if not reason:
+                    try:
+                        settings, report = tuner.leave_one_out("scalar", train_loader, progress_bar)
+                    except ValueError as error:  # found out in its pass over the data
+                        method, reason = "marglik", str(error)
+            elif method == "loo":
                 settings, report = tuner.leave_one_out(prior_structure, train_loader, progress_bar)
-            elif method == "marglik":
+            if method == "marglik":
                 if val_loader is not None:
                     raise ValueError(
                         "method='marglik' uses no validation data; leave `val_loader` out"
@@ -194,7 +203,7 @@ class TunedLaplace(LaplaceNames):
                 settings = tuner.grid_search(prior_structure, *data, **kwargs)
             elif method == "val_gd":
                 settings = tuner.descent(prior_structure, *data, **kwargs)
-            else:
+            elif method != "loo":
                 raise ValueError(
                     "method must be 'auto', 'loo', 'marglik', 'gridsearch' or 'val_gd', got "
                     f"{method!r}"
@@ -210,6 +219,7 @@ class TunedLaplace(LaplaceNames):
         if verbose:
             print(self.tuning)
 
+    @in_full_precision
     def calibrate(
         self,
         val_loader: Any,

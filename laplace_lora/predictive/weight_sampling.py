@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from laplace_lora.data.pairs import passes
 from laplace_lora.likelihoods.links import check_finite
+from laplace_lora.models.autocast import as_called
 from laplace_lora.models.last_layer_model import LastLayerModel
 from laplace_lora.models.modes import evaluation_mode, set_weights
 from laplace_lora.models.twins import resampled
@@ -50,7 +51,8 @@ def sampled_outputs(
         with evaluation_mode(model), resampled(model, posterior.engine.parameters) as (twin, own):
             for _ in range(n_samples):
                 set_weights(own, _scaled_sample(posterior, generator))
-                outputs.append(twin(x))
+                with as_called():
+                    outputs.append(twin(x))
     check_finite(outputs[0])
     return torch.stack(outputs) / posterior.settings.likelihood_temperature
 

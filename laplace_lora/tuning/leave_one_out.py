@@ -172,7 +172,7 @@ class _BaseRows:
         gram = means.new_zeros(means.numel(), means.numel())
         for parts in self.jacobians:
             if any(part.stride() != (0, 0, 0) for part in parts):
-                rows = torch.cat(parts).flatten(0, 1)
+                rows = torch.cat(parts).flatten(0, 1).double()  # else rounding has negative signs
                 gram += rows @ rows.T
         scale = float(self.posterior.scale)
         options = (self.posterior.objective, self.readout.relative, scale)

@@ -107,11 +107,16 @@ class LinearModel:
         Args:
             nll: Summed negative log likelihood; where no precision reaches it, the nearest is
                 taken.
+
+        Raises:
+            ValueError: If no weight changes the functions.
         """
         unit = float(self.gram.diagonal().mean())
+        if unit == 0:
+            raise ValueError("no weight changes the outputs of the linearised base model")
         high, low = (unit * 10.0**power for power in DECADES)
         mode = self.mode(high)
-        if mode.nll <= nll or unit == 0:
+        if mode.nll <= nll:
             return mode
         while mode.nll > nll and mode.precision / 10 >= low:
             mode, above = self.mode(mode.precision / 10, _rescaled(mode, 0.1)), mode
@@ -178,10 +183,12 @@ def without_own(marginal: Tensor, root: Tensor) -> Tensor:
         marginal: Covariances with it, ``(N, c, c)``.
         root: Roots ``R`` of the curvatures ``Rᵀ R``, ``(N, k, c)``.
     """
-    weight = root.mT @ root
-    eye = torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device)
-    cavity = torch.linalg.solve((eye - weight @ marginal).mT, marginal.mT).mT
-    return (cavity + cavity.mT) / 2
+    # Woodbury, as a sum of positive matrices: rounding cannot make it anything else.
+    spread = root @ marginal
+    inner, vectors = torch.linalg.eigh(spread @ root.mT)
+    share = inner.clamp(0, 1 - 10 * torch.finfo(inner.dtype).eps)
+    columns = spread.mT @ vectors
+    return marginal + (columns / (1 - share).unsqueeze(-2)) @ columns.mT
 
 
 def _apply(blocks: Tensor, x: Tensor) -> Tensor:

@@ -161,6 +161,21 @@ def test_data_of_another_fit_are_refused():
         la.optimize_prior_precision(method="loo", train_loader=loader())
 
 
+def test_the_default_goes_on_where_the_data_are_used_up():
+    class Stream(DataLoader):
+        is_used_up = False
+
+        def __iter__(self):
+            return iter([]) if self.is_used_up else super().__iter__()
+
+    data = Stream(loader(lengths=LENGTHS).dataset, batch_size=3)
+    la = fitted(data=data)
+    Stream.is_used_up = True
+    la.optimize_prior_precision()
+    assert la.tuning.method == "marglik"
+    assert "empty" in la.tuning.reason
+
+
 def test_only_a_scalar():
     la = fitted()
     with pytest.raises(ValueError, match="chooses a scalar"):

@@ -90,6 +90,13 @@ def test_fitted_like_takes_the_nearest_where_a_loss_is_out_of_reach():
     assert best.nll > 1
 
 
+def test_weights_without_effect_are_refused():
+    _, model = classes()
+    still = LinearModel(0 * model.gram, model.offset, model.labels, model.likelihood, True)
+    with pytest.raises(ValueError, match="no weight changes"):
+        still.fitted_like(1.0)
+
+
 def test_cavity_undoes_an_examples_own_curvature():
     torch.manual_seed(0)
     root = torch.randn(3, 2, 2, dtype=torch.float64)

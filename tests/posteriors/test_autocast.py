@@ -1,0 +1,63 @@
+"""A caller's autocast reaches the model and nothing else."""
+
+import pytest
+import torch
+
+from laplace_lora import (
+    DiagLoraLaplace,
+    FullLoraLaplace,
+    KronLoraLaplace,
+    KronLoraLLLaplace,
+    LowRankLoraLaplace,
+)
+from support.batches import loader, token_batch
+from support.models import peft_model
+from support.posteriors import LOW
+from support.references import assert_near
+
+CLASSES = [
+    (KronLoraLaplace, LOW),
+    (KronLoraLaplace, {"eigenvalue_correction": True}),
+    (DiagLoraLaplace, {}),
+    (KronLoraLLLaplace, {}),
+    (FullLoraLaplace, {}),
+    (LowRankLoraLaplace, {"rank": 5}),
+]
+
+
+def model(inside=False):
+    """A classifier; its own forward pass under autocast, or a plain one."""
+    plain = peft_model("bert", dtype=torch.float32).eval()
+    if inside:
+        base = plain.get_base_model()
+        kind = type(base)
+        forward = torch.autocast("cpu", torch.bfloat16)(kind.forward)
+        base.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    return plain
+
+
+@pytest.mark.parametrize("cls,kwargs", CLASSES)
+def test_around_the_calls_it_is_as_inside_the_model(cls, kwargs):
+    around, inside = (cls(model(m), "classification", **kwargs) for m in (False, True))
+    batch = token_batch((4, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        around.fit(loader())
+        around.optimize_prior_precision()
+        p = around(batch)
+        rows = around.predict(loader())
+        evidence = around.log_marginal_likelihood()
+    inside.fit(loader())
+    inside.optimize_prior_precision()
+    assert p.dtype == torch.float32
+    assert float(around.prior_precision) == pytest.approx(float(inside.prior_precision), rel=1e-4)
+    assert_near(p, inside(batch), 1e-5)
+    assert_near(rows.probs, inside.predict(loader()).probs, 1e-5)
+    assert_near(evidence, inside.log_marginal_likelihood(), 1e-4)
+
+
+def test_autocast_is_on_again_after_an_error():
+    la = KronLoraLaplace(model(), "classification", **LOW)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(TypeError, match="DataLoader"):
+            la.fit([token_batch((4, 2))])
+        assert torch.is_autocast_enabled("cpu")
