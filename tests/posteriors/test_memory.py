@@ -1,5 +1,7 @@
 """The memory estimate against what is really held."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -82,7 +84,7 @@ def test_what_cannot_fit_is_refused_before_the_work(tmp_path, monkeypatch):
         with pytest.raises(MemoryError, match=r"14 rows of 307 numbers .* use LowRankLoraLaplace"):
             la.fit(loader())
         with pytest.raises(MemoryError, match="28 rows"):
-            la.merge([la])
+            la.merge([copy.deepcopy(la)])
     assert torch.equal(la(NEW_BATCH), before)
     with monkeypatch.context() as patch:
         patch.setattr(rows, "free_space", lambda storage: 10_000)
