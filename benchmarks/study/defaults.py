@@ -22,9 +22,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness.arguments import RESULTS, plain_parser, prepare
+from benchmarks.harness.arguments import prepare
 from benchmarks.harness.report import write_report
-from benchmarks.study.trainings import EVALUATION_BATCH, Training, in_order, load_checkpoint
+from benchmarks.study.trainings import (
+    EVALUATION_BATCH,
+    Training,
+    checkpoint_parser,
+    in_order,
+    load_checkpoint,
+)
 from laplace_lora import KronLoraLaplace, LogitsModel
 from laplace_lora.evaluation import MAP, TemperatureScaling
 from laplace_lora.predictive.glm import Predictor
@@ -102,14 +108,8 @@ def rows_of(results: dict[str, dict[str, Any]], split: str) -> list[dict[str, st
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = plain_parser(__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the tasks' folders")
-    parser.add_argument("--out", type=Path, default=RESULTS / "study", help="folder of checkpoints")
+    parser = checkpoint_parser(__doc__)
     parser.add_argument("--only", default="", help="checkpoints whose name starts so")
-    parser.add_argument("--report", action="store_true", help="only report what is finished")
-    parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
-    parser.set_defaults(repeats=1, seed=0)
     return parser.parse_args(given)
 
 
@@ -118,7 +118,7 @@ def main() -> None:
     prepare(args)
     results = {}
     for training in sorted(in_order(), key=lambda training: training.seed):
-        name = "-".join(map(str, vars(training).values()))
+        name = training.name
         folder = args.out / "checkpoints" / name
         path = folder / FIGURES
         trained = (folder / "training.json").exists() and name.startswith(args.only)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +58,11 @@ class Training:
     task: str
     length: str
     seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of the checkpoint."""
+        return "-".join(map(str, vars(self).values()))
 
     def load(self, data: Path, out: Path, device: str = "cpu") -> tuple[Task, argparse.Namespace]:
         """Return the data of the training, and its arguments.
@@ -162,24 +166,24 @@ def row_of(found: dict[str, Any]) -> dict[str, str]:
     return row
 
 
-def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = plain_parser(__doc__)
+def checkpoint_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of what a benchmark on the checkpoints takes."""
+    parser = plain_parser(description)
     parser.add_argument("--data", type=Path, required=True, help="folder with the tasks' folders")
     parser.add_argument("--out", type=Path, default=RESULTS / "study", help="folder of checkpoints")
     parser.add_argument("--report", action="store_true", help="only report what is finished")
     parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.set_defaults(repeats=1, seed=0)
-    return parser.parse_args(given)
+    return parser
 
 
 def main() -> None:
-    args = parse_arguments()
+    args = checkpoint_parser(__doc__).parse_args()
     prepare(args)
     rows = []
     for training in in_order():
-        folder = args.out / "checkpoints" / "-".join(map(str, vars(training).values()))
+        folder = args.out / "checkpoints" / training.name
         if args.report and not (folder / FIGURES).exists():
             continue
         rows.append(row_of(figures(training, args.data, args.out, args.device)))

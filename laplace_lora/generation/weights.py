@@ -42,8 +42,7 @@ class SampleSet:
         self.n_samples = n_samples
         self.antithetic = antithetic
         count = (n_samples + 1) // 2 if antithetic else n_samples
-        scale = posterior.settings.covariance_scale**0.5
-        self.directions = scale * (posterior.sample(count, generator) - posterior.mean)
+        self.directions = posterior.deviations(count, generator)
 
     def outputs(self, mean: Tensor, tangents: Tensor) -> Tensor:
         """Return each sample's outputs, ``(samples, …)``.

@@ -28,7 +28,7 @@ def before_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """
     zero = {id(parameter) for parameter in zero_at_start(model)}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with evaluation_mode(model), resampled(model, trainable) as (twin, own), evaluation_mode(twin):
+    with evaluation_mode(model), resampled(model, trainable) as (twin, own):
         for parameter, copy in zip(trainable, own, strict=True):
             if id(parameter) in zero:
                 torch.nn.init.zeros_(copy)

@@ -19,7 +19,6 @@ from laplace_lora.adapters.selection import trainable_only
 from laplace_lora.curvature.backends import LoraCurvature, LoraGGN
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.fitting.fitter import Fitter
-from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.autocast import in_full_precision
 from laplace_lora.models.logits_model import LogitsModel
@@ -27,8 +26,6 @@ from laplace_lora.models.token_model import TokenModel
 from laplace_lora.posteriors.memory import MemoryEstimate, estimate_memory
 from laplace_lora.posteriors.saved import SavedLaplace
 from laplace_lora.posteriors.weights_watch import WeightsWatch
-from laplace_lora.predictive.data_sets import Predictions, predict
-from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.base import Structure
 from laplace_lora.structures.state import Posterior, PosteriorState
 
@@ -241,63 +238,6 @@ class LoraLaplace(SavedLaplace):
             ValueError: If one is of another class, or its arguments or model are others.
         """
         self._install(Fitter(self.fitted).merge([other.fitted for other in others]))
-
-    @in_full_precision
-    def predict(
-        self,
-        data: Any,
-        tokenizer: Any = None,
-        *,
-        batch_size: int = 32,
-        link_approx: str = QUADRATURE,
-        n_samples: int = 1000,
-        generator: torch.Generator | None = None,
-        progress_bar: bool = False,
-    ) -> Predictions:
-        """Predict a whole data set with the GLM predictive.
-
-        Args:
-            data: A loader; one batch (a mapping or a tensor); or, with a tokenizer, a list of
-                strings or of pairs of strings.
-            tokenizer: The model's, for texts.
-            batch_size: Texts per batch; texts of similar length share one.
-            link_approx: Link of ``probs``, as in calling the posterior.
-            n_samples: Samples of the ``"mc"`` link, of its entropy and mutual information too. All
-                other links take fixed points for these two, and nothing random.
-            generator: Source of the samples, on the posterior's device.
-            progress_bar: Show progress over the batches, in the main process.
-
-        Returns:
-            Probabilities, moments of the logits and uncertainties, in the order of the data. Where
-            processes share the data, all get those of all, one process's after another's.
-
-        Raises:
-            AttributeError: If the posterior has not been fitted.
-            TypeError: If the data are none of these.
-            ValueError: If the data are empty, texts come without a tokenizer, the tokenizer cannot
-                pad, the link is unknown, or the posterior is a language model's.
-        """
-        options = (batch_size, link_approx, n_samples, generator, progress_bar)
-        return predict(Predictor(self.fitted), data, tokenizer, *options)
-
-    def marginals(self) -> dict[nn.Parameter, tuple[Tensor, Tensor]]:
-        """Return posterior mean and standard deviation of every weight, by parameter.
-
-        Correlations between weights are left out. A calibrated width counts.
-
-        Raises:
-            AttributeError: If the posterior has not been fitted.
-        """
-        posterior = self.fitted
-        deviations = (self.covariance_scale * self.weight_variance()).sqrt()
-        sizes = posterior.engine.sizes
-        columns = (self.params, posterior.mean.split(sizes), deviations.split(sizes))
-        return {p: (mean.view_as(p), std.view_as(p)) for p, mean, std in zip(*columns, strict=True)}
-
-    @torch.no_grad()
-    def weight_variance(self) -> Tensor:
-        """Return the diagonal of the posterior covariance, ``(parameters,)``."""
-        return self.fitted.precision.variance()
 
     def estimate_memory(self, batch: Any, n_examples: int | None = None) -> MemoryEstimate:
         """Estimate the memory of fits and predictions on batches like one, before the work.

@@ -1,4 +1,4 @@
-"""`TunedLaplace`: predictions and tuning under laplace-torch's signatures."""
+"""`TunedLaplace`: tuning and calibration under laplace-torch's signatures."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.autocast import in_full_precision
-from laplace_lora.posteriors.laplace_names import LaplaceNames
-from laplace_lora.predictive.glm import Predictor
+from laplace_lora.posteriors.predicted import PredictedLaplace
 from laplace_lora.structures.state import PosteriorState
 from laplace_lora.tuning.calibration import Calibration
 from laplace_lora.tuning.groups import Structure
@@ -20,8 +18,8 @@ from laplace_lora.tuning.tuner import Tuner, Tuning
 from laplace_lora.tuning.width_check import warn_if_wide
 
 
-class TunedLaplace(LaplaceNames):
-    """Calls of laplace-torch whose work is done by `Predictor` and `Tuner`.
+class TunedLaplace(PredictedLaplace):
+    """Calls of laplace-torch whose work is done by `Tuner`.
 
     Attributes:
         tuning: What the latest tuning of the prior did; ``None`` before there was one.
@@ -29,73 +27,6 @@ class TunedLaplace(LaplaceNames):
 
     tuning: Tuning | None = None
     _train_loader: Any = None  # of the fit, as long as one loader gave all its data
-
-    @in_full_precision
-    def __call__(
-        self,
-        x: Any,
-        pred_type: str = "glm",
-        joint: bool = False,
-        link_approx: str = QUADRATURE,
-        n_samples: int = 100,
-        diagonal_output: bool = False,
-        generator: torch.Generator | None = None,
-        fitting: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the posterior predictive of a batch.
-
-        The GLM predictive is ``f ~ N(f_MAP, J P⁻¹ Jᵀ)``. Class probabilities are the softmax
-        averaged over it. A softmax does not see a shift of all logits, so ``C − 1`` contrasts of
-        logits are propagated and integrated over, without random numbers. laplace-torch's
-        ``"probit"`` scales each logit by its own variance, the shift's included; for answer tokens
-        of a language model that is most of it.
-
-        A reward model answers single texts like a regression and pairs (see `data.pairs`) like a
-        classifier: the probabilities that the rejected and that the chosen text wins, from the
-        difference of the rewards alone.
-
-        Args:
-            x: Batch that the model takes.
-            pred_type: ``"glm"`` (linearised) or ``"nn"`` (sampled weights, ``link_approx="mc"``).
-            joint: For regression, covariances between the examples as well.
-            link_approx: ``"quadrature"``, the integral; or laplace-torch's ``"mc"`` (the same from
-                samples), ``"probit"``, ``"bridge"`` or ``"bridge_norm"``.
-            n_samples: Samples for ``"mc"``.
-            diagonal_output: Ignore covariances between outputs (``"quadrature"``, ``"mc"`` and
-                regression).
-            generator: Source of the samples, on the posterior's device.
-            fitting: Of laplace-torch: for reward models, insist on pairs.
-
-        Returns:
-            Class probabilities ``(batch, classes)``. For regression mean ``(batch, outputs)`` and
-            covariance ``(batch, outputs, outputs)``; if joint ``(batch·outputs,)`` and its square;
-            if ``pred_type="nn"`` mean and variance of the samples, ``(batch, outputs)`` each.
-
-        Raises:
-            AttributeError: If the posterior has not been fitted.
-            ValueError: If an option is unknown, or the generator is on another device.
-        """
-        options = (pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting)
-        return Predictor(self.fitted)(x, *options)
-
-    @in_full_precision
-    def reward_difference(self, pairs: Any) -> tuple[Tensor, Tensor]:
-        """Return the linearised posterior of ``r_chosen − r_rejected``.
-
-        The variance is that of the difference of the Jacobians: what the two rewards share, such
-        as a common shift, cancels.
-
-        Args:
-            pairs: Batch of pairs, see `data.pairs`.
-
-        Returns:
-            Mean and variance, ``(batch,)`` each.
-
-        Raises:
-            AttributeError: If the posterior has not been fitted.
-            ValueError: If the batch holds no pairs.
-        """
-        return Predictor(self.fitted).reward_difference(pairs)
 
     @in_full_precision
     def optimize_prior_precision(
@@ -169,23 +100,19 @@ class TunedLaplace(LaplaceNames):
             self.state = uncalibrated
             tuner = Tuner(self.fitted)
             settings, report, reason = None, None, ""
-            train_loader = self._train_loader if train_loader is None else train_loader
+            data_of_fit = self._train_loader if train_loader is None else train_loader
             if method == "auto":
-                method, reason = self._method(
-                    prior_structure,
-                    train_loader,
-                    bool(kwargs)
-                    or tune_sigma_noise
-                    or val_loader is not None
-                    or correction is not None,
-                )
+                others = bool(kwargs) or tune_sigma_noise or val_loader is not None
+                others = others or correction is not None
+                reason = self._objection(prior_structure, data_of_fit, others)
+                method = "marglik" if reason else "loo"
                 if not reason:
                     try:
-                        settings, report = tuner.leave_one_out("scalar", train_loader, progress_bar)
+                        settings, report = tuner.leave_one_out("scalar", data_of_fit, progress_bar)
                     except ValueError as error:  # found out in its pass over the data
                         method, reason = "marglik", str(error)
             elif method == "loo":
-                settings, report = tuner.leave_one_out(prior_structure, train_loader, progress_bar)
+                settings, report = tuner.leave_one_out(prior_structure, data_of_fit, progress_bar)
             if method == "marglik":
                 if val_loader is not None:
                     raise ValueError(
@@ -252,15 +179,13 @@ class TunedLaplace(LaplaceNames):
         self.state: PosteriorState = self.state.with_settings(settings)
         return report
 
-    def _method(self, structure: Structure, train_loader: Any, has_others: bool) -> tuple[str, str]:
-        """Return what ``"auto"`` does, and why nothing better."""
+    def _objection(self, structure: Structure, train_loader: Any, has_others: bool) -> str:
+        """Return why ``"auto"`` does not try leave-one-out, empty if it does."""
         if structure != "scalar":
-            reason = "the prior is no scalar"
-        elif has_others:
-            reason = "arguments of other methods are given"
-        else:
-            reason = why_not(self.fitted, train_loader) or ""
-        return ("marglik", reason) if reason else ("loo", "")
+            return "the prior is no scalar"
+        if has_others:
+            return "arguments of other methods are given"
+        return why_not(self.fitted, train_loader) or ""
 
     def _laplace_marglik(
         self, structure: Structure, tune_noise: bool, kwargs: dict[str, Any]

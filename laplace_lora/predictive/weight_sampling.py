@@ -50,7 +50,7 @@ def sampled_outputs(
         # On a twin: other threads may be running the model meanwhile.
         with evaluation_mode(model), resampled(model, posterior.engine.parameters) as (twin, own):
             for _ in range(n_samples):
-                set_weights(own, _scaled_sample(posterior, generator))
+                set_weights(own, posterior.mean + posterior.deviations(1, generator)[0])
                 with as_called():
                     outputs.append(twin(x))
     check_finite(outputs[0])
@@ -67,16 +67,10 @@ def _head_outputs(
     features = [model.features(part) for part in passes(x)]
     head, outputs = model.head, []
     for _ in range(n_samples):
-        sample = _scaled_sample(posterior, generator)
+        sample = posterior.mean + posterior.deviations(1, generator)[0]
         size = head.weight.numel()
         weight, bias = sample.split([size, len(sample) - size])
         weight = weight.view_as(head.weight)
         shift = None if head.bias is None else bias
         outputs.append(torch.cat([F.linear(part, weight, shift) for part in features], dim=-1))
     return outputs
-
-
-def _scaled_sample(posterior: Posterior, generator: torch.Generator | None) -> Tensor:
-    """Return one sample of the weights, with the calibrated width."""
-    deviation = posterior.sample(1, generator)[0] - posterior.mean
-    return posterior.mean + posterior.settings.covariance_scale**0.5 * deviation

@@ -226,6 +226,11 @@ class Posterior:
         """Split a batch into what the model takes and labels, see `Likelihood.split`."""
         return self.objective.split(batch, self.label_key, self.device, self.dtype)
 
+    def deviations(self, n_samples: int, generator: torch.Generator | None) -> Tensor:
+        """Return samples of ``θ − θ*`` with the calibrated width, ``(n_samples, parameters)``."""
+        scale = self.settings.covariance_scale**0.5
+        return scale * (self.sample(n_samples, generator) - self.mean)
+
     def sample(self, n_samples: int, generator: torch.Generator | None) -> Tensor:
         """Return samples of the weights before calibration, ``(n_samples, parameters)``."""
         size = (n_samples, len(self.mean))

@@ -10,12 +10,13 @@ import math
 from typing import Any
 
 import torch
-from scipy.optimize import minimize, minimize_scalar
+from scipy.optimize import minimize
 from torch import Tensor
 
 from laplace_lora.structures.base import Spectrum
 from laplace_lora.structures.state import Posterior
 from laplace_lora.structures.subspace import Subspace
+from laplace_lora.tuning.line_search import refined
 
 PLATEAU = 0.01  # nats that do not count
 LOW, HIGH, STEP = math.log(1e-6), math.log(1e10), 0.5  # of log δ
@@ -63,10 +64,7 @@ def corrected_precision(posterior: Posterior, groups: Tensor) -> Tensor:
         # priors that are as good keeps the numbers finite.
         best = next(i for i, value in enumerate(values) if value - values[best] <= PLATEAU)
         return torch.full((count,), math.exp(points[best]), dtype=torch.float64)
-    limits = (points[max(best - 1, 0)], points[min(best + 1, len(points) - 1)])
-    options = {"xatol": 1e-6}
-    found = minimize_scalar(descent, bounds=limits, method="bounded", options=options)
-    scalar = found.x if found.fun <= values[best] else points[best]
+    scalar = refined(descent, points, values, 1e-6)
     if count == 1:
         return torch.tensor([math.exp(scalar)], dtype=torch.float64)
 

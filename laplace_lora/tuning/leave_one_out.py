@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from laplace_lora.adapters.start import zero_at_start
@@ -29,7 +28,9 @@ from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.start import before_adapter
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.state import Posterior, Settings
+from laplace_lora.tuning.line_search import refined
 from laplace_lora.tuning.linear_model import LinearModel, without_own
+from laplace_lora.tuning.marginal_likelihood import first_precision
 from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
 
 GRID = torch.logspace(-4, 8, 49, dtype=torch.float64)  # prior precisions
@@ -75,7 +76,7 @@ def why_not(posterior: Posterior, loader: Any) -> str | None:
         The reason, ``None`` where there is none.
     """
     objective, state = posterior.objective, posterior.state
-    if not (objective.is_classifier or objective.has_pairs):
+    if not objective.is_classifier:
         return f"a {objective.name} posterior has no class probabilities"
     if loader is None:
         return "the training data are not at hand"
@@ -112,12 +113,9 @@ def tune(posterior: Posterior, loader: Any, progress_bar: bool) -> tuple[Setting
     scoring = scoring_of(posterior, QUADRATURE, 0)
     readout = scoring.readout
     groups = torch.zeros(len(posterior.names), dtype=torch.long)
-    prior = posterior.prior_by_tensor
-    even = posterior.with_settings(
-        replace(posterior.settings, prior_precision=prior.mean().reshape(1))
-    )
+    scalar = posterior.with_settings(first_precision(posterior))
     with _base_rows(posterior, readout) as rows:
-        cache = ValidationCache(Predictor(even), loader, groups, readout, progress_bar, rows.add)
+        cache = ValidationCache(Predictor(scalar), loader, groups, readout, progress_bar, rows.add)
     if len(cache.y) != posterior.state.n_data:
         raise ValueError(
             f"the loader gives {len(cache.y)} examples, the fit saw {posterior.state.n_data}; "
@@ -131,22 +129,24 @@ def tune(posterior: Posterior, loader: Any, progress_bar: bool) -> tuple[Setting
     root = linear.root(outputs).to(cache.mean)
 
     def losses(log_precision: float) -> Tensor:
-        factor = math.exp(log_precision) / float(even.settings.prior_precision)
+        factor = math.exp(log_precision) / float(scalar.settings.prior_precision)
         covariance = cache.covariance(cache.mean.new_tensor([factor]))
         if posterior.structure.couples_groups:  # the exact curvature holds each example's own
             covariance = without_own(covariance, root)
         return scoring.nll(mean, covariance, cache.y).double()
 
-    best = _lowest(lambda point: float(losses(point).mean()))
-    narrow = scoring.nll(mean, torch.zeros_like(cache.covariance(mean.new_ones(1))), cache.y)
-    gain = losses(best) - narrow.double()
-    precision = math.exp(best)
-    settings = replace(posterior.settings, prior_precision=prior.new_tensor([precision]))
-    error = float(gain.std() / math.sqrt(len(gain))) if len(gain) > 1 else 0.0
-    report = LeaveOneOut(
-        precision, float(narrow.mean()), float(losses(best).mean()), error, mode.precision
-    )
-    return settings, report
+    def mean_loss(log_precision: float) -> float:
+        return float(losses(log_precision).mean())
+
+    points = GRID.log().tolist()
+    best = refined(mean_loss, points, [mean_loss(point) for point in points], 1e-3)
+    precision, wide = math.exp(best), losses(best)
+    nothing = mean.new_zeros(*mean.shape, mean.shape[-1])
+    narrow = scoring.nll(mean, nothing, cache.y).double()
+    error = float((wide - narrow).std() / math.sqrt(len(wide))) if len(wide) > 1 else 0.0
+    chosen = scalar.settings.prior_precision.new_tensor([precision])
+    report = LeaveOneOut(precision, float(narrow.mean()), float(wide.mean()), error, mode.precision)
+    return replace(posterior.settings, prior_precision=chosen), report
 
 
 class _BaseRows:
@@ -156,22 +156,25 @@ class _BaseRows:
         self.posterior, self.engine, self.readout = posterior, engine, readout
         self.means: list[Tensor] = []
         self.jacobians: list[list[Tensor]] = [[] for _ in engine.blocks]
+        self.moves = [False for _ in engine.blocks]  # which tensors change the functions
 
     def add(self, x: Any, y: Tensor) -> None:
         """Add a batch."""
         f, blocks = self.engine.jacobian_blocks(x, self.readout.columns)
         self.means.append(self.readout.mean(f).double())
-        for parts, block in zip(self.jacobians, blocks, strict=True):
-            if not bool(block.any()):  # lora_A's, behind a lora_B that is zero
+        for i, block in enumerate(blocks):
+            if bool(block.any()):
+                self.moves[i] = True
+            else:  # lora_A's, behind a lora_B that is zero, need no memory
                 block = block.new_zeros(()).expand(block.shape)
-            parts.append(block.flatten(2))
+            self.jacobians[i].append(block.flatten(2))
 
     def linear_model(self, labels: Tensor) -> LinearModel:
         """Return the base model, linearised in its adapter."""
         means = torch.cat(self.means)
         gram = means.new_zeros(means.numel(), means.numel())
-        for parts in self.jacobians:
-            if any(part.stride() != (0, 0, 0) for part in parts):
+        for parts, moves in zip(self.jacobians, self.moves, strict=True):
+            if moves:
                 rows = torch.cat(parts).flatten(0, 1).double()  # else rounding has negative signs
                 gram += rows @ rows.T
         scale = float(self.posterior.scale)
@@ -186,13 +189,3 @@ def _base_rows(posterior: Posterior, readout: Readout) -> Iterator[_BaseRows]:
             twin, posterior.objective, posterior.engine.root, None, "diag", verify=False
         )
         yield _BaseRows(posterior, engine, readout)
-
-
-def _lowest(loss: Any) -> float:
-    """Return the logarithm of the precision with the lowest loss."""
-    points = GRID.log().tolist()
-    values = [loss(point) for point in points]
-    i = min(range(len(values)), key=values.__getitem__)
-    bounds = (points[max(i - 1, 0)], points[min(i + 1, len(points) - 1)])
-    refined = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-3})
-    return float(refined.x) if refined.fun < values[i] else points[i]

@@ -85,11 +85,7 @@ class Tuner:
             ValueError: If the structure is not a scalar, the loader is missing or not that of the
                 fit, or the adapter did not start at the base model.
         """
-        if structure != "scalar":
-            raise ValueError(
-                "leave-one-out chooses a scalar; use method='marglik' or 'val_gd' for "
-                f"prior_structure={structure!r}"
-            )
+        _check_scalar("leave-one-out", structure)
         if train_loader is None:
             raise ValueError(
                 "leave-one-out needs the training data, which a posterior keeps only in the "
@@ -116,11 +112,7 @@ class Tuner:
             ValueError: If the structure is not a scalar, or the validation loader is missing, empty
                 or without labels.
         """
-        if structure != "scalar":
-            raise ValueError(
-                "a grid search chooses a scalar; use method='marglik' or 'val_gd' for "
-                f"prior_structure={structure!r}"
-            )
+        _check_scalar("a grid search", structure)
         grid = torch.logspace(
             log_prior_prec_min, log_prior_prec_max, grid_size, base=log_prior_prec_base
         )
@@ -168,3 +160,11 @@ class Tuner:
         check_classifier(self.posterior.objective)
         scoring = scoring_of(self.posterior, link, n_samples, generator)
         return calibrate(Predictor(self.posterior), val_loader, scoring, progress_bar)
+
+
+def _check_scalar(method: str, structure: Structure) -> None:
+    if structure != "scalar":
+        raise ValueError(
+            f"{method} chooses a scalar; use method='marglik' or 'val_gd' for "
+            f"prior_structure={structure!r}"
+        )

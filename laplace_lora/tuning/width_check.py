@@ -27,8 +27,7 @@ def warn_if_wide(posterior: Posterior, loader: Iterable[Any]) -> None:
         posterior: A tuned posterior.
         loader: Its training data.
     """
-    objective = posterior.objective
-    if not (objective.is_classifier or objective.has_pairs):
+    if not posterior.objective.is_classifier:
         return
     scoring, predictor = scoring_of(posterior, QUADRATURE, 0), Predictor(posterior)
     excess, seen = 0.0, 0

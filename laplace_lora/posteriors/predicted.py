@@ -1,0 +1,142 @@
+"""`PredictedLaplace`: predictions, and what the posterior says of single weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace_lora.likelihoods.links import QUADRATURE
+from laplace_lora.models.autocast import in_full_precision
+from laplace_lora.posteriors.laplace_names import LaplaceNames
+from laplace_lora.predictive.data_sets import Predictions, predict
+from laplace_lora.predictive.glm import Predictor
+
+
+class PredictedLaplace(LaplaceNames):
+    """Predictions of a posterior, whose work is done by `Predictor`."""
+
+    @in_full_precision
+    def __call__(
+        self,
+        x: Any,
+        pred_type: str = "glm",
+        joint: bool = False,
+        link_approx: str = QUADRATURE,
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+        fitting: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the posterior predictive of a batch.
+
+        The GLM predictive is ``f ~ N(f_MAP, J P⁻¹ Jᵀ)``. Class probabilities are the softmax
+        averaged over it. A softmax does not see a shift of all logits, so ``C − 1`` contrasts of
+        logits are propagated and integrated over, without random numbers. laplace-torch's
+        ``"probit"`` scales each logit by its own variance, the shift's included; for answer tokens
+        of a language model that is most of it.
+
+        A reward model answers single texts like a regression and pairs (see `data.pairs`) like a
+        classifier: the probabilities that the rejected and that the chosen text wins, from the
+        difference of the rewards alone.
+
+        Args:
+            x: Batch that the model takes.
+            pred_type: ``"glm"`` (linearised) or ``"nn"`` (sampled weights, ``link_approx="mc"``).
+            joint: For regression, covariances between the examples as well.
+            link_approx: ``"quadrature"``, the integral; or laplace-torch's ``"mc"`` (the same from
+                samples), ``"probit"``, ``"bridge"`` or ``"bridge_norm"``.
+            n_samples: Samples for ``"mc"``.
+            diagonal_output: Ignore covariances between outputs (``"quadrature"``, ``"mc"`` and
+                regression).
+            generator: Source of the samples, on the posterior's device.
+            fitting: Of laplace-torch: for reward models, insist on pairs.
+
+        Returns:
+            Class probabilities ``(batch, classes)``. For regression mean ``(batch, outputs)`` and
+            covariance ``(batch, outputs, outputs)``; if joint ``(batch·outputs,)`` and its square;
+            if ``pred_type="nn"`` mean and variance of the samples, ``(batch, outputs)`` each.
+
+        Raises:
+            AttributeError: If the posterior has not been fitted.
+            ValueError: If an option is unknown, or the generator is on another device.
+        """
+        options = (pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting)
+        return Predictor(self.fitted)(x, *options)
+
+    @in_full_precision
+    def reward_difference(self, pairs: Any) -> tuple[Tensor, Tensor]:
+        """Return the linearised posterior of ``r_chosen − r_rejected``.
+
+        The variance is that of the difference of the Jacobians: what the two rewards share, such
+        as a common shift, cancels.
+
+        Args:
+            pairs: Batch of pairs, see `data.pairs`.
+
+        Returns:
+            Mean and variance, ``(batch,)`` each.
+
+        Raises:
+            AttributeError: If the posterior has not been fitted.
+            ValueError: If the batch holds no pairs.
+        """
+        return Predictor(self.fitted).reward_difference(pairs)
+
+    @in_full_precision
+    def predict(
+        self,
+        data: Any,
+        tokenizer: Any = None,
+        *,
+        batch_size: int = 32,
+        link_approx: str = QUADRATURE,
+        n_samples: int = 1000,
+        generator: torch.Generator | None = None,
+        progress_bar: bool = False,
+    ) -> Predictions:
+        """Predict a whole data set with the GLM predictive.
+
+        Args:
+            data: A loader; one batch (a mapping or a tensor); or, with a tokenizer, a list of
+                strings or of pairs of strings.
+            tokenizer: The model's, for texts.
+            batch_size: Texts per batch; texts of similar length share one.
+            link_approx: Link of ``probs``, as in calling the posterior.
+            n_samples: Samples of the ``"mc"`` link, of its entropy and mutual information too. All
+                other links take fixed points for these two, and nothing random.
+            generator: Source of the samples, on the posterior's device.
+            progress_bar: Show progress over the batches, in the main process.
+
+        Returns:
+            Probabilities, moments of the logits and uncertainties, in the order of the data. Where
+            processes share the data, all get those of all, one process's after another's.
+
+        Raises:
+            AttributeError: If the posterior has not been fitted.
+            TypeError: If the data are none of these.
+            ValueError: If the data are empty, texts come without a tokenizer, the tokenizer cannot
+                pad, the link is unknown, or the posterior is a language model's.
+        """
+        options = (batch_size, link_approx, n_samples, generator, progress_bar)
+        return predict(Predictor(self.fitted), data, tokenizer, *options)
+
+    def marginals(self) -> dict[nn.Parameter, tuple[Tensor, Tensor]]:
+        """Return posterior mean and standard deviation of every weight, by parameter.
+
+        Correlations between weights are left out. A calibrated width counts.
+
+        Raises:
+            AttributeError: If the posterior has not been fitted.
+        """
+        posterior = self.fitted
+        deviations = (self.covariance_scale * self.weight_variance()).sqrt()
+        sizes = posterior.engine.sizes
+        columns = (self.params, posterior.mean.split(sizes), deviations.split(sizes))
+        return {p: (mean.view_as(p), std.view_as(p)) for p, mean, std in zip(*columns, strict=True)}
+
+    @torch.no_grad()
+    def weight_variance(self) -> Tensor:
+        """Return the diagonal of the posterior covariance, ``(parameters,)``."""
+        return self.fitted.precision.variance()
