@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
 from laplace_lora.data.batches import Batch
-from laplace_lora.data.distributed import is_main, without_repeats
+from laplace_lora.data.distributed import is_main, is_sharded, without_repeats
 
 T = TypeVar("T")
 
@@ -44,3 +46,36 @@ def local_batches(
     """
     bar = progress(loader, progress_bar, title)
     return without_repeats(loader, bar if by_example is None else map(by_example, bar))
+
+
+@dataclass(frozen=True)
+class Chained:
+    """Loaders one after the other, as often as they can be iterated over.
+
+    Attributes:
+        loaders: The loaders.
+    """
+
+    loaders: tuple[Iterable[Any], ...]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches of all."""
+        return chain.from_iterable(self.loaders)
+
+
+def chained(loaders: Sequence[Iterable[Any] | None]) -> Any:
+    """Return one loader of all the data of several.
+
+    Args:
+        loaders: At least one; ``None`` where data are not at hand.
+
+    Returns:
+        The loader; ``None`` if some data are not at hand, or several loaders are shared by several
+        processes, whose parts cannot be told apart any more.
+    """
+    known = [loader for loader in loaders if loader is not None]
+    if len(known) < len(loaders):
+        return None
+    if len(known) == 1:
+        return known[0]
+    return None if any(map(is_sharded, known)) else Chained(tuple(known))

@@ -1,8 +1,7 @@
-"""The pass of a fit that measures the exact curvature along a few directions."""
+"""The pass that measures the exact curvature along a few directions, for the evidence."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,26 +15,23 @@ from laplace_lora.structures.subspace import Subspace, spanned
 SHIFTS = (1.0, 30.0, 1000.0)  # prior precisions at which the structure's own inverse is tried
 
 
-def subspace_of(
-    posterior: Posterior, curvature: Any, gradient: Tensor, n: int, summed: Callable[[Pass], Sums]
-) -> Subspace | None:
+def subspace_of(posterior: Posterior, summed: Callable[[Pass], Sums]) -> Subspace:
     """Return the exact curvature along the gradient, the displacement and what follows from them.
 
     The further directions are the products of the two with the structure's own curvature ``K``, and
     ``(K + δ)⁻¹ g``: they take the place of Krylov vectors, which would cost a pass each.
 
     Args:
-        posterior: What is being fitted, for its model, structure and prior mean.
-        curvature: Curvature of the data, ready for use.
-        gradient: Gradient of the summed loss, ``(parameters,)``.
-        n: Number of examples.
-        summed: Iterates over the data and returns the sums.
+        posterior: A fitted posterior that knows the loss's gradient.
+        summed: Iterates over all its data and returns the sums.
 
-    Returns:
-        The subspace; ``None``, with a warning, if the data cannot be iterated over again.
+    Raises:
+        ValueError: If the data are not those of the fit.
     """
-    engine, structure = posterior.engine, posterior.structure
-    displacement = posterior.current_weights() - posterior.settings.prior_mean
+    engine, structure, state = posterior.engine, posterior.structure, posterior.state
+    curvature, gradient = state.curvature, state.loss_gradient
+    assert gradient is not None
+    displacement = posterior.mean - posterior.settings.prior_mean
     starts = torch.stack([gradient, displacement.to(gradient)])
     rows = [starts, structure.product(curvature, starts)]
     rows += [structure.solve(curvature, starts[:1], delta) for delta in SHIFTS]
@@ -54,17 +50,11 @@ def subspace_of(
         return loss, matrix if total is None else total + matrix
 
     data_pass = Pass(add, lambda total: [total], "evidence", "Measuring curvature", [directions])
-    try:
-        sums = summed(data_pass)
-    except ValueError:
-        sums = Sums()  # an iterator that has run out
-    if sums.n != n:
-        warnings.warn(
-            f"the loader gave {n} examples in the first pass and {sums.n} in the second, so the "
-            "evidence stays without its gradient term; use a loader that can be iterated twice, or "
-            "set evidence_correction=False",
-            stacklevel=2,
+    sums = summed(data_pass)
+    if sums.n != state.n_data:
+        raise ValueError(
+            f"the loader gives {sums.n} examples, the fit saw {state.n_data}; the evidence's "
+            "gradient term needs the training data of the fit"
         )
-        return None
     products = spanned(directions, sums.state, gradient, displacement, engine.sizes)
     return Subspace(*products, posterior.settings.prior_mean)

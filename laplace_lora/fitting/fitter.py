@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -41,7 +42,7 @@ class Fitter:
         progress_bar: bool,
         checkpoint_dir: str | os.PathLike[str] | None,
         checkpoint_every: int | None,
-        evidence_correction: bool,
+        evidence_correction: bool | None,
     ) -> PosteriorState:
         """Return the state at the model's current weights, see `LoraLaplace.fit`."""
         posterior, structure = self.posterior, self.posterior.structure
@@ -76,12 +77,33 @@ class Fitter:
         if structure.has_second_pass:
             raw = corrected(posterior.engine, raw, sums.n, summed)
         state = self._state(raw, loss, gradient, n, posterior.engine.n_outputs)
-        if evidence_correction and n == sums.n:  # data fitted earlier cannot be seen again
-            subspace = subspace_of(posterior, state.curvature, gradient, n, summed)
-            state = replace(state, subspace=subspace)
+        fitted = replace(posterior, state=state)
+        # Data fitted earlier cannot be seen again.
+        if evidence_correction and n == sums.n and fitted.gradient_term is None:
+            try:
+                state = replace(state, subspace=subspace_of(fitted, summed))
+            except ValueError as error:  # a loader that cannot be iterated twice
+                warnings.warn(f"the gradient term is not measured: {error}", stacklevel=3)
         for snapshot in reversed(snapshots):
             snapshot.remove()
         return state
+
+    def with_subspace(self, train_loader: Iterable[Any], progress_bar: bool) -> PosteriorState:
+        """Return the state with what the evidence's gradient term needs, see `Subspace`.
+
+        Args:
+            train_loader: The training data of the fit.
+            progress_bar: Show progress over the batches.
+
+        Raises:
+            ValueError: If they are not those of the fit.
+        """
+        posterior = self.posterior
+
+        def summed(data_pass: Pass) -> Sums:
+            return accumulate(posterior, data_pass, train_loader, progress_bar, None)
+
+        return replace(posterior.state, subspace=subspace_of(posterior, summed))
 
     def adopt(
         self, raw: Any, n_data: int, train_loader: Iterable[Any] | None = None

@@ -167,3 +167,10 @@ def free_space(storage: str | os.PathLike[str]) -> int | None:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def by_tensor(values: Tensor, sizes: list[int]) -> list[Tensor]:
+    """Split one value in all, one per tensor or one per weight into the tensors' parts."""
+    if len(values) == 1:
+        return [values[0]] * len(sizes)
+    return list(values.split(sizes) if len(values) == sum(sizes) else values.unbind())

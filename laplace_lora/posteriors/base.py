@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from laplace_lora.adapters.selection import trainable_only
 from laplace_lora.curvature.backends import LoraCurvature, LoraGGN
 from laplace_lora.curvature.engine import Engine
+from laplace_lora.data.loaders import chained
 from laplace_lora.fitting.fitter import Fitter
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.autocast import in_full_precision
@@ -171,7 +172,7 @@ class LoraLaplace(SavedLaplace):
         progress_bar: bool = False,
         checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_every: int | None = None,
-        evidence_correction: bool = True,
+        evidence_correction: bool | None = None,
     ) -> None:
         """Fit the posterior at the model's current weights.
 
@@ -193,9 +194,11 @@ class LoraLaplace(SavedLaplace):
                 there, after the batches it had seen, if the loader yields the same ones in the
                 same order. The files, one per pass, are deleted at the end.
             checkpoint_every: Batches from one writing to the next, 100 by default.
-            evidence_correction: Iterate over the data once more and measure what the evidence
-                gains because trained weights are no mode of the prior, see `Subspace`. Without it
-                a tuned prior is far too weak where weights were trained without it.
+            evidence_correction: When to measure what the evidence gains because trained weights
+                are no mode of the prior, see `Subspace`, which takes one more pass over the data.
+                ``None``: when an evidence is first asked for. ``True``: now, so that files hold it.
+                ``False``: not unless `optimize_prior_precision` is given ``correction=True``; a
+                prior tuned without it is far too weak where weights were trained without it.
 
         Raises:
             TypeError: If the loader has no ``dataset``, or a batch is neither mapping nor pair.
@@ -208,8 +211,10 @@ class LoraLaplace(SavedLaplace):
         fitter = Fitter(self.parts if override or not self.state.is_fitted else self.fitted)
         options = (override, progress_bar, checkpoint_dir, checkpoint_every, evidence_correction)
         alone = override or not self.state.is_fitted
+        loaders = [train_loader] if alone else [self._train_loader, train_loader]
         self._install(fitter.fit(train_loader, *options))
-        self._train_loader = train_loader if alone else None
+        self._train_loader = chained(loaders)
+        self._leaves_correction_out = evidence_correction is False
 
     def adopt(self, curvature: Any, n_data: int, train_loader: Iterable[Any] | None = None) -> None:
         """Take over a curvature that was computed elsewhere, at the model's current weights.
@@ -237,7 +242,9 @@ class LoraLaplace(SavedLaplace):
             AttributeError: If one has not been fitted.
             ValueError: If one is of another class, or its arguments or model are others.
         """
+        loaders = [posterior._train_loader for posterior in (self, *others)]
         self._install(Fitter(self.fitted).merge([other.fitted for other in others]))
+        self._train_loader = chained(loaders)
 
     def estimate_memory(self, batch: Any, n_examples: int | None = None) -> MemoryEstimate:
         """Estimate the memory of fits and predictions on batches like one, before the work.
@@ -270,7 +277,7 @@ class LoraLaplace(SavedLaplace):
 
     def _install(self, state: PosteriorState) -> None:
         self.state, self._latest = state, None
-        self._train_loader, self.tuning = None, None
+        self._train_loader, self.tuning, self._leaves_correction_out = None, None, False
         self.model.output_size = state.n_outputs  # type: ignore[assignment]
 
     def _differentiated(self, model: LogitsModel) -> nn.Module:

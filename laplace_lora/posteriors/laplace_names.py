@@ -13,7 +13,6 @@ from laplace.baselaplace import ParametricLaplace
 from torch import Tensor, nn
 
 from laplace_lora.adapters.maps import wide_dtype
-from laplace_lora.models.autocast import in_full_precision
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.weight_sampling import sampled_outputs
@@ -156,43 +155,6 @@ class LaplaceNames(ParametricLaplace):
     def scatter(self) -> Tensor:
         """``(θ − μ₀)ᵀ P₀ (θ − μ₀)`` of the evidence, a float64 scalar."""
         return scatter(self.state)
-
-    @in_full_precision
-    def log_marginal_likelihood(
-        self,
-        prior_precision: Tensor | None = None,
-        sigma_noise: Tensor | None = None,
-        correction: bool = False,
-    ) -> Tensor:
-        """Return the log evidence, differentiable in what is passed.
-
-        With the correction it is that of the quadratic expansion at weights that are no mode of
-        prior and likelihood: ``½ bᵀ P⁻¹ b`` more, see `Subspace`. Without it, laplace-torch's.
-
-        Args:
-            prior_precision: Replaces the present one.
-            sigma_noise: Replaces the present one, of a regression.
-            correction: Whether to add the gradient term, which `optimize_prior_precision` takes
-                in by default.
-
-        Returns:
-            A scalar in nats.
-
-        Raises:
-            ValueError: If the correction is asked for, but was not measured.
-        """
-        value = super().log_marginal_likelihood(prior_precision, sigma_noise)
-        state = self.state
-        if not correction:
-            return value
-        if not state.has_gradient_term:
-            raise ValueError(
-                "the evidence's gradient term is not known: it is measured by `fit`, once for all "
-                "data, with the prior mean that is set then"
-            )
-        assert state.subspace is not None
-        precisions = self.fitted.precision_by_tensor
-        return value + state.subspace.term(precisions, self.fitted.scale).to(value)
 
     @torch.no_grad()
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.autocast import in_full_precision
-from laplace_lora.posteriors.laplace_names import LaplaceNames
+from laplace_lora.posteriors.evidence import EvidenceLaplace
 from laplace_lora.predictive.data_sets import Predictions, predict
 from laplace_lora.predictive.glm import Predictor
 
 
-class PredictedLaplace(LaplaceNames):
+class PredictedLaplace(EvidenceLaplace):
     """Predictions of a posterior, whose work is done by `Predictor`."""
 
     @in_full_precision

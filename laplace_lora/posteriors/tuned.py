@@ -26,7 +26,7 @@ class TunedLaplace(PredictedLaplace):
     """
 
     tuning: Tuning | None = None
-    _train_loader: Any = None  # of the fit, as long as one loader gave all its data
+    _leaves_correction_out = False  # as the fit was told
 
     @in_full_precision
     def optimize_prior_precision(
@@ -65,14 +65,14 @@ class TunedLaplace(PredictedLaplace):
             method: ``"auto"``, ``"loo"``, ``"marglik"``, ``"gridsearch"`` or ``"val_gd"``.
             prior_structure: Which tensors share a precision, see `prior_groups`.
             val_loader: Validation batches with labels.
-            train_loader: For ``"auto"`` and ``"loo"``: the training data, if not those of the fit
-                in this process.
+            train_loader: For ``"auto"``, ``"loo"`` and ``"marglik"``: the training data, if not
+                those of the fit in this process.
             link_approx: Link of the predictive that is scored.
             n_samples: Samples for ``"mc"``, common to all priors compared.
             tune_sigma_noise: For ``"marglik"`` of a regression: also the observation noise.
             correction: For ``"marglik"``: take in the gradient term that the evidence has because
-                trained weights are no mode of the prior, where the fit has measured it; yes unless
-                ``False``.
+                trained weights are no mode of the prior; measured in a pass over the training data
+                the first time. ``None`` does where it can, and warns where it cannot.
             progress_bar: Show progress over the batches.
             verbose: Print the result.
             **kwargs: As listed with the methods.
@@ -121,8 +121,11 @@ class TunedLaplace(PredictedLaplace):
                 if kwargs or prior_structure == "diag":
                     self._laplace_marglik(prior_structure, tune_sigma_noise, kwargs)
                 else:
-                    settings = tuner.marginal_likelihood(
-                        prior_structure, tune_sigma_noise, correction is not False
+                    corrected = self._measures_term(
+                        prior_structure, tune_sigma_noise, correction, data_of_fit, progress_bar
+                    )
+                    settings = Tuner(self.fitted).marginal_likelihood(
+                        prior_structure, tune_sigma_noise, corrected
                     )
             elif method == "gridsearch" and pred_type == "nn":
                 self._laplace_grid(val_loader, n_samples, kwargs)
@@ -136,13 +139,13 @@ class TunedLaplace(PredictedLaplace):
                     f"{method!r}"
                 )
             if settings is not None:
-                self.state = uncalibrated.with_settings(settings)
+                self.state = self.state.with_settings(settings)
             self.tuning = Tuning(method, self.prior_precision.detach(), reason, report)
         except BaseException:
             self.state = before  # laplace-torch's own loops write while they search
             raise
-        if method == "marglik" and self._train_loader is not None:
-            warn_if_wide(self.fitted, self._train_loader)
+        if method == "marglik" and data_of_fit is not None:
+            warn_if_wide(self.fitted, data_of_fit)
         if verbose:
             print(self.tuning)
 
@@ -186,6 +189,32 @@ class TunedLaplace(PredictedLaplace):
         if has_others:
             return "arguments of other methods are given"
         return why_not(self.fitted, train_loader) or ""
+
+    def _measures_term(
+        self,
+        structure: Structure,
+        tune_noise: bool,
+        correction: bool | None,
+        train_loader: Any,
+        progress_bar: bool,
+    ) -> bool:
+        """Measure the evidence's gradient term where it is wanted; return whether it is known."""
+        unused = tune_noise or (self.structure.couples_groups and structure != "scalar")
+        unwanted = correction is None and self._leaves_correction_out
+        if correction is False or unwanted or unused:
+            return False
+        try:
+            self.measure_gradient_term(train_loader, progress_bar)
+        except ValueError as error:
+            if correction:
+                raise
+            warnings.warn(
+                f"the prior is tuned without a part of the evidence, and may be far too weak: "
+                f"{error}",
+                stacklevel=4,
+            )
+            return False
+        return True
 
     def _laplace_marglik(
         self, structure: Structure, tune_noise: bool, kwargs: dict[str, Any]

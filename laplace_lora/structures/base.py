@@ -51,6 +51,19 @@ class Precision(Protocol):
         ...
 
 
+class GradientTerm(Protocol):
+    """What the evidence gains at weights that are no mode of the prior, ``½ bᵀ P⁻¹ b``."""
+
+    def term(self, prior: Tensor, scale: float | Tensor) -> Tensor:
+        """Return the term, a float64 scalar, or a lower bound of it.
+
+        Args:
+            prior: Prior precision, one or one per tensor; gradients flow through it.
+            scale: Factor of loss and curvature in the log joint.
+        """
+        ...
+
+
 class Structure(Protocol[Sums, Raw, Curvature]):
     """How curvature is held: summed up, then raw, then ready for a posterior."""
 
@@ -90,6 +103,21 @@ class Structure(Protocol[Sums, Raw, Curvature]):
 
     def solve(self, curvature: Curvature, rows: Tensor, delta: float) -> Tensor:
         """Return ``(curvature + δ)⁻¹`` times weight vectors, ``(n, parameters)``."""
+        ...
+
+    def gradient_term(
+        self, curvature: Curvature, gradient: Tensor, displacement: Tensor
+    ) -> GradientTerm | None:
+        """Return the evidence's gradient term, where it follows from the curvature itself.
+
+        Args:
+            curvature: Of the summed loss.
+            gradient: Of the summed loss, ``(parameters,)``.
+            displacement: Weights minus prior mean, ``(parameters,)``.
+
+        Returns:
+            The term; ``None`` where it takes a pass over the data, see `Subspace`.
+        """
         ...
 
     def bound(self: Self, engine: Engine) -> Self:

@@ -70,6 +70,11 @@ class Kron:
         """Return ``(curvature + δ)⁻¹`` times weight vectors, ``(n, parameters)``."""
         return (curvature.eigen + rows.new_tensor([delta])).bmm(rows)
 
+    def gradient_term(
+        self, curvature: KronCurvature, gradient: Tensor, displacement: Tensor
+    ) -> None:
+        """Return ``None``: the curvature is no exact one, or not of all directions."""
+
     def bound(self, engine: Engine) -> Kron:
         """Return the structure itself: factors know their sizes."""
         return self

@@ -13,8 +13,9 @@ from torch import Tensor
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.linalg.row_precision import RowPrecision, gram_matrix
-from laplace_lora.linalg.row_storage import RowStorage, free_space
+from laplace_lora.linalg.row_storage import RowStorage, by_tensor, free_space
 from laplace_lora.structures import sizes as memory
+from laplace_lora.structures.row_term import RowTerm
 from laplace_lora.structures.sizes import GIB
 
 GRAM_COPIES = 5  # matrix, eigenvectors and workspace of the eigendecomposition, in float64
@@ -24,8 +25,8 @@ GRAM_COPIES = 5  # matrix, eigenvectors and workspace of the eigendecomposition,
 class RowCurvature:
     """Rows ``Z`` with ``Zᵀ Z`` the curvature, and their Gram matrix's eigenpairs.
 
-    The eigenpairs are kept for one ratio between the tensors' prior precisions: a scalar prior
-    needs them once, another takes one pass over the rows, without the model, when first used.
+    The eigenpairs are kept for a scalar prior and for one other ratio between the tensors' prior
+    precisions, which takes one pass over the rows, without the model, when first used.
 
     Attributes:
         rows: The rows.
@@ -41,7 +42,8 @@ class RowCurvature:
         Args:
             pattern: ``R``: one value, one per tensor or one per weight.
         """
-        stored = self._eigen.get("latest")
+        place = "scalar" if len(pattern) == 1 else "latest"
+        stored = self._eigen.get(place)
         tolerance = 4 * torch.finfo(self.rows.working_dtype).eps
         # A prior that was only scaled has the same pattern, up to rounding.
         if (
@@ -56,8 +58,8 @@ class RowCurvature:
         real = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
         values, vectors = values[real].flip(0), vectors[:, real].flip(1)
         # No more directions than weights, where rows outnumber them.
-        self._eigen["latest"] = (pattern, values[:n_params], vectors[:, :n_params])
-        return self._eigen["latest"][1:]
+        self._eigen[place] = (pattern, values[:n_params], vectors[:, :n_params])
+        return self._eigen[place][1:]
 
     def precision(self, prior: Tensor, scale: Tensor) -> RowPrecision:
         """Return ``scale · Zᵀ Z + prior``, never formed."""
@@ -118,6 +120,14 @@ class Rows:
     def solve(self, curvature: RowCurvature, rows: Tensor, delta: float) -> Tensor:
         """Return ``(curvature + δ)⁻¹`` times weight vectors, ``(n, parameters)``."""
         return curvature.precision(rows.new_tensor([delta]), rows.new_tensor(1.0)).solve(rows)
+
+    def gradient_term(
+        self, curvature: RowCurvature, gradient: Tensor, displacement: Tensor
+    ) -> RowTerm | None:
+        """Return the evidence's gradient term; ``None`` where the rows do not see the gradient."""
+        values, vectors = curvature.eigenpairs(gradient.new_ones(1, dtype=torch.float64))
+        term = RowTerm(curvature.rows, values, vectors, gradient, displacement)
+        return term if term.is_exact else None
 
     def bound(self, engine: Engine) -> Rows:
         """Return the structure for a model's tensors.
@@ -273,13 +283,6 @@ class Rows:
                     f"{rows} rows of {sum(self.sizes)} numbers and their Gram matrix need "
                     f"{need / GIB:.2f} GiB of {where}, {free / GIB:.2f} GiB are free: {self.advice}"
                 )
-
-
-def by_tensor(values: Tensor, sizes: list[int]) -> list[Tensor]:
-    """Split one value in all, one per tensor or one per weight into the tensors' parts."""
-    if len(values) == 1:
-        return [values[0]] * len(sizes)
-    return list(values.split(sizes) if len(values) == sum(sizes) else values.unbind())
 
 
 def checked_rows(engine: Engine, i: int, block: Tensor) -> Tensor:

@@ -66,6 +66,11 @@ class Sketched:
             rows
         )
 
+    def gradient_term(
+        self, curvature: SketchedCurvature, gradient: Tensor, displacement: Tensor
+    ) -> None:
+        """Return ``None``: the curvature is no exact one, or not of all directions."""
+
     def bound(self, engine: Engine) -> Sketched:
         """Return the structure for a model's tensors."""
         return replace(self, sizes=tuple(engine.sizes))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.likelihoods.base import Likelihood
-from laplace_lora.structures.base import Precision, Structure
+from laplace_lora.structures.base import GradientTerm, Precision, Structure
 from laplace_lora.structures.subspace import Subspace
 
 SCALES = ("covariance_scale", "likelihood_temperature")
@@ -112,8 +112,8 @@ class PosteriorState:
         return torch.stack([part.sum() for part in squares.split(self.sizes)])
 
     @property
-    def has_gradient_term(self) -> bool:
-        """Whether the evidence's gradient term is known for the present prior mean."""
+    def has_subspace(self) -> bool:
+        """Whether there is a subspace, measured with the present prior mean."""
         if self.subspace is None:
             return False
         known, mean = self.subspace.prior_mean, self.settings.prior_mean
@@ -185,17 +185,16 @@ class Posterior:
         """Prior precision of each tensor, ``(tensors,)``, detached."""
         return self.settings.prior_precision.detach().expand(len(self.engine.blocks))
 
-    @property
-    def precision_by_tensor(self) -> Tensor:
-        """Prior precision of each tensor, ``(tensors,)``.
-
-        Raises:
-            ValueError: If there is one per weight.
-        """
-        prior = self.settings.prior_precision
-        if len(prior) not in (1, len(self.engine.blocks)):
-            raise ValueError("the gradient term takes one prior precision in all or per tensor")
-        return prior.expand(len(self.engine.blocks))
+    @cached_property
+    def gradient_term(self) -> GradientTerm | None:
+        """The evidence's gradient term; ``None`` before a pass over the data has measured it."""
+        state, gradient = self.state, self.state.loss_gradient
+        if gradient is not None:
+            displacement = self.mean - self.settings.prior_mean
+            term = self.structure.gradient_term(state.curvature, gradient, displacement)
+            if term is not None:
+                return term
+        return state.subspace if state.has_subspace else None
 
     @property
     def scale(self) -> Tensor:

@@ -49,17 +49,17 @@ class Subspace:
         kept = values > INDEPENDENT * values[-1]
         return scale.unsqueeze(1) * vectors[:, kept] * values[kept].rsqrt()
 
-    def term(self, precisions: Tensor, scale: float | Tensor) -> Tensor:
+    def term(self, prior: Tensor, scale: float | Tensor) -> Tensor:
         """Return the lower bound of ``½ bᵀ P⁻¹ b``.
 
         Args:
-            precisions: Prior precision of each tensor, ``(tensors,)``; gradients flow through it.
+            prior: Prior precision, one or one per tensor; gradients flow through it.
             scale: Factor of loss and curvature in the log joint.
 
         Returns:
             A float64 scalar.
         """
-        precisions = precisions.double().expand(len(self.grams)).to(self.grams.device)
+        precisions = prior.double().expand(len(self.grams)).to(self.grams.device)
         b = -scale * self.gradient - precisions @ self.displacement
         matrix = scale * self.curvature + torch.einsum("t,tij->ij", precisions, self.grams)
         b, matrix = self.basis.T @ b, self.basis.T @ matrix @ self.basis

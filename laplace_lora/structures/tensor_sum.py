@@ -39,6 +39,9 @@ class TensorSum:
         """Shape of the tensor."""
         raise NotImplementedError
 
+    def gradient_term(self, curvature: Tensor, gradient: Tensor, displacement: Tensor) -> None:
+        """Return ``None``: the curvature is no exact one, or not of all directions."""
+
     def bound(self: Self, engine: Engine) -> Self:
         """Return the structure for a model's tensors."""
         return replace(self, sizes=tuple(engine.sizes))

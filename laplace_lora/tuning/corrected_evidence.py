@@ -1,7 +1,7 @@
 """The prior precision that maximises the evidence with its gradient term.
 
-See `Subspace` for the term. The scalar's evidence is looked at over the whole range, since it may
-have several maxima; groups climb from the best scalar.
+See `RowTerm` and `Subspace` for the term. The scalar's evidence is looked at over the whole range,
+since it may have several maxima; groups climb from the best scalar.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from laplace_lora.structures.base import Spectrum
+from laplace_lora.structures.base import GradientTerm, Spectrum
 from laplace_lora.structures.state import Posterior
-from laplace_lora.structures.subspace import Subspace
 from laplace_lora.tuning.line_search import refined
 
 PLATEAU = 0.01  # nats that do not count
@@ -38,8 +37,8 @@ def corrected_precision(posterior: Posterior, groups: Tensor) -> Tensor:
     Raises:
         FloatingPointError: If the evidence is nowhere credible.
     """
-    subspace = posterior.state.subspace
-    assert subspace is not None
+    gain = posterior.gradient_term
+    assert gain is not None
     spectra, squares = posterior.precision.spectra(), posterior.state.squared_norms
     scale, groups = float(posterior.scale.detach()), groups.to(squares.device)
     loss = scale * posterior.state.loss
@@ -47,8 +46,8 @@ def corrected_precision(posterior: Posterior, groups: Tensor) -> Tensor:
     bound = 0.0 if posterior.objective.is_classifier else math.inf
 
     def evidence(logs: Tensor) -> Tensor:
-        deltas = logs.to(squares).exp()[groups]
-        return _evidence(deltas, spectra, squares, subspace, scale) - loss
+        deltas = logs.to(squares).exp()
+        return _evidence(deltas, groups, spectra, squares, gain, scale) - loss
 
     def descent(log_delta: float) -> float:
         value = evidence(torch.full((count,), log_delta, dtype=torch.float64))
@@ -83,12 +82,19 @@ def corrected_precision(posterior: Posterior, groups: Tensor) -> Tensor:
 
 
 def _evidence(
-    deltas: Tensor, spectra: list[Spectrum], squares: Tensor, subspace: Subspace, scale: float
+    precisions: Tensor,
+    groups: Tensor,
+    spectra: list[Spectrum],
+    squares: Tensor,
+    gain: GradientTerm,
+    scale: float,
 ) -> Tensor:
     """Return the log evidence less the log likelihood."""
+    deltas = precisions[groups]
     log_det: Any = sum(
         (times * torch.log1p(e.double() / delta)).sum()
         for spectrum, delta in zip(spectra, deltas, strict=True)
         for e, times in spectrum
     )
-    return subspace.term(deltas, scale) - 0.5 * (log_det + (deltas * squares).sum())
+    prior = precisions if len(precisions) == 1 else deltas
+    return gain.term(prior, scale) - 0.5 * (log_det + (deltas * squares).sum())

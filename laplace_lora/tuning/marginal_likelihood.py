@@ -35,7 +35,7 @@ def maximise(
     if tune_noise and not posterior.objective.has_noise:
         raise ValueError("only a regression has observation noise to tune")
     coupled = posterior.structure.couples_groups and int(groups.max()) > 0
-    if correction and not tune_noise and not coupled and posterior.state.has_gradient_term:
+    if correction and not tune_noise and not coupled and posterior.gradient_term is not None:
         start = posterior.with_settings(first_precision(posterior))
         precisions = corrected_precision(start, groups)
         return with_precisions(posterior, precisions[groups], groups)

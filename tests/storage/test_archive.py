@@ -28,7 +28,7 @@ def test_a_posterior_comes_back_bit_for_bit(cls, kwargs, tmp_path):
     assert torch.equal(again.log_marginal_likelihood(), la.log_marginal_likelihood())
     assert torch.equal(again.prior_precision, la.prior_precision)
     assert again.arguments() == la.arguments()
-    again.optimize_prior_precision(prior_structure="scalar")
+    again.optimize_prior_precision(prior_structure="scalar", train_loader=loader())
     again.fit(loader(), override=False)
     assert again.n_data == 2 * la.n_data
 

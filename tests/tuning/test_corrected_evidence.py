@@ -2,13 +2,20 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace, LowRankLoraLaplace
+from laplace_lora import (
+    DiagLoraLaplace,
+    FullLoraLaplace,
+    KronLoraLaplace,
+    LoraEF,
+    LowRankLoraLaplace,
+)
 from support.batches import loader
 from support.models import peft_model
 from support.posteriors import CLASSES, LOW, posterior
@@ -56,15 +63,63 @@ def full_term(la, delta):
 def test_the_term_is_a_lower_bound_of_the_exact_one(cls, kwargs):
     la = cls(peft_model("bert"), "classification", **kwargs)
     la.fit(loader())
+    la.measure_gradient_term()
     for delta in (0.1, 1.0, 50.0):
         exact = full_term(la, delta)
-        found = la.state.subspace.term(torch.tensor([delta]), 1.0)
-        assert 0.5 * exact < found <= exact * (1 + 1e-9)
+        found = la.fitted.gradient_term.term(torch.tensor([delta]), 1.0)
+        assert 0.5 * exact < found <= exact * (1 + 1e-7)
+
+
+@pytest.mark.parametrize("delta", [1e-2, 1.0, 100.0])
+def test_exact_posteriors_have_the_term_itself_in_closed_form(delta, tmp_path):
+    la = FullLoraLaplace(peft_model("bert"), "classification")
+    la.fit(loader())
+    plain = la.log_marginal_likelihood(torch.tensor([delta]))
+    found = la.log_marginal_likelihood(torch.tensor([delta]), correction=True)
+    assert la.state.subspace is None  # no pass over the data was needed
+    assert_near(found - plain, full_term(la, delta), 1e-7)
+    la.save_pretrained(tmp_path)
+    loaded = FullLoraLaplace.from_pretrained(la.logits_model, tmp_path)
+    assert torch.equal(loaded.log_marginal_likelihood(correction=True), found)
+
+
+def test_the_closed_form_with_a_precision_per_tensor():
+    la = FullLoraLaplace(peft_model("bert"), "classification")
+    la.fit(loader())
+    prior = torch.rand(la.n_layers, generator=torch.Generator().manual_seed(0)).double() + 0.1
+    la.prior_precision = prior
+    P = la.posterior_precision.to_matrix().double()
+    weights = torch.cat([v.expand(n) for v, n in zip(prior, la.engine.sizes, strict=True)])
+    b = -la.state.loss_gradient - weights * la.mean
+    expected = 0.5 * b @ torch.linalg.solve(P, b)
+    term = la.fitted.gradient_term
+    assert_near(term.term(prior, 1.0), expected, 1e-9)
+    same = torch.full((la.n_layers,), 3.0, dtype=torch.float64)
+    assert_near(term.term(same, 2.0), term.term(same[:1], 2.0), 1e-9)
+    variable = prior.clone().requires_grad_()
+    torch.autograd.gradcheck(lambda value: term.term(value, 1.0), variable)
+    one = prior[:1].clone().requires_grad_()
+    torch.autograd.gradcheck(lambda value: term.term(value, 1.0), one)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"backend": LoraEF}, {"backend_kwargs": {"stochastic": True, "num_samples": 1}}]
+)
+def test_rows_that_do_not_see_the_gradient_are_not_inverted(kwargs):
+    la = FullLoraLaplace(peft_model("bert"), "classification", **kwargs)
+    torch.manual_seed(0)
+    la.fit(loader())
+    sees = "backend" in kwargs  # the empirical Fisher's rows are the examples' gradients
+    assert (la.fitted.gradient_term is not None) == sees
+    la.measure_gradient_term()
+    assert (la.state.subspace is None) == sees
 
 
 def test_further_directions_tighten_the_bound():
     la = posterior(**LOW)
+    la.measure_gradient_term()
     whole = la.state.subspace
+    assert len(whole.gradient) == 7  # the directions of the guide
     for delta in (0.1, 1.0, 50.0):
         values = []
         for m in (1, 2, 3, 5, 7):
@@ -109,25 +164,104 @@ def test_tuning_ends_at_a_maximum_and_wins(cls, kwargs, structure):
         assert la.log_marginal_likelihood(correction=True) <= best + 0.01
 
 
-def test_it_is_that_of_one_fit_at_one_prior_mean(tmp_path):
+def test_it_is_measured_when_an_evidence_is_first_asked_for():
+    la = posterior(**LOW)
+    assert la.state.subspace is None
+    la.optimize_prior_precision()
+    la.optimize_prior_precision(method="marglik", correction=False)
+    assert la.state.subspace is None
+    la.log_marginal_likelihood(correction=True)
+    measured = la.state.subspace
+    assert measured is not None
+    la.optimize_prior_precision(method="marglik")
+    assert la.state.subspace is measured
+    early = posterior(fit=False, **LOW)
+    early.fit(loader(), evidence_correction=True)
+    assert_near(early.state.subspace.curvature, measured.curvature, 1e-9)
+
+
+def test_another_prior_mean_is_measured_anew():
     la = posterior(**LOW)
     expected = la.log_marginal_likelihood(correction=True)
     la.prior_mean = 0.1
-    with pytest.raises(ValueError, match="gradient term is not known"):
-        la.log_marginal_likelihood(correction=True)
+    other = la.log_marginal_likelihood(correction=True)
+    assert abs(other - expected) > 1e-3
     la.prior_mean = 0.0
-    assert torch.equal(la.log_marginal_likelihood(correction=True), expected)
-    la.fit(loader(), override=False)
-    with pytest.raises(ValueError, match="gradient term is not known"):
-        la.log_marginal_likelihood(correction=True)
-    without = posterior(fit=False, **LOW)
-    without.fit(loader(), evidence_correction=False)
-    assert without.state.subspace is None
+    assert_near(la.log_marginal_likelihood(correction=True), expected, 1e-9)
+
+
+def test_a_fit_that_leaves_it_out_is_tuned_without_it():
+    la = posterior(fit=False, **LOW)
+    la.fit(loader(), evidence_correction=False)
+    la.optimize_prior_precision(method="marglik")
+    assert la.state.subspace is None
+    plain = la.prior_precision.clone()
+    la.optimize_prior_precision(method="marglik", correction=True)
+    assert not torch.equal(la.prior_precision, plain)
+
+
+@pytest.mark.parametrize("cls,kwargs", [(KronLoraLaplace, LOW), EXACT[0], EXACT[1]])
+def test_data_that_are_added_or_merged_count(cls, kwargs):
+    whole = posterior(cls, **kwargs, fit=False)
+    batches = list(loader())
+    twice = Batches([*batches, *batches], list(loader().dataset) * 2)
+    whole.fit(twice)
+    expected = whole.log_marginal_likelihood(correction=True)
+    added = posterior(cls, **kwargs)
+    added.log_marginal_likelihood(correction=True)
+    added.fit(loader(), override=False)
+    assert_near(added.log_marginal_likelihood(correction=True), expected, 1e-6)
+    merged = posterior(cls, **kwargs)
+    merged.merge([posterior(cls, **kwargs)])
+    assert_near(merged.log_marginal_likelihood(correction=True), expected, 1e-6)
+
+
+class Batches(list):
+    """Batches that are there already, as a loader."""
+
+    def __init__(self, batches, dataset):
+        super().__init__(batches)
+        self.dataset = dataset
+
+
+def test_without_the_data_it_says_what_it_needs(tmp_path):
+    la = posterior(name="bert", **LOW)
+    la.save_pretrained(tmp_path)
+    loaded = KronLoraLaplace.from_pretrained(la.logits_model, tmp_path)
+    with pytest.raises(ValueError, match="give `train_loader`"):
+        loaded.log_marginal_likelihood(correction=True)
+    with pytest.raises(ValueError, match="give `train_loader`"):
+        loaded.optimize_prior_precision(method="marglik", correction=True)
+    with pytest.warns(UserWarning, match="give `train_loader`"):
+        loaded.optimize_prior_precision(method="marglik")
+    with pytest.raises(ValueError, match="gives 3 examples, the fit saw 7"):
+        loaded.measure_gradient_term(loader(lengths=(3, 6, 4)))
+    loaded.prior_precision = 1.0
+    value = loaded.log_marginal_likelihood(correction=True, train_loader=loader())
+    assert_near(value, la.log_marginal_likelihood(correction=True), 1e-9)
+    loaded.optimize_prior_precision(method="marglik")
+    adopted = posterior(name="bert", **LOW)
+    adopted.adopt(la.curvature, 7, loader())
+    with pytest.raises(ValueError, match="was adopted"):
+        adopted.log_marginal_likelihood(correction=True)
+
+
+def test_an_evidence_above_zero_is_refused():
+    la = FullLoraLaplace(peft_model("bert"), "classification")
+    la.fit(loader())
+    la.state = replace(la.state, loss_gradient=30 * la.state.loss_gradient)
+    with pytest.raises(FloatingPointError, match="quadratic expansion does not hold"):
+        la.log_marginal_likelihood(torch.tensor([1e-4]), correction=True)
+    net, _, _, data = linear_regression(0)
+    regression = FullLoraLaplace(net, "regression", prior_precision=1.0, sigma_noise=1e-3)
+    regression.fit(data)
+    regression.log_marginal_likelihood(correction=True)  # densities may be above one
 
 
 def test_files_and_dictionaries_keep_it(tmp_path):
     la = KronLoraLaplace(peft_model("bert"), "classification")
     la.fit(loader())
+    la.measure_gradient_term()
     la.save_pretrained(tmp_path)
     loaded = KronLoraLaplace.from_pretrained(peft_model("bert"), tmp_path)
     again = KronLoraLaplace(peft_model("bert"), "classification")
@@ -148,7 +282,8 @@ def test_a_loader_that_runs_out_leaves_it_out():
             return self.batches
 
     la = DiagLoraLaplace(peft_model("bert"), "classification")
-    with pytest.warns(UserWarning, match="without its gradient term"):
-        la.fit(Once(loader()))
-    la.optimize_prior_precision(method="marglik")
+    with pytest.warns(UserWarning, match="is not measured: the training loader is empty"):
+        la.fit(Once(loader()), evidence_correction=True)
+    with pytest.warns(UserWarning, match="without a part of the evidence.* is empty"):
+        la.optimize_prior_precision(method="marglik")
     assert math.isfinite(float(la.prior_precision))

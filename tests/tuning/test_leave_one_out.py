@@ -146,9 +146,12 @@ def test_before_an_adapter_the_base_model_answers():
 
 def test_without_the_training_data_it_says_so():
     la = fitted()
-    other = fitted()
-    la.merge([other])
+    la.merge([fitted()])  # whose data are at hand
     la.optimize_prior_precision()
+    assert la.tuning.method == "loo"
+    la.adopt(la.curvature, la.n_data, loader(lengths=LENGTHS))
+    with pytest.warns(UserWarning, match="may be far too weak"):
+        la.optimize_prior_precision()
     assert la.tuning.method == "marglik"
     assert "not at hand" in str(la.tuning)
     with pytest.raises(ValueError, match="needs the training data"):
@@ -171,7 +174,8 @@ def test_the_default_goes_on_where_the_data_are_used_up():
     data = Stream(loader(lengths=LENGTHS).dataset, batch_size=3)
     la = fitted(data=data)
     Stream.is_used_up = True
-    la.optimize_prior_precision()
+    with pytest.warns(UserWarning, match="is empty"):
+        la.optimize_prior_precision()
     assert la.tuning.method == "marglik"
     assert "empty" in la.tuning.reason
 

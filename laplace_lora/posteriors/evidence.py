@@ -1,0 +1,101 @@
+"""`EvidenceLaplace`: the log evidence, and when its gradient term is measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora.fitting.fitter import Fitter
+from laplace_lora.models.autocast import in_full_precision
+from laplace_lora.posteriors.laplace_names import LaplaceNames
+
+
+class EvidenceLaplace(LaplaceNames):
+    """The log evidence; measures its gradient term when it is first asked for."""
+
+    _train_loader: Any = None  # all data of the fit, as long as they are at hand
+
+    @in_full_precision
+    def log_marginal_likelihood(
+        self,
+        prior_precision: Tensor | None = None,
+        sigma_noise: Tensor | None = None,
+        correction: bool = False,
+        train_loader: Any = None,
+    ) -> Tensor:
+        """Return the log evidence, differentiable in what is passed.
+
+        With the correction it is that of the quadratic expansion at weights that are no mode of
+        prior and likelihood: ``½ bᵀ P⁻¹ b`` more. `FullLoraLaplace` knows the term exactly, see
+        `RowTerm`; the others a lower bound, see `Subspace`, which takes one pass over the training
+        data when it is first asked for. Without it, laplace-torch's.
+
+        Args:
+            prior_precision: Replaces the present one.
+            sigma_noise: Replaces the present one, of a regression.
+            correction: Whether to add the gradient term, which `optimize_prior_precision` takes
+                in when it maximises the evidence.
+            train_loader: The training data, if not those of the fit in this process.
+
+        Returns:
+            A scalar in nats.
+
+        Raises:
+            ValueError: If the correction is asked for and needs training data that are not at hand
+                or are others than those of the fit, or there is a prior precision per weight.
+            FloatingPointError: If a classifier's corrected evidence is above zero, which would mean
+                labels with a probability above one: there the quadratic expansion does not hold.
+        """
+        value = super().log_marginal_likelihood(prior_precision, sigma_noise)
+        if not correction:
+            return value
+        self.measure_gradient_term(train_loader)
+        posterior = self.fitted
+        prior = posterior.settings.prior_precision
+        if len(prior) not in (1, len(posterior.names)):
+            raise ValueError("the gradient term takes one prior precision in all or per tensor")
+        assert posterior.gradient_term is not None
+        value = value + posterior.gradient_term.term(prior, posterior.scale).to(value)
+        if posterior.objective.is_classifier and float(value.detach()) > 0:
+            raise FloatingPointError(
+                f"the log evidence with its gradient term is {float(value.detach()):.1f} nats, "
+                "above zero: so far from a mode the quadratic expansion does not hold. Take a "
+                "stronger prior (prior_precision), or correction=False"
+            )
+        return value
+
+    @in_full_precision
+    def measure_gradient_term(self, train_loader: Any = None, progress_bar: bool = False) -> None:
+        """Measure what the evidence's gradient term needs, unless it is known already.
+
+        One pass over the training data. Files that are saved afterwards hold the result.
+
+        Args:
+            train_loader: The training data, if not those of the fit in this process.
+            progress_bar: Show progress over the batches.
+
+        Raises:
+            AttributeError: If the posterior has not been fitted.
+            ValueError: If the loss's gradient is not known, or the data are not at hand or are
+                others than those of the fit.
+        """
+        posterior = self.fitted
+        if posterior.gradient_term is not None:
+            return
+        loader = self._train_loader if train_loader is None else train_loader
+        if posterior.state.loss_gradient is None:
+            raise ValueError(
+                "the evidence's gradient term is not known: the curvature was adopted, or saved by "
+                "an early version, without the loss's gradient. Fit again, or take the evidence "
+                "without it (correction=False)"
+            )
+        if loader is None:
+            raise ValueError(
+                "the evidence's gradient term takes one pass over the training data, which are "
+                "not at hand: give `train_loader`, or take the evidence without it "
+                "(correction=False)"
+            )
+        with torch.no_grad():
+            self.state = Fitter(posterior).with_subspace(loader, progress_bar)

@@ -1,0 +1,94 @@
+"""The evidence's gradient term with the exact curvature of all weights together.
+
+Where the curvature is ``Zᵀ Z`` and the loss's gradient lies in the span of the rows, as with every
+exact root of the output Hessian, ``½ bᵀ P⁻¹ b`` needs no further pass and no bound: see `RowTerm`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from laplace_lora.linalg.row_precision import gram_matrix
+from laplace_lora.linalg.row_storage import RowStorage, by_tensor
+
+OUTSIDE = 1e-4  # share of the gradient's square that the rows may miss
+
+
+@dataclass(frozen=True)
+class RowTerm:
+    """``½ bᵀ (c Zᵀ Z + D)⁻¹ b`` with ``b = −c g − D d``, a function of the prior ``D``.
+
+    Under a scalar prior ``δ``, with eigenvalues ``λ`` and orthonormal eigenvectors of ``Zᵀ Z`` and
+    the coordinates ``g`` and ``d`` there, it is ``½ [Σ (c g + δ d)² / (c λ + δ) + δ ‖d⊥‖²]``, where
+    ``d⊥`` is what the rows do not see. Under any other, with ``g = Zᵀ w``, ``z = Z d`` and
+    ``K = Z D⁻¹ Zᵀ``, it is ``½ [dᵀ D d + c ‖w‖² − c (z − w)ᵀ (I + c K)⁻¹ (z − w)]``.
+
+    Attributes:
+        rows: ``Z``.
+        values: Positive eigenvalues of ``Z Zᵀ``, ``(k,)``, float64.
+        vectors: Their eigenvectors, ``(rows, k)``.
+        gradient: ``g``, of the summed loss, ``(parameters,)``.
+        displacement: ``d = θ − μ₀``, ``(parameters,)``.
+    """
+
+    rows: RowStorage
+    values: Tensor
+    vectors: Tensor
+    gradient: Tensor
+    displacement: Tensor
+
+    @cached_property
+    def _coordinates(self) -> tuple[Tensor, Tensor]:
+        """Coordinates of gradient and displacement."""
+        vectors = self.vectors / self.values.sqrt()
+        return self._on_rows(self.gradient) @ vectors, self._projected @ vectors
+
+    @cached_property
+    def _projected(self) -> Tensor:
+        return self._on_rows(self.displacement)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the rows see the gradient."""
+        whole = self.gradient.double().square().sum()
+        return bool(whole - self._coordinates[0].square().sum() <= OUTSIDE * whole)
+
+    def term(self, prior: Tensor, scale: float | Tensor) -> Tensor:
+        """Return the term.
+
+        Args:
+            prior: Prior precision, one or one per tensor; gradients flow through it.
+            scale: ``c``, factor of loss and curvature in the log joint.
+
+        Returns:
+            A float64 scalar.
+        """
+        prior = prior.double().to(self.gradient.device)
+        scale = torch.as_tensor(scale).double().to(prior)
+        g, d = self._coordinates
+        if len(prior) == 1:
+            unseen = self.displacement.double().square().sum() - d.square().sum()
+            seen = ((scale * g + prior * d).square() / (scale * self.values + prior)).sum()
+            return 0.5 * (seen + prior[0] * unseen.clamp(min=0))
+        w = self.vectors @ (g / self.values.sqrt())
+        parts = by_tensor(prior, self.rows.sizes)
+        gram = gram_matrix(self.rows, parts)
+        core = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) + scale * gram
+        gap = self._projected - w
+        squares = [part.double().square() for part in self.displacement.split(self.rows.sizes)]
+        own = sum((square * part).sum() for square, part in zip(squares, parts, strict=True))
+        fitted = scale * (w @ w - gap @ torch.linalg.solve(core, gap))
+        return 0.5 * (own + fitted)
+
+    def _on_rows(self, weights: Tensor) -> Tensor:
+        """Return ``Z`` times a weight vector, ``(rows,)``, float64."""
+        rows = self.rows
+        total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+        for i, part in enumerate(weights.double().to(rows.device).split(rows.sizes)):
+            for columns, Z in rows.pieces(i, torch.float64):
+                total += Z @ part[columns]
+        return total
