@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from laplace_lora.data.distributed import gather_for
-from laplace_lora.data.loaders import local_batches
+from laplace_lora.data.distributed import together
 from laplace_lora.evaluation.metrics import ece, nll
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.likelihoods.registry import likelihood_of
@@ -95,9 +94,9 @@ class LaplaceCallback(TrainerCallback):
                 labels or with labels out of range.
             TypeError: If a batch is neither mapping nor pair.
         """
-        posterior = self.posterior(self.trainer.model, self.likelihood, **self.kwargs).parts
         # Workers and samplers draw seeds; training is to see the numbers it would have seen.
-        with torch.random.fork_rng():
+        with together(everyone=True), torch.random.fork_rng():
+            posterior = self.posterior(self.trainer.model, self.likelihood, **self.kwargs).parts
             training = {"training": self.trainer.get_train_dataloader()}
             loaders = training | self._evaluation_loaders()
             for name, loader in loaders.items():
@@ -117,7 +116,8 @@ class LaplaceCallback(TrainerCallback):
     ) -> None:
         """Fit, tune, save, evaluate and log."""
         try:
-            self._finish(args)
+            with together(everyone=True):
+                self._finish(args)
         except Exception:
             if self.save and args.should_save:
                 self.trainer.model.save_pretrained(args.output_dir)
@@ -169,11 +169,14 @@ class LaplaceCallback(TrainerCallback):
             raise RuntimeError("there is no posterior yet; it is fitted when training ends")
         loader = self.trainer.get_test_dataloader(dataset)
         progress = not self.trainer.args.disable_tqdm
-        batches = local_batches(loader, "Predicting", progress, la.fitted.by_example)
-        parts = [self._predicted(la, batch) for batch in batches]
-        gather = gather_for(loader)
-        columns = [gather(torch.cat(column)) for column in zip(*parts, strict=True)]
-        return columns[0] if self._objective.is_classifier else tuple(columns)
+        with together(loader, device=la.fitted.device) as team:
+            batches = team.batches(loader, "Predicting", progress, la.fitted.by_example)
+            parts = [self._predicted(la, batch) for batch in batches]
+            names = ("p",) if self._objective.is_classifier else ("mean", "covariance")
+            columns = tuple(team.rows(**_by_name(names, parts)).values())
+            if not columns:
+                raise ValueError("there is nothing to predict: the data set is empty")
+        return columns[0] if self._objective.is_classifier else columns
 
     def _predicted(self, la: LoraLaplace, batch: Any) -> tuple[Tensor, ...]:
         """Return probabilities, or mean and covariance."""
@@ -190,15 +193,20 @@ class LaplaceCallback(TrainerCallback):
     def _scores(
         self, la: LoraLaplace, loader: Any, progress: bool, prefix: str
     ) -> dict[str, float]:
-        batches = local_batches(loader, "Evaluating", progress, la.fitted.by_example)
-        parts = [self._scored(la, batch) for batch in batches]
-        gather = gather_for(loader)
-        labels, *predicted = (gather(torch.cat(column)) for column in zip(*parts, strict=True))
+        with together(loader, device=la.fitted.device) as team:
+            batches = team.batches(loader, "Evaluating", progress, la.fitted.by_example)
+            parts = [self._scored(la, batch) for batch in batches]
+            rows = team.rows(**_by_name(("labels", "laplace", "map"), parts))
+        labels, *predicted = rows.values()
         metrics: dict[str, float] = {}
         for name, p in zip(("laplace", "map"), predicted, strict=True):
             scores = {"nll": nll(p, labels), "ece": ece(p, labels)}
             metrics |= {f"{prefix}_{name}_{score}": value for score, value in scores.items()}
         return metrics
+
+
+def _by_name(names: Sequence[str], rows: Sequence[tuple[Tensor, ...]]) -> dict[str, list[Tensor]]:
+    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
 
 def implied_likelihood(trainer: Any, options: Mapping[str, Any]) -> str:

@@ -46,6 +46,15 @@ def one_example(batch: Batch, n: int) -> Batch:
     return _examples(batch, slice(n, n + 1))
 
 
+def on_cpu(batch: Any) -> Any:
+    """Return a batch with its tensors on the CPU."""
+    if isinstance(batch, Mapping):
+        return {key: on_cpu(value) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return [on_cpu(part) for part in batch]
+    return batch.cpu() if isinstance(batch, Tensor) else batch
+
+
 def model_inputs(batch: Batch) -> Any:
     """Return what the model is called with: a whole mapping or tensor, or a pair's first part."""
     return batch if isinstance(batch, Mapping | Tensor) else batch[0]

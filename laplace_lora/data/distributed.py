@@ -1,164 +1,259 @@
-"""Iterate over sharded data without counting duplicates, and combine results across processes.
+"""`together`: work that several processes share, from which all return or none does.
 
-Loaders with a `torch.utils.data.DistributedSampler` and accelerate's loaders repeat examples so
-that all processes see equally many; the repeats are left out here.
+A process that fails alone would leave the others waiting in their next collective. So there is no
+collective but those of `Together`, each of which begins with an exchange of reports, and the block
+ends with one more: what one process raises, all hear of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils.data import DistributedSampler
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from laplace_lora.data.batches import Batch, batch_length, first_examples
+from laplace_lora.data.batches import Batch
+from laplace_lora.data.loaders import progress
+from laplace_lora.data.shares import is_sharded, processes, share_of
 
-LocalCount = Callable[[int, int, int], int]
-
-
-def processes() -> int:
-    """Return the number of processes that share the work."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+T = TypeVar("T")
 
 
-def is_main() -> bool:
-    """Return whether this is the process that shows progress."""
-    return processes() == 1 or dist.get_rank() == 0
-
-
-def is_sharded(loader: object) -> bool:
-    """Return whether a loader gives each process different examples.
-
-    Raises:
-        TypeError: If accelerate dispatches batches from the main process, whose repeats cannot be
-            told apart.
-    """
-    return processes() > 1 and _local_count(loader) is not None
-
-
-def without_repeats(
-    loader: Iterable[Batch], batches: Iterable[Batch] | None = None
-) -> Iterator[Batch]:
-    """Yield a loader's batches without the examples that another process counts.
+class OtherProcessFailed(RuntimeError):
+    """Another process failed; this one ends with it.
 
     Args:
-        loader: Any loader; the batches of one that is not sharded are yielded unchanged.
-        batches: The loader in a wrapper, such as a progress bar; ``None`` for the loader itself.
+        rank: Which process.
+        error: What it raised.
+
+    Attributes:
+        kind: Name of the error's class.
     """
-    local_count = _local_count(loader) if processes() > 1 else None
-    seen = 0
-    for index, batch in enumerate(loader if batches is None else batches):
-        if local_count is None:
-            yield batch
-            continue
-        size = batch_length(batch)
-        count = max(0, min(local_count(index, seen, size), size))
-        seen += size
-        if count:
-            yield batch if count == size else first_examples(batch, count)
+
+    def __init__(self, rank: int, error: tuple[str, str]) -> None:
+        super().__init__(f"process {rank} failed: {': '.join(error)}")
+        self.kind = error[0]
 
 
-def agree(error: BaseException | None, signature: object) -> None:
-    """Let all processes continue together, or fail together.
+class ProcessLost(RuntimeError):
+    """Another process has ended, or cannot be reached."""
 
-    A process that was killed silently (e.g. out of memory) is noticed by gloo at once; NCCL waits
-    for the timeout of its process group.
+
+@contextmanager
+def together(
+    *loaders: object, everyone: bool = False, device: torch.device | str = "cpu"
+) -> Iterator[Together]:
+    """Share work with the other processes, where they share a loader.
+
+    However a process leaves the block, all leave it: with their results, or with an error each. A
+    process that was killed silently (e.g. out of memory) is noticed by gloo at once; NCCL waits for
+    the timeout of its process group. Nothing is exchanged where no loader is shared.
 
     Args:
-        error: The error raised in this process, if any.
-        signature: Must be equal in all processes; ``None`` where a process had no data.
+        *loaders: What the work iterates over, see `share_of`.
+        everyone: All processes take part, whatever the loaders.
+        device: Where a process without examples gets the others' rows.
 
     Raises:
-        BaseException: The error of this process.
-        RuntimeError: If another process failed, had no data, has a different signature, or ended.
+        OtherProcessFailed: If another process failed.
+        ProcessLost: If another process has ended.
+        RuntimeError: If the processes do different things.
+        TypeError: As `share_of`.
     """
-    if processes() == 1:
-        if error is not None:
-            raise error
-        return
-    reports: list[Any] = [None] * processes()
-    message = None if error is None else f"{type(error).__name__}: {error}"
+    shared = (everyone and processes() > 1) or any(map(is_sharded, loaders))
+    team = Together(shared, device)
     try:
-        dist.all_gather_object(reports, (message, signature))
-    except RuntimeError as lost:
-        raise RuntimeError("another process has ended or cannot be reached") from lost
-    if error is not None:
-        raise error
-    for rank, (text, _) in enumerate(reports):
-        if text is not None:
-            raise RuntimeError(f"process {rank} failed: {text}")
-    for rank, (_, other) in enumerate(reports):
-        if other is None:
-            raise RuntimeError(f"process {rank} got no examples; use fewer processes")
-    for rank, (_, other) in enumerate(reports):
-        if other != signature:
-            raise RuntimeError(
-                f"process {rank} sums different tensors than process {dist.get_rank()}"
-            )
+        yield team
+    except ProcessLost:
+        raise
+    except Exception as error:
+        team.end(error)
+        raise
+    team.end(None)
 
 
-def add_up(tensors: Sequence[Tensor]) -> None:
-    """Replace tensors by their sums over all processes, in place."""
-    for tensor in tensors:
-        dist.all_reduce(tensor)
-
-
-def gather_for(loader: object) -> Callable[[Tensor], Tensor]:
-    """Return a function from this process's rows to those of all processes.
-
-    It takes ``(rows, ...)``; the number of rows may differ between processes.
+class Together:
+    """One process's part in shared work; alone, every method returns what it is given.
 
     Args:
-        loader: Source of the rows; if it is not sharded the function changes nothing.
+        shared: Whether other processes take part.
+        device: Where a process without examples gets the others' rows.
+
+    Attributes:
+        shared: As given.
     """
-    return gather if is_sharded(loader) else lambda tensor: tensor
+
+    def __init__(self, shared: bool, device: torch.device | str = "cpu") -> None:
+        self.shared = shared
+        self._device = device
+        self._over = not shared
+        self._places: list[Tensor] | None = None  # of a shared loader's examples
+
+    def batches(
+        self,
+        loader: Iterable[Batch],
+        title: str,
+        progress_bar: bool = False,
+        by_example: Callable[[Any], Any] | None = None,
+    ) -> Iterator[Any]:
+        """Iterate over this process's share of a loader, without the examples that others count.
+
+        Args:
+            loader: Any loader; one that is not shared is iterated over as a whole.
+            title: Title of the progress bar.
+            progress_bar: Show progress, in the main process.
+            by_example: From a batch to the form in which every row is an example.
+
+        Yields:
+            Batches with at least one example, if the loader is shared.
+        """
+        share = share_of(loader) if self.shared else None
+        self._places = None
+        self._exchange("batches")  # accelerate's loaders begin with a collective of their own
+        bar = progress(loader, progress_bar, title)
+        examples = bar if by_example is None else map(by_example, bar)
+        if share is None:
+            yield from examples
+            return
+        self._places = read = []
+        for batch, places in share.of(examples):
+            read.append(places)
+            yield batch
+
+    def rows(self, **columns: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return the rows of all processes, in the order of the data.
+
+        Args:
+            **columns: For each batch that was yielded, a tensor with a row per example. A column
+                that another process lacks is left out.
+
+        Returns:
+            Each column's tensors joined, ``(examples, ...)``; nothing where there were no batches.
+        """
+        joined = {name: torch.cat(list(parts)) for name, parts in columns.items() if parts}
+        if self._places is None:
+            return joined
+        local = {name: column.detach().cpu() for name, column in joined.items()}
+        places = torch.cat(self._places) if self._places else torch.empty(0, dtype=torch.long)
+        reports = [r for r in self._exchange("rows", (local, places)) if len(r[1])]
+        if not reports:
+            return {}
+        names = [n for n in reports[0][0] if all(n in report for report, _ in reports)]
+        order = torch.cat([places for _, places in reports]).argsort()
+        return {
+            name: torch.cat([report[name] for report, _ in reports])[order].to(
+                joined[name].device if name in joined else self._device
+            )
+            for name in names
+        }
+
+    def total(self, *values: float) -> list[float]:
+        """Return sums of numbers over all processes."""
+        reports = self._exchange("total", values)
+        return [sum(column) for column in zip(*reports, strict=True)]
+
+    def any_of(self, value: T | None) -> T | None:
+        """Return the value of the first process that has one."""
+        return next((v for v in self._exchange("value", value) if v is not None), None)
+
+    def all_of(self, value: T) -> list[T]:
+        """Return the values of all processes, in the order of their ranks."""
+        return self._exchange("values", value)
+
+    def agree(self, signature: object) -> None:
+        """Check that a value is the same in all processes.
+
+        Raises:
+            RuntimeError: If it is not.
+        """
+        for rank, other in enumerate(self._exchange("signature", signature)):
+            if other != signature:
+                self._over = True
+                raise RuntimeError(
+                    f"process {rank} sums different tensors than process {dist.get_rank()}"
+                )
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by their sums over all processes, in place."""
+        if self.shared:
+            self.agree([(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors])
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def share_main(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by the main process's, in place."""
+        if self.shared:
+            self.agree([(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors])
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return the rows of all processes in the order of their ranks, without a detour.
+
+        For large tensors on the device of collectives.
+
+        Args:
+            tensor: Shape ``(rows, ...)``; the number of rows may differ between processes.
+        """
+        if not self.shared:
+            return tensor
+        lengths = self._exchange("lengths", len(tensor))
+        # As bytes: not every backend knows every dtype.
+        padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        raw = padded.flatten().view(torch.uint8)
+        parts = [torch.empty_like(raw) for _ in lengths]
+        self._exchange("gather")  # that all have the memory
+        dist.all_gather(parts, raw)
+        whole = [part.view(tensor.dtype).view_as(padded) for part in parts]
+        return torch.cat([part[:length] for part, length in zip(whole, lengths, strict=True)])
+
+    def end(self, error: Exception | None) -> None:
+        """End the work: tell the others of an error, or hear of theirs; once."""
+        if not self._over:
+            self._exchange("end", error=error)
+            self._over = True
+
+    def _exchange(self, step: str, value: Any = None, error: Exception | None = None) -> list[Any]:
+        """Return what all processes give at a step, in the order of their ranks."""
+        if not self.shared:
+            return [value]
+        if self._over:
+            raise RuntimeError("the shared work is over")
+        message = None if error is None else (type(error).__name__, str(error))
+        reports: list[Any] = [None] * processes()
+        try:
+            dist.all_gather_object(reports, (step, message, value))
+        except RuntimeError as lost:
+            self._over = True
+            raise ProcessLost("another process has ended or cannot be reached") from lost
+        failures = {rank: text for rank, (_, text, _) in enumerate(reports) if text is not None}
+        self._over = bool(failures) or len({step for step, _, _ in reports}) > 1
+        if failures and error is None:
+            rank = min(failures)
+            raise OtherProcessFailed(rank, failures[rank])
+        if self._over and error is None:
+            steps = [f"process {rank}: {other}" for rank, (other, _, _) in enumerate(reports)]
+            raise RuntimeError(f"the processes do different things ({', '.join(steps)})")
+        return [value for _, _, value in reports]
 
 
-def common(tensor: Tensor) -> Tensor:
-    """Return the main process's tensor in all processes."""
-    if processes() > 1:
-        dist.broadcast(tensor, 0)
-    return tensor
+ALONE = Together(shared=False)
 
 
-def gather(tensor: Tensor) -> Tensor:
-    """Return the rows of all processes, ``(rows, ...)``, in the order of their ranks."""
-    lengths: list[Any] = [None] * processes()
-    dist.all_gather_object(lengths, len(tensor))
-    padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
-    padded[: len(tensor)] = tensor
-    parts = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model in a wrapper for training in parallel, whose forward pass is a collective.
 
-
-def _local_count(loader: object) -> LocalCount | None:
-    """Return how many examples of a batch this process counts, ``None`` without sharding.
-
-    The function takes the index of the batch, the number of examples in earlier batches, and the
-    number in this one.
+    Raises:
+        TypeError: If the wrapper has cut the weights to pieces.
     """
-    if type(loader).__name__ == "DataLoaderDispatcher":
-        raise TypeError(
-            "accelerate dispatches this loader's batches from the main process and repeats some; "
-            "prepare it with DataLoaderConfiguration(dispatch_batches=False)"
-        )
-    sampler = getattr(loader, "sampler", None)
-    if isinstance(sampler, DistributedSampler):
-        data: Any = sampler.dataset
-        n, replicas, rank = len(data), sampler.num_replicas, sampler.rank
-        local = len(range(rank, n, replicas))
-        return lambda index, seen, size: size if sampler.drop_last else local - seen
-    shard: Any = getattr(loader, "batch_sampler", None)  # accelerate need not be installed
-    if type(shard).__name__ != "BatchSamplerShard":
-        return None
-    n, rank, count = len(shard.batch_sampler.sampler), shard.process_index, shard.num_processes
-    whole = shard.batch_sampler.batch_size
-    if not shard.even_batches:
-        return lambda index, seen, size: size
-    if shard.split_batches:
-        return lambda index, seen, size: n - index * whole - rank * (whole // count)
-    return lambda index, seen, size: n - (index * count + rank) * whole
+    if type(model).__name__ == "FullyShardedDataParallel":
+        raise TypeError("the model's weights are sharded (FSDP); load it whole in each process")
+    if isinstance(model, DistributedDataParallel | DataParallel):
+        inner: nn.Module = model.module
+        return unwrapped(inner)
+    return model

@@ -1,16 +1,15 @@
-"""Iterate over loaders: with a progress bar, and over each process's share of the batches."""
+"""Iterate over loaders with a progress bar."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
-from laplace_lora.data.batches import Batch
-from laplace_lora.data.distributed import is_main, is_sharded, without_repeats
+from laplace_lora.data.shares import is_main, is_sharded
 
 T = TypeVar("T")
 
@@ -25,27 +24,6 @@ def progress(items: Iterable[T], shown: bool, title: str) -> Iterable[T]:
     """
     bar: Iterable[T] = tqdm(items, disable=not (shown and is_main()), desc=title)
     return bar
-
-
-def local_batches(
-    loader: Iterable[Batch],
-    title: str,
-    progress_bar: bool = False,
-    by_example: Callable[[Batch], Batch] | None = None,
-) -> Iterator[Batch]:
-    """Iterate over this process's share of a loader, without the examples that others count.
-
-    Args:
-        loader: Any loader; one that is not sharded is iterated over as a whole.
-        title: Title of the progress bar.
-        progress_bar: Show progress, in the main process.
-        by_example: From a batch to the form in which every row is an example.
-
-    Yields:
-        Batches with at least one example.
-    """
-    bar = progress(loader, progress_bar, title)
-    return without_repeats(loader, bar if by_example is None else map(by_example, bar))
 
 
 @dataclass(frozen=True)

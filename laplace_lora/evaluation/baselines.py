@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from laplace_lora.data.batches import Batch, batch_labels, model_inputs
+from laplace_lora.data.distributed import together
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.posteriors.factored import DiagLoraLaplace
@@ -87,14 +88,16 @@ class TemperatureScaling(MAP):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
-        pairs = [
-            (self.logits(model_inputs(batch)), batch_labels(batch, label_key))
-            for batch in val_loader
-        ]
-        if not pairs:
+        with together(val_loader) as team:
+            pairs = [
+                (self.logits(model_inputs(batch)), batch_labels(batch, label_key))
+                for batch in team.batches(val_loader, "")
+            ]
+            rows = team.rows(f=[f for f, _ in pairs], y=[y for _, y in pairs])
+        if not rows:
             raise ValueError("the validation loader is empty")
-        logits = torch.cat([f for f, _ in pairs]).double()
-        labels = torch.cat([y.to(logits.device) for _, y in pairs])
+        logits = rows["f"].double()
+        labels = rows["y"].to(logits.device)
 
         def loss(log_temperature: float) -> float:
             return float(F.cross_entropy(logits / math.exp(log_temperature), labels))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.data.batches import Batch, batch_labels, model_inputs
-from laplace_lora.data.loaders import progress
+from laplace_lora.data.distributed import Together, together
 from laplace_lora.evaluation.metrics import METRICS, entropy, ood_auroc, ood_fpr95
 from laplace_lora.evaluation.plots import plot_reports
 
@@ -117,14 +117,17 @@ def evaluate(
     """
     if bootstrap < 2:
         raise ValueError(f"bootstrap needs two resamples or more, got {bootstrap}")
-    scored = [
-        (*_probabilities(predict, batch), batch_labels(batch, label_key).cpu())
-        for batch in progress(loader, progress_bar, f"Evaluating {name}")
-    ]
-    if not scored:
-        raise ValueError("the loader is empty")
-    p, y = torch.cat([row[0] for row in scored]), torch.cat([row[2] for row in scored])
-    information = _joined([row[1] for row in scored])
+    with together(loader, ood_loader) as team:
+        batches = team.batches(loader, f"Evaluating {name}", progress_bar)
+        scored = _rows(team, predict, batches, lambda batch: batch_labels(batch, label_key).cpu())
+        if not scored:
+            raise ValueError("the loader is empty")
+        p, y, information = scored["p"], scored["labels"], scored.get("information")
+        if ood_loader is not None:
+            title = f"Evaluating {name}, out of distribution"
+            outside = _rows(team, predict, team.batches(ood_loader, title, progress_bar))
+            if not outside:
+                raise ValueError("the out-of-distribution loader is empty")
     if int(y.min()) < 0 or int(y.max()) >= p.shape[1]:
         raise ValueError(f"labels must lie in 0..{p.shape[1] - 1}, got {y.min()} to {y.max()}")
     values = {metric: function(p, y) for metric, function in METRICS.items()}
@@ -136,14 +139,7 @@ def evaluate(
     draws = [{m: f(p[i], y[i]) for m, f in METRICS.items()} for i in resampled(len(y))]
     uncertainty, ood_uncertainty = entropy(p), None
     if ood_loader is not None:
-        title = f"Evaluating {name}, out of distribution"
-        outside = [
-            _probabilities(predict, batch) for batch in progress(ood_loader, progress_bar, title)
-        ]
-        if not outside:
-            raise ValueError("the out-of-distribution loader is empty")
-        ood_uncertainty = entropy(torch.cat([row[0] for row in outside]))
-        ood_information = _joined([row[1] for row in outside])
+        ood_uncertainty, ood_information = entropy(outside["p"]), outside.get("information")
         scores = {"": (uncertainty, ood_uncertainty)}
         if information is not None and ood_information is not None:
             scores[" (MI)"] = (information, ood_information)
@@ -198,6 +194,27 @@ def _detection(scores: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
     return auroc | {f"OOD FPR95{kind}": ood_fpr95(*pair) for kind, pair in scores.items()}
 
 
+def _rows(
+    team: Together,
+    predict: Predict,
+    batches: Iterable[Batch],
+    labels: Callable[[Batch], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Return probabilities, labels and mutual information, where there are any, of all examples."""
+    columns: dict[str, list[Tensor | None]] = {"p": [], "labels": [], "information": []}
+    for batch in batches:
+        p, information = _probabilities(predict, batch)
+        row = (p, None if labels is None else labels(batch), information)
+        for column, value in zip(columns.values(), row, strict=True):
+            column.append(value)
+    present = {
+        name: [value for value in column if value is not None]
+        for name, column in columns.items()
+        if all(value is not None for value in column)
+    }
+    return team.rows(**present)
+
+
 def _probabilities(predict: Predict, batch: Batch) -> tuple[Tensor, Tensor | None]:
     """Return class probabilities, and mutual information where there is any."""
     with torch.no_grad():
@@ -214,8 +231,3 @@ def _probabilities(predict: Predict, batch: Batch) -> tuple[Tensor, Tensor | Non
             "predict must return probabilities that sum to 1; apply a softmax to logits"
         )
     return p, None if information is None else information.detach().cpu()
-
-
-def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    present = [part for part in parts if part is not None]
-    return torch.cat(present) if len(present) == len(parts) else None

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from laplace_lora.data.distributed import add_up, agree, common, is_sharded
-from laplace_lora.data.loaders import local_batches
+from laplace_lora.data.batches import on_cpu, one_example, splits_by_example
+from laplace_lora.data.distributed import Together
 from laplace_lora.fitting.passes import Pass, Sums
 from laplace_lora.fitting.snapshots import Snapshot
 from laplace_lora.models.modes import evaluation_mode
@@ -20,6 +18,7 @@ def accumulate(
     loader: Any,
     progress_bar: bool,
     snapshot: Snapshot | None,
+    team: Together,
 ) -> Sums:
     """Add up a loader's batches, those of all processes that share it.
 
@@ -29,32 +28,32 @@ def accumulate(
         loader: Batches with labels.
         progress_bar: Show progress, in the main process.
         snapshot: Where sums are kept on the way, ``None`` for nowhere.
+        team: The processes that share the loader.
 
     Raises:
         ValueError: If the loader is empty, labels are missing or out of range, or a snapshot is
             not of this fit.
         FloatingPointError: If the loss or the curvature is not finite; names batch and layer.
-        RuntimeError: If another process that shares the loader failed or had no examples.
+        OtherProcessFailed: If another process that shares the loader failed.
     """
-    shared = is_sharded(loader)
-    sums, failure = Sums(), None
-    if shared:
-        for tensor in data_pass.basis:
-            common(tensor)
-    try:
-        sums = _local_sums(posterior, data_pass, loader, progress_bar, snapshot)
-        if sums.state is None and not shared:
+    team.share_main(data_pass.basis)
+    sums, example = _local_sums(posterior, data_pass, loader, progress_bar, snapshot, team)
+    if not team.shared:
+        if sums.state is None:
             raise ValueError("the training loader is empty")
-    except Exception as error:
-        if not shared:
-            raise
-        failure = error  # the other processes must hear of it, or they would wait for ever
-    if shared:
-        agree(failure, None if sums.state is None else data_pass.signature(sums.state))
-        data_pass.combine(sums.state)
-        totals = torch.tensor([sums.loss, sums.n], dtype=torch.float64, device=posterior.device)
-        add_up([totals])
-        sums.loss, sums.n = totals[0].item(), int(totals[1].item())
+        return sums
+    has_data = sums.state is not None
+    if not all(team.all_of(has_data)):
+        # A process without examples takes another's, which shows what sums there are.
+        lent = team.any_of(example)
+        if lent is None:
+            raise ValueError("the training loader is empty")
+        if not has_data:
+            with evaluation_mode(posterior.model):
+                _, sums.state = data_pass.add(None, *posterior.split(lent))
+    data_pass.combine(sums.state, team, has_data)
+    sums.loss, n = team.total(sums.loss, sums.n)
+    sums.n = int(n)
     return sums
 
 
@@ -64,14 +63,18 @@ def _local_sums(
     loader: Any,
     progress_bar: bool,
     snapshot: Snapshot | None,
-) -> Sums:
+    team: Together,
+) -> tuple[Sums, Any]:
+    """Return the sums of this process's batches, and for others one of its examples."""
     earlier = None if snapshot is None else snapshot.read()
-    sums = Sums()
-    batches = local_batches(loader, data_pass.title, progress_bar, posterior.by_example)
+    sums, example = Sums(), None
+    batches = team.batches(loader, data_pass.title, progress_bar, posterior.by_example)
     with evaluation_mode(posterior.model):
         for index, batch in enumerate(batches):
             if earlier is not None and 0 < index < earlier[0].batches:
                 continue
+            if team.shared and example is None:
+                example = on_cpu(one_example(batch, 0) if splits_by_example(batch) else batch)
             x, y = posterior.split(batch)
             try:
                 loss, sums.state = data_pass.add(sums.state, x, y)
@@ -88,4 +91,4 @@ def _local_sums(
                 snapshot.write(sums)
     if snapshot is not None:
         snapshot.write(sums, complete=True)
-    return sums
+    return sums, example

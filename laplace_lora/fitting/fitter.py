@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from laplace_lora.curvature.loss_gradient import LossGradient
+from laplace_lora.data.distributed import Together, together
 from laplace_lora.fitting.accumulation import accumulate
 from laplace_lora.fitting.evidence_pass import subspace_of
 from laplace_lora.fitting.passes import FitSums, Pass, RowPass, Sums
@@ -45,7 +46,7 @@ class Fitter:
         evidence_correction: bool | None,
     ) -> PosteriorState:
         """Return the state at the model's current weights, see `LoraLaplace.fit`."""
-        posterior, structure = self.posterior, self.posterior.structure
+        posterior = self.posterior
         if not hasattr(train_loader, "dataset"):
             raise TypeError(
                 f"fit needs a DataLoader (an iterable with `dataset`), got "
@@ -55,14 +56,28 @@ class Fitter:
             raise ValueError("checkpoint_every needs checkpoint_dir")
         posterior.engine.is_verified = False  # data of another form may come
         snapshots: list[Snapshot] = []
+        with together(train_loader) as team:
 
-        def summed(data_pass: Pass) -> Sums:
-            snapshot = None
-            if checkpoint_dir is not None:
-                snapshot = Snapshot(checkpoint_dir, checkpoint_every, posterior, data_pass)
-                snapshots.append(snapshot)
-            return accumulate(posterior, data_pass, train_loader, progress_bar, snapshot)
+            def summed(data_pass: Pass) -> Sums:
+                snapshot = None
+                if checkpoint_dir is not None:
+                    snapshot = Snapshot(checkpoint_dir, checkpoint_every, posterior, data_pass)
+                    snapshots.append(snapshot)
+                return accumulate(posterior, data_pass, train_loader, progress_bar, snapshot, team)
 
+            state = self._summed_up(train_loader, summed, override, evidence_correction)
+            for snapshot in reversed(snapshots):
+                snapshot.remove()
+        return state
+
+    def _summed_up(
+        self,
+        train_loader: DataLoader[Any],
+        summed: Callable[[Pass], Sums],
+        override: bool,
+        evidence_correction: bool | None,
+    ) -> PosteriorState:
+        posterior, structure = self.posterior, self.posterior.structure
         sums = summed(self._first_pass(train_loader))
         if posterior.objective.predicts_tokens and sums.loss == 0:
             raise ValueError("no token of the training data has a label that counts: all are -100")
@@ -84,8 +99,6 @@ class Fitter:
                 state = replace(state, subspace=subspace_of(fitted, summed))
             except ValueError as error:  # a loader that cannot be iterated twice
                 warnings.warn(f"the gradient term is not measured: {error}", stacklevel=3)
-        for snapshot in reversed(snapshots):
-            snapshot.remove()
         return state
 
     def with_subspace(self, train_loader: Iterable[Any], progress_bar: bool) -> PosteriorState:
@@ -99,11 +112,12 @@ class Fitter:
             ValueError: If they are not those of the fit.
         """
         posterior = self.posterior
+        with together(train_loader) as team:
 
-        def summed(data_pass: Pass) -> Sums:
-            return accumulate(posterior, data_pass, train_loader, progress_bar, None)
+            def summed(data_pass: Pass) -> Sums:
+                return accumulate(posterior, data_pass, train_loader, progress_bar, None, team)
 
-        return replace(posterior.state, subspace=subspace_of(posterior, summed))
+            return replace(posterior.state, subspace=subspace_of(posterior, summed))
 
     def adopt(
         self, raw: Any, n_data: int, train_loader: Iterable[Any] | None = None
@@ -112,13 +126,8 @@ class Fitter:
         posterior = self.posterior
         loss, outputs = math.nan, getattr(posterior.model, "n_outputs", None)
         if train_loader is not None:
-            loss = 0.0
-            with evaluation_mode(posterior.model), torch.no_grad():
-                for batch in train_loader:
-                    x, y = posterior.split(batch)
-                    f = posterior.model(x)
-                    loss += posterior.objective.nll(f, y).item()
-                    outputs = f.shape[-1]
+            with together(train_loader) as team:
+                loss, outputs = self._loss_of(train_loader, team)
         if outputs is None:
             raise ValueError("the model does not say how many outputs it has; give `train_loader`")
         return self._state(raw, loss, None, n_data, outputs)
@@ -156,6 +165,18 @@ class Fitter:
             n_outputs,
             gradient,
         )
+
+    def _loss_of(self, loader: Iterable[Any], team: Together) -> tuple[float, int | None]:
+        """Return the summed loss, and the number of outputs."""
+        posterior, loss = self.posterior, 0.0
+        outputs: int | None = None
+        with evaluation_mode(posterior.model), torch.no_grad():
+            for batch in team.batches(loader, "", by_example=posterior.by_example):
+                x, y = posterior.split(batch)
+                f = posterior.model(x)
+                loss += posterior.objective.nll(f, y).item()
+                outputs = f.shape[-1]
+        return team.total(loss)[0], team.any_of(outputs)
 
     def _first_pass(self, loader: DataLoader[Any]) -> Pass:
         engine, structure = self.posterior.engine, self.posterior.structure

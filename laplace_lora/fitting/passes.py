@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from laplace_lora.curvature.loss_gradient import LossGradient
-from laplace_lora.data.distributed import add_up, gather
+from laplace_lora.data.distributed import Together
 from laplace_lora.linalg.row_storage import RowStorage
 
 
@@ -34,13 +33,18 @@ class Pass:
     title: str = "Fitting the posterior"
     basis: Sequence[Tensor] = ()
 
-    def signature(self, state: Any) -> Any:
-        """Return what must be equal in processes whose sums go together."""
-        return [tuple(tensor.shape) for tensor in self.tensors(state)]
+    def combine(self, state: Any, team: Together, has_data: bool) -> None:
+        """Take in what the other processes have summed up.
 
-    def combine(self, state: Any) -> None:
-        """Take in what the other processes have summed up."""
-        add_up(self.tensors(state))
+        Args:
+            state: The sums.
+            team: The processes.
+            has_data: Whether the sums are of this process's data, or only show what sums there are.
+        """
+        if not has_data:
+            for tensor in self.tensors(state):
+                tensor.zero_()
+        team.add_up(self.tensors(state))
 
     def resume(self, state: Any, stored: Sequence[Tensor]) -> None:
         """Put what an interrupted pass had summed up in the place of a first batch's sums."""
@@ -64,20 +68,18 @@ class FitSums:
 class RowPass(Pass):
     """A pass that collects rows, where others add up."""
 
-    def signature(self, state: FitSums) -> Any:
-        """Return what must be equal in processes whose rows go together."""
-        return [*state.curvature.sizes, str(state.curvature.dtype)]
-
-    def combine(self, state: FitSums) -> None:
+    def combine(self, state: FitSums, team: Together, has_data: bool) -> None:
         """Take in the rows of all processes, in the order of their ranks."""
         rows: RowStorage = state.curvature
+        team.agree([*rows.sizes, str(rows.dtype)])
         gathered = rows.like()
         for i in range(len(rows.sizes)):
-            # As bytes: not every backend knows every dtype.
-            local = rows.matrix(i).to(rows.device).view(torch.uint8)
-            gathered.append(i, gather(local).view(rows.dtype))
+            local = rows.matrix(i).to(rows.device)
+            gathered.append(i, team.gather(local if has_data else local[:0]))
         rows.take(gathered)
-        add_up([state.gradient.total])
+        if not has_data:
+            state.gradient.total.zero_()
+        team.add_up([state.gradient.total])
 
     def resume(self, state: FitSums, stored: Sequence[Tensor]) -> None:
         """Put the rows of an interrupted pass in the place of a first batch's."""

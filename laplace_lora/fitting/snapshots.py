@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from laplace_lora.data.distributed import processes
+from laplace_lora.data.shares import processes
 from laplace_lora.fitting.passes import Pass, Sums
 from laplace_lora.storage.files import write_whole
 from laplace_lora.storage.fingerprint import exact_fingerprint, identity

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from laplace_lora.adapters.peft_state import activate_adapter
+from laplace_lora.data.distributed import unwrapped
 from laplace_lora.data.pairs import is_pair, passes
 from laplace_lora.models.answers import AnswerPlace, checked_target_ids
 from laplace_lora.models.last_layer_model import head_tensors, last_linear, n_rows
@@ -56,6 +57,7 @@ class LogitsModel(nn.Module):
         mask_token_id: int | None = None,
     ) -> None:
         super().__init__()
+        model = unwrapped(model)
         self.model = model
         self.output = output
         self._base: Any
@@ -90,6 +92,7 @@ class LogitsModel(nn.Module):
         Raises:
             ValueError: If a `LogitsModel` comes with ``target_ids``, and as the constructor.
         """
+        model = unwrapped(model)
         if not isinstance(model, LogitsModel):
             return cls(model, target_ids=target_ids)
         if target_ids is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from laplace_lora.data.distributed import unwrapped
 from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
 from laplace_lora.models.logits_model import LogitsModel, wide
 from laplace_lora.models.narrowing import at_tokens, last_true
@@ -58,6 +59,7 @@ class TokenModel(LogitsModel):
                 "`target_ids` choose answers, likelihood='classification'; language modelling "
                 "predicts the whole vocabulary"
             )
+        model = unwrapped(model)
         if isinstance(model, LogitsModel) and not isinstance(model, cls):
             raise ValueError(
                 "likelihood='language_modeling' takes the PeftModel, not a LogitsModel"

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from laplace import FunctionalLLLaplace
 from laplace.curvature import CurvlinopsGGN
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_lora.curvature.backends import LoraGGN
-from laplace_lora.data.loaders import progress
+from laplace_lora.data.distributed import together
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.last_layer_model import LastLayerModel
 from laplace_lora.models.logits_model import LogitsModel
@@ -68,14 +67,18 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
             ValueError: If labels are missing, or the data are fewer than ``n_subset``.
         """
         features, labels = [], []
-        for batch in progress(train_loader, progress_bar, "Computing features"):
-            x, y = self.objective.split(batch, self.dict_key_y, self._device, self._dtype)
-            features.append(self.features(x))
-            labels.append(y)
-        data = TensorDataset(torch.cat(features), torch.cat(labels))
-        if len(data) < self.n_subset:
-            raise ValueError(f"n_subset is {self.n_subset}, but there are {len(data)} examples")
-        super().fit(DataLoader(data, batch_size=train_loader.batch_size), progress_bar=progress_bar)
+        with together(train_loader, device=self._device) as team:
+            for batch in team.batches(train_loader, "Computing features", progress_bar):
+                x, y = self.objective.split(batch, self.dict_key_y, self._device, self._dtype)
+                features.append(self.features(x))
+                labels.append(y)
+            rows = team.rows(features=features, labels=labels)
+        count = len(rows["labels"]) if rows else 0
+        if count < self.n_subset:
+            raise ValueError(f"n_subset is {self.n_subset}, but there are {count} examples")
+        data = TensorDataset(rows["features"], rows["labels"])
+        batch_size = train_loader.batch_size or self.n_subset  # accelerate's loaders have none
+        super().fit(DataLoader(data, batch_size=batch_size), progress_bar=progress_bar)
 
     def _glm_predictive_distribution(self, X: Any, joint: bool = False) -> tuple[Tensor, Tensor]:
         return super()._glm_predictive_distribution(self.features(X), joint)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from laplace_lora.data.distributed import OtherProcessFailed
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.autocast import in_full_precision
 from laplace_lora.posteriors.predicted import PredictedLaplace
@@ -109,7 +110,9 @@ class TunedLaplace(PredictedLaplace):
                 if not reason:
                     try:
                         settings, report = tuner.leave_one_out("scalar", data_of_fit, progress_bar)
-                    except ValueError as error:  # found out in its pass over the data
+                    except (ValueError, OtherProcessFailed) as error:  # in its pass over the data
+                        if isinstance(error, OtherProcessFailed) and error.kind != "ValueError":
+                            raise
                         method, reason = "marglik", str(error)
             elif method == "loo":
                 settings, report = tuner.leave_one_out(prior_structure, data_of_fit, progress_bar)

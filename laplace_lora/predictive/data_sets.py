@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.data.distributed import gather_for
-from laplace_lora.data.loaders import local_batches
+from laplace_lora.data.distributed import together
 from laplace_lora.likelihoods.links import Link, entropies
 from laplace_lora.likelihoods.quadrature import ENTROPY_POINTS, normal_points
 from laplace_lora.predictive.glm import Predictor
@@ -104,16 +103,14 @@ def predict(
 def _of_batches(
     predictor: Predictor, source: Iterable[Any], link: Link, progress_bar: bool
 ) -> Predictions:
-    batches = local_batches(source, "Predicting", progress_bar)
-    parts = [_of_batch(predictor, batch, link) for batch in batches]
-    if not parts:
-        raise ValueError("there is nothing to predict: the data are empty")
-    gather = gather_for(source)
-    joined: dict[str, Any] = {}
-    for field in fields(Predictions):
-        column = [getattr(part, field.name) for part in parts]
-        if all(value is not None for value in column):
-            joined[field.name] = gather(torch.cat(column))
+    with together(source, device=predictor.posterior.device) as team:
+        batches = team.batches(source, "Predicting", progress_bar)
+        parts = [_of_batch(predictor, batch, link) for batch in batches]
+        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Predictions)}
+        whole = {name: c for name, c in columns.items() if all(v is not None for v in c)}
+        joined: dict[str, Any] = team.rows(**whole)
+        if not joined:
+            raise ValueError("there is nothing to predict: the data are empty")
     return Predictions(**joined)
 
 

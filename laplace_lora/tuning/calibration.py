@@ -16,6 +16,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
+from laplace_lora.data.distributed import Together
 from laplace_lora.likelihoods.base import Likelihood, Scoring
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.state import Settings
@@ -66,7 +67,7 @@ class Calibration:
 
 
 def calibrate(
-    predictor: Predictor, loader: Any, scoring: Scoring, progress_bar: bool
+    predictor: Predictor, loader: Any, team: Together, scoring: Scoring, progress_bar: bool
 ) -> tuple[Settings, Calibration]:
     """Choose prior factor, covariance scale and likelihood temperature.
 
@@ -76,6 +77,7 @@ def calibrate(
     Args:
         predictor: Of a fitted classifier's posterior; its present settings are the start.
         loader: Validation batches with labels.
+        team: The processes that share the loader.
         scoring: How predictions are scored.
         progress_bar: Show progress over the batches.
 
@@ -88,7 +90,7 @@ def calibrate(
     posterior = predictor.posterior
     settings = posterior.settings
     groups = torch.zeros(len(posterior.names), dtype=torch.long)
-    cache = ValidationCache(predictor, loader, groups, scoring.readout, progress_bar)
+    cache = ValidationCache(predictor, loader, groups, scoring.readout, progress_bar, team=team)
     start = (
         0.0,
         math.log(settings.covariance_scale),

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.data.distributed import gather_for
+from laplace_lora.data.distributed import ALONE, Together
 from laplace_lora.likelihoods.base import Readout
 from laplace_lora.linalg.row_precision import RowPrecision, group_grams
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.tuning.validation_cache import labelled_batches
+from laplace_lora.tuning.validation_cache import labelled_batches, validation_rows
 
 
 class CoupledCache:
@@ -31,6 +31,7 @@ class CoupledCache:
         groups: Group of each trainable tensor, ``(tensors,)``.
         readout: Functions of the outputs that are scored.
         progress_bar: Show progress over the batches.
+        team: The processes that share the loader.
 
     Attributes:
         mean: Mean logits, ``(examples, outputs)``.
@@ -47,6 +48,7 @@ class CoupledCache:
         groups: Tensor,
         readout: Readout,
         progress_bar: bool = False,
+        team: Together = ALONE,
     ) -> None:
         posterior = predictor.posterior
         precision = posterior.precision
@@ -56,16 +58,15 @@ class CoupledCache:
         self.scale = precision.scale
         self.grams = torch.stack(group_grams(precision.rows, weights, group_of))
         means, labels, priors, onto = [], [], [], []
-        for x, y in labelled_batches(posterior, loader, progress_bar):
+        for x, y in labelled_batches(posterior, loader, team, progress_bar):
             mean, jacobians = predictor.readout_jacobians(x, readout)
             prior, projected = precision.group_moments(jacobians, group_of)
             means.append(mean)
             labels.append(y)
             priors.append(prior / precision.delta)
             onto.append(projected / precision.delta)
-        gather = gather_for(loader)
-        self.mean, self.y = gather(torch.cat(means)), gather(torch.cat(labels))
-        self.prior, self.onto = gather(torch.cat(priors)), gather(torch.cat(onto))
+        rows = validation_rows(team, mean=means, y=labels, prior=priors, onto=onto)
+        self.mean, self.y, self.prior, self.onto = rows.values()
 
     def covariance(self, factors: Tensor) -> Tensor:
         """Return the covariance with each group's prior precision multiplied by a factor.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from laplace_lora.adapters.start import zero_at_start
 from laplace_lora.curvature.engine import Engine
-from laplace_lora.data.distributed import is_sharded
+from laplace_lora.data.distributed import Together
 from laplace_lora.likelihoods.base import Readout
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.start import before_adapter
@@ -80,8 +80,6 @@ def why_not(posterior: Posterior, loader: Any) -> str | None:
         return f"a {objective.name} posterior has no class probabilities"
     if loader is None:
         return "the training data are not at hand"
-    if is_sharded(loader):
-        return "several processes share the training data"
     rows = state.n_data * max(state.n_outputs - 1, 1)
     trainable = sum(p.numel() for p in posterior.source.parameters() if p.requires_grad)
     if rows > ROWS or 4 * rows * trainable > BYTES:
@@ -93,7 +91,9 @@ def why_not(posterior: Posterior, loader: Any) -> str | None:
     return None
 
 
-def tune(posterior: Posterior, loader: Any, progress_bar: bool) -> tuple[Settings, LeaveOneOut]:
+def tune(
+    posterior: Posterior, loader: Any, team: Together, progress_bar: bool
+) -> tuple[Settings, LeaveOneOut]:
     """Choose a scalar prior precision by leave-one-out.
 
     Iterates once over the data: the Jacobians at the base model, and those at the trained weights.
@@ -101,6 +101,7 @@ def tune(posterior: Posterior, loader: Any, progress_bar: bool) -> tuple[Setting
     Args:
         posterior: A fitted posterior, uncalibrated.
         loader: Its training data.
+        team: The processes that share the loader.
         progress_bar: Show progress over the batches.
 
     Returns:
@@ -115,13 +116,14 @@ def tune(posterior: Posterior, loader: Any, progress_bar: bool) -> tuple[Setting
     groups = torch.zeros(len(posterior.names), dtype=torch.long)
     scalar = posterior.with_settings(first_precision(posterior))
     with _base_rows(posterior, readout) as rows:
-        cache = ValidationCache(Predictor(scalar), loader, groups, readout, progress_bar, rows.add)
+        options = (groups, readout, progress_bar, rows.add, team)
+        cache = ValidationCache(Predictor(scalar), loader, *options)
     if len(cache.y) != posterior.state.n_data:
         raise ValueError(
             f"the loader gives {len(cache.y)} examples, the fit saw {posterior.state.n_data}; "
             "leave-one-out needs the training data of the fit"
         )
-    linear = rows.linear_model(cache.y)
+    linear = rows.linear_model(cache.y, team)
     outputs = cache.mean.double()
     mode = linear.fitted_like(linear.nll(outputs))
     mean, _ = linear.leave_one_out(mode)
@@ -169,13 +171,15 @@ class _BaseRows:
                 block = block.new_zeros(()).expand(block.shape)
             self.jacobians[i].append(block.flatten(2))
 
-    def linear_model(self, labels: Tensor) -> LinearModel:
+    def linear_model(self, labels: Tensor, team: Together) -> LinearModel:
         """Return the base model, linearised in its adapter."""
-        means = torch.cat(self.means)
+        means = team.rows(means=self.means)["means"]
         gram = means.new_zeros(means.numel(), means.numel())
-        for parts, moves in zip(self.jacobians, self.moves, strict=True):
+        anywhere = [any(column) for column in zip(*team.all_of(self.moves), strict=True)]
+        for parts, moves in zip(self.jacobians, anywhere, strict=True):
             if moves:
-                rows = torch.cat(parts).flatten(0, 1).double()  # else rounding has negative signs
+                rows = team.rows(rows=parts)["rows"].flatten(0, 1)
+                rows = rows.double()  # else rounding has negative signs
                 gram += rows @ rows.T
         scale = float(self.posterior.scale)
         options = (self.posterior.objective, self.readout.relative, scale)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.data.distributed import together
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.state import Posterior, Settings
 from laplace_lora.tuning import leave_one_out
@@ -91,7 +92,8 @@ class Tuner:
                 "leave-one-out needs the training data, which a posterior keeps only in the "
                 "process that fitted it; give `train_loader`, or use method='marglik'"
             )
-        return leave_one_out.tune(self.posterior, train_loader, progress_bar)
+        with together(train_loader, device=self.posterior.device) as team:
+            return leave_one_out.tune(self.posterior, train_loader, team, progress_bar)
 
     def grid_search(
         self,
@@ -116,9 +118,11 @@ class Tuner:
         grid = torch.logspace(
             log_prior_prec_min, log_prior_prec_max, grid_size, base=log_prior_prec_base
         )
-        scoring = scoring_of(self.posterior, link, n_samples)
         scalar = self.posterior.with_settings(first_precision(self.posterior))
-        best, _ = grid_search(Predictor(scalar), val_loader, grid, scoring, loss, progress_bar)
+        with together(val_loader, device=scalar.device) as team:
+            scoring = scoring_of(self.posterior, link, n_samples, team=team)
+            options = (grid, scoring, loss, progress_bar, team)
+            best, _ = grid_search(Predictor(scalar), val_loader, *options)
         prior = torch.as_tensor([best], device=scalar.device, dtype=scalar.dtype)
         return replace(self.posterior.settings, prior_precision=prior)
 
@@ -138,14 +142,15 @@ class Tuner:
             ValueError: If the structure is unknown, or the validation loader is missing, empty or
                 without labels.
         """
-        scoring = scoring_of(self.posterior, link, n_samples)
         groups = prior_groups(self.posterior.names, structure)
         coupled = self.posterior.structure.couples_groups and int(groups.max()) > 0
         kind = CoupledCache if coupled else ValidationCache
-        cache: Cache = kind(
-            Predictor(self.posterior), val_loader, groups, scoring.readout, progress_bar
-        )
-        factors = descend(cache, groups, scoring, n_steps, lr)
+        predictor = Predictor(self.posterior)
+        with together(val_loader, device=self.posterior.device) as team:
+            scoring = scoring_of(self.posterior, link, n_samples, team=team)
+            options = (groups, scoring.readout, progress_bar)
+            cache: Cache = kind(predictor, val_loader, *options, team=team)
+            factors = descend(cache, groups, scoring, n_steps, lr)
         return with_precisions(self.posterior, self.posterior.prior_by_tensor * factors, groups)
 
     def calibrate(
@@ -158,8 +163,10 @@ class Tuner:
     ) -> tuple[Settings, Calibration]:
         """Return calibrated settings, and what they changed, see `calibrate`."""
         check_classifier(self.posterior.objective)
-        scoring = scoring_of(self.posterior, link, n_samples, generator)
-        return calibrate(Predictor(self.posterior), val_loader, scoring, progress_bar)
+        predictor = Predictor(self.posterior)
+        with together(val_loader, device=self.posterior.device) as team:
+            scoring = scoring_of(self.posterior, link, n_samples, generator, team)
+            return calibrate(predictor, val_loader, team, scoring, progress_bar)
 
 
 def _check_scalar(method: str, structure: Structure) -> None:

@@ -13,8 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from laplace_lora.data.distributed import common, gather_for
-from laplace_lora.data.loaders import local_batches
+from laplace_lora.data.distributed import ALONE, Together
 from laplace_lora.likelihoods.base import Readout, Scoring
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.predictive.glm import Predictor
@@ -38,7 +37,11 @@ class Cache(Protocol):
 
 
 def scoring_of(
-    posterior: Posterior, link: str, n_samples: int, generator: torch.Generator | None = None
+    posterior: Posterior,
+    link: str,
+    n_samples: int,
+    generator: torch.Generator | None = None,
+    team: Together = ALONE,
 ) -> Scoring:
     """Return how a posterior's predictions are scored; everything compared sees the same samples.
 
@@ -47,39 +50,49 @@ def scoring_of(
         link: Link approximation, see `Link`.
         n_samples: Samples of the ``"mc"`` link, common to everything compared.
         generator: Source of the samples.
+        team: The processes that share the data; all see the main process's samples.
     """
     noise = None
     if link == "mc":
         size = (n_samples, max(posterior.state.n_outputs - 1, 1))
         place: Any = {"dtype": posterior.dtype, "device": posterior.device}
-        noise = common(torch.randn(size, generator=generator, **place))
+        noise = torch.randn(size, generator=generator, **place)
+        team.share_main([noise])
     sigma = float(posterior.settings.sigma_noise.detach())
     return posterior.objective.scoring(Link(link, noise, TUNING_POINTS), sigma)
 
 
 def labelled_batches(
-    posterior: Posterior, loader: Any, progress_bar: bool
+    posterior: Posterior, loader: Any, team: Together, progress_bar: bool
 ) -> Iterator[tuple[Any, Tensor]]:
     """Yield each batch of this process, and its labels.
 
     Raises:
-        ValueError: If there is no loader, it is empty, or a batch has no labels.
+        ValueError: If there is no loader, or a batch has no labels.
     """
     if loader is None:
         raise ValueError("tuning on a validation set needs `val_loader`, a DataLoader with labels")
-    batches = 0
-    for batch in local_batches(
-        loader, "Evaluating validation set", progress_bar, posterior.by_example
-    ):
-        batches += 1
+    title = "Evaluating validation set"
+    for batch in team.batches(loader, title, progress_bar, posterior.by_example):
         yield posterior.split(batch)
-    if not batches:
+
+
+def validation_rows(team: Together, **columns: list[Tensor]) -> dict[str, Tensor]:
+    """Return the rows of all processes, see `Together.rows`.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    rows = team.rows(**columns)
+    if not rows:
         raise ValueError("the validation loader is empty")
+    return rows
 
 
 def validation_pass(
     predictor: Predictor,
     loader: Any,
+    team: Together,
     readout: Readout,
     progress_bar: bool,
     watch: Callable[[Any, Tensor], None] | None = None,
@@ -87,9 +100,9 @@ def validation_pass(
     """Yield functions of the outputs, labels and gram blocks of each batch, see `gram_blocks`.
 
     Raises:
-        ValueError: If there is no loader, it is empty, or a batch has no labels.
+        ValueError: If there is no loader, or a batch has no labels.
     """
-    for x, y in labelled_batches(predictor.posterior, loader, progress_bar):
+    for x, y in labelled_batches(predictor.posterior, loader, team, progress_bar):
         if watch is not None:
             watch(x, y)
         mean, blocks = predictor.gram_blocks(x, readout)
@@ -110,6 +123,7 @@ class ValidationCache:
         readout: Functions of the outputs that are scored.
         progress_bar: Show progress over the batches.
         watch: Called with what the model takes and the labels of each batch.
+        team: The processes that share the loader.
 
     Attributes:
         mean: Mean logits, ``(examples, outputs)``.
@@ -129,6 +143,7 @@ class ValidationCache:
         readout: Readout,
         progress_bar: bool = False,
         watch: Callable[[Any, Tensor], None] | None = None,
+        team: Together = ALONE,
     ) -> None:
         posterior = predictor.posterior
         prior = posterior.prior_by_tensor.tolist()
@@ -154,7 +169,8 @@ class ValidationCache:
         slots = [used.cumsum(0) - 1 for used in occupied]
         means, labels = [], []
         stored: list[list[Tensor]] = [[] for _ in sums]
-        for mean, y, blocks in validation_pass(predictor, loader, readout, progress_bar, watch):
+        batches = validation_pass(predictor, loader, team, readout, progress_bar, watch)
+        for mean, y, blocks in batches:
             shape = (len(mean), mean.shape[1], mean.shape[1])
             parts = [mean.new_zeros(*shape, int(used.sum())) for used in occupied]
             for i, grams in blocks:
@@ -165,9 +181,10 @@ class ValidationCache:
             labels.append(y)
             for group, part in zip(stored, parts, strict=True):
                 group.append(part)
-        gather = gather_for(loader)
-        self.mean, self.y = gather(torch.cat(means)), gather(torch.cat(labels))
-        self.products = [gather(torch.cat(group)) for group in stored]
+        products = {f"products{i}": group for i, group in enumerate(stored)}
+        rows = validation_rows(team, mean=means, y=labels, **products)
+        self.mean, self.y = rows["mean"], rows["y"]
+        self.products = [rows[name] for name in products]
         self.values = [
             (total[0, used] / total[1, used]).to(self.mean)
             for total, used in zip(sums, occupied, strict=True)

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from laplace_lora.data.distributed import gather_for
+from laplace_lora.data.distributed import ALONE, Together
 from laplace_lora.likelihoods.base import Scoring
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.tuning.validation_cache import Cache, validation_pass
+from laplace_lora.tuning.validation_cache import Cache, validation_pass, validation_rows
 
 Loss: TypeAlias = Metric | Callable[..., Any]
-Gather: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def grid_search(
@@ -30,6 +29,7 @@ def grid_search(
     scoring: Scoring,
     loss: Loss | None,
     progress_bar: bool,
+    team: Together = ALONE,
 ) -> tuple[float, Tensor]:
     """Score every scalar prior precision of a grid in one pass.
 
@@ -41,6 +41,7 @@ def grid_search(
         loss: A torchmetrics metric or a callable, fed as laplace-torch feeds it; ``None`` is the
             mean negative log likelihood, which stays finite where probabilities underflow.
         progress_bar: Show progress over the batches.
+        team: The processes that share the loader.
 
     Returns:
         The precision with the lowest loss, and all losses ``(values,)``.
@@ -48,18 +49,18 @@ def grid_search(
     Raises:
         ValueError: If there is no loader, it is empty, or a batch has no labels.
     """
-    tally = _tally(loss, len(grid), scoring)
-    gather = gather_for(loader)
+    tally = _tally(loss, len(grid), scoring, team)
     posterior = predictor.posterior
     grid = grid.to(device=posterior.device, dtype=posterior.dtype)
-    for mean, y, blocks in validation_pass(predictor, loader, scoring.readout, progress_bar):
+    batches = validation_pass(predictor, loader, team, scoring.readout, progress_bar)
+    for mean, y, blocks in batches:
         covariance = mean.new_zeros(len(grid), len(mean), mean.shape[1], mean.shape[1])
         for _, grams in blocks:
             for e, products in grams:
                 weights = 1 / (e.unsqueeze(1) + grid)
                 covariance += (products @ weights).movedim(-1, 0)
         tally.update(mean, covariance, y)
-    losses = tally.compute(gather)
+    losses = tally.compute(team)
     return float(grid[losses.nan_to_num(torch.inf).argmin()]), losses
 
 
@@ -96,40 +97,38 @@ def descend(cache: Cache, groups: Tensor, scoring: Scoring, n_steps: int, lr: fl
 class _Tally(Protocol):
     def update(self, mean: Tensor, covariance: Tensor, y: Tensor) -> None: ...
 
-    def compute(self, gather: Gather) -> Tensor: ...
+    def compute(self, team: Together) -> Tensor: ...
 
 
 class _MeanNll:
-    def __init__(self, scoring: Scoring) -> None:
+    def __init__(self, values: int, scoring: Scoring) -> None:
         self.scoring = scoring
-        self.total: Any = 0.0
+        self.totals = torch.zeros(values, dtype=torch.float64)
         self.count = 0
 
     def update(self, mean: Tensor, covariance: Tensor, y: Tensor) -> None:
-        self.total = self.total + self.scoring.nll(mean, covariance, y).double().sum(-1)
+        self.totals += self.scoring.nll(mean, covariance, y).double().sum(-1).cpu()
         self.count += len(y)
 
-    def compute(self, gather: Gather) -> Tensor:
-        total, count = torch.as_tensor(self.total), torch.tensor([self.count])
-        sums = gather(total.unsqueeze(0)).sum(0)
-        return sums / gather(count.to(sums.device)).sum()
+    def compute(self, team: Together) -> Tensor:
+        *totals, count = team.total(*self.totals.tolist(), self.count)
+        if not count:
+            raise ValueError("the validation loader is empty")
+        return torch.tensor(totals, dtype=torch.float64) / count
 
 
 class _RunningMetric:
     def __init__(self, metric: Metric, values: int, scoring: Scoring) -> None:
-        self.metrics = [copy.deepcopy(metric) for _ in range(values)]
+        self.metrics = [_alone(metric) for _ in range(values)]
         self.scoring = scoring
 
     def update(self, mean: Tensor, covariance: Tensor, y: Tensor) -> None:
         for metric, predicted in zip(
             self.metrics, self.scoring.metric_arguments(mean, covariance), strict=True
         ):
-            try:
-                metric.to(y.device).update(*predicted, y)
-            except TypeError:  # a metric of the mean alone
-                metric.update(predicted[0], y)
+            _feed(metric, *predicted, y)
 
-    def compute(self, gather: Gather) -> Tensor:
+    def compute(self, team: Together) -> Tensor:
         return torch.stack([metric.compute().sum().double() for metric in self.metrics])
 
 
@@ -137,25 +136,48 @@ class _Offline:
     def __init__(self, function: Callable[..., Any], values: int, scoring: Scoring) -> None:
         self.function = function
         self.scoring = scoring
-        self.columns: list[list[tuple[Tensor, ...]]] = [[] for _ in range(values)]
+        self.columns: dict[str, list[Tensor]] = {}
+        self.values = values
 
     def update(self, mean: Tensor, covariance: Tensor, y: Tensor) -> None:
-        for columns, predicted in zip(
-            self.columns, self.scoring.metric_arguments(mean, covariance), strict=True
-        ):
-            columns.append((*predicted, y))
+        for i, predicted in enumerate(self.scoring.metric_arguments(mean, covariance)):
+            for j, argument in enumerate((*predicted, y)):
+                self.columns.setdefault(f"{i}.{j}", []).append(argument)
 
-    def compute(self, gather: Gather) -> Tensor:
-        joined = [
-            [gather(torch.cat(column)) for column in zip(*columns, strict=True)]
-            for columns in self.columns
-        ]
-        return torch.tensor([float(self.function(*arguments)) for arguments in joined]).double()
+    def compute(self, team: Together) -> Tensor:
+        rows = validation_rows(team, **self.columns)
+        arguments: list[list[Tensor]] = [[] for _ in range(self.values)]
+        for name, column in rows.items():
+            arguments[int(name.split(".")[0])].append(column)
+        return torch.tensor([float(self.function(*each)) for each in arguments]).double()
 
 
-def _tally(loss: Loss | None, values: int, scoring: Scoring) -> _Tally:
+def _alone(metric: Metric) -> Metric:
+    """Return a copy that has no collectives of its own."""
+    copied = copy.deepcopy(metric)
+    copied.distributed_available_fn = lambda: False
+    return copied
+
+
+def _feed(metric: Metric, *arguments: Tensor) -> None:
+    *predicted, y = arguments
+    try:
+        metric.to(y.device).update(*predicted, y)
+    except TypeError:  # a metric of the mean alone
+        metric.update(predicted[0], y)
+
+
+def _tally(loss: Loss | None, values: int, scoring: Scoring, team: Together) -> _Tally:
     if loss is None:
-        return _MeanNll(scoring)
-    if isinstance(loss, Metric):
+        return _MeanNll(values, scoring)
+    if not isinstance(loss, Metric):
+        return _Offline(loss, values, scoring)
+    if not team.shared:
         return _RunningMetric(loss, values, scoring)
-    return _Offline(loss, values, scoring)
+
+    def value(*arguments: Tensor) -> Tensor:
+        metric = _alone(loss)
+        _feed(metric, *arguments)
+        return metric.compute().sum()
+
+    return _Offline(value, values, scoring)

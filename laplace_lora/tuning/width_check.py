@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from laplace_lora.data.loaders import local_batches
+from laplace_lora.data.distributed import together
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.state import Posterior
@@ -21,7 +21,8 @@ LIMIT = 0.1  # nats
 def warn_if_wide(posterior: Posterior, loader: Iterable[Any]) -> None:
     """Warn if the predictive of training examples is worse than the MAP's by more than 0.1 nats.
 
-    Looks at about a hundred examples. Likelihoods without class probabilities are left alone.
+    Looks at about a hundred examples of each process. Likelihoods without class probabilities are
+    left alone.
 
     Args:
         posterior: A tuned posterior.
@@ -29,16 +30,18 @@ def warn_if_wide(posterior: Posterior, loader: Iterable[Any]) -> None:
     """
     if not posterior.objective.is_classifier:
         return
-    scoring, predictor = scoring_of(posterior, QUADRATURE, 0), Predictor(posterior)
-    excess, seen = 0.0, 0
-    for batch in local_batches(loader, "", by_example=posterior.by_example):
-        x, y = posterior.split(batch)
-        mean, covariance = predictor.readout_moments(x, scoring.readout)
-        losses = [scoring.nll(mean, each, y) for each in (covariance, torch.zeros_like(covariance))]
-        excess += float((losses[0] - losses[1]).double().sum())
-        seen += len(y)
-        if seen >= EXAMPLES:
-            break
+    excess, seen = 0.0, 0.0
+    with together(loader) as team:
+        scoring, predictor = scoring_of(posterior, QUADRATURE, 0), Predictor(posterior)
+        for batch in team.batches(loader, "", by_example=posterior.by_example):
+            x, y = posterior.split(batch)
+            mean, wide = predictor.readout_moments(x, scoring.readout)
+            losses = [scoring.nll(mean, each, y) for each in (wide, torch.zeros_like(wide))]
+            excess += float((losses[0] - losses[1]).double().sum())
+            seen += len(y)
+            if seen >= EXAMPLES:
+                break
+        excess, seen = team.total(excess, seen)
     if seen and excess / seen > LIMIT:
         warnings.warn(
             f"the posterior predicts its training examples worse than the MAP, by "

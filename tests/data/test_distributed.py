@@ -6,14 +6,24 @@ import socket
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    SequentialSampler,
+)
 
 from laplace_lora import KronLoraLaplace
-from laplace_lora.data import distributed as sharding
+from laplace_lora.data import shares
+from laplace_lora.data.distributed import together
+from laplace_lora.data.shares import share_of
 from support.batches import LENGTHS, loader
 from support.posteriors import LOW
-from support.processes import BATCH, CASES, PROCESSES, brier, posterior_of, worker
+from support.processes import BATCH, CASES, KINDS, PROCESSES, brier, posterior_of, worker
 from support.references import assert_near
+from support.shared_calls import CALLS, data_of, posterior, result_of, whole
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +52,7 @@ def results(outcomes):
 
 
 @pytest.mark.parametrize("cls,kwargs", CASES)
-@pytest.mark.parametrize("kind", ["sampler", "accelerate", "split", "uneven"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_equal_one(results, kind, cls, kwargs):
     for found in results.values():
         one = posterior_of(cls, loader(), **kwargs)
@@ -74,12 +84,11 @@ def test_an_error_in_one_process_ends_all(results):
                 assert text.startswith("ValueError: labels must lie in 0..2")
             else:
                 assert text.startswith(
-                    f"RuntimeError: process {bad_rank} failed: ValueError: labels must lie"
+                    f"OtherProcessFailed: process {bad_rank} failed: ValueError: labels must lie"
                 )
         assert len(found["errors"]) == 2
-        others = "RuntimeError: process 1 failed: ValueError: no luck"
+        others = "OtherProcessFailed: process 1 failed: ValueError: no luck"
         assert found["second pass"] == ("ValueError: no luck" if rank else others)
-        assert found["few"] == "process 1 got no examples; use fewer processes"
         assert "dispatch_batches=False" in found["dispatched"]
 
 
@@ -91,13 +100,103 @@ def test_a_killed_process_ends_the_others_at_once(outcomes):
     assert killing["kept"]
 
 
+@pytest.mark.parametrize("call", CALLS)
+def test_every_call_gives_what_one_process_would(results, call):
+    expected = result_of(call, whole(call))
+    for found in results.values():
+        assert_near(found["shared"][call], expected, 1e-4)
+
+
+@pytest.mark.parametrize("call", [c for c in CALLS if c != "loo"])
+def test_a_process_may_have_no_examples(results, call):
+    expected = result_of(call, DataLoader(data_of(call)[:4], batch_size=4))
+    for found in results.values():
+        assert_near(found["lonely"][call], expected, 1e-4)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_that_fails_in_one_process_fails_in_all(results, call):
+    said = "ValueError: this example cannot be read"
+    bad = list(CALLS).index(call) % 2
+    assert results[bad]["broken"][call] == said
+    assert results[1 - bad]["broken"][call] == f"OtherProcessFailed: process {bad} failed: {said}"
+
+
+@pytest.mark.parametrize("place", ["loss", "metric", "rows"])
+def test_what_fails_after_the_data_fails_in_all(results, place):
+    assert results[1]["later"][place] == "ValueError: no luck"
+    assert results[0]["later"][place] == "OtherProcessFailed: process 1 failed: ValueError: no luck"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predictions_stand_in_the_order_of_the_data(results, kind):
+    expected = result_of("predict", whole("predict"))
+    for found in results.values():
+        assert_near(found["orders"][kind], expected)
+
+
+def test_a_model_in_ddp_is_unwrapped(results):
+    la = posterior()
+    expected = CALLS["fit"](la, loader()), la.predict(whole("predict")).probs[:5]
+    for found in results.values():
+        for one, other in zip(found["wrapped"], expected, strict=True):
+            assert_near(one, other)
+
+
 def test_alone_nothing_changes():
     data = loader(2)
-    assert not sharding.is_sharded(data)
-    assert [len(b["labels"]) for b in sharding.without_repeats(data)] == [2, 2, 2, 1]
-    assert sharding.processes() == 1 and sharding.is_main()
-    assert torch.equal(sharding.gather_for(data)(torch.ones(2)), torch.ones(2))
-    sampler = BatchSampler(SequentialSampler(range(3)), 2, drop_last=False)
-    assert list(sharding.without_repeats(DataLoader(range(3), batch_sampler=sampler)))[
-        1
-    ].tolist() == [2]
+    with together(data, everyone=True) as team:
+        assert not team.shared
+        assert [len(b["labels"]) for b in team.batches(data, "")] == [2, 2, 2, 1]
+        assert torch.equal(team.rows(x=[torch.ones(2)])["x"], torch.ones(2))
+        assert team.total(1, 2.5) == [1, 2.5] and team.any_of(None) is None
+
+
+@pytest.mark.parametrize(
+    ("sampler", "places"),
+    [
+        (lambda data: DistributedSampler(data, 2, 1, shuffle=False), [[1, 3], [5]]),
+        (lambda data: DistributedSampler(data, 1, 0), None),
+        (lambda data: SequentialSampler(data), None),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_samplers_are_found_wherever_they_are(monkeypatch, sampler, places, wrapped):
+    monkeypatch.setattr(shares, "processes", lambda: 2)
+    data = loader().dataset
+    own = sampler(data)
+    batches = {"batch_sampler": BatchSampler(own, 2, drop_last=False)} if wrapped else {}
+    share = share_of(DataLoader(data, **(batches or {"sampler": own, "batch_size": 2})))
+    if places is None:
+        assert share is None
+    else:
+        found = [share.counted(i, 2 * i, 2).tolist() for i in range(2)]
+        assert found == places
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+def test_what_cannot_be_counted_is_refused(monkeypatch):
+    monkeypatch.setattr(shares, "processes", lambda: 2)
+    data = loader().dataset
+    with pytest.raises(TypeError, match="deals its data out to 3 processes, but there are 2"):
+        share_of(DataLoader(data, sampler=DistributedSampler(data, 3, 1)))
+    streamed = DataLoaderShard(Stream())
+    with pytest.raises(TypeError, match="shares a stream by repeating"):
+        share_of(streamed)
+    batches = [[0, 1], [2, 3], [4]]
+    shard = BatchSamplerShard(batches, 2, 1)
+    share = share_of(DataLoader(data, batch_sampler=shard))  # batches of any size
+    assert [len(share.counted(i, 0, 2)) for i in range(2)] == [2, 0]
+    batches = FixedBatches(batches)
+    with pytest.raises(TypeError, match="repeats batches of FixedBatches"):
+        share_of(DataLoader(data, batch_sampler=BatchSamplerShard(batches, 2, 1)))
+    uneven = BatchSamplerShard(batches, 2, 1, even_batches=False)
+    assert share_of(DataLoader(data, batch_sampler=uneven)).counted(0, 0, 2).tolist() == [2, 3]
+
+
+class FixedBatches(list):
+    batch_size = 2

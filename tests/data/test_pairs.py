@@ -12,7 +12,8 @@ from laplace_lora import (
     KronLoraLaplace,
     KronLoraLLLaplace,
 )
-from laplace_lora.data import distributed as sharding
+from laplace_lora.data import shares
+from laplace_lora.data.batches import batch_length, first_examples
 from support.posteriors import DENSE, LOW
 from support.preferences import CHOSEN, half_of, pair_batch, pair_loader, reward_posterior, texts
 from support.references import assert_near
@@ -61,8 +62,8 @@ def test_the_fit_does_not_depend_on_batches_padding_and_form(cls, kwargs):
 
 def test_shares_of_a_sampler_count_pairs(monkeypatch):
     batch = pair_batch()
-    assert sharding.batch_length(batch) == 5
-    assert {len(v) for v in sharding.first_examples(batch, 2).values()} == {2}
+    assert batch_length(batch) == 5
+    assert {len(v) for v in first_examples(batch, 2).values()} == {2}
     la = reward_posterior(fit=False)
     examples = pair_loader(pad_to=(9, 9)).dataset
 
@@ -70,12 +71,13 @@ def test_shares_of_a_sampler_count_pairs(monkeypatch):
         halves = [half_of(row, name) for name in ("chosen", "rejected") for row in rows]
         return {key: torch.stack([half[key] for half in halves]) for key in halves[0]}
 
-    monkeypatch.setattr(sharding, "processes", lambda: 2)
+    monkeypatch.setattr(shares, "processes", lambda: 2)
     sampler = DistributedSampler(examples, 2, 1, shuffle=False)
     data = DataLoader(examples, 2, sampler=sampler, collate_fn=stacked)
-    batches = list(sharding.without_repeats(data, map(la.parts.by_example, data)))
-    assert [len(b["labels"]) for b in batches] == [2]  # of five, two are process 1's
-    assert torch.equal(batches[0]["input_ids_rejected"][1], examples[3]["input_ids_rejected"])
+    share = shares.share_of(data)
+    ((pairs, places),) = share.of(map(la.parts.by_example, data))
+    assert places.tolist() == [1, 3] and len(pairs["labels"]) == 2  # of five
+    assert torch.equal(pairs["input_ids_rejected"][1], examples[3]["input_ids_rejected"])
 
 
 BATCH = pair_batch()

@@ -3,18 +3,26 @@
 import os
 import signal
 import time
+from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
+from torchmetrics import MeanMetric
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace, LowRankLoraLaplace
 from laplace_lora.fitting import second_pass
+from laplace_lora.linalg.row_storage import RowStorage
 from support.batches import loader, token_batch
 from support.models import peft_model
 from support.posteriors import LOW
+from support.shared_calls import CALLS, Broken, data_of, posterior, result_of
 
 PROCESSES = 2
+PATIENCE = timedelta(seconds=60)  # after which a process that waits in vain says so
+KINDS = ("sampler", "accelerate", "split", "uneven")
 CORRECTED = {**LOW, "eigenvalue_correction": True}
 CASES = [
     (KronLoraLaplace, LOW),
@@ -26,12 +34,12 @@ CASES = [
 BATCH = token_batch((4, 2), seed=3)
 
 
-def shared_loader(kind, batch_size=2):
+def shared_loader(kind, batch_size=2, examples=None):
     """The same seven examples, dealt out to two processes; an uneven end in every way."""
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration
 
-    plain = DataLoader(loader().dataset, batch_size=batch_size)
+    plain = DataLoader(loader().dataset if examples is None else examples, batch_size=batch_size)
     if kind == "sampler":
         sampler = DistributedSampler(plain.dataset, shuffle=False)
         return DataLoader(plain.dataset, batch_size=batch_size, sampler=sampler)
@@ -49,7 +57,7 @@ def posterior_of(cls, data, **kwargs):
 def scenario_results(rank):
     """Fit in every way that data may be shared, and collect what each process sees."""
     results = {}
-    for kind in ("sampler", "accelerate", "split", "uneven"):
+    for kind in KINDS:
         for cls, kwargs in CASES:
             data = shared_loader(kind)
             la = posterior_of(cls, data, **kwargs)
@@ -93,18 +101,78 @@ def scenario_results(rank):
         results["second pass"] = f"{type(error).__name__}: {error}"
     second_pass.eigenbasis_diagonal = original
     assert torch.equal(la(BATCH), before)
-    few = DataLoader(
-        loader().dataset[:1], batch_size=1, sampler=DistributedSampler(loader().dataset[:1])
-    )
-    try:
-        posterior_of(KronLoraLaplace, few)
-    except RuntimeError as error:
-        results["few"] = str(error)
     try:
         posterior_of(KronLoraLaplace, shared_loader("dispatched"))
     except TypeError as error:
         results["dispatched"] = str(error)
     return results
+
+
+def outcome_of(work):
+    """Return what a call returns, or says when it fails."""
+    try:
+        return work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def calls_together():
+    """Make every call with shared data, with an empty share, and failing in one process alone."""
+    shared, lonely, broken = {}, {}, {}
+    for i, call in enumerate(CALLS):
+        data = data_of(call)
+        shared[call] = outcome_of(partial(result_of, call, shared_loader("sampler", 2, data)))
+        if call != "loo":  # the fit has seen more
+            few = shared_loader("uneven", 4, data[:4])
+            lonely[call] = outcome_of(partial(result_of, call, few))
+        bad = shared_loader("sampler", 2, Broken(data, 4 + i % 2))
+        broken[call] = outcome_of(partial(result_of, call, bad))
+    orders = {
+        kind: outcome_of(partial(result_of, "predict", shared_loader(kind, 2, data_of("predict"))))
+        for kind in KINDS
+    }
+    return {"shared": shared, "lonely": lonely, "broken": broken, "orders": orders}
+
+
+def failures_after_the_data(rank):
+    """Fail in one process with what comes after its data have been read."""
+
+    def fail(*args):
+        if rank == 1:
+            raise ValueError("no luck")
+        return torch.tensor(0.0)
+
+    la, results = posterior(), {}
+    for name, loss in (("loss", fail), ("metric", Unlucky(rank))):
+        data = shared_loader("sampler", 2, data_of("grid"))
+        work = partial(la.optimize_prior_precision, method="gridsearch", val_loader=data, loss=loss)
+        results[name] = outcome_of(work)
+    take = RowStorage.take
+    RowStorage.take = lambda self, other: fail() if rank == 1 else take(self, other)
+    rows = FullLoraLaplace(peft_model("bert"), "classification")
+    results["rows"] = outcome_of(partial(rows.fit, shared_loader("sampler")))
+    RowStorage.take = take
+    return results
+
+
+class Unlucky(MeanMetric):
+    """A metric that fails in one process."""
+
+    def __init__(self, rank):
+        super().__init__()
+        self.rank = rank
+
+    def update(self, p, y):
+        if self.rank == 1:
+            raise ValueError("no luck")
+        super().update(p.max(-1).values)
+
+
+def wrapped_model(rank):
+    """Fit a model in DistributedDataParallel on shares of different lengths."""
+    la = posterior(DistributedDataParallel(peft_model("bert")))
+    predict = partial(la.predict, shared_loader("uneven", 4, data_of("predict")[:5]))
+    return [outcome_of(partial(CALLS["fit"], la, shared_loader("uneven", 3))), predict().probs]
 
 
 def brier(p, y):
@@ -149,7 +217,9 @@ def worker(rank, port, folder):
         "LOCAL_RANK": str(rank),
         "ACCELERATE_USE_CPU": "true",
     }
-    dist.init_process_group("gloo", rank=rank, world_size=PROCESSES)
-    torch.save(scenario_results(rank), folder / f"{rank}.pt")
+    dist.init_process_group("gloo", rank=rank, world_size=PROCESSES, timeout=PATIENCE)
+    results = scenario_results(rank) | calls_together()
+    results |= {"later": failures_after_the_data(rank), "wrapped": wrapped_model(rank)}
+    torch.save(results, folder / f"{rank}.pt")
     torch.save(after_a_killing(), folder / "killing.pt")
     os._exit(0)  # there is no one left to take leave of

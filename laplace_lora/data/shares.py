@@ -1,0 +1,161 @@
+"""Which of a loader's examples are this process's, and where they stand in the data.
+
+Loaders with a `torch.utils.data.DistributedSampler` and accelerate's loaders repeat examples so
+that all processes see equally many; the repeats are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DistributedSampler, IterableDataset
+
+from laplace_lora.data.batches import Batch, batch_length, first_examples
+
+PER_BATCH = 2**32  # places kept for the examples of one batch of unknown size
+
+Places = Callable[[int, int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Share:
+    """How a loader deals the data out to processes.
+
+    Attributes:
+        places: From the index of a batch of this process, the number of examples in its earlier
+            ones and the number in this one to the examples' places in the data, ascending.
+        total: Places from here on are repeats; ``None`` where there are none.
+    """
+
+    places: Places
+    total: int | None
+
+    def counted(self, index: int, seen: int, size: int) -> Tensor:
+        """Return the places of a batch's first examples, without the repeats at its end."""
+        places = self.places(index, seen, size)
+        return places if self.total is None else places[places < self.total]
+
+    def of(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+        """Yield this process's batches without repeats, and the places of their examples.
+
+        Args:
+            batches: What the loader gives this process, each row an example.
+
+        Yields:
+            Batches with at least one example.
+        """
+        seen = 0
+        for index, batch in enumerate(batches):
+            size = batch_length(batch)
+            places = self.counted(index, seen, size)
+            seen += size
+            if len(places):
+                yield batch if len(places) == size else first_examples(batch, len(places)), places
+
+
+def processes() -> int:
+    """Return the number of processes that share the work."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Return whether this is the process that shows progress."""
+    return processes() == 1 or dist.get_rank() == 0
+
+
+def is_sharded(loader: object) -> bool:
+    """Return whether a loader gives each process different examples.
+
+    Raises:
+        TypeError: As `share_of`.
+    """
+    return share_of(loader) is not None
+
+
+def share_of(loader: object) -> Share | None:
+    """Return this process's share of a loader, ``None`` if each process has all the data.
+
+    Raises:
+        TypeError: If repeats cannot be told apart: accelerate dispatches batches from the main
+            process, shares a stream, or evens out batches of a sampler without a length; or the
+            data are dealt out to another number of processes.
+    """
+    if processes() == 1:
+        return None
+    kind = type(loader).__name__
+    if kind == "DataLoaderDispatcher":
+        raise TypeError(
+            "accelerate dispatches this loader's batches from the main process and repeats some; "
+            "prepare it with DataLoaderConfiguration(dispatch_batches=False)"
+        )
+    if kind == "DataLoaderShard" and isinstance(getattr(loader, "dataset", None), IterableDataset):
+        raise TypeError(
+            "accelerate shares a stream by repeating some of its examples, which cannot be told "
+            "apart; use a data set with a length"
+        )
+    batch_sampler: Any = getattr(loader, "batch_sampler", None)
+    candidates = (getattr(loader, "sampler", None), batch_sampler)
+    for sampler in (*candidates, getattr(batch_sampler, "sampler", None)):
+        if isinstance(sampler, DistributedSampler):
+            return _of_sampler(sampler)
+        if type(sampler).__name__ == "BatchSamplerShard":  # accelerate need not be installed
+            return _of_shard(sampler)
+    return None
+
+
+def _of_sampler(sampler: DistributedSampler[Any]) -> Share | None:
+    if not _is_for_all(sampler.num_replicas):
+        return None
+    data: Any = sampler.dataset
+    rank, count = sampler.rank, sampler.num_replicas
+    return Share(
+        lambda index, seen, size: torch.arange(seen, seen + size) * count + rank,
+        None if sampler.drop_last else len(data),
+    )
+
+
+def _of_shard(shard: Any) -> Share | None:
+    count, rank, whole = shard.num_processes, shard.process_index, shard.batch_size
+    if not _is_for_all(count):
+        return None
+    batches = shard.batch_sampler
+    if shard.split_batches:
+        part = whole // count
+
+        def places(index: int, seen: int, size: int) -> Tensor:
+            start = index * whole + rank * part
+            return torch.arange(start, start + size)
+    else:
+
+        def places(index: int, seen: int, size: int) -> Tensor:
+            start = (index * count + rank) * (whole or PER_BATCH)
+            return torch.arange(start, start + size)
+
+    if not shard.even_batches:
+        return Share(places, None)
+    if whole is None:  # batches of any size, repeated as wholes
+        return Share(places, len(batches) * PER_BATCH)
+    if not hasattr(batches, "sampler"):
+        raise TypeError(
+            f"accelerate repeats batches of {type(batches).__name__}, which cannot be told apart; "
+            "prepare the loader with DataLoaderConfiguration(even_batches=False)"
+        )
+    return Share(places, len(batches.sampler))
+
+
+def _is_for_all(count: int) -> bool:
+    """Return whether data are dealt out to all processes, rather than given to each.
+
+    Raises:
+        TypeError: If they are dealt out to some.
+    """
+    if count not in (1, processes()):
+        raise TypeError(
+            f"the loader deals its data out to {count} processes, but there are {processes()}"
+        )
+    return count > 1

@@ -1,0 +1,129 @@
+"""Every call that iterates over data, as processes make it together or one makes it alone."""
+
+import torch
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
+
+from laplace_lora import KronLoraLaplace
+from laplace_lora.evaluation import TemperatureScaling, evaluate
+from laplace_lora.posteriors.last_layer_gp import FunctionalLoraLLLaplace
+from support.batches import loader, validation
+from support.models import peft_model
+from support.posteriors import LOW
+
+
+def posterior(model=None):
+    la = KronLoraLaplace(model or peft_model("bert"), "classification", **LOW)
+    la.fit(loader())
+    la.prior_precision = 3.0
+    return la
+
+
+def brier(p, y):
+    return (p - torch.nn.functional.one_hot(y, p.shape[1])).square().sum(-1).mean()
+
+
+def _fit(la, data):
+    la.fit(data)
+    return torch.tensor([la.n_data, la.log_marginal_likelihood().item()])
+
+
+def _adopt(la, data):
+    la.adopt(la.curvature, 7, data)
+    return torch.tensor([la.loss])
+
+
+def _predict(la, data):
+    predictions = la.predict(data)
+    return torch.cat([predictions.probs, predictions.labels.unsqueeze(1)], dim=1)
+
+
+def _tuned(method, **options):
+    def call(la, data):
+        la.optimize_prior_precision(method=method, val_loader=data, **options)
+        return la.prior_precision.detach()
+
+    return call
+
+
+def _loo(la, data):
+    la.optimize_prior_precision(method="loo", train_loader=data)
+    return la.prior_precision.detach()
+
+
+def _auto(la, data):
+    la.fit(data)
+    la.optimize_prior_precision()
+    return la.prior_precision.detach()
+
+
+def _marglik(la, data):
+    la.fit(data)
+    la.optimize_prior_precision(method="marglik")  # and a look at the data for its width
+    return la.prior_precision.detach()
+
+
+def _calibrate(la, data):
+    report = la.calibrate(data, link_approx="mc", n_samples=20)  # samples are shared, too
+    return torch.tensor([report.nll_after, report.nll_before])
+
+
+def _evaluate(la, data):
+    report = evaluate(la.predict, data, ood_loader=data, bootstrap=3)
+    return torch.cat([torch.tensor(list(report.values.values())), report.mutual_information])
+
+
+def _temperature(la, data):
+    return torch.tensor([TemperatureScaling(la.logits_model, data).temperature])
+
+
+def _process(la, data):
+    gp = FunctionalLoraLLLaplace(peft_model("bert", dtype=torch.float32), "classification", 2)
+    gp.fit(data)
+    return torch.tensor([float(gp.n_data)])
+
+
+CALLS = {
+    "fit": _fit,
+    "adopt": _adopt,
+    "predict": _predict,
+    "grid": _tuned("gridsearch"),
+    "grid, mc": _tuned("gridsearch", link_approx="mc"),
+    "grid, function": _tuned("gridsearch", loss=brier),
+    "grid, metric": _tuned("gridsearch", loss=MulticlassAccuracy(3)),
+    "val_gd": _tuned("val_gd", n_steps=3),
+    "calibrate": _calibrate,
+    "loo": _loo,
+    "auto": _auto,
+    "marglik": _marglik,
+    "evaluate": _evaluate,
+    "temperature": _temperature,
+    "gp": _process,
+}
+ON_TRAINING_DATA = ("loo", "auto", "marglik")
+
+
+def data_of(call):
+    return (loader() if call in ON_TRAINING_DATA else validation()).dataset
+
+
+def result_of(call, data, la=None):
+    torch.manual_seed(0)
+    return CALLS[call](la or posterior(), data)
+
+
+class Broken(list):
+    """Examples, one of which cannot be read."""
+
+    def __init__(self, examples, broken):
+        super().__init__(examples)
+        self.broken = broken
+
+    def __getitem__(self, i):
+        if i == self.broken:
+            raise ValueError("this example cannot be read")
+        return super().__getitem__(i)
+
+
+def whole(call, batch_size=2):
+    return DataLoader(data_of(call), batch_size=batch_size)
