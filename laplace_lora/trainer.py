@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from laplace_lora.data.batches import one_example, splits_by_example
 from laplace_lora.data.distributed import together
 from laplace_lora.evaluation.metrics import ece, nll
 from laplace_lora.likelihoods.links import QUADRATURE
@@ -17,6 +18,7 @@ from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.posteriors.factored import KronLoraLaplace
+from laplace_lora.structures.state import Posterior
 
 logger = logging.getLogger(__name__)
 TASKS = {"RewardTrainer": "reward_modeling", "SFTTrainer": "language_modeling"}  # TRL's
@@ -87,7 +89,7 @@ class LaplaceCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the model and a batch of each loader that will be used after training.
+        """Check the model, and its loss on an example of each loader that will be used later.
 
         Raises:
             ValueError: If the model does not fit the likelihood, or a loader is empty, without
@@ -107,7 +109,7 @@ class LaplaceCallback(TrainerCallback):
                         "batch with dataloader_drop_last"
                     )
                 try:
-                    posterior.split(batch)
+                    _try_out(posterior, batch)
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"{name} data: {error}") from error
 
@@ -203,6 +205,16 @@ class LaplaceCallback(TrainerCallback):
             scores = {"nll": nll(p, labels), "ece": ece(p, labels)}
             metrics |= {f"{prefix}_{name}_{score}": value for score, value in scores.items()}
         return metrics
+
+
+@torch.no_grad()
+def _try_out(posterior: Posterior, batch: Any) -> None:
+    """Compute the loss of one example, of all where a batch cannot be taken apart."""
+    posterior.split(batch)
+    batch = posterior.by_example(batch)
+    x, y = posterior.split(one_example(batch, 0) if splits_by_example(batch) else batch)
+    with evaluation_mode(posterior.model):
+        posterior.objective.nll(posterior.model(x), y)
 
 
 def _by_name(names: Sequence[str], rows: Sequence[tuple[Tensor, ...]]) -> dict[str, list[Tensor]]:

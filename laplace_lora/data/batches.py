@@ -36,6 +36,17 @@ def splits_by_example(batch: Batch, examples: int | None = None) -> bool:
     return len(lengths) == 1 and (examples is None or lengths == {examples})
 
 
+def is_joined(batch: Batch) -> bool:
+    """Return whether a batch has its examples joined in one row, as collators without padding do.
+
+    Positions then start anew within the row.
+    """
+    positions = batch.get("position_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(positions, Tensor) or positions.ndim != 2 or len(positions) != 1:
+        return False
+    return bool((positions[0].diff() < 0).any())
+
+
 def first_examples(batch: Batch, count: int) -> Batch:
     """Return the first examples of a batch."""
     return _examples(batch, slice(count))

@@ -61,8 +61,13 @@ def passes(batch: Batch) -> list[Any]:
     return [{**shared, **half} for half in halves]
 
 
-def as_pairs(batch: Batch, label: str) -> dict[str, Any]:
+def as_pairs(batch: Batch, label: str = "labels") -> dict[str, Any]:
     """Return a batch with one row and one label per pair.
+
+    This is how every call reads a batch that is about pairs: fits, tuning, calibration,
+    `reward_difference`, and predictions with ``fitting=True``. Where pairs and single texts are
+    both answered, in ``la(batch)`` and ``la.predict(batch)``, a batch without suffixes holds single
+    texts; give it through this function for pairs.
 
     Args:
         batch: Pairs in a mapping, or a tuple of such a mapping and labels. Without suffixes and
@@ -103,7 +108,7 @@ def _halved(batch: Mapping[str, Any], label: str) -> dict[str, Any]:
     rows = next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim), 0)
     if label in batch or not rows or rows % 2:
         raise ValueError(
-            "a reward model is fitted on pairs: keys that end in '_chosen' and '_rejected', or "
+            "pairs are needed here: keys that end in '_chosen' and '_rejected', or "
             f"unlabelled rows of which the first half was chosen; got {rows} rows of "
             f"{sorted(batch)}"
         )

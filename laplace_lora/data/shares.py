@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DistributedSampler, IterableDataset
 
-from laplace_lora.data.batches import Batch, batch_length, first_examples
+from laplace_lora.data.batches import Batch, batch_length, first_examples, is_joined
 
 PER_BATCH = 2**32  # places kept for the examples of one batch of unknown size
 
@@ -48,9 +48,19 @@ class Share:
 
         Yields:
             Batches with at least one example.
+
+        Raises:
+            ValueError: If a batch has its examples joined in one row, where repeats cannot be told
+                apart.
         """
         seen = 0
         for index, batch in enumerate(batches):
+            if is_joined(batch):
+                raise ValueError(
+                    "processes cannot share batches whose examples are joined in one row (packing, "
+                    "padding-free collators): repeats cannot be told apart; use a collator that "
+                    "pads, or one process"
+                )
             size = batch_length(batch)
             places = self.counted(index, seen, size)
             seen += size

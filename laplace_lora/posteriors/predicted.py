@@ -37,9 +37,9 @@ class PredictedLaplace(EvidenceLaplace):
         ``"probit"`` scales each logit by its own variance, the shift's included; for answer tokens
         of a language model that is most of it.
 
-        A reward model answers single texts like a regression and pairs (see `data.pairs`) like a
-        classifier: the probabilities that the rejected and that the chosen text wins, from the
-        difference of the rewards alone.
+        A reward model answers single texts like a regression, and pairs like a classifier: the
+        probabilities that the rejected and that the chosen text wins, from the difference of the
+        rewards alone. Pairs have keys that end in ``_chosen`` and ``_rejected``, see `data.pairs`.
 
         Args:
             x: Batch that the model takes.
@@ -51,7 +51,8 @@ class PredictedLaplace(EvidenceLaplace):
             diagonal_output: Ignore covariances between outputs (``"quadrature"``, ``"mc"`` and
                 regression).
             generator: Source of the samples, on the posterior's device.
-            fitting: Of laplace-torch: for reward models, insist on pairs.
+            fitting: Of laplace-torch: for reward models, read the batch as pairs, whatever it
+                looks like, see `as_pairs`.
 
         Returns:
             Class probabilities ``(batch, classes)``. For regression mean ``(batch, outputs)`` and
@@ -73,7 +74,7 @@ class PredictedLaplace(EvidenceLaplace):
         as a common shift, cancels.
 
         Args:
-            pairs: Batch of pairs, see `data.pairs`.
+            pairs: Batch of pairs in any form that a fit takes, see `as_pairs`.
 
         Returns:
             Mean and variance, ``(batch,)`` each.

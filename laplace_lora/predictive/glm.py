@@ -45,6 +45,8 @@ class Predictor:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the posterior predictive of a batch, see `LoraLaplace.__call__`."""
         self._check_options(pred_type, link_approx, generator)
+        if fitting and self.posterior.objective.has_pairs:
+            x = self._pairs(x)
         # Ignoring covariances between outputs is a question about the logits themselves.
         contrasts = Link(link_approx).sees_contrasts and not diagonal_output and pred_type == "glm"
         readout = self.posterior.objective.readout(x, pairs=fitting, contrasts=contrasts)
@@ -112,10 +114,16 @@ class Predictor:
 
     def reward_difference(self, pairs: Any) -> tuple[Tensor, Tensor]:
         """Return mean and variance of the rewards' difference, see `LoraLaplace`."""
-        if not is_pair(pairs):
-            raise ValueError(NO_PAIRS)
-        mean, covariance = self.moments(pairs, DIFFERENCE.columns)
+        mean, covariance = self.moments(self._pairs(pairs), DIFFERENCE.columns)
         return DIFFERENCE.mean(mean).squeeze(-1), covariance.flatten()
+
+    def _pairs(self, batch: Any) -> Any:
+        """Return a batch that is about pairs in the form with suffixes, see `as_pairs`."""
+        if is_pair(batch):
+            return batch
+        if not self.posterior.objective.has_pairs:
+            raise ValueError(NO_PAIRS)
+        return self.posterior.by_example(batch)
 
     def gram_blocks(
         self, x: Any, readout: Readout

@@ -46,9 +46,9 @@ def test_models_and_calls_that_do_not_fit():
     with pytest.raises(ValueError, match="takes no pairs"):
         FunctionalLoraLLLaplace(peft_model("bert", num_labels=1), "reward_modeling", 3)
     la = reward_posterior()
-    with pytest.raises(ValueError, match="a difference needs pairs"):
+    with pytest.raises(ValueError, match="pairs are needed here"):
         la.reward_difference(SINGLE)
-    with pytest.raises(ValueError, match="a difference needs pairs"):
+    with pytest.raises(ValueError, match="pairs are needed here"):
         la(SINGLE, fitting=True)
     with pytest.raises(AttributeError, match="not fitted"):
         reward_posterior(fit=False).reward_difference(BATCH)
