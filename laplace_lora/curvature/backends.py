@@ -72,7 +72,7 @@ class LoraCurvature(CurvatureInterface):
         super().__init__(model, self.objective.laplace_name, *args, **kwargs)
         self.likelihood = likelihood
         trained: Any = model.last_layer if self.last_layer else model
-        options = (uncovered, trained, verify)
+        options = (uncovered, trained, verify, getattr(self, "stochastic", False))
         self.engine = Engine(model, self.objective, self.columns, rows, *options)
 
     @property

@@ -53,6 +53,7 @@ class Engine:
         trained: The part of the model whose trainable tensors count; the model when ``None``.
         verify: Verify the first batch against autograd and the model's own forward pass, see
             `capture.verification`.
+        draws_labels: Whether the root is sampled, so that it does not bring the loss's gradient.
 
     Attributes:
         is_verified: Whether that has been done; set it to false to have it done again.
@@ -73,6 +74,7 @@ class Engine:
         uncovered: str = "error",
         trained: nn.Module | None = None,
         verify: bool = True,
+        draws_labels: bool = False,
     ) -> None:
         self.model = model
         self.objective = objective
@@ -81,6 +83,7 @@ class Engine:
         self.uncovered = uncovered
         self.n_outputs = 0
         self.verify = verify
+        self.draws_labels = draws_labels
         self.is_verified = False
         self._covered = trainable_maps(model if trained is None else trained, uncovered)
 
@@ -206,6 +209,23 @@ class Engine:
         columns = self.residual_columns(tape, root, y)
         blocks = jacobian_blocks(tape, self.blocks, columns.columns, self.dtype)
         return loss, gradient.tapped(blocks, columns)
+
+    def loss_gradient(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a batch's summed loss, and its gradient, ``(parameters,)``.
+
+        Args:
+            x: Batch that the model takes.
+            y: Labels, see `Likelihood.split`.
+
+        Raises:
+            ValueError: If labels lie outside the classes.
+            FloatingPointError: If the loss is not finite.
+        """
+        tape, loss = self.forward(x, y)
+        columns = self.objective.residual(tape.output, y)
+        blocks = jacobian_blocks(tape, self.blocks, columns, self.dtype)
+        parts = [block.sum((0, 1)).flatten().to(self.device) for block in blocks]
+        return loss, torch.cat(parts)
 
     def residual_columns(self, tape: Tape, root: Tensor, y: Tensor) -> ResidualColumns:
         """Return a root's columns, with what makes them bring the loss's gradient as well.

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.data.distributed import Together, together
 from laplace_lora.fitting.accumulation import accumulate
-from laplace_lora.fitting.evidence_pass import subspace_of
+from laplace_lora.fitting.evidence_pass import with_gradient_term
 from laplace_lora.fitting.passes import FitSums, Pass, RowPass, Sums
 from laplace_lora.fitting.second_pass import corrected
 from laplace_lora.fitting.snapshots import Snapshot
@@ -82,7 +82,8 @@ class Fitter:
         if posterior.objective.predicts_tokens and sums.loss == 0:
             raise ValueError("no token of the training data has a label that counts: all are -100")
         raw = structure.finish(posterior.engine, sums.state.curvature, sums.n)
-        loss, n, gradient = sums.loss, sums.n, sums.state.gradient.total
+        loss, n, found = sums.loss, sums.n, sums.state.gradient
+        gradient = None if found is None else found.total
         earlier = posterior.state
         if earlier.is_fitted and not override:
             before = structure.raw(earlier.curvature)
@@ -92,17 +93,15 @@ class Fitter:
         if structure.has_second_pass:
             raw = corrected(posterior.engine, raw, sums.n, summed)
         state = self._state(raw, loss, gradient, n, posterior.engine.n_outputs)
-        fitted = replace(posterior, state=state)
-        # Data fitted earlier cannot be seen again.
-        if evidence_correction and n == sums.n and fitted.gradient_term is None:
+        if evidence_correction and n == sums.n:  # data fitted earlier cannot be seen again
             try:
-                state = replace(state, subspace=subspace_of(fitted, summed))
+                state = with_gradient_term(replace(posterior, state=state), summed)
             except ValueError as error:  # a loader that cannot be iterated twice
                 warnings.warn(f"the gradient term is not measured: {error}", stacklevel=3)
         return state
 
-    def with_subspace(self, train_loader: Iterable[Any], progress_bar: bool) -> PosteriorState:
-        """Return the state with what the evidence's gradient term needs, see `Subspace`.
+    def with_gradient_term(self, train_loader: Iterable[Any], progress_bar: bool) -> PosteriorState:
+        """Return the state with what the evidence's gradient term needs.
 
         Args:
             train_loader: The training data of the fit.
@@ -111,13 +110,13 @@ class Fitter:
         Raises:
             ValueError: If they are not those of the fit.
         """
-        posterior = self.posterior
         with together(train_loader) as team:
 
             def summed(data_pass: Pass) -> Sums:
-                return accumulate(posterior, data_pass, train_loader, progress_bar, None, team)
+                args = (self.posterior, data_pass, train_loader, progress_bar, None, team)
+                return accumulate(*args)
 
-            return replace(posterior.state, subspace=subspace_of(posterior, summed))
+            return with_gradient_term(self.posterior, summed)
 
     def adopt(
         self, raw: Any, n_data: int, train_loader: Iterable[Any] | None = None
@@ -186,14 +185,16 @@ class Fitter:
 
         def add(sums: FitSums | None, x: Any, y: Tensor) -> tuple[Tensor, FitSums]:
             if sums is None:
-                sums = FitSums(None, LossGradient(engine.sizes, engine.dtype, engine.device))
+                place = (engine.sizes, engine.dtype, engine.device)
+                sums = FitSums(None, None if engine.draws_labels else LossGradient(*place))
             loss, sums.curvature = structure.add(
                 engine, sums.curvature, (x, y), sums.gradient, expected
             )
             return loss, sums
 
         def tensors(sums: FitSums) -> list[Tensor]:
-            return [*structure.tensors(sums.curvature), sums.gradient.total]
+            gradient = [] if sums.gradient is None else [sums.gradient.total]
+            return [*structure.tensors(sums.curvature), *gradient]
 
         return (Pass if structure.adds_up else RowPass)(add, tensors)
 

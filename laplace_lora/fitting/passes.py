@@ -58,11 +58,11 @@ class FitSums:
 
     Attributes:
         curvature: Sums of the structure's kind, ``None`` before the first batch.
-        gradient: The loss's gradient.
+        gradient: The loss's gradient; ``None`` where it takes a backward pass of its own.
     """
 
     curvature: Any
-    gradient: LossGradient
+    gradient: LossGradient | None
 
 
 class RowPass(Pass):
@@ -77,15 +77,17 @@ class RowPass(Pass):
             local = rows.matrix(i).to(rows.device)
             gathered.append(i, team.gather(local if has_data else local[:0]))
         rows.take(gathered)
-        if not has_data:
-            state.gradient.total.zero_()
-        team.add_up([state.gradient.total])
+        if state.gradient is not None:
+            if not has_data:
+                state.gradient.total.zero_()
+            team.add_up([state.gradient.total])
 
     def resume(self, state: FitSums, stored: Sequence[Tensor]) -> None:
         """Put the rows of an interrupted pass in the place of a first batch's."""
-        *rows, gradient = stored
-        state.curvature.replace(rows)
-        state.gradient.total.copy_(gradient)
+        if state.gradient is not None:
+            *stored, gradient = stored
+            state.gradient.total.copy_(gradient)
+        state.curvature.replace(stored)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.generation.label_scores import at_labels, part_of
 from laplace_lora.generation.methods import EXACT, SAMPLED, check_method, exact_predictor
 from laplace_lora.generation.next_token import HasPosterior, NextToken, NextTokenPredictor
 from laplace_lora.generation.sampled_predictor import SampledPredictor
@@ -119,37 +120,22 @@ def _sampled(
 ) -> Scored:
     predictions, where = [], []
     for texts in torch.arange(len(labels), device=labels.device).split(size):
-        scored = labels[texts] != IGNORED
-        if not bool(scored.any()):
+        wanted = labels[texts]
+        scored = (wanted != IGNORED).any(0).nonzero()
+        if not len(scored):
             continue
-        columns = scored.any(0).nonzero().squeeze(1) - 1
-        inputs = _cut(batch, texts, int(columns.max()) + 1)
-        with predictor.opened(inputs) as reading:
-            for read, logits, tangents in reading.logits(columns):
-                n, at = scored[:, read + 1].nonzero(as_tuple=True)
-                token = predictor.token(logits[n, at], tangents[:, n, at])
-                rows, places = texts[n], read[at] + 1
-                predictions.append(token.of(labels[rows, places], top_k))
-                where.append((rows, places))
+        with predictor.opened(part_of(batch, texts, int(scored.max()))) as reading:
+            for (rows, places), logits, tangents in at_labels(reading, wanted):
+                token = predictor.token(logits, tangents)
+                predictions.append(token.of(wanted[rows, places], top_k))
+                where.append((texts[rows], places))
     return predictions, where
-
-
-def _cut(batch: Mapping[str, Any], rows: Tensor, end: int) -> dict[str, Any]:
-    """Return some of the texts, up to a place."""
-    texts, width = batch["input_ids"].shape
-    cut = {}
-    for key, value in batch.items():
-        if isinstance(value, Tensor) and value.shape[:1] == (texts,):
-            value = value[rows]
-            value = value[:, :end] if value.shape[1:2] == (width,) else value
-        cut[key] = value
-    return cut
 
 
 def _until(batch: Mapping[str, Any], rows: Tensor, places: Tensor) -> dict[str, Any]:
     """Return texts up to a place in each of them, which is left out."""
     end = int(places.max())
-    cut = _cut(batch, rows, end)
+    cut = part_of(batch, rows, end)
     mask = cut.get("attention_mask")
     mask = torch.ones_like(cut["input_ids"]) if mask is None else mask
     before = torch.arange(end, device=places.device) < places.unsqueeze(1)

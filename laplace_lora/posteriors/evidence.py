@@ -70,7 +70,8 @@ class EvidenceLaplace(LaplaceNames):
     def measure_gradient_term(self, train_loader: Any = None, progress_bar: bool = False) -> None:
         """Measure what the evidence's gradient term needs, unless it is known already.
 
-        One pass over the training data. Files that are saved afterwards hold the result.
+        One pass over the training data, or two where the fit draws labels, as of language models,
+        and has not collected the loss's gradient. Files that are saved afterwards hold the result.
 
         Args:
             train_loader: The training data, if not those of the fit in this process.
@@ -78,19 +79,12 @@ class EvidenceLaplace(LaplaceNames):
 
         Raises:
             AttributeError: If the posterior has not been fitted.
-            ValueError: If the loss's gradient is not known, or the data are not at hand or are
-                others than those of the fit.
+            ValueError: If the data are not at hand or are others than those of the fit.
         """
         posterior = self.fitted
         if posterior.gradient_term is not None:
             return
         loader = self._train_loader if train_loader is None else train_loader
-        if posterior.state.loss_gradient is None:
-            raise ValueError(
-                "the evidence's gradient term is not known: the curvature was adopted, or saved by "
-                "an early version, without the loss's gradient. Fit again, or take the evidence "
-                "without it (correction=False)"
-            )
         if loader is None:
             raise ValueError(
                 "the evidence's gradient term takes one pass over the training data, which are "
@@ -98,4 +92,4 @@ class EvidenceLaplace(LaplaceNames):
                 "(correction=False)"
             )
         with torch.no_grad():
-            self.state = Fitter(posterior).with_subspace(loader, progress_bar)
+            self.state = Fitter(posterior).with_gradient_term(loader, progress_bar)

@@ -11,12 +11,16 @@ from laplace_lora.data.distributed import OtherProcessFailed
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.autocast import in_full_precision
 from laplace_lora.posteriors.predicted import PredictedLaplace
-from laplace_lora.structures.state import PosteriorState
+from laplace_lora.structures.state import PosteriorState, Settings
+from laplace_lora.tuning import leave_one_out
 from laplace_lora.tuning.calibration import Calibration
 from laplace_lora.tuning.groups import Structure
-from laplace_lora.tuning.leave_one_out import why_not
+from laplace_lora.tuning.leave_one_out import LeaveOneOut
 from laplace_lora.tuning.tuner import Tuner, Tuning
+from laplace_lora.tuning.widest import Widest
 from laplace_lora.tuning.width_check import warn_if_wide
+
+TUNED_ON_TRAINING_DATA = ("loo", "widest")
 
 
 class TunedLaplace(PredictedLaplace):
@@ -48,11 +52,14 @@ class TunedLaplace(PredictedLaplace):
     ) -> None:
         """Tune the prior precision; undoes an earlier `calibrate`. What it did is in `tuning`.
 
-        * ``"auto"``: ``"loo"`` where a scalar is asked for and `leave_one_out.why_not` has no
-          objection, otherwise ``"marglik"``.
+        * ``"auto"``: for language models ``"widest"``, for others ``"loo"`` where a scalar is asked
+          for and `leave_one_out.why_not` has no objection; otherwise ``"marglik"``.
         * ``"loo"``: the best leave-one-out likelihood of the training labels, in one pass over the
           training data: those of the fit, as long as this process keeps them, or
           ``train_loader``. For classifiers and reward models.
+        * ``"widest"``: for language models, the prior of the plain evidence with its covariance
+          scaled down until some training texts are predicted at most 0.005 nats per token worse
+          than by the MAP, see `widest`.
         * ``"marglik"``: the exact maximum of the marginal likelihood, from eigenvalues alone. With
           ``n_steps``, ``lr`` or ``init_prior_prec``: laplace-torch's Adam instead.
         * ``"gridsearch"``: a scalar from a logarithmic grid, in one pass over ``val_loader``; with
@@ -63,11 +70,12 @@ class TunedLaplace(PredictedLaplace):
 
         Args:
             pred_type: Predictive that a grid search scores, ``"glm"`` or ``"nn"``.
-            method: ``"auto"``, ``"loo"``, ``"marglik"``, ``"gridsearch"`` or ``"val_gd"``.
+            method: ``"auto"``, ``"loo"``, ``"widest"``, ``"marglik"``, ``"gridsearch"`` or
+                ``"val_gd"``.
             prior_structure: Which tensors share a precision, see `prior_groups`.
             val_loader: Validation batches with labels.
-            train_loader: For ``"auto"``, ``"loo"`` and ``"marglik"``: the training data, if not
-                those of the fit in this process.
+            train_loader: For ``"auto"``, ``"loo"``, ``"widest"`` and ``"marglik"``: the training
+                data, if not those of the fit in this process.
             link_approx: Link of the predictive that is scored.
             n_samples: Samples for ``"mc"``, common to all priors compared.
             tune_sigma_noise: For ``"marglik"`` of a regression: also the observation noise.
@@ -85,8 +93,9 @@ class TunedLaplace(PredictedLaplace):
                 for where it is impossible.
 
         Warns:
-            UserWarning: If the marginal likelihood made a classifier's posterior so wide that it
-                predicts its training examples worse than the MAP by more than 0.1 nats.
+            UserWarning: If the marginal likelihood made the posterior so wide that it predicts its
+                training data worse than the MAP by more than 0.1 nats, lacks its gradient term, or
+                stands in for ``"widest"``.
         """
         self._check_H_init()
         if self.structure.scalar_only and prior_structure != "scalar":
@@ -102,20 +111,16 @@ class TunedLaplace(PredictedLaplace):
             tuner = Tuner(self.fitted)
             settings, report, reason = None, None, ""
             data_of_fit = self._train_loader if train_loader is None else train_loader
+            options = (data_of_fit, progress_bar)
             if method == "auto":
                 others = bool(kwargs) or tune_sigma_noise or val_loader is not None
                 others = others or correction is not None
-                reason = self._objection(prior_structure, data_of_fit, others)
-                method = "marglik" if reason else "loo"
-                if not reason:
-                    try:
-                        settings, report = tuner.leave_one_out("scalar", data_of_fit, progress_bar)
-                    except (ValueError, OtherProcessFailed) as error:  # in its pass over the data
-                        if isinstance(error, OtherProcessFailed) and error.kind != "ValueError":
-                            raise
-                        method, reason = "marglik", str(error)
-            elif method == "loo":
-                settings, report = tuner.leave_one_out(prior_structure, data_of_fit, progress_bar)
+                method, reason, found = self._by_default(prior_structure, others, *options)
+                settings, report = found or (None, None)
+                if self.fitted.objective.predicts_tokens:  # nor does it help these
+                    correction = correction or False
+            elif method in TUNED_ON_TRAINING_DATA:
+                settings, report = _reported(tuner, method, prior_structure, *options)
             if method == "marglik":
                 if val_loader is not None:
                     raise ValueError(
@@ -136,14 +141,20 @@ class TunedLaplace(PredictedLaplace):
                 settings = tuner.grid_search(prior_structure, *data, **kwargs)
             elif method == "val_gd":
                 settings = tuner.descent(prior_structure, *data, **kwargs)
-            elif method != "loo":
+            elif method not in TUNED_ON_TRAINING_DATA:
                 raise ValueError(
-                    "method must be 'auto', 'loo', 'marglik', 'gridsearch' or 'val_gd', got "
-                    f"{method!r}"
+                    "method must be 'auto', 'loo', 'widest', 'marglik', 'gridsearch' or 'val_gd', "
+                    f"got {method!r}"
                 )
             if settings is not None:
                 self.state = self.state.with_settings(settings)
-            self.tuning = Tuning(method, self.prior_precision.detach(), reason, report)
+            self.tuning = Tuning(
+                method,
+                self.prior_precision.detach(),
+                reason,
+                report if isinstance(report, LeaveOneOut) else None,
+                report if isinstance(report, Widest) else None,
+            )
         except BaseException:
             self.state = before  # laplace-torch's own loops write while they search
             raise
@@ -185,13 +196,35 @@ class TunedLaplace(PredictedLaplace):
         self.state: PosteriorState = self.state.with_settings(settings)
         return report
 
-    def _objection(self, structure: Structure, train_loader: Any, has_others: bool) -> str:
-        """Return why ``"auto"`` does not try leave-one-out, empty if it does."""
-        if structure != "scalar":
-            return "the prior is no scalar"
-        if has_others:
-            return "arguments of other methods are given"
-        return why_not(self.fitted, train_loader) or ""
+    def _by_default(
+        self, structure: Structure, has_others: bool, train_loader: Any, progress_bar: bool
+    ) -> tuple[str, str, tuple[Settings, LeaveOneOut | Widest] | None]:
+        """Return the method of ``"auto"``, why it is no better one, and what that found."""
+        posterior = self.fitted
+        texts = posterior.objective.predicts_tokens
+        method = "widest" if texts else "loo"
+        reason = "arguments of other methods are given" if has_others else ""
+        if not reason and structure != "scalar" and not texts:
+            reason = "the prior is no scalar"
+        if not reason and texts and train_loader is None:
+            reason = "the training data are not at hand"
+        if not reason and not texts:
+            reason = leave_one_out.why_not(posterior, train_loader) or ""
+        if not reason:
+            try:
+                options = (structure, train_loader, progress_bar)
+                return method, "", _reported(Tuner(posterior), method, *options)
+            except (ValueError, OtherProcessFailed) as error:  # in its pass over the data
+                if isinstance(error, OtherProcessFailed) and error.kind != "ValueError":
+                    raise
+                reason = str(error)
+        if texts and not has_others:
+            warnings.warn(
+                "the prior is tuned by the marginal likelihood, which makes a language model's "
+                f"posterior far too wide: {reason}",
+                stacklevel=4,
+            )
+        return "marglik", reason, None
 
     def _measures_term(
         self,
@@ -234,3 +267,12 @@ class TunedLaplace(PredictedLaplace):
         data = val_loader if val_loader is None else list(map(by_example, val_loader))
         options = {"val_loader": data, "n_samples": n_samples, "link_approx": "mc"}
         super().optimize_prior_precision("nn", "gridsearch", **options, **kwargs)
+
+
+def _reported(
+    tuner: Tuner, method: str, structure: Structure, train_loader: Any, progress_bar: bool
+) -> tuple[Settings, LeaveOneOut | Widest]:
+    """Return the settings that a method of training data chooses, and what it says of them."""
+    if method == "loo":
+        return tuner.leave_one_out(structure, train_loader, progress_bar)
+    return tuner.widest(structure, train_loader, progress_bar)

@@ -133,7 +133,7 @@ class Structure(Protocol[Sums, Raw, Curvature]):
         engine: Engine,
         sums: Sums | None,
         batch: tuple[Any, Tensor],
-        gradient: LossGradient,
+        gradient: LossGradient | None,
         expected: int | None,
     ) -> tuple[Tensor, Sums]:
         """Add a batch; return its loss and the sums.
@@ -142,7 +142,7 @@ class Structure(Protocol[Sums, Raw, Curvature]):
             engine: The model and its likelihood.
             sums: What earlier batches returned; ``None`` before the first.
             batch: What the model takes, and labels.
-            gradient: Where the loss's gradient is added up.
+            gradient: Where the loss's gradient is added up, if it is wanted.
             expected: Examples of the whole data set, if known.
         """
         ...

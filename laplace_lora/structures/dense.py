@@ -102,7 +102,7 @@ class Dense(TensorSum):
         return [sum(self.sizes)] * 2
 
     def of_batch(
-        self, engine: Engine, x: Any, y: Tensor, gradient: LossGradient
+        self, engine: Engine, x: Any, y: Tensor, gradient: LossGradient | None
     ) -> tuple[Tensor, Tensor]:
         """Return a batch's loss and matrix."""
         return batch_curvature.matrix(engine, x, y, gradient)

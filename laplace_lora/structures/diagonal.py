@@ -88,7 +88,7 @@ class Diagonal(TensorSum):
         return [sum(self.sizes)]
 
     def of_batch(
-        self, engine: Engine, x: Any, y: Tensor, gradient: LossGradient
+        self, engine: Engine, x: Any, y: Tensor, gradient: LossGradient | None
     ) -> tuple[Tensor, Tensor]:
         """Return a batch's loss and diagonal."""
         return batch_curvature.diagonal(engine, x, y, gradient)

@@ -84,7 +84,7 @@ class Kron:
         engine: Engine,
         sums: KfacSums | None,
         batch: tuple[Any, Tensor],
-        gradient: LossGradient,
+        gradient: LossGradient | None,
         expected: int | None,
     ) -> tuple[Tensor, KfacSums]:
         """Add a batch to the K-FAC sums, see `add_factors`."""

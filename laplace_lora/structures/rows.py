@@ -146,7 +146,7 @@ class Rows:
         engine: Engine,
         sums: RowStorage | None,
         batch: tuple[Any, Tensor],
-        gradient: LossGradient,
+        gradient: LossGradient | None,
         expected: int | None,
     ) -> tuple[Tensor, RowStorage]:
         """Add a batch's rows.

@@ -80,7 +80,7 @@ class Sketched:
         engine: Engine,
         sums: Factor | None,
         batch: tuple[Any, Tensor],
-        gradient: LossGradient,
+        gradient: LossGradient | None,
         expected: int | None,
     ) -> tuple[Tensor, Factor]:
         """Add a batch's rows to the sketch.

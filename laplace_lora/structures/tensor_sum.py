@@ -47,7 +47,7 @@ class TensorSum:
         return replace(self, sizes=tuple(engine.sizes))
 
     def of_batch(
-        self, engine: Engine, x: Any, y: Tensor, gradient: LossGradient
+        self, engine: Engine, x: Any, y: Tensor, gradient: LossGradient | None
     ) -> tuple[Tensor, Tensor]:
         """Return a batch's loss and its tensor; add its gradient of the loss up."""
         raise NotImplementedError
@@ -57,7 +57,7 @@ class TensorSum:
         engine: Engine,
         sums: Tensor | None,
         batch: tuple[Any, Tensor],
-        gradient: LossGradient,
+        gradient: LossGradient | None,
         expected: int | None,
     ) -> tuple[Tensor, Tensor]:
         """Add a batch's tensor."""

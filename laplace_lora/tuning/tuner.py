@@ -11,7 +11,7 @@ from torch import Tensor
 from laplace_lora.data.distributed import together
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.state import Posterior, Settings
-from laplace_lora.tuning import leave_one_out
+from laplace_lora.tuning import leave_one_out, widest
 from laplace_lora.tuning.calibration import Calibration, calibrate, check_classifier
 from laplace_lora.tuning.coupled_cache import CoupledCache
 from laplace_lora.tuning.groups import Structure, prior_groups
@@ -19,6 +19,7 @@ from laplace_lora.tuning.leave_one_out import LeaveOneOut
 from laplace_lora.tuning.marginal_likelihood import first_precision, maximise, with_precisions
 from laplace_lora.tuning.validation_cache import Cache, ValidationCache, scoring_of
 from laplace_lora.tuning.validation_search import Loss, descend, grid_search
+from laplace_lora.tuning.widest import Widest
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,22 @@ class Tuning:
         prior_precision: The choice.
         reason: Why ``"auto"`` took no better method; empty where it did.
         leave_one_out: What leave-one-out promises, where that was the method.
+        widest: What training texts say of the width, where that was the method.
     """
 
     method: str
     prior_precision: Tensor
     reason: str = ""
     leave_one_out: LeaveOneOut | None = None
+    widest: Widest | None = None
 
     def __str__(self) -> str:
-        if self.leave_one_out is not None:
-            return str(self.leave_one_out)
+        report = self.leave_one_out or self.widest
+        if report is not None:
+            return str(report)
         low, high = self.prior_precision.min(), self.prior_precision.max()
         chosen = f"{low:.3g}" if low == high else f"{low:.3g}..{high:.3g}"
-        why = f" (no leave-one-out: {self.reason})" if self.reason else ""
+        why = f" (not the default: {self.reason})" if self.reason else ""
         return f"{self.method}: prior precision {chosen}{why}"
 
 
@@ -94,6 +98,29 @@ class Tuner:
             )
         with together(train_loader, device=self.posterior.device) as team:
             return leave_one_out.tune(self.posterior, train_loader, team, progress_bar)
+
+    def widest(
+        self, structure: Structure, train_loader: Any, progress_bar: bool
+    ) -> tuple[Settings, Widest]:
+        """Return the settings of the evidence with a width that training texts bear, see `widest`.
+
+        Args:
+            structure: Which tensors share a prior precision, see `prior_groups`.
+            train_loader: The training data of the fit.
+            progress_bar: Show progress over the batches.
+
+        Raises:
+            ValueError: If the loader is missing, or see `widest.tune`.
+        """
+        if train_loader is None:
+            raise ValueError(
+                "method='widest' needs the training data, which a posterior keeps only in the "
+                "process that fitted it; give `train_loader`"
+            )
+        settings = self.marginal_likelihood(structure, False, correction=False)
+        posterior = self.posterior.with_settings(settings)
+        with together(train_loader, device=posterior.device) as team:
+            return widest.tune(posterior, train_loader, team, progress_bar)
 
     def grid_search(
         self,

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from laplace_lora.data.distributed import together
+from laplace_lora.data.distributed import OtherProcessFailed, together
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.state import Posterior
+from laplace_lora.tuning.training_texts import some_texts, text_losses
 from laplace_lora.tuning.validation_cache import scoring_of
 
 EXAMPLES = 128
@@ -19,17 +20,48 @@ LIMIT = 0.1  # nats
 
 
 def warn_if_wide(posterior: Posterior, loader: Iterable[Any]) -> None:
-    """Warn if the predictive of training examples is worse than the MAP's by more than 0.1 nats.
+    """Warn if the predictive of training data is worse than the MAP's by more than 0.1 nats.
 
-    Looks at about a hundred examples of each process. Likelihoods without class probabilities are
-    left alone.
+    Looks at about a hundred examples, or at some texts, of each process; nats per example, or per
+    scored token. A language model that cannot carry tangents, see `forward_mode`, is left alone.
 
     Args:
         posterior: A tuned posterior.
         loader: Its training data.
     """
-    if not posterior.objective.is_classifier:
-        return
+    if posterior.objective.predicts_tokens:
+        advice = "Tune by method='widest'"
+        try:
+            excess = _excess_of_texts(posterior, loader)
+        except ValueError:
+            return
+        except OtherProcessFailed as error:
+            if error.kind != "ValueError":
+                raise
+            return
+    else:
+        excess = _excess_of_examples(posterior, loader)
+        advice = (
+            "Tune by method='loo', or with validation labels (`calibrate`, method='gridsearch')"
+        )
+        if not posterior.objective.is_classifier:
+            advice = "Tune the noise as well (tune_sigma_noise=True), or by validation data"
+    if excess > LIMIT:
+        warnings.warn(
+            f"the posterior predicts its training examples worse than the MAP, by {excess:.2f} "
+            f"nats: it is too wide, and so will predictions be. {advice}",
+            stacklevel=3,
+        )
+
+
+def _excess_of_texts(posterior: Posterior, loader: Iterable[Any]) -> float:
+    with together(loader) as team:
+        texts = some_texts(posterior, team.batches(loader, ""))
+        losses = text_losses(posterior, texts, torch.ones(1), team)
+    return float(losses.nll) - losses.nll_map
+
+
+def _excess_of_examples(posterior: Posterior, loader: Iterable[Any]) -> float:
     excess, seen = 0.0, 0.0
     with together(loader) as team:
         scoring, predictor = scoring_of(posterior, QUADRATURE, 0), Predictor(posterior)
@@ -42,10 +74,4 @@ def warn_if_wide(posterior: Posterior, loader: Iterable[Any]) -> None:
             if seen >= EXAMPLES:
                 break
         excess, seen = team.total(excess, seen)
-    if seen and excess / seen > LIMIT:
-        warnings.warn(
-            f"the posterior predicts its training examples worse than the MAP, by "
-            f"{excess / seen:.2f} nats: it is too wide, and so will predictions be. Tune by "
-            "method='loo', or with validation labels (`calibrate`, method='gridsearch')",
-            stacklevel=3,
-        )
+    return excess / max(seen, 1)

@@ -242,8 +242,10 @@ def test_without_the_data_it_says_what_it_needs(tmp_path):
     loaded.optimize_prior_precision(method="marglik")
     adopted = posterior(name="bert", **LOW)
     adopted.adopt(la.curvature, 7, loader())
-    with pytest.raises(ValueError, match="was adopted"):
+    with pytest.raises(ValueError, match="give `train_loader`"):
         adopted.log_marginal_likelihood(correction=True)
+    found = adopted.log_marginal_likelihood(correction=True, train_loader=loader())
+    assert_near(found, value, 1e-9)
 
 
 def test_an_evidence_above_zero_is_refused():

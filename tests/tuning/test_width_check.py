@@ -5,10 +5,8 @@ import warnings
 import pytest
 import torch
 
-from laplace_lora import KronLoraLaplace
 from laplace_lora.tuning.width_check import warn_if_wide
 from support.batches import loader, token_batch
-from support.models import peft_model
 from support.posteriors import posterior
 
 
@@ -39,15 +37,12 @@ def test_a_wide_posterior_warns_with_the_difference():
         warn_if_wide(la.fitted, loader())
 
 
-def test_a_narrow_one_and_a_regression_do_not():
+def test_a_narrow_one_does_not():
     la = trained()
     la.prior_precision = 1e6
-    regression = KronLoraLaplace(peft_model("bert"), "regression", prior_precision=1e-6)
-    regression.fit(loader(likelihood="regression"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_if_wide(la.fitted, loader())
-        warn_if_wide(regression.fitted, loader(likelihood="regression"))
 
 
 def test_the_marginal_likelihood_is_checked(monkeypatch):

@@ -1,0 +1,92 @@
+"""How likely the labels of texts are, under samples of the linearised model of several widths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora.generation.next_token import language_model_of
+from laplace_lora.generation.reading import Reading
+from laplace_lora.generation.weights import SampleSet
+from laplace_lora.likelihoods.language_modeling import IGNORED
+from laplace_lora.models.forward_mode import forward_mode
+from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.structures.state import Posterior
+
+Places = tuple[Tensor, Tensor]
+
+
+def label_log_probabilities(
+    posterior: Posterior, samples: SampleSet, batch: Mapping[str, Any], scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return log probabilities of a batch's labels under posteriors of several widths, in one pass.
+
+    Args:
+        posterior: A fitted posterior over a causal language model's adapters.
+        samples: Of its weights.
+        batch: Texts with the labels that count, as `Likelihood.split` gives them.
+        scales: Factors of the covariance of the weights, ``(scales,)``.
+
+    Returns:
+        Under the MAP, ``(texts, tokens)``, and under each predictive, ``(scales, texts, tokens)``;
+        zero where nothing is scored.
+
+    Raises:
+        ValueError: If the model cannot carry tangents, see `forward_mode`.
+    """
+    model, labels = language_model_of(posterior, 1), batch["labels"]
+    temperature = posterior.settings.likelihood_temperature
+    place: dict[str, Any] = {"dtype": posterior.dtype, "device": labels.device}
+    by_map = torch.zeros(labels.shape, **place)
+    predictive = torch.zeros(len(scales), *labels.shape, **place)
+    with (
+        evaluation_mode(model),
+        forward_mode(model.model, posterior.engine.parameters, samples.directions) as forward,
+    ):
+        for places, logits, tangents in at_labels(Reading(model, forward, batch), labels):
+            f, slopes = (x.to(posterior.dtype) / temperature for x in (logits, tangents))
+            token = labels[places].unsqueeze(1)
+            by_map[places] = _log_probability(f, token)
+            for row, width in zip(predictive, scales.sqrt().tolist(), strict=True):
+                outputs = samples.each_output(f, width * slopes)
+                average = torch.stack([_log_probability(g, token) for g in outputs]).logsumexp(0)
+                row[places] = average - math.log(samples.n_samples)
+    return by_map, predictive
+
+
+def at_labels(reading: Reading, labels: Tensor) -> Iterator[tuple[Places, Tensor, Tensor]]:
+    """Read texts, and yield what predicts their labels.
+
+    Args:
+        reading: Of texts of which nothing is read yet.
+        labels: ``(texts, tokens)``, `IGNORED` where nothing is scored.
+
+    Yields:
+        Text and place of some labels, ``(k,)`` each, the logits that predict them, ``(k,
+        vocabulary)``, and their tangents, ``(directions, k, vocabulary)``.
+    """
+    scored = labels != IGNORED
+    columns = scored.any(0).nonzero().squeeze(1) - 1
+    for read, logits, tangents in reading.logits(columns):
+        texts, at = scored[:, read + 1].nonzero(as_tuple=True)
+        yield (texts, read[at] + 1), logits[texts, at], tangents[:, texts, at]
+
+
+def part_of(batch: Mapping[str, Any], rows: Tensor, end: int) -> dict[str, Any]:
+    """Return some texts of a batch, up to a place."""
+    texts, width = batch["input_ids"].shape
+    part = {}
+    for key, value in batch.items():
+        if isinstance(value, Tensor) and value.shape[:1] == (texts,):
+            value = value[rows]
+            value = value[:, :end] if value.shape[1:2] == (width,) else value
+        part[key] = value
+    return part
+
+
+def _log_probability(logits: Tensor, token: Tensor) -> Tensor:
+    return (logits.gather(1, token) - logits.logsumexp(1, keepdim=True)).squeeze(1)

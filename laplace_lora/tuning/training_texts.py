@@ -1,0 +1,110 @@
+"""A bounded, random part of a language model's training texts, and how a posterior predicts it."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora.data.distributed import Together
+from laplace_lora.generation.label_scores import label_log_probabilities, part_of
+from laplace_lora.generation.weights import SampleSet
+from laplace_lora.likelihoods.language_modeling import IGNORED
+from laplace_lora.structures.state import Posterior
+
+TEXTS = 64  # at most, and
+TOKENS = 2048  # read, of at least one text
+SAMPLES = 16  # of the weights, in antithetic pairs
+SEED = 0  # of texts and samples
+
+
+def some_texts(posterior: Posterior, batches: Iterable[Any]) -> list[Mapping[str, Any]]:
+    """Return some of the texts, batch by batch, each with the labels that count.
+
+    Which ones is drawn with a fixed seed; the same texts in the same order give the same part.
+
+    Args:
+        posterior: A language model's posterior.
+        batches: Of its training texts.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    lowest: list[tuple[float, int, int, int]] = []  # of the numbers drawn, as a heap
+    kept: dict[int, Mapping[str, Any]] = {}
+    for index, batch in enumerate(batches):
+        x, y = posterior.split(batch)
+        drawn = torch.rand(len(y), generator=generator).tolist()
+        mask = x.get("attention_mask")
+        lengths = (torch.ones_like(y) if mask is None else mask).sum(1).tolist()
+        for row in (y != IGNORED).any(1).nonzero().flatten().tolist():
+            item = (-drawn[row], index, row, int(lengths[row]))
+            (heapq.heappush if len(lowest) < TEXTS else heapq.heappushpop)(lowest, item)
+        kept[index] = x
+        wanted = {item[1] for item in lowest}
+        kept = {number: x for number, x in kept.items() if number in wanted}
+    rows: dict[int, list[int]] = {}
+    read = 0
+    for _, index, row, length in sorted(lowest, reverse=True):
+        if read and read + length > TOKENS:
+            break
+        read += length
+        rows.setdefault(index, []).append(row)
+    return [
+        _cut(kept[index], sorted(chosen), posterior.device)
+        for index, chosen in sorted(rows.items())
+    ]
+
+
+def _cut(batch: Mapping[str, Any], rows: list[int], device: torch.device) -> Mapping[str, Any]:
+    """Return some texts of a batch on a device, without what follows their last label."""
+    labels: Tensor = batch["labels"]
+    index = torch.tensor(rows, device=labels.device)
+    last = (labels[index] != IGNORED).any(0).nonzero().max()
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return part_of(moved, index.to(device), int(last) + 1)
+
+
+@dataclass(frozen=True)
+class TextLosses:
+    """How texts are predicted, in nats per scored token.
+
+    Attributes:
+        tokens: How many are scored.
+        nll_map: Mean NLL under the MAP.
+        nll: And under the predictive with each width, ``(scales,)``, float64.
+    """
+
+    tokens: int
+    nll_map: float
+    nll: Tensor
+
+
+def text_losses(
+    posterior: Posterior, texts: Iterable[Mapping[str, Any]], scales: Tensor, team: Together
+) -> TextLosses:
+    """Read texts once, and return their losses under posteriors of several widths.
+
+    Args:
+        posterior: A fitted posterior.
+        texts: From `some_texts`.
+        scales: Factors of the covariance, ``(scales,)``.
+        team: The processes that share the texts, whose losses are added.
+
+    Raises:
+        ValueError: If the model cannot carry tangents, see `forward_mode`, or nothing is scored.
+    """
+    generator = torch.Generator(posterior.device).manual_seed(SEED)
+    samples = SampleSet(posterior, SAMPLES, generator)
+    tokens, by_map, predictive = 0, 0.0, torch.zeros(len(scales), dtype=torch.float64)
+    for batch in texts:
+        own, averaged = label_log_probabilities(posterior, samples, batch, scales)
+        tokens += int((batch["labels"] != IGNORED).sum())
+        by_map -= float(own.double().sum())
+        predictive -= averaged.double().sum((1, 2)).cpu()
+    count, by_map, *sums = team.total(tokens, by_map, *predictive.tolist())
+    if not count:
+        raise ValueError("the loader gives no text of which a token is scored")
+    return TextLosses(int(count), by_map / count, predictive.new_tensor(sums) / count)
