@@ -14,9 +14,11 @@ from laplace_lora.posteriors.last_layer import (
     KronLoraLLLaplace,
 )
 from laplace_lora.posteriors.last_layer_gp import FunctionalLoraLLLaplace
+from laplace_lora.storage.adapter_start import AdapterStart, start_of
 from laplace_lora.trainer import LaplaceCallback
 
 __all__ = [
+    "AdapterStart",
     "DiagLoraLLLaplace",
     "DiagLoraLaplace",
     "FullLoraLLLaplace",
@@ -31,4 +33,5 @@ __all__ = [
     "LowRankKron",
     "LowRankKronDecomposed",
     "LowRankLoraLaplace",
+    "start_of",
 ]

@@ -18,6 +18,7 @@ from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.posteriors.factored import KronLoraLaplace
+from laplace_lora.storage.adapter_start import AdapterStart, start_of
 from laplace_lora.structures.state import Posterior
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,9 @@ class LaplaceCallback(TrainerCallback):
         save: Write the posterior into the trainer's output folder.
         link_approx: Link of the predictive.
         strict: Raise what goes wrong after training, too.
-        **kwargs: Arguments of the posterior, such as ``target_ids``.
+        **kwargs: Arguments of the posterior, such as ``target_ids``. ``prior_mean="start"`` is the
+            weights at the first step, which are saved into the trainer's output folder, where a
+            resumed training finds them.
 
     Attributes:
         la: The posterior, ``None`` before training has ended.
@@ -96,6 +99,8 @@ class LaplaceCallback(TrainerCallback):
                 labels or with labels out of range.
             TypeError: If a batch is neither mapping nor pair.
         """
+        if self.kwargs.get("prior_mean") == "start":
+            self.kwargs["prior_mean"] = self._start(args, state)
         # Workers and samplers draw seeds; training is to see the numbers it would have seen.
         with together(everyone=True), torch.random.fork_rng():
             posterior = self.posterior(self.trainer.model, self.likelihood, **self.kwargs).parts
@@ -127,6 +132,15 @@ class LaplaceCallback(TrainerCallback):
                 raise
             outcome = "there is no posterior" if self.la is None else "the posterior is kept"
             logger.exception("training has ended, but the callback failed: %s", outcome)
+
+    def _start(self, args: TrainingArguments, state: TrainerState) -> AdapterStart:
+        """Return the adapter's weights at the first step of training."""
+        if state.global_step > 0:  # resumed
+            return AdapterStart.from_pretrained(args.output_dir)
+        start = start_of(self.trainer.model)
+        if args.should_save:
+            start.save_pretrained(args.output_dir)
+        return start
 
     def _finish(self, args: TrainingArguments) -> None:
         la = self.posterior(self.trainer.model, self.likelihood, **self.kwargs)

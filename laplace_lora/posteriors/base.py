@@ -27,6 +27,7 @@ from laplace_lora.models.token_model import TokenModel
 from laplace_lora.posteriors.memory import MemoryEstimate, estimate_memory
 from laplace_lora.posteriors.saved import SavedLaplace
 from laplace_lora.posteriors.weights_watch import WeightsWatch
+from laplace_lora.storage.adapter_start import AdapterStart
 from laplace_lora.structures.base import Structure
 from laplace_lora.structures.state import Posterior, PosteriorState
 
@@ -53,6 +54,8 @@ class LoraLaplace(SavedLaplace):
             names them, ``"diag"`` gives each the exact diagonal, see `Engine`.
         backend: `LoraGGN`, `LoraEF` or a subclass.
         backend_kwargs: Arguments of the backend, such as ``kfac_approx`` or ``stochastic``.
+        prior_mean: One number, one per weight, or the weights at the start of training, see
+            `AdapterStart`.
         **kwargs: laplace-torch's arguments, such as ``prior_precision``, ``sigma_noise`` and
             ``temperature``.
 
@@ -74,6 +77,7 @@ class LoraLaplace(SavedLaplace):
         uncovered: str = "error",
         backend: type[LoraCurvature] = LoraGGN,
         backend_kwargs: Mapping[str, Any] | None = None,
+        prior_mean: float | Tensor | AdapterStart = 0.0,
         **kwargs: Any,
     ) -> None:
         if not (isinstance(backend, type) and issubclass(backend, LoraCurvature)):
@@ -98,6 +102,9 @@ class LoraLaplace(SavedLaplace):
             # Built now, so that what it cannot cover is refused before a fit.
             self.params = self.engine.parameters
         self.structure = structure.bound(self.engine)
+        if isinstance(prior_mean, AdapterStart):
+            prior_mean = prior_mean.vector(self.logits_model.get_submodule("model"), self.params)
+        self.prior_mean = prior_mean
 
     @property
     def engine(self) -> Engine:

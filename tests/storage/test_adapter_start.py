@@ -1,0 +1,120 @@
+"""A prior around the weights at the start of training."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+import laplace_lora
+from laplace_lora import (
+    DiagLoraLaplace,
+    FullLoraLaplace,
+    KronLoraLaplace,
+    KronLoraLLLaplace,
+    LaplaceCallback,
+)
+from laplace_lora.storage.adapter_start import FILE, AdapterStart, start_of
+from support.batches import loader, rows, token_batch
+from support.models import peft_model
+from support.references import assert_near
+
+CLASSES = [KronLoraLaplace, DiagLoraLaplace, FullLoraLaplace]
+
+
+def trained(steps=5):
+    """A model, its weights before training, and the record of them."""
+    model = peft_model("bert")
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    start = laplace_lora.start_of(model)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**token_batch((3, 6, 4))).loss.backward()
+        optimizer.step()
+    model.zero_grad()
+    return model, before, start
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_the_evidence_counts_from_the_start(cls):
+    model, before, start = trained()
+    la = cls(model, "classification", prior_mean=start, prior_precision=2.0)
+    la.fit(loader())
+    names = {id(p): name for name, p in model.named_parameters()}
+    origin = torch.cat([before[names[id(p)]].flatten() for p in la.params])
+    moved = la.mean - origin
+    assert moved.abs().max() > 1e-2
+    plain = -la.loss - 0.5 * (la.log_det_ratio + 2.0 * moved.square().sum())
+    assert_near(la.log_marginal_likelihood(), plain, 1e-9)
+    corrected = la.log_marginal_likelihood(correction=True) - plain
+    if cls is FullLoraLaplace:
+        b = -la.state.loss_gradient - 2.0 * moved
+        term = 0.5 * b @ torch.linalg.solve(la.posterior_precision.to_matrix(), b)
+        assert_near(corrected, term, 1e-7)
+    around_zero = cls(model, "classification", prior_precision=2.0)
+    around_zero.fit(loader())
+    assert abs(around_zero.log_marginal_likelihood() - plain) > 1e-3
+    batch = token_batch((3, 6, 4))
+    assert torch.equal(la(batch), around_zero(batch))  # a prior's mean moves no prediction
+
+
+def test_the_start_is_a_copy_and_comes_back_from_its_file(tmp_path):
+    model, before, start = trained()
+    assert all(torch.equal(start.tensors[name], tensor) for name, tensor in before.items())
+    start.save_pretrained(tmp_path / "new")
+    again = AdapterStart.from_pretrained(tmp_path / "new")
+    la = KronLoraLaplace(model, "classification", prior_mean=again)
+    other = KronLoraLaplace(model, "classification", prior_mean=start)
+    assert torch.equal(la.prior_mean, other.prior_mean)
+    la.fit(loader())
+    la.optimize_prior_precision(method="marglik")
+    la.save_pretrained(tmp_path)
+    loaded = KronLoraLaplace.from_pretrained(model, tmp_path)
+    assert torch.equal(loaded.prior_mean, la.prior_mean)
+    for correction in (False, True):
+        value = la.log_marginal_likelihood(correction=correction)
+        assert torch.equal(loaded.log_marginal_likelihood(correction=correction), value)
+    (tmp_path / FILE).write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="damaged"):
+        AdapterStart.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        AdapterStart.from_pretrained(tmp_path / "nowhere")
+
+
+def test_part_of_the_model():
+    model, before, start = trained()
+    la = KronLoraLaplace(model, "classification", prior_mean=start, modules="lora_B")
+    expected = [tensor.flatten() for name, tensor in before.items() if "lora_B" in name]
+    assert torch.equal(la.prior_mean, torch.cat(expected))
+
+
+def test_another_models_start_is_refused():
+    model, _, start = trained(steps=1)
+    with pytest.raises(ValueError, match="is not known"):
+        KronLoraLaplace(peft_model("bert", r=3), "classification", prior_mean=start)
+    with pytest.raises(ValueError, match="has a head of its own"):
+        KronLoraLLLaplace(model, "classification", prior_mean=start)
+    with pytest.raises(ValueError, match="no trainable weights"):
+        start_of(nn.Linear(2, 2).requires_grad_(False))
+
+
+def test_the_trainer_keeps_it(tmp_path):
+    model = peft_model("bert", dtype=torch.float32)
+    before = start_of(model)
+    batch = token_batch((4,) * 10)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, save_steps=1
+    )
+    trainer = Trainer(model, arguments, train_dataset=[rows(batch, n) for n in range(10)])
+    callback = LaplaceCallback(trainer, prior_mean="start", strict=True)
+    trainer.add_callback(callback)
+    trainer.train()
+    expected = before.vector(model, callback.la.params)
+    assert torch.equal(callback.la.prior_mean.double(), expected)
+    kept = AdapterStart.from_pretrained(tmp_path)
+    assert torch.equal(kept.vector(model, callback.la.params), expected)
+    resumed = Trainer(model, arguments, train_dataset=[rows(batch, n) for n in range(10)])
+    again = LaplaceCallback(resumed, prior_mean="start", strict=True)
+    resumed.add_callback(again)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert torch.equal(again.la.prior_mean.double(), expected)
