@@ -31,6 +31,10 @@ QUANTISED = ("Linear4bit", "Linear8bitLt")
 _LEVELS = threading.RLock()
 
 
+class NoForwardDerivativeError(ValueError):
+    """A model, or one of its operations, cannot carry tangents."""
+
+
 class ForwardMode(nn.Module):
     """A model whose values and tangents are computed together, see `forward_mode`.
 
@@ -76,7 +80,7 @@ class ForwardMode(nn.Module):
             What ``read`` finds, and its tangents, ``(directions, *shape)`` each.
 
         Raises:
-            ValueError: If an operation of the model has no forward derivative; names it.
+            NoForwardDerivativeError: If an operation of the model has none; names it.
         """
         carried, tangents = carried or {}, tangents or {}
 
@@ -97,7 +101,7 @@ class ForwardMode(nn.Module):
         except (NotImplementedError, RuntimeError) as error:
             if not _is_missing_rule(error):
                 raise
-            raise ValueError(
+            raise NoForwardDerivativeError(
                 "the model has an operation without forward derivative, which samples by forward "
                 f"mode need; use method='exact' ({str(error).splitlines()[0]})"
             ) from error
@@ -119,18 +123,18 @@ def forward_mode(
         directions: Flat, in the order of the tensors, ``(directions, parameters)``.
 
     Raises:
-        ValueError: If the model cannot have a twin, or is quantised by bitsandbytes; names the
-            layer.
+        NoForwardDerivativeError: If the model cannot have a twin, or is quantised by bitsandbytes;
+            names the layer.
     """
     for name, module in model.named_modules():
         if type(module).__name__ in QUANTISED:
-            raise ValueError(
+            raise NoForwardDerivativeError(
                 f"{name} is quantised ({type(module).__name__}), which has no forward derivative; "
                 "use method='exact', or load the base model in bfloat16"
             )
     twin, own = twin_of(model, parameters)
     if twin is None:
-        raise ValueError(
+        raise NoForwardDerivativeError(
             "the model is compiled, offloaded or cannot be copied, and samples by forward mode "
             "need a copy of its modules; use method='exact'"
         )

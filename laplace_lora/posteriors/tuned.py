@@ -10,6 +10,7 @@ import torch
 from laplace_lora.data.distributed import OtherProcessFailed
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.autocast import in_full_precision
+from laplace_lora.models.forward_mode import NoForwardDerivativeError
 from laplace_lora.posteriors.predicted import PredictedLaplace
 from laplace_lora.structures.state import PosteriorState, Settings
 from laplace_lora.tuning import leave_one_out
@@ -215,7 +216,8 @@ class TunedLaplace(PredictedLaplace):
                 options = (structure, train_loader, progress_bar)
                 return method, "", _reported(Tuner(posterior), method, *options)
             except (ValueError, OtherProcessFailed) as error:  # in its pass over the data
-                if isinstance(error, OtherProcessFailed) and error.kind != "ValueError":
+                kinds = ("ValueError", NoForwardDerivativeError.__name__)
+                if isinstance(error, OtherProcessFailed) and error.kind not in kinds:
                     raise
                 reason = str(error)
         if texts and not has_others:

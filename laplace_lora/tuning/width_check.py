@@ -10,6 +10,7 @@ import torch
 
 from laplace_lora.data.distributed import OtherProcessFailed, together
 from laplace_lora.likelihoods.links import QUADRATURE
+from laplace_lora.models.forward_mode import NoForwardDerivativeError
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning.training_texts import some_texts, text_losses
@@ -33,10 +34,10 @@ def warn_if_wide(posterior: Posterior, loader: Iterable[Any]) -> None:
         advice = "Tune by method='widest'"
         try:
             excess = _excess_of_texts(posterior, loader)
-        except ValueError:
+        except NoForwardDerivativeError:
             return
         except OtherProcessFailed as error:
-            if error.kind != "ValueError":
+            if error.kind != NoForwardDerivativeError.__name__:
                 raise
             return
     else:

@@ -8,6 +8,7 @@ from laplace_lora import KronLoraLaplace
 from laplace_lora.evaluation import TemperatureScaling, evaluate
 from laplace_lora.posteriors.last_layer_gp import FunctionalLoraLLLaplace
 from support.batches import loader, validation
+from support.language import EXACT, language_posterior, text_batch, text_loader
 from support.models import peft_model
 from support.posteriors import LOW
 
@@ -63,6 +64,13 @@ def _marglik(la, data):
     return la.prior_precision.detach()
 
 
+def _widest(la, data):
+    la = language_posterior(**EXACT)  # sampled labels would differ between processes
+    la.optimize_prior_precision(method="widest", train_loader=data)
+    report = la.tuning.widest
+    return torch.tensor([report.nll, report.nll_map, la.covariance_scale, report.tokens])
+
+
 def _calibrate(la, data):
     report = la.calibrate(data, link_approx="mc", n_samples=20)  # samples are shared, too
     return torch.tensor([report.nll_after, report.nll_before])
@@ -96,6 +104,7 @@ CALLS = {
     "loo": _loo,
     "auto": _auto,
     "marglik": _marglik,
+    "widest": _widest,
     "evaluate": _evaluate,
     "temperature": _temperature,
     "gp": _process,
@@ -104,6 +113,8 @@ ON_TRAINING_DATA = ("loo", "auto", "marglik")
 
 
 def data_of(call):
+    if call == "widest":
+        return text_loader(batch=text_batch((4, 6, 3, 5, 6, 4, 5), (1, 3, 2, 1, 2, 1, 2))).dataset
     return (loader() if call in ON_TRAINING_DATA else validation()).dataset
 
 

@@ -11,6 +11,7 @@ from torch.func import functional_call, jacrev
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace, LowRankLoraLaplace
 from laplace_lora.data.distributed import ALONE
 from laplace_lora.likelihoods.language_modeling import IGNORED
+from laplace_lora.models.forward_mode import NoForwardDerivativeError
 from laplace_lora.tuning import training_texts, widest
 from laplace_lora.tuning.width_check import warn_if_wide
 from support.batches import loader
@@ -173,7 +174,7 @@ def test_other_likelihoods_are_refused():
 
 def test_models_without_tangents_fall_back_with_a_warning(monkeypatch):
     def refuse(*args, **kwargs):
-        raise ValueError("lm_head is quantised")
+        raise NoForwardDerivativeError("lm_head is quantised")
 
     monkeypatch.setattr("laplace_lora.generation.label_scores.forward_mode", refuse)
     la = trained(steps=1)
