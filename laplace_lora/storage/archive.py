@@ -17,7 +17,12 @@ from safetensors.torch import load
 from torch import Tensor
 
 from laplace_lora.storage.files import CONFIG, TENSORS, VERSION, write_files
-from laplace_lora.storage.fingerprint import check_identity, identity
+from laplace_lora.storage.fingerprint import check_identity, identity, trained_tensors
+from laplace_lora.storage.rounding import (
+    ROUNDED,
+    identity_but_for_rounding,
+    rounded_fingerprints,
+)
 from laplace_lora.structures.state import Posterior, PosteriorState, Settings
 from laplace_lora.structures.subspace import SUBSPACE, SUBSPACE_TENSORS, subspace_from
 
@@ -60,6 +65,7 @@ def save_posterior(posterior: Posterior, folder: Path, backend: str) -> None:
         },
         "curvature": description,
         **identity(posterior),
+        ROUNDED: rounded_fingerprints(trained_tensors(posterior)),
     }
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     write_files(folder, plain, config)
@@ -76,7 +82,11 @@ def load_state(posterior: Posterior, payload: bytes, config: Mapping[str, Any]) 
     Raises:
         ValueError: If weights, base model or adapter are others, or the files do not fit together.
     """
-    check_identity(config, identity(posterior))
+    try:
+        found = identity_but_for_rounding(posterior, config)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{CONFIG} is damaged: {error!r}") from None
+    check_identity(config, found)
     try:
         tensors = load(payload)
         for name, tensor in tensors.items():

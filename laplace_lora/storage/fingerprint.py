@@ -23,15 +23,7 @@ def identity(posterior: Posterior) -> dict[str, Any]:
     Args:
         posterior: The posterior; its model is read, not its state.
     """
-    engine = posterior.engine
-    covered = {id(p) for p in engine.parameters}
-    adapters = adapter_parameters(posterior.source)
-    # Other adapters that happen to be loaded do not change what the active one computes.
-    others = [
-        (name, p, adapters.get(id(p)))
-        for name, p in posterior.source.named_parameters()
-        if id(p) not in covered and adapters.get(id(p)) is not False
-    ]
+    engine, others = posterior.engine, _others(posterior)
     return {
         "parameters": {block.name: list(block.parameter.shape) for block in engine.blocks},
         "weights": exact_fingerprint(zip(engine.names, engine.parameters, strict=True)),
@@ -41,6 +33,24 @@ def identity(posterior: Posterior) -> dict[str, Any]:
             json.dumps(adapter_settings(posterior.source), sort_keys=True).encode()
         ).hexdigest(),
     }
+
+
+def trained_tensors(posterior: Posterior) -> list[tuple[str, Tensor]]:
+    """Return a posterior's tensors, and the others of the active adapter, with their names."""
+    covered = zip(posterior.engine.names, posterior.engine.parameters, strict=True)
+    return [*covered, *((name, p) for name, p, active in _others(posterior) if active)]
+
+
+def _others(posterior: Posterior) -> list[tuple[str, Tensor, bool | None]]:
+    """Return tensors that a posterior does not cover, and whether they are of an adapter."""
+    covered = {id(p) for p in posterior.engine.parameters}
+    adapters = adapter_parameters(posterior.source)
+    # Other adapters that happen to be loaded do not change what the active one computes.
+    return [
+        (name, p, adapters.get(id(p)))
+        for name, p in posterior.source.named_parameters()
+        if id(p) not in covered and adapters.get(id(p)) is not False
+    ]
 
 
 def check_identity(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from laplace_lora import DiagLoraLaplace, KronLoraLaplace
+from laplace_lora import DiagLoraLaplace, KronLoraLaplace, KronLoraLLLaplace
 from laplace_lora.storage.fingerprint import SAMPLES, sampled_fingerprint
+from support.batches import loader, token_batch
 from support.models import peft_model
 from support.posteriors import fitted
 
@@ -53,3 +54,21 @@ def test_other_weights_and_bases_are_refused(tmp_path):
         KronLoraLaplace.from_pretrained(peft_model("bert", r=3, modules_to_save=None), tmp_path)
     with pytest.raises(ValueError, match=r"load it with KronLoraLaplace\.from_pretrained"):
         DiagLoraLaplace.from_pretrained(model, tmp_path)
+
+
+@pytest.mark.parametrize("cls", [KronLoraLaplace, KronLoraLLLaplace])
+def test_the_adapter_in_bfloat16_is_recognised_and_said_to_be_rounded(tmp_path, cls):
+    model = peft_model("bert", dtype=torch.float32)
+    la = cls(model, "classification")
+    la.fit(loader())
+    la.save_pretrained(tmp_path)
+    batch = token_batch((6, 3, 5))
+    full = la(batch)
+    model.to(torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"rounded to a coarser dtype: they differ by \d\.\de-0\d"):
+        again = cls.from_pretrained(model, tmp_path)
+    assert (again(batch) - full).abs().max() < 0.02
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "classifier.modules_to_save" in n).mul_(1.1)
+    with pytest.raises(ValueError, match="weights are not those"):
+        cls.from_pretrained(model, tmp_path)
