@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from peft import PeftModel
@@ -107,6 +108,52 @@ def check_adapters(model: nn.Module) -> None:
                 f"adapters {list(layer.active_adapters)} are active together in {name!r}; choose "
                 "one with `model.set_adapter(name)`"
             )
+
+
+def check_in_use(model: nn.Module, tensors: Sequence[tuple[str, nn.Parameter]]) -> None:
+    """Refuse tensors that the model no longer uses, or of which it computes no gradient.
+
+    Args:
+        model: Any module.
+        tensors: Names and tensors that were trainable in it once.
+
+    Raises:
+        RuntimeError: If one has left the model, its adapter is not active, it is frozen, or it was
+            made in inference mode.
+    """
+    present = {id(p) for p in model.parameters()}
+    gone = [name for name, p in tensors if id(p) not in present]
+    if gone:
+        raise RuntimeError(
+            f"tensors of the posterior ({_some(gone)}) are no longer part of the model: its "
+            "adapter was unloaded, merged into the base model, deleted or loaded anew. Make "
+            "the posterior on the model as it is now, or load it with `from_pretrained`"
+        )
+    is_active = adapter_parameters(model)
+    inactive = [name for name, p in tensors if is_active.get(id(p)) is False]
+    if inactive:
+        raise RuntimeError(
+            f"tensors of the posterior ({_some(inactive)}) belong to an adapter that is not "
+            "active; activate it with `model.set_adapter(name)`"
+        )
+    made = [name for name, p in model.named_parameters() if p.is_inference()]
+    if made:
+        raise RuntimeError(
+            f"weights ({_some(made)}) were made in torch.inference_mode and can have no "
+            "gradient; load the model outside of it, or go on with `copy.deepcopy(model)`"
+        )
+    frozen = [name for name, p in tensors if not p.requires_grad]
+    if frozen:
+        raise RuntimeError(
+            f"tensors of the posterior ({_some(frozen)}) were frozen after it was made, and it "
+            "needs their gradients; undo it with `model.get_parameter(name).requires_grad_(True)` "
+            "or, for all of an adapter, `model.set_adapter(name)`"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return the first name, and the number of others."""
+    return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def adapter_settings(model: nn.Module) -> dict[str, Any]:

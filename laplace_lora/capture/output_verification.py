@@ -14,10 +14,8 @@ from torch import Tensor
 
 from laplace_lora.data.batches import one_example, splits_by_example
 from laplace_lora.data.pairs import passes
+from laplace_lora.models.tolerances import near
 
-# Relative errors, of outputs a little larger than these numbers: dtype -> (error, outputs).
-BOUNDS = {torch.float64: (1e-4, 0.1), torch.float32: (1e-2, 0.1)}
-COARSE = (0.05, 1.0)
 OWN = "own_logits"  # of a model that says how its transformer answers by itself
 
 
@@ -44,7 +42,7 @@ def verify_outputs(
     with torch.no_grad():
         if not splits_by_example(batch, examples):
             whole = own(batch)
-            if whole is not None and not _near(whole, output, dtype):
+            if whole is not None and not near(whole, output, dtype):
                 raise RuntimeError(_positions(whole, output))
             return
         for n in chosen_examples(batch, examples, len(output)):
@@ -52,11 +50,11 @@ def verify_outputs(
             # One row per example, or for tokens those of the first example.
             rows = slice(n, n + 1) if len(output) == examples else slice(None)
             alone = own(single)
-            if alone is not None and _near(alone, output[rows][: len(alone)], dtype):
+            if alone is not None and near(alone, output[rows][: len(alone)], dtype):
                 continue
             ours = model(single)
             expected = output[rows][: len(ours)]
-            if not _near(ours, expected, dtype):
+            if not near(ours, expected, dtype):
                 raise RuntimeError(
                     f"the model mixes the examples of a batch: alone, example {n} has other "
                     f"outputs ({_distance(ours, expected)}), so they depend on the batch. "
@@ -66,7 +64,7 @@ def verify_outputs(
             if alone is None:
                 continue
             bare = own(without_padding(single))
-            if bare is not None and not _near(bare, expected, dtype):
+            if bare is not None and not near(bare, expected, dtype):
                 raise RuntimeError(_positions(alone, expected))
 
 
@@ -102,20 +100,6 @@ def chosen_examples(batch: Any, examples: int, rows: int) -> list[int]:
         return [0]
     lengths = (mask != 0).sum(1)
     return list(dict.fromkeys([int(lengths.argmax()), int(lengths.argmin())]))
-
-
-def _bound(dtype: torch.dtype, outputs: Tensor) -> float:
-    """Return by how much outputs may differ that a model computes in a dtype."""
-    relative, smallest = BOUNDS.get(dtype, COARSE)
-    return relative * (smallest + float(outputs.abs().max()))
-
-
-def _near(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
-    if ours.shape != theirs.shape:
-        return False
-    if not ours.numel():
-        return True
-    return not float((ours.to(theirs) - theirs).abs().max()) > _bound(dtype, theirs)
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> str:

@@ -88,7 +88,7 @@ def _listening(
 
     def note_source(layer: nn.Module) -> Callable[[Any, Any], None]:
         def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if args:  # the address only, to keep the tensor itself out of memory
+            if args and isinstance(args[0], Tensor):  # its address only, to keep it out of memory
                 sources.setdefault(id(layer), []).append(address(args[0]))
 
         return note
@@ -116,8 +116,8 @@ def _check_output(output: Tensor, any_calls: bool) -> None:
         )
     if any_calls and not output.requires_grad:
         raise RuntimeError(
-            "the outputs carry no gradient; the model must not run under torch.no_grad or detach "
-            "them"
+            "the outputs carry no gradient; the model must not run under torch.no_grad or "
+            "torch.inference_mode, nor detach them"
         )
 
 
@@ -138,8 +138,31 @@ def _check_calls(
         if any(call.gradient is None for call in seen):
             raise RuntimeError(
                 f"the output of layer {linear.name!r} carries no gradient; it must not run under "
-                "torch.no_grad, nor under gradient checkpointing without use_reentrant=False"
+                "torch.no_grad or torch.inference_mode, nor under gradient checkpointing without "
+                "use_reentrant=False"
             )
+
+
+def check_masks(tape: Tape) -> None:
+    """Refuse layers whose tokens no attention mask of the batch fits.
+
+    Speech models, for one, take a mask of samples, and their layers see frames.
+
+    Raises:
+        MisfitError: If there are any.
+    """
+    misfits: dict[int, ValueError] = {}
+    for i in range(len(tape.inputs)):
+        try:
+            tape.mask(i)
+        except ValueError as error:
+            misfits[i] = error
+    if misfits:
+        raise MisfitError(
+            f"{next(iter(misfits.values()))}. Leave the mask out if all lengths are equal, freeze "
+            "the layers, or give them a diagonal block, which needs no mask, with uncovered='diag'",
+            list(misfits),
+        )
 
 
 def _rerun(model: Callable[[Any], Tensor], batch: Batch) -> Callable[[int], Tensor]:

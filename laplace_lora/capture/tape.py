@@ -50,6 +50,7 @@ class Tape:
         self._sources = sources
         self.output = output.detach()
         self._padding = padding
+        self._masks: dict[int, Tensor | None] = {}
         self._output = output
         self._inputs = [
             [linear.read(call) for call in map_calls]
@@ -67,20 +68,19 @@ class Tape:
         self._targets = list({t.edge: t.edge for t in targets}.values())
         self._gradients = [[call.gradient for call in map_calls] for map_calls in calls]
 
-    @cached_property
-    def masks(self) -> list[Tensor | None]:
-        """For each recorded map, which tokens are real, ``(batch, tokens)``; ``None`` if all are.
+    def mask(self, i: int) -> Tensor | None:
+        """Return which tokens of a recorded map are real, ``(batch, tokens)``; ``None`` if all are.
 
         Raises:
-            ValueError: If the attention masks in the batch do not fit a map's tokens.
+            ValueError: If the attention masks in the batch do not fit the map's tokens.
         """
-        masks: list[Tensor | None] = []
-        for linear, inputs in zip(self.maps, self._inputs, strict=False):
+        if i not in self._masks:
+            linear, inputs = self.maps[i], self._inputs[i]
             parts = []
             for call, x in enumerate(inputs if linear.has_tokens else []):
                 parts.append((x, self._padding.mask(call, len(inputs), x, linear.name)))
-            masks.append(joined_masks(parts))
-        return masks
+            self._masks[i] = joined_masks(parts)
+        return self._masks[i]
 
     @cached_property
     def input_groups(self) -> list[int]:

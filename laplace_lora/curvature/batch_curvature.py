@@ -40,7 +40,7 @@ def add_factors(
         ValueError: If labels lie outside the classes.
         FloatingPointError: If the loss or a sum is not finite; names the layer.
     """
-    tape, loss = engine.forward(x, y)
+    tape, loss = engine.forward(x, y, needs_masks=True)
     if sums is None:
         sums = KfacSums.empty(tape, spec, engine.dtype, engine.rows)
     root = engine.root(tape.output, y)

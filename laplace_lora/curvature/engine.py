@@ -16,19 +16,20 @@ from torch import Tensor, nn
 from laplace_lora.adapters.diagonal_maps import whole_instead
 from laplace_lora.adapters.discovery import trainable_maps
 from laplace_lora.adapters.maps import Block, LinearMap, wide_dtype
-from laplace_lora.adapters.peft_state import check_adapters
+from laplace_lora.adapters.peft_state import check_adapters, check_in_use
 from laplace_lora.capture.jacobians import jacobian_blocks
 from laplace_lora.capture.output_verification import verify_outputs
-from laplace_lora.capture.recorder import MisfitError, record
+from laplace_lora.capture.recorder import MisfitError, check_masks, record
 from laplace_lora.capture.tape import Tape
 from laplace_lora.capture.verification import verify_gradients
 from laplace_lora.curvature.kfac import Rows
 from laplace_lora.curvature.loss_gradient import LossGradient, ResidualColumns
+from laplace_lora.data.batches import doubled, splits_by_example
 from laplace_lora.likelihoods.base import Columns, Likelihood
 from laplace_lora.likelihoods.links import check_finite
 from laplace_lora.likelihoods.roots import identity_root
 from laplace_lora.models.autocast import as_called
-from laplace_lora.models.modes import coarsest_dtype, device_of, differentiable
+from laplace_lora.models.modes import coarsest_dtype, device_of, differentiable, eager
 from laplace_lora.models.twins import resampled
 
 Root = Callable[[Tensor, Tensor], Tensor]
@@ -239,14 +240,19 @@ class Engine:
         weights = objective.residual_weights(root, f, y)
         return ResidualColumns(root, objective.residual(f, y), weights, tape.examples)
 
-    def forward(self, x: Any, y: Tensor) -> tuple[Tape, Tensor]:
+    def forward(self, x: Any, y: Tensor, needs_masks: bool = False) -> tuple[Tape, Tensor]:
         """Record a labelled batch, and return its summed loss.
+
+        Args:
+            x: Batch that the model takes.
+            y: Its labels.
+            needs_masks: Whether every recorded layer must know which of its tokens are real.
 
         Raises:
             ValueError: If labels lie outside the classes.
             FloatingPointError: If the loss is not finite.
         """
-        tape, _ = self._record(x, examples=len(y))
+        tape, _ = self._record(x, examples=len(y), needs_masks=needs_masks)
         loss = self.objective.nll(tape.output, y)
         if not bool(loss.isfinite()):
             raise FloatingPointError(f"the loss is {loss.item()}")
@@ -275,15 +281,22 @@ class Engine:
         x: Any,
         function: Callable[[Any], Tensor] | None = None,
         examples: int | None = None,
+        needs_masks: bool = False,
     ) -> tuple[Tape, Sequence[Block]]:
         check_adapters(self.model)
+        check_in_use(self.model, [(block.name, block.parameter) for block in self.blocks])
         run = self.model if function is None else function
-        with differentiable(self.model), as_called():
+        with differentiable(self.model), eager(self.model), as_called():
             while True:
                 maps, blocks = self._covered
                 try:
                     tape = record(run, maps, x, examples=examples)
+                    if needs_masks:
+                        check_masks(tape)
                     if self.verify and not self.is_verified and function is None:
+                        if tape.examples == 1 and splits_by_example(x, 1):
+                            # A single example hides which dimension counts them.
+                            record(run, maps, doubled(x), examples=2)
                         self._verify(tape, blocks, x)
                     return tape, blocks
                 except MisfitError as error:

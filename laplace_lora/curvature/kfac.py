@@ -187,7 +187,7 @@ class KfacSums:
                     "input in earlier batches but not in this one"
                 )
             if first == i:
-                factor.update(*self.rows.of_input(tape.inputs[i], tape.masks[i], factor))
+                factor.update(*self.rows.of_input(tape.inputs[i], tape.mask(i), factor))
 
         roots = len(columns)
         visits = []
@@ -198,7 +198,7 @@ class KfacSums:
 
         def visit(column: int, i: int, grad: Tensor) -> None:
             if column < roots:
-                self.grads[i].update(self.rows.of_grad(grad, tape.masks[i]))
+                self.grads[i].update(self.rows.of_grad(grad, tape.mask(i)))
             for also in visits:
                 also(column, i, grad)
 

@@ -66,6 +66,16 @@ def on_cpu(batch: Any) -> Any:
     return batch.cpu() if isinstance(batch, Tensor) else batch
 
 
+def doubled(batch: Any) -> Any:
+    """Return a batch of one example with the example twice."""
+    if isinstance(batch, Tensor):
+        return torch.cat([batch, batch]) if batch.ndim else batch
+    if isinstance(batch, Mapping):
+        return {key: doubled(value) for key, value in batch.items()}
+    is_row = isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == 1
+    return [*batch, *batch] if is_row else batch
+
+
 def model_inputs(batch: Batch) -> Any:
     """Return what the model is called with: a whole mapping or tensor, or a pair's first part."""
     return batch if isinstance(batch, Mapping | Tensor) else batch[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -246,7 +246,9 @@ ALONE = Together(shared=False)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model in a wrapper for training in parallel, whose forward pass is a collective.
+    """Return the model in a wrapper for training in parallel or around a compiled model.
+
+    The first's forward pass is a collective; the second hides which transformer it holds.
 
     Raises:
         TypeError: If the wrapper has cut the weights to pieces.
@@ -256,4 +258,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     if isinstance(model, DistributedDataParallel | DataParallel):
         inner: nn.Module = model.module
         return unwrapped(inner)
+    if type(model).__name__ == "OptimizedModule":
+        return unwrapped(cast(nn.Module, model._orig_mod))
     return model

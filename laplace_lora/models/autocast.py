@@ -1,4 +1,7 @@
-"""Keep a caller's autocast to the model: the library's own algebra runs in full precision."""
+"""Keep a caller's autocast to the model: the library's own algebra runs in full precision.
+
+The same wrapper undoes ``torch.inference_mode``, in which there are no gradients.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,16 @@ _CALLER: ContextVar[tuple[tuple[str, torch.dtype], ...]] = ContextVar("autocast"
 
 
 def in_full_precision(function: Callable[P, T]) -> Callable[P, T]:
-    """Make a function run without the caller's autocast, but for models in `as_called`."""
+    """Make a function run without the caller's autocast, but for models in `as_called`.
+
+    The caller's ``torch.inference_mode`` does not reach it either.
+    """
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return wrapped(*args, **kwargs)
         active = tuple(
             (device, torch.get_autocast_dtype(device))
             for device in DEVICES

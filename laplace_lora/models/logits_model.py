@@ -15,7 +15,7 @@ from laplace_lora.data.distributed import unwrapped
 from laplace_lora.data.pairs import is_pair, passes
 from laplace_lora.models.answers import AnswerPlace, checked_target_ids
 from laplace_lora.models.last_layer_model import head_tensors, last_linear, n_rows
-from laplace_lora.models.modes import device_of
+from laplace_lora.models.modes import coarsest_dtype, device_of
 from laplace_lora.models.narrowing import at_position, one_token, rows_only
 from laplace_lora.models.positions import PositionRule
 from laplace_lora.models.score_head import score_head_narrowed
@@ -148,7 +148,7 @@ class LogitsModel(nn.Module):
         if isinstance(batch, Mapping):
             logits = self._from_mapping(self._inputs(batch))
         else:
-            logits = self._logits(self.model(batch.to(self.device)))
+            logits = self._logits(self.model(_usable(batch, self.device)))
         return wide(logits.to(self.device))  # a model may be spread over devices
 
     def own_logits(self, batch: Mapping[str, Any] | Tensor) -> Tensor | None:
@@ -217,7 +217,7 @@ class LogitsModel(nn.Module):
     def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the transformer takes, on its device."""
         inputs = {
-            key: value.to(self.device) if isinstance(value, Tensor) else value
+            key: _usable(value, self.device) if isinstance(value, Tensor) else value
             for key, value in batch.items()
             if key != "labels"
         }
@@ -230,7 +230,10 @@ class LogitsModel(nn.Module):
     def _count_real_tokens(self, inputs: dict[str, Any]) -> None:
         """Let positions count real tokens only, as in generation, see `PositionRule`."""
         self._positions.apply(
-            inputs, lambda x: self._logits(self.model(**x)), not self.model.training
+            inputs,
+            lambda x: self._logits(self.model(**x)),
+            coarsest_dtype(self.model),
+            not self.model.training,
         )
 
     def _from_mapping(self, inputs: dict[str, Any]) -> Tensor:
@@ -279,6 +282,12 @@ class LogitsModel(nn.Module):
                 "it; leave them out"
             )
         return head
+
+
+def _usable(x: Tensor, device: torch.device) -> Tensor:
+    """Return an input on a device; a copy if it was made in inference mode, so has no gradient."""
+    x = x.to(device)
+    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
 
 
 def wide(logits: Tensor) -> Tensor:

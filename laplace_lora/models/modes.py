@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
+COMPILED = "_laplace_lora_compiled"  # where a module keeps its compiled call meanwhile
 
 
 class _Holders(Generic[T]):
@@ -70,6 +71,29 @@ def _freeze(parameter: nn.Parameter) -> None:
     parameter.requires_grad_(False)
 
 
+def _decompile(module: Any) -> None:
+    if _is_wrapper(module):
+        vars(module)[COMPILED] = module.forward
+        object.__setattr__(module, "forward", module._orig_mod.__call__)
+    else:
+        vars(module)[COMPILED] = module._compiled_call_impl
+        module._compiled_call_impl = None
+
+
+def _recompile(module: Any) -> None:
+    compiled = vars(module).pop(COMPILED)
+    if _is_wrapper(module):
+        object.__setattr__(module, "forward", compiled)
+    else:
+        module._compiled_call_impl = compiled
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """Return whether a module is what ``torch.compile`` returns."""
+    return type(module).__name__ == "OptimizedModule"
+
+
+_EAGER = _Holders[nn.Module](_decompile, _recompile)
 _EVALUATING = _Holders[nn.Module](_set_evaluation, _set_training)
 _DIFFERENTIABLE = _Holders[nn.Module](_set_training, _set_evaluation)
 _THAWED = _Holders[nn.Parameter](_thaw, _freeze)
@@ -124,6 +148,20 @@ def differentiable(model: nn.Module) -> Iterator[None]:
 
 def _is_four_bit(module: nn.Module) -> bool:
     return type(module).__name__ == "Linear4bit"
+
+
+@contextmanager
+def eager(model: nn.Module) -> Iterator[None]:
+    """Run compiled modules as they were written, temporarily.
+
+    Compiled code does not look for hooks that were registered after it was made.
+    """
+
+    def is_compiled(module: nn.Module) -> bool:
+        return _is_wrapper(module) or getattr(module, "_compiled_call_impl", None) is not None
+
+    with _EAGER.hold(list(model.modules()), is_compiled):
+        yield
 
 
 @contextmanager

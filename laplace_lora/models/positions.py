@@ -16,6 +16,7 @@ from torch import Tensor
 from laplace_lora.data.batches import splits_by_example
 from laplace_lora.models.narrowing import last_true
 from laplace_lora.models.thread_hooks import hooks_suspended
+from laplace_lora.models.tolerances import near
 
 NEGLIGIBLE = 1e-4  # of the largest logit: rounding, not another position
 
@@ -29,7 +30,8 @@ class PositionRule:
     """Supplies ``position_ids`` where a model needs them.
 
     Where no text begins with padding they are left to the model. Otherwise one text is run without
-    its padding, and with it in both ways: that which gives the same logits is kept.
+    its padding, and with it in both ways: that which gives the same logits is kept. Where neither
+    does, as in decoders that count padding and take no positions, such batches are refused.
 
     Args:
         takes_positions: Whether the model has an argument ``position_ids``.
@@ -40,48 +42,73 @@ class PositionRule:
         self._supplies: bool | None = None
 
     def apply(
-        self, inputs: dict[str, Any], run: Callable[[dict[str, Any]], Tensor], settles: bool
+        self,
+        inputs: dict[str, Any],
+        run: Callable[[dict[str, Any]], Tensor],
+        dtype: torch.dtype,
+        settles: bool,
     ) -> None:
         """Add ``position_ids`` to a model's inputs if it needs them.
 
         Args:
             inputs: The model's inputs, changed in place.
             run: From inputs to logits, ``(batch, tokens, vocabulary)``.
+            dtype: The coarsest in which the model computes.
             settles: Whether the model may be tried: it is in evaluation mode.
+
+        Raises:
+            ValueError: If padding before a text changes the model's logits.
         """
         mask = inputs.get("attention_mask")
-        if not self._takes_positions or "position_ids" in inputs or mask is None or mask.ndim != 2:
+        if "position_ids" in inputs or mask is None or mask.ndim != 2:
             return
         if bool((mask[:, 0] != 0).all()):
             return
         if self._supplies is None and settles:
-            self._supplies = _needs_positions(inputs, mask, run)
-        if self._supplies is not False:
+            self._supplies = self._needs_positions(inputs, mask, run, dtype)
+        if self._takes_positions and self._supplies is not False:
             inputs["position_ids"] = real_positions(mask)
 
-
-@torch.no_grad()
-def _needs_positions(
-    inputs: Mapping[str, Any], mask: Tensor, run: Callable[[dict[str, Any]], Tensor]
-) -> bool | None:
-    """Return whether a model must be told positions, ``None`` if that cannot be tried now."""
-    if not splits_by_example(inputs, len(mask)):
-        return False  # several images in one tensor: such models count by themselves
-    n = int((mask[:, 0] == 0).to(torch.uint8).argmax())
-    single = {k: v[n : n + 1] if isinstance(v, Tensor) and v.ndim else v for k, v in inputs.items()}
-    real = mask[n] != 0
-    bare = {
-        key: value[:, real]
-        if isinstance(value, Tensor) and value.shape[:2] == (1, len(real)) and value.ndim == 2
-        else value
-        for key, value in single.items()
-    }
-    at = int(last_true(mask[n : n + 1]))
-    told = {**single, "position_ids": real_positions(mask[n : n + 1])}
-    try:
-        with hooks_suspended():
-            truth = run(bare)[0, -1].double()
-            errors = [float((run(x)[0, at].double() - truth).abs().max()) for x in (single, told)]
-    except RuntimeError:  # inside a transform of torch.func, which has no numbers to compare
-        return None
-    return errors[1] <= max(errors[0], NEGLIGIBLE * float(truth.abs().max()))
+    @torch.no_grad()
+    def _needs_positions(
+        self,
+        inputs: Mapping[str, Any],
+        mask: Tensor,
+        run: Callable[[dict[str, Any]], Tensor],
+        dtype: torch.dtype,
+    ) -> bool | None:
+        """Return whether a model must be told positions, ``None`` if that cannot be tried now."""
+        if not splits_by_example(inputs, len(mask)):
+            return False  # several images in one tensor: such models count by themselves
+        n = int((mask[:, 0] == 0).to(torch.uint8).argmax())
+        single = {
+            k: v[n : n + 1] if isinstance(v, Tensor) and v.ndim else v for k, v in inputs.items()
+        }
+        real = mask[n] != 0
+        bare = {
+            key: value[:, real]
+            if isinstance(value, Tensor) and value.shape[:2] == (1, len(real)) and value.ndim == 2
+            else value
+            for key, value in single.items()
+        }
+        # From the end: the model may put tokens of its own before the text, as prompt tuning does.
+        at = int(last_true(mask[n : n + 1])) - mask.shape[1]
+        ways = [single]
+        if self._takes_positions:
+            ways.append({**single, "position_ids": real_positions(mask[n : n + 1])})
+        try:
+            with hooks_suspended():
+                truth = run(bare)[0, -1].double()
+                found = [run(way)[0, at].double() for way in ways]
+            errors = [float((logits - truth).abs().max()) for logits in found]
+        except RuntimeError:  # inside a transform of torch.func, which has no numbers to compare
+            return None
+        tells = errors[-1] <= max(errors[0], NEGLIGIBLE * float(truth.abs().max()))
+        if not near(found[-1 if tells else 0], truth, dtype):
+            share = min(errors) / float(truth.abs().max())
+            raise ValueError(
+                f"padding before a text changes the model's logits (by {share:.0e} of the largest):"
+                " it counts padding as well and cannot be told positions; pad on the right, "
+                "`tokenizer.padding_side = 'right'`"
+            )
+        return tells

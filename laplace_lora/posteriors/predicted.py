@@ -100,10 +100,17 @@ class PredictedLaplace(EvidenceLaplace):
         """Predict a whole data set with the GLM predictive.
 
         Args:
-            data: A loader; one batch (a mapping or a tensor); or, with a tokenizer, a list of
-                strings or of pairs of strings.
-            tokenizer: The model's, for texts.
-            batch_size: Texts per batch; texts of similar length share one.
+            data: One of these, in any iterable or, if they are only indexed, in what has a length:
+
+                * a loader, or batches as one yields them: mappings, tensors, or pairs of inputs
+                  and labels;
+                * one batch, a mapping or a tensor;
+                * texts: one string, or strings or pairs of strings in a list, a tuple, a
+                  generator, a numpy array, a pandas series or a column of a data set;
+                * rows of a data set, one example each: mappings with ``input_ids``,
+                  ``pixel_values`` or ``input_features`` that have no dimension for the batch.
+            tokenizer: The model's. Texts need it, and rows of different lengths.
+            batch_size: Texts or rows per batch; those of similar length share one.
             link_approx: Link of ``probs``, as in calling the posterior.
             n_samples: Samples of the ``"mc"`` link, of its entropy and mutual information too. All
                 other links take fixed points for these two, and nothing random.
@@ -117,8 +124,9 @@ class PredictedLaplace(EvidenceLaplace):
         Raises:
             AttributeError: If the posterior has not been fitted.
             TypeError: If the data are none of these.
-            ValueError: If the data are empty, texts come without a tokenizer, the tokenizer cannot
-                pad, the link is unknown, or the posterior is a language model's.
+            ValueError: If the data are empty, texts or rows of different lengths come without a
+                tokenizer or have no tokens, the tokenizer cannot pad, the link is unknown, or the
+                posterior is a language model's.
         """
         options = (batch_size, link_approx, n_samples, generator, progress_bar)
         return predict(Predictor(self.fitted), data, tokenizer, *options)

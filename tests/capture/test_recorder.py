@@ -78,7 +78,7 @@ def test_masks_that_do_not_fit_the_tokens_are_refused():
             return self.layer(batch["x"]).mean(1)
 
     batch = {"x": torch.randn(2, 5, 3), "attention_mask": torch.ones(2, 4)}
-    with pytest.raises(ValueError, match="'layer' received 5 tokens"):
+    with pytest.raises(RuntimeError, match="'layer' received 5 tokens"):
         LoraGGN(Pooled(), "classification").kron(batch, torch.tensor([0, 1]), N=2)
 
 

@@ -133,6 +133,15 @@ def test_a_layer_that_sees_tokens_first_is_refused_at_every_batch_size(tokens):
     assert_near(jacobians, looped_jacobians(model, batch))
 
 
+def test_a_single_example_hides_no_dimension():
+    """In a batch of one every first dimension of one could count the examples."""
+    net = Net(lambda layer, x: layer(x[None])[0]).eval()
+    for batch in (X, X[:1]):
+        with pytest.raises(RuntimeError, match=r"'first' received .* the batch first"):
+            LoraGGN(net, "classification").jacobians(batch)
+    silently(net, X[:1])
+
+
 def test_a_replaced_output_is_noticed_without_its_fix(monkeypatch):
     model = get_peft_model(
         Net(lambda layer, x: layer(x)), LoraConfig(r=2, target_modules=["first"])
@@ -167,13 +176,31 @@ def test_tied_embeddings_are_right_or_refused(monkeypatch):
         LoraGGN(model, "classification").jacobians(BATCH)
 
 
+def test_an_embedding_that_peft_ties_to_the_head_is_right_or_refused():
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(llama_config(tie_word_embeddings=True))
+    lora = LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        modules_to_save=["embed_tokens"],
+        ensure_weight_tying=True,
+        task_type="CAUSAL_LM",
+    )
+    adapted = excite(get_peft_model(base, lora)).double().eval()
+    model = LogitsModel(adapted, target_ids=TARGETS).eval()
+    with pytest.raises(ValueError, match=r"embed_tokens.*shared by several modules"):
+        LoraGGN(model, "classification")
+    jacobians, _ = LoraGGN(model, "classification", uncovered="diag").jacobians(BATCH)
+    assert_near(jacobians, looped_jacobians(model, BATCH))
+
+
 def roberta_decoder():
     torch.manual_seed(0)
     base = RobertaForCausalLM(bert_config(RobertaConfig, is_decoder=True))
     return get_peft_model(base, LoraConfig(r=2, target_modules=["query"]))
 
 
-def always_supplied(rule, inputs, run, settles):
+def always_supplied(rule, inputs, *args):
     inputs["position_ids"] = real_positions(inputs["attention_mask"])
 
 

@@ -4,11 +4,15 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     BertForMaskedLM,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     RobertaConfig,
     RobertaForCausalLM,
 )
@@ -67,6 +71,40 @@ def test_positions_are_tried_outside_of_a_recorded_pass():
     assert_near(jacobians, looped_jacobians(fresh, batch))
 
 
+def bart():
+    config = BartConfig(
+        vocab_size=50,
+        d_model=16,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=24,
+        max_position_embeddings=32,
+        is_decoder=True,
+        is_encoder_decoder=False,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, target_modules=["fc1"])
+    return excite(get_peft_model(BartForCausalLM(config), lora)).double().eval()
+
+
+def prompted():
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    return excite(get_peft_model(base_model("gpt2-lm"), config), 0.5).double().eval()
+
+
+@pytest.mark.parametrize("make", [bart, prompted])
+def test_padding_that_is_counted_as_text_is_refused_before_it(make):
+    """These decoders cannot be told positions, so padding before a text would move it."""
+    model = make()
+    wrapped = LogitsModel(model, target_ids=TARGETS).eval()
+    right = token_batch(LENGTHS)
+    assert_near(wrapped(right).detach(), after_last(model, right))
+    with pytest.raises(ValueError, match=r"padding before a text changes.*pad on the right"):
+        wrapped(token_batch(LENGTHS, side="left"))
+    assert_near(wrapped(token_batch((4, 4), side="left")), wrapped(token_batch((4, 4))))
+
+
 def vision_model(kind, config, **vision):
     torch.manual_seed(0)
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
@@ -77,6 +115,7 @@ def vision_model(kind, config, **vision):
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
+        "head_dim": 8,
         "max_position_embeddings": 64,
         "rope_parameters": rope,
         "pad_token_id": 0,
@@ -109,6 +148,17 @@ VISION = {
             "intermediate_size": 24,
             "window_size": 16,
             "fullatt_block_indexes": [0],
+        },
+    ),
+    "qwen3_vl": (
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLConfig,
+        {
+            "depth": 2,
+            "out_hidden_size": 16,
+            "intermediate_size": 24,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
         },
     ),
 }

@@ -1,0 +1,25 @@
+"""How far two ways to compute the same outputs may differ by rounding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Relative errors, of outputs a little larger than these numbers: dtype -> (error, outputs).
+BOUNDS = {torch.float64: (1e-4, 0.1), torch.float32: (1e-2, 0.1)}
+COARSE = (0.05, 1.0)
+
+
+def bound(dtype: torch.dtype, outputs: Tensor) -> float:
+    """Return by how much outputs may differ that a model computes in a dtype."""
+    relative, smallest = BOUNDS.get(dtype, COARSE)
+    return relative * (smallest + float(outputs.abs().max()))
+
+
+def near(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether outputs have the same shape and values, but for rounding."""
+    if ours.shape != theirs.shape:
+        return False
+    if not ours.numel():
+        return True
+    return not float((ours.to(theirs) - theirs).abs().max()) > bound(dtype, theirs)
