@@ -168,7 +168,7 @@ def parse_arguments() -> argparse.Namespace:
     rate = "of the fine-tuning; a pretrained model needs less"
     parser.add_argument("--learning-rate", type=float, default=5e-3, help=rate)
     unsure = "nats of mutual information from which a token is marked"
-    parser.add_argument("--unsure", type=float, default=0.5, help=unsure)
+    parser.add_argument("--unsure", type=float, default=0.1, help=unsure)
     parser.add_argument(
         "--top-k", type=support.count, default=8, help="tokens considered at each position"
     )
@@ -207,7 +207,7 @@ def main() -> None:
     la = KronLoraLaplace(model, "language_modeling", backend_kwargs={"num_samples": 4})
     la.fit(data, progress_bar=True)
     la.optimize_prior_precision()
-    print(f"Prior precision {la.prior_precision.item():.3g}, chosen by the marginal likelihood")
+    print(la.tuning)
 
     # 3. How uncertain is it, and why?
     questions = loader(encode(asked, tokenizer), tokenizer, BATCH_SIZE, shuffle=False)

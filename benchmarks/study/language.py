@@ -157,7 +157,7 @@ def figures(seed: int, out: Path) -> dict[str, Any]:
             share = float((other - own).mean() / (false[0] - truth[0]).mean())
             difference = float((own - truth[0]).sum()) / (tokens * count / len(rows))
             figure = {"truth": -float(own.mean()), "made-up": -float(other.mean())}
-            found[name] = {"NLL above MAP": difference, "share": share, **figure}
+            found.setdefault(name, {"NLL above MAP": difference, "share": share, **figure})
 
     la.covariance_scale = 1.0
     judge(["default", "evidence, plain"], [report.covariance_scale, 1.0], HELD_OUT)

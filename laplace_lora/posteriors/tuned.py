@@ -59,7 +59,7 @@ class TunedLaplace(PredictedLaplace):
           training data: those of the fit, as long as this process keeps them, or
           ``train_loader``. For classifiers and reward models.
         * ``"widest"``: for language models, the prior of the plain evidence with its covariance
-          scaled down until some training texts are predicted at most 0.005 nats per token worse
+          scaled down until some training texts are predicted at most 0.0025 nats per token worse
           than by the MAP, see `widest`.
         * ``"marglik"``: the exact maximum of the marginal likelihood, from eigenvalues alone. With
           ``n_steps``, ``lr`` or ``init_prior_prec``: laplace-torch's Adam instead.

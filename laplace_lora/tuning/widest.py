@@ -20,7 +20,7 @@ from laplace_lora.data.distributed import Together
 from laplace_lora.structures.state import Posterior, Settings
 from laplace_lora.tuning.training_texts import TextLosses, some_texts, text_losses
 
-TOLERANCE = 0.005  # nats per scored token
+TOLERANCE = 0.0025  # nats per scored token; held-out texts lose about twice as much
 DECADES = torch.arange(9, dtype=torch.float64)  # of the covariance, downwards
 STEPS = 10  # in a decade
 

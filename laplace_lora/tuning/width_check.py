@@ -46,7 +46,7 @@ def warn_if_wide(posterior: Posterior, loader: Iterable[Any]) -> None:
             "Tune by method='loo', or with validation labels (`calibrate`, method='gridsearch')"
         )
         if not posterior.objective.is_classifier:
-            advice = "Tune the noise as well (tune_sigma_noise=True), or by validation data"
+            advice = "With few examples that may be right; compare method='gridsearch'"
     if excess > LIMIT:
         warnings.warn(
             f"the posterior predicts its training examples worse than the MAP, by {excess:.2f} "

@@ -23,6 +23,7 @@ def test_evidence_is_differentiable_in_prior_and_noise(cls, kwargs, size):
     assert torch.autograd.gradcheck(la.log_marginal_likelihood, (prior, noise))
 
 
+@pytest.mark.filterwarnings("ignore:the posterior predicts its training examples:UserWarning")
 @pytest.mark.parametrize("cls,kwargs", BOTH)
 @pytest.mark.parametrize("structure", ["scalar", "matrix", "block", "layerwise"])
 def test_the_evidence_is_at_its_maximum(cls, kwargs, structure):

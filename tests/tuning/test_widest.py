@@ -202,7 +202,7 @@ def test_a_regression_warns_in_closed_form():
             excess -= sign * float(normal.log_prob(y).sum())
         count += len(y)
     assert excess / count > 0.1
-    with pytest.warns(UserWarning, match=f"by {excess / count:.2f} nats.*tune_sigma_noise"):
+    with pytest.warns(UserWarning, match=f"by {excess / count:.2f} nats.*gridsearch"):
         warn_if_wide(la.fitted, data)
     la.prior_precision = 1e6
     with warnings.catch_warnings():
