@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +165,37 @@ def _inactive(model: nn.Module, tensors: Sequence[tuple[str, nn.Parameter]]) -> 
 def _some(names: Sequence[str]) -> str:
     """Return the first name, and the number of others."""
     return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def check_has_adapter(model: nn.Module) -> None:
+    """Refuse or point out a model whose adapter is gone, so that only a head is left to fit.
+
+    Args:
+        model: Any module.
+
+    Raises:
+        RuntimeError: If it is a `PeftModel` without the layers of its adapter.
+
+    Warns:
+        UserWarning: If it is a transformer without adapter of which a part is trainable.
+    """
+    gone = "was it merged and unloaded? Use the PeftModel as it was before"
+    if isinstance(model, PeftModel):
+        prefix = getattr(model.base_model, "prefix", None)
+        names = [name for name, _ in model.named_parameters()]
+        prompts = any(config.is_prompt_learning for config in model.peft_config.values())
+        if prefix and not prompts and not any(prefix in name for name in names):
+            raise RuntimeError(f"the PeftModel has no layers of its adapter any more: {gone}")
+        return
+    if any(isinstance(m, BaseTunerLayer | ModulesToSaveWrapper) for m in model.modules()):
+        return
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    if isinstance(model, PreTrainedModel) and 0 < len(trained) < len(list(model.parameters())):
+        warnings.warn(
+            f"{type(model).__name__} has no adapter, and the posterior covers only its trainable "
+            f"tensors {trained[:3]}; {gone}, or a last-layer posterior if that is what you want",
+            stacklevel=2,
+        )
 
 
 def adapter_settings(model: nn.Module) -> dict[str, Any]:

@@ -15,7 +15,11 @@ from torch.utils.data import DataLoader
 
 from laplace_lora.adaptive.to_laplace import to_diagonal_laplace
 from laplace_lora.adaptive.weight_posterior import CollectedGradients, WeightPosterior
+from laplace_lora.data.distributed import together
 from laplace_lora.posteriors.factored import DiagLoraLaplace
+
+BETAS = (0.9, 0.99999)
+HESS_APPROX = ("price", "gradsq")
 
 
 class IVON(WeightPosterior):
@@ -35,19 +39,32 @@ class IVON(WeightPosterior):
     float32 beside them, or small steps would be rounded away. Do not clip gradients, which biases
     the curvature: ``clip_radius`` bounds the steps instead.
 
+    Arguments have the names and the order of the package ivon-opt, but other defaults, which suit
+    adapters: there ``lr`` has none, and ``hess_init=1.0``, ``weight_decay=1e-4``,
+    ``clip_radius=inf``, ``rescale_lr=True``. Give these five to have what a script for it has.
+
     Args:
         params: Parameters or groups.
         lr: Step size ``α``.
-        ess: Effective sample size ``λ``: the number of training examples.
+        ess: Effective sample size ``λ``: the number of training examples. Required.
         hess_init: Initial value ``h₀ > 0`` of the curvature.
-        betas: Smoothing of gradient and curvature. A smaller second value lets the curvature
+        beta1: Smoothing of the gradient, 0.9 by default.
+        beta2: Smoothing of the curvature, 0.99999 by default. A smaller value lets the curvature
             forget its initial value sooner; see `curvature_change`.
         weight_decay: Prior precision ``δ > 0`` over ``ess``.
+        mc_samples: Draws per step, of a step with a closure.
+        hess_approx: Estimate of the curvature: ``"price"``, the reparameterised gradient of
+            Algorithm 1, or ``"gradsq"``, the squared gradient.
         clip_radius: Bound ``ξ`` on each weight's step, before ``lr``.
+        sync: Average over processes what each collected at draws of its own, for models that are
+            not in `DistributedDataParallel`. All processes must step together.
+        debias: Divide the momentum by ``1 − β₁ᵗ``.
         rescale_lr: Multiply the step size by ``h₀ + δ``.
+        betas: Both smoothings, instead of ``beta1`` and ``beta2``.
         generator: Source of the draws, on the parameters' device.
 
     Raises:
+        TypeError: If ``ess`` is missing, or smoothings are given twice.
         ValueError: If an argument is out of range.
     """
 
@@ -55,15 +72,31 @@ class IVON(WeightPosterior):
         self,
         params: Iterable[Any],
         lr: float = 3e-2,
-        *,
-        ess: float,
+        ess: float | None = None,
         hess_init: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.99999),
+        beta1: float | None = None,
+        beta2: float | None = None,
         weight_decay: float = 1e-6,
+        mc_samples: int = 1,
+        hess_approx: str = "price",
         clip_radius: float = 1e-3,
+        sync: bool = False,
+        debias: bool = True,
         rescale_lr: bool = False,
+        *,
+        betas: tuple[float, float] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
+        if ess is None:
+            raise TypeError("IVON needs `ess`, the number of training examples")
+        if betas is None:
+            betas = (BETAS[0] if beta1 is None else beta1, BETAS[1] if beta2 is None else beta2)
+        elif beta1 is not None or beta2 is not None:
+            raise TypeError("give either `betas`, or `beta1` and `beta2`")
+        if hess_approx not in HESS_APPROX:
+            raise ValueError(f"hess_approx must be one of {HESS_APPROX}, got {hess_approx!r}")
+        if mc_samples < 1:
+            raise ValueError(f"mc_samples must be at least 1, got {mc_samples}")
         positive = {"ess": ess, "hess_init": hess_init, "weight_decay": weight_decay}
         positive |= {"lr": lr, "clip_radius": clip_radius}
         for name, value in positive.items():
@@ -71,8 +104,9 @@ class IVON(WeightPosterior):
                 raise ValueError(f"{name} must be positive, got {value}")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must lie in [0, 1), got {betas}")
-        options = {"betas": tuple(betas), "rescale_lr": rescale_lr}
+        options = {"betas": tuple(betas), "rescale_lr": rescale_lr, "debias": debias}
         super().__init__(params, {**positive, **options})
+        self.mc_samples, self.hess_approx, self.sync = mc_samples, hess_approx, sync
         self.generator = generator
 
     @torch.no_grad()
@@ -80,19 +114,22 @@ class IVON(WeightPosterior):
         """Move mean and curvature by the collected gradients.
 
         Args:
-            closure: Computes the loss and its gradients; called at drawn weights.
+            closure: Zeroes the gradients, and computes the loss and its gradients; called
+                ``mc_samples`` times, each at weights drawn anew.
 
         Returns:
-            What the closure returned.
+            What the closure returned, averaged over its calls.
 
         Raises:
-            RuntimeError: If no gradient was collected at drawn weights.
+            RuntimeError: If no gradient was collected at drawn weights, or another process failed.
         """
         loss = None
         if closure is not None:
-            with torch.enable_grad(), self.sampled_params(train=True):
-                loss = closure()
+            losses = [self._at_a_draw(closure) for _ in range(self.mc_samples)]
+            loss = losses[0] if len(losses) == 1 else sum(losses) / len(losses)
         self.restore()
+        if self.sync:
+            self._add_up()
         if not self.collected:
             raise RuntimeError(
                 "no gradient was computed at drawn weights; run forward and backward inside "
@@ -103,6 +140,31 @@ class IVON(WeightPosterior):
                 self._update(group, p, self.collected.pop(p))
         self.collected = {}
         return loss
+
+    def _at_a_draw(self, closure: Callable[[], Any]) -> Any:
+        with torch.enable_grad(), self.sampled_params(train=True):
+            self._in_step = True
+            try:
+                return closure()
+            finally:
+                self._in_step = False
+
+    def _add_up(self) -> None:
+        """Take in what the other processes collected."""
+        with together(everyone=True) as team:
+            parameters = [p for _, p in self.trainable()]
+            sums = [
+                self.collected.get(p)
+                or CollectedGradients(
+                    *torch.zeros(2, *p.shape).to(self.weight_state(group, p)["hessian"])
+                )
+                for group, p in self.trainable()
+            ]
+            team.add_up([tensor for each in sums for tensor in (each.gradients, each.products)])
+            draws = team.total(*(each.draws for each in sums))
+        for each, count in zip(sums, draws, strict=True):
+            each.draws = int(count)
+        self.collected = {p: each for p, each in zip(parameters, sums, strict=True) if each.draws}
 
     def to_laplace(
         self,
@@ -160,13 +222,16 @@ class IVON(WeightPosterior):
         state, decay = self.state[p], group["weight_decay"]
         beta1, beta2 = group["betas"]
         h, g = state["hessian"], state["momentum"]
-        estimate = collected.products * (group["ess"] / collected.draws) * (h + decay)
+        estimate = collected.products * (group["ess"] / collected.draws)
+        if self.hess_approx == "price":
+            estimate = estimate * (h + decay)
         state["step"] += 1
         g.mul_(beta1).add_(collected.gradients, alpha=(1 - beta1) / collected.draws)
         correction = (h - estimate).square_().div_(h + decay)
         h.mul_(beta2).add_(estimate, alpha=1 - beta2).add_(correction, alpha=0.5 * (1 - beta2) ** 2)
         mean = state.get("mean", p)
-        step = (g / (1 - beta1 ** state["step"])).add_(mean, alpha=decay).div_(h + decay)
+        bias = 1 - beta1 ** state["step"] if group.get("debias", True) else 1.0
+        step = (g / bias).add_(mean, alpha=decay).div_(h + decay)
         step.clamp_(-group["clip_radius"], group["clip_radius"])
         scale = group["hess_init"] + decay if group["rescale_lr"] else 1.0
         mean.sub_(step, alpha=group["lr"] * scale)

@@ -25,7 +25,8 @@ class CollectedGradients:
 
     Attributes:
         gradients: Sum of the gradients.
-        products: Sum of the gradients times the perturbations at which they were computed.
+        products: Sum of the gradients times the perturbations at which they were computed, or times
+            themselves, see `IVON`.
         draws: Number of draws.
     """
 
@@ -43,16 +44,20 @@ class WeightPosterior(Optimizer):
     """
 
     generator: torch.Generator | None
+    hess_approx: str = "price"
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
         self.collected: dict[nn.Parameter, CollectedGradients] = {}
         self._means: list[tuple[nn.Parameter, Tensor]] | None = None  # while a draw is in place
         self._warned = False
+        self._in_step = False
 
     @contextmanager
     def sampled_params(self, train: bool = False) -> Iterator[None]:
         """Temporarily replace the weights by a draw from the posterior; the mean returns exactly.
+
+        In a closure that a step calls, the weights are drawn already, and collected by the step.
 
         Args:
             train: Collect the gradients computed inside for the next step.
@@ -60,6 +65,9 @@ class WeightPosterior(Optimizer):
         Raises:
             RuntimeError: If a draw is already in place.
         """
+        if self._in_step and self._means is not None:
+            yield
+            return
         self.draw()
         try:
             yield
@@ -101,12 +109,12 @@ class WeightPosterior(Optimizer):
                 state = self.state[p]
                 grad = p.grad.to(state["hessian"].dtype)
                 perturbation = p.to(grad.dtype) - state.get("mean", mean)
+                factor = perturbation if self.hess_approx == "price" else grad
                 if p not in self.collected:
-                    zeros = torch.zeros_like(grad)
-                    self.collected[p] = CollectedGradients(zeros, zeros)
+                    self.collected[p] = CollectedGradients(*torch.zeros(2, *grad.shape).to(grad))
                 sums = self.collected[p]
                 sums.gradients = sums.gradients + grad
-                sums.products = sums.products + grad * perturbation
+                sums.products = sums.products + grad * factor
                 sums.draws += 1
             p.copy_(mean)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from laplace_lora.adapters.peft_state import check_has_adapter
 from laplace_lora.adapters.selection import trainable_only
 from laplace_lora.curvature.backends import LoraCurvature, LoraGGN
 from laplace_lora.curvature.engine import Engine
@@ -62,7 +63,7 @@ class LoraLaplace(SavedLaplace):
     Raises:
         ValueError: If nothing is trainable, a trainable tensor is in no linear map, ``modules``
             matches nothing, the likelihood is unknown, or a reward model has several outputs.
-        RuntimeError: If an adapter is merged or disabled, or several are active.
+        RuntimeError: If an adapter is merged, unloaded or disabled, or several are active.
         TypeError: If the backend is not one of this package's.
     """
 
@@ -92,6 +93,8 @@ class LoraLaplace(SavedLaplace):
         wrap = TokenModel.around if self.objective.predicts_tokens else LogitsModel.wrap
         self.logits_model = wrap(model, target_ids)
         self.objective.check_outputs(self.logits_model.n_outputs)
+        if self._key[0] == "lora":
+            check_has_adapter(self.logits_model.model)
         self._latest: tuple[Posterior, tuple[float, str, torch.device, bool]] | None = None
         options = {"uncovered": uncovered, **(backend_kwargs or {})}
         kwargs = {"backend": backend, "backend_kwargs": options, **kwargs}

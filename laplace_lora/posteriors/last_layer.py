@@ -19,6 +19,19 @@ from laplace_lora.structures.diagonal import Diagonal
 from laplace_lora.structures.kron import Kron
 
 
+def check_no_name(kwargs: dict[str, Any]) -> None:
+    """Refuse laplace-torch's argument for the name of the last layer.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if kwargs.pop("last_layer_name", None) is not None:
+        raise ValueError(
+            "the last layer is found by itself: the model's last linear layer, or the answers' "
+            "rows of its vocabulary; leave `last_layer_name` out"
+        )
+
+
 class LastLayerLaplace(LoraLaplace):
     """What the last-layer posteriors share: a model whose only trainable part is its head.
 
@@ -45,11 +58,7 @@ class LastLayerLaplace(LoraLaplace):
                 "the last layer of a language model is its whole vocabulary, too large for a "
                 "posterior; use KronLoraLaplace"
             )
-        if kwargs.pop("last_layer_name", None) is not None:
-            raise ValueError(
-                "the last layer is found by itself: the model's last linear layer, or the answers' "
-                "rows of its vocabulary; leave `last_layer_name` out"
-            )
+        check_no_name(kwargs)
         super().__init__(model, likelihood, structure, last_layer_name="head", **kwargs)
 
     def _differentiated(self, model: LogitsModel) -> nn.Module:

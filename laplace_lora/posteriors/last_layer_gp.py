@@ -15,6 +15,7 @@ from laplace_lora.data.distributed import together
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.last_layer_model import LastLayerModel
 from laplace_lora.models.logits_model import LogitsModel
+from laplace_lora.posteriors.last_layer import check_no_name
 
 
 class FunctionalLoraLLLaplace(FunctionalLLLaplace):
@@ -31,7 +32,7 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         **kwargs: laplace-torch's arguments.
 
     Raises:
-        ValueError: If the likelihood is ``"reward_modeling"``.
+        ValueError: If the likelihood is ``"reward_modeling"``, or a ``last_layer_name`` is given.
     """
 
     _key = ("lora_last_layer", "gp")
@@ -49,6 +50,7 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         if self.objective.has_pairs:
             raise ValueError("the Gaussian process takes no pairs; use another last-layer class")
         backend = kwargs.pop("backend", None)
+        check_no_name(kwargs)
         # laplace-torch accepts three backends and asks them for the Jacobian of a linear layer.
         kwargs["backend"] = CurvlinopsGGN if backend in (None, LoraGGN) else backend
         split = LastLayerModel(LogitsModel.wrap(model, target_ids))

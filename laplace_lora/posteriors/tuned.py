@@ -17,6 +17,7 @@ from laplace_lora.tuning import leave_one_out
 from laplace_lora.tuning.calibration import Calibration
 from laplace_lora.tuning.groups import Structure
 from laplace_lora.tuning.leave_one_out import LeaveOneOut
+from laplace_lora.tuning.options import check_options
 from laplace_lora.tuning.tuner import Tuner, Tuning
 from laplace_lora.tuning.widest import Widest
 from laplace_lora.tuning.width_check import warn_if_wide
@@ -89,6 +90,7 @@ class TunedLaplace(PredictedLaplace):
 
         Raises:
             AttributeError: If the posterior has not been fitted.
+            TypeError: If an argument is none of the method's.
             ValueError: If the method or structure is unknown or do not go together, the
                 validation loader is missing, empty or without labels, or leave-one-out is asked
                 for where it is impossible.
@@ -104,6 +106,7 @@ class TunedLaplace(PredictedLaplace):
                 f"a full matrix cannot have prior_structure={prior_structure!r}; use 'scalar', or "
                 "a Kron or diagonal posterior"
             )
+        check_options(method, kwargs)
         before = self.state
         uncalibrated = before.with_settings(before.settings.uncalibrated())
         data = (val_loader, link_approx, n_samples, progress_bar)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from laplace_lora import KronLoraLaplace
+from laplace_lora import KronLoraLaplace, KronLoraLLLaplace
 from support.batches import loader, token_batch
 from support.models import TARGETS, adapter_config, peft_model
 
@@ -24,6 +24,17 @@ def test_adapters_that_do_not_run_are_refused():
     with model.disable_adapter(), pytest.raises(RuntimeError, match="are disabled"):
         la(BATCH)
     assert la(BATCH).isfinite().all()
+
+
+@pytest.mark.parametrize("unload", ["unload", "merge_and_unload"])
+def test_a_model_whose_adapter_is_gone(unload):
+    model = peft_model("bert")  # with a head of its own
+    base = getattr(model, unload)()
+    with pytest.raises(RuntimeError, match="no layers of its adapter any more: was it merged"):
+        KronLoraLaplace(model, "classification")
+    with pytest.warns(UserWarning, match=r"has no adapter, .* \['classifier.weight', 'class"):
+        KronLoraLaplace(base, "classification")
+    KronLoraLLLaplace(base, "classification")  # a head is all that it covers
 
 
 def test_two_active_adapters_are_refused():

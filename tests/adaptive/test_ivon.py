@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -96,25 +97,28 @@ def test_the_equations_step_by_step():
         assert optimizer.state[w]["hessian"].item() == pytest.approx(h, rel=1e-12)
 
 
-def test_agreement_with_ivon_opt():
+@pytest.mark.parametrize("hess_approx", ["price", "gradsq"])
+def test_agreement_with_ivon_opt(hess_approx):
     ivon = pytest.importorskip("ivon", reason="ivon-opt is compared with where it is installed")
     X, y = (t.float() for t in regression())
     results = []
     for ours in (True, False):
         torch.manual_seed(5)
         w = nn.Parameter(torch.full((3,), 0.1))
-        common = {"lr": 0.1, "ess": 60.0, "hess_init": 0.5, "weight_decay": 1e-3}
-        if ours:
-            optimizer = IVON([w], betas=(0.9, 0.99), clip_radius=1e-2, **common)
-        else:
-            optimizer = ivon.IVON(
-                [w], beta1=0.9, beta2=0.99, clip_radius=1e-2, rescale_lr=False, **common
-            )
-        for _ in range(40):
+        kind = IVON if ours else ivon.IVON
+        # Without debiasing, by position.
+        rest = (1e-3, 2, hess_approx, 1e-2, False, False, True)
+        optimizer = kind([w], 0.1, 60.0, 0.5, 0.9, 0.99, *rest)
+
+        def closure(w=w, optimizer=optimizer):
             with optimizer.sampled_params(train=True):
                 optimizer.zero_grad()
-                (0.5 * (X @ w - y).square().mean()).backward()
-            optimizer.step()
+                loss = 0.5 * (X @ w - y).square().mean()
+                loss.backward()
+            return loss
+
+        for _ in range(40):
+            optimizer.step(closure)
         results.append(w.detach().clone())
     assert_near(results[0], results[1], 1e-6)
 
@@ -170,6 +174,55 @@ def test_parameters_without_gradient_are_skipped():
     optimizer.step()
     assert not torch.equal(used, torch.ones(2)) and torch.equal(idle, torch.ones(2))
     assert optimizer.state[idle]["step"] == 0
+
+
+@pytest.mark.parametrize("draws_itself", [False, True])
+def test_a_closure_runs_at_several_draws(draws_itself):
+    w = nn.Parameter(torch.tensor([0.5], dtype=torch.float64))
+    options = {"generator": torch.Generator().manual_seed(1), "mc_samples": 3}
+    optimizer, seen = IVON([w], 0.1, 20, 0.3, **options), []
+
+    def closure():
+        with optimizer.sampled_params(train=True) if draws_itself else nullcontext():
+            optimizer.zero_grad()
+            seen.append(w.item())
+            loss = w.square().sum()
+            loss.backward()
+        return loss
+
+    loss = optimizer.step(closure)
+    assert len(set(seen)) == 3 and 0.5 not in seen
+    assert loss.item() == pytest.approx(sum(x**2 for x in seen) / 3)
+    g = sum(2 * x for x in seen) / 3
+    assert optimizer.state[w]["momentum"].item() == pytest.approx(0.1 * g)
+
+
+def test_squared_gradients_as_curvature():
+    w = nn.Parameter(torch.tensor([0.5], dtype=torch.float64))
+    optimizer = IVON([w], 0.1, 20, 0.3, beta2=0.9, weight_decay=0.01, hess_approx="gradsq")
+    for gradient in (1.5, -0.5):
+        with optimizer.sampled_params(train=True):
+            optimizer.zero_grad()
+            (gradient * w).sum().backward()
+    optimizer.step()
+    estimate = 20 * (1.5**2 + 0.5**2) / 2
+    h = 0.9 * 0.3 + 0.1 * estimate + 0.5 * 0.1**2 * (0.3 - estimate) ** 2 / 0.31
+    assert optimizer.state[w]["hessian"].item() == pytest.approx(h)
+
+
+def test_both_ways_of_naming_the_smoothings():
+    (w,) = [nn.Parameter(torch.zeros(1))]
+    for options in ({"betas": (0.8, 0.7)}, {"beta1": 0.8, "beta2": 0.7}):
+        assert IVON([w], ess=5, **options).param_groups[0]["betas"] == (0.8, 0.7)
+    assert IVON([w], ess=5, beta2=0.7).param_groups[0]["betas"] == (0.9, 0.7)
+    with pytest.raises(TypeError, match="either `betas`, or `beta1`"):
+        IVON([w], ess=5, betas=(0.8, 0.7), beta1=0.5)
+    with pytest.raises(TypeError, match="needs `ess`"):
+        IVON([w])
+    with pytest.raises(ValueError, match="hess_approx must be one of"):
+        IVON([w], ess=5, hess_approx="hutchinson")
+    with pytest.raises(ValueError, match="mc_samples must be at least 1"):
+        IVON([w], ess=5, mc_samples=0)
 
 
 def test_a_closure_runs_at_drawn_weights():

@@ -143,6 +143,14 @@ def test_a_model_in_ddp_is_unwrapped(results):
             assert_near(one, other)
 
 
+def test_ivon_averages_over_processes(results):
+    (one, w, momentum), (other, *same) = (found["ivon"] for found in results.values())
+    assert torch.equal(w, same[0]) and torch.equal(momentum, same[1])
+    first = 0.1 * (one[0] + other[0]) / 2
+    assert_near(momentum, 0.9 * first + 0.1 * one[1])  # in the second step one took part
+    assert not torch.equal(one[0], other[0])
+
+
 def test_alone_nothing_changes():
     data = loader(2)
     with together(data, everyone=True) as team:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import MeanMetric
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace, LowRankLoraLaplace
+from laplace_lora.adaptive import IVON
 from laplace_lora.fitting import second_pass
 from laplace_lora.linalg.row_storage import RowStorage
 from support.batches import loader, token_batch
@@ -168,6 +169,21 @@ class Unlucky(MeanMetric):
         super().update(p.max(-1).values)
 
 
+def averaged_steps(rank):
+    """Steps of IVON from gradients of all processes, then from one process's alone."""
+    w = torch.nn.Parameter(torch.tensor([0.5, -1.0], dtype=torch.float64))
+    generator = torch.Generator().manual_seed(rank)
+    optimizer = IVON([w], 0.1, 20, 0.3, beta2=0.9, sync=True, generator=generator)
+    collected = []
+    for takes_part in (True, rank == 0):
+        with optimizer.sampled_params(train=takes_part):
+            optimizer.zero_grad()
+            w.pow(4).sum().backward()
+            collected.append(w.grad.clone())
+        optimizer.step()
+    return collected, w.detach(), optimizer.state[w]["momentum"]
+
+
 def wrapped_model(rank):
     """Fit a model in DistributedDataParallel on shares of different lengths."""
     la = posterior(DistributedDataParallel(peft_model("bert")))
@@ -220,6 +236,7 @@ def worker(rank, port, folder):
     dist.init_process_group("gloo", rank=rank, world_size=PROCESSES, timeout=PATIENCE)
     results = scenario_results(rank) | calls_together()
     results |= {"later": failures_after_the_data(rank), "wrapped": wrapped_model(rank)}
+    results["ivon"] = averaged_steps(rank)
     torch.save(results, folder / f"{rank}.pt")
     torch.save(after_a_killing(), folder / "killing.pt")
     os._exit(0)  # there is no one left to take leave of

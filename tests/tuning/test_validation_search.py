@@ -163,8 +163,15 @@ def test_what_does_not_go_together_is_refused():
         )
     with pytest.raises(ValueError, match="uses no validation data"):
         la.optimize_prior_precision(val_loader=validation())
-    with pytest.raises(TypeError):
-        la.optimize_prior_precision(method="val_gd", val_loader=validation(), grid_size=3)
+    for method, name, match in (
+        ("val_gd", "grid_size", "takes no 'grid_size'; method='gridsearch' does. It takes n_steps"),
+        ("gridsearch", "n_steps", "'auto' or 'marglik' or 'val_gd' does. It takes loss, "),
+        ("loo", "n_steps", "It takes no further arguments"),
+        ("marglik", "grid_size", "method='gridsearch' does. It takes n_steps, lr, init_prior_prec"),
+        ("gridsearch", "guess", "takes no 'guess'. It takes loss"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            la.optimize_prior_precision(method=method, val_loader=validation(), **{name: 3})
 
 
 def test_a_tuning_that_fails_keeps_the_prior():
