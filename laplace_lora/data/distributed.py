@@ -7,6 +7,7 @@ ends with one more: what one process raises, all hear of.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -66,14 +67,20 @@ def together(
     """
     shared = (everyone and processes() > 1) or any(map(is_sharded, loaders))
     team = Together(shared, device)
+    blocks = _blocks()
+    if shared:
+        blocks.append(team)
     try:
         yield team
+        team.end(None)
     except ProcessLost:
         raise
     except Exception as error:
         team.end(error)
         raise
-    team.end(None)
+    finally:
+        if shared:
+            blocks.remove(team)
 
 
 class Together:
@@ -225,24 +232,43 @@ class Together:
         if self._over:
             raise RuntimeError("the shared work is over")
         message = None if error is None else (type(error).__name__, str(error))
+        blocks = _blocks()
+        where = (blocks.index(self), step)
         reports: list[Any] = [None] * processes()
         try:
-            dist.all_gather_object(reports, (step, message, value))
+            dist.all_gather_object(reports, (where, message, value))
         except RuntimeError as lost:
-            self._over = True
+            _give_up(blocks)
             raise ProcessLost("another process has ended or cannot be reached") from lost
         failures = {rank: text for rank, (_, text, _) in enumerate(reports) if text is not None}
-        self._over = bool(failures) or len({step for step, _, _ in reports}) > 1
-        if failures and error is None:
-            rank = min(failures)
-            raise OtherProcessFailed(rank, failures[rank])
-        if self._over and error is None:
-            steps = [f"process {rank}: {other}" for rank, (other, _, _) in enumerate(reports)]
-            raise RuntimeError(f"the processes do different things ({', '.join(steps)})")
+        places = [place for place, _, _ in reports]
+        if failures or len(set(places)) > 1:
+            # Another process may be in a block around this one, and has then ended that one, too.
+            _give_up(blocks[min(depth for depth, _ in places) :])
+            if failures and error is None:
+                rank = min(failures)
+                raise OtherProcessFailed(rank, failures[rank])
+            if error is None:
+                steps = [f"process {rank}: {other}" for rank, (_, other) in enumerate(places)]
+                raise RuntimeError(f"the processes do different things ({', '.join(steps)})")
         return [value for _, _, value in reports]
 
 
 ALONE = Together(shared=False)
+_LOCAL = threading.local()
+
+
+def _blocks() -> list[Together]:
+    """Return the blocks of shared work that this thread is in, the outermost first."""
+    if not hasattr(_LOCAL, "blocks"):
+        _LOCAL.blocks = []
+    blocks: list[Together] = _LOCAL.blocks
+    return blocks
+
+
+def _give_up(blocks: list[Together]) -> None:
+    for block in blocks:
+        block._over = True
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

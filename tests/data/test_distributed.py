@@ -143,6 +143,25 @@ def test_a_model_in_ddp_is_unwrapped(results):
             assert_near(one, other)
 
 
+def test_the_callback_in_several_processes(results):
+    nll = []
+    for rank, found in results.items():
+        cases = found["trainings"]
+        error, steps, n_data, value = cases["well"]
+        assert (error, steps, n_data) == (None, 2, 7)
+        nll.append(value)
+        whole, two, expected = cases["predicted"]
+        assert_near(whole, expected, 1e-4)
+        assert_near(two, expected[:2], 1e-4)
+        error, steps, n_data, value = cases["disk"]  # one cannot save, and all go on
+        assert (error, steps, n_data, value) == (None, 2, 7, None)
+        error, steps, n_data, _ = cases["data"]
+        assert steps == 0 and n_data is None
+        said = "ValueError: eval data: this example cannot be read"
+        assert error == (said if rank else f"OtherProcessFailed: process 1 failed: {said}")
+    assert nll[0] == nll[1]
+
+
 def test_ivon_averages_over_processes(results):
     (one, w, momentum), (other, *same) = (found["ivon"] for found in results.values())
     assert torch.equal(w, same[0]) and torch.equal(momentum, same[1])

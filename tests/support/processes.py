@@ -11,8 +11,15 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import MeanMetric
+from transformers import Trainer, TrainingArguments
 
-from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace, LowRankLoraLaplace
+from laplace_lora import (
+    DiagLoraLaplace,
+    FullLoraLaplace,
+    KronLoraLaplace,
+    LaplaceCallback,
+    LowRankLoraLaplace,
+)
 from laplace_lora.adaptive import IVON
 from laplace_lora.fitting import second_pass
 from laplace_lora.linalg.row_storage import RowStorage
@@ -184,6 +191,50 @@ def averaged_steps(rank):
     return collected, w.detach(), optimizer.state[w]["momentum"]
 
 
+def trainings(rank, folder):
+    """Train with the callback: well, with a disk that is full, and with a broken data set."""
+    outcomes = {}
+    for case in ("well", "disk", "data"):
+        arguments = TrainingArguments(
+            str(folder / case),
+            per_device_train_batch_size=2,
+            per_device_eval_batch_size=2,
+            max_steps=2,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+            logging_strategy="no",
+        )
+        validation = data_of("predict")  # of eight, the second batch of two is process 1's
+        data = Broken(validation, 2) if case == "data" else validation[:5]
+        model = peft_model("bert", dtype=torch.float32)
+        trainer = Trainer(model, arguments, train_dataset=loader().dataset, eval_dataset=data)
+        kind = FullDisk if case == "disk" else KronLoraLaplace
+        callback = LaplaceCallback(trainer, posterior=kind)
+        trainer.add_callback(callback)
+        error = outcome_of(lambda trainer=trainer: trainer.train() and None)
+        steps = trainer.state.global_step
+        logged = {k: v for entry in trainer.state.log_history for k, v in entry.items()}
+        n_data = callback.la and callback.la.n_data
+        outcomes[case] = [error, steps, n_data, logged.get("eval_laplace_nll")]
+        if case == "well":
+            two = callback.predict(validation[:2])  # a batch of process 0's
+            whole = DataLoader(validation, batch_size=8)
+            expected = callback.la.predict(whole).probs
+            outcomes["predicted"] = [callback.predict(validation), two, expected]
+    return outcomes
+
+
+class FullDisk(KronLoraLaplace):
+    """A posterior that cannot be saved by the process that saves."""
+
+    _key = ("lora", "kron on a full disk")
+
+    def save_pretrained(self, *args, **kwargs):
+        raise OSError("no space left")
+
+
 def wrapped_model(rank):
     """Fit a model in DistributedDataParallel on shares of different lengths."""
     la = posterior(DistributedDataParallel(peft_model("bert")))
@@ -236,7 +287,7 @@ def worker(rank, port, folder):
     dist.init_process_group("gloo", rank=rank, world_size=PROCESSES, timeout=PATIENCE)
     results = scenario_results(rank) | calls_together()
     results |= {"later": failures_after_the_data(rank), "wrapped": wrapped_model(rank)}
-    results["ivon"] = averaged_steps(rank)
+    results |= {"ivon": averaged_steps(rank), "trainings": trainings(rank, folder)}
     torch.save(results, folder / f"{rank}.pt")
     torch.save(after_a_killing(), folder / "killing.pt")
     os._exit(0)  # there is no one left to take leave of
