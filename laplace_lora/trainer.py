@@ -107,16 +107,17 @@ class LaplaceCallback(TrainerCallback):
             training = {"training": self.trainer.get_train_dataloader()}
             loaders = training | self._evaluation_loaders()
             for name, loader in loaders.items():
-                batch = next(iter(loader), None)
+                try:
+                    batch = next(iter(loader), None)
+                    if batch is not None:
+                        _try_out(posterior, batch)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"{name} data: {error}") from error
                 if batch is None:
                     raise ValueError(
                         f"the {name} loader has no batch: the data are empty, or fewer than a "
                         "batch with dataloader_drop_last"
                     )
-                try:
-                    _try_out(posterior, batch)
-                except (TypeError, ValueError) as error:
-                    raise type(error)(f"{name} data: {error}") from error
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

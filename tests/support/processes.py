@@ -29,7 +29,7 @@ from support.posteriors import LOW
 from support.shared_calls import CALLS, Broken, data_of, posterior, result_of
 
 PROCESSES = 2
-PATIENCE = timedelta(seconds=60)  # after which a process that waits in vain says so
+PATIENCE = timedelta(seconds=120)  # after which a process that waits in vain says so
 KINDS = ("sampler", "accelerate", "split", "uneven")
 CORRECTED = {**LOW, "eigenvalue_correction": True}
 CASES = [
