@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from laplace_lora.adapters.peft_state import adalora_layers, freeze_untrainable
 from laplace_lora.adaptive.scores import Components, ImportanceScore, best
+from laplace_lora.data.distributed import unwrapped
 
 
 def adalora_components(model: nn.Module, adapter: str) -> list[Components]:
@@ -117,6 +118,7 @@ def set_importance_score(peft_model: PeftModel, score: ImportanceScore) -> Score
         TypeError: If the model is not an AdaLoRA model with an adapter to train.
         ValueError: If the schedule has no final phase or the target rank is above the initial one.
     """
+    peft_model = unwrapped(peft_model)
     adapter, config = trained_adapter(peft_model)
     if config.tfinal < 1:
         raise ValueError("tfinal must be at least 1: with 0 PEFT never fixes the final ranks")

@@ -19,6 +19,7 @@ from laplace_lora.adapters.peft_state import adalora_layers, check_adapters
 from laplace_lora.adaptive.allocation import adalora_components
 from laplace_lora.adaptive.criteria import Criterion, Function
 from laplace_lora.adaptive.scores import Components, Marginals, PosteriorScore, best
+from laplace_lora.data.distributed import unwrapped
 
 COPIED = ("task_type", "modules_to_save", "lora_dropout", "bias", "fan_in_fan_out")
 
@@ -51,6 +52,7 @@ def prune_adapter(
         FloatingPointError: If a score is not finite; names the layer.
         RuntimeError: If an adapter is merged or disabled, or several are active.
     """
+    peft_model = unwrapped(peft_model)
     check_adapters(peft_model)
     score = PosteriorScore(posterior, criterion)
     adapter = next(iter(peft_model.active_adapters))
@@ -90,6 +92,7 @@ def remove_pruned_triplets(
     Raises:
         TypeError: If the model has no AdaLoRA adapter.
     """
+    peft_model = unwrapped(peft_model)
     if not adalora_layers(peft_model):
         raise TypeError("the model has no AdaLoRA adapter")
     adapter = next(iter(peft_model.active_adapters))
@@ -132,6 +135,7 @@ def adalora_to_lora(peft_model: PeftModel) -> PeftModel:
         ValueError: If the model has other adapters as well, or all triplets are pruned.
         RuntimeError: If the adapter is merged or disabled.
     """
+    peft_model = unwrapped(peft_model)
     check_adapters(peft_model)
     if not adalora_layers(peft_model):
         raise TypeError("the model has no AdaLoRA adapter")

@@ -22,6 +22,7 @@ from laplace_lora.data.loaders import progress
 from laplace_lora.data.shares import is_sharded, processes, share_of
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 
 
 class OtherProcessFailed(RuntimeError):
@@ -271,7 +272,7 @@ def _give_up(blocks: list[Together]) -> None:
         block._over = True
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: M) -> M:
     """Return the model in a wrapper for training in parallel or around a compiled model.
 
     The first's forward pass is a collective; the second hides which transformer it holds.
@@ -282,8 +283,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     if type(model).__name__ == "FullyShardedDataParallel":
         raise TypeError("the model's weights are sharded (FSDP); load it whole in each process")
     if isinstance(model, DistributedDataParallel | DataParallel):
-        inner: nn.Module = model.module
-        return unwrapped(inner)
+        return unwrapped(cast(M, model.module))
     if type(model).__name__ == "OptimizedModule":
-        return unwrapped(cast(nn.Module, model._orig_mod))
+        return unwrapped(cast(M, model._orig_mod))
     return model

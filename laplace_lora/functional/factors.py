@@ -13,8 +13,8 @@ from laplace_lora.adapters.maps import wide_dtype
 from laplace_lora.adapters.peft_state import check_adapters
 from laplace_lora.capture.recorder import record
 from laplace_lora.curvature.kfac import KfacSums, Rows
-from laplace_lora.data.batches import Batch
-from laplace_lora.data.loaders import progress
+from laplace_lora.data.batches import Batch, on_cpu
+from laplace_lora.data.distributed import Together, together, unwrapped
 from laplace_lora.data.masks import MASK_NAMES
 from laplace_lora.functional.hooks import factor_tensor, mask_notes
 from laplace_lora.functional.selection import selected_maps
@@ -54,7 +54,7 @@ def calculate_kronecker_factors(
     Args:
         model: Any module, a `PeftModel` or not.
         forward_call: From the model and a batch to logits ``(batch, classes)``.
-        loader: Batches, in any form that ``forward_call`` takes.
+        loader: Batches, in any form that ``forward_call`` takes; processes may share them.
         n_kfac: Rank of low-rank factors; ``None`` keeps all dense.
         lr_threshold: Sides shorter than this stay dense, and so do those that a sketch of
             ``2 n_kfac + 10`` columns would not make smaller.
@@ -84,41 +84,69 @@ def calculate_kronecker_factors(
             or an adapter is merged or disabled.
         FloatingPointError: If a factor is not finite; names batch and layer.
     """
+    model = unwrapped(model)
     check_adapters(model)
     selected = selected_maps(model, target_module_keywords, exclude_bias, match)
     with_bias = {linear.name: has_bias for linear, has_bias in selected}
     maps = [linear for linear, _ in selected]
     weights: list[nn.Parameter] = [linear.module.weight for linear in maps]
     dtype = wide_dtype(weights)
-    sums, n = None, 0
     called_with: dict[str, Any] = {}
+
+    def added(sums: KfacSums | None, batch: Any) -> tuple[KfacSums, int]:
+        nonlocal maps
+        masks: Mapping[str, Any] = called_with
+        if attention_mask is not None:
+            masks = {MASK_NAMES[0]: attention_mask(batch)}
+        elif isinstance(batch, Mapping) and any(name in batch for name in MASK_NAMES):
+            masks = batch
+        tape = record(partial(forward_call, model), maps, batch, masks, sums is None)
+        check_logits(tape.output)
+        if sums is None:
+            maps = list(tape.maps)
+            homogeneous = [with_bias[linear.name] for linear in maps]
+            rows, spec = Rows(positions=positions), FactorSpec(n_kfac, lr_threshold - 1)
+            sums = KfacSums.empty(tape, spec, dtype, rows, homogeneous)
+        sums.update(tape, _columns(tape.output, num_samples))
+        return sums, len(tape.output)
+
     handle = on_input(model, mask_notes(called_with))
     try:
-        with evaluation_mode(model), gradients_needed(weights):
-            for index, batch in enumerate(progress(loader, use_tqdm, "Factors")):
-                masks: Mapping[str, Any] = called_with
-                if attention_mask is not None:
-                    masks = {MASK_NAMES[0]: attention_mask(batch)}
-                elif isinstance(batch, Mapping) and any(name in batch for name in MASK_NAMES):
-                    masks = batch
-                tape = record(partial(forward_call, model), maps, batch, masks, sums is None)
-                check_logits(tape.output)
-                if sums is None:
-                    maps = list(tape.maps)
-                    homogeneous = [with_bias[linear.name] for linear in maps]
-                    rows, spec = Rows(positions=positions), FactorSpec(n_kfac, lr_threshold - 1)
-                    sums = KfacSums.empty(tape, spec, dtype, rows, homogeneous)
-                try:
-                    sums.update(tape, _columns(tape.output, num_samples))
-                except FloatingPointError as error:
-                    raise FloatingPointError(f"batch {index}: {error}") from error
-                n += len(tape.output)
+        with together(loader) as team, evaluation_mode(model), gradients_needed(weights):
+            sums, n = _summed(added, loader, team, use_tqdm)
     finally:
         handle.remove()
-    if sums is None:
-        raise ValueError("the loader is empty")
     tensors = map_shared([list(pair) for pair in sums.covariances(n)], factor_tensor)
     return {linear.name: (x, g) for linear, (x, g) in zip(maps, tensors, strict=True)}
+
+
+def _summed(
+    added: Callable[[KfacSums | None, Any], tuple[KfacSums, int]],
+    loader: Iterable[Batch],
+    team: Together,
+    use_tqdm: bool,
+) -> tuple[KfacSums, int]:
+    """Return the sums over the data of all processes, and the number of examples."""
+    sums, n, example = None, 0, None
+    for index, batch in enumerate(team.batches(loader, "Factors", use_tqdm)):
+        if team.shared and example is None:
+            example = on_cpu(batch)
+        try:
+            sums, count = added(sums, batch)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"batch {index}: {error}") from error
+        n += count
+    if not all(team.all_of(n > 0)):
+        example = team.any_of(example)
+        if example is None:
+            raise ValueError("the loader is empty")
+        if sums is None:  # others' examples show what sums there are
+            sums, _ = added(None, example)
+            for tensor in sums.tensors():
+                tensor.zero_()
+    assert sums is not None
+    team.add_up(sums.tensors())
+    return sums, int(team.total(n)[0])
 
 
 def check_logits(f: Tensor) -> None:

@@ -13,6 +13,7 @@ from laplace_lora.adapters.maps import wide_dtype
 from laplace_lora.capture.jacobians import jacobian_blocks
 from laplace_lora.capture.recorder import record
 from laplace_lora.data.batches import Batch
+from laplace_lora.data.distributed import unwrapped
 from laplace_lora.functional.factor_cache import Factors, check_ranks, decomposed
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.roots import identity_root
@@ -55,7 +56,7 @@ def model_evidence(
     square: Tensor | float = 0.0
     for name, (inputs, grads) in factors.items():
         try:
-            module: Any = model.get_submodule(name)
+            module: Any = unwrapped(model).get_submodule(name)
         except AttributeError:
             raise ValueError(
                 f"the model has no module {name!r}, for which there is a factor"
@@ -104,6 +105,7 @@ def jacobian_mean(
         RuntimeError: If an adapter is merged or disabled, or a module runs on inputs of different
             shapes.
     """
+    model = unwrapped(model)
     wrapped = _logits_model(model, target_ids, is_s2s, output_callback)
     maps, blocks = trainable_maps(model)
     with evaluation_mode(model):

@@ -9,6 +9,7 @@ from torch import nn
 
 from laplace_lora.adapters.discovery import linear_maps
 from laplace_lora.adapters.maps import LinearMap
+from laplace_lora.data.distributed import unwrapped
 
 MATCHES = ("parts", "substring")
 
@@ -46,7 +47,7 @@ def selected_maps(
         else re.compile(rf"(?<![^._]){re.escape(keyword)}(?![^._])", re.IGNORECASE)
         for keyword in target_module_keywords
     ]
-    candidates = [linear for linear in linear_maps(model) if type(linear) is LinearMap]
+    candidates = [linear for linear in linear_maps(unwrapped(model)) if type(linear) is LinearMap]
     selected = [linear for linear in candidates if any(p.search(linear.name) for p in patterns)]
     if not selected:
         part = "a whole part" if match == "parts" else "any part"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from laplace_lora.data.distributed import OtherProcessFailed
+from laplace_lora.data.shares import is_sharded
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.autocast import in_full_precision
 from laplace_lora.models.forward_mode import NoForwardDerivativeError
@@ -268,6 +269,11 @@ class TunedLaplace(PredictedLaplace):
             super().optimize_prior_precision("glm", "marglik", prior_structure=structure, **kwargs)
 
     def _laplace_grid(self, val_loader: Any, n_samples: int, kwargs: dict[str, Any]) -> None:
+        if is_sharded(val_loader):
+            raise ValueError(
+                "a grid search by sampled weights (pred_type='nn') takes data that every process "
+                "has whole; use pred_type='glm', whose data processes may share"
+            )
         by_example = self.fitted.by_example
         data = val_loader if val_loader is None else list(map(by_example, val_loader))
         options = {"val_loader": data, "n_samples": n_samples, "link_approx": "mc"}

@@ -6,6 +6,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from laplace_lora import KronLoraLaplace
 from laplace_lora.evaluation import TemperatureScaling, evaluate
+from laplace_lora.functional import calculate_kronecker_factors
 from laplace_lora.posteriors.last_layer_gp import FunctionalLoraLLLaplace
 from support.batches import loader, validation
 from support.language import EXACT, language_posterior, text_batch, text_loader
@@ -85,6 +86,16 @@ def _temperature(la, data):
     return torch.tensor([TemperatureScaling(la.logits_model, data).temperature])
 
 
+def _factors(la, data):
+    factors = calculate_kronecker_factors(
+        la.logits_model.model,
+        lambda model, batch: model(**batch).logits,
+        data,
+        target_module_keywords=["lora"],
+    )
+    return torch.stack([x.norm() * g.trace() for x, g in factors.values()])
+
+
 def _process(la, data):
     gp = FunctionalLoraLLLaplace(peft_model("bert", dtype=torch.float32), "classification", 2)
     gp.fit(data)
@@ -108,6 +119,7 @@ CALLS = {
     "evaluate": _evaluate,
     "temperature": _temperature,
     "gp": _process,
+    "factors": _factors,
 }
 ON_TRAINING_DATA = ("loo", "auto", "marglik")
 
