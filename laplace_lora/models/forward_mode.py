@@ -151,8 +151,20 @@ def forward_mode(
     if any(p.dtype == torch.float64 for p in twin.parameters()):
         for module in twin.modules():
             module.register_forward_pre_hook(_bound_mask, with_kwargs=True)
+    _drop_input_gradients(twin)
     with evaluation_mode(twin):
         yield ForwardMode(twin, [names[index] for index in range(len(own))], parts)
+
+
+def _drop_input_gradients(twin: nn.Module) -> None:
+    """Remove the hooks that gradient checkpointing needs at the embeddings of a frozen model.
+
+    They ask the embeddings' outputs for gradients, which those that carry tangents cannot have.
+    """
+    for module in twin.modules():
+        for key, hook in list(module._forward_hooks.items()):
+            if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
+                del module._forward_hooks[key]
 
 
 def _bound_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

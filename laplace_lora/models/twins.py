@@ -6,7 +6,7 @@ import copy
 import logging
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import nn
@@ -27,9 +27,10 @@ def resampled(
     """Yield a twin of a model, and its trainable tensors, which may be overwritten.
 
     The twin has modules and trainable tensors of its own and shares all other weights, so the
-    model itself runs on unchanged, in other threads as well. Models that are compiled or offloaded
-    cannot have one: they are yielded themselves and get their weights back to the bit; other
-    threads' samples wait meanwhile, and a plain forward pass beside them sees sampled weights.
+    model itself runs on unchanged, in other threads as well. Models that are compiled or offloaded,
+    or whose forward pass was replaced by a function that holds the model, cannot have one: they are
+    yielded themselves and get their weights back to the bit; other threads' samples wait meanwhile,
+    and a plain forward pass beside them sees sampled weights.
 
     Args:
         model: Any module, in the mode in which it is to run.
@@ -65,6 +66,9 @@ def twin_of(
     except Exception as error:  # whatever the user's own modules raise
         logger.info("sampling weights in place: %s", error)
         return None, []
+    for module in twin.modules():
+        if _is_trls_fused_head(module):
+            del module.forward  # which is the class's own, unless the fused head is asked for
     return twin, [memo[id(parameter)] for parameter in parameters]
 
 
@@ -73,4 +77,42 @@ def _has_twin(model: nn.Module) -> bool:
         compiled = type(module).__name__ == "OptimizedModule" or module._compiled_call_impl
         if compiled or getattr(getattr(module, "_hf_hook", None), "offload", False):
             return False
+        # A copy's forward pass would run the modules that are in the closure: the model's own.
+        is_changed = "forward" in vars(module) and not _is_trls_fused_head(module)
+        if is_changed and _holds_modules(module.forward, set()):
+            return False
     return all(parameter.device.type != "meta" for parameter in model.parameters())
+
+
+def _is_trls_fused_head(module: nn.Module) -> bool:
+    """Return whether TRL has put a forward pass around the class's own, see `_fused_forward`."""
+    function: Any = getattr(vars(module).get("forward"), "__func__", None)
+    code = getattr(function, "__code__", None)
+    if code is None or code.co_name != "_fused_forward":
+        return False
+    inner = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
+    original = inner["original_forward"].cell_contents if "original_forward" in inner else None
+    return getattr(original, "__func__", None) is type(module).forward
+
+
+def _holds_modules(function: Any, seen: set[int]) -> bool:
+    """Return whether a function refers to modules, or to methods of theirs, in its closure."""
+    function = getattr(function, "__func__", getattr(function, "func", function))
+    if id(function) in seen:
+        return False
+    seen.add(id(function))
+    contents = []
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # an empty cell
+            contents.append(cell.cell_contents)
+    contents += [v for c in contents if not isinstance(c, nn.Module | type) for v in _parts(c)]
+    return any(
+        isinstance(content, nn.Module)
+        or isinstance(getattr(content, "__self__", None), nn.Module)
+        or (callable(content) and not isinstance(content, type) and _holds_modules(content, seen))
+        for content in contents
+    )
+
+
+def _parts(content: Any) -> list[Any]:
+    return list(vars(content).values()) if hasattr(content, "__dict__") else []

@@ -106,6 +106,7 @@ def test_half_precision_and_gradient_checkpointing():
     model = la.logits_model.model
     reference = score(la, text_batch(), K, generator=seeded())
     model.apply(lambda module: setattr(module, "gradient_checkpointing", True))
+    model.enable_input_require_grads()  # as trainers do with it
     again = score(la, text_batch(), K, generator=seeded())
     torch.testing.assert_close(again.log_probabilities, reference.log_probabilities)
     model.apply(lambda module: setattr(module, "gradient_checkpointing", False))

@@ -1,5 +1,7 @@
 """Sampled weights leave the model as it was, and generators fix them."""
 
+import types
+
 import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
@@ -58,3 +60,24 @@ def test_a_failing_sample_leaves_the_weights_to_the_bit(cls, kwargs):
     handle.remove()
     assert len(calls) == 3
     torch.testing.assert_close(parameters_to_vector(la.model.parameters()), weights, rtol=0, atol=0)
+
+
+def test_a_forward_pass_that_was_put_around_the_models_own_is_sampled():
+    """Its closure holds the model, which a copy of the model would run instead of itself."""
+    la = posterior(name="bert")
+
+    def sampled():
+        generator = torch.Generator().manual_seed(0)
+        return la(BATCH, "nn", link_approx="mc", n_samples=3, generator=generator)
+
+    expected = sampled()
+    base = la.logits_model.model.get_base_model()
+    own = base.forward
+
+    def around(self, *args, **kwargs):
+        return own(*args, **kwargs)
+
+    base.forward = types.MethodType(around, base)
+    found = sampled()
+    assert torch.equal(found, expected)
+    assert (found - la(BATCH)).norm() > 1e-6
