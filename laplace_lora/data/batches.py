@@ -76,6 +76,21 @@ def doubled(batch: Any) -> Any:
     return [*batch, *batch] if is_row else batch
 
 
+def some_examples(batch: Batch, which: Sequence[int]) -> Batch:
+    """Return some examples of a batch.
+
+    Args:
+        batch: A batch.
+        which: Their places in it.
+
+    Raises:
+        ValueError: If its tensors do not have one row per example.
+    """
+    if not splits_by_example(batch):
+        raise ValueError("a batch's tensors do not have one row per example each")
+    return _examples(batch, list(which))
+
+
 def model_inputs(batch: Batch) -> Any:
     """Return what the model is called with: a whole mapping or tensor, or a pair's first part."""
     return batch if isinstance(batch, Mapping | Tensor) else batch[0]
@@ -98,11 +113,19 @@ def batch_labels(batch: Batch, label_key: str) -> Tensor:
     raise ValueError(f"a batch has no {label_key!r}; name its labels with `label_key`")
 
 
-def _examples(batch: Batch, which: slice) -> Batch:
+def _examples(batch: Batch, which: slice | list[int]) -> Batch:
     if isinstance(batch, Mapping):
         size = batch_length(batch)
         return {
-            key: value[which] if hasattr(value, "__len__") and len(value) == size else value
+            key: _taken(value, which) if hasattr(value, "__len__") and len(value) == size else value
             for key, value in batch.items()
         }
-    return batch[which] if isinstance(batch, Tensor) else [_examples(part, which) for part in batch]
+    if isinstance(batch, Tensor):
+        return batch[which]
+    return [_examples(part, which) for part in batch]
+
+
+def _taken(values: Any, which: slice | list[int]) -> Any:
+    if isinstance(which, slice) or isinstance(values, Tensor):
+        return values[which]
+    return [values[i] for i in which]

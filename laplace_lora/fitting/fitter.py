@@ -155,7 +155,7 @@ class Fitter:
     ) -> PosteriorState:
         posterior = self.posterior
         return PosteriorState(
-            posterior.settings.uncalibrated(),
+            posterior.settings.untuned(),
             posterior.structure.ready(posterior.engine, raw),
             posterior.current_weights(),
             tuple(posterior.engine.sizes),

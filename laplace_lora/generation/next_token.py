@@ -211,13 +211,18 @@ def language_model_of(posterior: Posterior, top_k: int) -> TokenModel:
         top_k: How many of its tokens are to be looked at.
 
     Raises:
-        ValueError: If ``top_k`` is out of range, or the model is no causal language model with a
-            posterior over its adapters.
+        ValueError: If ``top_k`` is out of range, the posterior was recentred, or the model is no
+            causal language model with a posterior over its adapters.
     """
     if posterior.model is not posterior.source:
         raise ValueError(
             "a last-layer posterior covers only the answer tokens; use one over adapter weights, "
             "such as KronLoraLaplace"
+        )
+    if posterior.settings.shift is not None:
+        raise ValueError(
+            "the posterior was recentred for its answers; text has the mean of the model as it is: "
+            "call la.reset_mean() first"
         )
     model = TokenModel(posterior.source.get_submodule("model"))
     vocabulary: Any = model.vocabulary_size

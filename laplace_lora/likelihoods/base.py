@@ -36,6 +36,7 @@ class Readout:
     relative: bool = False
 
 
+OUTPUTS = Readout(None, lambda f: f, is_softmax=False)
 CONTRASTS = Readout(contrast_root, lambda f: f[:, 1:] - f[:, :1], is_softmax=True, relative=True)
 
 

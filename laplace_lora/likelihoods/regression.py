@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.likelihoods.base import (
+    OUTPUTS,
     LikelihoodDefaults,
     Readout,
     Scoring,
@@ -16,8 +17,6 @@ from laplace_lora.likelihoods.base import (
 )
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.roots import identity_root
-
-OUTPUTS = Readout(None, lambda f: f, is_softmax=False)
 
 
 class Regression(LikelihoodDefaults):

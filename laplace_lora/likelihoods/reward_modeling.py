@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from laplace_lora.data.pairs import as_pairs, is_pair
-from laplace_lora.likelihoods.base import CONTRASTS, Readout, Scoring
+from laplace_lora.likelihoods.base import CONTRASTS, OUTPUTS, Readout, Scoring
 from laplace_lora.likelihoods.classification import Classification, ClassScoring
 from laplace_lora.likelihoods.links import Link
-from laplace_lora.likelihoods.regression import OUTPUTS
 
 NO_PAIRS = "a difference needs pairs: 'input_ids_chosen', 'input_ids_rejected'"
 DIFFERENCE = CONTRASTS  # of the rewards [rejected, chosen]: one, the chosen less the rejected

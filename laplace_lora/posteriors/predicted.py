@@ -142,7 +142,7 @@ class PredictedLaplace(EvidenceLaplace):
         posterior = self.fitted
         deviations = (self.covariance_scale * self.weight_variance()).sqrt()
         sizes = posterior.engine.sizes
-        columns = (self.params, posterior.mean.split(sizes), deviations.split(sizes))
+        columns = (self.params, posterior.centre.split(sizes), deviations.split(sizes))
         return {p: (mean.view_as(p), std.view_as(p)) for p, mean, std in zip(*columns, strict=True)}
 
     @torch.no_grad()

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from laplace_lora.curvature.kron_protocol import LowRankKron
 from laplace_lora.structures.eigenvalue_correction import CorrectedKron
-from laplace_lora.structures.state import Posterior, PosteriorState, Settings
+from laplace_lora.structures.settings import Settings
+from laplace_lora.structures.state import Posterior, PosteriorState
 from laplace_lora.structures.subspace import SUBSPACE, SUBSPACE_TENSORS, subspace_from
 
 CALIBRATED = ("covariance_scale", "likelihood_temperature")
+SHIFT = "shift"
 
 
 def state_entries(posterior: Posterior) -> dict[str, Any]:
@@ -36,6 +38,7 @@ def state_entries(posterior: Posterior) -> dict[str, Any]:
         "H": packed,
         **gradient,
         **{name: getattr(posterior.settings, name) for name in CALIBRATED},
+        SHIFT: posterior.settings.shift,
     }
 
 
@@ -69,7 +72,8 @@ def read_state(posterior: Posterior, state_dict: Mapping[str, Any]) -> Posterior
         state_dict["prior_precision"],
         state_dict["prior_mean"],
         torch.as_tensor(state_dict["sigma_noise"]),
-        *(state_dict.get(name, 1.0) for name in CALIBRATED),
+        shift=state_dict.get(SHIFT),
+        **{name: state_dict.get(name, 1.0) for name in CALIBRATED},
     )
     return PosteriorState(
         settings,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.autocast import in_full_precision
 from laplace_lora.models.forward_mode import NoForwardDerivativeError
 from laplace_lora.posteriors.predicted import PredictedLaplace
-from laplace_lora.structures.state import PosteriorState, Settings
+from laplace_lora.structures.settings import Settings
+from laplace_lora.structures.state import PosteriorState
 from laplace_lora.tuning import leave_one_out
 from laplace_lora.tuning.calibration import Calibration
 from laplace_lora.tuning.groups import Structure
 from laplace_lora.tuning.leave_one_out import LeaveOneOut
 from laplace_lora.tuning.options import check_options
+from laplace_lora.tuning.recentring import Recentring
 from laplace_lora.tuning.tuner import Tuner, Tuning
 from laplace_lora.tuning.widest import Widest
 from laplace_lora.tuning.width_check import warn_if_wide
@@ -49,17 +52,22 @@ class TunedLaplace(PredictedLaplace):
         n_samples: int = 100,
         tune_sigma_noise: bool = False,
         correction: bool | None = None,
+        recentre: bool = True,
         progress_bar: bool = False,
         verbose: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Tune the prior precision; undoes an earlier `calibrate`. What it did is in `tuning`.
+        """Tune the prior precision; undoes an earlier `calibrate` or `recentre`.
+
+        What it did is in `tuning`.
 
         * ``"auto"``: for language models ``"widest"``, for others ``"loo"`` where a scalar is asked
           for and `leave_one_out.why_not` has no objection; otherwise ``"marglik"``.
         * ``"loo"``: the best leave-one-out likelihood of the training labels, in one pass over the
           training data: those of the fit, as long as this process keeps them, or
-          ``train_loader``. For classifiers and reward models.
+          ``train_loader``, a random thousand of them where they are many. For classifiers and
+          reward models. Moves the posterior's mean where training stopped too early, see
+          `recentre`.
         * ``"widest"``: for language models, the prior of the plain evidence with its covariance
           scaled down until some training texts are predicted at most 0.0025 nats per token worse
           than by the MAP, see `widest`.
@@ -85,6 +93,7 @@ class TunedLaplace(PredictedLaplace):
             correction: For ``"marglik"``: take in the gradient term that the evidence has because
                 trained weights are no mode of the prior; measured in a pass over the training data
                 the first time. ``None`` does where it can, and warns where it cannot.
+            recentre: For ``"loo"``: whether the posterior's mean may move.
             progress_bar: Show progress over the batches.
             verbose: Print the result.
             **kwargs: As listed with the methods.
@@ -109,14 +118,14 @@ class TunedLaplace(PredictedLaplace):
             )
         check_options(method, kwargs)
         before = self.state
-        uncalibrated = before.with_settings(before.settings.uncalibrated())
+        uncalibrated = before.with_settings(before.settings.untuned())
         data = (val_loader, link_approx, n_samples, progress_bar)
         try:
             self.state = uncalibrated
             tuner = Tuner(self.fitted)
             settings, report, reason = None, None, ""
             data_of_fit = self._train_loader if train_loader is None else train_loader
-            options = (data_of_fit, progress_bar)
+            options = (data_of_fit, progress_bar, recentre)
             if method == "auto":
                 others = bool(kwargs) or tune_sigma_noise or val_loader is not None
                 others = others or correction is not None
@@ -169,6 +178,46 @@ class TunedLaplace(PredictedLaplace):
             print(self.tuning)
 
     @in_full_precision
+    def recentre(
+        self,
+        precision: float | None = None,
+        *,
+        nll: float | None = None,
+        train_loader: Any = None,
+        progress_bar: bool = False,
+    ) -> Recentring:
+        """Move the posterior's mean to the mode of the linearised model, see `tuning.recentring`.
+
+        Every linearised prediction then has the mean ``f(x; θ*) + J(x)(mean − θ*)``, at no further
+        cost, and sampled weights lie around the new mean; the model keeps its weights, and prior
+        and evidence stay as they are. `optimize_prior_precision` does this by itself where
+        leave-one-out says that training stopped too early; elsewhere it makes predictions worse.
+        A fit, a tuning and `reset_mean` undo it. Files keep it.
+
+        Args:
+            precision: Prior precision of the linearised model around the trained weights; or
+            nll: the mean training NLL that it is to have at its mode, in nats.
+            train_loader: The training data, if not those of the fit in this process.
+            progress_bar: Show progress over the batches.
+
+        Returns:
+            What was done.
+
+        Raises:
+            AttributeError: If the posterior has not been fitted.
+            ValueError: If not one of precision and NLL is given, or the training data are missing,
+                not those of the fit, shared by processes, too many, or a language model's.
+        """
+        data = self._train_loader if train_loader is None else train_loader
+        settings, report = Tuner(self.fitted).recentre(precision, nll, data, progress_bar)
+        self.state = self.state.with_settings(settings)
+        return report
+
+    def reset_mean(self) -> None:
+        """Move the posterior's mean back to the MAP weights."""
+        self.state = self.state.with_settings(replace(self.state.settings, shift=None))
+
+    @in_full_precision
     def calibrate(
         self,
         val_loader: Any,
@@ -202,7 +251,12 @@ class TunedLaplace(PredictedLaplace):
         return report
 
     def _by_default(
-        self, structure: Structure, has_others: bool, train_loader: Any, progress_bar: bool
+        self,
+        structure: Structure,
+        has_others: bool,
+        train_loader: Any,
+        progress_bar: bool,
+        recentre: bool,
     ) -> tuple[str, str, tuple[Settings, LeaveOneOut | Widest] | None]:
         """Return the method of ``"auto"``, why it is no better one, and what that found."""
         posterior = self.fitted
@@ -217,7 +271,7 @@ class TunedLaplace(PredictedLaplace):
             reason = leave_one_out.why_not(posterior, train_loader) or ""
         if not reason:
             try:
-                options = (structure, train_loader, progress_bar)
+                options = (structure, train_loader, progress_bar, recentre)
                 return method, "", _reported(Tuner(posterior), method, *options)
             except (ValueError, OtherProcessFailed) as error:  # in its pass over the data
                 kinds = ("ValueError", NoForwardDerivativeError.__name__)
@@ -281,9 +335,14 @@ class TunedLaplace(PredictedLaplace):
 
 
 def _reported(
-    tuner: Tuner, method: str, structure: Structure, train_loader: Any, progress_bar: bool
+    tuner: Tuner,
+    method: str,
+    structure: Structure,
+    train_loader: Any,
+    progress_bar: bool,
+    recentre: bool,
 ) -> tuple[Settings, LeaveOneOut | Widest]:
     """Return the settings that a method of training data chooses, and what it says of them."""
     if method == "loo":
-        return tuner.leave_one_out(structure, train_loader, progress_bar)
+        return tuner.leave_one_out(structure, train_loader, progress_bar, recentre)
     return tuner.widest(structure, train_loader, progress_bar)

@@ -6,14 +6,15 @@ tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from laplace_lora.curvature.engine import joined
 from laplace_lora.data.pairs import is_pair
-from laplace_lora.likelihoods.base import Columns, Readout
+from laplace_lora.likelihoods.base import OUTPUTS, Readout
 from laplace_lora.likelihoods.links import LINKS, Link, gaussian_samples
 from laplace_lora.likelihoods.reward_modeling import DIFFERENCE, NO_PAIRS
 from laplace_lora.models.modes import evaluation_mode
@@ -77,45 +78,39 @@ class Predictor:
             ``(batch, outputs)`` and ``(batch, outputs, outputs)``, or the latter's diagonal; if
             joint ``(batch · outputs,)`` and its square.
         """
-        mean, covariance = self.moments(x, joint=joint)
+        mean, covariance = self.readout_moments(x, OUTPUTS, joint)
         if joint:
             return mean.flatten(), covariance.squeeze(0)
         return mean, covariance.diagonal(dim1=-2, dim2=-1) if diagonal_output else covariance
 
-    def moments(
-        self, x: Any, columns: Columns | None = None, joint: bool = False
+    def readout_moments(
+        self, x: Any, readout: Readout, joint: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Return outputs, and the covariance of linear functions of them.
+        """Return mean and covariance of functions of a batch's outputs.
 
         Args:
             x: Batch that the model takes.
-            columns: Coefficients of the functions, see `Readout`; ``None`` for the outputs.
+            readout: The functions.
             joint: Between all examples of the batch.
 
         Returns:
-            Outputs ``(batch, outputs)``, and ``(batch, columns, columns)``; if joint ``(1, batch ·
+            Mean ``(batch, columns)``, and ``(batch, columns, columns)``; if joint ``(1, batch ·
             columns, batch · columns)``.
         """
         posterior, settings = self.posterior, self.posterior.settings
-        with evaluation_mode(posterior.model):
-            if posterior.differentiable:
-                mean, covariance = self._differentiable_moments(x, columns, joint)
-            else:
-                mean, jacobians = posterior.engine.jacobian_blocks(x, columns)
-                rows = (J.flatten(0, 1)[None] if joint else J for J in jacobians)
-                covariance = posterior.precision.covariance(rows)
+        if posterior.differentiable:
+            mean, covariance = self._differentiable_moments(x, readout, joint)
+        else:
+            mean, jacobians = self.readout_jacobians(x, readout)
+            rows = (J.flatten(0, 1)[None] if joint else J for J in jacobians)
+            covariance = posterior.precision.covariance(rows)
         temperature = settings.likelihood_temperature
         return mean / temperature, covariance * (settings.covariance_scale / temperature**2)
 
-    def readout_moments(self, x: Any, readout: Readout) -> tuple[Tensor, Tensor]:
-        """Return mean and covariance of functions of a batch's outputs."""
-        mean, covariance = self.moments(x, readout.columns)
-        return readout.mean(mean), covariance
-
     def reward_difference(self, pairs: Any) -> tuple[Tensor, Tensor]:
         """Return mean and variance of the rewards' difference, see `LoraLaplace`."""
-        mean, covariance = self.moments(self._pairs(pairs), DIFFERENCE.columns)
-        return DIFFERENCE.mean(mean).squeeze(-1), covariance.flatten()
+        mean, covariance = self.readout_moments(self._pairs(pairs), DIFFERENCE)
+        return mean.squeeze(-1), covariance.flatten()
 
     def _pairs(self, batch: Any) -> Any:
         """Return a batch that is about pairs in the form with suffixes, see `as_pairs`."""
@@ -143,11 +138,19 @@ class Predictor:
         mean, jacobians = self.readout_jacobians(x, readout)
         return mean, self.posterior.precision.gram_blocks(jacobians)
 
-    def readout_jacobians(self, x: Any, readout: Readout) -> tuple[Tensor, Iterator[Tensor]]:
-        """Return functions of the outputs, ``(batch, columns)``, and their Jacobians by tensor."""
-        with evaluation_mode(self.posterior.model):
-            f, jacobians = self.posterior.engine.jacobian_blocks(x, readout.columns)
-        return readout.mean(f), jacobians
+    def readout_jacobians(self, x: Any, readout: Readout) -> tuple[Tensor, Iterable[Tensor]]:
+        """Return functions of the outputs, ``(batch, columns)``, and their Jacobians by tensor.
+
+        Those of a recentred posterior are the linearised model's at its mean.
+        """
+        posterior = self.posterior
+        with evaluation_mode(posterior.model):
+            f, jacobians = posterior.engine.jacobian_blocks(x, readout.columns)
+            mean, shift = readout.mean(f), posterior.settings.shift
+            if shift is None:
+                return mean, jacobians
+            blocks = list(jacobians)
+        return mean + joined(blocks) @ shift, blocks
 
     def output_samples(
         self,
@@ -198,14 +201,20 @@ class Predictor:
 
     @torch.enable_grad()
     def _differentiable_moments(
-        self, x: Any, columns: Columns | None, joint: bool
+        self, x: Any, readout: Readout, joint: bool
     ) -> tuple[Tensor, Tensor]:
-        mean, jacobians = self.posterior.engine.differentiable_jacobians(x)
-        if columns is not None:
-            jacobians = torch.einsum("rnc,ncp->nrp", columns(mean.detach()), jacobians)
-        rows = jacobians.flatten(0, 1)[None] if joint else jacobians
-        parts = rows.split(self.posterior.engine.sizes, dim=-1)
-        return mean, self.posterior.precision.covariance(parts)
+        posterior = self.posterior
+        with evaluation_mode(posterior.model):
+            f, jacobians = posterior.engine.differentiable_jacobians(x)
+            if readout.columns is not None:
+                columns = readout.columns(f.detach())
+                jacobians = torch.einsum("rnc,ncp->nrp", columns, jacobians)
+            mean, shift = readout.mean(f), posterior.settings.shift
+            if shift is not None:
+                mean = mean + jacobians @ shift
+            rows = jacobians.flatten(0, 1)[None] if joint else jacobians
+            parts = rows.split(posterior.engine.sizes, dim=-1)
+            return mean, posterior.precision.covariance(parts)
 
     def _noise(self, n_samples: int, mean: Tensor, generator: torch.Generator | None) -> Tensor:
         size = (n_samples, mean.shape[-1])

@@ -50,7 +50,7 @@ def sampled_outputs(
         # On a twin: other threads may be running the model meanwhile.
         with evaluation_mode(model), resampled(model, posterior.engine.parameters) as (twin, own):
             for _ in range(n_samples):
-                set_weights(own, posterior.mean + posterior.deviations(1, generator)[0])
+                set_weights(own, posterior.centre + posterior.deviations(1, generator)[0])
                 with as_called():
                     outputs.append(twin(x))
     check_finite(outputs[0])
@@ -67,7 +67,7 @@ def _head_outputs(
     features = [model.features(part) for part in passes(x)]
     head, outputs = model.head, []
     for _ in range(n_samples):
-        sample = posterior.mean + posterior.deviations(1, generator)[0]
+        sample = posterior.centre + posterior.deviations(1, generator)[0]
         size = head.weight.numel()
         weight, bias = sample.split([size, len(sample) - size])
         weight = weight.view_as(head.weight)

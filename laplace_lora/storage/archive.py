@@ -16,18 +16,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from laplace_lora.storage.files import CONFIG, TENSORS, VERSION, write_files
+from laplace_lora.storage.files import CONFIG, RECENTRED, TENSORS, VERSION, write_files
 from laplace_lora.storage.fingerprint import check_identity, identity, trained_tensors
 from laplace_lora.storage.rounding import (
     ROUNDED,
     identity_but_for_rounding,
     rounded_fingerprints,
 )
-from laplace_lora.structures.state import Posterior, PosteriorState, Settings
+from laplace_lora.structures.settings import Settings
+from laplace_lora.structures.state import Posterior, PosteriorState
 from laplace_lora.structures.subspace import SUBSPACE, SUBSPACE_TENSORS, subspace_from
 
 PREFIX = "curvature."
 GRADIENT = "loss_gradient"
+SHIFT = "shift"
 
 
 def save_posterior(posterior: Posterior, folder: Path, backend: str) -> None:
@@ -46,12 +48,14 @@ def save_posterior(posterior: Posterior, folder: Path, backend: str) -> None:
     tensors |= {name: getattr(settings, name) for name in ("prior_precision", "prior_mean")}
     if state.loss_gradient is not None:
         tensors[GRADIENT] = state.loss_gradient
+    if settings.shift is not None:
+        tensors[SHIFT] = settings.shift
     if state.subspace is not None:
         for name in SUBSPACE_TENSORS:
             tensors[f"{SUBSPACE}{name}"] = getattr(state.subspace, name).clone()
     tensors["sigma_noise"] = torch.as_tensor(settings.sigma_noise).reshape(1)
     config = {
-        "version": VERSION,
+        "version": VERSION if settings.shift is None else RECENTRED,
         "class": posterior.kind,
         "arguments": posterior.arguments,
         "backend": backend,
@@ -101,6 +105,8 @@ def load_state(posterior: Posterior, payload: bytes, config: Mapping[str, Any]) 
 def _state(
     posterior: Posterior, tensors: dict[str, Tensor], config: Mapping[str, Any]
 ) -> PosteriorState:
+    if (config["version"] == RECENTRED) != (SHIFT in tensors):
+        raise ValueError(f"version {config['version']} and {SHIFT!r} do not go together")
     packed = {n.removeprefix(PREFIX): t for n, t in tensors.items() if n.startswith(PREFIX)}
     precision, noise = tensors["prior_precision"], tensors["sigma_noise"]
     if not bool((precision > 0).all()) or not bool((noise > 0).all()):
@@ -125,12 +131,9 @@ def _state(
         noise[0].to(posterior.device, posterior.dtype),
         scale,
         temperature,
+        _weight_vector(posterior, tensors, SHIFT),
     )
-    gradient = tensors.get(GRADIENT)  # files of earlier versions have none
-    if gradient is not None:
-        if gradient.shape != (sum(sizes),):
-            raise ValueError(f"the gradient has shape {tuple(gradient.shape)}")
-        gradient = gradient.to(posterior.device, posterior.dtype)
+    gradient = _weight_vector(posterior, tensors, GRADIENT)  # earlier versions have none
     weights = posterior.current_weights()
     subspace = subspace_from(tensors)
     if subspace is not None:
@@ -140,6 +143,15 @@ def _state(
     return PosteriorState(
         settings, curvature, weights, sizes, loss, n_data, n_outputs, gradient, subspace
     )
+
+
+def _weight_vector(posterior: Posterior, tensors: dict[str, Tensor], name: str) -> Tensor | None:
+    vector = tensors.get(name)
+    if vector is None:
+        return None
+    if vector.shape != (sum(posterior.engine.sizes),):
+        raise ValueError(f"{name} has shape {tuple(vector.shape)}")
+    return vector.to(posterior.device, posterior.dtype)
 
 
 def _count(scalars: Mapping[str, Any], name: str) -> int:

@@ -28,6 +28,7 @@ except ImportError:  # not on Windows, where an open file cannot be deleted anyw
 TENSORS = "laplace.safetensors"
 CONFIG = "laplace_config.json"
 VERSION = 1
+RECENTRED = 2  # readers of version 1 would leave the shift out
 KEY = "laplace_config"  # of the configuration in the header of the tensors
 LITTER = ".tmp"
 NEEDED = (
@@ -164,7 +165,7 @@ def _checked(config: Any) -> dict[str, Any]:
     """Return a configuration without its checksum, which is right."""
     if not isinstance(config, dict) or not isinstance(config.get("version"), int):
         raise ValueError(f"{CONFIG} is not the configuration of a posterior")
-    if config["version"] != VERSION:
+    if config["version"] not in (VERSION, RECENTRED):
         raise ValueError(
             f"{CONFIG} has format version {config['version']}, this library reads {VERSION}; "
             "update it"

@@ -15,60 +15,8 @@ from torch import Tensor, nn
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.likelihoods.base import Likelihood
 from laplace_lora.structures.base import GradientTerm, Precision, Structure
+from laplace_lora.structures.settings import Settings
 from laplace_lora.structures.subspace import Subspace
-
-SCALES = ("covariance_scale", "likelihood_temperature")
-
-
-def check_positive(name: str, value: Tensor | float) -> None:
-    """Refuse a setting that is not positive and finite.
-
-    Raises:
-        ValueError: If some entry is not, or is no number; names the setting.
-    """
-    if not isinstance(value, Tensor | int | float):
-        raise ValueError(f"{name} must be a positive number, got {value!r}")
-    values = torch.as_tensor(value).detach()
-    bad = ~((values > 0) & values.isfinite())
-    if values.device.type != "meta" and bool(bad.any()):
-        raise ValueError(f"{name} must be positive and finite, got {values[bad].tolist()}")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What may be tuned after a fit.
-
-    Attributes:
-        prior_precision: One value, one per tensor or one per weight.
-        prior_mean: One value, or one per weight.
-        sigma_noise: Standard deviation of a regression's noise, a scalar; 1 for other likelihoods.
-        covariance_scale: Factor of the predictive covariance, 1 unless calibrated.
-        likelihood_temperature: Divides logits before the softmax, 1 unless calibrated.
-    """
-
-    prior_precision: Tensor = field(default_factory=lambda: torch.ones(1))
-    prior_mean: Tensor = field(default_factory=lambda: torch.zeros(()))
-    sigma_noise: Tensor = field(default_factory=lambda: torch.ones(()))
-    covariance_scale: float = 1.0
-    likelihood_temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Refuse what gives plausible numbers all the same.
-
-        Raises:
-            ValueError: If a precision, noise, scale or temperature is not positive and finite.
-        """
-        for name in ("prior_precision", "sigma_noise", *SCALES):
-            check_positive(name, getattr(self, name))
-
-    def uncalibrated(self) -> Settings:
-        """Return the settings with width and temperature as a fit leaves them."""
-        return replace(self, covariance_scale=1.0, likelihood_temperature=1.0)
-
-    def to(self, device: torch.device) -> Settings:
-        """Return the settings on another device."""
-        names = ("prior_precision", "prior_mean", "sigma_noise")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 @dataclass(frozen=True)
@@ -176,6 +124,12 @@ class Posterior:
         return self.state.mean
 
     @property
+    def centre(self) -> Tensor:
+        """The posterior's mean, ``(parameters,)``: the MAP weights, unless it was recentred."""
+        shift = self.settings.shift
+        return self.mean if shift is None else self.mean + shift
+
+    @property
     def names(self) -> list[str]:
         """Names of the trainable tensors, in parameter order."""
         return self.engine.names
@@ -226,15 +180,18 @@ class Posterior:
         return self.objective.split(batch, self.label_key, self.device, self.dtype)
 
     def deviations(self, n_samples: int, generator: torch.Generator | None) -> Tensor:
-        """Return samples of ``θ − θ*`` with the calibrated width, ``(n_samples, parameters)``."""
+        """Return samples around the centre with the calibrated width, less the centre.
+
+        Shape ``(n_samples, parameters)``.
+        """
         scale = self.settings.covariance_scale**0.5
-        return scale * (self.sample(n_samples, generator) - self.mean)
+        return scale * (self.sample(n_samples, generator) - self.centre)
 
     def sample(self, n_samples: int, generator: torch.Generator | None) -> Tensor:
         """Return samples of the weights before calibration, ``(n_samples, parameters)``."""
         size = (n_samples, len(self.mean))
         noise = torch.randn(size, dtype=self.dtype, device=self.device, generator=generator)
-        return self.mean.reshape(1, -1) + self.precision.root_multiply(noise)
+        return self.centre.reshape(1, -1) + self.precision.root_multiply(noise)
 
 
 def expanded(values: Tensor, sizes: tuple[int, ...] | list[int]) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from laplace_lora.data.distributed import Together
 from laplace_lora.likelihoods.base import Likelihood, Scoring
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.structures.state import Settings
+from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning.calibration_error import expected_calibration_error
 from laplace_lora.tuning.validation_cache import ValidationCache
 

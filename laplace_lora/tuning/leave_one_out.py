@@ -7,13 +7,15 @@ zero matrices at zero), the precision is found at which this linear model fits t
 as closely as the trained network does, and its leave-one-out predictions stand for the network's on
 new data. The posterior's width at each example is added to them, and the prior precision with the
 best leave-one-out likelihood is chosen.
+
+Where the base model's leave-one-out predictions get better when it is fitted more closely, training
+stopped too early: the posterior's mean is moved until it fits the labels as closely as is best.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,21 +23,31 @@ import torch
 from torch import Tensor
 
 from laplace_lora.adapters.start import zero_at_start
-from laplace_lora.curvature.engine import Engine
 from laplace_lora.data.distributed import Together
-from laplace_lora.likelihoods.base import Readout
+from laplace_lora.data.shares import is_sharded
+from laplace_lora.data.subset import Subset
 from laplace_lora.likelihoods.links import QUADRATURE
-from laplace_lora.models.start import before_adapter
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.structures.state import Posterior, Settings
+from laplace_lora.structures.settings import Settings
+from laplace_lora.structures.state import Posterior
+from laplace_lora.tuning.function_rows import base_rows
 from laplace_lora.tuning.line_search import refined
-from laplace_lora.tuning.linear_model import LinearModel, without_own
+from laplace_lora.tuning.linear_model import LinearModel, Mode, without_own
 from laplace_lora.tuning.marginal_likelihood import first_precision
+from laplace_lora.tuning.recentring import (
+    BYTES,
+    ROWS,
+    Recentring,
+    columns_of,
+    recentred,
+    why_not_recentred,
+)
 from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
 
 GRID = torch.logspace(-4, 8, 49, dtype=torch.float64)  # prior precisions
-ROWS = 3000  # examples times contrasts; the work grows with their cube
-BYTES = 2**31
+EXAMPLES = 1000  # of a larger training set, at random
+FEWEST = 100
+CLOSER = 2.0  # standard errors by which a closer fit must be better
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,9 @@ class LeaveOneOut:
         nll: The same with the posterior's width.
         standard_error: Of the difference of the two.
         base_precision: Prior precision at which the linearised base model fits the training
-            labels as closely as the trained network.
+            labels as closely as the posterior's mean.
+        examples: Training examples that it looked at.
+        recentring: Where the posterior's mean was moved, if it was.
     """
 
     prior_precision: float
@@ -56,12 +70,16 @@ class LeaveOneOut:
     nll: float
     standard_error: float
     base_precision: float
+    examples: int
+    recentring: Recentring | None = None
 
     def __str__(self) -> str:
+        moved = "" if self.recentring is None else f"{self.recentring}; "
         return (
-            f"leave-one-out: prior precision {self.prior_precision:.3g}, NLL of the base model's "
-            f"linearisation {self.nll_map:.3f} -> {self.nll:.3f} with the posterior's width "
-            f"(difference ± {self.standard_error:.3f})"
+            f"leave-one-out of {self.examples} examples: {moved}prior precision "
+            f"{self.prior_precision:.3g}, NLL of the base model's linearisation "
+            f"{self.nll_map:.3f} -> {self.nll:.3f} with the posterior's width (difference ± "
+            f"{self.standard_error:.3f})"
         )
 
 
@@ -80,10 +98,10 @@ def why_not(posterior: Posterior, loader: Any) -> str | None:
         return f"a {objective.name} posterior has no class probabilities"
     if loader is None:
         return "the training data are not at hand"
-    rows = state.n_data * max(state.n_outputs - 1, 1)
-    trainable = sum(p.numel() for p in posterior.source.parameters() if p.requires_grad)
-    if rows > ROWS or 4 * rows * trainable > BYTES:
-        return f"{state.n_data} training examples of {trainable} weights are too many"
+    if _examples(posterior) < min(state.n_data, FEWEST):
+        return f"{state.n_outputs} classes are too many"
+    if _examples(posterior) < state.n_data and is_sharded(loader):
+        return f"processes share more training examples than {_examples(posterior)}"
     try:
         zero_at_start(posterior.source)
     except ValueError as error:
@@ -92,17 +110,20 @@ def why_not(posterior: Posterior, loader: Any) -> str | None:
 
 
 def tune(
-    posterior: Posterior, loader: Any, team: Together, progress_bar: bool
+    posterior: Posterior, loader: Any, team: Together, progress_bar: bool, recentre: bool = True
 ) -> tuple[Settings, LeaveOneOut]:
-    """Choose a scalar prior precision by leave-one-out.
+    """Choose a scalar prior precision by leave-one-out, and the posterior's mean.
 
     Iterates once over the data: the Jacobians at the base model, and those at the trained weights.
+    Of more than `ROWS` examples times contrasts a random subset is looked at. Iterates once more
+    if the mean is moved.
 
     Args:
-        posterior: A fitted posterior, uncalibrated.
+        posterior: A fitted posterior as its fit left it.
         loader: Its training data.
         team: The processes that share the loader.
         progress_bar: Show progress over the batches.
+        recentre: Move the posterior's mean where training stopped too early, see the module.
 
     Returns:
         The settings, and what they promise.
@@ -112,22 +133,38 @@ def tune(
             fit.
     """
     scoring = scoring_of(posterior, QUADRATURE, 0)
-    readout = scoring.readout
+    readout, n_data = scoring.readout, posterior.state.n_data
     groups = torch.zeros(len(posterior.names), dtype=torch.long)
     scalar = posterior.with_settings(first_precision(posterior))
-    with _base_rows(posterior, readout) as rows:
+    count = _examples(posterior)
+    subset = None if count == n_data else Subset(loader, n_data, count, posterior.by_example)
+    numbers = BYTES / (4 * count * columns_of(posterior))
+    with base_rows(posterior, readout, numbers) as rows:
         options = (groups, readout, progress_bar, rows.add, team)
-        cache = ValidationCache(Predictor(scalar), loader, *options)
-    if len(cache.y) != posterior.state.n_data:
+        cache = ValidationCache(Predictor(scalar), subset or loader, *options)
+    seen = len(cache.y) if subset is None else subset.seen
+    if seen != n_data:
         raise ValueError(
-            f"the loader gives {len(cache.y)} examples, the fit saw {posterior.state.n_data}; "
-            "leave-one-out needs the training data of the fit"
+            f"the loader gives {seen} examples, the fit saw {n_data}; leave-one-out needs the "
+            "training data of the fit"
         )
-    linear = rows.linear_model(cache.y, team)
-    outputs = cache.mean.double()
-    mode = linear.fitted_like(linear.nll(outputs))
-    mean, _ = linear.leave_one_out(mode)
-    mean = mean.to(cache.mean)
+    linear, outputs = rows.linear_model(cache.y, team), cache.mean.double()
+    nothing = cache.mean.new_zeros(*cache.mean.shape, cache.mean.shape[-1])
+
+    def without(mode: Mode) -> Tensor:
+        return linear.leave_one_out(mode)[0].to(cache.mean)
+
+    def narrow(mean: Tensor) -> Tensor:
+        return scoring.nll(mean, nothing, cache.y).double()
+
+    mode, moved = linear.fitted_like(linear.nll(outputs)), None
+    if recentre and subset is None and why_not_recentred(posterior) is None:
+        closer = _closer(linear, mode, lambda mode: narrow(without(mode)))
+        if closer is not mode:
+            nll = closer.nll / n_data
+            moved = recentred(posterior, loader, team, readout, progress_bar, nll)
+            mode = closer
+    mean = without(mode)
     root = linear.root(outputs).to(cache.mean)
 
     def losses(log_precision: float) -> Tensor:
@@ -142,54 +179,50 @@ def tune(
 
     points = GRID.log().tolist()
     best = refined(mean_loss, points, [mean_loss(point) for point in points], 1e-3)
-    precision, wide = math.exp(best), losses(best)
-    nothing = mean.new_zeros(*mean.shape, mean.shape[-1])
-    narrow = scoring.nll(mean, nothing, cache.y).double()
-    error = float((wide - narrow).std() / math.sqrt(len(wide))) if len(wide) > 1 else 0.0
-    chosen = scalar.settings.prior_precision.new_tensor([precision])
-    report = LeaveOneOut(precision, float(narrow.mean()), float(wide.mean()), error, mode.precision)
-    return replace(posterior.settings, prior_precision=chosen), report
+    precision, wide, bare = math.exp(best), losses(best), narrow(mean)
+    report = LeaveOneOut(
+        precision,
+        float(bare.mean()),
+        float(wide.mean()),
+        _standard_error(wide - bare),
+        mode.precision,
+        len(wide),
+        None if moved is None else moved[1],
+    )
+    settings = replace(
+        posterior.settings,
+        prior_precision=scalar.settings.prior_precision.new_tensor([precision]),
+        shift=None if moved is None else moved[0],
+    )
+    return settings, report
 
 
-class _BaseRows:
-    """Functions of the base model's outputs and their Jacobians, batch by batch."""
+def _closer(linear: LinearModel, mode: Mode, losses: Callable[[Mode], Tensor]) -> Mode:
+    """Return the closer fit with the best leave-one-out loss; the mode, if none is clearly better.
 
-    def __init__(self, posterior: Posterior, engine: Engine, readout: Readout) -> None:
-        self.posterior, self.engine, self.readout = posterior, engine, readout
-        self.means: list[Tensor] = []
-        self.jacobians: list[list[Tensor]] = [[] for _ in engine.blocks]
-        self.moves = [False for _ in engine.blocks]  # which tensors change the functions
-
-    def add(self, x: Any, y: Tensor) -> None:
-        """Add a batch."""
-        f, blocks = self.engine.jacobian_blocks(x, self.readout.columns)
-        self.means.append(self.readout.mean(f).double())
-        for i, block in enumerate(blocks):
-            if bool(block.any()):
-                self.moves[i] = True
-            else:  # lora_A's, behind a lora_B that is zero, need no memory
-                block = block.new_zeros(()).expand(block.shape)
-            self.jacobians[i].append(block.flatten(2))
-
-    def linear_model(self, labels: Tensor, team: Together) -> LinearModel:
-        """Return the base model, linearised in its adapter."""
-        means = team.rows(means=self.means)["means"]
-        gram = means.new_zeros(means.numel(), means.numel())
-        anywhere = [any(column) for column in zip(*team.all_of(self.moves), strict=True)]
-        for parts, moves in zip(self.jacobians, anywhere, strict=True):
-            if moves:
-                rows = team.rows(rows=parts)["rows"].flatten(0, 1)
-                rows = rows.double()  # else rounding has negative signs
-                gram += rows @ rows.T
-        scale = float(self.posterior.scale)
-        options = (self.posterior.objective, self.readout.relative, scale)
-        return LinearModel(gram, means, labels, *options)
+    Args:
+        linear: The base model.
+        mode: How closely the network fits.
+        losses: Leave-one-out NLL of every example at a mode.
+    """
+    start = losses(mode)
+    best, lowest, trial = mode, start, mode
+    while True:
+        trial = linear.mode(trial.precision / 2, trial.scaled(0.5))
+        found = losses(trial)
+        if not float(found.mean()) < float(lowest.mean()):
+            break
+        best, lowest = trial, found
+    gain = start - lowest
+    return best if float(gain.mean()) > CLOSER * _standard_error(gain) else mode
 
 
-@contextmanager
-def _base_rows(posterior: Posterior, readout: Readout) -> Iterator[_BaseRows]:
-    with before_adapter(posterior.source) as twin:
-        engine = Engine(
-            twin, posterior.objective, posterior.engine.root, None, "diag", verify=False
-        )
-        yield _BaseRows(posterior, engine, readout)
+def _standard_error(values: Tensor) -> float:
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def _examples(posterior: Posterior) -> int:
+    """Return how many training examples are looked at."""
+    affordable = ROWS // columns_of(posterior)
+    n = posterior.state.n_data
+    return n if n <= affordable else min(EXAMPLES, affordable)

@@ -38,6 +38,10 @@ class Mode:
     outputs: Tensor
     nll: float
 
+    def scaled(self, factor: float) -> Mode:
+        """Return a start for another precision: the same functions, in its coefficients."""
+        return Mode(self.precision * factor, self.coefficients * factor, self.outputs, self.nll)
+
 
 @dataclass(frozen=True)
 class LinearModel:
@@ -119,7 +123,7 @@ class LinearModel:
         if mode.nll <= nll:
             return mode
         while mode.nll > nll and mode.precision / 10 >= low:
-            mode, above = self.mode(mode.precision / 10, _rescaled(mode, 0.1)), mode
+            mode, above = self.mode(mode.precision / 10, mode.scaled(0.1)), mode
         if mode.nll > nll:
             return mode
         latest = mode
@@ -127,12 +131,12 @@ class LinearModel:
         def excess(log_precision: float) -> float:
             nonlocal latest
             precision = math.exp(log_precision)
-            latest = self.mode(precision, _rescaled(latest, precision / latest.precision))
+            latest = self.mode(precision, latest.scaled(precision / latest.precision))
             return math.log(max(latest.nll, 1e-300) / max(nll, 1e-300))
 
         ends = (math.log(mode.precision), math.log(above.precision))
         root = brentq(excess, *ends, xtol=0.02)
-        return self.mode(math.exp(root), _rescaled(latest, math.exp(root) / latest.precision))
+        return self.mode(math.exp(root), latest.scaled(math.exp(root) / latest.precision))
 
     def leave_one_out(self, mode: Mode) -> tuple[Tensor, Tensor]:
         """Return each example's prediction without it, from one factorisation.
@@ -195,8 +199,3 @@ def _apply(blocks: Tensor, x: Tensor) -> Tensor:
     """Return a block diagonal matrix's product with ``(N c,)`` or ``(N c, m)``."""
     n, rows, columns = blocks.shape
     return torch.bmm(blocks, x.reshape(n, columns, -1)).reshape(n * rows, *x.shape[1:])
-
-
-def _rescaled(mode: Mode, factor: float) -> Mode:
-    """Return a start for another precision: the same functions, in its coefficients."""
-    return Mode(mode.precision * factor, mode.coefficients * factor, mode.outputs, mode.nll)

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from laplace_lora.data.distributed import together
+from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.structures.state import Posterior, Settings
+from laplace_lora.structures.settings import Settings, check_positive
+from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning import leave_one_out, widest
 from laplace_lora.tuning.calibration import Calibration, calibrate, check_classifier
 from laplace_lora.tuning.coupled_cache import CoupledCache
 from laplace_lora.tuning.groups import Structure, prior_groups
 from laplace_lora.tuning.leave_one_out import LeaveOneOut
 from laplace_lora.tuning.marginal_likelihood import first_precision, maximise, with_precisions
+from laplace_lora.tuning.recentring import Recentring, recentred
 from laplace_lora.tuning.validation_cache import Cache, ValidationCache, scoring_of
 from laplace_lora.tuning.validation_search import Loss, descend, grid_search
 from laplace_lora.tuning.widest import Widest
@@ -77,7 +80,7 @@ class Tuner:
         return maximise(self.posterior, groups, tune_noise, correction)
 
     def leave_one_out(
-        self, structure: Structure, train_loader: Any, progress_bar: bool
+        self, structure: Structure, train_loader: Any, progress_bar: bool, recentre: bool = True
     ) -> tuple[Settings, LeaveOneOut]:
         """Return the settings with the best leave-one-out likelihood, and what they promise.
 
@@ -85,6 +88,7 @@ class Tuner:
             structure: Must be ``"scalar"``.
             train_loader: The training data of the fit.
             progress_bar: Show progress over the batches.
+            recentre: Move the posterior's mean where training stopped too early.
 
         Raises:
             ValueError: If the structure is not a scalar, the loader is missing or not that of the
@@ -97,7 +101,7 @@ class Tuner:
                 "process that fitted it; give `train_loader`, or use method='marglik'"
             )
         with together(train_loader, device=self.posterior.device) as team:
-            return leave_one_out.tune(self.posterior, train_loader, team, progress_bar)
+            return leave_one_out.tune(self.posterior, train_loader, team, progress_bar, recentre)
 
     def widest(
         self, structure: Structure, train_loader: Any, progress_bar: bool
@@ -121,6 +125,36 @@ class Tuner:
         posterior = self.posterior.with_settings(settings)
         with together(train_loader, device=posterior.device) as team:
             return widest.tune(posterior, train_loader, team, progress_bar)
+
+    def recentre(
+        self,
+        precision: float | None,
+        nll: float | None,
+        train_loader: Any,
+        progress_bar: bool,
+    ) -> tuple[Settings, Recentring]:
+        """Return settings with the mean at the linearised model's mode, see `recentred`.
+
+        Raises:
+            ValueError: If not one of precision and NLL is given or it is not positive, or the
+                training data are missing, not those of the fit, or too many.
+        """
+        if (precision is None) == (nll is None):
+            raise ValueError("give either `precision` or `nll`")
+        if precision is not None:
+            check_positive("precision", precision)
+        if nll is not None:
+            check_positive("nll", nll)
+        if train_loader is None:
+            raise ValueError(
+                "recentring needs the training data, which a posterior keeps only in the process "
+                "that fitted it; give `train_loader`"
+            )
+        readout = scoring_of(self.posterior, QUADRATURE, 0).readout
+        with together(train_loader, device=self.posterior.device) as team:
+            options = (train_loader, team, readout, progress_bar, nll, precision)
+            shift, report = recentred(self.posterior, *options)
+        return replace(self.posterior.settings, shift=shift), report
 
     def grid_search(
         self,

@@ -1,0 +1,48 @@
+"""`Subset`: some of a loader's examples, chosen by their places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from laplace_lora.data.batches import Batch, batch_length, some_examples
+
+SEED = 0
+
+
+class Subset:
+    """A loader's batches with some of its examples left.
+
+    Args:
+        loader: Any loader.
+        n_data: How many examples it has.
+        count: How many are to be left: random ones,
+            the same in every pass over a loader that keeps its order; all if there are no more.
+        by_example: From a batch to the form in which every row is an example.
+
+    Attributes:
+        seen: Examples that the latest pass came by.
+    """
+
+    def __init__(
+        self, loader: Iterable[Batch], n_data: int, count: int, by_example: Callable[[Batch], Batch]
+    ) -> None:
+        self.loader, self.by_example = loader, by_example
+        source = torch.Generator().manual_seed(SEED)
+        self.places = set(torch.randperm(n_data, generator=source)[:count].tolist())
+        self.seen = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches with at least one of these examples.
+
+        Raises:
+            ValueError: If a batch must be divided whose tensors do not have one row per example.
+        """
+        self.seen = 0
+        for batch in map(self.by_example, self.loader):
+            size = batch_length(batch)
+            rows = [row for row in range(size) if self.seen + row in self.places]
+            self.seen += size
+            if rows:
+                yield batch if len(rows) == size else some_examples(batch, rows)

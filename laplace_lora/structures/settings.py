@@ -1,0 +1,65 @@
+"""`Settings`: what may be tuned after a fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+SCALES = ("covariance_scale", "likelihood_temperature")
+
+
+def check_positive(name: str, value: Tensor | float) -> None:
+    """Refuse a setting that is not positive and finite.
+
+    Raises:
+        ValueError: If some entry is not, or is no number; names the setting.
+    """
+    if not isinstance(value, Tensor | int | float):
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
+    values = torch.as_tensor(value).detach()
+    bad = ~((values > 0) & values.isfinite())
+    if values.device.type != "meta" and bool(bad.any()):
+        raise ValueError(f"{name} must be positive and finite, got {values[bad].tolist()}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What may be tuned after a fit.
+
+    Attributes:
+        prior_precision: One value, one per tensor or one per weight.
+        prior_mean: One value, or one per weight.
+        sigma_noise: Standard deviation of a regression's noise, a scalar; 1 for other likelihoods.
+        covariance_scale: Factor of the predictive covariance, 1 unless calibrated.
+        likelihood_temperature: Divides logits before the softmax, 1 unless calibrated.
+        shift: How far the posterior's mean lies from the weights at which the model is linearised,
+            ``(parameters,)``; ``None`` for not at all, see `tuning.recentring`.
+    """
+
+    prior_precision: Tensor = field(default_factory=lambda: torch.ones(1))
+    prior_mean: Tensor = field(default_factory=lambda: torch.zeros(()))
+    sigma_noise: Tensor = field(default_factory=lambda: torch.ones(()))
+    covariance_scale: float = 1.0
+    likelihood_temperature: float = 1.0
+    shift: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what gives plausible numbers all the same.
+
+        Raises:
+            ValueError: If a precision, noise, scale or temperature is not positive and finite.
+        """
+        for name in ("prior_precision", "sigma_noise", *SCALES):
+            check_positive(name, getattr(self, name))
+
+    def untuned(self) -> Settings:
+        """Return the settings with width, temperature and mean as a fit leaves them."""
+        return replace(self, covariance_scale=1.0, likelihood_temperature=1.0, shift=None)
+
+    def to(self, device: torch.device) -> Settings:
+        """Return the settings on another device."""
+        names = ("prior_precision", "prior_mean", "sigma_noise")
+        moved = {name: getattr(self, name).to(device) for name in names}
+        return replace(self, **moved, shift=None if self.shift is None else self.shift.to(device))
