@@ -159,7 +159,7 @@ def tune(
 
     mode, moved = linear.fitted_like(linear.nll(outputs)), None
     if recentre and subset is None and why_not_recentred(posterior) is None:
-        closer = _closer(linear, mode, lambda mode: narrow(without(mode)))
+        closer = closer_fit(linear, mode, lambda mode: narrow(without(mode)))
         if closer is not mode:
             nll = closer.nll / n_data
             moved = recentred(posterior, loader, team, readout, progress_bar, nll)
@@ -197,7 +197,7 @@ def tune(
     return settings, report
 
 
-def _closer(linear: LinearModel, mode: Mode, losses: Callable[[Mode], Tensor]) -> Mode:
+def closer_fit(linear: LinearModel, mode: Mode, losses: Callable[[Mode], Tensor]) -> Mode:
     """Return the closer fit with the best leave-one-out loss; the mode, if none is clearly better.
 
     Args:

@@ -1,6 +1,7 @@
 """Tuning a prior by leave-one-out of the linearised base model."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from laplace_lora.likelihoods.base import CONTRASTS
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.start import before_adapter
 from laplace_lora.predictive.glm import Predictor
+from laplace_lora.tuning.leave_one_out import closer_fit
 from laplace_lora.tuning.linear_model import LinearModel, without_own
 from laplace_lora.tuning.validation_cache import scoring_of
 from support.batches import loader, token_batch
@@ -230,3 +232,77 @@ def test_other_tuners_fall_back():
     la.fit(loader())
     la.optimize_prior_precision()
     assert "not a LoRA layer" in la.tuning.reason
+
+
+def informative(n, features=3, seed=0):
+    """Functions whose labels their features explain well."""
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(n, features, generator=generator, dtype=torch.float64)
+    y = (X[:, 0] > 0).long()
+    return LinearModel(
+        X @ X.T, torch.zeros(n, 1).double(), y, likelihood_of("classification"), True
+    )
+
+
+def losses_of(linear):
+    def losses(mode):
+        mean, _ = linear.leave_one_out(mode)
+        return F.cross_entropy(F.pad(mean, (1, 0)), linear.labels, reduction="none")
+
+    return losses
+
+
+def test_a_closer_fit_is_taken_where_it_is_clearly_better():
+    linear = informative(60)
+    losses = losses_of(linear)
+    loose = linear.mode(100.0)
+    best = closer_fit(linear, loose, losses)
+    assert best.precision < 50 and best.nll < loose.nll
+    assert losses(best).mean() < losses(loose).mean()
+    neighbours = [linear.mode(best.precision * factor) for factor in (0.5, 2)]
+    assert all(losses(best).mean() <= losses(mode).mean() for mode in neighbours)
+    close = linear.mode(best.precision)
+    assert closer_fit(linear, close, losses) is close
+
+
+def test_labels_that_features_do_not_explain_are_not_fitted_more_closely():
+    linear = informative(60)
+    shuffled = torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    linear = replace(linear, labels=linear.labels[shuffled])
+    mode = linear.mode(100.0)
+    assert closer_fit(linear, mode, losses_of(linear)) is mode
+
+
+def test_an_underfitted_posterior_moves_and_says_so(monkeypatch):
+    monkeypatch.setattr(
+        "laplace_lora.tuning.leave_one_out.closer_fit",
+        lambda linear, mode, losses: linear.mode(0.1),
+    )
+    la = fitted()
+    la.optimize_prior_precision()
+    report, shift = la.tuning.leave_one_out.recentring, la.state.settings.shift
+    assert report.nll_after < report.nll_before
+    assert "recentred" in str(la.tuning)
+    la.recentre(report.precision)
+    torch.testing.assert_close(la.state.settings.shift, shift, rtol=1e-4, atol=1e-7)
+    la.optimize_prior_precision(recentre=False)
+    assert la.state.settings.shift is None
+
+
+def test_of_many_examples_some_are_looked_at(monkeypatch):
+    whole = fitted()
+    whole.optimize_prior_precision()
+    monkeypatch.setattr("laplace_lora.tuning.leave_one_out.ROWS", 2 * len(LENGTHS) - 1)
+    monkeypatch.setattr("laplace_lora.tuning.leave_one_out.EXAMPLES", 9)
+    monkeypatch.setattr("laplace_lora.tuning.leave_one_out.FEWEST", 3)
+    chosen = []
+    for batch_size in (12, 5, 1):
+        la = fitted(data=loader(batch_size, lengths=LENGTHS))
+        la.optimize_prior_precision()
+        assert la.tuning.leave_one_out.examples == 9
+        chosen.append(float(la.prior_precision))
+    assert chosen[1:] == pytest.approx(chosen[:1] * 2, rel=2e-3)
+    assert chosen[0] != float(whole.prior_precision)
+    monkeypatch.setattr("laplace_lora.tuning.leave_one_out.FEWEST", 10)
+    la.optimize_prior_precision()
+    assert "classes are too many" in la.tuning.reason
