@@ -39,7 +39,7 @@ from examples import support
 from laplace_lora import KronLoraLaplace
 from laplace_lora.generation import score
 from laplace_lora.generation.label_scores import label_log_probabilities
-from laplace_lora.generation.weights import SampleSet
+from laplace_lora.predictive.sample_set import SampleSet
 
 EPOCHS, RATE, BATCH = 12, 5e-3, 30
 FIT_BATCH, SCORED = 15, 30

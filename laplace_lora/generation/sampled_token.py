@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from laplace_lora.generation.candidates import candidates_of
 from laplace_lora.generation.next_token import NextToken
-from laplace_lora.generation.weights import SampleSet
 from laplace_lora.likelihoods.links import averaged
+from laplace_lora.predictive.sample_set import SampleSet
 
 
 class SampledToken:

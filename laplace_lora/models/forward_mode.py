@@ -58,6 +58,12 @@ class ForwardMode(nn.Module):
         """How many directions are carried along."""
         return len(next(iter(self._directions.values())))
 
+    def parts(self, size: int) -> Iterator[ForwardMode]:
+        """Yield the same with at most so many of the directions, in their order."""
+        split = {name: part.split(size) for name, part in self._directions.items()}
+        for directions in zip(*split.values(), strict=True):
+            yield ForwardMode(self.model, list(split), directions)
+
     @torch.no_grad()
     def run(
         self,

@@ -41,6 +41,10 @@ class PositionRule:
         self._takes_positions = takes_positions
         self._supplies: bool | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PositionRule:
+        """Return the rule itself: what one copy of a model finds out holds for all."""
+        return self
+
     def apply(
         self,
         inputs: dict[str, Any],

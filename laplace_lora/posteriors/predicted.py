@@ -12,6 +12,7 @@ from laplace_lora.models.autocast import in_full_precision
 from laplace_lora.posteriors.evidence import EvidenceLaplace
 from laplace_lora.predictive.data_sets import Predictions, predict
 from laplace_lora.predictive.glm import Predictor
+from laplace_lora.predictive.linear_samples import AUTO
 
 
 class PredictedLaplace(EvidenceLaplace):
@@ -24,10 +25,11 @@ class PredictedLaplace(EvidenceLaplace):
         pred_type: str = "glm",
         joint: bool = False,
         link_approx: str = QUADRATURE,
-        n_samples: int = 100,
+        n_samples: int | None = None,
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
         fitting: bool = False,
+        method: str = AUTO,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the posterior predictive of a batch.
 
@@ -47,12 +49,18 @@ class PredictedLaplace(EvidenceLaplace):
             joint: For regression, covariances between the examples as well.
             link_approx: ``"quadrature"``, the integral; or laplace-torch's ``"mc"`` (the same from
                 samples), ``"probit"``, ``"bridge"`` or ``"bridge_norm"``.
-            n_samples: Samples for ``"mc"``.
+            n_samples: Samples of the weights, 64 by default; 100 for ``"mc"`` and ``"nn"``.
             diagonal_output: Ignore covariances between outputs (``"quadrature"``, ``"mc"`` and
                 regression).
-            generator: Source of the samples, on the posterior's device.
+            generator: Source of the samples, on the posterior's device. Samples of the linearised
+                model have a fixed seed by default, so two calls agree.
             fitting: Of laplace-torch: for reward models, read the batch as pairs, whatever it
                 looks like, see `as_pairs`.
+            method: How a classifier's GLM predictive is computed with the default link.
+                ``"exact"``: from the moments of the logits, a backward pass for each contrast.
+                ``"sampled"``: the softmax averaged over samples of the linearised model, whose
+                cost does not grow with the classes, see `LinearSamples`. ``"auto"``: the cheaper
+                one, which is ``"sampled"`` from about 50 classes on.
 
         Returns:
             Class probabilities ``(batch, classes)``. For regression mean ``(batch, outputs)`` and
@@ -61,10 +69,12 @@ class PredictedLaplace(EvidenceLaplace):
 
         Raises:
             AttributeError: If the posterior has not been fitted.
-            ValueError: If an option is unknown, or the generator is on another device.
+            ValueError: If an option is unknown or goes with another method, the generator is on
+                another device, or ``"sampled"`` meets a model that cannot carry tangents
+                (``"auto"`` computes exact moments there).
         """
         options = (pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting)
-        return Predictor(self.fitted)(x, *options)
+        return Predictor(self.fitted)(x, *options, method)
 
     @in_full_precision
     def reward_difference(self, pairs: Any) -> tuple[Tensor, Tensor]:
@@ -93,9 +103,10 @@ class PredictedLaplace(EvidenceLaplace):
         *,
         batch_size: int = 32,
         link_approx: str = QUADRATURE,
-        n_samples: int = 1000,
+        n_samples: int | None = None,
         generator: torch.Generator | None = None,
         progress_bar: bool = False,
+        method: str = AUTO,
     ) -> Predictions:
         """Predict a whole data set with the GLM predictive.
 
@@ -112,10 +123,12 @@ class PredictedLaplace(EvidenceLaplace):
             tokenizer: The model's. Texts need it, and rows of different lengths.
             batch_size: Texts or rows per batch; those of similar length share one.
             link_approx: Link of ``probs``, as in calling the posterior.
-            n_samples: Samples of the ``"mc"`` link, of its entropy and mutual information too. All
+            n_samples: Samples of the weights, 64 by default, drawn once for all data; or of the
+                ``"mc"`` link, 1000 by default, of its entropy and mutual information too. All
                 other links take fixed points for these two, and nothing random.
-            generator: Source of the samples, on the posterior's device.
+            generator: Source of the samples, on the posterior's device; a fixed seed by default.
             progress_bar: Show progress over the batches, in the main process.
+            method: As in calling the posterior. Of samples, ``covariance`` is the sampled one.
 
         Returns:
             Probabilities, moments of the logits and uncertainties, in the order of the data. Where
@@ -125,10 +138,10 @@ class PredictedLaplace(EvidenceLaplace):
             AttributeError: If the posterior has not been fitted.
             TypeError: If the data are none of these.
             ValueError: If the data are empty, texts or rows of different lengths come without a
-                tokenizer or have no tokens, the tokenizer cannot pad, the link is unknown, or the
-                posterior is a language model's.
+                tokenizer or have no tokens, the tokenizer cannot pad, the link or method is
+                unknown or they do not go together, or the posterior is a language model's.
         """
-        options = (batch_size, link_approx, n_samples, generator, progress_bar)
+        options = (batch_size, link_approx, n_samples, generator, progress_bar, method)
         return predict(Predictor(self.fitted), data, tokenizer, *options)
 
     def marginals(self) -> dict[nn.Parameter, tuple[Tensor, Tensor]]:

@@ -10,13 +10,24 @@ import torch
 from torch import Tensor
 
 from laplace_lora.data.distributed import together
-from laplace_lora.likelihoods.links import Link, entropies
+from laplace_lora.likelihoods.base import Readout
+from laplace_lora.likelihoods.links import Link, averaged, entropies
 from laplace_lora.likelihoods.quadrature import ENTROPY_POINTS, normal_points
+from laplace_lora.models.forward_mode import NoForwardDerivativeError
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.inputs import batches_of_rows, batches_of_texts, listed
+from laplace_lora.predictive.linear_samples import (
+    AUTO,
+    SAMPLES,
+    LinearSamples,
+    entropies_of,
+    note_fallback,
+    seeded,
+    takes_samples,
+)
 from laplace_lora.structures.state import Posterior
 
-SEED = 0  # of the samples, where no generator is given
+LINK_SAMPLES = 1000  # of the "mc" link
 
 
 @dataclass(frozen=True)
@@ -69,9 +80,10 @@ def predict(
     tokenizer: Any,
     batch_size: int,
     link_approx: str,
-    n_samples: int,
+    n_samples: int | None,
     generator: torch.Generator | None,
     progress_bar: bool,
+    method: str = AUTO,
 ) -> Predictions:
     """Predict a whole data set, see `LoraLaplace.predict`."""
     posterior = predictor.posterior
@@ -80,32 +92,87 @@ def predict(
         raise ValueError(
             "predict() does not support language-modeling posteriors; use generation.score"
         )
-    columns = objective.n_columns(posterior.state.n_outputs) if objective.is_classifier else 0
-    if link_approx == "mc":
-        size = (n_samples, columns)
-        place: Any = {"dtype": posterior.dtype, "device": posterior.device}
-        if generator is None:  # the same answer at every call, and the global state untouched
-            generator = torch.Generator(posterior.device).manual_seed(SEED)
-        noise = torch.randn(size, generator=generator, **place)
-    else:
-        noise = normal_points(ENTROPY_POINTS, max(columns, 1)).to(posterior.device, posterior.dtype)
-    link = Link(link_approx, noise)
+    count = SAMPLES if n_samples is None else n_samples
+    samples = None
+    if takes_samples(posterior, method, link_approx, count):
+        samples = LinearSamples(posterior, count, generator)
+    link = _link(posterior, link_approx, n_samples, generator)
+    answer = _Answer(predictor, link, samples, falls_back=method == AUTO)
     if _is_batch(data):
-        return _of_batch(predictor, data, link)
+        return answer(data)
     kind, items = listed(data)
     if kind == "batches":
-        return _of_batches(predictor, items, link, progress_bar)
+        return _of_batches(answer, items, progress_bar)
     collate = batches_of_texts if kind == "texts" else batches_of_rows
     order, batches = collate(items, tokenizer, batch_size)
-    return _of_batches(predictor, batches, link, progress_bar)[order.argsort()]
+    return _of_batches(answer, batches, progress_bar)[order.argsort()]
 
 
-def _of_batches(
-    predictor: Predictor, source: Iterable[Any], link: Link, progress_bar: bool
-) -> Predictions:
-    with together(source, device=predictor.posterior.device) as team:
+def _link(
+    posterior: Posterior, name: str, n_samples: int | None, generator: torch.Generator | None
+) -> Link:
+    objective = posterior.objective
+    columns = objective.n_columns(posterior.state.n_outputs) if objective.is_classifier else 0
+    if name != "mc":
+        points = normal_points(ENTROPY_POINTS, max(columns, 1))
+        return Link(name, points.to(posterior.device, posterior.dtype))
+    size = (LINK_SAMPLES if n_samples is None else n_samples, columns)
+    place: Any = {"dtype": posterior.dtype, "device": posterior.device}
+    return Link(name, torch.randn(size, generator=seeded(posterior, generator), **place))
+
+
+class _Answer:
+    """From a batch to its predictions: all batches of a data set in the same way.
+
+    Args:
+        predictor: Exact moments.
+        link: Their link.
+        samples: Samples to use instead.
+        falls_back: Whether exact moments take over if the model cannot carry tangents.
+    """
+
+    def __init__(
+        self, predictor: Predictor, link: Link, samples: LinearSamples | None, falls_back: bool
+    ) -> None:
+        self._predictor, self._link = predictor, link
+        self._samples, self._falls_back = samples, falls_back
+
+    @property
+    def device(self) -> torch.device:
+        """Where the posterior is."""
+        return self._predictor.posterior.device
+
+    def __call__(self, batch: Any) -> Predictions:
+        posterior = self._predictor.posterior
+        labels = _labels(posterior, batch)
+        x = batch[0] if not isinstance(batch, Mapping) and labels is not None else batch
+        readout = posterior.objective.readout(x)
+        if self._samples is not None:
+            try:
+                return _sampled(self._samples, x, readout, labels)
+            except NoForwardDerivativeError as error:
+                if not self._falls_back:
+                    raise
+                note_fallback(error)
+                self._samples = None
+        return self._exact(x, readout, labels)
+
+    def _exact(self, x: Any, readout: Readout, labels: Tensor | None) -> Predictions:
+        moments = self._predictor.readout_moments(x, readout)
+        mean, covariance = (moment.detach() for moment in moments)
+        if not readout.is_softmax:
+            return Predictions(mean, covariance, labels=labels)
+        link = self._link
+        assert link.noise is not None
+        probs = link.log_probabilities(mean, covariance, readout.relative).exp()
+        total, aleatoric = entropies(mean, covariance, link.noise, readout.relative)
+        return Predictions(mean, covariance, probs, total, total - aleatoric, labels)
+
+
+def _of_batches(answer: _Answer, source: Iterable[Any], progress_bar: bool) -> Predictions:
+    with together(source, device=answer.device) as team:
         batches = team.batches(source, "Predicting", progress_bar)
-        parts = [_of_batch(predictor, batch, link) for batch in batches]
+        parts = [answer(batch) for batch in batches]
         columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Predictions)}
         whole = {name: c for name, c in columns.items() if all(v is not None for v in c)}
         joined: dict[str, Any] = team.rows(**whole)
@@ -114,18 +181,14 @@ def _of_batches(
     return Predictions(**joined)
 
 
-def _of_batch(predictor: Predictor, batch: Any, link: Link) -> Predictions:
-    posterior = predictor.posterior
-    labels = _labels(posterior, batch)
-    x = batch[0] if not isinstance(batch, Mapping) and labels is not None else batch
-    readout = posterior.objective.readout(x)
-    moments = predictor.readout_moments(x, readout)
-    mean, covariance = (moment.detach() for moment in moments)
-    if not readout.is_softmax:
-        return Predictions(mean, covariance, labels=labels)
-    assert link.noise is not None
-    probs = link.log_probabilities(mean, covariance, readout.relative).exp()
-    total, aleatoric = entropies(mean, covariance, link.noise, readout.relative)
+def _sampled(
+    samples: LinearSamples, x: Any, readout: Readout, labels: Tensor | None
+) -> Predictions:
+    mean, tangents = samples.tangents(x, readout)
+    log_p = samples.log_softmax(mean, tangents, readout)
+    total, aleatoric = entropies_of(log_p)
+    covariance = torch.einsum("kni,knj->nij", tangents, tangents) / len(tangents)
+    probs = averaged(log_p).exp()
     return Predictions(mean, covariance, probs, total, total - aleatoric, labels)
 
 

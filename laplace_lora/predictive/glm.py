@@ -17,10 +17,21 @@ from laplace_lora.data.pairs import is_pair
 from laplace_lora.likelihoods.base import OUTPUTS, Readout
 from laplace_lora.likelihoods.links import LINKS, Link, gaussian_samples
 from laplace_lora.likelihoods.reward_modeling import DIFFERENCE, NO_PAIRS
+from laplace_lora.models.forward_mode import NoForwardDerivativeError
 from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.predictive.linear_samples import (
+    AUTO,
+    SAMPLED,
+    SAMPLES,
+    LinearSamples,
+    note_fallback,
+    takes_samples,
+)
 from laplace_lora.predictive.weight_sampling import sampled_outputs
 from laplace_lora.structures.base import Gram
 from laplace_lora.structures.state import Posterior
+
+LINK_SAMPLES = 100  # of the "mc" link, and of weights for pred_type="nn"
 
 
 class Predictor:
@@ -39,13 +50,22 @@ class Predictor:
         pred_type: str,
         joint: bool,
         link_approx: str,
-        n_samples: int,
+        n_samples: int | None,
         diagonal_output: bool,
         generator: torch.Generator | None,
         fitting: bool,
+        method: str = AUTO,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the posterior predictive of a batch, see `LoraLaplace.__call__`."""
         self._check_options(pred_type, link_approx, generator)
+        if method == SAMPLED and (pred_type == "nn" or joint or diagonal_output):
+            raise ValueError(
+                "method='sampled' samples the linearised logits of each example as they are; "
+                "pred_type='nn', joint and diagonal_output need method='exact'"
+            )
+        count = SAMPLES if n_samples is None else n_samples
+        samples = takes_samples(self.posterior, method, link_approx, count)
+        n_samples = LINK_SAMPLES if n_samples is None else n_samples
         if fitting and self.posterior.objective.has_pairs:
             x = self._pairs(x)
         # Ignoring covariances between outputs is a question about the logits themselves.
@@ -58,6 +78,13 @@ class Predictor:
             if readout.is_softmax:
                 return outputs.softmax(-1).mean(0)
             return outputs.mean(0), outputs.var(0)
+        if samples and not diagonal_output:
+            try:
+                return LinearSamples(self.posterior, count, generator).probabilities(x, readout)
+            except NoForwardDerivativeError as error:
+                if method == SAMPLED:
+                    raise
+                note_fallback(error)
         if readout.is_softmax:
             return self._probabilities(
                 x, readout, link_approx, n_samples, diagonal_output, generator

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from laplace_lora.data.distributed import Together
 from laplace_lora.generation.label_scores import label_log_probabilities, part_of
-from laplace_lora.generation.weights import SampleSet
 from laplace_lora.likelihoods.language_modeling import IGNORED
+from laplace_lora.predictive.sample_set import SampleSet
 from laplace_lora.structures.state import Posterior
 
 TEXTS = 64  # at most, and

@@ -10,7 +10,7 @@ from laplace_lora import (
     LowRankLoraLaplace,
 )
 from laplace_lora.generation import score
-from laplace_lora.generation.weights import SampleSet
+from laplace_lora.predictive.sample_set import SampleSet
 from support.generation import K, answers_posterior, seeded
 from support.language import text_batch
 from support.sampled import explicit_samples, fitted

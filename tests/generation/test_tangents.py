@@ -15,7 +15,7 @@ from laplace_lora import (
     DiagLoraLaplace,
 )
 from laplace_lora.generation import generate, reading, score
-from laplace_lora.generation.weights import SampleSet
+from laplace_lora.predictive.sample_set import SampleSet
 from support.batches import token_batch
 from support.generation import FIELDS, K, seeded
 from support.language import text_batch, text_loader

@@ -40,6 +40,11 @@ def _predict(la, data):
     return torch.cat([predictions.probs, predictions.labels.unsqueeze(1)], dim=1)
 
 
+def _sampled(la, data):
+    found = la.predict(data, method="sampled", generator=torch.Generator().manual_seed(3))
+    return torch.cat([found.probs, found.mutual_information.unsqueeze(1)], dim=1)
+
+
 def _tuned(method, **options):
     def call(la, data):
         la.optimize_prior_precision(method=method, val_loader=data, **options)
@@ -106,6 +111,7 @@ CALLS = {
     "fit": _fit,
     "adopt": _adopt,
     "predict": _predict,
+    "predict, sampled": _sampled,
     "grid": _tuned("gridsearch"),
     "grid, mc": _tuned("gridsearch", link_approx="mc"),
     "grid, function": _tuned("gridsearch", loss=brier),

@@ -1,0 +1,182 @@
+"""`LinearSamples`: class probabilities from samples of the linearised model, in forward mode.
+
+``f_s(x) = f(x; θ*) + J(x)(θ_s − θ*)`` with ``θ_s`` drawn from the posterior are samples of the GLM
+predictive (Immer et al. 2021, arXiv:2008.08711). One costs about 1.5 forward passes however many
+classes there are, and an antithetic pair no more than one; exact moments cost a backward pass and
+their algebra for each contrast.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from laplace_lora.data.pairs import passes
+from laplace_lora.likelihoods.base import Readout
+from laplace_lora.likelihoods.links import QUADRATURE, averaged, entropy
+from laplace_lora.models.autocast import as_called
+from laplace_lora.models.forward_mode import forward_mode
+from laplace_lora.models.modes import coarsest_dtype, evaluation_mode
+from laplace_lora.models.tolerances import near
+from laplace_lora.predictive.sample_set import SampleSet
+from laplace_lora.structures.state import Posterior
+
+logger = logging.getLogger(__name__)
+
+AUTO, EXACT, SAMPLED = "auto", "exact", "sampled"
+METHODS = (AUTO, EXACT, SAMPLED)
+SAMPLES = 64
+CROSSOVER = 1.5  # contrasts that cost as much as a direction, see benchmarks/speed/classes.py
+SEED = 0  # of samples, where no generator is given
+AT_ONCE = 16  # directions
+ROOM = 2**16  # tokens times directions that are in memory at once
+
+
+class LinearSamples:
+    """The linearised model under weights that are drawn once, for any number of batches.
+
+    Args:
+        posterior: A fitted posterior.
+        n_samples: Samples of the weights, in antithetic pairs.
+        generator: Their source, on the posterior's device; a fixed seed by default.
+
+    Raises:
+        ValueError: If ``n_samples`` is not positive, or gradients are asked for.
+    """
+
+    def __init__(
+        self, posterior: Posterior, n_samples: int, generator: torch.Generator | None
+    ) -> None:
+        if posterior.differentiable:
+            raise ValueError("samples cannot be differentiated; use method='exact'")
+        self._posterior = posterior
+        self._samples = SampleSet(posterior, n_samples, seeded(posterior, generator))
+
+    @torch.no_grad()
+    def tangents(self, x: Any, readout: Readout) -> tuple[Tensor, Tensor]:
+        """Return functions of a batch's outputs, and their change along each direction.
+
+        Args:
+            x: Batch that the model takes.
+            readout: The functions.
+
+        Returns:
+            ``(batch, columns)`` and ``(directions, batch, columns)``.
+
+        Raises:
+            ValueError: If the functions are no logits of classes.
+            NoForwardDerivativeError: If the model cannot carry tangents.
+            RuntimeError: If its values beside tangents are others than without.
+        """
+        if not readout.is_softmax:
+            raise ValueError(
+                "method='sampled' averages class probabilities, and single rewards have none; use "
+                "method='exact'"
+            )
+        posterior, model = self._posterior, self._posterior.model
+        directions, slopes = self._samples.directions, []
+        at_once = max(1, min(AT_ONCE, ROOM // _tokens(x)))
+        with evaluation_mode(model):
+            with as_called():
+                own, dtype = model(x), coarsest_dtype(model)
+            with forward_mode(model, posterior.engine.parameters, directions) as forward:
+                for part in forward.parts(at_once):
+                    with as_called():
+                        values, tangents = part.run({"batch": x}, lambda f: {"f": f})
+                    slopes.append(tangents["f"].to(posterior.dtype))
+        if not near(values["f"], own, dtype):
+            raise RuntimeError(
+                "the model has other outputs where it carries tangents than by itself; use "
+                "method='exact'"
+            )
+        temperature = posterior.settings.likelihood_temperature
+        moved = [readout.mean(slope) for part in slopes for slope in part]
+        return readout.mean(own) / temperature, torch.stack(moved) / temperature
+
+    def log_softmax(self, mean: Tensor, tangents: Tensor, readout: Readout) -> Tensor:
+        """Return the log probabilities under each sample, ``(samples, batch, classes)``.
+
+        Args:
+            mean: See `tangents`.
+            tangents: The same.
+            readout: Of which functions they are.
+        """
+        f = self._samples.outputs(mean.to(tangents), tangents)
+        return F.log_softmax(F.pad(f, (1, 0)) if readout.relative else f, dim=-1)
+
+    def probabilities(self, x: Any, readout: Readout) -> Tensor:
+        """Return class probabilities of a batch, ``(batch, classes)``."""
+        return averaged(self.log_softmax(*self.tangents(x, readout), readout)).exp()
+
+
+def entropies_of(log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the entropy of the averaged probabilities and the average entropy, in nats.
+
+    Args:
+        log_p: Log probabilities under each sample, ``(samples, batch, classes)``.
+    """
+    return entropy(averaged(log_p).exp()), entropy(log_p.exp()).mean(0)
+
+
+def seeded(posterior: Posterior, generator: torch.Generator | None) -> torch.Generator:
+    """Return a generator; one with a fixed seed if none is given.
+
+    So every call gives the same answer, and torch's global state is left alone.
+    """
+    if generator is not None:
+        return generator
+    return torch.Generator(posterior.device).manual_seed(SEED)
+
+
+def takes_samples(posterior: Posterior, method: str, link_approx: str, n_samples: int) -> bool:
+    """Return whether class probabilities are to be averaged over samples of the weights.
+
+    Args:
+        posterior: A fitted posterior.
+        method: ``"sampled"``; ``"exact"``; or ``"auto"``, whichever is the cheaper for a posterior
+            over adapter weights, whose exact moments cost a backward pass for each contrast.
+        link_approx: Links other than the default need exact moments.
+        n_samples: Samples of the weights.
+
+    Raises:
+        ValueError: If the method is unknown, or samples are to be taken where they cannot.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    if method == SAMPLED and link_approx != QUADRATURE:
+        raise ValueError(
+            f"link_approx={link_approx!r} starts from exact moments; it needs method='exact' "
+            "('sampled' averages the softmax over samples of the weights)"
+        )
+    if method == SAMPLED and not posterior.objective.is_classifier:
+        raise ValueError(
+            f"method='sampled' averages class probabilities, and {posterior.objective.name} has "
+            "none; use method='exact'"
+        )
+    if method != AUTO:
+        return method == SAMPLED
+    possible = (
+        link_approx == QUADRATURE
+        and posterior.objective.is_classifier
+        and not posterior.differentiable
+        and posterior.model is posterior.source
+    )
+    contrasts = posterior.objective.n_columns(posterior.state.n_outputs) if possible else 0
+    return contrasts > CROSSOVER * ((n_samples + 1) // 2)
+
+
+def note_fallback(error: Exception) -> None:
+    """Say that exact moments are computed because the model cannot carry tangents."""
+    logger.info("predicting from exact moments: %s", error)
+
+
+def _tokens(x: Any) -> int:
+    """Return about how many tokens a batch has."""
+    parts = [v for p in passes(x) for v in (p.values() if isinstance(p, Mapping) else [p])]
+    sizes = [v.shape[0] * v.shape[1] for v in parts if isinstance(v, Tensor) and v.ndim > 1]
+    return max(sizes, default=1)
