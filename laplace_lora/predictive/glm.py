@@ -17,6 +17,7 @@ from laplace_lora.data.pairs import is_pair
 from laplace_lora.likelihoods.base import OUTPUTS, Readout
 from laplace_lora.likelihoods.links import LINKS, Link, gaussian_samples
 from laplace_lora.likelihoods.reward_modeling import DIFFERENCE, NO_PAIRS
+from laplace_lora.models.autocast import as_called
 from laplace_lora.models.forward_mode import NoForwardDerivativeError
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.predictive.linear_samples import (
@@ -178,6 +179,11 @@ class Predictor:
                 return mean, jacobians
             blocks = list(jacobians)
         return mean + joined(blocks) @ shift, blocks
+
+    def unmoved_mean(self, x: Any, readout: Readout) -> Tensor:
+        """Return functions of the outputs at the MAP weights, ``(batch, columns)``."""
+        with torch.no_grad(), evaluation_mode(self.posterior.model), as_called():
+            return readout.mean(self.posterior.model(x))
 
     def output_samples(
         self,

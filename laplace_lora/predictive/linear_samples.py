@@ -165,6 +165,7 @@ def takes_samples(posterior: Posterior, method: str, link_approx: str, n_samples
         and posterior.objective.is_classifier
         and not posterior.differentiable
         and posterior.model is posterior.source
+        and posterior.settings.shift is None
     )
     contrasts = posterior.objective.n_columns(posterior.state.n_outputs) if possible else 0
     return contrasts > CROSSOVER * ((n_samples + 1) // 2)

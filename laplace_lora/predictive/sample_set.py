@@ -27,7 +27,7 @@ class SampleSet:
         directions: What the network carries along, ``(directions, parameters)``.
 
     Raises:
-        ValueError: If ``n_samples`` is not positive.
+        ValueError: If ``n_samples`` is not positive, or the posterior was recentred.
     """
 
     def __init__(
@@ -39,6 +39,11 @@ class SampleSet:
     ) -> None:
         if n_samples < 1:
             raise ValueError(f"n_samples must be positive, got {n_samples}")
+        if posterior.settings.shift is not None:
+            raise ValueError(
+                "samples in antithetic pairs lie around the MAP weights, and the posterior was "
+                "recentred; use exact moments (method='exact'), or la.reset_mean()"
+            )
         self.n_samples = n_samples
         self.antithetic = antithetic
         count = (n_samples + 1) // 2 if antithetic else n_samples

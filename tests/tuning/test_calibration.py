@@ -1,5 +1,8 @@
 """Calibration of width and temperature on validation data."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -25,7 +28,7 @@ def test_calibration_mends_a_wrong_width(cls, kwargs, link, width):
     la.prior_precision = tuned / width
     start = validation_nll(la, link)
     generator = torch.Generator().manual_seed(0)
-    result = la.calibrate(validation(), link_approx=link, generator=generator)
+    result = la.calibrate(many(15), link_approx=link, generator=generator)
     after = validation_nll(la, link)
     assert result.nll_after <= result.nll_before
     if link == "probit":
@@ -61,6 +64,58 @@ def test_calibration_widens_sampled_weights_too():
     spread = la.functional_samples(batch, pred_type="nn", n_samples=200).var(0)
     expected = la._glm_predictive_distribution(batch)[1].diagonal(dim1=1, dim2=2)
     assert_near(spread, expected, 0.4)
+
+
+def many(copies):
+    """Validation sequences, each several times, so that labels outweigh any prior."""
+    return DataLoader([*validation().dataset] * copies, batch_size=16)
+
+
+def penalised(la, data, start):
+    """What a calibration minimises, from the predictive itself."""
+    chosen = [
+        float(la.prior_precision / start) if start is not None else 1.0,
+        la.covariance_scale,
+        la.likelihood_temperature,
+    ]
+    widths = (2.0, 1.0, 0.7)
+    surprise = sum((math.log(c) / w) ** 2 for c, w in zip(chosen, widths, strict=True)) / 2
+    rows = [row for batch in data for row in split_rows(batch)]
+    batch = next(iter(DataLoader(rows, batch_size=len(rows))))
+    losses = -la(batch).gather(1, batch["labels"].unsqueeze(1)).log()
+    return float(losses.sum()) + surprise
+
+
+def test_few_labels_change_little_and_the_sum_is_least():
+    moves = []
+    for copies in (1, 15):
+        la = posterior(name="llama-lm", **LOW)
+        tuned = la.prior_precision.clone()
+        la.calibrate(many(copies))
+        least = penalised(la, many(copies), tuned)
+        moves.append(abs(math.log(la.likelihood_temperature)))
+        best = (la.prior_precision, la.covariance_scale, la.likelihood_temperature)
+        for factor in (0.7, 1.4):
+            for i in range(3):
+                other = [value * (factor if i == j else 1) for j, value in enumerate(best)]
+                la.prior_precision, la.covariance_scale, la.likelihood_temperature = other
+                assert least <= penalised(la, many(copies), tuned) + 1e-2 * copies
+    assert moves[0] < moves[1]
+
+
+def test_how_far_a_mean_moves_is_calibrated():
+    la = posterior(name="llama-lm", prior_precision=1e6, **LOW)
+    la.recentre(0.1)
+    shift = la.state.settings.shift
+    result = la.calibrate(many(15))
+    step = float((la.state.settings.shift @ shift) / (shift @ shift))
+    assert not math.isclose(step, 1.0, abs_tol=0.01)
+    torch.testing.assert_close(la.state.settings.shift, step * shift)
+    assert validation_nll(la, "quadrature") == pytest.approx(result.nll_after, rel=0.02)
+    for other in (0.8 * step, 1.2 * step):
+        settings = replace(la.state.settings, shift=other * shift)
+        la.state = la.state.with_settings(settings)
+        assert validation_nll(la, "quadrature") > result.nll_after - 1e-4
 
 
 def test_cross_fitting_leaves_out_what_it_scores():
