@@ -129,9 +129,10 @@ class Predictor:
         if posterior.differentiable:
             mean, covariance = self._differentiable_moments(x, readout, joint)
         else:
-            mean, jacobians = self.readout_jacobians(x, readout)
-            rows = (J.flatten(0, 1)[None] if joint else J for J in jacobians)
-            covariance = posterior.precision.covariance(rows)
+            with evaluation_mode(posterior.model):  # Jacobians are computed as they are consumed
+                mean, jacobians = self.readout_jacobians(x, readout)
+                rows = (J.flatten(0, 1)[None] if joint else J for J in jacobians)
+                covariance = posterior.precision.covariance(rows)
         temperature = settings.likelihood_temperature
         return mean / temperature, covariance * (settings.covariance_scale / temperature**2)
 

@@ -168,7 +168,8 @@ def takes_samples(posterior: Posterior, method: str, link_approx: str, n_samples
         and posterior.settings.shift is None
     )
     contrasts = posterior.objective.n_columns(posterior.state.n_outputs) if possible else 0
-    return contrasts > CROSSOVER * ((n_samples + 1) // 2)
+    # Fewer samples than the default are a request for another link's, not for a rough answer.
+    return contrasts > CROSSOVER * ((max(n_samples, SAMPLES) + 1) // 2)
 
 
 def note_fallback(error: Exception) -> None:

@@ -37,7 +37,7 @@ def outcomes(tmp_path_factory):
     for process in workers:
         process.start()
     for process in workers:
-        process.join(timeout=300)
+        process.join(timeout=900)
     codes = [process.exitcode for process in workers]
     for process in workers:
         process.kill()

@@ -20,14 +20,19 @@ def test_a_posterior_comes_back_bit_for_bit(cls, kwargs, tmp_path):
     before = la(NEW_BATCH)
     la.save_pretrained(tmp_path)
     again = cls.from_pretrained(la.logits_model.model, tmp_path)
-    assert torch.equal(again(NEW_BATCH), before)
-    assert torch.equal(again.log_marginal_likelihood(), la.log_marginal_likelihood())
+    packed, found = (each.structure.pack(each.state.curvature)[0] for each in (la, again))
+    assert packed.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in packed.items())
+    # Loaded rows lie in fewer parts, so their products are summed in another order.
+    torch.testing.assert_close(again(NEW_BATCH), before, rtol=1e-10, atol=1e-13)
+    evidence = la.log_marginal_likelihood()
+    torch.testing.assert_close(again.log_marginal_likelihood(), evidence, rtol=1e-10, atol=0)
     assert again.arguments() == la.arguments()
     again.fit(loader(), override=False)
     assert again.n_data == 2 * la.n_data
     other = exact_posterior(cls, fit=False, **kwargs)
     other.load_state_dict(la.state_dict())
-    assert torch.equal(other(NEW_BATCH), before)
+    torch.testing.assert_close(other(NEW_BATCH), before, rtol=1e-10, atol=1e-13)
 
 
 def test_the_storage_is_chosen_anew_when_loading(tmp_path):
