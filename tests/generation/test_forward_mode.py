@@ -10,6 +10,7 @@ from laplace_lora.models.modes import evaluation_mode
 from support.batches import token_batch
 from support.generation import K, seeded
 from support.language import language_posterior, text_batch
+from support.opaque import Opaque
 from support.sampled import fitted
 
 
@@ -58,27 +59,6 @@ def test_threads_score_and_run_the_model_at_once():
 
 class Linear4bit(torch.nn.Linear):
     """Named like bitsandbytes' layer."""
-
-
-class NoForwardDerivative(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
-
-
-class Opaque(torch.nn.Module):
-    def forward(self, x):
-        return NoForwardDerivative.apply(x)
 
 
 def test_what_has_no_forward_derivative_is_refused_by_name():

@@ -22,6 +22,7 @@ from laplace_lora.predictive.sample_set import SampleSet
 from support.batches import loader, token_batch
 from support.generation import seeded
 from support.models import peft_model
+from support.opaque import Opaque
 from support.posteriors import LOW, fitted_on, posterior
 from support.preferences import pair_batch, reward_posterior
 from support.references import assert_near
@@ -131,30 +132,9 @@ def test_auto_takes_the_cheaper_way():
     assert not takes_samples(la.fitted, "auto", "quadrature", 79)
 
 
-class Opaque(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
-
-
-class Layer(torch.nn.Module):
-    def forward(self, x):
-        return Opaque.apply(x)
-
-
 def test_auto_computes_exact_moments_where_tangents_cannot_pass(caplog):
     la = many_classes()
-    la.model.model.get_base_model().bert.encoder.layer[0].output.dropout = Layer()
+    la.model.model.get_base_model().bert.encoder.layer[0].output.dropout = Opaque()
     with caplog.at_level(logging.INFO, logger=linear_samples.__name__):
         found, called = la.predict(loader(2)), la(X)
     assert caplog.text.count("exact moments") == 2
