@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,11 @@ from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
 
 WAYS: dict[str, dict[str, Any]] = {
     "leave-one-out": {"method": "loo"},
+    "without recentring": {"method": "loo", "recentre": False},
     "evidence": {"method": "marglik"},
     "evidence, plain": {"method": "marglik", "correction": False},
 }
+UNIT = torch.ones(1)
 GRID = torch.logspace(-2, 6, 33)
 FIT_BATCH = 8
 FIGURES = "defaults.json"
@@ -52,24 +55,29 @@ def figures(training: Training, data: Path, out: Path, device: str) -> dict[str,
     logits = LogitsModel(model, task.target_ids)
     la = KronLoraLaplace(logits, "classification")
     la.fit(task.loader("train", FIT_BATCH))
-    priors = {}
+    priors, moved = {}, {}
     for name, way in WAYS.items():
         la.optimize_prior_precision(train_loader=task.loader("train", FIT_BATCH), **way)
         priors[name] = float(la.prior_precision)
-    la.prior_precision = 1.0
+        if la.state.settings.shift is not None:
+            moved[name] = la.fitted.with_settings(replace(la.state.settings, prior_precision=UNIT))
+    la.reset_mean()
+    la.prior_precision = UNIT
     scoring = scoring_of(la.fitted, "quadrature", 0)
     groups = torch.zeros(len(la.params), dtype=torch.long)
     scaled = TemperatureScaling(logits, task.loader("val", EVALUATION_BATCH))
     found: dict[str, Any] = {"priors": priors, "temperature": scaled.temperature}
     for split in [split for split in ("test", "shifted") if split in task.splits]:
         loader = task.loader(split, EVALUATION_BATCH)
-        cache = ValidationCache(Predictor(la.fitted), loader, groups, scoring.readout)
+        options = (loader, groups, scoring.readout)
+        kept = ValidationCache(Predictor(la.fitted), *options)
+        caches = {name: ValidationCache(Predictor(each), *options) for name, each in moved.items()}
 
-        def nll(prior: float, cache: ValidationCache = cache) -> float:
+        def nll(prior: float, cache: ValidationCache = kept) -> float:
             covariance = cache.covariance(cache.mean.new_tensor([prior]))
             return float(scoring.nll(cache.mean, covariance, cache.y).double().mean())
 
-        row = {name: nll(prior) for name, prior in priors.items()}
+        row = {name: nll(prior, caches.get(name, kept)) for name, prior in priors.items()}
         row["best in hindsight"] = min(nll(float(prior)) for prior in GRID)
         for name, method in {"MAP": MAP(logits), "temperature scaling": scaled}.items():
             losses = [
