@@ -17,8 +17,8 @@ class Subset:
     Args:
         loader: Any loader.
         n_data: How many examples it has.
-        count: How many are to be left: random ones,
-            the same in every pass over a loader that keeps its order; all if there are no more.
+        count: How many are to be left, at random: the same in every pass over a loader that keeps
+            its order.
         by_example: From a batch to the form in which every row is an example.
 
     Attributes:

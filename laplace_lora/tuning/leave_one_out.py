@@ -38,6 +38,7 @@ from laplace_lora.tuning.recentring import (
     BYTES,
     ROWS,
     Recentring,
+    check_whole,
     columns_of,
     recentred,
     why_not_recentred,
@@ -47,6 +48,7 @@ from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
 GRID = torch.logspace(-4, 8, 49, dtype=torch.float64)  # prior precisions
 EXAMPLES = 1000  # of a larger training set, at random
 FEWEST = 100
+HALVINGS = 40  # of the precision; separable labels would be fitted ever more closely
 CLOSER = 2.0  # standard errors by which a closer fit must be better
 
 
@@ -143,11 +145,7 @@ def tune(
         options = (groups, readout, progress_bar, rows.add, team)
         cache = ValidationCache(Predictor(scalar), subset or loader, *options)
     seen = len(cache.y) if subset is None else subset.seen
-    if seen != n_data:
-        raise ValueError(
-            f"the loader gives {seen} examples, the fit saw {n_data}; leave-one-out needs the "
-            "training data of the fit"
-        )
+    check_whole(seen, n_data, "leave-one-out")
     linear, outputs = rows.linear_model(cache.y, team), cache.mean.double()
     nothing = cache.mean.new_zeros(*cache.mean.shape, cache.mean.shape[-1])
 
@@ -207,7 +205,7 @@ def closer_fit(linear: LinearModel, mode: Mode, losses: Callable[[Mode], Tensor]
     """
     start = losses(mode)
     best, lowest, trial = mode, start, mode
-    while True:
+    for _ in range(HALVINGS):
         trial = linear.mode(trial.precision / 2, trial.scaled(0.5))
         found = losses(trial)
         if not float(found.mean()) < float(lowest.mean()):

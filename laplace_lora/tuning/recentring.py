@@ -72,6 +72,19 @@ def why_not_recentred(posterior: Posterior) -> str | None:
     )
 
 
+def check_whole(seen: int, n_data: int, purpose: str) -> None:
+    """Refuse data that cannot be those of the fit.
+
+    Raises:
+        ValueError: If they are more or fewer.
+    """
+    if seen != n_data:
+        raise ValueError(
+            f"the loader gives {seen} examples, the fit saw {n_data}; {purpose} needs the training "
+            "data of the fit"
+        )
+
+
 def recentred(
     posterior: Posterior,
     loader: Any,
@@ -110,11 +123,7 @@ def recentred(
         rows.add(x, y)
         labels.append(y)
     y, n = validation_rows(team, labels=labels)["labels"], posterior.state.n_data
-    if len(y) != n:
-        raise ValueError(
-            f"the loader gives {len(y)} examples, the fit saw {n}; recentring needs the training "
-            "data of the fit"
-        )
+    check_whole(len(y), n, "recentring")
     linear = rows.linear_model(y, team)
     if precision is None:
         assert nll is not None
