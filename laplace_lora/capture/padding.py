@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from laplace_lora.adapters.maps import Call
@@ -59,7 +60,7 @@ class Padding:
             values: An input or an output gradient, ``(batch, tokens, d)``; others are returned
                 unchanged.
         """
-        if values.ndim != 3 or not values.is_floating_point() or bool(values.sum().isfinite()):
+        if values.ndim != 3 or not values.is_floating_point():
             return values
         try:
             mask = self.mask(call, calls, values, "")
@@ -67,19 +68,32 @@ class Padding:
             return values
         if mask is None:
             return values
+        # An accelerator would have to wait for the answer, so there it is not asked.
+        if values.device.type == "cpu" and bool(values.sum().isfinite()):
+            return values
         return values.masked_fill(~mask.unsqueeze(-1) & ~values.isfinite(), 0)
 
     def cleaned_calls(self, by_map: list[list[Call]]) -> list[list[Call]]:
         """Return the calls of layers with cleaned inputs; layers that share one still share it."""
+        distinct = {id(call.x): call.x for calls in by_map for call in calls if _has_tokens(call)}
+        if not distinct:
+            return by_map
+        device = next(iter(distinct.values())).device
+        sums = torch.stack([x.detach().sum().float().to(device) for x in distinct.values()])
+        bad = {key for key, ok in zip(distinct, sums.isfinite().tolist(), strict=True) if not ok}
         cleaned: dict[int, Tensor] = {}
 
         def clean(index: int, calls: int, call: Call) -> Call:
-            if not call.args or not isinstance(call.x, Tensor):
+            if not _has_tokens(call) or id(call.x) not in bad:
                 return call
             if id(call.x) not in cleaned:
                 cleaned[id(call.x)] = self.cleaned(index, calls, call.x.detach())
-            x = cleaned[id(call.x)]
-            unchanged = x.data_ptr() == call.x.data_ptr()
-            return call if unchanged else call._replace(args=(x, *call.args[1:]))
+            return call._replace(args=(cleaned[id(call.x)], *call.args[1:]))
 
         return [[clean(k, len(calls), call) for k, call in enumerate(calls)] for calls in by_map]
+
+
+def _has_tokens(call: Call) -> bool:
+    """Return whether a call's input may have padding: ``(batch, tokens, d)``, of floats."""
+    x = call.x if call.args else None
+    return isinstance(x, Tensor) and x.ndim == 3 and x.is_floating_point()

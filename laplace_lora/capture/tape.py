@@ -91,20 +91,35 @@ class Tape:
         candidate, and equal values confirm it.
         """
         first: dict[Address, int] = {}
+        earlier: dict[Address, int] = {}
         groups: list[int] = []
+        uncertain: list[tuple[int, int]] = []  # maps that may share their input with an earlier one
         for i, (linear, x) in enumerate(zip(self.maps, self.inputs, strict=False)):
-            group = first.setdefault(address(x), i)
+            groups.append(first.setdefault(address(x), i))
             source = self._sources.get(id(linear.layer))
             shapes = [part.shape for part in self._inputs[i]]
-            if group == i and source is not None and shapes == [at[2] for at in source]:
+            if groups[i] == i and source is not None and shapes == [at[2] for at in source]:
                 before = ("before the cast", *source)
-                candidate = first.get(before, i)
-                if torch.equal(self.inputs[candidate], x):
-                    group = first[address(x)] = candidate
-                # Addresses are reused: the next map must be compared with this one, not an older.
-                first[before] = group
-            groups.append(group)
-        return groups
+                # Addresses are reused: each is compared with the latest, not with the first.
+                if before in earlier:
+                    uncertain.append((earlier[before], i))
+                earlier[before] = i
+        # All at once, as an accelerator waits for each answer.
+        for (earlier_map, i), same in zip(uncertain, self._equal(uncertain), strict=True):
+            if same:
+                groups[i] = groups[earlier_map]
+        return [groups[group] for group in groups]
+
+    def _equal(self, pairs: Sequence[tuple[int, int]]) -> list[bool]:
+        """Return whether the inputs of two maps hold the same values, for pairs of maps."""
+        inputs = [(self.inputs[i], self.inputs[k]) for i, k in pairs]
+        same = [
+            (x == other).all().to(self.output.device)
+            if (x.shape, x.dtype, x.device) == (other.shape, other.dtype, other.device)
+            else torch.zeros((), dtype=torch.bool, device=self.output.device)
+            for x, other in inputs
+        ]
+        return torch.stack(same).tolist() if same else []
 
     @property
     def batch(self) -> Batch:

@@ -17,6 +17,7 @@ from laplace_lora.adapters.maps import Block
 from laplace_lora.capture.tape import Tape
 from laplace_lora.capture.whole_tensors import whole_gradients
 from laplace_lora.curvature.loss_gradient import LossGradient, ResidualColumns
+from laplace_lora.data.masks import real_rows
 from laplace_lora.linalg.factors import DiagonalFactor, map_shared
 from laplace_lora.linalg.sketch import Factor, FactorSpec
 
@@ -67,7 +68,7 @@ class Rows:
         if mask is None:
             return x.flatten(0, 1), 1 / x.shape[1]
         weights = _counts(x, mask, factor.dtype).rsqrt().expand(mask.shape)
-        return x[mask].to(factor.dtype) * weights[mask].unsqueeze(-1), 1.0
+        return real_rows(x, mask).to(factor.dtype) * real_rows(weights, mask).unsqueeze(-1), 1.0
 
     def of_grad(self, grad: Tensor, mask: Tensor | None) -> Tensor:
         """Return the rows of an output gradient, ``(batch, tokens, p)`` or ``(batch, p)``."""
@@ -76,7 +77,7 @@ class Rows:
         mask = self._seen(grad, mask)
         if self.approximation == "reduce":
             return _real_tokens(grad, mask).sum(1)
-        return grad.flatten(0, 1) if mask is None else grad[mask]
+        return grad.flatten(0, 1) if mask is None else real_rows(grad, mask)
 
     def _seen(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         if self.positions == "all":

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from laplace_lora.data.batches import Batch
 
 MASK_NAMES = ("attention_mask", "decoder_attention_mask")
+_INDICES = WeakTensorKeyDictionary()
 
 
 def token_mask(batch: Batch | None, inputs: Tensor, name: str) -> Tensor | None:
@@ -43,9 +45,25 @@ def token_mask(batch: Batch | None, inputs: Tensor, name: str) -> Tensor | None:
     )
 
 
+def real_rows(x: Tensor, mask: Tensor) -> Tensor:
+    """Return what stands at the real tokens, ``x[mask]``, ``(real tokens, …)``.
+
+    Where they are is computed once for a mask: an accelerator waits to learn how many there are.
+
+    Args:
+        x: Values at tokens, ``(batch, tokens, …)``.
+        mask: Real tokens, ``(batch, tokens)``.
+    """
+    if mask not in _INDICES:
+        _INDICES[mask] = mask.flatten().nonzero().squeeze(1)
+    return x.flatten(0, 1).index_select(0, _INDICES[mask])
+
+
 def joined_masks(parts: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor | None:
     """Return the masks of several inputs, concatenated; ``None`` if all tokens are real."""
     if all(mask is None for _, mask in parts):
         return None
+    if len(parts) == 1:
+        return parts[0][1]
     real = [x.new_ones(x.shape[:2], dtype=torch.bool) if m is None else m for x, m in parts]
     return torch.cat(real, dim=1)

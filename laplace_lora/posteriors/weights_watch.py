@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from laplace_lora.adapters.selection import listed
@@ -31,7 +32,8 @@ class WeightsWatch:
         """
         tensors = [tensor for _, tensor, _ in _pairs(posterior)]
         versions = [-1 if t.is_inference() else t._version for t in tensors]
-        seen = (id(posterior.mean), versions, [(id(t), t.data_ptr(), t.dtype) for t in tensors])
+        places = [(id(t), t.data_ptr(), t.dtype) for t in tensors]
+        seen = (id(posterior.mean), versions, places)
         if seen == self._seen:
             return
         changed = [name for name, now, then in _pairs(posterior) if not _equal(now, then)]
@@ -48,7 +50,7 @@ def _pairs(posterior: Posterior) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield each tensor's name, its value in the model and that of the fit."""
     engine = posterior.engine
     means = posterior.mean.split(engine.sizes)
-    yield from zip(engine.names, [p.detach() for p in engine.parameters], means, strict=True)
+    yield from zip(engine.names, engine.parameters, means, strict=True)
     model: Any = posterior.model
     if isinstance(model, LastLayerModel):  # the posterior is over a copy of the transformer's head
         weight, bias = model.source.head_tensors()
@@ -57,6 +59,7 @@ def _pairs(posterior: Posterior) -> Iterator[tuple[str, Tensor, Tensor]]:
             yield "last layer's bias", bias, model.head.bias.detach()
 
 
+@torch.no_grad()
 def _equal(now: Tensor, then: Tensor) -> bool:
     """Return whether two tensors are equal in the dtype of the first, but for rounding."""
     if "meta" in (now.device.type, then.device.type):
