@@ -15,8 +15,9 @@ from functools import partial
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.harness.quantised import quantise_4bit
 from laplace_lora import LogitsModel
 
 ALL_PROJECTIONS = (
@@ -25,7 +26,12 @@ ALL_PROJECTIONS = (
 
 
 def llama_with_lora(
-    config: LlamaConfig, rank: int, targets: list[str], dtype: torch.dtype, device: str
+    config: LlamaConfig,
+    rank: int,
+    targets: list[str],
+    dtype: torch.dtype,
+    device: str,
+    quantised: bool = False,
 ) -> PeftModel:
     """Build a Llama with a LoRA adapter on some of its projections, with random weights.
 
@@ -35,12 +41,15 @@ def llama_with_lora(
         targets: Names of the projections that get an adapter.
         dtype: Of the base weights. PEFT keeps adapters in float32 or better.
         device: Where to build; ``meta`` allocates nothing.
+        quantised: Quantise the base to 4 bits.
 
     Returns:
         The model in eval mode; ``lora_B`` is drawn from a normal of standard deviation 0.02.
     """
     with torch.device(device):
-        model = LlamaForCausalLM(config).to(dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if quantised:
+            model = quantise_4bit(model, dtype)
         lora = LoraConfig(r=rank, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
         peft_model = get_peft_model(model, lora)
     for name, parameter in peft_model.named_parameters():
@@ -77,7 +86,8 @@ def random_llama(args: argparse.Namespace) -> PeftModel:
         use_cache=False,
     )
     dtype = getattr(torch, args.dtype)
-    return llama_with_lora(config, args.rank, args.targets, dtype, args.device)
+    quantised = bool(getattr(args, "quantised", None))
+    return llama_with_lora(config, args.rank, args.targets, dtype, args.device, quantised)
 
 
 def make_workload(peft_model: PeftModel, args: argparse.Namespace, classes: int) -> Workload:
