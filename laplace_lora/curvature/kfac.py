@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils import get_total_norm
 
 from laplace_lora.adapters.maps import Block
 from laplace_lora.capture.tape import Tape
@@ -19,7 +20,8 @@ from laplace_lora.capture.whole_tensors import whole_gradients
 from laplace_lora.curvature.loss_gradient import LossGradient, ResidualColumns
 from laplace_lora.data.masks import real_rows
 from laplace_lora.linalg.factors import DiagonalFactor, map_shared
-from laplace_lora.linalg.sketch import Factor, FactorSpec
+from laplace_lora.linalg.half_rows import HalfRows
+from laplace_lora.linalg.sketch import Factor, FactorSpec, LowRankFactor
 
 APPROXIMATIONS = ("expand", "reduce")
 POSITIONS = ("all", "last")
@@ -48,8 +50,10 @@ class Rows:
         if self.positions not in POSITIONS:
             raise ValueError(f"positions must be one of {POSITIONS}, got {self.positions!r}")
 
-    def of_input(self, x: Tensor, mask: Tensor | None, factor: Factor) -> tuple[Tensor, float]:
-        """Return the rows of an input, and the weight of their outer products.
+    def of_input(
+        self, x: Tensor, mask: Tensor | None, factor: Factor
+    ) -> tuple[Tensor, float | Tensor]:
+        """Return the rows of an input, and the weight of their outer products, or one for each.
 
         Args:
             x: Input, ``(batch, tokens, q)`` or ``(batch, q)``.
@@ -67,8 +71,8 @@ class Rows:
             return means, 1.0
         if mask is None:
             return x.flatten(0, 1), 1 / x.shape[1]
-        weights = _counts(x, mask, factor.dtype).rsqrt().expand(mask.shape)
-        return real_rows(x, mask).to(factor.dtype) * real_rows(weights, mask).unsqueeze(-1), 1.0
+        weights = _counts(x, mask, factor.dtype).reciprocal().expand(mask.shape)
+        return real_rows(x, mask), real_rows(weights, mask)
 
     def of_grad(self, grad: Tensor, mask: Tensor | None) -> Tensor:
         """Return the rows of an output gradient, ``(batch, tokens, p)`` or ``(batch, p)``."""
@@ -114,6 +118,7 @@ class KfacSums:
         self.grads = grads
         self.rows = rows
         self.device = device
+        self._half = HalfRows()
 
     @classmethod
     def empty(
@@ -188,7 +193,8 @@ class KfacSums:
                     "input in earlier batches but not in this one"
                 )
             if first == i:
-                factor.update(*self.rows.of_input(tape.inputs[i], tape.mask(i), factor))
+                rows, weight = self.rows.of_input(tape.inputs[i], tape.mask(i), factor)
+                factor.update(self._half.narrowed(id(factor), rows), weight)
 
         roots = len(columns)
         visits = []
@@ -199,7 +205,11 @@ class KfacSums:
 
         def visit(column: int, i: int, grad: Tensor) -> None:
             if column < roots:
-                self.grads[i].update(self.rows.of_grad(grad, tape.mask(i)))
+                factor = self.grads[i]
+                rows = self.rows.of_grad(grad, tape.mask(i))
+                if isinstance(factor, LowRankFactor):  # the others are small
+                    rows = self._half.narrowed(id(factor), rows)
+                factor.update(rows)
             for also in visits:
                 also(column, i, grad)
 
@@ -210,6 +220,7 @@ class KfacSums:
             if gradient is not None:
                 n = seen[i] = seen.get(i, -1) + 1
                 total.add_whole(blocks, i, rows, residual.weights[:, n])
+        self._half.settle()
         self._check_finite(tape)
 
     def tensors(self) -> list[Tensor]:
@@ -242,13 +253,13 @@ class KfacSums:
         return result
 
     def _check_finite(self, tape: Tape) -> None:
-        sums = [(linear.name, f) for linear, f in zip(tape.maps, self.inputs, strict=True) if f]
-        sums += [(linear.name, f) for linear, f in zip(tape.maps, self.grads, strict=True)]
-        device = sums[0][1].trace.device
-        traces = torch.stack([factor.trace.double().to(device) for _, factor in sums])
-        if not bool(traces.isfinite().all()):
-            name = next(name for name, factor in sums if not factor.trace.isfinite())
-            raise FloatingPointError(f"the curvature of layer {name!r} is not finite")
+        # In one sum, as a device waits for each answer; it may overflow where no factor does.
+        witnesses = [factor.witness() for factor in {*self.inputs, *self.grads} if factor]
+        if bool(get_total_norm(witnesses).isfinite()):
+            return
+        for linear, *factors in zip(tape.maps, self.inputs, self.grads, strict=True):
+            if not all(f is None or f.trace.isfinite() for f in factors):
+                raise FloatingPointError(f"the curvature of layer {linear.name!r} is not finite")
 
 
 def _real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:

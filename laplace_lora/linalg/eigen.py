@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LARGE = 1024
+
 
 @dataclass(frozen=True)
 class Eigen:
@@ -104,6 +106,18 @@ class Eigen:
             return squares @ values
         mean = (counts - squares.sum(0)).clamp(min=0) / self.multiplicity
         return torch.cat([squares, mean.unsqueeze(0)]) @ values
+
+
+def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ascending eigenvalues and eigenvectors of a symmetric matrix.
+
+    Accelerators take longer than the processor over one of the size of a factor.
+    """
+    if matrix.device.type == "cpu" or len(matrix) > LARGE:
+        values, vectors = torch.linalg.eigh(matrix)
+    else:
+        values, vectors = (x.to(matrix.device) for x in torch.linalg.eigh(matrix.cpu()))
+    return values, vectors
 
 
 def check_finite(tensor: Tensor) -> None:

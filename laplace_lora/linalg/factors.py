@@ -12,9 +12,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from laplace_lora.linalg.eigen import DiagonalEigen, Eigen, check_finite
+from laplace_lora.linalg.eigen import DiagonalEigen, Eigen, check_finite, symmetric_eigen
 
 RESIDUALS = ("isotropic", "zero")
+SMALL = 64
 
 X = TypeVar("X")
 Y = TypeVar("Y")
@@ -59,15 +60,22 @@ class DenseFactor:
         """Return the tensors that hold the sum; adding these adds factors."""
         return [self.matrix]
 
-    def update(self, rows: Tensor, weight: float = 1.0) -> None:
-        """Add ``weight · rowsᵀ rows`` in ``O(n d²)``.
+    def update(self, rows: Tensor, weight: float | Tensor = 1.0) -> None:
+        """Add ``Σ_n weight_n row_n row_nᵀ`` in ``O(n d²)``.
 
         Args:
             rows: Inputs or output gradients of one map, shape ``(n, d)``.
-            weight: Factor of the product.
+            weight: Of all rows, or of each, ``(n,)``.
         """
         rows = rows.to(self.matrix.dtype)
-        self.matrix.addmm_(rows.T, rows, alpha=weight)
+        if isinstance(weight, Tensor):
+            self.matrix.addmm_((rows * weight.unsqueeze(1)).T, rows)
+        else:
+            self.matrix.addmm_(rows.T, rows, alpha=weight)
+
+    def witness(self) -> Tensor:
+        """Return numbers of the sum that are not finite if rows were not."""
+        return self.matrix if self.d <= SMALL else self.matrix.diagonal()
 
     def add(self, other: DenseFactor | Tensor) -> DenseFactor:
         """Return the sum with another factor, or with a ``(d, d)`` matrix."""
@@ -85,7 +93,7 @@ class DenseFactor:
     def decompose(self, residual: str = "isotropic") -> Eigen:
         """Eigendecompose in double precision; ``residual`` has no effect on a dense sum."""
         check_finite(self.matrix)
-        values, vectors = torch.linalg.eigh(self.matrix.double())
+        values, vectors = symmetric_eigen(self.matrix.double())
         dtype = self.matrix.dtype
         values, vectors = values.clamp(min=0).to(dtype), vectors.to(dtype).contiguous()
         return Eigen(vectors, values, self.matrix.new_zeros(()))
@@ -95,6 +103,21 @@ def check_residual(residual: str) -> None:
     """Refuse any other treatment of the directions left out than `RESIDUALS`."""
     if residual not in RESIDUALS:
         raise ValueError(f"residual must be one of {RESIDUALS}, got {residual!r}")
+
+
+def weighted_square_norm(rows: Tensor, weight: float | Tensor) -> Tensor:
+    """Return ``Σ_n weight_n |row_n|²``, a float64 scalar.
+
+    Args:
+        rows: Shape ``(n, d)``.
+        weight: Of all rows, or of each, ``(n,)``.
+    """
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    if isinstance(weight, Tensor):
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=dtype).double()
+        return (norms.square() * weight).sum()
+    norm: Tensor = torch.linalg.vector_norm(rows, dtype=dtype).double()
+    return norm.square() * weight
 
 
 def map_shared(blocks: list[list[X]], function: Callable[[X], Y]) -> list[list[Y]]:
@@ -147,14 +170,22 @@ class DiagonalFactor:
         """Return the tensors that hold the sum; adding these adds factors."""
         return [self.sums]
 
-    def update(self, rows: Tensor, weight: float = 1.0) -> None:
-        """Add ``weight`` times the diagonal of ``rowsᵀ rows`` in ``O(n d)``.
+    def update(self, rows: Tensor, weight: float | Tensor = 1.0) -> None:
+        """Add the diagonal of ``Σ_n weight_n row_n row_nᵀ`` in ``O(n d)``.
 
         Args:
             rows: One gradient per example, shape ``(n, d)``.
-            weight: Factor of the product.
+            weight: Of all rows, or of each, ``(n,)``.
         """
-        self.sums.add_(rows.to(self.sums.dtype).square().sum(0), alpha=weight)
+        squares = rows.to(self.sums.dtype).square()
+        if isinstance(weight, Tensor):
+            squares = squares * weight.unsqueeze(1)
+            weight = 1.0
+        self.sums.add_(squares.sum(0), alpha=weight)
+
+    def witness(self) -> Tensor:
+        """Return numbers of the sum that are not finite if rows were not."""
+        return self.sums
 
     def add(self, other: DiagonalFactor | Tensor) -> DiagonalFactor:
         """Return the sum with another diagonal, or with that of a ``(d, d)`` matrix."""

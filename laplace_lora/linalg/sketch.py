@@ -11,8 +11,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from laplace_lora.linalg.eigen import Eigen, check_finite
-from laplace_lora.linalg.factors import DenseFactor, DiagonalFactor, check_residual
+from laplace_lora.linalg.eigen import Eigen, check_finite, symmetric_eigen
+from laplace_lora.linalg.factors import (
+    DenseFactor,
+    DiagonalFactor,
+    check_residual,
+    weighted_square_norm,
+)
+from laplace_lora.linalg.half_rows import HALF, product, split
 
 OVERSAMPLING = 10
 
@@ -70,18 +76,34 @@ class LowRankFactor:
         """Return the tensors that hold the sketch; adding these adds sketches."""
         return [self.sketch, self.trace]
 
-    def update(self, rows: Tensor, weight: float = 1.0) -> None:
-        """Add ``weight · rowsᵀ rows`` without forming it.
+    def update(self, rows: Tensor, weight: float | Tensor = 1.0) -> None:
+        """Add ``Σ_n weight_n row_n row_nᵀ`` without forming it.
 
-        Accumulates ``Y += weight · rowsᵀ (rows Ω)`` in ``O(n d l)``.
+        Accumulates ``Y += rowsᵀ (weight · rows Ω)`` in ``O(n d l)``.
 
         Args:
             rows: Inputs or output gradients of one map, shape ``(n, d)``.
-            weight: Factor of the product.
+            weight: Of all rows, or of each, ``(n,)``.
         """
-        rows = rows.to(self.sketch.dtype)
-        self.sketch.addmm_(rows.T, rows @ self._test_matrix(), alpha=weight)
-        self.trace += weight * torch.linalg.vector_norm(rows).double().square()
+        # Tensor cores take rows of bfloat16 as they are; elsewhere wider ones are faster.
+        is_half = rows.is_cuda and rows.dtype == HALF and self.sketch.dtype == torch.float32
+        rows = rows if is_half else rows.to(self.sketch.dtype)
+        if is_half:
+            projected = product(rows, _orthonormal_terms(*self.sketch.shape, self.sketch.device))
+        else:
+            projected = rows @ self._test_matrix()
+        alpha = 1.0 if isinstance(weight, Tensor) else weight
+        if isinstance(weight, Tensor):
+            projected *= weight.unsqueeze(1)
+        if is_half:
+            self.sketch.add_(product(rows.T, split(projected)), alpha=alpha)
+        else:
+            self.sketch.addmm_(rows.T, projected, alpha=alpha)
+        self.trace += weighted_square_norm(rows, weight)
+
+    def witness(self) -> Tensor:
+        """Return numbers of the sum that are not finite if rows were not."""
+        return self.trace
 
     def add(self, other: LowRankFactor | Tensor) -> LowRankFactor:
         """Return the sum with another sketch of the same size, or with a ``(d, d)`` matrix.
@@ -134,10 +156,8 @@ class LowRankFactor:
                 core, failed = torch.linalg.cholesky_ex((gram + gram.T) / 2)
                 shift = shift if not failed else 10 * shift
             root = torch.linalg.solve_triangular(core, shifted.T, upper=False).T
-            basis, triangular = torch.linalg.qr(root)
-            left, singular, _ = torch.linalg.svd(triangular, full_matrices=False)
-            values = (singular[: self.rank].square() - shift).clamp(min=0)
-            vectors = basis @ left[:, : self.rank]
+            values, vectors = _leading(root, self.rank, dtype)
+            values = (values - shift).clamp(min=0)
         missing = (self.trace - values.sum()).clamp(min=0) / (d - self.rank)
         if residual == "zero":
             missing = torch.zeros_like(missing)
@@ -204,3 +224,28 @@ def _orthonormal(d: int, l: int, dtype: torch.dtype, device: torch.device) -> Te
     # The signs of a QR factorisation depend on the library; sketches must agree across machines.
     signed: Tensor = q * r.diagonal().sign()
     return signed.to(device=device, dtype=dtype)
+
+
+def _leading(root: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the leading eigenvalues and eigenvectors of ``root rootᵀ``, by falling eigenvalue.
+
+    Args:
+        root: Shape ``(d, l)``, float64.
+        rank: How many.
+        dtype: Of the sums; the shift that their rounding errors ask for is in ``root``.
+    """
+    if dtype == torch.float64:
+        basis, triangular = torch.linalg.qr(root)
+        left, singular, _ = torch.linalg.svd(triangular, full_matrices=False)
+        return singular[:rank].square(), basis @ left[:, :rank]
+    # The shift bounds the condition of the Gram matrix, so that its eigenvectors are good enough,
+    # and quicker to get.
+    values, inner = symmetric_eigen(root.T @ root)
+    values, inner = values.flip(0)[:rank], inner.flip(1)[:, :rank]
+    return values, root @ (inner / values.sqrt())
+
+
+@lru_cache(maxsize=64)
+def _orthonormal_terms(d: int, l: int, device: torch.device) -> Tensor:
+    """Return `_orthonormal` split for rows of bfloat16."""
+    return split(_orthonormal(d, l, torch.float32, device))

@@ -172,3 +172,30 @@ def test_diagonals_add_up_and_refuse_what_is_not_finite():
     factor.update(torch.full((1, 5), torch.inf))
     with pytest.raises(FloatingPointError, match="not finite"):
         factor.decompose()
+
+
+@pytest.mark.parametrize("kind", [DenseFactor, LowRankFactor, DiagonalFactor])
+def test_rows_may_have_weights_of_their_own(kind):
+    X = rows()
+    weights = torch.rand(len(X), dtype=X.dtype, generator=torch.Generator().manual_seed(3))
+    ours, theirs = (
+        kind.zeros(D, RANK, X.dtype, "cpu")
+        if kind is LowRankFactor
+        else kind.zeros(D, X.dtype, "cpu")
+        for _ in range(2)
+    )
+    ours.update(X, weights)
+    theirs.update(X * weights.sqrt().unsqueeze(1))
+    for mine, other in zip(ours.tensors(), theirs.tensors(), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_single_precision_eigenvectors_are_orthonormal():
+    torch.manual_seed(0)
+    X = torch.randn(400, 300) * torch.logspace(3, -3, 300)
+    factor = LowRankFactor.zeros(300, 40, torch.float32, "cpu")
+    factor.update(X)
+    eigen = factor.decompose()
+    torch.testing.assert_close(eigen.vectors.T @ eigen.vectors, torch.eye(40), atol=1e-5, rtol=0)
+    exact = torch.linalg.eigvalsh((X.T @ X).double()).flip(0)[:10].float()
+    torch.testing.assert_close(eigen.values[:10], exact, rtol=1e-2, atol=0)

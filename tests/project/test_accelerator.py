@@ -25,6 +25,7 @@ from laplace_lora import (
 )
 from laplace_lora.evaluation import MAP, TemperatureScaling, evaluate
 from laplace_lora.generation import generate, score
+from laplace_lora.linalg.sketch import LowRankFactor
 from support.batches import loader, token_batch, validation
 from support.language import text_batch, text_loader
 from support.models import TARGETS, excite, peft_model
@@ -224,3 +225,16 @@ def test_four_bit_base():
     gradients = torch.autograd.grad(la.model(moved(BATCH))[1, 2], la.params)
     flat = torch.cat([g.flatten().float() for g in gradients])
     assert (J[1, 2] - flat).norm() < 0.05 * flat.norm()
+
+
+def test_sketches_of_half_precision_rows_are_as_good_as_of_single():
+    torch.manual_seed(0)
+    X = (torch.randn(2000, 700) * torch.logspace(2, -3, 700)).to(torch.bfloat16)
+    exact = X.double().T @ X.double()
+    ours, theirs = (LowRankFactor.zeros(700, 64, torch.float32, d) for d in (DEVICE, "cpu"))
+    ours.update(X.to(DEVICE), 0.5)
+    theirs.update(X.float(), 0.5)
+    same(ours.trace, exact.trace() / 2, 1e-5)
+    error = (ours.sketch.cpu() - theirs.sketch).norm() / theirs.sketch.norm()
+    assert error < 1e-5
+    same(ours.decompose().values[:20], theirs.decompose().values[:20], 1e-3)
