@@ -199,3 +199,12 @@ def test_single_precision_eigenvectors_are_orthonormal():
     torch.testing.assert_close(eigen.vectors.T @ eigen.vectors, torch.eye(40), atol=1e-5, rtol=0)
     exact = torch.linalg.eigvalsh((X.T @ X).double()).flip(0)[:10].float()
     torch.testing.assert_close(eigen.values[:10], exact, rtol=1e-2, atol=0)
+
+
+def test_a_sketch_keeps_the_trace_of_many_rows_in_single_precision():
+    torch.manual_seed(0)
+    X = torch.randn(4000, 900) * torch.logspace(2, -3, 900)
+    factor = LowRankFactor.zeros(900, 4, torch.float32, "cpu")
+    factor.update(X)
+    exact = X.double().square().sum()
+    torch.testing.assert_close(factor.trace, exact, rtol=1e-6, atol=0)
