@@ -2,7 +2,8 @@
 
 transformers' plain attention copies every key and value once per query head of a group before it
 multiplies. Beside tangents that is most of the memory traffic of a step of generation. Here the
-queries of a group are stacked instead (Ainslie et al. 2023, *GQA*, arXiv:2305.13245).
+queries of a group are stacked instead (Ainslie et al. 2023, *GQA*, arXiv:2305.13245), and so are
+the tangents of all directions: keys and values are read once for all of them.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
+
+from laplace_lora.adapters.stacked_matmul import stacked_matmul
 
 NAME = "laplace_lora_grouped"
 
@@ -24,13 +28,13 @@ def differentiable_attention(model: nn.Module) -> str:
         model: A transformers model.
 
     Returns:
-        That of grouped queries where a model has them, else ``"eager"``.
+        That of grouped queries where the configuration counts their groups, else ``"eager"``.
     """
     config: Any = getattr(model, "config", None)
     heads, keys = (
         getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")
     )
-    grouped = isinstance(heads, int) and isinstance(keys, int) and keys < heads
+    grouped = isinstance(heads, int) and isinstance(keys, int) and keys <= heads
     # Sinks take part in the softmax beside the keys.
     sinks = any(hasattr(module, "sinks") for module in model.modules())
     known = getattr(model, "_supports_attention_backend", False)
@@ -66,17 +70,48 @@ def grouped_attention(
     """
     texts, heads, tokens, d = query.shape
     groups = key.shape[1]
-    stacked = query.reshape(texts, groups, heads // groups * tokens, d)
-    scores = stacked @ key.transpose(2, 3) * (d**-0.5 if scaling is None else scaling)
+    # Their tangents are None where nothing before them moves.
+    (q, q_slope), (k, k_slope), (v, v_slope) = map(forward_ad.unpack_dual, (query, key, value))
+    scale = d**-0.5 if scaling is None else scaling
+
+    def stacked(x: Tensor) -> Tensor:
+        return x.reshape(texts, groups, heads // groups * tokens, d)
+
+    def unstacked(x: Tensor) -> Tensor:
+        return x.reshape(texts, heads, tokens, d).transpose(1, 2)
+
+    q, keys = stacked(q) * scale, k.transpose(2, 3)
+    scores = q @ keys
+    slope = _sum(
+        None if q_slope is None else stacked_matmul(stacked(q_slope) * scale, keys),
+        None if k_slope is None else q @ k_slope.transpose(2, 3),
+    )
     if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+        bounded = torch.tanh(scores / softcap)
+        scores = bounded * softcap
+        slope = None if slope is None else slope * (1 - bounded.square())
     if attention_mask is not None:
         by_token = scores.unflatten(2, (heads // groups, tokens))
         scores = (by_token + attention_mask.unsqueeze(1)).flatten(2, 3)
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    weights = scores.softmax(-1, dtype=wide).to(query.dtype)
-    mixed = (weights @ value).reshape(texts, heads, tokens, d)
-    return mixed.transpose(1, 2), None
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    if slope is not None:
+        slope = weights * slope
+        slope = (slope - weights * slope.sum(-1, keepdim=True)).to(v.dtype)
+    weights = weights.to(v.dtype)
+    mixed = unstacked(weights @ v)
+    slope = _sum(
+        None if slope is None else stacked_matmul(slope, v),
+        None if v_slope is None else weights @ v_slope,
+    )
+    if slope is None:
+        return mixed, None
+    return forward_ad.make_dual(mixed, unstacked(slope)), None
+
+
+def _sum(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    if left is None or right is None:
+        return right if left is None else left
+    return left + right
 
 
 AttentionInterface.register(NAME, grouped_attention)

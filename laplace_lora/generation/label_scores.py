@@ -51,6 +51,7 @@ def label_log_probabilities(
             f, slopes = (x.to(posterior.dtype) / temperature for x in (logits, tangents))
             token = labels[places].unsqueeze(1)
             by_map[places] = _log_probability(f, token)
+            f, slopes = samples.centred(f, slopes)
             for row, width in zip(predictive, scales.sqrt().tolist(), strict=True):
                 outputs = samples.each_output(f, width * slopes)
                 average = torch.stack([_log_probability(g, token) for g in outputs]).logsumexp(0)

@@ -90,8 +90,8 @@ class NextTokenPredictor:
 
     Raises:
         AttributeError: If the posterior has not been fitted.
-        ValueError: If ``top_k`` or ``link_approx`` is out of range, or the model is no causal
-            language model with a posterior over its adapters.
+        ValueError: If ``top_k`` or ``link_approx`` is out of range, the posterior was recentred, or
+            the model is no causal language model with a posterior over its adapters.
     """
 
     def __init__(
@@ -105,6 +105,11 @@ class NextTokenPredictor:
         self.posterior = posterior = la.fitted
         self.model = language_model_of(posterior, top_k)
         vocabulary: Any = self.model.vocabulary_size
+        if posterior.settings.shift is not None:
+            raise ValueError(
+                "method='exact' has the mean of the model as it is, and the posterior was "
+                "recentred; use method='sampled', or call la.reset_mean() first"
+            )
         if link_approx not in LINKS:
             raise ValueError(f"link_approx must be one of {LINKS}, got {link_approx!r}")
         if n_samples < 1:
@@ -211,18 +216,13 @@ def language_model_of(posterior: Posterior, top_k: int) -> TokenModel:
         top_k: How many of its tokens are to be looked at.
 
     Raises:
-        ValueError: If ``top_k`` is out of range, the posterior was recentred, or the model is no
-            causal language model with a posterior over its adapters.
+        ValueError: If ``top_k`` is out of range, or the model is no causal language model with a
+            posterior over its adapters.
     """
     if posterior.model is not posterior.source:
         raise ValueError(
             "a last-layer posterior covers only the answer tokens; use one over adapter weights, "
             "such as KronLoraLaplace"
-        )
-    if posterior.settings.shift is not None:
-        raise ValueError(
-            "the posterior was recentred for its answers; text has the mean of the model as it is: "
-            "call la.reset_mean() first"
         )
     model = TokenModel(posterior.source.get_submodule("model"))
     vocabulary: Any = model.vocabulary_size

@@ -86,6 +86,8 @@ class Reading:
             ids, mask = ids[:, length:], mask[:, length:]
             chosen = columns[(columns >= start) & (columns < start + length)]
             start += length
+            if self._cache is not None:
+                self._cache = self._cache.with_room(length, ids.shape[1])
             # The cache needs the pass, wanted or not.
             kept = chosen if len(chosen) else torch.tensor([start - 1], device=chosen.device)
             values, tangents = self._run(length, kept)
@@ -142,6 +144,7 @@ class Reading:
         if narrowed:
             arguments["logits_to_keep"] = columns
         left: Any = None
+        cache = self._cache
 
         def read(returned: Any) -> dict[str, Tensor]:
             nonlocal left
@@ -149,10 +152,9 @@ class Reading:
             found = {"logits": wide(logits if narrowed else logits[:, columns])}
             if self._cached:
                 left = cache_of(returned)
-                found.update(cached_tensors(left))
+                found.update(cached_tensors(left) if cache is None else {})
             return found
 
-        cache = self._cache
         if cache is None:
             values, tangents = self._forward.run(arguments, read)
         else:
@@ -166,8 +168,10 @@ class Reading:
                 cache.tangents,
             )
         logits = values.pop("logits"), tangents.pop("logits")
-        if self._cached:
+        if self._cached and cache is None:
             self._cache = TangentCache.after(left, values, tangents)
+        elif cache is not None:
+            self._cache = cache.appended(left, length)
         return logits
 
     def _pieces(self, first: int) -> dict[str, Any]:

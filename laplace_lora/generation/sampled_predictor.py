@@ -76,4 +76,4 @@ class SampledPredictor:
             self._posterior.dtype,
         )
         logits, tangents = (x.to(dtype) / temperature for x in (logits, tangents))
-        return SampledToken(logits, tangents, self._samples)
+        return SampledToken(logits, *self._samples.centred(logits, tangents), self._samples)

@@ -18,18 +18,22 @@ class SampledToken:
     Probabilities are averages over samples, so nothing is approximated but by their number.
 
     Args:
-        logits: At the MAP, divided by the temperature, ``(places, vocabulary)``.
+        map_logits: At the MAP, divided by the temperature, ``(places, vocabulary)``.
+        logits: The same at the posterior's mean, which is elsewhere if it was recentred.
         tangents: Their change along each direction, ``(directions, places, vocabulary)``.
         samples: What the directions stand for.
 
     Attributes:
         log_probabilities: Of the predictive, ``(places, vocabulary)``.
-        scores: The same, shifted so that without uncertainty they are the MAP's logits.
+        scores: The same, shifted so that without uncertainty they are ``logits``.
         entropy: Of the predictive, in nats, ``(places,)``.
         mutual_information: Its epistemic part, ``(places,)``.
     """
 
-    def __init__(self, logits: Tensor, tangents: Tensor, samples: SampleSet) -> None:
+    def __init__(
+        self, map_logits: Tensor, logits: Tensor, tangents: Tensor, samples: SampleSet
+    ) -> None:
+        self._map_logits = map_logits
         self._logits, self._tangents, self._samples = logits, tangents, samples
         p, expected = torch.zeros_like(logits), logits.new_zeros(len(logits))
         totals = []
@@ -57,17 +61,17 @@ class SampledToken:
             tokens: One in each place, ``(places,)``.
             top_k: How many tokens to look at, the given one among them.
         """
-        candidates = candidates_of(self._logits, top_k, tokens)
+        candidates = candidates_of(self._map_logits, top_k, tokens)
         slopes = self._tangents.gather(-1, candidates.expand(len(self._tangents), -1, -1))
         log_p = averaged(
             self._samples.outputs(self._logits.gather(-1, candidates), slopes)
             - self._totals.unsqueeze(-1)
         )
-        map_log_p = F.log_softmax(self._logits, dim=-1)
+        map_log_p = F.log_softmax(self._map_logits, dim=-1)
         own = tokens.unsqueeze(-1)
         own_slope = self._tangents.gather(-1, own.expand(len(self._tangents), -1, -1)).squeeze(-1)
         own_logit = self._logits.gather(-1, own).squeeze(-1)
-        shared = torch.einsum("kpv,pv->kp", self._tangents, map_log_p.exp())
+        shared = torch.einsum("kpv,pv->kp", self._tangents, self._logits.softmax(-1))
         return NextToken(
             candidates,
             self._logits.gather(-1, candidates),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 
 from laplace_lora.adapters.grouped_attention import differentiable_attention
+from laplace_lora.models.frozen_maps import differentiate_inputs_only
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.models.twins import twin_of
 
@@ -79,8 +80,8 @@ class ForwardMode(nn.Module):
             arguments: What the model takes, and does not depend on the weights.
             read: From what the model returns to tensors by name.
             place: From tensors of earlier runs to further arguments.
-            carried: These tensors.
-            tangents: Their tangents, ``(directions, *shape)`` each.
+            carried: These tensors. The model may write into them.
+            tangents: Their tangents, ``(directions, *shape)`` each; written into likewise.
 
         Returns:
             What ``read`` finds, and its tangents, ``(directions, *shape)`` each.
@@ -158,6 +159,7 @@ def forward_mode(
         for module in twin.modules():
             module.register_forward_pre_hook(_bound_mask, with_kwargs=True)
     _drop_input_gradients(twin)
+    differentiate_inputs_only(twin, set(numbers))
     with evaluation_mode(twin):
         yield ForwardMode(twin, [names[index] for index in range(len(own))], parts)
 

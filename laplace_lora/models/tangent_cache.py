@@ -1,13 +1,13 @@
 """`TangentCache`: keys and values of the tokens so far, and their tangents.
 
 A transformers cache is an object with layers that hold tensors. `ForwardMode` takes and gives
-tensors only, so a cache is taken apart after every run and put together inside the next one.
+tensors only, so the cache is put together inside every run, around buffers with spare columns: a
+step writes its own columns and copies none of those before.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -18,8 +18,10 @@ Self = TypeVar("Self", bound="TangentCache")
 
 NAMES = ("cache", "past_key_values")  # of the model's argument, and of what it returns
 # Layers that only ever append to their keys and values, or drop old ones. Others (states of Mamba,
-# quantised or static ones) write into their tensors, which tangents cannot follow.
+# quantised or static ones) write into their tensors in ways of their own.
 APPENDING = ("DynamicLayer", "DynamicSlidingWindowLayer")
+KINDS = ("keys", "values")
+LEAST_ROOM = 64  # columns
 
 
 @dataclass(frozen=True)
@@ -28,30 +30,82 @@ class TangentCache:
 
     Attributes:
         template: A transformers cache without keys and values.
-        values: Its keys and values by name, ``(texts, …)`` each.
-        tangents: Their tangents, ``(directions, texts, …)`` each.
+        values: Its keys and values by name, ``(texts, heads, columns, d)`` each.
+        tangents: Their tangents, ``(directions, texts, heads, columns, d)`` each.
+        visible: First column that attention may see, by name, and the one after the last.
     """
 
     template: Any
     values: dict[str, Tensor]
     tangents: dict[str, Tensor]
+    visible: dict[str, tuple[int, int]]
 
     @classmethod
     def after(
         cls: type[Self], cache: Any, values: dict[str, Tensor], tangents: dict[str, Tensor]
     ) -> Self:
-        """Return what a run left.
+        """Return what a first run left.
 
         Args:
             cache: The cache that the model returned, which knows how many tokens it has seen.
-            values: Its `tensors`.
+            values: Its `cached_tensors`.
             tangents: And their tangents.
         """
-        return cls(_filled(cache, dict.fromkeys(values)), values, tangents)
+        visible = {name: (0, tensor.shape[-2]) for name, tensor in values.items()}
+        return cls(_emptied(cache), values, tangents, visible)
+
+    def with_room(self: Self, columns: int, later: int = 0) -> Self:
+        """Return a cache that can be appended to; this one is used up.
+
+        Args:
+            columns: How many will be appended now.
+            later: How many are known to follow.
+        """
+        visible = dict(self.visible)
+        for name, (start, end) in self.visible.items():
+            if end + columns <= self.values[name].shape[-2]:
+                continue
+            held = end - start
+            more = later or held // 8 + LEAST_ROOM
+            window = _window(self.template, name)
+            size = held + columns + (more if window is None else min(more, window))
+            visible[name] = 0, held
+            for tensors in (self.values, self.tangents):  # one by one, so that they exist once
+                old = tensors.pop(name)
+                grown = old.new_zeros(*old.shape[:-2], size, old.shape[-1])
+                grown[..., :held, :] = old[..., start:end, :]
+                tensors[name] = grown
+                del old, grown
+        return replace(self, visible=visible)
 
     def cache(self, tensors: dict[str, Tensor]) -> Any:
-        """Return a cache around tensors; the run that uses it changes neither them nor this one."""
-        return _filled(self.template, tensors)
+        """Return a cache around the buffers, for one run that appends to them in place.
+
+        Args:
+            tensors: The values, as the run sees them.
+        """
+        filled = _copied(self.template)
+        for index in {name.split(".")[0] for name in tensors}:
+            layer = filled.layers[int(index)]
+            buffers = [tensors[f"{index}.{kind}"] for kind in KINDS]
+            start, end = self.visible[f"{index}.keys"]
+            layer.keys, layer.values = (buffer[..., start:end, :] for buffer in buffers)
+            layer.update = _Appending(layer, buffers, start, end)
+        return filled
+
+    def appended(self: Self, cache: Any, columns: int) -> Self:
+        """Return the cache after a run that has appended to it.
+
+        Args:
+            cache: The cache that the model returned.
+            columns: How many were appended.
+        """
+        visible = {}
+        for name, (start, end) in self.visible.items():
+            window = _window(self.template, name)
+            end += columns
+            visible[name] = start if window is None else max(start, end - window), end
+        return replace(self, template=_emptied(cache), visible=visible)
 
     def select(self: Self, texts: Tensor) -> Self:
         """Return the cache of some of the texts.
@@ -62,6 +116,36 @@ class TangentCache:
         values = {key: value[texts] for key, value in self.values.items()}
         tangents = {key: value[:, texts] for key, value in self.tangents.items()}
         return replace(self, values=values, tangents=tangents)
+
+
+class _Appending:
+    """What a layer of a transformers cache does with new keys and values, but in place.
+
+    Args:
+        layer: The layer.
+        buffers: Of its keys and of its values.
+        start: First column that attention may see.
+        end: The one after the last.
+    """
+
+    def __init__(self, layer: Any, buffers: list[Tensor], start: int, end: int) -> None:
+        self._layer, self._buffers, self._start, self._end = layer, buffers, start, end
+
+    def __call__(
+        self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append; return all keys and values that the new queries may see."""
+        layer, end = self._layer, self._end + keys.shape[-2]
+        for buffer, new in zip(self._buffers, (keys, values), strict=True):
+            buffer[..., self._end : end, :].copy_(new)
+        seen = [buffer[..., self._start : end, :] for buffer in self._buffers]
+        window = _window_of(layer)
+        if window is not None:
+            layer.cumulative_length += keys.shape[-2]
+            self._start = max(self._start, end - window)
+        self._end = end
+        layer.keys, layer.values = (buffer[..., self._start : end, :] for buffer in self._buffers)
+        return seen[0], seen[1]
 
 
 def cache_of(returned: Any) -> Any:
@@ -79,17 +163,32 @@ def carries_tangents(cache: Any) -> bool:
 def cached_tensors(cache: Any) -> dict[str, Tensor]:
     """Return the keys and values of a cache by name."""
     return {
-        f"{index}.{name}": getattr(layer, name)
+        f"{index}.{kind}": getattr(layer, kind)
         for index, layer in enumerate(cache.layers)
-        for name in ("keys", "values")
-        if getattr(layer, name) is not None  # layers may share those of another
+        for kind in KINDS
+        if getattr(layer, kind) is not None  # layers may share those of another
     }
 
 
-def _filled(cache: Any, tensors: Mapping[str, Tensor | None]) -> Any:
-    filled = copy.copy(cache)
-    filled.layers = [copy.copy(layer) for layer in cache.layers]
-    for key, tensor in tensors.items():
-        index, name = key.split(".")
-        setattr(filled.layers[int(index)], name, tensor)
-    return filled
+def _window(cache: Any, name: str) -> int | None:
+    return _window_of(cache.layers[int(name.split(".")[0])])
+
+
+def _window_of(layer: Any) -> int | None:
+    """Return how many columns a layer keeps, ``None`` if all."""
+    return layer.sliding_window - 1 if layer.is_sliding else None
+
+
+def _copied(cache: Any) -> Any:
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
+
+
+def _emptied(cache: Any) -> Any:
+    """Return a copy without tensors, which belong to one run and its derivatives."""
+    emptied = _copied(cache)
+    for layer in emptied.layers:
+        layer.keys = layer.values = None
+        vars(layer).pop("update", None)
+    return emptied

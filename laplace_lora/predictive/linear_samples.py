@@ -66,7 +66,7 @@ class LinearSamples:
             readout: The functions.
 
         Returns:
-            ``(batch, columns)`` and ``(directions, batch, columns)``.
+            At the posterior's mean ``(batch, columns)``, and ``(directions, batch, columns)``.
 
         Raises:
             ValueError: If the functions are no logits of classes.
@@ -96,7 +96,9 @@ class LinearSamples:
             )
         temperature = posterior.settings.likelihood_temperature
         moved = [readout.mean(slope) for part in slopes for slope in part]
-        return readout.mean(own) / temperature, torch.stack(moved) / temperature
+        return self._samples.centred(
+            readout.mean(own) / temperature, torch.stack(moved) / temperature
+        )
 
     def log_softmax(self, mean: Tensor, tangents: Tensor, readout: Readout) -> Tensor:
         """Return the log probabilities under each sample, ``(samples, batch, classes)``.
@@ -165,7 +167,6 @@ def takes_samples(posterior: Posterior, method: str, link_approx: str, n_samples
         and posterior.objective.is_classifier
         and not posterior.differentiable
         and posterior.model is posterior.source
-        and posterior.settings.shift is None
     )
     contrasts = posterior.objective.n_columns(posterior.state.n_outputs) if possible else 0
     # Fewer samples than the default are a request for another link's, not for a rough answer.

@@ -15,7 +15,8 @@ class SampleSet:
 
     Antithetic samples come in pairs ``±δ``: their mean is the MAP itself, and as the linearised
     model is linear in ``δ``, one direction serves both (Hammersley & Morton 1956, *A new Monte
-    Carlo technique: antithetic variates*).
+    Carlo technique: antithetic variates*). The mean of a recentred posterior is elsewhere, see
+    `tuning.recentring`: how far is one more direction, the first.
 
     Args:
         posterior: A fitted posterior.
@@ -27,7 +28,7 @@ class SampleSet:
         directions: What the network carries along, ``(directions, parameters)``.
 
     Raises:
-        ValueError: If ``n_samples`` is not positive, or the posterior was recentred.
+        ValueError: If ``n_samples`` is not positive.
     """
 
     def __init__(
@@ -39,22 +40,32 @@ class SampleSet:
     ) -> None:
         if n_samples < 1:
             raise ValueError(f"n_samples must be positive, got {n_samples}")
-        if posterior.settings.shift is not None:
-            raise ValueError(
-                "samples in antithetic pairs lie around the MAP weights, and the posterior was "
-                "recentred; use exact moments (method='exact'), or la.reset_mean()"
-            )
         self.n_samples = n_samples
         self.antithetic = antithetic
         count = (n_samples + 1) // 2 if antithetic else n_samples
         self.directions = posterior.deviations(count, generator)
+        shift = posterior.settings.shift
+        self._is_moved = shift is not None
+        if shift is not None:
+            self.directions = torch.cat([shift.to(self.directions).unsqueeze(0), self.directions])
+
+    def centred(self, outputs: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
+        """Return outputs at the posterior's mean, and their change along each sample's direction.
+
+        Args:
+            outputs: At the MAP.
+            tangents: Their change along each of `directions`.
+        """
+        if not self._is_moved:
+            return outputs, tangents
+        return outputs + tangents[0], tangents[1:]
 
     def outputs(self, mean: Tensor, tangents: Tensor) -> Tensor:
         """Return each sample's outputs, ``(samples, …)``.
 
         Args:
-            mean: Outputs at the MAP.
-            tangents: Their change along each direction, ``(directions, …)``.
+            mean: Outputs at the posterior's mean.
+            tangents: Their change along each direction, ``(directions, …)``, see `centred`.
         """
         return torch.stack(list(self.each_output(mean, tangents)))
 

@@ -9,7 +9,7 @@ from laplace_lora import (
     KronLoraLaplace,
     LowRankLoraLaplace,
 )
-from laplace_lora.generation import score
+from laplace_lora.generation import generate, score
 from laplace_lora.predictive.sample_set import SampleSet
 from support.generation import K, answers_posterior, seeded
 from support.language import text_batch
@@ -53,6 +53,39 @@ def check_moments(la, n_samples=4096):
     assert ((ours.log_prob_variance - exact.log_prob_variance).abs() <= 4 * error).all()
     spread = (ours.probabilities * (1 - ours.probabilities) / n_samples).sqrt()
     assert ((ours.probabilities - exact.probabilities).abs()[at] <= 4 * spread[at]).all()
+
+
+def test_texts_of_a_recentred_posterior_have_its_mean(in_double):
+    la = answers_posterior("llama-lm")
+    batch = text_batch()
+    unmoved = score(la, batch, K, n_samples=6, generator=seeded())
+    la.recentre(0.7)
+    la.likelihood_temperature = 1.3
+    ours = score(la, batch, K, n_samples=6, generator=seeded())
+    samples = SampleSet(la.fitted, 6, seeded())
+    assert torch.equal(samples.directions[0], la.fitted.settings.shift)
+    means, moved = explicit_samples(la, batch, samples.directions)
+    for n, mask in enumerate(batch["attention_mask"].bool()):
+        f, *slopes = (x / 1.3 for x in (means[n] + moved[n][0], *moved[n][1:]))
+        scored = (batch["labels"][n, mask] != -100)[1:]
+        at = ours.candidates[n, : scored.sum()]
+        expected = f[:-1][scored].gather(1, at)
+        found = ours.mean[n, : scored.sum()]
+        torch.testing.assert_close(found, expected, atol=1e-8, rtol=1e-8)
+        p = torch.stack([g.softmax(-1) for d in slopes for g in (f + d, f - d)]).mean(0)
+        found = ours.probabilities[n, : scored.sum()]
+        torch.testing.assert_close(found, p[:-1][scored].gather(1, at), atol=1e-8, rtol=1e-8)
+    assert not torch.allclose(ours.probabilities, unmoved.probabilities, atol=1e-3)
+    written = generate(la, batch["input_ids"][:1, :3], 3, K, n_samples=6, generator=seeded())
+    ids = torch.cat([batch["input_ids"][:1, :3], written.tokens], 1)
+    labels = ids.clone()
+    labels[:, :3] = -100
+    again = score(la, {"input_ids": ids, "labels": labels}, K, n_samples=6, generator=seeded())
+    torch.testing.assert_close(again.log_probabilities, written.log_probabilities)
+    la.reset_mean()
+    la.likelihood_temperature = 1.0
+    back = score(la, batch, K, n_samples=6, generator=seeded())
+    torch.testing.assert_close(back.probabilities, unmoved.probabilities)
 
 
 def test_the_error_falls_with_the_root_of_the_number_of_samples():

@@ -15,19 +15,13 @@ from laplace_lora import (
     DiagLoraLaplace,
 )
 from laplace_lora.generation import generate, reading, score
+from laplace_lora.models import tangent_cache
 from laplace_lora.predictive.sample_set import SampleSet
 from support.batches import token_batch
 from support.generation import FIELDS, K, seeded
 from support.language import text_batch, text_loader
 from support.models import PAD, VOCABULARY, excite
 from support.sampled import NAMES, explicit_samples, fitted, language_model, read_all
-
-
-@pytest.fixture
-def in_double(monkeypatch):
-    """Let norms and softmaxes, which models compute in float32, be computed in float64."""
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -47,7 +41,9 @@ def test_tangents_are_jacobians_times_directions(name, piece, side, in_double, m
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_cached_equals_uncached(name, in_double, monkeypatch):
+@pytest.mark.parametrize("room", [1, 64])
+def test_cached_equals_uncached(name, room, in_double, monkeypatch):
+    monkeypatch.setattr(tangent_cache, "LEAST_ROOM", room)
     la = fitted(name)
     prompts = token_batch((4, 7, 3), side="right")
     free = generate(la, prompts, 5, K, generator=seeded())

@@ -178,6 +178,33 @@ def test_regressions_rewards_and_gradients_are_refused():
         differentiable(X, method="sampled")
 
 
+@pytest.mark.parametrize("name", ["bert", "llama-lm"])
+def test_samples_of_a_recentred_posterior_lie_around_its_mean(name, in_double):
+    la = posterior(name=name, prior_precision=10.0)
+    unmoved = la.predict(X, method="exact").mean
+    la.recentre(0.7)
+    la.covariance_scale, la.likelihood_temperature = 1.7, 1.3
+    exact = la.predict(X, method="exact")
+    ours = la.predict(X, method="sampled", n_samples=2048, generator=seeded())
+    torch.testing.assert_close(ours.mean, exact.mean, atol=1e-8, rtol=1e-8)
+    assert not torch.allclose(ours.mean, unmoved / 1.3, atol=1e-3)
+    samples = SampleSet(la.fitted, 2048, seeded())
+    mean, tangents = LinearSamples(la.fitted, 2048, seeded()).tangents(X, LOGITS)
+    average, moved = (
+        samples.outputs(mean, tangents).mean(0),
+        Predictor(la.fitted).distribution(X)[0],
+    )
+    torch.testing.assert_close(average, moved, atol=1e-8, rtol=1e-8)
+    assert_near(ours.probs, exact.probs, 0.02)
+    S = exact.covariance
+    variance = S.diagonal(dim1=-2, dim2=-1)
+    error = (variance[..., None] * variance[..., None, :] + S.square()) / 1024
+    assert ((ours.covariance - S).abs() <= 4 * error.sqrt()).all()
+    few = many_classes()
+    few.recentre(5.0)
+    assert torch.equal(few(X), few(X, method="sampled"))
+
+
 def test_pairs(all_at_once):
     la = reward_posterior(prior_precision=5.0)
     pairs = pair_batch(seed=3)
