@@ -4,13 +4,14 @@ The models have the shapes of SmolLM2-135M, Llama-3.2-1B and Llama-3-8B, random 
 built on the device, and LoRA of rank 16 on all seven projections (adapters in float32, as PEFT
 keeps them). "Bare" is a forward pass with the backward passes to the adapters' outputs that exact
 curvature (classes - 1) or Jacobians (classes) need at least. Every side is timed in turn in one
-process; peaks are the caching allocator's, above the level before the run; "busy" is the share of a
-run in which kernels ran. A peer that cannot run is reported with its error.
+process; peaks are the caching allocator's, above the level before the run. A peer that cannot run
+is reported with its error.
 
 Each step runs in a process of its own, in order of importance, and what it found is written at
 once: a run that is cut short keeps what it has.
 
     python -m benchmarks.speed.gpu --minutes 6
+    python -m benchmarks.speed.gpu --steps "8 B" --batch 8    # an accelerator with 80 GB
     python -m benchmarks.speed.gpu --device cpu --tiny        # a rehearsal
 """
 
@@ -68,6 +69,7 @@ def main() -> None:
     parser = arguments.speed_parser(__doc__, repeats=5)
     parser.add_argument("--minutes", type=float, default=6.0, help="when to stop")
     parser.add_argument("--tiny", action="store_true", help="rehearse with tiny models")
+    parser.add_argument("--classes", type=int, nargs="+", default=[4, 2])
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--step", choices=STEPS, help="only this one, in this process")
     parser.add_argument("--to", type=Path, help="where --step writes")

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
 from benchmarks.harness.llama import (
@@ -25,7 +24,7 @@ from benchmarks.harness.llama import (
 )
 from benchmarks.harness.memory import MIB, ROOT, peak_of_run
 from benchmarks.harness.report import verdict
-from benchmarks.harness.timing import Run, ratio, synchronize, time_in_turn
+from benchmarks.harness.timing import Run, ratio, time_in_turn
 from benchmarks.speed import generation
 from benchmarks.speed.fit import library_runs
 from laplace_lora import KronLoraLaplace
@@ -83,22 +82,6 @@ def runnable(runs: dict[str, Run]) -> tuple[dict[str, Run], dict[str, str]]:
     return good, failed
 
 
-def busy(run: Run, device: str) -> str:
-    """Return the share of a run's wall time in which the accelerator computes."""
-    if torch.device(device).type != "cuda":
-        return "-"
-    with profile(activities=[ProfilerActivity.CUDA]) as recorder:
-        synchronize(device)
-        run()
-        synchronize(device)
-    kernels = [e for e in recorder.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    if not kernels:
-        return "-"
-    spent = sum(e.time_range.elapsed_us() for e in kernels)
-    whole = max(e.time_range.end for e in kernels) - min(e.time_range.start for e in kernels)
-    return f"{spent / whole:.2f}"
-
-
 def compare(
     bare: Run, runs: dict[str, Run], limits: dict[str, float], args: argparse.Namespace
 ) -> tuple[Rows, Any]:
@@ -126,7 +109,6 @@ def compare(
                 "1" if name == "bare" else str(cost),
                 "-" if limit is None else f"{limit}: {verdict(cost.median, at_most=limit)}",
                 f"{peak_of_run(run, args.device, 'records') / MIB:.0f}",
-                busy(run, args.device),
             )
         )
     return rows, {"seconds": seconds, "failed": failed}
@@ -138,7 +120,6 @@ def line(
     times: str = "-",
     limit: str = "-",
     peak: str = "-",
-    share: str = "-",
 ) -> dict[str, Any]:
     """Return one row of a table."""
     return {
@@ -147,7 +128,6 @@ def line(
         "times bare": times,
         "at most": limit,
         "peak, MiB": peak,
-        "busy": share,
     }
 
 
@@ -184,7 +164,7 @@ def fit_and_predict(
     model = random_llama(args)
     tables: dict[str, Rows] = {}
     raw: dict[str, Any] = {}
-    for classes in (4, 2):
+    for classes in args.classes:
         work = make_workload(model, args, classes)
         fits: dict[str, Run] = {"fit, low-rank": library_runs(work, args)["fit, low-rank"]}
         if peers and classes == 4:
@@ -286,8 +266,8 @@ def gpu_tests(args: argparse.Namespace) -> tuple[dict[str, Rows], Any]:
 
 STEPS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Rows], Any]]] = {
     "tests": gpu_tests,
-    "8 B": lambda args: fit_and_predict("8 B", args, batch=8),
-    "8 B in 4 bits": lambda args: fit_and_predict("8 B", args, batch=8, quantised="4 bits"),
+    "8 B": lambda args: fit_and_predict("8 B", args),
+    "8 B in 4 bits": lambda args: fit_and_predict("8 B", args, quantised="4 bits"),
     "padding": lambda args: padded_fit("1 B", args),
     "1 B": lambda args: fit_and_predict("1 B", args, peers=True),
     "0.1 B": lambda args: fit_and_predict("0.1 B", args, peers=True),

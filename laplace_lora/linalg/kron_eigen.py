@@ -15,6 +15,7 @@ from torch import Tensor
 from laplace_lora.linalg.eigen import Eigen
 from laplace_lora.linalg.factors import map_shared
 from laplace_lora.linalg.kron_block import KronBlock, Side, Spectrum
+from laplace_lora.linalg.row_products import products_of_rows
 
 Gram = tuple[Tensor, Tensor]
 Self = TypeVar("Self", bound="KronEigen")
@@ -161,11 +162,11 @@ class KronEigen:
         """
         block = self.block(i)
         W = W.flatten(2).unflatten(-1, block.shape)
-        total = W.new_zeros(W.shape[0], W.shape[1], W.shape[1])
-        for piece, e in block.pieces(W):
-            scaled = piece / (e + self.deltas[i])
-            total.baddbmm_(scaled.flatten(2), piece.flatten(2).mT)
-        return total
+        forms = [
+            products_of_rows((piece / (e + self.deltas[i])).flatten(2), piece.flatten(2))
+            for piece, e in block.pieces(W)
+        ]
+        return sum(forms[1:], forms[0])
 
     def grams(self, i: int, W: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return ``W (block i)⁻¹ Wᵀ`` as a function of ``δ``.

@@ -25,6 +25,7 @@ from laplace_lora import (
 )
 from laplace_lora.evaluation import MAP, TemperatureScaling, evaluate
 from laplace_lora.generation import generate, score
+from laplace_lora.linalg.row_products import products_of_rows
 from laplace_lora.linalg.sketch import LowRankFactor
 from support.batches import loader, token_batch, validation
 from support.language import text_batch, text_loader
@@ -238,3 +239,9 @@ def test_sketches_of_half_precision_rows_are_as_good_as_of_single():
     error = (ours.sketch.cpu() - theirs.sketch).norm() / theirs.sketch.norm()
     assert error < 1e-5
     same(ours.decompose().values[:20], theirs.decompose().values[:20], 1e-3)
+
+
+def test_products_of_long_rows():
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(2, 16, 4, 5000, dtype=torch.float64, generator=generator)
+    same(products_of_rows(left.to(DEVICE), right.to(DEVICE)), left @ right.mT)
