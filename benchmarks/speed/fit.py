@@ -13,6 +13,7 @@ factors themselves count. The factors of models of well-known shapes are counted
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.harness import arguments, memory
@@ -36,16 +37,23 @@ FASTER = {2: 1.8}  # than a peer, by number of classes
 FASTER_OTHERWISE = 1.6
 
 
-def library_runs(work: Workload, args: argparse.Namespace, fresh: bool = False) -> dict[str, Run]:
+def library_runs(
+    work: Workload,
+    args: argparse.Namespace,
+    fresh: bool = False,
+    kinds: Sequence[str] = ("dense", "low-rank"),
+) -> dict[str, Run]:
     """Return the library's sides by name.
 
     Args:
         work: Model and batch.
         args: Sizes of the factors.
         fresh: Let ``fit`` start from no sums, so that a memory reading includes them.
+        kinds: Which factors; dense ones of a large model are larger than the model.
     """
     runs: dict[str, Run] = {}
-    for kind, rank in (("dense", None), ("low-rank", args.factor_rank)):
+    for kind in kinds:
+        rank = None if kind == "dense" else args.factor_rank
         backend = LoraGGN(
             work.model,
             "classification",

@@ -7,8 +7,8 @@ curvature (classes - 1) or Jacobians (classes) need at least. Every side is time
 process; peaks are the caching allocator's, above the level before the run. A peer that cannot run
 is reported with its error.
 
-Each step runs in a process of its own, in order of importance, and what it found is written at
-once: a run that is cut short keeps what it has.
+Steps run in order of importance; what each found is written at once, and a step that fails or
+outlasts the time is noted, so a run that is cut short keeps what it has.
 
     python -m benchmarks.speed.gpu --minutes 6
     python -m benchmarks.speed.gpu --steps "8 B" --batch 8    # an accelerator with 80 GB
@@ -17,62 +17,75 @@ once: a run that is cut short keeps what it has.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
+import argparse
+import gc
+import signal
 import time
-from pathlib import Path
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from benchmarks.harness import arguments
 from benchmarks.harness.llama import ALL_PROJECTIONS
-from benchmarks.harness.memory import ROOT
 from benchmarks.harness.report import write_report
 from benchmarks.speed.gpu_steps import STEPS
 
 SHORTEST = 15  # seconds below which no step is begun
 
 
-def run_step(step: str, seconds: float) -> dict[str, Any]:
-    """Run one step in a process of its own.
+@contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """Raise `TimeoutError` when a block takes longer than some seconds."""
+
+    def ring(*_: Any) -> None:
+        raise TimeoutError(f"cut off after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run_step(step: str, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """Run one step.
 
     Args:
         step: Its name.
+        args: The command line's arguments.
         seconds: The most it may take.
 
     Returns:
         ``tables`` and ``raw``; of a step that failed, a table that says why.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "step.json"
-        command = [sys.executable, "-m", "benchmarks.speed.gpu", *sys.argv[1:]]
-        command += ["--step", step, "--to", str(path)]
-        start = time.perf_counter()
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, timeout=seconds, stderr=subprocess.PIPE, text=True
-            )
-            reason = done.stderr.strip().splitlines()[-1:] or ["no output"]
-            print(done.stderr[-3000:] if done.returncode else "", flush=True)
-        except subprocess.TimeoutExpired:
-            reason = [f"cut off after {seconds:.0f} s"]
-        took = time.perf_counter() - start
-        if path.exists():
-            return {**json.loads(path.read_text()), "took": took}
-        return {"tables": {step: [{"failed": reason[0][:200]}]}, "raw": reason, "took": took}
+    start = time.perf_counter()
+    tables: dict[str, Any]
+    try:
+        with alarm(seconds):
+            tables, raw = STEPS[step](args)
+    except Exception as error:  # the next step may work
+        traceback.print_exc()
+        raw = f"{type(error).__name__}: {error}"
+        tables = {step: [{"failed": raw[:200]}]}
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return {"tables": tables, "raw": raw, "took": time.perf_counter() - start}
 
 
 def main() -> None:
     parser = arguments.speed_parser(__doc__, repeats=5)
     parser.add_argument("--minutes", type=float, default=6.0, help="when to stop")
+    parser.add_argument("--longest", type=float, default=120.0, help="seconds a step may take")
     parser.add_argument("--tiny", action="store_true", help="rehearse with tiny models")
     parser.add_argument("--classes", type=int, nargs="+", default=[4, 2])
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
-    parser.add_argument("--step", choices=STEPS, help="only this one, in this process")
-    parser.add_argument("--to", type=Path, help="where --step writes")
+    parser.add_argument("--tests", nargs="*", default=[], help="options of the tests, as -k name")
     parser.set_defaults(
         device="cuda",
         dtype="bfloat16",
@@ -87,10 +100,6 @@ def main() -> None:
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no accelerator here; --device cpu --tiny rehearses the run")
     arguments.prepare(args)
-    if args.step:
-        tables, raw = STEPS[args.step](args)
-        args.to.write_text(json.dumps({"tables": tables, "raw": raw}))
-        return
     end = time.perf_counter() + 60 * args.minutes
     tables, found = {}, {}
     for step in args.steps:
@@ -98,7 +107,7 @@ def main() -> None:
         if left < SHORTEST:
             tables[step] = [{"not run": "no time left"}]
             continue
-        found[step] = run_step(step, left)
+        found[step] = run_step(step, args, min(left, args.longest))
         tables |= found[step]["tables"]
         write_report("speed.gpu", args, tables, found)
     write_report("speed.gpu", args, tables, found)

@@ -6,12 +6,12 @@ import argparse
 import gc
 import os
 import statistics
-import subprocess
-import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch.utils.data import DataLoader
 
@@ -33,6 +33,7 @@ from laplace_lora.curvature.batch_curvature import add_factors
 Rows = list[dict[str, Any]]
 FIT_AT_MOST, PREDICT_AT_MOST, GIB_AT_MOST = 1.10, 1.25, 1.5
 LANGUAGE_AT_MOST = 1.3
+LOW_RANK = ("low-rank",)
 
 
 def shape(hidden: int, layers: int, heads: int, kv_heads: int, inner: int, vocab: int) -> Any:
@@ -151,7 +152,7 @@ def posterior(work: Workload, args: argparse.Namespace) -> KronLoraLaplace:
 
 def factor_gib(work: Workload, args: argparse.Namespace) -> float:
     """Return the size of a fit's running sums, in GiB."""
-    sums_of = library_runs(work, args, fresh=True)["fit, low-rank"]
+    sums_of = library_runs(work, args, fresh=True, kinds=LOW_RANK)["fit, low-rank"]
     sums: Any = sums_of()
     return float(sum(tensor.nbytes for tensor in sums[1].tensors()) / 2**30)
 
@@ -166,7 +167,9 @@ def fit_and_predict(
     raw: dict[str, Any] = {}
     for classes in args.classes:
         work = make_workload(model, args, classes)
-        fits: dict[str, Run] = {"fit, low-rank": library_runs(work, args)["fit, low-rank"]}
+        fits: dict[str, Run] = {
+            "fit, low-rank": library_runs(work, args, kinds=LOW_RANK)["fit, low-rank"]
+        }
         if peers and classes == 4:
             fits |= {f"{name}.kron": run for name, run in peer_kron_runs(work).items()}
         name = f"{size}, {others.get('quantised', args.dtype)}, {classes} classes"
@@ -205,7 +208,7 @@ def padded_fit(size: str, args: argparse.Namespace) -> tuple[dict[str, Rows], An
     work = make_workload(random_llama(args), args, 2)
     work.batch["attention_mask"][::2, -(args.tokens // 4) :] = 0
     heading = f"Fit, {size}, {args.dtype}, 2 classes, half of the texts padded by a quarter"
-    fits = {"fit, low-rank": library_runs(work, args)["fit, low-rank"]}
+    fits = {"fit, low-rank": library_runs(work, args, kinds=LOW_RANK)["fit, low-rank"]}
     rows, raw = compare(lambda: bare_passes(work, 1), fits, {"fit": FIT_AT_MOST}, args)
     return {heading: rows}, {heading: raw}
 
@@ -252,16 +255,25 @@ def generating(size: str, args: argparse.Namespace) -> tuple[dict[str, Rows], An
 
 def gpu_tests(args: argparse.Namespace) -> tuple[dict[str, Rows], Any]:
     """Run the tests that need an accelerator."""
-    tests = "tests/project/test_accelerator.py"
-    options = ["-q", "-n", "0", "-m", "gpu", "-rs", "-W", "default", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *options, tests]
-    environment = dict(os.environ)
     if torch.device(args.device).type == "cpu":
-        environment["LAPLACE_LORA_TEST_DEVICE"] = "cpu"
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    lines = done.stdout.strip().splitlines() or [done.stderr[-200:]]
-    print(done.stdout[-6000:], flush=True)
-    return {"Tests": [{"result": lines[-1], "exit status": done.returncode}]}, done.stdout[-4000:]
+        os.environ["LAPLACE_LORA_TEST_DEVICE"] = "cpu"
+    tests = str(ROOT / "tests" / "project" / "test_accelerator.py")
+    options = ["-q", "-n", "0", "-m", "gpu", "-rfs", "-W", "default", "-p", "no:cacheprovider"]
+    counts = Counts()
+    status = int(pytest.main([*options, *args.tests, tests], plugins=[counts]))
+    return {"Tests": [{**counts.outcomes, "exit status": status}]}, dict(counts.outcomes)
+
+
+class Counts:
+    """A plugin that counts the outcomes of tests."""
+
+    def __init__(self) -> None:
+        self.outcomes: Counter[str] = Counter()
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Count one phase of a test."""
+        if report.when == "call" or report.outcome != "passed":
+            self.outcomes[report.outcome] += 1
 
 
 STEPS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Rows], Any]]] = {

@@ -60,12 +60,7 @@ class Padding:
             values: An input or an output gradient, ``(batch, tokens, d)``; others are returned
                 unchanged.
         """
-        if values.ndim != 3 or not values.is_floating_point():
-            return values
-        try:
-            mask = self.mask(call, calls, values, "")
-        except ValueError:  # which tokens are padding is not known
-            return values
+        mask = self._padded(call, calls, values)
         if mask is None:
             return values
         # An accelerator would have to wait for the answer, so there it is not asked.
@@ -75,16 +70,23 @@ class Padding:
 
     def cleaned_calls(self, by_map: list[list[Call]]) -> list[list[Call]]:
         """Return the calls of layers with cleaned inputs; layers that share one still share it."""
-        distinct = {id(call.x): call.x for calls in by_map for call in calls if _has_tokens(call)}
-        if not distinct:
+        padded = {
+            id(call.x): call.x.detach()
+            for calls in by_map
+            for k, call in enumerate(calls)
+            if call.args
+            and isinstance(call.x, Tensor)
+            and self._padded(k, len(calls), call.x) is not None
+        }
+        if not padded:
             return by_map
-        device = next(iter(distinct.values())).device
-        sums = torch.stack([x.detach().sum().float().to(device) for x in distinct.values()])
-        bad = {key for key, ok in zip(distinct, sums.isfinite().tolist(), strict=True) if not ok}
+        device = next(iter(padded.values())).device
+        sums = torch.stack([x.sum().float().to(device) for x in padded.values()])
+        bad = {key for key, ok in zip(padded, sums.isfinite().tolist(), strict=True) if not ok}
         cleaned: dict[int, Tensor] = {}
 
         def clean(index: int, calls: int, call: Call) -> Call:
-            if not _has_tokens(call) or id(call.x) not in bad:
+            if not call.args or id(call.x) not in bad:
                 return call
             if id(call.x) not in cleaned:
                 cleaned[id(call.x)] = self.cleaned(index, calls, call.x.detach())
@@ -92,8 +94,11 @@ class Padding:
 
         return [[clean(k, len(calls), call) for k, call in enumerate(calls)] for calls in by_map]
 
-
-def _has_tokens(call: Call) -> bool:
-    """Return whether a call's input may have padding: ``(batch, tokens, d)``, of floats."""
-    x = call.x if call.args else None
-    return isinstance(x, Tensor) and x.ndim == 3 and x.is_floating_point()
+    def _padded(self, call: int, calls: int, values: Tensor) -> Tensor | None:
+        """Return the mask of values at tokens; ``None`` if no padding is there, or known of."""
+        if values.ndim != 3 or not values.is_floating_point():
+            return None
+        try:
+            return self.mask(call, calls, values, "")
+        except ValueError:
+            return None
