@@ -1,15 +1,7 @@
 """Tangents are Jacobians times perturbations, whatever the padding or cache."""
 
-import logging
-
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from torch.func import functional_call, jacrev
-from transformers import (
-    MambaConfig,
-    MambaForCausalLM,
-)
 
 from laplace_lora import (
     DiagLoraLaplace,
@@ -19,8 +11,8 @@ from laplace_lora.models import tangent_cache
 from laplace_lora.predictive.sample_set import SampleSet
 from support.batches import token_batch
 from support.generation import FIELDS, K, seeded
-from support.language import text_batch, text_loader
-from support.models import PAD, VOCABULARY, excite
+from support.language import text_batch
+from support.models import VOCABULARY
 from support.sampled import NAMES, explicit_samples, fitted, language_model, read_all
 
 
@@ -67,37 +59,6 @@ def test_padding_batches_and_pieces_change_nothing(monkeypatch):
         for field in (*FIELDS, "tail_probability", "log_probabilities"):
             one, theirs = getattr(other, field), getattr(reference, field)
             torch.testing.assert_close(one, theirs, atol=1e-6, rtol=1e-6)
-
-
-def test_a_model_without_a_plain_attention_cache_reads_every_text_anew(caplog, in_double):
-    torch.manual_seed(0)
-    config = MambaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, state_size=4, num_hidden_layers=2, pad_token_id=PAD
-    )
-    adapter = LoraConfig(r=2, target_modules=["in_proj", "x_proj"])
-    model = excite(get_peft_model(MambaForCausalLM(config), adapter)).double()
-    la = DiagLoraLaplace(model, "language_modeling")
-    la.fit(text_loader(2, text_batch((5, 5, 5))))
-    batch = token_batch((5, 5))
-    directions = SampleSet(la.fitted, 4, seeded()).directions
-    weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-
-    def f(w):
-        return functional_call(model.eval(), w, (), {"input_ids": batch["input_ids"]}).logits
-
-    J = torch.cat([J.flatten(3) for J in jacrev(f)(weights).values()], -1)
-    with caplog.at_level(logging.INFO, logger=reading.__name__):
-        ours, slopes = read_all(la, batch)
-    assert "no plain attention cache" in caplog.text
-    torch.testing.assert_close(ours, f(weights), atol=1e-8, rtol=1e-8)
-    expected = torch.einsum("ntvp,kp->kntv", J, directions)
-    torch.testing.assert_close(slopes, expected, atol=1e-8, rtol=1e-8)
-    written = generate(la, batch, 3, K, generator=seeded())
-    ids = torch.cat([batch["input_ids"], written.tokens], 1)
-    labels = ids.clone()
-    labels[:, :5] = -100
-    again = score(la, {"input_ids": ids, "labels": labels}, K, n_samples=16, generator=seeded())
-    torch.testing.assert_close(again.log_probabilities, written.log_probabilities)
 
 
 @pytest.mark.parametrize(

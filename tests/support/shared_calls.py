@@ -7,6 +7,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from laplace_lora import KronLoraLaplace
 from laplace_lora.evaluation import TemperatureScaling, evaluate
 from laplace_lora.functional import calculate_kronecker_factors
+from laplace_lora.generation import generate, score
 from laplace_lora.posteriors.last_layer_gp import FunctionalLoraLLLaplace
 from support.batches import loader, validation
 from support.language import EXACT, language_posterior, text_batch, text_loader
@@ -77,6 +78,26 @@ def _widest(la, data):
     return torch.tensor([report.nll, report.nll_map, la.covariance_scale, report.tokens])
 
 
+def _texts(la, data):
+    la = language_posterior(fit=False, prior_precision=20.0, **EXACT)
+    la.fit(data)
+    return la, torch.Generator().manual_seed(3)
+
+
+def _score(la, data):
+    la, generator = _texts(la, data)
+    found = score(la, text_batch(), 4, n_samples=6, generator=generator)
+    return torch.cat([found.log_probabilities.flatten(), found.mutual_information.flatten()])
+
+
+def _generate(la, data):
+    la, generator = _texts(la, data)
+    prompts = text_batch()["input_ids"][:, :3]
+    options = {"do_sample": True, "temperature": 0.7, "n_samples": 6, "eos_token_id": []}
+    found = generate(la, prompts, 4, 4, generator=generator, **options)
+    return torch.cat([found.tokens.flatten(), found.log_probabilities.flatten()])
+
+
 def _calibrate(la, data):
     report = la.calibrate(data, link_approx="mc", n_samples=20)  # samples are shared, too
     return torch.tensor([report.nll_after, report.nll_before])
@@ -122,16 +143,19 @@ CALLS = {
     "auto": _auto,
     "marglik": _marglik,
     "widest": _widest,
+    "score": _score,
+    "generate": _generate,
     "evaluate": _evaluate,
     "temperature": _temperature,
     "gp": _process,
     "factors": _factors,
 }
 ON_TRAINING_DATA = ("loo", "auto", "marglik")
+ON_TEXTS = ("widest", "score", "generate")
 
 
 def data_of(call):
-    if call == "widest":
+    if call in ON_TEXTS:
         return text_loader(batch=text_batch((4, 6, 3, 5, 6, 4, 5), (1, 3, 2, 1, 2, 1, 2))).dataset
     return (loader() if call in ON_TRAINING_DATA else validation()).dataset
 
