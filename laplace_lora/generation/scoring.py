@@ -65,7 +65,7 @@ def score(
         TypeError: If the batch is no mapping with ``input_ids`` and ``labels``.
         ValueError: If nothing is scored, labels do not fit the tokens or the vocabulary, an option
             is out of range, the model is no causal language model, or it cannot carry tangents
-            (4-bit weights, compiled or offloaded models), which the exact method does not need.
+            (8-bit weights, compiled or offloaded models), which the exact method does not need.
     """
     check_method(method, link_approx)
     predictor: NextTokenPredictor | SampledPredictor

@@ -25,8 +25,11 @@ from laplace_lora.models.frozen_maps import differentiate_inputs_only
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.models.twins import twin_of
 
-# Their kernels have neither a forward derivative nor a batching rule.
-QUANTISED = ("Linear4bit", "Linear8bitLt")
+# Its kernels round the inputs as well, so they have no derivative.
+QUANTISED = "Linear8bitLt"
+
+# Multiplies with the weights of all experts at once, and has no forward derivative.
+GROUPED = "grouped_mm"
 
 # torch counts the levels of forward differentiation for all threads together.
 _LEVELS = threading.RLock()
@@ -121,8 +124,8 @@ def forward_mode(
 ) -> Iterator[ForwardMode]:
     """Yield a twin of a model that carries directions of its weights along.
 
-    Attention runs in an implementation with a forward derivative there, which the fused kernels
-    lack.
+    Attention and mixtures of experts run in implementations with a forward derivative there, which
+    the fused kernels lack.
 
     Args:
         model: Any module, in any mode; the twin is in evaluation mode.
@@ -130,14 +133,14 @@ def forward_mode(
         directions: Flat, in the order of the tensors, ``(directions, parameters)``.
 
     Raises:
-        NoForwardDerivativeError: If the model cannot have a twin, or is quantised by bitsandbytes;
-            names the layer.
+        NoForwardDerivativeError: If the model cannot have a twin, or is quantised to 8 bits by
+            bitsandbytes; names the layer.
     """
     for name, module in model.named_modules():
-        if type(module).__name__ in QUANTISED:
+        if type(module).__name__ == QUANTISED:
             raise NoForwardDerivativeError(
-                f"{name} is quantised ({type(module).__name__}), which has no forward derivative; "
-                "use method='exact', or load the base model in bfloat16"
+                f"{name} is quantised ({QUANTISED}), which has no forward derivative; use "
+                "method='exact', or load the base model in bfloat16 or 4 bits"
             )
     twin, own = twin_of(model, parameters)
     if twin is None:
@@ -154,6 +157,8 @@ def forward_mode(
     transformers: Any = (m for m in twin.modules() if hasattr(m, "set_attn_implementation"))
     for transformer in transformers:
         transformer.set_attn_implementation(differentiable_attention(transformer))
+        if getattr(transformer.config, "_experts_implementation", None) == GROUPED:
+            transformer.set_experts_implementation("eager")
         break  # it reaches all models inside
     if any(p.dtype == torch.float64 for p in twin.parameters()):
         for module in twin.modules():

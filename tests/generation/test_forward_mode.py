@@ -7,9 +7,11 @@ import torch
 
 from laplace_lora.generation import generate, score
 from laplace_lora.models.modes import evaluation_mode
+from support.architectures import TEXT, architecture
 from support.batches import token_batch
 from support.generation import K, seeded
 from support.language import language_posterior, text_batch
+from support.models import PAD, VOCABULARY
 from support.opaque import Opaque
 from support.sampled import fitted
 
@@ -57,7 +59,7 @@ def test_threads_score_and_run_the_model_at_once():
     assert all(torch.equal(out, plain) for out in outputs)
 
 
-class Linear4bit(torch.nn.Linear):
+class Linear8bitLt(torch.nn.Linear):
     """Named like bitsandbytes' layer."""
 
 
@@ -70,7 +72,7 @@ def test_what_has_no_forward_derivative_is_refused_by_name():
         score(la, text_batch(), K)
     layers[0].mlp.act_fn = kept
     o_proj = layers[1].self_attn.o_proj
-    layers[1].self_attn.o_proj = Linear4bit(16, 16, bias=False).double()
+    layers[1].self_attn.o_proj = Linear8bitLt(16, 16, bias=False).double()
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.o_proj is quantised"):
         score(la, text_batch(), K)
     layers[1].self_attn.o_proj = o_proj
@@ -79,6 +81,22 @@ def test_what_has_no_forward_derivative_is_refused_by_name():
     o_proj.lock = threading.Lock()  # cannot be copied
     with pytest.raises(ValueError, match="cannot be copied"):
         score(la, text_batch(), K)
+
+
+def test_mixtures_of_experts():
+    config = {**TEXT, "vocab_size": VOCABULARY, "pad_token_id": PAD}
+    model = architecture("causal", "mixtral", config, torch.float32, ["q_proj", "v_proj"])
+    la = fitted(model=model, prior_precision=20.0)
+    base = model.get_base_model()
+    kept = base.config._experts_implementation
+    ours = score(la, text_batch(), K, n_samples=2048, generator=seeded())
+    assert base.config._experts_implementation == kept == "grouped_mm"
+    exact = score(la, text_batch(), K, method="exact")
+    torch.testing.assert_close(ours.mean, exact.mean, atol=1e-5, rtol=1e-5)
+    S = exact.covariance
+    variance = S.diagonal(dim1=-2, dim2=-1)
+    error = (variance[..., None] * variance[..., None, :] + S.square()) / 1024
+    assert ((ours.covariance - S).abs() <= 4 * error.sqrt() + 1e-6).all()
 
 
 def test_half_precision_and_gradient_checkpointing():

@@ -11,8 +11,10 @@ from transformers import BitsAndBytesConfig
 
 from laplace_lora import DiagLoraLaplace, FullLoraLLLaplace, KronLoraLaplace, LogitsModel
 from laplace_lora.adapters.discovery import linear_maps
+from laplace_lora.generation import generate, score
 from laplace_lora.models.modes import evaluation_mode
 from support.batches import loader, token_batch
+from support.language import text_batch, text_loader
 from support.models import ARCHITECTURES, TARGETS, adapter_config, base_model, excite
 from support.posteriors import LOW
 from support.references import assert_near
@@ -142,6 +144,32 @@ def quantised(name, bits, folder):
 
 def jacobian(la):
     return torch.cat([j.flatten(2) for j in la.backend.jacobian_blocks(BATCH)[1]], -1)
+
+
+@pytest.mark.skipif(not HAS_BITSANDBYTES, reason="needs bitsandbytes")
+@pytest.mark.filterwarnings("ignore")
+def test_texts_over_four_bits_are_sampled_and_those_over_eight_refused(tmp_path):
+    model = quantised("llama-lm", 4, tmp_path / "base").eval()
+    la = KronLoraLaplace(model, "language_modeling", uncovered="diag", prior_precision=20.0, **LOW)
+    la.fit(text_loader())
+    exact = score(la, text_batch(), 4, method="exact")
+    ours = score(la, text_batch(), 4, n_samples=2048, generator=torch.Generator().manual_seed(0))
+    assert_near(ours.mean, exact.mean, 1e-4)
+    S = exact.covariance
+    variance = S.diagonal(dim1=-2, dim2=-1)
+    error = (variance[..., None] * variance[..., None, :] + S.square()) / 1024
+    assert ((ours.covariance - S).abs() <= 4 * error.sqrt() + 1e-4 * S.abs().max()).all()
+    written = generate(la, text_batch()["input_ids"][:, :3], 3, 4)
+    assert written.mutual_information[written.mask].gt(0).all()
+    answers = KronLoraLaplace(model, "classification", target_ids=TARGETS, uncovered="diag", **LOW)
+    answers.fit(loader())
+    sampled = answers(BATCH, method="sampled", n_samples=2048)
+    assert_near(sampled, answers(BATCH, method="exact"), 0.02)
+    eight = quantised("llama-lm", 8, tmp_path / "base").eval()
+    la = DiagLoraLaplace(eight, "language_modeling", uncovered="diag")
+    la.fit(text_loader())
+    with pytest.raises(ValueError, match=r"is quantised \(Linear8bitLt\).* or 4 bits"):
+        score(la, text_batch(), 4)
 
 
 @pytest.mark.skipif(not HAS_BITSANDBYTES, reason="needs bitsandbytes")
