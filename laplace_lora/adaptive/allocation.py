@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from laplace_lora.adapters.peft_state import adalora_layers, freeze_untrainable
 from laplace_lora.adaptive.scores import Components, ImportanceScore, best
-from laplace_lora.data.distributed import unwrapped
+from laplace_lora.data.sharding import unwrapped
 
 
 def adalora_components(model: nn.Module, adapter: str) -> list[Components]:

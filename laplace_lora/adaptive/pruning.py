@@ -19,7 +19,7 @@ from laplace_lora.adapters.peft_state import adalora_layers, check_adapters
 from laplace_lora.adaptive.allocation import adalora_components
 from laplace_lora.adaptive.criteria import Criterion, Function
 from laplace_lora.adaptive.scores import Components, Marginals, PosteriorScore, best
-from laplace_lora.data.distributed import unwrapped
+from laplace_lora.data.sharding import unwrapped
 
 COPIED = ("task_type", "modules_to_save", "lora_dropout", "bias", "fan_in_fan_out")
 

@@ -25,6 +25,7 @@ from laplace_lora.capture.verification import verify_gradients
 from laplace_lora.curvature.kfac import Rows
 from laplace_lora.curvature.loss_gradient import LossGradient, ResidualColumns
 from laplace_lora.data.batches import doubled, splits_by_example
+from laplace_lora.data.sharding import in_pieces
 from laplace_lora.likelihoods.base import Columns, Likelihood
 from laplace_lora.likelihoods.links import check_finite
 from laplace_lora.likelihoods.roots import identity_root
@@ -86,6 +87,7 @@ class Engine:
         self.verify = verify
         self.draws_labels = draws_labels
         self.is_verified = False
+        in_pieces(model)
         self._covered = trainable_maps(model if trained is None else trained, uncovered)
 
     @property
@@ -283,6 +285,7 @@ class Engine:
         examples: int | None = None,
         needs_masks: bool = False,
     ) -> tuple[Tape, Sequence[Block]]:
+        in_pieces(self.model)
         check_adapters(self.model)
         check_in_use(self.model, [(block.name, block.parameter) for block in self.blocks])
         run = self.model if function is None else function

@@ -10,19 +10,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch import Tensor
 
 from laplace_lora.data.batches import Batch
 from laplace_lora.data.loaders import progress
+from laplace_lora.data.messages import messages
 from laplace_lora.data.shares import is_sharded, processes, share_of
 
 T = TypeVar("T")
-M = TypeVar("M", bound=nn.Module)
 
 
 class OtherProcessFailed(RuntimeError):
@@ -52,8 +51,8 @@ def together(
     """Share work with the other processes, where they share a loader.
 
     However a process leaves the block, all leave it: with their results, or with an error each. A
-    process that was killed silently (e.g. out of memory) is noticed by gloo at once; NCCL waits for
-    the timeout of its process group. Nothing is exchanged where no loader is shared.
+    process that was killed silently (e.g. out of memory) is noticed at once, as reports go through
+    gloo, see `messages`. Nothing is exchanged where no loader is shared.
 
     Args:
         *loaders: What the work iterates over, see `share_of`.
@@ -66,8 +65,9 @@ def together(
         RuntimeError: If the processes do different things.
         TypeError: As `share_of`.
     """
-    shared = (everyone and processes() > 1) or any(map(is_sharded, loaders))
-    team = Together(shared, device)
+    deals = any(map(is_sharded, loaders))
+    team = Together((everyone and processes() > 1) or deals, device, deals)
+    shared = team.shared
     blocks = _blocks()
     if shared:
         blocks.append(team)
@@ -90,13 +90,18 @@ class Together:
     Args:
         shared: Whether other processes take part.
         device: Where a process without examples gets the others' rows.
+        deals: Whether they see different data.
 
     Attributes:
         shared: As given.
+        deals: As given.
     """
 
-    def __init__(self, shared: bool, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, shared: bool, device: torch.device | str = "cpu", deals: bool = False
+    ) -> None:
         self.shared = shared
+        self.deals = deals
         self._device = device
         self._over = not shared
         self._places: list[Tensor] | None = None  # of a shared loader's examples
@@ -237,7 +242,7 @@ class Together:
         where = (blocks.index(self), step)
         reports: list[Any] = [None] * processes()
         try:
-            dist.all_gather_object(reports, (where, message, value))
+            dist.all_gather_object(reports, (where, message, value), group=messages())
         except RuntimeError as lost:
             _give_up(blocks)
             raise ProcessLost("another process has ended or cannot be reached") from lost
@@ -272,18 +277,6 @@ def _give_up(blocks: list[Together]) -> None:
         block._over = True
 
 
-def unwrapped(model: M) -> M:
-    """Return the model in a wrapper for training in parallel or around a compiled model.
-
-    The first's forward pass is a collective; the second hides which transformer it holds.
-
-    Raises:
-        TypeError: If the wrapper has cut the weights to pieces.
-    """
-    if type(model).__name__ == "FullyShardedDataParallel":
-        raise TypeError("the model's weights are sharded (FSDP); load it whole in each process")
-    if isinstance(model, DistributedDataParallel | DataParallel):
-        return unwrapped(cast(M, model.module))
-    if type(model).__name__ == "OptimizedModule":
-        return unwrapped(cast(M, model._orig_mod))
-    return model
+def deals_data_out() -> bool:
+    """Return whether this thread is in shared work in which processes see different data."""
+    return any(block.deals for block in _blocks())

@@ -14,8 +14,9 @@ from laplace_lora.adapters.peft_state import check_adapters
 from laplace_lora.capture.recorder import record
 from laplace_lora.curvature.kfac import KfacSums, Rows
 from laplace_lora.data.batches import Batch, on_cpu
-from laplace_lora.data.distributed import Together, together, unwrapped
+from laplace_lora.data.distributed import Together, together
 from laplace_lora.data.masks import MASK_NAMES
+from laplace_lora.data.sharding import unwrapped
 from laplace_lora.functional.hooks import factor_tensor, mask_notes
 from laplace_lora.functional.selection import selected_maps
 from laplace_lora.likelihoods.roots import sampled_softmax_root, softmax_root

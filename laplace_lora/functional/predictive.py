@@ -13,7 +13,7 @@ from laplace_lora.adapters.maps import wide_dtype
 from laplace_lora.capture.jacobians import jacobian_blocks
 from laplace_lora.capture.recorder import record
 from laplace_lora.data.batches import Batch
-from laplace_lora.data.distributed import unwrapped
+from laplace_lora.data.sharding import unwrapped
 from laplace_lora.functional.factor_cache import Factors, check_ranks, decomposed
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.roots import identity_root

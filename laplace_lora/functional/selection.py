@@ -9,7 +9,7 @@ from torch import nn
 
 from laplace_lora.adapters.discovery import linear_maps
 from laplace_lora.adapters.maps import LinearMap
-from laplace_lora.data.distributed import unwrapped
+from laplace_lora.data.sharding import unwrapped
 
 MATCHES = ("parts", "substring")
 

@@ -11,8 +11,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from laplace_lora.adapters.peft_state import activate_adapter
-from laplace_lora.data.distributed import unwrapped
 from laplace_lora.data.pairs import is_pair, passes
+from laplace_lora.data.sharding import check_same_data, refuse_tensor_parallel, unwrapped
 from laplace_lora.models.answers import AnswerPlace, checked_target_ids
 from laplace_lora.models.last_layer_model import head_tensors, last_linear, n_rows
 from laplace_lora.models.modes import coarsest_dtype, device_of
@@ -58,6 +58,7 @@ class LogitsModel(nn.Module):
     ) -> None:
         super().__init__()
         model = unwrapped(model)
+        refuse_tensor_parallel(model)
         self.model = model
         self.output = output
         self._base: Any
@@ -135,8 +136,10 @@ class LogitsModel(nn.Module):
             the rejected and of the chosen texts.
 
         Raises:
+            TypeError: If the model is sharded, and processes see different data.
             ValueError: If a batch of pairs meets a model with several outputs, or lacks a half.
         """
+        check_same_data(self.model)
         if is_pair(batch):
             rewards = torch.cat([self(half) for half in passes(batch)], dim=-1)
             if rewards.shape[-1] != 2:

@@ -13,6 +13,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from laplace_lora.data.sharding import write_values
+
 T = TypeVar("T")
 COMPILED = "_laplace_lora_compiled"  # where a module keeps its compiled call meanwhile
 
@@ -194,4 +196,4 @@ def set_weights(parameters: Sequence[nn.Parameter], vector: Tensor) -> None:
     """
     sizes = [parameter.numel() for parameter in parameters]
     for parameter, values in zip(parameters, vector.split(sizes), strict=True):
-        parameter.copy_(values.view_as(parameter))
+        write_values(parameter, values.view(parameter.shape))

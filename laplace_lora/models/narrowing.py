@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from laplace_lora.data.sharding import is_sharded_tensor
 from laplace_lora.models.thread_hooks import STRUCTURE, on_input, on_output
 
 
@@ -125,7 +126,7 @@ class _RowsByThread:
 def rows_only(head: nn.Module, ids: Tensor) -> Iterator[bool]:
     """Let a plain frozen linear head compute only some rows; yields whether it does."""
     trainable = any(parameter.requires_grad for parameter in head.parameters())
-    if type(head) is not nn.Linear or trainable:
+    if type(head) is not nn.Linear or trainable or is_sharded_tensor(head.weight):
         yield False
         return
     ids = ids.to(head.weight.device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from laplace_lora.data.distributed import unwrapped
+from laplace_lora.data.sharding import unwrapped
 from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
 from laplace_lora.models.logits_model import LogitsModel, wide
 from laplace_lora.models.narrowing import at_tokens, last_true

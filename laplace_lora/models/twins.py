@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from laplace_lora.data.sharding import gathered_anew, is_sharded_model
 from laplace_lora.models.modes import weights_kept
 from laplace_lora.models.thread_hooks import STRUCTURE
 
@@ -27,10 +28,10 @@ def resampled(
     """Yield a twin of a model, and its trainable tensors, which may be overwritten.
 
     The twin has modules and trainable tensors of its own and shares all other weights, so the
-    model itself runs on unchanged, in other threads as well. Models that are compiled or offloaded,
-    or whose forward pass was replaced by a function that holds the model, cannot have one: they are
-    yielded themselves and get their weights back to the bit; other threads' samples wait meanwhile,
-    and a plain forward pass beside them sees sampled weights.
+    model itself runs on unchanged, in other threads as well. Models that are compiled, offloaded or
+    sharded, or whose forward pass was replaced by a function that holds the model, cannot have one:
+    they are yielded themselves and get their weights back to the bit; other threads' samples wait
+    meanwhile, and a plain forward pass beside them sees sampled weights.
 
     Args:
         model: Any module, in the mode in which it is to run.
@@ -40,8 +41,20 @@ def resampled(
     if twin is not None:
         yield twin, twins
         return
-    with _IN_PLACE, weights_kept(parameters):
+    with in_place(model, parameters):
         yield model, list(parameters)
+
+
+@contextmanager
+def in_place(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let a model's own weights be overwritten for a while, by one thread after the other.
+
+    Args:
+        model: Any module.
+        parameters: The tensors that come back to the bit.
+    """
+    with _IN_PLACE, gathered_anew(model), weights_kept(parameters):
+        yield
 
 
 def twin_of(
@@ -81,7 +94,8 @@ def _has_twin(model: nn.Module) -> bool:
         is_changed = "forward" in vars(module) and not _is_trls_fused_head(module)
         if is_changed and _holds_modules(module.forward, set()):
             return False
-    return all(parameter.device.type != "meta" for parameter in model.parameters())
+    at_hand = all(parameter.device.type != "meta" for parameter in model.parameters())
+    return at_hand and not is_sharded_model(model)
 
 
 def _is_trls_fused_head(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.adapters.selection import listed
+from laplace_lora.data.sharding import whole
 from laplace_lora.models.last_layer_model import LastLayerModel
 from laplace_lora.structures.state import Posterior
 
@@ -36,7 +37,7 @@ class WeightsWatch:
         seen = (id(posterior.mean), versions, places)
         if seen == self._seen:
             return
-        changed = [name for name, now, then in _pairs(posterior) if not _equal(now, then)]
+        changed = [name for name, now, then in _pairs(posterior) if not _equal(whole(now), then)]
         if changed:
             raise RuntimeError(
                 f"the weights {listed(changed)} have changed since the posterior was fitted "

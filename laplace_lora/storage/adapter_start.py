@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from laplace_lora.data.sharding import whole
 from laplace_lora.storage.files import write_whole
 
 FILE = "adapter_start.safetensors"
@@ -97,4 +98,4 @@ def start_of(model: nn.Module) -> AdapterStart:
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError("the model has no trainable weights")
-    return AdapterStart({k: p.detach().to("cpu", copy=True) for k, p in trainable.items()})
+    return AdapterStart({k: whole(p).to("cpu", copy=True) for k, p in trainable.items()})

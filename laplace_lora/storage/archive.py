@@ -16,6 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from laplace_lora.data.distributed import together
+from laplace_lora.data.sharding import is_sharded_model
+from laplace_lora.data.shares import is_main
 from laplace_lora.storage.files import CONFIG, RECENTRED, TENSORS, VERSION, write_files
 from laplace_lora.storage.fingerprint import check_identity, identity, trained_tensors
 from laplace_lora.storage.rounding import (
@@ -35,7 +38,8 @@ SHIFT = "shift"
 def save_posterior(posterior: Posterior, folder: Path, backend: str) -> None:
     """Write a fitted posterior into a folder.
 
-    A reader finds the earlier posterior or this one, at any moment, see `files`.
+    A reader finds the earlier posterior or this one, at any moment, see `files`. All processes call
+    this for a sharded model; the main one writes.
 
     Args:
         posterior: A fitted posterior.
@@ -72,7 +76,9 @@ def save_posterior(posterior: Posterior, folder: Path, backend: str) -> None:
         ROUNDED: rounded_fingerprints(trained_tensors(posterior)),
     }
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_files(folder, plain, config)
+    with together(everyone=is_sharded_model(posterior.source)) as team:
+        if not team.shared or is_main():
+            write_files(folder, plain, config)
 
 
 def load_state(posterior: Posterior, payload: bytes, config: Mapping[str, Any]) -> PosteriorState:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.adapters.peft_state import adapter_parameters, adapter_settings
+from laplace_lora.data.sharding import in_pieces, whole
 from laplace_lora.structures.state import Posterior
 
 SETTINGS = "adapter_settings"
@@ -38,11 +39,13 @@ def identity(posterior: Posterior) -> dict[str, Any]:
 def trained_tensors(posterior: Posterior) -> list[tuple[str, Tensor]]:
     """Return a posterior's tensors, and the others of the active adapter, with their names."""
     covered = zip(posterior.engine.names, posterior.engine.parameters, strict=True)
-    return [*covered, *((name, p) for name, p, active in _others(posterior) if active)]
+    others = ((name, p) for name, p, active in _others(posterior) if active)
+    return [(name, whole(p)) for name, p in (*covered, *others)]
 
 
 def _others(posterior: Posterior) -> list[tuple[str, Tensor, bool | None]]:
     """Return tensors that a posterior does not cover, and whether they are of an adapter."""
+    in_pieces(posterior.source)
     covered = {id(p) for p in posterior.engine.parameters}
     adapters = adapter_parameters(posterior.source)
     # Other adapters that happen to be loaded do not change what the active one computes.
@@ -88,7 +91,7 @@ def exact_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     Args:
         tensors: Names and tensors, in order.
     """
-    return _hashed((name, t.shape, t.detach().float().flatten()) for name, t in tensors)
+    return _hashed((name, t.shape, whole(t).float().flatten()) for name, t in tensors)
 
 
 def sampled_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -117,7 +120,7 @@ def sampled_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
         halves = [torch.bincount(half, minlength=16) for half in (octets & 15, octets >> 4)]
         return name, octets.shape, halves[0] + halves[1]
 
-    return _hashed(seen(name, t) for name, t in tensors)
+    return _hashed(seen(name, whole(t)) for name, t in tensors)
 
 
 def _hashed(parts: Iterable[tuple[str, torch.Size, Tensor]]) -> str:

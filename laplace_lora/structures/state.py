@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_lora.curvature.engine import Engine
+from laplace_lora.data.sharding import whole
 from laplace_lora.likelihoods.base import Likelihood
 from laplace_lora.structures.base import GradientTerm, Precision, Structure
 from laplace_lora.structures.settings import Settings
@@ -168,7 +169,7 @@ class Posterior:
     def current_weights(self) -> Tensor:
         """Return the model's trainable weights, ``(parameters,)``, on the posterior's device."""
         # A model may be spread over devices; the posterior is on one.
-        parts = [p.detach().flatten() for p in self.engine.parameters]
+        parts = [whole(p).flatten() for p in self.engine.parameters]
         return torch.cat([part.to(self.device, self.dtype) for part in parts])
 
     def by_example(self, batch: Any) -> Any:

@@ -7,8 +7,8 @@ products up to a few per cent (Johnson and Lindenstrauss 1984).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,12 +31,19 @@ class FunctionRows:
         engine: Of the model.
         readout: The functions.
         numbers: How many numbers a function's Jacobian may take; larger ones are compressed.
+        at_weights: Makes contexts in which the model is at the weights that are meant.
     """
 
     def __init__(
-        self, posterior: Posterior, engine: Engine, readout: Readout, numbers: float = math.inf
+        self,
+        posterior: Posterior,
+        engine: Engine,
+        readout: Readout,
+        numbers: float = math.inf,
+        at_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.posterior, self.engine, self.readout = posterior, engine, readout
+        self._at_weights = at_weights
         self.means: list[Tensor] = []
         # Of each tensor, batch by batch; None where it does not change the functions, as lora_A
         # does not behind a lora_B that is zero.
@@ -47,7 +54,7 @@ class FunctionRows:
 
     def add(self, x: Any, y: Tensor) -> None:
         """Add a batch."""
-        with evaluation_mode(self.engine.model):
+        with evaluation_mode(self.engine.model), self._at_weights():
             f, blocks = self.engine.jacobian_blocks(x, self.readout.columns)
             self.means.append(self.readout.mean(f).double())
             for i, block in enumerate(blocks):
@@ -132,8 +139,8 @@ def base_rows(posterior: Posterior, readout: Readout, numbers: float) -> Iterato
     Raises:
         ValueError: If the adapter did not start so.
     """
-    with before_adapter(posterior.source) as twin:
+    with before_adapter(posterior.source) as (twin, at_start):
         engine = Engine(
             twin, posterior.objective, posterior.engine.root, None, "diag", verify=False
         )
-        yield FunctionRows(posterior, engine, readout, numbers)
+        yield FunctionRows(posterior, engine, readout, numbers, at_start)

@@ -13,6 +13,7 @@ from transformers import BertForSequenceClassification
 from laplace_lora import FullLoraLaplace, KronLoraLaplace, LogitsModel
 from laplace_lora.likelihoods.base import CONTRASTS
 from laplace_lora.likelihoods.registry import likelihood_of
+from laplace_lora.models import twins
 from laplace_lora.models.start import before_adapter
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.tuning.leave_one_out import closer_fit
@@ -138,12 +139,23 @@ def test_before_an_adapter_the_base_model_answers():
     batch = {k: v for k, v in token_batch().items() if k != "labels"}
     with torch.no_grad():
         trained = model(**batch).logits
-        with before_adapter(model) as twin:
+        with before_adapter(model) as (twin, _):
             answer = twin(**batch).logits
             torch.testing.assert_close(model(**batch).logits, trained)
         with model.disable_adapter():
             torch.testing.assert_close(answer, model(**batch).logits)
     assert (answer - trained).abs().max() > 1e-3
+
+
+def test_a_model_without_a_twin_is_tuned_as_one_that_has_one(monkeypatch):
+    """Both its own predictions and the base model's are read batch by batch."""
+    expected, la = fitted(), fitted()
+    expected.optimize_prior_precision(method="loo")
+    monkeypatch.setattr(twins, "_has_twin", lambda model: False)
+    before = {k: v.clone() for k, v in la.model.state_dict().items()}
+    la.optimize_prior_precision(method="loo")
+    assert all(torch.equal(before[k], v) for k, v in la.model.state_dict().items())
+    torch.testing.assert_close(la.prior_precision, expected.prior_precision)
 
 
 def test_without_the_training_data_it_says_so():

@@ -1,0 +1,151 @@
+"""Weights that several processes hold in pieces, as `torch.distributed.fsdp.fully_shard` cuts them.
+
+Everything the package knows of sharded tensors is here. A sharded tensor is read whole by all
+processes together; a forward or backward pass of a sharded model is a collective, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from laplace_lora.data.distributed import deals_data_out
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor's values, detached; all processes call it for one that is sharded."""
+    tensor = tensor.detach()
+    return cast(Tensor, cast(Any, tensor).full_tensor()) if is_sharded_tensor(tensor) else tensor
+
+
+def is_sharded_tensor(tensor: Tensor) -> bool:
+    """Return whether processes hold a tensor in pieces."""
+    return _kind() is not None and isinstance(tensor, _kind())
+
+
+def is_sharded_model(model: nn.Module) -> bool:
+    """Return whether processes hold pieces of a model, so that they run it together."""
+    return any(isinstance(m, FSDPModule) for m in model.modules()) or any(
+        map(is_sharded_tensor, model.parameters())
+    )
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor, without a copy."""
+    tensor = tensor.detach()
+    return cast(Tensor, cast(Any, tensor).to_local()) if is_sharded_tensor(tensor) else tensor
+
+
+@torch.no_grad()
+def write_values(tensor: Tensor, values: Tensor) -> None:
+    """Overwrite a tensor in place, in its own dtype; each process writes the piece it holds.
+
+    Args:
+        tensor: The tensor.
+        values: Whole values, the same in all processes, of the tensor's shape.
+    """
+    sharded: Any = tensor
+    if is_sharded_tensor(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
+        # All have the same values already, so none are sent.
+        values = values.to(local_part(tensor))
+        place = (sharded.device_mesh, sharded.placements)
+        values = local_part(distribute_tensor(values, *place, src_data_rank=None))
+    local_part(tensor).copy_(values)
+
+
+def refuse_tensor_parallel(model: nn.Module) -> None:
+    """Refuse layers that a tensor-parallel plan has divided among processes.
+
+    Raises:
+        TypeError: If there are any.
+    """
+    sizes = [getattr(module, "_tp_size", None) or 1 for module in model.modules()]
+    if max(sizes, default=1) > 1:
+        raise TypeError(
+            "the model's layers are divided among processes by a tensor-parallel plan (tp_plan), "
+            "so none sees a layer's whole inputs and gradients; load it without tp_plan, and "
+            "shard it with torch.distributed.fsdp.fully_shard if it is too large for one device"
+        )
+
+
+def _kind() -> Any:
+    if not dist.is_available():
+        return None
+    from torch.distributed.tensor import DTensor
+
+    return DTensor
+
+
+def in_pieces(model: nn.Module) -> None:
+    """Let a sharded model's parameters be those that stay, not those gathered for one pass.
+
+    Some passes leave the latter in their place.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def gathered_anew(model: nn.Module) -> Iterator[None]:
+    """Let every forward pass gather a sharded model's weights, which are being overwritten.
+
+    With ``reshard_after_forward=False`` it would find those of an earlier pass.
+    """
+    hook = None
+    if is_sharded_model(model):
+        hook = model.register_forward_pre_hook(lambda *_: in_pieces(model))
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
+            in_pieces(model)
+
+
+def check_same_data(model: nn.Module) -> None:
+    """Refuse to run a sharded model on different data in each process.
+
+    A forward pass gathers the pieces of all processes, so all must make the same ones; how many a
+    batch takes depends on its examples.
+
+    Raises:
+        TypeError: If that is what this thread is about to do.
+    """
+    if deals_data_out() and is_sharded_model(model):
+        raise TypeError(
+            "the model is sharded, so all processes run it together, but the loader deals its data "
+            "out: give every process all the data, in the same order (a DataLoader without a "
+            "DistributedSampler, not prepared by accelerate)"
+        )
+
+
+def unwrapped(model: M) -> M:
+    """Return the model in a wrapper for training in parallel or around a compiled model.
+
+    The first's forward pass is a collective; the second hides which transformer it holds.
+
+    Raises:
+        TypeError: If the wrapper has cut the weights to pieces.
+    """
+    if type(model).__name__ == "FullyShardedDataParallel":
+        raise TypeError(
+            "the model's weights are sharded in one flat tensor (FSDP version 1); shard it with "
+            "torch.distributed.fsdp.fully_shard (fsdp_version: 2 in accelerate), or load it whole"
+        )
+    if isinstance(model, DistributedDataParallel | DataParallel):
+        return unwrapped(cast(M, model.module))
+    if type(model).__name__ == "OptimizedModule":
+        return unwrapped(cast(M, model._orig_mod))
+    return model

@@ -1,0 +1,92 @@
+"""Models sharded by `fully_shard`, in two processes: what the whole model gives in one."""
+
+import multiprocessing
+import socket
+
+import pytest
+import torch
+
+from laplace_lora import KronLoraLaplace
+from laplace_lora.data.sharding import refuse_tensor_parallel
+from support.batches import loader
+from support.models import peft_model
+from support.posteriors import LOW
+from support.references import assert_near
+from support.sharded import BATCH, KINDS, everything, worker
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    names = {"llama": "whole", "llama-lm": "whole language model"}
+    found = {name: everything(peft_model(name), folder / at)[0] for name, at in names.items()}
+    return folder, found
+
+
+@pytest.fixture(scope="module")
+def results(whole):
+    context, folder = multiprocessing.get_context("spawn"), whole[0]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    workers = [context.Process(target=worker, args=(rank, port, folder)) for rank in range(2)]
+    for process in workers:
+        process.start()
+    for process in workers:
+        process.join(timeout=300)
+    codes = [process.exitcode for process in workers]
+    for process in workers:
+        process.kill()
+    assert codes == [0, 0]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sharded_model_gives_what_the_whole_one_does(whole, results, kind):
+    expected = whole[1][KINDS[kind].get("name", "llama")]
+    for found in results:
+        assert list(found[kind]) == list(expected)
+        for call, value in expected.items():
+            assert_near(found[kind][call], value, 1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_file_serves_sharded_and_whole_models(whole, results, kind):
+    name = KINDS[kind].get("name", "llama")
+    la = KronLoraLaplace.from_pretrained(peft_model(name), whole[0] / kind)
+    assert_near(la(BATCH), whole[1][name]["loaded"], 1e-6)
+    for found in results:
+        assert_near(found["elsewhere"], whole[1]["llama"]["loaded"], 1e-6)
+
+
+def test_what_processes_cannot_share_is_refused(results):
+    for found in results:
+        refused = found["refusals"]
+        for call in ("dealt", "predicted"):
+            assert "give every process all the data, in the same order" in refused[call]
+        assert "sharded or cannot be copied" in refused["sampled"]
+        assert refused["kept"]
+
+
+def test_weights_that_change_in_one_piece_are_noticed(results):
+    for found in results:
+        assert "have changed since the posterior was fitted" in found["changed"]
+
+
+def test_a_policy_of_mixed_precision_is_followed(results):
+    la = KronLoraLaplace(peft_model("llama", dtype=torch.float32), "classification", **LOW)
+    la.fit(loader())
+    expected = la(BATCH)
+    for found in results:
+        error, probs = found["half precision"]
+        assert error is None
+        assert (probs - expected).abs().max() < 0.05
+
+
+def test_tensor_parallel_plans_are_refused():
+    model = peft_model("llama")
+    model.get_base_model()._tp_size = 2
+    with pytest.raises(TypeError, match="tensor-parallel plan"):
+        refuse_tensor_parallel(model)
+    with pytest.raises(TypeError, match="load it without tp_plan"):
+        KronLoraLaplace(model, "classification")
