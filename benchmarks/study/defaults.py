@@ -14,7 +14,6 @@ beside each checkpoint, and not computed again.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,17 +24,15 @@ import torch
 
 from benchmarks.harness.arguments import prepare
 from benchmarks.harness.report import write_report
+from benchmarks.study.judging import Judge, nll_of, over_checkpoints
 from benchmarks.study.trainings import (
     EVALUATION_BATCH,
     Training,
     checkpoint_parser,
-    in_order,
     load_checkpoint,
 )
 from laplace_lora import KronLoraLaplace, LogitsModel
 from laplace_lora.evaluation import MAP, TemperatureScaling
-from laplace_lora.predictive.glm import Predictor
-from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
 
 WAYS: dict[str, dict[str, Any]] = {
     "leave-one-out": {"method": "loo"},
@@ -43,7 +40,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "evidence": {"method": "marglik"},
     "evidence, plain": {"method": "marglik", "correction": False},
 }
-UNIT = torch.ones(1)
 GRID = torch.logspace(-2, 6, 33)
 FIT_BATCH = 8
 FIGURES = "defaults.json"
@@ -55,36 +51,22 @@ def figures(training: Training, data: Path, out: Path, device: str) -> dict[str,
     logits = LogitsModel(model, task.target_ids)
     la = KronLoraLaplace(logits, "classification")
     la.fit(task.loader("train", FIT_BATCH))
-    priors, moved = {}, {}
+    ways = {}
     for name, way in WAYS.items():
         la.optimize_prior_precision(train_loader=task.loader("train", FIT_BATCH), **way)
-        priors[name] = float(la.prior_precision)
-        if la.state.settings.shift is not None:
-            moved[name] = la.fitted.with_settings(replace(la.state.settings, prior_precision=UNIT))
-    la.reset_mean()
-    la.prior_precision = UNIT
-    scoring = scoring_of(la.fitted, "quadrature", 0)
-    groups = torch.zeros(len(la.params), dtype=torch.long)
+        ways[name] = la.state.settings
+    shifts = [settings.shift for settings in ways.values() if settings.shift is not None]
+    still = replace(la.state.settings, shift=None)
     scaled = TemperatureScaling(logits, task.loader("val", EVALUATION_BATCH))
+    priors = {name: float(settings.prior_precision) for name, settings in ways.items()}
     found: dict[str, Any] = {"priors": priors, "temperature": scaled.temperature}
     for split in [split for split in ("test", "shifted") if split in task.splits]:
         loader = task.loader(split, EVALUATION_BATCH)
-        options = (loader, groups, scoring.readout)
-        kept = ValidationCache(Predictor(la.fitted), *options)
-        caches = {name: ValidationCache(Predictor(each), *options) for name, each in moved.items()}
-
-        def nll(prior: float, cache: ValidationCache = kept) -> float:
-            covariance = cache.covariance(cache.mean.new_tensor([prior]))
-            return float(scoring.nll(cache.mean, covariance, cache.y).double().mean())
-
-        row = {name: nll(prior, caches.get(name, kept)) for name, prior in priors.items()}
-        row["best in hindsight"] = min(nll(float(prior)) for prior in GRID)
-        for name, method in {"MAP": MAP(logits), "temperature scaling": scaled}.items():
-            losses = [
-                -method(batch).double().log().gather(1, batch["labels"].unsqueeze(1))
-                for batch in loader
-            ]
-            row[name] = float(torch.cat(losses).mean())
+        judge = Judge(la.fitted, loader, shifts[0] if shifts else None)
+        row = {name: judge.nll(settings) for name, settings in ways.items()}
+        grid = [replace(still, prior_precision=delta.reshape(1)) for delta in GRID]
+        row["best in hindsight"] = min(map(judge.nll, grid))
+        row |= {"MAP": nll_of(MAP(logits), loader), "temperature scaling": nll_of(scaled, loader)}
         found[split] = row
     return found
 
@@ -116,27 +98,13 @@ def rows_of(results: dict[str, dict[str, Any]], split: str) -> list[dict[str, st
 
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = checkpoint_parser(__doc__)
-    parser.add_argument("--only", default="", help="checkpoints whose name starts so")
-    return parser.parse_args(given)
+    return checkpoint_parser(__doc__).parse_args(given)
 
 
 def main() -> None:
     args = parse_arguments()
     prepare(args)
-    results = {}
-    for training in sorted(in_order(), key=lambda training: training.seed):
-        name = training.name
-        folder = args.out / "checkpoints" / name
-        path = folder / FIGURES
-        trained = (folder / "training.json").exists() and name.startswith(args.only)
-        if not path.exists() and (args.report or not trained):
-            continue
-        if not path.exists():
-            found = figures(training, args.data, args.out, args.device)
-            path.write_text(json.dumps(found, indent=1))
-        results[name] = json.loads(path.read_text())
-        print(name, results[name], flush=True)
+    results = over_checkpoints(args, figures, FIGURES)
     tables = {"Test NLL": rows_of(results, "test"), "Shifted NLL": rows_of(results, "shifted")}
     write_report("study.defaults", args, tables, list(results.values()))
 

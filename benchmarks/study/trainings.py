@@ -171,6 +171,7 @@ def checkpoint_parser(description: str | None) -> argparse.ArgumentParser:
     parser = plain_parser(description)
     parser.add_argument("--data", type=Path, required=True, help="folder with the tasks' folders")
     parser.add_argument("--out", type=Path, default=RESULTS / "study", help="folder of checkpoints")
+    parser.add_argument("--only", default="", help="checkpoints whose name starts so")
     parser.add_argument("--report", action="store_true", help="only report what is finished")
     parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
@@ -184,6 +185,8 @@ def main() -> None:
     rows = []
     for training in in_order():
         folder = args.out / "checkpoints" / training.name
+        if not training.name.startswith(args.only):
+            continue
         if args.report and not (folder / FIGURES).exists():
             continue
         rows.append(row_of(figures(training, args.data, args.out, args.device)))

@@ -6,16 +6,16 @@ import warnings
 from typing import Any
 
 from laplace_lora.data.distributed import OtherProcessFailed
-from laplace_lora.data.shares import is_sharded
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.autocast import in_full_precision
 from laplace_lora.models.forward_mode import NoForwardDerivativeError
-from laplace_lora.posteriors.calibrated import CalibratedLaplace
+from laplace_lora.posteriors.laplace_loops import LaplaceLoops
 from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning import leave_one_out
 from laplace_lora.tuning.groups import Structure
 from laplace_lora.tuning.leave_one_out import LeaveOneOut
 from laplace_lora.tuning.options import check_options
+from laplace_lora.tuning.structure_choice import StructureChoice
 from laplace_lora.tuning.tuner import Tuner, Tuning
 from laplace_lora.tuning.widest import Widest
 from laplace_lora.tuning.width_check import warn_if_wide
@@ -23,7 +23,7 @@ from laplace_lora.tuning.width_check import warn_if_wide
 TUNED_ON_TRAINING_DATA = ("loo", "widest")
 
 
-class TunedLaplace(CalibratedLaplace):
+class TunedLaplace(LaplaceLoops):
     """Calls of laplace-torch whose work is done by `Tuner`.
 
     Attributes:
@@ -77,7 +77,8 @@ class TunedLaplace(CalibratedLaplace):
             pred_type: Predictive that a grid search scores, ``"glm"`` or ``"nn"``.
             method: ``"auto"``, ``"loo"``, ``"widest"``, ``"marglik"``, ``"gridsearch"`` or
                 ``"val_gd"``.
-            prior_structure: Which tensors share a precision, see `prior_groups`.
+            prior_structure: Which tensors share a precision, see `prior_groups`; ``"auto"`` takes
+                the structure with the largest evidence, see `choose_structure`.
             val_loader: Validation batches with labels.
             train_loader: For ``"auto"``, ``"loo"``, ``"widest"`` and ``"marglik"``: the training
                 data, if not those of the fit in this process.
@@ -117,7 +118,9 @@ class TunedLaplace(CalibratedLaplace):
         try:
             self.state = uncalibrated
             tuner = Tuner(self.fitted)
-            settings, report, reason = None, None, ""
+            settings: Settings | None = None
+            report: LeaveOneOut | Widest | StructureChoice | None = None
+            reason = ""
             data_of_fit = self._train_loader if train_loader is None else train_loader
             options = (data_of_fit, progress_bar, recentre)
             if method == "auto":
@@ -137,11 +140,12 @@ class TunedLaplace(CalibratedLaplace):
                 if kwargs or prior_structure == "diag":
                     self._laplace_marglik(prior_structure, tune_sigma_noise, kwargs)
                 else:
+                    noise = tune_sigma_noise
                     corrected = self._measures_term(
-                        prior_structure, tune_sigma_noise, correction, data_of_fit, progress_bar
+                        prior_structure, noise, correction, data_of_fit, progress_bar
                     )
-                    settings = Tuner(self.fitted).marginal_likelihood(
-                        prior_structure, tune_sigma_noise, corrected
+                    settings, report = Tuner(self.fitted).marginal_likelihood(
+                        prior_structure, noise, corrected
                     )
             elif method == "gridsearch" and pred_type == "nn":
                 self._laplace_grid(val_loader, n_samples, kwargs)
@@ -162,6 +166,7 @@ class TunedLaplace(CalibratedLaplace):
                 reason,
                 report if isinstance(report, LeaveOneOut) else None,
                 report if isinstance(report, Widest) else None,
+                report if isinstance(report, StructureChoice) else None,
             )
         except BaseException:
             self.state = before  # laplace-torch's own loops write while they search
@@ -232,27 +237,6 @@ class TunedLaplace(CalibratedLaplace):
             )
             return False
         return True
-
-    def _laplace_marglik(
-        self, structure: Structure, tune_noise: bool, kwargs: dict[str, Any]
-    ) -> None:
-        if tune_noise and not self.fitted.objective.has_noise:
-            raise ValueError("only a regression has observation noise to tune")
-        with warnings.catch_warnings():
-            # laplace-torch speaks of links, which evidence does not involve.
-            warnings.filterwarnings("ignore", "By default `link_approx`", UserWarning)
-            super().optimize_prior_precision("glm", "marglik", prior_structure=structure, **kwargs)
-
-    def _laplace_grid(self, val_loader: Any, n_samples: int, kwargs: dict[str, Any]) -> None:
-        if is_sharded(val_loader):
-            raise ValueError(
-                "a grid search by sampled weights (pred_type='nn') takes data that every process "
-                "has whole; use pred_type='glm', whose data processes may share"
-            )
-        by_example = self.fitted.by_example
-        data = val_loader if val_loader is None else list(map(by_example, val_loader))
-        options = {"val_loader": data, "n_samples": n_samples, "link_approx": "mc"}
-        super().optimize_prior_precision("nn", "gridsearch", **options, **kwargs)
 
 
 def _reported(

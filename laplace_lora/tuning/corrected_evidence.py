@@ -47,7 +47,7 @@ def corrected_precision(posterior: Posterior, groups: Tensor) -> Tensor:
 
     def evidence(logs: Tensor) -> Tensor:
         deltas = logs.to(squares).exp()
-        return _evidence(deltas, groups, spectra, squares, gain, scale) - loss
+        return relative_evidence(deltas, groups, spectra, squares, gain, scale) - loss
 
     def descent(log_delta: float) -> float:
         value = evidence(torch.full((count,), log_delta, dtype=torch.float64))
@@ -81,20 +81,31 @@ def corrected_precision(posterior: Posterior, groups: Tensor) -> Tensor:
     return torch.tensor(climbed.x, dtype=torch.float64).exp()
 
 
-def _evidence(
+def relative_evidence(
     precisions: Tensor,
     groups: Tensor,
     spectra: list[Spectrum],
     squares: Tensor,
-    gain: GradientTerm,
+    gain: GradientTerm | None,
     scale: float,
 ) -> Tensor:
-    """Return the log evidence less the log likelihood."""
+    """Return the log evidence less the log likelihood, a float64 scalar in nats.
+
+    Args:
+        precisions: One prior precision per group; gradients flow through them.
+        groups: Group of each tensor.
+        spectra: Curvature eigenvalues of each tensor, with how often each counts.
+        squares: ``‖θ − μ₀‖²`` of each tensor.
+        gain: The gradient term, if it is to be in.
+        scale: Factor of loss and curvature in the log joint.
+    """
     deltas = precisions[groups]
     log_det: Any = sum(
         (times * torch.log1p(e.double() / delta)).sum()
         for spectrum, delta in zip(spectra, deltas, strict=True)
         for e, times in spectrum
     )
-    prior = precisions if len(precisions) == 1 else deltas
-    return gain.term(prior, scale) - 0.5 * (log_det + (deltas * squares).sum())
+    value: Tensor = -0.5 * (log_det + (deltas * squares).sum())
+    if gain is None:
+        return value
+    return value + gain.term(precisions if len(precisions) == 1 else deltas, scale)

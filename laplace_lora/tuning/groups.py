@@ -40,8 +40,8 @@ def prior_groups(names: Sequence[str], structure: Structure) -> Tensor:
         }[structure]
     else:
         raise ValueError(
-            f"prior_structure must be one of {STRUCTURES} or a function from a tensor's name to "
-            f"its group, got {structure!r}"
+            f"prior_structure must be 'auto', one of {STRUCTURES} or a function from a tensor's "
+            f"name to its group, got {structure!r}"
         )
     seen: dict[Hashable, int] = {}
     return torch.tensor([seen.setdefault(label(name), len(seen)) for name in names])

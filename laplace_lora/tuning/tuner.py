@@ -20,6 +20,7 @@ from laplace_lora.tuning.groups import Structure, prior_groups
 from laplace_lora.tuning.leave_one_out import LeaveOneOut
 from laplace_lora.tuning.marginal_likelihood import first_precision, maximise, with_precisions
 from laplace_lora.tuning.recentring import Recentring, recentred
+from laplace_lora.tuning.structure_choice import AUTO, StructureChoice, choose_structure
 from laplace_lora.tuning.validation_cache import Cache, ValidationCache, scoring_of
 from laplace_lora.tuning.validation_search import Loss, descend, grid_search
 from laplace_lora.tuning.widest import Widest
@@ -35,6 +36,7 @@ class Tuning:
         reason: Why ``"auto"`` took no better method; empty where it did.
         leave_one_out: What leave-one-out promises, where that was the method.
         widest: What training texts say of the width, where that was the method.
+        structure: What the evidence says of the prior's structures, where it was to choose one.
     """
 
     method: str
@@ -42,6 +44,7 @@ class Tuning:
     reason: str = ""
     leave_one_out: LeaveOneOut | None = None
     widest: Widest | None = None
+    structure: StructureChoice | None = None
 
     def __str__(self) -> str:
         report = self.leave_one_out or self.widest
@@ -50,7 +53,8 @@ class Tuning:
         low, high = self.prior_precision.min(), self.prior_precision.max()
         chosen = f"{low:.3g}" if low == high else f"{low:.3g}..{high:.3g}"
         why = f" (not the default: {self.reason})" if self.reason else ""
-        return f"{self.method}: prior precision {chosen}{why}"
+        structure = f", {self.structure}" if self.structure else ""
+        return f"{self.method}: prior precision {chosen}{structure}{why}"
 
 
 class Tuner:
@@ -65,19 +69,30 @@ class Tuner:
 
     def marginal_likelihood(
         self, structure: Structure, tune_noise: bool, correction: bool = True
-    ) -> Settings:
+    ) -> tuple[Settings, StructureChoice | None]:
         """Return the settings that maximise the log marginal likelihood.
 
         Args:
-            structure: Which tensors share a prior precision, see `prior_groups`.
+            structure: Which tensors share a prior precision, see `prior_groups`, or ``"auto"``.
             tune_noise: Whether to choose a regression's noise as well.
             correction: Whether to take the evidence's gradient term in, where it is known.
 
+        Returns:
+            The settings, and for ``"auto"`` what was chosen.
+
         Raises:
-            ValueError: If the structure is unknown, or there is no noise to tune.
+            ValueError: If the structure is unknown, there is no noise to tune, or see
+                `choose_structure`.
         """
+        if structure == AUTO:
+            if tune_noise:
+                raise ValueError(
+                    "prior_structure='auto' leaves the observation noise as it is; tune it with a "
+                    "structure given by name"
+                )
+            return choose_structure(self.posterior, correction)
         groups = prior_groups(self.posterior.names, structure)
-        return maximise(self.posterior, groups, tune_noise, correction)
+        return maximise(self.posterior, groups, tune_noise, correction), None
 
     def leave_one_out(
         self, structure: Structure, train_loader: Any, progress_bar: bool, recentre: bool = True
@@ -121,7 +136,7 @@ class Tuner:
                 "method='widest' needs the training data, which a posterior keeps only in the "
                 "process that fitted it; give `train_loader`"
             )
-        settings = self.marginal_likelihood(structure, False, correction=False)
+        settings, _ = self.marginal_likelihood(structure, False, correction=False)
         posterior = self.posterior.with_settings(settings)
         with together(train_loader, device=posterior.device) as team:
             return widest.tune(posterior, train_loader, team, progress_bar)

@@ -16,5 +16,5 @@ def test_groups_by_matrix_by_block_and_by_function():
     assert prior_groups(names, "block").tolist() == [0, 0, 1, 2]
     assert prior_groups(names, "layerwise").tolist() == [0, 1, 2, 3]
     assert prior_groups(names, lambda name: "score" in name).tolist() == [0, 0, 0, 1]
-    with pytest.raises(ValueError, match="prior_structure must be one of"):
+    with pytest.raises(ValueError, match=r"prior_structure must be .auto., one of"):
         prior_groups(names, "rows")

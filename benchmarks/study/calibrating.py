@@ -1,0 +1,101 @@
+"""Calibration on few labels: `la.calibrate` against temperature scaling with the same labels.
+
+On every checkpoint of `benchmarks.study.trainings` the default posterior is calibrated on 50
+validation rows, four times on other rows, and on all 200; beside it stand temperature scaling on
+the same rows, and both the posterior and the MAP without any labels.
+
+    python -m benchmarks.study.calibrating --data DATA --out OUT
+
+What is finished is kept in ``calibrating.json`` beside each checkpoint, and not computed again.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from benchmarks.harness.arguments import prepare
+from benchmarks.harness.report import mean_and_error, write_report
+from benchmarks.study.judging import Judge, nll_of, over_checkpoints
+from benchmarks.study.trainings import (
+    EVALUATION_BATCH,
+    Training,
+    checkpoint_parser,
+    load_checkpoint,
+)
+from laplace_lora import KronLoraLaplace, LogitsModel
+from laplace_lora.evaluation import MAP, TemperatureScaling
+
+FIT_BATCH = 8
+FIGURES = "calibrating.json"
+LABELS = (50, 200)
+
+
+def figures(training: Training, data: Path, out: Path, device: str) -> dict[str, Any]:
+    """Return the test and shifted NLL on one checkpoint, in nats; the mean over draws of labels."""
+    task, model, _ = load_checkpoint(**vars(training), data=data, out=out, device=device)
+    logits = LogitsModel(model, task.target_ids)
+    la = KronLoraLaplace(logits, "classification")
+    la.fit(task.loader("train", FIT_BATCH))
+    la.optimize_prior_precision(train_loader=task.loader("train", FIT_BATCH))
+    state = la.state
+    tuned = state.settings
+    rows = task.splits["val"]
+    chosen: dict[int, list[tuple[Any, TemperatureScaling]]] = {}
+    for labels in LABELS:
+        for start in range(0, len(rows) - labels + 1, labels):
+            few = rows[start : start + labels]
+            loader = DataLoader(few, EVALUATION_BATCH, collate_fn=task.collate)
+            la.state = state
+            la.calibrate(loader)
+            scaled = TemperatureScaling(logits, loader)
+            chosen.setdefault(labels, []).append((la.state.settings, scaled))
+    la.state = state
+    found: dict[str, Any] = {}
+    for split in [split for split in ("test", "shifted") if split in task.splits]:
+        loader = task.loader(split, EVALUATION_BATCH)
+        judge = Judge(la.fitted, loader, tuned.shift)
+        found[split] = {"MAP": nll_of(MAP(logits), loader), "no labels": judge.nll(tuned)}
+        for labels, pairs in chosen.items():
+            ours = [judge.nll(settings) for settings, _ in pairs]
+            theirs = [nll_of(scaled, loader) for _, scaled in pairs]
+            found[split][f"calibrate, {labels}"] = statistics.fmean(ours)
+            found[split][f"temperature scaling, {labels}"] = statistics.fmean(theirs)
+    return found
+
+
+def rows_of(results: dict[str, dict[str, Any]], split: str) -> list[dict[str, str]]:
+    """Return a table: the mean over seeds with its standard error, and paired differences."""
+    cells: dict[str, list[dict[str, float]]] = {}
+    for name, found in results.items():
+        if split in found:
+            cells.setdefault(name.rpartition("-")[0], []).append(found[split])
+    table = [_row(cell, found) for cell, found in cells.items()]
+    return [*table, _row("mean", [each for found in cells.values() for each in found])]
+
+
+def _row(name: str, found: list[dict[str, float]]) -> dict[str, str]:
+    """Return one line of the table."""
+    row = {"checkpoint": name, "seeds": str(len(found))}
+    for column in found[0] if found else ():
+        row[column] = mean_and_error([each[column] for each in found])
+    for labels in LABELS:
+        ours, theirs = f"calibrate, {labels}", f"temperature scaling, {labels}"
+        differences = [each[ours] - each[theirs] for each in found]
+        row[f"difference, {labels}"] = mean_and_error(differences) if differences else "-"
+    return row
+
+
+def main() -> None:
+    args = checkpoint_parser(__doc__).parse_args()
+    prepare(args)
+    results = over_checkpoints(args, figures, FIGURES)
+    tables = {f"{split} NLL": rows_of(results, split) for split in ("test", "shifted")}
+    write_report("study.calibrating", args, tables, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What judges posteriors on the study's checkpoints: moments of test rows and figures, kept."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.study.trainings import Training, in_order
+from laplace_lora.evaluation import MAP
+from laplace_lora.predictive.glm import Predictor
+from laplace_lora.structures.settings import Settings
+from laplace_lora.structures.state import Posterior
+from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
+
+UNIT = torch.ones(1)
+Figures = Callable[[Training, Path, Path, str], dict[str, Any]]
+
+
+class Judge:
+    """The NLL of labelled rows under any settings of a posterior, from one pass over the rows.
+
+    Args:
+        posterior: Fitted; its settings do not count.
+        loader: The rows.
+        shift: Where the mean is moved to, if some settings move it.
+    """
+
+    def __init__(self, posterior: Posterior, loader: Any, shift: torch.Tensor | None) -> None:
+        still = replace(posterior.settings, prior_precision=UNIT, shift=None)
+        self.scoring = scoring_of(posterior.with_settings(still), "quadrature", 0)
+        groups = torch.zeros(len(posterior.names), dtype=torch.long)
+
+        def cache(settings: Settings) -> ValidationCache:
+            predictor = Predictor(posterior.with_settings(settings))
+            return ValidationCache(predictor, loader, groups, self.scoring.readout)
+
+        self.shift = shift
+        self.kept = cache(still)
+        self.moved = None if shift is None else cache(replace(still, shift=shift)).mean
+
+    def nll(self, settings: Settings) -> float:
+        """Return the mean NLL in nats under some settings with one prior precision."""
+        mean, temperature = self.kept.mean, settings.likelihood_temperature
+        if settings.shift is not None and self.shift is not None and self.moved is not None:
+            step = float(settings.shift @ self.shift / self.shift.square().sum())
+            mean = mean + step * (self.moved - mean)
+        covariance = self.kept.covariance(mean.new_tensor([float(settings.prior_precision)]))
+        covariance = covariance * (settings.covariance_scale / temperature**2)
+        losses = self.scoring.nll(mean / temperature, covariance, self.kept.y)
+        return float(losses.double().mean())
+
+
+def nll_of(method: MAP, loader: Iterable[Any]) -> float:
+    """Return a method's mean NLL of labelled rows, in nats."""
+    losses = [
+        -method(batch).double().log().gather(1, batch["labels"].unsqueeze(1)) for batch in loader
+    ]
+    return float(torch.cat(losses).mean())
+
+
+def over_checkpoints(
+    args: argparse.Namespace, figures: Figures, file: str
+) -> dict[str, dict[str, Any]]:
+    """Return the figures of all trained checkpoints, by name; each is computed once.
+
+    Args:
+        args: ``data``, ``out``, ``device``, ``report`` and ``only``, the start of the names.
+        figures: From training, data, out and device to what is kept.
+        file: Where it is kept, beside each checkpoint.
+    """
+    results = {}
+    for training in sorted(in_order(), key=lambda training: training.seed):
+        name = training.name
+        folder = args.out / "checkpoints" / name
+        path = folder / file
+        trained = (folder / "training.json").exists() and name.startswith(args.only)
+        if not path.exists() and (args.report or not trained):
+            continue
+        if not path.exists():
+            path.write_text(
+                json.dumps(figures(training, args.data, args.out, args.device), indent=1)
+            )
+        results[name] = json.loads(path.read_text())
+        print(name, results[name], flush=True)
+    return results

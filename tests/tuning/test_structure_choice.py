@@ -1,0 +1,78 @@
+"""Which tensors share a prior precision, by the evidence with the precisions integrated out."""
+
+import math
+
+import pytest
+import torch
+
+from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
+from laplace_lora.tuning import structure_choice
+from laplace_lora.tuning.groups import prior_groups
+from laplace_lora.tuning.structure_choice import CANDIDATES, integrated_evidence
+from laplace_lora.tuning.tuner import Tuner
+from support.batches import loader
+from support.models import peft_model
+from support.posteriors import posterior
+
+
+@pytest.fixture(scope="module", params=[KronLoraLaplace, DiagLoraLaplace])
+def la(request):
+    return posterior(request.param, "bert")
+
+
+def test_the_integral_over_a_precision(la):
+    """Against Simpson's rule over the whole range."""
+    settings, _ = Tuner(la.fitted).marginal_likelihood("scalar", False, False)
+    groups = prior_groups(la.fitted.names, "scalar")
+    ours = integrated_evidence(la.fitted, settings, groups, False)
+    logs = torch.linspace(-12, 12, 2001, dtype=torch.float64)
+    logs = logs + float(settings.prior_precision.log())
+    values = torch.stack([la.log_marginal_likelihood(log.exp()).detach() for log in logs])
+    numeric = float(torch.logsumexp(values, 0) + (logs[1] - logs[0]).log())
+    assert ours == pytest.approx(numeric - math.log(structure_choice.RANGE), abs=0.3)
+
+
+@pytest.mark.parametrize("correction", [True, False])
+def test_the_largest_evidence_is_taken_and_reported(la, correction):
+    la.optimize_prior_precision(
+        method="marglik", prior_structure="auto", correction=correction, train_loader=loader()
+    )
+    choice, chosen = la.tuning.structure, la.prior_precision
+    assert set(choice.evidences) == set(CANDIDATES)
+    assert choice.structure == max(choice.evidences, key=choice.evidences.get)
+    assert repr(choice.structure) in str(la.tuning)
+    la.optimize_prior_precision(
+        method="marglik",
+        prior_structure=choice.structure,
+        correction=correction,
+        train_loader=loader(),
+    )
+    torch.testing.assert_close(la.prior_precision, chosen)
+    assert la.tuning.structure is None
+    # The maximum itself never falls with a finer structure; the evidence charged for it may.
+    maximum = float(la.log_marginal_likelihood(correction=correction))
+    assert choice.evidences[choice.structure] <= maximum + 1e-6
+
+
+def test_the_price_of_a_precision_decides(la, monkeypatch):
+    def choice():
+        return Tuner(la.fitted).marginal_likelihood("auto", False, False)[1]
+
+    monkeypatch.setattr(structure_choice, "RANGE", 1e-9)
+    free = choice()
+    assert free.evidences["layerwise"] >= free.evidences["scalar"]
+    monkeypatch.setattr(structure_choice, "RANGE", 1e99)
+    assert choice().structure == "scalar"
+
+
+def test_what_cannot_choose_says_so():
+    exact = FullLoraLaplace(peft_model("bert"), "classification")
+    exact.fit(loader())
+    with pytest.raises(ValueError, match="'auto'"):
+        exact.optimize_prior_precision(method="marglik", prior_structure="auto")
+    regression = KronLoraLaplace(peft_model("bert"), "regression")
+    regression.fit(loader(likelihood="regression"))
+    with pytest.raises(ValueError, match="observation noise"):
+        regression.optimize_prior_precision(
+            method="marglik", prior_structure="auto", tune_sigma_noise=True
+        )
