@@ -9,7 +9,7 @@ own::
     python examples/selective_answers.py
 
 Then it is asked about other names of the survey, and, outside the data of its fine-tuning, about
-web colours, which are written in one word: "mistyrose". `generate` writes the answers from samples
+web colours, which are written in one word: "rosybrown". `generate` writes the answers from samples
 of the posterior. Three numbers are to tell wrong answers from right ones: the predictive entropy of
 the answer, its mutual information (the epistemic part), and the probability that the fine-tuned
 model (the MAP) gives to it. AUROC is the probability that a wrong answer has the worse number of
@@ -172,6 +172,7 @@ def run(args: argparse.Namespace, seed: int) -> dict[tuple[str, str], float]:
         given = [a for a in careful if not a["stopped"]]
         everything += answers
         found |= {(name, score): auroc(answers, score) for score in SCORES}
+        found[name, "questions"] = len(answers)
         found[name, "accuracy"] = accuracy(answers)
         found[name, "answered"] = len(given) / len(careful)
         found[name, "accuracy of these"] = accuracy(given)
@@ -206,12 +207,12 @@ def main() -> None:
             for name, values in zip(sets, cells, strict=True)
         }
 
-    print(f"\n{args.test_size} questions of each set; AUROC of 'the answer is wrong':")
+    asked = (f"{runs[0][name, 'questions']} of {name}" for name in sets if name != "both")
+    print(f"\nQuestions: {', '.join(asked)}. AUROC of 'the answer is wrong':")
     print(support.table([row(f"by {score}", score) for score in SCORES]))
     print("\nAnswers, and those that no limit on the mutual information has stopped:")
     columns = ("accuracy", "answered", "accuracy of these")
-    table = support.table([row(column, column) for column in columns])
-    print(table)
+    print(support.table([row(column, column) for column in columns]))
 
 
 if __name__ == "__main__":

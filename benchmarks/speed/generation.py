@@ -38,6 +38,7 @@ AT_MOST = 8.0  # times plain cached generation
 LENGTH = 1.3  # the same cost at the longest prompt, times that at the shortest
 FASTER = {96: 10.0, 512: 50.0}  # than exact moments, by length of the scored text
 TOP_K = 5
+WRITERS, SCORERS = ("plain", "sampled"), ("forward", "score", "exact")
 
 
 def make_model(args: argparse.Namespace) -> tuple[str, PeftModel]:
@@ -136,32 +137,39 @@ def generation_rows(
     return rows, raw
 
 
+def scorers(
+    model: PeftModel, la: DiagLoraLaplace, ids: Tensor, places: list[int]
+) -> dict[str, Callable[[], Any]]:
+    """Return what runs over a text, scores it, and predicts some places of it exactly, by name."""
+    predictor = exact_predictor(la, TOP_K, None, None, None)
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return model(input_ids=ids, use_cache=False)
+
+    def sampled() -> Any:
+        return score(la, {"input_ids": ids, "labels": ids}, TOP_K)
+
+    def exact() -> Any:
+        for at in places:
+            before = ids[:, :at]
+            texts = {"input_ids": before, "attention_mask": torch.ones_like(before)}
+            predictor(texts, ids[:, at])
+
+    return {"forward": forward, "score": sampled, "exact": exact}
+
+
 def scoring_rows(
     model: PeftModel, la: DiagLoraLaplace, text: Tensor, args: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Time the scoring of whole texts."""
     rows, raw = [], {}
-    predictor = exact_predictor(la, TOP_K, None, None, None)
     for length, least in FASTER.items():
         if length not in args.scored:
             continue
         ids = text[:, :length]
         places = [int((n + 0.5) / args.exact_places * length) for n in range(args.exact_places)]
-
-        def forward(ids: Tensor = ids) -> Any:
-            with torch.no_grad():
-                return model(input_ids=ids, use_cache=False)
-
-        def sampled(ids: Tensor = ids) -> Any:
-            return score(la, {"input_ids": ids, "labels": ids}, TOP_K)
-
-        def exact(ids: Tensor = ids, places: list[int] = places) -> Any:
-            for at in places:
-                before = ids[:, :at]
-                texts = {"input_ids": before, "attention_mask": torch.ones_like(before)}
-                predictor(texts, ids[:, at])
-
-        sides = {"forward": forward, "sampled": sampled, "exact, some places": exact}
+        sides = scorers(model, la, ids, places)
         seconds = raw[str(length)] = time_in_turn(sides, args)
         bare, ours, some = (statistics.median(values) for values in seconds.values())
         whole = some / args.exact_places * (length - 1)
@@ -177,6 +185,17 @@ def scoring_rows(
             }
         )
     return rows, raw
+
+
+def peak_run(
+    model: PeftModel, la: DiagLoraLaplace, text: Tensor, args: argparse.Namespace
+) -> Callable[[], Any]:
+    """Return the run whose peak memory is asked for; exact moments at the last place alone."""
+    if args.peak_of in WRITERS:
+        write = writers(model, la, text[:, : max(args.lengths)], args)[args.peak_of]
+        return lambda: write(2, Stopwatch(args))
+    ids = text[:, : max(args.scored)]
+    return scorers(model, la, ids, [ids.shape[1] - 1])[args.peak_of]
 
 
 def main() -> None:
@@ -197,8 +216,7 @@ def main() -> None:
     text = text.to(args.device)
     la = fitted(model, text)
     if args.peak_of:
-        run = writers(model, la, text[:, : max(args.lengths)], args)[args.peak_of]
-        print(memory.peak_of_run(lambda: run(2, Stopwatch(args)), args.device, args.peak_by))
+        print(memory.peak_of_run(peak_run(model, la, text, args), args.device, args.peak_by))
         return
     tables: dict[str, list[dict[str, Any]]] = {}
     raw: dict[str, Any] = {}
@@ -206,12 +224,16 @@ def main() -> None:
     if args.scored:
         tables[f"Scoring, {name}"], raw["scoring"] = scoring_rows(model, la, text, args)
     if not args.no_memory:
-        peaks = raw["peaks"] = memory.peaks_in_own_processes(
-            NAME, ["plain", "sampled"], args.device
-        )
+        sides = [*WRITERS, *(SCORERS if args.scored else ())]
+        peaks = raw["peaks"] = memory.peaks_in_own_processes(NAME, sides, args.device)
         tables["Peak memory, longest prompt and two tokens"] = [
             {"side": "sampled", **memory.cells_above(peaks, "sampled", "plain")}
         ]
+        if args.scored:
+            tables["Peak memory, longest scored text"] = [
+                {"side": side, **memory.cells_above(peaks, side, "forward")}
+                for side in ("score", "exact")
+            ]
     write_report(NAME, args, tables, raw)
 
 
