@@ -31,7 +31,7 @@ import torch
 from benchmarks.harness import arguments
 from benchmarks.harness.llama import ALL_PROJECTIONS
 from benchmarks.harness.report import write_report
-from benchmarks.speed.gpu_steps import STEPS
+from benchmarks.speed.gpu_steps import STEPS, Tables
 
 SHORTEST = 15  # seconds below which no step is begun
 
@@ -61,17 +61,17 @@ def run_step(step: str, args: argparse.Namespace, seconds: float) -> dict[str, A
         seconds: The most it may take.
 
     Returns:
-        ``tables`` and ``raw``; of a step that failed, a table that says why.
+        ``tables`` and ``raw``; of a step that failed, what it had found and a table that says why.
     """
     start = time.perf_counter()
-    tables: dict[str, Any]
+    tables: Tables = {}
     try:
         with alarm(seconds):
-            tables, raw = STEPS[step](args)
+            raw = STEPS[step](args, tables)
     except Exception as error:  # the next step may work
         traceback.print_exc()
         raw = f"{type(error).__name__}: {error}"
-        tables = {step: [{"failed": raw[:200]}]}
+        tables[step] = [{"failed": raw[:200]}]
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

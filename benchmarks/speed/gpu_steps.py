@@ -31,6 +31,7 @@ from laplace_lora import KronLoraLaplace
 from laplace_lora.curvature.batch_curvature import add_factors
 
 Rows = list[dict[str, Any]]
+Tables = dict[str, Rows]  # by heading; steps fill them as they go
 FIT_AT_MOST, PREDICT_AT_MOST, GIB_AT_MOST = 1.10, 1.25, 1.5
 LANGUAGE_AT_MOST = 1.3
 LOW_RANK = ("low-rank",)
@@ -158,12 +159,11 @@ def factor_gib(work: Workload, args: argparse.Namespace) -> float:
 
 
 def fit_and_predict(
-    size: str, args: argparse.Namespace, peers: bool = False, **others: Any
-) -> tuple[dict[str, Rows], Any]:
+    size: str, args: argparse.Namespace, tables: Tables, peers: bool = False, **others: Any
+) -> Any:
     """Measure a batch of a fit and of a prediction, for 2 and 4 classes."""
     args = sized(args, size, **others)
     model = random_llama(args)
-    tables: dict[str, Rows] = {}
     raw: dict[str, Any] = {}
     for classes in args.classes:
         work = make_workload(model, args, classes)
@@ -199,21 +199,22 @@ def fit_and_predict(
         tables[heading], raw[heading] = compare(
             forward, {"probabilities": partial(la, inputs)}, {}, args
         )
-    return tables, raw
+    return raw
 
 
-def padded_fit(size: str, args: argparse.Namespace) -> tuple[dict[str, Rows], Any]:
+def padded_fit(size: str, args: argparse.Namespace, tables: Tables) -> Any:
     """Measure a batch of a fit, of which half the texts are padded by a quarter."""
     args = sized(args, size)
     work = make_workload(random_llama(args), args, 2)
     work.batch["attention_mask"][::2, -(args.tokens // 4) :] = 0
     heading = f"Fit, {size}, {args.dtype}, 2 classes, half of the texts padded by a quarter"
     fits = {"fit, low-rank": library_runs(work, args, kinds=LOW_RANK)["fit, low-rank"]}
-    rows, raw = compare(lambda: bare_passes(work, 1), fits, {"fit": FIT_AT_MOST}, args)
-    return {heading: rows}, {heading: raw}
+    bare = partial(bare_passes, work, 1)
+    tables[heading], raw = compare(bare, fits, {"fit": FIT_AT_MOST}, args)
+    return {heading: raw}
 
 
-def language_fit(size: str, args: argparse.Namespace) -> tuple[dict[str, Rows], Any]:
+def language_fit(size: str, args: argparse.Namespace, tables: Tables) -> Any:
     """Measure a batch of a language model's fit against its own forward and backward pass."""
     args = sized(args, size)
     model = random_llama(args)
@@ -235,11 +236,11 @@ def language_fit(size: str, args: argparse.Namespace) -> tuple[dict[str, Rows], 
 
     runs = {"fit, low-rank": lambda: add_factors(la.engine, x, y, spec, sums)}
     heading = f"Fit of a language model, {size}, {args.dtype}, against its forward and backward"
-    rows, raw = compare(own, runs, {"fit": LANGUAGE_AT_MOST}, args)
-    return {heading: rows}, {heading: raw}
+    tables[heading], raw = compare(own, runs, {"fit": LANGUAGE_AT_MOST}, args)
+    return {heading: raw}
 
 
-def generating(size: str, args: argparse.Namespace) -> tuple[dict[str, Rows], Any]:
+def generating(size: str, args: argparse.Namespace, tables: Tables) -> Any:
     """Measure sampled generation against plain cached generation, and scoring."""
     lengths = [4, 16] if args.tiny else [64, 1024]
     args = sized(args, size, samples=16, new=8, lengths=lengths, exact_places=2, scored=[96])
@@ -247,13 +248,13 @@ def generating(size: str, args: argparse.Namespace) -> tuple[dict[str, Rows], An
     generator = torch.Generator().manual_seed(args.seed)
     text = torch.randint(args.vocab, (1, max(*lengths, 96)), generator=generator).to(args.device)
     la = generation.fitted(model, text)
-    rows, raw = generation.generation_rows(model, la, text, args)
-    scored, raw_scored = generation.scoring_rows(model, la, text, args)
-    tables = {f"Generation, {size}, {args.dtype}": rows, f"Scoring, {size}, {args.dtype}": scored}
-    return tables, {"generation": raw, "scoring": raw_scored}
+    name = f"{size}, {args.dtype}"
+    tables[f"Generation, {name}"], raw = generation.generation_rows(model, la, text, args)
+    tables[f"Scoring, {name}"], scored = generation.scoring_rows(model, la, text, args)
+    return {"generation": raw, "scoring": scored}
 
 
-def gpu_tests(args: argparse.Namespace) -> tuple[dict[str, Rows], Any]:
+def gpu_tests(args: argparse.Namespace, tables: Tables) -> Any:
     """Run the tests that need an accelerator."""
     if torch.device(args.device).type == "cpu":
         os.environ["LAPLACE_LORA_TEST_DEVICE"] = "cpu"
@@ -261,7 +262,8 @@ def gpu_tests(args: argparse.Namespace) -> tuple[dict[str, Rows], Any]:
     options = ["-q", "-n", "0", "-m", "gpu", "-rfs", "-W", "default", "-p", "no:cacheprovider"]
     counts = Counts()
     status = int(pytest.main([*options, *args.tests, tests], plugins=[counts]))
-    return {"Tests": [{**counts.outcomes, "exit status": status}]}, dict(counts.outcomes)
+    tables["Tests"] = [{**counts.outcomes, "exit status": status}]
+    return dict(counts.outcomes)
 
 
 class Counts:
@@ -276,13 +278,13 @@ class Counts:
             self.outcomes[report.outcome] += 1
 
 
-STEPS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Rows], Any]]] = {
+STEPS: dict[str, Callable[[argparse.Namespace, Tables], Any]] = {
     "tests": gpu_tests,
-    "8 B": lambda args: fit_and_predict("8 B", args),
-    "8 B in 4 bits": lambda args: fit_and_predict("8 B", args, quantised="4 bits"),
-    "padding": lambda args: padded_fit("1 B", args),
-    "1 B": lambda args: fit_and_predict("1 B", args, peers=True),
-    "0.1 B": lambda args: fit_and_predict("0.1 B", args, peers=True),
-    "generation": lambda args: generating("1 B", args),
-    "language modelling": lambda args: language_fit("1 B", args),
+    "8 B": partial(fit_and_predict, "8 B"),
+    "8 B in 4 bits": partial(fit_and_predict, "8 B", quantised="4 bits"),
+    "padding": partial(padded_fit, "1 B"),
+    "1 B": partial(fit_and_predict, "1 B", peers=True),
+    "0.1 B": partial(fit_and_predict, "0.1 B", peers=True),
+    "generation": partial(generating, "1 B"),
+    "language modelling": partial(language_fit, "1 B"),
 }
