@@ -17,6 +17,8 @@ from laplace_lora.posteriors.last_layer_gp import FunctionalLoraLLLaplace
 from laplace_lora.storage.adapter_start import AdapterStart, start_of
 from laplace_lora.trainer import LaplaceCallback
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AdapterStart",
     "DiagLoraLLLaplace",
@@ -33,5 +35,6 @@ __all__ = [
     "LowRankKron",
     "LowRankKronDecomposed",
     "LowRankLoraLaplace",
+    "__version__",
     "start_of",
 ]

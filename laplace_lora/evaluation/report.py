@@ -11,11 +11,13 @@ from torch import Tensor
 
 from laplace_lora.data.batches import Batch, batch_labels, model_inputs
 from laplace_lora.data.distributed import Together, together
+from laplace_lora.display.tables import data_frame, html_table
 from laplace_lora.evaluation.metrics import METRICS, entropy, ood_auroc, ood_fpr95
 from laplace_lora.evaluation.plots import plot_reports
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 
 @runtime_checkable
@@ -72,6 +74,32 @@ class CalibrationReport:
         shown = [m for m in (*SHOWN, "OOD AUROC") if m in self.values]
         cells = [f"{m} {self.values[m]:.3f} ± {self.errors[m]:.3f}" for m in shown]
         return f"{self.name}: " + ", ".join(cells)
+
+    def _repr_html_(self) -> str:
+        """Return a table of the metrics, as notebooks show it."""
+        columns: dict[str, list[Any]] = {"metric": list(self.values), **self._columns()}
+        return html_table(columns, f"{self.name}, {len(self.labels)} examples")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return name, number of examples, and the metrics with their standard errors."""
+        return {
+            "name": self.name,
+            "examples": len(self.labels),
+            "values": dict(self.values),
+            "errors": dict(self.errors),
+        }
+
+    def to_pandas(self) -> DataFrame:
+        """Return the metrics as a data frame: one row each, with value and standard error.
+
+        Raises:
+            ImportError: If pandas is missing.
+        """
+        return data_frame(self._columns(), index=list(self.values))
+
+    def _columns(self) -> dict[str, list[float]]:
+        errors = [self.errors[metric] for metric in self.values]
+        return {"value": list(self.values.values()), "standard error": errors}
 
     def plot(self) -> Figure:
         """Draw reliability diagram, confidence histogram and risk-coverage curve.

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from laplace_lora.display.tables import data_frame, plain
+from laplace_lora.generation.coloured import TokenText, coloured_html
 from laplace_lora.generation.next_token import NextToken
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class TokenPredictions:
     """Predictions of the tokens of texts, one row a text; zeros where ``mask`` is false.
 
@@ -96,6 +102,77 @@ class TokenPredictions:
             raise ValueError("quantiles need samples; use method='sampled'")
         samples = self.log_probabilities
         return samples.quantile(torch.as_tensor(levels).to(samples), dim=0)
+
+    def __repr__(self) -> str:
+        """Return one line: how many texts and tokens, and means of the uncertainties."""
+        n = max(int(self.mask.sum()), 1)
+        entropy, information = self.entropy.sum() / n, self.mutual_information.sum() / n
+        return (
+            f"TokenPredictions of {len(self.tokens)} texts, {int(self.mask.sum())} tokens: mean "
+            f"entropy {entropy:.4g} nats, of which {information:.4g} epistemic"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return the token numbers, coloured by epistemic uncertainty, as notebooks show them."""
+        return self.to_html()
+
+    def to_html(self, tokenizer: Any = None) -> str:
+        """Return the texts as HTML; the ground under a token darkens with its mutual information.
+
+        The darkest is the largest of all; a token's numbers appear when the pointer rests on it.
+
+        Args:
+            tokenizer: The model's; without it tokens are shown by number.
+        """
+        return coloured_html(self.to_dict(tokenizer)["texts"], repr(self))
+
+    def to_dict(self, tokenizer: Any = None) -> dict[str, Any]:
+        """Return ``{"texts": [...]}``: each text's log probabilities, and its tokens one by one.
+
+        Args:
+            tokenizer: The model's; adds texts to the token numbers.
+        """
+        text_of = TokenText(tokenizer)
+        by_text: dict[str, list[Any]] = {
+            "log_prob": plain(self.sequence_log_prob),
+            "map_log_prob": plain(self.sequence_map_log_prob),
+            "log_prob_variance": plain(self.log_prob_variance),
+            "mutual_information": plain(self.mean_mutual_information),
+            "stopped": plain(self.stopped),
+        }
+        by_token = {
+            "token": self.tokens,
+            "prob": self.log_prob.exp(),
+            "map_prob": self.map_log_prob.exp(),
+            "entropy": self.entropy,
+            "mutual_information": self.mutual_information,
+        }
+        texts = []
+        for i, real in enumerate(self.mask):
+            columns = {name: plain(values[i][real]) for name, values in by_token.items()}
+            rows = [
+                dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
+            ]
+            whole = {} if tokenizer is None else {"text": text_of.whole(columns["token"])}
+            tokens = [{**text_of(row["token"]), **row} for row in rows]
+            texts.append({**whole, **{k: v[i] for k, v in by_text.items()}, "tokens": tokens})
+        return {"texts": texts}
+
+    def to_pandas(self, tokenizer: Any = None) -> DataFrame:
+        """Return a data frame with one row per token, and its text and place.
+
+        Args:
+            tokenizer: The model's; adds texts to the token numbers.
+
+        Raises:
+            ImportError: If pandas is missing.
+        """
+        rows = [
+            {"example": i, "place": j, **token}
+            for i, text in enumerate(self.to_dict(tokenizer)["texts"])
+            for j, token in enumerate(text["tokens"])
+        ]
+        return data_frame({name: [row[name] for row in rows] for name in rows[0]} if rows else {})
 
     @classmethod
     def laid_out(

@@ -27,6 +27,7 @@ from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.models.token_model import TokenModel
 from laplace_lora.posteriors.memory import MemoryEstimate, estimate_memory
 from laplace_lora.posteriors.saved import SavedLaplace
+from laplace_lora.posteriors.summary import summary
 from laplace_lora.posteriors.weights_watch import WeightsWatch
 from laplace_lora.storage.adapter_start import AdapterStart
 from laplace_lora.structures.base import Structure
@@ -108,6 +109,16 @@ class LoraLaplace(SavedLaplace):
         if isinstance(prior_mean, AdapterStart):
             prior_mean = prior_mean.vector(self.logits_model.get_submodule("model"), self.params)
         self.prior_mean = prior_mean
+
+    def __repr__(self) -> str:
+        """Return one line: class, likelihood, and on how many examples it was fitted."""
+        fit = f"fitted on {self.n_data} examples" if self.state.is_fitted else "not fitted"
+        return f"<{type(self).__name__}, {self.likelihood}, {self.n_params} weights, {fit}>"
+
+    def __str__(self) -> str:
+        """Return six lines: what it is and covers, prior, evidence, data, calibration."""
+        evidence = float(self.log_marginal_likelihood().detach()) if self.state.is_fitted else None
+        return summary(self.parts, evidence, self.tuning)
 
     @property
     def engine(self) -> Engine:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from laplace_lora.data.batches import batch_length, first_examples, splits_by_example
+from laplace_lora.display.tables import data_frame, html_table
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.structures import sizes
 from laplace_lora.structures.sizes import GIB
 from laplace_lora.structures.state import Posterior
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,24 @@ class MemoryEstimate:
     def fits(self) -> bool:
         """Whether fit and prediction are expected to fit in memory."""
         return max(self.fit, self.predict) <= self.available
+
+    def _repr_html_(self) -> str:
+        """Return the figures in GiB as a table, as notebooks show it."""
+        names = ("activations", "curvature", "jacobian", "fit", "predict", "available")
+        sizes = [getattr(self, name) / GIB for name in names]
+        return html_table({"bytes for": list(names), "GiB": sizes}, str(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return bytes by name, the peaks of fit and prediction, and whether they fit."""
+        return {**asdict(self), "fit": self.fit, "predict": self.predict, "fits": self.fits}
+
+    def to_pandas(self) -> DataFrame:
+        """Return a data frame with one row.
+
+        Raises:
+            ImportError: If pandas is missing.
+        """
+        return data_frame({name: [value] for name, value in self.to_dict().items()})
 
     def __str__(self) -> str:
         """Return the figures in GiB, and what to do if they are too large."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from laplace_lora.data.distributed import together
+from laplace_lora.display.tables import SHOWN_ROWS, data_frame, html_table, plain, spread
 from laplace_lora.likelihoods.base import Readout
 from laplace_lora.likelihoods.links import Link, averaged, entropies
 from laplace_lora.likelihoods.quadrature import ENTROPY_POINTS, normal_points
@@ -27,10 +28,13 @@ from laplace_lora.predictive.linear_samples import (
 )
 from laplace_lora.structures.state import Posterior
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 LINK_SAMPLES = 1000  # of the "mc" link
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Predictions:
     """The posterior predictive of some examples.
 
@@ -72,6 +76,52 @@ class Predictions:
         """Return the predictions of some examples: a slice, a mask or indices."""
         whole: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         return Predictions(**{k: v[index] for k, v in whole.items() if v is not None})
+
+    def __repr__(self) -> str:
+        """Return one line: how many examples, and means of the uncertainties."""
+        text = f"Predictions of {len(self)} examples, {self.mean.shape[1]} outputs"
+        if self.entropy is None or self.mutual_information is None or not len(self):
+            return f"{text}: mean standard deviation {self.std.mean():.4g}"
+        return (
+            f"{text}: mean entropy {self.entropy.mean():.4g} nats, of which "
+            f"{self.mutual_information.mean():.4g} epistemic"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return a table of the first examples, as notebooks show it."""
+        columns = {"example": list(range(len(self))), **self._columns()}
+        return html_table(columns, repr(self), SHOWN_ROWS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as lists by name, one entry per example; what is ``None`` is absent.
+
+        ``prediction`` is the most probable class of a classifier.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {"std": self.std, "aleatoric": self.aleatoric}
+        if self.probs is not None:
+            values["prediction"] = self.probs.argmax(1)
+        return {name: plain(value) for name, value in values.items() if value is not None}
+
+    def to_pandas(self) -> DataFrame:
+        """Return a data frame with one row per example; covariances are left out.
+
+        Raises:
+            ImportError: If pandas is missing.
+        """
+        return data_frame(self._columns())
+
+    def _columns(self) -> dict[str, list[Any]]:
+        """Return a column for each number of an example, but for covariances."""
+        columns: dict[str, list[Any]] = {}
+        if self.labels is not None and self.labels.ndim == 1:
+            columns["label"] = plain(self.labels)
+        if self.probs is not None:
+            columns |= {"prediction": plain(self.probs.argmax(1)), **spread("prob", self.probs)}
+        for name in ("entropy", "mutual_information"):
+            if getattr(self, name) is not None:
+                columns[name] = plain(getattr(self, name))
+        return columns | spread("mean", self.mean) | spread("std", self.std)
 
 
 def predict(

@@ -11,19 +11,23 @@ few hundred labels correct that.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
 from laplace_lora.data.distributed import Together
+from laplace_lora.display.tables import data_frame, html_table, plain
 from laplace_lora.likelihoods.base import Likelihood, Scoring
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning.calibration_error import expected_calibration_error
 from laplace_lora.tuning.validation_cache import ValidationCache, validation_rows
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 LIMIT = 25.0  # of the logarithms that are searched
 FOLDS = 5
@@ -57,15 +61,39 @@ class Calibration:
     ece_after: float
 
     def __str__(self) -> str:
-        prior = self.prior_precision
-        spread = (
-            f"{prior.min():.3g}" if len(prior) == 1 else f"{prior.min():.3g}..{prior.max():.3g}"
-        )
         return (
-            f"prior precision {spread}, covariance scale {self.covariance_scale:.3g}, likelihood "
-            f"temperature {self.likelihood_temperature:.3g}: validation NLL {self.nll_before:.4f} "
-            f"-> {self.nll_after:.4f} ({self.nll_cross_fitted:.4f} cross-fitted), ECE "
-            f"{self.ece_before:.4f} -> {self.ece_after:.4f}"
+            f"{self._chosen()}: validation NLL {self.nll_before:.4f} -> {self.nll_after:.4f} "
+            f"({self.nll_cross_fitted:.4f} cross-fitted), ECE {self.ece_before:.4f} -> "
+            f"{self.ece_after:.4f}"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return what changed as a table, as notebooks show it."""
+        columns: dict[str, list[Any]] = {
+            "validation": ["NLL", "NLL, cross-fitted", "ECE"],
+            "before": [self.nll_before, self.nll_before, self.ece_before],
+            "after": [self.nll_after, self.nll_cross_fitted, self.ece_after],
+        }
+        return html_table(columns, self._chosen())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the attributes by name; the prior precision as a list."""
+        return {name: plain(value) for name, value in asdict(self).items()}
+
+    def to_pandas(self) -> DataFrame:
+        """Return a data frame with one row.
+
+        Raises:
+            ImportError: If pandas is missing.
+        """
+        return data_frame({name: [value] for name, value in self.to_dict().items()})
+
+    def _chosen(self) -> str:
+        low, high = float(self.prior_precision.min()), float(self.prior_precision.max())
+        prior = f"{low:.3g}" if len(self.prior_precision) == 1 else f"{low:.3g}..{high:.3g}"
+        return (
+            f"prior precision {prior}, covariance scale {self.covariance_scale:.3g}, likelihood "
+            f"temperature {self.likelihood_temperature:.3g}"
         )
 
 

@@ -1,0 +1,88 @@
+"""Columns of results as an HTML table, as a pandas data frame, and as plain Python values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+SHOWN_ROWS = 10
+
+
+def plain(value: Any) -> Any:
+    """Return tensors as numbers and nested lists, throughout mappings and sequences.
+
+    What comes out can be written as JSON if the other values can.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().tolist()
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
+
+def short(value: Any) -> str:
+    """Return a value as people read it: numbers with four significant digits."""
+    if isinstance(value, bool) or not isinstance(value, float):
+        return str(value)
+    return f"{value:.4g}"
+
+
+def html_table(
+    columns: Mapping[str, Sequence[Any]], title: str = "", limit: int | None = None
+) -> str:
+    """Return an HTML table.
+
+    Args:
+        columns: Values by heading, as many in each.
+        title: Caption; the number of rows left out is added to it.
+        limit: Rows to show at most; ``None`` shows all.
+    """
+    rows = list(zip(*columns.values(), strict=True))
+    shown = rows if limit is None else rows[:limit]
+    if len(shown) < len(rows):
+        title = f"{title} (the first {len(shown)} of {len(rows)})"
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    body = "".join(_row(row) for row in shown)
+    caption = f"<caption>{escape(title)}</caption>" if title else ""
+    return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _row(values: Iterable[Any]) -> str:
+    return f"<tr>{''.join(f'<td>{escape(short(value))}</td>' for value in values)}</tr>"
+
+
+def data_frame(
+    columns: Mapping[str, Sequence[Any]], index: Sequence[Any] | None = None
+) -> DataFrame:
+    """Return columns as a data frame.
+
+    Args:
+        columns: Values by heading, as many in each.
+        index: Names of the rows.
+
+    Raises:
+        ImportError: If pandas is missing.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError("to_pandas() requires pandas: `pip install pandas`") from error
+    return pandas.DataFrame(dict(columns), index=index)
+
+
+def spread(name: str, values: Tensor) -> dict[str, list[Any]]:
+    """Return a matrix as one column for each of its own: ``name_0``, ``name_1`` and so on.
+
+    Args:
+        name: Of the columns.
+        values: Shape ``(rows, columns)``.
+    """
+    return {f"{name}_{i}": plain(column) for i, column in enumerate(values.unbind(1))}

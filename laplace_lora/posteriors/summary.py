@@ -1,0 +1,87 @@
+"""A posterior in six lines."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from laplace_lora.structures.state import Posterior
+from laplace_lora.tuning.tuner import Tuning
+
+SHOWN_LAYERS = 6
+
+
+def summary(posterior: Posterior, evidence: float | None, tuning: Tuning | None) -> str:
+    """Return six lines: what a posterior is and covers, prior, evidence, data, calibration.
+
+    Args:
+        posterior: Fitted or not.
+        evidence: Its log evidence in nats; ``None`` before a fit.
+        tuning: What the latest tuning of the prior did.
+    """
+    state = posterior.state
+    lines = {
+        "covers": _covered(posterior.names, sum(posterior.engine.sizes)),
+        "prior": _prior(posterior, tuning),
+        "evidence": "none before a fit" if evidence is None else _evidence(evidence),
+        "data": "none: call fit(train_loader)",
+        "calibrated": _calibration(posterior),
+    }
+    if state.is_fitted:
+        lines["data"] = (
+            f"{state.n_data} examples, mean training loss {state.loss / state.n_data:.4g}"
+        )
+    model: Any = posterior.source.model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    outputs = f", {state.n_outputs} outputs" if state.is_fitted else ""
+    title = f"{posterior.kind}: {posterior.objective.name} by {type(base).__name__}{outputs}"
+    return "\n".join([title, *(f"  {name:<11}{text}" for name, text in lines.items())])
+
+
+def _covered(names: list[str], weights: int) -> str:
+    layers = list(dict.fromkeys(map(_layer, names)))
+    some = ", ".join(layers[:SHOWN_LAYERS]) + (", ..." if len(layers) > SHOWN_LAYERS else "")
+    return f"{weights:,} weights in {len(names)} tensors, of {some}"
+
+
+def _layer(name: str) -> str:
+    """Return what users call the layer of a tensor: the part that ``target_modules`` names."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if i and (part.startswith("lora_") or part == "modules_to_save"):
+            return parts[i - 1]
+    return parts[-2] if len(parts) > 1 else name
+
+
+def _prior(posterior: Posterior, tuning: Tuning | None) -> str:
+    settings = posterior.settings
+    around = "zero" if not bool(settings.prior_mean.any()) else "given weights"
+    text = f"precision {_range(settings.prior_precision)} around {around}"
+    if posterior.objective.has_noise:
+        text += f", noise {float(settings.sigma_noise.detach()):.4g}"
+    return text if tuning is None else f"{text}, tuned by {tuning.method}"
+
+
+def _range(values: Tensor) -> str:
+    low, high = float(values.detach().min()), float(values.detach().max())
+    return f"{low:.4g}" if low == high else f"{low:.4g}..{high:.4g}"
+
+
+def _evidence(value: float) -> str:
+    if math.isnan(value):
+        return "not known: the training loss is not"
+    return f"{value:.4f} nats, without the gradient term"
+
+
+def _calibration(posterior: Posterior) -> str:
+    settings = posterior.settings
+    parts = []
+    if settings.covariance_scale != 1:
+        parts.append(f"covariance scale {settings.covariance_scale:.4g}")
+    if settings.likelihood_temperature != 1:
+        parts.append(f"likelihood temperature {settings.likelihood_temperature:.4g}")
+    if settings.shift is not None:
+        parts.append("mean moved to the linearised model's mode")
+    return ", ".join(parts) or "nothing: width, temperature and mean as fitted"

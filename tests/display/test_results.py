@@ -1,0 +1,144 @@
+"""How results show and convert themselves: against their own tensors."""
+
+import json
+import re
+
+import pytest
+import torch
+
+import laplace_lora
+from laplace_lora.evaluation import evaluate
+from laplace_lora.generation import score
+from laplace_lora.predictive.data_sets import Predictions
+from support.batches import loader, token_batch, validation
+from support.language import language_posterior, text_batch
+from support.posteriors import EVERY_CLASS, fitted, posterior
+from support.texts import word_tokenizer
+
+BATCH = token_batch((6, 3, 5))
+
+
+@pytest.fixture(scope="module")
+def la():
+    return fitted()
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return score(language_posterior(dtype=torch.float32), text_batch(), 4, n_samples=4)
+
+
+def test_there_is_a_version():
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", laplace_lora.__version__)
+
+
+def test_predictions(la):
+    found = la.predict(validation())
+    assert repr(found).startswith(f"Predictions of {len(found)} examples, 3 outputs: mean entropy")
+    assert len(repr(found)) < 120
+    columns = json.loads(json.dumps(found.to_dict()))
+    assert columns["probs"] == found.probs.tolist()
+    assert columns["prediction"] == found.probs.argmax(1).tolist()
+    assert columns["covariance"] == found.covariance.tolist()
+    frame = found.to_pandas()
+    assert len(frame) == len(found) and frame["prob_2"].tolist() == found.probs[:, 2].tolist()
+    assert frame["std_0"].tolist() == found.std[:, 0].tolist()
+    assert frame["label"].tolist() == found.labels.tolist()
+    unlabelled = la.predict({k: v for k, v in BATCH.items() if k != "labels"})
+    assert "label" not in unlabelled.to_pandas() and "labels" not in unlabelled.to_dict()
+    assert "(the first 10 of 30)" in la.predict([BATCH] * 10)._repr_html_()
+
+
+def test_predictions_of_a_regression_have_no_classes():
+    plain = Predictions(torch.ones(2, 1), torch.ones(2, 1, 1))
+    assert repr(plain) == "Predictions of 2 examples, 1 outputs: mean standard deviation 1"
+    assert set(plain.to_dict()) == {"mean", "covariance", "std"}
+    assert list(plain.to_pandas()) == ["mean_0", "std_0"]
+
+
+def test_reports(la):
+    report = evaluate(la, validation(), name="ours", bootstrap=5)
+    found = json.loads(json.dumps(report.to_dict()))
+    assert found["values"] == report.values and found["errors"] == report.errors
+    assert found["name"] == "ours" and found["examples"] == len(report.labels)
+    frame = report.to_pandas()
+    assert frame.loc["NLL", "value"] == report["NLL"]
+    assert frame.loc["ECE", "standard error"] == report.errors["ECE"]
+    assert f"<td>NLL</td><td>{report['NLL']:.4g}</td>" in report._repr_html_()
+
+
+def test_calibrations_and_memory():
+    la = fitted()
+    chosen = la.calibrate(validation())
+    found = json.loads(json.dumps(chosen.to_dict()))
+    assert found["prior_precision"] == chosen.prior_precision.tolist()
+    assert chosen.to_pandas()["nll_after"].tolist() == [chosen.nll_after]
+    assert f"<td>ECE</td><td>{chosen.ece_before:.4g}</td>" in chosen._repr_html_()
+    estimate = la.estimate_memory(BATCH)
+    found = json.loads(json.dumps(estimate.to_dict()))
+    assert found["fit"] == estimate.fit and found["fits"] is True
+    assert estimate.to_pandas()["predict"].tolist() == [estimate.predict]
+    assert f"<td>curvature</td><td>{estimate.curvature / 2**30:.4g}</td>" in estimate._repr_html_()
+
+
+def test_tokens_are_listed_by_text(tokens):
+    assert repr(tokens).startswith("TokenPredictions of 3 texts, 7 tokens: mean entropy")
+    texts = json.loads(json.dumps(tokens.to_dict()))["texts"]
+    assert [len(text["tokens"]) for text in texts] == tokens.mask.sum(1).tolist()
+    first = texts[1]["tokens"][0]
+    assert first["token"] == int(tokens.tokens[1, 0]) and "text" not in first
+    assert first["prob"] == pytest.approx(float(tokens.log_prob[1, 0].exp()))
+    assert texts[2]["log_prob"] == pytest.approx(float(tokens.sequence_log_prob[2]))
+    frame = tokens.to_pandas()
+    assert len(frame) == 7 and frame["example"].tolist() == [0, 0, 0, 1, 1, 1, 2]
+    assert frame["entropy"].sum() == pytest.approx(float(tokens.entropy.sum()), rel=1e-5)
+
+
+def test_tokens_are_coloured_by_epistemic_uncertainty(tokens):
+    shades = [float(s) for s in re.findall(r"rgba\(214, 90, 49, ([\d.]+)\)", tokens.to_html())]
+    information = tokens.mutual_information[tokens.mask]
+    assert len(shades) == 7 and max(shades) == 0.8
+    expected = 0.8 * information.clamp(min=0) / information.max()
+    assert torch.tensor(shades).sub(expected).abs().max() < 0.006
+    assert tokens._repr_html_() == tokens.to_html()
+
+
+def test_a_tokenizer_gives_texts(tokens):
+    tokenizer = word_tokenizer()
+    text = tokens.to_dict(tokenizer)["texts"][0]
+    ids = [token["token"] for token in text["tokens"]]
+    assert text["text"] == tokenizer.decode(ids)
+    assert text["tokens"][0]["text"] == tokenizer.decode(ids[:1])
+    assert "text" in tokens.to_pandas(tokenizer)
+    assert tokenizer.decode(ids[:1]) in tokens.to_html(tokenizer)
+
+
+@pytest.mark.parametrize(("cls", "kwargs"), EVERY_CLASS)
+def test_a_posterior_is_six_lines(cls, kwargs):
+    name = "bert" if "LL" in cls.__name__ else "llama-lm"
+    la = posterior(cls, name, fit=False, **kwargs)
+    before = str(la)
+    assert before.count("\n") == 5 and "none: call fit" in before and "not fitted" in repr(la)
+    la.fit(loader())
+    lines = str(la).split("\n")
+    assert len(lines) == 6 and lines[0].startswith(f"{cls.__name__}: classification by ")
+    assert f"{la.n_params:,} weights in {len(la.block_names)} tensors" in lines[1]
+    assert f"{float(la.log_marginal_likelihood().detach()):.4f} nats" in lines[3]
+    assert f"{la.n_data} examples" in lines[4] and "nothing" in lines[5]
+
+
+def test_what_was_tuned_and_calibrated_is_named():
+    la = fitted()
+    assert f"tuned by {la.tuning.method}" in str(la)
+    assert "query, value, classifier" in str(la)
+    la.covariance_scale, la.likelihood_temperature = 2.0, 1.5
+    assert "covariance scale 2, likelihood temperature 1.5" in str(la)
+    la.prior_mean = torch.full_like(la.mean, 0.5)
+    assert "around given weights" in str(la)
+
+
+def test_weights_that_have_changed_are_still_described():
+    la = fitted()
+    with torch.no_grad():
+        la.params[0].add_(1)
+    assert str(la).count("\n") == 5
