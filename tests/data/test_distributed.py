@@ -1,8 +1,6 @@
 """Several processes with one loader: the posterior of one process, and errors that end all."""
 
-import multiprocessing
 import signal
-import socket
 
 import pytest
 import torch
@@ -24,24 +22,13 @@ from support.posteriors import LOW
 from support.processes import BATCH, CASES, KINDS, PROCESSES, brier, posterior_of, worker
 from support.references import assert_near
 from support.shared_calls import CALLS, data_of, posterior, result_of, whole
+from support.spawned import exit_codes
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    context = multiprocessing.get_context("spawn")
     folder = tmp_path_factory.mktemp("results")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    workers = [context.Process(target=worker, args=(r, port, folder)) for r in range(PROCESSES)]
-    for process in workers:
-        process.start()
-    for process in workers:
-        process.join(timeout=900)
-    codes = [process.exitcode for process in workers]
-    for process in workers:
-        process.kill()
-    assert codes == [0, -signal.SIGKILL]
+    assert exit_codes(worker, folder, PROCESSES, patience=900) == [0, -signal.SIGKILL]
     killing = torch.load(folder / "killing.pt")
     return killing, {rank: torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)}
 

@@ -1,8 +1,5 @@
 """Models sharded by `fully_shard`, in two processes: what the whole model gives in one."""
 
-import multiprocessing
-import socket
-
 import pytest
 import torch
 
@@ -13,6 +10,7 @@ from support.models import peft_model
 from support.posteriors import LOW
 from support.references import assert_near
 from support.sharded import BATCH, KINDS, everything, worker
+from support.spawned import exit_codes
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +23,8 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(whole):
-    context, folder = multiprocessing.get_context("spawn"), whole[0]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    workers = [context.Process(target=worker, args=(rank, port, folder)) for rank in range(2)]
-    for process in workers:
-        process.start()
-    for process in workers:
-        process.join(timeout=300)
-    codes = [process.exitcode for process in workers]
-    for process in workers:
-        process.kill()
-    assert codes == [0, 0]
+    folder = whole[0]
+    assert exit_codes(worker, folder) == [0, 0]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
