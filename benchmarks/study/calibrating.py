@@ -19,27 +19,25 @@ from torch.utils.data import DataLoader
 
 from benchmarks.harness.arguments import prepare
 from benchmarks.harness.report import mean_and_error, write_report
-from benchmarks.study.judging import Judge, nll_of, over_checkpoints
-from benchmarks.study.trainings import (
-    EVALUATION_BATCH,
-    Training,
-    checkpoint_parser,
-    load_checkpoint,
+from benchmarks.study.judging import (
+    FIT_BATCH,
+    Judge,
+    by_cell,
+    fitted,
+    judged_splits,
+    nll_of,
+    over_checkpoints,
 )
-from laplace_lora import KronLoraLaplace, LogitsModel
+from benchmarks.study.trainings import EVALUATION_BATCH, Training, checkpoint_parser
 from laplace_lora.evaluation import MAP, TemperatureScaling
 
-FIT_BATCH = 8
 FIGURES = "calibrating.json"
 LABELS = (50, 200)
 
 
 def figures(training: Training, data: Path, out: Path, device: str) -> dict[str, Any]:
     """Return the test and shifted NLL on one checkpoint, in nats; the mean over draws of labels."""
-    task, model, _ = load_checkpoint(**vars(training), data=data, out=out, device=device)
-    logits = LogitsModel(model, task.target_ids)
-    la = KronLoraLaplace(logits, "classification")
-    la.fit(task.loader("train", FIT_BATCH))
+    task, logits, la = fitted(training, data, out, device)
     la.optimize_prior_precision(train_loader=task.loader("train", FIT_BATCH))
     state = la.state
     tuned = state.settings
@@ -55,8 +53,7 @@ def figures(training: Training, data: Path, out: Path, device: str) -> dict[str,
             chosen.setdefault(labels, []).append((la.state.settings, scaled))
     la.state = state
     found: dict[str, Any] = {}
-    for split in [split for split in ("test", "shifted") if split in task.splits]:
-        loader = task.loader(split, EVALUATION_BATCH)
+    for split, loader in judged_splits(task).items():
         judge = Judge(la.fitted, loader, tuned.shift)
         found[split] = {"MAP": nll_of(MAP(logits), loader), "no labels": judge.nll(tuned)}
         for labels, pairs in chosen.items():
@@ -69,10 +66,7 @@ def figures(training: Training, data: Path, out: Path, device: str) -> dict[str,
 
 def rows_of(results: dict[str, dict[str, Any]], split: str) -> list[dict[str, str]]:
     """Return a table: the mean over seeds with its standard error, and paired differences."""
-    cells: dict[str, list[dict[str, float]]] = {}
-    for name, found in results.items():
-        if split in found:
-            cells.setdefault(name.rpartition("-")[0], []).append(found[split])
+    cells = by_cell(results, split)
     table = [_row(cell, found) for cell, found in cells.items()]
     return [*table, _row("mean", [each for found in cells.values() for each in found])]
 

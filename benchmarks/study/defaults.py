@@ -13,9 +13,6 @@ beside each checkpoint, and not computed again.
 
 from __future__ import annotations
 
-import argparse
-import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +20,17 @@ from typing import Any
 import torch
 
 from benchmarks.harness.arguments import prepare
-from benchmarks.harness.report import write_report
-from benchmarks.study.judging import Judge, nll_of, over_checkpoints
-from benchmarks.study.trainings import (
-    EVALUATION_BATCH,
-    Training,
-    checkpoint_parser,
-    load_checkpoint,
+from benchmarks.harness.report import mean_and_error, write_report
+from benchmarks.study.judging import (
+    FIT_BATCH,
+    Judge,
+    by_cell,
+    fitted,
+    judged_splits,
+    nll_of,
+    over_checkpoints,
 )
-from laplace_lora import KronLoraLaplace, LogitsModel
+from benchmarks.study.trainings import EVALUATION_BATCH, Training, checkpoint_parser
 from laplace_lora.evaluation import MAP, TemperatureScaling
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -41,16 +40,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "evidence, plain": {"method": "marglik", "correction": False},
 }
 GRID = torch.logspace(-2, 6, 33)
-FIT_BATCH = 8
 FIGURES = "defaults.json"
 
 
 def figures(training: Training, data: Path, out: Path, device: str) -> dict[str, Any]:
     """Return the test and shifted NLL of every way on one checkpoint, in nats."""
-    task, model, _ = load_checkpoint(**vars(training), data=data, out=out, device=device)
-    logits = LogitsModel(model, task.target_ids)
-    la = KronLoraLaplace(logits, "classification")
-    la.fit(task.loader("train", FIT_BATCH))
+    task, logits, la = fitted(training, data, out, device)
     ways = {}
     for name, way in WAYS.items():
         la.optimize_prior_precision(train_loader=task.loader("train", FIT_BATCH), **way)
@@ -60,8 +55,7 @@ def figures(training: Training, data: Path, out: Path, device: str) -> dict[str,
     scaled = TemperatureScaling(logits, task.loader("val", EVALUATION_BATCH))
     priors = {name: float(settings.prior_precision) for name, settings in ways.items()}
     found: dict[str, Any] = {"priors": priors, "temperature": scaled.temperature}
-    for split in [split for split in ("test", "shifted") if split in task.splits]:
-        loader = task.loader(split, EVALUATION_BATCH)
+    for split, loader in judged_splits(task).items():
         judge = Judge(la.fitted, loader, shifts[0] if shifts else None)
         row = {name: judge.nll(settings) for name, settings in ways.items()}
         grid = [replace(still, prior_precision=delta.reshape(1)) for delta in GRID]
@@ -73,20 +67,15 @@ def figures(training: Training, data: Path, out: Path, device: str) -> dict[str,
 
 def rows_of(results: dict[str, dict[str, Any]], split: str) -> list[dict[str, str]]:
     """Return a table of the mean over seeds, with its standard error, and the mean over cells."""
-    cells: dict[str, list[dict[str, float]]] = {}
-    for name, found in results.items():
-        if split in found:
-            cells.setdefault(name.rpartition("-")[0], []).append(found[split])
+    cells = by_cell(results, split)
     columns = ["MAP", "temperature scaling", *WAYS, "best in hindsight"]
     table = []
     for cell, found in cells.items():
         row = {"checkpoint": cell, "seeds": str(len(found))}
-        for column in columns:
-            values = torch.tensor([each[column] for each in found])
-            row[column] = f"{values.mean():.3f}"
-            if len(values) > 1:
-                row[column] += f" ± {values.std() / math.sqrt(len(values)):.3f}"
+        row |= {column: mean_and_error([each[column] for each in found]) for column in columns}
         table.append(row)
+    if not cells:  # as TREC-6 has no shifted rows
+        return table
     everything = [each for found in cells.values() for each in found]
     mean = {c: f"{sum(each[c] for each in everything) / len(everything):.3f}" for c in columns}
     worst = {c: f"{max(each[c] - each['MAP'] for each in everything):+.3f}" for c in columns}
@@ -96,13 +85,8 @@ def rows_of(results: dict[str, dict[str, Any]], split: str) -> list[dict[str, st
     return table
 
 
-def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    return checkpoint_parser(__doc__).parse_args(given)
-
-
 def main() -> None:
-    args = parse_arguments()
+    args = checkpoint_parser(__doc__).parse_args()
     prepare(args)
     results = over_checkpoints(args, figures, FIGURES)
     tables = {"Test NLL": rows_of(results, "test"), "Shifted NLL": rows_of(results, "shifted")}

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
-from benchmarks.study.trainings import Training, in_order
+from benchmarks.study.tasks import Task
+from benchmarks.study.trainings import EVALUATION_BATCH, Training, in_order, load_checkpoint
+from laplace_lora import KronLoraLaplace, LogitsModel
 from laplace_lora.evaluation import MAP
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.settings import Settings
@@ -19,7 +22,25 @@ from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
 
 UNIT = torch.ones(1)
+FIT_BATCH = 8
 Figures = Callable[[Training, Path, Path, str], dict[str, Any]]
+
+
+def fitted(
+    training: Training, data: Path, out: Path, device: str
+) -> tuple[Task, LogitsModel, KronLoraLaplace]:
+    """Return the data of a checkpoint, its model, and a K-FAC posterior over A, B and the head."""
+    task, model, _ = load_checkpoint(**vars(training), data=data, out=out, device=device)
+    logits = LogitsModel(model, task.target_ids)
+    la = KronLoraLaplace(logits, "classification")
+    la.fit(task.loader("train", FIT_BATCH))
+    return task, logits, la
+
+
+def judged_splits(task: Task) -> dict[str, DataLoader]:
+    """Return the rows that figures are of: test rows, and shifted ones where there are any."""
+    names = [split for split in ("test", "shifted") if split in task.splits]
+    return {split: task.loader(split, EVALUATION_BATCH) for split in names}
 
 
 class Judge:
@@ -89,3 +110,12 @@ def over_checkpoints(
         results[name] = json.loads(path.read_text())
         print(name, results[name], flush=True)
     return results
+
+
+def by_cell(results: dict[str, dict[str, Any]], split: str) -> dict[str, list[dict[str, float]]]:
+    """Return the figures of a split, one entry a seed, by the checkpoints' names without seeds."""
+    cells: dict[str, list[dict[str, float]]] = {}
+    for name, found in results.items():
+        if split in found:
+            cells.setdefault(name.rpartition("-")[0], []).append(found[split])
+    return cells
