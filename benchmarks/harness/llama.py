@@ -68,6 +68,11 @@ class Workload:
     classes: int
 
     @property
+    def examples(self) -> list[dict[str, Tensor]]:
+        """The batch, one example after the other."""
+        return [{k: v[i] for k, v in self.batch.items()} for i in range(len(self.labels))]
+
+    @property
     def n_parameters(self) -> int:
         """Number of adapter weights."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)

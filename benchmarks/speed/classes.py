@@ -29,9 +29,6 @@ FORWARD, EXACT, SAMPLED = "forward", "exact", "sampled"
 def make_runs(args: argparse.Namespace, classes: int) -> tuple[dict[str, Run], bool]:
     """Return what is timed, by name, and whether ``auto`` samples."""
     work = make_workload(random_llama(args), args, classes)
-    examples = [
-        {key: value[i] for key, value in work.batch.items()} for i in range(len(work.labels))
-    ]
     la = KronLoraLaplace(
         work.model,
         "classification",
@@ -40,7 +37,7 @@ def make_runs(args: argparse.Namespace, classes: int) -> tuple[dict[str, Run], b
         backend_kwargs={"stochastic": True, "num_samples": 1},
         prior_precision=100.0,
     )
-    la.fit(DataLoader(examples, batch_size=len(examples)), evidence_correction=False)
+    la.fit(DataLoader(work.examples, batch_size=len(work.labels)), evidence_correction=False)
     batch = {key: value for key, value in work.batch.items() if key != "labels"}
 
     def forward() -> Any:

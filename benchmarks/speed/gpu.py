@@ -18,7 +18,6 @@ outlasts the time is noted, so a run that is cut short keeps what it has.
 from __future__ import annotations
 
 import argparse
-import gc
 import signal
 import time
 import traceback
@@ -31,17 +30,21 @@ import torch
 from benchmarks.harness import arguments
 from benchmarks.harness.llama import ALL_PROJECTIONS
 from benchmarks.harness.report import write_report
-from benchmarks.speed.gpu_steps import STEPS, Tables
+from benchmarks.speed.gpu_steps import STEPS, Tables, release
 
 SHORTEST = 15  # seconds below which no step is begun
 
 
+class OutOfTime(BaseException):
+    """The time of a step is over; no `Exception`, which a step takes for a side that cannot run."""
+
+
 @contextmanager
 def alarm(seconds: float) -> Iterator[None]:
-    """Raise `TimeoutError` when a block takes longer than some seconds."""
+    """Raise `OutOfTime` when a block takes longer than some seconds."""
 
     def ring(*_: Any) -> None:
-        raise TimeoutError(f"cut off after {seconds:.0f} s")
+        raise OutOfTime(f"cut off after {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -68,13 +71,11 @@ def run_step(step: str, args: argparse.Namespace, seconds: float) -> dict[str, A
     try:
         with alarm(seconds):
             raw = STEPS[step](args, tables)
-    except Exception as error:  # the next step may work
+    except (Exception, OutOfTime) as error:  # the next step may work
         traceback.print_exc()
         raw = f"{type(error).__name__}: {error}"
         tables[step] = [{"failed": raw[:200]}]
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release()
     return {"tables": tables, "raw": raw, "took": time.perf_counter() - start}
 
 
@@ -95,6 +96,7 @@ def main() -> None:
         rank=16,
         targets=list(ALL_PROJECTIONS),
         quantised=None,
+        prior_precision=100.0,
     )
     args = parser.parse_args()
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from benchmarks.harness.llama import (
     Workload,
@@ -27,6 +26,7 @@ from benchmarks.harness.report import verdict
 from benchmarks.harness.timing import Run, ratio, time_in_turn
 from benchmarks.speed import generation
 from benchmarks.speed.fit import library_runs
+from benchmarks.speed.predict import fitted
 from laplace_lora import KronLoraLaplace
 from laplace_lora.curvature.batch_curvature import add_factors
 
@@ -78,10 +78,15 @@ def runnable(runs: dict[str, Run]) -> tuple[dict[str, Run], dict[str, str]]:
         except Exception as error:  # a peer may fail in any way
             text = str(error).splitlines() or [""]
             failed[name] = f"{type(error).__name__}: {text[0][:120]}"
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release()
     return good, failed
+
+
+def release() -> None:
+    """Give back what nothing holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def compare(
@@ -133,24 +138,6 @@ def line(
     }
 
 
-def posterior(work: Workload, args: argparse.Namespace) -> KronLoraLaplace:
-    """Return a low-rank posterior, fitted on the batch."""
-    keys = [key for key in work.batch if key != "labels"]
-    rows = [
-        {**{key: work.batch[key][i] for key in keys}, "labels": work.labels[i]}
-        for i in range(len(work.labels))
-    ]
-    la = KronLoraLaplace(
-        work.model,
-        "classification",
-        factor_rank=args.factor_rank,
-        low_rank_threshold=args.low_rank_threshold,
-        prior_precision=100.0,
-    )
-    la.fit(DataLoader(rows, batch_size=len(rows)), evidence_correction=False)
-    return la
-
-
 def factor_gib(work: Workload, args: argparse.Namespace) -> float:
     """Return the size of a fit's running sums, in GiB."""
     sums_of = library_runs(work, args, fresh=True, kinds=LOW_RANK)["fit, low-rank"]
@@ -181,7 +168,7 @@ def fit_and_predict(
         gib = factor_gib(work, args)
         limit = f"{GIB_AT_MOST}: {verdict(gib, at_most=GIB_AT_MOST)}"
         tables[heading].append(line("factors", f"{gib:.2f} GiB", limit=limit))
-        la = posterior(work, args)
+        la = fitted(work, args, args.factor_rank)
         inputs = {key: value for key, value in work.batch.items() if key != "labels"}
         runs: dict[str, Run] = {
             "predict, moments of all outputs": partial(la._glm_predictive_distribution, inputs)

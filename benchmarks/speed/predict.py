@@ -43,11 +43,8 @@ MEMORY_SHARE = 0.75  # of the Jacobian of all adapter weights, in float32
 Run = Callable[[], Any]
 
 
-def library_run(work: Workload, args: argparse.Namespace, factor_rank: int | None) -> Run:
-    """Fit a posterior on the batch and return its predictive."""
-    examples = [
-        {key: value[i] for key, value in work.batch.items()} for i in range(len(work.labels))
-    ]
+def fitted(work: Workload, args: argparse.Namespace, factor_rank: int | None) -> KronLoraLaplace:
+    """Return a posterior that is fitted on the batch."""
     la = KronLoraLaplace(
         work.model,
         "classification",
@@ -55,7 +52,13 @@ def library_run(work: Workload, args: argparse.Namespace, factor_rank: int | Non
         low_rank_threshold=args.low_rank_threshold,
         prior_precision=args.prior_precision,
     )
-    la.fit(DataLoader(examples, batch_size=len(examples)))
+    la.fit(DataLoader(work.examples, batch_size=len(work.labels)))
+    return la
+
+
+def library_run(work: Workload, args: argparse.Namespace, factor_rank: int | None) -> Run:
+    """Fit a posterior on the batch and return its predictive."""
+    la = fitted(work, args, factor_rank)
     return lambda: la._glm_predictive_distribution(work.batch)
 
 
