@@ -22,10 +22,10 @@ from benchmarks.harness.report import mean_and_error, write_report
 from benchmarks.study.judging import (
     FIT_BATCH,
     Judge,
-    by_cell,
     fitted,
     judged_splits,
     nll_of,
+    nll_tables,
     over_checkpoints,
 )
 from benchmarks.study.trainings import EVALUATION_BATCH, Training, checkpoint_parser
@@ -64,9 +64,8 @@ def figures(training: Training, data: Path, out: Path, device: str) -> dict[str,
     return found
 
 
-def rows_of(results: dict[str, dict[str, Any]], split: str) -> list[dict[str, str]]:
+def rows_of(cells: dict[str, list[dict[str, float]]]) -> list[dict[str, str]]:
     """Return a table: the mean over seeds with its standard error, and paired differences."""
-    cells = by_cell(results, split)
     table = [_row(cell, found) for cell, found in cells.items()]
     return [*table, _row("mean", [each for found in cells.values() for each in found])]
 
@@ -74,12 +73,12 @@ def rows_of(results: dict[str, dict[str, Any]], split: str) -> list[dict[str, st
 def _row(name: str, found: list[dict[str, float]]) -> dict[str, str]:
     """Return one line of the table."""
     row = {"checkpoint": name, "seeds": str(len(found))}
-    for column in found[0] if found else ():
+    for column in found[0]:
         row[column] = mean_and_error([each[column] for each in found])
     for labels in LABELS:
         ours, theirs = f"calibrate, {labels}", f"temperature scaling, {labels}"
         differences = [each[ours] - each[theirs] for each in found]
-        row[f"difference, {labels}"] = mean_and_error(differences) if differences else "-"
+        row[f"difference, {labels}"] = mean_and_error(differences)
     return row
 
 
@@ -87,8 +86,7 @@ def main() -> None:
     args = checkpoint_parser(__doc__).parse_args()
     prepare(args)
     results = over_checkpoints(args, figures, FIGURES)
-    tables = {f"{split} NLL": rows_of(results, split) for split in ("test", "shifted")}
-    write_report("study.calibrating", args, tables, results)
+    write_report("study.calibrating", args, nll_tables(results, rows_of), results)
 
 
 if __name__ == "__main__":

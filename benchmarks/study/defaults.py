@@ -24,10 +24,10 @@ from benchmarks.harness.report import mean_and_error, write_report
 from benchmarks.study.judging import (
     FIT_BATCH,
     Judge,
-    by_cell,
     fitted,
     judged_splits,
     nll_of,
+    nll_tables,
     over_checkpoints,
 )
 from benchmarks.study.trainings import EVALUATION_BATCH, Training, checkpoint_parser
@@ -65,17 +65,14 @@ def figures(training: Training, data: Path, out: Path, device: str) -> dict[str,
     return found
 
 
-def rows_of(results: dict[str, dict[str, Any]], split: str) -> list[dict[str, str]]:
+def rows_of(cells: dict[str, list[dict[str, float]]]) -> list[dict[str, str]]:
     """Return a table of the mean over seeds, with its standard error, and the mean over cells."""
-    cells = by_cell(results, split)
     columns = ["MAP", "temperature scaling", *WAYS, "best in hindsight"]
     table = []
     for cell, found in cells.items():
         row = {"checkpoint": cell, "seeds": str(len(found))}
         row |= {column: mean_and_error([each[column] for each in found]) for column in columns}
         table.append(row)
-    if not cells:  # as TREC-6 has no shifted rows
-        return table
     everything = [each for found in cells.values() for each in found]
     mean = {c: f"{sum(each[c] for each in everything) / len(everything):.3f}" for c in columns}
     worst = {c: f"{max(each[c] - each['MAP'] for each in everything):+.3f}" for c in columns}
@@ -89,8 +86,7 @@ def main() -> None:
     args = checkpoint_parser(__doc__).parse_args()
     prepare(args)
     results = over_checkpoints(args, figures, FIGURES)
-    tables = {"Test NLL": rows_of(results, "test"), "Shifted NLL": rows_of(results, "shifted")}
-    write_report("study.defaults", args, tables, list(results.values()))
+    write_report("study.defaults", args, nll_tables(results, rows_of), list(results.values()))
 
 
 if __name__ == "__main__":

@@ -112,10 +112,23 @@ def over_checkpoints(
     return results
 
 
-def by_cell(results: dict[str, dict[str, Any]], split: str) -> dict[str, list[dict[str, float]]]:
-    """Return the figures of a split, one entry a seed, by the checkpoints' names without seeds."""
-    cells: dict[str, list[dict[str, float]]] = {}
-    for name, found in results.items():
-        if split in found:
-            cells.setdefault(name.rpartition("-")[0], []).append(found[split])
-    return cells
+def nll_tables(
+    results: dict[str, dict[str, Any]],
+    rows_of: Callable[[dict[str, list[dict[str, float]]]], list[dict[str, str]]],
+) -> dict[str, list[dict[str, str]]]:
+    """Return a table of the NLL for each split that has figures.
+
+    Args:
+        results: Figures of each checkpoint, by its name.
+        rows_of: From the figures of a split, one entry a seed, by the checkpoints' names without
+            seeds, to a table's rows.
+    """
+    tables = {}
+    for split in ("test", "shifted"):
+        cells: dict[str, list[dict[str, float]]] = {}
+        for name, found in results.items():
+            if split in found:
+                cells.setdefault(name.rpartition("-")[0], []).append(found[split])
+        if cells:  # TREC-6 has no shifted rows
+            tables[f"{split.capitalize()} NLL"] = rows_of(cells)
+    return tables
