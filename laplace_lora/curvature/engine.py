@@ -1,40 +1,30 @@
 """`Engine`: a model's outputs and loss, differentiated by its adapters' weights, batch by batch.
 
-Which tensors are differentiated, in which dtype, and how one batch is recorded. What is summed over
-batches is in `batch_curvature` and `kfac`.
+How one batch is recorded is in `recording`, what is summed over batches in `batch_curvature` and
+`kfac`.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from laplace_lora.adapters.diagonal_maps import whole_instead
-from laplace_lora.adapters.discovery import trainable_maps
 from laplace_lora.adapters.maps import Block, LinearMap, wide_dtype
-from laplace_lora.adapters.peft_state import check_adapters, check_in_use
 from laplace_lora.capture.jacobians import jacobian_blocks
-from laplace_lora.capture.output_verification import verify_outputs
-from laplace_lora.capture.recorder import MisfitError, check_masks, record
 from laplace_lora.capture.tape import Tape
-from laplace_lora.capture.verification import verify_gradients
 from laplace_lora.curvature.kfac import Rows
 from laplace_lora.curvature.loss_gradient import LossGradient, ResidualColumns
-from laplace_lora.data.batches import doubled, splits_by_example
-from laplace_lora.data.sharding import in_pieces
+from laplace_lora.curvature.recording import Recording
 from laplace_lora.likelihoods.base import Columns, Likelihood
 from laplace_lora.likelihoods.links import check_finite
 from laplace_lora.likelihoods.roots import identity_root
-from laplace_lora.models.autocast import as_called
-from laplace_lora.models.modes import coarsest_dtype, device_of, differentiable, eager
+from laplace_lora.models.modes import device_of
 from laplace_lora.models.twins import resampled
 
 Root = Callable[[Tensor, Tensor], Tensor]
-_COVERING = threading.Lock()
 
 
 class Engine:
@@ -58,7 +48,7 @@ class Engine:
         draws_labels: Whether the root is sampled, so that it does not bring the loss's gradient.
 
     Attributes:
-        is_verified: Whether that has been done; set it to false to have it done again.
+        recording: Which tensors are covered, and whether the first batch has been verified.
         n_outputs: Outputs of the latest labelled batch, 0 before there was one.
 
     Raises:
@@ -82,23 +72,20 @@ class Engine:
         self.objective = objective
         self.root = root
         self.rows = Rows() if rows is None else rows
-        self.uncovered = uncovered
         self.n_outputs = 0
-        self.verify = verify
         self.draws_labels = draws_labels
-        self.is_verified = False
-        in_pieces(model)
-        self._covered = trainable_maps(model if trained is None else trained, uncovered)
+        trained = model if trained is None else trained
+        self.recording = Recording(model, trained, uncovered, verify)
 
     @property
     def maps(self) -> list[LinearMap]:
         """Trainable linear maps, and tensors with a diagonal block."""
-        return self._covered[0]
+        return self.recording.maps
 
     @property
     def blocks(self) -> list[Block]:
         """Trainable tensors, in parameter order."""
-        return self._covered[1]
+        return self.recording.blocks
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -155,7 +142,7 @@ class Engine:
         """
         if function is None:
             self.check_outputs_few()
-        tape, blocks = self._record(x, function)
+        tape, blocks = self.recording.tape(x, function)
         f = tape.output
         if function is None:
             check_finite(f)
@@ -254,20 +241,12 @@ class Engine:
             ValueError: If labels lie outside the classes.
             FloatingPointError: If the loss is not finite.
         """
-        tape, _ = self._record(x, examples=len(y), needs_masks=needs_masks)
+        tape, _ = self.recording.tape(x, examples=len(y), needs_masks=needs_masks)
         loss = self.objective.nll(tape.output, y)
         if not bool(loss.isfinite()):
             raise FloatingPointError(f"the loss is {loss.item()}")
         self.n_outputs = tape.output.shape[-1]
         return tape, loss
-
-    def cover_whole(self, maps: Sequence[int]) -> None:
-        """Give the tensors of some maps diagonal blocks from now on.
-
-        Args:
-            maps: Indices of the maps.
-        """
-        self._covered = whole_instead(self.maps, self.blocks, maps)
 
     def check_outputs_few(self) -> None:
         """Refuse Jacobians of all outputs of a language model.
@@ -277,46 +256,6 @@ class Engine:
         """
         if self.objective.jacobian_refusal is not None:
             raise ValueError(self.objective.jacobian_refusal)
-
-    def _record(
-        self,
-        x: Any,
-        function: Callable[[Any], Tensor] | None = None,
-        examples: int | None = None,
-        needs_masks: bool = False,
-    ) -> tuple[Tape, Sequence[Block]]:
-        in_pieces(self.model)
-        check_adapters(self.model)
-        check_in_use(self.model, [(block.name, block.parameter) for block in self.blocks])
-        run = self.model if function is None else function
-        with differentiable(self.model), eager(self.model), as_called():
-            while True:
-                maps, blocks = self._covered
-                try:
-                    tape = record(run, maps, x, examples=examples)
-                    if needs_masks:
-                        check_masks(tape)
-                    if self.verify and not self.is_verified and function is None:
-                        if tape.examples == 1 and splits_by_example(x, 1):
-                            # A single example hides which dimension counts them.
-                            record(run, maps, doubled(x), examples=2)
-                        self._verify(tape, blocks, x)
-                    return tape, blocks
-                except MisfitError as error:
-                    if self.uncovered == "error":
-                        raise
-                    with _COVERING:  # unless another thread has done so meanwhile
-                        if self._covered[0] is maps:
-                            self.cover_whole(error.maps)
-
-    def _verify(self, tape: Tape, blocks: Sequence[Block], x: Any) -> None:
-        """Verify a recorded pass, see `capture.verification`."""
-        if not bool(tape.output.isfinite().all()):
-            return  # refused for that by whoever asked
-        verify_gradients(tape, blocks)
-        if not self.model.training:  # with dropout no two passes agree
-            verify_outputs(self.model, x, tape.output, tape.examples, coarsest_dtype(self.model))
-        self.is_verified = True
 
 
 def joined(blocks: Iterable[Tensor]) -> Tensor:

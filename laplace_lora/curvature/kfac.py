@@ -193,8 +193,7 @@ class KfacSums:
                     "input in earlier batches but not in this one"
                 )
             if first == i:
-                rows, weight = self.rows.of_input(tape.inputs[i], tape.mask(i), factor)
-                factor.update(self._half.narrowed(id(factor), rows), weight)
+                self._add(factor, *self.rows.of_input(tape.inputs[i], tape.mask(i), factor))
 
         roots = len(columns)
         visits = []
@@ -205,11 +204,7 @@ class KfacSums:
 
         def visit(column: int, i: int, grad: Tensor) -> None:
             if column < roots:
-                factor = self.grads[i]
-                rows = self.rows.of_grad(grad, tape.mask(i))
-                if isinstance(factor, LowRankFactor):  # the others are small
-                    rows = self._half.narrowed(id(factor), rows)
-                factor.update(rows)
+                self._add(self.grads[i], self.rows.of_grad(grad, tape.mask(i)))
             for also in visits:
                 also(column, i, grad)
 
@@ -222,6 +217,11 @@ class KfacSums:
                 total.add_whole(blocks, i, rows, residual.weights[:, n])
         self._half.settle()
         self._check_finite(tape)
+
+    def _add(self, factor: Factor, rows: Tensor, weight: float | Tensor = 1.0) -> None:
+        if isinstance(factor, LowRankFactor):  # the others widen their rows in any case
+            rows = self._half.narrowed(id(factor), rows)
+        factor.update(rows, weight)
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors that the sums consist of, shared ones once."""

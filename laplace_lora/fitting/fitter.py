@@ -54,7 +54,7 @@ class Fitter:
             )
         if checkpoint_every is not None and checkpoint_dir is None:
             raise ValueError("checkpoint_every needs checkpoint_dir")
-        posterior.engine.is_verified = False  # data of another form may come
+        posterior.engine.recording.is_verified = False  # data of another form may come
         snapshots: list[Snapshot] = []
         with together(train_loader) as team:
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from laplace_lora.linalg.eigen import DiagonalEigen, Eigen, check_finite, symmetric_eigen
 
 RESIDUALS = ("isotropic", "zero")
-SMALL = 64
+SMALL = 64  # a side whose whole matrix is as quick to look at as its diagonal, which is strided
 
 X = TypeVar("X")
 Y = TypeVar("Y")

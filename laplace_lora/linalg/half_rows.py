@@ -70,7 +70,9 @@ class HalfRows:
             return rows
         if key in self._exact:
             return rows.to(HALF) if self._exact[key] else rows
-        self._asked.setdefault(key, []).append((rows.to(HALF) == rows).all())
+        # Zeros alone, of a layer that the first batch does not move, show nothing.
+        shown = (rows.to(HALF) == rows).all() & rows.any()
+        self._asked.setdefault(key, []).append(shown)
         return rows
 
     def settle(self) -> None:

@@ -87,14 +87,16 @@ class LowRankFactor:
         """
         # Tensor cores take rows of bfloat16 as they are; elsewhere wider ones are faster.
         is_half = rows.is_cuda and rows.dtype == HALF and self.sketch.dtype == torch.float32
-        rows = rows if is_half else rows.to(self.sketch.dtype)
         if is_half:
             projected = product(rows, _orthonormal_terms(*self.sketch.shape, self.sketch.device))
         else:
+            rows = rows.to(self.sketch.dtype)
             projected = rows @ self._test_matrix()
-        alpha = 1.0 if isinstance(weight, Tensor) else weight
+        alpha = 1.0
         if isinstance(weight, Tensor):
             projected *= weight.unsqueeze(1)
+        else:
+            alpha = weight
         if is_half:
             self.sketch.add_(product(rows.T, split(projected)), alpha=alpha)
         else:

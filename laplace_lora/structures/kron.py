@@ -146,11 +146,11 @@ class Kron:
         has_tables = any(name.startswith(f"{TABLE}.") for name in tensors)
         if has_tables != self.eigenvalue_correction:
             raise ValueError("the state is of another eigenvalue_correction than this posterior's")
-        if engine.uncovered == "diag":
+        if engine.recording.uncovered == "diag":
             # Which maps Kronecker factors cannot express showed when the posterior was fitted.
             diagonal = diagonal_blocks(tensors, description)
             shown = [b.map for i, b in enumerate(engine.blocks) if i in diagonal]
-            engine.cover_whole([i for i in shown if not engine.maps[i].is_diagonal])
+            engine.recording.cover_whole([i for i in shown if not engine.maps[i].is_diagonal])
         kfacs, eigen = unpack_kron(
             tensors,
             description,

@@ -234,7 +234,7 @@ def test_a_wrong_token_is_noticed_without_its_fix(monkeypatch):
 
 def test_every_fit_is_verified_once_and_predictions_of_loaded_posteriors(monkeypatch, tmp_path):
     calls = []
-    check = "laplace_lora.curvature.engine.verify_outputs"
+    check = "laplace_lora.curvature.recording.verify_outputs"
     monkeypatch.setattr(check, lambda *args: calls.append(1))
     model = peft_model("bert")
     la = KronLoraLaplace(model, "classification")

@@ -44,3 +44,11 @@ def test_other_dtypes_and_devices_are_left_alone(rows):
     assert half.narrowed(1, rows) is rows
     half.settle()
     assert half.narrowed(1, rows) is rows
+
+
+def test_zeros_show_nothing():
+    half = HalfRows(devices=("cpu",))
+    half.narrowed(1, torch.zeros(5, 3))
+    half.settle()
+    inexact = random(5, 3)
+    assert half.narrowed(1, inexact) is inexact

@@ -1,0 +1,120 @@
+"""`Recording`: which trainable tensors are covered, and how one batch is recorded and verified."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from laplace_lora.adapters.diagonal_maps import whole_instead
+from laplace_lora.adapters.discovery import trainable_maps
+from laplace_lora.adapters.maps import Block, LinearMap
+from laplace_lora.adapters.peft_state import check_adapters, check_in_use
+from laplace_lora.capture.output_verification import verify_outputs
+from laplace_lora.capture.recorder import MisfitError, check_masks, record
+from laplace_lora.capture.tape import Tape
+from laplace_lora.capture.verification import verify_gradients
+from laplace_lora.data.batches import doubled, splits_by_example
+from laplace_lora.data.sharding import in_pieces
+from laplace_lora.models.autocast import as_called
+from laplace_lora.models.modes import coarsest_dtype, differentiable, eager
+
+_COVERING = threading.Lock()
+
+
+class Recording:
+    """Records a model's passes, and gives layers that do not fit a diagonal block if it may.
+
+    Args:
+        model: From a batch to outputs.
+        trained: The part of the model whose trainable tensors count.
+        uncovered: What becomes of trainable tensors that no Kronecker factor covers, see `Engine`.
+        verify: Verify the first batch, see `capture.verification`.
+
+    Attributes:
+        is_verified: Whether that has been done; set it to false to have it done again.
+
+    Raises:
+        ValueError: If ``uncovered`` is unknown, nothing is trainable, or a trainable tensor is in
+            no linear map and ``uncovered="error"``.
+        RuntimeError: If an adapter is merged or disabled, or several are active.
+    """
+
+    def __init__(self, model: nn.Module, trained: nn.Module, uncovered: str, verify: bool) -> None:
+        self.model = model
+        self.uncovered = uncovered
+        self.verify = verify
+        self.is_verified = False
+        in_pieces(model)
+        self._covered = trainable_maps(trained, uncovered)
+
+    @property
+    def maps(self) -> list[LinearMap]:
+        """Trainable linear maps, and tensors with a diagonal block."""
+        return self._covered[0]
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Trainable tensors, in parameter order."""
+        return self._covered[1]
+
+    def cover_whole(self, maps: Sequence[int]) -> None:
+        """Give the tensors of some maps diagonal blocks from now on.
+
+        Args:
+            maps: Indices of the maps.
+        """
+        self._covered = whole_instead(self.maps, self.blocks, maps)
+
+    def tape(
+        self,
+        x: Any,
+        function: Callable[[Any], Tensor] | None = None,
+        examples: int | None = None,
+        needs_masks: bool = False,
+    ) -> tuple[Tape, Sequence[Block]]:
+        """Return a recorded forward pass, and the tensors that its maps belong to.
+
+        Args:
+            x: Batch that the model takes.
+            function: What runs instead of the model itself, by the same maps; is not verified.
+            examples: Number of examples, if it is not the number of output rows.
+            needs_masks: Whether every recorded layer must know which of its tokens are real.
+
+        Raises:
+            MisfitError: If a layer's calls fit no Kronecker factors, and ``uncovered="error"``.
+        """
+        in_pieces(self.model)
+        check_adapters(self.model)
+        check_in_use(self.model, [(block.name, block.parameter) for block in self.blocks])
+        run = self.model if function is None else function
+        with differentiable(self.model), eager(self.model), as_called():
+            while True:
+                maps, blocks = self._covered
+                try:
+                    tape = record(run, maps, x, examples=examples)
+                    if needs_masks:
+                        check_masks(tape)
+                    if self.verify and not self.is_verified and function is None:
+                        if tape.examples == 1 and splits_by_example(x, 1):
+                            # A single example hides which dimension counts them.
+                            record(run, maps, doubled(x), examples=2)
+                        self._verify(tape, blocks, x)
+                    return tape, blocks
+                except MisfitError as error:
+                    if self.uncovered == "error":
+                        raise
+                    with _COVERING:  # unless another thread has done so meanwhile
+                        if self._covered[0] is maps:
+                            self.cover_whole(error.maps)
+
+    def _verify(self, tape: Tape, blocks: Sequence[Block], x: Any) -> None:
+        """Verify a recorded pass, see `capture.verification`."""
+        if not bool(tape.output.isfinite().all()):
+            return  # refused for that by whoever asked
+        verify_gradients(tape, blocks)
+        if not self.model.training:  # with dropout no two passes agree
+            verify_outputs(self.model, x, tape.output, tape.examples, coarsest_dtype(self.model))
+        self.is_verified = True
