@@ -1,0 +1,109 @@
+"""`FittedLaplace`: fits, and curvature taken over from elsewhere; the work is done by `Fitter`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from laplace_lora.data.loaders import chained
+from laplace_lora.fitting.fitter import Fitter
+from laplace_lora.models.autocast import in_full_precision
+from laplace_lora.posteriors.saved import SavedLaplace
+from laplace_lora.structures.state import Posterior, PosteriorState
+
+
+class FittedLaplace(SavedLaplace):
+    """What installs a new state, and forgets what was known of the one before."""
+
+    _latest: tuple[Posterior, tuple[float, str, torch.device, bool]] | None
+
+    @in_full_precision
+    def fit(
+        self,
+        train_loader: DataLoader[Any],
+        override: bool = True,
+        progress_bar: bool = False,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | None = None,
+        evidence_correction: bool | None = None,
+    ) -> None:
+        """Fit the posterior at the model's current weights.
+
+        One forward pass and ``C − 1`` backward passes per batch, and once more if eigenvalues are
+        corrected; for language models one backward pass, which draws labels from torch's global
+        generator. The result does not depend on batch size or padding. If anything fails, the
+        earlier posterior stays as it was.
+
+        Where several processes share a loader (a `DistributedSampler`, or one that accelerate has
+        prepared), all end with the posterior of all data; examples that the sampler repeats count
+        once, and an error in one process ends all.
+
+        Args:
+            train_loader: Batches with labels: mappings with ``dict_key_y``, or pairs. For a reward
+                model preference pairs, see `as_pairs`, which need no labels.
+            override: Start anew; ``False`` adds these data to those fitted before.
+            progress_bar: Show progress over the batches.
+            checkpoint_dir: Where the sums so far are kept. A fit that was interrupted goes on
+                there, after the batches it had seen, if the loader yields the same ones in the
+                same order. The files, one per pass, are deleted at the end.
+            checkpoint_every: Batches from one writing to the next, 100 by default.
+            evidence_correction: When to measure what the evidence gains because trained weights
+                are no mode of the prior, see `Subspace`, which takes one more pass over the data.
+                ``None``: when an evidence is first asked for. ``True``: now, so that files hold it.
+                ``False``: not unless `optimize_prior_precision` is given ``correction=True``; a
+                prior tuned without it is far too weak where weights were trained without it.
+
+        Raises:
+            TypeError: If the loader has no ``dataset``, or a batch is neither mapping nor pair.
+            ValueError: If the loader is empty, labels are missing or out of range, passes see
+                different numbers of examples, or what is kept in ``checkpoint_dir`` is damaged or
+                is of another fit.
+            FloatingPointError: If the loss or the curvature is not finite; names batch and layer.
+            RuntimeError: If another process that shares the loader failed or had no examples.
+        """
+        fitter = Fitter(self.parts if override or not self.state.is_fitted else self.fitted)
+        options = (override, progress_bar, checkpoint_dir, checkpoint_every, evidence_correction)
+        alone = override or not self.state.is_fitted
+        loaders = [train_loader] if alone else [self._train_loader, train_loader]
+        self._install(fitter.fit(train_loader, *options))
+        self._train_loader = chained(loaders)
+        self._leaves_correction_out = evidence_correction is False
+
+    def adopt(self, curvature: Any, n_data: int, train_loader: Iterable[Any] | None = None) -> None:
+        """Take over a curvature that was computed elsewhere, at the model's current weights.
+
+        Args:
+            curvature: What `curvature` would return: of the mean loss times the number of examples.
+            n_data: Number of training examples.
+            train_loader: Training data with labels, for the log evidence; without it the evidence
+                is not a number.
+
+        Raises:
+            ValueError: If there is no loader and the model does not say how many outputs it has.
+        """
+        self._install(Fitter(self.parts).adopt(curvature, n_data, train_loader))
+
+    def merge(self, others: Sequence[FittedLaplace]) -> None:
+        """Add what posteriors of the same model learnt from other data.
+
+        The result is that of one fit on all the data; the prior stays, a calibration is undone.
+
+        Args:
+            others: Fitted posteriors of the same class, arguments and weights, on disjoint data.
+
+        Raises:
+            AttributeError: If one has not been fitted.
+            ValueError: If one is of another class, or its arguments or model are others.
+        """
+        loaders = [posterior._train_loader for posterior in (self, *others)]
+        self._install(Fitter(self.fitted).merge([other.fitted for other in others]))
+        self._train_loader = chained(loaders)
+
+    def _install(self, state: PosteriorState) -> None:
+        self.state, self._latest = state, None
+        self._train_loader, self.tuning, self._leaves_correction_out = None, None, False
+        self.model.output_size = state.n_outputs  # type: ignore[assignment]
