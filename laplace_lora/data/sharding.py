@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from laplace_lora.data.distributed import deals_data_out
@@ -29,7 +29,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def is_sharded_tensor(tensor: Tensor) -> bool:
     """Return whether processes hold a tensor in pieces."""
-    return _kind() is not None and isinstance(tensor, _kind())
+    return isinstance(tensor, DTensor)
 
 
 def is_sharded_model(model: nn.Module) -> bool:
@@ -55,8 +55,6 @@ def write_values(tensor: Tensor, values: Tensor) -> None:
     """
     sharded: Any = tensor
     if is_sharded_tensor(tensor):
-        from torch.distributed.tensor import distribute_tensor
-
         # All have the same values already, so none are sent.
         values = values.to(local_part(tensor))
         place = (sharded.device_mesh, sharded.placements)
@@ -77,14 +75,6 @@ def refuse_tensor_parallel(model: nn.Module) -> None:
             "so none sees a layer's whole inputs and gradients; load it without tp_plan, and "
             "shard it with torch.distributed.fsdp.fully_shard if it is too large for one device"
         )
-
-
-def _kind() -> Any:
-    if not dist.is_available():
-        return None
-    from torch.distributed.tensor import DTensor
-
-    return DTensor
 
 
 def in_pieces(model: nn.Module) -> None:

@@ -35,6 +35,17 @@ def short(value: Any) -> str:
     return f"{value:.4g}"
 
 
+def span(values: Tensor, digits: int) -> str:
+    """Return the least and the greatest of some numbers, or the one that they all are.
+
+    Args:
+        values: At least one.
+        digits: Significant ones.
+    """
+    low, high = float(values.detach().min()), float(values.detach().max())
+    return f"{low:.{digits}g}" if low == high else f"{low:.{digits}g}..{high:.{digits}g}"
+
+
 def html_table(
     columns: Mapping[str, Sequence[Any]], title: str = "", limit: int | None = None
 ) -> str:
@@ -76,6 +87,15 @@ def data_frame(
     except ImportError as error:
         raise ImportError("to_pandas() requires pandas: `pip install pandas`") from error
     return pandas.DataFrame(dict(columns), index=index)
+
+
+def one_row(values: Mapping[str, Any]) -> DataFrame:
+    """Return values by heading as a data frame with one row.
+
+    Raises:
+        ImportError: If pandas is missing.
+    """
+    return data_frame({name: [value] for name, value in values.items()})
 
 
 def spread(name: str, values: Tensor) -> dict[str, list[Any]]:

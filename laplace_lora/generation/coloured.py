@@ -9,25 +9,6 @@ from typing import Any
 COLOUR = "214, 90, 49"  # red, green, blue of the ground under the most uncertain token
 
 
-class TokenText:
-    """From token numbers to their text.
-
-    Args:
-        tokenizer: The model's; ``None`` gives no text.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-
-    def __call__(self, token: int) -> dict[str, str]:
-        """Return ``{"text": ...}``, or nothing without a tokenizer."""
-        return {} if self._tokenizer is None else {"text": self._tokenizer.decode([token])}
-
-    def whole(self, tokens: Sequence[int]) -> str:
-        """Return the text of several tokens."""
-        return str(self._tokenizer.decode(tokens))
-
-
 def coloured_html(texts: Sequence[Mapping[str, Any]], title: str) -> str:
     """Return a paragraph per text, its tokens on grounds that darken with their uncertainty.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.display.tables import data_frame, plain
-from laplace_lora.generation.coloured import TokenText, coloured_html
+from laplace_lora.generation.coloured import coloured_html
 from laplace_lora.generation.next_token import NextToken
 
 if TYPE_CHECKING:
@@ -132,7 +132,6 @@ class TokenPredictions:
         Args:
             tokenizer: The model's; adds texts to the token numbers.
         """
-        text_of = TokenText(tokenizer)
         by_text: dict[str, list[Any]] = {
             "log_prob": plain(self.sequence_log_prob),
             "map_log_prob": plain(self.sequence_map_log_prob),
@@ -150,12 +149,10 @@ class TokenPredictions:
         texts = []
         for i, real in enumerate(self.mask):
             columns = {name: plain(values[i][real]) for name, values in by_token.items()}
-            rows = [
-                dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
-            ]
-            whole = {} if tokenizer is None else {"text": text_of.whole(columns["token"])}
-            tokens = [{**text_of(row["token"]), **row} for row in rows]
-            texts.append({**whole, **{k: v[i] for k, v in by_text.items()}, "tokens": tokens})
+            rows = zip(*columns.values(), strict=True)
+            text: dict[str, Any] = {k: v[i] for k, v in by_text.items()}
+            text["tokens"] = [dict(zip(columns, row, strict=True)) for row in rows]
+            texts.append(text if tokenizer is None else _decoded(text, tokenizer))
         return {"texts": texts}
 
     def to_pandas(self, tokenizer: Any = None) -> DataFrame:
@@ -234,3 +231,10 @@ class TokenPredictions:
             log_probabilities=log_probabilities,
             stopped=stopped,
         )
+
+
+def _decoded(text: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Return a text of `TokenPredictions.to_dict` with what it and its tokens read."""
+    numbers = [token["token"] for token in text["tokens"]]
+    tokens = [{"text": tokenizer.decode([token["token"]]), **token} for token in text["tokens"]]
+    return {"text": str(tokenizer.decode(numbers)), **text, "tokens": tokens}

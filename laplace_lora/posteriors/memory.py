@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.data.batches import batch_length, first_examples, splits_by_example
-from laplace_lora.display.tables import data_frame, html_table
+from laplace_lora.display.tables import html_table, one_row
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.structures import sizes
 from laplace_lora.structures.sizes import GIB
@@ -73,7 +73,7 @@ class MemoryEstimate:
         Raises:
             ImportError: If pandas is missing.
         """
-        return data_frame({name: [value] for name, value in self.to_dict().items()})
+        return one_row(self.to_dict())
 
     def __str__(self) -> str:
         """Return the figures in GiB, and what to do if they are too large."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import Tensor
-
+from laplace_lora.display.tables import span
 from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning.tuner import Tuning
 
@@ -58,15 +57,10 @@ def _layer(name: str) -> str:
 def _prior(posterior: Posterior, tuning: Tuning | None) -> str:
     settings = posterior.settings
     around = "zero" if not bool(settings.prior_mean.any()) else "given weights"
-    text = f"precision {_range(settings.prior_precision)} around {around}"
+    text = f"precision {span(settings.prior_precision, 4)} around {around}"
     if posterior.objective.has_noise:
         text += f", noise {float(settings.sigma_noise.detach()):.4g}"
     return text if tuning is None else f"{text}, tuned by {tuning.method}"
-
-
-def _range(values: Tensor) -> str:
-    low, high = float(values.detach().min()), float(values.detach().max())
-    return f"{low:.4g}" if low == high else f"{low:.4g}..{high:.4g}"
 
 
 def _evidence(value: float) -> str:

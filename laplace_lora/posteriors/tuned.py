@@ -140,12 +140,11 @@ class TunedLaplace(LaplaceLoops):
                 if kwargs or prior_structure == "diag":
                     self._laplace_marglik(prior_structure, tune_sigma_noise, kwargs)
                 else:
-                    noise = tune_sigma_noise
                     corrected = self._measures_term(
-                        prior_structure, noise, correction, data_of_fit, progress_bar
+                        prior_structure, tune_sigma_noise, correction, data_of_fit, progress_bar
                     )
                     settings, report = Tuner(self.fitted).marginal_likelihood(
-                        prior_structure, noise, corrected
+                        prior_structure, tune_sigma_noise, corrected
                     )
             elif method == "gridsearch" and pred_type == "nn":
                 self._laplace_grid(val_loader, n_samples, kwargs)

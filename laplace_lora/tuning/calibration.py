@@ -19,7 +19,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from laplace_lora.data.distributed import Together
-from laplace_lora.display.tables import data_frame, html_table, plain
+from laplace_lora.display.tables import html_table, one_row, plain, span
 from laplace_lora.likelihoods.base import Likelihood, Scoring
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.settings import Settings
@@ -86,14 +86,12 @@ class Calibration:
         Raises:
             ImportError: If pandas is missing.
         """
-        return data_frame({name: [value] for name, value in self.to_dict().items()})
+        return one_row(self.to_dict())
 
     def _chosen(self) -> str:
-        low, high = float(self.prior_precision.min()), float(self.prior_precision.max())
-        prior = f"{low:.3g}" if len(self.prior_precision) == 1 else f"{low:.3g}..{high:.3g}"
         return (
-            f"prior precision {prior}, covariance scale {self.covariance_scale:.3g}, likelihood "
-            f"temperature {self.likelihood_temperature:.3g}"
+            f"prior precision {span(self.prior_precision, 3)}, covariance scale "
+            f"{self.covariance_scale:.3g}, likelihood temperature {self.likelihood_temperature:.3g}"
         )
 
 

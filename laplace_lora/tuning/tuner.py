@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.data.distributed import together
+from laplace_lora.display.tables import span
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.settings import Settings, check_positive
@@ -50,11 +51,9 @@ class Tuning:
         report = self.leave_one_out or self.widest
         if report is not None:
             return str(report)
-        low, high = self.prior_precision.min(), self.prior_precision.max()
-        chosen = f"{low:.3g}" if low == high else f"{low:.3g}..{high:.3g}"
         why = f" (not the default: {self.reason})" if self.reason else ""
         structure = f", {self.structure}" if self.structure else ""
-        return f"{self.method}: prior precision {chosen}{structure}{why}"
+        return f"{self.method}: prior precision {span(self.prior_precision, 3)}{structure}{why}"
 
 
 class Tuner:
