@@ -13,6 +13,7 @@ from laplace_lora.evaluation.baselines import (
 )
 from laplace_lora.evaluation.plots import plot_reports
 from laplace_lora.evaluation.report import CalibrationReport, compare, evaluate
+from laplace_lora.evaluation.training_free import TrainingFreeBayes
 
 __all__ = [
     "MAP",
@@ -20,6 +21,7 @@ __all__ = [
     "LoraEnsemble",
     "MCDropout",
     "TemperatureScaling",
+    "TrainingFreeBayes",
     "compare",
     "diagonal_laplace",
     "evaluate",
