@@ -51,6 +51,25 @@ def adaptive_ece(p: Tensor, y: Tensor) -> float:
     return sum(abs(float(part.sum())) for part in gap.tensor_split(BINS)) / len(gap)
 
 
+def debiased_ce(p: Tensor, y: Tensor) -> float:
+    """Return the root mean square calibration error without the bias of few examples, a fraction.
+
+    A perfect model has an expected ECE well above 0, since every bin's accuracy is noisy. Here the
+    square of each bin's gap loses the variance of its accuracy, so that the square is unbiased;
+    where less than nothing is left the error is 0. Bins hold equally many examples, at least two.
+
+    Source: Kumar, Liang, Ma (2019), arXiv:1909.10155, the debiased estimator of section 5.
+    """
+    confidence, order = p.max(-1).values.double().sort()
+    correct = _correct(p, y)[order]
+    bins = max(1, min(BINS, len(correct) // 2))
+    total = 0.0
+    for right, said in zip(correct.tensor_split(bins), confidence.tensor_split(bins), strict=True):
+        noise = float(right.mean() * (1 - right.mean())) / max(len(right) - 1, 1)
+        total += len(right) * (float(right.mean() - said.mean()) ** 2 - noise)
+    return math.sqrt(max(total / len(correct), 0.0))
+
+
 def risk_coverage(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Return the error rate among the n most confident examples, for every n.
 
@@ -132,6 +151,7 @@ METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "Brier": brier,
     "ECE": expected_calibration_error,
     "adaptive ECE": adaptive_ece,
+    "debiased CE": debiased_ce,
     "AURC": aurc,
     **{f"accuracy at {share:.0%}": accuracy_at(share) for share in COVERAGES},
 }

@@ -11,6 +11,7 @@ from laplace_lora.evaluation.metrics import (
     adaptive_ece,
     aurc,
     brier,
+    debiased_ce,
     ece,
     nll,
     ood_auroc,
@@ -49,6 +50,31 @@ def test_bins_of_equal_count_hold_neighbours_in_confidence():
     y = torch.arange(30) % 2  # every pair has one right and one wrong
     expected = sum(2 * abs(0.5 + 0.01 * (2 * i + 1.5) - 0.5) for i in range(15)) / 30
     assert adaptive_ece(p, y) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_debiased_error_by_hand():
+    # Two bins: at confidence 0.6 one of two is right, at 0.9 none of two.
+    p = torch.tensor([[0.6, 0.4], [0.6, 0.4], [0.9, 0.1], [0.9, 0.1]])
+    squares = [(0.5 - 0.6) ** 2 - 0.5 * 0.5 / (2 - 1), 0.9**2]
+    assert debiased_ce(p, torch.tensor([0, 1, 1, 1])) == pytest.approx((sum(squares) / 2) ** 0.5)
+    assert debiased_ce(p, torch.tensor([0, 1, 0, 0])) == 0  # less than the noise
+    assert debiased_ce(p[:1], torch.tensor([0])) == pytest.approx(0.4)  # no variance to subtract
+
+
+def test_a_perfect_model_has_no_debiased_error_on_average():
+    generator = torch.Generator().manual_seed(0)
+    squares, biased = [], []
+    for _ in range(200):
+        right = 0.5 + 0.5 * torch.rand(300, generator=generator)
+        p = torch.stack([right, 1 - right], -1)
+        y = (torch.rand(300, generator=generator) > right).long()
+        squares.append(debiased_ce(p, y) ** 2)
+        biased.append(adaptive_ece(p, y))
+    assert sum(biased) / 200 > 0.06 and (sum(squares) / 200) ** 0.5 < 0.04
+    assert 80 < sum(square == 0 for square in squares) < 140
+    p = torch.tensor([[0.9, 0.1]] * 20000)
+    y = torch.randint(2, (20000,), generator=generator)
+    assert debiased_ce(p, y) == pytest.approx(0.4, abs=0.02)
 
 
 def test_risk_coverage_by_hand():
