@@ -20,7 +20,12 @@ OWN = "own_logits"  # of a model that says how its transformer answers by itself
 
 
 def verify_outputs(
-    model: Any, batch: Any, output: Tensor, examples: int, dtype: torch.dtype
+    model: Any,
+    batch: Any,
+    output: Tensor,
+    examples: int,
+    dtype: torch.dtype,
+    by_token: bool = False,
 ) -> None:
     """Compare outputs with those of single examples, and with the model's own forward pass.
 
@@ -34,6 +39,7 @@ def verify_outputs(
         output: Its outputs, ``(rows, outputs)``.
         examples: Number of examples.
         dtype: The coarsest in which the model computes.
+        by_token: Whether an example has a row of the output for each of its tokens that counts.
 
     Raises:
         RuntimeError: If the outputs differ.
@@ -45,10 +51,10 @@ def verify_outputs(
             if whole is not None and not near(whole, output, dtype):
                 raise RuntimeError(_positions(whole, output))
             return
-        for n in chosen_examples(batch, examples, len(output)):
+        # Which rows are an example's is known for the first one only, where rows are tokens.
+        for n in [0] if by_token else chosen_examples(batch, examples):
             single = one_example(batch, n)
-            # One row per example, or for tokens those of the first example.
-            rows = slice(n, n + 1) if len(output) == examples else slice(None)
+            rows = slice(None) if by_token else slice(n, n + 1)
             alone = own(single)
             if alone is not None and near(alone, output[rows][: len(alone)], dtype):
                 continue
@@ -91,10 +97,8 @@ def _own_logits(model: Any) -> Callable[[Any], Tensor | None]:
     return lambda batch: None
 
 
-def chosen_examples(batch: Any, examples: int, rows: int) -> list[int]:
-    """Return the examples with the most and the fewest real tokens; the first one of texts."""
-    if rows != examples:
-        return [0]
+def chosen_examples(batch: Any, examples: int) -> list[int]:
+    """Return the examples with the most and the fewest real tokens."""
     mask = passes(batch)[0].get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != examples:
         return [0]

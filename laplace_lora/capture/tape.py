@@ -126,10 +126,6 @@ class Tape:
         """Where attention masks are looked up: the batch, unless others were given."""
         return self._padding.batch
 
-    def rows_of_first(self) -> int:
-        """Return how many rows of the output are the first example's."""
-        return 1 if len(self.output) == self.examples else len(self.rerun(0))
-
     def coarsest(self, i: int, parameter: Tensor) -> torch.dtype:
         """Return the coarsest dtype in which a recorded map computes, its tensor's included."""
         tensors = [parameter, *self._inputs[i], *self._outputs[i]]

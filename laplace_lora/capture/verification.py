@@ -38,7 +38,7 @@ class _Captured:
     elsewhere: float
 
 
-def verify_gradients(tape: Tape, blocks: Sequence[Block]) -> None:
+def verify_gradients(tape: Tape, blocks: Sequence[Block], by_token: bool = False) -> None:
     """Compare the captured gradient of one example's outputs with autograd's, tensor by tensor.
 
     The outputs are combined at random. Costs one backward pass through the recorded graph, which
@@ -47,6 +47,7 @@ def verify_gradients(tape: Tape, blocks: Sequence[Block]) -> None:
     Args:
         tape: The recorded forward pass.
         blocks: The trainable tensors.
+        by_token: Whether an example has a row of the output for each of its tokens that counts.
 
     Raises:
         MisfitError: If a gradient differs; names the tensors, and the reason as far as it shows.
@@ -54,7 +55,7 @@ def verify_gradients(tape: Tape, blocks: Sequence[Block]) -> None:
     recorded = [block for block in blocks if block.map < len(tape.inputs)]
     if not recorded:
         return
-    n, rows = _example(tape)
+    n, rows = _first_rows(tape) if by_token else _example(tape)
     columns = tape.output.new_zeros(1, *tape.output.shape)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(columns[0, rows].shape, generator=generator, dtype=torch.float64)
@@ -108,12 +109,16 @@ def verify_gradients(tape: Tape, blocks: Sequence[Block]) -> None:
 
 
 def _example(tape: Tape) -> tuple[int, slice]:
-    """Return the example with the most real tokens, and its rows of the output."""
-    rows = len(tape.output)
-    if rows == tape.examples:
-        n = chosen_examples(tape.batch, tape.examples, rows)[0]
-        return n, slice(n, n + 1)
-    return 0, slice(0, tape.rows_of_first())
+    """Return the example with the most real tokens, and its row of the output."""
+    n = chosen_examples(tape.batch, tape.examples)[0]
+    return n, slice(n, n + 1)
+
+
+def _first_rows(tape: Tape) -> tuple[int, slice]:
+    """Return the first example that has rows of the output, and these rows."""
+    rows = (len(tape.rerun(n)) for n in range(tape.examples))
+    n, found = next(((n, length) for n, length in enumerate(rows) if length), (0, 0))
+    return n, slice(0, found)
 
 
 def _equal(tape: Tape, block: Block, ours: Tensor | None, truth: Tensor | None) -> bool:

@@ -75,7 +75,7 @@ class Engine:
         self.n_outputs = 0
         self.draws_labels = draws_labels
         trained = model if trained is None else trained
-        self.recording = Recording(model, trained, uncovered, verify)
+        self.recording = Recording(model, trained, uncovered, verify, objective.rows_are_tokens)
 
     @property
     def maps(self) -> list[LinearMap]:
@@ -122,6 +122,7 @@ class Engine:
         x: Any,
         columns: Columns | None = None,
         function: Callable[[Any], Tensor] | None = None,
+        examples: int | None = None,
     ) -> tuple[Tensor, Iterator[Tensor]]:
         """Return outputs, and Jacobians tensor by tensor.
 
@@ -131,6 +132,7 @@ class Engine:
                 ``(columns, batch, outputs)``; one column per output when ``None``.
             function: What to differentiate instead of the model's own outputs: from a batch to
                 ``(batch, outputs)``, by the same maps.
+            examples: Number of examples, where rows of the outputs are not examples.
 
         Returns:
             Outputs ``(batch, outputs)``, and an iterator over ``(batch, columns, *shape)`` of each
@@ -142,7 +144,7 @@ class Engine:
         """
         if function is None:
             self.check_outputs_few()
-        tape, blocks = self.recording.tape(x, function)
+        tape, blocks = self.recording.tape(x, function, examples)
         f = tape.output
         if function is None:
             check_finite(f)

@@ -32,6 +32,7 @@ class Recording:
         trained: The part of the model whose trainable tensors count.
         uncovered: What becomes of trainable tensors that no Kronecker factor covers, see `Engine`.
         verify: Verify the first batch, see `capture.verification`.
+        by_token: Whether outputs have a row per token, see `Likelihood.rows_are_tokens`.
 
     Attributes:
         is_verified: Whether that has been done; set it to false to have it done again.
@@ -42,10 +43,18 @@ class Recording:
         RuntimeError: If an adapter is merged or disabled, or several are active.
     """
 
-    def __init__(self, model: nn.Module, trained: nn.Module, uncovered: str, verify: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        trained: nn.Module,
+        uncovered: str,
+        verify: bool,
+        by_token: bool = False,
+    ) -> None:
         self.model = model
         self.uncovered = uncovered
         self.verify = verify
+        self.by_token = by_token
         self.is_verified = False
         in_pieces(model)
         self._covered = trainable_maps(trained, uncovered)
@@ -114,7 +123,8 @@ class Recording:
         """Verify a recorded pass, see `capture.verification`."""
         if not bool(tape.output.isfinite().all()):
             return  # refused for that by whoever asked
-        verify_gradients(tape, blocks)
+        verify_gradients(tape, blocks, self.by_token)
         if not self.model.training:  # with dropout no two passes agree
-            verify_outputs(self.model, x, tape.output, tape.examples, coarsest_dtype(self.model))
+            shape = (tape.examples, coarsest_dtype(self.model), self.by_token)
+            verify_outputs(self.model, x, tape.output, *shape)
         self.is_verified = True

@@ -79,7 +79,7 @@ class Fitter:
     ) -> PosteriorState:
         posterior, structure = self.posterior, self.posterior.structure
         sums = summed(self._first_pass(train_loader))
-        if posterior.objective.predicts_tokens and sums.loss == 0:
+        if posterior.objective.rows_are_tokens and sums.loss == 0:
             raise ValueError("no token of the training data has a label that counts: all are -100")
         raw = structure.finish(posterior.engine, sums.state.curvature, sums.n)
         loss, n, found = sums.loss, sums.n, sums.state.gradient

@@ -68,6 +68,8 @@ class Likelihood(Protocol):
         samples_labels: Whether curvature is by default estimated from sampled labels.
         has_pairs: Whether an example is a preference pair.
         predicts_tokens: Whether an example is a text of which every token is predicted.
+        rows_are_tokens: Whether a model has a row of outputs for each token of an example that
+            counts, instead of one for the example.
         jacobian_refusal: Why Jacobians of all outputs are refused; ``None`` where they are not.
     """
 
@@ -78,6 +80,7 @@ class Likelihood(Protocol):
     samples_labels: bool
     has_pairs: bool
     predicts_tokens: bool
+    rows_are_tokens: bool
     jacobian_refusal: str | None
 
     def check_outputs(self, outputs: int | None) -> None:
@@ -159,6 +162,7 @@ class LikelihoodDefaults:
     samples_labels = False
     has_pairs = False
     predicts_tokens = False
+    rows_are_tokens = False
     jacobian_refusal: str | None = None
 
     def check_outputs(self, outputs: int | None) -> None:
@@ -171,6 +175,11 @@ class LikelihoodDefaults:
     def residual_weights(self, root: Tensor, f: Tensor, y: Tensor) -> Tensor | None:
         """Return ``None``: there is no closed form."""
         return None
+
+
+def labels_tokens(objective: Likelihood) -> bool:
+    """Return whether every token of a text has a label of its own, as in token classification."""
+    return objective.rows_are_tokens and not objective.predicts_tokens
 
 
 def split_mapping_or_pair(batch: Any, label_key: str, device: torch.device) -> tuple[Any, Tensor]:

@@ -24,6 +24,7 @@ from laplace_lora.likelihoods.roots import (
     sampled_softmax_root,
     softmax_residual,
     softmax_root,
+    standing_apart,
 )
 
 IGNORED = -100  # the label of tokens that are not scored
@@ -36,6 +37,7 @@ class LanguageModeling(LikelihoodDefaults):
     name = "language_modeling"
     laplace_name = "classification"  # laplace-torch does not know texts; to it tokens are classes
     predicts_tokens = True
+    rows_are_tokens = True
     samples_labels = True
     jacobian_refusal: str | None = (
         "a language model's outputs, its whole vocabulary at every token, are too many for "
@@ -152,5 +154,5 @@ def token_root(f: Tensor, y: Tensor) -> Tensor:
             "stochastic=True, and raise `num_samples` for more precision"
         )
     scored = y != IGNORED
-    places = torch.nn.functional.one_hot((scored.cumsum(1) - 1)[scored]).to(f)
-    return torch.einsum("st,csv->tcsv", places, softmax_root(f)).flatten(0, 1)
+    counts = scored.cumsum(1)
+    return standing_apart(softmax_root(f), (counts - 1)[scored], int(counts.max()))

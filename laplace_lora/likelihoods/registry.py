@@ -7,10 +7,17 @@ from laplace_lora.likelihoods.classification import Classification
 from laplace_lora.likelihoods.language_modeling import LanguageModeling
 from laplace_lora.likelihoods.regression import Regression
 from laplace_lora.likelihoods.reward_modeling import RewardModeling
+from laplace_lora.likelihoods.token_classification import TokenClassification
 
 LIKELIHOODS: dict[str, Likelihood] = {
     likelihood.name: likelihood
-    for likelihood in (Classification(), Regression(), RewardModeling(), LanguageModeling())
+    for likelihood in (
+        Classification(),
+        Regression(),
+        RewardModeling(),
+        LanguageModeling(),
+        TokenClassification(),
+    )
 }
 
 

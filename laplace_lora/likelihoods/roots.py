@@ -96,6 +96,21 @@ def sampled_softmax_root(f: Tensor, num_samples: int) -> Tensor:
     return columns.div_(num_samples**0.5)
 
 
+def standing_apart(columns: Tensor, places: Tensor, count: int) -> Tensor:
+    """Return a root with columns of its own for every token of a text.
+
+    Args:
+        columns: Of each token by itself, ``(columns, tokens, outputs)``; tokens of all texts.
+        places: Number of each token in its text, ``(tokens,)``.
+        count: Number of places.
+
+    Returns:
+        Columns ``(count · columns, tokens, outputs)``: those of the first place, then of the next.
+    """
+    own = F.one_hot(places, count).to(columns)
+    return torch.einsum("st,csv->tcsv", own, columns).flatten(0, 1)
+
+
 def softmax_residual(f: Tensor, y: Tensor) -> Tensor:
     """Return the gradient of the cross entropy, ``softmax(f) − onehot(y)``.
 

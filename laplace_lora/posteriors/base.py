@@ -6,7 +6,7 @@ installed here. There is no mathematics in this file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -17,8 +17,10 @@ from laplace_lora.adapters.peft_state import check_has_adapter
 from laplace_lora.adapters.selection import trainable_only
 from laplace_lora.curvature.backends import LoraCurvature, LoraGGN
 from laplace_lora.curvature.engine import Engine
+from laplace_lora.likelihoods.base import Likelihood
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.logits_model import LogitsModel
+from laplace_lora.models.token_classifier import TokenClassifier
 from laplace_lora.models.token_model import TokenModel
 from laplace_lora.posteriors.fitted import FittedLaplace
 from laplace_lora.posteriors.memory import MemoryEstimate, estimate_memory
@@ -39,9 +41,10 @@ class LoraLaplace(FittedLaplace):
     Args:
         model: A `PeftModel`, or a `LogitsModel` around one.
         likelihood: ``"classification"``; ``"regression"``; ``"reward_modeling"`` for a model with
-            one output that is fitted on preference pairs, see `data.pairs`; or
+            one output that is fitted on preference pairs, see `data.pairs`;
             ``"language_modeling"`` for next-token prediction of a causal language model, see
-            `TokenModel`.
+            `TokenModel`; or ``"token_classification"`` for a label per token, see
+            `TokenClassifier`.
         structure: How the curvature is held.
         target_ids: Answer tokens of a causal language model, see `LogitsModel`.
         modules: Which trainable modules the posterior covers: a regular expression searched for in
@@ -86,8 +89,7 @@ class LoraLaplace(FittedLaplace):
         self._weights_watch = WeightsWatch()
         self.structure = structure
         self.objective = likelihood_of(likelihood)
-        wrap = TokenModel.around if self.objective.predicts_tokens else LogitsModel.wrap
-        self.logits_model = wrap(model, target_ids)
+        self.logits_model = _wrap(self.objective)(model, target_ids)
         self.objective.check_outputs(self.logits_model.n_outputs)
         if self._key[0] == "lora":
             check_has_adapter(self.logits_model.model)
@@ -216,3 +218,12 @@ class LoraLaplace(FittedLaplace):
     def _predicting_model(self) -> nn.Module:
         """Return what runs in predictions."""
         return self.model
+
+
+def _wrap(
+    objective: Likelihood,
+) -> Callable[[nn.Module, Sequence[int] | Tensor | None], LogitsModel]:
+    """Return what makes outputs of a user's model that a likelihood can read."""
+    if objective.predicts_tokens:
+        return TokenModel.around
+    return TokenClassifier.around if objective.rows_are_tokens else LogitsModel.wrap

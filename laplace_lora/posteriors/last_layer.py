@@ -8,6 +8,7 @@ from laplace import DiagLLLaplace, FullLLLaplace, KronLLLaplace
 from laplace.baselaplace import BaseLaplace
 from torch import nn
 
+from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.linalg.sketch import FactorSpec
 from laplace_lora.models.last_layer_model import LastLayerModel
@@ -53,7 +54,14 @@ class LastLayerLaplace(LoraLaplace):
     def __init__(self, model: nn.Module, likelihood: str, structure: Any, **kwargs: Any) -> None:
         if kwargs.get("enable_backprop"):
             raise ValueError("last-layer posteriors cannot be differentiated by their input")
-        if likelihood_of(likelihood).predicts_tokens:
+        objective = likelihood_of(likelihood)
+        if labels_tokens(objective):
+            raise ValueError(
+                "last-layer posteriors read one feature vector per example, and a token classifier "
+                "has one per token; use KronLoraLaplace with modules='classifier', which covers "
+                "the head alone"
+            )
+        if objective.predicts_tokens:
             raise ValueError(
                 "the last layer of a language model is its whole vocabulary, too large for a "
                 "posterior; use KronLoraLaplace"

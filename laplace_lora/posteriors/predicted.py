@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.autocast import in_full_precision
 from laplace_lora.posteriors.evidence import EvidenceLaplace
 from laplace_lora.predictive.data_sets import Predictions, predict
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.linear_samples import AUTO
+from laplace_lora.predictive.token_class_predictions import TokenClassPredictions
+from laplace_lora.predictive.token_classes import TokenClassPredictor, token_probabilities
+from laplace_lora.predictive.token_data_sets import predict_tokens
 
 
 class PredictedLaplace(EvidenceLaplace):
@@ -73,8 +77,11 @@ class PredictedLaplace(EvidenceLaplace):
                 another device, or ``"sampled"`` meets a model that cannot carry tangents
                 (``"auto"`` computes exact moments there).
         """
+        posterior = self.fitted
         options = (pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting)
-        return Predictor(self.fitted)(x, *options, method)
+        if labels_tokens(posterior.objective):
+            return token_probabilities(posterior, x, *options, method)
+        return Predictor(posterior)(x, *options, method)
 
     @in_full_precision
     def reward_difference(self, pairs: Any) -> tuple[Tensor, Tensor]:
@@ -107,7 +114,7 @@ class PredictedLaplace(EvidenceLaplace):
         generator: torch.Generator | None = None,
         progress_bar: bool = False,
         method: str = AUTO,
-    ) -> Predictions:
+    ) -> Predictions | TokenClassPredictions:
         """Predict a whole data set with the GLM predictive.
 
         Args:
@@ -141,8 +148,12 @@ class PredictedLaplace(EvidenceLaplace):
                 tokenizer or have no tokens, the tokenizer cannot pad, the link or method is
                 unknown or they do not go together, or the posterior is a language model's.
         """
+        posterior = self.fitted
+        if labels_tokens(posterior.objective):
+            tokens = TokenClassPredictor(posterior, link_approx, n_samples, generator, method)
+            return predict_tokens(tokens, data, tokenizer, batch_size, progress_bar)
         options = (batch_size, link_approx, n_samples, generator, progress_bar, method)
-        return predict(Predictor(self.fitted), data, tokenizer, *options)
+        return predict(Predictor(posterior), data, tokenizer, *options)
 
     def marginals(self) -> dict[nn.Parameter, tuple[Tensor, Tensor]]:
         """Return posterior mean and standard deviation of every weight, by parameter.

@@ -146,9 +146,9 @@ def predict(
     samples = None
     if takes_samples(posterior, method, link_approx, count):
         samples = LinearSamples(posterior, count, generator)
-    link = _link(posterior, link_approx, n_samples, generator)
+    link = prediction_link(posterior, link_approx, n_samples, generator)
     answer = _Answer(predictor, link, samples, falls_back=method == AUTO)
-    if _is_batch(data):
+    if is_batch(data):
         return answer(data)
     kind, items = listed(data)
     if kind == "batches":
@@ -158,9 +158,17 @@ def predict(
     return _of_batches(answer, batches, progress_bar)[order.argsort()]
 
 
-def _link(
+def prediction_link(
     posterior: Posterior, name: str, n_samples: int | None, generator: torch.Generator | None
 ) -> Link:
+    """Return a link whose points also serve entropies.
+
+    Args:
+        posterior: A fitted posterior.
+        name: See `Link`.
+        n_samples: Samples of the ``"mc"`` link, 1000 by default.
+        generator: Their source; a fixed seed by default.
+    """
     objective = posterior.objective
     columns = objective.n_columns(posterior.state.n_outputs) if objective.is_classifier else 0
     if name != "mc":
@@ -242,7 +250,8 @@ def _sampled(
     return Predictions(mean, covariance, probs, total, total - aleatoric, labels)
 
 
-def _is_batch(data: Any) -> bool:
+def is_batch(data: Any) -> bool:
+    """Return whether data are one batch without labels beside it."""
     return isinstance(data, Mapping | Tensor)
 
 

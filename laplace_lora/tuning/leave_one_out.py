@@ -98,6 +98,8 @@ def why_not(posterior: Posterior, loader: Any) -> str | None:
     objective, state = posterior.objective, posterior.state
     if not objective.is_classifier:
         return f"a {objective.name} posterior has no class probabilities"
+    if objective.jacobian_refusal is not None:
+        return objective.jacobian_refusal
     if loader is None:
         return "the training data are not at hand"
     if _examples(posterior) < min(state.n_data, FEWEST):
@@ -134,6 +136,8 @@ def tune(
         ValueError: If the adapter did not start at the base model, or the data are not those of the
             fit.
     """
+    if posterior.objective.jacobian_refusal is not None:
+        raise ValueError(posterior.objective.jacobian_refusal)
     scoring = scoring_of(posterior, QUADRATURE, 0)
     readout, n_data = scoring.readout, posterior.state.n_data
     groups = torch.zeros(len(posterior.names), dtype=torch.long)

@@ -1,18 +1,21 @@
-"""A bounded, random part of a language model's training texts, and how a posterior predicts it."""
+"""A bounded, random part of some training texts, and how a posterior predicts their tokens."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from laplace_lora.data.batches import some_examples
 from laplace_lora.data.distributed import Together
 from laplace_lora.generation.label_scores import label_log_probabilities, part_of
 from laplace_lora.likelihoods.language_modeling import IGNORED
+from laplace_lora.predictive.class_scores import class_log_probabilities
+from laplace_lora.predictive.linear_samples import LinearSamples
 from laplace_lora.predictive.sample_set import SampleSet
 from laplace_lora.structures.state import Posterior
 
@@ -28,7 +31,7 @@ def some_texts(posterior: Posterior, batches: Iterable[Any]) -> list[Mapping[str
     Which ones is drawn with a fixed seed; the same texts in the same order give the same part.
 
     Args:
-        posterior: A language model's posterior.
+        posterior: A language model's posterior, or a token classifier's.
         batches: Of its training texts.
     """
     generator = torch.Generator().manual_seed(SEED)
@@ -52,19 +55,25 @@ def some_texts(posterior: Posterior, batches: Iterable[Any]) -> list[Mapping[str
             break
         read += length
         rows.setdefault(index, []).append(row)
+    reads_forward = posterior.objective.predicts_tokens
     return [
-        _cut(kept[index], sorted(chosen), posterior.device)
+        _cut(kept[index], sorted(chosen), posterior.device, reads_forward)
         for index, chosen in sorted(rows.items())
     ]
 
 
-def _cut(batch: Mapping[str, Any], rows: list[int], device: torch.device) -> Mapping[str, Any]:
-    """Return some texts of a batch on a device, without what follows their last label."""
+def _cut(
+    batch: Mapping[str, Any], rows: list[int], device: torch.device, reads_forward: bool
+) -> Mapping[str, Any]:
+    """Return some texts of a batch on a device, without what follows the last label in vain."""
     labels: Tensor = batch["labels"]
     index = torch.tensor(rows, device=labels.device)
-    last = (labels[index] != IGNORED).any(0).nonzero().max()
+    last = int((labels[index] != IGNORED).any(0).nonzero().max())
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    return part_of(moved, index.to(device), int(last) + 1)
+    if not reads_forward:  # an encoder sees what follows as well
+        chosen: Any = some_examples(moved, rows)
+        return chosen
+    return part_of(moved, index.to(device), last + 1)
 
 
 @dataclass(frozen=True)
@@ -96,15 +105,26 @@ def text_losses(
     Raises:
         ValueError: If the model cannot carry tangents, see `forward_mode`, or nothing is scored.
     """
-    generator = torch.Generator(posterior.device).manual_seed(SEED)
-    samples = SampleSet(posterior, SAMPLES, generator)
+    reads = _reader(posterior)
     tokens, by_map, predictive = 0, 0.0, torch.zeros(len(scales), dtype=torch.float64)
     for batch in texts:
-        own, averaged = label_log_probabilities(posterior, samples, batch, scales)
+        own, averaged = reads(batch, scales)
         tokens += int((batch["labels"] != IGNORED).sum())
         by_map -= float(own.double().sum())
-        predictive -= averaged.double().sum((1, 2)).cpu()
+        predictive -= averaged.double().flatten(1).sum(1).cpu()
     count, by_map, *sums = team.total(tokens, by_map, *predictive.tolist())
     if not count:
         raise ValueError("the loader gives no text of which a token is scored")
     return TextLosses(int(count), by_map / count, predictive.new_tensor(sums) / count)
+
+
+def _reader(
+    posterior: Posterior,
+) -> Callable[[Mapping[str, Any], Tensor], tuple[Tensor, Tensor]]:
+    """Return what gives the log probabilities of a batch's labels, by the MAP and by each width."""
+    generator = torch.Generator(posterior.device).manual_seed(SEED)
+    if posterior.objective.predicts_tokens:
+        samples = SampleSet(posterior, SAMPLES, generator)
+        return lambda batch, scales: label_log_probabilities(posterior, samples, batch, scales)
+    linear = LinearSamples(posterior, SAMPLES, generator)
+    return lambda batch, scales: class_log_probabilities(linear, batch, scales)

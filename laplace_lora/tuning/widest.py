@@ -71,11 +71,11 @@ def tune(
         The settings, and what was found.
 
     Raises:
-        ValueError: If the likelihood is not a language model's, the model cannot carry tangents,
+        ValueError: If the likelihood is none of tokens, the model cannot carry tangents,
             or no token of the data is scored.
         FloatingPointError: If the predictive of the narrowest posterior is not the MAP's.
     """
-    if not posterior.objective.predicts_tokens:
+    if not posterior.objective.rows_are_tokens:
         raise ValueError(
             f"method='widest' reads the tokens of texts; a {posterior.objective.name} posterior "
             "has method='loo' or 'marglik'"

@@ -24,13 +24,13 @@ def warn_if_wide(posterior: Posterior, loader: Iterable[Any]) -> None:
     """Warn if the predictive of training data is worse than the MAP's by more than 0.1 nats.
 
     Looks at about a hundred examples, or at some texts, of each process; nats per example, or per
-    scored token. A language model that cannot carry tangents, see `forward_mode`, is left alone.
+    scored token. A model of tokens that cannot carry tangents, see `forward_mode`, is left alone.
 
     Args:
         posterior: A tuned posterior.
         loader: Its training data.
     """
-    if posterior.objective.predicts_tokens:
+    if posterior.objective.rows_are_tokens:
         advice = "Tune by method='widest'"
         try:
             excess = _excess_of_texts(posterior, loader)

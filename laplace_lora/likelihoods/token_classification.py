@@ -1,0 +1,161 @@
+"""Token classification: one label per token, a softmax over the classes at each of them.
+
+Outputs are logits of the tokens that count, ``(counted, classes)``, texts one after the other;
+labels are ``(batch, tokens)``, `IGNORED` where nothing is labelled. An example is a text: its
+likelihood is the product over its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora.likelihoods.base import split_mapping_or_pair
+from laplace_lora.likelihoods.classification import Classification
+from laplace_lora.likelihoods.language_modeling import IGNORED
+from laplace_lora.likelihoods.roots import (
+    cross_entropy,
+    softmax_residual,
+    softmax_root,
+    standing_apart,
+)
+
+LARGEST_ROOT = 2**28  # numbers in the columns of a batch's exact root
+
+
+class TokenClassification(Classification):
+    """The likelihood ``y_t ~ softmax(f_t)`` of every token that has a label."""
+
+    name = "token_classification"
+    samples_labels = True
+    rows_are_tokens = True
+    jacobian_refusal: str | None = (
+        "a token classifier has outputs at every token, and their Jacobians are never needed all "
+        "at once: `la(batch)` and `la.predict(data)` predict every token. Tune the prior with "
+        "method='widest' or 'marglik', and `calibrate` the width on validation labels"
+    )
+
+    def check_outputs(self, outputs: int | None) -> None:
+        """Refuse a model with a single output.
+
+        Raises:
+            ValueError: If there is only one.
+        """
+        if outputs == 1:
+            raise ValueError(
+                "token classification needs two classes or more, this model has one output; load "
+                "it with num_labels=2"
+            )
+
+    def split(
+        self, batch: Any, label_key: str, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Any, Tensor]:
+        """Split a batch into texts, with the labels that count, and these labels."""
+        x, y = split_mapping_or_pair(batch, label_key, device)
+        y = class_labels(x, y)
+        return marked(x, y, label_key), y
+
+    def nll(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the cross entropy, summed over the labelled tokens."""
+        y = y[y != IGNORED]
+        return cross_entropy(f, y) if len(y) else f.sum()
+
+    def root(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the exact root, with columns of its own for every token of an example.
+
+        The tokens of an example meet in one gradient; a token of another example may share their
+        columns. Labels drawn independently need no such care, see `token_root`.
+
+        Returns:
+            Columns ``(most labelled tokens of an example · (classes − 1), labelled, classes)``.
+
+        Raises:
+            ValueError: If the columns of the batch would fill the memory.
+        """
+        counts = (y != IGNORED).cumsum(1)
+        most, classes = int(counts.max()), f.shape[-1]
+        passes = most * (classes - 1)
+        if passes * f.numel() > LARGEST_ROOT:
+            raise ValueError(
+                f"the exact curvature of this batch takes {passes} backward passes, "
+                f"{classes - 1} for each of {most} tokens, too many to prepare at once: use "
+                "smaller batches, or keep stochastic=True and raise `num_samples`"
+            )
+        return standing_apart(softmax_root(f), (counts - 1)[y != IGNORED], most)
+
+    def residual(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return ``softmax(f) − onehot(y)`` of the labelled tokens, ``(1, labelled, classes)``."""
+        return softmax_residual(f, y[y != IGNORED])
+
+    def residual_weights(self, root: Tensor, f: Tensor, y: Tensor) -> Tensor | None:
+        """Return ``None``: a text's tokens have weights of their own, and columns are by text."""
+        return None
+
+
+def marked(x: Mapping[str, Any], labels: Tensor, label_key: str = "labels") -> dict[str, Any]:
+    """Return texts with labels that say which of their tokens count.
+
+    Args:
+        x: What the model takes.
+        labels: `IGNORED` where a token does not count, ``(batch, tokens)``.
+        label_key: Where the user's labels are, which are left out.
+    """
+    return {**{k: v for k, v in x.items() if k != label_key}, "labels": labels}
+
+
+def class_labels(batch: Any, labels: Tensor) -> Tensor:
+    """Return the labels that count, `IGNORED` everywhere else: those of real tokens.
+
+    Args:
+        batch: What the model takes: a mapping with ``input_ids`` (or ``inputs_embeds``) and, if
+            anything is padded, ``attention_mask``.
+        labels: As Hugging Face's collators make them, ``(batch, tokens)``.
+
+    Returns:
+        Shape ``(batch, tokens)``.
+
+    Raises:
+        TypeError: If the batch is not such a mapping.
+        ValueError: If the labels are not one integer per token.
+    """
+    real = real_tokens(batch).to(labels.device)
+    if labels.shape != real.shape or labels.is_floating_point():
+        raise ValueError(
+            f"token classification needs one integer label per token, shape {tuple(real.shape)}, "
+            f"{IGNORED} where there is none; got {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    return labels.long().masked_fill(~real, IGNORED)
+
+
+def real_tokens(batch: Any) -> Tensor:
+    """Return which tokens of texts are no padding, ``(batch, tokens)``.
+
+    Args:
+        batch: See `class_labels`.
+
+    Raises:
+        TypeError: If the batch is no mapping of texts.
+    """
+    key = next(
+        (k for k in ("input_ids", "inputs_embeds") if isinstance(batch, Mapping) and k in batch),
+        None,
+    )
+    if key is None:
+        raise TypeError(
+            "token classification needs batches as Hugging Face's collators make them: mappings "
+            "with 'input_ids', 'attention_mask' and 'labels'"
+        )
+    tokens = batch[key]
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    if mask.shape != tokens.shape[:2]:
+        raise ValueError(
+            f"an attention mask of shape {tuple(mask.shape)} does not say which of the "
+            f"{tuple(tokens.shape[:2])} tokens are padding"
+        )
+    real: Tensor = mask.to(tokens.device) != 0
+    return real

@@ -1,0 +1,92 @@
+"""`TokenClassifier`: a model with a label per token, from a batch to the logits of its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from laplace_lora.data.sharding import unwrapped
+from laplace_lora.likelihoods.language_modeling import IGNORED
+from laplace_lora.likelihoods.token_classification import class_labels, real_tokens
+from laplace_lora.models.logits_model import LogitsModel, wide
+
+
+class TokenClassifier(LogitsModel):
+    """A token classifier from a batch to logits, ``(tokens that count, classes)``.
+
+    Those that count are the labelled ones, where a batch has ``labels``; otherwise all but padding.
+
+    Args:
+        model: A `PeftModel` of a model as `AutoModelForTokenClassification` loads it.
+
+    Raises:
+        ValueError: If the model predicts words, not classes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        if self._output_embeddings() is not None:
+            raise ValueError(
+                f"{type(self._base).__name__} predicts a vocabulary, not classes; load the model "
+                "with AutoModelForTokenClassification"
+            )
+
+    @classmethod
+    def around(
+        cls, model: nn.Module, target_ids: Sequence[int] | Tensor | None = None
+    ) -> TokenClassifier:
+        """Return a model as a `TokenClassifier`.
+
+        Raises:
+            ValueError: If it is wrapped for other outputs already, or answers are asked for.
+        """
+        if target_ids is not None:
+            raise ValueError(
+                "`target_ids` choose answers of a language model; a token classifier has classes"
+            )
+        model = unwrapped(model)
+        if isinstance(model, LogitsModel) and not isinstance(model, cls):
+            raise ValueError(
+                "likelihood='token_classification' takes the PeftModel, not a LogitsModel"
+            )
+        return model if isinstance(model, cls) else cls(model)
+
+    def forward(self, batch: Mapping[str, Any] | Tensor) -> Tensor:
+        """Return the logits of the tokens that count, texts one after the other.
+
+        Args:
+            batch: A mapping with ``input_ids`` and, if padded, ``attention_mask``; with ``labels``
+                that are -100 at tokens that do not count.
+
+        Returns:
+            Shape ``(tokens that count, classes)``, float32 or better.
+
+        Raises:
+            TypeError: If the batch is no mapping of texts.
+            ValueError: If the labels do not fit the tokens, or the model has no logits for each.
+        """
+        counted = _counted(batch)
+        assert isinstance(batch, Mapping)
+        logits = self._logits(self.model(**self._inputs(batch)))
+        texts, tokens = counted.shape
+        if logits.ndim != 3 or len(logits) != texts or logits.shape[1] < tokens:
+            raise ValueError(
+                f"{type(self._base).__name__} returned logits of shape {tuple(logits.shape)}, "
+                f"expected ({texts}, {tokens}, classes); load the model with "
+                "AutoModelForTokenClassification"
+            )
+        logits = logits[:, logits.shape[1] - tokens :]  # a prompt may stand before the tokens
+        return wide(logits[counted.to(logits.device).nonzero(as_tuple=True)].to(self.device))
+
+    def own_logits(self, batch: Mapping[str, Any] | Tensor) -> Tensor | None:
+        """Return ``None``: the logits are the model's own already."""
+        return None
+
+
+def _counted(batch: Any) -> Tensor:
+    """Return which tokens count, ``(batch, tokens)``."""
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        return real_tokens(batch)
+    return class_labels(batch, batch["labels"]) != IGNORED

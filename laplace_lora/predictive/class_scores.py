@@ -1,0 +1,42 @@
+"""How likely the labels of texts' tokens are, under samples of several widths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from laplace_lora.likelihoods.base import CONTRASTS
+from laplace_lora.likelihoods.language_modeling import IGNORED
+from laplace_lora.likelihoods.links import averaged
+from laplace_lora.predictive.linear_samples import LinearSamples
+
+
+def class_log_probabilities(
+    samples: LinearSamples, batch: Mapping[str, Any], scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return log probabilities of a batch's labels under posteriors of several widths, in one pass.
+
+    Args:
+        samples: Of a token classifier's posterior.
+        batch: Texts with the labels that count, as `Likelihood.split` gives them.
+        scales: Factors of the covariance of the weights, ``(scales,)``.
+
+    Returns:
+        Under the posterior's mean, ``(labelled tokens,)``, and under each predictive, ``(scales,
+        labelled tokens)``.
+
+    Raises:
+        NoForwardDerivativeError: If the model cannot carry tangents.
+    """
+    mean, tangents = samples.tangents(batch, CONTRASTS)
+    labels = batch["labels"][batch["labels"] != IGNORED].to(mean.device).unsqueeze(1)
+    own = F.log_softmax(F.pad(mean, (1, 0)), dim=-1).gather(1, labels).squeeze(1)
+    rows = []
+    for width in scales.sqrt().tolist():
+        log_p = samples.log_softmax(mean, width * tangents, CONTRASTS)
+        rows.append(averaged(log_p).gather(1, labels).squeeze(1))
+    return own, torch.stack(rows)

@@ -1,0 +1,99 @@
+"""Predicting every token of whole data sets, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+
+from laplace_lora.data.distributed import together
+from laplace_lora.likelihoods.language_modeling import IGNORED
+from laplace_lora.likelihoods.token_classification import class_labels, real_tokens
+from laplace_lora.predictive.data_sets import is_batch
+from laplace_lora.predictive.inputs import batches_of_rows, batches_of_texts, listed
+from laplace_lora.predictive.token_class_predictions import TokenClassPredictions
+from laplace_lora.predictive.token_classes import TokenClassPredictor
+
+
+def predict_tokens(
+    predictor: TokenClassPredictor, data: Any, tokenizer: Any, batch_size: int, progress_bar: bool
+) -> TokenClassPredictions:
+    """Predict all tokens of a data set, see `LoraLaplace.predict`.
+
+    Args:
+        predictor: Of a token classifier's posterior.
+        data: Texts, rows or batches.
+        tokenizer: The model's.
+        batch_size: Texts or rows per batch.
+        progress_bar: Show progress over the batches.
+
+    Raises:
+        TypeError: If the data are none of these.
+        ValueError: If they are empty, or see `batches_of_texts` and `batches_of_rows`.
+    """
+    if is_batch(data):
+        return _answer(predictor, data)
+    kind, items = listed(data)
+    if kind == "batches":
+        return _of_batches(predictor, items, progress_bar)
+    if kind == "texts":
+        order, batches = batches_of_texts(items, tokenizer, batch_size)
+        return _of_batches(predictor, batches, progress_bar)[order.argsort()]
+    key = predictor.posterior.label_key
+    bare = [{k: v for k, v in row.items() if k != key} for row in items]
+    order, batches = batches_of_rows(bare, tokenizer, batch_size)
+    labels = [[items[i].get(key) for i in part.tolist()] for part in order.split(batch_size)]
+    pairs = zip(batches, labels, strict=True)
+    labelled = [_with_labels(batch, rows, key) for batch, rows in pairs]
+    return _of_batches(predictor, labelled, progress_bar)[order.argsort()]
+
+
+def _answer(predictor: TokenClassPredictor, batch: Any) -> TokenClassPredictions:
+    """Return the predictions of a batch, with its labels where it has any."""
+    x, labels = batch, None
+    key = predictor.posterior.label_key
+    if isinstance(batch, Mapping):
+        x, labels = {k: v for k, v in batch.items() if k != key}, batch.get(key)
+    elif isinstance(batch, Sequence) and len(batch) == 2:
+        x, labels = batch
+    predictions = predictor(x)
+    if labels is None:
+        return predictions
+    labels = class_labels(x, torch.as_tensor(labels)).to(predictions.mask.device)
+    return replace(predictions, labels=labels)
+
+
+def _of_batches(
+    predictor: TokenClassPredictor, source: Iterable[Any], progress_bar: bool
+) -> TokenClassPredictions:
+    with together(source, device=predictor.posterior.device) as team:
+        batches = team.batches(source, "Predicting", progress_bar)
+        parts = [_answer(predictor, batch) for batch in batches]
+        local = max((part.mask.shape[1] for part in parts), default=0)
+        width = max(team.all_of(local))
+        wide = [part.widened(width) for part in parts]
+        names = [f.name for f in fields(TokenClassPredictions)]
+        columns = {n: [part[n] for part in wide] for n in names if all(n in part for part in wide)}
+        joined: dict[str, Any] = team.rows(**columns)
+        if not joined:
+            raise ValueError("there is nothing to predict: the data are empty")
+    return TokenClassPredictions(**joined)
+
+
+def _with_labels(batch: Mapping[str, Any], rows: Sequence[Any], key: str) -> dict[str, Any]:
+    """Return a padded batch with the labels of its rows, if all have them."""
+    if any(row is None for row in rows):
+        return dict(batch)
+    real = real_tokens(batch)
+    labels = torch.full(real.shape, IGNORED)
+    for n, row in enumerate(rows):
+        values = torch.as_tensor(row)
+        if values.shape != (int(real[n].sum()),):
+            raise ValueError(
+                f"a row has {int(real[n].sum())} tokens, but labels of shape "
+                f"{tuple(values.shape)}; give each token one, {IGNORED} where there is none"
+            )
+        labels[n, real[n]] = values
+    return {**batch, key: labels}
