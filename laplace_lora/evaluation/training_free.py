@@ -74,7 +74,7 @@ class TrainingFreeBayes(MAP):
         tolerance: float | None = None,
         n_samples: int = 10,
         widths: tuple[float, float] = (1e-4, 1.0),
-        steps: int = 12,
+        steps: int = 8,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:

@@ -1,0 +1,104 @@
+"""The comparison of methods: what it computes once, and its tables by hand."""
+
+import argparse
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import default_collate
+
+from support.batches import token_batch
+from support.models import peft_model
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def peers(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.study import peers
+
+    return peers
+
+
+def cell(peers, name, method, right, labels=(0, 0, 1, 1), predict=1.0):
+    """A method that gives the true class a probability, one for each row."""
+    y, right = torch.tensor(labels), torch.tensor(right)
+    p = torch.stack([torch.where(y == 0, right, 1 - right), torch.where(y == 1, right, 1 - right)])
+    cost = {"fit": 3.0, "predict": predict, "bytes": 2**20}
+    return peers.Cell(name, method, {"test": y}, {"test": p.T}, cost)
+
+
+def test_tables_by_hand(peers):
+    cells = []
+    for seed, loss in enumerate((0.5, 0.52, 0.48)):
+        cells.append(cell(peers, f"easy-{seed}", "MAP", [loss] * 4 + [0.9], (0, 0, 1, 1, 1)))
+        cells.append(cell(peers, f"easy-{seed}", "ours", [0.9] * 5, (0, 0, 1, 1, 1), 2.5))
+        cells.append(cell(peers, f"hard-{seed}", "MAP", [0.4] * 4))
+        cells.append(cell(peers, f"hard-{seed}", "ours", [0.3] * 4))
+    tables, raw = peers.tables_of(cells)
+    wins = {
+        row[""]: row
+        for row in tables["Wins: cells with a lower test NLL by more than two standard errors"]
+    }
+    assert wins["ours"]["MAP"] == "1 of 2" and wins["MAP"]["ours"] == "1 of 2"
+    groups = {row["checkpoints"]: row for row in tables["Test NLL"]}
+    assert set(groups) == {"easy", "hard*"}  # nobody beats the majority class on the hard task
+    assert groups["hard*"]["ours"] == f"{-math.log(0.3):.3f} ± 0.000"
+    means = {row["method"]: row for row in tables["Means over checkpoints that have learnt"]}
+    assert means["ours"]["checkpoints"] == "3"
+    assert means["ours"]["NLL"] == f"{-math.log(0.9):.3f}"
+    losses = tables["Test NLL minus the MAP's"][-1]
+    assert losses["ours"] == f"{math.log(0.4 / 0.3):+.3f}"
+    costs = {
+        row["method"]: row
+        for row in tables["Cost, in units of the MAP's predictions of the test rows"]
+    }
+    assert costs["ours"]["predict"] == "1.8" and costs["MAP"] == {
+        "method": "MAP",
+        "fit": "3.0",
+        "predict": "1.0",
+        "MiB": "1.0",
+    }
+    assert len(raw) == len(cells) and "shifted NLL" not in raw[0]["values"]
+
+
+def test_an_ensemble_averages_three_seeds(peers):
+    cells = [cell(peers, f"easy-{seed}", "MAP", [p] * 4) for seed, p in enumerate((0.2, 0.4, 0.9))]
+    assert len(peers.with_ensembles(cells[:2])) == 2
+    found = peers.with_ensembles(cells)[3:]
+    assert [each.name for each in found] == [each.name for each in cells]
+    assert found[0].values["NLL"] == pytest.approx(-math.log(0.5))
+    assert found[0].cost["predict"] == 3
+
+
+def test_methods_are_computed_once(peers, monkeypatch, tmp_path, capsys):
+    from benchmarks.study.tasks import Task
+
+    batch = token_batch([1 + n % 6 for n in range(60)])
+    model = peft_model("bert")
+    learnt = torch.arange(60) % 3 > 0
+    batch["labels"][learnt] = peers.MAP(model).logits(batch)[learnt].argmax(-1)
+    rows = [{key: value[n] for key, value in batch.items()} for n in range(60)]
+    splits = {"train": rows[:40], "val": rows, "test": rows[:3], "shifted": rows[2:8]}
+    task = Task("tiny", "", 3, None, default_collate, splits)
+    training = peers.Training("encoder", "trec6", "short", 0)
+    monkeypatch.setattr(peers, "in_order", lambda: [training])
+    monkeypatch.setattr(peers, "load_checkpoint", lambda **k: (task, model, {}))
+    args = argparse.Namespace(out=tmp_path, data=tmp_path, device="cpu", only="")
+    folder = tmp_path / "checkpoints" / training.name
+    folder.mkdir(parents=True)
+    names = list(peers.METHODS)
+    peers.compute(training, args, names)
+    assert len(capsys.readouterr().out.splitlines()) == len(names)
+    found = {each.method: each for each in peers.cells(args)}
+    assert list(found) == names
+    for each in found.values():
+        assert each.probs["test"].shape == (3, 3) and each.probs["shifted"].shape == (6, 3)
+    shifted = {name: each.probs["shifted"] for name, each in found.items()}
+    for one, other in itertools.combinations(names, 2):  # none is another by a different name
+        assert (shifted[one] - shifted[other]).abs().max() > 1e-6, (one, other)
+    peers.compute(training, args, names)
+    assert not capsys.readouterr().out
