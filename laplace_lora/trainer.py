@@ -13,7 +13,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from laplace_lora.data.batches import one_example, splits_by_example
 from laplace_lora.data.distributed import together
 from laplace_lora.evaluation.metrics import ece, nll
+from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
 from laplace_lora.likelihoods.links import QUADRATURE
+from laplace_lora.likelihoods.multilabel import pooled
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.posteriors.base import LoraLaplace
@@ -40,19 +42,19 @@ class LaplaceCallback(TrainerCallback):
     `optimize_prior_precision` does by default. Through the trainer's logger go
     ``laplace_log_marginal_likelihood`` and, for a classifier with an evaluation set,
     ``eval_laplace_nll`` and ``eval_laplace_ece`` beside ``eval_map_nll`` and ``eval_map_ece``
-    (nats per example; 15 equal-width bins); of several evaluation sets each has its name after
-    ``eval_``.
+    (nats per example, of a multi-label model per label; 15 equal-width bins); of several
+    evaluation sets each has its name after ``eval_``.
 
     What can be checked is checked before the first step, where an error costs nothing. Whatever
     goes wrong after training is logged, and the adapter saved with the posterior, if there is one.
 
     Args:
         trainer: The trainer.
-        likelihood: ``"classification"``, ``"regression"``, ``"reward_modeling"`` or
-            ``"language_modeling"``; by default what the trainer trains: pairs with TRL's
-            ``RewardTrainer``, texts with its ``SFTTrainer`` or with a causal language model
-            without ``target_ids``, numbers where the model's ``problem_type`` or its single output
-            say so, classes otherwise.
+        likelihood: ``"classification"``, ``"multilabel"``, ``"regression"``,
+            ``"reward_modeling"`` or ``"language_modeling"``; by default what the trainer trains:
+            pairs with TRL's ``RewardTrainer``, texts with its ``SFTTrainer`` or with a causal
+            language model without ``target_ids``, numbers or independent labels where the model's
+            ``problem_type`` or its single output say so, classes otherwise.
         posterior: The posterior's class.
         save: Write the posterior into the trainer's output folder.
         link_approx: Link of the predictive.
@@ -205,7 +207,8 @@ class LaplaceCallback(TrainerCallback):
         """Return labels, and probabilities under posterior and MAP."""
         (p,) = self._predicted(la, batch)
         with torch.no_grad(), evaluation_mode(la.model):
-            return la.fitted.split(batch)[1], p, la.model(batch).softmax(-1)
+            x, y = la.fitted.split(batch)
+            return y, p, self._objective.readout(x).under(la.model(batch))
 
     def _scores(
         self, la: LoraLaplace, loader: Any, progress: bool, prefix: str
@@ -217,7 +220,8 @@ class LaplaceCallback(TrainerCallback):
         labels, *predicted = rows.values()
         metrics: dict[str, float] = {}
         for name, p in zip(("laplace", "map"), predicted, strict=True):
-            scores = {"nll": nll(p, labels), "ece": ece(p, labels)}
+            p, y = pooled(p, labels)
+            scores = {"nll": nll(p, y), "ece": ece(p, y)}
             metrics |= {f"{prefix}_{name}_{score}": value for score, value in scores.items()}
         return metrics
 
@@ -252,9 +256,11 @@ def implied_likelihood(trainer: Any, options: Mapping[str, Any]) -> str:
     heads = type(base).__name__
     if heads.endswith(("ForCausalLM", "LMHeadModel")) and options.get("target_ids") is None:
         return "language_modeling"
+    problem = getattr(config, "problem_type", None)
+    if problem == MULTILABEL_PROBLEM:
+        return "multilabel"
     if "Classification" in heads and (
-        getattr(config, "problem_type", None) == "regression"
-        or getattr(config, "num_labels", None) == 1
+        problem == "regression" or getattr(config, "num_labels", None) == 1
     ):
         return "regression"
     return "classification"

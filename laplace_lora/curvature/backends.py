@@ -264,7 +264,7 @@ class LoraGGN(LoraCurvature, GGNInterface):
     def columns(self, f: Tensor, y: Tensor) -> Tensor:
         """Return an exact or, if ``stochastic``, a sampled root of the output Hessian."""
         if self.stochastic:
-            return self.objective.sampled_root(f, self.num_samples)
+            return self.objective.sampled_root(f, self.num_samples, y)
         return self.objective.root(f, y)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.roots import contrast_root
@@ -28,12 +29,53 @@ class Readout:
         mean: From outputs to the functions' values, ``(batch, columns)``.
         is_softmax: Whether they are logits of classes.
         relative: Whether these logits are contrasts to a first class, which stands at zero.
+        independent: Whether each is the logit of a label of its own, which applies or does not:
+            the one contrast of two classes.
     """
 
     columns: Columns | None
     mean: Callable[[Tensor], Tensor]
     is_softmax: bool
     relative: bool = False
+    independent: bool = False
+
+    def of_softmax(self, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """Return the moments of the logits that meet in one softmax, see `Link`.
+
+        Args:
+            mean: Mean of the functions, ``(…, columns)``.
+            covariance: Their covariance, ``(…, columns, columns)``.
+
+        Returns:
+            Mean, covariance, and whether they are contrasts; of independent labels ``(…, columns,
+            1)`` and ``(…, columns, 1, 1)``.
+        """
+        if not self.independent:
+            return mean, covariance, self.relative
+        variance = covariance.diagonal(dim1=-2, dim2=-1)
+        return mean.unsqueeze(-1), variance[..., None, None], True
+
+    def log_softmax(self, values: Tensor) -> Tensor:
+        """Return log probabilities under known values of the functions, ``(…, columns)``.
+
+        Returns:
+            Shape ``(…, classes)``; of independent labels ``(…, columns, 2)``.
+        """
+        values = values.unsqueeze(-1) if self.independent else values
+        is_relative = self.relative or self.independent
+        return F.log_softmax(F.pad(values, (1, 0)) if is_relative else values, dim=-1)
+
+    def shown(self, p: Tensor) -> Tensor:
+        """Return probabilities as users see them: of a label alone, that it applies.
+
+        Args:
+            p: Shape ``(…, classes)``; of independent labels ``(…, columns, 2)``.
+        """
+        return p[..., 1] if self.independent else p
+
+    def under(self, outputs: Tensor) -> Tensor:
+        """Return the probabilities that a model's own outputs ``(…, outputs)`` stand for."""
+        return outputs.sigmoid() if self.independent else outputs.softmax(-1)
 
 
 OUTPUTS = Readout(None, lambda f: f, is_softmax=False)
@@ -67,6 +109,7 @@ class Likelihood(Protocol):
         has_noise: Whether there is observation noise to tune.
         samples_labels: Whether curvature is by default estimated from sampled labels.
         has_pairs: Whether an example is a preference pair.
+        has_independent_labels: Whether each output is the logit of a label of its own.
         predicts_tokens: Whether an example is a text of which every token is predicted.
         rows_are_tokens: Whether a model has a row of outputs for each token of an example that
             counts, instead of one for the example.
@@ -79,6 +122,7 @@ class Likelihood(Protocol):
     has_noise: bool
     samples_labels: bool
     has_pairs: bool
+    has_independent_labels: bool
     predicts_tokens: bool
     rows_are_tokens: bool
     jacobian_refusal: str | None
@@ -88,6 +132,17 @@ class Likelihood(Protocol):
 
         Raises:
             ValueError: If there are too many.
+        """
+        ...
+
+    def check_problem(self, problem_type: str | None) -> None:
+        """Refuse a model that was trained by another likelihood.
+
+        Args:
+            problem_type: What the model's configuration says, see `LogitsModel.problem_type`.
+
+        Raises:
+            ValueError: If it says another; names the one to use.
         """
         ...
 
@@ -109,8 +164,14 @@ class Likelihood(Protocol):
         """Return the exact root of the output Hessian, ``(columns, batch, outputs)``."""
         ...
 
-    def sampled_root(self, f: Tensor, num_samples: int) -> Tensor:
-        """Return an unbiased Monte-Carlo root, ``(num_samples, batch, outputs)``."""
+    def sampled_root(self, f: Tensor, num_samples: int, y: Tensor) -> Tensor:
+        """Return an unbiased Monte-Carlo root, ``(num_samples, batch, outputs)``.
+
+        Args:
+            f: Outputs.
+            num_samples: Columns.
+            y: Labels, which say no more than where there are any.
+        """
         ...
 
     def residual(self, f: Tensor, y: Tensor) -> Tensor:
@@ -161,12 +222,16 @@ class LikelihoodDefaults:
     has_noise = False
     samples_labels = False
     has_pairs = False
+    has_independent_labels = False
     predicts_tokens = False
     rows_are_tokens = False
     jacobian_refusal: str | None = None
 
     def check_outputs(self, outputs: int | None) -> None:
         """Accept any number of outputs."""
+
+    def check_problem(self, problem_type: str | None) -> None:
+        """Accept any model."""
 
     def by_example(self, batch: Any, label_key: str) -> Any:
         """Return the batch: its rows are examples."""
@@ -180,6 +245,11 @@ class LikelihoodDefaults:
 def labels_tokens(objective: Likelihood) -> bool:
     """Return whether every token of a text has a label of its own, as in token classification."""
     return objective.rows_are_tokens and not objective.predicts_tokens
+
+
+def integrated_variables(likelihood: Likelihood, outputs: int) -> int:
+    """Return how many Gaussian variables a link integrates over at once: one for a label alone."""
+    return 1 if likelihood.has_independent_labels else max(outputs - 1, 1)
 
 
 def split_mapping_or_pair(batch: Any, label_key: str, device: torch.device) -> tuple[Any, Tensor]:

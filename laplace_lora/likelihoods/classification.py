@@ -23,6 +23,7 @@ from laplace_lora.likelihoods.roots import (
     softmax_root,
 )
 
+MULTILABEL_PROBLEM = "multi_label_classification"  # as Hugging Face's configurations call it
 LOGITS = Readout(None, lambda f: f, is_softmax=True)
 
 
@@ -32,6 +33,19 @@ class Classification(LikelihoodDefaults):
     name = "classification"
     laplace_name = "classification"
     is_classifier = True
+
+    def check_problem(self, problem_type: str | None) -> None:
+        """Refuse a model of independent labels, whose softmax means nothing.
+
+        Raises:
+            ValueError: If it is one.
+        """
+        if problem_type == MULTILABEL_PROBLEM:
+            raise ValueError(
+                f"the model's configuration says problem_type={problem_type!r}: use "
+                "likelihood='multilabel', or correct `model.config.problem_type` if its classes "
+                "exclude each other"
+            )
 
     def split(
         self, batch: Any, label_key: str, device: torch.device, dtype: torch.dtype
@@ -49,7 +63,7 @@ class Classification(LikelihoodDefaults):
         """Return the exact root, ``(outputs − 1, batch, outputs)``, see `softmax_root`."""
         return softmax_root(f)
 
-    def sampled_root(self, f: Tensor, num_samples: int) -> Tensor:
+    def sampled_root(self, f: Tensor, num_samples: int, y: Tensor) -> Tensor:
         """Return a Monte-Carlo root, see `sampled_softmax_root`."""
         return sampled_softmax_root(f, num_samples)
 

@@ -62,7 +62,7 @@ class LanguageModeling(LikelihoodDefaults):
         """Return the exact root of a small vocabulary, see `token_root`."""
         return token_root(f, y)
 
-    def sampled_root(self, f: Tensor, num_samples: int) -> Tensor:
+    def sampled_root(self, f: Tensor, num_samples: int, y: Tensor) -> Tensor:
         """Return a Monte-Carlo root with labels drawn for every token."""
         return sampled_softmax_root(f, num_samples)
 

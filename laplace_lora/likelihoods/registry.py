@@ -5,6 +5,7 @@ from __future__ import annotations
 from laplace_lora.likelihoods.base import Likelihood
 from laplace_lora.likelihoods.classification import Classification
 from laplace_lora.likelihoods.language_modeling import LanguageModeling
+from laplace_lora.likelihoods.multilabel import Multilabel
 from laplace_lora.likelihoods.regression import Regression
 from laplace_lora.likelihoods.reward_modeling import RewardModeling
 from laplace_lora.likelihoods.token_classification import TokenClassification
@@ -13,6 +14,7 @@ LIKELIHOODS: dict[str, Likelihood] = {
     likelihood.name: likelihood
     for likelihood in (
         Classification(),
+        Multilabel(),
         Regression(),
         RewardModeling(),
         LanguageModeling(),

@@ -51,7 +51,7 @@ class Regression(LikelihoodDefaults):
         """Return the root of the identity, ``(outputs, batch, outputs)``."""
         return identity_root(f)
 
-    def sampled_root(self, f: Tensor, num_samples: int) -> Tensor:
+    def sampled_root(self, f: Tensor, num_samples: int, y: Tensor) -> Tensor:
         """Return standard normal columns, scaled by ``1/√num_samples``."""
         columns = torch.randn(num_samples, *f.shape, dtype=f.dtype, device=f.device)
         return columns.div_(num_samples**0.5)

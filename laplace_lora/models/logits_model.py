@@ -125,6 +125,12 @@ class LogitsModel(nn.Module):
             return len(self.target_ids)
         return getattr(self.config, "num_labels", None)
 
+    @property
+    def problem_type(self) -> str | None:
+        """What the model's configuration says of its labels, where its own logits are taken."""
+        is_own = self.output is None and self.target_ids is None
+        return getattr(self.config, "problem_type", None) if is_own else None
+
     def forward(self, batch: Mapping[str, Any] | Tensor) -> Tensor:
         """Return logits or regression means.
 

@@ -40,8 +40,9 @@ class LoraLaplace(FittedLaplace):
 
     Args:
         model: A `PeftModel`, or a `LogitsModel` around one.
-        likelihood: ``"classification"``; ``"regression"``; ``"reward_modeling"`` for a model with
-            one output that is fitted on preference pairs, see `data.pairs`;
+        likelihood: ``"classification"``; ``"multilabel"`` for labels that do not exclude each
+            other, see `likelihoods.multilabel`; ``"regression"``; ``"reward_modeling"`` for a model
+            with one output that is fitted on preference pairs, see `data.pairs`;
             ``"language_modeling"`` for next-token prediction of a causal language model, see
             `TokenModel`; or ``"token_classification"`` for a label per token, see
             `TokenClassifier`.
@@ -61,7 +62,8 @@ class LoraLaplace(FittedLaplace):
 
     Raises:
         ValueError: If nothing is trainable, a trainable tensor is in no linear map, ``modules``
-            matches nothing, the likelihood is unknown, or a reward model has several outputs.
+            matches nothing, the likelihood is unknown or not the model's, or a reward model has
+            several outputs.
         RuntimeError: If an adapter is merged, unloaded or disabled, or several are active.
         TypeError: If the backend is not one of this package's.
     """
@@ -91,6 +93,7 @@ class LoraLaplace(FittedLaplace):
         self.objective = likelihood_of(likelihood)
         self.logits_model = _wrap(self.objective)(model, target_ids)
         self.objective.check_outputs(self.logits_model.n_outputs)
+        self.objective.check_problem(self.logits_model.problem_type)
         if self._key[0] == "lora":
             check_has_adapter(self.logits_model.model)
         self._latest = None

@@ -29,6 +29,11 @@ class LaplaceLoops(CalibratedLaplace):
                 "a grid search by sampled weights (pred_type='nn') takes data that every process "
                 "has whole; use pred_type='glm', whose data processes may share"
             )
+        if self.fitted.objective.has_independent_labels:
+            raise ValueError(
+                "a grid search by sampled weights (pred_type='nn') is laplace-torch's, which knows "
+                "no independent labels; use pred_type='glm'"
+            )
         by_example = self.fitted.by_example
         data = val_loader if val_loader is None else list(map(by_example, val_loader))
         options = {"val_loader": data, "n_samples": n_samples, "link_approx": "mc"}

@@ -212,4 +212,4 @@ class LaplaceNames(ParametricLaplace):
             return outputs  # logits of the scored tokens
         readout = objective.readout(X)
         is_classifier = readout.is_softmax and readout.columns is None
-        return outputs.softmax(-1) if is_classifier else outputs
+        return readout.under(outputs) if is_classifier else outputs

@@ -32,7 +32,8 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         **kwargs: laplace-torch's arguments.
 
     Raises:
-        ValueError: If the likelihood is ``"reward_modeling"``, or a ``last_layer_name`` is given.
+        ValueError: If the likelihood is ``"reward_modeling"`` or ``"multilabel"``, or not the
+            model's, or a ``last_layer_name`` is given.
     """
 
     _key = ("lora_last_layer", "gp")
@@ -49,11 +50,18 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         self.objective = likelihood_of(likelihood)
         if self.objective.has_pairs:
             raise ValueError("the Gaussian process takes no pairs; use another last-layer class")
+        if self.objective.has_independent_labels:
+            raise ValueError(
+                "the Gaussian process is laplace-torch's, which knows no independent labels; use "
+                "another last-layer class"
+            )
         backend = kwargs.pop("backend", None)
         check_no_name(kwargs)
         # laplace-torch accepts three backends and asks them for the Jacobian of a linear layer.
         kwargs["backend"] = CurvlinopsGGN if backend in (None, LoraGGN) else backend
-        split = LastLayerModel(LogitsModel.wrap(model, target_ids))
+        wrapped = LogitsModel.wrap(model, target_ids)
+        self.objective.check_problem(wrapped.problem_type)
+        split = LastLayerModel(wrapped)
         of_features = nn.Sequential(nn.Identity(), split.head)
         super().__init__(of_features, likelihood, n_subset, last_layer_name="1", **kwargs)
         self.features = split.features

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from laplace_lora.data.distributed import together
 from laplace_lora.display.tables import SHOWN_ROWS, data_frame, html_table, plain, spread
-from laplace_lora.likelihoods.base import Readout
+from laplace_lora.likelihoods.base import Readout, integrated_variables
 from laplace_lora.likelihoods.links import Link, averaged, entropies
 from laplace_lora.likelihoods.quadrature import ENTROPY_POINTS, normal_points
 from laplace_lora.models.forward_mode import NoForwardDerivativeError
@@ -43,8 +43,9 @@ class Predictions:
             pairs the mean difference of their rewards, ``(examples, 1)``.
         covariance: Their covariance, ``(examples, outputs, outputs)``; without observation noise.
         probs: Class probabilities ``(examples, classes)``, ``None`` for regressions and single
-            rewards.
-        entropy: Entropy of the averaged softmax in nats, ``(examples,)``: total uncertainty.
+            rewards; of independent labels that each applies, ``(examples, labels)``.
+        entropy: Entropy of the averaged softmax in nats, ``(examples,)``: total uncertainty. Of
+            independent labels that of each, ``(examples, labels)``, and so are the other two.
         mutual_information: Its epistemic part, which more training data would remove.
         labels: Labels or targets, where all batches have them.
     """
@@ -77,9 +78,25 @@ class Predictions:
         whole: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         return Predictions(**{k: v[index] for k, v in whole.items() if v is not None})
 
+    @property
+    def has_independent_labels(self) -> bool:
+        """Whether each output stands for a label of its own, which applies or does not."""
+        return self.entropy is not None and self.entropy.ndim == 2
+
+    @property
+    def prediction(self) -> Tensor | None:
+        """The most probable class, ``(examples,)``; of each label 1 if it rather applies than not.
+
+        ``None`` where there are no probabilities.
+        """
+        if self.probs is None:
+            return None
+        return (self.probs > 0.5).long() if self.has_independent_labels else self.probs.argmax(1)
+
     def __repr__(self) -> str:
         """Return one line: how many examples, and means of the uncertainties."""
-        text = f"Predictions of {len(self)} examples, {self.mean.shape[1]} outputs"
+        kind = "labels" if self.has_independent_labels else "outputs"
+        text = f"Predictions of {len(self)} examples, {self.mean.shape[1]} {kind}"
         if self.entropy is None or self.mutual_information is None or not len(self):
             return f"{text}: mean standard deviation {self.std.mean():.4g}"
         return (
@@ -93,14 +110,9 @@ class Predictions:
         return html_table(columns, repr(self), SHOWN_ROWS)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as lists by name, one entry per example; what is ``None`` is absent.
-
-        ``prediction`` is the most probable class of a classifier.
-        """
+        """Return everything as lists by name, one entry per example; what is ``None`` is absent."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values |= {"std": self.std, "aleatoric": self.aleatoric}
-        if self.probs is not None:
-            values["prediction"] = self.probs.argmax(1)
+        values |= {name: getattr(self, name) for name in ("std", "aleatoric", "prediction")}
         return {name: plain(value) for name, value in values.items() if value is not None}
 
     def to_pandas(self) -> DataFrame:
@@ -114,14 +126,19 @@ class Predictions:
     def _columns(self) -> dict[str, list[Any]]:
         """Return a column for each number of an example, but for covariances."""
         columns: dict[str, list[Any]] = {}
-        if self.labels is not None and self.labels.ndim == 1:
-            columns["label"] = plain(self.labels)
-        if self.probs is not None:
-            columns |= {"prediction": plain(self.probs.argmax(1)), **spread("prob", self.probs)}
+        if self.labels is not None and (self.labels.ndim == 1 or self.has_independent_labels):
+            columns |= _named("label", self.labels)
+        if self.probs is not None and self.prediction is not None:
+            columns |= _named("prediction", self.prediction) | spread("prob", self.probs)
         for name in ("entropy", "mutual_information"):
             if getattr(self, name) is not None:
-                columns[name] = plain(getattr(self, name))
+                columns |= _named(name, getattr(self, name))
         return columns | spread("mean", self.mean) | spread("std", self.std)
+
+
+def _named(name: str, values: Tensor) -> dict[str, list[Any]]:
+    """Return a column, or one for each label."""
+    return {name: plain(values)} if values.ndim == 1 else spread(name, values)
 
 
 def predict(
@@ -169,10 +186,9 @@ def prediction_link(
         n_samples: Samples of the ``"mc"`` link, 1000 by default.
         generator: Their source; a fixed seed by default.
     """
-    objective = posterior.objective
-    columns = objective.n_columns(posterior.state.n_outputs) if objective.is_classifier else 0
+    columns = integrated_variables(posterior.objective, posterior.state.n_outputs)
     if name != "mc":
-        points = normal_points(ENTROPY_POINTS, max(columns, 1))
+        points = normal_points(ENTROPY_POINTS, columns)
         return Link(name, points.to(posterior.device, posterior.dtype))
     size = (LINK_SAMPLES if n_samples is None else n_samples, columns)
     place: Any = {"dtype": posterior.dtype, "device": posterior.device}
@@ -222,8 +238,9 @@ class _Answer:
             return Predictions(mean, covariance, labels=labels)
         link = self._link
         assert link.noise is not None
-        probs = link.log_probabilities(mean, covariance, readout.relative).exp()
-        total, aleatoric = entropies(mean, covariance, link.noise, readout.relative)
+        logits, spread, relative = readout.of_softmax(mean, covariance)
+        probs = readout.shown(link.log_probabilities(logits, spread, relative).exp())
+        total, aleatoric = entropies(logits, spread, link.noise, relative)
         return Predictions(mean, covariance, probs, total, total - aleatoric, labels)
 
 
@@ -246,7 +263,7 @@ def _sampled(
     log_p = samples.log_softmax(mean, tangents, readout)
     total, aleatoric = entropies_of(log_p)
     covariance = torch.einsum("kni,knj->nij", tangents, tangents) / len(tangents)
-    probs = averaged(log_p).exp()
+    probs = readout.shown(averaged(log_p).exp())
     return Predictions(mean, covariance, probs, total, total - aleatoric, labels)
 
 

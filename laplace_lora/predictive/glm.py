@@ -77,7 +77,7 @@ class Predictor:
                 raise ValueError("pred_type='nn' samples weights; choose link_approx='mc'")
             outputs = sampled_outputs(self.posterior, x, n_samples, generator)
             if readout.is_softmax:
-                return outputs.softmax(-1).mean(0)
+                return readout.under(outputs).mean(0)
             return outputs.mean(0), outputs.var(0)
         if samples and not diagonal_output:
             try:
@@ -209,15 +209,16 @@ class Predictor:
         diagonal_output: bool,
         generator: torch.Generator | None,
     ) -> Tensor:
-        mean, covariance = self.readout_moments(x, readout)
+        moments = self.readout_moments(x, readout)
+        mean, covariance, relative = readout.of_softmax(*moments)
         noise = None
         if link_approx == "mc":
-            contrasts = mean if readout.relative else mean[:, 1:]
+            contrasts = mean if relative else mean[:, 1:]
             noise = self._noise(n_samples, contrasts, generator)
         link = Link(link_approx, noise)
         if diagonal_output and link.sees_contrasts:
             covariance = torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1))
-        return link.log_probabilities(mean, covariance, readout.relative).exp()
+        return readout.shown(link.log_probabilities(mean, covariance, relative).exp())
 
     def _check_options(
         self, pred_type: str, link_approx: str, generator: torch.Generator | None

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from laplace_lora.data.pairs import passes
 from laplace_lora.likelihoods.base import Readout
@@ -101,26 +100,26 @@ class LinearSamples:
         )
 
     def log_softmax(self, mean: Tensor, tangents: Tensor, readout: Readout) -> Tensor:
-        """Return the log probabilities under each sample, ``(samples, batch, classes)``.
+        """Return the log probabilities under each sample, see `Readout.log_softmax`.
 
         Args:
             mean: See `tangents`.
             tangents: The same.
             readout: Of which functions they are.
         """
-        f = self._samples.outputs(mean.to(tangents), tangents)
-        return F.log_softmax(F.pad(f, (1, 0)) if readout.relative else f, dim=-1)
+        return readout.log_softmax(self._samples.outputs(mean.to(tangents), tangents))
 
     def probabilities(self, x: Any, readout: Readout) -> Tensor:
-        """Return class probabilities of a batch, ``(batch, classes)``."""
-        return averaged(self.log_softmax(*self.tangents(x, readout), readout)).exp()
+        """Return class probabilities of a batch, ``(batch, classes)``, see `Readout.shown`."""
+        log_p = averaged(self.log_softmax(*self.tangents(x, readout), readout))
+        return readout.shown(log_p.exp())
 
 
 def entropies_of(log_p: Tensor) -> tuple[Tensor, Tensor]:
     """Return the entropy of the averaged probabilities and the average entropy, in nats.
 
     Args:
-        log_p: Log probabilities under each sample, ``(samples, batch, classes)``.
+        log_p: Log probabilities under each sample, ``(samples, …, classes)``.
     """
     return entropy(averaged(log_p).exp()), entropy(log_p.exp()).mean(0)
 

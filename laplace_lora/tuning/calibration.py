@@ -21,6 +21,7 @@ from torch import Tensor
 from laplace_lora.data.distributed import Together
 from laplace_lora.display.tables import html_table, one_row, plain, span
 from laplace_lora.likelihoods.base import Likelihood, Scoring
+from laplace_lora.likelihoods.multilabel import pooled
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning.calibration_error import expected_calibration_error
@@ -160,7 +161,7 @@ def calibrate(
     def ece(point: Any) -> float:
         mean, covariance = moments(point)
         ((probabilities,),) = scoring.metric_arguments(mean, covariance.unsqueeze(0))
-        return expected_calibration_error(probabilities, cache.y)
+        return expected_calibration_error(*pooled(probabilities, cache.y))
 
     candidates = [
         (factor * math.log(10), scale * math.log(10), temperature, *step)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.data.distributed import ALONE, Together
-from laplace_lora.likelihoods.base import Readout, Scoring
+from laplace_lora.likelihoods.base import Readout, Scoring, integrated_variables
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.base import Gram
@@ -54,7 +54,8 @@ def scoring_of(
     """
     noise = None
     if link == "mc":
-        size = (n_samples, max(posterior.state.n_outputs - 1, 1))
+        columns = integrated_variables(posterior.objective, posterior.state.n_outputs)
+        size = (n_samples, columns)
         place: Any = {"dtype": posterior.dtype, "device": posterior.device}
         noise = torch.randn(size, generator=generator, **place)
         team.share_main([noise])

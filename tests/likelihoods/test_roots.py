@@ -12,7 +12,7 @@ def hessian_root(f, likelihood):
 
 
 def sampled_root(f, likelihood, num_samples):
-    return likelihood_of(likelihood).sampled_root(f, num_samples)
+    return likelihood_of(likelihood).sampled_root(f, num_samples, torch.zeros(len(f)))
 
 
 def empirical_root(f, y, likelihood):
