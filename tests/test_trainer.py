@@ -64,6 +64,32 @@ def test_training_ends_with_a_saved_posterior(cls, tmp_path):
     assert torch.equal(again(batch), callback.la(batch))
 
 
+def test_independent_labels_are_picked_up_from_the_problem_type(tmp_path):
+    def labelled(count, seed):
+        y = torch.randint(2, (count, 3), generator=torch.Generator().manual_seed(seed)).double()
+        return [{**row, "labels": y[n]} for n, row in enumerate(examples(count, seed))]
+
+    model = peft_model("bert")
+    model.get_base_model().config.problem_type = "multi_label_classification"
+    trainer = trainer_of(model, tmp_path, eval_dataset=labelled(7, 1))
+    trainer.train_dataset = labelled(10, 0)
+    callback = LaplaceCallback(trainer)
+    trainer.add_callback(callback)
+    trainer.train()
+    la = callback.la
+    assert la.likelihood == "multilabel" and la.n_data == 10
+    logged = {k: v for entry in trainer.state.log_history for k, v in entry.items()}
+    batch = next(iter(DataLoader(labelled(7, 1), batch_size=7)))
+    p_map = LogitsModel(model).eval()(batch).sigmoid()
+    for name, p in (("laplace", la(batch)), ("map", p_map)):
+        y = batch["labels"]
+        expected = F.binary_cross_entropy(p.to(y), y).item()
+        assert logged[f"eval_{name}_nll"] == pytest.approx(expected, rel=1e-5)
+    assert_near(callback.predict(labelled(7, 1)), la(batch))
+    again = KronLoraLaplace.from_pretrained(model, tmp_path)
+    assert torch.equal(again(batch), la(batch))
+
+
 def test_the_evaluation_set_is_iterated_over_once(tmp_path):
     class Counting(Dataset):
         rows, seen = examples(7, seed=1), 0

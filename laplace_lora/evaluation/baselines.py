@@ -15,11 +15,12 @@ import torch
 from peft import PeftModel
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from laplace_lora.data.batches import Batch, batch_labels, model_inputs
 from laplace_lora.data.distributed import together
+from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
+from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.posteriors.factored import DiagLoraLaplace
@@ -44,6 +45,9 @@ Posterior = TypeVar("Posterior", bound=Tunable)
 class MAP:
     """The fine-tuned model itself.
 
+    Probabilities are a softmax of its logits; of a model whose configuration says
+    ``problem_type="multi_label_classification"`` the sigmoid of each.
+
     Args:
         model: A `PeftModel` or a `LogitsModel`.
         target_ids: Answer tokens of a causal language model, see `LogitsModel`.
@@ -51,6 +55,7 @@ class MAP:
 
     def __init__(self, model: nn.Module, target_ids: Sequence[int] | Tensor | None = None) -> None:
         self.model = LogitsModel.wrap(model, target_ids)
+        self.objective = likelihood_of(_likelihood(self.model))
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
@@ -60,8 +65,11 @@ class MAP:
         return logits
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Return class probabilities, ``(batch, classes)``."""
-        return self.logits(batch).softmax(-1)
+        """Return class probabilities, ``(batch, classes)``, or those of labels."""
+        return self._probabilities(self.logits(batch))
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        return self.objective.readout(None).under(logits)
 
 
 class TemperatureScaling(MAP):
@@ -100,14 +108,14 @@ class TemperatureScaling(MAP):
         labels = rows["y"].to(logits.device)
 
         def loss(log_temperature: float) -> float:
-            return float(F.cross_entropy(logits / math.exp(log_temperature), labels))
+            return float(self.objective.nll(logits / math.exp(log_temperature), labels))
 
         minimum = minimize_scalar(loss, bounds=(-5, 5), method="bounded")
         self.temperature = math.exp(minimum.x)
 
     def __call__(self, batch: Batch) -> Tensor:
         """Return class probabilities, ``(batch, classes)``."""
-        return (self.logits(batch) / self.temperature).softmax(-1)
+        return self._probabilities(self.logits(batch) / self.temperature)
 
 
 class MCDropout(MAP):
@@ -145,7 +153,7 @@ class MCDropout(MAP):
         devices = [device] if device.type != "cpu" else []
         with evaluation_mode(self.model), torch.random.fork_rng(devices), self._dropout_on():
             torch.manual_seed(self.seed)
-            samples = [self.model(batch).softmax(-1) for _ in range(self.n_samples)]
+            samples = [self._probabilities(self.model(batch)) for _ in range(self.n_samples)]
         return torch.stack(samples).mean(0)
 
     @contextmanager
@@ -222,7 +230,8 @@ def last_layer_laplace(
         train_loader: Training batches with labels.
         **kwargs: Arguments of `KronLoraLLLaplace`.
     """
-    return _tuned(KronLoraLLLaplace(model, "classification", **kwargs), train_loader)
+    likelihood = _likelihood(LogitsModel.wrap(model))
+    return _tuned(KronLoraLLLaplace(model, likelihood, **kwargs), train_loader)
 
 
 def diagonal_laplace(
@@ -235,7 +244,13 @@ def diagonal_laplace(
         train_loader: Training batches with labels.
         **kwargs: Arguments of `DiagLoraLaplace`.
     """
-    return _tuned(DiagLoraLaplace(model, "classification", **kwargs), train_loader)
+    likelihood = _likelihood(LogitsModel.wrap(model))
+    return _tuned(DiagLoraLaplace(model, likelihood, **kwargs), train_loader)
+
+
+def _likelihood(model: LogitsModel) -> str:
+    """Return the likelihood that a model's configuration says."""
+    return "multilabel" if model.problem_type == MULTILABEL_PROBLEM else "classification"
 
 
 def _tuned(la: Posterior, train_loader: DataLoader[Any]) -> Posterior:

@@ -27,13 +27,8 @@ class Report(Protocol):
         ...
 
     @property
-    def probs(self) -> Tensor:
-        """Class probabilities, ``(examples, classes)``."""
-        ...
-
-    @property
-    def labels(self) -> Tensor:
-        """Labels, ``(examples,)``."""
+    def pooled(self) -> tuple[Tensor, Tensor]:
+        """Class probabilities ``(examples, classes)`` and labels ``(examples,)``."""
         ...
 
     def __getitem__(self, metric: str) -> float: ...
@@ -73,8 +68,9 @@ def plot_reports(reports: Sequence[Report]) -> Figure:
 
 
 def _reliability(axis: Axes, report: Report) -> None:
-    confidence, predicted = report.probs.max(-1)
-    correct = (predicted == report.labels).double()
+    probs, labels = report.pooled
+    confidence, predicted = probs.max(-1)
+    correct = (predicted == labels).double()
     index = (confidence * BINS).long().clamp(max=BINS - 1)
     count = torch.zeros(BINS, dtype=torch.float64).index_add(0, index, torch.ones_like(correct))
     used = count > 0
@@ -115,7 +111,7 @@ def _reliability(axis: Axes, report: Report) -> None:
 
 
 def _histogram(axis: Axes, report: Report) -> None:
-    confidence = report.probs.max(-1).values
+    confidence = report.pooled[0].max(-1).values
     edges = [i / BINS for i in range(BINS + 1)]
     axis.hist(confidence.tolist(), edges, color=BAR, rwidth=0.92)
     mean = confidence.mean().item()
@@ -130,7 +126,7 @@ def _histogram(axis: Axes, report: Report) -> None:
 
 
 def _risk(axis: Axes, report: Report) -> None:
-    coverage, risk = risk_coverage(report.probs, report.labels)
+    coverage, risk = risk_coverage(*report.pooled)
     axis.plot(coverage.tolist(), risk.tolist(), color=BAR, linewidth=1.5)
     axis.axhline(
         1 - report["accuracy"],

@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from laplace_lora.data.batches import Batch, batch_labels, model_inputs
-from laplace_lora.data.distributed import Together, together
+from laplace_lora.data.batches import Batch, batch_labels
+from laplace_lora.data.distributed import together
 from laplace_lora.display.tables import data_frame, html_table
+from laplace_lora.evaluation.label_metrics import (
+    LABEL_METRICS,
+    average_precisions,
+    calibration_errors,
+    label_entropy,
+)
 from laplace_lora.evaluation.metrics import METRICS, entropy, ood_auroc, ood_fpr95
 from laplace_lora.evaluation.plots import plot_reports
+from laplace_lora.evaluation.rows import Predict, predicted_rows
+from laplace_lora.likelihoods.multilabel import MISSING, known_labels, pooled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
 
-@runtime_checkable
-class UncertainPrediction(Protocol):
-    """What is scored of `Predictions`, as ``la.predict`` returns them."""
-
-    @property
-    def probs(self) -> Tensor | None:
-        """Class probabilities, ``(batch, classes)``."""
-        ...
-
-    @property
-    def mutual_information(self) -> Tensor | None:
-        """The epistemic part of the uncertainty in nats, ``(batch,)``."""
-        ...
-
-
-Predict = Callable[[Any], Tensor | UncertainPrediction]  # from a batch of any form
-
-HIGHER = ("accuracy", "OOD AUROC")  # prefixes of the metrics for which higher is better
-SHOWN = ("accuracy", "NLL", "ECE", "Brier", "AURC")
+HIGHER = ("accuracy", "mAP", "OOD AUROC")  # prefixes of the metrics for which higher is better
+SHOWN = ("mAP", "per-label ECE", "accuracy", "NLL", "ECE", "Brier", "AURC")
 
 
 @dataclass(frozen=True)
@@ -47,12 +38,17 @@ class CalibrationReport:
 
     Attributes:
         name: Name of the method.
-        probs: Class probabilities, ``(examples, classes)``.
-        labels: Labels, ``(examples,)``.
-        values: Every metric by name: NLL in nats per example, the others are fractions.
+        probs: Class probabilities, ``(examples, classes)``; of independent labels that each
+            applies, ``(examples, labels)``.
+        labels: Labels, ``(examples,)``; of independent ones ``(examples, labels)``, −100 where one
+            is missing.
+        values: Every metric by name: NLL in nats per example or known label, the others are
+            fractions.
         errors: Their standard errors, by bootstrap over the examples.
-        uncertainty: Predictive entropy of each example in nats, ``(examples,)``.
-        mutual_information: Its epistemic part, where the method provides it.
+        uncertainty: Predictive entropy of each example in nats, ``(examples,)``; of independent
+            labels summed over them.
+        mutual_information: Its epistemic part, where the method provides it; of independent labels
+            that of each, ``(examples, labels)``.
         ood_uncertainty: Predictive entropy of the out-of-distribution examples, if there are any.
     """
 
@@ -68,6 +64,28 @@ class CalibrationReport:
     def __getitem__(self, metric: str) -> float:
         """Return a metric's value."""
         return self.values[metric]
+
+    @property
+    def pooled(self) -> tuple[Tensor, Tensor]:
+        """Class probabilities and labels, independent labels as examples of their own."""
+        return pooled(self.probs, self.labels)
+
+    @property
+    def by_label(self) -> dict[str, list[float]]:
+        """Of independent labels: how many of each are known and apply, and metrics of each.
+
+        Raises:
+            ValueError: If the labels are classes.
+        """
+        if self.labels.ndim == 1:
+            raise ValueError("the labels are classes that exclude each other; see `values`")
+        is_known = self.labels != MISSING
+        return {
+            "known": is_known.sum(0).tolist(),
+            "apply": (self.labels == 1).sum(0).tolist(),
+            "average precision": average_precisions(self.probs, self.labels).tolist(),
+            "ECE": calibration_errors(self.probs, self.labels).tolist(),
+        }
 
     def __str__(self) -> str:
         """Return one line: the main metrics with standard errors."""
@@ -123,9 +141,12 @@ def evaluate(
 ) -> CalibrationReport:
     """Evaluate a predictive on labelled data, and on out-of-distribution data if given.
 
+    Labels ``(batch, labels)`` that do not exclude each other are scored by `label_metrics`.
+
     Args:
         predict: From a batch to class probabilities ``(batch, classes)``, or to `Predictions`:
-            a posterior ``la``, ``la.predict``, a baseline of this package, or any function.
+            a posterior ``la``, ``la.predict``, a baseline of this package, or any function. With
+            labels ``(batch, labels)``, to the probabilities that they apply.
         loader: Batches with labels: mappings with ``label_key``, or pairs of inputs and labels.
         name: Name of the method, for tables and plots.
         ood_loader: Batches of out-of-distribution inputs, whose labels are ignored; adds
@@ -140,43 +161,52 @@ def evaluate(
         The report; tensors are on the CPU.
 
     Raises:
-        ValueError: If a loader is empty, a batch has no labels, labels lie outside the classes,
-            ``predict`` does not return probabilities, or ``bootstrap`` is below 2.
+        ValueError: If a loader is empty, a batch has no labels, labels lie outside the classes or
+            none is known, ``predict`` does not return probabilities, or ``bootstrap`` is below 2.
     """
     if bootstrap < 2:
         raise ValueError(f"bootstrap needs two resamples or more, got {bootstrap}")
     with together(loader, ood_loader) as team:
         batches = team.batches(loader, f"Evaluating {name}", progress_bar)
-        scored = _rows(team, predict, batches, lambda batch: batch_labels(batch, label_key).cpu())
+        scored = predicted_rows(
+            team, predict, batches, lambda batch: batch_labels(batch, label_key).cpu()
+        )
         if not scored:
             raise ValueError("the loader is empty")
         p, y, information = scored["p"], scored["labels"], scored.get("information")
         if ood_loader is not None:
             title = f"Evaluating {name}, out of distribution"
-            outside = _rows(team, predict, team.batches(ood_loader, title, progress_bar))
+            batches = team.batches(ood_loader, title, progress_bar)
+            outside = predicted_rows(team, predict, batches, None, y.ndim == 2)
             if not outside:
                 raise ValueError("the out-of-distribution loader is empty")
-    if int(y.min()) < 0 or int(y.max()) >= p.shape[1]:
+    metrics = METRICS if y.ndim == 1 else LABEL_METRICS
+    if y.ndim == 2:
+        y = known_labels(y)
+        if not bool((y != MISSING).any()):
+            raise ValueError("no label of the data is known: all are -100 or NaN")
+    elif int(y.min()) < 0 or int(y.max()) >= p.shape[1]:
         raise ValueError(f"labels must lie in 0..{p.shape[1] - 1}, got {y.min()} to {y.max()}")
-    values = {metric: function(p, y) for metric, function in METRICS.items()}
+    values = {metric: function(p, y) for metric, function in metrics.items()}
     generator = torch.Generator().manual_seed(seed)
 
     def resampled(n: int) -> Tensor:
         return torch.randint(n, (bootstrap, n), generator=generator)
 
-    draws = [{m: f(p[i], y[i]) for m, f in METRICS.items()} for i in resampled(len(y))]
-    uncertainty, ood_uncertainty = entropy(p), None
+    draws = [{m: f(p[i], y[i]) for m, f in metrics.items()} for i in resampled(len(y))]
+    entropy_of = entropy if y.ndim == 1 else label_entropy
+    uncertainty, ood_uncertainty = entropy_of(p), None
     if ood_loader is not None:
-        ood_uncertainty, ood_information = entropy(outside["p"]), outside.get("information")
+        ood_uncertainty, ood_information = entropy_of(outside["p"]), outside.get("information")
         scores = {"": (uncertainty, ood_uncertainty)}
         if information is not None and ood_information is not None:
-            scores[" (MI)"] = (information, ood_information)
+            scores[" (MI)"] = (_in_all(information), _in_all(ood_information))
         values |= _detection(scores)
         for draw, i, j in zip(
             draws, resampled(len(y)), resampled(len(ood_uncertainty)), strict=True
         ):
             draw |= _detection({kind: (a[i], b[j]) for kind, (a, b) in scores.items()})
-    errors = {m: torch.tensor([draw[m] for draw in draws]).std().item() for m in values}
+    errors = {m: _spread(torch.tensor([draw[m] for draw in draws])) for m in values}
     return CalibrationReport(name, p, y, values, errors, uncertainty, information, ood_uncertainty)
 
 
@@ -217,45 +247,16 @@ def _cell(report: CalibrationReport, reports: Sequence[CalibrationReport], metri
     return f"{text} ± {report.errors[metric]:.3f}"
 
 
+def _in_all(information: Tensor) -> Tensor:
+    """Return one number per example, of independent labels the sum."""
+    return information if information.ndim == 1 else information.sum(1)
+
+
+def _spread(values: Tensor) -> float:
+    """Return the standard deviation of resamples; some may have no average precision."""
+    return values[~values.isnan()].std().item()
+
+
 def _detection(scores: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
     auroc = {f"OOD AUROC{kind}": ood_auroc(*pair) for kind, pair in scores.items()}
     return auroc | {f"OOD FPR95{kind}": ood_fpr95(*pair) for kind, pair in scores.items()}
-
-
-def _rows(
-    team: Together,
-    predict: Predict,
-    batches: Iterable[Batch],
-    labels: Callable[[Batch], Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """Return probabilities, labels and mutual information, where there are any, of all examples."""
-    columns: dict[str, list[Tensor | None]] = {"p": [], "labels": [], "information": []}
-    for batch in batches:
-        p, information = _probabilities(predict, batch)
-        row = (p, None if labels is None else labels(batch), information)
-        for column, value in zip(columns.values(), row, strict=True):
-            column.append(value)
-    present = {
-        name: [value for value in column if value is not None]
-        for name, column in columns.items()
-        if all(value is not None for value in column)
-    }
-    return team.rows(**present)
-
-
-def _probabilities(predict: Predict, batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """Return class probabilities, and mutual information where there is any."""
-    with torch.no_grad():
-        prediction = predict(model_inputs(batch))
-    if isinstance(prediction, UncertainPrediction):
-        p, information = prediction.probs, prediction.mutual_information
-    else:
-        p, information = prediction, None
-    if not isinstance(p, Tensor) or p.ndim != 2 or p.shape[1] < 2:
-        raise ValueError("predict must return class probabilities, (batch, classes)")
-    p = p.detach().cpu().float()
-    if bool((p < 0).any()) or not torch.allclose(p.sum(-1), torch.ones(len(p)), atol=1e-2):
-        raise ValueError(
-            "predict must return probabilities that sum to 1; apply a softmax to logits"
-        )
-    return p, None if information is None else information.detach().cpu()

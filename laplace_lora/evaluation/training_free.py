@@ -63,8 +63,8 @@ class TrainingFreeBayes(MAP):
         width: ``σ``, the standard deviation of the noise.
 
     Raises:
-        ValueError: If the loader is empty, the adapter is no LoRA on linear layers, or is as it
-            was made, with ``lora_B`` zero.
+        ValueError: If the loader is empty, the model's labels are independent, the adapter is no
+            LoRA on linear layers, or is as it was made, with ``lora_B`` zero.
     """
 
     def __init__(
@@ -79,6 +79,11 @@ class TrainingFreeBayes(MAP):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
+        if self.objective.has_independent_labels:
+            raise ValueError(
+                "training-free Bayes keeps the model's own classes, and independent labels have "
+                "none; compare with TemperatureScaling or MCDropout"
+            )
         self.n_samples, self.seed, self.width = n_samples, seed, 0.0
         self._layers = _layers_of(self.model)
         with together(anchor_loader) as team:

@@ -1,0 +1,101 @@
+"""What a predictive says of each example of some data, checked to be probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from laplace_lora.data.batches import Batch, model_inputs
+from laplace_lora.data.distributed import Together
+
+
+@runtime_checkable
+class UncertainPrediction(Protocol):
+    """What is scored of `Predictions`, as ``la.predict`` returns them."""
+
+    @property
+    def probs(self) -> Tensor | None:
+        """Class probabilities, ``(batch, classes)``, or those of labels, ``(batch, labels)``."""
+        ...
+
+    @property
+    def mutual_information(self) -> Tensor | None:
+        """The epistemic part of the uncertainty in nats, ``(batch,)`` or ``(batch, labels)``."""
+        ...
+
+
+Predict = Callable[[Any], Tensor | UncertainPrediction]  # from a batch of any form
+
+
+def predicted_rows(
+    team: Together,
+    predict: Predict,
+    batches: Iterable[Batch],
+    labels: Callable[[Batch], Tensor] | None = None,
+    independent: bool = False,
+) -> dict[str, Tensor]:
+    """Return probabilities, labels and mutual information, where there are any, of all examples.
+
+    Args:
+        team: The processes that share the data.
+        predict: From a batch to probabilities or `Predictions`.
+        batches: Of this process.
+        labels: From a batch to its labels; of two dimensions they are independent of each other.
+        independent: Whether they would be, where none are read.
+
+    Returns:
+        ``"p"``, and where there are any ``"labels"`` and ``"information"``, on the CPU; nothing if
+        there are no examples.
+
+    Raises:
+        ValueError: If ``predict`` does not return probabilities.
+    """
+    columns: dict[str, list[Tensor | None]] = {"p": [], "labels": [], "information": []}
+    for batch in batches:
+        y = None if labels is None else labels(batch)
+        p, information = _probabilities(predict, batch)
+        _check(p, y, independent if y is None else y.ndim == 2)
+        row = (p, y, information)
+        for column, value in zip(columns.values(), row, strict=True):
+            column.append(value)
+    present = {
+        name: [value for value in column if value is not None]
+        for name, column in columns.items()
+        if all(value is not None for value in column)
+    }
+    return team.rows(**present)
+
+
+def _probabilities(predict: Predict, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """Return probabilities, and mutual information where there is any."""
+    with torch.no_grad():
+        prediction = predict(model_inputs(batch))
+    if isinstance(prediction, UncertainPrediction):
+        p, information = prediction.probs, prediction.mutual_information
+    else:
+        p, information = prediction, None
+    if not isinstance(p, Tensor) or p.ndim != 2:
+        raise ValueError("predict must return class probabilities, (batch, classes)")
+    return p.detach().cpu().float(), None if information is None else information.detach().cpu()
+
+
+def _check(p: Tensor, y: Tensor | None, independent: bool) -> None:
+    """Refuse what are no probabilities of classes, or of independent labels."""
+    if independent:
+        if y is not None and y.shape != p.shape:
+            raise ValueError(
+                f"labels {tuple(y.shape)} need a probability each, (batch, labels); predict "
+                f"returned {tuple(p.shape)}"
+            )
+        if bool(((p < 0) | (p > 1)).any()):
+            raise ValueError("predict must return probabilities; apply a sigmoid to logits")
+        return
+    if p.shape[1] < 2:
+        raise ValueError("predict must return class probabilities, (batch, classes)")
+    if bool((p < 0).any()) or not torch.allclose(p.sum(-1), torch.ones(len(p)), atol=1e-2):
+        raise ValueError(
+            "predict must return probabilities that sum to 1; apply a softmax to logits"
+        )
