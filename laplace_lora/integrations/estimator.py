@@ -1,0 +1,95 @@
+"""`LaplaceClassifier`: a posterior as a scikit-learn classifier of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin
+from torch.utils.data import DataLoader
+
+from laplace_lora.posteriors.base import LoraLaplace
+
+
+class LaplaceClassifier(ClassifierMixin, BaseEstimator):
+    """A posterior with ``predict_proba``, so that scikit-learn's tools take it.
+
+    Such as ``CalibrationDisplay.from_estimator(LaplaceClassifier(la, tokenizer), texts, labels)``.
+
+    Args:
+        posterior: A posterior over a classifier's adapter, fitted, or to be fitted by `fit`.
+        tokenizer: The model's.
+        labels: The classes' labels in the order of the outputs; 0, 1, … when ``None``.
+        batch_size: Texts per batch.
+    """
+
+    def __init__(
+        self,
+        posterior: LoraLaplace,
+        tokenizer: Any,
+        labels: Sequence[Any] | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        self.posterior = posterior
+        self.tokenizer = tokenizer
+        self.labels = labels
+        self.batch_size = batch_size
+
+    @property
+    def classes_(self) -> NDArray[Any]:
+        """The classes' labels, in the order of the columns of `predict_proba`."""
+        if self.labels is not None:
+            return np.asarray(self.labels)
+        return np.arange(max(self.posterior.fitted.state.n_outputs, 2))
+
+    def __sklearn_is_fitted__(self) -> bool:
+        """Return whether the posterior has been fitted."""
+        return self.posterior.state.is_fitted
+
+    def fit(self, X: Sequence[Any], y: ArrayLike) -> LaplaceClassifier:
+        """Fit the posterior, not the network, to texts and labels, and tune its prior.
+
+        Args:
+            X: Texts, those that the adapter was trained on.
+            y: Their labels.
+
+        Raises:
+            ValueError: If a label is none of the classes'.
+        """
+        given = np.asarray(y)
+        if self.labels is not None:
+            places = {label: place for place, label in enumerate(self.labels)}
+            unknown = sorted(set(given.tolist()) - set(places))
+            if unknown:
+                raise ValueError(f"labels {unknown} are none of the classes {list(self.labels)}")
+            given = np.asarray([places[label] for label in given.tolist()])
+        rows = list(zip(X, given.tolist(), strict=True))
+
+        def collate(part: list[tuple[Any, int]]) -> dict[str, Any]:
+            texts = [text for text, _ in part]
+            batch = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+            return {**batch, "labels": torch.tensor([label for _, label in part])}
+
+        loader: DataLoader[Any] = DataLoader(rows, self.batch_size, collate_fn=collate)  # type: ignore[arg-type]
+        self.posterior.fit(loader)
+        self.posterior.optimize_prior_precision(train_loader=loader)
+        return self
+
+    def predict_proba(self, X: Sequence[Any]) -> NDArray[np.float64]:
+        """Return the posterior predictive's class probabilities, ``(texts, classes)``.
+
+        Args:
+            X: Texts, or pairs of texts.
+        """
+        texts = X.tolist() if hasattr(X, "tolist") else list(X)
+        found = self.posterior.predict(texts, self.tokenizer, batch_size=self.batch_size)
+        probs: NDArray[np.float64] = found.probs.double().cpu().numpy()  # type: ignore[union-attr]
+        return probs
+
+    def predict(self, X: Sequence[Any]) -> NDArray[Any]:
+        """Return the label of the most probable class of each text."""
+        best: NDArray[Any] = self.classes_[self.predict_proba(X).argmax(1)]
+        return best

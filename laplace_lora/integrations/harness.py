@@ -1,0 +1,182 @@
+"""`LaplaceLM`: a posterior as a model of EleutherAI's evaluation harness (lm-eval)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+
+from laplace_lora.generation import generate, score
+from laplace_lora.generation.scoring import SAMPLES
+from laplace_lora.likelihoods.language_modeling import IGNORED
+from laplace_lora.posteriors.base import LoraLaplace
+
+
+class LaplaceLM(TemplateLM):
+    """A language model whose ``loglikelihood`` is the posterior predictive's.
+
+    The probability of a continuation is averaged over samples of the linearised model, the same for
+    all requests, so that the tokens' correlations count: ``log mean_s Π_t p_s(token_t)``.
+
+    ```python
+    lm_eval.simple_evaluate(model=LaplaceLM(la, tokenizer), tasks=["arc_easy"])
+    ```
+
+    Args:
+        posterior: A fitted posterior over a causal language model's adapter.
+        tokenizer: The model's.
+        n_samples: Samples of the weights.
+        batch_size: Requests that run together.
+        max_length: Longest text in tokens; longer ones lose their beginning. The model's own
+            length when ``None``.
+        seed: Of the samples.
+    """
+
+    def __init__(
+        self,
+        posterior: LoraLaplace,
+        tokenizer: Any,
+        n_samples: int = SAMPLES,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.posterior, self.tokenizer = posterior, tokenizer
+        self.n_samples, self.batch_size, self.seed = n_samples, batch_size, seed
+        config: Any = posterior.logits_model.model.config
+        self.max_length: int = max_length or config.max_position_embeddings
+        self._device = posterior.fitted.device
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text, which also stands before one without context."""
+        token: int = self.tokenizer.eos_token_id
+        return token
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What cached requests are told apart by."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Return a text's tokens."""
+        special = bool(add_special_tokens)
+        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=special, **kwargs)
+        return ids
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return a conversation as the tokenizer writes it."""
+        text: str = self.tokenizer.apply_chat_template(
+            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return text
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Return the tokenizer's chat template."""
+        template: str | None = self.tokenizer.get_chat_template() if chat_template else ""
+        return template
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        """Return log probability of each continuation, and whether it is the greedy one."""
+        found: dict[int, tuple[float, bool]] = {}
+        order = sorted(range(len(requests)), key=lambda n: -sum(map(len, requests[n][1:])))
+        for start in range(0, len(order), self.batch_size):
+            part = order[start : start + self.batch_size]
+            answers = self._answers([(requests[n][1], requests[n][2]) for n in part])
+            for n, answer in zip(part, answers, strict=True):
+                found[n] = answer
+                if requests[n][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[n][0], answer)
+        return [found[n] for n in range(len(requests))]
+
+    def _answers(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        rows = []
+        for context, continuation in pairs:
+            ids = [*context, *continuation][-self.max_length :]
+            kept = min(len(continuation), len(ids) - 1)  # the first token is predicted by none
+            if kept < len(continuation):
+                raise ValueError(
+                    f"a continuation of {len(continuation)} tokens leaves no context within "
+                    f"max_length={self.max_length}"
+                )
+            rows.append((ids, kept))
+        length = max(len(ids) for ids, _ in rows)
+        batch = {
+            "input_ids": torch.zeros(len(rows), length, dtype=torch.long),
+            "attention_mask": torch.zeros(len(rows), length, dtype=torch.long),
+            "labels": torch.full((len(rows), length), IGNORED),
+        }
+        for n, (ids, kept) in enumerate(rows):
+            batch["input_ids"][n, : len(ids)] = torch.tensor(ids)
+            batch["attention_mask"][n, : len(ids)] = 1
+            batch["labels"][n, len(ids) - kept : len(ids)] = torch.tensor(ids[-kept:])
+        scored = score(self.posterior, batch, n_samples=self.n_samples, generator=self._generator())
+        samples = scored.log_probabilities
+        assert samples is not None
+        whole = samples.double().logsumexp(0) - math.log(len(samples))
+        best = scored.candidates.gather(2, scored.probabilities.argmax(-1, keepdim=True))
+        greedy = ((best.squeeze(-1) == scored.tokens) | ~scored.mask).all(1)
+        return list(zip(whole.tolist(), greedy.tolist(), strict=True))
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Return the log probability of whole texts, each after the end-of-text token.
+
+        Texts longer than the model's length are read in pieces that do not overlap.
+        """
+        found = []
+        for request in requests:
+            tokens = self.tok_encode(request.args[0])
+            step = self.max_length - 1
+            pieces = [tokens[start : start + step] for start in range(0, len(tokens), step)]
+            before = [self.prefix_token_id, *(piece[-1] for piece in pieces)]
+            pairs = [(None, [first], piece) for first, piece in zip(before, pieces, strict=False)]
+            found.append(sum(value for value, _ in self._loglikelihood_tokens(pairs)))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
+        return found
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return greedy continuations by the posterior predictive, cut before the stop texts.
+
+        Raises:
+            ValueError: If sampling is asked for.
+        """
+        texts = []
+        for request in requests:
+            context, options = request.args
+            if options.get("do_sample", False):
+                raise ValueError("LaplaceLM continues greedily; set do_sample to false in the task")
+            until = options.get("until") or []
+            until = [until] if isinstance(until, str) else list(until)
+            new = int(options.get("max_gen_toks", 256))
+            ids = torch.tensor([self.tok_encode(context)[-(self.max_length - new) :]])
+            found = generate(
+                self.posterior,
+                {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+                max_new_tokens=new,
+                n_samples=self.n_samples,
+                generator=self._generator(),
+                eos_token_id=self.eot_token_id,
+            )
+            text = self.tokenizer.decode(found.tokens[0][found.mask[0]], skip_special_tokens=True)
+            for stop in until:
+                text = text.split(stop)[0] if stop else text
+            texts.append(text)
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
+
+    def _generator(self) -> torch.Generator:
+        """Return the source of the samples: the same for every request."""
+        return torch.Generator(self._device).manual_seed(self.seed)

@@ -1,0 +1,102 @@
+"""`LaplacePipeline`: transformers' text-classification pipeline, with uncertainty."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TextClassificationPipeline
+from transformers.utils import ModelOutput
+
+from laplace_lora.posteriors.base import LoraLaplace
+
+REPORTED = ("entropy", "mutual_information")
+
+
+class LaplacePipeline(TextClassificationPipeline):
+    """A text-classification pipeline whose scores are the posterior predictive's.
+
+    Every dictionary has, beside ``label`` and ``score``, the predictive's ``entropy`` and its
+    epistemic part ``mutual_information``, in nats. With answer tokens the labels are the answers.
+
+    ```python
+    classify = pipeline(
+        "text-classification", model=peft_model, tokenizer=tokenizer,
+        pipeline_class=LaplacePipeline, posterior=la,
+    )
+    classify = LaplacePipeline(la, tokenizer)  # the same
+    ```
+
+    Args:
+        posterior: A fitted posterior over a classifier's adapter.
+        tokenizer: The model's.
+        model: The posterior's own model, as `pipeline` passes it; it need not be given.
+        **kwargs: Arguments of `transformers.Pipeline`, such as ``batch_size``.
+
+    Raises:
+        ValueError: If ``model`` is another than the posterior's, or the posterior predicts no
+            classes.
+    """
+
+    def __init__(
+        self, posterior: LoraLaplace, tokenizer: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        own = posterior.logits_model.model
+        if model is not None and model is not own:
+            raise ValueError(
+                "the pipeline runs the model that the posterior is of, and was given another; "
+                "leave `model` out or give the posterior's own"
+            )
+        if posterior.objective.name != "classification":
+            raise ValueError(
+                "a text-classification pipeline needs a posterior with "
+                f"likelihood='classification', not {posterior.objective.name!r}"
+            )
+        self.posterior = posterior
+        kwargs.setdefault("device", posterior.fitted.device)
+        super().__init__(model=own, tokenizer=tokenizer, **kwargs)
+        self.labels = self._label_names()
+
+    def check_model_type(self, supported_models: Any) -> None:
+        """Take any model that the posterior takes; transformers does not list PEFT's."""
+
+    def _label_names(self) -> list[str]:
+        targets = self.posterior.logits_model.target_ids
+        if targets is not None:
+            return [self.tokenizer.decode([token]).strip() for token in targets.tolist()]
+        names = self.model.config.id2label
+        if len(names) == 1:  # one logit: whether or not
+            return [f"not {names[0]}", names[0]]
+        return [names[i] for i in range(len(names))]
+
+    def _sanitize_parameters(
+        self, function_to_apply: Any = None, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        if function_to_apply is not None:
+            raise ValueError(
+                "function_to_apply makes probabilities of logits, and the posterior predictive's "
+                "are probabilities already; leave it out"
+            )
+        found: tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
+        found = super()._sanitize_parameters(**kwargs)
+        return found
+
+    def _forward(self, model_inputs: Any) -> ModelOutput:
+        found = self.posterior.predict(dict(model_inputs), progress_bar=False)
+        columns = {name: getattr(found, name) for name in ("probs", *REPORTED)}
+        return ModelOutput(**columns)
+
+    def postprocess(
+        self, model_outputs: Any, top_k: int | None = 1, _legacy: bool = True
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """Return label, score and uncertainty of the best class, or of the ``top_k`` best."""
+        doubt = {name: float(model_outputs[name][0]) for name in REPORTED}
+        scores = model_outputs["probs"][0].float().tolist()
+        found = [
+            {"label": label, "score": score, **doubt}
+            for label, score in zip(self.labels, scores, strict=True)
+        ]
+        if top_k == 1 and _legacy:
+            return max(found, key=lambda each: each["score"])
+        if not _legacy:
+            found.sort(key=lambda each: -each["score"])
+        return found if top_k is None else found[:top_k]

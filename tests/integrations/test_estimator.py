@@ -1,0 +1,69 @@
+"""A posterior as a scikit-learn classifier."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import is_classifier
+from sklearn.calibration import CalibrationDisplay
+from sklearn.exceptions import NotFittedError
+from sklearn.metrics import get_scorer
+from sklearn.utils.validation import check_is_fitted
+
+from laplace_lora import KronLoraLaplace
+from laplace_lora.integrations.estimator import LaplaceClassifier
+from support.models import peft_model
+from support.texts import word_tokenizer
+
+TEXTS = ["a b c", "d e", "f g h a b", "c", "h h", "b a"]
+LABELS = ["good", "bad", "good", "fair", "fair", "bad"]
+NAMES = ["bad", "fair", "good"]
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    la = KronLoraLaplace(peft_model("bert").float(), "classification")
+    made = LaplaceClassifier(la, word_tokenizer(), NAMES, batch_size=4)
+    with pytest.raises(NotFittedError):
+        check_is_fitted(made)
+    return made.fit(TEXTS, LABELS)
+
+
+def test_probabilities_are_those_of_predict(classifier):
+    check_is_fitted(classifier)
+    found = classifier.posterior.predict(TEXTS, word_tokenizer()).probs
+    p = classifier.predict_proba(np.array(TEXTS))
+    assert np.abs(p - found.numpy()).max() < 1e-5
+    assert classifier.predict(TEXTS).tolist() == [NAMES[i] for i in found.argmax(1).tolist()]
+
+
+def test_fit_is_that_of_the_posterior(classifier):
+    la = KronLoraLaplace(classifier.posterior.logits_model, "classification")
+    tokenizer = word_tokenizer()
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    labels = torch.tensor([NAMES.index(label) for label in LABELS])
+    batches = torch.utils.data.DataLoader(
+        [{**{k: v[n] for k, v in batch.items()}, "labels": labels[n]} for n in range(6)], 3
+    )
+    la.fit(batches)
+    la.optimize_prior_precision(train_loader=batches)
+    assert float(la.prior_precision) == pytest.approx(
+        float(classifier.posterior.prior_precision), rel=0.01
+    )
+
+
+def test_scikit_learns_tools_take_it():
+    la = KronLoraLaplace(peft_model("bert", num_labels=2).float(), "classification")
+    classifier = LaplaceClassifier(la, word_tokenizer())
+    labels = [0, 1, 0, 1, 1, 0]
+    classifier.fit(TEXTS, labels)
+    assert is_classifier(classifier) and classifier.classes_.tolist() == [0, 1]
+    loss = get_scorer("neg_log_loss")(classifier, TEXTS, labels)
+    p = classifier.predict_proba(TEXTS)[range(6), labels]
+    assert loss == pytest.approx(np.log(p).mean())
+    shown = CalibrationDisplay.from_estimator(classifier, TEXTS, labels, n_bins=2)
+    assert len(shown.prob_pred)
+
+
+def test_unknown_labels_are_refused(classifier):
+    with pytest.raises(ValueError, match="none of the classes"):
+        classifier.fit(TEXTS, ["good", "bad", "ugly", "bad", "bad", "bad"])

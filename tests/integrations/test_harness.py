@@ -1,0 +1,102 @@
+"""The evaluation harness asks the posterior predictive; skipped where lm-eval is missing."""
+
+import json
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+
+from lm_eval.api.instance import Instance
+
+from laplace_lora.generation import generate, score
+from laplace_lora.integrations.harness import LaplaceLM
+from support.generation import seeded
+from support.language import language_posterior
+from support.texts import word_tokenizer
+
+PAIRS = [("a b c", " d e"), ("f", " a b c d"), ("h h a", " b")]
+
+
+@pytest.fixture(scope="module")
+def model():
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = "[PAD]"
+    la = language_posterior(dtype=torch.float32, prior_precision=3.0)
+    return LaplaceLM(la, tokenizer, n_samples=8, batch_size=2)
+
+
+def instances(kind, arguments):
+    return [Instance(kind, {}, args, n) for n, args in enumerate(arguments)]
+
+
+def encoded(model, context, continuation):
+    ids = [*model.tok_encode(context), *model.tok_encode(continuation)]
+    row = torch.tensor([ids])
+    labels = row.clone()
+    labels[:, : len(model.tok_encode(context))] = -100
+    return {"input_ids": row, "labels": labels}
+
+
+def test_continuations_have_the_predictives_probability(model):
+    found = model.loglikelihood(instances("loglikelihood", PAIRS))
+    for (context, continuation), (value, greedy) in zip(PAIRS, found, strict=True):
+        batch = encoded(model, context, continuation)
+        alone = score(model.posterior, batch, n_samples=8, generator=seeded())
+        expected = alone.log_probabilities.logsumexp(0) - math.log(8)
+        assert value == pytest.approx(float(expected), rel=1e-4)
+        best = alone.candidates.gather(2, alone.probabilities.argmax(-1, keepdim=True))
+        assert greedy == bool((best.squeeze(-1) == alone.tokens).all())
+
+
+def test_whole_texts_follow_the_end_of_text_token(model):
+    short = LaplaceLM(model.posterior, model.tokenizer, n_samples=8, max_length=3)
+    (value,) = short.loglikelihood_rolling(instances("loglikelihood_rolling", [("a b c",)]))
+    ids = short.tok_encode("a b c")
+    pieces = [(None, [0], ids[:2]), (None, [ids[1]], ids[2:])]
+    assert value == pytest.approx(sum(v for v, _ in short._loglikelihood_tokens(pieces)))
+    with pytest.raises(ValueError, match="no context"):
+        short.loglikelihood(instances("loglikelihood", [("a", " b c d")]))
+
+
+def test_generation_is_greedy_and_stops(model):
+    request = ("a b", {"max_gen_toks": 5, "until": []})
+    (text,) = model.generate_until(instances("generate_until", [request]))
+    ids = torch.tensor([model.tok_encode("a b")])
+    options = {"max_new_tokens": 5, "n_samples": 8, "generator": seeded(), "eos_token_id": 0}
+    found = generate(model.posterior, {"input_ids": ids}, **options)
+    assert text == model.tokenizer.decode(found.tokens[0][found.mask[0]], skip_special_tokens=True)
+    stop = text.split()[0] if text else "a"
+    request = ("a b", {"max_gen_toks": 5, "until": [stop]})
+    assert model.generate_until(instances("generate_until", [request])) == [""]
+    with pytest.raises(ValueError, match="greedily"):
+        model.generate_until(instances("generate_until", [("a", {"do_sample": True})]))
+
+
+def test_a_multiple_choice_task_runs(model, tmp_path):
+    import lm_eval
+
+    rows = [
+        {"question": "a b c", "choices": ["d", "e", "f"], "answer": 1},
+        {"question": "h a", "choices": ["b c", "a", "g"], "answer": 0},
+    ]
+    path = tmp_path / "rows.json"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = {
+        "task": "choices",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "answer",
+        "doc_to_choice": "{{choices}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    result = lm_eval.simple_evaluate(model=model, tasks=[task], bootstrap_iters=0)
+    pairs = [(row["question"], " " + choice) for row in rows for choice in row["choices"]]
+    values = [value for value, _ in model.loglikelihood(instances("loglikelihood", pairs))]
+    picks = [max(range(3), key=values[3 * n : 3 * n + 3].__getitem__) for n in range(2)]
+    right = [pick == row["answer"] for pick, row in zip(picks, rows, strict=True)]
+    assert result["results"]["choices"]["acc,none"] == sum(right) / 2

@@ -1,0 +1,84 @@
+"""The pipeline's dictionaries are those of `predict`, for one text and for many."""
+
+import pytest
+import torch
+from transformers import pipeline
+
+from laplace_lora import KronLoraLaplace
+from laplace_lora.integrations.pipeline import LaplacePipeline
+from support.batches import loader
+from support.models import TARGETS, peft_model
+from support.texts import word_tokenizer
+
+TEXTS = ["a b c", "d e", "f g h a b", "c"]
+
+
+@pytest.fixture(scope="module")
+def la():
+    model = peft_model("bert").float()
+    model.config.id2label = {0: "bad", 1: "fair", 2: "good"}
+    la = KronLoraLaplace(model, "classification", prior_precision=5.0)
+    la.fit(loader())
+    return la
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer()
+
+
+def test_dictionaries_are_those_of_predict(la, tokenizer):
+    found = la.predict(TEXTS, tokenizer)
+    answers = LaplacePipeline(la, tokenizer)(TEXTS)
+    for n, answer in enumerate(answers):
+        assert answer["label"] == ("bad", "fair", "good")[int(found.probs[n].argmax())]
+        assert answer["score"] == pytest.approx(float(found.probs[n].max()), abs=1e-6)
+        assert answer["entropy"] == pytest.approx(float(found.entropy[n]), abs=1e-6)
+        doubt = float(found.mutual_information[n])
+        assert answer["mutual_information"] == pytest.approx(doubt, abs=1e-6)
+
+
+def test_batches_and_all_classes(la, tokenizer):
+    classify = pipeline(
+        "text-classification",
+        model=la.logits_model.model,
+        tokenizer=tokenizer,
+        pipeline_class=LaplacePipeline,
+        posterior=la,
+        batch_size=3,
+    )
+    found = la.predict(TEXTS, tokenizer)
+    answers = classify(TEXTS, top_k=None)
+    for n, classes in enumerate(answers):
+        assert [each["score"] for each in classes] == sorted(
+            (each["score"] for each in classes), reverse=True
+        )
+        assert sum(each["score"] for each in classes) == pytest.approx(1, abs=1e-5)
+        assert classes[0]["score"] == pytest.approx(float(found.probs[n].max()), abs=1e-5)
+    assert len(classify("a b", top_k=2)) == 2
+    assert isinstance(classify("a b"), list)
+
+
+def test_the_answers_of_a_decoder_are_its_labels(tokenizer):
+    la = KronLoraLaplace(peft_model("llama-lm").float(), "classification", target_ids=[2, 4, 6])
+    la.fit(loader())
+    (answer,) = LaplacePipeline(la, tokenizer)("a b c")
+    assert answer["label"] in "ace"
+    assert TARGETS and la.logits_model.target_ids.tolist() == [2, 4, 6]
+
+
+def test_what_does_not_fit_is_refused(la, tokenizer):
+    with pytest.raises(ValueError, match="the model that the posterior is of"):
+        LaplacePipeline(la, tokenizer, model=peft_model("bert"))
+    with pytest.raises(ValueError, match="probabilities already"):
+        LaplacePipeline(la, tokenizer)("a b", function_to_apply="sigmoid")
+    regression = KronLoraLaplace(peft_model("bert"), "regression")
+    with pytest.raises(ValueError, match="likelihood='classification'"):
+        LaplacePipeline(regression, tokenizer)
+
+
+def test_the_model_is_left_as_it_was(la, tokenizer):
+    model = la.logits_model.model
+    before = [parameter.clone() for parameter in model.parameters()]
+    LaplacePipeline(la, tokenizer)(TEXTS)
+    assert all(map(torch.equal, before, model.parameters()))

@@ -1,0 +1,75 @@
+"""Pessimistic rewards against the joint covariance, one text at a time."""
+
+import pytest
+import torch
+
+from laplace_lora import KronLoraLaplace
+from laplace_lora.integrations.rewards import PessimisticReward
+from support.models import peft_model
+from support.preferences import pair_loader
+from support.texts import word_tokenizer
+
+PROMPTS = ["a b", "c", "a b", "a b", "d"]
+COMPLETIONS = [" c d", " e", " f", " g h", " a"]
+
+
+@pytest.fixture(scope="module")
+def la():
+    la = KronLoraLaplace(peft_model("bert", num_labels=1), "reward_modeling", prior_precision=2.0)
+    la.fit(pair_loader())
+    return la
+
+
+def encoded(texts):
+    return dict(word_tokenizer()(texts, padding=True, return_tensors="pt"))
+
+
+def test_deviations_are_of_differences_within_a_prompt(la):
+    mean, deviation = PessimisticReward(la, word_tokenizer()).moments(PROMPTS, COMPLETIONS)
+    texts = [p + c for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    rewards, joint = la(encoded(texts), joint=True)
+    torch.testing.assert_close(mean, rewards.flatten())
+    for n, same in [(0, [0, 2, 3]), (2, [0, 2, 3]), (3, [0, 2, 3])]:
+        contrast = torch.zeros(len(texts), dtype=joint.dtype)
+        contrast[same] -= 1 / 3
+        contrast[n] += 1
+        assert deviation[n] == pytest.approx(float(contrast @ joint @ contrast) ** 0.5)
+    for n in (1, 4):
+        assert deviation[n] == pytest.approx(float(joint[n, n]) ** 0.5)
+
+
+def test_beta_trades_mean_for_deviation(la):
+    mean, deviation = PessimisticReward(la, word_tokenizer()).moments(PROMPTS, COMPLETIONS)
+    for beta in (0.0, 1.0, -2.0):
+        reward = PessimisticReward(la, word_tokenizer(), beta, batch_size=1)
+        found = reward(prompts=PROMPTS, completions=COMPLETIONS, completion_ids=None)
+        assert found == pytest.approx((mean - beta * deviation).tolist())
+    assert reward.__name__ == "pessimistic_reward"
+
+
+def test_the_best_of_n(la):
+    completions = [" c d", " e", " f"]
+    reward = PessimisticReward(la, word_tokenizer(), beta=3.0)
+    scores = reward(["a b"] * 3, completions)
+    assert reward.best("a b", completions) == max(range(3), key=scores.__getitem__)
+    with pytest.raises(ValueError, match="no completions"):
+        reward.best("a b", [])
+
+
+def test_conversations_go_through_the_chat_template(la):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    prompt = [{"role": "user", "content": "a b"}]
+    completion = [{"role": "assistant", "content": "c d"}]
+    reward = PessimisticReward(la, tokenizer)
+    assert reward([prompt], [completion]) == pytest.approx(reward(["a b "], ["c d "]))
+    with pytest.raises(ValueError, match="both be texts"):
+        reward([prompt], ["c d"])
+
+
+def test_what_does_not_fit_is_refused(la):
+    with pytest.raises(ValueError, match="do not fit"):
+        PessimisticReward(la, word_tokenizer())(["a"], [])
+    other = KronLoraLaplace(peft_model("bert"), "classification")
+    with pytest.raises(ValueError, match="likelihood='reward_modeling'"):
+        PessimisticReward(other, word_tokenizer())
