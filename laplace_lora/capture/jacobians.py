@@ -44,13 +44,19 @@ def jacobian_blocks(
     def keeps_tokens(i: int) -> bool:
         return inputs[i].shape[1] <= tape.maps[i].in_features
 
+    def is_tall(i: int) -> bool:
+        return tape.maps[i].in_features < tape.maps[i].out_features
+
     def visit(column: int, i: int, grad: Tensor) -> None:
         grad = grad if grad.ndim == 3 else grad.unsqueeze(1)
         if i in biases:
             biases[i].append(grad.to(dtype).sum(1))
         if i in weights:
-            outer = None if keeps_tokens(i) else grad.to(dtype).mT @ inputs[i].to(dtype)
-            weights[i].append(grad if outer is None else outer)
+            if keeps_tokens(i):
+                weights[i].append(grad)
+            else:  # the long side last, as in `lora_B`: processors multiply that quicker
+                left, right = grad.to(dtype), inputs[i].to(dtype)
+                weights[i].append(right.mT @ left if is_tall(i) else left.mT @ right)
 
     tape.backward(columns, visit)
     whole: dict[int, list[Tensor]] = {}
@@ -70,7 +76,10 @@ def jacobian_blocks(
             continue
         rows = torch.stack(stored, dim=1)
         del stored
-        if not block.is_bias and keeps_tokens(i):
-            rows = torch.einsum("nrtp,ntq->nrpq", rows.to(dtype), inputs[i].to(dtype))
-        rows = rows.mT if linear.transposed and not block.is_bias else rows
+        if not block.is_bias:
+            if keeps_tokens(i):
+                rows = torch.einsum("nrtp,ntq->nrpq", rows.to(dtype), inputs[i].to(dtype))
+            elif is_tall(i):
+                rows = rows.mT
+            rows = rows.mT if linear.transposed else rows
         yield rows.reshape(*rows.shape[:2], *block.parameter.shape).to(device)

@@ -58,15 +58,15 @@ class Eigen:
             dim: Either -2 or -1.
         """
         U = self.vectors
-        coordinates = U.T @ W if dim == -2 else W @ U
+        coordinates = _times(U.T, W) if dim == -2 else W @ U
         if not self.multiplicity:
             return [coordinates]
         # Subtracting the projection, not its square norm, keeps a small remainder accurate.
-        return [coordinates, W - (U @ coordinates if dim == -2 else coordinates @ U.T)]
+        return [coordinates, W - (_times(U, coordinates) if dim == -2 else coordinates @ U.T)]
 
     def join(self, parts: list[Tensor], dim: int) -> Tensor:
         """Return the tensor with these coordinates; the inverse of `split`."""
-        W = self.vectors @ parts[0] if dim == -2 else parts[0] @ self.vectors.T
+        W = _times(self.vectors, parts[0]) if dim == -2 else parts[0] @ self.vectors.T
         return W + parts[1] if len(parts) == 2 else W
 
     def matrix_diagonal(self, parts: list[Tensor]) -> Tensor:
@@ -106,6 +106,19 @@ class Eigen:
             return squares @ values
         mean = (counts - squares.sum(0)).clamp(min=0) / self.multiplicity
         return torch.cat([squares, mean.unsqueeze(0)]) @ values
+
+
+def _times(matrix: Tensor, stack: Tensor) -> Tensor:
+    """Return ``matrix @ stack`` for a stack of matrices, ``(…, d, columns)``.
+
+    Of few columns each, as the Jacobians of ``lora_B``, they are multiplied as one matrix: torch
+    would multiply them one by one, several times slower.
+    """
+    d, columns = stack.shape[-2:]
+    if stack.ndim == 2 or columns >= d:
+        return matrix @ stack
+    product = stack.mT.reshape(-1, d) @ matrix.T
+    return product.reshape(*stack.shape[:-2], columns, len(matrix)).mT
 
 
 def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:

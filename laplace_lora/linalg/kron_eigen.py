@@ -161,7 +161,7 @@ class KronEigen:
             Shape ``(batch, outputs, outputs)``.
         """
         block = self.block(i)
-        W = W.flatten(2).unflatten(-1, block.shape)
+        W = W.reshape(*W.shape[:2], *block.shape)
         forms = [
             products_of_rows((piece / (e + self.deltas[i])).flatten(2), piece.flatten(2))
             for piece, e in block.pieces(W)
@@ -180,7 +180,7 @@ class KronEigen:
             outputs, K)``; the form is ``Σ_k M_k / (e_k + δ)`` summed over the pairs.
         """
         block = self.block(i)
-        W = W.flatten(2).unflatten(-1, block.shape)
+        W = W.reshape(*W.shape[:2], *block.shape)
         result = []
         for piece, e in block.pieces(W):
             # Of directions that share an eigenvalue only the sum of the products is needed.
