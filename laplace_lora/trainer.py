@@ -13,6 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from laplace_lora.data.batches import one_example, splits_by_example
 from laplace_lora.data.distributed import together
 from laplace_lora.evaluation.metrics import ece, nll
+from laplace_lora.evaluation.token_rows import by_token, same_width
+from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.likelihoods.multilabel import pooled
@@ -42,8 +44,8 @@ class LaplaceCallback(TrainerCallback):
     `optimize_prior_precision` does by default. Through the trainer's logger go
     ``laplace_log_marginal_likelihood`` and, for a classifier with an evaluation set,
     ``eval_laplace_nll`` and ``eval_laplace_ece`` beside ``eval_map_nll`` and ``eval_map_ece``
-    (nats per example, of a multi-label model per label; 15 equal-width bins); of several
-    evaluation sets each has its name after ``eval_``.
+    (nats per example, per label of a multi-label model, per labelled token; 15 equal-width bins);
+    of several evaluation sets each has its name after ``eval_``.
 
     What can be checked is checked before the first step, where an error costs nothing. Whatever
     goes wrong after training is logged, and the adapter saved with the posterior, if there is one.
@@ -51,10 +53,11 @@ class LaplaceCallback(TrainerCallback):
     Args:
         trainer: The trainer.
         likelihood: ``"classification"``, ``"multilabel"``, ``"regression"``,
-            ``"reward_modeling"`` or ``"language_modeling"``; by default what the trainer trains:
-            pairs with TRL's ``RewardTrainer``, texts with its ``SFTTrainer`` or with a causal
-            language model without ``target_ids``, numbers or independent labels where the model's
-            ``problem_type`` or its single output say so, classes otherwise.
+            ``"reward_modeling"``, ``"language_modeling"`` or ``"token_classification"``; by
+            default what the trainer trains: pairs with TRL's ``RewardTrainer``, texts with its
+            ``SFTTrainer`` or with a causal language model without ``target_ids``, tokens with a
+            token classifier, numbers or independent labels where the model's ``problem_type`` or
+            its single output say so, classes otherwise.
         posterior: The posterior's class.
         save: Write the posterior into the trainer's output folder.
         link_approx: Link of the predictive.
@@ -177,8 +180,8 @@ class LaplaceCallback(TrainerCallback):
             dataset: As for ``trainer.predict``.
 
         Returns:
-            Class probabilities ``(examples, classes)``, of a reward model for pairs; for
-            regression mean and covariance.
+            Class probabilities ``(examples, classes)``, of a reward model for pairs, of a token
+            classifier ``(examples, tokens, classes)``; for regression mean and covariance.
 
         Raises:
             RuntimeError: If training has not ended.
@@ -188,6 +191,9 @@ class LaplaceCallback(TrainerCallback):
             raise RuntimeError("there is no posterior yet; it is fitted when training ends")
         loader = self.trainer.get_test_dataloader(dataset)
         progress = not self.trainer.args.disable_tqdm
+        if labels_tokens(self._objective):
+            options: Any = {"link_approx": self.link_approx, "progress_bar": progress}
+            return la.predict(loader, **options).probs
         with together(loader, device=la.fitted.device) as team:
             batches = team.batches(loader, "Predicting", progress, la.fitted.by_example)
             parts = [self._predicted(la, batch) for batch in batches]
@@ -205,6 +211,9 @@ class LaplaceCallback(TrainerCallback):
 
     def _scored(self, la: LoraLaplace, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Return labels, and probabilities under posterior and MAP."""
+        if labels_tokens(self._objective):
+            tokens: Any = la.predict(batch, link_approx=self.link_approx)
+            return tokens.labels, tokens.probs, tokens.map_probs
         (p,) = self._predicted(la, batch)
         with torch.no_grad(), evaluation_mode(la.model):
             x, y = la.fitted.split(batch)
@@ -216,11 +225,12 @@ class LaplaceCallback(TrainerCallback):
         with together(loader, device=la.fitted.device) as team:
             batches = team.batches(loader, "Evaluating", progress, la.fitted.by_example)
             parts = [self._scored(la, batch) for batch in batches]
-            rows = team.rows(**_by_name(("labels", "laplace", "map"), parts))
-        labels, *predicted = rows.values()
+            columns = _by_name(("labels", "p", "map"), parts)
+            rows = by_token(team.rows(**same_width(columns, team)))
+        labels = rows["labels"]
         metrics: dict[str, float] = {}
-        for name, p in zip(("laplace", "map"), predicted, strict=True):
-            p, y = pooled(p, labels)
+        for name, predicted in (("laplace", rows["p"]), ("map", rows["map"])):
+            p, y = pooled(predicted, labels)
             scores = {"nll": nll(p, y), "ece": ece(p, y)}
             metrics |= {f"{prefix}_{name}_{score}": value for score, value in scores.items()}
         return metrics
@@ -256,6 +266,8 @@ def implied_likelihood(trainer: Any, options: Mapping[str, Any]) -> str:
     heads = type(base).__name__
     if heads.endswith(("ForCausalLM", "LMHeadModel")) and options.get("target_ids") is None:
         return "language_modeling"
+    if heads.endswith("ForTokenClassification"):
+        return "token_classification"
     problem = getattr(config, "problem_type", None)
     if problem == MULTILABEL_PROBLEM:
         return "multilabel"

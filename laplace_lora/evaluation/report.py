@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from laplace_lora.evaluation.label_metrics import (
 from laplace_lora.evaluation.metrics import METRICS, entropy, ood_auroc, ood_fpr95
 from laplace_lora.evaluation.plots import plot_reports
 from laplace_lora.evaluation.rows import Predict, predicted_rows
+from laplace_lora.evaluation.token_rows import resamples
 from laplace_lora.likelihoods.multilabel import MISSING, known_labels, pooled
 
 if TYPE_CHECKING:
@@ -146,7 +147,9 @@ def evaluate(
     Args:
         predict: From a batch to class probabilities ``(batch, classes)``, or to `Predictions`:
             a posterior ``la``, ``la.predict``, a baseline of this package, or any function. With
-            labels ``(batch, labels)``, to the probabilities that they apply.
+            labels ``(batch, labels)``, to the probabilities that they apply. Of a token classifier
+            ``(batch, tokens, classes)``, zeros at padding: then every labelled token counts, and
+            standard errors are by bootstrap over the texts.
         loader: Batches with labels: mappings with ``label_key``, or pairs of inputs and labels.
         name: Name of the method, for tables and plots.
         ood_loader: Batches of out-of-distribution inputs, whose labels are ignored; adds
@@ -190,10 +193,10 @@ def evaluate(
     values = {metric: function(p, y) for metric, function in metrics.items()}
     generator = torch.Generator().manual_seed(seed)
 
-    def resampled(n: int) -> Tensor:
-        return torch.randint(n, (bootstrap, n), generator=generator)
+    def resampled(rows: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        return resamples(rows, bootstrap, generator)
 
-    draws = [{m: f(p[i], y[i]) for m, f in metrics.items()} for i in resampled(len(y))]
+    draws = [{m: f(p[i], y[i]) for m, f in metrics.items()} for i in resampled(scored)]
     entropy_of = entropy if y.ndim == 1 else label_entropy
     uncertainty, ood_uncertainty = entropy_of(p), None
     if ood_loader is not None:
@@ -202,9 +205,8 @@ def evaluate(
         if information is not None and ood_information is not None:
             scores[" (MI)"] = (_in_all(information), _in_all(ood_information))
         values |= _detection(scores)
-        for draw, i, j in zip(
-            draws, resampled(len(y)), resampled(len(ood_uncertainty)), strict=True
-        ):
+        pairs = list(resampled(scored)), list(resampled(outside))
+        for draw, i, j in zip(draws, *pairs, strict=True):
             draw |= _detection({kind: (a[i], b[j]) for kind, (a, b) in scores.items()})
     errors = {m: _spread(torch.tensor([draw[m] for draw in draws])) for m in values}
     return CalibrationReport(name, p, y, values, errors, uncertainty, information, ood_uncertainty)

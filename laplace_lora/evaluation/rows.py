@@ -10,6 +10,7 @@ from torch import Tensor
 
 from laplace_lora.data.batches import Batch, model_inputs
 from laplace_lora.data.distributed import Together
+from laplace_lora.evaluation.token_rows import by_token, same_width
 
 
 @runtime_checkable
@@ -48,7 +49,7 @@ def predicted_rows(
 
     Returns:
         ``"p"``, and where there are any ``"labels"`` and ``"information"``, on the CPU; nothing if
-        there are no examples.
+        there are no examples. Of token classifiers a row per token, see `by_token`.
 
     Raises:
         ValueError: If ``predict`` does not return probabilities.
@@ -57,7 +58,7 @@ def predicted_rows(
     for batch in batches:
         y = None if labels is None else labels(batch)
         p, information = _probabilities(predict, batch)
-        _check(p, y, independent if y is None else y.ndim == 2)
+        _check(p, y, p.ndim == 2 and (independent if y is None else y.ndim == 2))
         row = (p, y, information)
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
@@ -66,7 +67,7 @@ def predicted_rows(
         for name, column in columns.items()
         if all(value is not None for value in column)
     }
-    return team.rows(**present)
+    return by_token(team.rows(**same_width(present, team)))
 
 
 def _probabilities(predict: Predict, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -77,8 +78,11 @@ def _probabilities(predict: Predict, batch: Batch) -> tuple[Tensor, Tensor | Non
         p, information = prediction.probs, prediction.mutual_information
     else:
         p, information = prediction, None
-    if not isinstance(p, Tensor) or p.ndim != 2:
-        raise ValueError("predict must return class probabilities, (batch, classes)")
+    if not isinstance(p, Tensor) or p.ndim not in (2, 3):
+        raise ValueError(
+            "predict must return class probabilities, (batch, classes), or of tokens (batch, "
+            "tokens, classes)"
+        )
     return p.detach().cpu().float(), None if information is None else information.detach().cpu()
 
 
@@ -93,9 +97,11 @@ def _check(p: Tensor, y: Tensor | None, independent: bool) -> None:
         if bool(((p < 0) | (p > 1)).any()):
             raise ValueError("predict must return probabilities; apply a sigmoid to logits")
         return
-    if p.shape[1] < 2:
+    if p.shape[-1] < 2:
         raise ValueError("predict must return class probabilities, (batch, classes)")
-    if bool((p < 0).any()) or not torch.allclose(p.sum(-1), torch.ones(len(p)), atol=1e-2):
+    sums = p.sum(-1)
+    sums = sums[sums != 0] if p.ndim == 3 else sums  # zeros are padding
+    if bool((p < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-2):
         raise ValueError(
             "predict must return probabilities that sum to 1; apply a softmax to logits"
         )

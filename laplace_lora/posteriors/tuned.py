@@ -55,14 +55,15 @@ class TunedLaplace(LaplaceLoops):
 
         What it did is in `tuning`.
 
-        * ``"auto"``: for language models ``"widest"``, for others ``"loo"`` where a scalar is asked
-          for and `leave_one_out.why_not` has no objection; otherwise ``"marglik"``.
+        * ``"auto"``: for language models and token classifiers ``"widest"``, for others ``"loo"``
+          where a scalar is asked for and `leave_one_out.why_not` has no objection; otherwise
+          ``"marglik"``.
         * ``"loo"``: the best leave-one-out likelihood of the training labels, in one pass over the
           training data: those of the fit, as long as this process keeps them, or
           ``train_loader``, a random thousand of them where they are many. For classifiers and
           reward models. Moves the posterior's mean where training stopped too early, see
           `recentre`.
-        * ``"widest"``: for language models, the prior of the plain evidence with its covariance
+        * ``"widest"``: for models of tokens, the prior of the plain evidence with its covariance
           scaled down until some training texts are predicted at most 0.0025 nats per token worse
           than by the MAP, see `widest`.
         * ``"marglik"``: the exact maximum of the marginal likelihood, from eigenvalues alone. With
@@ -185,7 +186,7 @@ class TunedLaplace(LaplaceLoops):
     ) -> tuple[str, str, tuple[Settings, LeaveOneOut | Widest] | None]:
         """Return the method of ``"auto"``, why it is no better one, and what that found."""
         posterior = self.fitted
-        texts = posterior.objective.predicts_tokens
+        texts = posterior.objective.rows_are_tokens
         method = "widest" if texts else "loo"
         reason = "arguments of other methods are given" if has_others else ""
         if not reason and structure != "scalar" and not texts:
@@ -205,8 +206,8 @@ class TunedLaplace(LaplaceLoops):
                 reason = str(error)
         if texts and not has_others:
             warnings.warn(
-                "the prior is tuned by the marginal likelihood, which makes a language model's "
-                f"posterior far too wide: {reason}",
+                "the prior is tuned by the marginal likelihood, which makes the posterior of a "
+                f"model of tokens far too wide: {reason}",
                 stacklevel=4,
             )
         return "marglik", reason, None

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from laplace_lora.data.distributed import Together
@@ -25,15 +24,13 @@ from laplace_lora.likelihoods.multilabel import pooled
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning.calibration_error import expected_calibration_error
+from laplace_lora.tuning.calibration_search import exponential, search
 from laplace_lora.tuning.validation_cache import ValidationCache, validation_rows
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-LIMIT = 25.0  # of the logarithms that are searched
-FOLDS = 5
 WIDTHS = (2.0, 1.0, 0.7, 1.0)  # of the priors: log factor, log scale, log temperature, step
-OPTIONS = {"xatol": 1e-3, "fatol": 1e-7, "maxiter": 200}
 
 
 @dataclass(frozen=True)
@@ -138,25 +135,13 @@ def calibrate(
     moved = cache.mean - centre
 
     def moments(point: Any) -> tuple[Tensor, Tensor]:
-        factor, scale, temperature = (_exponential(value) for value in point[:3])
+        factor, scale, temperature = (exponential(value) for value in point[:3])
         mean = cache.mean if len(point) == 3 else centre + point[3] * moved
         covariance = cache.covariance(cache.mean.new_tensor([factor]))
         return mean / temperature, covariance * (scale / temperature**2)
 
-    def surprise(point: Any) -> float:
-        """Return how unlikely a point is before there are labels, in nats."""
-        deviations = [(a - b) / width for a, b, width in zip(point, start, WIDTHS, strict=False)]
-        return 0.5 * sum(deviation**2 for deviation in deviations)
-
     def losses(point: Any) -> Tensor:
-        return scoring.nll(*moments(point), cache.y).double()
-
-    def nll(point: Any, rows: Tensor) -> float:
-        return losses(point)[rows].mean().item()
-
-    def objective(point: Any, rows: Tensor) -> float:
-        value = nll(point, rows) + surprise(point) / int(rows.sum())
-        return value if math.isfinite(value) else 1e30
+        return scoring.nll(*moments(point), cache.y)
 
     def ece(point: Any) -> float:
         mean, covariance = moments(point)
@@ -170,29 +155,10 @@ def calibrate(
         for temperature in (-0.7, -0.35, 0.0, 0.35, 0.7)
         for step in steps
     ]
-    points = [start, *candidates]
-    table = torch.stack([losses(point) for point in points]).nan_to_num(torch.inf, torch.inf)
-    surprises = table.new_tensor([surprise(point) for point in points])
-
-    def lowest(rows: Tensor) -> Any:
-        """Return the best point for some rows; the start, if nothing beats it."""
-        totals = table[:, rows].sum(1) + surprises
-        order = totals.argsort(stable=True)[:3].tolist()
-        found = [
-            minimize(objective, points[i], (rows,), method="Nelder-Mead", options=OPTIONS).x
-            for i in order
-        ]
-        return min([start, *found], key=lambda point: objective(point, rows))
-
-    everything = torch.ones(len(cache.y), dtype=torch.bool, device=cache.y.device)
-    best = lowest(everything)
-    before, after = nll(start, everything), nll(best, everything)
-    folds = torch.arange(len(cache.y), device=cache.y.device) % min(FOLDS, len(cache.y))
-    cross_fitted = sum(
-        float(losses(lowest(folds != fold) if len(folds) > 1 else best)[folds == fold].sum())
-        for fold in folds.unique()
-    )
-    factor, scale, temperature = (_exponential(value) for value in best[:3])
+    rows = torch.arange(len(cache.y), device=cache.y.device)
+    found = search(losses, start, candidates, WIDTHS, rows)
+    best = found.best
+    factor, scale, temperature = (exponential(value) for value in best[:3])
     chosen = replace(
         settings,
         prior_precision=settings.prior_precision * factor,
@@ -204,9 +170,9 @@ def calibrate(
         chosen.prior_precision,
         scale,
         temperature,
-        before,
-        after,
-        cross_fitted / len(folds),
+        found.before,
+        found.after,
+        found.cross_fitted,
         ece(start),
         ece(best),
     )
@@ -224,7 +190,3 @@ def check_classifier(objective: Likelihood) -> None:
             f"calibrate needs a classifier; tune a {objective.name} posterior by marginal "
             "likelihood"
         )
-
-
-def _exponential(value: float) -> float:
-    return math.exp(min(max(value, -LIMIT), LIMIT))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from laplace_lora.data.distributed import together
 from laplace_lora.display.tables import span
+from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.settings import Settings, check_positive
@@ -22,6 +23,7 @@ from laplace_lora.tuning.leave_one_out import LeaveOneOut
 from laplace_lora.tuning.marginal_likelihood import first_precision, maximise, with_precisions
 from laplace_lora.tuning.recentring import Recentring, recentred
 from laplace_lora.tuning.structure_choice import AUTO, StructureChoice, choose_structure
+from laplace_lora.tuning.token_calibration import calibrate_tokens
 from laplace_lora.tuning.validation_cache import Cache, ValidationCache, scoring_of
 from laplace_lora.tuning.validation_search import Loss, descend, grid_search
 from laplace_lora.tuning.widest import Widest
@@ -238,6 +240,15 @@ class Tuner:
     ) -> tuple[Settings, Calibration]:
         """Return calibrated settings, and what they changed, see `calibrate`."""
         check_classifier(self.posterior.objective)
+        if labels_tokens(self.posterior.objective):
+            if link != QUADRATURE:
+                raise ValueError(
+                    "a token classifier is calibrated for predictions by samples, link_approx="
+                    f"{QUADRATURE!r}; got {link!r}"
+                )
+            with together(val_loader, device=self.posterior.device) as team:
+                options = (val_loader, team, generator, progress_bar)
+                return calibrate_tokens(self.posterior, *options)
         predictor = Predictor(self.posterior)
         with together(val_loader, device=self.posterior.device) as team:
             scoring = scoring_of(self.posterior, link, n_samples, generator, team)
