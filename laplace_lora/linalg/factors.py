@@ -36,6 +36,12 @@ class DenseFactor:
         """Return an empty sum of size ``d``."""
         return cls(torch.zeros(d, d, dtype=dtype, device=device))
 
+    @classmethod
+    def of(cls, eigen: Eigen) -> DenseFactor:
+        """Return the matrix that has all these eigenpairs."""
+        vectors = eigen.vectors.double()
+        return cls((vectors * eigen.values.double() @ vectors.T).to(eigen.values.dtype))
+
     @property
     def d(self) -> int:
         """Side length of the matrix."""

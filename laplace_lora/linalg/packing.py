@@ -1,6 +1,8 @@
 """Pack Kronecker factors and their eigendecompositions into named tensors, and unpack them.
 
-A factor that several blocks share is packed once.
+A factor that several blocks share is packed once. Compactly packed, a factor has no sums, which
+take most of the room: they are rebuilt from its eigenpairs, whose vectors are kept as float16.
+Eigenvalues and traces keep their digits, so a log determinant is not changed.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from laplace_lora.linalg.factors import DenseFactor, DiagonalFactor
 from laplace_lora.linalg.kron import KronFactors
 from laplace_lora.linalg.kron_block import Side
 from laplace_lora.linalg.kron_eigen import KronEigen
+from laplace_lora.linalg.rounded import HALF, orthonormal
 from laplace_lora.linalg.sketch import Factor, FactorSpec, LowRankFactor, sketch_columns
 
 EIGEN = ("vectors", "values", "residual")
@@ -22,13 +25,14 @@ TABLE = "eigenvalues"  # prefix of a block's corrected eigenvalues
 
 
 def pack_kron(
-    factors: KronFactors, decomposed: KronEigen
+    factors: KronFactors, decomposed: KronEigen, exact: bool = True
 ) -> tuple[dict[str, Tensor], list[list[int]]]:
     """Return factors and eigenpairs as tensors, and for each block the numbers of its factors.
 
     Args:
         factors: The sums.
         decomposed: Their eigendecompositions.
+        exact: Whether all numbers are kept, or sums are left out and eigenvectors rounded.
     """
     numbers: dict[int, int] = {}
     tensors: dict[str, Tensor] = {}
@@ -37,10 +41,13 @@ def pack_kron(
             if id(factor) in numbers:
                 continue
             number = numbers[id(factor)] = len(numbers)
-            for name, tensor in zip(SUMS[type(factor)], factor.tensors(), strict=True):
-                tensors[f"{number}.{name}"] = tensor
+            parts = dict(zip(SUMS[type(factor)], factor.tensors(), strict=True))
             if not isinstance(eigen, DiagonalEigen):
-                tensors |= {f"{number}.{name}": getattr(eigen, name) for name in EIGEN}
+                parts |= {name: getattr(eigen, name) for name in EIGEN}
+                if not exact:
+                    parts = {name: parts[name] for name in (*EIGEN, "trace") if name in parts}
+                    parts["vectors"] = eigen.vectors.to(HALF)
+            tensors |= {f"{number}.{name}": tensor for name, tensor in parts.items()}
     for i, table in enumerate(decomposed.tables or []):
         tensors[f"{TABLE}.{i}"] = table
     return tensors, [[numbers[id(factor)] for factor in block] for block in factors.kfacs]
@@ -127,7 +134,9 @@ def _unpacked(tensors: Mapping[str, Tensor], number: int, rank: int | None) -> t
         if sums.ndim != 1 or bool((sums < 0).any()):
             raise ValueError(f"factor {number} is not the diagonal of a sum of squares")
         return DiagonalFactor(sums), DiagonalFactor(sums).decompose()
-    vectors, values, residual = (tensors[f"{number}.{name}"] for name in EIGEN)
+    eigen = _eigen(tensors, number)
+    if tensors[f"{number}.vectors"].dtype == HALF:
+        return _rebuilt(eigen, tensors.get(f"{number}.trace"), number, rank), eigen
     factor: Factor
     if f"{number}.matrix" in tensors:
         factor = DenseFactor(tensors[f"{number}.matrix"])
@@ -137,9 +146,27 @@ def _unpacked(tensors: Mapping[str, Tensor], number: int, rank: int | None) -> t
         k = int(rank or 0)
         factor = LowRankFactor(tensors[f"{number}.sketch"], tensors[f"{number}.trace"], k)
         expected, shape = (factor.d, sketch_columns(k)), factor.sketch.shape
-    fits = shape == expected and vectors.shape == (factor.d, k) and values.shape == (k,)
-    if not fits or residual.shape != () or factor.trace.shape != ():
+    if shape != expected or eigen.vectors.shape != (factor.d, k) or factor.trace.shape != ():
+        raise ValueError(f"the tensors of factor {number} do not fit together")
+    return factor, eigen
+
+
+def _rebuilt(eigen: Eigen, trace: Tensor | None, number: int, rank: int | None) -> Factor:
+    """Return the sums that eigenpairs stand for, which were packed without them."""
+    k = eigen.vectors.shape[1]
+    if trace is None and eigen.multiplicity == 0:
+        return DenseFactor.of(eigen)
+    if trace is not None and trace.shape == () and k == rank and sketch_columns(k) < eigen.d:
+        return LowRankFactor.of(eigen, trace)
+    raise ValueError(f"the tensors of factor {number} do not fit together")
+
+
+def _eigen(tensors: Mapping[str, Tensor], number: int) -> Eigen:
+    vectors, values, residual = (tensors[f"{number}.{name}"] for name in EIGEN)
+    if values.shape != vectors.shape[1:] or vectors.ndim != 2 or residual.shape != ():
         raise ValueError(f"the tensors of factor {number} do not fit together")
     if bool((values < 0).any()) or bool(residual < 0):
         raise ValueError(f"factor {number} has a negative eigenvalue")
-    return factor, Eigen(vectors, values, residual)
+    if vectors.dtype == HALF:
+        vectors = orthonormal(vectors, values.dtype)
+    return Eigen(vectors, values, residual)

@@ -6,11 +6,13 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from laplace_lora.linalg.rounded import SCALE, rounded, widened
 
 STORAGES = ("device", "cpu", "disk")
 PIECE = 2**26  # number of entries brought to the device at a time
@@ -146,6 +148,44 @@ class RowStorage:
     def take(self, other: RowStorage) -> None:
         """Replace these rows by another storage's."""
         self._parts, self._counts, self._folder = other._parts, other._counts, other._folder
+
+
+def packed_rows(rows: RowStorage, exact: bool) -> dict[str, Tensor]:
+    """Return the rows of each tensor by its number.
+
+    Args:
+        rows: The rows.
+        exact: Whether they are kept as they are stored, or `rounded`.
+    """
+    matrices = {str(i): rows.matrix(i) for i in range(len(rows.sizes))}
+    if exact:
+        return matrices
+    return {
+        k: part for name, matrix in matrices.items() for k, part in rounded(name, matrix).items()
+    }
+
+
+def unpack_rows(tensors: Mapping[str, Tensor], count: object, rows: RowStorage) -> None:
+    """Append what `packed_rows` returned to an empty storage.
+
+    Args:
+        tensors: The packed rows.
+        count: How many rows there are, read from a file and not validated yet.
+        rows: The storage.
+
+    Raises:
+        ValueError: If the rows do not fit the storage.
+        KeyError: If a tensor is missing.
+    """
+    names = [str(i) for i in range(len(rows.sizes))]
+    scales = [f"{name}.{SCALE}" for name in names]
+    if type(count) is not int or count < 1 or not set(tensors) <= {*names, *scales}:
+        raise ValueError("the rows do not fit the model's tensors")
+    for i, size in enumerate(rows.sizes):
+        matrix = widened(tensors, names[i], rows.dtype)
+        if matrix.shape != (count, size) or matrix.dtype != rows.dtype:
+            raise ValueError(f"rows {i} are {matrix.dtype} of shape {tuple(matrix.shape)}")
+        rows.append(i, matrix)
 
 
 class _Folder:

@@ -57,6 +57,23 @@ class LowRankFactor:
         sketch = torch.zeros(d, columns, dtype=dtype, device=device)
         return cls(sketch, torch.zeros((), dtype=torch.float64, device=device), rank)
 
+    @classmethod
+    def of(cls, eigen: Eigen, trace: Tensor) -> LowRankFactor:
+        """Return the sketch of a matrix of which the leading eigenpairs and the trace are known.
+
+        The other directions share what is left of the trace evenly.
+
+        Args:
+            eigen: The eigenpairs; their residual has no effect.
+            trace: Trace of the matrix, a float64 scalar.
+        """
+        d, rank = eigen.vectors.shape
+        vectors, values = eigen.vectors.double(), eigen.values.double()
+        test = _orthonormal(d, sketch_columns(rank), torch.float64, vectors.device)
+        rest = (trace - values.sum()).clamp(min=0) / (d - rank)
+        sketch = vectors @ ((values - rest).unsqueeze(1) * (vectors.T @ test)) + rest * test
+        return cls(sketch.to(eigen.values.dtype), trace, rank)
+
     @property
     def d(self) -> int:
         """Side length of the sketched matrix."""

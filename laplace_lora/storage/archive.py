@@ -19,7 +19,8 @@ from torch import Tensor
 from laplace_lora.data.distributed import together
 from laplace_lora.data.sharding import is_sharded_model
 from laplace_lora.data.shares import is_main
-from laplace_lora.storage.files import CONFIG, RECENTRED, TENSORS, VERSION, write_files
+from laplace_lora.linalg.rounded import rounded, widened
+from laplace_lora.storage.files import COMPACT, CONFIG, RECENTRED, TENSORS, VERSION, write_files
 from laplace_lora.storage.fingerprint import check_identity, identity, trained_tensors
 from laplace_lora.storage.rounding import (
     ROUNDED,
@@ -33,9 +34,14 @@ from laplace_lora.structures.subspace import SUBSPACE, SUBSPACE_TENSORS, subspac
 PREFIX = "curvature."
 GRADIENT = "loss_gradient"
 SHIFT = "shift"
+SUBSPACE_MEAN = f"{SUBSPACE}prior_mean"
+EXACT = "exact"
+PRECISIONS = ("half", EXACT)  # the first is the default
 
 
-def save_posterior(posterior: Posterior, folder: Path, backend: str) -> None:
+def save_posterior(
+    posterior: Posterior, folder: Path, backend: str, precision: str = PRECISIONS[0]
+) -> None:
     """Write a fitted posterior into a folder.
 
     A reader finds the earlier posterior or this one, at any moment, see `files`. All processes call
@@ -45,21 +51,30 @@ def save_posterior(posterior: Posterior, folder: Path, backend: str) -> None:
         posterior: A fitted posterior.
         folder: The folder; made if missing.
         backend: Name of the backend's class.
+        precision: One of `PRECISIONS`.
+
+    Raises:
+        ValueError: If ``precision`` is none of them.
     """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+    exact = precision == EXACT
     state, settings = posterior.state, posterior.settings
-    tensors, description = posterior.structure.pack(state.curvature)
+    tensors, description = posterior.structure.pack(state.curvature, exact)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}
     tensors |= {name: getattr(settings, name) for name in ("prior_precision", "prior_mean")}
-    if state.loss_gradient is not None:
-        tensors[GRADIENT] = state.loss_gradient
-    if settings.shift is not None:
-        tensors[SHIFT] = settings.shift
+    for name, vector in ((GRADIENT, state.loss_gradient), (SHIFT, settings.shift)):
+        if vector is not None:
+            tensors |= {name: vector} if exact else rounded(name, vector)
     if state.subspace is not None:
         for name in SUBSPACE_TENSORS:
             tensors[f"{SUBSPACE}{name}"] = getattr(state.subspace, name).clone()
+        if not exact and state.has_subspace:
+            del tensors[SUBSPACE_MEAN]  # which is that of the settings
     tensors["sigma_noise"] = torch.as_tensor(settings.sigma_noise).reshape(1)
     config = {
-        "version": VERSION if settings.shift is None else RECENTRED,
+        "version": COMPACT if not exact else VERSION if settings.shift is None else RECENTRED,
+        "precision": precision,
         "class": posterior.kind,
         "arguments": posterior.arguments,
         "backend": backend,
@@ -111,7 +126,7 @@ def load_state(posterior: Posterior, payload: bytes, config: Mapping[str, Any]) 
 def _state(
     posterior: Posterior, tensors: dict[str, Tensor], config: Mapping[str, Any]
 ) -> PosteriorState:
-    if (config["version"] == RECENTRED) != (SHIFT in tensors):
+    if config["version"] != COMPACT and (config["version"] == RECENTRED) != (SHIFT in tensors):
         raise ValueError(f"version {config['version']} and {SHIFT!r} do not go together")
     packed = {n.removeprefix(PREFIX): t for n, t in tensors.items() if n.startswith(PREFIX)}
     precision, noise = tensors["prior_precision"], tensors["sigma_noise"]
@@ -141,6 +156,8 @@ def _state(
     )
     gradient = _weight_vector(posterior, tensors, GRADIENT)  # earlier versions have none
     weights = posterior.current_weights()
+    if config["version"] == COMPACT and f"{SUBSPACE}grams" in tensors:
+        tensors.setdefault(SUBSPACE_MEAN, tensors["prior_mean"])
     subspace = subspace_from(tensors)
     if subspace is not None:
         if subspace.displacement.shape[0] != len(sizes):
@@ -152,9 +169,9 @@ def _state(
 
 
 def _weight_vector(posterior: Posterior, tensors: dict[str, Tensor], name: str) -> Tensor | None:
-    vector = tensors.get(name)
-    if vector is None:
+    if name not in tensors:
         return None
+    vector = widened(tensors, name, posterior.dtype)
     if vector.shape != (sum(posterior.engine.sizes),):
         raise ValueError(f"{name} has shape {tuple(vector.shape)}")
     return vector.to(posterior.device, posterior.dtype)

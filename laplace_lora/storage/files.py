@@ -29,6 +29,8 @@ TENSORS = "laplace.safetensors"
 CONFIG = "laplace_config.json"
 VERSION = 1
 RECENTRED = 2  # readers of version 1 would leave the shift out
+COMPACT = 3  # rounded to half precision, with a shift or without
+VERSIONS = (VERSION, RECENTRED, COMPACT)
 KEY = "laplace_config"  # of the configuration in the header of the tensors
 LITTER = ".tmp"
 NEEDED = (
@@ -165,9 +167,9 @@ def _checked(config: Any) -> dict[str, Any]:
     """Return a configuration without its checksum, which is right."""
     if not isinstance(config, dict) or not isinstance(config.get("version"), int):
         raise ValueError(f"{CONFIG} is not the configuration of a posterior")
-    if config["version"] not in (VERSION, RECENTRED):
+    if config["version"] not in VERSIONS:
         raise ValueError(
-            f"{CONFIG} has format version {config['version']}, this library reads {VERSION}; "
+            f"{CONFIG} has format version {config['version']}, this library reads {VERSIONS}; "
             "update it"
         )
     signature = config.pop("checksum", None)

@@ -185,8 +185,14 @@ class Structure(Protocol[Sums, Raw, Curvature]):
         """Return ``log det P − log det P₀``, a float64 scalar; gradients flow through it."""
         ...
 
-    def pack(self, curvature: Curvature) -> tuple[dict[str, Tensor], Any]:
-        """Return a curvature as tensors, and a description that JSON can hold."""
+    def pack(self, curvature: Curvature, exact: bool = True) -> tuple[dict[str, Tensor], Any]:
+        """Return a curvature as tensors, and a description that JSON can hold.
+
+        Args:
+            curvature: What `ready` returned.
+            exact: Whether all numbers are kept. Otherwise large parts are rounded to float16, or
+                left out where the others determine them up to rounding; `unpack` restores both.
+        """
         ...
 
     def unpack(self, engine: Engine, tensors: Mapping[str, Tensor], description: Any) -> Curvature:

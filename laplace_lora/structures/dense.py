@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -100,6 +100,30 @@ class Dense(TensorSum):
     def shape(self) -> list[int]:
         """Shape of the curvature."""
         return [sum(self.sizes)] * 2
+
+    def pack(self, curvature: Tensor, exact: bool = True) -> tuple[dict[str, Tensor], Any]:
+        """Return the matrix, or if not exact its lower triangle, with all digits, and its shape.
+
+        The matrix is near enough to singular that rounding it to float16 could make it indefinite.
+        """
+        if exact:
+            return super().pack(curvature)
+        rows, columns = torch.tril_indices(*curvature.shape)
+        return {"triangle": curvature[rows, columns]}, list(curvature.shape)
+
+    def unpack(self, engine: Engine, tensors: Mapping[str, Tensor], description: Any) -> Tensor:
+        """Return a packed matrix, see `TensorSum.unpack`."""
+        if "triangle" not in tensors:
+            return super().unpack(engine, tensors, description)
+        (triangle,), (n, _) = tensors.values(), self.shape
+        if triangle.shape != (n * (n + 1) // 2,):
+            raise ValueError(f"the triangle has shape {tuple(triangle.shape)}")
+        rows, columns = torch.tril_indices(n, n).to(triangle.device)
+        curvature = triangle.new_zeros(n, n)
+        curvature[rows, columns] = curvature[columns, rows] = triangle
+        if bool((curvature.diagonal() < 0).any()):
+            raise ValueError("the curvature has negative entries on its diagonal")
+        return super().unpack(engine, {"matrix": curvature}, description)
 
     def of_batch(
         self, engine: Engine, x: Any, y: Tensor, gradient: LossGradient | None

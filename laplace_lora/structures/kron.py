@@ -135,9 +135,9 @@ class Kron:
         """Return ``log det P − log det P₀``, a float64 scalar."""
         return self.precision(curvature, prior, scale).log_det_ratio()
 
-    def pack(self, curvature: KronCurvature) -> tuple[dict[str, Tensor], Any]:
+    def pack(self, curvature: KronCurvature, exact: bool = True) -> tuple[dict[str, Tensor], Any]:
         """Return factors and eigenpairs as tensors, see `pack_kron`."""
-        return pack_kron(curvature.factors, curvature.eigen)
+        return pack_kron(curvature.factors, curvature.eigen, exact)
 
     def unpack(
         self, engine: Engine, tensors: Mapping[str, Tensor], description: Any

@@ -13,7 +13,13 @@ from torch import Tensor
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.linalg.row_precision import RowPrecision, gram_matrix
-from laplace_lora.linalg.row_storage import RowStorage, by_tensor, free_space
+from laplace_lora.linalg.row_storage import (
+    RowStorage,
+    by_tensor,
+    free_space,
+    packed_rows,
+    unpack_rows,
+)
 from laplace_lora.structures import sizes as memory
 from laplace_lora.structures.row_term import RowTerm
 from laplace_lora.structures.sizes import GIB
@@ -204,23 +210,16 @@ class Rows:
         """Return ``log det P − log det P₀``, a float64 scalar."""
         return curvature.log_det_ratio(prior, scale)
 
-    def pack(self, curvature: RowCurvature) -> tuple[dict[str, Tensor], Any]:
+    def pack(self, curvature: RowCurvature, exact: bool = True) -> tuple[dict[str, Tensor], Any]:
         """Return the rows of each tensor by its number, and how many there are."""
-        rows = curvature.rows
-        return {str(i): rows.matrix(i) for i in range(len(rows.sizes))}, len(rows)
+        return packed_rows(curvature.rows, exact), len(curvature.rows)
 
     def unpack(
         self, engine: Engine, tensors: Mapping[str, Tensor], description: Any
     ) -> RowCurvature:
         """Return packed rows."""
         rows = self.empty(engine)
-        if type(description) is not int or description < 1 or len(tensors) != len(rows.sizes):
-            raise ValueError("the rows do not fit the model's tensors")
-        for i, size in enumerate(rows.sizes):
-            matrix = tensors[str(i)]
-            if matrix.shape != (description, size) or matrix.dtype != self.dtype:
-                raise ValueError(f"rows {i} are {matrix.dtype} of shape {tuple(matrix.shape)}")
-            rows.append(i, matrix)
+        unpack_rows(tensors, description, rows)
         return RowCurvature(rows)
 
     def unpack_device(self, device: torch.device) -> torch.device:

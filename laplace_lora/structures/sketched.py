@@ -11,8 +11,9 @@ from torch import Tensor
 
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.loss_gradient import LossGradient
+from laplace_lora.linalg.eigen import Eigen
 from laplace_lora.linalg.row_precision import RowPrecision
-from laplace_lora.linalg.row_storage import RowStorage
+from laplace_lora.linalg.row_storage import RowStorage, packed_rows, unpack_rows
 from laplace_lora.linalg.sketch import Factor, FactorSpec, LowRankFactor, sketch_columns
 from laplace_lora.structures.rows import RowCurvature, checked_rows
 
@@ -121,13 +122,19 @@ class Sketched:
         eigen = raw.decompose("zero")
         values, order = eigen.values.sort(descending=True)
         values, order = values[: self.rank], order[: self.rank]
-        rows = RowStorage(self.sizes, engine.dtype, engine.dtype, engine.device)
+        rows = self._no_rows(engine)
         directions = (eigen.vectors[:, order] * values.sqrt()).T
         for i, part in enumerate(directions.split(self.sizes, dim=1)):
             rows.append(i, part)
-        trace, kept = float(raw.trace), float(values.double().sum())
+        return self._curvature(raw, rows, values)
+
+    def _no_rows(self, engine: Engine) -> RowStorage:
+        return RowStorage(self.sizes, engine.dtype, engine.dtype, engine.device)
+
+    def _curvature(self, sketch: Factor, rows: RowStorage, values: Tensor) -> SketchedCurvature:
+        trace, kept = float(sketch.trace), float(values.double().sum())
         truncation = max(0.0, 1 - kept / trace) if trace > 0 else 0.0
-        return SketchedCurvature(raw, RowCurvature(rows), truncation)
+        return SketchedCurvature(sketch, RowCurvature(rows), truncation)
 
     def raw(self, curvature: SketchedCurvature) -> Factor:
         """Return the sketch."""
@@ -141,15 +148,25 @@ class Sketched:
         """Return ``log det P − log det P₀``, a float64 scalar."""
         return curvature.directions.log_det_ratio(prior, scale)
 
-    def pack(self, curvature: SketchedCurvature) -> tuple[dict[str, Tensor], Any]:
-        """Return the sketch's tensors by their numbers, and how many there are."""
-        tensors = curvature.sketch.tensors()
-        return {str(i): tensor for i, tensor in enumerate(tensors)}, len(tensors)
+    def pack(
+        self, curvature: SketchedCurvature, exact: bool = True
+    ) -> tuple[dict[str, Tensor], Any]:
+        """Return the sketch's tensors by their numbers, and how many there are.
+
+        If not exact, the directions take the sketch's place, with the trace.
+        """
+        sketch = curvature.sketch
+        if exact or not isinstance(sketch, LowRankFactor):
+            tensors = sketch.tensors()
+            return {str(i): tensor for i, tensor in enumerate(tensors)}, len(tensors)
+        return {**packed_rows(curvature.rows, exact), "trace": sketch.trace}, len(curvature.rows)
 
     def unpack(
         self, engine: Engine, tensors: Mapping[str, Tensor], description: Any
     ) -> SketchedCurvature:
         """Return a packed sketch with its directions."""
+        if "trace" in tensors:
+            return self._rebuilt(engine, dict(tensors), description)
         sketch = self.empty(engine)
         expected = sketch.tensors()
         if description != len(expected) or len(tensors) != len(expected):
@@ -162,6 +179,20 @@ class Sketched:
         if isinstance(sketch, LowRankFactor) and sketch.trace < 0:
             raise ValueError("the sketch has a negative trace")
         return self.ready(engine, sketch)
+
+    def _rebuilt(
+        self, engine: Engine, tensors: dict[str, Tensor], count: object
+    ) -> SketchedCurvature:
+        """Return directions with the sketch that they stand for, which was packed without it."""
+        trace, rows = tensors.pop("trace"), self._no_rows(engine)
+        unpack_rows(tensors, count, rows)
+        if len(rows) != self.rank or trace.shape != () or not bool(trace >= 0):
+            raise ValueError(f"{len(rows)} directions and a trace of {trace} are no sketch")
+        directions = torch.cat(rows.tensors(), dim=1).T
+        norms = directions.norm(dim=0)
+        vectors = directions / norms.clamp(min=torch.finfo(norms.dtype).tiny)
+        sketch = LowRankFactor.of(Eigen(vectors, norms.square(), norms.new_zeros(())), trace)
+        return self._curvature(sketch, rows, norms.square())
 
     def unpack_device(self, device: torch.device) -> torch.device:
         """Return the posterior's device."""

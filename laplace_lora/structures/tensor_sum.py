@@ -90,8 +90,8 @@ class TensorSum:
         """Return the tensor."""
         return curvature
 
-    def pack(self, curvature: Tensor) -> tuple[dict[str, Tensor], Any]:
-        """Return the tensor by its name, and its shape."""
+    def pack(self, curvature: Tensor, exact: bool = True) -> tuple[dict[str, Tensor], Any]:
+        """Return the tensor by its name, and its shape; ``exact`` has no effect."""
         return {"matrix": curvature}, list(curvature.shape)
 
     def unpack(self, engine: Engine, tensors: Mapping[str, Tensor], description: Any) -> Tensor:

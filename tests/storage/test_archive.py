@@ -21,7 +21,7 @@ def test_a_posterior_comes_back_bit_for_bit(cls, kwargs, tmp_path):
     la = fitted(cls, **kwargs)
     la.calibrate(loader())
     before = la(BATCH)
-    la.save_pretrained(tmp_path / "new" / "folder")
+    la.save_pretrained(tmp_path / "new" / "folder", precision="exact")
     assert {p.name for p in (tmp_path / "new" / "folder").iterdir()} == {TENSORS, CONFIG}
     again = cls.from_pretrained(la.logits_model.model, tmp_path / "new" / "folder")
     assert torch.equal(again(BATCH), before)
@@ -48,7 +48,7 @@ def test_every_setting_comes_back(tmp_path):
     )
     la.fit(loader())
     la.prior_precision = torch.linspace(1, 2, la.n_layers)
-    la.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
     again = KronLoraLaplace.from_pretrained(model, tmp_path)
     assert torch.equal(again(BATCH), la(BATCH))
     assert type(again.backend) is LoraEF and again.engine.rows.approximation == "reduce"
@@ -61,7 +61,7 @@ def test_regression_comes_back(tmp_path):
     la.fit(loader(likelihood="regression"))
     with pytest.warns(UserWarning, match="With few examples"):
         la.optimize_prior_precision(tune_sigma_noise=True)
-    la.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
     again = KronLoraLaplace.from_pretrained(la.logits_model, tmp_path)
     for ours, theirs in zip(again(BATCH), la(BATCH), strict=True):
         assert torch.equal(ours, theirs)
@@ -74,7 +74,7 @@ def test_a_posterior_finds_its_adapter_loaded_from_disk(kind, tmp_path):
     la = fitted(model=model)
     before = la(BATCH)
     model.save_pretrained(tmp_path)
-    la.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
     loaded = PeftModel.from_pretrained(base_model("bert"), tmp_path)
     again = KronLoraLaplace.from_pretrained(loaded, tmp_path)
     assert_near(again(BATCH), before)
@@ -83,7 +83,7 @@ def test_a_posterior_finds_its_adapter_loaded_from_disk(kind, tmp_path):
 def test_another_adapter_beside_it_does_no_harm(tmp_path):
     model = peft_model("bert", dtype=torch.float32, modules_to_save=None)
     la = fitted(model=model)
-    la.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
     config = copy.deepcopy(model.peft_config["default"])
     model.add_adapter("other", config)
     model.set_adapter("default")
@@ -100,13 +100,13 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path):
 
     la = fitted(backend=Mine)
     with pytest.raises(TypeError, match="the backend Mine cannot be saved"):
-        la.save_pretrained(tmp_path)
+        la.save_pretrained(tmp_path, precision="exact")
     with pytest.raises(AttributeError, match="not fitted"):
         KronLoraLaplace(peft_model("bert"), "classification").save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
     model = peft_model("bert")
     la = fitted(model=LogitsModel(model, output=lambda out: 2 * out.logits))
-    la.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
     with pytest.raises(ValueError, match="LogitsModel with an `output` callable"):
         KronLoraLaplace.from_pretrained(model, tmp_path)
     again = KronLoraLaplace.from_pretrained(la.logits_model, tmp_path)
@@ -123,10 +123,10 @@ def test_missing_files_are_named(tmp_path):
 
 def test_a_failed_save_leaves_the_earlier_one(tmp_path, monkeypatch):
     la = fitted()
-    la.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
     content = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
     la.prior_precision = 3.0
     with pytest.raises(OSError, match="disk full"):
-        la.save_pretrained(tmp_path)
+        la.save_pretrained(tmp_path, precision="exact")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == content

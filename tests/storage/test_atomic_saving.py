@@ -49,14 +49,14 @@ def test_a_killed_save_leaves_the_earlier_posterior_or_the_new_one(
 ):
     la = fitted()
     if not first:
-        la.save_pretrained(tmp_path)
+        la.save_pretrained(tmp_path, precision="exact")
     before = la(BATCH)
     la.prior_precision = 0.01
     after = la(BATCH)
     assert not torch.equal(before, after)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         die_at(patch, moment)
-        la.save_pretrained(tmp_path)
+        la.save_pretrained(tmp_path, precision="exact")
     litter = [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
     assert len(litter) == 1
     if first and moment <= 2:
@@ -65,19 +65,19 @@ def test_a_killed_save_leaves_the_earlier_posterior_or_the_new_one(
     else:
         again = KronLoraLaplace.from_pretrained(la.logits_model, tmp_path)
         assert torch.equal(again(BATCH), after if moment > 2 else before)
-    la.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
     assert {path.name for path in tmp_path.iterdir()} == {TENSORS, CONFIG}
 
 
 def test_readers_beside_a_writer_see_whole_posteriors(tmp_path):
     la = fitted()
-    la.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
     done, errors, read = threading.Event(), [], 0
 
     def write():
         for i in range(25):
             la.prior_precision = 1.0 + i
-            la.save_pretrained(tmp_path)
+            la.save_pretrained(tmp_path, precision="exact")
         done.set()
 
     writer = threading.Thread(target=write)
@@ -97,15 +97,15 @@ def test_a_file_that_is_being_written_is_no_litter(tmp_path):
     other = tmp_path / f"{TENSORS}abc.tmp"
     other.write_bytes(b"half")
     with other.open("rb") as file, files._locked(file.fileno()):
-        fitted().save_pretrained(tmp_path)
+        fitted().save_pretrained(tmp_path, precision="exact")
         assert other.exists()
-    fitted().save_pretrained(tmp_path)
+    fitted().save_pretrained(tmp_path, precision="exact")
     assert not other.exists()
 
 
 def test_the_first_file_is_a_whole_by_itself(tmp_path):
     la = fitted()
-    la.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
     (tmp_path / CONFIG).unlink()
     assert torch.equal(KronLoraLaplace.from_pretrained(la.logits_model, tmp_path)(BATCH), la(BATCH))
     content = bytearray((tmp_path / TENSORS).read_bytes())
@@ -118,7 +118,7 @@ def test_the_first_file_is_a_whole_by_itself(tmp_path):
 def test_another_alpha_is_another_adapter(tmp_path):
     model = peft_model("bert")
     la = fitted(model=model)
-    la.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
     layer = next(m for m in model.modules() if isinstance(getattr(m, "scaling", None), dict))
     layer.scaling["default"] *= 40
     with pytest.raises(ValueError, match="configuration differs"):
@@ -132,7 +132,7 @@ def test_another_alpha_is_another_adapter(tmp_path):
 @pytest.mark.parametrize("temperature", [0.0, -1.0, "x", None, [1.0]])
 def test_a_forged_temperature_is_refused(tmp_path, temperature):
     la = fitted()
-    la.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
     arguments = json.loads((tmp_path / CONFIG).read_text())["arguments"]
     forge(tmp_path, arguments={**arguments, "temperature": temperature})
     with pytest.raises(ValueError, match="temperature must be"):
@@ -142,7 +142,7 @@ def test_a_forged_temperature_is_refused(tmp_path, temperature):
 @pytest.mark.parametrize("key", ["class", "arguments", "backend", "output", "scalars", "weights"])
 def test_a_missing_key_is_refused(tmp_path, key):
     la = fitted()
-    la.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
     config = json.loads((tmp_path / CONFIG).read_text())
     del config[key], config["checksum"]
     (tmp_path / CONFIG).write_text(json.dumps({**config, "checksum": files.checksum(config)}))
@@ -153,7 +153,7 @@ def test_a_missing_key_is_refused(tmp_path, key):
 @pytest.mark.parametrize("kind", [DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace])
 def test_a_negative_curvature_is_refused(tmp_path, kind):
     la = fitted(kind)
-    la.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
     names = []
 
     def negate(tensors):

@@ -29,7 +29,7 @@ def lives(folder):
         la = wide_posterior(name, model)
         la.fit(wide_loader(name, 0))
         la.optimize_prior_precision(method="marglik")
-        la.save_pretrained(folder / name)
+        la.save_pretrained(folder / name, precision="exact")
         lives[name] = model, la
     program = (
         "import sys, pathlib, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[1]); "

@@ -18,7 +18,7 @@ def test_a_posterior_comes_back_bit_for_bit(cls, kwargs, tmp_path):
     la.optimize_prior_precision(prior_structure="matrix")
     la.calibrate(loader())
     before = la(NEW_BATCH)
-    la.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
     again = cls.from_pretrained(la.logits_model.model, tmp_path)
     packed, found = (each.structure.pack(each.state.curvature)[0] for each in (la, again))
     assert packed.keys() == found.keys()
@@ -37,7 +37,7 @@ def test_a_posterior_comes_back_bit_for_bit(cls, kwargs, tmp_path):
 
 def test_the_storage_is_chosen_anew_when_loading(tmp_path):
     la = exact_posterior(row_dtype="bfloat16", storage=tmp_path / "rows")
-    la.save_pretrained(tmp_path / "saved")
+    la.save_pretrained(tmp_path / "saved", precision="exact")
     assert "rows" not in (tmp_path / "saved" / CONFIG).read_text().replace("row_dtype", "")
     again = FullLoraLaplace.from_pretrained(
         la.logits_model.model, tmp_path / "saved", storage="cpu"

@@ -246,7 +246,7 @@ def test_the_last_layer_may_be_corrected(kwargs, tmp_path):
         la.H.blocks, blocks_of(la.H), [weight, outer.sum(0)], strict=True
     ):
         assert_near(ours, diagonal_part(sides, exact))
-    la.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
     again = KronLoraLLLaplace.from_pretrained(la.logits_model.model, tmp_path)
     assert torch.equal(again(BATCH), la(BATCH))
     plain = fit_corrected(cls=KronLoraLLLaplace, correct=False, **kwargs)

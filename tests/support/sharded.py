@@ -54,7 +54,7 @@ def everything(model, folder):
     found["after sampling"] = la(BATCH)
     values = evaluate(la.predict, validation(), bootstrap=3).values.values()
     found["evaluate"] = torch.tensor(list(values))
-    la.save_pretrained(folder)
+    la.save_pretrained(folder, precision="exact")
     found["loaded"] = KronLoraLaplace.from_pretrained(model, folder)(BATCH)
     return found, la
 

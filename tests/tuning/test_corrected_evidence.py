@@ -78,7 +78,7 @@ def test_exact_posteriors_have_the_term_itself_in_closed_form(delta, tmp_path):
     found = la.log_marginal_likelihood(torch.tensor([delta]), correction=True)
     assert la.state.subspace is None  # no pass over the data was needed
     assert_near(found - plain, full_term(la, delta), 1e-7)
-    la.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
     loaded = FullLoraLaplace.from_pretrained(la.logits_model, tmp_path)
     assert torch.equal(loaded.log_marginal_likelihood(correction=True), found)
 
@@ -226,7 +226,7 @@ class Batches(list):
 
 def test_without_the_data_it_says_what_it_needs(tmp_path):
     la = posterior(name="bert", **LOW)
-    la.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
     loaded = KronLoraLaplace.from_pretrained(la.logits_model, tmp_path)
     with pytest.raises(ValueError, match="give `train_loader`"):
         loaded.log_marginal_likelihood(correction=True)
@@ -264,7 +264,7 @@ def test_files_and_dictionaries_keep_it(tmp_path):
     la = KronLoraLaplace(peft_model("bert"), "classification")
     la.fit(loader())
     la.measure_gradient_term()
-    la.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
     loaded = KronLoraLaplace.from_pretrained(peft_model("bert"), tmp_path)
     again = KronLoraLaplace(peft_model("bert"), "classification")
     again.load_state_dict(la.state_dict())

@@ -151,7 +151,7 @@ def test_pairs_and_regressions():
 def test_files_and_dictionaries_keep_it(tmp_path):
     la = fitted()
     la.recentre(PRECISION)
-    la.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
     again = KronLoraLaplace.from_pretrained(la.logits_model, tmp_path)
     assert torch.equal(again.state.settings.shift, la.state.settings.shift)
     assert torch.equal(again(NEW), la(NEW))
@@ -159,7 +159,7 @@ def test_files_and_dictionaries_keep_it(tmp_path):
     other.load_state_dict(la.state_dict())
     assert torch.equal(other(NEW), la(NEW))
     la.reset_mean()
-    la.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
     plain = KronLoraLaplace.from_pretrained(la.logits_model, tmp_path)
     assert plain.state.settings.shift is None
 
@@ -187,7 +187,7 @@ def test_refusals(monkeypatch, tmp_path):
     monkeypatch.setattr("laplace_lora.tuning.recentring.ROWS", 5)
     with pytest.raises(ValueError, match="too many for the linearised model's mode"):
         la.recentre(1.0)
-    la.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
     la = KronLoraLaplace.from_pretrained(la.logits_model, tmp_path)
     with pytest.raises(ValueError, match="needs the training data"):
         la.recentre(1.0)

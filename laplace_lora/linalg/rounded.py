@@ -1,0 +1,76 @@
+"""Tensors kept as float16: with a power of two beside them, or as orthonormal directions.
+
+float16 has three decimal digits. A power of two, which divides the numbers exactly, puts the
+largest of them at the top of its range, so that numbers 2²⁹ times smaller keep as many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+HALF = torch.float16
+TOP = 15  # float16 ends just below 2¹⁶
+SCALE = "scale"
+ROUNDED = 0.05  # how far the inner products of rounded directions may be from those of exact ones
+
+
+def rounded(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Return a tensor as float16 under its name, and its power of two under ``name.scale``.
+
+    Args:
+        name: A name.
+        tensor: Finite numbers. What has two bytes a number already is kept as it is.
+    """
+    if tensor.dtype.itemsize <= HALF.itemsize:
+        return {name: tensor}
+    largest = tensor.abs().max().double()
+    exponent = torch.frexp(largest).exponent - TOP  # of zeros: minus the top, which does no harm
+    scale = torch.ldexp(torch.ones_like(largest), exponent)
+    return {name: (tensor / scale.to(tensor.dtype)).to(HALF), f"{name}.{SCALE}": scale}
+
+
+def widened(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
+    """Return a tensor that may have been `rounded`.
+
+    Args:
+        tensors: Named tensors.
+        name: The tensor's name.
+        dtype: Of the result, if it was rounded.
+
+    Raises:
+        KeyError: If there is no such tensor.
+        ValueError: If its scale is no positive number, or is that of a tensor of another dtype.
+    """
+    tensor, scale = tensors[name], tensors.get(f"{name}.{SCALE}")
+    if scale is None:
+        return tensor
+    if scale.shape != () or not bool(scale > 0):
+        raise ValueError(f"the scale of {name!r} is not a positive number")
+    if tensor.dtype != HALF:
+        raise ValueError(f"{name!r} has a scale, and is {tensor.dtype}, not {HALF}")
+    return tensor.to(dtype) * scale.to(dtype)
+
+
+def orthonormal(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the orthonormal directions nearest to ones that were rounded to float16.
+
+    Two of Newton's steps for the polar factor: the error of ``Uᵀ U`` is squared twice.
+
+    Args:
+        vectors: Shape ``(d, k)``.
+        dtype: Of the result.
+
+    Raises:
+        ValueError: If the columns are not orthonormal up to rounding.
+    """
+    wide = vectors.double()
+    eye = torch.eye(wide.shape[1], dtype=wide.dtype, device=wide.device)
+    for step in range(2):
+        gram = wide.T @ wide
+        if step == 0 and bool((gram - eye).abs().max() > ROUNDED):
+            raise ValueError("directions are not orthonormal")
+        wide = wide @ (1.5 * eye - 0.5 * gram)
+    return wide.to(dtype).contiguous()
