@@ -61,7 +61,7 @@ def test_training_ends_with_a_saved_posterior(cls, tmp_path):
         assert logged[f"eval_{name}_nll"] == pytest.approx(expected, rel=1e-5)
         assert 0 <= logged[f"eval_{name}_ece"] <= 1
     again = cls.from_pretrained(model, tmp_path)
-    assert torch.equal(again(batch), callback.la(batch))
+    assert_near(again(batch), callback.la(batch), 1e-4)
 
 
 def test_independent_labels_are_picked_up_from_the_problem_type(tmp_path):
