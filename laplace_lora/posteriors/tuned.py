@@ -141,9 +141,7 @@ class TunedLaplace(LaplaceLoops):
                 if kwargs or prior_structure == "diag":
                     self._laplace_marglik(prior_structure, tune_sigma_noise, kwargs)
                 else:
-                    corrected = self._measures_term(
-                        prior_structure, tune_sigma_noise, correction, data_of_fit, progress_bar
-                    )
+                    corrected = self._measures_term(correction, data_of_fit, progress_bar)
                     settings, report = Tuner(self.fitted).marginal_likelihood(
                         prior_structure, tune_sigma_noise, corrected
                     )
@@ -213,17 +211,11 @@ class TunedLaplace(LaplaceLoops):
         return "marglik", reason, None
 
     def _measures_term(
-        self,
-        structure: Structure,
-        tune_noise: bool,
-        correction: bool | None,
-        train_loader: Any,
-        progress_bar: bool,
+        self, correction: bool | None, train_loader: Any, progress_bar: bool
     ) -> bool:
         """Measure the evidence's gradient term where it is wanted; return whether it is known."""
-        unused = tune_noise or (self.structure.couples_groups and structure != "scalar")
         unwanted = correction is None and self._leaves_correction_out
-        if correction is False or unwanted or unused:
+        if correction is False or unwanted:
             return False
         try:
             self.measure_gradient_term(train_loader, progress_bar)

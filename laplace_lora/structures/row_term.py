@@ -52,6 +52,12 @@ class RowTerm:
         return self._on_rows(self.displacement)
 
     @property
+    def misfit(self) -> tuple[Tensor, Tensor]:
+        """``z − w``, ``(rows,)``, and ``‖w‖²``, of which the term is under several precisions."""
+        w = self.vectors @ (self._coordinates[0] / self.values.sqrt())
+        return self._projected - w, w @ w
+
+    @property
     def is_exact(self) -> bool:
         """Whether the rows see the gradient."""
         whole = self.gradient.double().square().sum()
@@ -74,14 +80,13 @@ class RowTerm:
             unseen = self.displacement.double().square().sum() - d.square().sum()
             seen = ((scale * g + prior * d).square() / (scale * self.values + prior)).sum()
             return 0.5 * (seen + prior[0] * unseen.clamp(min=0))
-        w = self.vectors @ (g / self.values.sqrt())
+        gap, square = self.misfit
         parts = by_tensor(prior, self.rows.sizes)
         gram = gram_matrix(self.rows, parts)
         core = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) + scale * gram
-        gap = self._projected - w
         squares = [part.double().square() for part in self.displacement.split(self.rows.sizes)]
         own = sum((square * part).sum() for square, part in zip(squares, parts, strict=True))
-        fitted = scale * (w @ w - gap @ torch.linalg.solve(core, gap))
+        fitted = scale * (square - gap @ torch.linalg.solve(core, gap))
         return 0.5 * (own + fitted)
 
     def _on_rows(self, weights: Tensor) -> Tensor:

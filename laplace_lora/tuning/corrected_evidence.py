@@ -1,7 +1,7 @@
-"""The prior precision that maximises the evidence with its gradient term.
+"""The prior precision, and the noise, that maximise the evidence with its gradient term.
 
 See `RowTerm` and `Subspace` for the term. The scalar's evidence is looked at over the whole range,
-since it may have several maxima; groups climb from the best scalar.
+since it may have several maxima; groups and noise climb from the best scalar.
 """
 
 from __future__ import annotations
@@ -13,44 +13,58 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from laplace_lora.structures.base import GradientTerm, Spectrum
 from laplace_lora.structures.state import Posterior
+from laplace_lora.tuning.evidence_curves import CoupledEvidence, EvidenceCurve, SeparateEvidence
 from laplace_lora.tuning.line_search import refined
 
 PLATEAU = 0.01  # nats that do not count
 LOW, HIGH, STEP = math.log(1e-6), math.log(1e10), 0.5  # of log δ
+NOISE_RANGE = 6 * math.log(10)  # either way, of log σ
 
 
-def corrected_precision(posterior: Posterior, groups: Tensor) -> Tensor:
+def corrected_precision(
+    posterior: Posterior, groups: Tensor, tune_noise: bool = False
+) -> tuple[Tensor, float]:
     """Return the maximum of the corrected evidence over one prior precision per group.
 
     A classifier's evidence above zero would mean labels with a probability above one: there the
     quadratic expansion does not hold, and such precisions are left out.
 
     Args:
-        posterior: A fitted posterior whose gradient term is known.
+        posterior: A fitted posterior whose gradient term is known, with a scalar prior. Its noise
+            is where the search starts.
         groups: Group of each tensor, ``(tensors,)``.
+        tune_noise: Whether to choose a regression's noise as well.
 
     Returns:
-        Float64 precisions, ``(groups,)``.
+        Float64 precisions, ``(groups,)``, and the noise.
 
     Raises:
         FloatingPointError: If the evidence is nowhere credible.
     """
-    gain = posterior.gradient_term
-    assert gain is not None
-    spectra, squares = posterior.precision.spectra(), posterior.state.squared_norms
-    scale, groups = float(posterior.scale.detach()), groups.to(squares.device)
-    loss = scale * posterior.state.loss
     count = int(groups.max()) + 1
+    coupled = posterior.structure.couples_groups and count > 1
+    noise = posterior.settings.sigma_noise.detach().double().cpu()
     bound = 0.0 if posterior.objective.is_classifier else math.inf
+    scalar_evidence = SeparateEvidence(posterior, torch.zeros_like(groups))
+    scalar, has_width = _best_scalar(scalar_evidence, noise.log(), bound)
+    start = torch.full((count,), scalar, dtype=torch.float64)
+    if (count == 1 or not has_width) and not tune_noise:
+        return start.exp(), float(noise)
+    evidence: EvidenceCurve
+    if count == 1:
+        evidence = scalar_evidence
+    else:
+        evidence = (CoupledEvidence if coupled else SeparateEvidence)(posterior, groups)
+    logs, log_noise = _climbed(evidence, start, noise.log(), bound, tune_noise)
+    return logs.exp(), math.exp(log_noise)
 
-    def evidence(logs: Tensor) -> Tensor:
-        deltas = logs.to(squares).exp()
-        return relative_evidence(deltas, groups, spectra, squares, gain, scale) - loss
+
+def _best_scalar(evidence: EvidenceCurve, log_noise: Tensor, bound: float) -> tuple[float, bool]:
+    """Return the best log precision, and whether the data ask for any width."""
 
     def descent(log_delta: float) -> float:
-        value = evidence(torch.full((count,), log_delta, dtype=torch.float64))
+        value = evidence(torch.tensor([log_delta], dtype=torch.float64), log_noise)
         return -float(value) if value <= bound else math.inf
 
     points = torch.arange(LOW, HIGH, STEP, dtype=torch.float64).tolist()
@@ -61,51 +75,40 @@ def corrected_precision(posterior: Posterior, groups: Tensor) -> Tensor:
     if values[-1] - values[best] <= PLATEAU:
         # Flat up to an infinitely strong prior: the data ask for no width. The weakest of the
         # priors that are as good keeps the numbers finite.
-        best = next(i for i, value in enumerate(values) if value - values[best] <= PLATEAU)
-        return torch.full((count,), math.exp(points[best]), dtype=torch.float64)
-    scalar = refined(descent, points, values, 1e-6)
-    if count == 1:
-        return torch.tensor([math.exp(scalar)], dtype=torch.float64)
+        weakest = next(i for i, value in enumerate(values) if value - values[best] <= PLATEAU)
+        return points[weakest], False
+    return refined(descent, points, values, 1e-6), True
 
-    def gradient(point: Any) -> tuple[float, Any]:
-        logs = torch.tensor(point, dtype=torch.float64, requires_grad=True)
+
+def _climbed(
+    evidence: EvidenceCurve, start: Tensor, log_noise: Tensor, bound: float, tune_noise: bool
+) -> tuple[Tensor, float]:
+    """Return log precisions and log noise uphill of a start, or the start if they are worse."""
+    count = len(start)
+
+    def split(point: Tensor) -> tuple[Tensor, Tensor]:
+        return point[:count], point[count] if tune_noise else log_noise
+
+    def descent(point: Any) -> tuple[float, Any]:
+        variable = torch.tensor(point, dtype=torch.float64, requires_grad=True)
         with torch.enable_grad():
-            value = -evidence(logs)
-        (slope,) = torch.autograd.grad(value, logs)
+            value = -evidence(*split(variable))
+        (slope,) = torch.autograd.grad(value, variable)
         return float(value.detach()), slope.tolist()
 
-    bounds = [(LOW, HIGH)] * count
-    climbed = minimize(gradient, [scalar] * count, jac=True, bounds=bounds, method="L-BFGS-B")
-    if -climbed.fun > bound or climbed.fun > descent(scalar):
-        return torch.full((count,), math.exp(scalar), dtype=torch.float64)
-    return torch.tensor(climbed.x, dtype=torch.float64).exp()
-
-
-def relative_evidence(
-    precisions: Tensor,
-    groups: Tensor,
-    spectra: list[Spectrum],
-    squares: Tensor,
-    gain: GradientTerm | None,
-    scale: float,
-) -> Tensor:
-    """Return the log evidence less the log likelihood, a float64 scalar in nats.
-
-    Args:
-        precisions: One prior precision per group; gradients flow through them.
-        groups: Group of each tensor.
-        spectra: Curvature eigenvalues of each tensor, with how often each counts.
-        squares: ``‖θ − μ₀‖²`` of each tensor.
-        gain: The gradient term, if it is to be in.
-        scale: Factor of loss and curvature in the log joint.
-    """
-    deltas = precisions[groups]
-    log_det: Any = sum(
-        (times * torch.log1p(e.double() / delta)).sum()
-        for spectrum, delta in zip(spectra, deltas, strict=True)
-        for e, times in spectrum
+    first = torch.cat([start, log_noise.reshape(1)])[: count + tune_noise]
+    limits = [(LOW, HIGH)] * count
+    if tune_noise:
+        limits.append((float(log_noise) - NOISE_RANGE, float(log_noise) + NOISE_RANGE))
+    found = minimize(
+        descent,
+        first.tolist(),
+        jac=True,
+        bounds=limits,
+        method="L-BFGS-B",
+        options={"ftol": 1e-13, "gtol": 1e-7, "maxiter": 500},
     )
-    value: Tensor = -0.5 * (log_det + (deltas * squares).sum())
-    if gain is None:
-        return value
-    return value + gain.term(precisions if len(precisions) == 1 else deltas, scale)
+    if -found.fun > bound or found.fun > descent(first.tolist())[0]:
+        return start, float(log_noise)
+    logs, log_sigma = split(torch.tensor(found.x, dtype=torch.float64))
+    return logs, float(log_sigma)

@@ -26,8 +26,7 @@ def maximise(
     Args:
         posterior: A fitted posterior.
         groups: Group of each trainable tensor, ``(tensors,)``.
-        tune_noise: Whether to choose the observation noise as well; then, and where the data
-            couple several groups, the evidence is taken without its gradient term.
+        tune_noise: Whether to choose the observation noise as well.
         correction: Whether to take the gradient term in, where it is known.
 
     Raises:
@@ -35,11 +34,14 @@ def maximise(
     """
     if tune_noise and not posterior.objective.has_noise:
         raise ValueError("only a regression has observation noise to tune")
-    coupled = posterior.structure.couples_groups and int(groups.max()) > 0
-    if correction and not tune_noise and not coupled and posterior.gradient_term is not None:
+    if correction and posterior.gradient_term is not None:
         start = posterior.with_settings(first_precision(posterior))
-        precisions = corrected_precision(start, groups)
-        return with_precisions(posterior, precisions[groups], groups)
+        if tune_noise:  # the search starts where the plain evidence is largest
+            start = start.with_settings(_separate(start, torch.zeros_like(groups), True))
+        precisions, noise = corrected_precision(start, groups, tune_noise)
+        if tune_noise:
+            posterior = posterior.with_settings(with_noise(posterior, noise))
+        return with_precisions(posterior, precisions[groups.cpu()], groups)
     if not posterior.structure.couples_groups:
         return _separate(posterior, groups, tune_noise)
     # The scalar's eigenvalues are needed, for the maximum or as the start of a climb.

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from laplace_lora.structures.settings import Settings
 from laplace_lora.structures.state import Posterior
-from laplace_lora.tuning.corrected_evidence import relative_evidence
 from laplace_lora.tuning.evidence import effective_parameters
+from laplace_lora.tuning.evidence_curves import relative_evidence
 from laplace_lora.tuning.groups import prior_groups
 from laplace_lora.tuning.marginal_likelihood import maximise
 

@@ -16,6 +16,8 @@ from laplace_lora import (
     LoraEF,
     LowRankLoraLaplace,
 )
+from laplace_lora.tuning.evidence_curves import CoupledEvidence
+from laplace_lora.tuning.groups import prior_groups
 from support.batches import loader
 from support.models import peft_model
 from support.posteriors import CLASSES, LOW, posterior
@@ -151,8 +153,6 @@ def test_at_a_mode_it_vanishes():
 @pytest.mark.parametrize("cls,kwargs", ALL)
 @pytest.mark.parametrize("structure", ["scalar", "matrix"])
 def test_tuning_ends_at_a_maximum_and_wins(cls, kwargs, structure):
-    if structure == "matrix" and (cls, kwargs) in EXACT:
-        pytest.skip("data couple the groups: tuned without the term")
     la = posterior(cls, **kwargs)
     la.optimize_prior_precision(prior_structure=structure, correction=False)
     plain = la.log_marginal_likelihood(correction=True)
@@ -162,6 +162,44 @@ def test_tuning_ends_at_a_maximum_and_wins(cls, kwargs, structure):
     for factor in (0.97, 1.03):
         la.prior_precision = prior * factor
         assert la.log_marginal_likelihood(correction=True) <= best + 0.01
+
+
+@pytest.mark.parametrize("cls,kwargs", ALL)
+@pytest.mark.parametrize("structure", ["scalar", "matrix"])
+def test_noise_and_groups_are_at_a_maximum_of_the_whole_evidence(cls, kwargs, structure):
+    la = cls(peft_model("bert", num_labels=3), "regression", **kwargs)
+    la.fit(loader(likelihood="regression"))
+    la.optimize_prior_precision(
+        method="marglik", prior_structure=structure, tune_sigma_noise=True, correction=True
+    )
+    logs = torch.cat([la.prior_precision.detach(), la.sigma_noise.detach().reshape(1)]).log()
+    inside = (logs[:-1] > math.log(2e-6)) & (logs[:-1] < math.log(5e9))
+    groups = prior_groups(la.fitted.names, structure)
+
+    def evidence(logs):
+        return la.log_marginal_likelihood(logs[:-1].exp(), logs[-1].exp(), correction=True)
+
+    best = evidence(logs)
+    for step in (0.05, -0.05):
+        assert evidence(logs + step * (torch.arange(len(logs)) == len(logs) - 1)) <= best + 1e-6
+        for group in groups.unique() if len(inside) > 1 else [0]:
+            mine = groups == group if len(inside) > 1 else torch.ones(1, dtype=torch.bool)
+            if bool((inside & mine).any()):
+                moved = logs.clone()
+                moved[:-1] += step * mine
+                assert evidence(moved) <= best + 1e-6
+
+
+@pytest.mark.parametrize("cls,kwargs", EXACT)
+def test_coupled_groups_have_the_evidence_of_the_term(cls, kwargs):
+    la = posterior(cls, **kwargs)
+    groups = prior_groups(la.fitted.names, "matrix")
+    la.measure_gradient_term()
+    curve = CoupledEvidence(la.fitted, groups)
+    for logs in (torch.tensor([0.3, 1.1, -0.4]), torch.tensor([2.0, -1.0, 0.5])):
+        precisions = logs.double().exp()[: int(groups.max()) + 1][groups]
+        expected = la.log_marginal_likelihood(precisions, correction=True)
+        assert_near(curve(logs.double()[: int(groups.max()) + 1], torch.zeros(())), expected, 1e-6)
 
 
 def test_it_is_measured_when_an_evidence_is_first_asked_for():

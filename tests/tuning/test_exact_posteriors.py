@@ -46,13 +46,13 @@ def test_the_evidence_is_at_its_maximum(cls, kwargs, structure):
         la.optimize_prior_precision(correction=False)
         assert la.log_marginal_likelihood() < best
     else:
-        la.optimize_prior_precision(tune_sigma_noise=True)
+        la.optimize_prior_precision(tune_sigma_noise=True, correction=False)
         assert la.log_marginal_likelihood() > best
 
 
 def test_laplace_torchs_adam_on_request():
     la = exact_posterior()
-    la.optimize_prior_precision(prior_structure="layerwise")
+    la.optimize_prior_precision(prior_structure="layerwise", correction=False)
     best = la.log_marginal_likelihood()
     la.optimize_prior_precision(prior_structure="layerwise", n_steps=3)
     assert la.log_marginal_likelihood() < best
