@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace_lora.acquisition.acquire import Acquisition, acquire
 from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.autocast import in_full_precision
@@ -154,6 +155,51 @@ class PredictedLaplace(EvidenceLaplace):
             return predict_tokens(tokens, data, tokenizer, batch_size, progress_bar)
         options = (batch_size, link_approx, n_samples, generator, progress_bar, method)
         return predict(Predictor(posterior), data, tokenizer, *options)
+
+    @in_full_precision
+    def acquire(
+        self,
+        pool: Any,
+        n: int,
+        method: str = "batchbald",
+        tokenizer: Any = None,
+        *,
+        batch_size: int = 32,
+        n_samples: int | None = None,
+        generator: torch.Generator | None = None,
+        progress_bar: bool = False,
+    ) -> Acquisition:
+        """Rank unlabelled data for labelling (active learning).
+
+        * ``"entropy"``: the largest predictive entropy, whatever its cause.
+        * ``"bald"``: the largest mutual information of label and weights (Houlsby et al. 2011,
+          arXiv:1112.5745), each example for itself.
+        * ``"batchbald"``: the largest joint mutual information, so that not all of a batch are
+          alike, see `batch_bald`; scores are the information that each adds, in nats.
+        * ``"bait"``: the smallest predictive variance of the pool afterwards, see `bait`; scores
+          are by how much it would rise without each.
+
+        Args:
+            pool: Data as for `predict`; labels do not count.
+            n: How many to choose.
+            method: As above.
+            tokenizer: The model's. Texts need it, and rows of different lengths.
+            batch_size: Texts or rows per batch.
+            n_samples: Samples of the weights for the last two, 128 by default, for which each
+                example's Jacobian is taken once; for the first two as in `predict`.
+            generator: Their source, on the posterior's device; a fixed seed by default.
+            progress_bar: Show progress over the batches, in the main process.
+
+        Returns:
+            Places in the pool, the most wanted first, and scores.
+
+        Raises:
+            AttributeError: If the posterior has not been fitted.
+            ValueError: If the method is unknown, the posterior is no classifier's, or the pool has
+                fewer examples than are asked for.
+        """
+        options = (batch_size, n_samples, generator, progress_bar)
+        return acquire(self.fitted, pool, n, method, tokenizer, *options)
 
     def marginals(self) -> dict[nn.Parameter, tuple[Tensor, Tensor]]:
         """Return posterior mean and standard deviation of every weight, by parameter.

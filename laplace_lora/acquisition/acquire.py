@@ -1,0 +1,94 @@
+"""`acquire`: ranks a pool for labelling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora.acquisition.bait import bait
+from laplace_lora.acquisition.batch_bald import batch_bald
+from laplace_lora.acquisition.joint_samples import joint_samples
+from laplace_lora.display.tables import plain
+from laplace_lora.likelihoods.links import QUADRATURE
+from laplace_lora.predictive.data_sets import predict
+from laplace_lora.predictive.glm import Predictor
+from laplace_lora.predictive.linear_samples import seeded
+from laplace_lora.structures.state import Posterior
+
+SINGLE = {"entropy": "entropy", "bald": "mutual_information"}
+METHODS = (*SINGLE, "batchbald", "bait")
+SAMPLES = 128
+
+
+@dataclass(frozen=True)
+class Acquisition:
+    """Examples to label next.
+
+    Attributes:
+        indices: Their places in the pool, ``(n,)``, the most wanted first.
+        scores: What each is worth, see `acquire`.
+        method: How they were chosen.
+    """
+
+    indices: Tensor
+    scores: Tensor
+    method: str
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self.indices)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return indices and scores as lists, and the method."""
+        return {
+            "indices": plain(self.indices),
+            "scores": plain(self.scores),
+            "method": self.method,
+        }
+
+
+def acquire(
+    posterior: Posterior,
+    pool: Any,
+    n: int,
+    method: str,
+    tokenizer: Any,
+    batch_size: int,
+    n_samples: int | None,
+    generator: torch.Generator | None,
+    progress_bar: bool,
+) -> Acquisition:
+    """Return the examples of a pool that are worth labelling, see `LoraLaplace.acquire`."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    if posterior.objective.name != "classification":
+        raise ValueError(
+            "acquire() chooses by what labels tell about the weights of a classifier; it does not "
+            f"support likelihood={posterior.objective.name!r}"
+        )
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    if n_samples is not None and n_samples < 2:
+        raise ValueError(f"n_samples must be at least 2, got {n_samples}")
+    data = (pool, tokenizer, batch_size)
+    if method in SINGLE:
+        found = predict(Predictor(posterior), *data, QUADRATURE, n_samples, generator, progress_bar)
+        worth = getattr(found, SINGLE[method])
+        _check_size(n, len(worth))
+        scores, indices = worth.sort(descending=True, stable=True)
+        return Acquisition(indices[:n].cpu(), scores[:n].cpu(), method)
+    count = SAMPLES if n_samples is None else n_samples
+    samples = joint_samples(posterior, *data, count, generator, progress_bar)
+    _check_size(n, len(samples.mean))
+    if method == "bait":
+        return Acquisition(*bait(samples, n), method)
+    source = seeded(posterior, generator)
+    return Acquisition(*batch_bald(samples.log_probabilities(), n, source), method)
+
+
+def _check_size(n: int, examples: int) -> None:
+    if n > examples:
+        raise ValueError(f"n={n} examples were asked for, and the pool has {examples}")

@@ -1,0 +1,108 @@
+"""Samples of the linearised model on a whole pool: what its examples have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora.data.distributed import together
+from laplace_lora.likelihoods.base import Readout
+from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.predictive.data_sets import is_batch
+from laplace_lora.predictive.glm import Predictor
+from laplace_lora.predictive.inputs import batches_of_rows, batches_of_texts, listed
+from laplace_lora.predictive.linear_samples import seeded
+from laplace_lora.structures.state import Posterior
+
+
+@dataclass(frozen=True)
+class JointSamples:
+    """Contrasts of the classes, under weights that are common to all examples.
+
+    Attributes:
+        mean: Of the contrasts to the first class, ``(examples, contrasts)``.
+        deviations: From the mean under each sample of the weights, ``(samples, examples,
+            contrasts)``.
+    """
+
+    mean: Tensor
+    deviations: Tensor
+
+    def log_probabilities(self) -> Tensor:
+        """Return log probabilities of the classes, ``(samples, examples, classes)``, float64."""
+        contrasts = (self.mean + self.deviations).double()
+        return torch.nn.functional.pad(contrasts, (1, 0)).log_softmax(-1)
+
+
+def joint_samples(
+    posterior: Posterior,
+    pool: Any,
+    tokenizer: Any,
+    batch_size: int,
+    n_samples: int,
+    generator: torch.Generator | None,
+    progress_bar: bool,
+) -> JointSamples:
+    """Return samples of a pool's contrasts, one after the other in its order.
+
+    ``J (θ_s − θ*)`` from exact Jacobians: a forward pass and ``C − 1`` backward passes an example,
+    whatever the number of samples, which are held as ``(samples, parameters)``.
+
+    Args:
+        posterior: A fitted posterior of a classifier.
+        pool: Data, see `LoraLaplace.predict`.
+        tokenizer: The model's.
+        batch_size: Texts or rows per batch.
+        n_samples: Samples of the weights.
+        generator: Their source, on the posterior's device; a fixed seed by default.
+        progress_bar: Show progress over the batches.
+
+    Raises:
+        ValueError: If the pool is empty.
+    """
+    predictor = Predictor(posterior)
+    directions = posterior.deviations(n_samples, seeded(posterior, generator))
+    blocks = directions.split(posterior.engine.sizes, dim=1)
+    temperature = posterior.settings.likelihood_temperature
+    order, batches = _batches(pool, tokenizer, batch_size)
+    means, parts = [], []
+    with together(batches, device=posterior.device) as team, evaluation_mode(posterior.model):
+        for batch in team.batches(batches, "Sampling the pool", progress_bar):
+            x = _inputs(posterior, batch)
+            readout: Readout = posterior.objective.readout(x, contrasts=True)
+            mean, jacobians = predictor.readout_jacobians(x, readout)
+            total = mean.new_zeros(*mean.shape, n_samples)
+            for J, block in zip(jacobians, blocks, strict=True):
+                total += J.flatten(2) @ block.T
+            means.append(mean.detach() / temperature)
+            parts.append(total.detach() / temperature)
+        rows = team.rows(mean=means, deviations=parts)
+    if not rows:
+        raise ValueError("the pool is empty")
+    if order is not None:
+        rows = {name: column[order.argsort().to(column.device)] for name, column in rows.items()}
+    return JointSamples(rows["mean"], rows["deviations"].permute(2, 0, 1))
+
+
+def _batches(pool: Any, tokenizer: Any, batch_size: int) -> tuple[Tensor | None, Iterable[Any]]:
+    """Return batches, and the order of their examples where it is not the pool's."""
+    if is_batch(pool):
+        return None, [pool]
+    kind, items = listed(pool)
+    if kind == "batches":
+        return None, items
+    collate = batches_of_texts if kind == "texts" else batches_of_rows
+    return collate(items, tokenizer, batch_size)
+
+
+def _inputs(posterior: Posterior, batch: Any) -> Any:
+    """Return what the model takes; a pool may have labels, which do not count."""
+    if isinstance(batch, tuple | list):
+        return batch[0]
+    if hasattr(batch, "items"):
+        return {name: value for name, value in batch.items() if name != posterior.label_key}
+    return batch
