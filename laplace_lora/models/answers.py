@@ -65,6 +65,21 @@ class AnswerPlace:
         )
         self._kind = type(base).__name__
 
+    def check_reads_mask_token(self, target_ids: Any) -> None:
+        """Refuse a mask token where outputs are read elsewhere.
+
+        Args:
+            target_ids: The answers, ``None`` if there are none.
+
+        Raises:
+            ValueError: If there are none, or the model is no masked language model.
+        """
+        if target_ids is None or not self.is_masked:
+            raise ValueError(
+                "`mask_token_id` says where a masked language model answers with `target_ids`; "
+                f"{self._kind} with target_ids={target_ids} reads its outputs elsewhere"
+            )
+
     def find(self, inputs: dict[str, Any], device: torch.device) -> tuple[Tensor | None, int]:
         """Return the token's index in each example, and how many tokens the indices count.
 
@@ -83,6 +98,11 @@ class AnswerPlace:
                 exactly one; or no configuration says how a decoder starts.
         """
         if self.is_masked:
+            if inputs.get("input_ids") is None:
+                raise ValueError(
+                    f"{self._kind} answers at a mask token, which is looked for in 'input_ids'; "
+                    f"the batch has {sorted(inputs)} only"
+                )
             return self._of_mask_token(inputs["input_ids"])
         mask = inputs.get("attention_mask")
         if self.is_encoder_decoder:
@@ -105,8 +125,8 @@ class AnswerPlace:
     def _of_mask_token(self, ids: Tensor) -> tuple[Tensor, int]:
         if self._mask_token_id is None:
             raise ValueError(
-                f"{self._kind} answers at a mask token, which its configuration does not name; use "
-                "LogitsModel(model, target_ids, mask_token_id=tokenizer.mask_token_id)"
+                f"{self._kind} answers at a mask token, which its configuration does not name; "
+                "give the posterior, or LogitsModel, mask_token_id=tokenizer.mask_token_id"
             )
         masked = ids == self._mask_token_id
         counts = masked.sum(1)

@@ -46,7 +46,8 @@ class LogitsModel(nn.Module):
 
     Raises:
         ValueError: If ``target_ids`` are fewer than two, repeated, outside the vocabulary or given
-            together with ``output``, or the model has no vocabulary.
+            together with ``output``, the model has no vocabulary, or a mask token is given to one
+            that is no masked language model with ``target_ids``.
     """
 
     def __init__(
@@ -72,8 +73,11 @@ class LogitsModel(nn.Module):
         prompts = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
         self._positions = PositionRule("position_ids" in self._arguments and not prompts)
         self._answer = AnswerPlace(self._base, mask_token_id)
+        self.mask_token_id = mask_token_id
         activate_adapter(model)
         ids = None
+        if mask_token_id is not None:
+            self._answer.check_reads_mask_token(target_ids)
         if target_ids is not None:
             if output is not None:
                 raise ValueError("give either `target_ids` or `output`, not both")
@@ -82,22 +86,28 @@ class LogitsModel(nn.Module):
 
     @classmethod
     def wrap(
-        cls, model: nn.Module, target_ids: Sequence[int] | Tensor | None = None
+        cls,
+        model: nn.Module,
+        target_ids: Sequence[int] | Tensor | None = None,
+        mask_token_id: int | None = None,
     ) -> LogitsModel:
         """Return a `LogitsModel` around a model, or the model itself if it is one already.
 
         Args:
             model: A `PeftModel`, any module, or a `LogitsModel`.
             target_ids: Answer tokens, only for a model that is not wrapped yet.
+            mask_token_id: Where a masked language model answers, likewise.
 
         Raises:
-            ValueError: If a `LogitsModel` comes with ``target_ids``, and as the constructor.
+            ValueError: If a `LogitsModel` comes with either of them, and as the constructor.
         """
         model = unwrapped(model)
         if not isinstance(model, LogitsModel):
-            return cls(model, target_ids=target_ids)
+            return cls(model, target_ids=target_ids, mask_token_id=mask_token_id)
         if target_ids is not None:
             raise ValueError("the model is a LogitsModel already; give it the `target_ids`")
+        if mask_token_id is not None:
+            raise ValueError("the model is a LogitsModel already; give it the `mask_token_id`")
         return model
 
     @property

@@ -6,7 +6,7 @@ installed here. There is no mathematics in this file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -47,7 +47,9 @@ class LoraLaplace(FittedLaplace):
             `TokenModel`; or ``"token_classification"`` for a label per token, see
             `TokenClassifier`.
         structure: How the curvature is held.
-        target_ids: Answer tokens of a causal language model, see `LogitsModel`.
+        target_ids: Answer tokens of a language model, see `LogitsModel`.
+        mask_token_id: Token at which a masked language model answers (``tokenizer.mask_token_id``),
+            if its configuration does not say.
         modules: Which trainable modules the posterior covers: a regular expression searched for in
             their names, or a list of names or of whole parts of them. The others stay at their
             MAP values. ``None`` covers all.
@@ -75,6 +77,7 @@ class LoraLaplace(FittedLaplace):
         structure: Structure[Any, Any, Any],
         *,
         target_ids: Sequence[int] | Tensor | None = None,
+        mask_token_id: int | None = None,
         modules: str | Sequence[str] | None = None,
         uncovered: str = "error",
         backend: type[LoraCurvature] = LoraGGN,
@@ -91,7 +94,7 @@ class LoraLaplace(FittedLaplace):
         self._weights_watch = WeightsWatch()
         self.structure = structure
         self.objective = likelihood_of(likelihood)
-        self.logits_model = _wrap(self.objective)(model, target_ids)
+        self.logits_model = _wrapped(self.objective, model, target_ids, mask_token_id)
         self.objective.check_outputs(self.logits_model.n_outputs)
         self.objective.check_problem(self.logits_model.problem_type)
         if self._key[0] == "lora":
@@ -175,9 +178,11 @@ class LoraLaplace(FittedLaplace):
         ids = self.logits_model.target_ids
         structure = self.structure.arguments()
         options = {k: v for k, v in self._backend_kwargs.items() if k not in structure}
+        mask = self.logits_model.mask_token_id
         return {
             "likelihood": self.likelihood,
             "target_ids": None if ids is None else ids.tolist(),
+            **({} if mask is None else {"mask_token_id": mask}),
             "modules": self.modules,
             "backend_kwargs": options,
             "temperature": self.temperature,
@@ -223,10 +228,19 @@ class LoraLaplace(FittedLaplace):
         return self.model
 
 
-def _wrap(
+def _wrapped(
     objective: Likelihood,
-) -> Callable[[nn.Module, Sequence[int] | Tensor | None], LogitsModel]:
-    """Return what makes outputs of a user's model that a likelihood can read."""
-    if objective.predicts_tokens:
-        return TokenModel.around
-    return TokenClassifier.around if objective.rows_are_tokens else LogitsModel.wrap
+    model: nn.Module,
+    target_ids: Sequence[int] | Tensor | None,
+    mask_token_id: int | None,
+) -> LogitsModel:
+    """Return a user's model with the outputs that a likelihood reads."""
+    if not objective.rows_are_tokens:
+        return LogitsModel.wrap(model, target_ids, mask_token_id)
+    if mask_token_id is not None:
+        raise ValueError(
+            "`mask_token_id` says where a masked language model answers; a model of tokens has "
+            "outputs at all of them"
+        )
+    around = TokenModel.around if objective.predicts_tokens else TokenClassifier.around
+    return around(model, target_ids)

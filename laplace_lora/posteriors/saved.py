@@ -87,6 +87,7 @@ class SavedLaplace(TunedLaplace):
             backend = BACKENDS[config["backend"]]
             if isinstance(model, LogitsModel):
                 arguments.pop("target_ids")
+                arguments.pop("mask_token_id", None)
             elif config["output"]:
                 raise ValueError(
                     "the posterior was fitted on a LogitsModel with an `output` callable, which "
