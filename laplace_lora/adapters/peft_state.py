@@ -86,6 +86,27 @@ def adapter_parameters(model: nn.Module) -> dict[int, bool]:
     return is_active
 
 
+def replaced_parameters(model: nn.Module) -> set[int]:
+    """Return the ``id`` of each tensor of the base model that an active adapter's copy replaces.
+
+    These are in modules that ``modules_to_save`` names, and nowhere else in the model.
+
+    Args:
+        model: Any module.
+    """
+    prefixes = tuple(
+        f"{name}.original_module."
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+        and not module.disable_adapters
+        and set(module.active_adapters) & set(module.modules_to_save)
+    )
+    unused: dict[int, bool] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        unused[id(p)] = unused.get(id(p), True) and name.startswith(prefixes)
+    return {key for key, value in unused.items() if value}
+
+
 def check_adapters(model: nn.Module) -> None:
     """Refuse adapter states in which the adapter's own weights do not run.
 

@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.adapters.peft_state import adapter_parameters, adapter_settings
+from laplace_lora.adapters.peft_state import (
+    adapter_parameters,
+    adapter_settings,
+    replaced_parameters,
+)
 from laplace_lora.data.sharding import in_pieces, whole
 from laplace_lora.structures.state import Posterior
 
 SETTINGS = "adapter_settings"
+IN_USE = "base_in_use"
 SAMPLES = 64  # values hashed of each tensor of a base model
 
 
@@ -25,11 +30,15 @@ def identity(posterior: Posterior) -> dict[str, Any]:
         posterior: The posterior; its model is read, not its state.
     """
     engine, others = posterior.engine, _others(posterior)
+    base = [(name, p) for name, p, active in others if active is None]
+    replaced = replaced_parameters(posterior.source)
     return {
         "parameters": {block.name: list(block.parameter.shape) for block in engine.blocks},
         "weights": exact_fingerprint(zip(engine.names, engine.parameters, strict=True)),
         "adapter": exact_fingerprint((name, p) for name, p, active in others if active),
-        "base": sampled_fingerprint((name, p) for name, p, active in others if active is None),
+        "base": sampled_fingerprint(base),
+        # A head that the adapter replaces is random in a base model that came without one.
+        IN_USE: sampled_fingerprint((name, p) for name, p in base if id(p) not in replaced),
         SETTINGS: hashlib.sha256(
             json.dumps(adapter_settings(posterior.source), sort_keys=True).encode()
         ).hexdigest(),
@@ -69,12 +78,13 @@ def check_identity(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
             f"the posterior covers other tensors than the model trains (e.g. {example!r}); check "
             "the active adapter's name and rank"
         )
+    base_key = IN_USE if IN_USE in saved else "base"  # files of earlier versions have this only
     reasons = {
         "weights": "the weights are not those that the posterior was fitted at; load the adapter "
         "that was saved with it",
         "adapter": "other trained weights of the adapter have changed since the posterior was "
         "fitted",
-        "base": "the base model differs from the one that the posterior was fitted on",
+        base_key: "the base model differs from the one that the posterior was fitted on",
         SETTINGS: "the adapter's configuration differs from the one that the posterior was fitted "
         "with (lora_alpha, use_rslora, use_dora or the layers' scaling)",
     }

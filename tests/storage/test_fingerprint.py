@@ -1,12 +1,17 @@
 """Fingerprints: other weights and other base models are recognised, at real sizes too."""
 
+import warnings
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, KronLoraLLLaplace
+from laplace_lora.adapters.peft_state import replaced_parameters
 from laplace_lora.storage.fingerprint import SAMPLES, sampled_fingerprint
 from support.batches import loader, token_batch
-from support.models import peft_model
+from support.models import llama_config, peft_model
 from support.posteriors import fitted
 
 VOCABULARY = (49152, 576)  # SmolLM2-135M: single precision rounds its last index up
@@ -54,6 +59,37 @@ def test_other_weights_and_bases_are_refused(tmp_path):
         KronLoraLaplace.from_pretrained(peft_model("bert", r=3, modules_to_save=None), tmp_path)
     with pytest.raises(ValueError, match=r"load it with KronLoraLaplace\.from_pretrained"):
         DiagLoraLaplace.from_pretrained(model, tmp_path)
+
+
+def test_a_head_that_the_adapter_replaces_may_be_another(tmp_path):
+    """A base model without a head gets a random one each time it is loaded."""
+    model = peft_model("bert")
+    la = fitted(model=model)
+    la.save_pretrained(tmp_path)
+    head = model.base_model.model.classifier
+    with torch.no_grad():
+        head.original_module.weight.add_(1.0)
+    again = KronLoraLaplace.from_pretrained(model, tmp_path)
+    batch = token_batch((4, 2, 5), seed=3)
+    assert torch.equal(again(batch), la(batch))
+    with torch.no_grad():
+        head.modules_to_save["default"].weight.add_(1.0)
+    with pytest.raises(ValueError, match="weights are not those"):
+        KronLoraLaplace.from_pretrained(model, tmp_path)
+
+
+def test_a_table_tied_to_a_replaced_head_is_still_in_use():
+    base = LlamaForCausalLM(llama_config(tie_word_embeddings=True))
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")
+        model = get_peft_model(base, lora)
+    head, table = base.lm_head, base.model.embed_tokens.weight
+    assert head.original_module.weight is table and replaced_parameters(model) == set()
+    head.original_module.weight = torch.nn.Parameter(table.detach().clone())
+    assert replaced_parameters(model) == {id(head.original_module.weight)}
+    with model.disable_adapter():
+        assert replaced_parameters(model) == set()
 
 
 @pytest.mark.parametrize("cls", [KronLoraLaplace, KronLoraLLLaplace])
