@@ -1,21 +1,34 @@
 """Calibrated uncertainty for LoRA-fine-tuned transformers, as a plugin for laplace-torch.
 
-The public names; each folder behind them says in its `__init__` what is in it.
+The public names; each folder behind them says in its `__init__` what is in it. All of them are
+imported when the first one is asked for, so that what needs none, such as ``laplace-lora --help``,
+does not wait for torch, PEFT and laplace-torch.
 """
 
-from laplace_lora.curvature.backends import LoraEF, LoraGGN
-from laplace_lora.curvature.kron_protocol import LowRankKron, LowRankKronDecomposed
-from laplace_lora.models.logits_model import LogitsModel
-from laplace_lora.posteriors.exact import FullLoraLaplace, LowRankLoraLaplace
-from laplace_lora.posteriors.factored import DiagLoraLaplace, KronLoraLaplace
-from laplace_lora.posteriors.last_layer import (
-    DiagLoraLLLaplace,
-    FullLoraLLLaplace,
-    KronLoraLLLaplace,
-)
-from laplace_lora.posteriors.last_layer_gp import FunctionalLoraLLLaplace
-from laplace_lora.storage.adapter_start import AdapterStart, start_of
-from laplace_lora.trainer import LaplaceCallback
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from laplace_lora.public_names import (
+        AdapterStart,
+        DiagLoraLaplace,
+        DiagLoraLLLaplace,
+        FullLoraLaplace,
+        FullLoraLLLaplace,
+        FunctionalLoraLLLaplace,
+        KronLoraLaplace,
+        KronLoraLLLaplace,
+        LaplaceCallback,
+        LogitsModel,
+        LoraEF,
+        LoraGGN,
+        LowRankKron,
+        LowRankKronDecomposed,
+        LowRankLoraLaplace,
+        start_of,
+    )
 
 __version__ = "0.1.0"
 
@@ -38,3 +51,17 @@ __all__ = [
     "__version__",
     "start_of",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names, which also registers the posteriors with laplace-torch."""
+    if not name.startswith("__"):
+        public = import_module("laplace_lora.public_names")
+        globals().update({known: getattr(public, known) for known in public.__all__})
+        if name in globals():
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,99 @@
+"""Which columns of the data hold what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from laplace_lora.commands.rows import Row
+
+TEXTS = ("text", "prompt", "messages", "sentence", "question")
+PAIRS = ("text_pair",)
+COMPLETIONS = ("completion", "answer", "response")
+LABELS = ("label", "labels")
+CHOSEN, REJECTED = "chosen", "rejected"  # of preference pairs, as TRL names them
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of columns; ``None`` where the data have no such column.
+
+    Attributes:
+        text: Texts, prompts or lists of messages.
+        pair: Second texts.
+        completion: What follows the prompts.
+        label: Labels.
+    """
+
+    text: str | None = None
+    pair: str | None = None
+    completion: str | None = None
+    label: str | None = None
+
+
+def columns_of(rows: Sequence[Row], asked: Columns, known: Columns | None = None) -> Columns:
+    """Return the columns to read: those asked for, those of the fit, or those with usual names.
+
+    Args:
+        rows: At least one.
+        asked: Columns named in options.
+        known: Columns that a posterior was fitted with. Labels and completions may be missing.
+
+    Raises:
+        ValueError: If a column that was asked for, or that of the fit's texts, is missing.
+    """
+    first = rows[0]
+    for name in (asked.text, asked.pair, asked.completion, asked.label):
+        if name is not None and name not in first:
+            raise ValueError(f"there is no column {name!r}; the data have {_listed(first)}")
+    if known is not None:
+        for name in (known.text, known.pair) if asked.text is None else ():
+            if name is not None and name not in first:
+                raise ValueError(
+                    f"the posterior was fitted on the column {name!r}; the data have "
+                    f"{_listed(first)}. Name the column by --text-field or --pair-field"
+                )
+    choices = {"text": TEXTS, "pair": PAIRS, "completion": COMPLETIONS, "label": LABELS}
+    found: dict[str, str | None] = {}
+    for role, usual in choices.items():
+        of_fit = getattr(known, role) if known is not None else None
+        # A second text that the fit did not read would make another input.
+        is_new = of_fit is None and role != "pair"
+        candidates = usual if known is None or is_new or role == "label" else ()
+        found[role] = getattr(asked, role) or next(
+            (name for name in (of_fit, *candidates) if name is not None and name in first), None
+        )
+    return Columns(**found)
+
+
+def is_preference(row: Mapping[str, Any]) -> bool:
+    """Return whether a row is a preference pair."""
+    return CHOSEN in row and REJECTED in row
+
+
+def cell(row: Row, name: str | None, number: int, what: str, option: str) -> Any:
+    """Return a row's value in a column.
+
+    Args:
+        row: The row.
+        name: The column's name.
+        number: The row's, from 1.
+        what: What the column holds, for the error.
+        option: That names the column.
+
+    Raises:
+        ValueError: If there is no such column, or the row has nothing in it.
+    """
+    if name is None:
+        raise ValueError(
+            f"no column for the {what}: the data have {_listed(row)}; name it by {option}"
+        )
+    value = row.get(name)
+    if value is None or (isinstance(value, str | list) and not value):
+        raise ValueError(f"row {number} has no {what}: its column {name!r} is empty")
+    return value
+
+
+def _listed(row: Mapping[str, Any]) -> str:
+    return ", ".join(repr(name) for name in row)

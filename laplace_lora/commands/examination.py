@@ -1,0 +1,131 @@
+"""What ``laplace-lora doctor`` does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+
+from laplace_lora.adapters.diagonal_maps import ElementwiseMap, WholeTensor
+from laplace_lora.commands.adapter import HEAD, Adapter, load_adapter
+from laplace_lora.commands.fitting import new_posterior
+from laplace_lora.commands.inputs import Inputs
+from laplace_lora.commands.plan import Plan
+from laplace_lora.commands.planning import plan_fit
+from laplace_lora.commands.rows import read_rows
+from laplace_lora.display.tables import SHOWN_ROWS
+from laplace_lora.posteriors.base import LoraLaplace
+from laplace_lora.structures.sizes import GIB
+
+NOT_WELL = 1  # exit status
+
+
+def run(adapter: str, data: str | None, quiet: bool, **options: Any) -> None:
+    """Print what a fit would do; exit with status 1 if it would not succeed."""
+    names = ("base", "device", "dtype", "load_in_4bit")
+    loaded = load_adapter(adapter, **{n: options[n] for n in names})
+    console = Console()
+    rows = None if data is None else read_rows(data, options["split"])
+    plan = _without_data(loaded, options) if rows is None else plan_fit(loaded, rows, options)
+    problems: list[str] = []
+    covering = new_posterior(loaded, plan, options["structure"], "diag")
+    diagonal = _print_covered(console, covering)
+    if diagonal and options["uncovered"] == "error":
+        listed = ", ".join(diagonal[:5]) + (", ..." if len(diagonal) > 5 else "")
+        problems.append(
+            f"K-FAC covers none of {listed}: --uncovered diag gives each a diagonal; or freeze them"
+        )
+    if rows is None:
+        click.echo("Give --data for memory and time.")
+    else:
+        loader = Inputs(loaded, plan).loader(rows, options["batch_size"])
+        problems += _print_costs(console, covering, loader, options["batch_size"])
+    for problem in problems:
+        click.echo(f"Problem: {problem}")
+    if problems:
+        click.get_current_context().exit(NOT_WELL)
+    click.echo("A fit is expected to succeed.")
+
+
+def _without_data(adapter: Adapter, options: dict[str, Any]) -> Plan:
+    """Return a plan with what the model alone says."""
+    targets = list(options["targets"] or ())
+    if targets:
+        return Plan("classification", names=targets, targets=True)
+    if options["likelihood"] is not None:
+        return Plan(options["likelihood"])
+    if adapter.kind == HEAD:
+        return Plan("classification" if adapter.outputs > 1 else "regression")
+    return Plan("language_modeling")
+
+
+def _print_covered(console: Console, la: LoraLaplace) -> list[str]:
+    """Print the tensors that a posterior covers; return those that Kronecker factors do not."""
+    table = Table(title="Covered", title_justify="left")
+    for heading in ("tensor", "shape", "by"):
+        table.add_column(heading, no_wrap=heading != "tensor", overflow="fold")
+    diagonal, engine = [], la.engine
+    for i, block in enumerate(engine.blocks):
+        is_diagonal = isinstance(engine.maps[block.map], ElementwiseMap | WholeTensor)
+        if is_diagonal:
+            diagonal.append(block.name)
+        if i < SHOWN_ROWS:
+            shape = " x ".join(map(str, block.parameter.shape))
+            table.add_row(block.name, shape, "diagonal" if is_diagonal else "Kronecker factors")
+    more = len(engine.blocks) - SHOWN_ROWS
+    if more > 0:
+        table.add_row(f"and {more} more", "", "")
+    console.print(table)
+    model = la.logits_model.get_submodule("model")
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    click.echo(f"{sum(engine.sizes):,} weights are covered; {frozen:,} are frozen.")
+    return diagonal
+
+
+def _print_costs(
+    console: Console, la: LoraLaplace, loader: DataLoader[Any], batch_size: int
+) -> list[str]:
+    """Print memory and time of a fit; return what speaks against it."""
+    examples: Any = loader.dataset
+    longest = sorted(examples, key=_length)[-batch_size:]
+    estimate = la.estimate_memory(_first(longest, loader), len(examples))
+    table = Table(title="Memory beyond the model", title_justify="left")
+    table.add_column("")
+    table.add_column("GiB", justify="right")
+    for name in ("activations", "curvature", "jacobian", "fit", "predict", "available"):
+        table.add_row(name, f"{getattr(estimate, name) / GIB:.3f}")
+    console.print(table)
+    if not estimate.fits:
+        return [str(estimate)]
+    step = max(len(examples) // (2 * batch_size), 1)
+    some = examples[::step][: 2 * batch_size]  # of the lengths that there are
+    seconds = [_seconds(la, some[: n * batch_size], loader, batch_size) for n in (1, 2)]
+    per_batch = max(seconds[1] - seconds[0], 0.0)
+    batches = -(-len(examples) // batch_size)
+    total = seconds[0] + per_batch * (batches - 1)
+    click.echo(
+        f"A fit of {len(examples)} rows in {batches} batches takes about {total:.0f} s "
+        f"({per_batch:.2f} s a batch); tuning reads the data, or 1000 rows of them, once more."
+    )
+    return []
+
+
+def _length(example: dict[str, Any]) -> int:
+    halves = [example[k] for k in ("chosen", "rejected") if k in example] or [example]
+    return max(len(half["input_ids"]) for half in halves)
+
+
+def _first(examples: Sequence[Any], loader: DataLoader[Any]) -> Any:
+    assert loader.collate_fn is not None
+    return loader.collate_fn(list(examples))
+
+
+def _seconds(la: LoraLaplace, examples: Any, loader: DataLoader[Any], batch_size: int) -> float:
+    start = time.perf_counter()
+    la.fit(DataLoader(examples, batch_size, collate_fn=loader.collate_fn), progress_bar=False)
+    return time.perf_counter() - start

@@ -1,0 +1,110 @@
+"""What ``laplace-lora fit`` does."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
+from laplace_lora.commands.adapter import Adapter, load_adapter
+from laplace_lora.commands.answers import target_tokens
+from laplace_lora.commands.inputs import Inputs
+from laplace_lora.commands.plan import PLAN, Plan, plan_text
+from laplace_lora.commands.planning import plan_fit
+from laplace_lora.commands.rows import read_rows
+from laplace_lora.posteriors.base import LoraLaplace
+from laplace_lora.storage.files import TENSORS, read_files, write_whole
+
+CLASSES: dict[str, Any] = {
+    "kron": KronLoraLaplace,
+    "full": FullLoraLaplace,
+    "diag": DiagLoraLaplace,
+}
+CALIBRATED = ("classification", "reward_modeling")
+
+
+def run(
+    adapter: str,
+    data: str,
+    val: str | None,
+    out: str | None,
+    overwrite: bool,
+    seed: int,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Fit, tune, calibrate and save, as the Python calls do."""
+    folder = _destination(adapter, out, overwrite)
+    rows = read_rows(data, options["split"])
+    val_rows = None if val is None else read_rows(val)
+    names = ("base", "device", "dtype", "load_in_4bit")
+    loaded = load_adapter(adapter, **{n: options[n] for n in names})
+    plan = plan_fit(loaded, rows, options)
+    if val_rows is not None and plan.likelihood not in CALIBRATED:
+        raise ValueError(f"--val: a {plan.likelihood} posterior cannot be calibrated")
+    inputs = Inputs(loaded, plan)
+    train_loader = inputs.loader(rows, options["batch_size"])
+    val_loader = None if val_rows is None else inputs.loader(val_rows, options["batch_size"])
+    shown = not quiet
+    torch.manual_seed(seed)
+    la = new_posterior(loaded, plan, options["structure"], options["uncovered"])
+    la.fit(train_loader, progress_bar=shown)
+    warn_if_useless(la, plan)
+    la.optimize_prior_precision(progress_bar=shown)
+    if shown:
+        click.echo(f"Tuned by {la.tuning}", err=True)
+    if val_loader is not None:
+        calibration = la.calibrate(val_loader, progress_bar=shown)
+        if shown:
+            click.echo(f"Calibrated: {calibration}", err=True)
+    la.save_pretrained(folder)
+    _, config = read_files(folder)
+    write_whole(folder / PLAN, plan_text(plan, config["content"]).encode())
+    click.echo(str(la))
+    click.echo(f"Saved in {folder}")
+
+
+def new_posterior(adapter: Adapter, plan: Plan, structure: str, uncovered: str) -> LoraLaplace:
+    """Return a posterior that is not fitted yet.
+
+    Args:
+        adapter: The model.
+        plan: Likelihood and answers.
+        structure: ``"kron"``, ``"full"`` or ``"diag"``.
+        uncovered: What becomes of trained weights that no Kronecker factor covers.
+    """
+    ids = target_tokens(plan.names, adapter.tokenizer) if plan.targets else None
+    la: LoraLaplace = CLASSES[structure](
+        adapter.model, plan.likelihood, target_ids=ids, uncovered=uncovered
+    )
+    return la
+
+
+def warn_if_useless(la: LoraLaplace, plan: Plan) -> None:
+    """Warn if the adapter predicts its own training data no better than chance."""
+    if plan.likelihood != "classification":
+        return
+    loss, chance = la.state.loss / la.state.n_data, math.log(len(plan.names))
+    if loss > chance:
+        click.echo(
+            f"Warning: the adapter's mean loss on these data is {loss:.3f} nats, guessing has "
+            f"{chance:.3f}. Are texts, chat template, answers and the order of the labels those of "
+            "its training?",
+            err=True,
+        )
+
+
+def _destination(adapter: str, out: str | None, overwrite: bool) -> Path:
+    """Return where the posterior goes, before any work."""
+    if out is None and not Path(adapter).is_dir():
+        raise ValueError(f"{adapter} is no folder; say where the posterior goes by --out")
+    folder = Path(out or adapter)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file; give a folder")
+    if (folder / TENSORS).exists() and not overwrite:
+        raise ValueError(f"{folder} holds a posterior already; replace it by --overwrite")
+    return folder

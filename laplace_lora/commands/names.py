@@ -1,0 +1,51 @@
+"""Names of classes, and which of them a label means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def index_of(label: Any, names: Sequence[str], number: int) -> int:
+    """Return the class that a label means.
+
+    Args:
+        label: A class's name, with or without spaces around it, or its number from 0. What is both
+            is a name.
+        names: Names of the classes, in the order of the model's outputs.
+        number: The row's, from 1.
+
+    Raises:
+        ValueError: If it means none.
+    """
+    text = str(label)
+    if text in names:
+        return names.index(text)
+    bare = [name.strip() for name in names]
+    if bare.count(text.strip()) == 1:
+        return bare.index(text.strip())
+    if isinstance(label, bool) or not text.strip().isdecimal() or int(text) >= len(names):
+        raise ValueError(
+            f"row {number} has the label {label!r}; expected one of {', '.join(map(repr, names))}, "
+            f"or a number from 0 to {len(names) - 1}. --labels names the classes in the order of "
+            "the model's outputs"
+        )
+    return int(text)
+
+
+def class_names(given: Sequence[str], of_model: Sequence[str], outputs: int) -> list[str]:
+    """Return the names of a model's classes: those given, the model's own, or numbers.
+
+    Args:
+        given: By the user; may be empty.
+        of_model: In the model's configuration; may be empty.
+        outputs: Number of classes.
+
+    Raises:
+        ValueError: If not as many names are given as there are classes, or one twice.
+    """
+    if given and len(given) != outputs:
+        raise ValueError(f"--labels names {len(given)} classes, the model has {outputs}")
+    if len(set(given)) < len(given):
+        raise ValueError(f"--labels names a class twice: {', '.join(given)}")
+    return list(given or of_model or map(str, range(outputs)))

@@ -1,0 +1,73 @@
+"""Results as JSON lines: a file that is there as a whole or not at all, or standard output."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import click
+
+from laplace_lora.commands.rows import STANDARD
+
+
+class Write(Protocol):
+    """Writes one row."""
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        """Write a row that JSON can hold."""
+
+
+def check_writable(out: str, name: str = "--out") -> None:
+    """Refuse a file that could not be written, before any work.
+
+    Args:
+        out: The file, or ``-``.
+        name: Of the option.
+
+    Raises:
+        ValueError: If its folder is missing, or it is one itself.
+    """
+    path = Path(out)
+    if out == STANDARD:
+        return
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"lies in {path.parent}, which does not exist"
+        raise ValueError(f"{name} {out} {what}; give the name of a file")
+    if path.suffix in (".csv", ".tsv"):
+        raise ValueError(f"{name} {out}: results are JSON lines; name the file .jsonl")
+
+
+@contextmanager
+def json_lines(out: str) -> Iterator[Write]:
+    """Open a file for rows; it appears under its name when all are written.
+
+    Args:
+        out: The file, or ``-`` for standard output, where rows appear as they come.
+    """
+    if out == STANDARD:
+        yield lambda row: click.echo(json.dumps(row, ensure_ascii=False))
+        return
+    path = Path(out)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            yield lambda row: print(json.dumps(row, ensure_ascii=False), file=file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    """Return which permissions new files lack; temporary files have their own."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

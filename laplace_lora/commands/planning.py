@@ -1,0 +1,122 @@
+"""Make the plan of how rows are read, from options, adapter and data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from laplace_lora.commands.adapter import CAUSAL, HEAD, Adapter
+from laplace_lora.commands.answers import target_tokens
+from laplace_lora.commands.columns import Columns, columns_of, is_preference
+from laplace_lora.commands.names import class_names
+from laplace_lora.commands.plan import Plan
+from laplace_lora.commands.rows import Row
+
+
+def asked_columns(options: dict[str, Any]) -> Columns:
+    """Return the columns that options name."""
+    roles = ("text", "pair", "completion", "label")
+    return Columns(**{role: options.get(f"{role}_field") for role in roles})
+
+
+def plan_fit(adapter: Adapter, rows: Sequence[Row], options: dict[str, Any]) -> Plan:
+    """Return how a fit reads its rows.
+
+    Args:
+        adapter: The model.
+        rows: The training data.
+        options: Of the command line.
+
+    Raises:
+        ValueError: If model, answers and data do not go together.
+    """
+    likelihood = _likelihood(adapter, rows, options)
+    columns = columns_of(rows, asked_columns(options))
+    targets, names = list(options.get("targets") or ()), list(options.get("labels") or ())
+    if targets:
+        if names:
+            raise ValueError("--target names the classes already; leave --labels out")
+        target_tokens(targets, adapter.tokenizer)  # refuses what are none
+        names = targets
+    elif likelihood == "classification":
+        names = class_names(names, adapter.names, adapter.outputs)
+    elif names:
+        raise ValueError(f"--labels: a {likelihood} posterior has no classes")
+    return Plan(
+        likelihood,
+        columns,
+        names,
+        bool(targets),
+        uses_chat(adapter, columns, likelihood, options.get("chat")),
+        options.get("max_length") or adapter.max_length,
+        bool(options.get("load_in_4bit")),
+    )
+
+
+def plan_again(plan: Plan, rows: Sequence[Row], options: dict[str, Any]) -> Plan:
+    """Return how another command reads its rows: as the fit did, but for what options say.
+
+    Raises:
+        ValueError: If a column is missing, or the number of names is another.
+    """
+    columns = columns_of(rows, asked_columns(options), plan.columns)
+    names = list(options.get("labels") or plan.names)
+    if len(names) != len(plan.names):
+        raise ValueError(f"--labels names {len(names)} classes, the model has {len(plan.names)}")
+    chat = plan.chat if options.get("chat") is None else bool(options["chat"])
+    limit = options.get("max_length") or plan.max_length
+    return replace(plan, columns=columns, names=names, chat=chat, max_length=limit)
+
+
+def _likelihood(adapter: Adapter, rows: Sequence[Row], options: dict[str, Any]) -> str:
+    """Return the likelihood that is asked for, or that fits model and data."""
+    asked, targets = options.get("likelihood"), options.get("targets")
+    possible: tuple[str, ...]
+    if adapter.kind == HEAD:
+        if targets:
+            raise ValueError("--target is for language models; this model has a head of its own")
+        several = adapter.outputs > 1
+        default = "classification" if several else "regression"
+        if not several and is_preference(rows[0]):
+            default = "reward_modeling"
+        possible = (
+            ("classification", "regression") if several else ("regression", "reward_modeling")
+        )
+    elif targets:
+        default, possible = "classification", ("classification",)
+    elif adapter.kind == CAUSAL:
+        default, possible = "language_modeling", ("language_modeling",)
+    else:
+        raise ValueError("an encoder-decoder needs --target: its answers, one token each")
+    if asked is not None and asked not in possible:
+        hint = ""
+        if asked == "classification" and adapter.kind == CAUSAL:
+            hint = '; name the answers by --target " yes" " no"'
+        raise ValueError(
+            f"--likelihood {asked} does not fit this model; possible: {', '.join(possible)}{hint}"
+        )
+    return asked or default
+
+
+def uses_chat(adapter: Adapter, columns: Columns, likelihood: str, asked: bool | None) -> bool:
+    """Return whether texts go through the chat template; messages always do.
+
+    Args:
+        adapter: The model.
+        columns: Of the data.
+        likelihood: Of the posterior.
+        asked: What the user says; ``None`` for the default.
+
+    Raises:
+        ValueError: If it is asked for, and there is none.
+    """
+    has_template = adapter.tokenizer.chat_template is not None
+    if asked and not has_template:
+        raise ValueError("--chat: the tokenizer has no chat template")
+    if asked is not None:
+        return asked
+    if adapter.kind == HEAD or not has_template or columns.pair is not None:
+        return False
+    # Plain texts without an answer are scored as they are.
+    return likelihood != "language_modeling" or columns.completion is not None

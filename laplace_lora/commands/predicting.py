@@ -1,0 +1,73 @@
+"""What ``laplace-lora predict`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from laplace_lora.commands.columns import CHOSEN, REJECTED, is_preference
+from laplace_lora.commands.opened import Opened, open_posterior
+from laplace_lora.commands.output import check_writable, json_lines
+from laplace_lora.commands.rows import Row, read_rows
+from laplace_lora.predictive.data_sets import Predictions
+
+
+def run(
+    adapter: str, data: str, out: str, keep: Sequence[str], quiet: bool, **options: Any
+) -> None:
+    """Predict and write."""
+    check_writable(out)
+    rows = read_rows(data, options["split"])
+    for name in keep:
+        if name not in rows[0]:
+            raise ValueError(f"--keep {name}: the data have {', '.join(map(repr, rows[0]))}")
+    opened = open_posterior(adapter, rows, options)
+    if opened.plan.likelihood == "language_modeling":
+        raise ValueError(
+            f"the posterior is over texts: `laplace-lora score {adapter}` says which tokens it is "
+            "unsure of, `laplace-lora generate` writes"
+        )
+    found = predictions(opened, rows, options["batch_size"], not quiet)
+    with json_lines(out) as write:
+        for row, result in zip(rows, result_rows(found, opened), strict=True):
+            write({**{name: row.get(name) for name in keep}, **result})
+
+
+def predictions(opened: Opened, rows: Sequence[Row], batch_size: int, shown: bool) -> Predictions:
+    """Return the predictions of rows, in their order.
+
+    Args:
+        opened: The posterior.
+        rows: Texts, or preference pairs for a reward model.
+        batch_size: Rows per batch.
+        shown: Whether to show progress.
+    """
+    inputs = opened.inputs
+    if opened.plan.likelihood == "reward_modeling" and is_preference(rows[0]):
+        return opened.la.predict(inputs.loader(rows, batch_size), progress_bar=shown)
+    texts = [inputs.text(row, n) for n, row in enumerate(rows, start=1)]
+    return opened.la.predict(
+        texts, opened.adapter.tokenizer, batch_size=batch_size, progress_bar=shown
+    )
+
+
+def result_rows(found: Predictions, opened: Opened) -> list[dict[str, Any]]:
+    """Return one dictionary for each prediction."""
+    values = found.to_dict()
+    if found.probs is None:
+        name = "reward" if opened.plan.likelihood == "reward_modeling" else "mean"
+        columns = {name: values["mean"], "std": values["std"]}
+        single = len(found.mean.T) == 1
+        return [
+            {k: v[i][0] if single else v[i] for k, v in columns.items()} for i in range(len(found))
+        ]
+    names = opened.plan.names or [REJECTED, CHOSEN]
+    return [
+        {
+            "prediction": names[values["prediction"][i]],
+            "probabilities": dict(zip(names, values["probs"][i], strict=True)),
+            "entropy": values["entropy"][i],
+            "mutual_information": values["mutual_information"][i],
+        }
+        for i in range(len(found))
+    ]

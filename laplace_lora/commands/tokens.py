@@ -1,0 +1,109 @@
+"""What ``laplace-lora score`` and ``laplace-lora generate`` do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import DataCollatorForSeq2Seq
+
+from laplace_lora.commands.adapter import CAUSAL
+from laplace_lora.commands.opened import Opened, open_posterior
+from laplace_lora.commands.output import check_writable, json_lines
+from laplace_lora.commands.rows import Row, read_rows
+from laplace_lora.data.loaders import progress
+from laplace_lora.generation import TokenPredictions
+from laplace_lora.generation import generate as write_texts
+from laplace_lora.generation import score as score_texts
+
+
+def run_score(
+    adapter: str,
+    data: str,
+    out: str,
+    top_k: int,
+    n_samples: int | None,
+    seed: int,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Score the tokens of rows."""
+    opened, rows = _opened(adapter, data, out, options)
+    examples = [opened.inputs.scored(row, n) for n, row in enumerate(rows, start=1)]
+    collate = DataCollatorForSeq2Seq(opened.adapter.tokenizer)
+
+    def answer(part: Sequence[int]) -> TokenPredictions:
+        batch = collate([examples[i] for i in part])
+        source = _generator(opened, seed)
+        return score_texts(opened.la, batch, top_k, n_samples=n_samples, generator=source)
+
+    _write(opened, len(rows), options["batch_size"], out, answer, "Scoring", not quiet)
+
+
+def run_generate(
+    adapter: str,
+    data: str,
+    out: str,
+    top_k: int,
+    n_samples: int | None,
+    seed: int,
+    max_new_tokens: int,
+    do_sample: bool,
+    stop_above: float | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Continue the prompts of rows."""
+    opened, rows = _opened(adapter, data, out, options)
+    prompts = [opened.inputs.text(row, n) for n, row in enumerate(rows, start=1)]
+    tokenizer = opened.adapter.tokenizer
+
+    def answer(part: Sequence[int]) -> TokenPredictions:
+        batch = tokenizer.pad([prompts[i] for i in part], return_tensors="pt")
+        return write_texts(
+            opened.la,
+            batch,
+            max_new_tokens,
+            top_k,
+            do_sample,
+            n_samples=n_samples,
+            generator=_generator(opened, seed),
+            stop_above=stop_above,
+        )
+
+    _write(opened, len(rows), options["batch_size"], out, answer, "Writing", not quiet)
+
+
+def _opened(adapter: str, data: str, out: str, options: dict[str, Any]) -> tuple[Opened, list[Row]]:
+    check_writable(out)
+    rows = read_rows(data, options["split"])
+    opened = open_posterior(adapter, rows, options)
+    if opened.adapter.kind != CAUSAL:
+        raise ValueError(
+            "tokens are scored and written by causal language models; for others there is "
+            "`laplace-lora predict`"
+        )
+    return opened, rows
+
+
+def _generator(opened: Opened, seed: int) -> torch.Generator:
+    """Return the source of the samples, the same for each batch."""
+    return torch.Generator(opened.la.fitted.device).manual_seed(seed)
+
+
+def _write(
+    opened: Opened,
+    count: int,
+    batch_size: int,
+    out: str,
+    answer: Callable[[Sequence[int]], TokenPredictions],
+    title: str,
+    shown: bool,
+) -> None:
+    """Write a row for each text, batch by batch."""
+    parts = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
+    with json_lines(out) as write:
+        for part in progress(parts, shown, title):
+            for text in answer(part).to_dict(opened.adapter.tokenizer)["texts"]:
+                write(text)

@@ -1,0 +1,159 @@
+"""``laplace-lora fit`` does what the Python calls do, and leaves nothing behind when it fails."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.utils.data import DataLoader
+from transformers import BertForSequenceClassification, DataCollatorWithPadding
+
+from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
+from laplace_lora.commands.plan import PLAN
+from laplace_lora.storage.files import CONFIG, TENSORS
+from support.command_line import refused, run
+from support.on_disk import reviews, tokenizer, write_json_lines, write_table
+
+CLASSES = {"kron": KronLoraLaplace, "full": FullLoraLaplace, "diag": DiagLoraLaplace}
+TEXTS = ["the film was bad", "the meal was fine"]
+
+
+def loader(n, seed):
+    words = tokenizer()
+    rows = [{**words(r["text"]), "labels": r["label"]} for r in reviews(n, seed)]
+    return DataLoader(rows, batch_size=8, collate_fn=DataCollatorWithPadding(words))
+
+
+def model_of(folder, made):
+    base = made("classifier").parent / "base"
+    model = BertForSequenceClassification.from_pretrained(base, num_labels=2)
+    return PeftModel.from_pretrained(model, folder)
+
+
+@pytest.mark.parametrize("structure", CLASSES)
+def test_it_is_the_python_calls(adapter, data, made, structure):
+    folder = adapter()
+    args = ["--data", data("train"), "--val", data("val"), "--structure", structure]
+    result = run("fit", folder, *args)
+    assert result.stdout.startswith(f"{CLASSES[structure].__name__}: classification")
+    assert "Tuned by" in result.stderr and "Calibrated" in result.stderr
+    model = model_of(folder, made)
+    la = CLASSES[structure](model, "classification")
+    la.fit(loader(48, 0))
+    la.optimize_prior_precision()
+    la.calibrate(loader(32, 1))
+    again = CLASSES[structure].from_pretrained(model, folder)
+    expected = la.predict(TEXTS, tokenizer()).probs
+    assert torch.equal(again.predict(TEXTS, tokenizer()).probs, expected)
+
+
+def test_without_validation_data_nothing_is_calibrated(adapter, data):
+    folder = adapter()
+    result = run("fit", folder, "--data", data("train"))
+    assert "nothing: width, temperature and mean as fitted" in result.stdout
+
+
+def test_tables_with_named_columns_and_labels(adapter, data, tmp_path):
+    folder = adapter()
+    names = ["unhappy", "happy"]
+    rows = [{"review": r["text"], "mood": names[r["label"]]} for r in reviews(48, 0)]
+    table = write_table(tmp_path / "train.csv", rows)
+    columns = ["--text-field", "review", "--label-field", "mood", "--labels", *names]
+    run("fit", folder, "--data", table, *columns)
+    plan = json.loads((folder / PLAN).read_text())
+    assert plan["names"] == names and plan["columns"]["text"] == "review"
+    tensors = (folder / TENSORS).read_bytes()
+    run("fit", folder, "--data", data("train"), "--overwrite")
+    assert (folder / TENSORS).read_bytes() == tensors
+
+
+def test_quiet_says_only_what_it_saved(adapter, data):
+    result = run("fit", adapter(), "--data", data("train"), "--quiet")
+    assert result.stderr == "" and "Saved in" in result.stdout
+
+
+def test_the_posterior_may_go_elsewhere(adapter, data, tmp_path):
+    folder, elsewhere = adapter(), tmp_path / "new" / "posterior"
+    run("fit", folder, "--data", data("train"), "--out", elsewhere)
+    assert {p.name for p in elsewhere.iterdir()} == {TENSORS, CONFIG, PLAN}
+    assert not (folder / TENSORS).exists()
+
+
+def test_a_posterior_is_not_replaced_unasked(adapter, data):
+    folder = adapter()
+    (folder / TENSORS).write_bytes(b"earlier")
+    assert "--overwrite" in refused("fit", folder, "--data", data("train"))
+    assert (folder / TENSORS).read_bytes() == b"earlier"
+
+
+BAD = {
+    "no label": ({"text": "the film was good"}, "no column for the label"),
+    "empty text": ({"text": "", "label": 1}, "row 2 has no text"),
+    "unknown label": ({"text": "the film", "label": "great"}, "row 2 has the label 'great'"),
+    "label too large": ({"text": "the film", "label": 2}, "a number from 0 to 1"),
+    "truth value": ({"text": "the film", "label": True}, "row 2 has the label True"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_rows_are_named_and_nothing_is_left(adapter, tmp_path, case):
+    folder = adapter()
+    before = sorted(p.name for p in folder.iterdir())
+    row, message = BAD[case]
+    first = {"text": "the meal was bad", "label": 0} if "label" in row else row
+    path = write_json_lines(tmp_path / "bad.jsonl", [first, row])
+    assert message in refused("fit", folder, "--data", path)
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_a_failure_after_the_fit_leaves_nothing(adapter, data, monkeypatch):
+    folder = adapter()
+    before = sorted(p.name for p in folder.iterdir())
+
+    def fail(*_, **__):
+        raise RuntimeError("the disk burns")
+
+    monkeypatch.setattr("laplace_lora.posteriors.calibrated.Tuner.calibrate", fail)
+    args = ["--data", data("train"), "--val", data("val")]
+    assert "the disk burns (RuntimeError; --debug shows where)" in refused("fit", folder, *args)
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_an_adapter_that_guesses_is_told(adapter, data):
+    swapped = data("train", lambda row: {**row, "label": 1 - row["label"]})
+    result = run("fit", adapter(), "--data", swapped)
+    assert "Warning: the adapter's mean loss" in result.stderr
+    assert "Warning" not in run("fit", adapter("one output"), "--data", data("train")).stderr
+
+
+def test_a_regression(adapter, data):
+    folder = adapter("one output")
+    result = run("fit", folder, "--data", data("train"))
+    assert ": regression by" in result.stdout
+    message = refused("fit", folder, "--data", data("train"), "--val", data("val"), "--overwrite")
+    assert "cannot be calibrated" in message
+
+
+def test_a_reward_model_from_preference_pairs(adapter, tmp_path):
+    folder = adapter("one output")
+    good, bad = "the film was good", "the film was bad"
+    rows = [{"chosen": good, "rejected": bad}, {"chosen": "the meal was fine", "rejected": bad}]
+    path = write_json_lines(tmp_path / "pairs.jsonl", rows * 6)
+    result = run("fit", folder, "--data", path)
+    assert ": reward_modeling by" in result.stdout
+
+
+def test_arguments_that_do_not_go_together(adapter, data):
+    folder, train = adapter(), data("train")
+    cases = {
+        ("--target", "good", "bad"): "for language models",
+        ("--labels", "a", "b", "c"): "names 3 classes, the model has 2",
+        ("--labels", "a", "a"): "names a class twice",
+        ("--likelihood", "language_modeling"): "possible: classification, regression",
+        ("--chat",): "the tokenizer has no chat template",
+        ("--text-field", "review"): "no column 'review'",
+        ("--out", train): "is a file; give a folder",
+    }
+    for args, message in cases.items():
+        assert message in refused("fit", folder, "--data", train, *args)
+    assert "say where the posterior goes by --out" in refused("fit", "me/it", "--data", train)

@@ -1,0 +1,73 @@
+"""What a posterior is, and what a fit will do."""
+
+import json
+
+from laplace_lora.storage.files import TENSORS
+from support.command_line import refused, run
+from support.on_disk import save_classifier
+
+
+def test_info_says_what_the_files_hold(adapter, data):
+    folder = adapter()
+    run("fit", folder, "--data", data("train"), "--val", data("val"), "-q")
+    content = json.loads(run("info", folder, "--json").stdout)
+    assert content["posterior"]["class"] == "KronLoraLaplace"
+    assert content["posterior"]["examples"] == 48 and content["covers"]["tensors"] == 10
+    assert content["covers"]["weights"] == 290
+    assert content["size"]["file, MiB"] == (folder / TENSORS).stat().st_size / 2**20
+    assert 0 < content["size"]["curvature, MiB"] <= content["size"]["memory, MiB"]
+    assert len(content["fingerprints"]["base"]) == 64
+    assert content["data"]["columns"]["text"] == "text"
+    shown = run("info", folder).stdout
+    assert content["fingerprints"]["weights"][:12] in shown
+    assert content["fingerprints"]["weights"] not in shown and "KronLoraLaplace" in shown
+
+
+def test_info_checks_the_files(adapter, data):
+    folder = adapter()
+    assert "is missing" in refused("info", folder)
+    run("fit", folder, "--data", data("train"), "-q")
+    content = (folder / TENSORS).read_bytes()
+    (folder / TENSORS).write_bytes(content[:-8])
+    assert "altered, truncated" in refused("info", folder)
+
+
+def test_doctor_of_a_model_alone(made):
+    result = run("doctor", made("classifier"))
+    assert "290 weights are covered" in result.stdout and "Kronecker factors" in result.stdout
+    assert "Give --data" in result.stdout and "expected to succeed" in result.stdout
+    assert "Kronecker factors" in run("doctor", made("decoder")).stdout
+    assert run("doctor", made("decoder"), "--target", "good", "bad").exit_code == 0
+    assert "needs" in refused("doctor", made("decoder"), "--target", "good")
+
+
+def test_doctor_of_a_fit_writes_nothing(made, data):
+    before = {p.name for p in made("classifier").iterdir()}
+    args = ("doctor", made("classifier"), "--data", data("train"))
+    result = run(*args, "--structure", "full")
+    assert "A fit of 48 rows in 6 batches takes about" in result.stdout
+    assert "activations" in result.stdout and "available" in result.stdout
+    assert {p.name for p in made("classifier").iterdir()} == before
+
+
+def test_doctor_names_what_is_not_covered(tmp_path, data):
+    folder = save_classifier(tmp_path, modules_to_save=["classifier", "LayerNorm"])
+    result = run("doctor", folder, "--data", data("train"), status=1)
+    assert "Problem: K-FAC covers none of" in result.stdout
+    assert "LayerNorm" in result.stdout and "--uncovered diag" in result.stdout
+    assert "uncovered" in refused("fit", folder, "--data", data("train"))
+    result = run("doctor", folder, "--data", data("train"), "--uncovered", "diag")
+    assert "diagonal" in result.stdout and "expected to succeed" in result.stdout
+    run("fit", folder, "--data", data("train"), "--uncovered", "diag", "-q")
+
+
+def test_doctor_says_when_memory_is_short(made, data, monkeypatch):
+    monkeypatch.setattr("laplace_lora.structures.sizes.available", lambda device: 1000)
+    result = run("doctor", made("classifier"), "--data", data("train"), status=1)
+    assert "Problem: batch of 8" in result.stdout and "too large" in result.stdout
+
+
+def test_doctor_refuses_data_as_a_fit_does(made, data):
+    unlabelled = data("train", lambda row: {"text": row["text"]})
+    message = refused("doctor", made("classifier"), "--data", unlabelled)
+    assert "no column for the label" in message

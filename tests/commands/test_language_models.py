@@ -1,0 +1,173 @@
+"""Answers by token, chat templates, and the tokens of texts."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from laplace_lora import KronLoraLaplace
+from laplace_lora.commands.plan import PLAN
+from laplace_lora.generation import score
+from support.command_line import refused, run
+from support.on_disk import reviews, write_json_lines
+
+ANSWERS = ("--target", "bad", "good")
+
+
+def asked(row):
+    return {"prompt": row["text"], "label": ("bad", "good")[row["label"]]}
+
+
+def completed(n, seed):
+    rows = reviews(n, seed)
+    return [{"prompt": "the film was", "completion": f" {row['text'].split()[-1]}"} for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["decoder", "chat"])
+def test_answers_by_token(adapter, data, made, kind):
+    folder = adapter(kind)
+    run("fit", folder, "--data", data("train", asked), *ANSWERS, "-q")
+    result = run("predict", folder, "--data", data("test", asked), "-q")
+    found = [json.loads(line)["probabilities"] for line in result.stdout.splitlines()]
+    base = made(kind).parent / "base"
+    words = AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), folder)
+    la = KronLoraLaplace.from_pretrained(model, folder)
+    assert la.logits_model.target_ids.tolist() == words.convert_tokens_to_ids(["bad", "good"])
+    texts = [row["text"] for row in reviews(20, 2)]
+    if kind == "chat":
+        texts = [f"user : {text} assistant :" for text in texts]
+    expected = la.predict(texts, words).probs.tolist()
+    assert [list(p.values()) for p in found] == [pytest.approx(p, abs=1e-5) for p in expected]
+
+
+def test_the_chat_template_is_the_fit_s_unless_said_otherwise(adapter, data):
+    folder = adapter("chat")
+    run("fit", folder, "--data", data("train", asked), *ANSWERS, "-q")
+    assert json.loads((folder / PLAN).read_text())["chat"] is True
+    args = ("predict", folder, "--data", data("test", asked), "-q")
+    with_template, without = run(*args).stdout, run(*args, "--no-chat").stdout
+    assert with_template != without and run(*args, "--chat").stdout == with_template
+    (folder / PLAN).unlink()
+    assert "give --chat or --no-chat" in refused(*args)
+    assert run(*args, "--chat").stdout == with_template
+
+
+def test_messages_are_prompts(adapter, data):
+    def message(row):
+        turn = {"role": "user", "content": row["text"]}
+        return {"messages": [turn], "label": row["label"]}
+
+    folder = adapter("chat")
+    run("fit", folder, "--data", data("train", message), *ANSWERS, "-q")
+    result = run("predict", folder, "--data", data("test", message), "-q").stdout
+    run("fit", folder, "--data", data("train", asked), *ANSWERS, "--overwrite", "-q")
+    assert run("predict", folder, "--data", data("test", asked), "-q").stdout == result
+    plain = adapter("decoder")
+    refusal = refused("fit", plain, "--data", data("train", message), *ANSWERS)
+    assert "the tokenizer has no chat template" in refusal
+
+
+def test_answers_must_be_single_known_tokens(adapter, data):
+    folder = adapter("decoder")
+    cases = {
+        ("--target", "good"): "needs two answers or more",
+        ("--target", "good", "very good"): "'very good' is 2 tokens",
+        ("--target", "good", "marvellous"): "every answer must be one known token",
+        ("--target", "good", "good"): "the same token",
+        ("--target", "a", "b", "--labels", "a", "b"): "leave --labels out",
+        ("--likelihood", "classification"): "name the answers by --target",
+    }
+    for args, message in cases.items():
+        assert message in refused("fit", folder, "--data", data("train", asked), *args)
+
+
+def test_a_prompt_that_is_too_long_is_refused(adapter, data, tmp_path):
+    folder = adapter("decoder")
+    run("fit", folder, "--data", data("train", asked), *ANSWERS, "-q")
+    path = write_json_lines(tmp_path / "long.jsonl", [{"prompt": "the film was good " * 9}])
+    assert "row 1 has 36 tokens, more than 24" in refused("predict", folder, "--data", path)
+
+
+@pytest.fixture
+def writer(adapter, tmp_path):
+    folder = adapter("decoder")
+    run("fit", folder, "--data", write_json_lines(tmp_path / "t.jsonl", completed(24, 0)), "-q")
+    return folder
+
+
+def test_score_is_the_python_call(writer, made, tmp_path):
+    rows = completed(5, 1)
+    path = write_json_lines(tmp_path / "x.jsonl", rows)
+    result = run("score", writer, "--data", path, "--batch-size", 5, "-q", "--top-k", 4)
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["text"] for row in found] == [f"{r['completion'].strip()} [EOS]" for r in rows]
+    base = made("decoder").parent / "base"
+    words = AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), writer)
+    la = KronLoraLaplace.from_pretrained(model, writer)
+    ids = words([f"{r['prompt']}{r['completion']} [EOS]" for r in rows], return_tensors="pt")
+    labels = ids["input_ids"].clone()
+    labels[:, :3] = -100
+    source = torch.Generator().manual_seed(0)
+    expected = score(la, {**ids, "labels": labels}, top_k=4, generator=source)
+    for row, other in zip(found, expected.to_dict(words)["texts"], strict=True):
+        assert row["log_prob"] == pytest.approx(other["log_prob"], rel=1e-4)
+        assert len(row["tokens"]) == 2
+        assert row["tokens"][0]["mutual_information"] > 0
+
+
+def test_texts_without_prompts_are_scored_whole(writer, data):
+    result = run(
+        "score", writer, "--data", data("test"), "--text-field", "text", "--top-k", 4, "-q"
+    )
+    first = json.loads(result.stdout.splitlines()[0])
+    assert first["text"] == reviews(20, 2)[0]["text"].partition(" ")[2]  # nothing before the first
+
+
+def test_generate_writes_and_stops(writer, tmp_path):
+    out = tmp_path / "written.jsonl"
+    path = write_json_lines(tmp_path / "x.jsonl", [{"prompt": "the film was"}] * 3)
+    args = ("generate", writer, "--data", path, "--max-new-tokens", 3, "--top-k", 9, "-q")
+    run(*args, "--out", out, "--batch-size", 2)
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(found) == 3 and all(1 <= len(row["tokens"]) <= 3 for row in found)
+    assert found[0] == found[1] and not found[0]["stopped"]
+    (stopped, *_) = run(*args, "--stop-above", 0).stdout.splitlines()
+    assert json.loads(stopped)["stopped"] and len(json.loads(stopped)["tokens"]) == 1
+    drawn = [run(*args, "--do-sample", "--seed", seed).stdout for seed in (0, 1, 2, 3)]
+    assert len(set(drawn)) > 1
+
+
+def test_conversations_are_scored_in_the_last_message(adapter, data):
+    def conversation(row):
+        *words, last = row["text"].split()
+        turn = {"role": "user", "content": " ".join(words)}
+        return {"messages": [turn, {"role": "assistant", "content": last}]}
+
+    folder = adapter("chat")
+    run("fit", folder, "--data", data("train", conversation), "-q")
+    result = run("score", folder, "--data", data("test", conversation), "--top-k", 4, "-q")
+    tokens = json.loads(result.stdout.splitlines()[0])["tokens"]
+    assert [t["text"] for t in tokens] == [reviews(20, 2)[0]["text"].split()[-1], "[EOS]"]
+    question = data("test", lambda row: {"messages": conversation(row)["messages"][:1]})
+    assert "last message is not the assistant's" in refused("score", folder, "--data", question)
+    run("generate", folder, "--data", question, "--max-new-tokens", 1, "--top-k", 4, "-q")
+
+
+def test_commands_that_do_not_fit_the_model(writer, adapter, data):
+    assert "laplace-lora score" in refused("predict", writer, "--data", data("test", asked))
+    folder = adapter()
+    run("fit", folder, "--data", data("train"), "-q")
+    assert "by causal language models" in refused("score", folder, "--data", data("test"))
+
+
+def test_data_for_texts(adapter, data, tmp_path):
+    folder = adapter("chat")
+    only_text = data("train", lambda row: {"text": row["text"]})
+    run("fit", folder, "--data", only_text, "-q")
+    assert json.loads((folder / PLAN).read_text())["chat"] is False
+    message = refused("fit", folder, "--data", only_text, "--chat", "--overwrite")
+    assert "needs to know the answer" in message

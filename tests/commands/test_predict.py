@@ -1,0 +1,163 @@
+"""``laplace-lora predict`` and ``evaluate``: rows in their order, read as in the fit."""
+
+import json
+
+import pytest
+import torch
+
+from laplace_lora.commands.plan import PLAN
+from laplace_lora.evaluation.metrics import METRICS
+from laplace_lora.storage.files import TENSORS
+from support.command_line import refused, run
+from support.on_disk import read_json_lines, reviews, write_json_lines
+
+FOUND = ("prediction", "probabilities", "entropy", "mutual_information")
+
+
+@pytest.fixture
+def fitted(adapter, data):
+    folder = adapter()
+    run("fit", folder, "--data", data("train"), "--labels", "bad", "good", "-q")
+    return folder
+
+
+def test_rows_come_in_order_with_what_is_kept(fitted, data, tmp_path):
+    rows = reviews(20, 2)
+    rows[3]["text"] = " ".join([rows[3]["text"]] * 4)  # lengths are sorted inside
+    path, out = write_json_lines(tmp_path / "x.jsonl", rows), tmp_path / "y.jsonl"
+    result = run("predict", fitted, "--data", path, "--out", out, "--keep", "id", "label", "-q")
+    assert result.output == ""
+    found = read_json_lines(out)
+    assert [row["id"] for row in found] == [row["id"] for row in rows]
+    assert all(tuple(row) == ("id", "label", *FOUND) for row in found)
+    alone = run("predict", fitted, "--data", "-", "-q", given=json.dumps(rows[3]))
+    (single,) = map(json.loads, alone.stdout.splitlines())
+    assert single["probabilities"] == pytest.approx(found[3]["probabilities"])
+    for row in found:
+        p = torch.tensor([row["probabilities"][name] for name in ("bad", "good")]).double()
+        assert float(p.sum()) == pytest.approx(1)
+        assert row["entropy"] == pytest.approx(float(-(p * p.log()).sum()), rel=1e-3)
+        assert 0 < row["mutual_information"] < row["entropy"]
+        assert row["prediction"] == ("bad", "good")[int(p.argmax())]
+
+
+def test_standard_input_and_output(fitted, data):
+    path = data("test")
+    result = run("predict", fitted, "--data", "-", given=path.read_text())
+    assert [json.loads(line)["prediction"] for line in result.stdout.splitlines()]
+    assert len(result.stdout.splitlines()) == 20
+
+
+def test_a_failure_leaves_the_earlier_results(fitted, data, tmp_path, monkeypatch):
+    out = tmp_path / "y.jsonl"
+    out.write_text("earlier")
+
+    def broken(*_):
+        return [{"prediction": 0}, {"prediction": {1}}, *[{}] * 18]  # a set is no JSON
+
+    monkeypatch.setattr("laplace_lora.commands.predicting.result_rows", broken)
+    assert "not JSON" in refused("predict", fitted, "--data", data("test"), "--out", out)
+    assert out.read_text() == "earlier" and len(list(tmp_path.glob("y.jsonl*"))) == 1
+
+
+def test_results_are_readable_by_others_as_new_files_are(fitted, data, tmp_path):
+    out, plain = tmp_path / "y.jsonl", tmp_path / "plain"
+    run("predict", fitted, "--data", data("test"), "--out", out, "-q")
+    plain.touch()
+    assert out.stat().st_mode == plain.stat().st_mode
+
+
+def test_bad_arguments_are_refused_before_the_model_is_loaded(tmp_path, data):
+    cases = {
+        ("--out", tmp_path): "is a folder",
+        ("--out", tmp_path / "gone" / "y.jsonl"): "does not exist",
+        ("--out", tmp_path / "y.csv"): "name the file .jsonl",
+        ("--keep", "key"): "the data have 'id', 'text', 'label'",
+    }
+    for args, message in cases.items():
+        assert message in refused("predict", "no-adapter", "--data", data("test"), *args)
+
+
+def test_other_names_of_columns_and_labels(fitted, data, tmp_path):
+    rows = [{"review": row["text"]} for row in reviews(4, 2)]
+    path = write_json_lines(tmp_path / "x.jsonl", rows)
+    message = refused("predict", fitted, "--data", path)
+    assert "fitted on the column 'text'; the data have 'review'" in message
+    args = ["--text-field", "review", "--labels", "-", "+", "-q"]
+    result = run("predict", fitted, "--data", path, *args)
+    assert set(json.loads(result.stdout.splitlines()[0])["probabilities"]) == {"-", "+"}
+    assert "names 1 classes" in refused("predict", fitted, "--data", path, *args[:4])
+
+
+def test_a_posterior_elsewhere(adapter, data, tmp_path):
+    folder, elsewhere = adapter(), tmp_path / "posterior"
+    run("fit", folder, "--data", data("train"), "--out", elsewhere, "-q")
+    message = refused("predict", folder, "--data", data("test"))
+    assert "laplace.safetensors is missing" in message
+    run("predict", folder, "--data", data("test"), "--posterior", elsewhere, "-q")
+
+
+def test_a_plan_of_another_posterior_is_refused(fitted, adapter, data, tmp_path):
+    other = tmp_path / "other"
+    run("fit", fitted, "--data", data("val"), "--out", other, "-q")
+    (fitted / TENSORS).write_bytes((other / TENSORS).read_bytes())
+    assert "belongs to another posterior" in refused("predict", fitted, "--data", data("test"))
+    (fitted / PLAN).write_text("{}")
+    assert "is damaged" in refused("predict", fitted, "--data", data("test"))
+    (fitted / PLAN).write_text('{"version": 9}')
+    assert "update it" in refused("predict", fitted, "--data", data("test"))
+    (fitted / PLAN).unlink()  # as a posterior that was saved from Python
+    result = run("predict", fitted, "--data", data("test"), "-q")
+    assert set(json.loads(result.stdout.splitlines()[0])["probabilities"]) == {"0", "1"}
+
+
+def test_regressions_and_rewards_have_moments(adapter, data, tmp_path):
+    folder = adapter("one output")
+    run("fit", folder, "--data", data("train"), "-q")
+    first = json.loads(run("predict", folder, "--data", data("test"), "-q").stdout.splitlines()[0])
+    assert set(first) == {"mean", "std"} and first["std"] > 0
+    pairs = [{"chosen": "the film was good", "rejected": "the film was bad"}] * 9
+    path = write_json_lines(tmp_path / "pairs.jsonl", pairs)
+    run("fit", folder, "--data", path, "--overwrite", "-q")
+    first = json.loads(run("predict", folder, "--data", path, "-q").stdout.splitlines()[0])
+    assert set(first["probabilities"]) == {"rejected", "chosen"}
+    first = json.loads(run("predict", folder, "--data", data("test"), "-q").stdout.splitlines()[0])
+    assert set(first) == {"reward", "std"}
+
+
+def test_long_texts_are_cut_for_a_head(fitted, tmp_path):
+    rows = [{"text": "the film was good " * n} for n in (6, 60)]  # 24 tokens are the limit
+    path = write_json_lines(tmp_path / "long.jsonl", rows)
+    result = run("predict", fitted, "--data", path, "-q")
+    cut, longer = (json.loads(line) for line in result.stdout.splitlines())
+    assert cut["probabilities"] == pytest.approx(longer["probabilities"], abs=1e-6)
+    result = run("predict", fitted, "--data", path, "-q", "--max-length", 3)
+    assert json.loads(result.stdout.splitlines()[0]) != cut
+
+
+def test_evaluate_compares_with_the_map(fitted, data, tmp_path):
+    out, plot = tmp_path / "scores.json", tmp_path / "report.png"
+    result = run("evaluate", fitted, "--data", data("test"), "--out", out, "-q", "--plot", plot)
+    assert "MAP" in result.stdout and "Laplace" in result.stdout and "ECE" in result.stdout
+    by_map, by_laplace = json.loads(out.read_text())
+    assert by_map["examples"] == 20 and set(by_map["values"]) == set(METRICS)
+    assert by_map["values"]["NLL"] != by_laplace["values"]["NLL"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    predicted = run("predict", fitted, "--data", data("test"), "--keep", "label", "-q").stdout
+    rows = [json.loads(line) for line in predicted.splitlines()]
+    p = torch.tensor([row["probabilities"][("bad", "good")[row["label"]]] for row in rows])
+    assert by_laplace["values"]["NLL"] == pytest.approx(float(-p.log().mean()), rel=1e-5)
+
+
+def test_evaluate_knows_data_of_another_kind(fitted, data, tmp_path):
+    other = write_json_lines(tmp_path / "other.jsonl", [{"text": "was was the the"}] * 5)
+    result = run("evaluate", fitted, "--data", data("test"), "--ood", other, "-q")
+    assert "OOD AUROC (MI)" in result.stdout
+
+
+def test_evaluate_refuses_what_it_cannot_score(adapter, data):
+    folder = adapter("one output")
+    run("fit", folder, "--data", data("train"), "-q")
+    assert "this is a regression posterior" in refused("evaluate", folder, "--data", data("test"))
+    message = refused("evaluate", folder, "--data", data("test"), "--plot", "report.txt")
+    assert "expected a file in .png" in message

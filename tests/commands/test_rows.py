@@ -1,0 +1,83 @@
+"""Rows are read from every kind of data, and bad lines are named."""
+
+import gzip
+import sys
+
+import pytest
+
+from laplace_lora.commands.rows import read_rows
+from support.command_line import refused
+from support.on_disk import write_table
+
+ROWS = [{"text": "a, b", "label": "1"}, {"text": 'the "film"\nwas', "label": "0"}]
+
+
+def test_json_lines_skip_empty_lines(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "ü", "label": 1}\n\n{"text": "b"}\n', encoding="utf-8")
+    assert read_rows(str(path)) == [{"text": "ü", "label": 1}, {"text": "b"}]
+
+
+def test_json_lines_may_be_compressed(tmp_path):
+    path = tmp_path / "x.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.write('{"text": "a"}\n')
+    assert read_rows(str(path)) == [{"text": "a"}]
+
+
+def test_tables_keep_quoted_commas_and_lines(tmp_path):
+    path = write_table(tmp_path / "x.csv", ROWS)
+    assert read_rows(str(path)) == ROWS
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as spreadsheets save it
+    assert read_rows(str(path)) == ROWS
+    (tmp_path / "x.tsv").write_text("text\tlabel\na, b\t1\n")
+    assert read_rows(str(tmp_path / "x.tsv")) == ROWS[:1]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.jsonl", '{"text": 1}\n{oops\n', "line 2: no JSON"),
+        ("x.jsonl", "[1]\n", "line 1: expected an object"),
+        ("x.jsonl", "\n", "has no rows"),
+        ("x.csv", "text,label\na,b,c\n", "line 2: expected 2 columns"),
+        ("x.csv", "text,label\na\n", "line 2: expected 2 columns"),
+        ("x.csv", 'text,label\n"a\n', "line 1: unexpected end of data"),
+        ("x.parquet", "", "expected a file in .jsonl"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_rows(str(path))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_rows(str(tmp_path / "gone.json"))
+    assert "gone.jsonl" in refused("predict", "anything", "--data", tmp_path / "gone.jsonl")
+
+
+def test_data_set_folders(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    single, several = tmp_path / "single", tmp_path / "several"
+    data = datasets.Dataset.from_list(ROWS)
+    data.save_to_disk(single)
+    datasets.DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(several)
+    assert read_rows(str(single)) == ROWS
+    assert read_rows(str(several), "test") == ROWS[1:]
+    with pytest.raises(ValueError, match="train, test; choose one by --split"):
+        read_rows(str(several))
+    with pytest.raises(ValueError, match="has train, test"):
+        read_rows(str(several), "val")
+    with pytest.raises(ValueError, match="has no splits"):
+        read_rows(str(single), "val")
+    with pytest.raises(ValueError, match="no data set folder"):
+        read_rows("-", "val")
+
+
+def test_without_datasets_a_folder_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="pip install datasets"):
+        read_rows(str(tmp_path))
