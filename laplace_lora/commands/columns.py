@@ -90,7 +90,7 @@ def cell(row: Row, name: str | None, number: int, what: str, option: str) -> Any
             f"no column for the {what}: the data have {_listed(row)}; name it by {option}"
         )
     value = row.get(name)
-    if value is None or (isinstance(value, str | list) and not value):
+    if value is None or value == "":
         raise ValueError(f"row {number} has no {what}: its column {name!r} is empty")
     return value
 

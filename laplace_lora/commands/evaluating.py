@@ -12,6 +12,7 @@ from rich.table import Table
 
 from laplace_lora.commands.opened import Opened, open_posterior
 from laplace_lora.commands.output import check_writable
+from laplace_lora.commands.planning import WITH_CLASSES
 from laplace_lora.commands.rows import Row, read_rows
 from laplace_lora.evaluation import MAP, CalibrationReport, plot_reports
 from laplace_lora.evaluation import evaluate as scores_of
@@ -39,7 +40,7 @@ def run(
     ood_rows = None if ood is None else read_rows(ood)
     opened = open_posterior(adapter, rows, options)
     likelihood = opened.plan.likelihood
-    if likelihood != "classification":
+    if likelihood not in WITH_CLASSES:
         raise ValueError(
             f"evaluate scores class probabilities; this is a {likelihood} posterior. "
             "`laplace-lora predict` and `laplace-lora score` say what it thinks of rows"

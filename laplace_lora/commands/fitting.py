@@ -16,6 +16,7 @@ from laplace_lora.commands.inputs import Inputs
 from laplace_lora.commands.plan import PLAN, Plan, plan_text
 from laplace_lora.commands.planning import plan_fit
 from laplace_lora.commands.rows import read_rows
+from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.storage.files import TENSORS, read_files, write_whole
 
@@ -24,7 +25,6 @@ CLASSES: dict[str, Any] = {
     "full": FullLoraLaplace,
     "diag": DiagLoraLaplace,
 }
-CALIBRATED = ("classification", "reward_modeling")
 
 
 def run(
@@ -44,7 +44,7 @@ def run(
     names = ("base", "device", "dtype", "load_in_4bit")
     loaded = load_adapter(adapter, **{n: options[n] for n in names})
     plan = plan_fit(loaded, rows, options)
-    if val_rows is not None and plan.likelihood not in CALIBRATED:
+    if val_rows is not None and not likelihood_of(plan.likelihood).is_classifier:
         raise ValueError(f"--val: a {plan.likelihood} posterior cannot be calibrated")
     inputs = Inputs(loaded, plan)
     train_loader = inputs.loader(rows, options["batch_size"])

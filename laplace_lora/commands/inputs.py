@@ -11,7 +11,7 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from laplace_lora.commands.adapter import HEAD, Adapter
 from laplace_lora.commands.columns import CHOSEN, REJECTED, cell
-from laplace_lora.commands.names import index_of
+from laplace_lora.commands.names import applying, index_of
 from laplace_lora.commands.plan import Plan
 from laplace_lora.commands.rows import Row
 
@@ -54,9 +54,12 @@ class Inputs:
     def labelled(self, row: Row, number: int) -> Example:
         """Return a text with its label."""
         label = cell(row, self.plan.columns.label, number, "label", "--label-field")
-        if self.plan.likelihood == "regression":
+        value: Any
+        if self.plan.likelihood == "multilabel":
+            value = applying(label, self.plan.names, number)
+        elif self.plan.likelihood == "regression":
             try:
-                value: float = float(label)
+                value = float(label)
             except (TypeError, ValueError):
                 raise ValueError(f"row {number} has the label {label!r}, no number") from None
         else:

@@ -33,6 +33,28 @@ def index_of(label: Any, names: Sequence[str], number: int) -> int:
     return int(text)
 
 
+def applying(labels: Any, names: Sequence[str], number: int) -> list[float]:
+    """Return 1 for each class that applies, 0 for the others.
+
+    Args:
+        labels: A list of their names, or of 0 and 1 for each class, -100 where that is not known.
+        names: Names of the classes, in the order of the model's outputs.
+        number: The row's, from 1.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if isinstance(labels, list):
+        if all(label in names for label in labels):
+            return [float(name in labels) for name in names]
+        if len(labels) == len(names) and all(label in (0, 1, -100) for label in labels):
+            return [float(label) for label in labels]
+    raise ValueError(
+        f"row {number} has the label {labels!r}; expected a list of those that apply, of "
+        f"{', '.join(map(repr, names))}, or one 0 or 1 for each of them"
+    )
+
+
 def class_names(given: Sequence[str], of_model: Sequence[str], outputs: int) -> list[str]:
     """Return the names of a model's classes: those given, the model's own, or numbers.
 

@@ -13,7 +13,7 @@ from laplace_lora.commands.columns import columns_of
 from laplace_lora.commands.inputs import Inputs
 from laplace_lora.commands.names import class_names
 from laplace_lora.commands.plan import Plan, read_plan
-from laplace_lora.commands.planning import asked_columns, plan_again, uses_chat
+from laplace_lora.commands.planning import WITH_CLASSES, asked_columns, plan_again, uses_chat
 from laplace_lora.commands.rows import Row
 from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.storage.files import read_files
@@ -78,7 +78,7 @@ def _plan_of(
     if targets is not None:
         tokens = [adapter.tokenizer.decode([token]) for token in targets]
         names = class_names(given, tokens, len(targets))
-    elif likelihood == "classification":
+    elif likelihood in WITH_CLASSES:
         names = class_names(given, adapter.names, adapter.outputs)
     if options.get("chat") is None and adapter.kind != HEAD and adapter.tokenizer.chat_template:
         raise ValueError(

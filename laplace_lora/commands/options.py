@@ -12,7 +12,13 @@ from laplace_lora.commands.base import Values
 F = TypeVar("F", bound=Callable[..., Any])
 
 STRUCTURES = ("kron", "full", "diag")
-LIKELIHOODS = ("classification", "regression", "reward_modeling", "language_modeling")
+LIKELIHOODS = (
+    "classification",
+    "multilabel",
+    "regression",
+    "reward_modeling",
+    "language_modeling",
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

@@ -13,6 +13,8 @@ from laplace_lora.commands.names import class_names
 from laplace_lora.commands.plan import Plan
 from laplace_lora.commands.rows import Row
 
+WITH_CLASSES = ("classification", "multilabel")
+
 
 def asked_columns(options: dict[str, Any]) -> Columns:
     """Return the columns that options name."""
@@ -31,15 +33,15 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row], options: dict[str, Any]) -> 
     Raises:
         ValueError: If model, answers and data do not go together.
     """
-    likelihood = _likelihood(adapter, rows, options)
     columns = columns_of(rows, asked_columns(options))
+    likelihood = _likelihood(adapter, rows[0], columns, options)
     targets, names = list(options.get("targets") or ()), list(options.get("labels") or ())
     if targets:
         if names:
             raise ValueError("--target names the classes already; leave --labels out")
         target_tokens(targets, adapter.tokenizer)  # refuses what are none
         names = targets
-    elif likelihood == "classification":
+    elif likelihood in WITH_CLASSES:
         names = class_names(names, adapter.names, adapter.outputs)
     elif names:
         raise ValueError(f"--labels: a {likelihood} posterior has no classes")
@@ -69,7 +71,7 @@ def plan_again(plan: Plan, rows: Sequence[Row], options: dict[str, Any]) -> Plan
     return replace(plan, columns=columns, names=names, chat=chat, max_length=limit)
 
 
-def _likelihood(adapter: Adapter, rows: Sequence[Row], options: dict[str, Any]) -> str:
+def _likelihood(adapter: Adapter, row: Row, columns: Columns, options: dict[str, Any]) -> str:
     """Return the likelihood that is asked for, or that fits model and data."""
     asked, targets = options.get("likelihood"), options.get("targets")
     possible: tuple[str, ...]
@@ -78,10 +80,15 @@ def _likelihood(adapter: Adapter, rows: Sequence[Row], options: dict[str, Any]) 
             raise ValueError("--target is for language models; this model has a head of its own")
         several = adapter.outputs > 1
         default = "classification" if several else "regression"
-        if not several and is_preference(rows[0]):
+        labels = None if columns.label is None else row[columns.label]
+        if several and (adapter.is_multilabel or isinstance(labels, list)):
+            default = "multilabel"
+        if not several and is_preference(row):
             default = "reward_modeling"
         possible = (
-            ("classification", "regression") if several else ("regression", "reward_modeling")
+            ("classification", "multilabel", "regression")
+            if several
+            else ("regression", "reward_modeling")
         )
     elif targets:
         default, possible = "classification", ("classification",)

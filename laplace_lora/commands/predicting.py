@@ -11,6 +11,13 @@ from laplace_lora.commands.output import check_writable, json_lines
 from laplace_lora.commands.rows import Row, read_rows
 from laplace_lora.predictive.data_sets import Predictions
 
+# What is given for each label where labels do not exclude each other.
+BY_LABEL = {
+    "probabilities": "probs",
+    "entropy": "entropy",
+    "mutual_information": "mutual_information",
+}
+
 
 def run(
     adapter: str, data: str, out: str, keep: Sequence[str], quiet: bool, **options: Any
@@ -42,13 +49,14 @@ def predictions(opened: Opened, rows: Sequence[Row], batch_size: int, shown: boo
         batch_size: Rows per batch.
         shown: Whether to show progress.
     """
-    inputs = opened.inputs
+    inputs, data = opened.inputs, None
     if opened.plan.likelihood == "reward_modeling" and is_preference(rows[0]):
-        return opened.la.predict(inputs.loader(rows, batch_size), progress_bar=shown)
-    texts = [inputs.text(row, n) for n, row in enumerate(rows, start=1)]
-    return opened.la.predict(
-        texts, opened.adapter.tokenizer, batch_size=batch_size, progress_bar=shown
-    )
+        data = inputs.loader(rows, batch_size)
+    texts = data or [inputs.text(row, n) for n, row in enumerate(rows, start=1)]
+    words = opened.adapter.tokenizer
+    found = opened.la.predict(texts, words, batch_size=batch_size, progress_bar=shown)
+    assert isinstance(found, Predictions)  # no command loads a token classifier
+    return found
 
 
 def result_rows(found: Predictions, opened: Opened) -> list[dict[str, Any]]:
@@ -62,6 +70,19 @@ def result_rows(found: Predictions, opened: Opened) -> list[dict[str, Any]]:
             {k: v[i][0] if single else v[i] for k, v in columns.items()} for i in range(len(found))
         ]
     names = opened.plan.names or [REJECTED, CHOSEN]
+    if found.has_independent_labels:
+        return [
+            {
+                "prediction": [
+                    n for n, p in zip(names, values["probs"][i], strict=True) if p > 0.5
+                ],
+                **{
+                    key: dict(zip(names, values[name][i], strict=True))
+                    for key, name in BY_LABEL.items()
+                },
+            }
+            for i in range(len(found))
+        ]
     return [
         {
             "prediction": names[values["prediction"][i]],

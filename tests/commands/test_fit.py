@@ -149,7 +149,7 @@ def test_arguments_that_do_not_go_together(adapter, data):
         ("--target", "good", "bad"): "for language models",
         ("--labels", "a", "b", "c"): "names 3 classes, the model has 2",
         ("--labels", "a", "a"): "names a class twice",
-        ("--likelihood", "language_modeling"): "possible: classification, regression",
+        ("--likelihood", "language_modeling"): "possible: classification, multilabel, regression",
         ("--chat",): "the tokenizer has no chat template",
         ("--text-field", "review"): "no column 'review'",
         ("--out", train): "is a file; give a folder",

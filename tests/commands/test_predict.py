@@ -125,6 +125,29 @@ def test_regressions_and_rewards_have_moments(adapter, data, tmp_path):
     assert set(first) == {"reward", "std"}
 
 
+def test_labels_that_do_not_exclude_each_other(adapter, data):
+    names = ["unhappy", "happy"]
+
+    def tagged(row):
+        return {**row, "label": [names[row["label"]], "happy"][: 1 + row["label"]]}
+
+    folder = adapter()
+    run("fit", folder, "--data", data("train", tagged), "--labels", *names, "-q")
+    result = run("predict", folder, "--data", data("test", tagged), "-q")
+    first = json.loads(result.stdout.splitlines()[0])
+    assert all(set(first[name]) == set(names) for name in FOUND[1:])
+    assert first["prediction"] == [n for n in names if first["probabilities"][n] > 0.5]
+    result = run("evaluate", folder, "--data", data("test", tagged), "-q")
+    assert "Laplace" in result.stdout
+    for label, given in (("[1, 0]", [1, 0]), ("['sad']", ["sad"]), ("[1]", [1])):
+        path = data("test", lambda row, given=given: {**row, "label": given})
+        args = ("evaluate", folder, "--data", path, "-q")
+        if given == [1, 0]:
+            run(*args)
+        else:
+            assert f"row 1 has the label {label}" in refused(*args)
+
+
 def test_long_texts_are_cut_for_a_head(fitted, tmp_path):
     rows = [{"text": "the film was good " * n} for n in (6, 60)]  # 24 tokens are the limit
     path = write_json_lines(tmp_path / "long.jsonl", rows)
