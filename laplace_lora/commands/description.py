@@ -16,7 +16,9 @@ from torch import Tensor
 
 from laplace_lora.commands.plan import read_plan
 from laplace_lora.display.tables import span
+from laplace_lora.linalg.sketch import FactorSpec
 from laplace_lora.storage.files import read_files
+from laplace_lora.structures.sizes import kron_size
 
 MIB = 2**20
 FINGERPRINTS = ("weights", "adapter", "base", "adapter_settings")
@@ -73,16 +75,21 @@ def describe(posterior: str) -> dict[str, dict[str, Any]]:
         },
         "size": {
             "file, MiB": len(payload) / MIB,
-            "memory, MiB": sum(map(_octets, tensors.values())) / MIB,
-            "curvature, MiB": sum(_octets(t) for n, t in tensors.items() if "curvature" in n) / MIB,
+            "memory when loaded, about, MiB": _memory(config, tensors) / MIB,
         },
         "fingerprints": {name: config[name] for name in FINGERPRINTS if name in config},
         "data": {} if plan is None else {k: v for k, v in asdict(plan).items() if v is not None},
     }
 
 
-def _octets(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _memory(config: dict[str, Any], tensors: dict[str, Tensor]) -> int:
+    """Return about how many bytes the curvature takes in single precision."""
+    names = ("factor_rank", "low_rank_threshold", "residual")
+    arguments = config["arguments"]
+    if all(name in arguments for name in names):
+        spec = FactorSpec(*(arguments[name] for name in names))
+        return 4 * kron_size([list(shape) for shape in config["parameters"].values()], spec)
+    return 4 * sum(t.numel() for name, t in tensors.items() if name.startswith("curvature."))
 
 
 def _table(title: str, values: dict[str, Any]) -> Table:

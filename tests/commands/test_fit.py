@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import BertForSequenceClassification, DataCollatorWithPadding
@@ -43,8 +42,9 @@ def test_it_is_the_python_calls(adapter, data, made, structure):
     la.optimize_prior_precision()
     la.calibrate(loader(32, 1))
     again = CLASSES[structure].from_pretrained(model, folder)
-    expected = la.predict(TEXTS, tokenizer()).probs
-    assert torch.equal(again.predict(TEXTS, tokenizer()).probs, expected)
+    expected = la.predict(TEXTS, tokenizer()).probs.numpy()
+    # Files round to float16 what can be rounded.
+    assert again.predict(TEXTS, tokenizer()).probs.numpy() == pytest.approx(expected, abs=1e-4)
 
 
 def test_without_validation_data_nothing_is_calibrated(adapter, data):

@@ -15,7 +15,10 @@ def test_info_says_what_the_files_hold(adapter, data):
     assert content["posterior"]["examples"] == 48 and content["covers"]["tensors"] == 10
     assert content["covers"]["weights"] == 290
     assert content["size"]["file, MiB"] == (folder / TENSORS).stat().st_size / 2**20
-    assert 0 < content["size"]["curvature, MiB"] <= content["size"]["memory, MiB"]
+    # Factors and their eigenvectors, in single precision: two squares of each side.
+    shapes = [v.split(" x ") for k, v in content["covers"].items() if "." in k]
+    numbers = sum(2 * int(side) ** 2 for shape in shapes for side in shape)
+    assert content["size"]["memory when loaded, about, MiB"] == 4 * numbers / 2**20
     assert len(content["fingerprints"]["base"]) == 64
     assert content["data"]["columns"]["text"] == "text"
     shown = run("info", folder).stdout
