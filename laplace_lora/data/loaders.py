@@ -2,58 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from typing import Any, TypeVar
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import TypeVar
 
 from tqdm.auto import tqdm
 
-from laplace_lora.data.shares import is_main, is_sharded
+from laplace_lora.data.batches import Batch, batch_length
+from laplace_lora.data.shares import is_main
 
 T = TypeVar("T")
 
 
-def progress(items: Iterable[T], shown: bool, title: str) -> Iterable[T]:
-    """Wrap an iterable in a progress bar.
+def progress(
+    items: Iterable[T], shown: bool, title: str, loader: Iterable[T] | None = None
+) -> Iterable[T]:
+    """Wrap an iterable in a progress bar, which has no end where the length is not known.
 
     Args:
         items: The iterable.
         shown: Whether to show the bar; only the main process does.
         title: Title of the bar.
+        loader: What the items are of, if they have no length themselves.
     """
-    bar: Iterable[T] = tqdm(items, disable=not (shown and is_main()), desc=title)
+    total = None
+    with suppress(TypeError, AttributeError, NotImplementedError):  # a stream has no length
+        total = len(items if loader is None else loader)  # type: ignore[arg-type]
+    bar: Iterable[T] = tqdm(items, disable=not (shown and is_main()), desc=title, total=total)
     return bar
 
 
-@dataclass(frozen=True)
-class Chained:
-    """Loaders one after the other, as often as they can be iterated over.
-
-    Attributes:
-        loaders: The loaders.
-    """
-
-    loaders: tuple[Iterable[Any], ...]
-
-    def __iter__(self) -> Iterator[Any]:
-        """Yield the batches of all."""
-        return chain.from_iterable(self.loaders)
+def workers_of(loader: object) -> int:
+    """Return how many processes read for a loader, 0 if it reads by itself."""
+    workers: int = getattr(loader, "num_workers", 0)
+    return workers
 
 
-def chained(loaders: Sequence[Iterable[Any] | None]) -> Any:
-    """Return one loader of all the data of several.
-
-    Args:
-        loaders: At least one; ``None`` where data are not at hand.
-
-    Returns:
-        The loader; ``None`` if some data are not at hand, or several loaders are shared by several
-        processes, whose parts cannot be told apart any more.
-    """
-    known = [loader for loader in loaders if loader is not None]
-    if len(known) < len(loaders):
-        return None
-    if len(known) == 1:
-        return known[0]
-    return None if any(map(is_sharded, known)) else Chained(tuple(known))
+def until(batches: Iterable[Batch], at_most: float) -> Iterator[Batch]:
+    """Yield batches until there have been so many examples."""
+    seen = 0
+    for batch in batches:
+        yield batch
+        if at_most < math.inf:
+            seen += batch_length(batch)
+        if seen >= at_most:
+            return

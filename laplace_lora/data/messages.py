@@ -1,4 +1,4 @@
-"""The process group through which processes tell each other how their work goes."""
+"""The process group through which processes tell each other how their work goes, and errors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,27 @@ from typing import Any
 import torch.distributed as dist
 
 PATIENCE = timedelta(minutes=30)  # with processes that are alive, but slower
+
+
+class OtherProcessFailed(RuntimeError):
+    """Another process failed; this one ends with it.
+
+    Args:
+        rank: Which process.
+        error: What it raised.
+
+    Attributes:
+        kind: Name of the error's class.
+    """
+
+    def __init__(self, rank: int, error: tuple[str, str]) -> None:
+        super().__init__(f"process {rank} failed: {': '.join(error)}")
+        self.kind = error[0]
+
+
+class ProcessLost(RuntimeError):
+    """Another process has ended, or cannot be reached."""
+
 
 _LATEST: list[Any] = [None, None]  # the default group, and ours beside it
 

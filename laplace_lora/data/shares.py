@@ -1,7 +1,8 @@
 """Which of a loader's examples are this process's, and where they stand in the data.
 
 Loaders with a `torch.utils.data.DistributedSampler` and accelerate's loaders repeat examples so
-that all processes see equally many; the repeats are left out.
+that all processes see equally many; the repeats are left out. Of a stream, where nothing says which
+example is whose, accelerate's loaders are read by the main process, see `dealing`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DistributedSampler, IterableDataset
+from torch.utils.data import DistributedSampler
 
 from laplace_lora.data.batches import Batch, batch_length, first_examples, is_joined
+from laplace_lora.data.dealing import Source, source_of
+from laplace_lora.data.streams import is_dealt, is_stream
 
 PER_BATCH = 2**32  # places kept for the examples of one batch of unknown size
 
@@ -30,10 +33,15 @@ class Share:
         places: From the index of a batch of this process, the number of examples in its earlier
             ones and the number in this one to the examples' places in the data, ascending.
         total: Places from here on are repeats; ``None`` where there are none.
+        source: Batches that the main process reads and deals out to all in turn; ``None`` where
+            each process reads its own.
+        says_so: Whether the loader says whose its examples are, so that this need not be checked.
     """
 
     places: Places
     total: int | None
+    source: Source | None = None
+    says_so: bool = True
 
     def counted(self, index: int, seen: int, size: int) -> Tensor:
         """Return the places of a batch's first examples, without the repeats at its end."""
@@ -78,36 +86,26 @@ def is_main() -> bool:
     return processes() == 1 or dist.get_rank() == 0
 
 
-def is_sharded(loader: object) -> bool:
-    """Return whether a loader gives each process different examples.
-
-    Raises:
-        TypeError: As `share_of`.
-    """
-    return share_of(loader) is not None
-
-
 def share_of(loader: object) -> Share | None:
     """Return this process's share of a loader, ``None`` if each process has all the data.
 
     Raises:
-        TypeError: If repeats cannot be told apart: accelerate dispatches batches from the main
-            process, shares a stream, or evens out batches of a sampler without a length; or the
-            data are dealt out to another number of processes.
+        TypeError: If repeats cannot be told apart: accelerate evens out batches of a sampler
+            without a length; or the data are dealt out to another number of processes.
+        RuntimeError: If processes have not compared what they read of a stream.
     """
     if processes() == 1:
         return None
-    kind = type(loader).__name__
-    if kind == "DataLoaderDispatcher":
-        raise TypeError(
-            "accelerate dispatches this loader's batches from the main process and repeats some; "
-            "prepare it with DataLoaderConfiguration(dispatch_batches=False)"
-        )
-    if kind == "DataLoaderShard" and isinstance(getattr(loader, "dataset", None), IterableDataset):
-        raise TypeError(
-            "accelerate shares a stream by repeating some of its examples, which cannot be told "
-            "apart; use a data set with a length"
-        )
+    found = source_of(loader, processes())
+    if found is not None:
+        count, rank = processes(), dist.get_rank()
+
+        def dealt(index: int, seen: int, size: int) -> Tensor:
+            return (index * count + rank) * PER_BATCH + torch.arange(size)
+
+        return Share(dealt, None, found)
+    if is_stream(loader):
+        return _of_stream(loader)
     batch_sampler: Any = getattr(loader, "batch_sampler", None)
     candidates = (getattr(loader, "sampler", None), batch_sampler)
     for sampler in (*candidates, getattr(batch_sampler, "sampler", None)):
@@ -116,6 +114,33 @@ def share_of(loader: object) -> Share | None:
         if type(sampler).__name__ == "BatchSamplerShard":  # accelerate need not be installed
             return _of_shard(sampler)
     return None
+
+
+def needs_comparison(loader: object) -> bool:
+    """Return whether only the examples of a stream tell if processes read different ones."""
+    if processes() == 1 or not is_stream(loader) or source_of(loader, processes()) is not None:
+        return False
+    return _split_by_node(loader) is None and is_dealt(loader) is None
+
+
+def _split_by_node(stream: Any) -> Any:
+    """Return how Hugging Face's `split_dataset_by_node` has divided a stream, if it has."""
+    return getattr(stream.dataset, "_distributed", None)
+
+
+def _of_stream(stream: Any) -> Share | None:
+    split = _split_by_node(stream)
+    dealt = is_dealt(stream) if split is None else _is_for_all(split.world_size)
+    if dealt is None:
+        raise RuntimeError("processes have not compared what they read of the stream")
+    if not dealt:
+        return None
+    count, rank = processes(), dist.get_rank()
+    return Share(
+        lambda index, seen, size: torch.arange(seen, seen + size) * count + rank,
+        None,
+        says_so=False,
+    )
 
 
 def _of_sampler(sampler: DistributedSampler[Any]) -> Share | None:

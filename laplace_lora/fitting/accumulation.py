@@ -11,6 +11,8 @@ from laplace_lora.fitting.snapshots import Snapshot
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.structures.state import Posterior
 
+EMPTY = "the training loader is empty, or a stream that can be read only once has been read"
+
 
 def accumulate(
     posterior: Posterior,
@@ -40,14 +42,14 @@ def accumulate(
     sums, example = _local_sums(posterior, data_pass, loader, progress_bar, snapshot, team)
     if not team.shared:
         if sums.state is None:
-            raise ValueError("the training loader is empty")
+            raise ValueError(EMPTY)
         return sums
     has_data = sums.state is not None
     if not all(team.all_of(has_data)):
         # A process without examples takes another's, which shows what sums there are.
         lent = team.any_of(example)
         if lent is None:
-            raise ValueError("the training loader is empty")
+            raise ValueError(EMPTY)
         if not has_data:
             with evaluation_mode(posterior.model):
                 _, sums.state = data_pass.add(None, *posterior.split(lent))
@@ -67,11 +69,17 @@ def _local_sums(
 ) -> tuple[Sums, Any]:
     """Return the sums of this process's batches, and for others one of its examples."""
     earlier = None if snapshot is None else snapshot.read()
-    sums, example = Sums(), None
+    kept = 0 if earlier is None else earlier[0].batches
+    sums, example, given = Sums(), None, 0
     batches = team.batches(loader, data_pass.title, progress_bar, posterior.by_example)
     with evaluation_mode(posterior.model):
         for index, batch in enumerate(batches):
-            if earlier is not None and 0 < index < earlier[0].batches:
+            given = index + 1
+            if snapshot is not None:
+                snapshot.see(batch)
+                if given == kept:
+                    snapshot.check_seen(given, kept)
+            if 0 < index < kept:
                 continue
             if team.shared and example is None:
                 example = on_cpu(one_example(batch, 0) if splits_by_example(batch) else batch)
@@ -90,5 +98,7 @@ def _local_sums(
             if snapshot is not None:
                 snapshot.write(sums)
     if snapshot is not None:
+        if given < kept:
+            snapshot.check_seen(given, kept)
         snapshot.write(sums, complete=True)
     return sums, example

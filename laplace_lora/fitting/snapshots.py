@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from laplace_lora.data.shares import processes
+from laplace_lora.data.tally import fingerprints
 from laplace_lora.fitting.passes import Pass, Sums
 from laplace_lora.storage.files import write_whole
 from laplace_lora.storage.fingerprint import exact_fingerprint, identity
@@ -49,6 +52,31 @@ class Snapshot:
         basis = exact_fingerprint((str(i), tensor) for i, tensor in enumerate(data_pass.basis))
         owner = [posterior.kind, posterior.arguments, identity(posterior), basis]
         self.owner = json.dumps(owner, sort_keys=True)
+        self._seen = ""  # a digest of the batches so far
+        self._expected: str | None = None  # of those whose sums are kept
+
+    def see(self, batch: Any) -> None:
+        """Take note of a batch, whether it is added up or skipped."""
+        text = f"{self._seen} {fingerprints(batch)}"
+        self._seen = blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def check_seen(self, batches: int, kept: int) -> None:
+        """Check that the loader gives again what an interrupted pass has added up.
+
+        Args:
+            batches: How many it has given in this pass.
+            kept: How many the interrupted pass had added up.
+
+        Raises:
+            ValueError: If it gives other examples, or fewer.
+        """
+        if batches < kept or self._expected not in (None, self._seen):
+            what = f"only {batches}" if batches < kept else "other ones"
+            raise ValueError(
+                f"{self.path} holds the sums of {kept} batches, and the loader now gives {what}; "
+                "use the data and the order of the interrupted fit (a fixed seed, where they are "
+                "shuffled), or delete the file to start anew"
+            )
 
     def write(self, sums: Sums, complete: bool = False) -> None:
         """Write the sums, if it is time to.
@@ -62,6 +90,7 @@ class Snapshot:
             return
         tensors = {str(i): t.cpu() for i, t in enumerate(self.tensors(sums.state))}
         numbers = {"loss": sums.loss.hex(), "n": str(sums.n), "batches": str(sums.batches)}
+        numbers["seen"] = self._seen
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, save(tensors, metadata={**numbers, "owner": self.owner}))
 
@@ -87,6 +116,7 @@ class Snapshot:
                 f"{self.path} belongs to a fit of another model or with other arguments; delete it "
                 "to start anew"
             )
+        self._expected = numbers.get("seen")  # files of earlier versions lack it
         return sums, tensors
 
     def remove(self) -> None:

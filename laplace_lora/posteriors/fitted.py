@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from laplace_lora.data.loaders import chained
+from laplace_lora.data.chained import chained
 from laplace_lora.fitting.fitter import Fitter
 from laplace_lora.models.autocast import in_full_precision
 from laplace_lora.posteriors.saved import SavedLaplace

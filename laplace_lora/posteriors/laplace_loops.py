@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from laplace_lora.data.shares import is_sharded
+from laplace_lora.data.distributed import is_sharded
 from laplace_lora.posteriors.calibrated import CalibratedLaplace
 from laplace_lora.tuning.groups import Structure
 

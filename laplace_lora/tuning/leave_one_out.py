@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.adapters.start import zero_at_start
-from laplace_lora.data.distributed import Together
-from laplace_lora.data.shares import is_sharded
+from laplace_lora.data.distributed import Together, is_sharded
 from laplace_lora.data.subset import Subset
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.predictive.glm import Predictor

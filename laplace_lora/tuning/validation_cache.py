@@ -86,7 +86,9 @@ def validation_rows(team: Together, **columns: list[Tensor]) -> dict[str, Tensor
     """
     rows = team.rows(**columns)
     if not rows:
-        raise ValueError("the validation loader is empty")
+        raise ValueError(
+            "the validation loader is empty, or a stream that can be read only once has been read"
+        )
     return rows
 
 

@@ -66,13 +66,12 @@ def _excess_of_examples(posterior: Posterior, loader: Iterable[Any]) -> float:
     excess, seen = 0.0, 0.0
     with together(loader) as team:
         scoring, predictor = scoring_of(posterior, QUADRATURE, 0), Predictor(posterior)
-        for batch in team.batches(loader, "", by_example=posterior.by_example):
+        batches = team.batches(loader, "", by_example=posterior.by_example, at_most=EXAMPLES)
+        for batch in batches:
             x, y = posterior.split(batch)
             mean, wide = predictor.readout_moments(x, scoring.readout)
             losses = [scoring.nll(mean, each, y) for each in (wide, torch.zeros_like(wide))]
             excess += float((losses[0] - losses[1]).double().sum())
             seen += len(y)
-            if seen >= EXAMPLES:
-                break
         excess, seen = team.total(excess, seen)
     return excess / max(seen, 1)

@@ -4,12 +4,11 @@ import signal
 
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
+from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
     DistributedSampler,
-    IterableDataset,
     SequentialSampler,
 )
 
@@ -57,11 +56,12 @@ def test_two_processes_equal_one(results, kind, cls, kwargs):
             assert tuned == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_loader_that_is_not_shared_is_fitted_as_it_is(results):
+def test_loaders_that_are_not_shared_or_dispatched(results):
     one = posterior_of(KronLoraLaplace, loader(), **LOW)
     for found in results.values():
-        assert found["plain"][0] == 7
+        assert found["plain"][0] == found["dispatched"][0] == 7
         assert_near(found["plain"][1], one(BATCH))
+        assert_near(found["dispatched"][1], one(BATCH))  # by accelerate, from the main process
 
 
 def test_an_error_in_one_process_ends_all(results):
@@ -76,7 +76,6 @@ def test_an_error_in_one_process_ends_all(results):
         assert len(found["errors"]) == 2
         others = "OtherProcessFailed: process 1 failed: ValueError: no luck"
         assert found["second pass"] == ("ValueError: no luck" if rank else others)
-        assert "dispatch_batches=False" in found["dispatched"]
 
 
 def test_a_killed_process_ends_the_others_at_once(outcomes):
@@ -188,19 +187,11 @@ def test_samplers_are_found_wherever_they_are(monkeypatch, sampler, places, wrap
         assert found == places
 
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(())
-
-
 def test_what_cannot_be_counted_is_refused(monkeypatch):
     monkeypatch.setattr(shares, "processes", lambda: 2)
     data = loader().dataset
     with pytest.raises(TypeError, match="deals its data out to 3 processes, but there are 2"):
         share_of(DataLoader(data, sampler=DistributedSampler(data, 3, 1)))
-    streamed = DataLoaderShard(Stream())
-    with pytest.raises(TypeError, match="shares a stream by repeating"):
-        share_of(streamed)
     batches = [[0, 1], [2, 3], [4]]
     shard = BatchSamplerShard(batches, 2, 1)
     share = share_of(DataLoader(data, batch_sampler=shard))  # batches of any size

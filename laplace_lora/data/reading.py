@@ -1,0 +1,87 @@
+"""One pass over a loader, as one of the processes that share it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from laplace_lora.data import streams
+from laplace_lora.data.batches import Batch
+from laplace_lora.data.dealing import dealt_out
+from laplace_lora.data.loaders import progress, until, workers_of
+from laplace_lora.data.shares import Share, processes
+from laplace_lora.data.tally import Sample, counted_once
+
+
+class Reading:
+    """One process's pass over a loader.
+
+    Args:
+        loader: Any loader.
+        share: This process's share of it, ``None`` if it reads everything.
+        exchange: From a value to those of all processes.
+
+    Attributes:
+        places: Of the examples that were yielded, batch by batch; ``None`` if it reads everything.
+        sample: Of what was read of a stream, when all of it has been read; ``None`` where the
+            loader itself says whose its examples are.
+    """
+
+    def __init__(
+        self, loader: Any, share: Share | None, exchange: Callable[[Any], list[Any]]
+    ) -> None:
+        self.loader, self.share = loader, share
+        self.places: list[Tensor] | None = None if share is None else []
+        self.sample: Sample | None = None
+        self._exchange = exchange
+
+    def batches(
+        self,
+        title: str,
+        progress_bar: bool,
+        by_example: Callable[[Any], Any] | None,
+        at_most: float,
+    ) -> Iterator[Any]:
+        """Yield this process's batches, see `Together.batches`."""
+        share = self.share
+        is_dealt = share is not None and share.source is not None
+        read = self._dealt if is_dealt else self._local
+        batches = read(title, progress_bar, at_most)
+        examples = batches if by_example is None else map(by_example, batches)
+        kept = examples if share is None else self._kept(share, examples)
+        # What is dealt out ends for all processes in the same round.
+        yield from until(kept, math.inf if is_dealt else at_most)
+
+    def _kept(self, share: Share, examples: Iterator[Batch]) -> Iterator[Batch]:
+        assert self.places is not None
+        for batch, places in share.of(examples):
+            self.places.append(places)
+            yield batch
+
+    def _local(self, title: str, progress_bar: bool, at_most: float) -> Iterator[Batch]:
+        """Return what the loader gives this process."""
+        bar = progress(streams.begun(self.loader), progress_bar, title, self.loader)
+        must_be_part = self.share is not None and not self.share.says_so
+        workers = workers_of(self.loader)
+        if not streams.is_stream(self.loader) or not (must_be_part or workers > 1):
+            return iter(bar)
+
+        def keep(sample: Sample) -> None:
+            self.sample = sample if must_be_part else None
+
+        return counted_once(bar, workers, keep)
+
+    def _dealt(self, title: str, progress_bar: bool, at_most: float) -> Iterator[Batch]:
+        """Return this process's part of what the main process reads for all."""
+        assert self.share is not None and self.share.source is not None
+        batches: Iterator[Batch] = iter(())
+        rank, workers = dist.get_rank(), workers_of(self.loader)
+        if rank == 0:
+            batches = iter(progress(self.share.source(), progress_bar, title))
+            if streams.is_stream(self.loader) and workers > 1:
+                batches = counted_once(batches, workers)
+        return dealt_out(batches, at_most, rank, processes(), self._exchange)

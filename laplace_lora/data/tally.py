@@ -1,0 +1,166 @@
+"""Fingerprints of examples: whether what workers and processes read are parts of a stream.
+
+Nothing about a stream says whether its workers and processes divide it among them. What they yield
+does: a sample of its examples, chosen by their fingerprints alone (the smallest ones, as in a
+bottom-k sketch), is the same in whatever order they come, and so is how often each of them came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from hashlib import blake2b
+from itertools import combinations
+from typing import Any
+
+from torch import Tensor, uint8
+
+from laplace_lora.data.batches import Batch, batch_length, splits_by_example
+from laplace_lora.data.masks import MASK_NAMES
+
+KEPT = 256  # examples of a sample
+FEW = 8  # examples that are not the same by chance
+SAME = 0.9  # of a sample: shuffled workers drop other examples at their ends
+
+Sample = frozenset[tuple[int, int]]  # fingerprints, and how often each came
+
+
+class Tally:
+    """A sample of the examples that came by, and how often each of them came.
+
+    Attributes:
+        counts: From an example's fingerprint to how often it came.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[int, int] = {}
+        self._bound = 2**64
+
+    def add(self, fingerprints: Iterable[int]) -> None:
+        """Take in examples."""
+        for number in fingerprints:
+            if number < self._bound:
+                self.counts[number] = self.counts.get(number, 0) + 1
+        if len(self.counts) > 2 * KEPT:
+            kept = sorted(self.counts)[:KEPT]
+            # A smaller one that comes later has not come before.
+            self.counts = {number: self.counts[number] for number in kept}
+            self._bound = kept[-1] + 1
+
+    @property
+    def sample(self) -> Sample:
+        """The examples with the smallest fingerprints, and how often each came."""
+        return frozenset((number, self.counts[number]) for number in sorted(self.counts)[:KEPT])
+
+    def came_by_each(self, workers: int) -> bool:
+        """Return whether (nearly) every example came as often as there are workers, or twice that.
+
+        Args:
+            workers: How many there are.
+        """
+        counts = [count for _, count in self.sample]
+        return bool(counts) and sum(c % workers == 0 for c in counts) >= SAME * len(counts)
+
+
+def counted_once(
+    batches: Iterable[Batch], workers: int, report: Callable[[Sample], None] = lambda _: None
+) -> Iterator[Batch]:
+    """Yield the batches of a stream, and check that its workers have divided it among them.
+
+    Args:
+        batches: From a loader over a stream.
+        workers: How many workers the loader has.
+        report: Called with a sample of the examples when all have been read.
+
+    Raises:
+        ValueError: If every worker reads the whole stream; where all read it in the same order,
+            before the second round.
+    """
+    tally = Tally()
+    for index, batch in enumerate(batches):
+        tally.add(fingerprints(batch))
+        # Batches come from the workers in turn.
+        if index + 1 == workers and len(tally.counts) >= FEW:
+            _check_divided(tally, workers)
+        yield batch
+    _check_divided(tally, workers)
+    report(tally.sample)
+
+
+def check_apart(samples: Sequence[Sequence[Sample | None]]) -> None:
+    """Check that processes have read different examples of streams.
+
+    Args:
+        samples: Of every process, one of each pass; ``None`` for a pass that ended early, or whose
+            loader says whose its examples are.
+
+    Raises:
+        ValueError: If two have read the same.
+    """
+    for passes in zip(*samples, strict=True):
+        for (i, a), (j, b) in combinations(enumerate(passes), 2):
+            if a and b and len(a & b) >= SAME * max(len(a), len(b)):
+                raise ValueError(
+                    f"processes {i} and {j} read the same examples of the stream in different "
+                    "orders, so they would count twice; give each process its own part "
+                    "(datasets.distributed.split_dataset_by_node, or by rank in the data set's "
+                    "__iter__), or all processes the same examples in the same order (a fixed seed)"
+                )
+
+
+def _check_divided(tally: Tally, workers: int) -> None:
+    if workers > 1 and tally.came_by_each(workers):
+        raise ValueError(
+            f"each of the loader's {workers} workers reads the whole stream, so every example came "
+            f"{workers} times; let the data set's __iter__ divide its examples by "
+            "torch.utils.data.get_worker_info(), or use num_workers=0"
+        )
+
+
+def fingerprints(batch: Batch) -> list[int]:
+    """Return a number of 64 bits for each example, which its padding does not change.
+
+    A batch whose tensors do not have one row per example counts as one.
+    """
+    parts = list(_named(batch, ""))
+    if not splits_by_example(batch):
+        digest = blake2b(digest_size=8)
+        for name, value in parts:
+            digest.update(name.encode() + _raw(value))
+        return [int.from_bytes(digest.digest(), "big")]
+    size = batch_length(batch)
+    digests = [blake2b(digest_size=8) for _ in range(size)]
+    named = batch if isinstance(batch, Mapping) else {}
+    masks = [named[name].detach().cpu().bool() for name in MASK_NAMES if name in named]
+    for name, value in parts:
+        if isinstance(value, Tensor) and value.ndim:
+            value = value.detach().cpu()
+            mask = next((m for m in masks if m.shape == value.shape[:2]), None)
+            rows: Sequence[Any] = [
+                row if mask is None else row[real]
+                for row, real in zip(value, value if mask is None else mask, strict=True)
+            ]
+        elif isinstance(value, list | tuple) and len(value) == size:
+            rows = value
+        else:
+            continue
+        for digest, row in zip(digests, rows, strict=True):
+            digest.update(name.encode() + _raw(row))
+    return [int.from_bytes(digest.digest(), "big") for digest in digests]
+
+
+def _named(batch: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield the tensors of a batch, and what else it has, by name."""
+    if isinstance(batch, Mapping):
+        for key in sorted(batch, key=str):
+            yield from _named(batch[key], f"{name}/{key}")
+    elif isinstance(batch, list | tuple) and any(isinstance(part, Tensor) for part in batch):
+        for i, part in enumerate(batch):
+            yield from _named(part, f"{name}/{i}")
+    else:
+        yield name, batch
+
+
+def _raw(value: Any) -> bytes:
+    if isinstance(value, Tensor):
+        return value.detach().cpu().contiguous().reshape(-1).view(uint8).numpy().tobytes()
+    return repr(value).encode()
