@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_lora.adapters.maps import Block, Call, LinearMap
+from laplace_lora.data.examples import Examples
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,12 @@ class ElementwiseMap(LinearMap):
         """Return the length of the tensor."""
         return [parameter.numel()]
 
-    def misfit(self, calls: Sequence[Call], batch: int, texts: int = 1) -> str | None:
+    @property
+    def sums_tokens(self) -> bool:
+        """Whether `map_grad` sums over the tokens of a row: it does."""
+        return True
+
+    def misfit(self, calls: Sequence[Call], examples: Examples, texts: int = 1) -> str | None:
         """Return why the module does not have the form above, ``None`` if it has."""
         if not calls:
             return f"layer {self.name!r} did not run in the forward pass"
@@ -61,7 +67,8 @@ class ElementwiseMap(LinearMap):
             if (
                 not isinstance(out, Tensor)
                 or out.ndim < 2
-                or out.shape[:: out.ndim - 1] != (batch, d)
+                or out.shape[-1] != d
+                or not examples.have(out)
             ):
                 return f"layer {self.name!r} does not return (batch, …, {d})"
         if not self.verified:

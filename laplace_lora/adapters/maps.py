@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from laplace_lora.data.examples import Examples
+
 
 class Call(NamedTuple):
     """One call of a module: its arguments and its output.
@@ -61,24 +63,29 @@ class LinearMap:
     @property
     def input_dims(self) -> tuple[int, ...]:
         """Allowed numbers of dimensions of the module's input."""
-        return (2, 3)
+        return (2, 3, 4, 5)
 
     @property
     def has_tokens(self) -> bool:
-        """Whether an input's second dimension counts tokens, some of which may be padding."""
+        """Whether an input's rows stand at tokens, some of which may be padding."""
         return True
+
+    @property
+    def sums_tokens(self) -> bool:
+        """Whether `map_grad` sums over the tokens of a row."""
+        return False
 
     @property
     def is_diagonal(self) -> bool:
         """Whether the map's curvature is kept as a diagonal, not as Kronecker factors."""
         return False
 
-    def misfit(self, calls: Sequence[Call], batch: int, texts: int = 1) -> str | None:
+    def misfit(self, calls: Sequence[Call], examples: Examples, texts: int = 1) -> str | None:
         """Return why the calls cannot be represented by Kronecker factors, ``None`` if they can.
 
         Args:
             calls: The module's calls in a forward pass.
-            batch: Number of examples.
+            examples: Of the batch.
             texts: Number of texts per example, which may differ in length.
         """
         if not calls:
@@ -93,11 +100,11 @@ class LinearMap:
                 "Kronecker factors cannot represent"
             )
         x = calls[0].x
-        if x.ndim not in self.input_dims or x.shape[0] != batch:
+        if x.ndim not in self.input_dims or not examples.have(x):
             return (
                 f"layer {self.name!r} received an input of shape {tuple(x.shape)} in a batch of "
-                f"{batch}, expected {' or '.join(map(str, self.input_dims))} dimensions with the "
-                "batch first"
+                f"{examples.count}, expected the batch first, or as many rows of each example as "
+                f"it has choices or tokens, and {_ranged(self.input_dims)} dimensions"
             )
         return None
 
@@ -176,6 +183,11 @@ class Block:
     parameter: nn.Parameter
     map: int
     is_bias: bool
+
+
+def _ranged(numbers: tuple[int, ...]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def wide_dtype(parameters: Sequence[Tensor]) -> torch.dtype:

@@ -29,6 +29,11 @@ class TripletMap(LinearMap):
     adapter: str = "default"
     role: str = "A"
 
+    @property
+    def sums_tokens(self) -> bool:
+        """Whether `map_grad` sums over the tokens of a row: it does for ``E``."""
+        return self.role == "E"
+
     def parameters(self) -> list[tuple[nn.Parameter, bool]]:
         """Return the map's one tensor; ``E`` is treated as a bias."""
         return [(getattr(self.module, f"lora_{self.role}")[self.adapter], self.role == "E")]

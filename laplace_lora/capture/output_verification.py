@@ -100,9 +100,9 @@ def _own_logits(model: Any) -> Callable[[Any], Tensor | None]:
 def chosen_examples(batch: Any, examples: int) -> list[int]:
     """Return the examples with the most and the fewest real tokens."""
     mask = passes(batch)[0].get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != examples:
+    if not isinstance(mask, Tensor) or mask.ndim < 2 or len(mask) != examples:
         return [0]
-    lengths = (mask != 0).sum(1)
+    lengths = (mask != 0).flatten(1).sum(1)
     return list(dict.fromkeys([int(lengths.argmax()), int(lengths.argmin())]))
 
 

@@ -36,7 +36,7 @@ class Padding:
         Args:
             call: Index of the layer's call.
             calls: Number of its calls, which are shared equally by the texts.
-            x: Input, ``(batch, tokens, q)`` or ``(batch, q)``.
+            x: Input as the layer gets it, see `token_mask`.
             name: Name of the layer, for error messages.
 
         Raises:
@@ -96,7 +96,7 @@ class Padding:
 
     def _padded(self, call: int, calls: int, values: Tensor) -> Tensor | None:
         """Return the mask of values at tokens; ``None`` if no padding is there, or known of."""
-        if values.ndim != 3 or not values.is_floating_point():
+        if values.ndim < 2 or not values.is_floating_point():
             return None
         try:
             return self.mask(call, calls, values, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, cast
@@ -15,6 +16,8 @@ from laplace_lora.capture.output_gradients import OutputGradient
 from laplace_lora.capture.padding import Padding
 from laplace_lora.capture.tape import Address, Tape, address
 from laplace_lora.data.batches import Batch, one_example
+from laplace_lora.data.examples import Examples
+from laplace_lora.data.pairs import passes
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.models.thread_hooks import on_input, on_output
 
@@ -53,12 +56,13 @@ def record(
     Raises:
         ValueError: If the model's output is not ``(batch, outputs)``.
         MisfitError: If a map did not run, ran with inputs of different shapes, or with one whose
-            first dimension is not the batch.
+            rows are not the examples', see `Examples`.
         RuntimeError: If the output carries no gradient.
     """
     recorded = [linear for linear in maps if linear.module is not None]
     with _listening(recorded) as (calls, sources), torch.enable_grad():
-        output = model(batch)
+        # Some models write into the mapping that they are called with.
+        output = model(copy.copy(batch) if isinstance(batch, Mapping) else batch)
     padding = Padding(batch if masks is None else masks)
     texts = padding.texts
     pairs = zip(recorded, calls, strict=True)
@@ -68,9 +72,9 @@ def record(
         maps = recorded = [linear for linear, seen in zip(recorded, calls, strict=True) if seen]
         calls = [seen for seen in calls if seen]
     _check_output(output, any(calls))
-    examples = len(output) if examples is None else examples
-    _check_calls(recorded, calls, examples, texts)
-    return Tape(maps, padding, calls, output, sources, _rerun(model, batch), examples)
+    rows = Examples(len(output) if examples is None else examples, passes(batch))
+    _check_calls(recorded, calls, rows, texts)
+    return Tape(maps, padding, calls, output, sources, _rerun(model, batch), rows)
 
 
 @contextmanager
@@ -122,7 +126,7 @@ def _check_output(output: Tensor, any_calls: bool) -> None:
 
 
 def _check_calls(
-    maps: Sequence[LinearMap], calls: Sequence[list[Call]], examples: int, texts: int
+    maps: Sequence[LinearMap], calls: Sequence[list[Call]], examples: Examples, texts: int
 ) -> None:
     reasons = [
         linear.misfit(seen, examples, texts) for linear, seen in zip(maps, calls, strict=True)

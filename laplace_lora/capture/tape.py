@@ -13,6 +13,7 @@ from torch import Tensor
 from laplace_lora.adapters.maps import Call, LinearMap
 from laplace_lora.capture.padding import Padding
 from laplace_lora.data.batches import Batch
+from laplace_lora.data.examples import Examples
 from laplace_lora.data.masks import joined_masks
 
 Visitor = Callable[[int, int, Tensor], None]
@@ -23,7 +24,8 @@ class Tape:
     """One recorded forward pass.
 
     A map that was called several times, in a model whose layers share weights or that runs on both
-    texts of a preference pair, has the tokens of all its calls, concatenated in order.
+    texts of a preference pair, has the tokens of all its calls, concatenated in order. So has one
+    that sees several rows of an example, as of its choices, in one call.
 
     Attributes:
         maps: The maps: those recorded, then whole tensors, which have nothing to record.
@@ -42,23 +44,28 @@ class Tape:
         output: Tensor,
         sources: dict[int, list[Address]],
         rerun: Callable[[int], Tensor],
-        examples: int,
+        examples: Examples,
     ) -> None:
         self.maps = maps
         self.rerun = rerun
-        self.examples = examples
+        self.examples = examples.count
+        self._rows = examples
         self._sources = sources
         self.output = output.detach()
         self._padding = padding
         self._masks: dict[int, Tensor | None] = {}
         self._output = output
+        # As the layers got them: an example may have several rows.
         self._inputs = [
             [linear.read(call) for call in map_calls]
             for linear, map_calls in zip(maps, calls, strict=False)
         ]
         # Projections that share an input in each of their calls share the joined input as well.
         distinct = {_addresses(inputs): inputs for inputs in self._inputs}
-        joined = {addresses: _joined(inputs) for addresses, inputs in distinct.items()}
+        joined = {
+            addresses: _joined([examples.folded(x) for x in inputs])
+            for addresses, inputs in distinct.items()
+        }
         self.inputs = [joined[_addresses(inputs)] for inputs in self._inputs]
         self._outputs = [[call.output for call in map_calls] for map_calls in calls]
         output_ids = {id(out) for outputs in self._outputs for out in outputs}
@@ -78,7 +85,9 @@ class Tape:
             linear, inputs = self.maps[i], self._inputs[i]
             parts = []
             for call, x in enumerate(inputs if linear.has_tokens else []):
-                parts.append((x, self._padding.mask(call, len(inputs), x, linear.name)))
+                mask = self._padding.mask(call, len(inputs), x, linear.name)
+                mask = None if mask is None else self._rows.folded_mask(mask)
+                parts.append((self._rows.folded(x), mask))
             self._masks[i] = joined_masks(parts)
         return self._masks[i]
 
@@ -122,6 +131,11 @@ class Tape:
         return torch.stack(same).tolist() if same else []
 
     @property
+    def has_rows_apart(self) -> bool:
+        """Whether an example has several rows in the input of some layer."""
+        return any(not self._rows.are_rows_of(x) for inputs in self._inputs for x in inputs)
+
+    @property
     def batch(self) -> Batch:
         """Where attention masks are looked up: the batch, unless others were given."""
         return self._padding.batch
@@ -162,8 +176,10 @@ class Tape:
                     zeros = torch.zeros_like(out)
                     by_call[call] = self.maps[i].map_grad(self._inputs[i][call], zeros)
             grads = [by_call[call] for call in range(len(self._outputs[i]))]
-            is_summed = grads[0].ndim < self._inputs[i][0].ndim  # over the tokens of each call
-            visit(column, i, torch.stack(grads).sum(0) if is_summed else _joined(grads))
+            if self.maps[i].sums_tokens:
+                visit(column, i, torch.stack([self._rows.summed(g) for g in grads]).sum(0))
+            else:
+                visit(column, i, _joined([self._rows.folded(g) for g in grads]))
 
         def hook(i: int, call: int) -> Callable[[Tensor], None]:
             def receive(grad: Tensor) -> None:

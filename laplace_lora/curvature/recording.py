@@ -109,7 +109,9 @@ class Recording:
                     if self.verify and not self.is_verified and function is None:
                         if tape.examples == 1 and splits_by_example(x, 1):
                             # A single example hides which dimension counts them.
-                            record(run, maps, doubled(x), examples=2)
+                            twice = record(run, maps, doubled(x), examples=2)
+                            if twice.has_rows_apart:
+                                verify_gradients(twice, blocks, self.by_token)
                         self._verify(tape, blocks, x)
                     return tape, blocks
                 except MisfitError as error:

@@ -20,29 +20,41 @@ def token_mask(batch: Batch | None, inputs: Tensor, name: str) -> Tensor | None:
     Args:
         batch: Mapping with ``attention_mask`` or ``decoder_attention_mask``; any other batch has
             no padding.
-        inputs: Input of the map, ``(batch, tokens, q)`` or ``(batch, q)``.
+        inputs: Input of the map, ``(batch, …, q)`` or ``(batch, q)``; a mask with more than two
+            dimensions, as of several choices, has its last one for tokens.
         name: Name of the map, for error messages.
 
     Returns:
-        The ``(batch, tokens)`` mask that fits the input; ``None`` if all tokens are real.
+        The ``(batch, tokens)`` mask that fits the input, ``(rows,)`` where every token is a row;
+        ``None`` if all tokens are real.
 
     Raises:
         ValueError: If there are masks, but none fits.
     """
-    if inputs.ndim == 2 or inputs.shape[1] == 1 or not isinstance(batch, Mapping):
+    if not isinstance(batch, Mapping):
         return None
     candidates = [batch.get(key) for key in MASK_NAMES]
-    masks: list[Tensor] = [mask for mask in candidates if mask is not None]
+    masks: list[Tensor] = [mask.flatten(0, -2) for mask in candidates if mask is not None]
     if not masks:
+        return None
+    if inputs.ndim == 2:  # an example a row, unless there is a row for every token
+        flat = [mask.flatten() for mask in masks if mask.numel() == len(inputs) != len(mask)]
+        return _unless_all(flat[0].to(inputs.device)) if flat else None
+    inputs = inputs.flatten(1, -2)
+    if inputs.shape[1] == 1:
         return None
     for mask in masks:
         if mask.shape == inputs.shape[:2]:
-            mask = mask.to(inputs.device).bool()
-            return None if bool(mask.all()) else mask
+            return _unless_all(mask.to(inputs.device))
     raise ValueError(
         f"layer {name!r} received {inputs.shape[1]} tokens per example, but the batch's attention "
         f"masks have the shapes {[tuple(mask.shape) for mask in masks]}, so padding is unknown"
     )
+
+
+def _unless_all(mask: Tensor) -> Tensor | None:
+    mask = mask.bool()
+    return None if bool(mask.all()) else mask
 
 
 def real_rows(x: Tensor, mask: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from laplace_lora.models.positions import PositionRule
 from laplace_lora.models.score_head import score_head_narrowed
 from laplace_lora.models.thread_hooks import on_output
 
+CHOOSING = "ForMultipleChoice"  # how transformers' names of such models end
+
 
 class LogitsModel(nn.Module):
     """A model from a batch to logits or regression means, ``(batch, outputs)``.
@@ -30,6 +32,7 @@ class LogitsModel(nn.Module):
 
     * Sequence classification and regression: the model's own logits. A decoder's ``score`` head is
       run at the one token whose logits the model keeps, not at all of them.
+    * Multiple choice: the logits of the choices, ``(batch, choices)``.
     * Causal language model with ``target_ids``: the logits of these answer tokens after the last
       real token, with padding on either side; the vocabulary's other rows and the other tokens
       never go through the head. Positions count real tokens only, as in generation.
@@ -133,6 +136,8 @@ class LogitsModel(nn.Module):
             return None
         if self.target_ids is not None:
             return len(self.target_ids)
+        if type(self._base).__name__.endswith(CHOOSING):
+            return None  # one per choice
         return getattr(self.config, "num_labels", None)
 
     @property
@@ -186,7 +191,7 @@ class LogitsModel(nn.Module):
             return torch.cat([reward for reward in rewards if reward is not None], dim=-1)
         inputs = self._inputs(batch)
         if self.target_ids is None:
-            logits = self._logits(self.model(**inputs))
+            logits = self._logits(self._run(inputs))
         else:
             position, length = self._answer.find(inputs, self.device)
             logits = self._logits(self.model(**inputs))
@@ -216,7 +221,8 @@ class LogitsModel(nn.Module):
         if len(seen) != 1 or seen[0].numel() != len(logits) * seen[0].shape[-1]:
             raise RuntimeError(
                 "the last linear layer did not run once per example: "
-                f"{[tuple(x.shape) for x in seen]} for logits {tuple(logits.shape)}"
+                f"{[tuple(x.shape) for x in seen]} for logits {tuple(logits.shape)}; take a "
+                "posterior over the adapter, such as KronLoraLaplace"
             )
         return seen[0].reshape(len(logits), -1), logits
 
@@ -259,7 +265,15 @@ class LogitsModel(nn.Module):
         if self.target_ids is not None:
             return self._answer_logits(inputs, self.target_ids)
         with score_head_narrowed(self._base, inputs):
-            return self._logits(self.model(**inputs))
+            return self._logits(self._run(inputs))
+
+    def _run(self, inputs: dict[str, Any]) -> Any:
+        """Call the model; one that takes a mapping as its only argument, as laplace-torch's do."""
+        if len(self._arguments) == 1 and not self._arguments & inputs.keys():
+            kind = next(iter(inspect.signature(self._base.forward).parameters.values())).kind
+            if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+                return self.model(inputs)
+        return self.model(**inputs)
 
     def _logits(self, returned: Any) -> Tensor:
         if self.output is not None:
