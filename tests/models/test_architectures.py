@@ -60,7 +60,7 @@ CLASSIFIERS = {
     "mpt": (RIGHT, {}, {}),
     "nystromformer": (RIGHT, {}, {}),
     "openai-gpt": (RIGHT, {}, {}),
-    "opt": (DIAGONAL, {}, {}),
+    "opt": (RIGHT, {}, {}),
     "phi": (RIGHT, {}, {}),
     "qwen3": (RIGHT, {}, {}),
     "rembert": (RIGHT, {}, {}),
@@ -100,11 +100,11 @@ CAUSAL = {
     "mpt": (RIGHT, {}, SINGLE),
     "nemotron": (RIGHT, {}, {}),
     "olmo2": (RIGHT, {}, {}),
-    "opt": (DIAGONAL, {}, {}),
+    "opt": (RIGHT, {}, {}),
     "persimmon": (RIGHT, {}, {}),
     "phi3": (RIGHT, {}, {}),
     "qwen2": (RIGHT, {}, {}),
-    "qwen2_moe": (DIAGONAL, {}, SINGLE),
+    "qwen2_moe": (RIGHT, {}, SINGLE),
     "qwen3": (RIGHT, {}, {}),
     "qwen3_moe": (DIAGONAL, {}, SINGLE),
     "roberta": (RIGHT, DECODER, {}),
@@ -130,17 +130,38 @@ SEQ2SEQ = {
     "t5": (RIGHT, {}, {}),
     "umt5": (RIGHT, {}, {}),
 }
+XLNET = {"vocab_size": 60, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24}
+CHOICES = {
+    "albert": (RIGHT, TEXT),
+    "big_bird": (RIGHT, TEXT),
+    "bert": (RIGHT, TEXT),
+    "camembert": (RIGHT, TEXT),
+    "data2vec-text": (RIGHT, TEXT),
+    "deberta-v2": (RIGHT, TEXT),
+    "distilbert": (RIGHT, TEXT),
+    "electra": (RIGHT, TEXT),
+    "ernie": (RIGHT, TEXT),
+    "megatron-bert": (RIGHT, TEXT),
+    "modernbert": (RIGHT, TEXT),
+    "mpnet": (RIGHT, TEXT),
+    "nystromformer": (RIGHT, TEXT),
+    "rembert": (RIGHT, TEXT),
+    "roberta": (RIGHT, TEXT),
+    "roformer": (RIGHT, TEXT),
+    "xlm-roberta": (RIGHT, TEXT),
+    "xlnet": (DIAGONAL, XLNET),  # whose tokens stand before the batch
+}
 IMAGES = {
     "beit": (RIGHT, {**IMAGE, "out_indices": [0, 1]}),
     "clip": (RIGHT, {"vision_config": IMAGE, "projection_dim": 8}),
-    "convnext": (DIAGONAL, STAGES),
-    "convnextv2": (DIAGONAL, STAGES),
+    "convnext": (RIGHT, STAGES),
+    "convnextv2": (RIGHT, STAGES),
     "dinov2": (RIGHT, IMAGE),
     "ijepa": (RIGHT, IMAGE),
     "poolformer": (RIGHT, POOLED),
     "segformer": (RIGHT, SEGMENTS),
     "siglip": (DIAGONAL, {"vision_config": IMAGE}),
-    "swin": (DIAGONAL, WINDOWS),
+    "swin": (RIGHT, WINDOWS),
     "swinv2": (DIAGONAL, WINDOWS),
     "vit": (RIGHT, IMAGE),
 }
@@ -178,6 +199,15 @@ def test_classifiers(kind):
     expected, config, options = CLASSIFIERS[kind]
     model = built("classification", kind, {**TEXT, **config}, **options)
     expect(outcome(model, texts(eos=2), alone, logits, **options), expected)
+
+
+@pytest.mark.parametrize("kind", CHOICES)
+def test_multiple_choice(kind):
+    expected, config = CHOICES[kind]
+    model = built("choice", kind, config)
+    lengths = (6, 3, 5, 4, 2, 6, 3, 3, 5, 4, 6, 2)
+    batch = {name: rows.view(3, 4, -1) for name, rows in texts(lengths, eos=2).items()}
+    expect(outcome(model, batch, alone, logits), expected)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -105,6 +105,7 @@ POOLED = {**SEGMENTS, "patch_sizes": [7, 3], "strides": [4, 2], "padding": [2, 1
 CLASSES = {
     "classification": "AutoModelForSequenceClassification",
     "causal": "AutoModelForCausalLM",
+    "choice": "AutoModelForMultipleChoice",
     "seq2seq": "AutoModelForSeq2SeqLM",
     "image": "AutoModelForImageClassification",
     "audio": "AutoModelForAudioClassification",
