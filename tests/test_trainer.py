@@ -87,7 +87,7 @@ def test_independent_labels_are_picked_up_from_the_problem_type(tmp_path):
         assert logged[f"eval_{name}_nll"] == pytest.approx(expected, rel=1e-5)
     assert_near(callback.predict(labelled(7, 1)), la(batch))
     again = KronLoraLaplace.from_pretrained(model, tmp_path)
-    assert torch.equal(again(batch), la(batch))
+    assert_near(again(batch), la(batch), 1e-4)
 
 
 def test_the_evaluation_set_is_iterated_over_once(tmp_path):
