@@ -12,8 +12,8 @@ from torch import nn
 from laplace_lora.curvature.backends import LoraCurvature, LoraEF, LoraGGN
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.posteriors.copies import deep_copy, refuse_pickling, shallow_copy
+from laplace_lora.posteriors.served import ServedLaplace
 from laplace_lora.posteriors.state_dicts import read_state, state_entries
-from laplace_lora.posteriors.tuned import TunedLaplace
 from laplace_lora.storage.archive import PRECISIONS, load_state, save_posterior
 from laplace_lora.storage.files import CONFIG, read_files
 from laplace_lora.storage.hub import upload
@@ -23,7 +23,7 @@ BACKENDS: dict[str, type[LoraCurvature]] = {kind.__name__: kind for kind in (Lor
 Self = TypeVar("Self", bound="SavedLaplace")
 
 
-class SavedLaplace(TunedLaplace):
+class SavedLaplace(ServedLaplace):
     """How a posterior leaves the process and comes back; the work is done by `storage`."""
 
     @property

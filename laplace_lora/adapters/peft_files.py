@@ -1,0 +1,66 @@
+"""Adapters as PEFT's own files: which models have them, and writing one."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from peft import PeftModel
+from torch import nn
+
+from laplace_lora.data.sharding import is_sharded_model, unwrapped
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+CARD = "README.md"  # PEFT's empty model card
+
+
+def check_saves_adapters(model: nn.Module) -> None:
+    """Refuse models whose adapter PEFT cannot write to files of their own.
+
+    Args:
+        model: What a `LogitsModel` is around.
+
+    Raises:
+        TypeError: If it is no `PeftModel`.
+        ValueError: If processes hold it in pieces, or its prompts are learnt.
+    """
+    inner = unwrapped(model)
+    if not isinstance(inner, PeftModel):
+        raise TypeError(
+            f"adapters are written by PEFT's PeftModel, got {type(inner).__name__}; wrap the model "
+            "with get_peft_model instead of injecting layers into it"
+        )
+    if is_sharded_model(inner):
+        raise ValueError(
+            "the model is sharded, and PEFT writes whole adapters; load the posterior around a "
+            "whole model and export from there"
+        )
+
+
+def active_config(model: nn.Module) -> dict[str, object]:
+    """Return the configuration of a `PeftModel`'s active adapter, as JSON holds it."""
+    inner = unwrapped(model)
+    assert isinstance(inner, PeftModel)
+    config = inner.peft_config[inner.active_adapter]
+    return {key: str(value) for key, value in config.to_dict().items()}
+
+
+def save_adapter(model: nn.Module, folder: Path) -> None:
+    """Write a `PeftModel`'s active adapter, whatever its name, into a folder of its own.
+
+    Args:
+        model: The model.
+        folder: The folder, which is not there yet.
+    """
+    inner = unwrapped(model)
+    assert isinstance(inner, PeftModel)
+    name = inner.active_adapter
+    with tempfile.TemporaryDirectory(dir=folder.parent) as staged:
+        inner.save_pretrained(staged, selected_adapters=[name])
+        # PEFT puts an adapter with a name of its own into a folder of that name.
+        source = Path(staged) if name == "default" else Path(staged) / name
+        folder.mkdir()
+        for file in (CONFIG, WEIGHTS):
+            shutil.move(source / file, folder / file)

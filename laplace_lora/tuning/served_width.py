@@ -1,0 +1,205 @@
+"""How wide samples of the weights may be that are run as networks of their own.
+
+By labels: the width with the best NLL of the average of the samples' softmaxes. Without labels:
+the width at which that average is as uncertain, in its mean entropy, as the linearised predictive.
+The same samples serve all widths, so that the average is a continuous function of the width.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora.data.distributed import Together
+from laplace_lora.likelihoods.links import QUADRATURE, entropy
+from laplace_lora.predictive.glm import Predictor
+from laplace_lora.predictive.network_samples import Network, NetworkSamples
+from laplace_lora.structures.state import Posterior
+
+CRITERIA = ("nll", "entropy")
+WIDTHS = [4.0**power for power in range(-8, 2)]  # of the covariance
+CLOSE = 0.01  # share of the wanted entropy by which an entropy may miss it
+TRIALS = 4  # between two widths of the grid
+
+
+@dataclass(frozen=True)
+class ServedWidth:
+    """The width of samples that are run as networks, and how it was chosen.
+
+    Attributes:
+        width: Factor of the posterior's covariance.
+        criterion: ``"nll"``, ``"entropy"``, or ``"given"``.
+        value: NLL or mean entropy of the average of the softmaxes at that width, in nats per
+            example; per labelled token of texts, per label where labels do not exclude each other.
+            ``None`` if the width was given.
+        reference: With ``"nll"`` that of the posterior's mean alone, with ``"entropy"`` the
+            linearised predictive's mean entropy.
+        tried: All widths that were tried, with their values.
+    """
+
+    width: float
+    criterion: str
+    value: float | None = None
+    reference: float | None = None
+    tried: tuple[tuple[float, float], ...] = ()
+
+    def __str__(self) -> str:
+        text = f"covariance times {self.width:.3g}, by {self.criterion}"
+        if self.value is None:
+            return text
+        other = "at the mean alone" if self.criterion == "nll" else "of the linearised predictive"
+        return f"{text}: {self.value:.4f} nats, {self.reference:.4f} {other}"
+
+
+def choose_width(
+    samples: NetworkSamples,
+    loader: Any,
+    criterion: str | None,
+    team: Together,
+    progress_bar: bool = False,
+) -> ServedWidth:
+    """Choose the width at which some samples are served.
+
+    A pass over the data with each sample for every width that is tried.
+
+    Args:
+        samples: The samples.
+        loader: Batches, with labels for ``"nll"``; iterated over repeatedly.
+        criterion: One of `CRITERIA`; ``None`` for ``"nll"`` where batches have labels.
+        team: The processes that share the data.
+        progress_bar: Show progress over the batches.
+
+    Raises:
+        ValueError: If the criterion is unknown, the likelihood has no probabilities, or the loader
+            is empty or can be iterated over once only.
+
+    Warns:
+        UserWarning: If no width is better than none, or none that was tried is as uncertain as the
+            linearised predictive.
+    """
+    posterior = samples.posterior
+    _check(posterior, loader, criterion)
+    if criterion is None:
+        criterion = CRITERIA[0] if _has_labels(posterior, loader) else CRITERIA[1]
+    objective = posterior.objective
+    if criterion == "entropy" and (objective.predicts_tokens or objective.rows_are_tokens):
+        raise ValueError(
+            f"with likelihood={objective.name!r} the width is chosen by the NLL of labelled "
+            "tokens: give batches with labels, or a width"
+        )
+
+    def mean_over(function: Callable[[Any], Tensor], title: str) -> float:
+        total, count = 0.0, 0.0
+        for batch in team.batches(loader, title, progress_bar, posterior.by_example):
+            values = function(batch).double()
+            total, count = total + float(values.sum()), count + len(values)
+        total, count = team.total(total, count)
+        if not count:
+            raise ValueError("the loader gives no example to choose the width by")
+        return total / count
+
+    def nll(network: Network, batch: Any, width: float) -> Tensor:
+        return -samples.label_log_probabilities(network, batch, width)
+
+    def own_entropy(network: Network, batch: Any, width: float) -> Tensor:
+        return entropy(samples.probabilities(network, batch, width))
+
+    def linearised(batch: Any) -> Tensor:
+        p = Predictor(posterior)(batch, "glm", False, QUADRATURE, None, False, None, fitting=False)
+        assert isinstance(p, Tensor)
+        if objective.has_independent_labels:
+            p = torch.stack([1 - p, p], dim=-1).flatten(0, 1)
+        return entropy(p)
+
+    function = nll if criterion == "nll" else own_entropy
+    # Before the network has other weights, which may be the model's own.
+    wanted = 0.0 if criterion == "nll" else mean_over(linearised, "Linearised predictive")
+    with samples.running() as network:
+
+        def at(width: float) -> float:
+            title = f"Trying width {width:.2g}"
+            return mean_over(lambda batch: function(network, batch, width), title)
+
+        return _of_least_nll(at) if criterion == "nll" else _of_entropy(at, wanted)
+
+
+def _of_least_nll(at: Callable[[float], float]) -> ServedWidth:
+    """Return the best of a grid, refined; a grid that rises twice in a row is left."""
+    alone, tried = at(0.0), {}
+    for width in WIDTHS:
+        tried[width] = at(width)
+        values = list(tried.values())
+        if len(values) > 2 and values[-1] > values[-2] > values[-3]:
+            break
+    for step in (2.0, 2.0**0.5):
+        best = min(tried, key=tried.__getitem__)
+        for width in (best / step, best * step):
+            tried[width] = at(width)
+    best = min(tried, key=tried.__getitem__)
+    if tried[best] >= alone:
+        warnings.warn(
+            f"samples of no width predict the labels better ({tried[best]:.4f} nats at width "
+            f"{best:.2g}) than the posterior's mean alone ({alone:.4f}); serve that instead",
+            stacklevel=5,
+        )
+    return ServedWidth(best, "nll", tried[best], alone, tuple(sorted(tried.items())))
+
+
+def _of_entropy(at: Callable[[float], float], wanted: float) -> ServedWidth:
+    """Return the width with an entropy, between the first two of a grid around it."""
+    tried: dict[float, float] = {}
+    for width in WIDTHS:
+        tried[width] = at(width)
+        if tried[width] >= wanted:
+            break
+    below = [width for width in tried if tried[width] < wanted]
+    best = min(tried, key=lambda width: abs(tried[width] - wanted))
+    if below and len(below) < len(tried):
+        low, high = max(below), max(tried)
+        for _ in range(TRIALS):
+            best = min(tried, key=lambda width: abs(tried[width] - wanted))
+            if abs(tried[best] - wanted) <= CLOSE * wanted:
+                break
+            share = (wanted - tried[low]) / (tried[high] - tried[low])
+            # Away from the ends, so that a curved function cannot hold on to one of them.
+            middle = low * (high / low) ** min(max(share, 0.2), 0.8)
+            tried[middle] = at(middle)
+            low, high = (middle, high) if tried[middle] < wanted else (low, middle)
+        best = min(tried, key=lambda width: abs(tried[width] - wanted))
+    elif abs(tried[best] - wanted) > CLOSE * wanted:
+        warnings.warn(
+            f"no width gives the samples the mean entropy of the linearised predictive, "
+            f"{wanted:.4f} nats; width {best:.2g} has {tried[best]:.4f}. Labelled data would tell "
+            "which is right",
+            stacklevel=5,
+        )
+    return ServedWidth(best, "entropy", tried[best], wanted, tuple(sorted(tried.items())))
+
+
+def _check(posterior: Posterior, loader: Any, criterion: str | None) -> None:
+    if criterion not in (None, *CRITERIA):
+        raise ValueError(f"criterion must be one of {CRITERIA}, got {criterion!r}")
+    objective = posterior.objective
+    if objective.has_pairs or not (objective.is_classifier or objective.predicts_tokens):
+        raise ValueError(
+            f"no width can be chosen for likelihood={objective.name!r}: samples are served by "
+            "averaging softmaxes, and it has none; give a width"
+        )
+    if iter(loader) is loader:
+        raise ValueError(
+            "the data are iterated over repeatedly; give a loader or a list of batches"
+        )
+
+
+def _has_labels(posterior: Posterior, loader: Any) -> bool:
+    batch = next(iter(loader), None)
+    if batch is None:
+        raise ValueError("the loader gives no example to choose the width by")
+    if isinstance(batch, Mapping):
+        return posterior.label_key in batch
+    return isinstance(batch, list | tuple) and len(batch) == 2
