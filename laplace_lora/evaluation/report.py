@@ -1,28 +1,21 @@
-"""`evaluate` and `compare`: scores of a predictive's probabilities, with standard errors."""
+"""`CalibrationReport`: a predictive's scores with standard errors, and tables of several."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from laplace_lora.data.batches import Batch, batch_labels
-from laplace_lora.data.distributed import together
 from laplace_lora.display.tables import data_frame, html_table
-from laplace_lora.evaluation.label_metrics import (
-    LABEL_METRICS,
-    average_precisions,
-    calibration_errors,
-    label_entropy,
+from laplace_lora.evaluation.conformal import (
+    LABEL_COVERAGE,
+    SET_SIZE,
 )
-from laplace_lora.evaluation.metrics import METRICS, entropy, ood_auroc, ood_fpr95
+from laplace_lora.evaluation.label_metrics import average_precisions, calibration_errors
 from laplace_lora.evaluation.plots import plot_reports
-from laplace_lora.evaluation.rows import Predict, predicted_rows
-from laplace_lora.evaluation.token_rows import resamples
-from laplace_lora.likelihoods.multilabel import MISSING, known_labels, pooled
+from laplace_lora.likelihoods.multilabel import MISSING, pooled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +23,17 @@ if TYPE_CHECKING:
 
 
 HIGHER = ("accuracy", "mAP", "OOD AUROC")  # prefixes of the metrics for which higher is better
-SHOWN = ("mAP", "per-label ECE", "accuracy", "NLL", "ECE", "Brier", "AURC")
+SHOWN = (
+    "mAP",
+    "per-label ECE",
+    "accuracy",
+    "NLL",
+    "ECE",
+    "Brier",
+    "AURC",
+    SET_SIZE,
+    LABEL_COVERAGE,
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class CalibrationReport:
         mutual_information: Its epistemic part, where the method provides it; of independent labels
             that of each, ``(examples, labels)``.
         ood_uncertainty: Predictive entropy of the out-of-distribution examples, if there are any.
+        sets: Which classes the conformal set of each example holds, ``(examples, classes)``.
+        by_group: A report for each group of examples, where groups are given.
     """
 
     name: str
@@ -61,6 +66,8 @@ class CalibrationReport:
     uncertainty: Tensor = field(repr=False)
     mutual_information: Tensor | None = field(default=None, repr=False)
     ood_uncertainty: Tensor | None = field(default=None, repr=False)
+    sets: Tensor | None = field(default=None, repr=False)
+    by_group: Mapping[Any, CalibrationReport] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, metric: str) -> float:
         """Return a metric's value."""
@@ -101,12 +108,15 @@ class CalibrationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return name, number of examples, and the metrics with their standard errors."""
-        return {
+        found = {
             "name": self.name,
             "examples": len(self.labels),
             "values": dict(self.values),
             "errors": dict(self.errors),
         }
+        if self.by_group:
+            found["by_group"] = {str(g): report.to_dict() for g, report in self.by_group.items()}
+        return found
 
     def to_pandas(self) -> DataFrame:
         """Return the metrics as a data frame: one row each, with value and standard error.
@@ -129,89 +139,6 @@ class CalibrationReport:
         return plot_reports([self])
 
 
-def evaluate(
-    predict: Predict,
-    loader: Iterable[Batch],
-    *,
-    name: str = "predictive",
-    ood_loader: Iterable[Batch] | None = None,
-    label_key: str = "labels",
-    bootstrap: int = 200,
-    seed: int = 0,
-    progress_bar: bool = False,
-) -> CalibrationReport:
-    """Evaluate a predictive on labelled data, and on out-of-distribution data if given.
-
-    Labels ``(batch, labels)`` that do not exclude each other are scored by `label_metrics`.
-
-    Args:
-        predict: From a batch to class probabilities ``(batch, classes)``, or to `Predictions`:
-            a posterior ``la``, ``la.predict``, a baseline of this package, or any function. With
-            labels ``(batch, labels)``, to the probabilities that they apply. Of a token classifier
-            ``(batch, tokens, classes)``, zeros at padding: then every labelled token counts, and
-            standard errors are by bootstrap over the texts.
-        loader: Batches with labels: mappings with ``label_key``, or pairs of inputs and labels.
-        name: Name of the method, for tables and plots.
-        ood_loader: Batches of out-of-distribution inputs, whose labels are ignored; adds
-            ``"OOD AUROC"`` and ``"OOD FPR95"`` by predictive entropy, and ``"OOD AUROC (MI)"`` and
-            ``"OOD FPR95 (MI)"`` by mutual information where ``predict`` provides it.
-        label_key: Key of the labels.
-        bootstrap: Number of resamples behind the standard errors.
-        seed: Seed of the resamples.
-        progress_bar: Show progress over the batches.
-
-    Returns:
-        The report; tensors are on the CPU.
-
-    Raises:
-        ValueError: If a loader is empty, a batch has no labels, labels lie outside the classes or
-            none is known, ``predict`` does not return probabilities, or ``bootstrap`` is below 2.
-    """
-    if bootstrap < 2:
-        raise ValueError(f"bootstrap needs two resamples or more, got {bootstrap}")
-    with together(loader, ood_loader) as team:
-        batches = team.batches(loader, f"Evaluating {name}", progress_bar)
-        scored = predicted_rows(
-            team, predict, batches, lambda batch: batch_labels(batch, label_key).cpu()
-        )
-        if not scored:
-            raise ValueError("the loader is empty")
-        p, y, information = scored["p"], scored["labels"], scored.get("information")
-        if ood_loader is not None:
-            title = f"Evaluating {name}, out of distribution"
-            batches = team.batches(ood_loader, title, progress_bar)
-            outside = predicted_rows(team, predict, batches, None, y.ndim == 2)
-            if not outside:
-                raise ValueError("the out-of-distribution loader is empty")
-    metrics = METRICS if y.ndim == 1 else LABEL_METRICS
-    if y.ndim == 2:
-        y = known_labels(y)
-        if not bool((y != MISSING).any()):
-            raise ValueError("no label of the data is known: all are -100 or NaN")
-    elif int(y.min()) < 0 or int(y.max()) >= p.shape[1]:
-        raise ValueError(f"labels must lie in 0..{p.shape[1] - 1}, got {y.min()} to {y.max()}")
-    values = {metric: function(p, y) for metric, function in metrics.items()}
-    generator = torch.Generator().manual_seed(seed)
-
-    def resampled(rows: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        return resamples(rows, bootstrap, generator)
-
-    draws = [{m: f(p[i], y[i]) for m, f in metrics.items()} for i in resampled(scored)]
-    entropy_of = entropy if y.ndim == 1 else label_entropy
-    uncertainty, ood_uncertainty = entropy_of(p), None
-    if ood_loader is not None:
-        ood_uncertainty, ood_information = entropy_of(outside["p"]), outside.get("information")
-        scores = {"": (uncertainty, ood_uncertainty)}
-        if information is not None and ood_information is not None:
-            scores[" (MI)"] = (_in_all(information), _in_all(ood_information))
-        values |= _detection(scores)
-        pairs = list(resampled(scored)), list(resampled(outside))
-        for draw, i, j in zip(draws, *pairs, strict=True):
-            draw |= _detection({kind: (a[i], b[j]) for kind, (a, b) in scores.items()})
-    errors = {m: _spread(torch.tensor([draw[m] for draw in draws])) for m in values}
-    return CalibrationReport(name, p, y, values, errors, uncertainty, information, ood_uncertainty)
-
-
 def compare(reports: Sequence[CalibrationReport], metrics: Sequence[str] | None = None) -> str:
     """Return a Markdown table: one row per report, standard errors, the best values bold.
 
@@ -228,7 +155,10 @@ def compare(reports: Sequence[CalibrationReport], metrics: Sequence[str] | None 
     columns = list(metrics or [m for m in (*SHOWN, "OOD AUROC", "OOD FPR95") if m in known])
     for unknown in set(columns) - set(known):
         raise ValueError(f"no report has the metric {unknown!r}; there are {known}")
-    better = ["higher" if m.startswith(HIGHER) else "lower" for m in columns]
+    better = [
+        "as asked" if m == LABEL_COVERAGE else "higher" if m.startswith(HIGHER) else "lower"
+        for m in columns
+    ]
     table = [["method", *columns]]
     table += [[r.name, *(_cell(r, reports, m) for m in columns)] for r in reports]
     table.append(["*better is*", *better])
@@ -244,21 +174,6 @@ def _cell(report: CalibrationReport, reports: Sequence[CalibrationReport], metri
     all_values = [other.values[metric] for other in reports if metric in other.values]
     best = max(all_values) if metric.startswith(HIGHER) else min(all_values)
     text = f"{report.values[metric]:.3f}"
-    if len(reports) > 1 and text == f"{best:.3f}":
+    if len(reports) > 1 and text == f"{best:.3f}" and metric != LABEL_COVERAGE:
         text = f"**{text}**"
     return f"{text} ± {report.errors[metric]:.3f}"
-
-
-def _in_all(information: Tensor) -> Tensor:
-    """Return one number per example, of independent labels the sum."""
-    return information if information.ndim == 1 else information.sum(1)
-
-
-def _spread(values: Tensor) -> float:
-    """Return the standard deviation of resamples; some may have no average precision."""
-    return values[~values.isnan()].std().item()
-
-
-def _detection(scores: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    auroc = {f"OOD AUROC{kind}": ood_auroc(*pair) for kind, pair in scores.items()}
-    return auroc | {f"OOD FPR95{kind}": ood_fpr95(*pair) for kind, pair in scores.items()}

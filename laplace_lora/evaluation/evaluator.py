@@ -1,0 +1,161 @@
+"""`evaluate`: a report of a predictive on labelled data, with conformal sets and by group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora.data.batches import Batch, batch_labels
+from laplace_lora.data.distributed import together
+from laplace_lora.evaluation.conformal import check_coverage, conformal_sets
+from laplace_lora.evaluation.report import CalibrationReport
+from laplace_lora.evaluation.rows import Predict, predicted_rows
+from laplace_lora.evaluation.scores import (
+    SETS,
+    Rows,
+    checked_labels,
+    predictive_entropy,
+    values_and_errors,
+)
+from laplace_lora.evaluation.token_rows import TEXT
+
+
+def evaluate(
+    predict: Predict,
+    loader: Iterable[Batch],
+    *,
+    name: str = "predictive",
+    ood_loader: Iterable[Batch] | None = None,
+    conformal_loader: Iterable[Batch] | None = None,
+    coverage: float = 0.9,
+    groups: Sequence[Any] | Tensor | None = None,
+    label_key: str = "labels",
+    bootstrap: int = 200,
+    seed: int = 0,
+    progress_bar: bool = False,
+) -> CalibrationReport:
+    """Evaluate a predictive on labelled data, and on out-of-distribution data if given.
+
+    Labels ``(batch, labels)`` that do not exclude each other are scored by `label_metrics`.
+
+    Args:
+        predict: From a batch to class probabilities ``(batch, classes)``, or to `Predictions`:
+            a posterior ``la``, ``la.predict``, a baseline of this package, or any function. With
+            labels ``(batch, labels)``, to the probabilities that they apply. Of a token classifier
+            ``(batch, tokens, classes)``, zeros at padding: then every labelled token counts, and
+            standard errors are by bootstrap over the texts.
+        loader: Batches with labels: mappings with ``label_key``, or pairs of inputs and labels.
+        name: Name of the method, for tables and plots.
+        ood_loader: Batches of out-of-distribution inputs, whose labels are ignored; adds
+            ``"OOD AUROC"`` and ``"OOD FPR95"`` by predictive entropy, and ``"OOD AUROC (MI)"`` and
+            ``"OOD FPR95 (MI)"`` by mutual information where ``predict`` provides it.
+        conformal_loader: Labelled batches on which nothing was trained or tuned. From them every
+            example gets a set of classes, see `conformal_sets`; adds ``"coverage"``, the share of
+            sets that hold the label, and ``"set size"``, the mean number of classes in one.
+        coverage: Share of the sets that are to hold the label.
+        groups: A label of any kind for each example, in the loader's order; adds a report for
+            each group, ``by_group``. Of a token classifier one for each text.
+        label_key: Key of the labels.
+        bootstrap: Number of resamples behind the standard errors.
+        seed: Seed of the resamples.
+        progress_bar: Show progress over the batches.
+
+    Returns:
+        The report; tensors are on the CPU.
+
+    Raises:
+        ValueError: If a loader is empty, a batch has no labels, labels lie outside the classes or
+            none is known, ``predict`` does not return probabilities, ``bootstrap`` is below 2,
+            there is not one group for each example, or conformal sets are asked for with too few
+            labels or of anything but classes.
+        ImportError: If conformal sets are asked for, and crepes is missing.
+    """
+    if bootstrap < 2:
+        raise ValueError(f"bootstrap needs two resamples or more, got {bootstrap}")
+    if conformal_loader is not None:
+        check_coverage(coverage)
+
+    def labels_of(batch: Batch) -> Tensor:
+        return batch_labels(batch, label_key).cpu()
+
+    with together(loader, ood_loader, conformal_loader) as team:
+        batches = team.batches(loader, f"Evaluating {name}", progress_bar)
+        scored = predicted_rows(team, predict, batches, labels_of)
+        if not scored:
+            raise ValueError("the loader is empty")
+        outside = None
+        if ood_loader is not None:
+            title = f"Evaluating {name}, out of distribution"
+            batches = team.batches(ood_loader, title, progress_bar)
+            outside = predicted_rows(team, predict, batches, None, scored["labels"].ndim == 2)
+            if not outside:
+                raise ValueError("the out-of-distribution loader is empty")
+        if conformal_loader is not None:
+            title = f"Calibrating sets of {name}"
+            batches = team.batches(conformal_loader, title, progress_bar)
+            apart = predicted_rows(team, predict, batches, labels_of)
+            if not apart:
+                raise ValueError("the loader of conformal sets is empty")
+            scored[SETS] = _sets(scored, apart, coverage)
+    scored["labels"] = checked_labels(scored["p"], scored["labels"])
+    report = _report(name, scored, outside, bootstrap, seed)
+    if groups is None:
+        return report
+    parts = _by_group(scored, groups)
+    each = {g: _report(f"{name}, {g}", part, None, bootstrap, seed) for g, part in parts.items()}
+    return replace(report, by_group=each)
+
+
+def _report(
+    name: str, rows: Mapping[str, Tensor], outside: Rows | None, bootstrap: int, seed: int
+) -> CalibrationReport:
+    p, y = rows["p"], rows["labels"]
+    values, errors = values_and_errors(rows, outside, bootstrap, seed)
+    away = None if outside is None else predictive_entropy(outside["p"], y)
+    uncertainty, information = predictive_entropy(p, y), rows.get("information")
+    return CalibrationReport(
+        name, p, y, values, errors, uncertainty, information, away, rows.get(SETS)
+    )
+
+
+def _sets(rows: Rows, calibration: Rows, coverage: float) -> Tensor:
+    """Return the conformal sets of rows.
+
+    Raises:
+        ValueError: If labels are independent, or rows are tokens, which are not exchangeable.
+    """
+    if rows["labels"].ndim == 2 or TEXT in rows:
+        raise ValueError(
+            "conformal sets are of one class per example; labels that do not exclude each other, "
+            "and tokens, which share a text, have none here"
+        )
+    y = checked_labels(calibration["p"], calibration["labels"])
+    return conformal_sets(rows["p"], calibration["p"], y, coverage)
+
+
+def _by_group(rows: Rows, groups: Sequence[Any] | Tensor) -> dict[Any, dict[str, Tensor]]:
+    """Return the rows of every group, in the order in which groups first appear.
+
+    Raises:
+        ValueError: If there is not one group for each example.
+    """
+    names = groups.tolist() if isinstance(groups, Tensor) else list(groups)
+    texts = rows.get(TEXT)
+    count = len(rows["p"]) if texts is None else int(texts[-1]) + 1
+    if len(names) < count or (texts is None and len(names) > count):
+        raise ValueError(
+            f"`groups` needs a label for each of {count} examples, in the loader's order; got "
+            f"{len(names)}"
+        )
+    numbers = {group: i for i, group in enumerate(dict.fromkeys(names))}
+    of = torch.tensor([numbers[name] for name in names])
+    of = of if texts is None else of[texts]
+    present = {group: of == i for group, i in numbers.items() if bool((of == i).any())}
+    return {
+        group: {name: column[mask] for name, column in rows.items()}
+        for group, mask in present.items()
+    }
