@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from laplace_lora.adapters.peft_files import check_saves_adapters
-from laplace_lora.data.distributed import together
-from laplace_lora.data.shares import is_main, is_sharded
+from laplace_lora.data.distributed import is_sharded, together
+from laplace_lora.data.shares import is_main
 from laplace_lora.data.subset import Subset
 from laplace_lora.models.autocast import in_full_precision
 from laplace_lora.models.last_layer_model import LastLayerModel
