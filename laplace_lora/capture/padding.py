@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from laplace_lora.adapters.maps import Call
 from laplace_lora.data.batches import Batch
 from laplace_lora.data.masks import token_mask
 from laplace_lora.data.pairs import passes
+from laplace_lora.models.frames import frame_masks
 
 
 class Padding:
@@ -18,14 +20,16 @@ class Padding:
 
     Args:
         batch: Where attention masks are looked up.
+        model: The model that runs, which knows what its frames are made of, see `frame_masks`.
 
     Attributes:
         batch: The same.
         texts: Number of texts per example.
     """
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, model: object = None) -> None:
         self.batch = batch
+        self._model = model
         self._sources = passes(batch)
         self.texts = len(self._sources)
         self._masks: dict[Any, Tensor | None] = {}
@@ -45,8 +49,18 @@ class Padding:
         source = call * len(self._sources) // calls
         key = (source, x.shape[:-1], x.device)
         if key not in self._masks:
-            self._masks[key] = token_mask(self._sources[source], x, name)
+            self._masks[key] = self._of_tokens(self._sources[source], x, name)
         return self._masks[key]
+
+    def _of_tokens(self, source: Batch, x: Tensor, name: str) -> Tensor | None:
+        try:
+            return token_mask(source, x, name)
+        except ValueError:
+            assert isinstance(source, Mapping)
+            mask, frames = source.get("attention_mask"), frame_masks(self._model)
+            if frames is None or mask is None or mask.ndim != 2:
+                raise
+            return token_mask({"attention_mask": frames(mask)}, x, name)
 
     def cleaned(self, call: int, calls: int, values: Tensor) -> Tensor:
         """Return values at tokens, with zeros for what is not finite at padding.

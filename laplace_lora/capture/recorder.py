@@ -63,7 +63,7 @@ def record(
     with _listening(recorded) as (calls, sources), torch.enable_grad():
         # Some models write into the mapping that they are called with.
         output = model(copy.copy(batch) if isinstance(batch, Mapping) else batch)
-    padding = Padding(batch if masks is None else masks)
+    padding = Padding(batch if masks is None else masks, model)
     texts = padding.texts
     pairs = zip(recorded, calls, strict=True)
     calls = [_counted_once(linear, seen, texts) for linear, seen in pairs]

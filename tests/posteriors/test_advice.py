@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace
+from laplace_lora.capture import padding
 from support.batches import loader, token_batch
 from support.models import base_model, excite, peft_model
 from support.posteriors import fitted, posterior
@@ -124,8 +125,26 @@ def waves():
     return [{"input_values": x, "attention_mask": m, "labels": y} for x, m, y in rows]
 
 
-def test_masks_of_samples_leave_layers_the_diagonal(tmp_path):
-    """Speech models take a mask of samples, and their layers see frames."""
+def test_masks_of_samples_become_masks_of_frames():
+    """Speech models take a mask of samples, and their layers see frames: as many as they say."""
+    model = speech()
+    padded = KronLoraLaplace(model, "classification")
+    padded.fit(DataLoader(waves(), batch_size=2))
+    alone = KronLoraLaplace(model, "classification")
+    cut = []
+    for row in waves():
+        length = int(row["attention_mask"].sum())
+        cut.append({"input_values": row["input_values"][:length], "labels": row["labels"]})
+    singles = DataLoader(cut, batch_size=1)
+    alone.fit(singles)
+    for one, other in zip(padded.curvature.kfacs, alone.curvature.kfacs, strict=True):
+        assert_near([a.matrix for a in one], [b.matrix for b in other], 1e-9)
+    batch = next(iter(DataLoader(waves(), batch_size=4)))
+    assert_near(padded(batch)[1:2], alone(list(singles)[1]), 1e-9)
+
+
+def test_masks_of_samples_that_no_model_explains_leave_layers_the_diagonal(tmp_path, monkeypatch):
+    monkeypatch.setattr(padding, "frame_masks", lambda model: None)
     model, data = speech(), DataLoader(waves(), batch_size=2)
     with pytest.raises(RuntimeError, match=r"tokens per example.*Leave the mask out.*'diag'"):
         KronLoraLaplace(model, "classification").fit(data)
