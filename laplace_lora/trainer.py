@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from laplace_lora.data.batches import one_example, splits_by_example
 from laplace_lora.data.distributed import together
 from laplace_lora.evaluation.metrics import ece, nll
+from laplace_lora.evaluation.spans import span_metrics
 from laplace_lora.evaluation.token_rows import by_token, same_width
 from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
@@ -53,11 +54,12 @@ class LaplaceCallback(TrainerCallback):
     Args:
         trainer: The trainer.
         likelihood: ``"classification"``, ``"multilabel"``, ``"regression"``,
-            ``"reward_modeling"``, ``"language_modeling"`` or ``"token_classification"``; by
-            default what the trainer trains: pairs with TRL's ``RewardTrainer``, texts with its
-            ``SFTTrainer`` or with a causal language model without ``target_ids``, tokens with a
-            token classifier, numbers or independent labels where the model's ``problem_type`` or
-            its single output say so, classes otherwise.
+            ``"reward_modeling"``, ``"language_modeling"``, ``"token_classification"`` or
+            ``"question_answering"``; by default what the trainer trains: pairs with TRL's
+            ``RewardTrainer``, texts with its ``SFTTrainer`` or with a causal language model
+            without ``target_ids``, tokens with a token classifier, spans with a
+            question-answering model, numbers or independent labels where the model's
+            ``problem_type`` or its single output say so, classes otherwise.
         posterior: The posterior's class.
         save: Write the posterior into the trainer's output folder.
         link_approx: Link of the predictive.
@@ -181,7 +183,8 @@ class LaplaceCallback(TrainerCallback):
 
         Returns:
             Class probabilities ``(examples, classes)``, of a reward model for pairs, of a token
-            classifier ``(examples, tokens, classes)``; for regression mean and covariance.
+            classifier ``(examples, tokens, classes)``; for regression mean and covariance; of a
+            question-answering model `SpanPredictions`.
 
         Raises:
             RuntimeError: If training has not ended.
@@ -191,9 +194,9 @@ class LaplaceCallback(TrainerCallback):
             raise RuntimeError("there is no posterior yet; it is fitted when training ends")
         loader = self.trainer.get_test_dataloader(dataset)
         progress = not self.trainer.args.disable_tqdm
-        if labels_tokens(self._objective):
-            options: Any = {"link_approx": self.link_approx, "progress_bar": progress}
-            return la.predict(loader, **options).probs
+        if labels_tokens(self._objective) or self._objective.has_spans:
+            found: Any = la.predict(loader, link_approx=self.link_approx, progress_bar=progress)
+            return found if self._objective.has_spans else found.probs
         with together(loader, device=la.fitted.device) as team:
             batches = team.batches(loader, "Predicting", progress, la.fitted.by_example)
             parts = [self._predicted(la, batch) for batch in batches]
@@ -222,6 +225,8 @@ class LaplaceCallback(TrainerCallback):
     def _scores(
         self, la: LoraLaplace, loader: Any, progress: bool, prefix: str
     ) -> dict[str, float]:
+        if self._objective.has_spans:
+            return self._span_scores(la, loader, progress, prefix)
         with together(loader, device=la.fitted.device) as team:
             batches = team.batches(loader, "Evaluating", progress, la.fitted.by_example)
             parts = [self._scored(la, batch) for batch in batches]
@@ -234,6 +239,18 @@ class LaplaceCallback(TrainerCallback):
             scores = {"nll": nll(p, y), "ece": ece(p, y)}
             metrics |= {f"{prefix}_{name}_{score}": value for score, value in scores.items()}
         return metrics
+
+    def _span_scores(
+        self, la: LoraLaplace, loader: Any, progress: bool, prefix: str
+    ) -> dict[str, float]:
+        spans: Any = la.predict(loader, link_approx=self.link_approx, progress_bar=progress)
+        scores = {"laplace": span_metrics(spans), "map": span_metrics(spans.by_map)}
+        names = {"nll": "NLL", "ece": "ECE"}
+        return {
+            f"{prefix}_{way}_{name}": values[metric]
+            for way, values in scores.items()
+            for name, metric in names.items()
+        }
 
 
 @torch.no_grad()
@@ -268,6 +285,8 @@ def implied_likelihood(trainer: Any, options: Mapping[str, Any]) -> str:
         return "language_modeling"
     if heads.endswith("ForTokenClassification"):
         return "token_classification"
+    if heads.endswith("ForQuestionAnswering"):
+        return "question_answering"
     problem = getattr(config, "problem_type", None)
     if problem == MULTILABEL_PROBLEM:
         return "multilabel"

@@ -113,6 +113,7 @@ class Likelihood(Protocol):
         predicts_tokens: Whether an example is a text of which every token is predicted.
         rows_are_tokens: Whether a model has a row of outputs for each token of an example that
             counts, instead of one for the example.
+        has_spans: Whether the outputs are tokens as start and as end of an answer.
         jacobian_refusal: Why Jacobians of all outputs are refused; ``None`` where they are not.
     """
 
@@ -125,6 +126,7 @@ class Likelihood(Protocol):
     has_independent_labels: bool
     predicts_tokens: bool
     rows_are_tokens: bool
+    has_spans: bool
     jacobian_refusal: str | None
 
     def check_outputs(self, outputs: int | None) -> None:
@@ -225,6 +227,7 @@ class LikelihoodDefaults:
     has_independent_labels = False
     predicts_tokens = False
     rows_are_tokens = False
+    has_spans = False
     jacobian_refusal: str | None = None
 
     def check_outputs(self, outputs: int | None) -> None:

@@ -6,6 +6,7 @@ from laplace_lora.likelihoods.base import Likelihood
 from laplace_lora.likelihoods.classification import Classification
 from laplace_lora.likelihoods.language_modeling import LanguageModeling
 from laplace_lora.likelihoods.multilabel import Multilabel
+from laplace_lora.likelihoods.question_answering import QuestionAnswering
 from laplace_lora.likelihoods.regression import Regression
 from laplace_lora.likelihoods.reward_modeling import RewardModeling
 from laplace_lora.likelihoods.token_classification import TokenClassification
@@ -19,6 +20,7 @@ LIKELIHOODS: dict[str, Likelihood] = {
         RewardModeling(),
         LanguageModeling(),
         TokenClassification(),
+        QuestionAnswering(),
     )
 }
 

@@ -20,6 +20,7 @@ from laplace_lora.curvature.engine import Engine
 from laplace_lora.likelihoods.base import Likelihood
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.logits_model import LogitsModel
+from laplace_lora.models.span_model import SpanModel
 from laplace_lora.models.token_classifier import TokenClassifier
 from laplace_lora.models.token_model import TokenModel
 from laplace_lora.posteriors.fitted import FittedLaplace
@@ -44,8 +45,9 @@ class LoraLaplace(FittedLaplace):
             other, see `likelihoods.multilabel`; ``"regression"``; ``"reward_modeling"`` for a model
             with one output that is fitted on preference pairs, see `data.pairs`;
             ``"language_modeling"`` for next-token prediction of a causal language model, see
-            `TokenModel`; or ``"token_classification"`` for a label per token, see
-            `TokenClassifier`.
+            `TokenModel`; ``"token_classification"`` for a label per token, see
+            `TokenClassifier`; or ``"question_answering"`` for answers that are parts of a text,
+            see `SpanModel`.
         structure: How the curvature is held.
         target_ids: Answer tokens of a language model, see `LogitsModel`.
         mask_token_id: Token at which a masked language model answers (``tokenizer.mask_token_id``),
@@ -235,12 +237,16 @@ def _wrapped(
     mask_token_id: int | None,
 ) -> LogitsModel:
     """Return a user's model with the outputs that a likelihood reads."""
-    if not objective.rows_are_tokens:
+    kind: type[TokenModel | TokenClassifier | SpanModel]
+    if objective.has_spans:
+        kind = SpanModel
+    elif objective.rows_are_tokens:
+        kind = TokenModel if objective.predicts_tokens else TokenClassifier
+    else:
         return LogitsModel.wrap(model, target_ids, mask_token_id)
     if mask_token_id is not None:
         raise ValueError(
             "`mask_token_id` says where a masked language model answers; a model of tokens has "
             "outputs at all of them"
         )
-    around = TokenModel.around if objective.predicts_tokens else TokenClassifier.around
-    return around(model, target_ids)
+    return kind.around(model, target_ids)

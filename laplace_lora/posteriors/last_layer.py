@@ -55,11 +55,11 @@ class LastLayerLaplace(LoraLaplace):
         if kwargs.get("enable_backprop"):
             raise ValueError("last-layer posteriors cannot be differentiated by their input")
         objective = likelihood_of(likelihood)
-        if labels_tokens(objective):
+        if labels_tokens(objective) or objective.has_spans:
             raise ValueError(
-                "last-layer posteriors read one feature vector per example, and a token classifier "
-                "has one per token; use KronLoraLaplace with modules='classifier', which covers "
-                "the head alone"
+                "last-layer posteriors read one feature vector per example, and this model has one "
+                "per token; use KronLoraLaplace with modules='classifier' (or 'qa_outputs'), which "
+                "covers the head alone"
             )
         if objective.predicts_tokens:
             raise ValueError(

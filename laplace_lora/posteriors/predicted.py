@@ -15,6 +15,13 @@ from laplace_lora.posteriors.evidence import EvidenceLaplace
 from laplace_lora.predictive.data_sets import Predictions, predict
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.linear_samples import AUTO
+from laplace_lora.predictive.span_predictions import SpanPredictions
+from laplace_lora.predictive.spans import (
+    SpanPredictor,
+    check_sampled,
+    predict_spans,
+    span_probabilities,
+)
 from laplace_lora.predictive.token_class_predictions import TokenClassPredictions
 from laplace_lora.predictive.token_classes import TokenClassPredictor, token_probabilities
 from laplace_lora.predictive.token_data_sets import predict_tokens
@@ -82,6 +89,8 @@ class PredictedLaplace(EvidenceLaplace):
         options = (pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting)
         if labels_tokens(posterior.objective):
             return token_probabilities(posterior, x, *options, method)
+        if posterior.objective.has_spans:
+            return span_probabilities(posterior, x, *options, method)
         return Predictor(posterior)(x, *options, method)
 
     @in_full_precision
@@ -115,7 +124,7 @@ class PredictedLaplace(EvidenceLaplace):
         generator: torch.Generator | None = None,
         progress_bar: bool = False,
         method: str = AUTO,
-    ) -> Predictions | TokenClassPredictions:
+    ) -> Predictions | TokenClassPredictions | SpanPredictions:
         """Predict a whole data set with the GLM predictive.
 
         Args:
@@ -153,6 +162,10 @@ class PredictedLaplace(EvidenceLaplace):
         if labels_tokens(posterior.objective):
             tokens = TokenClassPredictor(posterior, link_approx, n_samples, generator, method)
             return predict_tokens(tokens, data, tokenizer, batch_size, progress_bar)
+        if posterior.objective.has_spans:
+            check_sampled("glm", link_approx, method)
+            spans = SpanPredictor(posterior, n_samples, generator)
+            return predict_spans(spans, data, tokenizer, batch_size, progress_bar)
         options = (batch_size, link_approx, n_samples, generator, progress_bar, method)
         return predict(Predictor(posterior), data, tokenizer, *options)
 

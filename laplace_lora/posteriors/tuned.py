@@ -184,7 +184,7 @@ class TunedLaplace(LaplaceLoops):
     ) -> tuple[str, str, tuple[Settings, LeaveOneOut | Widest] | None]:
         """Return the method of ``"auto"``, why it is no better one, and what that found."""
         posterior = self.fitted
-        texts = posterior.objective.rows_are_tokens
+        texts = posterior.objective.jacobian_refusal is not None
         method = "widest" if texts else "loo"
         reason = "arguments of other methods are given" if has_others else ""
         if not reason and structure != "scalar" and not texts:

@@ -14,7 +14,7 @@ from laplace_lora.data.batches import some_examples
 from laplace_lora.data.distributed import Together
 from laplace_lora.generation.label_scores import label_log_probabilities, part_of
 from laplace_lora.likelihoods.language_modeling import IGNORED
-from laplace_lora.predictive.class_scores import class_log_probabilities
+from laplace_lora.predictive.class_scores import class_log_probabilities, span_log_probabilities
 from laplace_lora.predictive.linear_samples import LinearSamples
 from laplace_lora.predictive.sample_set import SampleSet
 from laplace_lora.structures.state import Posterior
@@ -127,4 +127,7 @@ def _reader(
         samples = SampleSet(posterior, SAMPLES, generator)
         return lambda batch, scales: label_log_probabilities(posterior, samples, batch, scales)
     linear = LinearSamples(posterior, SAMPLES, generator)
-    return lambda batch, scales: class_log_probabilities(linear, batch, scales)
+    read = class_log_probabilities
+    if posterior.objective.has_spans:
+        read = span_log_probabilities
+    return lambda batch, scales: read(linear, batch, scales)

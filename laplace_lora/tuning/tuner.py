@@ -240,11 +240,12 @@ class Tuner:
     ) -> tuple[Settings, Calibration]:
         """Return calibrated settings, and what they changed, see `calibrate`."""
         check_classifier(self.posterior.objective)
-        if labels_tokens(self.posterior.objective):
+        objective = self.posterior.objective
+        if labels_tokens(objective) or objective.has_spans:
             if link != QUADRATURE:
                 raise ValueError(
-                    "a token classifier is calibrated for predictions by samples, link_approx="
-                    f"{QUADRATURE!r}; got {link!r}"
+                    f"a {objective.name} posterior is calibrated for predictions by samples, "
+                    f"link_approx={QUADRATURE!r}; got {link!r}"
                 )
             with together(val_loader, device=self.posterior.device) as team:
                 options = (val_loader, team, generator, progress_bar)

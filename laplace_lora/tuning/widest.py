@@ -75,7 +75,7 @@ def tune(
             or no token of the data is scored.
         FloatingPointError: If the predictive of the narrowest posterior is not the MAP's.
     """
-    if not posterior.objective.rows_are_tokens:
+    if posterior.objective.jacobian_refusal is None:
         raise ValueError(
             f"method='widest' reads the tokens of texts; a {posterior.objective.name} posterior "
             "has method='loo' or 'marglik'"

@@ -30,7 +30,7 @@ def warn_if_wide(posterior: Posterior, loader: Iterable[Any]) -> None:
         posterior: A tuned posterior.
         loader: Its training data.
     """
-    if posterior.objective.rows_are_tokens:
+    if posterior.objective.jacobian_refusal is not None:
         advice = "Tune by method='widest'"
         try:
             excess = _excess_of_texts(posterior, loader)

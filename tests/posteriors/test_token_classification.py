@@ -14,7 +14,7 @@ from laplace_lora import (
 from laplace_lora.evaluation import evaluate
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.models.token_classifier import TokenClassifier
-from laplace_lora.tuning import token_calibration
+from laplace_lora.tuning import sample_calibration
 from support.batches import rows
 from support.models import peft_model
 from support.references import assert_near
@@ -93,7 +93,7 @@ def test_calibration_finds_the_best_width_and_temperature():
 def test_calibration_in_parts_is_that_of_all_tokens(monkeypatch):
     reports = []
     for room in (2**9, 2**22):
-        monkeypatch.setattr(token_calibration, "AT_ONCE", room)
+        monkeypatch.setattr(sample_calibration, "AT_ONCE", room)
         reports.append(tagged_posterior().calibrate(tagged_loader(2, VALIDATION)))
     assert reports[0].covariance_scale == pytest.approx(reports[1].covariance_scale, rel=1e-6)
 

@@ -1,0 +1,94 @@
+"""`SpanModel`: a question-answering model, from a batch to the logits of starts and ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace_lora.data.sharding import unwrapped
+from laplace_lora.likelihoods.question_answering import NOT_INPUTS, text_tokens
+from laplace_lora.models.logits_model import LogitsModel, wide
+
+FAR_BELOW = 60.0  # exp(-60) is nothing beside 1, in every dtype
+
+
+class SpanModel(LogitsModel):
+    """A question-answering model from a batch to logits, ``(batch, 2 · tokens)``.
+
+    First those of every token as an answer's start, then as its end; padding has no probability.
+
+    Args:
+        model: A `PeftModel` of a model as `AutoModelForQuestionAnswering` loads it.
+    """
+
+    @classmethod
+    def around(
+        cls, model: nn.Module, target_ids: Sequence[int] | Tensor | None = None
+    ) -> SpanModel:
+        """Return a model as a `SpanModel`.
+
+        Raises:
+            ValueError: If it is wrapped for other outputs already, or answers are asked for.
+        """
+        if target_ids is not None:
+            raise ValueError(
+                "`target_ids` choose answers of a language model; these answers are parts of a text"
+            )
+        model = unwrapped(model)
+        if isinstance(model, LogitsModel) and not isinstance(model, cls):
+            raise ValueError(
+                "likelihood='question_answering' takes the PeftModel, not a LogitsModel"
+            )
+        return model if isinstance(model, cls) else cls(model)
+
+    @property
+    def n_outputs(self) -> int | None:
+        """``None``: twice as many as the texts of a batch have tokens."""
+        return None
+
+    def forward(self, batch: Mapping[str, Any] | Tensor) -> Tensor:
+        """Return the logits of starts and ends.
+
+        Args:
+            batch: A mapping with ``input_ids`` and, if padded, ``attention_mask``.
+
+        Returns:
+            Shape ``(batch, 2 · tokens)``, float32 or better.
+
+        Raises:
+            TypeError: If the batch is no mapping of texts.
+            ValueError: If the model gives no logits of starts and ends for each token.
+        """
+        real = text_tokens(batch).to(self.device)
+        assert isinstance(batch, Mapping)
+        texts = {key: value for key, value in batch.items() if key not in NOT_INPUTS}
+        returned = self.model(**self._inputs(texts))
+        parts = [getattr(returned, name, None) for name in ("start_logits", "end_logits")]
+        tokens = real.shape[1]
+        if any(p is None or p.ndim != 2 or p.shape[1] < tokens for p in parts):
+            raise ValueError(
+                f"{type(self._base).__name__} returned no start and end for each of {tokens} "
+                "tokens; load the model with AutoModelForQuestionAnswering"
+            )
+        logits = [
+            _without_padding(wide(part[:, part.shape[1] - tokens :].to(self.device)), real)
+            for part in parts
+            if part is not None
+        ]
+        return torch.cat(logits, dim=-1)
+
+    def own_logits(self, batch: Mapping[str, Any] | Tensor) -> Tensor | None:
+        """Return ``None``: the logits are the model's own already."""
+        return None
+
+
+def _without_padding(logits: Tensor, real: Tensor) -> Tensor:
+    """Return logits that give padding no probability, whatever stood there.
+
+    A constant below a row's lowest logit; minus infinity leaves no difference to compare.
+    """
+    lowest = logits.detach().masked_fill(~real, torch.inf).amin(1, keepdim=True)
+    return torch.where(real, logits, lowest - FAR_BELOW)

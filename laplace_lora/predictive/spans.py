@@ -1,0 +1,262 @@
+"""`SpanPredictor`: where a posterior expects the answers of questions, from samples.
+
+Start and end are independent given the weights, and not given the posterior: the probability of a
+span is the product of its start's and its end's under each sample of the linearised model, averaged
+over the samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora.data.distributed import together
+from laplace_lora.likelihoods.classification import LOGITS
+from laplace_lora.likelihoods.links import QUADRATURE, averaged, entropy
+from laplace_lora.likelihoods.question_answering import CONTEXT, END, START, text_tokens
+from laplace_lora.models.autocast import as_called
+from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.predictive.data_sets import is_batch
+from laplace_lora.predictive.inputs import batches_of_rows, batches_of_texts, listed
+from laplace_lora.predictive.linear_samples import (
+    AUTO,
+    SAMPLED,
+    SAMPLES,
+    LinearSamples,
+)
+from laplace_lora.predictive.span_predictions import SpanPredictions
+from laplace_lora.predictive.weight_sampling import sampled_outputs
+from laplace_lora.structures.state import Posterior
+
+LONGEST = 30  # tokens of an answer, as in transformers' examples for SQuAD
+WEIGHT_SAMPLES = 100  # for pred_type="nn"
+
+
+class SpanPredictor:
+    """Predicts any number of batches from the same samples of the weights.
+
+    Args:
+        posterior: A fitted posterior of a question-answering model.
+        n_samples: Samples of the weights, 64 by default.
+        generator: Their source, on the posterior's device; a fixed seed by default.
+
+    Raises:
+        ValueError: If ``n_samples`` is not positive, or gradients are asked for.
+    """
+
+    def __init__(
+        self,
+        posterior: Posterior,
+        n_samples: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.posterior = posterior
+        count = SAMPLES if n_samples is None else n_samples
+        self._samples = LinearSamples(posterior, count, generator)
+
+    def log_probabilities(self, x: Mapping[str, Any]) -> Tensor:
+        """Return log probabilities of start and end under each sample.
+
+        Args:
+            x: What the model takes.
+
+        Returns:
+            Shape ``(samples, batch, 2, tokens)``.
+
+        Raises:
+            TypeError: If it is no mapping of texts.
+            NoForwardDerivativeError: If the model cannot carry tangents.
+        """
+        return self._samples.log_softmax(*span_tangents(self._samples, x), LOGITS)
+
+    def __call__(self, x: Mapping[str, Any], labels: Tensor | None = None) -> SpanPredictions:
+        """Return the spans of a batch.
+
+        Args:
+            x: What the model takes, with ``context_mask`` where an answer may be; without it that
+                is where ``token_type_ids`` are 1, or all of the text behind its first token.
+            labels: First and last token of the true answers, ``(batch, 2)``.
+
+        Raises:
+            TypeError: If it is no mapping of texts.
+            ValueError: If a context has no token.
+        """
+        real = text_tokens(x)
+        samples = self.log_probabilities(x).exp()
+        starts, ends = samples[:, :, 0], samples[:, :, 1]
+        pairs = torch.einsum("kni,knj->nij", starts, ends) / len(samples)
+        own = self._by_map(x)
+        by_map = own[:, 0].unsqueeze(2) * own[:, 1].unsqueeze(1)
+        none = real.to(torch.uint8).argmax(1).to(pairs.device)
+        allowed = _allowed(x, real).to(pairs.device)
+        found = {
+            prefix + name: value
+            for prefix, p in (("", pairs), ("map_", by_map))
+            for name, value in _best(p, allowed, none, labels).items()
+        }
+        aleatoric = (entropy(starts) + entropy(ends)).mean(0)
+        information = found["entropy"] - aleatoric
+        return SpanPredictions(none=none, mutual_information=information, labels=labels, **found)
+
+    def _by_map(self, x: Mapping[str, Any]) -> Tensor:
+        """Return probabilities at the posterior's mean, ``(batch, 2, tokens)``."""
+        posterior = self.posterior
+        with torch.no_grad(), evaluation_mode(posterior.model), as_called():
+            f = posterior.model(x) / posterior.settings.likelihood_temperature
+        return f.unflatten(-1, (2, -1)).softmax(-1).to(posterior.dtype)
+
+
+def _best(pairs: Tensor, allowed: Tensor, none: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    """Return the best span of each distribution over pairs, ``(batch, tokens, tokens)``."""
+    best = pairs.masked_fill(~allowed, -1).flatten(1).argmax(1)
+    start, end = best // pairs.shape[1], best % pairs.shape[1]
+    rows = torch.arange(len(pairs), device=pairs.device)
+    found = {
+        "start": start,
+        "end": end,
+        "prob": pairs[rows, start, end],
+        "no_answer": pairs[rows, none, none],
+        "entropy": entropy(pairs.flatten(1)),
+    }
+    if labels is not None:
+        found["label_prob"] = pairs[rows, labels[:, 0], labels[:, 1]]
+    return found
+
+
+def _allowed(x: Mapping[str, Any], real: Tensor) -> Tensor:
+    """Return which pairs may be answers, ``(batch, tokens, tokens)``."""
+    context = x.get(CONTEXT)
+    kinds = x.get("token_type_ids")
+    if context is None and kinds is not None and bool((kinds == 1).any()):
+        context = kinds == 1
+    if context is None:
+        context = real.cumsum(1) > 1
+    context = torch.as_tensor(context).to(real.device) != 0
+    if context.shape != real.shape:
+        raise ValueError(
+            f"{CONTEXT!r} must say of each token whether it is context, shape "
+            f"{tuple(real.shape)}; got {tuple(context.shape)}"
+        )
+    context &= real
+    empty = ~context.any(1)
+    if bool(empty.any()):
+        raise ValueError(
+            f"row {int(empty.nonzero()[0])} has no context in which an answer could be"
+        )
+    places = torch.arange(real.shape[1], device=real.device)
+    length = places - places.unsqueeze(1)
+    in_order = (length >= 0) & (length < LONGEST)
+    return context.unsqueeze(2) & context.unsqueeze(1) & in_order
+
+
+def span_tangents(samples: LinearSamples, x: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return logits of starts and ends, and their change along each direction.
+
+    Args:
+        samples: Of a question-answering model's posterior.
+        x: What the model takes.
+
+    Returns:
+        Shapes ``(batch, 2, tokens)`` and ``(directions, batch, 2, tokens)``.
+    """
+    mean, tangents = samples.tangents(x, LOGITS)
+    return mean.unflatten(-1, (2, -1)), tangents.unflatten(-1, (2, -1))
+
+
+def span_probabilities(
+    posterior: Posterior,
+    x: Any,
+    pred_type: str,
+    joint: bool,
+    link_approx: str,
+    n_samples: int | None,
+    diagonal_output: bool,
+    generator: torch.Generator | None,
+    fitting: bool,
+    method: str,
+) -> Tensor:
+    """Return probabilities of every token as start and as end, see `LoraLaplace.__call__`.
+
+    Returns:
+        Shape ``(batch, 2, tokens)``.
+    """
+    if joint or diagonal_output or fitting:
+        raise ValueError(
+            "joint, diagonal_output and fitting mean nothing to question answering; leave them out"
+        )
+    if pred_type == "nn" and link_approx == "mc":
+        count = WEIGHT_SAMPLES if n_samples is None else n_samples
+        outputs = sampled_outputs(posterior, x, count, generator)
+        return outputs.unflatten(-1, (2, -1)).softmax(-1).mean(0)
+    check_sampled(pred_type, link_approx, method)
+    predictor = SpanPredictor(posterior, n_samples, generator)
+    return averaged(predictor.log_probabilities(x)).exp()
+
+
+def check_sampled(pred_type: str, link_approx: str, method: str) -> None:
+    """Refuse what samples of the linearised model do not do.
+
+    Raises:
+        ValueError: If another type, link or method is asked for.
+    """
+    if pred_type != "glm" or link_approx != QUADRATURE or method not in (AUTO, SAMPLED):
+        raise ValueError(
+            "spans are predicted from samples of the linearised model: method='sampled' with the "
+            "default link, or of networks: pred_type='nn' with link_approx='mc'; got "
+            f"pred_type={pred_type!r}, link_approx={link_approx!r}, method={method!r}"
+        )
+
+
+def predict_spans(
+    predictor: SpanPredictor, data: Any, tokenizer: Any, batch_size: int, progress_bar: bool
+) -> SpanPredictions:
+    """Predict the answers of a data set, see `LoraLaplace.predict`.
+
+    Args:
+        predictor: Of a question-answering model's posterior.
+        data: Pairs of question and context, rows or batches.
+        tokenizer: The model's.
+        batch_size: Pairs or rows per batch.
+        progress_bar: Show progress over the batches.
+
+    Raises:
+        TypeError: If the data are none of these.
+        ValueError: If they are empty, or see `batches_of_texts` and `batches_of_rows`.
+    """
+    if is_batch(data):
+        return _answer(predictor, data)
+    kind, items = listed(data)
+    if kind == "batches":
+        return _of_batches(predictor, items, progress_bar)
+    collate = batches_of_texts if kind == "texts" else batches_of_rows
+    order, batches = collate(items, tokenizer, batch_size)
+    return _of_batches(predictor, batches, progress_bar)[order.argsort()]
+
+
+def _answer(predictor: SpanPredictor, batch: Any) -> SpanPredictions:
+    """Return the spans of a batch, with its labels where it has any."""
+    posterior = predictor.posterior
+    labelled = isinstance(batch, Mapping) and ({START, END} <= set(batch))
+    labelled = labelled or (isinstance(batch, Mapping) and posterior.label_key in batch)
+    labelled = labelled or (isinstance(batch, Sequence) and len(batch) == 2)
+    if not labelled:
+        return predictor(batch)
+    return predictor(*posterior.split(batch))
+
+
+def _of_batches(
+    predictor: SpanPredictor, source: Iterable[Any], progress_bar: bool
+) -> SpanPredictions:
+    with together(source, device=predictor.posterior.device) as team:
+        batches = team.batches(source, "Predicting", progress_bar)
+        parts = [_answer(predictor, batch) for batch in batches]
+        columns = {f.name: [getattr(p, f.name) for p in parts] for f in fields(SpanPredictions)}
+        whole = {name: c for name, c in columns.items() if all(v is not None for v in c)}
+        joined: dict[str, Any] = team.rows(**whole)
+        if not joined:
+            raise ValueError("there is nothing to predict: the data are empty")
+    return SpanPredictions(**joined)
