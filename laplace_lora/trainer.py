@@ -152,11 +152,11 @@ class LaplaceCallback(TrainerCallback):
 
     def _finish(self, args: TrainingArguments) -> None:
         la = self.posterior(self.trainer.model, self.likelihood, **self.kwargs)
-        progress = not args.disable_tqdm
+        progress = False if args.disable_tqdm else None
         la.fit(self.trainer.get_train_dataloader(), progress_bar=progress)
         self.la = la
         try:
-            la.optimize_prior_precision()
+            la.optimize_prior_precision(progress_bar=progress)
         finally:
             if self.save and args.should_save:
                 la.save_pretrained(args.output_dir)
@@ -193,7 +193,7 @@ class LaplaceCallback(TrainerCallback):
         if la is None:
             raise RuntimeError("there is no posterior yet; it is fitted when training ends")
         loader = self.trainer.get_test_dataloader(dataset)
-        progress = not self.trainer.args.disable_tqdm
+        progress = False if self.trainer.args.disable_tqdm else None
         if labels_tokens(self._objective) or self._objective.has_spans:
             found: Any = la.predict(loader, link_approx=self.link_approx, progress_bar=progress)
             return found if self._objective.has_spans else found.probs
@@ -223,7 +223,7 @@ class LaplaceCallback(TrainerCallback):
             return y, p, self._objective.readout(x).under(la.model(batch))
 
     def _scores(
-        self, la: LoraLaplace, loader: Any, progress: bool, prefix: str
+        self, la: LoraLaplace, loader: Any, progress: bool | None, prefix: str
     ) -> dict[str, float]:
         if self._objective.has_spans:
             return self._span_scores(la, loader, progress, prefix)
@@ -241,7 +241,7 @@ class LaplaceCallback(TrainerCallback):
         return metrics
 
     def _span_scores(
-        self, la: LoraLaplace, loader: Any, progress: bool, prefix: str
+        self, la: LoraLaplace, loader: Any, progress: bool | None, prefix: str
     ) -> dict[str, float]:
         spans: Any = la.predict(loader, link_approx=self.link_approx, progress_bar=progress)
         scores = {"laplace": span_metrics(spans), "map": span_metrics(spans.by_map)}

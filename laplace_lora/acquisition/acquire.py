@@ -59,7 +59,7 @@ def acquire(
     batch_size: int,
     n_samples: int | None,
     generator: torch.Generator | None,
-    progress_bar: bool,
+    progress_bar: bool | None,
 ) -> Acquisition:
     """Return the examples of a pool that are worth labelling, see `LoraLaplace.acquire`."""
     if method not in METHODS:

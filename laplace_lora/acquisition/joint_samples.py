@@ -45,7 +45,7 @@ def joint_samples(
     batch_size: int,
     n_samples: int,
     generator: torch.Generator | None,
-    progress_bar: bool,
+    progress_bar: bool | None,
 ) -> JointSamples:
     """Return samples of a pool's contrasts, one after the other in its order.
 
@@ -59,7 +59,7 @@ def joint_samples(
         batch_size: Texts or rows per batch.
         n_samples: Samples of the weights.
         generator: Their source, on the posterior's device; a fixed seed by default.
-        progress_bar: Show progress over the batches.
+        progress_bar: Whether to show progress, see `progress`.
 
     Raises:
         ValueError: If the pool is empty.

@@ -51,7 +51,9 @@ def run(
     quietly = partial(opened.la.predict, progress_bar=False)
     methods: dict[str, Any] = {"MAP": MAP(opened.la.logits_model), "Laplace": quietly}
     reports = [
-        scores_of(method, loader, name=name, ood_loader=other, progress_bar=not quiet)
+        scores_of(
+            method, loader, name=name, ood_loader=other, progress_bar=False if quiet else None
+        )
         for name, method in methods.items()
     ]
     if out is not None:

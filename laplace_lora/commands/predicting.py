@@ -34,20 +34,22 @@ def run(
             f"the posterior is over texts: `laplace-lora score {adapter}` says which tokens it is "
             "unsure of, `laplace-lora generate` writes"
         )
-    found = predictions(opened, rows, options["batch_size"], not quiet)
+    found = predictions(opened, rows, options["batch_size"], False if quiet else None)
     with json_lines(out) as write:
         for row, result in zip(rows, result_rows(found, opened), strict=True):
             write({**{name: row.get(name) for name in keep}, **result})
 
 
-def predictions(opened: Opened, rows: Sequence[Row], batch_size: int, shown: bool) -> Predictions:
+def predictions(
+    opened: Opened, rows: Sequence[Row], batch_size: int, shown: bool | None
+) -> Predictions:
     """Return the predictions of rows, in their order.
 
     Args:
         opened: The posterior.
         rows: Texts, or preference pairs for a reward model.
         batch_size: Rows per batch.
-        shown: Whether to show progress.
+        shown: Whether to show progress, see `progress`.
     """
     inputs, data = opened.inputs, None
     if opened.plan.likelihood == "reward_modeling" and is_preference(rows[0]):

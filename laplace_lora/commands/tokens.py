@@ -36,9 +36,11 @@ def run_score(
     def answer(part: Sequence[int]) -> TokenPredictions:
         batch = collate([examples[i] for i in part])
         source = _generator(opened, seed)
-        return score_texts(opened.la, batch, top_k, n_samples=n_samples, generator=source)
+        return score_texts(
+            opened.la, batch, top_k, n_samples=n_samples, generator=source, progress_bar=False
+        )
 
-    _write(opened, len(rows), options["batch_size"], out, answer, "Scoring", not quiet)
+    _write(opened, len(rows), options["batch_size"], out, answer, "Scoring", quiet)
 
 
 def run_generate(
@@ -70,9 +72,10 @@ def run_generate(
             n_samples=n_samples,
             generator=_generator(opened, seed),
             stop_above=stop_above,
+            progress_bar=False,
         )
 
-    _write(opened, len(rows), options["batch_size"], out, answer, "Writing", not quiet)
+    _write(opened, len(rows), options["batch_size"], out, answer, "Writing", quiet)
 
 
 def _opened(adapter: str, data: str, out: str, options: dict[str, Any]) -> tuple[Opened, list[Row]]:
@@ -99,11 +102,11 @@ def _write(
     out: str,
     answer: Callable[[Sequence[int]], TokenPredictions],
     title: str,
-    shown: bool,
+    quiet: bool,
 ) -> None:
     """Write a row for each text, batch by batch."""
     parts = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
     with json_lines(out) as write:
-        for part in progress(parts, shown, title):
+        for part in progress(parts, False if quiet else None, title):
             for text in answer(part).to_dict(opened.adapter.tokenizer)["texts"]:
                 write(text)

@@ -42,7 +42,7 @@ class Reading:
     def batches(
         self,
         title: str,
-        progress_bar: bool,
+        progress_bar: bool | None,
         by_example: Callable[[Any], Any] | None,
         at_most: float,
     ) -> Iterator[Any]:
@@ -62,7 +62,7 @@ class Reading:
             self.places.append(places)
             yield batch
 
-    def _local(self, title: str, progress_bar: bool, at_most: float) -> Iterator[Batch]:
+    def _local(self, title: str, progress_bar: bool | None, at_most: float) -> Iterator[Batch]:
         """Return what the loader gives this process."""
         bar = progress(streams.begun(self.loader), progress_bar, title, self.loader)
         must_be_part = self.share is not None and not self.share.says_so
@@ -75,7 +75,7 @@ class Reading:
 
         return counted_once(bar, workers, keep)
 
-    def _dealt(self, title: str, progress_bar: bool, at_most: float) -> Iterator[Batch]:
+    def _dealt(self, title: str, progress_bar: bool | None, at_most: float) -> Iterator[Batch]:
         """Return this process's part of what the main process reads for all."""
         assert self.share is not None and self.share.source is not None
         batches: Iterator[Batch] = iter(())

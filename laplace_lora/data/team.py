@@ -50,7 +50,7 @@ class Together:
         self,
         loader: Iterable[Batch],
         title: str,
-        progress_bar: bool = False,
+        progress_bar: bool | None = None,
         by_example: Callable[[Any], Any] | None = None,
         at_most: float = math.inf,
     ) -> Iterator[Any]:
@@ -59,7 +59,7 @@ class Together:
         Args:
             loader: Any loader; one that is not shared is iterated over as a whole.
             title: Title of the progress bar.
-            progress_bar: Show progress, in the main process.
+            progress_bar: Whether to show progress, see `progress`.
             by_example: From a batch to the form in which every row is an example.
             at_most: Stop when this process has had so many examples.
 

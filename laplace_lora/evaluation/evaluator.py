@@ -36,7 +36,7 @@ def evaluate(
     label_key: str = "labels",
     bootstrap: int = 200,
     seed: int = 0,
-    progress_bar: bool = False,
+    progress_bar: bool | None = None,
 ) -> CalibrationReport:
     """Evaluate a predictive on labelled data, and on out-of-distribution data if given.
 
@@ -62,7 +62,7 @@ def evaluate(
         label_key: Key of the labels.
         bootstrap: Number of resamples behind the standard errors.
         seed: Seed of the resamples.
-        progress_bar: Show progress over the batches.
+        progress_bar: Whether to show progress, see `progress`.
 
     Returns:
         The report; tensors are on the CPU.

@@ -18,7 +18,7 @@ def accumulate(
     posterior: Posterior,
     data_pass: Pass,
     loader: Any,
-    progress_bar: bool,
+    progress_bar: bool | None,
     snapshot: Snapshot | None,
     team: Together,
 ) -> Sums:
@@ -28,7 +28,7 @@ def accumulate(
         posterior: Splits batches into inputs and labels.
         data_pass: What the pass adds up.
         loader: Batches with labels.
-        progress_bar: Show progress, in the main process.
+        progress_bar: Whether to show progress, see `progress`.
         snapshot: Where sums are kept on the way, ``None`` for nowhere.
         team: The processes that share the loader.
 
@@ -63,7 +63,7 @@ def _local_sums(
     posterior: Posterior,
     data_pass: Pass,
     loader: Any,
-    progress_bar: bool,
+    progress_bar: bool | None,
     snapshot: Snapshot | None,
     team: Together,
 ) -> tuple[Sums, Any]:

@@ -40,7 +40,7 @@ class Fitter:
         self,
         train_loader: DataLoader[Any],
         override: bool,
-        progress_bar: bool,
+        progress_bar: bool | None,
         checkpoint_dir: str | os.PathLike[str] | None,
         checkpoint_every: int | None,
         evidence_correction: bool | None,
@@ -100,12 +100,14 @@ class Fitter:
                 warnings.warn(f"the gradient term is not measured: {error}", stacklevel=3)
         return state
 
-    def with_gradient_term(self, train_loader: Iterable[Any], progress_bar: bool) -> PosteriorState:
+    def with_gradient_term(
+        self, train_loader: Iterable[Any], progress_bar: bool | None
+    ) -> PosteriorState:
         """Return the state with what the evidence's gradient term needs.
 
         Args:
             train_loader: The training data of the fit.
-            progress_bar: Show progress over the batches.
+            progress_bar: Whether to show progress, see `progress`.
 
         Raises:
             ValueError: If they are not those of the fit.

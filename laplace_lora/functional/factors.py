@@ -36,7 +36,7 @@ def calculate_kronecker_factors(
     lr_threshold: int = 512,
     target_module_keywords: Sequence[str] = ("",),
     exclude_bias: bool = False,
-    use_tqdm: bool = False,
+    use_tqdm: bool | None = None,
     *,
     attention_mask: Callable[[Any], Tensor] | None = None,
     positions: str = "all",
@@ -64,7 +64,7 @@ def calculate_kronecker_factors(
             ``lora_A`` and ``lora_B``. ``""`` selects all.
         exclude_bias: Treat biases as fixed. Otherwise a module's bias is the last column of its
             weight, its input factor ``(q + 1, q + 1)``.
-        use_tqdm: Show progress over the batches.
+        use_tqdm: Whether to show progress, see `progress`.
         attention_mask: From a batch to the ``(batch, tokens)`` mask of real tokens. ``None`` for
             the batch's ``attention_mask``, or else the one with which the model is called.
         positions: ``"all"`` real tokens, or only the ``"last"`` one of each example.
@@ -125,7 +125,7 @@ def _summed(
     added: Callable[[KfacSums | None, Any], tuple[KfacSums, int]],
     loader: Iterable[Batch],
     team: Together,
-    use_tqdm: bool,
+    use_tqdm: bool | None,
 ) -> tuple[KfacSums, int]:
     """Return the sums over the data of all processes, and the number of examples."""
     sums, n, example = None, 0, None

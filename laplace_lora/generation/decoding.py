@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.data.loaders import progress
 from laplace_lora.generation.methods import EXACT, SAMPLED, check_method, exact_predictor
 from laplace_lora.generation.next_token import HasPosterior
 from laplace_lora.generation.prompts import left_padded
@@ -47,6 +48,7 @@ def generate(
     streamer: Streamer | None = None,
     stop_above: float | None = None,
     stop_on: str = "token",
+    progress_bar: bool | None = None,
 ) -> TokenPredictions:
     """Continue texts, token by token from the posterior predictive.
 
@@ -76,6 +78,8 @@ def generate(
             that passed it and is marked in ``stopped``.
         stop_on: What is compared: ``"token"``, one token's mutual information; ``"answer"``, its
             sum over the answer so far.
+        progress_bar: Whether to show progress over the tokens, see `progress`; not by default with
+            a streamer.
 
     Returns:
         Predictions of the new tokens, an ending one among them.
@@ -87,6 +91,8 @@ def generate(
     """
     check_method(method, link_approx)
     stopping = Stopping(stop_above, stop_on)
+    if streamer is not None:
+        progress_bar = bool(progress_bar)  # it has its own way of showing them
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be positive, got {max_new_tokens}")
     selection = Selection(
@@ -107,9 +113,8 @@ def generate(
             model, steps = sampled.model, SampledSteps(sampled, reading, top_k)
         ends = model.end_tokens if eos_token_id is None else eos_token_id
         stop = torch.tensor(ends, device=ids.device, dtype=torch.long).reshape(-1)
-        text = write(
-            steps, ids, mask, max_new_tokens, selection, stop, stopping, streamer, model.pad_token
-        )
+        shown = progress(range(max_new_tokens), progress_bar, "Writing")
+        text = write(steps, ids, mask, shown, selection, stop, stopping, streamer, model.pad_token)
     variance = None
     if method == EXACT:
         labels = text.ids.masked_fill(text.mask == 0, IGNORED)

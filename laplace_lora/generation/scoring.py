@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.data.loaders import progress
 from laplace_lora.generation.label_scores import at_labels, part_of
 from laplace_lora.generation.methods import EXACT, SAMPLED, check_method, exact_predictor
 from laplace_lora.generation.next_token import HasPosterior, NextToken, NextTokenPredictor
@@ -17,6 +18,7 @@ from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
 from laplace_lora.models.token_model import TOP_K
 
 SAMPLES = 32
+TITLE = "Scoring"
 
 Scored = tuple[list[NextToken], list[tuple[Tensor, Tensor]]]
 
@@ -30,6 +32,7 @@ def score(
     generator: torch.Generator | None = None,
     batch_size: int | None = None,
     method: str = SAMPLED,
+    progress_bar: bool | None = None,
 ) -> TokenPredictions:
     """Predict every scored token of given texts from the tokens before it.
 
@@ -56,6 +59,7 @@ def score(
             texts: linear in their length, joint over tokens, see `SampledPredictor`. ``"exact"``
             computes exact moments of the ``top_k`` logits, with a forward pass and ``top_k + 1``
             backward passes over all of the text before each token.
+        progress_bar: Whether to show progress, see `progress`.
 
     Returns:
         Predictions of the scored tokens, in the order of the text.
@@ -90,10 +94,10 @@ def score(
     size = batch_size or len(labels)
     variance = None
     if isinstance(predictor, NextTokenPredictor):
-        predictions, where = _exact(predictor, batch, labels, size)
+        predictions, where = _exact(predictor, batch, labels, size, progress_bar)
         variance = predictor.variance({**batch, "labels": labels})
     else:
-        predictions, where = _sampled(predictor, batch, labels, size, top_k)
+        predictions, where = _sampled(predictor, batch, labels, size, top_k, progress_bar)
     slots = scored.cumsum(1) - 1
     return TokenPredictions.laid_out(
         predictions,
@@ -106,20 +110,31 @@ def score(
 
 
 def _exact(
-    predictor: NextTokenPredictor, batch: Mapping[str, Any], labels: Tensor, size: int
+    predictor: NextTokenPredictor,
+    batch: Mapping[str, Any],
+    labels: Tensor,
+    size: int,
+    progress_bar: bool | None,
 ) -> Scored:
     rows, places = (labels != IGNORED).nonzero(as_tuple=True)
     order = places.argsort(stable=True)  # texts of similar length share a pass
     where = [(rows[part], places[part]) for part in order.split(size)]
-    predictions = [predictor(_until(batch, n, at), labels[n, at]) for n, at in where]
+    shown = progress(where, progress_bar, TITLE)
+    predictions = [predictor(_until(batch, n, at), labels[n, at]) for n, at in shown]
     return predictions, where
 
 
 def _sampled(
-    predictor: SampledPredictor, batch: Mapping[str, Any], labels: Tensor, size: int, top_k: int
+    predictor: SampledPredictor,
+    batch: Mapping[str, Any],
+    labels: Tensor,
+    size: int,
+    top_k: int,
+    progress_bar: bool | None,
 ) -> Scored:
     predictions, where = [], []
-    for texts in torch.arange(len(labels), device=labels.device).split(size):
+    parts = torch.arange(len(labels), device=labels.device).split(size)
+    for texts in progress(parts, progress_bar, TITLE):
         wanted = labels[texts]
         scored = (wanted != IGNORED).any(0).nonzero()
         if not len(scored):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -164,7 +165,7 @@ def write(
     steps: Steps,
     ids: Tensor,
     mask: Tensor,
-    max_new_tokens: int,
+    places: Iterable[int],
     selection: Selection,
     ends: Tensor,
     stopping: Stopping,
@@ -177,7 +178,7 @@ def write(
         steps: What predicts the next token.
         ids: Prompts, padded on the left.
         mask: Where they are real.
-        max_new_tokens: Where to stop at the latest.
+        places: Numbers of the new tokens, at most as many as are written.
         selection: Which token follows.
         ends: Tokens that end a text.
         stopping: When uncertainty ends it.
@@ -190,7 +191,7 @@ def write(
     predictions, tokens, where = [], [], []
     if streamer is not None:
         streamer.put(ids.cpu())
-    for step in range(max_new_tokens):
+    for step in places:
         token = selection(steps.scores(), ids[live], mask[live])
         seen = steps.chosen(token)
         predictions.append(seen)

@@ -26,7 +26,7 @@ class CalibratedLaplace(PredictedLaplace):
         *,
         nll: float | None = None,
         train_loader: Any = None,
-        progress_bar: bool = False,
+        progress_bar: bool | None = None,
     ) -> Recentring:
         """Move the posterior's mean to the mode of the linearised model, see `tuning.recentring`.
 
@@ -40,7 +40,7 @@ class CalibratedLaplace(PredictedLaplace):
             precision: Prior precision of the linearised model around the trained weights; or
             nll: the mean training NLL that it is to have at its mode, in nats.
             train_loader: The training data, if not those of the fit in this process.
-            progress_bar: Show progress over the batches.
+            progress_bar: Whether to show progress, see `progress`.
 
         Returns:
             What was done.
@@ -66,7 +66,7 @@ class CalibratedLaplace(PredictedLaplace):
         link_approx: str = QUADRATURE,
         n_samples: int = 100,
         generator: torch.Generator | None = None,
-        progress_bar: bool = False,
+        progress_bar: bool | None = None,
     ) -> Calibration:
         """Choose prior, width and temperature of a classifier's predictive on a validation set.
 
@@ -79,7 +79,7 @@ class CalibratedLaplace(PredictedLaplace):
             link_approx: Link of the predictive.
             n_samples: Samples for ``"mc"``, common to all candidates.
             generator: Source of these samples.
-            progress_bar: Show progress over the batches.
+            progress_bar: Whether to show progress, see `progress`.
 
         Returns:
             The values chosen, and validation NLL and ECE before and after; NLL is never worse.

@@ -67,7 +67,9 @@ class EvidenceLaplace(LaplaceNames):
         return value
 
     @in_full_precision
-    def measure_gradient_term(self, train_loader: Any = None, progress_bar: bool = False) -> None:
+    def measure_gradient_term(
+        self, train_loader: Any = None, progress_bar: bool | None = None
+    ) -> None:
         """Measure what the evidence's gradient term needs, unless it is known already.
 
         One pass over the training data, or two where the fit draws labels, as of language models,
@@ -75,7 +77,7 @@ class EvidenceLaplace(LaplaceNames):
 
         Args:
             train_loader: The training data, if not those of the fit in this process.
-            progress_bar: Show progress over the batches.
+            progress_bar: Whether to show progress, see `progress`.
 
         Raises:
             AttributeError: If the posterior has not been fitted.

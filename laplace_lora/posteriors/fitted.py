@@ -26,7 +26,7 @@ class FittedLaplace(SavedLaplace):
         self,
         train_loader: DataLoader[Any],
         override: bool = True,
-        progress_bar: bool = False,
+        progress_bar: bool | None = None,
         checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_every: int | None = None,
         evidence_correction: bool | None = None,
@@ -46,7 +46,7 @@ class FittedLaplace(SavedLaplace):
             train_loader: Batches with labels: mappings with ``dict_key_y``, or pairs. For a reward
                 model preference pairs, see `as_pairs`, which need no labels.
             override: Start anew; ``False`` adds these data to those fitted before.
-            progress_bar: Show progress over the batches.
+            progress_bar: Whether to show progress, see `progress`.
             checkpoint_dir: Where the sums so far are kept. A fit that was interrupted goes on
                 there, after the batches it had seen, if the loader yields the same ones in the
                 same order. The files, one per pass, are deleted at the end.

@@ -66,12 +66,12 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         super().__init__(of_features, likelihood, n_subset, last_layer_name="1", **kwargs)
         self.features = split.features
 
-    def fit(self, train_loader: DataLoader[Any], progress_bar: bool = False) -> None:
+    def fit(self, train_loader: DataLoader[Any], progress_bar: bool | None = None) -> None:
         """Fit the process.
 
         Args:
             train_loader: Batches with labels.
-            progress_bar: Show progress over the batches.
+            progress_bar: Whether to show progress, see `progress`.
 
         Raises:
             ValueError: If labels are missing, or the data are fewer than ``n_subset``.
@@ -88,7 +88,7 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
             raise ValueError(f"n_subset is {self.n_subset}, but there are {count} examples")
         data = TensorDataset(rows["features"], rows["labels"])
         batch_size = train_loader.batch_size or self.n_subset  # accelerate's loaders have none
-        super().fit(DataLoader(data, batch_size=batch_size), progress_bar=progress_bar)
+        super().fit(DataLoader(data, batch_size=batch_size), progress_bar=progress_bar is True)
 
     def _glm_predictive_distribution(self, X: Any, joint: bool = False) -> tuple[Tensor, Tensor]:
         return super()._glm_predictive_distribution(self.features(X), joint)

@@ -122,7 +122,7 @@ class PredictedLaplace(EvidenceLaplace):
         link_approx: str = QUADRATURE,
         n_samples: int | None = None,
         generator: torch.Generator | None = None,
-        progress_bar: bool = False,
+        progress_bar: bool | None = None,
         method: str = AUTO,
     ) -> Predictions | TokenClassPredictions | SpanPredictions:
         """Predict a whole data set with the GLM predictive.
@@ -144,7 +144,7 @@ class PredictedLaplace(EvidenceLaplace):
                 ``"mc"`` link, 1000 by default, of its entropy and mutual information too. All
                 other links take fixed points for these two, and nothing random.
             generator: Source of the samples, on the posterior's device; a fixed seed by default.
-            progress_bar: Show progress over the batches, in the main process.
+            progress_bar: Whether to show progress, see `progress`.
             method: As in calling the posterior. Of samples, ``covariance`` is the sampled one.
 
         Returns:
@@ -180,7 +180,7 @@ class PredictedLaplace(EvidenceLaplace):
         batch_size: int = 32,
         n_samples: int | None = None,
         generator: torch.Generator | None = None,
-        progress_bar: bool = False,
+        progress_bar: bool | None = None,
     ) -> Acquisition:
         """Rank unlabelled data for labelling (active learning).
 
@@ -201,7 +201,7 @@ class PredictedLaplace(EvidenceLaplace):
             n_samples: Samples of the weights for the last two, 128 by default, for which each
                 example's Jacobian is taken once; for the first two as in `predict`.
             generator: Their source, on the posterior's device; a fixed seed by default.
-            progress_bar: Show progress over the batches, in the main process.
+            progress_bar: Whether to show progress, see `progress`.
 
         Returns:
             Places in the pool, the most wanted first, and scores.

@@ -59,7 +59,7 @@ class ServedLaplace(TunedLaplace):
         criterion: str | None = None,
         width: float | None = None,
         seed: int = 0,
-        progress_bar: bool = False,
+        progress_bar: bool | None = None,
     ) -> ServedAdapters:
         """Write samples of the weights as PEFT adapters, whose averaged softmax is the predictive.
 
@@ -80,7 +80,7 @@ class ServedLaplace(TunedLaplace):
                 labels in ``loader``.
             width: Factor of the posterior's covariance; chosen if ``None``.
             seed: Of the samples.
-            progress_bar: Show progress over the batches.
+            progress_bar: Whether to show progress, see `progress`.
 
         Raises:
             AttributeError: If the posterior has not been fitted.

@@ -47,7 +47,7 @@ class TunedLaplace(LaplaceLoops):
         tune_sigma_noise: bool = False,
         correction: bool | None = None,
         recentre: bool = True,
-        progress_bar: bool = False,
+        progress_bar: bool | None = None,
         verbose: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -90,7 +90,7 @@ class TunedLaplace(LaplaceLoops):
                 trained weights are no mode of the prior; measured in a pass over the training data
                 the first time. ``None`` does where it can, and warns where it cannot.
             recentre: For ``"loo"``: whether the posterior's mean may move.
-            progress_bar: Show progress over the batches.
+            progress_bar: Whether to show progress, see `progress`.
             verbose: Print the result.
             **kwargs: As listed with the methods.
 
@@ -179,7 +179,7 @@ class TunedLaplace(LaplaceLoops):
         structure: Structure,
         has_others: bool,
         train_loader: Any,
-        progress_bar: bool,
+        progress_bar: bool | None,
         recentre: bool,
     ) -> tuple[str, str, tuple[Settings, LeaveOneOut | Widest] | None]:
         """Return the method of ``"auto"``, why it is no better one, and what that found."""
@@ -211,7 +211,7 @@ class TunedLaplace(LaplaceLoops):
         return "marglik", reason, None
 
     def _measures_term(
-        self, correction: bool | None, train_loader: Any, progress_bar: bool
+        self, correction: bool | None, train_loader: Any, progress_bar: bool | None
     ) -> bool:
         """Measure the evidence's gradient term where it is wanted; return whether it is known."""
         unwanted = correction is None and self._leaves_correction_out
@@ -236,7 +236,7 @@ def _reported(
     method: str,
     structure: Structure,
     train_loader: Any,
-    progress_bar: bool,
+    progress_bar: bool | None,
     recentre: bool,
 ) -> tuple[Settings, LeaveOneOut | Widest]:
     """Return the settings that a method of training data chooses, and what it says of them."""

@@ -149,7 +149,7 @@ def predict(
     link_approx: str,
     n_samples: int | None,
     generator: torch.Generator | None,
-    progress_bar: bool,
+    progress_bar: bool | None,
     method: str = AUTO,
 ) -> Predictions:
     """Predict a whole data set, see `LoraLaplace.predict`."""
@@ -244,7 +244,7 @@ class _Answer:
         return Predictions(mean, covariance, probs, total, total - aleatoric, labels)
 
 
-def _of_batches(answer: _Answer, source: Iterable[Any], progress_bar: bool) -> Predictions:
+def _of_batches(answer: _Answer, source: Iterable[Any], progress_bar: bool | None) -> Predictions:
     with together(source, device=answer.device) as team:
         batches = team.batches(source, "Predicting", progress_bar)
         parts = [answer(batch) for batch in batches]

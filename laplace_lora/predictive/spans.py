@@ -212,7 +212,7 @@ def check_sampled(pred_type: str, link_approx: str, method: str) -> None:
 
 
 def predict_spans(
-    predictor: SpanPredictor, data: Any, tokenizer: Any, batch_size: int, progress_bar: bool
+    predictor: SpanPredictor, data: Any, tokenizer: Any, batch_size: int, progress_bar: bool | None
 ) -> SpanPredictions:
     """Predict the answers of a data set, see `LoraLaplace.predict`.
 
@@ -221,7 +221,7 @@ def predict_spans(
         data: Pairs of question and context, rows or batches.
         tokenizer: The model's.
         batch_size: Pairs or rows per batch.
-        progress_bar: Show progress over the batches.
+        progress_bar: Whether to show progress, see `progress`.
 
     Raises:
         TypeError: If the data are none of these.
@@ -249,7 +249,7 @@ def _answer(predictor: SpanPredictor, batch: Any) -> SpanPredictions:
 
 
 def _of_batches(
-    predictor: SpanPredictor, source: Iterable[Any], progress_bar: bool
+    predictor: SpanPredictor, source: Iterable[Any], progress_bar: bool | None
 ) -> SpanPredictions:
     with together(source, device=predictor.posterior.device) as team:
         batches = team.batches(source, "Predicting", progress_bar)

@@ -18,7 +18,11 @@ from laplace_lora.predictive.token_classes import TokenClassPredictor
 
 
 def predict_tokens(
-    predictor: TokenClassPredictor, data: Any, tokenizer: Any, batch_size: int, progress_bar: bool
+    predictor: TokenClassPredictor,
+    data: Any,
+    tokenizer: Any,
+    batch_size: int,
+    progress_bar: bool | None,
 ) -> TokenClassPredictions:
     """Predict all tokens of a data set, see `LoraLaplace.predict`.
 
@@ -27,7 +31,7 @@ def predict_tokens(
         data: Texts, rows or batches.
         tokenizer: The model's.
         batch_size: Texts or rows per batch.
-        progress_bar: Show progress over the batches.
+        progress_bar: Whether to show progress, see `progress`.
 
     Raises:
         TypeError: If the data are none of these.
@@ -66,7 +70,7 @@ def _answer(predictor: TokenClassPredictor, batch: Any) -> TokenClassPredictions
 
 
 def _of_batches(
-    predictor: TokenClassPredictor, source: Iterable[Any], progress_bar: bool
+    predictor: TokenClassPredictor, source: Iterable[Any], progress_bar: bool | None
 ) -> TokenClassPredictions:
     with together(source, device=predictor.posterior.device) as team:
         batches = team.batches(source, "Predicting", progress_bar)

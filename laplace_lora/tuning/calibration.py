@@ -94,7 +94,7 @@ class Calibration:
 
 
 def calibrate(
-    predictor: Predictor, loader: Any, team: Together, scoring: Scoring, progress_bar: bool
+    predictor: Predictor, loader: Any, team: Together, scoring: Scoring, progress_bar: bool | None
 ) -> tuple[Settings, Calibration]:
     """Choose prior factor, covariance scale and likelihood temperature.
 
@@ -108,7 +108,7 @@ def calibrate(
         loader: Validation batches with labels.
         team: The processes that share the loader.
         scoring: How predictions are scored.
-        progress_bar: Show progress over the batches.
+        progress_bar: Whether to show progress, see `progress`.
 
     Returns:
         The settings, and what they changed.

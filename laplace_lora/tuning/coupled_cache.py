@@ -30,7 +30,7 @@ class CoupledCache:
         loader: Validation batches with labels.
         groups: Group of each trainable tensor, ``(tensors,)``.
         readout: Functions of the outputs that are scored.
-        progress_bar: Show progress over the batches.
+        progress_bar: Whether to show progress, see `progress`.
         team: The processes that share the loader.
 
     Attributes:
@@ -47,7 +47,7 @@ class CoupledCache:
         loader: Any,
         groups: Tensor,
         readout: Readout,
-        progress_bar: bool = False,
+        progress_bar: bool | None = None,
         team: Together = ALONE,
     ) -> None:
         posterior = predictor.posterior

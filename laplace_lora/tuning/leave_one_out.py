@@ -113,7 +113,11 @@ def why_not(posterior: Posterior, loader: Any) -> str | None:
 
 
 def tune(
-    posterior: Posterior, loader: Any, team: Together, progress_bar: bool, recentre: bool = True
+    posterior: Posterior,
+    loader: Any,
+    team: Together,
+    progress_bar: bool | None,
+    recentre: bool = True,
 ) -> tuple[Settings, LeaveOneOut]:
     """Choose a scalar prior precision by leave-one-out, and the posterior's mean.
 
@@ -125,7 +129,7 @@ def tune(
         posterior: A fitted posterior as its fit left it.
         loader: Its training data.
         team: The processes that share the loader.
-        progress_bar: Show progress over the batches.
+        progress_bar: Whether to show progress, see `progress`.
         recentre: Move the posterior's mean where training stopped too early, see the module.
 
     Returns:

@@ -90,7 +90,7 @@ def recentred(
     loader: Any,
     team: Together,
     readout: Readout,
-    progress_bar: bool,
+    progress_bar: bool | None,
     nll: float | None = None,
     precision: float | None = None,
 ) -> tuple[Tensor, Recentring]:
@@ -104,7 +104,7 @@ def recentred(
         loader: Its training data.
         team: The processes that share the loader.
         readout: The functions of the outputs that its predictions are about.
-        progress_bar: Show progress over the batches.
+        progress_bar: Whether to show progress, see `progress`.
         nll: Mean training NLL that the mode is to have, in nats; or
         precision: prior precision.
 

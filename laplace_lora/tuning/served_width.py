@@ -61,7 +61,7 @@ def choose_width(
     loader: Any,
     criterion: str | None,
     team: Together,
-    progress_bar: bool = False,
+    progress_bar: bool | None = None,
 ) -> ServedWidth:
     """Choose the width at which some samples are served.
 
@@ -72,7 +72,7 @@ def choose_width(
         loader: Batches, with labels for ``"nll"``; iterated over repeatedly.
         criterion: One of `CRITERIA`; ``None`` for ``"nll"`` where batches have labels.
         team: The processes that share the data.
-        progress_bar: Show progress over the batches.
+        progress_bar: Whether to show progress, see `progress`.
 
     Raises:
         ValueError: If the criterion is unknown, the likelihood has no probabilities, or the loader

@@ -29,7 +29,7 @@ def calibrate_tokens(
     loader: Any,
     team: Together,
     generator: torch.Generator | None,
-    progress_bar: bool,
+    progress_bar: bool | None,
 ) -> tuple[Settings, Calibration]:
     """Choose covariance scale and likelihood temperature by the NLL of labels, see `search`.
 
@@ -39,7 +39,7 @@ def calibrate_tokens(
         loader: Validation batches with labels.
         team: The processes that share the loader.
         generator: Source of the samples; a fixed seed by default.
-        progress_bar: Show progress over the batches.
+        progress_bar: Whether to show progress, see `progress`.
 
     Returns:
         The settings, and what they changed. NLL is per labelled token or per answer, ECE of the
@@ -55,7 +55,7 @@ def calibrate_tokens(
 
 
 def _spans(
-    posterior: Posterior, samples: LinearSamples, loader: Any, team: Together, progress_bar: bool
+    posterior: Posterior, samples: LinearSamples, loader: Any, team: Together, progress_bar: bool | None
 ) -> SampledLabels:
     """Return the answers of all processes."""
     means, slopes, labels = [], [], []
@@ -76,7 +76,7 @@ def _spans(
 
 
 def _tokens(
-    posterior: Posterior, samples: LinearSamples, loader: Any, team: Together, progress_bar: bool
+    posterior: Posterior, samples: LinearSamples, loader: Any, team: Together, progress_bar: bool | None
 ) -> SampledLabels:
     """Return the labelled tokens of all processes, text by text."""
     means, slopes, labels = [], [], []

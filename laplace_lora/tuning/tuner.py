@@ -96,14 +96,18 @@ class Tuner:
         return maximise(self.posterior, groups, tune_noise, correction), None
 
     def leave_one_out(
-        self, structure: Structure, train_loader: Any, progress_bar: bool, recentre: bool = True
+        self,
+        structure: Structure,
+        train_loader: Any,
+        progress_bar: bool | None,
+        recentre: bool = True,
     ) -> tuple[Settings, LeaveOneOut]:
         """Return the settings with the best leave-one-out likelihood, and what they promise.
 
         Args:
             structure: Must be ``"scalar"``.
             train_loader: The training data of the fit.
-            progress_bar: Show progress over the batches.
+            progress_bar: Whether to show progress, see `progress`.
             recentre: Move the posterior's mean where training stopped too early.
 
         Raises:
@@ -120,14 +124,14 @@ class Tuner:
             return leave_one_out.tune(self.posterior, train_loader, team, progress_bar, recentre)
 
     def widest(
-        self, structure: Structure, train_loader: Any, progress_bar: bool
+        self, structure: Structure, train_loader: Any, progress_bar: bool | None
     ) -> tuple[Settings, Widest]:
         """Return the settings of the evidence with a width that training texts bear, see `widest`.
 
         Args:
             structure: Which tensors share a prior precision, see `prior_groups`.
             train_loader: The training data of the fit.
-            progress_bar: Show progress over the batches.
+            progress_bar: Whether to show progress, see `progress`.
 
         Raises:
             ValueError: If the loader is missing, or see `widest.tune`.
@@ -147,7 +151,7 @@ class Tuner:
         precision: float | None,
         nll: float | None,
         train_loader: Any,
-        progress_bar: bool,
+        progress_bar: bool | None,
     ) -> tuple[Settings, Recentring]:
         """Return settings with the mean at the linearised model's mode, see `recentred`.
 
@@ -178,7 +182,7 @@ class Tuner:
         val_loader: Any,
         link: str,
         n_samples: int,
-        progress_bar: bool,
+        progress_bar: bool | None,
         loss: Loss | None = None,
         log_prior_prec_min: float = -4,
         log_prior_prec_max: float = 4,
@@ -209,7 +213,7 @@ class Tuner:
         val_loader: Any,
         link: str,
         n_samples: int,
-        progress_bar: bool,
+        progress_bar: bool | None,
         n_steps: int = 100,
         lr: float = 0.1,
     ) -> Settings:
@@ -236,7 +240,7 @@ class Tuner:
         link: str,
         n_samples: int,
         generator: torch.Generator | None,
-        progress_bar: bool,
+        progress_bar: bool | None,
     ) -> tuple[Settings, Calibration]:
         """Return calibrated settings, and what they changed, see `calibrate`."""
         check_classifier(self.posterior.objective)

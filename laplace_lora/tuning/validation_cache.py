@@ -64,7 +64,7 @@ def scoring_of(
 
 
 def labelled_batches(
-    posterior: Posterior, loader: Any, team: Together, progress_bar: bool
+    posterior: Posterior, loader: Any, team: Together, progress_bar: bool | None
 ) -> Iterator[tuple[Any, Tensor]]:
     """Yield each batch of this process, and its labels.
 
@@ -97,7 +97,7 @@ def validation_pass(
     loader: Any,
     team: Together,
     readout: Readout,
-    progress_bar: bool,
+    progress_bar: bool | None,
     watch: Callable[[Any, Tensor], None] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Iterator[tuple[int, list[Gram]]]]]:
     """Yield functions of the outputs, labels and gram blocks of each batch, see `gram_blocks`.
@@ -124,7 +124,7 @@ class ValidationCache:
         loader: Validation batches with labels.
         groups: Group of each trainable tensor, ``(tensors,)``.
         readout: Functions of the outputs that are scored.
-        progress_bar: Show progress over the batches.
+        progress_bar: Whether to show progress, see `progress`.
         watch: Called with what the model takes and the labels of each batch.
         team: The processes that share the loader.
 
@@ -144,7 +144,7 @@ class ValidationCache:
         loader: Any,
         groups: Tensor,
         readout: Readout,
-        progress_bar: bool = False,
+        progress_bar: bool | None = None,
         watch: Callable[[Any, Tensor], None] | None = None,
         team: Together = ALONE,
     ) -> None:

@@ -28,7 +28,7 @@ def grid_search(
     grid: Tensor,
     scoring: Scoring,
     loss: Loss | None,
-    progress_bar: bool,
+    progress_bar: bool | None,
     team: Together = ALONE,
 ) -> tuple[float, Tensor]:
     """Score every scalar prior precision of a grid in one pass.
@@ -40,7 +40,7 @@ def grid_search(
         scoring: How predictions are scored.
         loss: A torchmetrics metric or a callable, fed as laplace-torch feeds it; ``None`` is the
             mean negative log likelihood, which stays finite where probabilities underflow.
-        progress_bar: Show progress over the batches.
+        progress_bar: Whether to show progress, see `progress`.
         team: The processes that share the loader.
 
     Returns:

@@ -54,7 +54,7 @@ class Widest:
 
 
 def tune(
-    posterior: Posterior, loader: Any, team: Together, progress_bar: bool
+    posterior: Posterior, loader: Any, team: Together, progress_bar: bool | None
 ) -> tuple[Settings, Widest]:
     """Choose the widest covariance that keeps the NLL of training texts within the tolerance.
 
@@ -65,7 +65,7 @@ def tune(
         posterior: A fitted posterior with the prior that maximises the evidence, uncalibrated.
         loader: Its training data.
         team: The processes that share the data; each reads some of its own.
-        progress_bar: Show progress over the batches.
+        progress_bar: Whether to show progress, see `progress`.
 
     Returns:
         The settings, and what was found.
