@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 import click
 
 INTERRUPTED = 130
+VARIABLE = "LAPLACE_LORA_PROGRESS"  # as in data.loaders, which imports torch
 
 
 class Values(click.Option):
@@ -48,7 +50,7 @@ class Command(click.Command):
         """
         debug = bool(ctx.params.get("debug"))
         try:
-            with _quiet_libraries(debug):
+            with _quiet_libraries(debug), _progress(not ctx.params.get("quiet")):
                 return super().invoke(ctx)
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
@@ -103,6 +105,21 @@ def spread(args: Sequence[str], names: set[str]) -> list[str]:
             has_value = True
         spread.append(word)
     return spread
+
+
+@contextmanager
+def _progress(shown: bool) -> Iterator[None]:
+    """Switch progress bars off, unless they are to be shown."""
+    before = os.environ.get(VARIABLE)
+    if not shown:
+        os.environ[VARIABLE] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(VARIABLE, None)
+        else:
+            os.environ[VARIABLE] = before
 
 
 @contextmanager

@@ -27,7 +27,6 @@ def run(
     ood: str | None,
     out: str | None,
     plot: str | None,
-    quiet: bool,
     **options: Any,
 ) -> None:
     """Score MAP and posterior on the same rows."""
@@ -51,10 +50,7 @@ def run(
     quietly = partial(opened.la.predict, progress_bar=False)
     methods: dict[str, Any] = {"MAP": MAP(opened.la.logits_model), "Laplace": quietly}
     reports = [
-        scores_of(
-            method, loader, name=name, ood_loader=other, progress_bar=False if quiet else None
-        )
-        for name, method in methods.items()
+        scores_of(method, loader, name=name, ood_loader=other) for name, method in methods.items()
     ]
     if out is not None:
         content = json.dumps([report.to_dict() for report in reports], indent=1)

@@ -25,7 +25,7 @@ from laplace_lora.structures.sizes import GIB
 NOT_WELL = 1  # exit status
 
 
-def run(adapter: str, data: str | None, quiet: bool, **options: Any) -> None:
+def run(adapter: str, data: str | None, **options: Any) -> None:
     """Print what a fit would do; exit with status 1 if it would not succeed."""
     names = ("base", "device", "dtype", "load_in_4bit")
     loaded = load_adapter(adapter, **{n: options[n] for n in names})

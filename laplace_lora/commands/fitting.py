@@ -49,16 +49,15 @@ def run(
     inputs = Inputs(loaded, plan)
     train_loader = inputs.loader(rows, options["batch_size"])
     val_loader = None if val_rows is None else inputs.loader(val_rows, options["batch_size"])
-    shown = False if quiet else None
     torch.manual_seed(seed)
     la = new_posterior(loaded, plan, options["structure"], options["uncovered"])
-    la.fit(train_loader, progress_bar=shown)
+    la.fit(train_loader)
     warn_if_useless(la, plan)
-    la.optimize_prior_precision(progress_bar=shown)
+    la.optimize_prior_precision()
     if not quiet:
         click.echo(f"Tuned by {la.tuning}", err=True)
     if val_loader is not None:
-        calibration = la.calibrate(val_loader, progress_bar=shown)
+        calibration = la.calibrate(val_loader)
         if not quiet:
             click.echo(f"Calibrated: {calibration}", err=True)
     la.save_pretrained(folder)

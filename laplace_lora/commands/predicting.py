@@ -19,9 +19,7 @@ BY_LABEL = {
 }
 
 
-def run(
-    adapter: str, data: str, out: str, keep: Sequence[str], quiet: bool, **options: Any
-) -> None:
+def run(adapter: str, data: str, out: str, keep: Sequence[str], **options: Any) -> None:
     """Predict and write."""
     check_writable(out)
     rows = read_rows(data, options["split"])
@@ -34,29 +32,26 @@ def run(
             f"the posterior is over texts: `laplace-lora score {adapter}` says which tokens it is "
             "unsure of, `laplace-lora generate` writes"
         )
-    found = predictions(opened, rows, options["batch_size"], False if quiet else None)
+    found = predictions(opened, rows, options["batch_size"])
     with json_lines(out) as write:
         for row, result in zip(rows, result_rows(found, opened), strict=True):
             write({**{name: row.get(name) for name in keep}, **result})
 
 
-def predictions(
-    opened: Opened, rows: Sequence[Row], batch_size: int, shown: bool | None
-) -> Predictions:
+def predictions(opened: Opened, rows: Sequence[Row], batch_size: int) -> Predictions:
     """Return the predictions of rows, in their order.
 
     Args:
         opened: The posterior.
         rows: Texts, or preference pairs for a reward model.
         batch_size: Rows per batch.
-        shown: Whether to show progress, see `progress`.
     """
     inputs, data = opened.inputs, None
     if opened.plan.likelihood == "reward_modeling" and is_preference(rows[0]):
         data = inputs.loader(rows, batch_size)
     texts = data or [inputs.text(row, n) for n, row in enumerate(rows, start=1)]
     words = opened.adapter.tokenizer
-    found = opened.la.predict(texts, words, batch_size=batch_size, progress_bar=shown)
+    found = opened.la.predict(texts, words, batch_size=batch_size)
     assert isinstance(found, Predictions)  # no command loads a token classifier
     return found
 

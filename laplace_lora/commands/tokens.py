@@ -25,7 +25,6 @@ def run_score(
     top_k: int,
     n_samples: int | None,
     seed: int,
-    quiet: bool,
     **options: Any,
 ) -> None:
     """Score the tokens of rows."""
@@ -40,7 +39,7 @@ def run_score(
             opened.la, batch, top_k, n_samples=n_samples, generator=source, progress_bar=False
         )
 
-    _write(opened, len(rows), options["batch_size"], out, answer, "Scoring", quiet)
+    _write(opened, len(rows), options["batch_size"], out, answer, "Scoring")
 
 
 def run_generate(
@@ -53,7 +52,6 @@ def run_generate(
     max_new_tokens: int,
     do_sample: bool,
     stop_above: float | None,
-    quiet: bool,
     **options: Any,
 ) -> None:
     """Continue the prompts of rows."""
@@ -75,7 +73,7 @@ def run_generate(
             progress_bar=False,
         )
 
-    _write(opened, len(rows), options["batch_size"], out, answer, "Writing", quiet)
+    _write(opened, len(rows), options["batch_size"], out, answer, "Writing")
 
 
 def _opened(adapter: str, data: str, out: str, options: dict[str, Any]) -> tuple[Opened, list[Row]]:
@@ -102,11 +100,10 @@ def _write(
     out: str,
     answer: Callable[[Sequence[int]], TokenPredictions],
     title: str,
-    quiet: bool,
 ) -> None:
     """Write a row for each text, batch by batch."""
     parts = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
     with json_lines(out) as write:
-        for part in progress(parts, False if quiet else None, title):
+        for part in progress(parts, None, title):
             for text in answer(part).to_dict(opened.adapter.tokenizer)["texts"]:
                 write(text)

@@ -13,6 +13,7 @@ import pytest
 from laplace_lora import __version__
 from laplace_lora.commands import base
 from laplace_lora.commands.entry import main
+from laplace_lora.data import loaders
 from support.command_line import refused, run
 
 SLOW = ("torch", "transformers", "peft", "laplace", "rich", "datasets")
@@ -112,3 +113,20 @@ def test_several_values_end_at_the_next_option():
     expected += ["--labels", "a", "--labels", "b", "--", "c"]
     assert base.spread(words, names) == expected
     assert base.spread(["--target=-1", "--target", "-"], names) == ["--target=-1", "--target", "-"]
+
+
+def test_quiet_switches_progress_off_and_on_again(monkeypatch):
+    assert base.VARIABLE == loaders.VARIABLE
+    monkeypatch.setattr(loaders, "DELAY", 0.0)
+
+    @click.command(cls=base.Command)
+    @click.option("--quiet", is_flag=True)
+    def count(quiet):
+        list(loaders.progress([1, 2], None, "Counting"))
+
+    monkeypatch.setitem(main.commands, "count", count)
+    assert run("count", "--quiet").stderr == ""
+    assert "Counting" in run("count").stderr
+    monkeypatch.setenv(base.VARIABLE, "1")
+    run("count", "--quiet")
+    assert os.environ[base.VARIABLE] == "1"
