@@ -10,6 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from laplace_lora.version import __version__
+
 if TYPE_CHECKING:
     from laplace_lora.public_names import (
         AdapterStart,
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
         LowRankLoraLaplace,
         start_of,
     )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AdapterStart",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -11,12 +12,14 @@ from torch import nn
 
 from laplace_lora.curvature.backends import LoraCurvature, LoraEF, LoraGGN
 from laplace_lora.models.logits_model import LogitsModel
+from laplace_lora.posteriors.card import card_section
 from laplace_lora.posteriors.copies import deep_copy, refuse_pickling, shallow_copy
 from laplace_lora.posteriors.served import ServedLaplace
 from laplace_lora.posteriors.state_dicts import read_state, state_entries
 from laplace_lora.storage.archive import PRECISIONS, load_state, save_posterior
 from laplace_lora.storage.files import CONFIG, read_files
 from laplace_lora.storage.hub import upload
+from laplace_lora.storage.model_card import Report
 from laplace_lora.structures.state import Posterior, PosteriorState
 
 BACKENDS: dict[str, type[LoraCurvature]] = {kind.__name__: kind for kind in (LoraGGN, LoraEF)}
@@ -99,21 +102,38 @@ class SavedLaplace(ServedLaplace):
         la._install(load_state(la.parts, payload, config))
         return la
 
-    def push_to_hub(self, repo_id: str, precision: str = PRECISIONS[0], **kwargs: Any) -> str:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        precision: str = PRECISIONS[0],
+        report: Report | Sequence[Report] = (),
+        **kwargs: Any,
+    ) -> str:
         """Upload the two files to a repository on the hub, beside an adapter that is there.
+
+        A section of the model card then says what the posterior is, how it was tuned and how it is
+        loaded; the rest of the card stays as it is.
 
         Args:
             repo_id: ``"user/name"``; created if missing.
             precision: ``"half"`` or ``"exact"``, see `save_pretrained`.
+            report: What `evaluation.evaluate` says of it on held-out data, perhaps after reports
+                of other methods: the card gets a table of all, and a picture of the last if
+                matplotlib is installed.
             **kwargs: Arguments of `huggingface_hub.HfApi.upload_folder`, such as ``token``,
                 ``commit_message`` and ``revision``; ``private`` goes to ``create_repo``.
 
         Returns:
             The address of the commit.
         """
-        with tempfile.TemporaryDirectory() as folder:
+        reports = list(report) if isinstance(report, Sequence) else [report]
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
             self.save_pretrained(folder, precision)
-            return upload(folder, repo_id, **kwargs)
+            evidence = float(self.log_marginal_likelihood().detach())
+            facts = (self.fitted, evidence, self.tuning)
+            text = card_section(*facts, repo_id, reports, folder)
+            return upload(folder, repo_id, text, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:
         """Return laplace-torch's state, the curvature as tensors, with what a calibration chose."""

@@ -20,6 +20,20 @@ def summary(posterior: Posterior, evidence: float | None, tuning: Tuning | None)
         evidence: Its log evidence in nats; ``None`` before a fit.
         tuning: What the latest tuning of the prior did.
     """
+    title, lines = summary_lines(posterior, evidence, tuning)
+    return "\n".join([title, *(f"  {name:<11}{text}" for name, text in lines.items())])
+
+
+def summary_lines(
+    posterior: Posterior, evidence: float | None, tuning: Tuning | None
+) -> tuple[str, dict[str, str]]:
+    """Return a title, and the other lines by topic, see `summary`.
+
+    Args:
+        posterior: As of `summary`.
+        evidence: As of `summary`.
+        tuning: As of `summary`.
+    """
     state = posterior.state
     lines = {
         "covers": _covered(posterior.names, sum(posterior.engine.sizes)),
@@ -36,7 +50,7 @@ def summary(posterior: Posterior, evidence: float | None, tuning: Tuning | None)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     outputs = f", {state.n_outputs} outputs" if state.is_fitted else ""
     title = f"{posterior.kind}: {posterior.objective.name} by {type(base).__name__}{outputs}"
-    return "\n".join([title, *(f"  {name:<11}{text}" for name, text in lines.items())])
+    return title, lines
 
 
 def _covered(names: list[str], weights: int) -> str:
