@@ -55,7 +55,11 @@ def calibrate_tokens(
 
 
 def _spans(
-    posterior: Posterior, samples: LinearSamples, loader: Any, team: Together, progress_bar: bool | None
+    posterior: Posterior,
+    samples: LinearSamples,
+    loader: Any,
+    team: Together,
+    progress_bar: bool | None,
 ) -> SampledLabels:
     """Return the answers of all processes."""
     means, slopes, labels = [], [], []
@@ -76,7 +80,11 @@ def _spans(
 
 
 def _tokens(
-    posterior: Posterior, samples: LinearSamples, loader: Any, team: Together, progress_bar: bool | None
+    posterior: Posterior,
+    samples: LinearSamples,
+    loader: Any,
+    team: Together,
+    progress_bar: bool | None,
 ) -> SampledLabels:
     """Return the labelled tokens of all processes, text by text."""
     means, slopes, labels = [], [], []
