@@ -88,6 +88,11 @@ class LinearMap:
             examples: Of the batch.
             texts: Number of texts per example, which may differ in length.
         """
+        if not calls and hasattr(self.layer, "parameter_name"):  # PEFT's wrapper of a parameter
+            return (
+                f"LoRA on a parameter (target_parameters), {self.name!r}, is added to the weight "
+                "and never runs as a layer, so its inputs and gradients cannot be captured"
+            )
         if not calls:
             return f"layer {self.name!r} did not run in the forward pass"
         per_text = max(1, len(calls) // texts)

@@ -34,7 +34,7 @@ def token_mask(batch: Batch | None, inputs: Tensor, name: str) -> Tensor | None:
     if not isinstance(batch, Mapping):
         return None
     candidates = [batch.get(key) for key in MASK_NAMES]
-    masks: list[Tensor] = [mask.flatten(0, -2) for mask in candidates if mask is not None]
+    masks: list[Tensor] = [m.reshape(-1, m.shape[-1]) for m in candidates if m is not None]
     if not masks:
         return None
     if inputs.ndim == 2:  # an example a row, unless there is a row for every token

@@ -70,8 +70,10 @@ def as_pairs(batch: Batch, label: str = "labels") -> dict[str, Any]:
     texts; give it through this function for pairs.
 
     Args:
-        batch: Pairs in a mapping, or a tuple of such a mapping and labels. Without suffixes and
-            labels it is read as TRL's newer form: the chosen texts, then as many rejected ones.
+        batch: Pairs in a mapping, or a tuple of such a mapping and labels. Without suffixes,
+            ``input_ids`` of shape ``(pairs, 2, tokens)`` with labels are laplace-torch's form: the
+            label says which of the two wins. Otherwise, without labels, it is read as TRL's newer
+            form: the chosen texts, then as many rejected ones.
         label: Key of the labels, 1 where the chosen text wins and 0 where the rejected one does.
             Without labels the chosen text wins.
 
@@ -91,7 +93,12 @@ def as_pairs(batch: Batch, label: str = "labels") -> dict[str, Any]:
         )
     if bool(torch.as_tensor(batch.get("margin", 0)).any()):
         raise ValueError("the likelihood has no margins; remove 'margin' from the batches")
-    pairs = dict(batch) if is_pair(batch) else _halved(batch, label)
+    if is_pair(batch):
+        pairs = dict(batch)
+    elif _is_stacked(batch, label):
+        pairs = _unstacked(batch)
+    else:
+        pairs = _halved(batch, label)
     rows = [len(v) for k, v in pairs.items() if k.endswith(SUFFIXES) and isinstance(v, Tensor)]
     size = rows[0] if rows else 0
     y = torch.as_tensor(pairs.get(label, torch.ones(size, dtype=torch.long)))
@@ -101,6 +108,22 @@ def as_pairs(batch: Batch, label: str = "labels") -> dict[str, Any]:
             f"where the rejected one does; got {y.tolist()}"
         )
     return {**pairs, label: y.long()}
+
+
+def _is_stacked(batch: Mapping[str, Any], label: str) -> bool:
+    ids = batch.get("input_ids")
+    return label in batch and isinstance(ids, Tensor) and ids.ndim == 3 and ids.shape[1] == 2
+
+
+def _unstacked(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Take apart pairs whose texts stand in the second dimension, in the order of the outputs."""
+    pairs: dict[str, Any] = {}
+    for name, value in batch.items():
+        if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == 2:
+            pairs |= {f"{name}{suffix}": value[:, i] for i, suffix in enumerate(SUFFIXES)}
+        else:
+            pairs[name] = value
+    return pairs
 
 
 def _halved(batch: Mapping[str, Any], label: str) -> dict[str, Any]:

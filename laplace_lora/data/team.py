@@ -84,8 +84,12 @@ class Together:
 
         Returns:
             Each column's tensors joined, ``(examples, ...)``; nothing where there were no batches.
+
+        Raises:
+            ValueError: If the rows of batches differ in shape, as those of multiple-choice models
+                do whose examples have different numbers of choices.
         """
-        joined = {name: torch.cat(list(parts)) for name, parts in columns.items() if parts}
+        joined = {name: _joined(parts) for name, parts in columns.items() if parts}
         read = self._readings[-1].places if self._readings else None
         if read is None:
             return joined
@@ -220,3 +224,14 @@ def shared_blocks() -> list[Together]:
 def _give_up(blocks: list[Together]) -> None:
     for block in blocks:
         block._over = True
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    shapes = list(dict.fromkeys(tuple(part.shape[1:]) for part in parts))
+    if len(shapes) > 1:
+        raise ValueError(
+            f"the rows of batches have different shapes, {shapes[:3]}, as with different numbers "
+            "of outputs or choices, and cannot be joined in one table; take the batches of each "
+            "shape by themselves"
+        )
+    return torch.cat(list(parts))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -163,8 +164,8 @@ def predict(
     samples = None
     if takes_samples(posterior, method, link_approx, count):
         samples = LinearSamples(posterior, count, generator)
-    link = prediction_link(posterior, link_approx, n_samples, generator)
-    answer = _Answer(predictor, link, samples, falls_back=method == AUTO)
+    links = lru_cache(partial(prediction_link, posterior, link_approx, n_samples, generator))
+    answer = _Answer(predictor, links, samples, falls_back=method == AUTO)
     if is_batch(data):
         return answer(data)
     kind, items = listed(data)
@@ -176,7 +177,11 @@ def predict(
 
 
 def prediction_link(
-    posterior: Posterior, name: str, n_samples: int | None, generator: torch.Generator | None
+    posterior: Posterior,
+    name: str,
+    n_samples: int | None,
+    generator: torch.Generator | None,
+    outputs: int | None = None,
 ) -> Link:
     """Return a link whose points also serve entropies.
 
@@ -185,8 +190,10 @@ def prediction_link(
         name: See `Link`.
         n_samples: Samples of the ``"mc"`` link, 1000 by default.
         generator: Their source; a fixed seed by default.
+        outputs: How many there are; as many as in the fit by default.
     """
-    columns = integrated_variables(posterior.objective, posterior.state.n_outputs)
+    outputs = posterior.state.n_outputs if outputs is None else outputs
+    columns = integrated_variables(posterior.objective, outputs)
     if name != "mc":
         points = normal_points(ENTROPY_POINTS, columns)
         return Link(name, points.to(posterior.device, posterior.dtype))
@@ -200,15 +207,19 @@ class _Answer:
 
     Args:
         predictor: Exact moments.
-        link: Their link.
+        links: From the number of outputs, which choices may have any of, to their link.
         samples: Samples to use instead.
         falls_back: Whether exact moments take over if the model cannot carry tangents.
     """
 
     def __init__(
-        self, predictor: Predictor, link: Link, samples: LinearSamples | None, falls_back: bool
+        self,
+        predictor: Predictor,
+        links: Callable[[int], Link],
+        samples: LinearSamples | None,
+        falls_back: bool,
     ) -> None:
-        self._predictor, self._link = predictor, link
+        self._predictor, self._links = predictor, links
         self._samples, self._falls_back = samples, falls_back
 
     @property
@@ -236,7 +247,7 @@ class _Answer:
         mean, covariance = (moment.detach() for moment in moments)
         if not readout.is_softmax:
             return Predictions(mean, covariance, labels=labels)
-        link = self._link
+        link = self._links(mean.shape[1] + readout.relative)
         assert link.noise is not None
         logits, spread, relative = readout.of_softmax(mean, covariance)
         probs = readout.shown(link.log_probabilities(logits, spread, relative).exp())

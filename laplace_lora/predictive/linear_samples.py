@@ -180,5 +180,7 @@ def note_fallback(error: Exception) -> None:
 def _tokens(x: Any) -> int:
     """Return about how many tokens a batch has."""
     parts = [v for p in passes(x) for v in (p.values() if isinstance(p, Mapping) else [p])]
-    sizes = [v.shape[0] * v.shape[1] for v in parts if isinstance(v, Tensor) and v.ndim > 1]
+    tensors = [v for v in parts if isinstance(v, Tensor) and v.ndim > 1]
+    # Ids may stand in choices; the last dimensions of images and waves are no tokens.
+    sizes = [v.shape[:2].numel() if v.is_floating_point() else v.numel() for v in tensors]
     return max(sizes, default=1)

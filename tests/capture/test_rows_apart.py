@@ -3,8 +3,9 @@
 import pytest
 import torch
 from laplace import Laplace
-from peft import AdaLoraConfig
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
+from transformers import MixtralConfig, MixtralForSequenceClassification
 
 from laplace_lora import (
     DiagLoraLaplace,
@@ -15,8 +16,8 @@ from laplace_lora import (
     LoraGGN,
 )
 from laplace_lora.data.examples import Examples
-from support.batches import rows
-from support.models import peft_model
+from support.batches import rows, token_batch
+from support.models import excite, peft_model
 from support.references import assert_near, explicit_ggn, looped_jacobians
 from support.rows_apart import (
     CHOICES,
@@ -240,6 +241,92 @@ def test_our_posteriors_take_them_as_they_are():
     diagonal.fit(loader_of(batch, 2))
     assert_near(diagonal.H, explicit_ggn(la.logits_model, batch).diag().detach())
     assert la(batch).shape == (5, 2)
+
+
+def test_stacked_pairs_are_a_reward_models_pairs_with_the_labels_winner():
+    model, batch = reward_model().eval(), choice_batch([row[:2] for row in CHOICES])
+    la = KronLoraLaplace(model, "reward_modeling")
+    la.fit(loader_of(batch, 2))
+    apart = KronLoraLaplace(model.inner, "reward_modeling")
+    halves = {
+        f"{key}{suffix}": batch[key][:, c]
+        for key in ("input_ids", "attention_mask")
+        for c, suffix in enumerate(("_rejected", "_chosen"))
+    }
+    apart.fit(loader_of({**halves, "labels": batch["labels"]}, 2))
+    assert_near(la.log_marginal_likelihood(), apart.log_marginal_likelihood())
+    assert_near(la.reward_difference(batch), apart.reward_difference(halves))
+    single = {k: v[:, 0] for k, v in batch.items() if k != "labels"}
+    assert_near(la(single), apart(single))
+
+
+def test_examples_may_have_different_numbers_of_choices():
+    """The sums of a fit are those of all examples; what must be one table is refused by name."""
+    three, two = choice_batch(), choice_batch([row[:2] for row in CHOICES])
+    la = DiagLoraLaplace(wrapped("bert").model, "classification")
+    la.fit(torch.utils.data.DataLoader([three, two], batch_size=None))
+    model = la.logits_model.eval()
+    exact = sum(explicit_ggn(model, batch).diag() for batch in (three, two))
+    assert_near(la.H, exact.detach())
+    la.optimize_prior_precision()
+    assert la.tuning.method == "marglik" and "different numbers" in la.tuning.reason
+    for batch, choices in ((two, 2), (three, 3)):
+        found = la.predict(batch)
+        assert_near(found.probs, la(batch))
+        assert found.probs.shape == (5, choices) and bool((found.mutual_information > 0).all())
+    with pytest.raises(ValueError, match="different numbers of outputs or choices"):
+        la.predict([three, two])
+
+
+class Prompted(nn.Module):
+    """Images compared with prompts that are always the same, as by CLIP."""
+
+    def __init__(self, prompts):
+        super().__init__()
+        torch.manual_seed(0)
+        self.prompts = torch.randn(prompts, 4).double()
+        self.text, self.image = nn.Linear(4, 5).double(), nn.Linear(12, 5).double()
+
+    def forward(self, batch):
+        images = self.image(batch["pixel_values"].flatten(1)).tanh()
+        return images @ self.text(self.prompts).tanh().T
+
+
+@pytest.mark.parametrize("prompts", [3, 4, 6])
+@pytest.mark.parametrize("examples", [1, 2, 3])
+def test_layers_that_see_no_example_are_refused_by_name_or_get_the_diagonal(prompts, examples):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(examples, 3, 2, 2, generator=generator, dtype=torch.float64)
+    batch, model = {"pixel_values": pixels, "labels": torch.arange(examples)}, Prompted(prompts)
+    with pytest.raises(RuntimeError, match=r"text(\.weight)?'"):
+        LoraGGN(model, "classification").jacobians(batch)
+    backend = LoraGGN(model, "classification", uncovered="diag")
+    assert_near(backend.jacobians(batch)[0], looped_jacobians(model, batch))
+    assert [linear.is_diagonal for linear in backend.maps] == [False, True, True]
+
+
+def test_experts_adapted_as_parameters_are_refused_for_what_they_are():
+    torch.manual_seed(0)
+    base = MixtralForSequenceClassification(
+        MixtralConfig(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=3,
+            pad_token_id=0,
+            num_labels=3,
+        )
+    )
+    lora = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
+    model = LogitsModel(excite(get_peft_model(base, lora))).eval()
+    batch = token_batch((5, 3, 4))
+    with pytest.raises(RuntimeError, match=r"target_parameters.*uncovered='diag'"):
+        LoraGGN(model, "classification").jacobians(batch)
+    jacobians, _ = LoraGGN(model, "classification", uncovered="diag").jacobians(batch)
+    assert_near(jacobians, looped_jacobians(model, batch), 1e-4)  # experts are in single precision
 
 
 def test_last_layers_of_choices_are_refused_by_name():
