@@ -43,8 +43,7 @@ class KronLoraLaplace(KronNames, KronLaplace):
 
     Args:
         model: A `PeftModel`, or a `LogitsModel` around one.
-        likelihood: ``"classification"``, ``"regression"``, ``"reward_modeling"`` or
-            ``"language_modeling"``, see `LoraLaplace`.
+        likelihood: ``"classification"``, ``"regression"`` or another of `LoraLaplace`.
         factor_rank: Eigenpairs kept of a factor side longer than ``low_rank_threshold``; ``None``
             keeps every side dense.
         low_rank_threshold: Sides up to this length stay dense.
@@ -82,8 +81,7 @@ class DiagLoraLaplace(LoraLaplace, DiagLaplace):
 
     Args:
         model: A `PeftModel`, or a `LogitsModel` around one.
-        likelihood: ``"classification"``, ``"regression"``, ``"reward_modeling"`` or
-            ``"language_modeling"``, see `LoraLaplace`.
+        likelihood: ``"classification"``, ``"regression"`` or another of `LoraLaplace`.
         **kwargs: Arguments of `LoraLaplace`.
     """
 

@@ -44,7 +44,7 @@ class LastLayerLaplace(LoraLaplace):
 
     Raises:
         ValueError: If the model has no linear last layer, gradients through the predictive are
-            asked for (the features have none), the likelihood is ``"language_modeling"``, or a
+            asked for (the features have none), the likelihood is of tokens or spans, or a
             ``last_layer_name`` is given.
     """
 

@@ -15,13 +15,9 @@ from laplace_lora.posteriors.evidence import EvidenceLaplace
 from laplace_lora.predictive.data_sets import Predictions, predict
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.linear_samples import AUTO
+from laplace_lora.predictive.span_data_sets import predict_spans
 from laplace_lora.predictive.span_predictions import SpanPredictions
-from laplace_lora.predictive.spans import (
-    SpanPredictor,
-    check_sampled,
-    predict_spans,
-    span_probabilities,
-)
+from laplace_lora.predictive.spans import SpanPredictor, check_sampled, span_probabilities
 from laplace_lora.predictive.token_class_predictions import TokenClassPredictions
 from laplace_lora.predictive.token_classes import TokenClassPredictor, token_probabilities
 from laplace_lora.predictive.token_data_sets import predict_tokens
@@ -55,6 +51,10 @@ class PredictedLaplace(EvidenceLaplace):
         probabilities that the rejected and that the chosen text wins, from the difference of the
         rewards alone. Pairs have keys that end in ``_chosen`` and ``_rejected``, see `data.pairs`.
 
+        A token classifier answers for every token, a question-answering model with every token as
+        start and as end of an answer; both by default from samples, see `TokenClassPredictor` and
+        `SpanPredictor`.
+
         Args:
             x: Batch that the model takes.
             pred_type: ``"glm"`` (linearised) or ``"nn"`` (sampled weights, ``link_approx="mc"``).
@@ -77,7 +77,9 @@ class PredictedLaplace(EvidenceLaplace):
         Returns:
             Class probabilities ``(batch, classes)``. For regression mean ``(batch, outputs)`` and
             covariance ``(batch, outputs, outputs)``; if joint ``(batch·outputs,)`` and its square;
-            if ``pred_type="nn"`` mean and variance of the samples, ``(batch, outputs)`` each.
+            if ``pred_type="nn"`` mean and variance of the samples, ``(batch, outputs)`` each. Of
+            token classifiers ``(batch, tokens, classes)``, zeros at padding; of question-answering
+            models ``(batch, 2, tokens)``.
 
         Raises:
             AttributeError: If the posterior has not been fitted.
@@ -149,7 +151,8 @@ class PredictedLaplace(EvidenceLaplace):
 
         Returns:
             Probabilities, moments of the logits and uncertainties, in the order of the data. Where
-            processes share the data, all get those of all, one process's after another's.
+            processes share the data, all get those of all, one process's after another's. Of token
+            classifiers `TokenClassPredictions`, of question-answering models `SpanPredictions`.
 
         Raises:
             AttributeError: If the posterior has not been fitted.
