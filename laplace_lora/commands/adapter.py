@@ -13,6 +13,8 @@ import transformers
 from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights
 
+from laplace_lora.commands.repository import file_of
+
 HEADS = ("score.weight", "classifier.weight", "out_proj.weight")  # the last layer, by its ending
 AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -149,15 +151,7 @@ def _four_bits(device: str) -> dict[str, Any]:
 
 def _tokenizer(adapter: str, base: str, model: Any, saved: dict[str, torch.Tensor]) -> Any:
     """Return the tokenizer saved with the adapter, or else the base model's, able to pad."""
-    source = base
-    if Path(adapter).is_dir():
-        if (Path(adapter) / "tokenizer_config.json").is_file():
-            source = adapter
-    else:
-        from huggingface_hub import try_to_load_from_cache
-
-        if try_to_load_from_cache(adapter, "tokenizer_config.json"):
-            source = adapter
+    source = base if file_of(adapter, "tokenizer_config.json") is None else adapter
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token is None:  # many decoders have none
         tokenizer.pad_token = tokenizer.eos_token

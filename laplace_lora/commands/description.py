@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import click
@@ -49,7 +48,7 @@ def describe(posterior: str) -> dict[str, dict[str, Any]]:
     """
     payload, config = read_files(posterior)
     tensors = load(payload)
-    plan = read_plan(Path(posterior), config["content"])
+    plan = read_plan(posterior, config["content"])
     scalars, shapes = config["scalars"], config["parameters"]
     arguments = {k: v for k, v in config["arguments"].items() if v not in (None, {}, [])}
     return {

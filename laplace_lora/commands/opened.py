@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import laplace_lora
@@ -53,7 +52,7 @@ def open_posterior(adapter: str, rows: Sequence[Row], options: dict[str, Any]) -
     """
     folder = options.get("posterior") or adapter
     _, config = read_files(folder)
-    plan = read_plan(Path(folder), config["content"])
+    plan = read_plan(folder, config["content"])
     if options.get("load_in_4bit") is None:
         options = {**options, "load_in_4bit": plan is not None and plan.load_in_4bit}
     names = ("base", "device", "dtype", "load_in_4bit")

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from laplace_lora.commands.columns import Columns
+from laplace_lora.commands.repository import file_of
 
 PLAN = "laplace_data.json"
 VERSION = 1
@@ -50,18 +50,18 @@ def plan_text(plan: Plan, posterior: str) -> str:
     return json.dumps({"version": VERSION, "posterior": posterior, **asdict(plan)}, indent=1)
 
 
-def read_plan(folder: Path, posterior: str) -> Plan | None:
+def read_plan(folder: str, posterior: str) -> Plan | None:
     """Return the plan beside a posterior, ``None`` if there is none.
 
     Args:
-        folder: Of the posterior.
+        folder: Of the posterior, or its repository.
         posterior: Its fingerprint.
 
     Raises:
         ValueError: If the plan is damaged, of a later version, or belongs to another posterior.
     """
-    path = folder / PLAN
-    if not path.is_file():
+    path = file_of(folder, PLAN)
+    if path is None:
         return None
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from laplace_lora.commands.adapter import HEAD, load_adapter
 from support.command_line import refused, run
+from support.hub import serving
 from support.on_disk import SIZES, reviews, save_classifier, tokenizer
 
 
@@ -127,6 +128,27 @@ def test_four_bits(adapter, data, monkeypatch):
     run("predict", folder, "--data", rows, "--device", "cpu", "-q")  # in four bits again
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     assert "pip install bitsandbytes" in refused("fit", folder, *args, "--overwrite")
+
+
+def test_adapters_and_posteriors_on_the_hub(adapter, data, tmp_path, monkeypatch):
+    folder = adapter()
+    words = tokenizer()
+    words.model_max_length = 9
+    words.save_pretrained(folder)
+    run("fit", folder, "--data", data("train"), "--labels", "bad", "good", "-q")
+    expected = run("predict", folder, "--data", data("test"), "-q").stdout
+    with serving(monkeypatch, tmp_path / "cache") as hub:
+        hub.create("me/adapter")
+        hub.files["me/adapter"] = {p.name: p.read_bytes() for p in folder.iterdir()}
+        assert load_adapter("me/adapter", device="cpu").max_length == 9
+        assert run("predict", "me/adapter", "--data", data("test"), "-q").stdout == expected
+        assert "KronLoraLaplace" in run("info", "me/adapter").stdout
+        del hub.files["me/adapter"]["laplace_data.json"]
+    with serving(monkeypatch, tmp_path / "other-cache") as other:
+        other.create("me/adapter")
+        other.files["me/adapter"] = hub.files["me/adapter"]
+        result = run("predict", "me/adapter", "--data", data("test"), "-q")
+        assert '"probabilities": {"0": ' in result.stdout
 
 
 def test_the_dtype_of_the_base(adapter):

@@ -86,6 +86,8 @@ def handler_of(hub):
 
         def do_GET(self):
             match self.parts():
+                case ["api", "models", _, _, "tree", *_]:  # there are no folders
+                    self.answer(404, {"error": self.path}, X_Error_Code="EntryNotFound")
                 case ["api", "models", user, name, *_]:
                     repo = f"{user}/{name}"
                     self.answer(200, {"id": repo, "sha": hub.sha(repo)})
@@ -115,7 +117,7 @@ def serving(monkeypatch, cache):
         monkeypatch: pytest's.
         cache: Folder for downloads.
     """
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_api
 
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(hub))
@@ -131,6 +133,7 @@ def serving(monkeypatch, cache):
     }
     for name, value in values.items():
         monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hf_api.api, "endpoint", endpoint)  # of functions outside classes
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     try:
