@@ -197,7 +197,7 @@ class LaplaceCallback(TrainerCallback):
         if labels_tokens(self._objective) or self._objective.has_spans:
             found: Any = la.predict(loader, link_approx=self.link_approx, progress_bar=progress)
             return found if self._objective.has_spans else found.probs
-        with together(loader, device=la.fitted.device) as team:
+        with together(loader, device=la.fitted.device, runs=la.fitted.source) as team:
             batches = team.batches(loader, "Predicting", progress, la.fitted.by_example)
             parts = [self._predicted(la, batch) for batch in batches]
             names = ("p",) if self._objective.is_classifier else ("mean", "covariance")
@@ -227,7 +227,7 @@ class LaplaceCallback(TrainerCallback):
     ) -> dict[str, float]:
         if self._objective.has_spans:
             return self._span_scores(la, loader, progress, prefix)
-        with together(loader, device=la.fitted.device) as team:
+        with together(loader, device=la.fitted.device, runs=la.fitted.source) as team:
             batches = team.batches(loader, "Evaluating", progress, la.fitted.by_example)
             parts = [self._scored(la, batch) for batch in batches]
             columns = _by_name(("labels", "p", "map"), parts)

@@ -70,7 +70,10 @@ def joint_samples(
     temperature = posterior.settings.likelihood_temperature
     order, batches = _batches(pool, tokenizer, batch_size)
     means, parts = [], []
-    with together(batches, device=posterior.device) as team, evaluation_mode(posterior.model):
+    with (
+        together(batches, device=posterior.device, runs=posterior.source) as team,
+        evaluation_mode(posterior.model),
+    ):
         for batch in team.batches(batches, "Sampling the pool", progress_bar):
             x = _inputs(posterior, batch)
             readout: Readout = posterior.objective.readout(x, contrasts=True)

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from laplace_lora.data import streams
 from laplace_lora.data.messages import OtherProcessFailed, ProcessLost
+from laplace_lora.data.sharding import is_sharded_model
 from laplace_lora.data.shares import needs_comparison, processes, share_of
 from laplace_lora.data.team import ALONE, Together, shared_blocks
 
@@ -21,6 +23,7 @@ __all__ = [
     "OtherProcessFailed",
     "ProcessLost",
     "Together",
+    "check_same_data",
     "deals_data_out",
     "is_sharded",
     "together",
@@ -29,7 +32,11 @@ __all__ = [
 
 @contextmanager
 def together(
-    *loaders: object, everyone: bool = False, device: torch.device | str = "cpu"
+    *loaders: object,
+    everyone: bool = False,
+    device: torch.device | str = "cpu",
+    runs: nn.Module | None = None,
+    in_step: bool = False,
 ) -> Iterator[Together]:
     """Share work with the other processes, where they share a loader.
 
@@ -41,6 +48,11 @@ def together(
         *loaders: What the work iterates over, see `share_of`.
         everyone: All processes take part, whatever the loaders.
         device: Where a process without examples gets the others' rows.
+        runs: The model that runs on the data. A sharded one is run by all processes on the same
+            batches: what a loader deals out to them is exchanged, they draw the same random
+            numbers, and each has all the results.
+        in_step: Run a sharded model on each process's own batches instead; whoever iterates over
+            them takes equally many steps in all processes, see `steps`.
 
     Raises:
         OtherProcessFailed: If another process failed.
@@ -52,6 +64,15 @@ def together(
     for loader in loaders:
         _compare(loader)
     deals = any(share_of(loader) is not None for loader in loaders)
+    if processes() > 1 and runs is not None and is_sharded_model(runs):
+        in_step = in_step and deals
+        with together(everyone=True) as crew, crew.common_draws(device, in_step):
+            if in_step:
+                crew.in_step = True
+                yield crew
+            else:
+                yield Together(False, device, crew=crew)
+        return
     team = Together((everyone and processes() > 1) or deals, device, deals)
     shared = team.shared
     blocks = shared_blocks()
@@ -94,3 +115,20 @@ def _compare(loader: object) -> None:
 def deals_data_out() -> bool:
     """Return whether this thread is in shared work in which processes see different data."""
     return any(block.deals for block in shared_blocks())
+
+
+def check_same_data(model: nn.Module) -> None:
+    """Refuse to run a sharded model on different data in each process, where it was not announced.
+
+    A forward pass gathers the pieces of all processes, so all must make the same ones; how many a
+    batch takes depends on its examples.
+
+    Raises:
+        TypeError: If that is what this thread is about to do.
+    """
+    if deals_data_out() and is_sharded_model(model):
+        raise TypeError(
+            "the model is sharded, so all processes run it together, but the loader deals its data "
+            "out: give every process all the data, in the same order (a DataLoader without a "
+            "DistributedSampler, not prepared by accelerate)"
+        )

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from laplace_lora.data import streams
-from laplace_lora.data.batches import Batch
+from laplace_lora.data.batches import Batch, on_cpu
 from laplace_lora.data.dealing import dealt_out
 from laplace_lora.data.loaders import progress, until, workers_of
 from laplace_lora.data.shares import Share, processes
@@ -47,20 +47,57 @@ class Reading:
         at_most: float,
     ) -> Iterator[Any]:
         """Yield this process's batches, see `Together.batches`."""
+        yield from self._own(title, progress_bar, by_example, at_most, self.places)
+
+    def _own(
+        self,
+        title: str,
+        progress_bar: bool | None,
+        by_example: Callable[[Any], Any] | None,
+        at_most: float,
+        taken: list[Tensor] | None,
+    ) -> Iterator[Any]:
         share = self.share
         is_dealt = share is not None and share.source is not None
         read = self._dealt if is_dealt else self._local
         batches = read(title, progress_bar, at_most)
         examples = batches if by_example is None else map(by_example, batches)
-        kept = examples if share is None else self._kept(share, examples)
+        kept = examples if share is None or taken is None else _kept(share, examples, taken)
         # What is dealt out ends for all processes in the same round.
         yield from until(kept, math.inf if is_dealt else at_most)
 
-    def _kept(self, share: Share, examples: Iterator[Batch]) -> Iterator[Batch]:
-        assert self.places is not None
-        for batch, places in share.of(examples):
-            self.places.append(places)
+    def everyones_batches(
+        self,
+        title: str,
+        progress_bar: bool | None,
+        by_example: Callable[[Any], Any] | None,
+        at_most: float,
+    ) -> Iterator[Any]:
+        """Yield the batches of all processes, the same in all of them, round by round.
+
+        Which is not the order of the data: that is in `places`.
+        """
+        own: list[Tensor] = []
+        batches = self._own(title, progress_bar, by_example, math.inf, own)
+        if self.places is not None:
+            yield from until(self._exchanged(batches, own, self.places), at_most)
+            return
+        for batch in until(batches, at_most):
+            self._exchange(None)  # who cannot go on says so before the model's own collectives
             yield batch
+
+    def _exchanged(
+        self, batches: Iterator[Any], own: list[Tensor], taken: list[Tensor]
+    ) -> Iterator[Any]:
+        while True:
+            batch = next(batches, None)
+            reports = self._exchange(None if batch is None else (on_cpu(batch), own[-1]))
+            dealt = [report for report in reports if report is not None]
+            if not dealt:
+                return
+            for each, places in sorted(dealt, key=lambda item: int(item[1][0])):
+                taken.append(places)
+                yield each
 
     def _local(self, title: str, progress_bar: bool | None, at_most: float) -> Iterator[Batch]:
         """Return what the loader gives this process."""
@@ -85,3 +122,9 @@ class Reading:
             if streams.is_stream(self.loader) and workers > 1:
                 batches = counted_once(batches, workers)
         return dealt_out(batches, at_most, rank, processes(), self._exchange)
+
+
+def _kept(share: Share, examples: Iterator[Batch], taken: list[Tensor]) -> Iterator[Batch]:
+    for batch, places in share.of(examples):
+        taken.append(places)
+        yield batch

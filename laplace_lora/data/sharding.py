@@ -13,10 +13,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-
-from laplace_lora.data.distributed import deals_data_out
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -69,12 +67,20 @@ def refuse_tensor_parallel(model: nn.Module) -> None:
         TypeError: If there are any.
     """
     sizes = [getattr(module, "_tp_size", None) or 1 for module in model.modules()]
-    if max(sizes, default=1) > 1:
+    by_fsdp = any(isinstance(module, FSDPModule) for module in model.modules())
+    divided = [p for p in model.parameters() if isinstance(p, DTensor)]
+    # FSDP divides a tensor along one dimension of the mesh; a plan along one more, or without FSDP.
+    twice = any(sum(map(_divides, p.placements)) > 1 for p in divided)
+    if max(sizes, default=1) > 1 or twice or (divided and not by_fsdp):
         raise TypeError(
             "the model's layers are divided among processes by a tensor-parallel plan (tp_plan), "
             "so none sees a layer's whole inputs and gradients; load it without tp_plan, and "
             "shard it with torch.distributed.fsdp.fully_shard if it is too large for one device"
         )
+
+
+def _divides(placement: Placement) -> bool:
+    return not placement.is_replicate()
 
 
 def in_pieces(model: nn.Module) -> None:
@@ -102,23 +108,6 @@ def gathered_anew(model: nn.Module) -> Iterator[None]:
         if hook is not None:
             hook.remove()
             in_pieces(model)
-
-
-def check_same_data(model: nn.Module) -> None:
-    """Refuse to run a sharded model on different data in each process.
-
-    A forward pass gathers the pieces of all processes, so all must make the same ones; how many a
-    batch takes depends on its examples.
-
-    Raises:
-        TypeError: If that is what this thread is about to do.
-    """
-    if deals_data_out() and is_sharded_model(model):
-        raise TypeError(
-            "the model is sharded, so all processes run it together, but the loader deals its data "
-            "out: give every process all the data, in the same order (a DataLoader without a "
-            "DistributedSampler, not prepared by accelerate)"
-        )
 
 
 def unwrapped(model: M) -> M:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -31,18 +32,28 @@ class Together:
         shared: Whether other processes take part.
         device: Where a process without examples gets the others' rows.
         deals: Whether they see different data.
+        crew: All processes, if each is to see what loaders deal out to any of them.
+        in_step: Whether a model runs in all processes together, see `steps`.
 
     Attributes:
         shared: As given.
         deals: As given.
+        in_step: As given.
     """
 
     def __init__(
-        self, shared: bool, device: torch.device | str = "cpu", deals: bool = False
+        self,
+        shared: bool,
+        device: torch.device | str = "cpu",
+        deals: bool = False,
+        crew: Together | None = None,
+        in_step: bool = False,
     ) -> None:
         self.shared = shared
         self.deals = deals
+        self.in_step = in_step
         self._device = device
+        self._crew = crew
         self._over = not shared
         self._readings: list[Reading] = []
 
@@ -69,11 +80,15 @@ class Together:
         Raises:
             ValueError: If the workers of a stream each read all of it.
         """
-        share = share_of(loader) if self.shared else None
-        self._exchange("batches")  # accelerate's loaders begin with a collective of their own
-        reading = Reading(loader, share, lambda value: self._exchange("deal", value))
+        crew = self._crew or self
+        share = share_of(loader) if crew.shared else None
+        crew._exchange("batches")  # accelerate's loaders begin with a collective of their own
+        reading = Reading(loader, share, lambda value: crew._exchange("deal", value))
         self._readings.append(reading)
-        yield from reading.batches(title, progress_bar, by_example, at_most)
+        if self._crew is not None:
+            crew._readings.append(reading)
+        read = reading.batches if self._crew is None else reading.everyones_batches
+        yield from read(title, progress_bar, by_example, at_most)
 
     def rows(self, **columns: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return the rows of all processes, in the order of the data.
@@ -93,8 +108,10 @@ class Together:
         read = self._readings[-1].places if self._readings else None
         if read is None:
             return joined
-        local = {name: column.detach().cpu() for name, column in joined.items()}
         places = torch.cat(read) if read else torch.empty(0, dtype=torch.long)
+        if not self.shared:  # this process has had everyone's
+            return {name: column[places.argsort()] for name, column in joined.items()}
+        local = {name: column.detach().cpu() for name, column in joined.items()}
         reports = [r for r in self._exchange("rows", (local, places)) if len(r[1])]
         if not reports:
             return {}
@@ -146,6 +163,20 @@ class Together:
             self.agree([(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors])
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
+
+    @contextmanager
+    def common_draws(self, device: torch.device | str, apart: bool = False) -> Iterator[None]:
+        """Let all processes draw the same random numbers in this block.
+
+        Args:
+            device: Where numbers are drawn, beside the CPU.
+            apart: Or numbers of their own, as they see different data.
+        """
+        seed = self.all_of(int(torch.randint(2**62, ())))[0] + apart * dist.get_rank()
+        place = torch.device(device)
+        with torch.random.fork_rng([place] if place.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Return the rows of all processes in the order of their ranks, without a detour.

@@ -96,7 +96,7 @@ class TemperatureScaling(MAP):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
-        with together(val_loader) as team:
+        with together(val_loader, runs=self.model) as team:
             pairs = [
                 (self.logits(model_inputs(batch)), batch_labels(batch, label_key))
                 for batch in team.batches(val_loader, "")

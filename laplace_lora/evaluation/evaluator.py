@@ -13,7 +13,7 @@ from laplace_lora.data.batches import Batch, batch_labels
 from laplace_lora.data.distributed import together
 from laplace_lora.evaluation.conformal import check_coverage, conformal_sets
 from laplace_lora.evaluation.report import CalibrationReport
-from laplace_lora.evaluation.rows import Predict, predicted_rows
+from laplace_lora.evaluation.rows import Predict, model_of, predicted_rows
 from laplace_lora.evaluation.scores import (
     SETS,
     Rows,
@@ -82,7 +82,7 @@ def evaluate(
     def labels_of(batch: Batch) -> Tensor:
         return batch_labels(batch, label_key).cpu()
 
-    with together(loader, ood_loader, conformal_loader) as team:
+    with together(loader, ood_loader, conformal_loader, runs=model_of(predict)) as team:
         batches = team.batches(loader, f"Evaluating {name}", progress_bar)
         scored = predicted_rows(team, predict, batches, labels_of)
         if not scored:

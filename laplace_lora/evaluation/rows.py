@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laplace_lora.data.batches import Batch, model_inputs
 from laplace_lora.data.distributed import Together
@@ -29,6 +29,12 @@ class UncertainPrediction(Protocol):
 
 
 Predict = Callable[[Any], Tensor | UncertainPrediction]  # from a batch of any form
+
+
+def model_of(predict: Predict) -> nn.Module | None:
+    """Return the model of the posterior or baseline that predicts, ``None`` if it is neither."""
+    model = getattr(getattr(predict, "__self__", predict), "model", None)
+    return model if isinstance(model, nn.Module) else None
 
 
 def predicted_rows(

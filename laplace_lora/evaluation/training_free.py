@@ -86,7 +86,7 @@ class TrainingFreeBayes(MAP):
             )
         self.n_samples, self.seed, self.width = n_samples, seed, 0.0
         self._layers = _layers_of(self.model)
-        with together(anchor_loader) as team:
+        with together(anchor_loader, runs=self.model) as team:
             inputs = [model_inputs(batch) for batch in team.batches(anchor_loader, "")]
 
             def losses(classes: list[Tensor] | None) -> tuple[list[Tensor], Tensor]:

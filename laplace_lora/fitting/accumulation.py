@@ -6,6 +6,7 @@ from typing import Any
 
 from laplace_lora.data.batches import on_cpu, one_example, splits_by_example
 from laplace_lora.data.distributed import Together
+from laplace_lora.data.steps import steps
 from laplace_lora.fitting.passes import Pass, Sums
 from laplace_lora.fitting.snapshots import Snapshot
 from laplace_lora.models.modes import evaluation_mode
@@ -44,13 +45,13 @@ def accumulate(
         if sums.state is None:
             raise ValueError(EMPTY)
         return sums
-    has_data = sums.state is not None
+    has_data = sums.batches > 0
     if not all(team.all_of(has_data)):
         # A process without examples takes another's, which shows what sums there are.
         lent = team.any_of(example)
         if lent is None:
             raise ValueError(EMPTY)
-        if not has_data:
+        if sums.state is None:
             with evaluation_mode(posterior.model):
                 _, sums.state = data_pass.add(None, *posterior.split(lent))
     data_pass.combine(sums.state, team, has_data)
@@ -70,10 +71,16 @@ def _local_sums(
     """Return the sums of this process's batches, and for others one of its examples."""
     earlier = None if snapshot is None else snapshot.read()
     kept = 0 if earlier is None else earlier[0].batches
-    sums, example, given = Sums(), None, 0
+    sums, example, shape, given = Sums(), None, None, 0
     batches = team.batches(loader, data_pass.title, progress_bar, posterior.by_example)
     with evaluation_mode(posterior.model):
-        for index, batch in enumerate(batches):
+        for step in steps(batches, range(1, kept), team):
+            if step.stand_in is not None:
+                # Forgotten, but for the kind of sums, which a process without data needs, too.
+                _, shape = data_pass.add(None, *posterior.split(step.stand_in))
+            if step.batch is None:
+                continue
+            batch, index = step.batch, given
             given = index + 1
             if snapshot is not None:
                 snapshot.see(batch)
@@ -101,4 +108,6 @@ def _local_sums(
         if given < kept:
             snapshot.check_seen(given, kept)
         snapshot.write(sums, complete=True)
+    if sums.state is None:
+        sums.state = shape
     return sums, example

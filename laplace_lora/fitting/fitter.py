@@ -56,7 +56,9 @@ class Fitter:
             raise ValueError("checkpoint_every needs checkpoint_dir")
         posterior.engine.recording.is_verified = False  # data of another form may come
         snapshots: list[Snapshot] = []
-        with together(train_loader) as team:
+        # Whole tensors take as many passes as a batch has examples.
+        in_step = posterior.engine.recording.uncovered == "error"
+        with together(train_loader, runs=posterior.source, in_step=in_step) as team:
 
             def summed(data_pass: Pass) -> Sums:
                 snapshot = None
@@ -112,7 +114,7 @@ class Fitter:
         Raises:
             ValueError: If they are not those of the fit.
         """
-        with together(train_loader) as team:
+        with together(train_loader, runs=self.posterior.source) as team:
 
             def summed(data_pass: Pass) -> Sums:
                 args = (self.posterior, data_pass, train_loader, progress_bar, None, team)
@@ -127,7 +129,7 @@ class Fitter:
         posterior = self.posterior
         loss, outputs = math.nan, getattr(posterior.model, "n_outputs", None)
         if train_loader is not None:
-            with together(train_loader) as team:
+            with together(train_loader, runs=self.posterior.source) as team:
                 loss, outputs = self._loss_of(train_loader, team)
         if outputs is None:
             raise ValueError("the model does not say how many outputs it has; give `train_loader`")

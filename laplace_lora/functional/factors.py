@@ -113,7 +113,11 @@ def calculate_kronecker_factors(
 
     handle = on_input(model, mask_notes(called_with))
     try:
-        with together(loader) as team, evaluation_mode(model), gradients_needed(weights):
+        with (
+            together(loader, runs=model) as team,
+            evaluation_mode(model),
+            gradients_needed(weights),
+        ):
             sums, n = _summed(added, loader, team, use_tqdm)
     finally:
         handle.remove()

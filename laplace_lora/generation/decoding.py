@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.data.distributed import together
 from laplace_lora.data.loaders import progress
 from laplace_lora.generation.methods import EXACT, SAMPLED, check_method, exact_predictor
 from laplace_lora.generation.next_token import HasPosterior
@@ -100,6 +101,7 @@ def generate(
     )
     with ExitStack() as stack:
         steps: Steps
+        stack.enter_context(together(runs=la.fitted.source))  # all draw the same tokens
         if method == EXACT:
             exact = exact_predictor(la, top_k, link_approx, n_samples, generator)
             ids, mask = left_padded(inputs, la.fitted.device)

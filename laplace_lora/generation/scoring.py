@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.data.distributed import together
 from laplace_lora.data.loaders import progress
 from laplace_lora.generation.label_scores import at_labels, part_of
 from laplace_lora.generation.methods import EXACT, SAMPLED, check_method, exact_predictor
@@ -74,7 +75,8 @@ def score(
     check_method(method, link_approx)
     predictor: NextTokenPredictor | SampledPredictor
     if method == EXACT:
-        predictor = exact_predictor(la, top_k, link_approx, n_samples, generator)
+        with together(runs=la.fitted.source):
+            predictor = exact_predictor(la, top_k, link_approx, n_samples, generator)
     else:
         predictor = SampledPredictor(
             la, top_k, SAMPLES if n_samples is None else n_samples, generator

@@ -11,8 +11,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from laplace_lora.adapters.peft_state import activate_adapter
+from laplace_lora.data.distributed import check_same_data
 from laplace_lora.data.pairs import is_pair, passes
-from laplace_lora.data.sharding import check_same_data, refuse_tensor_parallel, unwrapped
+from laplace_lora.data.sharding import refuse_tensor_parallel, unwrapped
 from laplace_lora.models.answers import AnswerPlace, checked_target_ids
 from laplace_lora.models.last_layer_model import head_tensors, last_linear, n_rows
 from laplace_lora.models.modes import coarsest_dtype, device_of

@@ -77,7 +77,7 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
             ValueError: If labels are missing, or the data are fewer than ``n_subset``.
         """
         features, labels = [], []
-        with together(train_loader, device=self._device) as team:
+        with together(train_loader, device=self._device, runs=self.model) as team:
             for batch in team.batches(train_loader, "Computing features", progress_bar):
                 x, y = self.objective.split(batch, self.dict_key_y, self._device, self._dtype)
                 features.append(self.features(x))

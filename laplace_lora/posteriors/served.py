@@ -112,7 +112,7 @@ class ServedLaplace(TunedLaplace):
         else:
             if loader is None:
                 loader, criterion = self._some_training_data(criterion), "entropy"
-            with together(loader, device=posterior.device) as team:
+            with together(loader, device=posterior.device, runs=posterior.source) as team:
                 chosen = choose_width(samples, loader, criterion, team, progress_bar)
         temperature = posterior.settings.likelihood_temperature
         description = {

@@ -8,9 +8,10 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laplace_lora.data.distributed import together
+from laplace_lora.data.steps import steps
 from laplace_lora.display.tables import SHOWN_ROWS, data_frame, html_table, plain, spread
 from laplace_lora.likelihoods.base import Readout, integrated_variables
 from laplace_lora.likelihoods.links import Link, averaged, entropies
@@ -227,6 +228,16 @@ class _Answer:
         """Where the posterior is."""
         return self._predictor.posterior.device
 
+    @property
+    def model(self) -> nn.Module:
+        """What runs."""
+        return self._predictor.posterior.source
+
+    @property
+    def is_in_step(self) -> bool:
+        """Whether every batch takes equally many passes, as those with whole tensors do not."""
+        return self._predictor.posterior.engine.recording.uncovered == "error"
+
     def __call__(self, batch: Any) -> Predictions:
         posterior = self._predictor.posterior
         labels = _labels(posterior, batch)
@@ -256,9 +267,14 @@ class _Answer:
 
 
 def _of_batches(answer: _Answer, source: Iterable[Any], progress_bar: bool | None) -> Predictions:
-    with together(source, device=answer.device) as team:
-        batches = team.batches(source, "Predicting", progress_bar)
-        parts = [answer(batch) for batch in batches]
+    place: Any = {"device": answer.device, "runs": answer.model, "in_step": answer.is_in_step}
+    with together(source, **place) as team:
+        parts = []
+        for step in steps(team.batches(source, "Predicting", progress_bar), range(0), team):
+            if step.stand_in is not None:
+                answer(step.stand_in)
+            if step.batch is not None:
+                parts.append(answer(step.batch))
         columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Predictions)}
         whole = {name: c for name, c in columns.items() if all(v is not None for v in c)}
         joined: dict[str, Any] = team.rows(**whole)

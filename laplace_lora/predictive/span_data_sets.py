@@ -54,7 +54,8 @@ def _answer(predictor: SpanPredictor, batch: Any) -> SpanPredictions:
 def _of_batches(
     predictor: SpanPredictor, source: Iterable[Any], progress_bar: bool | None
 ) -> SpanPredictions:
-    with together(source, device=predictor.posterior.device) as team:
+    posterior = predictor.posterior
+    with together(source, device=posterior.device, runs=posterior.source) as team:
         batches = team.batches(source, "Predicting", progress_bar)
         parts = [_answer(predictor, batch) for batch in batches]
         columns = {f.name: [getattr(p, f.name) for p in parts] for f in fields(SpanPredictions)}

@@ -72,7 +72,8 @@ def _answer(predictor: TokenClassPredictor, batch: Any) -> TokenClassPredictions
 def _of_batches(
     predictor: TokenClassPredictor, source: Iterable[Any], progress_bar: bool | None
 ) -> TokenClassPredictions:
-    with together(source, device=predictor.posterior.device) as team:
+    place = {"device": predictor.posterior.device, "runs": predictor.posterior.source}
+    with together(source, **place) as team:
         batches = team.batches(source, "Predicting", progress_bar)
         parts = [_answer(predictor, batch) for batch in batches]
         local = max((part.mask.shape[1] for part in parts), default=0)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from laplace_lora.data.distributed import together
+from laplace_lora.data.distributed import Together, together
 from laplace_lora.display.tables import span
 from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.links import QUADRATURE
@@ -68,6 +69,10 @@ class Tuner:
     def __init__(self, posterior: Posterior) -> None:
         self.posterior = posterior
 
+    def _together(self, loader: Any) -> AbstractContextManager[Together]:
+        posterior = self.posterior
+        return together(loader, device=posterior.device, runs=posterior.source)
+
     def marginal_likelihood(
         self, structure: Structure, tune_noise: bool, correction: bool = True
     ) -> tuple[Settings, StructureChoice | None]:
@@ -120,7 +125,7 @@ class Tuner:
                 "leave-one-out needs the training data, which a posterior keeps only in the "
                 "process that fitted it; give `train_loader`, or use method='marglik'"
             )
-        with together(train_loader, device=self.posterior.device) as team:
+        with self._together(train_loader) as team:
             return leave_one_out.tune(self.posterior, train_loader, team, progress_bar, recentre)
 
     def widest(
@@ -143,7 +148,7 @@ class Tuner:
             )
         settings, _ = self.marginal_likelihood(structure, False, correction=False)
         posterior = self.posterior.with_settings(settings)
-        with together(train_loader, device=posterior.device) as team:
+        with self._together(train_loader) as team:
             return widest.tune(posterior, train_loader, team, progress_bar)
 
     def recentre(
@@ -171,7 +176,7 @@ class Tuner:
                 "that fitted it; give `train_loader`"
             )
         readout = scoring_of(self.posterior, QUADRATURE, 0).readout
-        with together(train_loader, device=self.posterior.device) as team:
+        with self._together(train_loader) as team:
             options = (train_loader, team, readout, progress_bar, nll, precision)
             shift, report = recentred(self.posterior, *options)
         return replace(self.posterior.settings, shift=shift), report
@@ -200,7 +205,7 @@ class Tuner:
             log_prior_prec_min, log_prior_prec_max, grid_size, base=log_prior_prec_base
         )
         scalar = self.posterior.with_settings(first_precision(self.posterior))
-        with together(val_loader, device=scalar.device) as team:
+        with self._together(val_loader) as team:
             scoring = scoring_of(self.posterior, link, n_samples, team=team)
             options = (grid, scoring, loss, progress_bar, team)
             best, _ = grid_search(Predictor(scalar), val_loader, *options)
@@ -227,7 +232,7 @@ class Tuner:
         coupled = self.posterior.structure.couples_groups and int(groups.max()) > 0
         kind = CoupledCache if coupled else ValidationCache
         predictor = Predictor(self.posterior)
-        with together(val_loader, device=self.posterior.device) as team:
+        with self._together(val_loader) as team:
             scoring = scoring_of(self.posterior, link, n_samples, team=team)
             options = (groups, scoring.readout, progress_bar)
             cache: Cache = kind(predictor, val_loader, *options, team=team)
@@ -251,11 +256,11 @@ class Tuner:
                     f"a {objective.name} posterior is calibrated for predictions by samples, "
                     f"link_approx={QUADRATURE!r}; got {link!r}"
                 )
-            with together(val_loader, device=self.posterior.device) as team:
+            with self._together(val_loader) as team:
                 options = (val_loader, team, generator, progress_bar)
                 return calibrate_tokens(self.posterior, *options)
         predictor = Predictor(self.posterior)
-        with together(val_loader, device=self.posterior.device) as team:
+        with self._together(val_loader) as team:
             scoring = scoring_of(self.posterior, link, n_samples, generator, team)
             return calibrate(predictor, val_loader, team, scoring, progress_bar)
 

@@ -1,15 +1,17 @@
 """Models sharded by `fully_shard`, in two processes: what the whole model gives in one."""
 
+import signal
+
 import pytest
 import torch
 
 from laplace_lora import KronLoraLaplace
 from laplace_lora.data.sharding import refuse_tensor_parallel
 from support.batches import loader
-from support.models import peft_model
+from support.models import base_model, peft_model
 from support.posteriors import LOW
 from support.references import assert_near
-from support.sharded import BATCH, KINDS, everything, worker
+from support.sharded import BATCH, KINDS, everything, language, worker
 from support.spawned import exit_codes
 
 
@@ -24,7 +26,8 @@ def whole(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(whole):
     folder = whole[0]
-    assert exit_codes(worker, folder) == [0, 0]
+    base_model("llama-lm").save_pretrained(folder / "plain")
+    assert exit_codes(worker, folder) == [0, -signal.SIGKILL]
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -46,13 +49,31 @@ def test_one_file_serves_sharded_and_whole_models(whole, results, kind):
         assert_near(found["elsewhere"], whole[1]["llama"]["loaded"], 1e-6)
 
 
-def test_what_processes_cannot_share_is_refused(results):
+def test_a_language_model_in_pieces(results):
+    expected, _, _ = language(peft_model("llama-lm"))
     for found in results:
+        for call, value in expected.items():
+            assert_near(found["language"][call], value, 1e-6)
+        assert "use method='exact'" in found["by samples"]
+    for one, other in zip(*(found["drawn"] for found in results), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_sharded_models_cannot_do_is_refused(results):
+    for rank, found in enumerate(results):
         refused = found["refusals"]
-        for call in ("dealt", "predicted"):
-            assert "give every process all the data, in the same order" in refused[call]
+        assert "give every process all the data, in the same order" in refused["dealt"]
         assert "sharded or cannot be copied" in refused["sampled"]
+        said = "ValueError: this example cannot be read"
+        other = f"OtherProcessFailed: process 1 failed: {said}"
+        assert refused["broken"] == (said if rank else other)
         assert refused["kept"]
+
+
+def test_a_process_that_dies_in_a_pass_ends_the_others_at_once(whole, results):
+    killing = torch.load(whole[0] / "killing.pt")
+    assert killing["said"] == "ProcessLost: another process has ended or cannot be reached"
+    assert killing["seconds"] < 60 and killing["kept"]
 
 
 def test_weights_that_change_in_one_piece_are_noticed(results):
@@ -70,10 +91,11 @@ def test_a_policy_of_mixed_precision_is_followed(results):
         assert (probs - expected).abs().max() < 0.05
 
 
-def test_tensor_parallel_plans_are_refused():
+def test_tensor_parallel_plans_are_refused(results):
+    for found in results:
+        for said in found["tensor parallel"]:
+            assert "TypeError: the model's layers are divided among processes by a tensor" in said
     model = peft_model("llama")
     model.get_base_model()._tp_size = 2
     with pytest.raises(TypeError, match="tensor-parallel plan"):
         refuse_tensor_parallel(model)
-    with pytest.raises(TypeError, match="load it without tp_plan"):
-        KronLoraLaplace(model, "classification")
