@@ -32,6 +32,7 @@ def llama_with_lora(
     dtype: torch.dtype,
     device: str,
     quantised: bool = False,
+    dropout: float = 0.0,
 ) -> PeftModel:
     """Build a Llama with a LoRA adapter on some of its projections, with random weights.
 
@@ -42,6 +43,7 @@ def llama_with_lora(
         dtype: Of the base weights. PEFT keeps adapters in float32 or better.
         device: Where to build; ``meta`` allocates nothing.
         quantised: Quantise the base to 4 bits.
+        dropout: Of the adapter; only in training mode.
 
     Returns:
         The model in eval mode; ``lora_B`` is drawn from a normal of standard deviation 0.02.
@@ -50,7 +52,13 @@ def llama_with_lora(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if quantised:
             model = quantise_4bit(model, dtype)
-        lora = LoraConfig(r=rank, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
+        lora = LoraConfig(
+            r=rank,
+            lora_alpha=16,
+            lora_dropout=dropout,
+            target_modules=targets,
+            task_type="CAUSAL_LM",
+        )
         peft_model = get_peft_model(model, lora)
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:
@@ -78,8 +86,8 @@ class Workload:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
 
-def random_llama(args: argparse.Namespace) -> PeftModel:
-    """Build the model that the size arguments describe."""
+def random_llama(args: argparse.Namespace, dropout: float = 0.0) -> PeftModel:
+    """Build the model that the size arguments describe, with dropout of the adapter."""
     config = LlamaConfig(
         hidden_size=args.hidden,
         num_hidden_layers=args.layers,
@@ -92,7 +100,7 @@ def random_llama(args: argparse.Namespace) -> PeftModel:
     )
     dtype = getattr(torch, args.dtype)
     quantised = bool(getattr(args, "quantised", None))
-    return llama_with_lora(config, args.rank, args.targets, dtype, args.device, quantised)
+    return llama_with_lora(config, args.rank, args.targets, dtype, args.device, quantised, dropout)
 
 
 def make_workload(peft_model: PeftModel, args: argparse.Namespace, classes: int) -> Workload:

@@ -20,15 +20,14 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.harness import arguments, memory
+from benchmarks.harness import arguments, decoder, memory
 from benchmarks.harness.llama import random_llama
 from benchmarks.harness.report import verdict, write_report
 from benchmarks.harness.timing import CLOCKS, synchronize, time_in_turn
-from examples.support import load_decoder
 from laplace_lora import DiagLoraLaplace
 from laplace_lora.generation import generate, score
 from laplace_lora.generation.methods import exact_predictor
@@ -46,17 +45,9 @@ def make_model(args: argparse.Namespace) -> tuple[str, PeftModel]:
     if args.random:
         return "random Llama", random_llama(args)
     try:
-        base, _ = load_decoder()
+        return decoder.NAME, decoder.adapted_decoder(args)
     except ModuleNotFoundError:
         return "random Llama", random_llama(args)
-    config = LoraConfig(
-        r=args.rank, lora_alpha=16, target_modules=args.targets, task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(base, config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.02)
-    return "SmolLM2-135M", model.to(args.device).eval()
 
 
 def fitted(model: PeftModel, text: Tensor) -> DiagLoraLaplace:

@@ -25,12 +25,14 @@ class Call(NamedTuple):
         kwargs: Arguments by name.
         output: What the module itself returned, before any hook of the user's replaced it.
         gradient: Where the output's gradient can be watched; ``None`` if it has none.
+        source: Place in the graph of the first argument, if it carries a gradient and is known.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     output: Tensor
     gradient: Any = None
+    source: Any = None
 
     @property
     def x(self) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from laplace_lora.adapters.maps import Call, LinearMap
 from laplace_lora.adapters.peft_state import calls_twice
@@ -87,7 +88,7 @@ def _listening(
 
     def note_call(seen: list[Call]) -> Callable[[Any, Any, Any], None]:
         return lambda args, kwargs, output: seen.append(
-            Call(args, kwargs, output, OutputGradient.of(output))
+            Call(args, kwargs, output, OutputGradient.of(output), _source(args))
         )
 
     def note_source(layer: nn.Module) -> Callable[[Any, Any], None]:
@@ -104,6 +105,12 @@ def _listening(
         for layer in {linear.layer for linear in maps if linear.layer is not None}:
             stack.callback(on_input(layer, note_source(layer)).remove)
         yield calls, sources
+
+
+def _source(args: tuple[Any, ...]) -> GradientEdge | None:
+    """Return where a layer's first argument stands in the graph, now that the layer has run."""
+    x = args[0] if args else None
+    return get_gradient_edge(x) if isinstance(x, Tensor) and x.requires_grad else None
 
 
 def _counted_once(linear: LinearMap, calls: list[Call], texts: int) -> list[Call]:

@@ -91,9 +91,10 @@ def sampled_softmax_root(f: Tensor, num_samples: int) -> Tensor:
     """
     p = F.softmax(f, dim=-1)
     labels = torch.multinomial(p, num_samples, replacement=True).T.unsqueeze(-1)
-    columns = p.repeat(num_samples, 1, 1)
+    # One sample of a whole vocabulary is neither copied nor divided by 1.
+    columns = p.unsqueeze(0) if num_samples == 1 else p.repeat(num_samples, 1, 1)
     columns.scatter_add_(-1, labels, columns.new_full(labels.shape, -1))
-    return columns.div_(num_samples**0.5)
+    return columns if num_samples == 1 else columns.div_(num_samples**0.5)
 
 
 def standing_apart(columns: Tensor, places: Tensor, count: int) -> Tensor:

@@ -17,6 +17,8 @@ from laplace_lora.linalg.eigen import DiagonalEigen, Eigen, check_finite, symmet
 RESIDUALS = ("isotropic", "zero")
 SMALL = 64  # a side whose whole matrix is as quick to look at as its diagonal, which is strided
 
+TILE = 128  # rows of the lower half that are computed at once
+
 X = TypeVar("X")
 Y = TypeVar("Y")
 
@@ -24,12 +26,25 @@ Y = TypeVar("Y")
 class DenseFactor:
     """A ``(d, d)`` sum of outer products.
 
+    A processor computes the lower half of a long side only, in tiles; what stands above the
+    diagonal is written when the matrix is read.
+
     Args:
         matrix: The sum so far, shape ``(d, d)``.
     """
 
     def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
+        self._sums = matrix
+        self._is_half = False
+
+    @property
+    def matrix(self) -> Tensor:
+        """The sum, ``(d, d)``."""
+        if self._is_half:
+            lower = self._sums.tril()
+            torch.add(lower, lower.tril(-1).T, out=self._sums)
+            self._is_half = False
+        return self._sums
 
     @classmethod
     def zeros(cls, d: int, dtype: torch.dtype, device: torch.device | str) -> DenseFactor:
@@ -45,22 +60,22 @@ class DenseFactor:
     @property
     def d(self) -> int:
         """Side length of the matrix."""
-        return self.matrix.shape[0]
+        return self._sums.shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the sums."""
-        return self.matrix.dtype
+        return self._sums.dtype
 
     @property
     def trace(self) -> Tensor:
         """Trace of the sum, a scalar."""
-        return self.matrix.diagonal().sum()
+        return self._sums.diagonal().sum()
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.matrix.nbytes
+        return self._sums.nbytes
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors that hold the sum; adding these adds factors."""
@@ -73,15 +88,22 @@ class DenseFactor:
             rows: Inputs or output gradients of one map, shape ``(n, d)``.
             weight: Of all rows, or of each, ``(n,)``.
         """
-        rows = rows.to(self.matrix.dtype)
+        rows = rows.to(self.dtype)
         if isinstance(weight, Tensor):
-            self.matrix.addmm_((rows * weight.unsqueeze(1)).T, rows)
+            left, alpha = rows * weight.unsqueeze(1), 1.0
         else:
-            self.matrix.addmm_(rows.T, rows, alpha=weight)
+            left, alpha = rows, weight
+        if rows.device.type != "cpu" or self.d <= TILE:
+            self._sums.addmm_(left.T, rows, alpha=alpha)
+            return
+        self._is_half = True
+        for start in range(0, self.d, TILE):
+            end = min(start + TILE, self.d)
+            self._sums[start:end, :end].addmm_(left[:, start:end].T, rows[:, :end], alpha=alpha)
 
     def witness(self) -> Tensor:
         """Return numbers of the sum that are not finite if rows were not."""
-        return self.matrix if self.d <= SMALL else self.matrix.diagonal()
+        return self._sums if self.d <= SMALL else self._sums.diagonal()
 
     def add(self, other: DenseFactor | Tensor) -> DenseFactor:
         """Return the sum with another factor, or with a ``(d, d)`` matrix."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from laplace_lora.linalg.factors import DenseFactor, DiagonalFactor, map_shared
+from laplace_lora.linalg.factors import TILE, DenseFactor, DiagonalFactor, map_shared
 from laplace_lora.linalg.sketch import FactorSpec, LowRankFactor
 from support.references import assert_near
 
@@ -208,3 +208,18 @@ def test_a_sketch_keeps_the_trace_of_many_rows_in_single_precision():
     factor.update(X)
     exact = X.double().square().sum()
     torch.testing.assert_close(factor.trace, exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("d", [TILE, TILE + 1, 2 * TILE + 60])
+def test_a_long_dense_sum_is_whole_whenever_it_is_read(d):
+    data, weights = torch.randn(3, 7, d).double(), torch.rand(7).double()
+    factor, expected = DenseFactor.zeros(d, torch.float64, "cpu"), torch.zeros(d, d).double()
+    for more, weight in zip(data, (0.5, weights, weights), strict=True):
+        factor.update(more, weight)
+        each = weight if weight is weights else torch.full((7,), weight).double()
+        expected += torch.einsum("n,ni,nj->ij", each, more, more)
+        torch.testing.assert_close(factor.trace, expected.trace())
+        if weight is not weights:  # read between two updates
+            torch.testing.assert_close(factor.matrix, expected)
+    torch.testing.assert_close(factor.tensors()[0], expected)
+    torch.testing.assert_close((2 * factor).add(factor).matrix, 3 * expected)
