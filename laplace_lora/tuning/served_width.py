@@ -23,6 +23,7 @@ from laplace_lora.structures.state import Posterior
 
 CRITERIA = ("nll", "entropy")
 WIDTHS = [4.0**power for power in range(-8, 2)]  # of the covariance
+TOLERANCE = 0.0025  # nats, where no width helps
 CLOSE = 0.01  # share of the wanted entropy by which an entropy may miss it
 TRIALS = 4  # between two widths of the grid
 
@@ -129,22 +130,29 @@ def choose_width(
 
 
 def _of_least_nll(at: Callable[[float], float]) -> ServedWidth:
-    """Return the best of a grid, refined; a grid that rises twice in a row is left."""
+    """Return the best of a grid, refined; a grid that rises twice in a row is left.
+
+    Where none is better than the mean alone, the widest that is hardly worse: which adapters
+    disagree tells of uncertainty all the same.
+    """
     alone, tried = at(0.0), {}
     for width in WIDTHS:
         tried[width] = at(width)
         values = list(tried.values())
         if len(values) > 2 and values[-1] > values[-2] > values[-3]:
             break
-    for step in (2.0, 2.0**0.5):
-        best = min(tried, key=tried.__getitem__)
+    best = min(tried, key=tried.__getitem__)
+    for step in (2.0, 2.0**0.5) if tried[best] < alone else ():
         for width in (best / step, best * step):
             tried[width] = at(width)
-    best = min(tried, key=tried.__getitem__)
+        best = min(tried, key=tried.__getitem__)
     if tried[best] >= alone:
+        within = [width for width in tried if tried[width] <= alone + TOLERANCE]
+        best = max(within, default=best)
         warnings.warn(
-            f"samples of no width predict the labels better ({tried[best]:.4f} nats at width "
-            f"{best:.2g}) than the posterior's mean alone ({alone:.4f}); serve that instead",
+            f"samples of no width predict the labels better than the posterior's mean alone "
+            f"({alone:.4f} nats): taking the widest that costs at most {TOLERANCE} nats, width "
+            f"{best:.2g} ({tried[best]:.4f})",
             stacklevel=5,
         )
     return ServedWidth(best, "nll", tried[best], alone, tuple(sorted(tried.items())))
