@@ -9,7 +9,7 @@ from laplace_lora.commands.columns import CHOSEN, REJECTED, is_preference
 from laplace_lora.commands.opened import Opened, open_posterior
 from laplace_lora.commands.output import check_writable, json_lines
 from laplace_lora.commands.rows import Row, read_rows
-from laplace_lora.predictive.data_sets import Predictions
+from laplace_lora.predictive.predictions import Predictions
 
 # What is given for each label where labels do not exclude each other.
 BY_LABEL = {

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from laplace_lora.display.plots import BAR, GAP, LINE, new_figure
 from laplace_lora.evaluation.metrics import risk_coverage
 from laplace_lora.tuning.calibration_error import BINS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-BAR, GAP, LINE = "#4878a8", "#d1605e", "#404040"
 
 
 class Report(Protocol):
@@ -52,11 +51,7 @@ def plot_reports(reports: Sequence[Report]) -> Figure:
     """
     if not reports:
         raise ValueError("there are no reports to draw")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plotting requires matplotlib: `pip install matplotlib`") from error
-    figure = Figure(figsize=(10.5, 3.1 * len(reports) + 0.3), layout="constrained")
+    figure = new_figure(10.5, 3.1 * len(reports) + 0.3)
     axes = figure.subplots(len(reports), 3, squeeze=False, sharex="col", sharey="col")
     for report, (left, middle, right) in zip(reports, axes, strict=True):
         _reliability(left, report)

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from laplace_lora.display.plots import texts_figure
 from laplace_lora.display.tables import data_frame, plain
 from laplace_lora.generation.coloured import coloured_html
 from laplace_lora.generation.next_token import NextToken
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from pandas import DataFrame
 
 
@@ -125,6 +127,14 @@ class TokenPredictions:
             tokenizer: The model's; without it tokens are shown by number.
         """
         return coloured_html(self.to_dict(tokenizer)["texts"], repr(self))
+
+    def plot(self) -> Figure:
+        """Draw the mutual information of each token, a line for each of the first texts.
+
+        Raises:
+            ImportError: If matplotlib is missing.
+        """
+        return texts_figure(self.mutual_information, self.mask, "mutual information in nats")
 
     def to_dict(self, tokenizer: Any = None) -> dict[str, Any]:
         """Return ``{"texts": [...]}``: each text's log probabilities, and its tokens one by one.

@@ -12,9 +12,10 @@ from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.autocast import in_full_precision
 from laplace_lora.posteriors.evidence import EvidenceLaplace
-from laplace_lora.predictive.data_sets import Predictions, predict
+from laplace_lora.predictive.data_sets import predict
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.linear_samples import AUTO
+from laplace_lora.predictive.predictions import Predictions
 from laplace_lora.predictive.span_data_sets import predict_spans
 from laplace_lora.predictive.span_predictions import SpanPredictions
 from laplace_lora.predictive.spans import SpanPredictor, check_sampled, span_probabilities

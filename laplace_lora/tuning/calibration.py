@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.data.distributed import Together
+from laplace_lora.display.plots import change_figure
 from laplace_lora.display.tables import html_table, one_row, plain, span
 from laplace_lora.likelihoods.base import Likelihood, Scoring
 from laplace_lora.likelihoods.multilabel import pooled
@@ -28,6 +29,7 @@ from laplace_lora.tuning.calibration_search import exponential, search
 from laplace_lora.tuning.validation_cache import ValidationCache, validation_rows
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from pandas import DataFrame
 
 WIDTHS = (2.0, 1.0, 0.7, 1.0)  # of the priors: log factor, log scale, log temperature, step
@@ -73,6 +75,20 @@ class Calibration:
             "after": [self.nll_after, self.nll_cross_fitted, self.ece_after],
         }
         return html_table(columns, self._chosen())
+
+    def plot(self) -> Figure:
+        """Draw validation NLL and calibration error before and after.
+
+        Raises:
+            ImportError: If matplotlib is missing.
+        """
+        nll = [self.nll_before, self.nll_after, self.nll_cross_fitted]
+        return change_figure(
+            [
+                ("validation NLL in nats", ["before", "after", "cross-fitted"], nll),
+                ("calibration error", ["before", "after"], [self.ece_before, self.ece_after]),
+            ]
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the attributes by name; the prior precision as a list."""

@@ -9,7 +9,7 @@ import torch
 import laplace_lora
 from laplace_lora.evaluation import evaluate
 from laplace_lora.generation import score
-from laplace_lora.predictive.data_sets import Predictions
+from laplace_lora.predictive.predictions import Predictions
 from support.batches import loader, token_batch, validation
 from support.language import language_posterior, text_batch
 from support.posteriors import EVERY_CLASS, fitted, posterior

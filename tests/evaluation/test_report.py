@@ -5,7 +5,7 @@ import torch
 
 from laplace_lora.evaluation import compare, evaluate, plot_reports
 from laplace_lora.evaluation.metrics import nll
-from laplace_lora.predictive.data_sets import Predictions
+from laplace_lora.predictive.predictions import Predictions
 
 P = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.4, 0.6], [0.55, 0.45]])
 Y = torch.tensor([0, 1, 1, 1, 0])  # the second is wrong
