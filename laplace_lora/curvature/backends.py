@@ -244,8 +244,8 @@ class LoraGGN(LoraCurvature, GGNInterface):
         likelihood: As of `LoraCurvature`.
         *args: The rest of laplace-torch's `GGNInterface` arguments.
         stochastic: Monte-Carlo Fisher, from one backward pass per label drawn; ``num_samples`` says
-            how many are drawn for an example, or for each token of a language model. ``None`` is
-            true for language models and false for all others.
+            how many are drawn for an example, or for each token or end of a span. ``None`` is true
+            for language models, token classifiers and question answering, false for all others.
         **kwargs: The arguments by name, and those of `LoraCurvature`.
     """
 

@@ -49,6 +49,11 @@ class SpanModel(LogitsModel):
         """``None``: twice as many as the texts of a batch have tokens."""
         return None
 
+    @property
+    def predicted_outputs(self) -> int | None:
+        """Outputs that memory grows with: those of one column, as samples have no Jacobians."""
+        return 3
+
     def forward(self, batch: Mapping[str, Any] | Tensor) -> Tensor:
         """Return the logits of starts and ends.
 

@@ -34,9 +34,9 @@ class FittedLaplace(SavedLaplace):
         """Fit the posterior at the model's current weights.
 
         One forward pass and ``C − 1`` backward passes per batch, and once more if eigenvalues are
-        corrected; for language models one backward pass, which draws labels from torch's global
-        generator. The result does not depend on batch size or padding. If anything fails, the
-        earlier posterior stays as it was.
+        corrected; for models of tokens and of spans one backward pass, which draws labels from
+        torch's global generator. The result does not depend on batch size or padding. If anything
+        fails, the earlier posterior stays as it was.
 
         Where several processes share a loader (a `DistributedSampler`, or one that accelerate has
         prepared), all end with the posterior of all data; examples that the sampler repeats count

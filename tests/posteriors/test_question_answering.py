@@ -41,7 +41,8 @@ def test_it_fits_tunes_and_comes_back_from_a_file(tmp_path):
     again = KronLoraLaplace.from_pretrained(la.model.model, tmp_path)
     assert isinstance(again.model, SpanModel)
     assert_near(again.predict(VALIDATION).prob, la.predict(VALIDATION).prob, 1e-12)
-    assert la.estimate_memory(question_batch()).jacobian < 2**20
+    short, long = (la.estimate_memory(question_batch(pad_to=width)) for width in (7, 14))
+    assert short.jacobian == long.jacobian < 2**20 and short.activations < long.activations
 
 
 def test_two_fits_add_up_whatever_the_lengths():
