@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from laplace_lora.capture.verification import verify_gradients
 from laplace_lora.data.batches import doubled, splits_by_example
 from laplace_lora.data.sharding import in_pieces
 from laplace_lora.models.autocast import as_called
+from laplace_lora.models.expert_layers import experts_as_layers
 from laplace_lora.models.modes import coarsest_dtype, differentiable, eager
 
 _COVERING = threading.Lock()
@@ -99,7 +101,10 @@ class Recording:
         check_adapters(self.model)
         check_in_use(self.model, [(block.name, block.parameter) for block in self.blocks])
         run = self.model if function is None else function
-        with differentiable(self.model), eager(self.model), as_called():
+        changes = (differentiable(self.model), eager(self.model), experts_as_layers(self.model))
+        with ExitStack() as stack:
+            for change in (*changes, as_called()):
+                stack.enter_context(change)
             while True:
                 maps, blocks = self._covered
                 try:

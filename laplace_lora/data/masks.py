@@ -44,6 +44,10 @@ def token_mask(batch: Batch | None, inputs: Tensor, name: str) -> Tensor | None:
     if inputs.shape[1] == 1:
         return None
     for mask in masks:
+        if mask.numel() == len(inputs) != len(mask):  # rows are tokens, by each of their experts
+            rows = mask.reshape(-1, 1).expand(inputs.shape[:2])
+            return _unless_all(rows.to(inputs.device))
+    for mask in masks:
         if mask.shape == inputs.shape[:2]:
             return _unless_all(mask.to(inputs.device))
     raise ValueError(

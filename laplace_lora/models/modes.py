@@ -19,7 +19,7 @@ T = TypeVar("T")
 COMPILED = "_laplace_lora_compiled"  # where a module keeps its compiled call meanwhile
 
 
-class _Holders(Generic[T]):
+class Holders(Generic[T]):
     """Objects that one or more threads hold in a changed state.
 
     Args:
@@ -95,10 +95,10 @@ def _is_wrapper(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule"
 
 
-_EAGER = _Holders[nn.Module](_decompile, _recompile)
-_EVALUATING = _Holders[nn.Module](_set_evaluation, _set_training)
-_DIFFERENTIABLE = _Holders[nn.Module](_set_training, _set_evaluation)
-_THAWED = _Holders[nn.Parameter](_thaw, _freeze)
+_EAGER = Holders[nn.Module](_decompile, _recompile)
+_EVALUATING = Holders[nn.Module](_set_evaluation, _set_training)
+_DIFFERENTIABLE = Holders[nn.Module](_set_training, _set_evaluation)
+_THAWED = Holders[nn.Parameter](_thaw, _freeze)
 
 
 def device_of(model: nn.Module) -> torch.device:

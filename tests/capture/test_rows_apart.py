@@ -3,9 +3,8 @@
 import pytest
 import torch
 from laplace import Laplace
-from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft import AdaLoraConfig
 from torch import nn
-from transformers import MixtralConfig, MixtralForSequenceClassification
 
 from laplace_lora import (
     DiagLoraLaplace,
@@ -16,8 +15,8 @@ from laplace_lora import (
     LoraGGN,
 )
 from laplace_lora.data.examples import Examples
-from support.batches import rows, token_batch
-from support.models import excite, peft_model
+from support.batches import rows
+from support.models import peft_model
 from support.references import assert_near, explicit_ggn, looped_jacobians
 from support.rows_apart import (
     CHOICES,
@@ -303,30 +302,6 @@ def test_layers_that_see_no_example_are_refused_by_name_or_get_the_diagonal(prom
     backend = LoraGGN(model, "classification", uncovered="diag")
     assert_near(backend.jacobians(batch)[0], looped_jacobians(model, batch))
     assert [linear.is_diagonal for linear in backend.maps] == [False, True, True]
-
-
-def test_experts_adapted_as_parameters_are_refused_for_what_they_are():
-    torch.manual_seed(0)
-    base = MixtralForSequenceClassification(
-        MixtralConfig(
-            vocab_size=50,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            num_local_experts=3,
-            pad_token_id=0,
-            num_labels=3,
-        )
-    )
-    lora = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
-    model = LogitsModel(excite(get_peft_model(base, lora))).eval()
-    batch = token_batch((5, 3, 4))
-    with pytest.raises(RuntimeError, match=r"target_parameters.*uncovered='diag'"):
-        LoraGGN(model, "classification").jacobians(batch)
-    jacobians, _ = LoraGGN(model, "classification", uncovered="diag").jacobians(batch)
-    assert_near(jacobians, looped_jacobians(model, batch), 1e-4)  # experts are in single precision
 
 
 def test_last_layers_of_choices_are_refused_by_name():
