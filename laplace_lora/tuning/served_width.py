@@ -193,10 +193,11 @@ def _check(posterior: Posterior, loader: Any, criterion: str | None) -> None:
     if criterion not in (None, *CRITERIA):
         raise ValueError(f"criterion must be one of {CRITERIA}, got {criterion!r}")
     objective = posterior.objective
-    if objective.has_pairs or not (objective.is_classifier or objective.predicts_tokens):
+    averages = objective.is_classifier or objective.predicts_tokens
+    if objective.has_pairs or objective.has_spans or not averages:
         raise ValueError(
             f"no width can be chosen for likelihood={objective.name!r}: samples are served by "
-            "averaging softmaxes, and it has none; give a width"
+            "averaging a softmax of each row of outputs, and it has none; give a width"
         )
     if iter(loader) is loader:
         raise ValueError(

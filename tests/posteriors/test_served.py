@@ -16,6 +16,7 @@ from support.models import TARGETS, base_model, peft_model
 from support.multilabel import known, multilabel_batch, multilabel_posterior
 from support.posteriors import LOW, fitted, posterior
 from support.references import assert_near
+from support.spans import question_loader, span_posterior
 from support.tokens import tagged_batch, tagged_posterior
 
 NO_WIDTH_HELPS = pytest.mark.filterwarnings("ignore:samples of no width")
@@ -352,6 +353,15 @@ def test_what_has_no_softmax_needs_a_width(tmp_path):
     la.export_adapters(tmp_path / "out", k=2, width=0.5)
     model, names = served(tmp_path / "out")
     assert_near(answers(model, names, BATCH), sampled_by_hand(la, 0.5, 2))
+
+
+def test_answers_in_texts_need_a_width(tmp_path):
+    """Their two softmaxes are over tokens, a start's and an end's."""
+    la = span_posterior()
+    with pytest.raises(ValueError, match="likelihood='question_answering'"):
+        la.export_adapters(tmp_path / "out", k=2, loader=question_loader())
+    la.export_adapters(tmp_path / "out", k=2, width=0.5)
+    assert (tmp_path / "out" / "sample_1" / "adapter_model.safetensors").is_file()
 
 
 def test_refusals(tmp_path):
