@@ -33,7 +33,7 @@ def card_section(
 
     Args:
         posterior: The posterior.
-        evidence: Its log evidence in nats.
+        evidence: Its log evidence in nats without the gradient term.
         tuning: What the latest tuning of the prior did, if that is known.
         repo_id: Where it will be loaded from.
         reports: Scores on held-out data, the posterior's own last.

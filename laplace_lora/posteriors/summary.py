@@ -17,7 +17,7 @@ def summary(posterior: Posterior, evidence: float | None, tuning: Tuning | None)
 
     Args:
         posterior: Fitted or not.
-        evidence: Its log evidence in nats; ``None`` before a fit.
+        evidence: Its log evidence in nats without the gradient term; ``None`` before a fit.
         tuning: What the latest tuning of the prior did.
     """
     title, lines = summary_lines(posterior, evidence, tuning)
@@ -38,7 +38,9 @@ def summary_lines(
     lines = {
         "covers": _covered(posterior.names, sum(posterior.engine.sizes)),
         "prior": _prior(posterior, tuning),
-        "evidence": "none before a fit" if evidence is None else _evidence(evidence),
+        "evidence": "none before a fit"
+        if evidence is None
+        else _evidence(posterior, evidence, tuning),
         "data": "none: call fit(train_loader)",
         "calibrated": _calibration(posterior),
     }
@@ -77,10 +79,19 @@ def _prior(posterior: Posterior, tuning: Tuning | None) -> str:
     return text if tuning is None else f"{text}, tuned by {tuning.method}"
 
 
-def _evidence(value: float) -> str:
-    if math.isnan(value):
+def _evidence(posterior: Posterior, plain: float, tuning: Tuning | None) -> str:
+    if math.isnan(plain):
         return "not known: the training loss is not"
-    return f"{value:.4f} nats, without the gradient term"
+    gain, prior = posterior.gradient_term, posterior.settings.prior_precision
+    if gain is not None and len(prior) in (1, len(posterior.names)):
+        value = plain + float(gain.term(prior, posterior.scale).detach())
+        if posterior.objective.is_classifier and value > 0:
+            return "not credible under this prior: above zero with its gradient term"
+        return f"{value:.4f} nats"
+    if tuning is not None and tuning.method == "marglik":
+        return f"{plain:.4f} nats, without the gradient term"
+    # The plain one charges for where weights started, and so says little of other priors.
+    return "not measured; log_marginal_likelihood(correction=True) takes a pass over the data"
 
 
 def _calibration(posterior: Posterior) -> str:

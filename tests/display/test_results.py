@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,8 +124,21 @@ def test_a_posterior_is_six_lines(cls, kwargs):
     lines = str(la).split("\n")
     assert len(lines) == 6 and lines[0].startswith(f"{cls.__name__}: classification by ")
     assert f"{la.n_params:,} weights in {len(la.block_names)} tensors" in lines[1]
-    assert f"{float(la.log_marginal_likelihood().detach()):.4f} nats" in lines[3]
+    known = la.fitted.gradient_term is not None
+    assert ("not measured" in lines[3]) != known
     assert f"{la.n_data} examples" in lines[4] and "nothing" in lines[5]
+
+
+@pytest.mark.filterwarnings("ignore:the posterior predicts its training examples:UserWarning")
+def test_the_evidence_is_the_whole_one_where_it_is_known():
+    la = posterior(name="bert")
+    la.optimize_prior_precision(method="marglik", correction=False)
+    plain = f"{float(la.log_marginal_likelihood().detach()):.4f} nats, without the gradient term"
+    assert plain in str(la)
+    value = la.log_marginal_likelihood(correction=True)
+    assert f"{float(value.detach()):.4f} nats\n" in str(la)
+    la.state = replace(la.state, loss=-1e3)  # labels with a probability above one
+    assert "not credible" in str(la)
 
 
 def test_what_was_tuned_and_calibrated_is_named():
