@@ -11,6 +11,8 @@ from laplace_lora.likelihoods.classification import LOGITS
 from laplace_lora.likelihoods.links import Link, entropies
 from laplace_lora.likelihoods.quadrature import ENTROPY_POINTS, normal_points
 from laplace_lora.predictive import token_classes
+from laplace_lora.predictive.linear_samples import LinearSamples
+from laplace_lora.predictive.sample_set import SampleSet
 from laplace_lora.predictive.token_classes import TokenClassPredictor
 from support.generation import seeded
 from support.opaque import Opaque
@@ -74,15 +76,23 @@ def test_exact_probabilities_are_the_integral_over_the_contrasts(name):
 
 
 @pytest.mark.parametrize("name", TAGGERS)
-def test_samples_agree_with_the_exact_moments(name):
-    la = tagged_posterior(name=name, prior_precision=2.0)
+def test_tangents_are_jacobians_times_directions(name):
+    la = tagged_posterior(name=name)
+    mean, tangents = LinearSamples(la.fitted, 6, seeded()).tangents(X, LOGITS)
+    directions = SampleSet(la.fitted, 6, seeded()).directions
+    J = torch.cat([J.flatten(2) for J in explicit_jacobians(la.model, X)], -1)
+    assert_near(mean, la.model.eval()(X).detach())
+    assert_near(tangents, torch.einsum("ncp,kp->knc", J, directions), 1e-5)
+
+
+def test_samples_agree_with_the_exact_moments():
+    la = tagged_posterior(prior_precision=2.0)
     exact = la.predict(X, method="exact")
     sampled = la.predict(X, method="sampled", n_samples=2000)
     assert_near(sampled.map_probs, exact.map_probs, 1e-10)
     torch.testing.assert_close(sampled.probs, exact.probs, atol=0.02, rtol=0)
-    torch.testing.assert_close(
-        sampled.mutual_information, exact.mutual_information, atol=0.03, rtol=0.1
-    )
+    information = sampled.mutual_information, exact.mutual_information
+    torch.testing.assert_close(*information, atol=0.03, rtol=0.1)
     assert torch.equal(la(X), la(X, method="sampled"))  # and the default
     assert not torch.equal(la(X), la(X, generator=seeded(1)))
 
