@@ -20,11 +20,7 @@ class Values(click.Option):
     """An option that takes all values up to the next option: ``--target " yes" " no"``."""
 
     def __init__(self, names: Sequence[str], **kwargs: Any) -> None:
-        super().__init__(names, **{**kwargs, "multiple": True})
-
-    def make_metavar(self, ctx: click.Context) -> str:
-        """Return how the help shows the values."""
-        return "TEXT ..."
+        super().__init__(names, **{"metavar": "TEXT ...", **kwargs, "multiple": True})
 
 
 class Command(click.Command):

@@ -76,7 +76,8 @@ def _print_covered(console: Console, la: LoraLaplace) -> list[str]:
             diagonal.append(block.name)
         if i < SHOWN_ROWS:
             shape = " x ".join(map(str, block.parameter.shape))
-            table.add_row(block.name, shape, "diagonal" if is_diagonal else "Kronecker factors")
+            name = block.name.removeprefix("model.").removeprefix("base_model.model.")
+            table.add_row(name, shape, "diagonal" if is_diagonal else "Kronecker factors")
     more = len(engine.blocks) - SHOWN_ROWS
     if more > 0:
         table.add_row(f"and {more} more", "", "")

@@ -82,7 +82,8 @@ class Inputs:
         for name in (CHOSEN, REJECTED):
             content = cell(row, name, number, f"{name} text", "that name")
             if self.plan.columns.text is not None:
-                content = self._after(row[self.plan.columns.text], content, number)
+                prompt = cell(row, self.plan.columns.text, number, "prompt", "--text-field")
+                content = self._after(prompt, content, number)
             halves[name] = self._cut(content, None, number)
         return halves
 

@@ -1,0 +1,97 @@
+"""Rows become the inputs that their plan says, or are refused by their number."""
+
+import pytest
+
+from laplace_lora.commands.adapter import CAUSAL, HEAD, Adapter
+from laplace_lora.commands.columns import Columns, columns_of
+from laplace_lora.commands.inputs import Inputs
+from laplace_lora.commands.names import applying, index_of
+from laplace_lora.commands.plan import Plan
+from support.on_disk import WORDS, tokenizer
+
+TEXT = Columns(text="text", pair="text_pair", completion="completion", label="label")
+
+
+def inputs(likelihood="classification", kind=HEAD, chat=False, columns=TEXT, **plan):
+    adapter = Adapter(None, tokenizer(chat), kind, 2, [], False, 24)
+    return Inputs(adapter, Plan(likelihood, columns, ["bad", "good"], chat=chat, **plan))
+
+
+def ids(text):
+    return [WORDS.index(word) for word in text.split()]
+
+
+def test_a_second_text_belongs_to_the_input():
+    row = {"text": "the film", "text_pair": "was bad", "label": "good"}
+    found = inputs().labelled(row, 1)
+    assert found["input_ids"] == tokenizer()("the film", "was bad")["input_ids"]
+    assert found["labels"] == 1
+    alone = inputs(columns=Columns(text="text")).text(row, 1)
+    assert alone["input_ids"] == ids("the film")
+    with pytest.raises(ValueError, match="takes one text, not two"):
+        inputs(chat=True).text(row, 1)
+
+
+def test_a_completion_is_scored_after_its_prompt_and_ends():
+    row = {"text": "the film was", "completion": " bad"}
+    found = inputs("language_modeling", CAUSAL).scored(row, 1)
+    assert found["input_ids"] == ids("the film was bad [EOS]")
+    assert found["labels"] == [-100] * 3 + ids("bad [EOS]")
+    found = inputs("language_modeling", CAUSAL, chat=True).scored(row, 1)
+    assert found["input_ids"] == ids("user : the film was assistant : bad [EOS]".replace("  ", " "))
+    assert found["labels"] == [-100] * 7 + ids("bad [EOS]")
+
+
+def test_whole_texts_are_scored_where_there_is_no_completion():
+    found = inputs("language_modeling", CAUSAL, columns=Columns(text="text"))
+    assert found.scored({"text": "the film"}, 1)["labels"] == ids("the film")
+
+
+def test_a_prompt_that_melts_into_its_answer_is_refused():
+    row = {"text": "the fi", "completion": "lm was"}
+    with pytest.raises(ValueError, match="row 7: prompt and answer together do not begin"):
+        inputs("language_modeling", CAUSAL).scored(row, 7)
+
+
+def test_preferences_take_their_prompt():
+    row = {"text": "the film ", "chosen": "was good", "rejected": "was bad"}
+    columns = Columns(text="text")
+    found = inputs("reward_modeling", columns=columns).preference(row, 1)
+    assert found["chosen"]["input_ids"] == ids("the film was good")
+    assert found["rejected"]["input_ids"] == ids("the film was bad")
+    asked = inputs("reward_modeling", columns=columns, chat=True).preference(row, 1)
+    assert asked["chosen"]["input_ids"] == ids("user : the film assistant : was good [EOS]")
+    messages = {**row, "chosen": [{"role": "assistant", "content": "good"}]}
+    with pytest.raises(ValueError, match="row 2: prompt and answers must both be texts"):
+        inputs("reward_modeling", columns=columns).preference(messages, 2)
+    single = inputs("reward_modeling").text({"text": "the film ", "completion": "was good"}, 1)
+    assert single == found["chosen"]
+
+
+@pytest.mark.parametrize("call", ["text", "scored"])
+def test_inputs_that_are_too_long_or_empty(call):
+    long = {"text": "the film was good " * 9, "completion": " bad"}
+    with pytest.raises(ValueError, match=r"row 3 has 3\d tokens, more than 24"):
+        getattr(inputs("language_modeling", CAUSAL, max_length=24), call)(long, 3)
+    if call == "text":
+        with pytest.raises(ValueError, match="row 4 has no tokens"):
+            inputs().text({"text": " "}, 4)
+
+
+def test_columns_are_those_asked_for_then_the_fit_s_then_the_usual():
+    row = {"sentence": "a", "review": "b", "text_pair": "c", "label": 1}
+    assert columns_of([row], Columns()) == Columns("sentence", "text_pair", None, "label")
+    assert columns_of([row], Columns(text="review")).text == "review"
+    known = Columns(text="review", label="stars")
+    assert columns_of([row], Columns(), known) == Columns("review", None, None, "label")
+    with pytest.raises(ValueError, match="no column 'stars'; the data have 'sentence', 'review'"):
+        columns_of([row], Columns(label="stars"))
+
+
+def test_a_label_is_a_name_before_it_is_a_number():
+    assert [index_of(label, ["2", "1", "0"], 1) for label in ("0", 1, 2)] == [2, 1, 0]
+    assert [index_of(label, [" yes", " no"], 1) for label in ("no", " yes", 0, "1")] == [1, 0, 0, 1]
+    with pytest.raises(ValueError, match="row 5 has the label '-1'"):
+        index_of("-1", ["a", "b"], 5)
+    assert applying(["b"], ["a", "b"], 1) == [0.0, 1.0] == applying([0, 1], ["a", "b"], 1)
+    assert applying([], ["a", "b"], 1) == [0.0, 0.0]
