@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import io
 import json
 import random
 import warnings
@@ -233,6 +234,36 @@ def table(rows: list[dict[str, Any]]) -> str:
     cells.insert(1, ["-" * width for width in widths])
     lines = ([f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)] for row in cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+class Picture:
+    """A matplotlib figure as notebooks show it, whatever matplotlib's backend.
+
+    Args:
+        figure: The figure.
+    """
+
+    def __init__(self, figure: Any) -> None:
+        self._figure = figure
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self._figure.savefig(file, dpi=80)
+        return file.getvalue()
+
+
+class Page:
+    """A piece of HTML as notebooks show it.
+
+    Args:
+        html: The piece.
+    """
+
+    def __init__(self, html: str) -> None:
+        self._html = html
+
+    def _repr_html_(self) -> str:
+        return self._html
 
 
 def count(text: str) -> int:

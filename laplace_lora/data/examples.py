@@ -67,7 +67,9 @@ class Examples:
 
     def folded_mask(self, mask: Tensor) -> Tensor:
         """Return ``(rows, …)`` marks of tokens as ``(examples, tokens)``."""
-        return mask.reshape(self.count, -1)
+        # The same object where nothing changes: where padding lies is remembered by it.
+        same = mask.ndim == 2 and len(mask) == self.count
+        return mask if same else mask.reshape(self.count, -1)
 
     def summed(self, x: Tensor) -> Tensor:
         """Return the sums over the rows of each example, ``(examples, d)``, of ``(rows, d)``."""
