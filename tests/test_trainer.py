@@ -12,6 +12,7 @@ from support.batches import rows, token_batch
 from support.models import PAD, TARGETS, peft_model
 from support.preferences import alone, pair_batch, pair_loader
 from support.references import assert_near
+from support.streams import Stream
 
 
 def examples(count, seed=0, **labels):
@@ -62,6 +63,18 @@ def test_training_ends_with_a_saved_posterior(cls, tmp_path):
         assert 0 <= logged[f"eval_{name}_ece"] <= 1
     again = cls.from_pretrained(model, tmp_path)
     assert_near(again(batch), callback.la(batch), 1e-4)
+
+
+def test_streams(tmp_path):
+    trainer = trainer_of(peft_model("bert", dtype=torch.float32), tmp_path)
+    trainer.train_dataset, trainer.eval_dataset = Stream(examples(10)), Stream(examples(7, seed=1))
+    callback = LaplaceCallback(trainer, strict=True)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert callback.la.n_data == 10
+    assert any("eval_laplace_nll" in entry for entry in trainer.state.log_history)
+    found = callback.predict(Stream(examples(7, seed=1)))
+    assert_near(found, callback.predict(examples(7, seed=1)))
 
 
 def test_independent_labels_are_picked_up_from_the_problem_type(tmp_path):

@@ -156,6 +156,12 @@ def test_every_call_takes_a_stream_that_is_dealt_out(lists, results, kind):
     assert_near(results[0][f"few {kind}"], results[1][f"few {kind}"])
 
 
+def test_a_trainer_of_several_processes_takes_streams(results):
+    (count, nll, predicted), other = (found["trained"] for found in results)
+    assert (count, predicted) == (7, 8)
+    assert other == (count, nll, predicted)
+
+
 def test_a_stream_that_all_processes_read(lists, results):
     for found in results:
         count, evidence = found["alone"]

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import Trainer, TrainingArguments
 
-from laplace_lora import KronLoraLaplace
+from laplace_lora import KronLoraLaplace, LaplaceCallback
 from laplace_lora.evaluation import evaluate
 from support.batches import loader, validation
 from support.models import peft_model
@@ -126,6 +127,28 @@ def few_of(la, data):
     return la.prior_precision.detach()
 
 
+def trained(train, valid, folder):
+    """Return how many examples the callback of a trainer counts, and its validation NLL."""
+    arguments = TrainingArguments(
+        str(folder / "trainer"),
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
+        max_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+    )
+    model = peft_model("bert", dtype=torch.float32)
+    trainer = Trainer(model, arguments, train_dataset=Stream(train), eval_dataset=Stream(valid))
+    callback = LaplaceCallback(trainer, strict=True)
+    trainer.add_callback(callback)
+    trainer.train()
+    logged = {k: v for entry in trainer.state.log_history for k, v in entry.items()}
+    return callback.la.n_data, logged["eval_laplace_nll"], len(callback.predict(Stream(valid)))
+
+
 def worker(rank, port, folder):
     """Run as one of two processes; spawned, so it must be importable by name."""
     torch.set_num_threads(1)
@@ -154,5 +177,6 @@ def worker(rank, port, folder):
     found["kept"] = la.n_data
     one = streamed(train if rank == 0 else [])
     found["empty"] = posterior(one).n_data
+    found["trained"] = outcome_of(partial(trained, train, valid, folder))
     torch.save(found, folder / f"{rank}.pt")
     os._exit(0)
