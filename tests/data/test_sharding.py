@@ -70,6 +70,17 @@ def test_what_sharded_models_cannot_do_is_refused(results):
         assert refused["kept"]
 
 
+def test_a_fit_of_shared_data_goes_on(whole, results):
+    """Each process continues after other batches, in step with the other."""
+    for rank, found in enumerate(results):
+        said, files, evidence = found["resumed"]
+        assert said == (
+            "OtherProcessFailed: process 0 failed: Interruption: " if rank else "Interruption: "
+        )
+        assert files == 2
+        assert_near(evidence, whole[1]["llama"]["fit"], 1e-6)
+
+
 def test_a_process_that_dies_in_a_pass_ends_the_others_at_once(whole, results):
     killing = torch.load(whole[0] / "killing.pt")
     assert killing["said"] == "ProcessLost: another process has ended or cannot be reached"

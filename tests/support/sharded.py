@@ -21,6 +21,7 @@ from laplace_lora.evaluation import evaluate
 from laplace_lora.generation import generate, score
 from support.batches import loader, token_batch, validation
 from support.generation import FIELDS
+from support.interruptions import Interruption
 from support.language import EXACT, text_batch, text_loader
 from support.models import TARGETS, peft_model
 from support.posteriors import LOW
@@ -152,6 +153,28 @@ def tensor_parallel(folder):
     ]
 
 
+class Cut(DataLoader):
+    """Stops before a batch, in each process before another one."""
+
+    def __iter__(self):
+        for index, batch in enumerate(super().__iter__()):
+            if index == 1 + dist.get_rank():
+                raise Interruption
+            yield batch
+
+
+def resumed(folder):
+    """Return the evidence of a fit of shared data that was interrupted, and what stopped it."""
+    la = KronLoraLaplace(sharded(peft_model("llama")), "classification", **LOW)
+    data = loader().dataset
+    options = {"batch_size": 1, "sampler": DistributedSampler(data, shuffle=False)}
+    kept = {"checkpoint_dir": folder / "sums", "checkpoint_every": 1}
+    said = outcome_of(lambda: la.fit(Cut(data, **options), **kept))
+    files = len(list((folder / "sums").iterdir()))
+    la.fit(DataLoader(data, **options), **kept)
+    return said, files, la.log_marginal_likelihood().detach()
+
+
 def after_a_killing(rank):
     """Return what a fit says whose second process dies in the middle of a pass, and after what."""
     model = sharded(peft_model("llama"))
@@ -202,6 +225,7 @@ def worker(rank, port, folder):
         outcome_of(partial(la.fit, loader())),
         outcome_of(partial(la, BATCH)),
     )
+    results["resumed"] = resumed(folder)
     results["tensor parallel"] = tensor_parallel(folder)
     torch.save(results, folder / f"{rank}.pt")
     torch.save(after_a_killing(rank), folder / "killing.pt")
