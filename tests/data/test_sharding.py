@@ -14,6 +14,8 @@ from support.references import assert_near
 from support.sharded import BATCH, KINDS, everything, language, worker
 from support.spawned import exit_codes
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):

@@ -1,10 +1,13 @@
 """Two processes that share texts with labelled tokens or answers find what one does."""
 
+import pytest
 import torch
 
 from support.references import assert_near
 from support.shared_texts import everything, worker
 from support.spawned import exit_codes
+
+pytestmark = pytest.mark.slow
 
 
 def test_two_processes_equal_one(tmp_path):

@@ -248,7 +248,7 @@ def test_image_classifiers(kind):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", WAVES)
 def test_speech_classifiers(kind, masked):
-    """A mask of samples fits no layer, which sees frames: they get the diagonal."""
+    """A mask of samples fits no layer, which sees frames; models say which frames are real."""
     expected, config = WAVES[kind]
     model = built("audio", kind, config)
     batch = {"input_values": noise(800)}
@@ -256,7 +256,9 @@ def test_speech_classifiers(kind, masked):
         batch["attention_mask"] = torch.ones(3, 800, dtype=torch.long)
         batch["attention_mask"][1, 500:] = 0
         batch["input_values"][1, 500:] = 0
-    expect(outcome(model, batch, alone, logits), DIAGONAL if masked else expected)
+    if masked and kind == "sew":
+        expected = DIAGONAL  # its layers see frames that it has squeezed once more
+    expect(outcome(model, batch, alone, logits), expected)
 
 
 @pytest.mark.parametrize("kind", SPECTROGRAMS)

@@ -10,6 +10,8 @@ import torch
 from support.models import bert_config
 from support.texts import word_tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def example(monkeypatch):

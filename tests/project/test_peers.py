@@ -12,6 +12,8 @@ from torch.utils.data import default_collate
 from support.batches import token_batch
 from support.models import peft_model
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -11,6 +11,8 @@ import torch
 from support.models import bert_config, llama_config
 from support.texts import word_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SMALL = [
     *("--train-size", "24", "--val-size", "12", "--test-size", "10", "--shifted-size", "8"),
