@@ -1,4 +1,4 @@
-"""The head of a transformer: its weights, and `LastLayerModel`, in which it stands alone.
+"""The head of a transformer: its weights, its inputs, and `LastLayerModel`, where it is alone.
 
 A `LastLayerModel` is a classifier split into fixed features and a linear head of its own: a copy,
 small and in float32 or better, so that a posterior can put samples into it. The transformer behind
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from laplace_lora.data.pairs import passes
 from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.models.thread_hooks import on_output
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}  # of logits; coarser dtypes get 0.05
 
@@ -167,3 +168,29 @@ def last_linear(model: nn.Module, outputs: int | None) -> nn.Linear:
             "needs one"
         )
     return found[-1]
+
+
+def seen_by_head(head: nn.Module, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """Return what a model's head sees of each example, ``(batch, d)``, and the model's logits.
+
+    Args:
+        head: A layer of the model.
+        model: From a batch to logits ``(batch, outputs)``.
+        batch: What the model takes.
+
+    Raises:
+        RuntimeError: If the head did not run once per example.
+    """
+    seen: list[Tensor] = []
+    hook = on_output(head, lambda args, kwargs, out: seen.append(args[0]))
+    try:
+        logits = model(batch)
+    finally:
+        hook.remove()
+    if len(seen) != 1 or seen[0].numel() != len(logits) * seen[0].shape[-1]:
+        raise RuntimeError(
+            "the last linear layer did not run once per example: "
+            f"{[tuple(x.shape) for x in seen]} for logits {tuple(logits.shape)}; take a "
+            "posterior over the adapter, such as KronLoraLaplace"
+        )
+    return seen[0].reshape(len(logits), -1), logits

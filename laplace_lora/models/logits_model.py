@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from laplace_lora.adapters.peft_state import activate_adapter
@@ -15,12 +13,12 @@ from laplace_lora.data.distributed import check_same_data
 from laplace_lora.data.pairs import is_pair, passes
 from laplace_lora.data.sharding import refuse_tensor_parallel, unwrapped
 from laplace_lora.models.answers import AnswerPlace, checked_target_ids
-from laplace_lora.models.last_layer_model import head_tensors, last_linear, n_rows
+from laplace_lora.models.last_layer_model import head_tensors, last_linear, n_rows, seen_by_head
 from laplace_lora.models.modes import coarsest_dtype, device_of
 from laplace_lora.models.narrowing import at_position, one_token, rows_only
 from laplace_lora.models.positions import PositionRule
 from laplace_lora.models.score_head import score_head_narrowed
-from laplace_lora.models.thread_hooks import on_output
+from laplace_lora.models.wrapped_model import WrappedModel, usable
 
 CHOOSING = "ForMultipleChoice"  # how transformers' names of such models end
 
@@ -66,26 +64,21 @@ class LogitsModel(nn.Module):
         refuse_tensor_parallel(model)
         self.model = model
         self.output = output
-        self._base: Any
-        self.target_ids: Tensor | None
-        # Kept out of the module tree: it is part of `model` and would be registered twice.
-        object.__setattr__(
-            self, "_base", model.get_base_model() if isinstance(model, PeftModel) else model
-        )
-        self.config: Any = getattr(self._base, "config", None)
-        self._arguments = frozenset(inspect.signature(self._base.forward).parameters)
-        prompts = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-        self._positions = PositionRule("position_ids" in self._arguments and not prompts)
-        self._answer = AnswerPlace(self._base, mask_token_id)
+        self._wrapped = WrappedModel(model)
+        self.config: Any = self._wrapped.config
+        self._positions = PositionRule(self._wrapped.takes_positions)
+        self._answer = AnswerPlace(self._wrapped.base, mask_token_id)
         self.mask_token_id = mask_token_id
         activate_adapter(model)
+        self.target_ids: Tensor | None
         ids = None
         if mask_token_id is not None:
             self._answer.check_reads_mask_token(target_ids)
         if target_ids is not None:
             if output is not None:
                 raise ValueError("give either `target_ids` or `output`, not both")
-            ids = checked_target_ids(target_ids, n_rows(self._vocabulary_head())).to(self.device)
+            rows = n_rows(self._wrapped.answering_head())
+            ids = checked_target_ids(target_ids, rows).to(self.device)
         self.register_buffer("target_ids", ids, persistent=False)
 
     @classmethod
@@ -127,8 +120,7 @@ class LogitsModel(nn.Module):
     @property
     def vocabulary_size(self) -> int | None:
         """Number of tokens that the model gives logits for, ``None`` if it is no language model."""
-        head = self._output_embeddings()
-        return None if head is None else n_rows(head)
+        return self._wrapped.vocabulary_size
 
     @property
     def n_outputs(self) -> int | None:
@@ -137,7 +129,7 @@ class LogitsModel(nn.Module):
             return None
         if self.target_ids is not None:
             return len(self.target_ids)
-        if type(self._base).__name__.endswith(CHOOSING):
+        if self._wrapped.name.endswith(CHOOSING):
             return None  # one per choice
         return getattr(self.config, "num_labels", None)
 
@@ -171,9 +163,9 @@ class LogitsModel(nn.Module):
                 )
             return rewards
         if isinstance(batch, Mapping):
-            logits = self._from_mapping(self._inputs(batch))
+            logits = self._from_mapping(self._wrapped.inputs(batch))
         else:
-            logits = self._logits(self.model(_usable(batch, self.device)))
+            logits = self._logits(self.model(usable(batch, self.device)))
         return wide(logits.to(self.device))  # a model may be spread over devices
 
     def own_logits(self, batch: Mapping[str, Any] | Tensor) -> Tensor | None:
@@ -190,9 +182,9 @@ class LogitsModel(nn.Module):
         if is_pair(batch):
             rewards = [self.own_logits(half) for half in passes(batch)]
             return torch.cat([reward for reward in rewards if reward is not None], dim=-1)
-        inputs = self._inputs(batch)
+        inputs = self._wrapped.inputs(batch)
         if self.target_ids is None:
-            logits = self._logits(self._run(inputs))
+            logits = self._logits(self._wrapped(inputs))
         else:
             position, length = self._answer.find(inputs, self.device)
             logits = self._logits(self.model(**inputs))
@@ -213,19 +205,7 @@ class LogitsModel(nn.Module):
             ValueError: If the model has no linear last layer.
             RuntimeError: If that layer did not run once per example.
         """
-        seen: list[Tensor] = []
-        hook = on_output(self._linear_head(), lambda args, kwargs, out: seen.append(args[0]))
-        try:
-            logits = self(batch)
-        finally:
-            hook.remove()
-        if len(seen) != 1 or seen[0].numel() != len(logits) * seen[0].shape[-1]:
-            raise RuntimeError(
-                "the last linear layer did not run once per example: "
-                f"{[tuple(x.shape) for x in seen]} for logits {tuple(logits.shape)}; take a "
-                "posterior over the adapter, such as KronLoraLaplace"
-            )
-        return seen[0].reshape(len(logits), -1), logits
+        return seen_by_head(self._linear_head(), self, batch)
 
     def head_tensors(self) -> tuple[Tensor, Tensor | None]:
         """Return weight ``(outputs, d)`` and bias of the last layer; of the answers' rows only.
@@ -237,21 +217,8 @@ class LogitsModel(nn.Module):
 
     def _linear_head(self) -> Any:
         if self.target_ids is not None:
-            return self._vocabulary_head()
-        return last_linear(self._base, getattr(self.config, "num_labels", None))
-
-    def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the transformer takes, on its device."""
-        inputs = {
-            key: _usable(value, self.device) if isinstance(value, Tensor) else value
-            for key, value in batch.items()
-            if key != "labels"
-        }
-        if "use_cache" in self._arguments:
-            inputs.setdefault("use_cache", False)
-        if getattr(self.config, "return_dict", True) is False:
-            inputs["return_dict"] = True  # a tuple does not name its parts
-        return inputs
+            return self._wrapped.answering_head()
+        return last_linear(self._wrapped.base, getattr(self.config, "num_labels", None))
 
     def _count_real_tokens(self, inputs: dict[str, Any]) -> None:
         """Let positions count real tokens only, as in generation, see `PositionRule`."""
@@ -265,63 +232,23 @@ class LogitsModel(nn.Module):
     def _from_mapping(self, inputs: dict[str, Any]) -> Tensor:
         if self.target_ids is not None:
             return self._answer_logits(inputs, self.target_ids)
-        with score_head_narrowed(self._base, inputs):
-            return self._logits(self._run(inputs))
-
-    def _run(self, inputs: dict[str, Any]) -> Any:
-        """Call the model; one that takes a mapping as its only argument, as laplace-torch's do."""
-        if len(self._arguments) == 1 and not self._arguments & inputs.keys():
-            kind = next(iter(inspect.signature(self._base.forward).parameters.values())).kind
-            if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
-                return self.model(inputs)
-        return self.model(**inputs)
+        with score_head_narrowed(self._wrapped.base, inputs):
+            return self._logits(self._wrapped(inputs))
 
     def _logits(self, returned: Any) -> Tensor:
-        if self.output is not None:
-            return self.output(returned)
-        logits = returned if isinstance(returned, Tensor) else getattr(returned, "logits", None)
-        if not isinstance(logits, Tensor):
-            raise ValueError(
-                f"{type(self._base).__name__} returned a {type(returned).__name__} without "
-                "`logits`; give LogitsModel an `output` callable that makes (batch, outputs) of it"
-            )
-        return logits
+        return self._wrapped.logits(returned) if self.output is None else self.output(returned)
 
     def _answer_logits(self, inputs: dict[str, Any], ids: Tensor) -> Tensor:
         position, length = self._answer.find(inputs, self.device)
         if not (self.is_encoder_decoder or self._answer.is_masked):
             self._count_real_tokens(inputs)
-        head = self._vocabulary_head()
-        if self._adds_to_vocabulary():
+        head = self._wrapped.answering_head()
+        if self._wrapped.adds_to_vocabulary:
             logits = self._logits(self.model(**inputs))
             return at_position(logits, position, length)[:, ids.to(logits.device)]
         with one_token(head, position, length=length), rows_only(head, ids) as narrowed:
             logits = self._logits(self.model(**inputs))[:, -1]
         return logits if narrowed else logits[:, ids.to(logits.device)]
-
-    def _adds_to_vocabulary(self) -> bool:
-        """Return whether the model adds a vector to the head's output, as BART does."""
-        vocabulary = self.vocabulary_size
-        buffers = self._base.named_buffers(recurse=False)
-        return any(b.ndim and b.shape[-1] == vocabulary for _, b in buffers)
-
-    def _output_embeddings(self) -> Any:
-        return getattr(self._base, "get_output_embeddings", lambda: None)()
-
-    def _vocabulary_head(self) -> Any:
-        head = self._output_embeddings()
-        if head is None:
-            raise ValueError(
-                f"{type(self._base).__name__} has no vocabulary, so `target_ids` mean nothing to "
-                "it; leave them out"
-            )
-        return head
-
-
-def _usable(x: Tensor, device: torch.device) -> Tensor:
-    """Return an input on a device; a copy if it was made in inference mode, so has no gradient."""
-    x = x.to(device)
-    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
 
 
 def wide(logits: Tensor) -> Tensor:

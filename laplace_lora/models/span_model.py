@@ -70,12 +70,12 @@ class SpanModel(LogitsModel):
         real = text_tokens(batch).to(self.device)
         assert isinstance(batch, Mapping)
         texts = {key: value for key, value in batch.items() if key not in NOT_INPUTS}
-        returned = self.model(**self._inputs(texts))
+        returned = self.model(**self._wrapped.inputs(texts))
         parts = [getattr(returned, name, None) for name in ("start_logits", "end_logits")]
         tokens = real.shape[1]
         if any(p is None or p.ndim != 2 or p.shape[1] < tokens for p in parts):
             raise ValueError(
-                f"{type(self._base).__name__} returned no start and end for each of {tokens} "
+                f"{self._wrapped.name} returned no start and end for each of {tokens} "
                 "tokens; load the model with AutoModelForQuestionAnswering"
             )
         logits = [

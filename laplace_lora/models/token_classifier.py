@@ -27,9 +27,9 @@ class TokenClassifier(LogitsModel):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        if self._output_embeddings() is not None:
+        if self._wrapped.vocabulary_head is not None:
             raise ValueError(
-                f"{type(self._base).__name__} predicts a vocabulary, not classes; load the model "
+                f"{self._wrapped.name} predicts a vocabulary, not classes; load the model "
                 "with AutoModelForTokenClassification"
             )
 
@@ -69,11 +69,11 @@ class TokenClassifier(LogitsModel):
         """
         counted = _counted(batch)
         assert isinstance(batch, Mapping)
-        logits = self._logits(self.model(**self._inputs(batch)))
+        logits = self._logits(self.model(**self._wrapped.inputs(batch)))
         texts, tokens = counted.shape
         if logits.ndim != 3 or len(logits) != texts or logits.shape[1] < tokens:
             raise ValueError(
-                f"{type(self._base).__name__} returned logits of shape {tuple(logits.shape)}, "
+                f"{self._wrapped.name} returned logits of shape {tuple(logits.shape)}, "
                 f"expected ({texts}, {tokens}, classes); load the model with "
                 "AutoModelForTokenClassification"
             )

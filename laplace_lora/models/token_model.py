@@ -37,10 +37,10 @@ class TokenModel(LogitsModel):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        generates = getattr(self._base, "can_generate", lambda: True)()
-        if self._output_embeddings() is None or self.is_encoder_decoder or not generates:
+        generates = getattr(self._wrapped.base, "can_generate", lambda: True)()
+        if self._wrapped.vocabulary_head is None or self.is_encoder_decoder or not generates:
             raise ValueError(
-                f"{type(self._base).__name__} is not a causal language model; tokens can be "
+                f"{self._wrapped.name} is not a causal language model; tokens can be "
                 "predicted one by one with models loaded through AutoModelForCausalLM only"
             )
 
@@ -89,7 +89,7 @@ class TokenModel(LogitsModel):
 
     def accepts(self, argument: str) -> bool:
         """Return whether the transformer's forward pass takes an argument of this name."""
-        return argument in self._arguments
+        return argument in self._wrapped.arguments
 
     def needs_positions(self, batch: Mapping[str, Any]) -> bool:
         """Return whether the transformer must be told positions, see `PositionRule`.
@@ -97,12 +97,12 @@ class TokenModel(LogitsModel):
         Args:
             batch: A mapping with ``input_ids`` and, if padded on either side, ``attention_mask``.
         """
-        inputs = self._inputs(batch)
+        inputs = self._wrapped.inputs(batch)
         self._count_real_tokens(inputs)
         return "position_ids" in inputs and "position_ids" not in batch
 
     def _special_token(self, name: str) -> Any:
-        generation = getattr(getattr(self._base, "generation_config", None), name, None)
+        generation = getattr(getattr(self._wrapped.base, "generation_config", None), name, None)
         return getattr(self.config, name, None) if generation is None else generation
 
     def forward(self, batch: Mapping[str, Any] | Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class TokenModel(LogitsModel):
         """Return the logits that the model itself gives for a batch, see `LogitsModel`."""
         assert isinstance(batch, Mapping)
         rows, tokens = _scored(batch)
-        logits = self.model(**self._inputs(batch)).logits
+        logits = self.model(**self._wrapped.inputs(batch)).logits
         at = tokens.to(logits.device) + logits.shape[1] - batch["input_ids"].shape[1]
         return wide(logits[rows.to(logits.device), at])
 
@@ -155,10 +155,10 @@ class TokenModel(LogitsModel):
         return self._logits_after(batch, torch.arange(len(ids)), last)
 
     def _logits_after(self, batch: Mapping[str, Any], rows: Tensor, tokens: Tensor) -> Tensor:
-        inputs = self._inputs(batch)
+        inputs = self._wrapped.inputs(batch)
         self._count_real_tokens(inputs)
         length = batch["input_ids"].shape[1]
-        with at_tokens(self._vocabulary_head(), rows, tokens, length) as narrowed:
+        with at_tokens(self._wrapped.answering_head(), rows, tokens, length) as narrowed:
             logits = self.model(**inputs).logits
         if narrowed:
             return wide(logits[:, 0])

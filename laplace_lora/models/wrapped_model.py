@@ -1,0 +1,122 @@
+"""`WrappedModel`: what the model inside a `LogitsModel` takes and returns, and its vocabulary."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from laplace_lora.models.last_layer_model import n_rows
+from laplace_lora.models.modes import device_of
+
+
+class WrappedModel:
+    """A user's model: what it takes, how it is called, what it returns, and its vocabulary's head.
+
+    It is no module: the `LogitsModel` around it registers the model, which must count once.
+
+    Args:
+        model: A `PeftModel`, or any module.
+
+    Attributes:
+        model: As given.
+        base: The model without PEFT's wrapper.
+        config: Its configuration, ``None`` if it has none.
+        arguments: What its forward pass takes, by name.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.config: Any = getattr(self.base, "config", None)
+        self.arguments = frozenset(inspect.signature(self.base.forward).parameters)
+
+    @property
+    def name(self) -> str:
+        """The class of the model without PEFT's wrapper."""
+        return type(self.base).__name__
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether positions may be given; PEFT drops them where it puts a prompt before a text."""
+        prompts = isinstance(self.model, PeftModel) and (
+            self.model.active_peft_config.is_prompt_learning
+        )
+        return "position_ids" in self.arguments and not prompts
+
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the model takes of a batch, on its device."""
+        device = device_of(self.model)
+        inputs = {
+            key: usable(value, device) if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+            if key != "labels"
+        }
+        if "use_cache" in self.arguments:
+            inputs.setdefault("use_cache", False)
+        if getattr(self.config, "return_dict", True) is False:
+            inputs["return_dict"] = True  # a tuple does not name its parts
+        return inputs
+
+    def __call__(self, inputs: dict[str, Any]) -> Any:
+        """Run the model; one that takes a mapping as its only argument, as laplace-torch's do."""
+        if len(self.arguments) == 1 and not self.arguments & inputs.keys():
+            kind = next(iter(inspect.signature(self.base.forward).parameters.values())).kind
+            if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+                return self.model(inputs)
+        return self.model(**inputs)
+
+    def logits(self, returned: Any) -> Tensor:
+        """Return the logits among what the model returned.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        logits = returned if isinstance(returned, Tensor) else getattr(returned, "logits", None)
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"{self.name} returned a {type(returned).__name__} without `logits`; give "
+                "LogitsModel an `output` callable that makes (batch, outputs) of it"
+            )
+        return logits
+
+    @property
+    def vocabulary_head(self) -> Any:
+        """The layer that gives the vocabulary's logits, ``None`` if it is no language model."""
+        return getattr(self.base, "get_output_embeddings", lambda: None)()
+
+    def answering_head(self) -> Any:
+        """Return the vocabulary's head, from which answers are read.
+
+        Raises:
+            ValueError: If the model has none.
+        """
+        head = self.vocabulary_head
+        if head is None:
+            raise ValueError(
+                f"{self.name} has no vocabulary, so `target_ids` mean nothing to it; leave them out"
+            )
+        return head
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """Number of tokens that the model gives logits for, ``None`` if it is no language model."""
+        head = self.vocabulary_head
+        return None if head is None else n_rows(head)
+
+    @property
+    def adds_to_vocabulary(self) -> bool:
+        """Whether the model adds a vector to the head's output, as BART does."""
+        vocabulary = self.vocabulary_size
+        buffers = self.base.named_buffers(recurse=False)
+        return any(b.ndim and b.shape[-1] == vocabulary for _, b in buffers)
+
+
+def usable(x: Tensor, device: torch.device) -> Tensor:
+    """Return an input on a device; a copy if it was made in inference mode, so has no gradient."""
+    x = x.to(device)
+    return x.clone() if x.is_inference() and not torch.is_inference_mode_enabled() else x
