@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,13 +12,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from laplace_lora.data.batches import one_example, splits_by_example
 from laplace_lora.data.distributed import together
-from laplace_lora.evaluation.metrics import ece, nll
-from laplace_lora.evaluation.spans import span_metrics
-from laplace_lora.evaluation.token_rows import by_token, same_width
+from laplace_lora.evaluation.beside_map import scores_beside_map
 from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
 from laplace_lora.likelihoods.links import QUADRATURE
-from laplace_lora.likelihoods.multilabel import pooled
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.posteriors.base import LoraLaplace
@@ -164,7 +161,8 @@ class LaplaceCallback(TrainerCallback):
         self.trainer.log(metrics)
         if self._objective.is_classifier:
             for name, loader in self._evaluation_loaders().items():
-                self.trainer.log(self._scores(la, loader, progress, name))
+                scores = scores_beside_map(la, loader, self.link_approx, progress)
+                self.trainer.log({f"{name}_{score}": value for score, value in scores.items()})
 
     def _evaluation_loaders(self) -> dict[str, Any]:
         """Return the loader of each evaluation set, by the prefix of its metrics."""
@@ -201,56 +199,17 @@ class LaplaceCallback(TrainerCallback):
             batches = team.batches(loader, "Predicting", progress, la.fitted.by_example)
             parts = [self._predicted(la, batch) for batch in batches]
             names = ("p",) if self._objective.is_classifier else ("mean", "covariance")
-            columns = tuple(team.rows(**_by_name(names, parts)).values())
-            if not columns:
+            columns = {name: [part[i] for part in parts] for i, name in enumerate(names)}
+            rows = tuple(team.rows(**columns).values())
+            if not rows:
                 raise ValueError("there is nothing to predict: the data set is empty")
-        return columns[0] if self._objective.is_classifier else columns
+        return rows[0] if self._objective.is_classifier else rows
 
     def _predicted(self, la: LoraLaplace, batch: Any) -> tuple[Tensor, ...]:
         """Return probabilities, or mean and covariance."""
         prediction = la(batch, link_approx=self.link_approx)
         moments = prediction if isinstance(prediction, tuple) else (prediction,)
         return tuple(moment.detach() for moment in moments)
-
-    def _scored(self, la: LoraLaplace, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Return labels, and probabilities under posterior and MAP."""
-        if labels_tokens(self._objective):
-            tokens: Any = la.predict(batch, link_approx=self.link_approx)
-            return tokens.labels, tokens.probs, tokens.map_probs
-        (p,) = self._predicted(la, batch)
-        with torch.no_grad(), evaluation_mode(la.model):
-            x, y = la.fitted.split(batch)
-            return y, p, self._objective.readout(x).under(la.model(batch))
-
-    def _scores(
-        self, la: LoraLaplace, loader: Any, progress: bool | None, prefix: str
-    ) -> dict[str, float]:
-        if self._objective.has_spans:
-            return self._span_scores(la, loader, progress, prefix)
-        with together(loader, device=la.fitted.device, runs=la.fitted.source) as team:
-            batches = team.batches(loader, "Evaluating", progress, la.fitted.by_example)
-            parts = [self._scored(la, batch) for batch in batches]
-            columns = _by_name(("labels", "p", "map"), parts)
-            rows = by_token(team.rows(**same_width(columns, team)))
-        labels = rows["labels"]
-        metrics: dict[str, float] = {}
-        for name, predicted in (("laplace", rows["p"]), ("map", rows["map"])):
-            p, y = pooled(predicted, labels)
-            scores = {"nll": nll(p, y), "ece": ece(p, y)}
-            metrics |= {f"{prefix}_{name}_{score}": value for score, value in scores.items()}
-        return metrics
-
-    def _span_scores(
-        self, la: LoraLaplace, loader: Any, progress: bool | None, prefix: str
-    ) -> dict[str, float]:
-        spans: Any = la.predict(loader, link_approx=self.link_approx, progress_bar=progress)
-        scores = {"laplace": span_metrics(spans), "map": span_metrics(spans.by_map)}
-        names = {"nll": "NLL", "ece": "ECE"}
-        return {
-            f"{prefix}_{way}_{name}": values[metric]
-            for way, values in scores.items()
-            for name, metric in names.items()
-        }
 
 
 @torch.no_grad()
@@ -261,10 +220,6 @@ def _try_out(posterior: Posterior, batch: Any) -> None:
     x, y = posterior.split(one_example(batch, 0) if splits_by_example(batch) else batch)
     with evaluation_mode(posterior.model):
         posterior.objective.nll(posterior.model(x), y)
-
-
-def _by_name(names: Sequence[str], rows: Sequence[tuple[Tensor, ...]]) -> dict[str, list[Tensor]]:
-    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
 
 def implied_likelihood(trainer: Any, options: Mapping[str, Any]) -> str:
