@@ -12,7 +12,8 @@ from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.linalg.row_storage import STORAGES, RowStorage
 from laplace_lora.linalg.sketch import Factor
 from laplace_lora.posteriors.base import LoraLaplace
-from laplace_lora.structures.rows import RowCurvature, Rows
+from laplace_lora.structures.row_curvature import RowCurvature
+from laplace_lora.structures.rows import Rows
 from laplace_lora.structures.sketched import Sketched, SketchedCurvature
 from laplace_lora.structures.state import expanded
 

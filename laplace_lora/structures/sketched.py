@@ -15,7 +15,8 @@ from laplace_lora.linalg.eigen import Eigen
 from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.linalg.row_storage import RowStorage, packed_rows, unpack_rows
 from laplace_lora.linalg.sketch import Factor, FactorSpec, LowRankFactor, sketch_columns
-from laplace_lora.structures.rows import RowCurvature, checked_rows
+from laplace_lora.structures.row_curvature import RowCurvature
+from laplace_lora.structures.rows import checked_rows
 
 
 @dataclass(frozen=True)
