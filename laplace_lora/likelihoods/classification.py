@@ -13,7 +13,6 @@ from laplace_lora.likelihoods.base import (
     LikelihoodDefaults,
     Readout,
     Scoring,
-    split_mapping_or_pair,
 )
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.roots import (
@@ -22,6 +21,7 @@ from laplace_lora.likelihoods.roots import (
     softmax_residual,
     softmax_root,
 )
+from laplace_lora.likelihoods.splitting import split_mapping_or_pair
 
 MULTILABEL_PROBLEM = "multi_label_classification"  # as Hugging Face's configurations call it
 LOGITS = Readout(None, lambda f: f, is_softmax=True)

@@ -16,7 +16,6 @@ from laplace_lora.likelihoods.base import (
     LikelihoodDefaults,
     Readout,
     Scoring,
-    split_mapping_or_pair,
 )
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.roots import (
@@ -26,6 +25,7 @@ from laplace_lora.likelihoods.roots import (
     softmax_root,
     standing_apart,
 )
+from laplace_lora.likelihoods.splitting import split_mapping_or_pair
 
 IGNORED = -100  # the label of tokens that are not scored
 EXACT_VOCABULARY = 1024  # tokens up to which the exact root may be asked for

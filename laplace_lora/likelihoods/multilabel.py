@@ -18,9 +18,9 @@ from laplace_lora.likelihoods.base import (
     LikelihoodDefaults,
     Readout,
     Scoring,
-    split_mapping_or_pair,
 )
 from laplace_lora.likelihoods.links import Link
+from laplace_lora.likelihoods.splitting import split_mapping_or_pair
 
 MISSING = -100  # as Hugging Face and torch mark labels that do not count
 LABELS = Readout(None, lambda f: f, is_softmax=True, independent=True)

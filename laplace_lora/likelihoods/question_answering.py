@@ -18,11 +18,11 @@ from laplace_lora.likelihoods.base import (
     LikelihoodDefaults,
     Readout,
     Scoring,
-    split_mapping_or_pair,
 )
 from laplace_lora.likelihoods.classification import LOGITS
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.roots import sampled_softmax_root, softmax_residual, softmax_root
+from laplace_lora.likelihoods.splitting import split_mapping_or_pair
 
 START, END = "start_positions", "end_positions"  # as Hugging Face's models take them
 CONTEXT = "context_mask"  # where an answer may be; of this package

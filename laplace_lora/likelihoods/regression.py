@@ -13,10 +13,10 @@ from laplace_lora.likelihoods.base import (
     LikelihoodDefaults,
     Readout,
     Scoring,
-    split_mapping_or_pair,
 )
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.roots import identity_root
+from laplace_lora.likelihoods.splitting import split_mapping_or_pair
 
 
 class Regression(LikelihoodDefaults):

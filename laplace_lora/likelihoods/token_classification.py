@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.likelihoods.base import split_mapping_or_pair
 from laplace_lora.likelihoods.classification import Classification
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.likelihoods.roots import (
@@ -22,6 +21,7 @@ from laplace_lora.likelihoods.roots import (
     softmax_root,
     standing_apart,
 )
+from laplace_lora.likelihoods.splitting import split_mapping_or_pair
 
 LARGEST_ROOT = 2**28  # numbers in the columns of a batch's exact root
 
