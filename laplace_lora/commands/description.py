@@ -17,9 +17,8 @@ from laplace_lora.commands.plan import read_plan
 from laplace_lora.display.tables import span
 from laplace_lora.linalg.sketch import FactorSpec
 from laplace_lora.storage.files import read_files
-from laplace_lora.structures.sizes import kron_size
+from laplace_lora.structures.sizes import MIB, kron_size
 
-MIB = 2**20
 FINGERPRINTS = ("weights", "adapter", "base", "adapter_settings")
 SHOWN = 12  # digits of a fingerprint in the table
 

@@ -20,7 +20,6 @@ from laplace_lora.commands.planning import plan_fit
 from laplace_lora.commands.rows import read_rows
 from laplace_lora.display.tables import SHOWN_ROWS
 from laplace_lora.posteriors.base import LoraLaplace
-from laplace_lora.structures.sizes import GIB
 
 NOT_WELL = 1  # exit status
 
@@ -95,12 +94,7 @@ def _print_costs(
     examples: Any = loader.dataset
     longest = sorted(examples, key=_length)[-batch_size:]
     estimate = la.estimate_memory(_first(longest, loader), len(examples))
-    table = Table(title="Memory beyond the model", title_justify="left")
-    table.add_column("")
-    table.add_column("GiB", justify="right")
-    for name in ("activations", "curvature", "jacobian", "fit", "predict", "available"):
-        table.add_row(name, f"{getattr(estimate, name) / GIB:.3f}")
-    console.print(table)
+    console.print(estimate)
     if not estimate.fits:
         return [str(estimate)]
     step = max(len(examples) // (2 * batch_size), 1)

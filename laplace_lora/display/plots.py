@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 BAR, GAP, LINE = "#4878a8", "#d1605e", "#404040"
 BINS = 20
+FAR = 4  # times the longest bar
 TEXTS = 40  # shown of a table of texts, at most
 
 
@@ -117,6 +118,35 @@ def change_figure(panels: Sequence[tuple[str, Sequence[str], Sequence[float]]]) 
         axis.bar_label(bars, fmt="%.3f", fontsize=8)
         axis.set_title(title, fontsize=10)
         axis.margins(y=0.15)
+    return figure
+
+
+def parts_figure(
+    bars: Mapping[str, Mapping[str, float]], limit: float, limit_name: str, unit: str
+) -> Figure:
+    """Draw lying bars made of parts, and a limit that they should not pass, unless it is far away.
+
+    Args:
+        bars: From the name of a bar to its parts, which have the same names in each.
+        limit: Where its line stands.
+        limit_name: What it is.
+        unit: Of all numbers.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    figure = new_figure(6.4, 0.8 + 0.6 * len(bars))
+    axis = figure.subplots()
+    names = list(bars)
+    left = [0.0] * len(names)
+    for colour, part in zip((BAR, GAP, LINE), next(iter(bars.values())), strict=False):
+        widths = [bars[name][part] for name in names]
+        axis.barh(names, widths, left=left, color=colour, label=part)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    if limit <= FAR * max(left):
+        axis.axvline(limit, color=LINE, linestyle="--", label=limit_name)
+    axis.set(xlabel=unit, title=f"{limit_name}: {limit:.4g} {unit}")
+    axis.legend(fontsize=8)
     return figure
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 SHOWN_ROWS = 10
+LONG, ENDLESS = 1e4, 1e9  # numbers between are shown in full, without a power of ten
 
 
 def plain(value: Any) -> Any:
@@ -30,9 +31,11 @@ def plain(value: Any) -> Any:
 
 def short(value: Any) -> str:
     """Return a value as people read it: numbers with four significant digits."""
+    if isinstance(value, list):
+        return ", ".join(map(short, value))
     if isinstance(value, bool) or not isinstance(value, float):
         return str(value)
-    return f"{value:.4g}"
+    return f"{value:.0f}" if LONG <= abs(value) < ENDLESS else f"{value:.4g}"
 
 
 def span(values: Tensor, digits: int) -> str:
@@ -57,13 +60,18 @@ def html_table(
         limit: Rows to show at most; ``None`` shows all.
     """
     rows = list(zip(*columns.values(), strict=True))
-    shown = rows if limit is None else rows[:limit]
-    if len(shown) < len(rows):
-        title = f"{title} (the first {len(shown)} of {len(rows)})"
+    title = titled(title, len(rows), limit)
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    body = "".join(_row(row) for row in shown)
+    body = "".join(_row(row) for row in rows[:limit])
     caption = f"<caption>{escape(title)}</caption>" if title else ""
     return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def titled(title: str, count: int, limit: int | None) -> str:
+    """Return a table's title, with how many of its rows are shown if not all are."""
+    if limit is None or count <= limit:
+        return title
+    return f"{title} (the first {limit} of {count})"
 
 
 def _row(values: Iterable[Any]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from laplace_lora.display.tables import data_frame, html_table
+from laplace_lora.display.terminal import terminal_table
 from laplace_lora.evaluation.conformal import (
     LABEL_COVERAGE,
     SET_SIZE,
@@ -20,6 +21,7 @@ from laplace_lora.likelihoods.multilabel import MISSING, pooled
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
+    from rich.console import RenderableType
 
 
 HIGHER = ("accuracy", "mAP", "OOD AUROC")  # prefixes of the metrics for which higher is better
@@ -103,8 +105,11 @@ class CalibrationReport:
 
     def _repr_html_(self) -> str:
         """Return a table of the metrics, as notebooks show it."""
-        columns: dict[str, list[Any]] = {"metric": list(self.values), **self._columns()}
-        return html_table(columns, f"{self.name}, {len(self.labels)} examples")
+        return html_table(*self._table())
+
+    def __rich__(self) -> RenderableType:
+        """Return the same table for a terminal, as `rich.print` shows it."""
+        return terminal_table(*self._table())
 
     def to_dict(self) -> dict[str, Any]:
         """Return name, number of examples, and the metrics with their standard errors."""
@@ -125,6 +130,10 @@ class CalibrationReport:
             ImportError: If pandas is missing.
         """
         return data_frame(self._columns(), index=list(self.values))
+
+    def _table(self) -> tuple[dict[str, list[Any]], str]:
+        columns: dict[str, list[Any]] = {"metric": list(self.values), **self._columns()}
+        return columns, f"{self.name}, {len(self.labels)} examples"
 
     def _columns(self) -> dict[str, list[float]]:
         errors = [self.errors[metric] for metric in self.values]

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from laplace_lora.display.plots import texts_figure
 from laplace_lora.display.tables import data_frame, plain
+from laplace_lora.display.terminal import coloured_text
 from laplace_lora.generation.coloured import coloured_html
 from laplace_lora.generation.next_token import NextToken
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
+    from rich.console import RenderableType
 
 
 @dataclass(frozen=True, repr=False)
@@ -127,6 +129,18 @@ class TokenPredictions:
             tokenizer: The model's; without it tokens are shown by number.
         """
         return coloured_html(self.to_dict(tokenizer)["texts"], repr(self))
+
+    def __rich__(self) -> RenderableType:
+        """Return the same for a terminal, as `rich.print` shows it."""
+        return self.to_rich()
+
+    def to_rich(self, tokenizer: Any = None) -> RenderableType:
+        """Return the texts for `rich.print`, coloured as those of `to_html`.
+
+        Args:
+            tokenizer: The model's; without it tokens are shown by number.
+        """
+        return coloured_text(self.to_dict(tokenizer)["texts"], repr(self))
 
     def plot(self) -> Figure:
         """Draw the mutual information of each token, a line for each of the first texts.

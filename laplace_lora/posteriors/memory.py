@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 
 from laplace_lora.data.batches import batch_length, first_examples, splits_by_example
+from laplace_lora.display.plots import parts_figure
 from laplace_lora.display.tables import html_table, one_row
+from laplace_lora.display.terminal import terminal_table
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.structures import sizes
-from laplace_lora.structures.sizes import GIB
+from laplace_lora.structures.sizes import GIB, MIB
 from laplace_lora.structures.state import Posterior
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from pandas import DataFrame
+    from rich.console import RenderableType
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,30 @@ class MemoryEstimate:
         return max(self.fit, self.predict) <= self.available
 
     def _repr_html_(self) -> str:
-        """Return the figures in GiB as a table, as notebooks show it."""
-        names = ("activations", "curvature", "jacobian", "fit", "predict", "available")
-        sizes = [getattr(self, name) / GIB for name in names]
-        return html_table({"bytes for": list(names), "GiB": sizes}, str(self))
+        """Return the figures as a table, as notebooks show it."""
+        return html_table(self._columns(), str(self))
+
+    def __rich__(self) -> RenderableType:
+        """Return the same table for a terminal, as `rich.print` shows it."""
+        return terminal_table(self._columns(), "Memory beyond the model")
+
+    def plot(self) -> Figure:
+        """Draw what fit and prediction take of the free memory.
+
+        Raises:
+            ImportError: If matplotlib is missing.
+        """
+        unit, size = self._unit()
+        jacobians = {"fit": self.fit_jacobian, "predict": self.jacobian}
+        bars = {
+            name: {
+                "curvature": self.curvature / size,
+                "activations": self.activations / size,
+                "Jacobian": jacobian / size,
+            }
+            for name, jacobian in jacobians.items()
+        }
+        return parts_figure(bars, self.available / size, "free", unit)
 
     def to_dict(self) -> dict[str, Any]:
         """Return bytes by name, the peaks of fit and prediction, and whether they fit."""
@@ -74,6 +98,15 @@ class MemoryEstimate:
             ImportError: If pandas is missing.
         """
         return one_row(self.to_dict())
+
+    def _unit(self) -> tuple[str, int]:
+        """Return a unit in which the peaks have digits before the point, and its bytes."""
+        return ("GiB", GIB) if max(self.fit, self.predict) >= GIB else ("MiB", MIB)
+
+    def _columns(self) -> dict[str, list[Any]]:
+        unit, size = self._unit()
+        names = ("activations", "curvature", "jacobian", "fit", "predict", "available")
+        return {"for": list(names), unit: [getattr(self, name) / size for name in names]}
 
     def __str__(self) -> str:
         """Return the figures in GiB, and what to do if they are too large."""

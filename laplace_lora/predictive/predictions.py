@@ -9,10 +9,15 @@ from torch import Tensor
 
 from laplace_lora.display.plots import interval_figure, uncertainty_figure
 from laplace_lora.display.tables import SHOWN_ROWS, data_frame, html_table, plain, spread
+from laplace_lora.display.terminal import terminal_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
+    from rich.console import RenderableType
+
+
+FEW_CLASSES = 2  # whose probabilities are all shown
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,9 +91,12 @@ class Predictions:
         )
 
     def _repr_html_(self) -> str:
-        """Return a table of the first examples, as notebooks show it."""
-        columns = {"example": list(range(len(self))), **self._columns()}
-        return html_table(columns, repr(self), SHOWN_ROWS)
+        """Return a small table of the first examples, as notebooks show it."""
+        return html_table(self._shown(), repr(self), SHOWN_ROWS)
+
+    def __rich__(self) -> RenderableType:
+        """Return the same table for a terminal, as `rich.print` shows it."""
+        return terminal_table(self._shown(), repr(self), SHOWN_ROWS)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as lists by name, one entry per example; what is ``None`` is absent."""
@@ -123,6 +131,29 @@ class Predictions:
             is_wrong = self.prediction != self.labels
         return uncertainty_figure(total, epistemic, is_wrong)
 
+    def _shown(self) -> dict[str, list[Any]]:
+        """Return the columns that a person looks at, few enough for a line."""
+        columns: dict[str, list[Any]] = {"example": list(range(len(self)))}
+        if self.probs is None or self.prediction is None:
+            return columns | self._columns()
+        if self.has_independent_labels:
+            if self.labels is not None:
+                columns["labels"] = _where(self.labels == 1)
+            columns["prediction"] = _where(self.prediction == 1)
+        else:
+            if self.labels is not None:
+                columns["label"] = plain(self.labels)
+            columns["prediction"] = plain(self.prediction)
+            if self.probs.shape[1] <= FEW_CLASSES:
+                columns |= spread("prob", self.probs)
+            else:
+                columns["confidence"] = plain(self.probs.amax(1))
+        for name in ("entropy", "mutual_information"):
+            values = getattr(self, name)
+            if values is not None:
+                columns[name] = plain(values.sum(1) if values.ndim == 2 else values)
+        return columns
+
     def _columns(self) -> dict[str, list[Any]]:
         """Return a column for each number of an example, but for covariances."""
         columns: dict[str, list[Any]] = {}
@@ -134,6 +165,11 @@ class Predictions:
             if getattr(self, name) is not None:
                 columns |= _named(name, getattr(self, name))
         return columns | spread("mean", self.mean) | spread("std", self.std)
+
+
+def _where(is_on: Tensor) -> list[list[int]]:
+    """Return the columns in which each row is true."""
+    return [plain(row.nonzero().flatten()) for row in is_on]
 
 
 def _named(name: str, values: Tensor) -> dict[str, list[Any]]:

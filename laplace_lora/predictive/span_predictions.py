@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from laplace_lora.display.tables import SHOWN_ROWS, data_frame, html_table, plain
+from laplace_lora.display.terminal import terminal_table
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from rich.console import RenderableType
+
+SHOWN = ("true_start", "true_end", "start", "end", "prob", "no_answer", "mutual_information")
 
 
 @dataclass(frozen=True, repr=False)
@@ -104,9 +108,12 @@ class SpanPredictions:
         )
 
     def _repr_html_(self) -> str:
-        """Return a table of the first questions, as notebooks show it."""
-        columns = {"question": list(range(len(self))), **self._columns()}
-        return html_table(columns, repr(self), SHOWN_ROWS)
+        """Return a small table of the first questions, as notebooks show it."""
+        return html_table(self._shown(), repr(self), SHOWN_ROWS)
+
+    def __rich__(self) -> RenderableType:
+        """Return the same table for a terminal, as `rich.print` shows it."""
+        return terminal_table(self._shown(), repr(self), SHOWN_ROWS)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as lists by name, one entry per question."""
@@ -119,6 +126,12 @@ class SpanPredictions:
             ImportError: If pandas is missing.
         """
         return data_frame(self._columns())
+
+    def _shown(self) -> dict[str, list[Any]]:
+        """Return the columns that a person looks at, few enough for a line."""
+        columns = self._columns()
+        names = [name for name in SHOWN if name in columns]
+        return {"question": list(range(len(self))), **{name: columns[name] for name in names}}
 
     def _columns(self) -> dict[str, list[Any]]:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "labels"}

@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from laplace_lora.display.tables import SHOWN_ROWS, data_frame, html_table, plain, spread
+from laplace_lora.display.terminal import terminal_table
 from laplace_lora.likelihoods.language_modeling import IGNORED
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from rich.console import RenderableType
 
 
 @dataclass(frozen=True, repr=False)
@@ -97,8 +99,12 @@ class TokenClassPredictions:
         )
 
     def _repr_html_(self) -> str:
-        """Return a table of the first tokens, as notebooks show it."""
-        return html_table(self._columns(), repr(self), SHOWN_ROWS)
+        """Return a small table of the first tokens, as notebooks show it."""
+        return html_table(self._shown(), repr(self), SHOWN_ROWS)
+
+    def __rich__(self) -> RenderableType:
+        """Return the same table for a terminal, as `rich.print` shows it."""
+        return terminal_table(self._shown(), repr(self), SHOWN_ROWS)
 
     def to_dict(self) -> dict[str, Any]:
         """Return ``{"texts": [...]}``: each text's tokens one by one, without padding."""
@@ -115,6 +121,17 @@ class TokenClassPredictions:
             ImportError: If pandas is missing.
         """
         return data_frame(self._columns())
+
+    def _shown(self) -> dict[str, list[Any]]:
+        """Return the columns that a person looks at, few enough for a line."""
+        columns = self._columns()
+        columns["prob_0"] = plain(self.probs[self.mask].amax(1))
+        names = {"prob_0": "confidence"}
+        return {
+            names.get(name, name): values
+            for name, values in columns.items()
+            if name in names or not name.startswith("prob_")
+        }
 
     def _columns(self) -> dict[str, list[Any]]:
         texts, tokens = self.mask.nonzero(as_tuple=True)

@@ -11,7 +11,7 @@ import torch
 
 from laplace_lora.linalg.sketch import FactorSpec, sketch_columns
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 
 
 def kron_size(sides: list[list[int]], spec: FactorSpec) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 from laplace_lora.data.distributed import Together
 from laplace_lora.display.plots import change_figure
 from laplace_lora.display.tables import html_table, one_row, plain, span
+from laplace_lora.display.terminal import terminal_table
 from laplace_lora.likelihoods.base import Likelihood, Scoring
 from laplace_lora.likelihoods.multilabel import pooled
 from laplace_lora.predictive.glm import Predictor
@@ -31,6 +32,7 @@ from laplace_lora.tuning.validation_cache import ValidationCache, validation_row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
+    from rich.console import RenderableType
 
 WIDTHS = (2.0, 1.0, 0.7, 1.0)  # of the priors: log factor, log scale, log temperature, step
 
@@ -69,12 +71,11 @@ class Calibration:
 
     def _repr_html_(self) -> str:
         """Return what changed as a table, as notebooks show it."""
-        columns: dict[str, list[Any]] = {
-            "validation": ["NLL", "NLL, cross-fitted", "ECE"],
-            "before": [self.nll_before, self.nll_before, self.ece_before],
-            "after": [self.nll_after, self.nll_cross_fitted, self.ece_after],
-        }
-        return html_table(columns, self._chosen())
+        return html_table(self._columns(), self._chosen())
+
+    def __rich__(self) -> RenderableType:
+        """Return the same table for a terminal, as `rich.print` shows it."""
+        return terminal_table(self._columns(), self._chosen())
 
     def plot(self) -> Figure:
         """Draw validation NLL and calibration error before and after.
@@ -101,6 +102,13 @@ class Calibration:
             ImportError: If pandas is missing.
         """
         return one_row(self.to_dict())
+
+    def _columns(self) -> dict[str, list[Any]]:
+        return {
+            "validation": ["NLL", "NLL, cross-fitted", "ECE"],
+            "before": [self.nll_before, self.nll_before, self.ece_before],
+            "after": [self.nll_after, self.nll_cross_fitted, self.ece_after],
+        }
 
     def _chosen(self) -> str:
         return (

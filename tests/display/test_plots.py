@@ -2,6 +2,7 @@
 
 import io
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from laplace_lora.evaluation import evaluate
 from laplace_lora.generation import score
 from laplace_lora.predictive.predictions import Predictions
-from support.batches import loader, validation
+from support.batches import loader, token_batch, validation
 from support.language import language_posterior, text_batch
 from support.multilabel import multilabel_batch, multilabel_posterior
 from support.posteriors import fitted
@@ -84,9 +85,25 @@ def test_calibrations():
     assert heights(ece) == [found.ece_before, found.ece_after]
 
 
+def test_memory():
+    estimate = replace(fitted().estimate_memory(token_batch((6, 3))), available=0)
+    (axis,) = drawn(estimate.plot())
+    ends = {}
+    for bars in axis.containers:
+        for name, bar in zip(("fit", "predict"), bars, strict=True):
+            ends[name] = bar.get_x() + bar.get_width()
+    assert ends["fit"] == pytest.approx(estimate.fit / 2**20)
+    assert ends["predict"] == pytest.approx(estimate.predict / 2**20)
+    assert len(axis.lines) == 1 and axis.lines[0].get_xdata()[0] == 0
+    far = replace(estimate, available=2**40)
+    (axis,) = drawn(far.plot())
+    assert not axis.lines and axis.get_title() == "free: 1.049e+06 MiB"
+
+
 def test_without_matplotlib(monkeypatch):
     la = fitted()
     results = [la.predict(validation()), la.calibrate(loader()), evaluate(la, validation())]
+    results.append(la.estimate_memory(token_batch((6, 3))))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     for result in results:
         with pytest.raises(ImportError, match="pip install matplotlib"):

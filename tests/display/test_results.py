@@ -3,14 +3,19 @@
 import json
 import re
 from dataclasses import replace
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 
 import laplace_lora
+from laplace_lora.display.terminal import GROUNDS
 from laplace_lora.evaluation import evaluate
 from laplace_lora.generation import score
 from laplace_lora.predictive.predictions import Predictions
+from laplace_lora.predictive.span_predictions import SpanPredictions
+from laplace_lora.predictive.token_class_predictions import TokenClassPredictions
 from support.batches import loader, token_batch, validation
 from support.language import language_posterior, text_batch
 from support.posteriors import EVERY_CLASS, fitted, posterior
@@ -79,7 +84,11 @@ def test_calibrations_and_memory():
     found = json.loads(json.dumps(estimate.to_dict()))
     assert found["fit"] == estimate.fit and found["fits"] is True
     assert estimate.to_pandas()["predict"].tolist() == [estimate.predict]
-    assert f"<td>curvature</td><td>{estimate.curvature / 2**30:.4g}</td>" in estimate._repr_html_()
+    assert f"<td>curvature</td><td>{estimate.curvature / 2**20:.4g}</td>" in estimate._repr_html_()
+    large = replace(estimate, curvature=3 * 2**30)
+    assert "<th>GiB</th>" in large._repr_html_() and "<td>curvature</td><td>3</td>" in (
+        large._repr_html_()
+    )
 
 
 def test_tokens_are_listed_by_text(tokens):
@@ -102,6 +111,97 @@ def test_tokens_are_coloured_by_epistemic_uncertainty(tokens):
     expected = 0.8 * information.clamp(min=0) / information.max()
     assert torch.tensor(shades).sub(expected).abs().max() < 0.006
     assert tokens._repr_html_() == tokens.to_html()
+
+
+def printed(result, **kwargs):
+    """What rich prints of a result."""
+    console = Console(file=StringIO(), width=90, **kwargs)
+    console.print(result)
+    return console.file.getvalue()
+
+
+def rows_of(text):
+    """The cells of a printed table's rows, headings first."""
+    lines = [re.split("[┃│]", line)[1:-1] for line in text.splitlines() if line[0] in "┃│"]
+    return [[cell.strip() for cell in line] for line in lines]
+
+
+def test_predictions_in_a_terminal(la):
+    found = la.predict(validation())
+    head, first, *_ = rows_of(printed(found))
+    names = ["example", "label", "prediction", "confidence", "entropy", "mutual_information"]
+    assert head == names and printed(found).startswith(repr(found))
+    values = [found.probs[0].max(), found.entropy[0], found.mutual_information[0]]
+    assert first[3:] == [f"{float(value):.4g}" for value in values]
+    assert first[:3] == ["0", str(int(found.labels[0])), str(int(found.probs[0].argmax()))]
+    assert f"<th>{'</th><th>'.join(names)}</th>" in found._repr_html_()
+    assert "(the first 10 of 30)" in printed(la.predict([BATCH] * 10))
+    plain = Predictions(torch.ones(2, 1), torch.ones(2, 1, 1))
+    assert rows_of(printed(plain))[1] == ["0", "1", "1"]
+    pair = Predictions(
+        found.mean[:, :2],
+        found.covariance[:, :2, :2],
+        torch.tensor([[0.25, 0.75]] * len(found)),
+        found.entropy,
+        found.mutual_information,
+    )
+    assert rows_of(printed(pair))[1][1:4] == ["1", "0.25", "0.75"]
+
+
+def test_independent_labels_in_a_terminal():
+    probs = torch.tensor([[0.9, 0.2, 0.7], [0.1, 0.2, 0.3]])
+    labels = torch.tensor([[1, -100, 0], [0, 1, 1]])
+    found = Predictions(probs, torch.diag_embed(probs), probs, probs, probs / 2, labels)
+    assert rows_of(printed(found)) == [
+        ["example", "labels", "prediction", "entropy", "mutual_information"],
+        ["0", "0", "0, 2", "1.8", "0.9"],
+        ["1", "1, 2", "", "0.6", "0.3"],
+    ]
+
+
+def test_reports_calibrations_and_memory_in_a_terminal():
+    la = fitted()
+    report = evaluate(la, validation(), name="ours [bold]", bootstrap=5)
+    assert printed(report).startswith(f"ours [bold], {len(report.labels)} examples")
+    cells = {row[0]: row[1:] for row in rows_of(printed(report))}
+    assert cells["NLL"] == [f"{report['NLL']:.4g}", f"{report.errors['NLL']:.4g}"]
+    chosen = la.calibrate(validation())
+    cells = {row[0]: row[1:] for row in rows_of(printed(chosen))}
+    assert cells["ECE"] == [f"{chosen.ece_before:.4g}", f"{chosen.ece_after:.4g}"]
+    estimate = replace(la.estimate_memory(BATCH), available=20000 * 2**20)
+    cells = {row[0]: row[1:] for row in rows_of(printed(estimate))}
+    assert cells["fit"] == [f"{estimate.fit / 2**20:.4g}"] and cells["available"] == ["20000"]
+
+
+def test_spans_and_token_classes_in_a_terminal():
+    place, p = torch.tensor([0, 0]), torch.tensor([0.75, 0.5])
+    spans = SpanPredictions(place, place + 1, place + 2, p, 1 - p, p, p / 2, *[p] * 5)
+    head, first, _ = rows_of(printed(spans))
+    assert head == ["question", "start", "end", "prob", "no_answer", "mutual_information"]
+    assert first == ["0", "1", "2", "0.75", "0.25", "0.375"]
+    labelled = replace(spans, labels=torch.tensor([[3, 4], [5, 6]]))
+    assert rows_of(printed(labelled))[2][:3] == ["1", "5", "6"]
+    probs = torch.tensor([[[0.25, 0.75], [0.5, 0.5]]])
+    mask = torch.tensor([[True, False]])
+    classes = TokenClassPredictions(mask, probs, probs, probs[..., 0], probs[..., 0] / 2)
+    assert rows_of(printed(classes)) == [
+        ["text", "token", "prediction", "confidence", "entropy", "mutual_information"],
+        ["0", "0", "1", "0.75", "0.25", "0.125"],
+    ]
+
+
+def test_tokens_in_a_terminal_are_coloured_by_epistemic_uncertainty(tokens):
+    plain = printed(tokens)
+    assert plain.startswith(repr(tokens)[:60])
+    numbers = [str(t) for t in tokens.tokens[tokens.mask].tolist()]
+    assert plain.split()[-len(numbers) :] == numbers
+    shares = torch.tensor([[1.0, 0.8, 0.6], [0.3, 0.2, 0.0], [0.5, 0.0, 0.0]])
+    lines = replace(tokens, mutual_information=shares).to_rich().renderables[1:]
+    styles = [[span.style for span in line.spans] for line in lines]
+    strong, middle, weak = (style for _, style in GROUNDS)
+    assert styles == [[strong, strong, middle], [weak], [middle]]
+    text = printed(tokens.to_rich(word_tokenizer()))
+    assert word_tokenizer().decode(tokens.tokens[0, :1]) in text
 
 
 def test_a_tokenizer_gives_texts(tokens):
