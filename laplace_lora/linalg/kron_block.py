@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from laplace_lora.linalg.eigen import DiagonalEigen, Eigen
+from laplace_lora.linalg.row_products import products_of_rows
 
 Side = Eigen | DiagonalEigen
+Gram = tuple[Tensor, Tensor]
 Spectrum = Callable[[Tensor], Tensor]
 
 
@@ -66,17 +68,57 @@ class KronBlock:
         rows = [self.right.matrix_diagonal([function(e).T for e in row]).T for row in self.parts()]
         return self.left.matrix_diagonal(rows)
 
+    def inverse_form(self, W: Tensor, delta: Tensor) -> Tensor:
+        """Return ``W (block + δ)⁻¹ Wᵀ`` for a batch of rows.
+
+        Args:
+            W: Shape ``(batch, outputs, *shape of the parameter)``.
+            delta: ``δ``, a scalar.
+
+        Returns:
+            Shape ``(batch, outputs, outputs)``.
+        """
+        forms = [
+            products_of_rows((piece / (e + delta)).flatten(2), piece.flatten(2))
+            for piece, e in self.pieces(W.reshape(*W.shape[:2], *self.shape))
+        ]
+        return sum(forms[1:], forms[0])
+
+    def grams(self, W: Tensor) -> list[Gram]:
+        """Return ``W (block + δ)⁻¹ Wᵀ`` for a batch of rows as a function of ``δ``.
+
+        Args:
+            W: Shape ``(batch, outputs, *shape of the parameter)``.
+
+        Returns:
+            Pairs of eigenvalues, ``(K,)``, and products ``M``, ``(batch, outputs, outputs, K)``;
+            the form is ``Σ_k M_k / (e_k + δ)`` summed over the pairs.
+        """
+        result = []
+        for piece, e in self.pieces(W.reshape(*W.shape[:2], *self.shape)):
+            # Of directions that share an eigenvalue only the sum of the products is needed.
+            summed = "ab" if e.numel() == 1 else "b" if e.shape[1] == 1 else "a"
+            if e.shape == piece.shape[-2:]:
+                flat = piece.flatten(2)
+                products = flat.unsqueeze(2) * flat.unsqueeze(1)
+            else:
+                remaining = "ab".translate({ord(letter): None for letter in summed})
+                products = torch.einsum(f"ncab,nkab->nck{remaining}", piece, piece)
+            result.append((e.flatten(), products.reshape(*products.shape[:3], -1)))
+        return result
+
     def gram_diagonal(self, W: Tensor) -> Tensor:
         """Return the diagonal of ``Wᵀ W`` in this eigenbasis, ``Σ (uᵀ W v)²``.
 
         Directions left out share the mean of their diagonal, so the trace is that of ``Wᵀ W``.
 
         Args:
-            W: Rows, shape ``(rows, p, q)``.
+            W: Rows, shape ``(…, *shape of the parameter)``.
 
         Returns:
             Shaped like `table`.
         """
+        W = W.reshape(-1, *self.shape)
         sums = [piece.square().sum(0).sum_to_size(e.shape) for piece, e in self.pieces(W)]
         left, right = (
             torch.cat([torch.full_like(values, count) for values, count in side.parts()])

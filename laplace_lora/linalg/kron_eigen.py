@@ -14,10 +14,8 @@ from torch import Tensor
 
 from laplace_lora.linalg.eigen import Eigen
 from laplace_lora.linalg.factors import map_shared
-from laplace_lora.linalg.kron_block import KronBlock, Side, Spectrum
-from laplace_lora.linalg.row_products import products_of_rows
+from laplace_lora.linalg.kron_block import Gram, KronBlock, Side, Spectrum
 
-Gram = tuple[Tensor, Tensor]
 Self = TypeVar("Self", bound="KronEigen")
 
 
@@ -98,16 +96,7 @@ class KronEigen:
 
     def spectra(self) -> list[list[tuple[Tensor, int]]]:
         """Return every block's eigenvalues without ``δ``, with the multiplicity of each."""
-        return [list(self.spectrum(i)) for i in range(len(self))]
-
-    def spectrum(self, i: int) -> Iterator[tuple[Tensor, int]]:
-        """Yield block ``i``'s eigenvalues without ``δ``, with the multiplicity of each.
-
-        Yields:
-            ``scale`` times the eigenvalues of one of the up to four parts, and the multiplicity of
-            each.
-        """
-        return self.block(i).spectrum()
+        return [list(self.block(i).spectrum()) for i in range(len(self))]
 
     def logdet(self) -> Tensor:
         """Return ``Σ log(e + δ)`` over all eigenvalues, a float64 scalar."""
@@ -138,9 +127,9 @@ class KronEigen:
         return total
 
     def gram_blocks(self, jacobians: Iterable[Tensor]) -> Iterator[tuple[int, list[Gram]]]:
-        """Yield each tensor's part of ``J P⁻¹ Jᵀ`` as a function of ``δ``, see `grams`."""
+        """Yield each tensor's part of ``J P⁻¹ Jᵀ`` as a function of ``δ``, see `KronBlock`."""
         for i, jacobian in enumerate(jacobians):
-            yield i, self.grams(i, jacobian)
+            yield i, self.block(i).grams(jacobian)
 
     def root_multiply(self, noise: Tensor) -> Tensor:
         """Return ``P^-½ ε`` for ``ε`` of shape ``(n, parameters)``."""
@@ -160,52 +149,11 @@ class KronEigen:
         Returns:
             Shape ``(batch, outputs, outputs)``.
         """
-        block = self.block(i)
-        W = W.reshape(*W.shape[:2], *block.shape)
-        forms = [
-            products_of_rows((piece / (e + self.deltas[i])).flatten(2), piece.flatten(2))
-            for piece, e in block.pieces(W)
-        ]
-        return sum(forms[1:], forms[0])
-
-    def grams(self, i: int, W: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return ``W (block i)⁻¹ Wᵀ`` as a function of ``δ``.
-
-        Args:
-            i: Block.
-            W: Jacobian block, shape ``(batch, outputs, *shape of the parameter)``.
-
-        Returns:
-            Pairs of eigenvalues without ``δ``, ``(K,)``, and products ``M``, ``(batch, outputs,
-            outputs, K)``; the form is ``Σ_k M_k / (e_k + δ)`` summed over the pairs.
-        """
-        block = self.block(i)
-        W = W.reshape(*W.shape[:2], *block.shape)
-        result = []
-        for piece, e in block.pieces(W):
-            # Of directions that share an eigenvalue only the sum of the products is needed.
-            summed = "ab" if e.numel() == 1 else "b" if e.shape[1] == 1 else "a"
-            if e.shape == piece.shape[-2:]:
-                flat = piece.flatten(2)
-                products = flat.unsqueeze(2) * flat.unsqueeze(1)
-            else:
-                remaining = "ab".translate({ord(letter): None for letter in summed})
-                products = torch.einsum(f"ncab,nkab->nck{remaining}", piece, piece)
-            result.append((e.flatten(), products.reshape(*products.shape[:3], -1)))
-        return result
+        return self.block(i).inverse_form(W, self.deltas[i])
 
     def gram_diagonal(self, i: int, W: Tensor) -> Tensor:
-        """Return the diagonal of ``Wᵀ W`` in block ``i``'s eigenbasis, see `KronBlock`.
-
-        Args:
-            i: Block.
-            W: Rows, shape ``(…, *shape of the parameter)``.
-
-        Returns:
-            Shaped like `table`.
-        """
-        block = self.block(i)
-        return block.gram_diagonal(W.reshape(-1, *block.shape))
+        """Return the diagonal of ``Wᵀ W`` in block ``i``'s eigenbasis, see `KronBlock`."""
+        return self.block(i).gram_diagonal(W)
 
     def diagonals_in(self, other: KronEigen) -> list[Tensor]:
         """Return each block's diagonal without ``δ`` in another eigenbasis, see `KronBlock`."""
@@ -275,8 +223,8 @@ class KronEigen:
         return torch.stack(
             [
                 times * term(e.double(), deltas[i]).sum()
-                for i in range(len(self))
-                for e, times in self.spectrum(i)
+                for i, spectrum in enumerate(self.spectra())
+                for e, times in spectrum
             ]
         ).sum()
 
