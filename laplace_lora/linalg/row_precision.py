@@ -20,48 +20,6 @@ Gram = tuple[Tensor, Tensor]
 Spectrum = list[tuple[Tensor, int]]
 
 
-def gram_matrix(rows: RowStorage, pattern: Sequence[Tensor]) -> Tensor:
-    """Return ``Z R⁻¹ Zᵀ``; gradients flow through the pattern.
-
-    In float64 throughout: a log determinant depends on small eigenvalues as much as on large ones,
-    and rounding would change them.
-
-    Args:
-        rows: ``Z``.
-        pattern: ``R``'s part for each tensor, a scalar or one value per entry.
-
-    Returns:
-        Float64, ``(rows, rows)``.
-    """
-    return torch.stack(group_grams(rows, pattern, [0] * len(pattern))).sum(0)
-
-
-def group_grams(rows: RowStorage, pattern: Sequence[Tensor], groups: Sequence[int]) -> list[Tensor]:
-    """Return the parts of ``Z R⁻¹ Zᵀ`` that groups of tensors contribute.
-
-    Args:
-        rows: ``Z``.
-        pattern: ``R``'s part for each tensor.
-        groups: Group of each tensor.
-
-    Returns:
-        Float64, ``(rows, rows)`` for each group.
-    """
-    count, m = max(groups) + 1, len(rows)
-    zeros = torch.zeros(m, m, dtype=torch.float64, device=rows.device)
-    totals = [zeros.clone() for _ in range(count)]
-    for i, group in enumerate(groups):
-        weight = pattern[i].double()
-        for columns, Z in rows.pieces(i, torch.float64):
-            if weight.ndim:
-                totals[group] = totals[group] + (Z / weight[columns]) @ Z.T
-            elif weight.requires_grad:
-                totals[group] = totals[group] + Z @ Z.T / weight
-            else:
-                totals[group].addmm_(Z, Z.T, alpha=1 / float(weight))
-    return totals
-
-
 class RowPrecision:
     """The matrix ``P = scale · Zᵀ Z + delta · R`` and the operations of a Gaussian on it.
 
@@ -95,34 +53,43 @@ class RowPrecision:
         """Positive eigenvalues of ``scale · R^-½ Zᵀ Z R^-½``, ``(k,)``, float64."""
         return self.scale * self.values
 
-    def log_det_ratio(self) -> Tensor:
-        """Return ``log det P − log det D``, a float64 scalar."""
-        return torch.log1p(self.eigenvalues / self.delta).sum()
-
-    def inverse_form(self, blocks: Iterable[Tensor]) -> Tensor:
+    def covariance(self, jacobians: Iterable[Tensor]) -> Tensor:
         """Return ``J P⁻¹ Jᵀ`` of Jacobians given tensor by tensor.
 
         The prior's part minus the data's, in float64. The error is that of the products, about
         1e-6 of the prior's part in single precision.
 
         Args:
-            blocks: Jacobian of each tensor in turn, ``(batch, outputs, *shape)``.
+            jacobians: Of each tensor in turn, ``(batch, outputs, *shape)``.
 
         Returns:
             Shape ``(batch, outputs, outputs)``.
         """
-        prior, projected = self._moments(blocks)
+        prior, projected = self._moments(jacobians)
         weighted = projected * (self.scale / (self.eigenvalues + self.delta))
         form = (prior - weighted @ projected.mT) / self.delta
         return form.to(self.rows.working_dtype)
 
-    def covariance(self, jacobians: Iterable[Tensor]) -> Tensor:
-        """Return ``J P⁻¹ Jᵀ``, ``(batch, outputs, outputs)``, see `inverse_form`."""
-        return self.inverse_form(jacobians)
-
     def gram_blocks(self, jacobians: Iterable[Tensor]) -> Iterator[tuple[int, list[Gram]]]:
-        """Yield ``J P⁻¹ Jᵀ`` as a function of ``δ``, as the first tensor's part; see `grams`."""
-        yield 0, self.grams(jacobians)
+        """Yield ``J P⁻¹ Jᵀ`` as a function of ``δ``, as the first tensor's part.
+
+        Args:
+            jacobians: Of each tensor in turn, ``(batch, outputs, *shape)``.
+
+        Yields:
+            0, and pairs of eigenvalues ``e``, ``(K,)``, and products ``M``, ``(batch, outputs,
+            outputs, K)``; the form is ``Σ_k M_k / (e_k + δ)`` summed over the pairs.
+        """
+        dtype = self.rows.working_dtype
+        prior, projected = self._moments(jacobians)
+        unit = projected / self.values.sqrt()
+        products = unit.unsqueeze(2) * unit.unsqueeze(1)
+        pairs = [(self.eigenvalues.to(dtype), products.to(dtype))]
+        if self.multiplicity:
+            remainder = (prior - products.sum(-1)).unsqueeze(-1)
+            zero = torch.zeros(1, dtype=dtype, device=remainder.device)
+            pairs.append((zero, remainder.to(dtype)))
+        yield 0, pairs
 
     def spectra(self) -> list[Spectrum]:
         """Return the whole matrix's eigenvalues for the first tensor, none for the others."""
@@ -135,27 +102,6 @@ class RowPrecision:
     def variance(self) -> Tensor:
         """Return the diagonal of ``P⁻¹``, ``(parameters,)``."""
         return self.diag(-1)
-
-    def grams(self, blocks: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Return ``J P⁻¹ Jᵀ`` as a function of ``δ``.
-
-        Args:
-            blocks: Jacobian of each tensor in turn, ``(batch, outputs, *shape)``.
-
-        Returns:
-            Pairs of eigenvalues ``e``, ``(K,)``, and products ``M``, ``(batch, outputs, outputs,
-            K)``; the form is ``Σ_k M_k / (e_k + δ)`` summed over the pairs.
-        """
-        dtype = self.rows.working_dtype
-        prior, projected = self._moments(blocks)
-        unit = projected / self.values.sqrt()
-        products = unit.unsqueeze(2) * unit.unsqueeze(1)
-        pairs = [(self.eigenvalues.to(dtype), products.to(dtype))]
-        if self.multiplicity:
-            remainder = (prior - products.sum(-1)).unsqueeze(-1)
-            zero = torch.zeros(1, dtype=dtype, device=remainder.device)
-            pairs.append((zero, remainder.to(dtype)))
-        return pairs
 
     @property
     def multiplicity(self) -> int:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from laplace_lora.linalg.row_precision import RowPrecision, gram_matrix
+from laplace_lora.linalg.row_grams import gram_matrix
+from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.linalg.row_storage import RowStorage, by_tensor
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from laplace_lora.linalg.row_precision import gram_matrix
+from laplace_lora.linalg.row_grams import gram_matrix
 from laplace_lora.linalg.row_storage import RowStorage, by_tensor
 
 OUTSIDE = 1e-4  # share of the gradient's square that the rows may miss

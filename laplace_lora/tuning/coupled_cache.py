@@ -12,7 +12,8 @@ from torch import Tensor
 
 from laplace_lora.data.distributed import ALONE, Together
 from laplace_lora.likelihoods.base import Readout
-from laplace_lora.linalg.row_precision import RowPrecision, group_grams
+from laplace_lora.linalg.row_grams import group_grams
+from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.tuning.validation_cache import labelled_batches, validation_rows
 

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from laplace_lora.linalg.row_precision import RowPrecision, group_grams
+from laplace_lora.linalg.row_grams import group_grams
+from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.structures.base import GradientTerm, Spectrum
 from laplace_lora.structures.row_term import RowTerm
 from laplace_lora.structures.state import Posterior

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from laplace_lora.linalg.row_precision import RowPrecision, group_grams
+from laplace_lora.linalg.row_grams import group_grams
+from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.structures.settings import Settings
 from laplace_lora.structures.state import Posterior, PosteriorState
 from laplace_lora.tuning.corrected_evidence import corrected_precision
