@@ -18,7 +18,7 @@ from laplace_lora.adapters.maps import Block, LinearMap
 from laplace_lora.capture.jacobians import jacobian_blocks
 from laplace_lora.curvature import batch_curvature
 from laplace_lora.curvature.engine import Engine, joined
-from laplace_lora.curvature.kfac import Rows
+from laplace_lora.curvature.kfac_rows import Rows
 from laplace_lora.likelihoods.base import Columns
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.linalg.sketch import FactorSpec, LowRankFactor

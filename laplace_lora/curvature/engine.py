@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from laplace_lora.adapters.maps import Block, LinearMap, wide_dtype
 from laplace_lora.capture.jacobians import jacobian_blocks
 from laplace_lora.capture.tape import Tape
-from laplace_lora.curvature.kfac import Rows
+from laplace_lora.curvature.kfac_rows import Rows
 from laplace_lora.curvature.loss_gradient import LossGradient, ResidualColumns
 from laplace_lora.curvature.recording import Recording
 from laplace_lora.likelihoods.base import Columns, Likelihood

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from laplace_lora.adapters.maps import wide_dtype
 from laplace_lora.adapters.peft_state import check_adapters
 from laplace_lora.capture.recorder import record
-from laplace_lora.curvature.kfac import KfacSums, Rows
+from laplace_lora.curvature.kfac import KfacSums
+from laplace_lora.curvature.kfac_rows import Rows
 from laplace_lora.data.batches import Batch, on_cpu
 from laplace_lora.data.distributed import Together, together
 from laplace_lora.data.masks import MASK_NAMES

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from laplace_lora.curvature.kfac import Rows
+from laplace_lora.curvature.kfac_rows import Rows
 from laplace_lora.data.masks import MASK_NAMES, token_mask
 from laplace_lora.functional.selection import selected_maps
 from laplace_lora.linalg.factors import DenseFactor
