@@ -19,11 +19,10 @@ from laplace_lora.capture.jacobians import jacobian_blocks
 from laplace_lora.curvature import batch_curvature
 from laplace_lora.curvature.engine import Engine, joined
 from laplace_lora.curvature.kfac_rows import Rows
+from laplace_lora.curvature.kron_protocol import plain_kron
 from laplace_lora.likelihoods.base import Columns
 from laplace_lora.likelihoods.registry import likelihood_of
-from laplace_lora.linalg.sketch import FactorSpec, LowRankFactor
-
-LONGEST_PLAIN = 8192  # entries of a vector whose diagonal block a plain Kron holds as a matrix
+from laplace_lora.linalg.sketch import FactorSpec
 
 
 class LoraCurvature(CurvatureInterface):
@@ -117,9 +116,7 @@ class LoraCurvature(CurvatureInterface):
         kron = batch_curvature.assembled(self.engine, sums, N, self.spec.residual)
         if self.spec.rank is not None:
             return loss, kron
-        self._check_plain()
-        dense = [[f.matrix for f in F if not isinstance(f, LowRankFactor)] for F in kron.kfacs]
-        return loss, Kron(dense)
+        return loss, plain_kron(kron, self.maps, self.blocks)
 
     def diag(self, x: Any, y: Tensor, N: int | None = None) -> tuple[Tensor, Tensor]:
         """Return the exact diagonal of the curvature.
@@ -221,15 +218,6 @@ class LoraCurvature(CurvatureInterface):
     ) -> tuple[Tensor, Iterator[Tensor]]:
         """Return outputs and Jacobians tensor by tensor, see `Engine.jacobian_blocks`."""
         return self.engine.jacobian_blocks(x, columns, function)
-
-    def _check_plain(self) -> None:
-        for block in self.blocks:
-            p = block.parameter
-            if self.maps[block.map].is_diagonal and (p.ndim != 1 or len(p) > LONGEST_PLAIN):
-                raise ValueError(
-                    f"a plain Kron cannot hold the diagonal block of {block.name!r}, of shape "
-                    f"{tuple(p.shape)}; use KronLoraLaplace, give `factor_rank`, or freeze it"
-                )
 
     def _subnetwork(self, values: Tensor) -> Tensor:
         indices = self.subnetwork_indices

@@ -5,16 +5,20 @@ The algebra is in `linalg.kron` and `linalg.kron_eigen`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from laplace.utils import Kron
 from laplace.utils.matrix import KronDecomposed
 from torch import Tensor
 
+from laplace_lora.adapters.maps import Block, LinearMap
 from laplace_lora.linalg.kron import KronFactors
 from laplace_lora.linalg.kron_block import Side
 from laplace_lora.linalg.kron_eigen import KronEigen
-from laplace_lora.linalg.sketch import Factor
+from laplace_lora.linalg.sketch import Factor, LowRankFactor
+
+LONGEST_PLAIN = 8192  # entries of a vector whose diagonal block a plain Kron holds as a matrix
 
 
 class LowRankKron(KronFactors, Kron):
@@ -67,3 +71,24 @@ class LowRankKronDecomposed(KronEigen, KronDecomposed):
     ) -> None:
         self.damping = False
         KronEigen.__init__(self, blocks, deltas, scale, tables)
+
+
+def plain_kron(kron: LowRankKron, maps: Sequence[LinearMap], blocks: Sequence[Block]) -> Kron:
+    """Return dense factors as laplace-torch's own `Kron`.
+
+    Args:
+        kron: Factors of which none is low-rank.
+        maps: The linear maps.
+        blocks: The trainable tensors, in the order of the factors.
+
+    Raises:
+        ValueError: If it would have to hold the diagonal block of a matrix or of a long vector.
+    """
+    for block in blocks:
+        p = block.parameter
+        if maps[block.map].is_diagonal and (p.ndim != 1 or len(p) > LONGEST_PLAIN):
+            raise ValueError(
+                f"a plain Kron cannot hold the diagonal block of {block.name!r}, of shape "
+                f"{tuple(p.shape)}; use KronLoraLaplace, give `factor_rank`, or freeze it"
+            )
+    return Kron([[f.matrix for f in F if not isinstance(f, LowRankFactor)] for F in kron.kfacs])
