@@ -7,7 +7,7 @@ from typing import Any
 
 from laplace_lora.display.tables import span
 from laplace_lora.structures.state import Posterior
-from laplace_lora.tuning.tuner import Tuning
+from laplace_lora.tuning.outcome import Tuning
 
 SHOWN_LAYERS = 6
 

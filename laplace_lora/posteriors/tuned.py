@@ -15,8 +15,9 @@ from laplace_lora.tuning import leave_one_out
 from laplace_lora.tuning.groups import Structure
 from laplace_lora.tuning.leave_one_out import LeaveOneOut
 from laplace_lora.tuning.options import check_options
+from laplace_lora.tuning.outcome import Tuning
 from laplace_lora.tuning.structure_choice import StructureChoice
-from laplace_lora.tuning.tuner import Tuner, Tuning
+from laplace_lora.tuning.tuner import Tuner
 from laplace_lora.tuning.widest import Widest
 from laplace_lora.tuning.width_check import warn_if_wide
 

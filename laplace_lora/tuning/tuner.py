@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from laplace_lora.data.distributed import Together, together
-from laplace_lora.display.tables import span
 from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.predictive.glm import Predictor
@@ -28,35 +26,6 @@ from laplace_lora.tuning.token_calibration import calibrate_tokens
 from laplace_lora.tuning.validation_cache import Cache, ValidationCache, scoring_of
 from laplace_lora.tuning.validation_search import Loss, descend, grid_search
 from laplace_lora.tuning.widest import Widest
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What a tuning of the prior did.
-
-    Attributes:
-        method: How the prior precision was chosen.
-        prior_precision: The choice.
-        reason: Why ``"auto"`` took no better method; empty where it did.
-        leave_one_out: What leave-one-out promises, where that was the method.
-        widest: What training texts say of the width, where that was the method.
-        structure: What the evidence says of the prior's structures, where it was to choose one.
-    """
-
-    method: str
-    prior_precision: Tensor
-    reason: str = ""
-    leave_one_out: LeaveOneOut | None = None
-    widest: Widest | None = None
-    structure: StructureChoice | None = None
-
-    def __str__(self) -> str:
-        report = self.leave_one_out or self.widest
-        if report is not None:
-            return str(report)
-        why = f" (not the default: {self.reason})" if self.reason else ""
-        structure = f", {self.structure}" if self.structure else ""
-        return f"{self.method}: prior precision {span(self.prior_precision, 3)}{structure}{why}"
 
 
 class Tuner:
