@@ -15,7 +15,7 @@ from torch import Tensor
 
 from laplace_lora.commands.plan import read_plan
 from laplace_lora.display.tables import span
-from laplace_lora.linalg.sketch import FactorSpec
+from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.storage.files import read_files
 from laplace_lora.structures.sizes import MIB, kron_size
 

@@ -22,7 +22,7 @@ from laplace_lora.curvature.kfac_rows import Rows
 from laplace_lora.curvature.kron_protocol import plain_kron
 from laplace_lora.likelihoods.base import Columns
 from laplace_lora.likelihoods.registry import likelihood_of
-from laplace_lora.linalg.sketch import FactorSpec
+from laplace_lora.linalg.factor_spec import FactorSpec
 
 
 class LoraCurvature(CurvatureInterface):

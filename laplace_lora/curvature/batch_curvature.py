@@ -11,8 +11,8 @@ from laplace_lora.curvature.engine import Engine, joined
 from laplace_lora.curvature.kfac import KfacSums
 from laplace_lora.curvature.kron_protocol import LowRankKron
 from laplace_lora.curvature.loss_gradient import LossGradient
+from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.linalg.kron_eigen import KronEigen
-from laplace_lora.linalg.sketch import FactorSpec
 
 
 def add_factors(

@@ -14,9 +14,10 @@ from laplace_lora.capture.tape import Tape
 from laplace_lora.capture.whole_tensors import whole_gradients
 from laplace_lora.curvature.kfac_rows import Rows
 from laplace_lora.curvature.loss_gradient import LossGradient, ResidualColumns
+from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.linalg.factors import DiagonalFactor, map_shared
 from laplace_lora.linalg.half_rows import HalfRows
-from laplace_lora.linalg.sketch import Factor, FactorSpec, LowRankFactor
+from laplace_lora.linalg.sketch import Factor, LowRankFactor
 
 
 class KfacSums:

@@ -21,8 +21,8 @@ from laplace_lora.data.sharding import unwrapped
 from laplace_lora.functional.hooks import factor_tensor, mask_notes
 from laplace_lora.functional.selection import selected_maps
 from laplace_lora.likelihoods.roots import sampled_softmax_root, softmax_root
+from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.linalg.factors import map_shared
-from laplace_lora.linalg.sketch import FactorSpec
 from laplace_lora.models.modes import evaluation_mode, gradients_needed
 from laplace_lora.models.thread_hooks import on_input
 

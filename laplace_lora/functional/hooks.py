@@ -15,8 +15,9 @@ from torch.utils.hooks import RemovableHandle
 from laplace_lora.curvature.kfac_rows import Rows
 from laplace_lora.data.masks import MASK_NAMES, token_mask
 from laplace_lora.functional.selection import selected_maps
+from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.linalg.factors import DenseFactor
-from laplace_lora.linalg.sketch import Factor, FactorSpec
+from laplace_lora.linalg.sketch import Factor
 
 
 def factor_tensor(factor: Factor) -> Tensor:

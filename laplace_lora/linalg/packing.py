@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from laplace_lora.linalg.eigen import DiagonalEigen, Eigen
+from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.linalg.factors import DenseFactor, DiagonalFactor
 from laplace_lora.linalg.kron import KronFactors
 from laplace_lora.linalg.kron_block import Side
 from laplace_lora.linalg.kron_eigen import KronEigen
 from laplace_lora.linalg.rounded import HALF, orthonormal
-from laplace_lora.linalg.sketch import Factor, FactorSpec, LowRankFactor, sketch_columns
+from laplace_lora.linalg.sketch import Factor, LowRankFactor, sketch_columns
 
 EIGEN = ("vectors", "values", "residual")
 SUMS = {DenseFactor: ["matrix"], LowRankFactor: ["sketch", "trace"], DiagonalFactor: ["diagonal"]}

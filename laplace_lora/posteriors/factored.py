@@ -8,7 +8,7 @@ from laplace import DiagLaplace, KronLaplace
 from torch import nn
 
 from laplace_lora.curvature.kron_protocol import LowRankKron, LowRankKronDecomposed
-from laplace_lora.linalg.sketch import FactorSpec
+from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.structures.diagonal import Diagonal
 from laplace_lora.structures.kron import Kron, KronCurvature

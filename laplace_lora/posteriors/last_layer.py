@@ -10,7 +10,7 @@ from torch import nn
 
 from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.registry import likelihood_of
-from laplace_lora.linalg.sketch import FactorSpec
+from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.models.last_layer_model import LastLayerModel
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.posteriors.base import LoraLaplace

@@ -14,8 +14,8 @@ from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.kfac import KfacSums
 from laplace_lora.curvature.kron_protocol import LowRankKron, LowRankKronDecomposed
 from laplace_lora.curvature.loss_gradient import LossGradient
+from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.linalg.packing import TABLE, diagonal_blocks, pack_kron, unpack_kron
-from laplace_lora.linalg.sketch import FactorSpec
 from laplace_lora.structures.eigenvalue_correction import CorrectedKron
 from laplace_lora.structures.sizes import kron_size, table_size
 

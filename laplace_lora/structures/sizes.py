@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from laplace_lora.linalg.sketch import FactorSpec, sketch_columns
+from laplace_lora.linalg.factor_spec import FactorSpec
+from laplace_lora.linalg.sketch import sketch_columns
 
 GIB, MIB = 2**30, 2**20
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.linalg.eigen import Eigen
+from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.linalg.row_storage import RowStorage, packed_rows, unpack_rows
-from laplace_lora.linalg.sketch import Factor, FactorSpec, LowRankFactor, sketch_columns
+from laplace_lora.linalg.sketch import Factor, LowRankFactor, sketch_columns
 from laplace_lora.structures.row_curvature import RowCurvature
 from laplace_lora.structures.rows import checked_rows
 

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from laplace_lora import KronLoraLaplace
 from laplace_lora.curvature.batch_curvature import add_factors
-from laplace_lora.linalg.sketch import FactorSpec
+from laplace_lora.linalg.factor_spec import FactorSpec
 from support.batches import loader, token_batch
 from support.models import peft_model
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.linalg.factors import TILE, DenseFactor, DiagonalFactor, map_shared
-from laplace_lora.linalg.sketch import FactorSpec, LowRankFactor
+from laplace_lora.linalg.sketch import LowRankFactor
 from support.references import assert_near
 
 D, RANK = 60, 8
