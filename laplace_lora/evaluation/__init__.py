@@ -8,10 +8,9 @@ from laplace_lora.evaluation.baselines import (
     LoraEnsemble,
     MCDropout,
     TemperatureScaling,
-    diagonal_laplace,
-    last_layer_laplace,
 )
 from laplace_lora.evaluation.evaluator import evaluate
+from laplace_lora.evaluation.laplace_baselines import diagonal_laplace, last_layer_laplace
 from laplace_lora.evaluation.plots import plot_reports
 from laplace_lora.evaluation.report import CalibrationReport, compare
 from laplace_lora.evaluation.training_free import TrainingFreeBayes

@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from peft import PeftModel
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from laplace_lora.data.batches import Batch, batch_labels, model_inputs
 from laplace_lora.data.distributed import together
@@ -23,23 +22,6 @@ from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.models.modes import evaluation_mode
-from laplace_lora.posteriors.factored import DiagLoraLaplace
-from laplace_lora.posteriors.last_layer import KronLoraLLLaplace
-
-
-class Tunable(Protocol):
-    """A posterior that can be fitted and have its prior tuned."""
-
-    def fit(self, train_loader: DataLoader[Any]) -> None:
-        """Fit the posterior to training data."""
-        ...
-
-    def optimize_prior_precision(self) -> None:
-        """Tune the prior by the marginal likelihood."""
-        ...
-
-
-Posterior = TypeVar("Posterior", bound=Tunable)
 
 
 class MAP:
@@ -55,7 +37,7 @@ class MAP:
 
     def __init__(self, model: nn.Module, target_ids: Sequence[int] | Tensor | None = None) -> None:
         self.model = LogitsModel.wrap(model, target_ids)
-        self.objective = likelihood_of(_likelihood(self.model))
+        self.objective = likelihood_of(likelihood_name(self.model))
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
@@ -220,40 +202,6 @@ class LoraEnsemble(MAP):
                 parameter.requires_grad_(required)
 
 
-def last_layer_laplace(
-    model: nn.Module, train_loader: DataLoader[Any], **kwargs: Any
-) -> KronLoraLLLaplace:
-    """Fit a last-layer Laplace posterior and tune its prior by the marginal likelihood.
-
-    Args:
-        model: A `PeftModel` or a `LogitsModel`.
-        train_loader: Training batches with labels.
-        **kwargs: Arguments of `KronLoraLLLaplace`.
-    """
-    likelihood = _likelihood(LogitsModel.wrap(model))
-    return _tuned(KronLoraLLLaplace(model, likelihood, **kwargs), train_loader)
-
-
-def diagonal_laplace(
-    model: nn.Module, train_loader: DataLoader[Any], **kwargs: Any
-) -> DiagLoraLaplace:
-    """Fit a diagonal Laplace posterior over the adapter and tune its prior likewise.
-
-    Args:
-        model: A `PeftModel` or a `LogitsModel`.
-        train_loader: Training batches with labels.
-        **kwargs: Arguments of `DiagLoraLaplace`.
-    """
-    likelihood = _likelihood(LogitsModel.wrap(model))
-    return _tuned(DiagLoraLaplace(model, likelihood, **kwargs), train_loader)
-
-
-def _likelihood(model: LogitsModel) -> str:
+def likelihood_name(model: LogitsModel) -> str:
     """Return the likelihood that a model's configuration says."""
     return "multilabel" if model.problem_type == MULTILABEL_PROBLEM else "classification"
-
-
-def _tuned(la: Posterior, train_loader: DataLoader[Any]) -> Posterior:
-    la.fit(train_loader)
-    la.optimize_prior_precision()
-    return la
