@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,18 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.fitting.further_directions import asked_for, check_count, next_directions
 from laplace_lora.fitting.passes import Pass, Sums
 from laplace_lora.structures.state import Posterior, PosteriorState
 from laplace_lora.structures.subspace import Subspace, spanned
 
 SHIFTS = (1.0, 30.0, 1000.0)  # prior precisions at which the structure's own inverse is tried
+STEPS = 4
+STABLE = math.log(1.1)  # of the prior precision that the evidence asks for
 
 
 def with_gradient_term(posterior: Posterior, summed: Callable[[Pass], Sums]) -> PosteriorState:
     """Return the state of a posterior whose gradient term is known.
 
-    One pass over the data for the loss's gradient where the fit has not collected it, and one for
-    the exact curvature along a few directions where the curvature itself does not do.
+    One pass over the data for the loss's gradient where the fit has not collected it. Where the
+    curvature itself does not do, three or more for the exact curvature along a few directions.
 
     Args:
         posterior: A fitted posterior.
@@ -44,24 +48,18 @@ def _gradient(posterior: Posterior, summed: Callable[[Pass], Sums]) -> Tensor:
         return loss, gradient if total is None else total.add_(gradient)
 
     sums = summed(Pass(add, lambda total: [total], "gradient", "Collecting the gradient"))
-    _check_count(posterior, sums)
+    check_count(posterior, sums)
     gradient: Tensor = sums.state
     return gradient
-
-
-def _check_count(posterior: Posterior, sums: Sums) -> None:
-    if sums.n != posterior.state.n_data:
-        raise ValueError(
-            f"the loader gives {sums.n} examples, the fit saw {posterior.state.n_data}; the "
-            "evidence's gradient term needs the training data of the fit"
-        )
 
 
 def subspace_of(posterior: Posterior, summed: Callable[[Pass], Sums]) -> Subspace:
     """Return the exact curvature along the gradient, the displacement and what follows from them.
 
-    The further directions are the products of the two with the structure's own curvature ``K``, and
-    ``(K + δ)⁻¹ g``: they take the place of Krylov vectors, which would cost a pass each.
+    The first directions are these two, the products of both with the structure's own curvature
+    ``K``, and ``(K + δ)⁻¹ g``, all from one pass. Steps of two passes each take further ones, see
+    `next_directions`, until one changes the prior precision that the evidence asks for by less than
+    a tenth.
 
     Args:
         posterior: A fitted posterior that knows the loss's gradient.
@@ -70,17 +68,41 @@ def subspace_of(posterior: Posterior, summed: Callable[[Pass], Sums]) -> Subspac
     Raises:
         ValueError: If the data are not those of the fit.
     """
-    engine, structure, state = posterior.engine, posterior.structure, posterior.state
+    structure, state = posterior.structure, posterior.state
     curvature, gradient = state.curvature, state.loss_gradient
     assert gradient is not None
     displacement = posterior.mean - posterior.settings.prior_mean
     starts = torch.stack([gradient, displacement.to(gradient)])
     rows = [starts, structure.product(curvature, starts)]
     rows += [structure.solve(curvature, starts[:1], delta) for delta in SHIFTS]
-    directions = torch.cat(rows)
+    directions = _orthonormal(torch.cat(rows))
+    subspace = _measured(posterior, directions, summed, "evidence")
+    delta = asked_for(posterior, subspace)
+    for step in range(1, STEPS + 1):
+        new = next_directions(posterior, directions, subspace, delta, summed, step)
+        if new is None:
+            break
+        directions = _orthonormal(torch.cat([directions, new]))
+        subspace = _measured(posterior, directions, summed, f"evidence-{step}")
+        before, delta = delta, asked_for(posterior, subspace)
+        if abs(math.log(delta / before)) <= STABLE:
+            break
+    return subspace
+
+
+def _orthonormal(directions: Tensor) -> Tensor:
+    """Return directions of the same span, so that no small difference is ever taken."""
     directions = directions / directions.norm(dim=1, keepdim=True).clamp(min=1e-30)
-    # Orthonormal, so that no small difference of large inner products is ever taken.
-    directions = torch.linalg.qr(directions.double().T).Q.T.to(gradient)
+    rows: Tensor = torch.linalg.qr(directions.double().T).Q.T
+    return rows.to(directions)
+
+
+def _measured(
+    posterior: Posterior, directions: Tensor, summed: Callable[[Pass], Sums], name: str
+) -> Subspace:
+    """Measure the exact curvature along directions in one pass over the data."""
+    engine, gradient = posterior.engine, posterior.state.loss_gradient
+    assert gradient is not None
     parts = directions.split(engine.sizes, dim=1)
 
     def add(total: Tensor | None, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,8 +113,9 @@ def subspace_of(posterior: Posterior, summed: Callable[[Pass], Sums]) -> Subspac
         matrix: Tensor = along.T @ along
         return loss, matrix if total is None else total + matrix
 
-    data_pass = Pass(add, lambda total: [total], "evidence", "Measuring curvature", [directions])
+    data_pass = Pass(add, lambda total: [total], name, "Measuring curvature", [directions])
     sums = summed(data_pass)
-    _check_count(posterior, sums)
+    check_count(posterior, sums)
+    displacement = posterior.mean - posterior.settings.prior_mean
     products = spanned(directions, sums.state, gradient, displacement, engine.sizes)
     return Subspace(*products, posterior.settings.prior_mean)

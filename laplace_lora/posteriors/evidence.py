@@ -29,8 +29,8 @@ class EvidenceLaplace(LaplaceNames):
 
         With the correction it is that of the quadratic expansion at weights that are no mode of
         prior and likelihood: ``½ bᵀ P⁻¹ b`` more. `FullLoraLaplace` knows the term exactly, see
-        `RowTerm`; the others a lower bound, see `Subspace`, which takes one pass over the training
-        data when it is first asked for. Without it, laplace-torch's.
+        `RowTerm`; the others a lower bound, see `Subspace`, which takes a few passes over the
+        training data when it is first asked for. Without it, laplace-torch's.
 
         Args:
             prior_precision: Replaces the present one.
@@ -72,8 +72,10 @@ class EvidenceLaplace(LaplaceNames):
     ) -> None:
         """Measure what the evidence's gradient term needs, unless it is known already.
 
-        One pass over the training data, or two where the fit draws labels, as of language models,
-        and has not collected the loss's gradient. Files that are saved afterwards hold the result.
+        Three passes over the training data, or some more until the prior that the evidence asks for
+        changes by less than a tenth; one more where the fit draws labels, as of language models,
+        and has not collected the loss's gradient. `FullLoraLaplace` needs none. Files that are
+        saved afterwards hold the result.
 
         Args:
             train_loader: The training data, if not those of the fit in this process.
@@ -89,7 +91,7 @@ class EvidenceLaplace(LaplaceNames):
         loader = self._train_loader if train_loader is None else train_loader
         if loader is None:
             raise ValueError(
-                "the evidence's gradient term takes one pass over the training data, which are "
+                "the evidence's gradient term takes passes over the training data, which are "
                 "not at hand: give `train_loader`, or take the evidence without it "
                 "(correction=False)"
             )

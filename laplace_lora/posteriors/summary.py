@@ -91,7 +91,7 @@ def _evidence(posterior: Posterior, plain: float, tuning: Tuning | None) -> str:
     if tuning is not None and tuning.method == "marglik":
         return f"{plain:.4f} nats, without the gradient term"
     # The plain one charges for where weights started, and so says little of other priors.
-    return "not measured; log_marginal_likelihood(correction=True) takes a pass over the data"
+    return "not measured; log_marginal_likelihood(correction=True) takes passes over the data"
 
 
 def _calibration(posterior: Posterior) -> str:

@@ -88,7 +88,7 @@ class TunedLaplace(LaplaceLoops):
             n_samples: Samples for ``"mc"``, common to all priors compared.
             tune_sigma_noise: For ``"marglik"`` of a regression: also the observation noise.
             correction: For ``"marglik"``: take in the gradient term that the evidence has because
-                trained weights are no mode of the prior; measured in a pass over the training data
+                trained weights are no mode of the prior; measured in passes over the training data
                 the first time. ``None`` does where it can, and warns where it cannot.
             recentre: For ``"loo"``: whether the posterior's mean may move.
             progress_bar: Whether to show progress, see `progress`.

@@ -116,7 +116,7 @@ class Structure(Protocol[Sums, Raw, Curvature]):
             displacement: Weights minus prior mean, ``(parameters,)``.
 
         Returns:
-            The term; ``None`` where it takes a pass over the data, see `Subspace`.
+            The term; ``None`` where it takes passes over the data, see `Subspace`.
         """
         ...
 

@@ -59,11 +59,30 @@ class Subspace:
         Returns:
             A float64 scalar.
         """
+        b, matrix = self._projected(prior, scale)
+        return 0.5 * b @ torch.linalg.solve(matrix, b)
+
+    def solution(self, prior: Tensor, scale: float | Tensor) -> Tensor:
+        """Return the coefficients of ``P⁻¹ b`` within the span, ``(m,)``; see `term`."""
+        b, matrix = self._projected(prior, scale)
+        return self.basis @ torch.linalg.solve(matrix, b)
+
+    def _projected(self, prior: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``b`` and ``P`` in the orthonormal basis."""
         precisions = prior.double().expand(len(self.grams)).to(self.grams.device)
         b = -scale * self.gradient - precisions @ self.displacement
         matrix = scale * self.curvature + torch.einsum("t,tij->ij", precisions, self.grams)
-        b, matrix = self.basis.T @ b, self.basis.T @ matrix @ self.basis
-        return 0.5 * b @ torch.linalg.solve(matrix, b)
+        return self.basis.T @ b, self.basis.T @ matrix @ self.basis
+
+    def first(self, m: int) -> Subspace:
+        """Return what the first ``m`` directions say."""
+        return Subspace(
+            self.grams[:, :m, :m],
+            self.curvature[:m, :m],
+            self.gradient[:m],
+            self.displacement[:, :m],
+            self.prior_mean,
+        )
 
     def to(self, device: torch.device) -> Subspace:
         """Return the same on another device."""

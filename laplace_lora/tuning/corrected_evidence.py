@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import torch
-from scipy.optimize import minimize
+from scipy.optimize import brentq, minimize
 from torch import Tensor
 
 from laplace_lora.structures.state import Posterior
@@ -18,7 +18,9 @@ from laplace_lora.tuning.evidence_curves import CoupledEvidence, EvidenceCurve, 
 from laplace_lora.tuning.line_search import refined
 
 PLATEAU = 0.01  # nats that do not count
-LOW, HIGH, STEP = math.log(1e-6), math.log(1e10), 0.5  # of log δ
+OUTSIDE = 1e30  # in the place of what is not credible; line searches take no infinity
+HIGHEST = 1e10  # prior precision
+LOW, HIGH, STEP = math.log(1e-6), math.log(HIGHEST), 0.5  # of log δ
 NOISE_RANGE = 6 * math.log(10)  # either way, of log σ
 
 
@@ -65,19 +67,32 @@ def _best_scalar(evidence: EvidenceCurve, log_noise: Tensor, bound: float) -> tu
 
     def descent(log_delta: float) -> float:
         value = evidence(torch.tensor([log_delta], dtype=torch.float64), log_noise)
-        return -float(value) if value <= bound else math.inf
+        return -float(value) if value <= bound else OUTSIDE
 
     points = torch.arange(LOW, HIGH, STEP, dtype=torch.float64).tolist()
     values = [descent(point) for point in points]
     best = min(range(len(points)), key=values.__getitem__)
-    if not math.isfinite(values[best]):
+    if values[best] >= OUTSIDE:
         raise FloatingPointError("the evidence is above zero for every prior precision")
     if values[-1] - values[best] <= PLATEAU:
         # Flat up to an infinitely strong prior: the data ask for no width. The weakest of the
         # priors that are as good keeps the numbers finite.
         weakest = next(i for i, value in enumerate(values) if value - values[best] <= PLATEAU)
         return points[weakest], False
-    return refined(descent, points, values, 1e-6), True
+    low, high = points[max(best - 1, 0)], points[min(best + 1, len(points) - 1)]
+    if _slope(evidence, low, log_noise) > 0 > _slope(evidence, high, log_noise):
+        root = brentq(lambda point: _slope(evidence, point, log_noise), low, high, xtol=1e-10)
+        if descent(root) <= values[best]:
+            return root, True
+    return refined(descent, points, values, 1e-6), True  # next to a bound, or to another maximum
+
+
+def _slope(evidence: EvidenceCurve, log_delta: float, log_noise: Tensor) -> float:
+    """Return the evidence's exact derivative in the log precision."""
+    variable = torch.tensor([log_delta], dtype=torch.float64, requires_grad=True)
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(evidence(variable, log_noise), variable)
+    return float(slope)
 
 
 def _climbed(

@@ -121,18 +121,11 @@ def test_further_directions_tighten_the_bound():
     la = posterior(**LOW)
     la.measure_gradient_term()
     whole = la.state.subspace
-    assert len(whole.gradient) == 7  # the directions of the guide
+    assert len(whole.gradient) >= 7 + 4  # those of the guide, and one step at least
     for delta in (0.1, 1.0, 50.0):
         values = []
-        for m in (1, 2, 3, 5, 7):
-            part = type(whole)(
-                whole.grams[:, :m, :m],
-                whole.curvature[:m, :m],
-                whole.gradient[:m],
-                whole.displacement[:, :m],
-                whole.prior_mean,
-            )
-            values.append(part.term(torch.tensor([delta]), 1.0).item())
+        for m in (1, 2, 3, 5, 7, 11):
+            values.append(whole.first(m).term(torch.tensor([delta]), 1.0).item())
         assert all(a <= b + 1e-9 for a, b in itertools.pairwise(values))
         assert values[-1] > values[0]
 
@@ -283,7 +276,7 @@ def test_without_the_data_it_says_what_it_needs(tmp_path):
     with pytest.raises(ValueError, match="give `train_loader`"):
         adopted.log_marginal_likelihood(correction=True)
     found = adopted.log_marginal_likelihood(correction=True, train_loader=loader())
-    assert_near(found, value, 1e-9)
+    assert_near(found, value, 1e-5)  # a gradient summed up anew: other remainders
 
 
 def test_an_evidence_above_zero_is_refused():

@@ -7,25 +7,11 @@ import torch
 
 from laplace_lora.tuning.width_check import warn_if_wide
 from support.batches import loader, token_batch
-from support.posteriors import posterior
-
-
-def trained():
-    """A classifier that has learnt its labels."""
-    la = posterior(name="bert", fit=False)
-    batch = token_batch((3, 6, 4, 6, 1, 5, 2))
-    optimizer = torch.optim.Adam(la.params, lr=0.02)
-    for _ in range(80):
-        optimizer.zero_grad()
-        la.objective.nll(la.model(batch), batch["labels"]).backward()
-        optimizer.step()
-    la.model.zero_grad()
-    la.fit(loader())
-    return la
+from support.memorised import memorised
 
 
 def test_a_wide_posterior_warns_with_the_difference():
-    la = trained()
+    la = memorised()
     la.prior_precision = 1e-3
     with torch.no_grad():
         batch = token_batch((3, 6, 4, 6, 1, 5, 2))
@@ -38,7 +24,7 @@ def test_a_wide_posterior_warns_with_the_difference():
 
 
 def test_a_narrow_one_does_not():
-    la = trained()
+    la = memorised()
     la.prior_precision = 1e6
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -46,7 +32,7 @@ def test_a_narrow_one_does_not():
 
 
 def test_the_marginal_likelihood_is_checked(monkeypatch):
-    la = trained()
+    la = memorised()
     monkeypatch.setattr("laplace_lora.tuning.width_check.LIMIT", -10.0)
     with pytest.warns(UserWarning, match="it is too wide"):
         la.optimize_prior_precision(method="marglik")

@@ -1,0 +1,111 @@
+"""Further directions of the subspace in which the evidence's gradient term is exact.
+
+The term ``½ bᵀ P⁻¹ b`` is what conjugate gradients for ``P⁻¹ b`` approach from below. So a step
+takes the remainder ``b − P V x`` of the best solution so far, preconditioned by the posterior's own
+curvature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora.fitting.passes import Pass, Sums
+from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.subspace import Subspace
+from laplace_lora.tuning.corrected_evidence import HIGHEST, corrected_precision
+from laplace_lora.tuning.marginal_likelihood import first_precision
+
+WIDER = (1.0, 30.0, 1000.0)  # factors of the prior precision in the preconditioner
+SOLVED = 1e-6  # remainder relative to the whole, below which the term is exact
+
+
+def asked_for(posterior: Posterior, subspace: Subspace) -> float:
+    """Return the scalar prior precision at the largest evidence with a subspace's term.
+
+    Args:
+        posterior: A fitted posterior that knows the loss's gradient.
+        subspace: Measured on its data.
+
+    Returns:
+        The precision; the largest that is searched, where no smaller one is credible.
+    """
+    found = replace(posterior, state=replace(posterior.state, subspace=subspace))
+    scalar = found.with_settings(first_precision(found))
+    try:
+        precision, _ = corrected_precision(scalar, torch.zeros(len(found.names), dtype=torch.long))
+    except FloatingPointError:
+        return HIGHEST
+    return float(precision)
+
+
+def next_directions(
+    posterior: Posterior,
+    directions: Tensor,
+    subspace: Subspace,
+    delta: float,
+    summed: Callable[[Pass], Sums],
+    step: int,
+) -> Tensor | None:
+    """Return the remainder of ``P⁻¹ b``, preconditioned, from one pass over the data.
+
+    Args:
+        posterior: A fitted posterior that knows the loss's gradient.
+        directions: Orthonormal directions of the subspace, ``(m, parameters)``.
+        subspace: What was measured along them.
+        delta: Prior precision, a scalar, in ``P`` and ``b``.
+        summed: Iterates over all its data and returns the sums.
+        step: Number of the step.
+
+    Returns:
+        The directions, ``(n, parameters)``; ``None`` if there is no remainder.
+
+    Raises:
+        ValueError: If the data are not those of the fit.
+    """
+    engine, structure = posterior.engine, posterior.structure
+    scale, gradient = float(posterior.scale.detach()), posterior.state.loss_gradient
+    assert gradient is not None
+    prior = torch.full((1,), delta, dtype=torch.float64)
+    solution = (subspace.solution(prior, scale) @ directions.double()).to(gradient)
+    parts = solution.split(engine.sizes)
+
+    def add(total: Tensor | None, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.random.fork_rng():  # where labels are drawn, both sweeps see the same
+            loss, blocks = engine.root_blocks(x, y)
+            along: Any = 0.0
+            for part, block in zip(parts, blocks, strict=True):
+                along = along + block.flatten(2) @ part
+        _, blocks = engine.root_blocks(x, y)
+        rows = [torch.einsum("nk,nkp->p", along, block.flatten(2)) for block in blocks]
+        product = torch.cat(rows).to(gradient)
+        return loss, product if total is None else total.add_(product)
+
+    name = f"evidence-product-{step}"
+    sums = summed(Pass(add, lambda total: [total], name, "Measuring curvature", [solution]))
+    check_count(posterior, sums)
+    displacement = (posterior.mean - posterior.settings.prior_mean).to(gradient)
+    b = -scale * gradient - delta * displacement
+    remainder = b - scale * sums.state - delta * solution
+    if float(remainder.norm()) <= SOLVED * float(b.norm()):
+        return None
+    rows, curvature = remainder.unsqueeze(0), posterior.state.curvature
+    solved = [structure.solve(curvature, rows, factor * delta / scale) for factor in WIDER]
+    return torch.cat([*solved, rows])
+
+
+def check_count(posterior: Posterior, sums: Sums) -> None:
+    """Refuse data that cannot be those of the fit.
+
+    Raises:
+        ValueError: If they are more or fewer.
+    """
+    if sums.n != posterior.state.n_data:
+        raise ValueError(
+            f"the loader gives {sums.n} examples, the fit saw {posterior.state.n_data}; the "
+            "evidence's gradient term needs the training data of the fit"
+        )
