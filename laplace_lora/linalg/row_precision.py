@@ -56,8 +56,9 @@ class RowPrecision:
     def covariance(self, jacobians: Iterable[Tensor]) -> Tensor:
         """Return ``J P⁻¹ Jᵀ`` of Jacobians given tensor by tensor.
 
-        The prior's part minus the data's, in float64. The error is that of the products, about
-        1e-6 of the prior's part in single precision.
+        The prior's part minus the data's. Under a wide prior they cancel by eight digits and more,
+        where single precision gave negative variances, so the products are float64's: for 32
+        examples and 400 rows of 460 000 entries 0.5 instead of 0.2 s on one core.
 
         Args:
             jacobians: Of each tensor in turn, ``(batch, outputs, *shape)``.
@@ -181,12 +182,12 @@ class RowPrecision:
         prior: list[Any] = [0.0] * count  # tensors from the first term on
         onto: list[Any] = [0.0] * count
         for i, block in enumerate(blocks):
-            J, group = block.flatten(2), groups[i]
+            J, group = block.flatten(2).double(), groups[i]
             scaled = J / self.pattern[i].to(J)
-            prior[group] = prior[group] + (scaled @ J.mT).double()
-            for columns, Z in self.rows.pieces(i):
-                onto[group] = onto[group] + scaled[..., columns].to(Z) @ Z.T
-        return torch.stack(prior, 1), torch.stack(onto, 1).double()
+            prior[group] = prior[group] + scaled @ J.mT
+            for columns, Z in self.rows.pieces(i, torch.float64):
+                onto[group] = onto[group] + scaled[..., columns] @ Z.T
+        return torch.stack(prior, 1), torch.stack(onto, 1)
 
     def _moments(self, blocks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """Return ``J R⁻¹ Jᵀ`` and ``J R⁻¹ Zᵀ U`` in float64."""

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from laplace_lora.linalg.row_precision import RowPrecision
+from laplace_lora.linalg.row_storage import RowStorage
 from support.exact_posteriors import BOTH, LAYERS, exact_posterior
 from support.references import assert_near
 
@@ -20,3 +22,22 @@ def test_covariance_times_precision_is_the_identity(cls, kwargs, prior):
     for query in (P.diag, P.to_matrix):
         with pytest.raises(ValueError, match="1 or -1"):
             query(2)
+
+
+@pytest.mark.parametrize("delta", [1.0, 1e-4])
+def test_single_precision_rows_keep_small_variances_under_a_wide_prior(delta):
+    generator = torch.Generator().manual_seed(0)
+    Z = 30 * torch.randn(20, 300, generator=generator)
+    rows = RowStorage([300], torch.float32, torch.float32, torch.device("cpu"))
+    rows.append(0, Z)
+    values, vectors = torch.linalg.eigh(Z.double() @ Z.double().T)
+    P = RowPrecision(rows, [torch.ones(())], values, vectors, 1.0, delta)
+    J = Z[:6].view(3, 2, 300)  # the data leave these directions a variance below one
+    true = J.double() @ torch.linalg.solve(
+        Z.double().T @ Z.double() + delta * torch.eye(300).double(), J.double().mT
+    )
+    assert float(true.max()) < 1.01
+    ((_, grams),) = P.gram_blocks([J])
+    for form in (P.covariance([J]), sum((M / (e + delta)).sum(-1) for e, M in grams)):
+        assert form.dtype == torch.float32
+        assert (form - true).abs().max() < 1e-4
