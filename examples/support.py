@@ -139,6 +139,7 @@ def load_decoder() -> tuple[PreTrainedModel, Any]:
     (folder,) = found.submodule_search_locations or ()
     (file,) = Path(folder).glob("*.gguf")
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
     # What was read counts as quantised, and refuses to be saved: its weights move to a plain model.
     config = read.config

@@ -8,6 +8,8 @@ A checkpoint is a folder as PEFT saves it. ``training.json`` in it says how it w
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import json
 import time
 import warnings
@@ -103,8 +105,14 @@ def base_model(task: Task) -> torch.nn.Module:
     if task.target_ids is None:
         return support.load_base(task.model, task.classes)[0]
     if task.model == support.DECODER:
-        return support.load_decoder()[0]
+        return copy.deepcopy(_decoder())
     return AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32)
+
+
+@functools.lru_cache(maxsize=1)
+def _decoder() -> torch.nn.Module:
+    """Return the packaged decoder, which takes seconds to read, and is read often."""
+    return support.load_decoder()[0]
 
 
 def pretrained(task: Task, args: argparse.Namespace, seed: int) -> PeftModel:
@@ -134,16 +142,23 @@ def epoch_seconds(task: Task, args: argparse.Namespace) -> float:
     return json.loads(path.read_text())["seconds"]
 
 
-def train(model: PeftModel, task: Task, args: argparse.Namespace) -> dict[str, float]:
-    """Fine-tune with AdamW on the cross-entropy of the classes or answers."""
-    logits = LogitsModel(model, task.target_ids)
+def training_loader(
+    task: Task, args: argparse.Namespace, optimizer: torch.optim.Optimizer
+) -> tuple[DataLoader, torch.optim.lr_scheduler.LRScheduler]:
+    """Return the batches of a training, of texts of like length, and the schedule of its rate."""
     rows = task.splits["train"]
     lengths = [len(row["input_ids"]) for row in rows]
     sampler = LengthGroupedSampler(BATCH_SIZE, lengths=lengths)
     loader = DataLoader(rows, BATCH_SIZE, sampler=sampler, collate_fn=task.collate)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.rate)
     steps = args.epochs * len(loader)
-    schedule = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
+    return loader, get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
+
+
+def train(model: PeftModel, task: Task, args: argparse.Namespace) -> dict[str, float]:
+    """Fine-tune with AdamW on the cross-entropy of the classes or answers."""
+    logits = LogitsModel(model, task.target_ids)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.rate)
+    loader, schedule = training_loader(task, args, optimizer)
 
     def loss_of(batch: dict[str, Tensor]) -> Tensor:
         with torch.autocast(str(args.device), torch.bfloat16, enabled=args.autocast):

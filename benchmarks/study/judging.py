@@ -91,7 +91,7 @@ def over_checkpoints(
     """Return the figures of all trained checkpoints, by name; each is computed once.
 
     Args:
-        args: ``data``, ``out``, ``device``, ``report`` and ``only``, the start of the names.
+        args: ``data``, ``out``, ``device``, ``report`` and ``only``, how the names start.
         figures: From training, data, out and device to what is kept.
         file: Where it is kept, beside each checkpoint.
     """
@@ -100,7 +100,7 @@ def over_checkpoints(
         name = training.name
         folder = args.out / "checkpoints" / name
         path = folder / file
-        trained = (folder / "training.json").exists() and name.startswith(args.only)
+        trained = (folder / "training.json").exists() and name.startswith(tuple(args.only))
         if not path.exists() and (args.report or not trained):
             continue
         if not path.exists():

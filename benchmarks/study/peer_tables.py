@@ -50,7 +50,8 @@ class Cell:
         method: The method's.
         labels: By split, ``(rows,)``.
         probs: Class probabilities by split, ``(rows, classes)``.
-        cost: Seconds to ``fit`` and to ``predict`` the test rows, ``bytes`` that are stored.
+        cost: ``bytes`` that are stored and, where they were measured, the seconds to ``fit`` and to
+            ``predict`` the test rows.
     """
 
     name: str
@@ -203,10 +204,11 @@ def _wins(cells: list[Cell]) -> list[dict[str, str]]:
 
 
 def _costs(cells: list[Cell]) -> list[dict[str, str]]:
-    bare = {cell.name: cell.cost["predict"] for cell in cells if cell.method == "MAP"}
+    timed = [cell for cell in cells if "predict" in cell.cost]
+    bare = {cell.name: cell.cost["predict"] for cell in timed if cell.method == "MAP"}
     rows = []
-    for method in _methods(cells):
-        mine = [cell for cell in cells if cell.method == method and cell.name in bare]
+    for method in _methods(timed):
+        mine = [cell for cell in timed if cell.method == method and cell.name in bare]
         row = {"method": method}
         for key in ("fit", "predict"):
             row[key] = f"{statistics.median(c.cost[key] / bare[c.name] for c in mine):.1f}"

@@ -1,177 +1,133 @@
 """Every method on the same checkpoints: class probabilities, computed once and kept.
 
-Fixed before test rows were read: the methods and their settings below, those of
-`benchmarks.study.trainings`, and the rows. Nothing is chosen on test rows. Methods without labels
-see the training rows only; methods with labels see the first 50 or all 200 validation rows, with
-which no checkpoint was trained. "Paper" is the setting of Yang et al. (2024, arXiv:2308.13111): a
-zero prior mean and one precision by the plain evidence, probit link. TFB searches its width on the
-training rows. "Ensemble" averages a cell's three trainings.
+The methods are those of `bench`, where it says what was fixed in advance; "ensemble" averages a
+cell's three trainings. A checkpoint that is not there yet is trained first.
 
-    python -m benchmarks.study.peers --data DATA --out OUT
+    python -m benchmarks.study.peers --data DATA --out OUT --workers 2
 
-Checkpoints that are not trained yet are left out. A method's probabilities are kept in ``peers``
-beside each checkpoint, with the processor seconds of this process and the bytes it stores; what is
-there is not computed again. Seconds to calibrate come on top of the fit's. `peer_tables` makes the
-tables.
+A method's probabilities are kept in ``peers`` beside each checkpoint, with the seconds it took and
+the bytes it stores; what is there is not computed again, so a run may be interrupted. Seconds are
+this process's own on a CPU, and kept only where no other worker shared an accelerator; seconds to
+calibrate come on top of the fit's. `peer_tables` makes the tables.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+import multiprocessing
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
 
 from benchmarks.harness.arguments import prepare
 from benchmarks.harness.report import write_report
-from benchmarks.study.judging import FIT_BATCH
+from benchmarks.study.bench import ENCODER_ONLY, METHODS, PROBIT, Bench
+from benchmarks.study.checkpoints import checkpoint
 from benchmarks.study.methods import Stopwatch, evaluated_splits, stored_bytes
 from benchmarks.study.peer_tables import Cell, tables_of
-from benchmarks.study.tasks import Task
-from benchmarks.study.trainings import (
-    EVALUATION_BATCH,
-    Training,
-    checkpoint_parser,
-    in_order,
-    load_checkpoint,
-)
-from laplace_lora import (
-    DiagLoraLaplace,
-    FullLoraLaplace,
-    KronLoraLaplace,
-    KronLoraLLLaplace,
-    LogitsModel,
-)
-from laplace_lora.evaluation import MAP, MCDropout, TemperatureScaling, TrainingFreeBayes
+from benchmarks.study.retrained import VariationalMean
+from benchmarks.study.trainings import Training, checkpoint_parser, in_order
+from laplace_lora import LogitsModel
+from laplace_lora.evaluation import MAP
 
 FOLDER = "peers"
 LABELS = "labels"
-SAMPLES = 10
-
-
-class Bench:
-    """A checkpoint, and the posterior that several methods share on it.
-
-    Args:
-        task: Its data.
-        model: The fine-tuned model.
-    """
-
-    def __init__(self, task: Task, model: LogitsModel) -> None:
-        self.task, self.model = task, model
-
-    @property
-    def train(self) -> DataLoader:
-        """The training rows, in the batches of a fit."""
-        return self.task.loader("train", FIT_BATCH)
-
-    def validation(self, labels: int) -> DataLoader:
-        """Return the first validation rows."""
-        rows = self.task.splits["val"][:labels]
-        return DataLoader(rows, EVALUATION_BATCH, collate_fn=self.task.collate)
-
-    def tuned(self, make: Callable[..., Any], **kwargs: Any) -> Any:
-        """Return a posterior fitted to the training rows, its prior tuned by the default."""
-        la = make(self.model, "classification", **kwargs)
-        la.fit(self.train)
-        la.optimize_prior_precision(train_loader=self.train)
-        return la
-
-    def kfac(self) -> Any:
-        """Return the default posterior, fitted once, as it was tuned."""
-        la, state = self._kfac
-        la.state = state
-        return la
-
-    @cached_property
-    def _kfac(self) -> tuple[Any, Any]:
-        la = self.tuned(KronLoraLaplace)
-        return la, la.state
-
-
-def _paper(bench: Bench) -> Any:
-    la = KronLoraLaplace(bench.model, "classification")
-    la.fit(bench.train)
-    la.optimize_prior_precision(method="marglik", correction=False)
-    return la
-
-
-def _calibrated(bench: Bench, labels: int) -> Any:
-    la = bench.kfac()
-    la.calibrate(bench.validation(labels))
-    return la
-
-
-def _scaled(bench: Bench, labels: int) -> TemperatureScaling:
-    return TemperatureScaling(bench.model, bench.validation(labels))
-
-
-METHODS: dict[str, Callable[[Bench], Any]] = {
-    "MAP": lambda bench: MAP(bench.model),
-    "temperature scaling, 50": lambda bench: _scaled(bench, 50),
-    "temperature scaling, 200": lambda bench: _scaled(bench, 200),
-    "K-FAC": Bench.kfac,
-    "K-FAC calibrated, 50": lambda bench: _calibrated(bench, 50),
-    "K-FAC calibrated, 200": lambda bench: _calibrated(bench, 200),
-    "K-FAC, paper": _paper,
-    "TFB": lambda bench: TrainingFreeBayes(bench.model, bench.train, n_samples=SAMPLES),
-    "MC dropout": lambda bench: MCDropout(bench.model, SAMPLES),
-    "last layer": lambda bench: bench.tuned(KronLoraLLLaplace),
-    "diagonal": lambda bench: bench.tuned(DiagLoraLaplace),
-    "exact": lambda bench: bench.tuned(FullLoraLaplace),
-    "K-FAC, corrected": lambda bench: bench.tuned(KronLoraLaplace, eigenvalue_correction=True),
-}
-PROBIT = "K-FAC, paper"
 ENSEMBLE = "ensemble"
 
 
-def compute(training: Training, args: argparse.Namespace, names: list[str]) -> None:
-    """Compute the methods of a checkpoint that are not there yet."""
+def compute(training: Training, args: argparse.Namespace, names: list[str]) -> list[str]:
+    """Compute the methods of a checkpoint that are not there yet.
+
+    Returns:
+        What failed, as checkpoint and method; the other methods are computed all the same.
+    """
     folder = args.out / "checkpoints" / training.name / FOLDER
     missing = [name for name in names if not _path(folder, name).exists()]
-    if training.model == "decoder" and "last layer" in missing:
-        missing.remove("last layer")  # its head is the base model's, and frozen
+    if training.model == "decoder" and ENCODER_ONLY in missing:
+        missing.remove(ENCODER_ONLY)
     if not missing:
-        return
+        return []
+    task, how = training.load(args.data, args.out, args.device)
+    model, _ = checkpoint(task, how, training.seed)
+    bench = Bench(task, LogitsModel(model, task.target_ids), how, training.seed)
     folder.mkdir(exist_ok=True)
-    task, model, _ = load_checkpoint(
-        **vars(training), data=args.data, out=args.out, device=args.device
-    )
-    bench = Bench(task, LogitsModel(model, task.target_ids))
-    splits = evaluated_splits(task)
     labels = {
-        split: torch.tensor([row["labels"] for row in task.splits[split]]) for split in splits
+        split: torch.tensor([row["labels"] for row in task.splits[split]])
+        for split in evaluated_splits(task)
     }
     save_file(labels, _path(folder, LABELS))
+    failed = []
     for name in missing:
-        watch = Stopwatch(args.device)
-        method = METHODS[name](bench)
-        fit = watch.lap()
-        predict = partial(method, link_approx="probit") if name == PROBIT else method
-        probs, seconds = {}, {}
-        for split in splits:
-            watch = Stopwatch(args.device)
-            parts = [predict(batch) for batch in task.loader(split, EVALUATION_BATCH)]
-            probs[split] = torch.cat(parts).detach().float().cpu().contiguous()
-            seconds[split] = watch.lap()
-        stored = 0 if isinstance(method, MAP) else stored_bytes(method)
-        cost = {"fit": fit, "predict": seconds["test"], "bytes": stored}
-        _path(folder, name).with_suffix(".json").write_text(json.dumps(cost))
-        save_file(probs, _path(folder, name))
-        print(f"{training.name}: {name}, {fit:.0f} s, {seconds['test']:.0f} s", flush=True)
+        try:
+            _compute_one(bench, training, name, folder, alone=args.workers == 1)
+        except Exception:  # the other methods may work
+            traceback.print_exc()
+            failed.append(f"{training.name}: {name}")
+    return failed
+
+
+def _compute_one(bench: Bench, training: Training, name: str, folder: Path, alone: bool) -> None:
+    """Compute and keep the probabilities of one method."""
+    watch = Stopwatch(bench.args.device)
+    method = METHODS[name](bench)
+    fit = watch.lap()
+    predict = partial(method, link_approx="probit") if name == PROBIT else method
+    probs, seconds = {}, {}
+    for split in evaluated_splits(bench.task):
+        watch = Stopwatch(bench.args.device)
+        parts = [predict(batch) for batch in bench.loader(split)]
+        probs[split] = torch.cat(parts).detach().float().cpu().contiguous()
+        seconds[split] = watch.lap()
+    cost = {"bytes": float(_stored(method))}
+    if alone or torch.device(bench.args.device).type == "cpu":
+        cost |= {"fit": fit, "predict": seconds["test"]}
+    _path(folder, name).with_suffix(".json").write_text(json.dumps(cost))
+    partial_file = _path(folder, name).with_suffix(".partial")
+    save_file(probs, partial_file)
+    partial_file.replace(_path(folder, name))  # a run that is cut short leaves whole files only
+    print(f"{training.name}: {name}, {fit:.0f} s, {seconds['test']:.0f} s", flush=True)
+
+
+def _stored(method: object) -> int:
+    if isinstance(method, VariationalMean):
+        return method.bytes
+    return 0 if isinstance(method, MAP) else stored_bytes(method)
+
+
+def compute_all(trainings: list[Training], args: argparse.Namespace) -> list[str]:
+    """Compute what is missing, in several processes if asked; return what failed."""
+    if args.workers == 1:
+        return [each for training in trainings for each in compute(training, args, args.methods)]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([Bench.__module__])
+    failed = []
+    with ProcessPoolExecutor(args.workers, context, _prepare, (args,)) as pool:
+        jobs = {pool.submit(compute, each, args, args.methods): each for each in trainings}
+        for job in as_completed(jobs):
+            try:
+                failed += job.result()
+            except (Exception, SystemExit) as error:  # the other checkpoints may work
+                traceback.print_exc()
+                failed.append(f"{jobs[job].name}: {error}")
+    return failed
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    """Set threads in a worker."""
+    prepare(args)
 
 
 def cells(args: argparse.Namespace) -> Iterator[Cell]:
     """Yield what is finished."""
-    for training in in_order():
+    for training in wanted(args):
         folder = args.out / "checkpoints" / training.name / FOLDER
-        if not training.name.startswith(args.only) or not _path(folder, LABELS).exists():
+        if not _path(folder, LABELS).exists():
             continue
         labels = load_file(_path(folder, LABELS))
         for name in METHODS:
@@ -196,12 +152,17 @@ def with_ensembles(found: list[Cell]) -> list[Cell]:
             split: torch.stack([member.probs[split] for member in members]).mean(0)
             for split in members[0].probs
         }
-        cost = {"fit": 0.0, "predict": sum(member.cost["predict"] for member in members)}
-        ensembles += [
-            Cell(member.name, ENSEMBLE, member.labels, probs, {**member.cost, **cost})
-            for member in members
-        ]
+        cost: dict[str, float] = {"bytes": 0.0}
+        if all("predict" in member.cost for member in members):
+            cost |= {"fit": 0.0, "predict": sum(member.cost["predict"] for member in members)}
+        ensembles += [Cell(member.name, ENSEMBLE, member.labels, probs, cost) for member in members]
     return [*found, *ensembles]
+
+
+def wanted(args: argparse.Namespace) -> list[Training]:
+    """Return the trainings that the arguments name, a seed after the other."""
+    chosen = [each for each in in_order() if each.name.startswith(tuple(args.only))]
+    return sorted(chosen, key=lambda training: training.seed)
 
 
 def _path(folder: Path, name: str) -> Path:
@@ -211,15 +172,14 @@ def _path(folder: Path, name: str) -> Path:
 def main() -> None:
     parser = checkpoint_parser(__doc__)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--workers", type=int, default=1, help="checkpoints at a time")
     args = parser.parse_args()
     prepare(args)
-    if not args.report:
-        for training in sorted(in_order(), key=lambda training: training.seed):
-            trained = (args.out / "checkpoints" / training.name / "training.json").exists()
-            if trained and training.name.startswith(args.only):
-                compute(training, args, args.methods)
+    failed = [] if args.report else compute_all(wanted(args), args)
     tables, raw = tables_of(with_ensembles(list(cells(args))))
     write_report("study.peers", args, tables, raw)
+    if failed:
+        raise SystemExit("failed: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The study's checkpoints: a decoder and an encoder, each trained briefly and for long.
 
 Three seeds each of SmolLM2-135M-Instruct, which answers with a token, and of the quickstart's
-encoder, on 400 rows, with 200 held out for validation. A long training is one of its own, not a
-short one continued: the learning rate falls over its whole length.
+encoder, on 400 rows, or on 1000, with 500 others held out for validation. A long training is one of
+its own, not a short one continued: the learning rate falls over its whole length.
 
     python -m benchmarks.study.trainings --data DATA --out OUT
 
@@ -33,10 +33,13 @@ from laplace_lora.evaluation import MAP, TemperatureScaling, evaluate
 EPOCHS = {
     ("decoder", "short"): 3,
     ("decoder", "long"): 8,
+    ("decoder", "large"): 3,
     ("encoder", "short"): 8,
     ("encoder", "long"): 15,
+    ("encoder", "large"): 8,
 }
-SIZES = {"train-size": 400, "val-size": 200, "test-size": 400, "shifted-size": 300}
+SIZES = {"train-size": 400, "val-size": 500, "test-size": 500, "shifted-size": 300}
+LARGE = 1000  # training rows of the checkpoints whose length is "large"
 RATE = 1e-3
 SEEDS = (0, 1, 2)
 FIGURES = "map.json"
@@ -50,7 +53,7 @@ class Training:
     Attributes:
         model: ``"decoder"`` or ``"encoder"``.
         task: Name of the data set.
-        length: ``"short"`` or ``"long"``.
+        length: ``"short"`` or ``"long"``; ``"large"`` is a short one on more rows.
         seed: Of head, adapter, batch order and dropout.
     """
 
@@ -77,6 +80,8 @@ class Training:
         add_study_arguments(parser, [self.seed])
         values: dict[str, Any] = {"data": data, "out": out, "device": device, **SIZES}
         values |= {"rate": RATE, "epochs": EPOCHS[self.model, self.length]}
+        if self.length == "large":
+            values["train-size"] = LARGE
         given = [f"--{name}={value}" for name, value in values.items()]
         if self.model == "decoder":
             given.append("--decoder")
@@ -91,17 +96,16 @@ def in_order() -> list[Training]:
     def seeds(model: str, length: str, *tasks: str) -> list[Training]:
         return [Training(model, task, length, s) for task, s in itertools.product(tasks, SEEDS)]
 
-    encoded = ("trec6", "sst2", "cola")
+    encoded, decoded = ("trec6", "sst2", "cola", "rte"), ("sst2", "trec6", "cola")
     wanted = [
-        Training("decoder", "sst2", "short", 0),
         *seeds("encoder", "long", *encoded),
         *seeds("encoder", "short", *encoded),
-        *seeds("decoder", "short", "sst2", "trec6"),
-        *seeds("decoder", "long", "sst2", "trec6"),
-        *seeds("encoder", "short", "rte"),
-        *seeds("encoder", "long", "rte"),
-        *seeds("decoder", "short", "rte"),
-        *seeds("decoder", "long", "rte"),
+        *seeds("decoder", "short", *decoded),
+        *seeds("decoder", "long", *decoded),
+        *seeds("encoder", "large", *encoded),
+        *seeds("decoder", "large", *decoded),
+        *seeds("decoder", "short", "rte", "arc_easy"),
+        *seeds("decoder", "long", "rte", "arc_easy"),
     ]
     return list(dict.fromkeys(wanted))
 
@@ -114,7 +118,7 @@ def load_checkpoint(
     Args:
         model: ``"decoder"`` or ``"encoder"``.
         task: Such as ``"sst2"``.
-        length: ``"short"`` or ``"long"``.
+        length: ``"short"``, ``"long"`` or ``"large"``.
         seed: One of `SEEDS`.
         data: Folder with the tasks' folders.
         out: Folder with the ``checkpoints``.
@@ -171,7 +175,8 @@ def checkpoint_parser(description: str | None) -> argparse.ArgumentParser:
     parser = plain_parser(description)
     parser.add_argument("--data", type=Path, required=True, help="folder with the tasks' folders")
     parser.add_argument("--out", type=Path, default=RESULTS / "study", help="folder of checkpoints")
-    parser.add_argument("--only", default="", help="checkpoints whose name starts so")
+    only = "checkpoints whose names start so, as decoder-sst2"
+    parser.add_argument("--only", nargs="+", default=[""], help=only)
     parser.add_argument("--report", action="store_true", help="only report what is finished")
     parser.add_argument("--device", default="cpu", help="torch device, such as cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
@@ -185,7 +190,7 @@ def main() -> None:
     rows = []
     for training in in_order():
         folder = args.out / "checkpoints" / training.name
-        if not training.name.startswith(args.only):
+        if not training.name.startswith(tuple(args.only)):
             continue
         if args.report and not (folder / FIGURES).exists():
             continue

@@ -1,6 +1,7 @@
 """The comparison of methods: what it computes once, and its tables by hand."""
 
 import argparse
+import importlib
 import itertools
 import math
 from pathlib import Path
@@ -77,23 +78,29 @@ def test_an_ensemble_averages_three_seeds(peers):
 
 
 def test_methods_are_computed_once(peers, monkeypatch, tmp_path, capsys):
+    from benchmarks.study.bench import METHODS
     from benchmarks.study.tasks import Task
 
-    batch = token_batch([1 + n % 6 for n in range(60)])
+    batch = token_batch([1 + n % 6 for n in range(240)])
     model = peft_model("bert")
-    learnt = torch.arange(60) % 3 > 0
+    learnt = torch.arange(240) % 3 > 0
     batch["labels"][learnt] = peers.MAP(model).logits(batch)[learnt].argmax(-1)
-    rows = [{key: value[n] for key, value in batch.items()} for n in range(60)]
+    rows = [{key: value[n] for key, value in batch.items()} for n in range(240)]
     splits = {"train": rows[:40], "val": rows, "test": rows[:3], "shifted": rows[2:8]}
     task = Task("tiny", "", 3, None, default_collate, splits)
     training = peers.Training("encoder", "trec6", "short", 0)
     monkeypatch.setattr(peers, "in_order", lambda: [training])
-    monkeypatch.setattr(peers, "load_checkpoint", lambda **k: (task, model, {}))
-    args = argparse.Namespace(out=tmp_path, data=tmp_path, device="cpu", only="")
+    how = argparse.Namespace(device="cpu", rate=1e-3, epochs=1, autocast=False)
+    monkeypatch.setattr(peers.Training, "load", lambda self, data, out, device: (task, how))
+    monkeypatch.setattr(peers, "checkpoint", lambda task, args, seed: (model, {}))
+    for place in ("retrained", "checkpoints"):
+        module = importlib.import_module(f"benchmarks.study.{place}")
+        monkeypatch.setattr(module, "pretrained", lambda task, args, seed: peft_model("bert"))
+    args = argparse.Namespace(out=tmp_path, data=tmp_path, device="cpu", only=[""], workers=1)
     folder = tmp_path / "checkpoints" / training.name
     folder.mkdir(parents=True)
-    names = list(peers.METHODS)
-    peers.compute(training, args, names)
+    names = list(METHODS)
+    assert peers.compute(training, args, names) == []
     assert len(capsys.readouterr().out.splitlines()) == len(names)
     found = {each.method: each for each in peers.cells(args)}
     assert list(found) == names
