@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_lora.adapters.maps import Block, LinearMap, wide_dtype
+from laplace_lora.capture.differentiable import differentiable_jacobians
 from laplace_lora.capture.jacobians import jacobian_blocks
 from laplace_lora.capture.tape import Tape
 from laplace_lora.curvature.kfac_rows import Rows
@@ -22,7 +23,6 @@ from laplace_lora.likelihoods.base import Columns, Likelihood
 from laplace_lora.likelihoods.links import check_finite
 from laplace_lora.likelihoods.roots import identity_root
 from laplace_lora.models.modes import device_of
-from laplace_lora.models.twins import resampled
 
 Root = Callable[[Tensor, Tensor], Tensor]
 
@@ -151,30 +151,15 @@ class Engine:
         roots = identity_root(f) if columns is None else columns(f)
         return f, jacobian_blocks(tape, blocks, roots, self.dtype)
 
-    @torch.enable_grad()
     def differentiable_jacobians(self, x: Any) -> tuple[Tensor, Tensor]:
-        """Return outputs and Jacobians through which gradients flow, by `torch.func.jacrev`.
+        """Return outputs and Jacobians that can be differentiated, see `capture.differentiable`.
 
-        Args:
-            x: Batch that the model takes.
-
-        Returns:
-            Outputs ``(batch, outputs)`` and Jacobians ``(batch, outputs, parameters)``.
+        Raises:
+            ValueError: If the outputs are those of a language model.
+            FloatingPointError: If they are not finite; names the rows.
         """
         self.check_outputs_few()
-        weights = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
-        buffers = dict(self.model.named_buffers())
-
-        def outputs(weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            f = torch.func.functional_call(twin, (weights, buffers), (x,))
-            return f, f
-
-        # On a twin, as a functional call replaces the tensors of its modules.
-        with resampled(self.model, []) as (twin, _):
-            jacobians, f = torch.func.jacrev(outputs, has_aux=True)(weights)
-        check_finite(f)
-        parts = [jacobians[k].flatten(start_dim=-p.ndim) for k, p in weights.items()]
-        return f, torch.cat(parts, dim=-1)
+        return differentiable_jacobians(self.model, x)
 
     def root_blocks(
         self, x: Any, y: Tensor, gradient: LossGradient | None = None
