@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from laplace_lora.data.batches import Batch
+from laplace_lora.data.columns import in_order, joined_columns
 from laplace_lora.data.messages import OtherProcessFailed, ProcessLost, messages
 from laplace_lora.data.reading import Reading
 from laplace_lora.data.shares import processes, share_of
@@ -104,7 +105,7 @@ class Together:
             ValueError: If the rows of batches differ in shape, as those of multiple-choice models
                 do whose examples have different numbers of choices.
         """
-        joined = {name: _joined(parts) for name, parts in columns.items() if parts}
+        joined = joined_columns(columns)
         read = self._readings[-1].places if self._readings else None
         if read is None:
             return joined
@@ -112,16 +113,10 @@ class Together:
         if not self.shared:  # this process has had everyone's
             return {name: column[places.argsort()] for name, column in joined.items()}
         local = {name: column.detach().cpu() for name, column in joined.items()}
-        reports = [r for r in self._exchange("rows", (local, places)) if len(r[1])]
-        if not reports:
-            return {}
-        names = [n for n in reports[0][0] if all(n in report for report, _ in reports)]
-        order = torch.cat([places for _, places in reports]).argsort()
+        whole = in_order(self._exchange("rows", (local, places)))
         return {
-            name: torch.cat([report[name] for report, _ in reports])[order].to(
-                joined[name].device if name in joined else self._device
-            )
-            for name in names
+            name: column.to(joined[name].device if name in joined else self._device)
+            for name, column in whole.items()
         }
 
     def total(self, *values: float) -> list[float]:
@@ -255,14 +250,3 @@ def shared_blocks() -> list[Together]:
 def _give_up(blocks: list[Together]) -> None:
     for block in blocks:
         block._over = True
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    shapes = list(dict.fromkeys(tuple(part.shape[1:]) for part in parts))
-    if len(shapes) > 1:
-        raise ValueError(
-            f"the rows of batches have different shapes, {shapes[:3]}, as with different numbers "
-            "of outputs or choices, and cannot be joined in one table; take the batches of each "
-            "shape by themselves"
-        )
-    return torch.cat(list(parts))
