@@ -34,6 +34,7 @@ class CalibratedLaplace(PredictedLaplace):
         cost, and sampled weights lie around the new mean; the model keeps its weights, and prior
         and evidence stay as they are. `optimize_prior_precision` does this by itself where
         leave-one-out says that training stopped too early; elsewhere it makes predictions worse.
+        One pass over up to 3000 examples times contrasts, at most five over more.
         A fit, a tuning and `reset_mean` undo it. Files keep it.
 
         Args:
@@ -48,7 +49,7 @@ class CalibratedLaplace(PredictedLaplace):
         Raises:
             AttributeError: If the posterior has not been fitted.
             ValueError: If not one of precision and NLL is given, or the training data are missing,
-                not those of the fit, too many, or a language model's.
+                not those of the fit, or a language model's.
         """
         data = self._train_loader if train_loader is None else train_loader
         settings, report = Tuner(self.fitted).recentre(precision, nll, data, progress_bar)

@@ -40,7 +40,6 @@ from laplace_lora.tuning.recentring import (
     check_whole,
     columns_of,
     recentred,
-    why_not_recentred,
 )
 from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
 
@@ -122,8 +121,8 @@ def tune(
     """Choose a scalar prior precision by leave-one-out, and the posterior's mean.
 
     Iterates once over the data: the Jacobians at the base model, and those at the trained weights.
-    Of more than `ROWS` examples times contrasts a random subset is looked at. Iterates once more
-    if the mean is moved.
+    Of more than `ROWS` examples times contrasts a random subset is looked at. Iterates
+    again if the mean is moved, see `recentred`.
 
     Args:
         posterior: A fitted posterior as its fit left it.
@@ -163,10 +162,10 @@ def tune(
         return scoring.nll(mean, nothing, cache.y).double()
 
     mode, moved = linear.fitted_like(linear.nll(outputs)), None
-    if recentre and subset is None and why_not_recentred(posterior) is None:
+    if recentre:
         closer = closer_fit(linear, mode, lambda mode: narrow(without(mode)))
         if closer is not mode:
-            nll = closer.nll / n_data
+            nll = closer.nll / len(cache.y)
             moved = recentred(posterior, loader, team, readout, progress_bar, nll)
             mode = closer
     mean = without(mode)
@@ -213,7 +212,7 @@ def closer_fit(linear: LinearModel, mode: Mode, losses: Callable[[Mode], Tensor]
     start = losses(mode)
     best, lowest, trial = mode, start, mode
     for _ in range(HALVINGS):
-        trial = linear.mode(trial.precision / 2, trial.scaled(0.5))
+        trial = linear.mode(trial.precision / 2, trial)
         found = losses(trial)
         if not float(found.mean()) < float(lowest.mean()):
             break

@@ -8,7 +8,9 @@ been left out, need no more than that matrix.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from scipy.optimize import brentq
@@ -20,6 +22,23 @@ from laplace_lora.likelihoods.base import Likelihood
 STEPS = 100
 TOLERANCE = 1e-12  # of the objective, relative
 DECADES = (8, -10)  # of precisions tried, around the Gram matrix's mean diagonal
+
+
+class AnyMode(Protocol):
+    """A mode at some prior precision, and its summed negative log likelihood."""
+
+    @property
+    def precision(self) -> float:
+        """Prior precision of the weights."""
+        ...
+
+    @property
+    def nll(self) -> float:
+        """Summed negative log likelihood, in nats."""
+        ...
+
+
+M = TypeVar("M", bound=AnyMode)
 
 
 @dataclass(frozen=True)
@@ -37,10 +56,6 @@ class Mode:
     coefficients: Tensor
     outputs: Tensor
     nll: float
-
-    def scaled(self, factor: float) -> Mode:
-        """Return a start for another precision: the same functions, in its coefficients."""
-        return Mode(self.precision * factor, self.coefficients * factor, self.outputs, self.nll)
 
 
 @dataclass(frozen=True)
@@ -75,7 +90,10 @@ class LinearModel:
             start: Where to start, such as the mode at another precision.
         """
         gram, flat = self.gram / precision, self.offset.flatten()
-        alpha = torch.zeros_like(flat) if start is None else start.coefficients.flatten()
+        if start is None:
+            alpha = torch.zeros_like(flat)
+        else:  # the same functions
+            alpha = start.coefficients.flatten() * (precision / start.precision)
 
         def at(alpha: Tensor) -> tuple[Tensor, float, float]:
             shift = gram @ alpha
@@ -85,7 +103,7 @@ class LinearModel:
 
         outputs, nll, objective = at(alpha)
         for _ in range(STEPS):
-            residual, root = self._residual(outputs), self.root(outputs)
+            residual, root = self.residual(outputs), self.root(outputs)
             factor = self._factor(root, gram)
             curved = _apply(root.mT @ root, (outputs - self.offset).flatten()) - residual.flatten()
             inner = torch.cholesky_solve(_apply(root, gram @ curved).unsqueeze(1), factor)
@@ -118,25 +136,7 @@ class LinearModel:
         unit = float(self.gram.diagonal().mean())
         if unit == 0:
             raise ValueError("no weight changes the outputs of the linearised base model")
-        high, low = (unit * 10.0**power for power in DECADES)
-        mode = self.mode(high)
-        if mode.nll <= nll:
-            return mode
-        while mode.nll > nll and mode.precision / 10 >= low:
-            mode, above = self.mode(mode.precision / 10, mode.scaled(0.1)), mode
-        if mode.nll > nll:
-            return mode
-        latest = mode
-
-        def excess(log_precision: float) -> float:
-            nonlocal latest
-            precision = math.exp(log_precision)
-            latest = self.mode(precision, latest.scaled(precision / latest.precision))
-            return math.log(max(latest.nll, 1e-300) / max(nll, 1e-300))
-
-        ends = (math.log(mode.precision), math.log(above.precision))
-        root = brentq(excess, *ends, xtol=0.02)
-        return self.mode(math.exp(root), latest.scaled(math.exp(root) / latest.precision))
+        return along_path(self.mode, nll, unit)
 
     def leave_one_out(self, mode: Mode) -> tuple[Tensor, Tensor]:
         """Return each example's prediction without it, from one factorisation.
@@ -159,7 +159,7 @@ class LinearModel:
         diagonal = gram.view(n, c, n, c).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         marginal = diagonal - torch.einsum("knc,knd->ncd", rows, rows)
         cavity = without_own(marginal, root)
-        residual = self._residual(mode.outputs).unsqueeze(-1)
+        residual = self.residual(mode.outputs).unsqueeze(-1)
         return mode.outputs + (cavity @ residual).squeeze(-1), cavity
 
     def root(self, outputs: Tensor) -> Tensor:
@@ -170,7 +170,8 @@ class LinearModel:
     def _lift(self, outputs: Tensor) -> Tensor:
         return F.pad(outputs, (1, 0)) if self.relative else outputs
 
-    def _residual(self, outputs: Tensor) -> Tensor:
+    def residual(self, outputs: Tensor) -> Tensor:
+        """Return the derivative of the negative log likelihood, ``(N, c)``."""
         residual = self.likelihood.residual(self._lift(outputs), self.labels)[0]
         return self.scale * residual[:, int(self.relative) :]
 
@@ -178,6 +179,33 @@ class LinearModel:
         inner = _apply(root, _apply(root, gram).T)
         inner.diagonal().add_(1)
         return torch.linalg.cholesky(inner)
+
+
+def along_path(mode_at: Callable[..., M], nll: float, unit: float) -> M:
+    """Return the mode at the precision at which the training loss has a given value.
+
+    Args:
+        mode_at: From a precision, and a mode to start from, to the mode.
+        nll: Summed negative log likelihood; the nearest is taken where no precision reaches it.
+        unit: A precision of the curvature's size.
+    """
+    high, low = (unit * 10.0**power for power in DECADES)
+    mode = mode_at(high)
+    if mode.nll <= nll:
+        return mode
+    while mode.nll > nll and mode.precision / 10 >= low:
+        mode, above = mode_at(mode.precision / 10, mode), mode
+    if mode.nll > nll:
+        return mode
+    latest = mode
+
+    def excess(log_precision: float) -> float:
+        nonlocal latest
+        latest = mode_at(math.exp(log_precision), latest)
+        return math.log(max(latest.nll, 1e-300) / max(nll, 1e-300))
+
+    root = brentq(excess, math.log(mode.precision), math.log(above.precision), xtol=0.02)
+    return mode_at(math.exp(root), latest)
 
 
 def without_own(marginal: Tensor, root: Tensor) -> Tensor:

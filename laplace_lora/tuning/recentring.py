@@ -20,6 +20,7 @@ from laplace_lora.data.distributed import Together
 from laplace_lora.likelihoods.base import Readout
 from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning.function_rows import FunctionRows
+from laplace_lora.tuning.recentring_by_passes import mode_by_passes
 from laplace_lora.tuning.validation_cache import labelled_batches, validation_rows
 
 ROWS = 3000  # examples times columns; the work grows with their cube
@@ -52,24 +53,14 @@ def columns_of(posterior: Posterior) -> int:
     return max(posterior.objective.n_columns(posterior.state.n_outputs), 1)
 
 
-def why_not_recentred(posterior: Posterior) -> str | None:
-    """Return why the linearised model's mode is out of reach; ``None`` where it is not.
+def keeps_jacobians(posterior: Posterior) -> bool:
+    """Return whether the Jacobians of all training examples are few enough to be kept.
 
     Args:
         posterior: A fitted posterior.
     """
-    state, objective = posterior.state, posterior.objective
-    if objective.jacobian_refusal is not None:
-        return objective.jacobian_refusal
-    columns = columns_of(posterior)
-    rows, weights = state.n_data * columns, sum(posterior.engine.sizes)
-    if rows <= ROWS and 4 * rows * weights <= BYTES:
-        return None
-    return (
-        f"{state.n_data} training examples of {columns} functions and {weights} weights are too "
-        f"many for the linearised model's mode, which takes at most {ROWS} functions in all and "
-        f"{BYTES} bytes of Jacobians"
-    )
+    rows = posterior.state.n_data * columns_of(posterior)
+    return rows <= ROWS and 4 * rows * sum(posterior.engine.sizes) <= BYTES
 
 
 def check_whole(seen: int, n_data: int, purpose: str) -> None:
@@ -97,7 +88,8 @@ def recentred(
     """Return how far the linearised model's mode is from the trained weights.
 
     The prior of the linearised model is ``N(θ*, I / precision)``. Iterates over the data once and
-    keeps the Jacobians, ``4 · examples · columns · parameters`` bytes.
+    keeps the Jacobians, ``4 · examples · columns · parameters`` bytes, where these are few enough;
+    otherwise the mode is approached in at most five passes, see `recentring_by_passes`.
 
     Args:
         posterior: A fitted posterior.
@@ -112,11 +104,15 @@ def recentred(
         The shift ``(parameters,)``, and what it does.
 
     Raises:
-        ValueError: If the data are not those of the fit, or too many.
+        ValueError: If the data are not those of the fit, or the likelihood is one of tokens.
     """
-    objection = why_not_recentred(posterior)
-    if objection is not None:
-        raise ValueError(objection)
+    if posterior.objective.jacobian_refusal is not None:
+        raise ValueError(posterior.objective.jacobian_refusal)
+    if not keeps_jacobians(posterior):
+        options = (posterior, loader, team, readout, progress_bar, nll, precision)
+        shift, near, before, seen = mode_by_passes(*options)
+        check_whole(seen, posterior.state.n_data, "recentring")
+        return shift, Recentring(near.precision, before / seen, near.nll / seen)
     rows = FunctionRows(posterior, posterior.engine, readout)
     labels: list[Tensor] = []
     for x, y in labelled_batches(posterior, loader, team, progress_bar):

@@ -131,7 +131,7 @@ class Tuner:
 
         Raises:
             ValueError: If not one of precision and NLL is given or it is not positive, or the
-                training data are missing, not those of the fit, or too many.
+                training data are missing or not those of the fit.
         """
         if (precision is None) == (nll is None):
             raise ValueError("give either `precision` or `nll`")
