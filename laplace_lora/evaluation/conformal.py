@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from laplace_lora.evaluation.risk_control import check_share
+
 LABEL_COVERAGE = "coverage"
 SET_SIZE = "set size"
 ROUNDING = 1e-9  # a class is left out if its p-value, a whole share, is 1 − coverage or less
@@ -35,7 +37,7 @@ def conformal_sets(
             set would hold all classes.
         ImportError: If crepes is missing.
     """
-    check_coverage(coverage)
+    check_share("coverage", coverage)
     needed = math.ceil(1 / (1 - coverage) - ROUNDING) - 1
     if len(labels) < needed:
         raise ValueError(
@@ -58,16 +60,6 @@ def conformal_sets(
         hinge(probs.double().numpy()), confidence=coverage - ROUNDING, smoothing=False
     )
     return torch.from_numpy(sets).bool()
-
-
-def check_coverage(coverage: float) -> None:
-    """Refuse a coverage that is not between 0 and 1.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    if not 0 < coverage < 1:
-        raise ValueError(f"coverage must be between 0 and 1, got {coverage}")
 
 
 def set_metrics(sets: Tensor, labels: Tensor) -> dict[str, float]:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from laplace_lora.data.batches import Batch, batch_labels
 from laplace_lora.data.distributed import together
-from laplace_lora.evaluation.conformal import check_coverage, conformal_sets
+from laplace_lora.evaluation.conformal import conformal_sets
 from laplace_lora.evaluation.report import CalibrationReport
+from laplace_lora.evaluation.risk_control import ANSWERED, answering_threshold, check_share
 from laplace_lora.evaluation.rows import Predict, model_of, predicted_rows
 from laplace_lora.evaluation.scores import (
     SETS,
@@ -31,7 +32,9 @@ def evaluate(
     name: str = "predictive",
     ood_loader: Iterable[Batch] | None = None,
     conformal_loader: Iterable[Batch] | None = None,
-    coverage: float = 0.9,
+    coverage: float | None = 0.9,
+    risk: float | None = None,
+    certainty: float = 0.9,
     groups: Sequence[Any] | Tensor | None = None,
     label_key: str = "labels",
     bootstrap: int = 200,
@@ -56,7 +59,11 @@ def evaluate(
         conformal_loader: Labelled batches on which nothing was trained or tuned. From them every
             example gets a set of classes, see `conformal_sets`; adds ``"coverage"``, the share of
             sets that hold the label, and ``"set size"``, the mean number of classes in one.
-        coverage: Share of the sets that are to hold the label.
+        coverage: Share of the sets that are to hold the label; ``None`` makes no sets.
+        risk: Accepted share of wrong answers. From ``conformal_loader`` follows the confidence
+            above which to answer, ``threshold``, see `answering_threshold`; adds ``"answered"``,
+            the share of examples that are, and ``"error when answered"``.
+        certainty: Probability with which the risk is to hold.
         groups: A label of any kind for each example, in the loader's order; adds a report for
             each group, ``by_group``. Of a token classifier one for each text.
         label_key: Key of the labels.
@@ -70,14 +77,18 @@ def evaluate(
     Raises:
         ValueError: If a loader is empty, a batch has no labels, labels lie outside the classes or
             none is known, ``predict`` does not return probabilities, ``bootstrap`` is below 2,
-            there is not one group for each example, or conformal sets are asked for with too few
-            labels or of anything but classes.
+            there is not one group for each example, or conformal sets or a risk are asked for with
+            too few labels, of anything but classes, or without ``conformal_loader``.
         ImportError: If conformal sets are asked for, and crepes is missing.
     """
     if bootstrap < 2:
         raise ValueError(f"bootstrap needs two resamples or more, got {bootstrap}")
-    if conformal_loader is not None:
-        check_coverage(coverage)
+    for share, value in (("coverage", coverage), ("risk", risk), ("certainty", certainty)):
+        if value is not None:
+            check_share(share, value)
+    if risk is not None and conformal_loader is None:
+        raise ValueError("a risk is kept on labelled data of their own: give `conformal_loader`")
+    threshold = None
 
     def labels_of(batch: Batch) -> Tensor:
         return batch_labels(batch, label_key).cpu()
@@ -95,14 +106,19 @@ def evaluate(
             if not outside:
                 raise ValueError("the out-of-distribution loader is empty")
         if conformal_loader is not None:
-            title = f"Calibrating sets of {name}"
+            title = f"Calibrating {name}"
             batches = team.batches(conformal_loader, title, progress_bar)
             apart = predicted_rows(team, predict, batches, labels_of)
             if not apart:
                 raise ValueError("the loader of conformal sets is empty")
-            scored[SETS] = _sets(scored, apart, coverage)
+            y = _exchangeable_labels(apart)
+            if coverage is not None:
+                scored[SETS] = conformal_sets(scored["p"], apart["p"], y, coverage)
+            if risk is not None:
+                threshold = answering_threshold(apart["p"], y, risk, certainty)
+                scored[ANSWERED] = scored["p"].double().amax(1) > threshold
     scored["labels"] = checked_labels(scored["p"], scored["labels"])
-    report = _report(name, scored, outside, bootstrap, seed)
+    report = replace(_report(name, scored, outside, bootstrap, seed), threshold=threshold)
     if groups is None:
         return report
     parts = _by_group(scored, groups)
@@ -122,19 +138,18 @@ def _report(
     )
 
 
-def _sets(rows: Rows, calibration: Rows, coverage: float) -> Tensor:
-    """Return the conformal sets of rows.
+def _exchangeable_labels(rows: Rows) -> Tensor:
+    """Return the labels of rows that stand for new ones.
 
     Raises:
         ValueError: If labels are independent, or rows are tokens, which are not exchangeable.
     """
     if rows["labels"].ndim == 2 or TEXT in rows:
         raise ValueError(
-            "conformal sets are of one class per example; labels that do not exclude each other, "
-            "and tokens, which share a text, have none here"
+            "conformal sets and risk control are of one class per example; labels that do not "
+            "exclude each other, and tokens, which share a text, have none here"
         )
-    y = checked_labels(calibration["p"], calibration["labels"])
-    return conformal_sets(rows["p"], calibration["p"], y, coverage)
+    return checked_labels(rows["p"], rows["labels"])
 
 
 def _by_group(rows: Rows, groups: Sequence[Any] | Tensor) -> dict[Any, dict[str, Tensor]]:

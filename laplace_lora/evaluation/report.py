@@ -10,12 +10,10 @@ from torch import Tensor
 
 from laplace_lora.display.tables import data_frame, html_table
 from laplace_lora.display.terminal import terminal_table
-from laplace_lora.evaluation.conformal import (
-    LABEL_COVERAGE,
-    SET_SIZE,
-)
+from laplace_lora.evaluation.conformal import LABEL_COVERAGE, SET_SIZE
 from laplace_lora.evaluation.label_metrics import average_precisions, calibration_errors
 from laplace_lora.evaluation.plots import plot_reports
+from laplace_lora.evaluation.risk_control import ANSWERED, ERROR_RATE
 from laplace_lora.likelihoods.multilabel import MISSING, pooled
 
 if TYPE_CHECKING:
@@ -24,7 +22,12 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-HIGHER = ("accuracy", "mAP", "OOD AUROC")  # prefixes of the metrics for which higher is better
+HIGHER = (
+    "accuracy",
+    "mAP",
+    "OOD AUROC",
+    ANSWERED,
+)  # prefixes of the metrics for which higher is better
 SHOWN = (
     "mAP",
     "per-label ECE",
@@ -35,7 +38,10 @@ SHOWN = (
     "AURC",
     SET_SIZE,
     LABEL_COVERAGE,
+    ANSWERED,
+    ERROR_RATE,
 )
+AS_ASKED = (LABEL_COVERAGE, ERROR_RATE)
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class CalibrationReport:
             that of each, ``(examples, labels)``.
         ood_uncertainty: Predictive entropy of the out-of-distribution examples, if there are any.
         sets: Which classes the conformal set of each example holds, ``(examples, classes)``.
+        threshold: Confidence above which to answer, where a risk is given; 1 answers nothing.
         by_group: A report for each group of examples, where groups are given.
     """
 
@@ -69,6 +76,7 @@ class CalibrationReport:
     mutual_information: Tensor | None = field(default=None, repr=False)
     ood_uncertainty: Tensor | None = field(default=None, repr=False)
     sets: Tensor | None = field(default=None, repr=False)
+    threshold: float | None = None
     by_group: Mapping[Any, CalibrationReport] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, metric: str) -> float:
@@ -119,6 +127,8 @@ class CalibrationReport:
             "values": dict(self.values),
             "errors": dict(self.errors),
         }
+        if self.threshold is not None:
+            found["threshold"] = self.threshold
         if self.by_group:
             found["by_group"] = {str(g): report.to_dict() for g, report in self.by_group.items()}
         return found
@@ -165,7 +175,7 @@ def compare(reports: Sequence[CalibrationReport], metrics: Sequence[str] | None 
     for unknown in set(columns) - set(known):
         raise ValueError(f"no report has the metric {unknown!r}; there are {known}")
     better = [
-        "as asked" if m == LABEL_COVERAGE else "higher" if m.startswith(HIGHER) else "lower"
+        "as asked" if m in AS_ASKED else "higher" if m.startswith(HIGHER) else "lower"
         for m in columns
     ]
     table = [["method", *columns]]
@@ -183,6 +193,6 @@ def _cell(report: CalibrationReport, reports: Sequence[CalibrationReport], metri
     all_values = [other.values[metric] for other in reports if metric in other.values]
     best = max(all_values) if metric.startswith(HIGHER) else min(all_values)
     text = f"{report.values[metric]:.3f}"
-    if len(reports) > 1 and text == f"{best:.3f}" and metric != LABEL_COVERAGE:
+    if len(reports) > 1 and text == f"{best:.3f}" and metric not in AS_ASKED:
         text = f"**{text}**"
     return f"{text} ± {report.errors[metric]:.3f}"

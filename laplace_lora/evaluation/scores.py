@@ -10,6 +10,7 @@ from torch import Tensor
 from laplace_lora.evaluation.conformal import set_metrics
 from laplace_lora.evaluation.label_metrics import LABEL_METRICS, label_entropy
 from laplace_lora.evaluation.metrics import METRICS, entropy, ood_auroc, ood_fpr95
+from laplace_lora.evaluation.risk_control import ANSWERED, ERROR_RATE, answering_metrics
 from laplace_lora.evaluation.token_rows import resamples
 from laplace_lora.likelihoods.multilabel import MISSING, known_labels
 
@@ -43,7 +44,8 @@ def values_and_errors(
     """Return every metric, and its standard error by bootstrap.
 
     Args:
-        rows: Columns ``p``, ``labels``, and where there are any ``information`` and `SETS`.
+        rows: Columns ``p``, ``labels``, and where there are any ``information``, `SETS` and
+            `ANSWERED`.
         outside: Columns of out-of-distribution examples.
         bootstrap: Number of resamples.
         seed: Of the resamples.
@@ -55,6 +57,8 @@ def values_and_errors(
         return resamples(some, bootstrap, generator)
 
     values = _of_rows(rows, torch.arange(len(p)))
+    if not values.get(ANSWERED, 1):
+        del values[ERROR_RATE]
     draws = [_of_rows(rows, i) for i in resampled(rows)]
     if outside is not None:
         other = outside.get("information")
@@ -75,6 +79,8 @@ def _of_rows(rows: Rows, index: Tensor) -> dict[str, float]:
     values = {metric: function(p, y) for metric, function in metrics.items()}
     if SETS in rows:
         values |= set_metrics(rows[SETS][index], y)
+    if ANSWERED in rows:
+        values |= answering_metrics(rows[ANSWERED][index], p, y)
     return values
 
 
@@ -84,7 +90,7 @@ def _in_all(information: Tensor) -> Tensor:
 
 
 def _spread(values: Tensor) -> float:
-    """Return the standard deviation of resamples; some may have no average precision."""
+    """Return the standard deviation of resamples; some may have no answers, say."""
     return values[~values.isnan()].std().item()
 
 
