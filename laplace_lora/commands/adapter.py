@@ -68,18 +68,24 @@ def load_adapter(
     Raises:
         FileNotFoundError: If there is no adapter, or it names no base model.
         ImportError: If bitsandbytes is needed and missing.
-        ValueError: If the adapter is of another kind, or base and adapter together leave weights at
-            random values.
+        ValueError: If the adapter is of another kind, there is no such device, or base and adapter
+            together leave weights at random values.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    where = _device(device)
     path = Path(adapter)
     if (path.exists() or adapter.count("/") != 1) and not (path / "adapter_config.json").is_file():
         raise FileNotFoundError(
             f"{adapter} is no adapter: it has no adapter_config.json, which PEFT's save_pretrained "
             "writes"
         )
-    config = PeftConfig.from_pretrained(adapter)
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except ValueError as error:  # PEFT's, for whatever kept it from the file
+        raise FileNotFoundError(
+            f"there is no folder {adapter}, and no adapter of that name was found on the hub"
+        ) from error
     source = base or config.base_model_name_or_path
     if not source:
         raise FileNotFoundError(f"{adapter} does not name its base model; give it by --base")
@@ -89,7 +95,6 @@ def load_adapter(
     if kind == HEAD and (outputs := _head_outputs(saved)):
         options["num_labels"] = outputs
         options["ignore_mismatched_sizes"] = True  # a head of the base that the adapter replaces
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if load_in_4bit:
         options |= _four_bits(where)
     model, report = loader.from_pretrained(source, **options)
@@ -109,6 +114,20 @@ def load_adapter(
         getattr(model.config, "problem_type", None) == "multi_label_classification",
         _limit(tokenizer, model.config),
     )
+
+
+def _device(asked: str | None) -> str:
+    """Return where to compute, which is there."""
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=asked)
+    except (RuntimeError, AssertionError, NotImplementedError):  # as the backend likes
+        raise ValueError(
+            f"--device {asked}: torch finds no such device here; cpu is always there, "
+            f"and {torch.cuda.device_count()} cuda devices are"
+        ) from None
+    return asked
 
 
 def _loader_of(config: Any, adapter: str) -> tuple[str, Any]:

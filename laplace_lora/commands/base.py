@@ -50,6 +50,8 @@ class Command(click.Command):
                 return super().invoke(ctx)
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
+        except BrokenPipeError:  # whoever reads the results has seen enough; click ends quietly
+            raise
         except KeyboardInterrupt:
             click.echo("Interrupted", err=True)
             ctx.exit(INTERRUPTED)

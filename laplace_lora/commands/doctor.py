@@ -16,7 +16,7 @@ from laplace_lora.commands.options import (
 )
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Say beforehand what a fit would do, and what it needs.")
 @model_options
 @data_options(required=False)
 @label_options

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.table import Table
 
+from laplace_lora.commands.columns import cell
 from laplace_lora.commands.opened import Opened, open_posterior
 from laplace_lora.commands.output import check_writable
 from laplace_lora.commands.planning import WITH_CLASSES
-from laplace_lora.commands.rows import Row, read_rows
+from laplace_lora.commands.rows import STANDARD, Row, read_rows
 from laplace_lora.evaluation import MAP, CalibrationReport, plot_reports
 from laplace_lora.evaluation import evaluate as scores_of
 from laplace_lora.storage.files import write_whole
@@ -27,9 +30,15 @@ def run(
     ood: str | None,
     out: str | None,
     plot: str | None,
+    group_field: str | None,
+    apart: str | None,
+    coverage: float,
+    risk: float | None,
     **options: Any,
 ) -> None:
     """Score MAP and posterior on the same rows."""
+    if risk is not None and apart is None:
+        raise ValueError("--risk is kept on labelled data of their own: give them by --apart")
     for name, value in (("--out", out), ("--plot", plot)):
         if value is not None:
             check_writable(value, name)
@@ -37,6 +46,8 @@ def run(
         raise ValueError(f"--plot {plot}: expected a file in {', '.join(PICTURES)}")
     rows = read_rows(data, options["split"])
     ood_rows = None if ood is None else read_rows(ood)
+    apart_rows = None if apart is None else read_rows(apart)
+    groups = None if group_field is None else _groups(rows, group_field)
     opened = open_posterior(adapter, rows, options)
     likelihood = opened.plan.likelihood
     if likelihood not in WITH_CLASSES:
@@ -49,15 +60,36 @@ def run(
     other = None if ood_rows is None else _unlabelled(opened, ood_rows, batch_size)
     quietly = partial(opened.la.predict, progress_bar=False)
     methods: dict[str, Any] = {"MAP": MAP(opened.la.logits_model), "Laplace": quietly}
-    reports = [
-        scores_of(method, loader, name=name, ood_loader=other) for name, method in methods.items()
-    ]
-    if out is not None:
-        content = json.dumps([report.to_dict() for report in reports], indent=1)
+    given: dict[str, Any] = {
+        "ood_loader": other,
+        "conformal_loader": apart_rows and opened.inputs.loader(apart_rows, batch_size),
+        "coverage": coverage,
+        "risk": risk,
+        "groups": groups,
+    }
+    reports = [scores_of(method, loader, name=name, **given) for name, method in methods.items()]
+    content = json.dumps([report.to_dict() for report in reports], indent=1)
+    if out is not None and out != STANDARD:
         write_whole(Path(out), content.encode())
     if plot is not None:
         _write_picture(reports, Path(plot))
-    Console().print(_table(reports))
+    if out == STANDARD:
+        click.echo(content)
+        return
+    console = Console()
+    console.print(_table(reports, "all rows"))
+    for report in reports if risk is not None else ():
+        click.echo(f"{report.name}: answer where a probability is above {report.threshold:.4f}")
+    for group in reports[0].by_group:
+        parts = [report.by_group[group] for report in reports]
+        named = [replace(part, name=r.name) for part, r in zip(parts, reports, strict=True)]
+        console.print(_table(named, f"{group_field} {group}"))
+
+
+def _groups(rows: list[Row], name: str) -> list[str]:
+    """Return the group of each row."""
+    known = name if name in rows[0] else None
+    return [str(cell(row, known, n, "group", "--group-field")) for n, row in enumerate(rows, 1)]
 
 
 def _unlabelled(opened: Opened, rows: list[Row], batch_size: int) -> list[Any]:
@@ -67,8 +99,8 @@ def _unlabelled(opened: Opened, rows: list[Row], batch_size: int) -> list[Any]:
     return [pad(texts[i : i + batch_size], return_tensors="pt") for i in starts]
 
 
-def _table(reports: list[CalibrationReport]) -> Table:
-    table = Table(title=f"{len(reports[0].labels)} rows", title_justify="left")
+def _table(reports: list[CalibrationReport], title: str) -> Table:
+    table = Table(title=f"{title}: {len(reports[0].labels)}", title_justify="left")
     table.add_column("")
     for report in reports:
         table.add_column(report.name, justify="right")

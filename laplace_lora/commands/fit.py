@@ -16,21 +16,25 @@ from laplace_lora.commands.options import (
 )
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Fit a posterior around a trained adapter, and save it.")
 @model_options
 @data_options()
-@click.option("--val", metavar="FILE", help="Labelled data that the fit leaves out: calibrate.")
+@click.option(
+    "--val", metavar="FILE", help="Labelled data that training has not seen, to calibrate on."
+)
 @label_options
 @task_options
-@click.option("--out", metavar="FOLDER", help="Where the posterior goes.  [beside the adapter]")
+@click.option(
+    "--out", metavar="FOLDER", help="Where the posterior goes.  [default: beside the adapter]"
+)
 @click.option("--overwrite", is_flag=True, help="Replace a posterior that is there.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of sampled labels.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random numbers.")
 @common_options
 def fit(**options: Any) -> None:
     """Fit a posterior around a trained adapter, tune its prior, and save it beside the adapter.
 
-    Give the data that the adapter was trained on, read in the same way. With --val the posterior's
-    width and temperature are then calibrated on labelled data that training has not seen.
+    Give the data that the adapter was trained on, in the same form. With --val, labelled data that
+    training has not seen, the posterior's width and temperature are then calibrated on them.
 
     What the model is, and the columns that it needs:
       a classifier               text [text_pair] label
@@ -45,7 +49,7 @@ def fit(**options: Any) -> None:
       laplace-lora fit my-adapter --data train.jsonl
       laplace-lora fit my-adapter --data train.csv --text-field review --labels bad good
       laplace-lora fit my-adapter --data train.jsonl --val val.jsonl --target " yes" " no"
-      laplace-lora fit user/adapter --data data-set/ --split train --out my-posterior
+      laplace-lora fit user/adapter --data folder:train --val folder:validation --out my-posterior
     """
     from laplace_lora.commands.fitting import run
 

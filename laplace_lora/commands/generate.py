@@ -8,6 +8,7 @@ import click
 
 from laplace_lora.commands.base import Command
 from laplace_lora.commands.options import (
+    WRITTEN,
     common_options,
     data_options,
     model_options,
@@ -16,12 +17,17 @@ from laplace_lora.commands.options import (
 )
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Continue prompts, and say how sure of each token.")
 @model_options
 @posterior_option
 @data_options()
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="At most."
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    metavar="TOKENS",
+    help="Longest continuation.",
 )
 @click.option("--do-sample", is_flag=True, help="Draw tokens instead of taking the likeliest.")
 @click.option(
@@ -30,7 +36,7 @@ from laplace_lora.commands.options import (
     metavar="NATS",
     help="End a text when the mutual information of a token passes this.",
 )
-@token_options
+@token_options(WRITTEN)
 @common_options
 def generate(**options: Any) -> None:
     """Continue prompts, and say of each token how sure the model is.

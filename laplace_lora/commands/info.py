@@ -7,7 +7,7 @@ import click
 from laplace_lora.commands.base import Command
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Say what a saved posterior is.")
 @click.argument("posterior")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")

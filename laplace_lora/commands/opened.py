@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import laplace_lora
@@ -15,7 +16,7 @@ from laplace_lora.commands.plan import Plan, read_plan
 from laplace_lora.commands.planning import WITH_CLASSES, asked_columns, plan_again, uses_chat
 from laplace_lora.commands.rows import Row
 from laplace_lora.posteriors.base import LoraLaplace
-from laplace_lora.storage.files import read_files
+from laplace_lora.storage.files import TENSORS, read_files
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ def open_posterior(adapter: str, rows: Sequence[Row], options: dict[str, Any]) -
         ValueError: If model, posterior and data do not go together.
     """
     folder = options.get("posterior") or adapter
+    if Path(folder).is_dir() and not (Path(folder) / TENSORS).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no posterior ({TENSORS}): make one by `laplace-lora fit`, or say "
+            "where it is by --posterior"
+        )
     _, config = read_files(folder)
     plan = read_plan(folder, config["content"])
     if options.get("load_in_4bit") is None:

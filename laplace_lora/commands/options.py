@@ -19,6 +19,7 @@ LIKELIHOODS = (
     "reward_modeling",
     "language_modeling",
 )
+SCORED, WRITTEN = 32, 16  # samples by default, as in generation, which imports torch
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -37,15 +38,30 @@ def model_options(function: F) -> F:
     """Add the adapter, and how it and its base model are loaded."""
     return joined(
         click.argument("adapter"),
-        click.option("--base", help="Base model, a folder or a name, if not the adapter's own."),
-        click.option("--load-in-4bit", is_flag=True, default=None, help="Quantise the base."),
-        click.option("--device", help="Where to compute: cpu, cuda, cuda:1, ..."),
+        click.option(
+            "--base",
+            metavar="MODEL",
+            help="Base model, a folder or a name on the hub.  [default: the one that the adapter "
+            "names]",
+        ),
+        click.option(
+            "--load-in-4bit",
+            is_flag=True,
+            default=None,
+            help="Quantise the base model to four bits; needs bitsandbytes. Later commands repeat "
+            "what the fit did.",
+        ),
+        click.option(
+            "--device",
+            metavar="DEVICE",
+            help="Where to compute: cpu, cuda, cuda:1, ...  [default: cuda if there is one]",
+        ),
         click.option(
             "--dtype",
             type=click.Choice(DTYPES),
             default="auto",
             show_default=True,
-            help="Of the base model.",
+            help="Number format of the base model; auto is that of its file.",
         ),
     )(function)
 
@@ -70,13 +86,19 @@ def data_options(required: bool = True) -> Callable[[F], F]:
             "--data",
             required=required,
             metavar="FILE",
-            help="JSON lines, CSV, a data set folder, or - for JSON lines on standard input.",
+            help="JSON lines, CSV, a data set folder (FOLDER:SPLIT for one of its splits), or - "
+            "for JSON lines on standard input.",
         ),
-        click.option("--split", help="Split of a data set folder that has several."),
+        click.option("--split", help="The same as --data FOLDER:SPLIT."),
         click.option(
-            "--text-field", metavar="NAME", help="Column of the text, the prompt or the messages."
+            "--text-field",
+            metavar="NAME",
+            help="Column of the text, the prompt or the messages.  [default: that of "
+            "the fit, or text, prompt, messages, sentence, question]",
         ),
-        click.option("--pair-field", metavar="NAME", help="Column of a second text."),
+        click.option(
+            "--pair-field", metavar="NAME", help="Column of a second text.  [default: text_pair]"
+        ),
         click.option(
             "--chat/--no-chat",
             default=None,
@@ -87,10 +109,15 @@ def data_options(required: bool = True) -> Callable[[F], F]:
             "--max-length",
             type=click.IntRange(min=1),
             metavar="TOKENS",
-            help="Longest input; by default what tokenizer and model take.",
+            help="Longest input.  [default: what tokenizer and model take]",
         ),
         click.option(
-            "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Rows."
+            "--batch-size",
+            type=click.IntRange(min=1),
+            default=8,
+            show_default=True,
+            metavar="ROWS",
+            help="Rows that run together; fewer take less memory.",
         ),
     )
 
@@ -98,12 +125,20 @@ def data_options(required: bool = True) -> Callable[[F], F]:
 def label_options(function: F) -> F:
     """Add the column of the labels, and what they are called."""
     return joined(
-        click.option("--label-field", metavar="NAME", help="Column of the label.  [label]"),
         click.option(
-            "--labels",
-            cls=Values,
-            help="Names of the classes, in the order of the model's outputs.",
+            "--label-field", metavar="NAME", help="Column of the label.  [default: label]"
         ),
+        class_names_option,
+    )(function)
+
+
+def class_names_option(function: F) -> F:
+    """Add what the classes are called."""
+    return click.option(
+        "--labels",
+        cls=Values,
+        help="Names of the classes, in the order of the model's outputs.  [default: those of the "
+        "fit, of the model's configuration, or numbers]",
     )(function)
 
 
@@ -119,45 +154,64 @@ def task_options(function: F) -> F:
         click.option(
             "--likelihood",
             type=click.Choice(LIKELIHOODS),
-            help="By default what adapter, targets and data say.",
+            help="What the model is trained for.  [default: what adapter, --target and data say]",
         ),
         click.option(
-            "--completion-field", metavar="NAME", help="Column of the text after a prompt."
+            "--completion-field",
+            metavar="NAME",
+            help="Column of the text after a prompt.  [default: completion, answer or response]",
         ),
         click.option(
             "--structure",
             type=click.Choice(STRUCTURES),
             default="kron",
             show_default=True,
-            help="Low-rank K-FAC; the exact GGN, for up to a few thousand rows; or a diagonal.",
+            help="Which posterior: kron, low-rank Kronecker factors; full, the exact curvature, "
+            "for up to a few thousand rows; diag, the least memory.",
         ),
         click.option(
             "--uncovered",
             type=click.Choice(("error", "diag")),
             default="error",
             show_default=True,
-            help="What becomes of trained weights that K-FAC cannot cover: refuse them, or give "
-            "each a diagonal.",
+            help="Trained weights that Kronecker factors cannot cover: refuse the adapter, or give "
+            "each such weight a variance of its own.",
         ),
     )(function)
 
 
-def token_options(function: F) -> F:
-    """Add what is kept of each token, and where results go."""
+def token_options(samples: int) -> Callable[[F], F]:
+    """Add what is kept of each token, and where results go.
+
+    Args:
+        samples: How many of the weights are drawn by default.
+    """
     return joined(
         click.option(
-            "--out", default="-", metavar="FILE", help="JSON lines; - is standard output. [-]"
+            "--out",
+            default="-",
+            show_default=True,
+            metavar="FILE",
+            help="Where results go, as JSON lines; - is standard output.",
         ),
         click.option(
             "--top-k",
             type=click.IntRange(min=1),
             default=20,
             show_default=True,
-            help="Tokens looked at.",
+            metavar="TOKENS",
+            help="The likeliest tokens in each place, which are compared one by one.",
         ),
-        click.option("--n-samples", type=click.IntRange(min=1), help="Samples of the weights."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Of the samples."),
-    )(function)
+        click.option(
+            "--n-samples",
+            type=click.IntRange(min=1),
+            metavar="COUNT",
+            help=f"Samples of the weights; more are more accurate.  [default: {samples}]",
+        ),
+        click.option(
+            "--seed", type=int, default=0, show_default=True, help="Of the random numbers."
+        ),
+    )
 
 
 def common_options(function: F) -> F:

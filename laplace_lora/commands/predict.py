@@ -8,30 +8,35 @@ import click
 
 from laplace_lora.commands.base import Command, Values
 from laplace_lora.commands.options import (
+    class_names_option,
     common_options,
     data_options,
-    label_options,
     model_options,
     posterior_option,
 )
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Predict rows, and say how sure the model is.")
 @model_options
 @posterior_option
 @data_options()
 @click.option(
-    "--out", default="-", metavar="FILE", help="JSON lines; - is standard output.  [default: -]"
+    "--out",
+    default="-",
+    show_default=True,
+    metavar="FILE",
+    help="Where results go, as JSON lines; - is standard output.",
 )
 @click.option("--keep", cls=Values, help="Columns of the data to copy to the results.")
-@label_options
+@class_names_option
 @common_options
 def predict(**options: Any) -> None:
-    """Predict rows by an adapter's posterior: one JSON object for each, in their order.
+    """Predict rows, and say how sure the model is: one JSON object for each, in their order.
 
-    Texts are read as in the fit. A classifier's row has its prediction, the probabilities, the
-    entropy and the mutual information, its epistemic part, which more training data would remove
-    (both in nats). A regression's and a reward model's has mean and standard deviation.
+    Rows are read as in the fit. A classifier's result has the prediction, the probabilities, the
+    entropy, which is how unsure the model is in all, and the mutual information: the part of the
+    entropy that more training data would remove. Both are in nats. A regression's and a reward
+    model's result has mean and standard deviation.
 
     Examples:
       laplace-lora predict my-adapter --data new.jsonl --out answers.jsonl --keep id

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,8 +25,8 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
     Args:
         source: A ``.jsonl`` file (``.ndjson``, ``.jsonl.gz``), a ``.csv`` file (``.csv.gz``,
             ``.tsv``) with a head line, a data set folder (what ``save_to_disk`` wrote, or files as
-            on the hub), or ``-`` for JSON lines on standard input.
-        split: Of a folder with several.
+            on the hub), alone or as ``folder:split``, or ``-`` for JSON lines on standard input.
+        split: Of a folder with several, where the source names none.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -33,8 +35,13 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
             split is.
     """
     path = Path(source)
+    folder, colon, name = source.rpartition(":")
+    if colon and not path.exists() and Path(folder).is_dir():
+        path, split = Path(folder), name
     if split is not None and not path.is_dir():
         raise ValueError(f"--split {split}: {source} is no data set folder")
+    if source != STANDARD and not path.exists():
+        raise FileNotFoundError(f"{source}: there is no such file or folder")
     if source == STANDARD:
         rows = list(_json_lines(sys.stdin, "standard input"))
     elif path.is_dir():
@@ -47,8 +54,6 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
         with _opened(path) as lines:
             rows = list(_table(lines, delimiter, source))
     else:
-        if not path.exists():
-            raise FileNotFoundError(f"{source}: there is no such file or folder")
         kinds = ", ".join((*JSON_LINES, *TABLES))
         raise ValueError(f"{source}: expected a file in {kinds}, a data set folder, or -")
     if not rows:
@@ -70,9 +75,14 @@ def _json_lines(lines: Iterable[str], place: str) -> Iterator[Row]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{place}, line {number}: no JSON ({error.msg})") from None
+            raise ValueError(
+                f"{place}, line {number}: expected a JSON object, got {line.strip()[:60]} "
+                f"({error.msg})"
+            ) from None
         if not isinstance(row, dict):
-            raise ValueError(f"{place}, line {number}: expected an object, got {line.strip()[:60]}")
+            raise ValueError(
+                f"{place}, line {number}: expected a JSON object, got {line.strip()[:60]}"
+            )
         yield row
 
 
@@ -98,15 +108,33 @@ def _of_folder(path: Path, split: str | None) -> list[Row]:
         raise ImportError(
             f"{path} is a folder: reading data set folders requires `pip install datasets`"
         ) from None
-    written = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
-    data = datasets.load_from_disk(str(path)) if written else datasets.load_dataset(str(path))
+    with _quietly(datasets):
+        written = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+        data = datasets.load_from_disk(str(path)) if written else datasets.load_dataset(str(path))
     if isinstance(data, datasets.DatasetDict):
         names = list(data)
         if split is None and len(names) > 1:
-            raise ValueError(f"{path} has the splits {', '.join(names)}; choose one by --split")
+            raise ValueError(
+                f"{path} has the splits {', '.join(names)}; choose one: {path}:{names[0]}"
+            )
         if split is not None and split not in names:
-            raise ValueError(f"--split {split}: {path} has {', '.join(names)}")
+            raise ValueError(f"{path} has the splits {', '.join(names)}, and no {split}")
         data = data[names[0] if split is None else split]
     elif split is not None:
-        raise ValueError(f"--split {split}: {path} has no splits")
+        raise ValueError(f"{path} has no splits, and so no {split}")
     return [dict(row) for row in data]
+
+
+@contextmanager
+def _quietly(datasets: Any) -> Iterator[None]:
+    """Switch the library's progress bars off where this package's are."""
+    from laplace_lora.data.loaders import OFF, VARIABLE
+
+    change = os.environ.get(VARIABLE) in OFF and not datasets.are_progress_bars_disabled()
+    if change:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if change:
+            datasets.enable_progress_bars()

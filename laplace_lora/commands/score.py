@@ -8,6 +8,7 @@ import click
 
 from laplace_lora.commands.base import Command
 from laplace_lora.commands.options import (
+    SCORED,
     common_options,
     data_options,
     model_options,
@@ -16,12 +17,16 @@ from laplace_lora.commands.options import (
 )
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Say which tokens of texts a language model is unsure of.")
 @model_options
 @posterior_option
 @data_options()
-@click.option("--completion-field", metavar="NAME", help="Column of the text after a prompt.")
-@token_options
+@click.option(
+    "--completion-field",
+    metavar="NAME",
+    help="Column of the text after a prompt.  [default: that of the fit]",
+)
+@token_options(SCORED)
 @common_options
 def score(**options: Any) -> None:
     """Say which tokens of given texts a language model is unsure of, and why.

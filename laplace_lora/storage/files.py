@@ -151,8 +151,15 @@ def _paths(directory: str | os.PathLike[str]) -> dict[str, Path]:
         return paths
     if str(directory).count("/") == 1 and not folder.exists():
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
 
-        return {name: Path(hf_hub_download(str(directory), name)) for name in (TENSORS, CONFIG)}
+        try:
+            return {name: Path(hf_hub_download(str(directory), name)) for name in (TENSORS, CONFIG)}
+        except LocalEntryNotFoundError as error:
+            raise FileNotFoundError(
+                f"there is no folder {directory}, and the hub, which may have a repository of that "
+                "name, was not reached"
+            ) from error
     raise FileNotFoundError(f"{directory} is neither a folder nor the name of a repository")
 
 

@@ -151,6 +151,17 @@ def test_adapters_and_posteriors_on_the_hub(adapter, data, tmp_path, monkeypatch
         assert '"probabilities": {"0": ' in result.stdout
 
 
+def test_a_device_that_is_not_there_is_named(made, data):
+    args = ("doctor", made("classifier"), "--data", data("train"), "--device", "nonsense")
+    assert "--device nonsense: torch finds no such device here" in refused(*args)
+
+
+def test_a_repository_that_cannot_be_reached_is_named(data, tmp_path):
+    args = ("--data", data("train"), "--out", tmp_path / "out")
+    assert "no folder me/nothing" in refused("fit", "me/nothing", *args)
+    assert "no folder me/nothing" in refused("predict", "me/nothing", "--data", data("train"))
+
+
 def test_the_dtype_of_the_base(adapter):
     loaded = load_adapter(str(adapter()), device="cpu", dtype="bfloat16")
     dtypes = {n: p.dtype for n, p in loaded.model.named_parameters() if p.ndim == 2}

@@ -1,5 +1,6 @@
 """``laplace-lora`` as a program: help, exit codes, and what it imports."""
 
+import errno
 import os
 import re
 import subprocess
@@ -11,12 +12,29 @@ import click
 import pytest
 
 from laplace_lora import __version__
-from laplace_lora.commands import base
+from laplace_lora.commands import base, options
 from laplace_lora.commands.entry import main
 from laplace_lora.data import loaders
+from laplace_lora.generation import decoding, scoring
 from support.command_line import refused, run
 
 SLOW = ("torch", "transformers", "peft", "laplace", "rich", "datasets")
+
+
+def test_defaults_that_the_help_names_are_the_library_s():
+    assert options.SCORED == scoring.SAMPLES and options.WRITTEN == decoding.SAMPLES
+    assert f"[default: {scoring.SAMPLES}]" in run("score", "--help").stdout
+    assert f"[default: {decoding.SAMPLES}]" in run("generate", "--help").stdout
+
+
+def test_no_summary_is_cut():
+    lines = run("--help").stdout.partition("Commands:")[2].strip().splitlines()
+    assert len(lines) == len(main.commands) and not any("..." in line for line in lines)
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly(monkeypatch):
+    monkeypatch.setitem(main.commands, "stop", raising(BrokenPipeError(errno.EPIPE, "Broken pipe")))
+    assert "Broken pipe" not in run("stop", status=1).stderr
 
 
 def program(*args, **kwargs):

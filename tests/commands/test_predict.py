@@ -93,7 +93,7 @@ def test_a_posterior_elsewhere(adapter, data, tmp_path):
     folder, elsewhere = adapter(), tmp_path / "posterior"
     run("fit", folder, "--data", data("train"), "--out", elsewhere, "-q")
     message = refused("predict", folder, "--data", data("test"))
-    assert "laplace.safetensors is missing" in message
+    assert "holds no posterior" in message and "--posterior" in message
     run("predict", folder, "--data", data("test"), "--posterior", elsewhere, "-q")
 
 
@@ -170,6 +170,38 @@ def test_evaluate_compares_with_the_map(fitted, data, tmp_path):
     rows = [json.loads(line) for line in predicted.splitlines()]
     p = torch.tensor([row["probabilities"][("bad", "good")[row["label"]]] for row in rows])
     assert by_laplace["values"]["NLL"] == pytest.approx(float(-p.log().mean()), rel=1e-5)
+
+
+def test_evaluate_writes_scores_to_standard_output(fitted, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("evaluate", fitted, "--data", data("test"), "--out", "-", "-q")
+    assert [report["name"] for report in json.loads(result.stdout)] == ["MAP", "Laplace"]
+    assert not (tmp_path / "-").exists()
+
+
+def test_evaluate_makes_sets_keeps_a_risk_and_scores_groups(fitted, data, tmp_path):
+    pytest.importorskip("crepes")
+    rows = [{**row, "thing": row["text"].split()[1]} for row in reviews(40, 5)]
+    test = write_json_lines(tmp_path / "groups.jsonl", rows)
+    apart = write_json_lines(tmp_path / "apart.jsonl", reviews(60, 6))
+    out = tmp_path / "scores.json"
+    args = ("evaluate", fitted, "--data", test, "-q", "--group-field", "thing", "--out", out)
+    result = run(*args, "--apart", apart, "--risk", 0.3, "--coverage", 0.8)
+    _, report = json.loads(out.read_text())
+    assert {"coverage", "set size", "answered"} <= set(report["values"])
+    line = f"Laplace: answer where a probability is above {report['threshold']:.4f}"
+    assert line in result.stdout and "thing film" in result.stdout
+    groups = {name: part["examples"] for name, part in report["by_group"].items()}
+    assert sum(groups.values()) == 40 and set(groups) == {"film", "meal"}
+    run(*args, "--apart", apart, "--coverage", 0.95)
+    _, wider = json.loads(out.read_text())
+    assert wider["values"]["set size"] > report["values"]["set size"]
+    assert "answered" not in wider["values"]
+    assert "give them by --apart" in refused(*args, "--risk", 0.3)
+    assert "not in the range" in refused(*args, "--risk", 3, status=2)
+    assert "no column for the group" in refused(
+        "evaluate", fitted, "--data", test, "-q", "--group-field", "kind"
+    )
 
 
 def test_evaluate_knows_data_of_another_kind(fitted, data, tmp_path):

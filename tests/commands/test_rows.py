@@ -37,9 +37,10 @@ def test_tables_keep_quoted_commas_and_lines(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("x.jsonl", '{"text": 1}\n{oops\n', "line 2: no JSON"),
-        ("x.jsonl", "[1]\n", "line 1: expected an object"),
+        ("x.jsonl", '{"text": 1}\n{oops\n', "line 2: expected a JSON object, got {oops"),
+        ("x.jsonl", "[1]\n", "line 1: expected a JSON object"),
         ("x.jsonl", "\n", "has no rows"),
+        ("x.jsonl", "text,label\n", "line 1: expected a JSON object, got text,label"),
         ("x.csv", "text,label\na,b,c\n", "line 2: expected 2 columns"),
         ("x.csv", "text,label\na\n", "line 2: expected 2 columns"),
         ("x.csv", 'text,label\n"a\n', "line 1: unexpected end of data"),
@@ -66,15 +67,33 @@ def test_data_set_folders(tmp_path):
     data.save_to_disk(single)
     datasets.DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(several)
     assert read_rows(str(single)) == ROWS
-    assert read_rows(str(several), "test") == ROWS[1:]
-    with pytest.raises(ValueError, match="train, test; choose one by --split"):
+    assert read_rows(str(several), "test") == ROWS[1:] == read_rows(f"{several}:test")
+    with pytest.raises(ValueError, match="and no val"):
+        read_rows(f"{several}:val")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_rows(f"{tmp_path}/gone:val")
+    with pytest.raises(ValueError, match="train, test; choose one"):
         read_rows(str(several))
-    with pytest.raises(ValueError, match="has train, test"):
+    with pytest.raises(ValueError, match="train, test, and no val"):
         read_rows(str(several), "val")
     with pytest.raises(ValueError, match="has no splits"):
         read_rows(str(single), "val")
     with pytest.raises(ValueError, match="no data set folder"):
         read_rows("-", "val")
+
+
+def test_files_as_on_the_hub_are_read_quietly_if_asked(tmp_path, monkeypatch, capfd):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("LAPLACE_LORA_PROGRESS", "0")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for name, rows in (("train", ROWS), ("validation", ROWS[1:])):
+        write_table(folder / f"{name}.csv", rows)
+    found = read_rows(f"{folder}:validation")
+    assert [str(value) for value in found[0].values()] == list(ROWS[1].values())
+    assert "examples/s" not in capfd.readouterr().err
+    assert not datasets.are_progress_bars_disabled()
 
 
 def test_without_datasets_a_folder_is_refused_by_name(tmp_path, monkeypatch):
