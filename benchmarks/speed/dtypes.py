@@ -53,7 +53,7 @@ def under_autocast(run: Run, args: argparse.Namespace) -> Run:
 def fits(make: Callable[..., KronLoraLaplace], batch: Any, args: argparse.Namespace) -> Run:
     """Return what adds a batch to running sums, as `KronLoraLaplace.fit` does for each."""
     la = make()
-    engine, spec = la.engine, la.backend.spec
+    engine, spec = la.engine, la.structure.spec
     x, y = la.objective.split(batch, "labels", engine.device, engine.dtype)
     add = in_full_precision(add_factors)
     first = under_autocast(lambda: add(engine, x, y, spec), args)

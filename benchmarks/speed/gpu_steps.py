@@ -214,7 +214,7 @@ def language_fit(size: str, args: argparse.Namespace, tables: Tables) -> Any:
         low_rank_threshold=args.low_rank_threshold,
     )
     x, y = la.engine.objective.split(batch, "labels", la.engine.device, la.engine.dtype)
-    spec = la.backend.spec
+    spec = la.structure.spec
     sums = add_factors(la.engine, x, y, spec)[1]
     weights = [p for p in model.parameters() if p.requires_grad]
 

@@ -38,6 +38,7 @@ METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "accuracy at 80%": accuracy_at(0.8),
     "AURC": aurc,
 }
+MODELS = ("encoder", "decoder")
 NEAR = 1e-9  # differences below count as none
 
 
@@ -96,7 +97,7 @@ def tables_of(cells: list[Cell]) -> tuple[dict[str, list[dict[str, str]]], list[
         "Test NLL": _by_group(cells, "NLL", at_chance),
         "Shifted NLL": _by_group(cells, "shifted NLL", at_chance),
         "Test NLL minus the MAP's": _differences(cells, "NLL", at_chance),
-        "Means over checkpoints that have learnt": _means(learnt),
+        **{f"Means over checkpoints that have learnt, {m}": _means(learnt, m) for m in MODELS},
         "Wins: cells with a lower test NLL by more than two standard errors": _wins(cells),
         "Cost, in units of the MAP's predictions of the test rows": _costs(cells),
     }
@@ -164,11 +165,13 @@ def _differences(cells: list[Cell], metric: str, at_chance: set[str]) -> list[di
     return [*rows, worst] if rows else []
 
 
-def _means(cells: list[Cell]) -> list[dict[str, str]]:
-    """Return the mean of every metric, over the checkpoints that every method has.
+def _means(cells: list[Cell], model: str) -> list[dict[str, str]]:
+    """Return the mean of every metric, over the checkpoints of a model that every method has.
 
     Methods that lack more than half of the checkpoints are left out.
     """
+    cells = [cell for cell in cells if cell.name.startswith(model)]
+    metrics = list(dict.fromkeys(metric for cell in cells for metric in cell.values))
     names = {m: {cell.name for cell in cells if cell.method == m} for m in _methods(cells)}
     most = max(map(len, names.values()), default=0)
     kept = [method for method in names if 2 * len(names[method]) > most]
@@ -177,9 +180,9 @@ def _means(cells: list[Cell]) -> list[dict[str, str]]:
     for method in kept:
         mine = [cell for cell in cells if cell.method == method and cell.name in common]
         row = {"method": method, "checkpoints": str(len(mine))}
-        for metric in dict.fromkeys(metric for cell in mine for metric in cell.values):
+        for metric in metrics:
             values = [cell.values[metric] for cell in mine if metric in cell.values]
-            row[metric] = f"{statistics.fmean(values):.3f}"
+            row[metric] = f"{statistics.fmean(values):.3f}" if values else "-"
         rows.append(row)
     return rows
 

@@ -144,7 +144,7 @@ def with_ensembles(found: list[Cell]) -> list[Cell]:
     """
     ensembles = []
     maps = [cell for cell in found if cell.method == "MAP"]
-    for group in {cell.group for cell in maps}:
+    for group in dict.fromkeys(cell.group for cell in maps):
         members = [cell for cell in maps if cell.group == group]
         if len(members) < 3:
             continue

@@ -37,10 +37,12 @@ def cell(peers, name, method, right, labels=(0, 0, 1, 1), predict=1.0):
 def test_tables_by_hand(peers):
     cells = []
     for seed, loss in enumerate((0.5, 0.52, 0.48)):
-        cells.append(cell(peers, f"easy-{seed}", "MAP", [loss] * 4 + [0.9], (0, 0, 1, 1, 1)))
-        cells.append(cell(peers, f"easy-{seed}", "ours", [0.9] * 5, (0, 0, 1, 1, 1), 2.5))
-        cells.append(cell(peers, f"hard-{seed}", "MAP", [0.4] * 4))
-        cells.append(cell(peers, f"hard-{seed}", "ours", [0.3] * 4))
+        cells.append(
+            cell(peers, f"encoder-easy-{seed}", "MAP", [loss] * 4 + [0.9], (0, 0, 1, 1, 1))
+        )
+        cells.append(cell(peers, f"encoder-easy-{seed}", "ours", [0.9] * 5, (0, 0, 1, 1, 1), 2.5))
+        cells.append(cell(peers, f"encoder-hard-{seed}", "MAP", [0.4] * 4))
+        cells.append(cell(peers, f"encoder-hard-{seed}", "ours", [0.3] * 4))
     tables, raw = peers.tables_of(cells)
     wins = {
         row[""]: row
@@ -48,9 +50,14 @@ def test_tables_by_hand(peers):
     }
     assert wins["ours"]["MAP"] == "1 of 2" and wins["MAP"]["ours"] == "1 of 2"
     groups = {row["checkpoints"]: row for row in tables["Test NLL"]}
-    assert set(groups) == {"easy", "hard*"}  # nobody beats the majority class on the hard task
-    assert groups["hard*"]["ours"] == f"{-math.log(0.3):.3f} ± 0.000"
-    means = {row["method"]: row for row in tables["Means over checkpoints that have learnt"]}
+    assert set(groups) == {
+        "encoder-easy",
+        "encoder-hard*",
+    }  # nobody beats the majority class on the hard task
+    assert groups["encoder-hard*"]["ours"] == f"{-math.log(0.3):.3f} ± 0.000"
+    means = {
+        row["method"]: row for row in tables["Means over checkpoints that have learnt, encoder"]
+    }
     assert means["ours"]["checkpoints"] == "3"
     assert means["ours"]["NLL"] == f"{-math.log(0.9):.3f}"
     losses = tables["Test NLL minus the MAP's"][-1]
@@ -69,7 +76,10 @@ def test_tables_by_hand(peers):
 
 
 def test_an_ensemble_averages_three_seeds(peers):
-    cells = [cell(peers, f"easy-{seed}", "MAP", [p] * 4) for seed, p in enumerate((0.2, 0.4, 0.9))]
+    cells = [
+        cell(peers, f"encoder-easy-{seed}", "MAP", [p] * 4)
+        for seed, p in enumerate((0.2, 0.4, 0.9))
+    ]
     assert len(peers.with_ensembles(cells[:2])) == 2
     found = peers.with_ensembles(cells)[3:]
     assert [each.name for each in found] == [each.name for each in cells]
