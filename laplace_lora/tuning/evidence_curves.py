@@ -1,4 +1,4 @@
-"""The log evidence with its gradient term as a function of prior precisions and noise.
+"""The log evidence, with its gradient term, as a function of prior precisions and noise.
 
 Where the curvature is a block per tensor, eigenvalues are all it takes; where data couple the
 tensors, as in an exact posterior, the Gram matrix of each group's rows.
@@ -16,6 +16,7 @@ from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.structures.base import GradientTerm, Spectrum
 from laplace_lora.structures.row_term import RowTerm
 from laplace_lora.structures.state import Posterior
+from laplace_lora.tuning.evidence import effective_parameters
 
 
 class EvidenceCurve(Protocol):
@@ -30,12 +31,16 @@ class EvidenceCurve(Protocol):
         """
         ...
 
+    def effective(self, logs: Tensor, log_noise: Tensor) -> Tensor:
+        """Return how many directions of each group the data determine, ``(groups,)``, float64."""
+        ...
+
 
 class _Likelihood:
     """Loss, its scale under any noise, and what the noise costs.
 
     Args:
-        posterior: A fitted posterior whose gradient term is known.
+        posterior: A fitted posterior.
     """
 
     def __init__(self, posterior: Posterior) -> None:
@@ -60,8 +65,8 @@ class SeparateEvidence:
     """Of curvature with a block per tensor, or with one prior precision in all.
 
     Args:
-        posterior: A fitted posterior whose gradient term is known, with a scalar prior where its
-            structure couples the tensors.
+        posterior: A fitted posterior, with a scalar prior where its structure couples the tensors;
+            where its gradient term is not known, it is left out.
         groups: Group of each tensor, ``(tensors,)``.
     """
 
@@ -74,15 +79,25 @@ class SeparateEvidence:
 
     def __call__(self, logs: Tensor, log_noise: Tensor) -> Tensor:
         """Return the log evidence, see `EvidenceCurve`."""
-        scale = self._likelihood.scale(log_noise)
-        here = self._likelihood.scale(torch.as_tensor(self._likelihood.noise).log().to(log_noise))
-        ratio = (scale / here).to(self._squares.device)
-        spectra = [[(e * ratio, times) for e, times in spectrum] for spectrum in self._spectra]
+        scale, spectra = self._spectra_at(log_noise)
         deltas = logs.exp().to(self._squares)
         relative = relative_evidence(
             deltas, self._groups, spectra, self._squares, self._gain, scale
         )
         return relative.to(logs) + self._likelihood.log_likelihood(log_noise)
+
+    def effective(self, logs: Tensor, log_noise: Tensor) -> Tensor:
+        """Return how many directions of each group the data determine, see `EvidenceCurve`."""
+        deltas = logs.exp().to(self._squares)
+        shares = effective_parameters(self._spectra_at(log_noise)[1], deltas[self._groups])
+        return torch.zeros_like(deltas).index_add_(0, self._groups, shares)
+
+    def _spectra_at(self, log_noise: Tensor) -> tuple[Tensor, list[Spectrum]]:
+        """Return scale and eigenvalues under a noise."""
+        scale = self._likelihood.scale(log_noise)
+        here = self._likelihood.scale(torch.as_tensor(self._likelihood.noise).log().to(log_noise))
+        ratio = (scale / here).to(self._squares.device)
+        return scale, [[(e * ratio, times) for e, times in part] for part in self._spectra]
 
 
 class CoupledEvidence:
@@ -94,7 +109,7 @@ class CoupledEvidence:
     `Subspace`.
 
     Args:
-        posterior: A fitted posterior whose gradient term is known.
+        posterior: A fitted posterior; where its gradient term is not known, it is left out.
         groups: Group of each tensor, ``(tensors,)``.
     """
 
@@ -121,11 +136,18 @@ class CoupledEvidence:
             gap, square = self._gain.misfit
             whitened = torch.linalg.solve_triangular(core, gap.to(core).unsqueeze(1), upper=False)
             relative = relative + 0.5 * c * (square.to(core) - whitened.square().sum())
-        elif self._gain is not None:
-            by_tensor = deltas.to(self._norms)[self._groups]
+        else:
             relative = relative - 0.5 * (deltas.to(self._norms) * self._norms).sum().to(core)
-            relative = relative + self._gain.term(by_tensor, scale).to(core)
+            if self._gain is not None:
+                by_tensor = deltas.to(self._norms)[self._groups]
+                relative = relative + self._gain.term(by_tensor, scale).to(core)
         return relative.to(logs) + self._likelihood.log_likelihood(log_noise)
+
+    def effective(self, logs: Tensor, log_noise: Tensor) -> Tensor:
+        """Return how many directions of each group the data determine, see `EvidenceCurve`."""
+        weights = self._likelihood.scale(log_noise).to(self._grams) / logs.exp().to(self._grams)
+        core = _factored(torch.einsum("g,gnm->nm", weights, self._grams))
+        return weights * torch.einsum("nm,gnm->g", torch.cholesky_inverse(core), self._grams)
 
 
 def relative_evidence(

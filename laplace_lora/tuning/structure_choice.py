@@ -8,20 +8,21 @@ range that the data leave it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.structures.settings import Settings
 from laplace_lora.structures.state import Posterior
-from laplace_lora.tuning.evidence import effective_parameters
-from laplace_lora.tuning.evidence_curves import relative_evidence
+from laplace_lora.tuning.evidence_curves import CoupledEvidence, SeparateEvidence
 from laplace_lora.tuning.groups import prior_groups
-from laplace_lora.tuning.marginal_likelihood import maximise
+from laplace_lora.tuning.marginal_likelihood import first_precision, maximise
 
 AUTO = "auto"
 CANDIDATES = ("scalar", "matrix", "block", "layerwise")
+BYTES = 2**31  # of Gram matrices; finer structures of exact posteriors are left out beyond
 RANGE = math.log(1e8)  # of log δ, in which each precision may lie beforehand
 
 
@@ -31,7 +32,8 @@ class StructureChoice:
 
     Attributes:
         structure: The choice, one of `CANDIDATES`.
-        evidences: Of each structure, its log evidence in nats with its precisions integrated out.
+        evidences: Of each structure compared, its log evidence in nats with its precisions
+            integrated out.
     """
 
     structure: str
@@ -47,26 +49,29 @@ def choose_structure(
 ) -> tuple[Settings, StructureChoice]:
     """Return the settings of the structure with the largest evidence, and what it was.
 
+    Of an exact posterior, structures whose Gram matrices take more than 2 GB are left out.
+
     Args:
         posterior: A fitted posterior.
         correction: Whether to take the gradient term in, where it is known.
-
-    Raises:
-        ValueError: If the data couple the tensors, as in an exact posterior.
     """
-    if posterior.structure.couples_groups:
-        raise ValueError(
-            "prior_structure='auto' compares evidences with their gradient term, which an exact "
-            "posterior has for a scalar only; give 'scalar' or another structure by name"
-        )
     found = {}
     for structure in CANDIDATES:
         groups = prior_groups(posterior.names, structure)
+        if posterior.structure.couples_groups and _gram_bytes(posterior, groups) > BYTES:
+            continue
         settings = maximise(posterior, groups, False, correction)
         found[structure] = settings, integrated_evidence(posterior, settings, groups, correction)
     best = max(found, key=lambda structure: found[structure][1])
     evidences = {structure: value for structure, (_, value) in found.items()}
     return found[best][0], StructureChoice(best, evidences)
+
+
+def _gram_bytes(posterior: Posterior, groups: Tensor) -> int:
+    """Return the size of the groups' Gram matrices, of which a joint evidence is."""
+    count, precision = int(groups.max()) + 1, posterior.precision
+    assert isinstance(precision, RowPrecision)
+    return 8 * count * len(precision.rows) ** 2 if count > 1 else 0
 
 
 def integrated_evidence(
@@ -83,13 +88,17 @@ def integrated_evidence(
         groups: Group of each trainable tensor.
         correction: Whether to take the gradient term in, where it is known.
     """
-    spectra, squares = posterior.precision.spectra(), posterior.state.squared_norms
-    scale, groups = float(posterior.scale.detach()), groups.to(squares.device)
+    if not correction:  # the curves take the term in where it is known
+        plain = replace(posterior.state, loss_gradient=None, subspace=None)
+        posterior = replace(posterior, state=plain)
+    squares = posterior.state.squared_norms
+    groups = groups.to(squares.device)
     deltas = settings.prior_precision.detach().to(squares).expand(len(groups))
-    precisions = squares.new_zeros(int(groups.max()) + 1).index_copy_(0, groups, deltas)
-    gain = posterior.gradient_term if correction else None
-    value = relative_evidence(precisions, groups, spectra, squares, gain, scale)
-    effective = torch.zeros_like(precisions)
-    effective.index_add_(0, groups, effective_parameters(spectra, deltas))
-    left = 0.5 * torch.log(4 * math.pi / effective) - math.log(RANGE)
-    return float(value - scale * posterior.state.loss + left.clamp(max=0).sum())
+    logs = squares.new_zeros(int(groups.max()) + 1).index_copy_(0, groups, deltas).log()
+    coupled = posterior.structure.couples_groups and len(logs) > 1
+    if not coupled:
+        posterior = posterior.with_settings(first_precision(posterior))
+    curve = (CoupledEvidence if coupled else SeparateEvidence)(posterior, groups)
+    noise = posterior.settings.sigma_noise.detach().double().log()
+    left = 0.5 * torch.log(4 * math.pi / curve.effective(logs, noise)) - math.log(RANGE)
+    return float(curve(logs, noise)) + float(left.clamp(max=0).sum())

@@ -1,23 +1,33 @@
 """Which tensors share a prior precision, by the evidence with the precisions integrated out."""
 
+import contextlib
 import math
 
 import pytest
 import torch
 
-from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
+from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace, LowRankLoraLaplace
 from laplace_lora.tuning import structure_choice
 from laplace_lora.tuning.groups import prior_groups
+from laplace_lora.tuning.marginal_likelihood import maximise
 from laplace_lora.tuning.structure_choice import CANDIDATES, integrated_evidence
 from laplace_lora.tuning.tuner import Tuner
 from support.batches import loader
 from support.models import peft_model
 from support.posteriors import posterior
 
+POSTERIORS = [
+    (KronLoraLaplace, {}),
+    (DiagLoraLaplace, {}),
+    (FullLoraLaplace, {}),
+    (LowRankLoraLaplace, {"rank": 5}),
+]
 
-@pytest.fixture(scope="module", params=[KronLoraLaplace, DiagLoraLaplace])
+
+@pytest.fixture(scope="module", params=POSTERIORS, ids=lambda pair: pair[0].__name__)
 def la(request):
-    return posterior(request.param, "bert")
+    cls, kwargs = request.param
+    return posterior(cls, "bert", **kwargs)
 
 
 def test_the_integral_over_a_precision(la):
@@ -65,11 +75,36 @@ def test_the_price_of_a_precision_decides(la, monkeypatch):
     assert choice().structure == "scalar"
 
 
+@pytest.mark.parametrize("correction", [False, True])
+def test_the_integral_over_two_precisions_of_an_exact_posterior(correction, monkeypatch):
+    """Against a sum over a grid of both."""
+    monkeypatch.setattr(structure_choice, "RANGE", 24.0)
+    la = posterior(FullLoraLaplace, "bert", modules=["query", "classifier"])
+    groups = prior_groups(la.fitted.names, lambda name: "head" if "classifier" in name else "lora")
+    settings = maximise(la.fitted, groups, False, correction)
+    ours = integrated_evidence(la.fitted, settings, groups, correction)
+    best = torch.zeros(2, dtype=torch.float64)
+    best.index_copy_(0, groups, settings.prior_precision.log())
+    steps = torch.linspace(-12, 12, 49, dtype=torch.float64)
+    values = []
+    for a in steps:
+        for b in steps:
+            prior = (best + torch.stack([a, b])).exp()[groups]
+            with contextlib.suppress(FloatingPointError):  # an evidence above zero
+                values.append(la.log_marginal_likelihood(prior, correction=correction).detach())
+    values = torch.stack(values)
+    numeric = float(torch.logsumexp(values, 0) + 2 * math.log(0.5 / 24))
+    assert ours == pytest.approx(numeric, abs=1.0)
+
+
+def test_structures_that_take_too_much_memory_are_left_out(monkeypatch):
+    la = posterior(FullLoraLaplace, "bert")
+    monkeypatch.setattr(structure_choice, "BYTES", 8 * 3 * 14**2)
+    la.optimize_prior_precision(method="marglik", prior_structure="auto")
+    assert set(la.tuning.structure.evidences) == {"scalar", "matrix", "block"}
+
+
 def test_what_cannot_choose_says_so():
-    exact = FullLoraLaplace(peft_model("bert"), "classification")
-    exact.fit(loader())
-    with pytest.raises(ValueError, match="'auto'"):
-        exact.optimize_prior_precision(method="marglik", prior_structure="auto")
     regression = KronLoraLaplace(peft_model("bert"), "regression")
     regression.fit(loader(likelihood="regression"))
     with pytest.raises(ValueError, match="observation noise"):
