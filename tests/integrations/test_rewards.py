@@ -73,3 +73,42 @@ def test_what_does_not_fit_is_refused(la):
     other = KronLoraLaplace(peft_model("bert"), "classification")
     with pytest.raises(ValueError, match="likelihood='reward_modeling'"):
         PessimisticReward(other, word_tokenizer())
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's, of its own future
+def test_trls_trainer_asks_it(la, tmp_path):
+    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
+    reward, asked = PessimisticReward(la, word_tokenizer()), []
+
+    def noted(prompts, completions, **kwargs):
+        asked.append((prompts, completions, reward(prompts, completions, **kwargs)))
+        return asked[-1][2]
+
+    noted.__name__ = reward.__name__
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = "h"
+    config = trl.GRPOConfig(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=3,
+        report_to=[],
+        logging_steps=1,
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+    trainer = trl.GRPOTrainer(
+        model=peft_model("llama-lm", dtype=torch.float32),
+        reward_funcs=[noted],
+        args=config,
+        train_dataset=datasets.Dataset.from_list([{"prompt": "a b"}, {"prompt": "c d e"}]),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    ((prompts, completions, rewards),) = asked
+    assert len(set(prompts)) == 1 and len(completions) == 4
+    logged = {k: v for entry in trainer.state.log_history for k, v in entry.items()}
+    mean = sum(rewards) / 4
+    assert logged["rewards/pessimistic_reward/mean"] == pytest.approx(mean, rel=1e-4)
