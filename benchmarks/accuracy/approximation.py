@@ -31,7 +31,7 @@ from torch import Tensor
 from benchmarks.harness.arguments import plain_parser, prepare
 from benchmarks.harness.report import mean_and_error, write_report
 from benchmarks.study.checkpoints import add_study_arguments, checkpoint
-from benchmarks.study.methods import EVALUATION_BATCH, Stopwatch, linked, stored_bytes
+from benchmarks.study.costs import Stopwatch, stored_bytes
 from benchmarks.study.tasks import Task, add_task_arguments, load_task
 from laplace_lora import (
     DiagLoraLaplace,
@@ -42,6 +42,7 @@ from laplace_lora import (
 )
 from laplace_lora.evaluation.metrics import ece, nll
 from laplace_lora.likelihoods.classification import LOGITS
+from laplace_lora.likelihoods.links import Link
 from laplace_lora.predictive.glm import Predictor
 
 EXACT = "exact GGN"
@@ -60,6 +61,9 @@ FIGURES = {  # of a cell: heading, digits
     "predict": ("predict, s", 1),
     "MiB": ("MiB", 1),
 }
+
+EVALUATION_BATCH = 64
+LINK_SAMPLES = 1000
 
 Make = Callable[[LogitsModel], Any]
 
@@ -108,6 +112,13 @@ def measured(task: Task, args: argparse.Namespace, la: Any) -> tuple[dict[str, f
         p = linked(link, mean, covariance)
         figures |= {f"{link} NLL": nll(p, labels), f"{link} ECE": ece(p, labels)}
     return figures, covariance
+
+
+def linked(link: str, mean: Tensor, covariance: Tensor) -> Tensor:
+    """Return class probabilities from moments, with the same samples for every structure."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(LINK_SAMPLES, mean.shape[1] - 1, generator=generator)
+    return Link(link, noise).log_probabilities(mean, covariance).exp()
 
 
 def exact_covariances(task: Task, exact: Any, precisions: list[float]) -> list[Tensor]:

@@ -1,1 +1,1 @@
-"""The calibration study on real data: ``python -m benchmarks.study``."""
+"""Studies of calibration on real data."""

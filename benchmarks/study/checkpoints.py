@@ -128,20 +128,6 @@ def pretrained(task: Task, args: argparse.Namespace, seed: int) -> PeftModel:
     return get_peft_model(base_model(task), config).to(args.device)
 
 
-def epoch_seconds(task: Task, args: argparse.Namespace) -> float:
-    """Return the seconds of one pass of training in float32, the dtype that posteriors use.
-
-    Measured once per task and saved with the checkpoints.
-    """
-    path = Path(args.out) / "epochs" / f"{task.name}-{len(task.splits['train'])}.json"
-    if not path.exists():
-        single = argparse.Namespace(**{**vars(args), "epochs": 1, "autocast": False})
-        trained = train(pretrained(task, single, seed=0), task, single)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(trained))
-    return json.loads(path.read_text())["seconds"]
-
-
 def training_loader(
     task: Task, args: argparse.Namespace, optimizer: torch.optim.Optimizer
 ) -> tuple[DataLoader, torch.optim.lr_scheduler.LRScheduler]:

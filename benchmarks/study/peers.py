@@ -29,7 +29,7 @@ from benchmarks.harness.arguments import prepare
 from benchmarks.harness.report import write_report
 from benchmarks.study.bench import ENCODER_ONLY, METHODS, PROBIT, Bench
 from benchmarks.study.checkpoints import checkpoint
-from benchmarks.study.methods import Stopwatch, evaluated_splits, stored_bytes
+from benchmarks.study.costs import Stopwatch, stored_bytes
 from benchmarks.study.peer_tables import Cell, tables_of
 from benchmarks.study.retrained import VariationalMean
 from benchmarks.study.trainings import Training, checkpoint_parser, in_order
@@ -59,7 +59,7 @@ def compute(training: Training, args: argparse.Namespace, names: list[str]) -> l
     folder.mkdir(exist_ok=True)
     labels = {
         split: torch.tensor([row["labels"] for row in task.splits[split]])
-        for split in evaluated_splits(task)
+        for split in task.evaluated
     }
     save_file(labels, _path(folder, LABELS))
     failed = []
@@ -79,7 +79,7 @@ def _compute_one(bench: Bench, training: Training, name: str, folder: Path, alon
     fit = watch.lap()
     predict = partial(method, link_approx="probit") if name == PROBIT else method
     probs, seconds = {}, {}
-    for split in evaluated_splits(bench.task):
+    for split in bench.task.evaluated:
         watch = Stopwatch(bench.args.device)
         parts = [predict(batch) for batch in bench.loader(split)]
         probs[split] = torch.cat(parts).detach().float().cpu().contiguous()

@@ -67,6 +67,11 @@ class Task:
     splits: dict[str, list[dict]] = field(repr=False)
     target_ids: list[int] | None = None
 
+    @property
+    def evaluated(self) -> list[str]:
+        """The splits that methods are evaluated on, the test set first."""
+        return [split for split in ("test", "shifted", "ood") if split in self.splits]
+
     def loader(self, split: str, batch_size: int) -> DataLoader:
         """Return batches of a split in its own order."""
         return DataLoader(self.splits[split], batch_size, collate_fn=self.collate)

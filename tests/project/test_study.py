@@ -22,19 +22,8 @@ WORDS = "abcdefgh"
 
 
 @pytest.fixture
-def study(monkeypatch):
+def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.study import __main__ as study
-
-    return study
-
-
-def run(study, monkeypatch, capsys, tmp_path, *extra):
-    out = tmp_path / "out"
-    argv = ["study.py", "--data", str(tmp_path), "--model", str(tmp_path / "model"), *SMALL]
-    monkeypatch.setattr(sys, "argv", [*argv, "--dropout-samples", "2", "--out", str(out), *extra])
-    study.main()
-    return out, json.loads((out / "study.json").read_text()), capsys.readouterr().out
 
 
 def save_model(kind, config, tmp_path):
@@ -69,64 +58,70 @@ def questions(n, seed):
     ]
 
 
-def test_classification_is_studied_and_resumed(study, monkeypatch, capsys, tmp_path):
+def small_arguments(tmp_path, *extra):
+    from benchmarks.harness.arguments import plain_parser
+    from benchmarks.study.checkpoints import add_study_arguments
+    from benchmarks.study.tasks import TASKS, add_task_arguments
+
+    parser = plain_parser("")
+    add_task_arguments(parser, TASKS)
+    add_study_arguments(parser, [0])
+    given = ["--data", str(tmp_path), *SMALL, "--out", str(tmp_path / "out"), *extra]
+    return parser.parse_args(given)
+
+
+def test_a_checkpoint_is_trained_once(benchmarks, tmp_path):
+    from benchmarks.study.checkpoints import checkpoint, folder_of
+    from benchmarks.study.tasks import load_task
     from transformers import BertForSequenceClassification
 
     save_model(BertForSequenceClassification, bert_config(), tmp_path)
     for file, seed in (("train", 0), ("dev", 1), ("dev_ood", 2)):
         write(tmp_path / "cola" / f"{file}.jsonl", sentences(60, seed))
-    options = ("--tasks", "cola", "--seeds", "0", "1")
-    out, report, printed = run(study, monkeypatch, capsys, tmp_path, *options)
-    rows = {row["method"]: row for row in report["tables"]["cola"]}
-    assert list(rows)[:4] == ["MAP", "temperature scaling", "MC dropout", "LoRA ensemble"]
-    assert {"K-FAC, marginal likelihood", "K-FAC, calibrated"} <= set(rows)
-    assert rows["MAP"]["seeds"] == 2 and rows["LoRA ensemble"]["seeds"] == 1
-    assert all("±" in row["NLL"] and "±" in row["shifted NLL"] for row in rows.values())
-    assert float(rows["LoRA ensemble"]["fit, epochs"]) > 1  # two trainings of two epochs each
-    assert rows["MAP"]["MiB"] == "0.0" and rows["MAP"]["OOD AUROC"]
-    assert (out / "reliability-cola.png").stat().st_size > 10_000
-    assert "cola, seed 1: K-FAC, calibrated" in printed
-    # A second run finds every cell finished.
-    before = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
-    _, again, printed = run(study, monkeypatch, capsys, tmp_path, *options)
-    assert "seed" not in printed.split("## cola")[0].replace("--seeds", "")
-    assert {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()} == before
-    assert again["tables"] == report["tables"]
+    args = small_arguments(tmp_path, "--model", str(tmp_path / "model"))
+    task = load_task(args, "cola")
+    assert {split: len(rows) for split, rows in task.splits.items()} == {
+        "val": 12,
+        "train": 24,
+        "test": 10,
+        "shifted": 8,
+    }
+    assert task.evaluated == ["test", "shifted"]
+    model, record = checkpoint(task, args, seed=1)
+    weights = folder_of(task, args, 1) / "adapter_model.safetensors"
+    written = weights.stat().st_mtime_ns
+    again, same = checkpoint(task, args, seed=1)
+    assert weights.stat().st_mtime_ns == written and same == record
+    batch = next(iter(task.loader("test", 10)))
+    batch.pop("labels")
+    assert torch.equal(model(**batch).logits, again(**batch).logits)
+    other, _ = checkpoint(task, args, seed=2)
+    assert not torch.equal(model(**batch).logits, other(**batch).logits)
+    more = small_arguments(tmp_path, "--model", str(tmp_path / "model"), "--epochs", "3")
     with pytest.raises(SystemExit, match="other settings"):
-        run(study, monkeypatch, capsys, tmp_path, *options, "--epochs", "3")
+        checkpoint(task, more, seed=1)
 
 
-def test_answers_of_a_decoder_are_studied(study, monkeypatch, capsys, tmp_path):
+def test_answers_of_a_decoder_are_read(benchmarks, monkeypatch, tmp_path):
+    from benchmarks.study import tasks
     from transformers import LlamaForCausalLM
 
     save_model(LlamaForCausalLM, llama_config(), tmp_path)
-    tasks = sys.modules["benchmarks.study.tasks"]
     monkeypatch.setattr(tasks, "LETTERS", "efgh")  # answers that the tiny tokenizer knows
     for file, seed in (("train", 0), ("test", 1)):
         write(tmp_path / "arc_easy" / f"{file}.jsonl", questions(60, seed))
     write(tmp_path / "arc_challenge" / "test.jsonl", questions(20, 3))
-    options = ("--tasks", "arc_easy", "--seeds", "0", "1")
-    _, report, _ = run(study, monkeypatch, capsys, tmp_path, *options)
-    rows = {row["method"]: row for row in report["tables"]["arc_easy"]}
-    assert {"MAP", "K-FAC, calibrated", "K-FAC, one sampled label, marginal likelihood"} <= set(
-        rows
+    task = tasks.load_task(
+        small_arguments(tmp_path, "--model", str(tmp_path / "model")), "arc_easy"
     )
-    cells = report["raw"]["arc_easy"]["K-FAC, calibrated"]
-    assert [cell["seed"] for cell in cells] == ["0", "1"]
-    assert cells[0]["values"] != cells[1]["values"]
-    assert tasks.read_questions(tmp_path / "arc_easy" / "test.jsonl")[0]["choices"][3:]
+    assert task.classes == 4 and len(set(task.target_ids)) == 4
+    assert {row["labels"] for row in task.splits["train"]} == {0, 1, 2, 3}
     assert len(tasks.read_questions(tmp_path / "arc_easy" / "test.jsonl")) == 59
-
-
-def test_a_decoder_must_be_given(study, monkeypatch, capsys, tmp_path):
-    (tmp_path / "arc_easy").mkdir()
-    argv = ["study.py", "--data", str(tmp_path), "--tasks", "arc_easy", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit, match="give one with --model"):
-        study.main()
+        tasks.load_task(small_arguments(tmp_path), "arc_easy")
 
 
-def test_structures_are_compared_on_the_same_checkpoints(study, monkeypatch, capsys, tmp_path):
+def test_structures_are_compared_on_the_same_checkpoints(benchmarks, monkeypatch, capsys, tmp_path):
     from benchmarks.accuracy import approximation
     from transformers import BertForSequenceClassification
 
