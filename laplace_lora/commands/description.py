@@ -10,16 +10,19 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from safetensors.torch import load
 from torch import Tensor
 
+from laplace_lora.commands.names import bare_name
 from laplace_lora.commands.plan import read_plan
-from laplace_lora.display.tables import span
+from laplace_lora.display.tables import SHOWN_ROWS, short, span
 from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.storage.files import read_files
 from laplace_lora.structures.sizes import MIB, kron_size
 
 FINGERPRINTS = ("weights", "adapter", "base", "adapter_settings")
+SUMMED = ("weights", "tensors")
 SHOWN = 12  # digits of a fingerprint in the table
 
 
@@ -48,6 +51,7 @@ def describe(posterior: str) -> dict[str, dict[str, Any]]:
     payload, config = read_files(posterior)
     tensors = load(payload)
     plan = read_plan(posterior, config["content"])
+    noise = {"observation noise": float(tensors["sigma_noise"])}
     scalars, shapes = config["scalars"], config["parameters"]
     arguments = {k: v for k, v in config["arguments"].items() if v not in (None, {}, [])}
     return {
@@ -60,13 +64,13 @@ def describe(posterior: str) -> dict[str, dict[str, Any]]:
             "mean training loss": scalars["loss"] / scalars["n_data"],
         },
         "covers": {
-            "weights": sum(map(math.prod, shapes.values())),
-            "tensors": len(shapes),
+            **dict(zip(SUMMED, (sum(map(math.prod, shapes.values())), len(shapes)), strict=True)),
             **{name: " x ".join(map(str, shape)) for name, shape in shapes.items()},
         },
         "prior and calibration": {
             "prior precision": span(tensors["prior_precision"], 4),
             "prior mean": "given weights" if bool(tensors["prior_mean"].any()) else "zero",
+            **(noise if config["arguments"]["likelihood"] == "regression" else {}),
             "covariance scale": scalars["covariance_scale"],
             "likelihood temperature": scalars["likelihood_temperature"],
             "mean moved": "shift" in tensors,
@@ -94,7 +98,21 @@ def _table(title: str, values: dict[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in values.items():
-        text = f"{value:.4g}" if isinstance(value, float) else str(value)
-        table.add_row(name, text[:SHOWN] if title == "fingerprints" else text)
+    rows = [row for name, value in values.items() for row in _rows(name, value)]
+    left = len(rows) - SHOWN_ROWS - len(SUMMED) if title == "covers" else 0
+    for name, text in rows[: len(rows) - max(left, 0)]:
+        table.add_row(Text(name), Text(text[:SHOWN] if title == "fingerprints" else text))
+    if left > 0:
+        table.add_row(f"and {left} more", "")
     return table
+
+
+def _rows(name: str, value: Any) -> list[tuple[str, str]]:
+    """Return what a person reads of a value; what a mapping leaves out has no row."""
+    if isinstance(value, dict):
+        return [(f"{name}, {k}", short(v)) for k, v in value.items() if v is not None]
+    if isinstance(value, bool):
+        return [(name, "yes" if value else "no")]
+    if isinstance(value, list):  # of answers, in which spaces count
+        return [(name, ", ".join(map(repr, value)))]
+    return [(bare_name(name), short(value))]

@@ -15,6 +15,7 @@ from laplace_lora.adapters.diagonal_maps import ElementwiseMap, WholeTensor
 from laplace_lora.commands.adapter import HEAD, Adapter, load_adapter
 from laplace_lora.commands.fitting import new_posterior
 from laplace_lora.commands.inputs import Inputs
+from laplace_lora.commands.names import bare_name
 from laplace_lora.commands.plan import Plan
 from laplace_lora.commands.planning import plan_fit
 from laplace_lora.commands.rows import read_rows
@@ -75,8 +76,9 @@ def _print_covered(console: Console, la: LoraLaplace) -> list[str]:
             diagonal.append(block.name)
         if i < SHOWN_ROWS:
             shape = " x ".join(map(str, block.parameter.shape))
-            name = block.name.removeprefix("model.").removeprefix("base_model.model.")
-            table.add_row(name, shape, "diagonal" if is_diagonal else "Kronecker factors")
+            table.add_row(
+                bare_name(block.name), shape, "diagonal" if is_diagonal else "Kronecker factors"
+            )
     more = len(engine.blocks) - SHOWN_ROWS
     if more > 0:
         table.add_row(f"and {more} more", "", "")

@@ -1,4 +1,4 @@
-"""Names of classes, and which of them a label means."""
+"""Names of classes, and which of them a label means; names of tensors."""
 
 from __future__ import annotations
 
@@ -71,3 +71,8 @@ def class_names(given: Sequence[str], of_model: Sequence[str], outputs: int) -> 
     if len(set(given)) < len(given):
         raise ValueError(f"--labels names a class twice: {', '.join(given)}")
     return list(given or of_model or map(str, range(outputs)))
+
+
+def bare_name(tensor: str) -> str:
+    """Return a tensor's name without what this library and PEFT put before the model's own."""
+    return tensor.removeprefix("model.").removeprefix("base_model.model.")

@@ -24,6 +24,23 @@ def test_info_says_what_the_files_hold(adapter, data):
     shown = run("info", folder).stdout
     assert content["fingerprints"]["weights"][:12] in shown
     assert content["fingerprints"]["weights"] not in shown and "KronLoraLaplace" in shown
+    assert "query.lora_A" in shown and "base_model.model" not in shown and "more" not in shown
+    assert "columns, text" in shown and "'0', '1'" in shown and "observation noise" not in shown
+
+
+def test_info_of_a_regression_has_its_noise(adapter, data):
+    folder = adapter("one output")
+    run("fit", folder, "--data", data("train"), "-q")
+    content = json.loads(run("info", folder, "--json").stdout)
+    assert content["prior and calibration"]["observation noise"] > 0
+
+
+def test_info_shows_the_first_tensors_and_counts_the_others(adapter, data, monkeypatch):
+    monkeypatch.setattr("laplace_lora.commands.description.SHOWN_ROWS", 3)
+    folder = adapter()
+    run("fit", folder, "--data", data("train"), "-q")
+    shown = run("info", folder).stdout
+    assert "and 7 more" in shown and shown.count("lora_") == 3
 
 
 def test_info_checks_the_files(adapter, data):
