@@ -212,6 +212,8 @@ def _costs(cells: list[Cell]) -> list[dict[str, str]]:
     rows = []
     for method in _methods(timed):
         mine = [cell for cell in timed if cell.method == method and cell.name in bare]
+        if not mine:
+            continue
         row = {"method": method}
         for key in ("fit", "predict"):
             row[key] = f"{statistics.median(c.cost[key] / bare[c.name] for c in mine):.1f}"
