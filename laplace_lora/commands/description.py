@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -14,9 +15,9 @@ from rich.text import Text
 from safetensors.torch import load
 from torch import Tensor
 
-from laplace_lora.commands.names import bare_name
+from laplace_lora.commands.names import layer_name
 from laplace_lora.commands.plan import read_plan
-from laplace_lora.display.tables import SHOWN_ROWS, short, span
+from laplace_lora.display.tables import short, span
 from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.storage.files import read_files
 from laplace_lora.structures.sizes import MIB, kron_size
@@ -35,7 +36,7 @@ def run(posterior: str, as_json: bool) -> None:
     console = Console()
     for title, values in content.items():
         if values:
-            console.print(_table(title, values))
+            console.print(_table(title, _by_layer(values) if title == "covers" else values))
 
 
 def describe(posterior: str) -> dict[str, dict[str, Any]]:
@@ -98,13 +99,20 @@ def _table(title: str, values: dict[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    rows = [row for name, value in values.items() for row in _rows(name, value)]
-    left = len(rows) - SHOWN_ROWS - len(SUMMED) if title == "covers" else 0
-    for name, text in rows[: len(rows) - max(left, 0)]:
-        table.add_row(Text(name), Text(text[:SHOWN] if title == "fingerprints" else text))
-    if left > 0:
-        table.add_row(f"and {left} more", "")
+    for topic, value in values.items():
+        for name, text in _rows(topic, value):
+            table.add_row(Text(name), Text(text[:SHOWN] if title == "fingerprints" else text))
     return table
+
+
+def _by_layer(covered: dict[str, Any]) -> dict[str, Any]:
+    """Return what is covered with one entry for tensors that layers have alike."""
+    found = dict(covered)
+    kinds: Counter[tuple[str, str]] = Counter()
+    for name in [name for name in covered if name not in SUMMED]:
+        kinds[layer_name(name), found.pop(name)] += 1
+    shapes = {f"{name}, {shape}": count for (name, shape), count in kinds.items()}
+    return found | shapes
 
 
 def _rows(name: str, value: Any) -> list[tuple[str, str]]:
@@ -115,4 +123,4 @@ def _rows(name: str, value: Any) -> list[tuple[str, str]]:
         return [(name, "yes" if value else "no")]
     if isinstance(value, list):  # of answers, in which spaces count
         return [(name, ", ".join(map(repr, value)))]
-    return [(bare_name(name), short(value))]
+    return [(name, short(value))]

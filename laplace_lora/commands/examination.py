@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,14 +16,14 @@ from laplace_lora.adapters.diagonal_maps import ElementwiseMap, WholeTensor
 from laplace_lora.commands.adapter import HEAD, Adapter, load_adapter
 from laplace_lora.commands.fitting import new_posterior
 from laplace_lora.commands.inputs import Inputs
-from laplace_lora.commands.names import bare_name
+from laplace_lora.commands.names import layer_name
 from laplace_lora.commands.plan import Plan
 from laplace_lora.commands.planning import plan_fit
 from laplace_lora.commands.rows import read_rows
-from laplace_lora.display.tables import SHOWN_ROWS
 from laplace_lora.posteriors.base import LoraLaplace
 
 NOT_WELL = 1  # exit status
+SHOWN_KINDS = 30
 
 
 def run(adapter: str, data: str | None, **options: Any) -> None:
@@ -67,21 +68,22 @@ def _without_data(adapter: Adapter, options: dict[str, Any]) -> Plan:
 def _print_covered(console: Console, la: LoraLaplace) -> list[str]:
     """Print the tensors that a posterior covers; return those that Kronecker factors do not."""
     table = Table(title="Covered", title_justify="left")
-    for heading in ("tensor", "shape", "by"):
-        table.add_column(heading, no_wrap=heading != "tensor", overflow="fold")
+    table.add_column("tensors", overflow="fold")
+    for heading in ("shape", "how many", "by"):
+        table.add_column(heading, no_wrap=True)
     diagonal, engine = [], la.engine
-    for i, block in enumerate(engine.blocks):
-        is_diagonal = isinstance(engine.maps[block.map], ElementwiseMap | WholeTensor)
-        if is_diagonal:
+    kinds: Counter[tuple[str, str, str]] = Counter()
+    for block in engine.blocks:
+        by = "Kronecker factors"
+        if isinstance(engine.maps[block.map], ElementwiseMap | WholeTensor):
+            by = "diagonal"
             diagonal.append(block.name)
-        if i < SHOWN_ROWS:
-            shape = " x ".join(map(str, block.parameter.shape))
-            table.add_row(
-                bare_name(block.name), shape, "diagonal" if is_diagonal else "Kronecker factors"
-            )
-    more = len(engine.blocks) - SHOWN_ROWS
-    if more > 0:
-        table.add_row(f"and {more} more", "", "")
+        kinds[layer_name(block.name), " x ".join(map(str, block.parameter.shape)), by] += 1
+    for (name, shape, by), count in list(kinds.items())[:SHOWN_KINDS]:
+        table.add_row(name, shape, str(count), by)
+    left = sum(list(kinds.values())[SHOWN_KINDS:])
+    if left:
+        table.add_row("and others", "", str(left), "")
     console.print(table)
     model = la.logits_model.get_submodule("model")
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)

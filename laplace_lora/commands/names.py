@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,6 +74,10 @@ def class_names(given: Sequence[str], of_model: Sequence[str], outputs: int) -> 
     return list(given or of_model or map(str, range(outputs)))
 
 
-def bare_name(tensor: str) -> str:
-    """Return a tensor's name without what this library and PEFT put before the model's own."""
-    return tensor.removeprefix("model.").removeprefix("base_model.model.")
+def layer_name(tensor: str) -> str:
+    """Return a tensor's name with a star for each number of a layer.
+
+    What this library and PEFT put around the model's own names is left out.
+    """
+    bare = tensor.removeprefix("model.").removeprefix("base_model.model.")
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", bare).replace(".default", "")

@@ -1,6 +1,7 @@
 """What a posterior is, and what a fit will do."""
 
 import json
+import re
 
 from laplace_lora.storage.files import TENSORS
 from support.command_line import refused, run
@@ -24,7 +25,7 @@ def test_info_says_what_the_files_hold(adapter, data):
     shown = run("info", folder).stdout
     assert content["fingerprints"]["weights"][:12] in shown
     assert content["fingerprints"]["weights"] not in shown and "KronLoraLaplace" in shown
-    assert "query.lora_A" in shown and "base_model.model" not in shown and "more" not in shown
+    assert "query.lora_A" in shown and "base_model.model" not in shown
     assert "columns, text" in shown and "'0', '1'" in shown and "observation noise" not in shown
 
 
@@ -35,12 +36,16 @@ def test_info_of_a_regression_has_its_noise(adapter, data):
     assert content["prior and calibration"]["observation noise"] > 0
 
 
-def test_info_shows_the_first_tensors_and_counts_the_others(adapter, data, monkeypatch):
-    monkeypatch.setattr("laplace_lora.commands.description.SHOWN_ROWS", 3)
+def test_tensors_that_layers_have_alike_are_counted(adapter, data, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     folder = adapter()
     run("fit", folder, "--data", data("train"), "-q")
-    shown = run("info", folder).stdout
-    assert "and 7 more" in shown and shown.count("lora_") == 3
+    for command in ("info", "doctor"):
+        text = run(command, folder).stdout
+        (line,) = [line for line in text.splitlines() if "query.lora_A" in line]
+        cells = re.split("[│,]", line)
+        name = "bert.encoder.layer.*.attention.self.query.lora_A.weight"
+        assert [cell.strip() for cell in cells[1:4]] == [name, "2 x 16", "2"]
 
 
 def test_info_checks_the_files(adapter, data):
