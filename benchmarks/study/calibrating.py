@@ -1,8 +1,8 @@
 """Calibration on few labels: `la.calibrate` against temperature scaling with the same labels.
 
 On every checkpoint of `benchmarks.study.trainings` the default posterior is calibrated on 50
-validation rows, four times on other rows, and on all 200; beside it stand temperature scaling on
-the same rows, and both the posterior and the MAP without any labels.
+validation rows, four times on other rows, twice on 200 and once on 500; beside it stand temperature
+scaling on the same rows, and both the posterior and the MAP without any labels.
 
     python -m benchmarks.study.calibrating --data DATA --out OUT
 
@@ -32,7 +32,7 @@ from benchmarks.study.trainings import EVALUATION_BATCH, Training, checkpoint_pa
 from laplace_lora.evaluation import MAP, TemperatureScaling
 
 FIGURES = "calibrating.json"
-LABELS = (50, 200)
+DRAWS = {50: 4, 200: 2, 500: 1}  # by number of labels
 
 
 def figures(training: Training, data: Path, out: Path, device: str) -> dict[str, Any]:
@@ -43,9 +43,9 @@ def figures(training: Training, data: Path, out: Path, device: str) -> dict[str,
     tuned = state.settings
     rows = task.splits["val"]
     chosen: dict[int, list[tuple[Any, TemperatureScaling]]] = {}
-    for labels in LABELS:
-        for start in range(0, len(rows) - labels + 1, labels):
-            few = rows[start : start + labels]
+    for labels, draws in DRAWS.items():
+        for draw in range(draws):
+            few = rows[draw * labels : (draw + 1) * labels]
             loader = DataLoader(few, EVALUATION_BATCH, collate_fn=task.collate)
             la.state = state
             la.calibrate(loader)
@@ -75,7 +75,7 @@ def _row(name: str, found: list[dict[str, float]]) -> dict[str, str]:
     row = {"checkpoint": name, "seeds": str(len(found))}
     for column in found[0]:
         row[column] = mean_and_error([each[column] for each in found])
-    for labels in LABELS:
+    for labels in DRAWS:
         ours, theirs = f"calibrate, {labels}", f"temperature scaling, {labels}"
         differences = [each[ours] - each[theirs] for each in found]
         row[f"difference, {labels}"] = mean_and_error(differences)

@@ -1,8 +1,7 @@
 """Fine-tuned adapters of the studies: trained once, saved, loaded by every method.
 
-A checkpoint is a folder as PEFT saves it. ``training.json`` in it says how it was trained, and
-``start.safetensors`` holds the trainable tensors before the first step, by the names of the model's
-``named_parameters()``. See `tasks` for the data, `trainings` for the checkpoints of the decoder.
+A checkpoint is a folder as PEFT saves it. ``training.json`` in it says how it was trained. See
+`tasks` for the data, `trainings` for the checkpoints of the studies.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -32,7 +30,6 @@ from examples import support
 from laplace_lora import LogitsModel
 
 BATCH_SIZE = 16
-START = "start.safetensors"
 
 
 def add_study_arguments(parser: argparse.ArgumentParser, seeds: list[int]) -> None:
@@ -78,8 +75,6 @@ def checkpoint(task: Task, args: argparse.Namespace, seed: int) -> tuple[PeftMod
     if not record.exists():
         model = pretrained(task, args, seed)
         folder.mkdir(parents=True, exist_ok=True)
-        start = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
-        save_file(start, folder / START)
         trained = train(model, task, args)
         model.save_pretrained(folder)
         record.write_text(json.dumps({**settings, **trained}))

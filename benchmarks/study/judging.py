@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from benchmarks.study.checkpoints import checkpoint
 from benchmarks.study.tasks import Task
-from benchmarks.study.trainings import EVALUATION_BATCH, Training, in_order, load_checkpoint
+from benchmarks.study.trainings import EVALUATION_BATCH, Training, in_order
 from laplace_lora import KronLoraLaplace, LogitsModel
 from laplace_lora.evaluation import MAP
 from laplace_lora.predictive.glm import Predictor
@@ -30,7 +31,8 @@ def fitted(
     training: Training, data: Path, out: Path, device: str
 ) -> tuple[Task, LogitsModel, KronLoraLaplace]:
     """Return the data of a checkpoint, its model, and a K-FAC posterior over A, B and the head."""
-    task, model, _ = load_checkpoint(**vars(training), data=data, out=out, device=device)
+    task, how = training.load(data, out, device)
+    model, _ = checkpoint(task, how, training.seed)
     logits = LogitsModel(model, task.target_ids)
     la = KronLoraLaplace(logits, "classification")
     la.fit(task.loader("train", FIT_BATCH))

@@ -114,7 +114,7 @@ def _classification_task(args: argparse.Namespace, name: str, folder: Path) -> T
     parts, classes = _texts(args, name, folder)
     _, tokenizer = support.load_base(model, classes)
     encoded = {
-        split: _sorted(support.encode(part, tokenizer, args.max_tokens))
+        split: _ordered(split, support.encode(part, tokenizer, args.max_tokens))
         for split, part in parts.items()
     }
     return Task(name, model, classes, tokenizer, DataCollatorWithPadding(tokenizer), encoded)
@@ -137,7 +137,9 @@ def _answer_task(args: argparse.Namespace, name: str, folder: Path) -> Task:
         label = row["answer"] if name in CHOICE else row["label"]
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": label}
 
-    encoded = {split: _sorted([encode(row) for row in part]) for split, part in parts.items()}
+    encoded = {
+        split: _ordered(split, [encode(row) for row in part]) for split, part in parts.items()
+    }
     # Words of several tokens are told apart by the first; a letter may come behind a lone space.
     place = -1 if name in CHOICE else 0
     words = [tokenizer(f" {answer}", add_special_tokens=False)["input_ids"] for answer in answers]
@@ -209,6 +211,9 @@ def _cut(rows: list[dict], size: int) -> list[dict]:
     return rows[:size]
 
 
-def _sorted(rows: list[dict]) -> list[dict]:
-    """Order rows by length, so that batches hold little padding."""
-    return sorted(rows, key=lambda row: len(row["input_ids"]))
+def _ordered(split: str, rows: list[dict]) -> list[dict]:
+    """Order rows by length, so that batches hold little padding.
+
+    Validation rows stay as they were drawn: the first fifty must be like the others.
+    """
+    return rows if split == "val" else sorted(rows, key=lambda row: len(row["input_ids"]))

@@ -7,7 +7,7 @@ its own, not a short one continued: the learning rate falls over its whole lengt
     python -m benchmarks.study.trainings --data DATA --out OUT
 
 What is finished is not trained again. Beside each checkpoint, ``map.json`` has the figures of the
-MAP and of temperature scaling on the validation rows. In Python, `load_checkpoint` returns one.
+MAP and of temperature scaling on the validation rows.
 """
 
 from __future__ import annotations
@@ -19,13 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-from safetensors.torch import load_file
-from torch import Tensor
-
 from benchmarks.harness.arguments import RESULTS, plain_parser, prepare
 from benchmarks.harness.report import write_report
-from benchmarks.study.checkpoints import START, add_study_arguments, checkpoint, folder_of
+from benchmarks.study.checkpoints import add_study_arguments, checkpoint, folder_of
 from benchmarks.study.tasks import Task, add_task_arguments, load_task
 from laplace_lora import LogitsModel
 from laplace_lora.evaluation import MAP, TemperatureScaling, evaluate
@@ -108,35 +104,6 @@ def in_order() -> list[Training]:
         *seeds("decoder", "long", "rte", "arc_easy"),
     ]
     return list(dict.fromkeys(wanted))
-
-
-def load_checkpoint(
-    model: str, task: str, length: str, seed: int, data: Path, out: Path, device: str = "cpu"
-) -> tuple[Task, PeftModel, dict[str, Tensor]]:
-    """Load a finished checkpoint.
-
-    Args:
-        model: ``"decoder"`` or ``"encoder"``.
-        task: Such as ``"sst2"``.
-        length: ``"short"``, ``"long"`` or ``"large"``.
-        seed: One of `SEEDS`.
-        data: Folder with the tasks' folders.
-        out: Folder with the ``checkpoints``.
-        device: Where to put the model.
-
-    Returns:
-        The data, the model in evaluation mode with its adapter trainable, and the trainable tensors
-        before the first step by the names of ``named_parameters()``.
-
-    Raises:
-        FileNotFoundError: If it has not been trained yet.
-    """
-    found, args = Training(model, task, length, seed).load(Path(data), Path(out), device)
-    folder = folder_of(found, args, seed)
-    if not (folder / "training.json").exists():
-        raise FileNotFoundError(f"{folder} is not there yet: run benchmarks.study.trainings first")
-    trained, _ = checkpoint(found, args, seed)
-    return found, trained, load_file(folder / START)
 
 
 def figures(training: Training, data: Path, out: Path, device: str) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def calibrate(
     Minimises the NLL of all labels plus ``½ Σ (deviation / width)²`` of the logarithms from their
     present values, with widths of 2, 1 and 0.7; the last number is a multiple of the present shift.
     A coarse grid finds the valley, Nelder-Mead its bottom; every candidate sees the same samples.
-    If nothing beats the start, the start stays.
+    If nothing beats the start, or not on rows held out in turn, the start stays.
 
     Args:
         predictor: Of a fitted classifier's posterior; its present settings are the start.

@@ -1,7 +1,8 @@
 """The search for calibrated values: a coarse grid finds the valley, Nelder-Mead its bottom.
 
 Few labels fit several numbers all too well, so each logarithm has a Gaussian prior around its
-present value, and labels must speak for what is far from it.
+present value, and labels must speak for what is far from it. What they say must hold on rows that
+were not listened to: without a gain by cross-fitting, the present values stay.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ class Found:
     """The values that a search chose.
 
     Attributes:
-        best: The point; the start, if nothing beats it.
+        best: The point; the start, if nothing beats it by cross-fitting.
         before: Mean loss of all rows at the start.
         after: And at the best point.
-        cross_fitted: After, each fold of the rows at the point chosen from the others.
+        cross_fitted: Each fold of the rows at the point chosen from the others; the mean loss
+            before, if the start stays.
     """
 
     best: Any
@@ -92,9 +94,10 @@ def search(
         float(losses(best if alone else lowest(folds != fold)).double()[folds == fold].sum())
         for fold in folds.unique()
     )
-    return Found(
-        best, mean_loss(start, everything), mean_loss(best, everything), held_out / len(folds)
-    )
+    before, cross_fitted = mean_loss(start, everything), held_out / len(folds)
+    if not cross_fitted < before:
+        return Found(start, before, before, before)
+    return Found(best, before, mean_loss(best, everything), cross_fitted)
 
 
 def exponential(value: float) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace
+from laplace_lora.tuning.calibration_search import search
 from support.batches import loader, token_batch, validation
 from support.posteriors import DENSE, LOW, posterior
 from support.references import assert_near, validation_nll
@@ -152,3 +153,18 @@ def test_reports_say_what_was_chosen():
         "ECE",
     ):
         assert word in text
+
+
+def quadratic(targets):
+    targets = torch.tensor(targets)
+    return lambda point: (float(point[0]) - targets).square()
+
+
+def test_what_helps_only_the_rows_it_was_chosen_from_is_left():
+    options = ((0.0,), [(-1.0,), (1.0,)], (10.0,), torch.arange(5))
+    # The mean, 0.2, is better for all five rows, but each row is worse off with the other four's.
+    few = search(quadratic([2.5, -0.5, -0.5, -0.5, 0.0]), *options)
+    assert few.best == (0.0,) and few.after == few.cross_fitted == few.before
+    alike = search(quadratic([1.1, 0.9, 1.0, 1.2, 0.8]), *options)
+    assert float(alike.best[0]) == pytest.approx(1.0, abs=0.02)
+    assert alike.after < alike.cross_fitted < alike.before
