@@ -24,6 +24,7 @@ from laplace_lora.storage.adapter_start import AdapterStart, start_of
 from laplace_lora.structures.state import Posterior
 
 logger = logging.getLogger(__name__)
+START = "start"
 TASKS = {"RewardTrainer": "reward_modeling", "SFTTrainer": "language_modeling"}  # TRL's
 
 
@@ -61,9 +62,10 @@ class LaplaceCallback(TrainerCallback):
         save: Write the posterior into the trainer's output folder.
         link_approx: Link of the predictive.
         strict: Raise what goes wrong after training, too.
-        **kwargs: Arguments of the posterior, such as ``target_ids``. ``prior_mean="start"`` is the
-            weights at the first step, which are saved into the trainer's output folder, where a
-            resumed training finds them.
+        **kwargs: Arguments of the posterior, such as ``target_ids``. ``prior_mean`` is by default
+            the adapter's weights at the first step, which are saved with the posterior, where a
+            resumed training finds them; ``prior_mean="start"`` insists on them, a number leaves
+            them out.
 
     Attributes:
         la: The posterior, ``None`` before training has ended.
@@ -103,8 +105,7 @@ class LaplaceCallback(TrainerCallback):
                 labels or with labels out of range.
             TypeError: If a batch is neither mapping nor pair.
         """
-        if self.kwargs.get("prior_mean") == "start":
-            self.kwargs["prior_mean"] = self._start(args, state)
+        self._keep_start(args, state)
         # Workers and samplers draw seeds; training is to see the numbers it would have seen.
         with together(everyone=True), torch.random.fork_rng():
             posterior = self.posterior(self.trainer.model, self.likelihood, **self.kwargs).parts
@@ -138,14 +139,26 @@ class LaplaceCallback(TrainerCallback):
             outcome = "there is no posterior" if self.la is None else "the posterior is kept"
             logger.exception("training has ended, but the callback failed: %s", outcome)
 
-    def _start(self, args: TrainingArguments, state: TrainerState) -> AdapterStart:
-        """Return the adapter's weights at the first step of training."""
-        if state.global_step > 0:  # resumed
-            return AdapterStart.from_pretrained(args.output_dir)
-        start = start_of(self.trainer.model)
-        if args.should_save:
-            start.save_pretrained(args.output_dir)
-        return start
+    def _keep_start(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Make the adapter's weights at the first step of training the prior's mean."""
+        if self.kwargs.get("prior_mean", START) != START:
+            return
+        by_default = "prior_mean" not in self.kwargs
+        if by_default and getattr(self.posterior, "_key", ("lora",))[0] != "lora":
+            return  # a last-layer posterior has a head of its own, whose start is not known
+        try:
+            if state.global_step > 0:  # resumed
+                start = AdapterStart.from_pretrained(args.output_dir)
+            else:
+                start = start_of(self.trainer.model)
+                if args.should_save and (self.save or not by_default):
+                    start.save_pretrained(args.output_dir)
+        except (FileNotFoundError, ValueError):
+            if not by_default:
+                raise
+            logger.info("the adapter's start is not known; the prior stands around zero")
+            return
+        self.kwargs["prior_mean"] = start
 
     def _finish(self, args: TrainingArguments) -> None:
         la = self.posterior(self.trainer.model, self.likelihood, **self.kwargs)

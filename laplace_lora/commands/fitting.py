@@ -18,6 +18,8 @@ from laplace_lora.commands.planning import plan_fit
 from laplace_lora.commands.rows import read_rows
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.posteriors.base import LoraLaplace
+from laplace_lora.storage.adapter_start import FILE as START
+from laplace_lora.storage.adapter_start import AdapterStart
 from laplace_lora.storage.files import TENSORS, read_files, write_whole
 
 CLASSES: dict[str, Any] = {
@@ -51,6 +53,7 @@ def run(
     val_loader = None if val_rows is None else inputs.loader(val_rows, options["batch_size"])
     torch.manual_seed(seed)
     la = new_posterior(loaded, plan, options["structure"], options["uncovered"])
+    start_at(la, Path(adapter))
     la.fit(train_loader)
     warn_if_useless(la, plan)
     la.optimize_prior_precision()
@@ -65,6 +68,22 @@ def run(
     write_whole(folder / PLAN, plan_text(plan, config["content"]).encode())
     click.echo(str(la))
     click.echo(f"Saved in {folder}")
+
+
+def start_at(la: LoraLaplace, folder: Path) -> None:
+    """Put the prior's mean at the weights before training, where they lie beside the adapter.
+
+    Args:
+        la: A posterior that is not fitted yet.
+        folder: Where the adapter is.
+    """
+    if not (folder / START).is_file():
+        return
+    start = AdapterStart.from_pretrained(folder)
+    try:
+        la.prior_mean = start.vector(la.logits_model.get_submodule("model"), la.params)
+    except ValueError as error:
+        click.echo(f"Warning: {START} is left out: {error}", err=True)
 
 
 def new_posterior(adapter: Adapter, plan: Plan, structure: str, uncovered: str) -> LoraLaplace:

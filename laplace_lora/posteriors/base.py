@@ -54,7 +54,8 @@ class LoraLaplace(FittedLaplace):
             if its configuration does not say.
         modules: Which trainable modules the posterior covers: a regular expression searched for in
             their names, or a list of names or of whole parts of them. The others stay at their
-            MAP values. ``None`` covers all.
+            MAP values. ``None`` covers all. ``"lora_B|classifier"``, or ``"lora_B"`` where no head
+            is trained, takes half the factors, and none of wide inputs.
         uncovered: What becomes of trainable tensors that no Kronecker factor covers: ``"error"``
             names them, ``"diag"`` gives each the exact diagonal, see `Engine`.
         backend: `LoraGGN`, `LoraEF` or a subclass.

@@ -9,9 +9,12 @@ from transformers import BertForSequenceClassification, DataCollatorWithPadding
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
 from laplace_lora.commands.plan import PLAN
+from laplace_lora.storage.adapter_start import FILE as START
+from laplace_lora.storage.adapter_start import AdapterStart
 from laplace_lora.storage.files import CONFIG, TENSORS
 from support.command_line import refused, run
 from support.on_disk import reviews, tokenizer, write_json_lines, write_table
+from support.references import assert_near
 
 CLASSES = {"kron": KronLoraLaplace, "full": FullLoraLaplace, "diag": DiagLoraLaplace}
 TEXTS = ["the film was bad", "the meal was fine"]
@@ -157,3 +160,23 @@ def test_arguments_that_do_not_go_together(adapter, data):
     for args, message in cases.items():
         assert message in refused("fit", folder, "--data", train, *args)
     assert "say where the posterior goes by --out" in refused("fit", "me/it", "--data", train)
+
+
+def test_the_start_beside_the_adapter_is_the_priors_mean(adapter, data, made):
+    folder = adapter()
+    args = ["--data", data("train"), "--overwrite"]
+    model = model_of(folder, made)
+    start = AdapterStart({n: p + 0.5 for n, p in model.named_parameters() if "lora" in n})
+    start.save_pretrained(folder)
+    result = run("fit", folder, *args)
+    assert f"Warning: {START} is left out" in result.stderr  # the head's is not known
+    base = BertForSequenceClassification.from_pretrained(
+        made("classifier").parent / "base", num_labels=2
+    )
+    model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+    own = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    AdapterStart({name: tensor + 0.5 for name, tensor in own.items()}).save_pretrained(folder)
+    result = run("fit", folder, *args)
+    assert START not in result.stderr
+    la = KronLoraLaplace.from_pretrained(model, folder)
+    assert_near(la.prior_mean, la.mean + 0.5, 1e-6)

@@ -98,23 +98,61 @@ def test_another_models_start_is_refused():
         start_of(nn.Linear(2, 2).requires_grad_(False))
 
 
-def test_the_trainer_keeps_it(tmp_path):
-    model = peft_model("bert", dtype=torch.float32)
-    before = start_of(model)
+def trainer_on(folder, model, steps=2):
     batch = token_batch((4,) * 10)
     arguments = TrainingArguments(
-        str(tmp_path), max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, save_steps=1
+        str(folder), max_steps=steps, report_to=[], use_cpu=True, disable_tqdm=True, save_steps=1
     )
-    trainer = Trainer(model, arguments, train_dataset=[rows(batch, n) for n in range(10)])
-    callback = LaplaceCallback(trainer, prior_mean="start", strict=True)
+    return Trainer(model, arguments, train_dataset=[rows(batch, n) for n in range(10)])
+
+
+@pytest.mark.parametrize("options", [{}, {"prior_mean": "start"}])
+def test_the_trainer_keeps_it(tmp_path, options):
+    model = peft_model("bert", dtype=torch.float32)
+    before = start_of(model)
+    trainer = trainer_on(tmp_path, model)
+    callback = LaplaceCallback(trainer, strict=True, **options)
     trainer.add_callback(callback)
     trainer.train()
     expected = before.vector(model, callback.la.params)
     assert torch.equal(callback.la.prior_mean.double(), expected)
     kept = AdapterStart.from_pretrained(tmp_path)
     assert torch.equal(kept.vector(model, callback.la.params), expected)
-    resumed = Trainer(model, arguments, train_dataset=[rows(batch, n) for n in range(10)])
-    again = LaplaceCallback(resumed, prior_mean="start", strict=True)
+    loaded = KronLoraLaplace.from_pretrained(model, tmp_path)
+    assert torch.equal(loaded.prior_mean, callback.la.prior_mean)
+    resumed = trainer_on(tmp_path, model)
+    again = LaplaceCallback(resumed, strict=True, **options)
     resumed.add_callback(again)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert torch.equal(again.la.prior_mean.double(), expected)
+    (tmp_path / FILE).unlink()
+    resumed = trainer_on(tmp_path, model)
+    late = LaplaceCallback(resumed, strict=True, **options)
+    resumed.add_callback(late)
+    if options:
+        with pytest.raises(FileNotFoundError):
+            resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    else:
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        assert not late.la.prior_mean.any()
+
+
+@pytest.mark.parametrize(
+    "posterior,options", [(KronLoraLaplace, {"prior_mean": 0.0}), (KronLoraLLLaplace, {})]
+)
+def test_the_trainer_leaves_it_out(tmp_path, posterior, options):
+    trainer = trainer_on(tmp_path, peft_model("bert", dtype=torch.float32), steps=1)
+    callback = LaplaceCallback(trainer, posterior=posterior, strict=True, **options)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert not callback.la.prior_mean.any()
+    assert not (tmp_path / FILE).exists()
+
+
+def test_nothing_is_written_where_nothing_is_saved(tmp_path):
+    trainer = trainer_on(tmp_path, peft_model("bert", dtype=torch.float32), steps=1)
+    callback = LaplaceCallback(trainer, save=False, strict=True)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert callback.la.prior_mean.any()
+    assert not (tmp_path / FILE).exists()

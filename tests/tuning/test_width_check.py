@@ -5,9 +5,16 @@ import warnings
 import pytest
 import torch
 
+from laplace_lora import KronLoraLaplace
 from laplace_lora.tuning.width_check import warn_if_wide
 from support.batches import loader, token_batch
+from support.language import language_posterior, text_loader
 from support.memorised import memorised
+from support.models import peft_model
+from support.multilabel import multilabel_loader, multilabel_posterior
+from support.preferences import pair_loader, reward_posterior
+from support.spans import question_loader, span_posterior
+from support.tokens import tagged_loader, tagged_posterior
 
 
 def test_a_wide_posterior_warns_with_the_difference():
@@ -36,3 +43,29 @@ def test_the_marginal_likelihood_is_checked(monkeypatch):
     monkeypatch.setattr("laplace_lora.tuning.width_check.LIMIT", -10.0)
     with pytest.warns(UserWarning, match="it is too wide"):
         la.optimize_prior_precision(method="marglik")
+
+
+FITTED = {
+    "multilabel": lambda: (multilabel_posterior(), multilabel_loader()),
+    "reward_modeling": lambda: (reward_posterior(), pair_loader()),
+    "language_modeling": lambda: (language_posterior(), text_loader()),
+    "token_classification": lambda: (tagged_posterior(), tagged_loader()),
+    "question_answering": lambda: (span_posterior(), question_loader()),
+}
+
+
+@pytest.mark.parametrize("likelihood", FITTED)
+def test_whatever_the_likelihood(likelihood, monkeypatch):
+    la, data = FITTED[likelihood]()
+    assert la.likelihood == likelihood
+    monkeypatch.setattr("laplace_lora.tuning.width_check.LIMIT", -10.0)
+    with pytest.warns(UserWarning, match="it is too wide"):
+        la.optimize_prior_precision(method="marglik", correction=False, train_loader=data)
+
+
+def test_regressions_too(monkeypatch):
+    la = KronLoraLaplace(peft_model("bert"), "regression")
+    la.fit(loader(likelihood="regression"))
+    monkeypatch.setattr("laplace_lora.tuning.width_check.LIMIT", -10.0)
+    with pytest.warns(UserWarning, match="With few examples that may be right"):
+        la.optimize_prior_precision(method="marglik", correction=False)
