@@ -187,7 +187,9 @@ def test_what_people_read():
     frame = found.to_pandas()
     for name in ("label_1", "prediction_2", "prob_0", "entropy_0", "mutual_information_2"):
         assert len(frame[name]) == 7
-    assert "prob_2" in found._repr_html_()
+    predicted = [[n for n, label in enumerate(row) if label] for row in columns["prediction"]]
+    for labels in predicted:
+        assert f"<td>{', '.join(map(str, labels))}</td>" in found._repr_html_()
     assert found[2:4].entropy.shape == (2, 3)
 
 
