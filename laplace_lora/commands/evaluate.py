@@ -59,8 +59,8 @@ def evaluate(**options: Any) -> None:
     """Compare the posterior with the adapter alone (MAP) on labelled data.
 
     Prints accuracy, negative log-likelihood (NLL, in nats), Brier score, calibration errors (ECE)
-    and the area under the risk-coverage curve (AURC), each with its standard error. Of all but
-    accuracy, less is better.
+    and the area under the risk-coverage curve (AURC), each with its standard error. Of accuracy
+    more is better, of these others less.
 
     With --apart every row gets a set of classes that holds its label with probability --coverage;
     printed are the share of sets that do, and their mean size. With --risk only rows above a

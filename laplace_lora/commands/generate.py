@@ -17,7 +17,7 @@ from laplace_lora.commands.options import (
 )
 
 
-@click.command(cls=Command, short_help="Continue prompts, and say how sure of each token.")
+@click.command(cls=Command, short_help="Continue prompts, and say how sure each token is.")
 @model_options
 @posterior_option
 @data_options()

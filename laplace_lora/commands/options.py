@@ -61,7 +61,7 @@ def model_options(function: F) -> F:
             type=click.Choice(DTYPES),
             default="auto",
             show_default=True,
-            help="Number format of the base model; auto is that of its file.",
+            help="Dtype of the base model; auto is that of its file.",
         ),
     )(function)
 
@@ -126,7 +126,9 @@ def label_options(function: F) -> F:
     """Add the column of the labels, and what they are called."""
     return joined(
         click.option(
-            "--label-field", metavar="NAME", help="Column of the label.  [default: label]"
+            "--label-field",
+            metavar="NAME",
+            help="Column of the label.  [default: that of the fit, or label, labels]",
         ),
         class_names_option,
     )(function)
