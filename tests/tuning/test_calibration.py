@@ -8,6 +8,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace
+from laplace_lora.likelihoods.quadrature import binary_log_probabilities
+from laplace_lora.tuning.calibration import WIDTHS
 from laplace_lora.tuning.calibration_search import search
 from support.batches import loader, token_batch, validation
 from support.posteriors import DENSE, LOW, posterior
@@ -168,3 +170,51 @@ def test_what_helps_only_the_rows_it_was_chosen_from_is_left():
     alike = search(quadratic([1.1, 0.9, 1.0, 1.2, 0.8]), *options)
     assert float(alike.best[0]) == pytest.approx(1.0, abs=0.02)
     assert alike.after < alike.cross_fitted < alike.before
+
+
+CANDIDATES = [
+    (0.0, scale, temperature)
+    for scale in (-3.0, -1.5, 0.0, 1.5, 3.0)
+    for temperature in (-0.7, -0.35, 0.0, 0.35, 0.7)
+]
+
+
+def binary(mean, variance, labels):
+    """Losses of two classes as calibrations know them: by factor, scale and temperature."""
+
+    def losses(point):
+        _, scale, temperature = (math.exp(float(value)) for value in point)
+        log_p = binary_log_probabilities(mean / temperature, variance * scale / temperature**2)
+        return -log_p.gather(1, labels.unsqueeze(1)).squeeze(1)
+
+    return losses
+
+
+def test_a_width_that_is_better_by_its_standard_error_is_not_thrown_away():
+    generator = torch.Generator().manual_seed(0)
+    mean = 3 * torch.randn(400, generator=generator).double()
+    variance = torch.tensor([0.1, 60.0]).double().repeat(200)
+    p = binary_log_probabilities(mean, variance).exp()[:, 1]
+    labels = (torch.rand(400, generator=generator) < p).long()
+    losses = binary(mean, variance, labels)
+    without = [losses((0.0, -40.0, t)) for t in torch.linspace(-2, 2, 81).tolist()]
+    best = min(without, key=lambda values: float(values.mean()))
+    gain = best - losses((0.0, 0.0, 0.0))
+    error = float(gain.std()) / math.sqrt(400)
+    assert float(gain.mean()) > error  # width matters here
+    start = (0.0, math.log(0.02), 0.0)
+    found = search(losses, start, CANDIDATES, WIDTHS, torch.arange(400))
+    assert found.after < float(best.mean()) - error
+    assert found.best[1] > start[1]
+
+
+@pytest.mark.parametrize("rows,is_extreme", [(3, False), (400, True)])
+@pytest.mark.parametrize("right", [True, False])
+def test_extreme_temperatures_need_evidence(rows, is_extreme, right):
+    """Of labels that are all those of the larger logit, or as often those of the smaller."""
+    mean = torch.full((rows,), 1.0 if right else 30.0, dtype=torch.float64)
+    labels = torch.ones(rows, dtype=torch.long) if right else torch.arange(rows) % 2
+    losses = binary(mean, torch.full_like(mean, 1e-6), labels)
+    found = search(losses, (0.0, 0.0, 0.0), CANDIDATES, WIDTHS, torch.arange(rows))
+    temperature = math.exp(float(found.best[2]))
+    assert (temperature < 0.2 or temperature > 20) == is_extreme
