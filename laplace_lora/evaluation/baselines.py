@@ -57,9 +57,13 @@ class MAP:
 class TemperatureScaling(MAP):
     """The model with its logits divided by a temperature (Guo et al. 2017, arXiv:1706.04599).
 
+    A reward model's pairs have two classes, the rejected text and the chosen one; the temperature
+    divides the difference of their rewards.
+
     Args:
         model: A `PeftModel` or a `LogitsModel`.
-        val_loader: Validation batches with labels; the temperature minimises their NLL.
+        val_loader: Validation batches with labels, of pairs too (1: the chosen text wins); the
+            temperature minimises their NLL.
         label_key: Key of the labels.
         **kwargs: Arguments of `MAP`.
 

@@ -19,6 +19,7 @@ from laplace_lora.evaluation import (
 )
 from support.batches import LENGTHS, loader, token_batch
 from support.models import TARGETS, base_model, excite, peft_model
+from support.preferences import half_of, pair_batch
 from support.references import assert_near
 
 BATCH = token_batch((3, 5, 4))
@@ -74,6 +75,23 @@ def test_a_perfect_model_gets_a_small_temperature():
     batch = token_batch(LENGTHS)
     batch["labels"] = model(batch).argmax(-1)
     assert TemperatureScaling(model, [batch]).temperature < math.exp(-2)
+
+
+def test_of_pairs_the_temperature_divides_the_difference_of_rewards():
+    model, pairs = peft_model("llama", num_labels=1), pair_batch()
+    with torch.no_grad():
+        halves = [model.eval()(**half_of(pairs, side)).logits for side in ("chosen", "rejected")]
+    difference = (halves[0] - halves[1])[:, 0]
+    wins = difference > 0
+    wins[difference.abs().argmin()] ^= True
+    pairs["labels"] = wins.long()
+    scaled = TemperatureScaling(model, [pairs])
+    losses = [
+        -F.logsigmoid(torch.where(wins, difference, -difference) / t).mean().item()
+        for t in (scaled.temperature, 0.98 * scaled.temperature, 1.02 * scaled.temperature)
+    ]
+    assert losses[0] == min(losses) and abs(math.log(scaled.temperature)) < 4.9
+    assert_near(scaled(pairs)[:, 1], (difference / scaled.temperature).sigmoid(), 1e-9)
 
 
 def test_dropout_of_the_adapter_alone_is_sampled():
