@@ -1,9 +1,10 @@
 """Selective prediction: answer only when the error rate will stay below what you can accept.
 
 A confidence threshold is chosen on validation data so that the answered share has at most a chosen
-risk; test data show whether it holds, for the fine-tuned model (MAP) and for its Laplace posterior
-side by side. The default needs nothing but the installation: the quickstart's encoder and its
-sentences about tumours. Or bring your own::
+risk; test data show whether it holds, for the fine-tuned model (MAP), for temperature scaling with
+further labelled rows, and for the Laplace posterior, which needs none of them. The default needs
+nothing but the installation: the quickstart's encoder and its sentences about tumours. Or bring
+your own::
 
     python examples/abstain.py --model path/to/model --data reviews.jsonl --risk 0.05
 
@@ -11,8 +12,9 @@ with one JSON object per line, ``{"text": "...", "text_pair": null, "label": 0}`
 
 The threshold is chosen on some hundred rows, so the risk on test data differs from the one that was
 asked for by about its standard error, which is printed. Where MAP is overconfident its confidences
-crowd near 1; compare the mean confidence of what was answered with its accuracy. Where both methods
-put the rows into the same order, their coverage is alike.
+crowd near 1; compare the mean confidence of what was answered with its accuracy. Methods that put
+the rows into the same order answer the same share; of two classes, temperature scaling never
+changes the MAP's order.
 """
 
 from __future__ import annotations
@@ -26,7 +28,14 @@ from torch import Tensor
 from transformers import set_seed
 
 from laplace_lora import KronLoraLaplace
-from laplace_lora.evaluation import MAP, CalibrationReport, compare, evaluate, plot_reports
+from laplace_lora.evaluation import (
+    MAP,
+    CalibrationReport,
+    TemperatureScaling,
+    compare,
+    evaluate,
+    plot_reports,
+)
 from laplace_lora.evaluation.metrics import risk_coverage
 
 
@@ -77,7 +86,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    half = len(args.held_out) // 2
+    scaling_rows, held_out = support.share_out(args.held_out)
+    half = len(held_out) // 2
 
     # 1. Fine-tune as usual.
     set_seed(args.seed)
@@ -85,7 +95,7 @@ def main() -> None:
     train_loader = support.make_loader(args.train_rows, tokenizer, shuffle=True)
     val_loader, test_loader = (
         support.make_loader(rows, tokenizer, 4 * support.BATCH_SIZE)
-        for rows in (args.held_out[:half], args.held_out[half:])
+        for rows in (held_out[:half], held_out[half:])
     )
     support.train(model, train_loader, args.epochs)
 
@@ -94,13 +104,17 @@ def main() -> None:
     la.fit(train_loader, progress_bar=True)
     la.optimize_prior_precision()
 
-    # 3. Choose each method's threshold on validation data, and try it on test data.
+    # 3. Choose each method's threshold on validation data, and try it on test data. Temperature
+    # scaling corrects the MAP with labelled rows that the posterior does without.
+    scaled = TemperatureScaling(model, support.make_loader(scaling_rows, tokenizer))
+    methods = {"MAP": MAP(model), "temperature scaling": scaled, "Laplace": la}
     print(
         f"\nAt most {args.risk:.0%} of the answers may be wrong; the threshold is chosen on "
-        f"{len(val_loader.dataset)} rows and tested on {len(test_loader.dataset)} others."
+        f"{len(val_loader.dataset)} rows and tested on {len(test_loader.dataset)} others. "
+        f"The temperature ({scaled.temperature:.2f}) is found on {len(scaling_rows)} more."
     )
     rows, tests = [], []
-    for name, method in {"MAP": MAP(model), "Laplace": la}.items():
+    for name, method in methods.items():
         validation = evaluate(method, val_loader, name=name)
         tests.append(evaluate(method, test_loader, name=name))
         threshold = choose_threshold(validation.probs, validation.labels, args.risk)

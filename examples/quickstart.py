@@ -30,8 +30,6 @@ from transformers import set_seed
 from laplace_lora import KronLoraLaplace
 from laplace_lora.evaluation import MAP, TemperatureScaling, compare, evaluate
 
-MAX_VALIDATION = 100  # rows that only temperature scaling sees
-
 
 def print_disagreements(rows: list[dict], names: list[str], p: Tensor, q: Tensor) -> None:
     """Print the rows where MAP ``p`` and Laplace ``q`` are furthest apart (total variation)."""
@@ -48,9 +46,9 @@ def main() -> None:
     parser = support.argument_parser(__doc__, *support.COMMON)
     arguments = parser.parse_args()
     train_rows, held_out, names = support.read_split(parser, arguments, least_held_out=2)
-    count = max(1, min(len(held_out) // 5, MAX_VALIDATION))
-    val_rows, test_rows = held_out[:count], held_out[count:][: support.MAX_TEST]
-    sizes = f"{len(train_rows)} rows to train on, {count} for temperature scaling alone"
+    val_rows, test_rows = support.share_out(held_out)
+    test_rows = test_rows[: support.MAX_TEST]
+    sizes = f"{len(train_rows)} rows to train on, {len(val_rows)} for temperature scaling alone"
     sizes += f", {len(test_rows)} to test on"
     print(f"Data: {sizes}; classes {', '.join(names)}.")
     example = textwrap.shorten(train_rows[0]["text"], 80)

@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 MAX_TOKENS = 256  # longer texts are cut
 MAX_TEST = 1000  # more held-out rows than this only cost time
+MAX_VALIDATION = 100  # rows that only temperature scaling sees
 BATCH_SIZE = 8
 LEARNING_RATE = 1e-3
 SHOWN = ("accuracy", "NLL", "ECE", "Brier")
@@ -308,3 +309,12 @@ def read_split(
         parser.error(f"--train-size {size} leaves too few of the {len(rows)} rows to test on")
     random.Random(arguments.seed).shuffle(rows)
     return rows[:size], rows[size:], names
+
+
+def share_out(held_out: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Split held-out rows into those that only temperature scaling sees, and the others.
+
+    A fifth is for temperature scaling, one row at least and `MAX_VALIDATION` at most.
+    """
+    count = max(1, min(len(held_out) // 5, MAX_VALIDATION))
+    return held_out[:count], held_out[count:]
