@@ -73,13 +73,22 @@ class LeaveOneOut:
     examples: int
     recentring: Recentring | None = None
 
+    @property
+    def is_widthless(self) -> bool:
+        """Whether no width helps: the largest precision there is, and the MAP's predictions."""
+        return self.prior_precision > 0.9 * float(GRID[-1])
+
     def __str__(self) -> str:
         moved = "" if self.recentring is None else f"{self.recentring}; "
+        width = (
+            "no width helps (predictions are those of the mean alone)"
+            if self.is_widthless
+            else f"NLL of the base model's linearisation {self.nll_map:.3f} -> {self.nll:.3f} with "
+            f"the posterior's width (difference ± {self.standard_error:.3f})"
+        )
         return (
             f"leave-one-out of {self.examples} examples: {moved}prior precision "
-            f"{self.prior_precision:.3g}, NLL of the base model's linearisation "
-            f"{self.nll_map:.3f} -> {self.nll:.3f} with the posterior's width (difference ± "
-            f"{self.standard_error:.3f})"
+            f"{self.prior_precision:.3g}, {width}"
         )
 
 

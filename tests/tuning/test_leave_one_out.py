@@ -16,7 +16,7 @@ from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models import twins
 from laplace_lora.models.start import before_adapter
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.tuning.leave_one_out import closer_fit
+from laplace_lora.tuning.leave_one_out import GRID, LeaveOneOut, closer_fit
 from laplace_lora.tuning.linear_model import LinearModel, without_own
 from laplace_lora.tuning.validation_cache import scoring_of
 from support.batches import loader, token_batch
@@ -318,3 +318,11 @@ def test_of_many_examples_some_are_looked_at(monkeypatch):
     monkeypatch.setattr("laplace_lora.tuning.leave_one_out.FEWEST", 10)
     la.optimize_prior_precision()
     assert "classes are too many" in la.tuning.reason
+
+
+def test_it_says_where_no_width_helps():
+    figures = {"nll_map": 0.5, "nll": 0.4, "standard_error": 0.02, "base_precision": 1.0}
+    wide = LeaveOneOut(3.0, examples=7, **figures)
+    assert not wide.is_widthless and "0.500 -> 0.400 with the posterior's width" in str(wide)
+    none = LeaveOneOut(float(GRID[-1]), examples=7, **figures)
+    assert none.is_widthless and "predictions are those of the mean alone" in str(none)
