@@ -18,6 +18,7 @@ from torch import Tensor
 
 LIMIT = 25.0  # of the logarithms that are searched
 FOLDS = 5
+VALLEYS = 3  # of the grid, searched for all rows; folds search the deepest
 OPTIONS = {"xatol": 1e-3, "fatol": 1e-7, "maxiter": 200}
 
 Point = tuple[float, ...]
@@ -75,10 +76,10 @@ def search(
     table = table.nan_to_num(torch.inf, torch.inf)
     surprises = table.new_tensor([surprise(point) for point in points])
 
-    def lowest(rows: Tensor) -> Any:
+    def lowest(rows: Tensor, valleys: int = 1) -> Any:
         """Return the best point for some rows; the start, if nothing beats it."""
         totals = table[:, rows].sum(1) + surprises
-        order = totals.argsort(stable=True)[:3].tolist()
+        order = totals.argsort(stable=True)[:valleys].tolist()
         found = [
             minimize(objective, points[i], (rows,), method="Nelder-Mead", options=OPTIONS).x
             for i in order
@@ -86,7 +87,7 @@ def search(
         return min([start, *found], key=lambda point: objective(point, rows))
 
     everything = torch.ones(len(groups), dtype=torch.bool, device=groups.device)
-    best = lowest(everything)
+    best = lowest(everything, VALLEYS)
     number = groups.unique(return_inverse=True)[1]
     folds = number % min(FOLDS, int(number.max()) + 1)
     alone = int(folds.max()) == 0

@@ -121,6 +121,7 @@ def test_how_far_a_mean_moves_is_calibrated():
         assert validation_nll(la, "quadrature") > result.nll_after - 1e-4
 
 
+@pytest.mark.slow
 def test_cross_fitting_leaves_out_what_it_scores():
     la = posterior(**LOW)
     twin = posterior(**LOW)
