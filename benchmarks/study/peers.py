@@ -107,7 +107,7 @@ def compute_all(trainings: list[Training], args: argparse.Namespace) -> list[str
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([Bench.__module__])
     failed = []
-    with ProcessPoolExecutor(args.workers, context, _prepare, (args,)) as pool:
+    with ProcessPoolExecutor(args.workers, context, prepare, (args,)) as pool:
         jobs = {pool.submit(compute, each, args, args.methods): each for each in trainings}
         for job in as_completed(jobs):
             try:
@@ -116,11 +116,6 @@ def compute_all(trainings: list[Training], args: argparse.Namespace) -> list[str
                 traceback.print_exc()
                 failed.append(f"{jobs[job].name}: {error}")
     return failed
-
-
-def _prepare(args: argparse.Namespace) -> None:
-    """Set threads in a worker."""
-    prepare(args)
 
 
 def cells(args: argparse.Namespace) -> Iterator[Cell]:

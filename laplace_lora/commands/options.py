@@ -182,6 +182,17 @@ def task_options(function: F) -> F:
     )(function)
 
 
+def out_option(function: F) -> F:
+    """Add where results go."""
+    return click.option(
+        "--out",
+        default="-",
+        show_default=True,
+        metavar="FILE",
+        help="Where results go, as JSON lines; - is standard output.",
+    )(function)
+
+
 def token_options(samples: int) -> Callable[[F], F]:
     """Add what is kept of each token, and where results go.
 
@@ -189,13 +200,7 @@ def token_options(samples: int) -> Callable[[F], F]:
         samples: How many of the weights are drawn by default.
     """
     return joined(
-        click.option(
-            "--out",
-            default="-",
-            show_default=True,
-            metavar="FILE",
-            help="Where results go, as JSON lines; - is standard output.",
-        ),
+        out_option,
         click.option(
             "--top-k",
             type=click.IntRange(min=1),

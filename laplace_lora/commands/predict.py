@@ -12,6 +12,7 @@ from laplace_lora.commands.options import (
     common_options,
     data_options,
     model_options,
+    out_option,
     posterior_option,
 )
 
@@ -20,13 +21,7 @@ from laplace_lora.commands.options import (
 @model_options
 @posterior_option
 @data_options()
-@click.option(
-    "--out",
-    default="-",
-    show_default=True,
-    metavar="FILE",
-    help="Where results go, as JSON lines; - is standard output.",
-)
+@out_option
 @click.option("--keep", cls=Values, help="Columns of the data to copy to the results.")
 @class_names_option
 @common_options

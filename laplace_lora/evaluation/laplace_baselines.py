@@ -26,8 +26,7 @@ def last_layer_laplace(
         train_loader: Training batches with labels.
         **kwargs: Arguments of `KronLoraLLLaplace`.
     """
-    likelihood = likelihood_name(LogitsModel.wrap(model))
-    return _tuned(KronLoraLLLaplace(model, likelihood, **kwargs), train_loader)
+    return _tuned(KronLoraLLLaplace, model, train_loader, kwargs)
 
 
 def diagonal_laplace(
@@ -40,11 +39,13 @@ def diagonal_laplace(
         train_loader: Training batches with labels.
         **kwargs: Arguments of `DiagLoraLaplace`.
     """
-    likelihood = likelihood_name(LogitsModel.wrap(model))
-    return _tuned(DiagLoraLaplace(model, likelihood, **kwargs), train_loader)
+    return _tuned(DiagLoraLaplace, model, train_loader, kwargs)
 
 
-def _tuned(la: Posterior, train_loader: DataLoader[Any]) -> Posterior:
+def _tuned(
+    cls: type[Posterior], model: nn.Module, train_loader: DataLoader[Any], kwargs: dict[str, Any]
+) -> Posterior:
+    la = cls(model, likelihood_name(LogitsModel.wrap(model)), **kwargs)
     la.fit(train_loader)
     la.optimize_prior_precision()
     return la

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from laplace_lora.likelihoods.base import Likelihood
+from laplace_lora.tuning.newton import descend
 
 STEPS = 100
-TOLERANCE = 1e-12  # of the objective, relative
 DECADES = (8, -10)  # of precisions tried, around the Gram matrix's mean diagonal
 
 
@@ -101,26 +101,14 @@ class LinearModel:
             nll = self.nll(outputs)
             return outputs, nll, nll + 0.5 * float(alpha @ shift)
 
-        outputs, nll, objective = at(alpha)
-        for _ in range(STEPS):
+        def step_from(alpha: Tensor, outputs: Tensor) -> Tensor:
             residual, root = self.residual(outputs), self.root(outputs)
             factor = self._factor(root, gram)
             curved = _apply(root.mT @ root, (outputs - self.offset).flatten()) - residual.flatten()
             inner = torch.cholesky_solve(_apply(root, gram @ curved).unsqueeze(1), factor)
-            step = curved - _apply(root.mT, inner.squeeze(1)) - alpha
-            length = 1.0
-            while length > 1e-6:
-                trial = at(alpha + length * step)
-                if trial[2] <= objective:
-                    break
-                length /= 2
-            else:
-                break
-            gain = objective - trial[2]
-            alpha = alpha + length * step
-            outputs, nll, objective = trial
-            if gain <= TOLERANCE * (1 + abs(objective)):
-                break
+            return curved - _apply(root.mT, inner.squeeze(1)) - alpha
+
+        alpha, outputs, nll = descend(alpha, at, step_from, STEPS)
         return Mode(precision, alpha.view_as(self.offset), outputs, nll)
 
     def fitted_like(self, nll: float) -> Mode:

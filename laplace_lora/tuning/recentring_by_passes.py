@@ -19,13 +19,13 @@ from laplace_lora.likelihoods.base import Readout
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning.linear_model import LinearModel, along_path
+from laplace_lora.tuning.newton import descend
 from laplace_lora.tuning.validation_cache import labelled_batches, validation_rows
 
 PASSES = 5
 SHIFTS = (1.0, 30.0, 1000.0)  # factors of the prior precision in the preconditioner
 UNKNOWN = 1.0  # prior precision in the first preconditioner, where a training loss is asked for
 STEPS = 50
-TOLERANCE = 1e-12  # of the objective, relative
 SOLVED = 1e-4  # gradient relative to the first, below which there is no further step
 
 
@@ -71,23 +71,13 @@ class SpannedModel:
             nll = self.functions.nll(outputs)
             return outputs, nll, nll + 0.5 * precision * float(x @ x)
 
-        outputs, nll, objective = at(x)
-        for _ in range(STEPS):
+        def step_from(x: Tensor, outputs: Tensor) -> Tensor:
             gradient = flat.T @ self.functions.residual(outputs).flatten() + precision * x
             curved = (self.functions.root(outputs) @ self.rows).flatten(0, 1)
             matrix = curved.T @ curved + precision * torch.eye(size).to(flat)
-            step, length = -torch.linalg.solve(matrix, gradient), 1.0
-            while length > 1e-6:
-                trial = at(x + length * step)
-                if trial[2] <= objective:
-                    break
-                length /= 2
-            else:
-                break
-            gain, x = objective - trial[2], x + length * step
-            outputs, nll, objective = trial
-            if gain <= TOLERANCE * (1 + abs(objective)):
-                break
+            return -torch.linalg.solve(matrix, gradient)
+
+        x, _, nll = descend(x, at, step_from, STEPS)
         return SpannedMode(precision, x, nll)
 
     def fitted_like(self, nll: float) -> SpannedMode:
@@ -130,13 +120,12 @@ def mode_by_passes(
     structure, scale = posterior.structure, float(posterior.scale.detach())
     options = (posterior, loader, team, readout, progress_bar)
     gradient, passes = posterior.state.loss_gradient, 0
-    still = torch.zeros_like(posterior.mean)
     if gradient is None:
-        gradient, passes = _gradient(*options, still), 1
+        gradient, passes = _gradient(*options), 1
     else:
         gradient = scale * gradient
     first, delta = float(gradient.norm()), UNKNOWN if precision is None else precision
-    directions = still[None, :][:0]
+    directions = gradient.new_empty(0, len(gradient))
     while True:
         rows = gradient.unsqueeze(0)
         solved = [
@@ -215,18 +204,20 @@ def _gradient(
     team: Together,
     readout: Readout,
     progress_bar: bool | None,
-    shift: Tensor,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    """Return the gradient of the linear model's summed NLL at a shift of the weights."""
+    """Return the gradient of the linear model's summed NLL, at a shift of the weights if given."""
     engine = posterior.engine
     total = torch.zeros_like(posterior.mean, dtype=torch.float64)
     parts = total.split(engine.sizes)
     with evaluation_mode(engine.model):
         for x, y in labelled_batches(posterior, loader, team, progress_bar):
             model, blocks = _functions(posterior, readout, x, y)
-            moved = model.offset + _along(blocks, shift.unsqueeze(0), engine.sizes).squeeze(-1)
+            moved = model.offset
+            if shift is not None:  # the Jacobians anew after that: a batch's are never kept
+                moved = moved + _along(blocks, shift.unsqueeze(0), engine.sizes).squeeze(-1)
+                _, blocks = _functions(posterior, readout, x, y)
             residual = model.residual(moved)
-            _, blocks = _functions(posterior, readout, x, y)
             for part, block in zip(parts, blocks, strict=True):
                 part.add_(torch.einsum("nc,ncp->p", residual.to(block), block.flatten(2)))
     team.add_up([total])

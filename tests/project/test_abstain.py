@@ -1,24 +1,15 @@
 """Choosing a confidence threshold for a risk, by hand-computed cases."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from laplace_lora.evaluation import evaluate
+from support.examples import imported
 
 
 @pytest.fixture
 def abstain(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
-    monkeypatch.setattr(sys, "argv", ["abstain.py"])
-    with monkeypatch.context() as patch:
-        patch.delitem(sys.modules, "support", raising=False)  # the examples have one too
-        import abstain
-
-        sys.modules.pop("support", None)
-    return abstain
+    return imported("abstain", monkeypatch)
 
 
 P = torch.tensor([[0.95, 0.05], [0.9, 0.1], [0.8, 0.2], [0.8, 0.2], [0.6, 0.4]])

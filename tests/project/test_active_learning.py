@@ -2,11 +2,11 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from support.examples import imported
 from support.models import bert_config
 from support.texts import word_tokenizer
 
@@ -15,14 +15,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
-    monkeypatch.setattr(sys, "argv", ["active_learning.py"])
-    with monkeypatch.context() as patch:
-        patch.delitem(sys.modules, "support", raising=False)  # the examples have one too
-        import active_learning
-
-        sys.modules.pop("support", None)
-    return active_learning
+    return imported("active_learning", monkeypatch)
 
 
 def test_curves_are_averaged_over_seeds(example):

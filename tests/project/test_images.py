@@ -1,22 +1,17 @@
 """The example of images on tiny settings: a table of methods, and a picture."""
 
 import sys
-from pathlib import Path
 
 import pytest
+
+from support.examples import imported
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
-    with monkeypatch.context() as patch:
-        patch.delitem(sys.modules, "support", raising=False)  # the examples have one too
-        import images
-
-        sys.modules.pop("support", None)
-    return images
+    return imported("images", monkeypatch)
 
 
 def test_later_digits_are_mirrored_and_the_others_as_they_were(example):

@@ -1,22 +1,17 @@
 """The example that writes answers, on a tiny random model."""
 
 import sys
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from support.examples import imported
+
 
 @pytest.fixture
 def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
-    with monkeypatch.context() as patch:
-        patch.delitem(sys.modules, "support", raising=False)  # the examples have one too
-        import selective_answers
-
-        sys.modules.pop("support", None)
-    return selective_answers
+    return imported("selective_answers", monkeypatch)
 
 
 def tiny_decoder(example):
