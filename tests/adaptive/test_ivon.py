@@ -24,6 +24,7 @@ def regression(n=60, d=3, noise=0.7, seed=0):
     return X, y + noise * torch.randn(n, generator=generator, dtype=torch.float64)
 
 
+@pytest.mark.slow
 def test_linear_regression_recovers_the_exact_posterior():
     X, y = regression()
     n, prior = len(X), 2.0

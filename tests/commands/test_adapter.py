@@ -156,7 +156,8 @@ def test_a_device_that_is_not_there_is_named(made, data):
     assert "--device nonsense: torch finds no such device here" in refused(*args)
 
 
-def test_a_repository_that_cannot_be_reached_is_named(data, tmp_path):
+def test_a_repository_that_cannot_be_reached_is_named(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the hub's five tries
     args = ("--data", data("train"), "--out", tmp_path / "out")
     assert "no folder me/nothing" in refused("fit", "me/nothing", *args)
     assert "no folder me/nothing" in refused("predict", "me/nothing", "--data", data("train"))

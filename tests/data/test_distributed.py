@@ -23,6 +23,8 @@ from support.references import assert_near
 from support.shared_calls import CALLS, data_of, posterior, result_of, whole
 from support.spawned import exit_codes
 
+pytestmark = pytest.mark.slow  # tests/data/test_streams.py has two processes in the default run
+
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):

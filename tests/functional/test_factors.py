@@ -60,6 +60,7 @@ def test_the_functions_equal_the_class(name, n_kfac, lr_threshold):
     assert_near(f_var, covariance)
 
 
+@pytest.mark.slow
 def test_the_monte_carlo_fisher_tends_to_the_exact_one():
     model = adapters_only("bert")
     exact = factors_of(model, "bert")

@@ -13,6 +13,7 @@ from support.real_widths import SIZES, wide_loader, wide_model, wide_posterior
 from support.references import assert_near
 
 TESTS = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

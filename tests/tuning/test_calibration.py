@@ -19,7 +19,11 @@ from support.references import assert_near, validation_nll
 @pytest.mark.parametrize(
     "cls,kwargs,link,width",
     [
-        *((KronLoraLaplace, LOW, link, w) for link in ("probit", "mc") for w in (0.1, 1.0, 10.0)),
+        *((KronLoraLaplace, LOW, "probit", width) for width in (0.1, 1.0, 10.0)),
+        *(
+            pytest.param(KronLoraLaplace, LOW, "mc", width, marks=pytest.mark.slow)
+            for width in (0.1, 1.0, 10.0)
+        ),
         (KronLoraLaplace, LOW, "quadrature", 10.0),
         (DiagLoraLaplace, {}, "probit", 10.0),
     ],
