@@ -6,7 +6,8 @@ see the training rows only; methods with labels see the first 50, 200 or all 500
 with which no checkpoint was trained. "Paper" is the setting of Yang et al. (2024,
 arXiv:2308.13111): a zero prior mean and one precision by the plain evidence, probit link;
 "evidence" has the gradient term and the default link. TFB (Shi et al. 2024, arXiv:2412.05723)
-searches its width on the training rows.
+searches its width on the training rows. Which of its authors' rates BLoB has was chosen on the
+validation rows of one checkpoint, see `blob`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from benchmarks.study.blob import BLoB
 from benchmarks.study.judging import FIT_BATCH
 from benchmarks.study.retrained import VariationalMean, with_more_labels
 from benchmarks.study.tasks import Task
@@ -119,6 +121,7 @@ METHODS: dict[str, Callable[[Bench], Any]] = {
     "exact": lambda bench: bench.tuned(FullLoraLaplace),
     "TFB": lambda bench: TrainingFreeBayes(bench.model, bench.loader("train"), n_samples=SAMPLES),
     "IVON": lambda bench: VariationalMean(bench.task, bench.args, bench.seed, SAMPLES),
+    "BLoB": lambda bench: BLoB(bench.task, bench.args, bench.seed, SAMPLES),
     "last layer": lambda bench: bench.tuned(KronLoraLLLaplace),
     "diagonal": lambda bench: bench.tuned(DiagLoraLaplace),
     "MC dropout": lambda bench: MCDropout(bench.model, SAMPLES),

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.harness.arguments import prepare
 from benchmarks.harness.report import write_report
 from benchmarks.study.bench import ENCODER_ONLY, METHODS, PROBIT, Bench
+from benchmarks.study.blob import BLoB
 from benchmarks.study.checkpoints import checkpoint
 from benchmarks.study.costs import Stopwatch, stored_bytes
 from benchmarks.study.peer_tables import Cell, tables_of
@@ -95,7 +96,7 @@ def _compute_one(bench: Bench, training: Training, name: str, folder: Path, alon
 
 
 def _stored(method: object) -> int:
-    if isinstance(method, VariationalMean):
+    if isinstance(method, (VariationalMean, BLoB)):
         return method.bytes
     return 0 if isinstance(method, MAP) else stored_bytes(method)
 
