@@ -3,7 +3,8 @@
 Three numbers, chosen together on the validation NLL from one cached pass: a factor of the prior
 precision, a scale of the predictive covariance and a temperature of the likelihood; of a recentred
 posterior a fourth, how far its mean has moved. Fifty labels fit three numbers all too well, so each
-has a Gaussian prior around its present value, and labels must speak for what is far from it.
+has a Gaussian prior around its present value, and labels must speak for what is far from it. Where
+they speak for a temperature alone, next to no width remains, see `calibration_search`.
 Marginal likelihood can miss the width of a posterior severalfold where the model is misspecified; a
 few hundred labels correct that.
 """
@@ -26,7 +27,12 @@ from laplace_lora.likelihoods.multilabel import pooled
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning.calibration_error import expected_calibration_error
-from laplace_lora.tuning.calibration_search import exponential, search
+from laplace_lora.tuning.calibration_search import (
+    LIMIT,
+    NARROW,
+    exponential,
+    search_with_temperature,
+)
 from laplace_lora.tuning.validation_cache import ValidationCache, validation_rows
 
 if TYPE_CHECKING:
@@ -125,7 +131,8 @@ def calibrate(
     Minimises the NLL of all labels plus ``½ Σ (deviation / width)²`` of the logarithms from their
     present values, with widths of 2, 1 and 0.7; the last number is a multiple of the present shift.
     A coarse grid finds the valley, Nelder-Mead its bottom; every candidate sees the same samples.
-    If nothing beats the start, or not on rows held out in turn, the start stays.
+    If nothing beats the start, or not on rows held out in turn, the start stays. If a temperature
+    alone does better on those rows, it is chosen, around the MAP.
 
     Args:
         predictor: Of a fitted classifier's posterior; its present settings are the start.
@@ -180,7 +187,13 @@ def calibrate(
         for step in steps
     ]
     rows = torch.arange(len(cache.y), device=cache.y.device)
-    found = search(losses, start, candidates, WIDTHS, rows)
+    variances = cache.covariance(cache.mean.new_ones(1)).diagonal(dim1=1, dim2=2)
+    narrow = math.log(NARROW / max(float(variances.mean()), NARROW * math.exp(-LIMIT)))
+
+    def at_temperature(temperature: float) -> tuple[float, ...]:
+        return (0.0, narrow, temperature, *(0.0 for _ in start[3:]))  # around the MAP
+
+    found = search_with_temperature(losses, start, candidates, WIDTHS, rows, at_temperature)
     best = found.best
     factor, scale, temperature = (exponential(value) for value in best[:3])
     chosen = replace(

@@ -21,7 +21,12 @@ from laplace_lora.structures.settings import Settings
 from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning.calibration import Calibration
 from laplace_lora.tuning.calibration_error import expected_calibration_error
-from laplace_lora.tuning.calibration_search import exponential, search
+from laplace_lora.tuning.calibration_search import (
+    LIMIT,
+    NARROW,
+    exponential,
+    search_with_temperature,
+)
 
 WIDTHS = (1.0, 0.7)  # of the priors: log scale, log temperature
 AT_ONCE = 2**22  # numbers of the samples' logits that are in memory at once
@@ -103,7 +108,15 @@ def calibrate_by_samples(
         for scale in (-3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5)
         for temperature in (-0.7, -0.35, 0.0, 0.35, 0.7)
     ]
-    found = search(losses, start, candidates, WIDTHS, labelled.groups)
+    variance = max(float(labelled.tangents.square().mean()), NARROW * math.exp(-LIMIT))
+    found = search_with_temperature(
+        losses,
+        start,
+        candidates,
+        WIDTHS,
+        labelled.groups,
+        lambda temperature: (math.log(NARROW / variance), temperature),
+    )
     scale, temperature = (exponential(value) for value in found.best)
     chosen = replace(settings, covariance_scale=scale, likelihood_temperature=temperature)
     report = Calibration(

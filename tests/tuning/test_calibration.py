@@ -9,8 +9,9 @@ from torch.utils.data import DataLoader
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace
 from laplace_lora.likelihoods.quadrature import binary_log_probabilities
+from laplace_lora.tuning import calibration
 from laplace_lora.tuning.calibration import WIDTHS
-from laplace_lora.tuning.calibration_search import search
+from laplace_lora.tuning.calibration_search import NARROW, search, search_with_temperature
 from support.batches import loader, token_batch, validation
 from support.posteriors import DENSE, LOW, posterior
 from support.references import assert_near, validation_nll
@@ -93,7 +94,8 @@ def penalised(la, data, start):
     return float(losses.sum()) + surprise
 
 
-def test_few_labels_change_little_and_the_sum_is_least():
+def test_few_labels_change_little_and_the_sum_is_least(monkeypatch):
+    monkeypatch.setattr(calibration, "search_with_temperature", lambda *given: search(*given[:-1]))
     moves = []
     for copies in (1, 15):
         la = posterior(name="llama-lm", **LOW)
@@ -223,3 +225,36 @@ def test_extreme_temperatures_need_evidence(rows, is_extreme, right):
     found = search(losses, (0.0, 0.0, 0.0), CANDIDATES, WIDTHS, torch.arange(rows))
     temperature = math.exp(float(found.best[2]))
     assert (temperature < 0.2 or temperature > 20) == is_extreme
+
+
+def test_a_temperature_alone_is_chosen_where_no_width_helps():
+    """Of labels that know of no width: three numbers, drawn to their present values, are behind."""
+    generator = torch.Generator().manual_seed(1)
+    mean = 6 * torch.randn(60, generator=generator).double()
+    variance = torch.tensor([0.1, 60.0]).double().repeat(30)
+    p = torch.sigmoid(mean / 6)
+    labels = (torch.rand(60, generator=generator) < p).long()
+    losses = binary(mean, variance, labels)
+    options = ((0.0, 0.0, 0.0), CANDIDATES, WIDTHS, torch.arange(60))
+    narrow = math.log(NARROW / 30)
+    found = search_with_temperature(losses, *options, lambda value: (0.0, narrow, value))
+    assert found.best[:2] == (0.0, narrow)
+    assert math.exp(found.best[2]) == pytest.approx(6, rel=0.4)
+    assert found.cross_fitted < search(losses, *options).cross_fitted
+    # Next to no width is none: the losses are those of the temperature alone.
+    assert_near(losses(found.best), losses((0.0, -40.0, found.best[2])), 1e-3)
+
+
+def test_a_calibration_may_keep_next_to_no_width():
+    """Of labels that are always the MAP's own class."""
+    la = posterior(name="llama-lm", prior_precision=1e-2, **LOW)
+    rows = [row for batch in many(2) for row in split_rows(batch)]
+    batch = next(iter(DataLoader(rows, batch_size=len(rows))))
+    batch["labels"] = la.model(batch).argmax(1)
+    wide = la._glm_predictive_distribution(batch)[1]
+    la.calibrate(DataLoader(split_rows(batch), batch_size=16))
+    assert la.prior_precision == 1e-2
+    assert la.covariance_scale < 1e-2
+    scaled = la._glm_predictive_distribution(batch)[1]
+    ratio = la.covariance_scale / la.likelihood_temperature**2
+    assert_near(scaled, wide * ratio)  # which inputs are uncertain can still be told
