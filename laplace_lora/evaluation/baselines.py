@@ -85,7 +85,7 @@ class TemperatureScaling(MAP):
         with together(val_loader, runs=self.model) as team:
             pairs = [
                 (self.logits(model_inputs(batch)), batch_labels(batch, label_key))
-                for batch in team.batches(val_loader, "")
+                for batch in team.batches(val_loader, "Scaling the temperature")
             ]
             rows = team.rows(f=[f for f, _ in pairs], y=[y for _, y in pairs])
         if not rows:

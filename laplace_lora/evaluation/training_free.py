@@ -87,7 +87,8 @@ class TrainingFreeBayes(MAP):
         self.n_samples, self.seed, self.width = n_samples, seed, 0.0
         self._layers = _layers_of(self.model)
         with together(anchor_loader, runs=self.model) as team:
-            inputs = [model_inputs(batch) for batch in team.batches(anchor_loader, "")]
+            batches = team.batches(anchor_loader, "Reading the anchor set")
+            inputs = [model_inputs(batch) for batch in batches]
 
             def losses(classes: list[Tensor] | None) -> tuple[list[Tensor], Tensor]:
                 probs = [self(batch) for batch in inputs]

@@ -174,7 +174,7 @@ class Fitter:
         posterior, loss = self.posterior, 0.0
         outputs: int | None = None
         with evaluation_mode(posterior.model), torch.no_grad():
-            for batch in team.batches(loader, "", by_example=posterior.by_example):
+            for batch in team.batches(loader, "Summing the loss", by_example=posterior.by_example):
                 x, y = posterior.split(batch)
                 f = posterior.model(x)
                 loss += posterior.objective.nll(f, y).item()

@@ -157,7 +157,7 @@ def tune(
     subset = None if count == n_data else Subset(loader, n_data, count, posterior.by_example)
     numbers = BYTES / (4 * count * columns_of(posterior))
     with base_rows(posterior, readout, numbers) as rows:
-        options = (groups, readout, progress_bar, rows.add, team)
+        options = (groups, readout, progress_bar, rows.add, team, "Leaving each example out")
         cache = ValidationCache(Predictor(scalar), subset or loader, *options)
     seen = len(cache.y) if subset is None else subset.seen
     check_whole(seen, n_data, "leave-one-out")

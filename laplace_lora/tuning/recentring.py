@@ -20,7 +20,7 @@ from laplace_lora.data.distributed import Together
 from laplace_lora.likelihoods.base import Readout
 from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning.function_rows import FunctionRows
-from laplace_lora.tuning.recentring_by_passes import mode_by_passes
+from laplace_lora.tuning.recentring_by_passes import TITLE, mode_by_passes
 from laplace_lora.tuning.validation_cache import labelled_batches, validation_rows
 
 ROWS = 3000  # examples times columns; the work grows with their cube
@@ -115,7 +115,7 @@ def recentred(
         return shift, Recentring(near.precision, before / seen, near.nll / seen)
     rows = FunctionRows(posterior, posterior.engine, readout)
     labels: list[Tensor] = []
-    for x, y in labelled_batches(posterior, loader, team, progress_bar):
+    for x, y in labelled_batches(posterior, loader, team, progress_bar, TITLE):
         rows.add(x, y)
         labels.append(y)
     y, n = validation_rows(team, labels=labels)["labels"], posterior.state.n_data

@@ -22,6 +22,7 @@ from laplace_lora.tuning.linear_model import LinearModel, along_path
 from laplace_lora.tuning.newton import descend
 from laplace_lora.tuning.validation_cache import labelled_batches, validation_rows
 
+TITLE = "Recentring"  # of the progress bar
 PASSES = 5
 SHIFTS = (1.0, 30.0, 1000.0)  # factors of the prior precision in the preconditioner
 UNKNOWN = 1.0  # prior precision in the first preconditioner, where a training loss is asked for
@@ -186,7 +187,7 @@ def _spanned(
     rows: list[Tensor] = []
     labels: list[Tensor] = []
     with evaluation_mode(engine.model):
-        for x, y in labelled_batches(posterior, loader, team, progress_bar):
+        for x, y in labelled_batches(posterior, loader, team, progress_bar, TITLE):
             model, blocks = _functions(posterior, readout, x, y)
             offsets.append(model.offset)
             rows.append(_along(blocks, directions, engine.sizes))
@@ -211,7 +212,7 @@ def _gradient(
     total = torch.zeros_like(posterior.mean, dtype=torch.float64)
     parts = total.split(engine.sizes)
     with evaluation_mode(engine.model):
-        for x, y in labelled_batches(posterior, loader, team, progress_bar):
+        for x, y in labelled_batches(posterior, loader, team, progress_bar, TITLE):
             model, blocks = _functions(posterior, readout, x, y)
             moved = model.offset
             if shift is not None:  # the Jacobians anew after that: a batch's are never kept

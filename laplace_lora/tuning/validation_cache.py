@@ -23,6 +23,7 @@ from laplace_lora.structures.state import Posterior
 RESOLUTION = math.log(1.02)
 DECADES = 10
 TUNING_POINTS = 256  # of the quadrature, for hundreds of candidates in turn
+VALIDATION = "Evaluating validation set"  # title of the progress bar
 
 
 class Cache(Protocol):
@@ -64,7 +65,11 @@ def scoring_of(
 
 
 def labelled_batches(
-    posterior: Posterior, loader: Any, team: Together, progress_bar: bool | None
+    posterior: Posterior,
+    loader: Any,
+    team: Together,
+    progress_bar: bool | None,
+    title: str = VALIDATION,
 ) -> Iterator[tuple[Any, Tensor]]:
     """Yield each batch of this process, and its labels.
 
@@ -73,7 +78,6 @@ def labelled_batches(
     """
     if loader is None:
         raise ValueError("tuning on a validation set needs `val_loader`, a DataLoader with labels")
-    title = "Evaluating validation set"
     for batch in team.batches(loader, title, progress_bar, posterior.by_example):
         yield posterior.split(batch)
 
@@ -99,13 +103,14 @@ def validation_pass(
     readout: Readout,
     progress_bar: bool | None,
     watch: Callable[[Any, Tensor], None] | None = None,
+    title: str = VALIDATION,
 ) -> Iterator[tuple[Tensor, Tensor, Iterator[tuple[int, list[Gram]]]]]:
     """Yield functions of the outputs, labels and gram blocks of each batch, see `gram_blocks`.
 
     Raises:
         ValueError: If there is no loader, or a batch has no labels.
     """
-    for x, y in labelled_batches(predictor.posterior, loader, team, progress_bar):
+    for x, y in labelled_batches(predictor.posterior, loader, team, progress_bar, title):
         if watch is not None:
             watch(x, y)
         mean, blocks = predictor.gram_blocks(x, readout)
@@ -127,6 +132,7 @@ class ValidationCache:
         progress_bar: Whether to show progress, see `progress`.
         watch: Called with what the model takes and the labels of each batch.
         team: The processes that share the loader.
+        title: Of the progress bar.
 
     Attributes:
         mean: Mean logits, ``(examples, outputs)``.
@@ -147,6 +153,7 @@ class ValidationCache:
         progress_bar: bool | None = None,
         watch: Callable[[Any, Tensor], None] | None = None,
         team: Together = ALONE,
+        title: str = VALIDATION,
     ) -> None:
         posterior = predictor.posterior
         prior = posterior.prior_by_tensor.tolist()
@@ -172,7 +179,7 @@ class ValidationCache:
         slots = [used.cumsum(0) - 1 for used in occupied]
         means, labels = [], []
         stored: list[list[Tensor]] = [[] for _ in sums]
-        batches = validation_pass(predictor, loader, team, readout, progress_bar, watch)
+        batches = validation_pass(predictor, loader, team, readout, progress_bar, watch, title)
         for mean, y, blocks in batches:
             shape = (len(mean), mean.shape[1], mean.shape[1])
             parts = [mean.new_zeros(*shape, int(used.sum())) for used in occupied]

@@ -57,7 +57,7 @@ def warn_if_wide(posterior: Posterior, loader: Iterable[Any]) -> None:
 
 def _excess_of_texts(posterior: Posterior, loader: Iterable[Any]) -> float:
     with together(loader, runs=posterior.source) as team:
-        texts = some_texts(posterior, team.batches(loader, ""))
+        texts = some_texts(posterior, team.batches(loader, "Choosing texts"))
         losses = text_losses(posterior, texts, torch.ones(1), team)
     return float(losses.nll) - losses.nll_map
 
@@ -66,7 +66,8 @@ def _excess_of_examples(posterior: Posterior, loader: Iterable[Any]) -> float:
     excess, seen = 0.0, 0.0
     with together(loader, runs=posterior.source) as team:
         scoring, predictor = scoring_of(posterior, QUADRATURE, 0), Predictor(posterior)
-        batches = team.batches(loader, "", by_example=posterior.by_example, at_most=EXAMPLES)
+        options: Any = {"by_example": posterior.by_example, "at_most": EXAMPLES}
+        batches = team.batches(loader, "Checking the width", **options)
         for batch in batches:
             x, y = posterior.split(batch)
             mean, wide = predictor.readout_moments(x, scoring.readout)

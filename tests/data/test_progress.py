@@ -55,7 +55,11 @@ def test_every_pass_has_a_bar_by_default(capsys, at_once):
     la.fit(loader())
     assert "Fitting the posterior" in seen()
     la.optimize_prior_precision()
-    assert "Evaluating validation set" in seen()
+    assert "Leaving each example out" in seen()  # of the training data
+    la.recentre(1.0)
+    assert "Recentring" in seen()
+    la.optimize_prior_precision(method="marglik")
+    assert "Checking the width" in seen()
     la.calibrate(loader())
     assert "Evaluating validation set" in seen()
     la.predict(loader())
