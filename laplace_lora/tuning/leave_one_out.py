@@ -8,6 +8,9 @@ as closely as the trained network does, and its leave-one-out predictions stand 
 new data. The posterior's width at each example is added to them, and the prior precision with the
 best leave-one-out likelihood is chosen.
 
+An example that shares an input with others, as preference pairs do a text, is left out together
+with them.
+
 Where the base model's leave-one-out predictions get better when it is fitted more closely, training
 stopped too early: the posterior's mean is moved until it fits the labels as closely as is best.
 """
@@ -41,6 +44,7 @@ from laplace_lora.tuning.recentring import (
     columns_of,
     recentred,
 )
+from laplace_lora.tuning.shared_inputs import SharedInputs
 from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
 
 GRID = torch.logspace(-4, 8, 49, dtype=torch.float64)  # prior precisions
@@ -63,6 +67,8 @@ class LeaveOneOut:
             labels as closely as the posterior's mean.
         examples: Training examples that it looked at.
         recentring: Where the posterior's mean was moved, if it was.
+        sharing: How many of the examples share a text or another input with others, and were left
+            out together with them.
     """
 
     prior_precision: float
@@ -72,6 +78,7 @@ class LeaveOneOut:
     base_precision: float
     examples: int
     recentring: Recentring | None = None
+    sharing: int = 0
 
     @property
     def is_widthless(self) -> bool:
@@ -86,8 +93,9 @@ class LeaveOneOut:
             else f"NLL of the base model's linearisation {self.nll_map:.3f} -> {self.nll:.3f} with "
             f"the posterior's width (difference ± {self.standard_error:.3f})"
         )
+        shared = f" ({self.sharing} share inputs)" if self.sharing else ""
         return (
-            f"leave-one-out of {self.examples} examples: {moved}prior precision "
+            f"leave-one-out of {self.examples} examples{shared}: {moved}prior precision "
             f"{self.prior_precision:.3g}, {width}"
         )
 
@@ -156,16 +164,23 @@ def tune(
     count = _examples(posterior)
     subset = None if count == n_data else Subset(loader, n_data, count, posterior.by_example)
     numbers = BYTES / (4 * count * columns_of(posterior))
+    inputs = SharedInputs(posterior.label_key)
     with base_rows(posterior, readout, numbers) as rows:
-        options = (groups, readout, progress_bar, rows.add, team, "Leaving each example out")
+
+        def watch(x: Any, y: Tensor) -> None:
+            rows.add(x, y)
+            inputs.add(x, y)
+
+        options = (groups, readout, progress_bar, watch, team, "Leaving each example out")
         cache = ValidationCache(Predictor(scalar), subset or loader, *options)
     seen = len(cache.y) if subset is None else subset.seen
     check_whole(seen, n_data, "leave-one-out")
     linear, outputs = rows.linear_model(cache.y, team), cache.mean.double()
+    companions = inputs.companions(team)
     nothing = cache.mean.new_zeros(*cache.mean.shape, cache.mean.shape[-1])
 
     def without(mode: Mode) -> Tensor:
-        return linear.leave_one_out(mode)[0].to(cache.mean)
+        return linear.leave_one_out(mode, companions)[0].to(cache.mean)
 
     def narrow(mean: Tensor) -> Tensor:
         return scoring.nll(mean, nothing, cache.y).double()
@@ -201,6 +216,7 @@ def tune(
         mode.precision,
         len(wide),
         None if moved is None else moved[1],
+        len(companions),
     )
     settings = replace(
         posterior.settings,

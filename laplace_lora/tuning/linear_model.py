@@ -8,7 +8,7 @@ been left out, need no more than that matrix.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -126,7 +126,9 @@ class LinearModel:
             raise ValueError("no weight changes the outputs of the linearised base model")
         return along_path(self.mode, nll, unit)
 
-    def leave_one_out(self, mode: Mode) -> tuple[Tensor, Tensor]:
+    def leave_one_out(
+        self, mode: Mode, companions: Mapping[int, Sequence[int]] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return each example's prediction without it, from one factorisation.
 
         The cavity of a Laplace approximation (Vehtari, Mononen, Tolvanen, Sivula and Winther 2016,
@@ -135,6 +137,7 @@ class LinearModel:
 
         Args:
             mode: The model's mode.
+            companions: Examples that are left out with others: by place, itself and those others.
 
         Returns:
             Mean ``(N, c)`` and covariance ``(N, c, c)`` of the functions.
@@ -148,7 +151,20 @@ class LinearModel:
         marginal = diagonal - torch.einsum("knc,knd->ncd", rows, rows)
         cavity = without_own(marginal, root)
         residual = self.residual(mode.outputs).unsqueeze(-1)
-        return mode.outputs + (cavity @ residual).squeeze(-1), cavity
+        mean = mode.outputs + (cavity @ residual).squeeze(-1)
+        for members in _by_size(companions or {}):
+            members = members.to(gram.device)
+            m, s = members.shape
+            of = (members.unsqueeze(-1) * c + torch.arange(c, device=gram.device)).view(m, s * c)
+            columns = rows.view(n * c, n * c)[:, of]
+            marginal = gram[of.unsqueeze(-1), of.unsqueeze(-2)]
+            marginal = marginal - torch.einsum("kmi,kmj->mij", columns, columns)
+            joint = without_own(marginal, _block_diagonal(root[members]))
+            step = joint @ residual[members].view(m, s * c, 1)
+            own = members[:, 0]
+            mean[own] = mode.outputs[own] + step[:, :c, 0]
+            cavity[own] = joint[:, :c, :c]
+        return mean, cavity
 
     def root(self, outputs: Tensor) -> Tensor:
         """Return roots ``R`` of the examples' curvatures ``Rᵀ R``, ``(N, k, c)``."""
@@ -209,6 +225,21 @@ def without_own(marginal: Tensor, root: Tensor) -> Tensor:
     share = inner.clamp(0, 1 - 10 * torch.finfo(inner.dtype).eps)
     columns = spread.mT @ vectors
     return marginal + (columns / (1 - share).unsqueeze(-2)) @ columns.mT
+
+
+def _by_size(companions: Mapping[int, Sequence[int]]) -> Iterator[Tensor]:
+    """Yield the places of examples with as many companions, ``(examples, members)``."""
+    sizes = sorted({len(members) for members in companions.values()})
+    for size in sizes:
+        yield torch.tensor([each for each in companions.values() if len(each) == size])
+
+
+def _block_diagonal(blocks: Tensor) -> Tensor:
+    """Return ``(m, s, k, c)`` as ``(m, s k, s c)``."""
+    m, s, k, c = blocks.shape
+    whole = blocks.new_zeros(m, s, k, s, c)
+    whole.diagonal(dim1=1, dim2=3).copy_(blocks.permute(0, 2, 3, 1))
+    return whole.view(m, s * k, s * c)
 
 
 def _apply(blocks: Tensor, x: Tensor) -> Tensor:

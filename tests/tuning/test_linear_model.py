@@ -23,10 +23,10 @@ def classes(n=30, c=2, p=9, seed=1):
     return J, LinearModel(J @ J.T, offset, y, likelihood_of("classification"), True)
 
 
-def without(J, model, i):
+def without(J, model, i, others=()):
     """Return the posterior of example i's functions when it is left out of a regression."""
     n, c = model.offset.shape
-    keep = [k for k in range(n * c) if k // c != i]
+    keep = [k for k in range(n * c) if k // c not in (i, *others)]
     target = (model.labels - model.offset).flatten()[keep]
     precision = model.scale * J[keep].T @ J[keep] + 0.7 * torch.eye(J.shape[1], dtype=J.dtype)
     own = J[i * c : (i + 1) * c]
@@ -39,6 +39,16 @@ def test_leave_one_out_of_a_linear_gaussian_model_is_brute_force_deletion():
     mean, covariance = model.leave_one_out(model.mode(0.7))
     for i in range(len(mean)):
         expected_mean, expected_covariance = without(J, model, i)
+        torch.testing.assert_close(mean[i], expected_mean, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(covariance[i], expected_covariance, rtol=1e-10, atol=1e-10)
+
+
+def test_companions_are_left_out_together():
+    J, model = regression()
+    companions = {0: [0, 5], 3: [3, 1, 7], 7: [7, 3], 5: [5, 0]}
+    mean, covariance = model.leave_one_out(model.mode(0.7), companions)
+    for i in range(len(mean)):
+        expected_mean, expected_covariance = without(J, model, i, companions.get(i, ()))
         torch.testing.assert_close(mean[i], expected_mean, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(covariance[i], expected_covariance, rtol=1e-10, atol=1e-10)
 

@@ -1,0 +1,64 @@
+"""Training examples that say the same: what leaving one of them out must leave out as well.
+
+A text that comes twice, or that is part of several preference pairs, has its label or its rank seen
+elsewhere. Left out alone it is predicted far too well.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_lora.data.distributed import Together
+from laplace_lora.data.pairs import passes
+from laplace_lora.data.tally import fingerprints
+
+SIGN = 2**63  # of integers of 64 bits
+
+
+class SharedInputs:
+    """Fingerprints of the inputs that came by, batch by batch.
+
+    Args:
+        label_key: Key of the labels, which are no input.
+    """
+
+    def __init__(self, label_key: str) -> None:
+        self.label_key = label_key
+        self._numbers: list[Tensor] = []
+        self._is_known = True
+
+    def add(self, x: Any, y: Tensor) -> None:
+        """Add a batch: what the model takes, and its labels."""
+        if isinstance(x, Mapping):
+            x = {name: value for name, value in x.items() if name != self.label_key}
+        numbers = [fingerprints(part) for part in passes(x)]
+        if any(len(part) != len(y) for part in numbers):  # rows are no examples
+            self._is_known = False
+            numbers = [[0] * len(y)]
+        columns = [torch.tensor([n - SIGN for n in part], device=y.device) for part in numbers]
+        self._numbers.append(torch.stack(columns, 1))
+
+    def companions(self, team: Together) -> dict[int, list[int]]:
+        """Return the examples that share an input with others, each first, then those others.
+
+        Args:
+            team: The processes that share the data.
+        """
+        if not all(team.all_of(self._is_known)):
+            return {}
+        numbers = team.rows(numbers=self._numbers)["numbers"].tolist()
+        places: dict[int, list[int]] = defaultdict(list)
+        for i, row in enumerate(numbers):
+            for number in set(row):
+                places[number].append(i)
+        found = {}
+        for i, row in enumerate(numbers):
+            others = {j for number in row for j in places[number]} - {i}
+            if others:
+                found[i] = [i, *sorted(others)]
+        return found

@@ -1,0 +1,93 @@
+"""Examples that share an input are left out together."""
+
+from itertools import combinations
+
+import torch
+from torch.utils.data import DataLoader
+
+from laplace_lora.data.distributed import ALONE
+from laplace_lora.tuning.leave_one_out import LeaveOneOut
+from laplace_lora.tuning.shared_inputs import SharedInputs
+from support.batches import loader, token_batch
+from support.posteriors import posterior
+from support.preferences import reward_posterior
+
+LENGTHS = (3, 6, 4, 6, 5, 2)
+
+
+def texts(rows, width, mask=True):
+    """A batch of texts padded to a width."""
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    real = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return {"input_ids": ids, **({"attention_mask": real} if mask else {})}
+
+
+def companions_of(*batches):
+    inputs = SharedInputs("labels")
+    for batch in batches:
+        y = torch.arange(len(next(iter(batch.values()))))
+        inputs.add({**batch, "labels": y}, y)  # the labels differ
+    return inputs.companions(ALONE)
+
+
+def test_texts_that_come_again_whatever_their_padding_and_label():
+    first, second = texts([[5, 6], [7], [8, 9, 3]], 3), texts([[7], [5, 6], [1], [7]], 6)
+    found = companions_of(first, second)
+    assert found == {0: [0, 4], 4: [4, 0], 1: [1, 3, 6], 3: [3, 1, 6], 6: [6, 1, 3]}
+    assert companions_of(texts([[5, 6], [7]], 2), texts([[8]], 1)) == {}
+
+
+def test_pairs_that_share_a_text():
+    """A text that wins here and loses there; companions of companions are not left out."""
+
+    def pairs(chosen, rejected):
+        both = {"chosen": texts(chosen, 3), "rejected": texts(rejected, 4)}
+        return {f"{key}_{side}": t for side, half in both.items() for key, t in half.items()}
+
+    found = companions_of(pairs([[5], [6], [4]], [[6], [7], [9]]), pairs([[7, 2]], [[9]]))
+    assert found == {0: [0, 1], 1: [1, 0], 2: [2, 3], 3: [3, 2]}
+
+
+def test_batches_whose_rows_are_no_examples_share_nothing():
+    inputs = SharedInputs("labels")
+    odd = {"input_ids": torch.zeros(2, 3), "sizes": torch.zeros(5)}
+    inputs.add(odd, torch.zeros(2))
+    inputs.add(odd, torch.zeros(2))
+    assert inputs.companions(ALONE) == {}
+
+
+def rows_of(batches):
+    return [{k: v[i] for k, v in b.items()} for b in batches for i in range(len(b["labels"]))]
+
+
+def test_leave_one_out_is_not_fooled_by_copies(monkeypatch):
+    """Copies have their labels in each other, which says nothing about new texts."""
+    rows = rows_of(loader(lengths=LENGTHS, batch_size=1))
+
+    def tuned(times):
+        la = posterior(fit=False)
+        la.fit(DataLoader(rows * times, batch_size=1))
+        la.optimize_prior_precision(recentre=False)
+        report = la.tuning.leave_one_out
+        assert isinstance(report, LeaveOneOut)
+        return report
+
+    once, twice = tuned(1), tuned(2)
+    assert (once.sharing, twice.sharing) == (0, 2 * len(rows))
+    assert "(12 share inputs)" in str(twice)
+    monkeypatch.setattr(SharedInputs, "companions", lambda self, team: {})
+    fooled = tuned(2)
+    assert fooled.nll_map < twice.nll_map
+    assert abs(twice.nll_map - once.nll_map) < 0.5 * abs(fooled.nll_map - once.nll_map)
+
+
+def test_pairs_of_a_reward_model_are_left_out_with_those_that_share_a_text():
+    rows = rows_of([token_batch((3, 6, 4, 5), 6)])
+    pairs = [
+        {f"{key}_{side}": row[key] for side, row in both.items() for key in row if key != "labels"}
+        for both in ({"chosen": a, "rejected": b} for a, b in combinations(rows, 2))
+    ]
+    la = reward_posterior(fit=False)
+    la.fit(DataLoader(pairs, batch_size=2))
+    la.optimize_prior_precision()
+    assert la.tuning.leave_one_out.sharing == len(pairs) == 6
