@@ -152,18 +152,18 @@ class LinearModel:
         cavity = without_own(marginal, root)
         residual = self.residual(mode.outputs).unsqueeze(-1)
         mean = mode.outputs + (cavity @ residual).squeeze(-1)
-        for members in _by_size(companions or {}):
-            members = members.to(gram.device)
-            m, s = members.shape
-            of = (members.unsqueeze(-1) * c + torch.arange(c, device=gram.device)).view(m, s * c)
-            columns = rows.view(n * c, n * c)[:, of]
-            marginal = gram[of.unsqueeze(-1), of.unsqueeze(-2)]
-            marginal = marginal - torch.einsum("kmi,kmj->mij", columns, columns)
-            joint = without_own(marginal, _block_diagonal(root[members]))
-            step = joint @ residual[members].view(m, s * c, 1)
-            own = members[:, 0]
-            mean[own] = mode.outputs[own] + step[:, :c, 0]
-            cavity[own] = joint[:, :c, :c]
+        for members, owners in _together(companions or {}):
+            s = len(members)
+            of = torch.tensor(members, device=gram.device)
+            functions = (of.unsqueeze(-1) * c + torch.arange(c, device=gram.device)).flatten()
+            columns = rows.view(n * c, n * c)[:, functions]
+            marginal = gram[functions][:, functions] - columns.T @ columns
+            joint = without_own(marginal[None], torch.block_diag(*root[of])[None])[0]
+            step = (joint @ residual[of].flatten()).view(s, c)
+            for owner in owners:
+                at = members.index(owner)
+                mean[owner] = mode.outputs[owner] + step[at]
+                cavity[owner] = joint.view(s, c, s, c)[at, :, at]
         return mean, cavity
 
     def root(self, outputs: Tensor) -> Tensor:
@@ -227,19 +227,13 @@ def without_own(marginal: Tensor, root: Tensor) -> Tensor:
     return marginal + (columns / (1 - share).unsqueeze(-2)) @ columns.mT
 
 
-def _by_size(companions: Mapping[int, Sequence[int]]) -> Iterator[Tensor]:
-    """Yield the places of examples with as many companions, ``(examples, members)``."""
-    sizes = sorted({len(members) for members in companions.values()})
-    for size in sizes:
-        yield torch.tensor([each for each in companions.values() if len(each) == size])
-
-
-def _block_diagonal(blocks: Tensor) -> Tensor:
-    """Return ``(m, s, k, c)`` as ``(m, s k, s c)``."""
-    m, s, k, c = blocks.shape
-    whole = blocks.new_zeros(m, s, k, s, c)
-    whole.diagonal(dim1=1, dim2=3).copy_(blocks.permute(0, 2, 3, 1))
-    return whole.view(m, s * k, s * c)
+def _together(companions: Mapping[int, Sequence[int]]) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield every set of companions once, and those who are left out with it."""
+    sets: dict[tuple[int, ...], list[int]] = {}
+    for owner, members in companions.items():
+        sets.setdefault(tuple(sorted(members)), []).append(owner)
+    for members, owners in sets.items():
+        yield list(members), owners
 
 
 def _apply(blocks: Tensor, x: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class SharedInputs:
         self._numbers.append(torch.stack(columns, 1))
 
     def companions(self, team: Together) -> dict[int, list[int]]:
-        """Return the examples that share an input with others, each first, then those others.
+        """Return the examples that share an input with others: by place, itself and those others.
 
         Args:
             team: The processes that share the data.
@@ -60,5 +60,5 @@ class SharedInputs:
         for i, row in enumerate(numbers):
             others = {j for number in row for j in places[number]} - {i}
             if others:
-                found[i] = [i, *sorted(others)]
+                found[i] = sorted({i, *others})
         return found
