@@ -37,6 +37,7 @@ from benchmarks.study.judging import FIT_BATCH, over_checkpoints
 from benchmarks.study.trainings import EVALUATION_BATCH, Training, checkpoint_parser
 from laplace_lora import FullLoraLaplace, KronLoraLaplace, LogitsModel, start_of
 from laplace_lora.data.distributed import ALONE
+from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning.function_rows import FunctionRows
 from laplace_lora.tuning.validation_cache import scoring_of
@@ -71,11 +72,12 @@ class TestRows:
         blocks: list[list[Tensor]] = [[] for _ in self.names]
         for batch in loader:
             x, y = posterior.split(batch)
-            f, jacobians = posterior.engine.jacobian_blocks(x, self.scoring.readout.columns)
-            means.append(self.scoring.readout.mean(f).detach())
+            with evaluation_mode(posterior.model):
+                f, jacobians = posterior.engine.jacobian_blocks(x, self.scoring.readout.columns)
+                means.append(self.scoring.readout.mean(f).detach())
+                for kept, block in zip(blocks, jacobians, strict=True):
+                    kept.append(block.detach().flatten(2))
             labels.append(y)
-            for kept, block in zip(blocks, jacobians, strict=True):
-                kept.append(block.detach().flatten(2))
         self.mean, self.y = torch.cat(means), torch.cat(labels)
         self.jacobians = {n: torch.cat(b) for n, b in zip(self.names, blocks, strict=True)}
 
