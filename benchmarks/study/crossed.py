@@ -38,7 +38,9 @@ from benchmarks.study.trainings import EVALUATION_BATCH, Training, checkpoint_pa
 from laplace_lora import FullLoraLaplace, KronLoraLaplace, LogitsModel, start_of
 from laplace_lora.data.distributed import ALONE
 from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.structures.base import Gram
 from laplace_lora.structures.settings import Settings
+from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning.function_rows import FunctionRows
 from laplace_lora.tuning.validation_cache import scoring_of
 
@@ -67,6 +69,7 @@ class TestRows:
     def __init__(self, la: Any, loader: Any) -> None:
         posterior = la.fitted
         self.scoring = scoring_of(posterior, "quadrature", 0)
+        self._products: tuple[Any, list[Gram]] | None = None
         self.names = posterior.names
         means, labels = [], []
         blocks: list[list[Tensor]] = [[] for _ in self.names]
@@ -84,8 +87,18 @@ class TestRows:
     def covariance(self, la: Any, settings: Settings) -> Tensor:
         """Return the covariance of all rows under a posterior with other settings."""
         posterior = la.fitted.with_settings(settings)
+        if posterior.structure.couples_groups and len(settings.prior_precision) == 1:
+            return self._by_eigenvalues(posterior)  # many precisions from one product
         covariance: Tensor = posterior.precision.covariance(self._of(posterior.names))
         return covariance
+
+    def _by_eigenvalues(self, posterior: Posterior) -> Tensor:
+        curvature = posterior.state.curvature
+        if self._products is None or self._products[0] is not curvature:
+            blocks = posterior.precision.gram_blocks(self._of(posterior.names))
+            self._products = curvature, [pair for _, pairs in blocks for pair in pairs]
+        delta = posterior.settings.prior_precision
+        return torch.stack([M @ (1 / (e + delta)).to(M) for e, M in self._products[1]]).sum(0)
 
     def moved(self, la: Any, shift: Tensor | None) -> Tensor:
         """Return the mean of all rows where the weights' mean is moved."""
