@@ -18,7 +18,7 @@ stopped too early: the posterior's mean is moved until it fits the labels as clo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -187,7 +187,7 @@ def tune(
 
     mode, moved = linear.fitted_like(linear.nll(outputs)), None
     if recentre:
-        closer = closer_fit(linear, mode, lambda mode: narrow(without(mode)))
+        closer = closer_fit(linear, mode, lambda mode: narrow(without(mode)), companions)
         if closer is not mode:
             nll = closer.nll / len(cache.y)
             moved = recentred(posterior, loader, team, readout, progress_bar, nll)
@@ -212,7 +212,7 @@ def tune(
         precision,
         float(bare.mean()),
         float(wide.mean()),
-        _standard_error(wide - bare),
+        _standard_error(wide - bare, companions),
         mode.precision,
         len(wide),
         None if moved is None else moved[1],
@@ -226,13 +226,19 @@ def tune(
     return settings, report
 
 
-def closer_fit(linear: LinearModel, mode: Mode, losses: Callable[[Mode], Tensor]) -> Mode:
+def closer_fit(
+    linear: LinearModel,
+    mode: Mode,
+    losses: Callable[[Mode], Tensor],
+    companions: Mapping[int, Sequence[int]] | None = None,
+) -> Mode:
     """Return the closer fit with the best leave-one-out loss; the mode, if none is clearly better.
 
     Args:
         linear: The base model.
         mode: How closely the network fits.
         losses: Leave-one-out NLL of every example at a mode.
+        companions: Examples that share an input with others, see `SharedInputs`.
     """
     start = losses(mode)
     best, lowest, trial = mode, start, mode
@@ -243,11 +249,20 @@ def closer_fit(linear: LinearModel, mode: Mode, losses: Callable[[Mode], Tensor]
             break
         best, lowest = trial, found
     gain = start - lowest
-    return best if float(gain.mean()) > CLOSER * _standard_error(gain) else mode
+    return best if float(gain.mean()) > CLOSER * _standard_error(gain, companions) else mode
 
 
-def _standard_error(values: Tensor) -> float:
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
+def _standard_error(values: Tensor, companions: Mapping[int, Sequence[int]] | None = None) -> float:
+    """Return the standard error of a mean, in which companions are no independent examples."""
+    n = len(values)
+    if n < 2:
+        return 0.0
+    deviations = values - values.mean()
+    related = deviations.clone()
+    for owner, members in (companions or {}).items():
+        related[owner] = deviations[list(members)].sum()
+    squares = max(float(deviations @ related), float(deviations @ deviations))
+    return math.sqrt(squares / (n * (n - 1)))
 
 
 def _examples(posterior: Posterior) -> int:

@@ -53,7 +53,8 @@ def test_it_is_the_python_calls(adapter, data, made, structure):
 def test_without_validation_data_nothing_is_calibrated(adapter, data):
     folder = adapter()
     result = run("fit", folder, "--data", data("train"))
-    assert "nothing: width, temperature and mean as fitted" in result.stdout
+    assert "covariance scale" not in result.stdout
+    assert "likelihood temperature" not in result.stdout
 
 
 def test_tables_with_named_columns_and_labels(adapter, data, tmp_path):
