@@ -15,9 +15,10 @@ FOUND = ("prediction", "probabilities", "entropy", "mutual_information")
 
 
 @pytest.fixture
-def fitted(adapter, data):
+def fitted(adapter, tmp_path):
     folder = adapter()
-    run("fit", folder, "--data", data("train"), "--labels", "bad", "good", "-q")
+    train = write_json_lines(tmp_path / "train.jsonl", reviews(48, 1))  # the mean stays
+    run("fit", folder, "--data", train, "--labels", "bad", "good", "-q")
     return folder
 
 
@@ -36,7 +37,7 @@ def test_rows_come_in_order_with_what_is_kept(fitted, data, tmp_path):
     for row in found:
         p = torch.tensor([row["probabilities"][name] for name in ("bad", "good")]).double()
         assert float(p.sum()) == pytest.approx(1)
-        assert row["entropy"] == pytest.approx(float(-(p * p.log()).sum()), rel=1e-3, abs=1e-4)
+        assert row["entropy"] == pytest.approx(float(-(p * p.log()).sum()), rel=1e-3)
         assert 0 < row["mutual_information"] < row["entropy"]
         assert row["prediction"] == ("bad", "good")[int(p.argmax())]
 
