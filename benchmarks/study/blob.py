@@ -11,17 +11,15 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.study.checkpoints import BATCH_SIZE, pretrained, training_loader
+from benchmarks.study.checkpoints import BATCH_SIZE, training_loader
+from benchmarks.study.retrained import SampledAdapter
 from benchmarks.study.tasks import Task
-from laplace_lora import LogitsModel
-from laplace_lora.evaluation import MAP
 
 # Of the authors' scripts for Llama on small data sets (github.com/Wang-ML-Lab/bayesian-peft, commit
 # 7d96008, scripts/blob): ``bayes-beta`` is the prior's standard deviation, ``bayes-eps`` the upper
@@ -34,7 +32,7 @@ from laplace_lora.evaluation import MAP
 BLOB_SETTINGS = {"prior_std": 0.2, "largest_root": 0.05, "kl_rate": 0.01, "gamma": 8.0}
 
 
-class BLoB(MAP):
+class BLoB(SampledAdapter):
     """BLoB: a Gaussian for each weight of every lora_A, whose mean and width are trained.
 
     The posterior is ``N(M, Ω²)`` with ``Ω = G²`` elementwise, the prior of the change of a weight
@@ -49,10 +47,10 @@ class BLoB(MAP):
     mean and noise have the same dropout mask.
 
     Args:
-        task: The data.
-        args: The study's arguments.
-        seed: Of head, adapter, batch order, dropout and noise.
-        n_samples: Of the weights, the same for every batch.
+        task: See `SampledAdapter`.
+        args: See there.
+        seed: See there.
+        n_samples: See there.
 
     Attributes:
         layers: Every lora_A.
@@ -60,13 +58,10 @@ class BLoB(MAP):
     """
 
     def __init__(self, task: Task, args: argparse.Namespace, seed: int, n_samples: int) -> None:
-        self.peft = pretrained(task, args, seed)
-        super().__init__(LogitsModel(self.peft, task.target_ids))
+        super().__init__(task, args, seed, n_samples)
         self.layers = _noisy_layers(self.peft)
-        self.generator = torch.Generator(self.layers[0].weight.device).manual_seed(seed)
         largest = BLOB_SETTINGS["largest_root"]
         self.roots = [self._root_like(layer.weight, largest) for layer in self.layers]
-        self.n_samples = n_samples
         self._fit(task, args)
 
     def _root_like(self, weight: Tensor, largest: float) -> nn.Parameter:
@@ -76,9 +71,8 @@ class BLoB(MAP):
         return nn.Parameter(start)
 
     def _fit(self, task: Task, args: argparse.Namespace) -> None:
-        trained = [p for p in self.peft.parameters() if p.requires_grad]
         means = [layer.weight for layer in self.layers]
-        optimizer = torch.optim.AdamW(trained, lr=args.rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(self.trained, lr=args.rate, weight_decay=0.0)
         kl_optimizer = torch.optim.SGD([*means, *self.roots], lr=BLOB_SETTINGS["kl_rate"])
         loader, schedule = training_loader(task, args, optimizer)
         _, kl_schedule = training_loader(task, args, kl_optimizer)
@@ -87,7 +81,7 @@ class BLoB(MAP):
         for _ in range(args.epochs):
             for batch in loader:
                 with (
-                    self._sampled(flipped=True),
+                    self.sampled(flipped=True),
                     torch.autocast(str(args.device), torch.bfloat16, enabled=args.autocast),
                 ):
                     output = self.model(batch)
@@ -112,18 +106,8 @@ class BLoB(MAP):
         """What is stored beside the mean: one width a weight of lora_A."""
         return sum(root.nbytes for root in self.roots)
 
-    @torch.no_grad()
-    def __call__(self, batch: Any) -> Tensor:
-        """Return class probabilities, ``(batch, classes)``."""
-        self.generator.manual_seed(0)
-        total: Any = 0
-        for _ in range(self.n_samples):
-            with self._sampled(flipped=False):
-                total = total + super().__call__(batch)
-        return total / self.n_samples
-
     @contextmanager
-    def _sampled(self, flipped: bool) -> Iterator[None]:
+    def sampled(self, flipped: bool = False) -> Iterator[None]:
         """Add a sample of noise to every lora_A; with ``flipped`` each example has its own."""
         with ExitStack() as hooks:
             for layer, root in zip(self.layers, self.roots, strict=True):

@@ -147,7 +147,7 @@ def figures(
     return {"test": found}
 
 
-def _at(la: Any, precision: float = 1.0) -> Settings:
+def _at(la: Any, precision: float) -> Settings:
     """Return a posterior's settings as its fit left them, with a single prior precision."""
     settings: Settings = la.state.settings.untuned()
     return replace(settings, prior_precision=settings.prior_precision.new_tensor([precision]))

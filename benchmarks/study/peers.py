@@ -28,11 +28,10 @@ from safetensors.torch import load_file, save_file
 from benchmarks.harness.arguments import prepare
 from benchmarks.harness.report import write_report
 from benchmarks.study.bench import ENCODER_ONLY, METHODS, PROBIT, Bench
-from benchmarks.study.blob import BLoB
 from benchmarks.study.checkpoints import checkpoint
 from benchmarks.study.costs import Stopwatch, stored_bytes
 from benchmarks.study.peer_tables import Cell, tables_of
-from benchmarks.study.retrained import VariationalMean
+from benchmarks.study.retrained import SampledAdapter
 from benchmarks.study.trainings import Training, checkpoint_parser, in_order
 from laplace_lora import LogitsModel
 from laplace_lora.evaluation import MAP
@@ -96,7 +95,7 @@ def _compute_one(bench: Bench, training: Training, name: str, folder: Path, alon
 
 
 def _stored(method: object) -> int:
-    if isinstance(method, (VariationalMean, BLoB)):
+    if isinstance(method, SampledAdapter):
         return method.bytes
     return 0 if isinstance(method, MAP) else stored_bytes(method)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -31,27 +32,60 @@ def with_more_labels(task: Task, args: argparse.Namespace, seed: int, labels: in
     return model
 
 
-class VariationalMean(MAP):
-    """IVON: an adapter trained by variational inference, averaged over samples of its weights.
-
-    Source: Cong et al. (2024), arXiv:2411.04421. Epochs, batches and schedule are the
-    checkpoint's.
+class SampledAdapter(MAP):
+    """An adapter trained with a width for its weights, averaged over samples of them.
 
     Args:
         task: The data.
         args: The study's arguments.
-        seed: Of head, adapter, batch order and dropout.
+        seed: Of head, adapter, batch order, dropout and samples.
         n_samples: Of the weights, the same for every batch.
     """
 
     def __init__(self, task: Task, args: argparse.Namespace, seed: int, n_samples: int) -> None:
         self.peft = pretrained(task, args, seed)
         super().__init__(LogitsModel(self.peft, task.target_ids))
-        weights = [p for p in self.peft.parameters() if p.requires_grad]
-        generator = torch.Generator(weights[0].device).manual_seed(seed)
-        rate = args.rate / IVON_SETTINGS["clip_radius"]
-        self.optimizer = IVON(weights, rate, generator=generator, **IVON_SETTINGS)
+        self.trained = [p for p in self.peft.parameters() if p.requires_grad]
+        self.generator = torch.Generator(self.trained[0].device).manual_seed(seed)
         self.n_samples = n_samples
+
+    @property
+    def bytes(self) -> int:
+        """What is stored beside the mean."""
+        raise NotImplementedError
+
+    def sampled(self) -> AbstractContextManager[None]:
+        """Return a context in which the model has a sample of its weights."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def __call__(self, batch: Any) -> Tensor:
+        """Return class probabilities, ``(batch, classes)``."""
+        self.generator.manual_seed(0)
+        total: Any = 0
+        for _ in range(self.n_samples):
+            with self.sampled():
+                total = total + super().__call__(batch)
+        return total / self.n_samples
+
+
+class VariationalMean(SampledAdapter):
+    """IVON: an adapter trained by variational inference.
+
+    Source: Cong et al. (2024), arXiv:2411.04421. Epochs, batches and schedule are the
+    checkpoint's.
+
+    Args:
+        task: See `SampledAdapter`.
+        args: See there.
+        seed: See there.
+        n_samples: See there.
+    """
+
+    def __init__(self, task: Task, args: argparse.Namespace, seed: int, n_samples: int) -> None:
+        super().__init__(task, args, seed, n_samples)
+        rate = args.rate / IVON_SETTINGS["clip_radius"]
+        self.optimizer = IVON(self.trained, rate, generator=self.generator, **IVON_SETTINGS)
         self._fit(task, args)
 
     def _fit(self, task: Task, args: argparse.Namespace) -> None:
@@ -71,14 +105,8 @@ class VariationalMean(MAP):
     @property
     def bytes(self) -> int:
         """What is stored beside the mean: one width a weight."""
-        return sum(p.nbytes for p in self.peft.parameters() if p.requires_grad)
+        return sum(p.nbytes for p in self.trained)
 
-    def __call__(self, batch: Any) -> Tensor:
-        """Return class probabilities, ``(batch, classes)``."""
-        assert self.optimizer.generator is not None
-        self.optimizer.generator.manual_seed(0)
-        total: Any = 0
-        for _ in range(self.n_samples):
-            with self.optimizer.sampled_params():
-                total = total + super().__call__(batch)
-        return total / self.n_samples
+    def sampled(self) -> AbstractContextManager[None]:
+        """Return a context in which the model has a sample of its weights."""
+        return self.optimizer.sampled_params()

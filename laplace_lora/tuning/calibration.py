@@ -28,9 +28,8 @@ from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning.calibration_error import expected_calibration_error
 from laplace_lora.tuning.calibration_search import (
-    LIMIT,
-    NARROW,
     exponential,
+    narrow_scale,
     search_with_temperature,
 )
 from laplace_lora.tuning.validation_cache import ValidationCache, validation_rows
@@ -188,7 +187,7 @@ def calibrate(
     ]
     rows = torch.arange(len(cache.y), device=cache.y.device)
     variances = cache.covariance(cache.mean.new_ones(1)).diagonal(dim1=1, dim2=2)
-    narrow = math.log(NARROW / max(float(variances.mean()), NARROW * math.exp(-LIMIT)))
+    narrow = narrow_scale(float(variances.mean()))
 
     def at_temperature(temperature: float) -> tuple[float, ...]:
         return (0.0, narrow, temperature, *(0.0 for _ in start[3:]))  # around the MAP

@@ -134,6 +134,15 @@ def search_with_temperature(
     return replace(alone, best=at_temperature(float(alone.best[0])), before=found.before)
 
 
+def narrow_scale(variance: float) -> float:
+    """Return the logarithm of the covariance scale that leaves next to no width.
+
+    Args:
+        variance: Mean variance of a contrast at a scale of 1, in squared logits.
+    """
+    return min(math.log(NARROW / variance), LIMIT) if variance > 0 else LIMIT
+
+
 def exponential(value: float) -> float:
     """Return the exponential of a logarithm that is searched."""
     return math.exp(min(max(value, -LIMIT), LIMIT))

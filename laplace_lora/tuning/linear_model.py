@@ -8,7 +8,7 @@ been left out, need no more than that matrix.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -152,7 +152,7 @@ class LinearModel:
         cavity = without_own(marginal, root)
         residual = self.residual(mode.outputs).unsqueeze(-1)
         mean = mode.outputs + (cavity @ residual).squeeze(-1)
-        for members, owners in _together(companions or {}):
+        for members, owners in _sets(companions or {}).items():
             s = len(members)
             of = torch.tensor(members, device=gram.device)
             functions = (of.unsqueeze(-1) * c + torch.arange(c, device=gram.device)).flatten()
@@ -227,13 +227,12 @@ def without_own(marginal: Tensor, root: Tensor) -> Tensor:
     return marginal + (columns / (1 - share).unsqueeze(-2)) @ columns.mT
 
 
-def _together(companions: Mapping[int, Sequence[int]]) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield every set of companions once, and those who are left out with it."""
+def _sets(companions: Mapping[int, Sequence[int]]) -> dict[tuple[int, ...], list[int]]:
+    """Return those who are left out with each set of companions."""
     sets: dict[tuple[int, ...], list[int]] = {}
     for owner, members in companions.items():
         sets.setdefault(tuple(sorted(members)), []).append(owner)
-    for members, owners in sets.items():
-        yield list(members), owners
+    return sets
 
 
 def _apply(blocks: Tensor, x: Tensor) -> Tensor:

@@ -22,9 +22,8 @@ from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning.calibration import Calibration
 from laplace_lora.tuning.calibration_error import expected_calibration_error
 from laplace_lora.tuning.calibration_search import (
-    LIMIT,
-    NARROW,
     exponential,
+    narrow_scale,
     search_with_temperature,
 )
 
@@ -108,14 +107,14 @@ def calibrate_by_samples(
         for scale in (-3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5)
         for temperature in (-0.7, -0.35, 0.0, 0.35, 0.7)
     ]
-    variance = max(float(labelled.tangents.square().mean()), NARROW * math.exp(-LIMIT))
+    narrow = narrow_scale(float(labelled.tangents.square().mean()))
     found = search_with_temperature(
         losses,
         start,
         candidates,
         WIDTHS,
         labelled.groups,
-        lambda temperature: (math.log(NARROW / variance), temperature),
+        lambda temperature: (narrow, temperature),
     )
     scale, temperature = (exponential(value) for value in found.best)
     chosen = replace(settings, covariance_scale=scale, likelihood_temperature=temperature)

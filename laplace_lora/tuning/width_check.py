@@ -66,8 +66,9 @@ def _excess_of_examples(posterior: Posterior, loader: Iterable[Any]) -> float:
     excess, seen = 0.0, 0.0
     with together(loader, runs=posterior.source) as team:
         scoring, predictor = scoring_of(posterior, QUADRATURE, 0), Predictor(posterior)
-        options: Any = {"by_example": posterior.by_example, "at_most": EXAMPLES}
-        batches = team.batches(loader, "Checking the width", **options)
+        batches = team.batches(
+            loader, "Checking the width", by_example=posterior.by_example, at_most=EXAMPLES
+        )
         for batch in batches:
             x, y = posterior.split(batch)
             mean, wide = predictor.readout_moments(x, scoring.readout)

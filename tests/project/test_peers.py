@@ -103,7 +103,7 @@ def test_methods_are_computed_once(peers, monkeypatch, tmp_path, capsys):
     how = argparse.Namespace(device="cpu", rate=1e-3, epochs=1, autocast=False)
     monkeypatch.setattr(peers.Training, "load", lambda self, data, out, device: (task, how))
     monkeypatch.setattr(peers, "checkpoint", lambda task, args, seed: (model, {}))
-    for place in ("retrained", "blob", "checkpoints"):
+    for place in ("retrained", "checkpoints"):
         module = importlib.import_module(f"benchmarks.study.{place}")
         monkeypatch.setattr(module, "pretrained", lambda task, args, seed: peft_model("bert"))
     args = argparse.Namespace(out=tmp_path, data=tmp_path, device="cpu", only=[""], workers=1)

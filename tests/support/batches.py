@@ -27,14 +27,18 @@ def rows(batch: dict, index) -> dict:
     return {key: value[index] for key, value in batch.items()}
 
 
+def split_rows(batch: dict) -> list[dict]:
+    """Take the examples one by one."""
+    return [rows(batch, n) for n in range(len(batch["labels"]))]
+
+
 def loader(batch_size=3, lengths=LENGTHS, likelihood="classification", **kwargs):
     """Seven labelled sequences, unless other lengths are given."""
     batch = token_batch(lengths, **kwargs)
     if likelihood == "regression":
         generator = torch.Generator().manual_seed(0)
         batch["labels"] = torch.randn(len(lengths), 3, generator=generator)
-    examples = [{key: value[n] for key, value in batch.items()} for n in range(len(lengths))]
-    return DataLoader(examples, batch_size=batch_size)
+    return DataLoader(split_rows(batch), batch_size=batch_size)
 
 
 def validation(batch_size=3):

@@ -12,7 +12,7 @@ from laplace_lora.likelihoods.quadrature import binary_log_probabilities
 from laplace_lora.tuning import calibration
 from laplace_lora.tuning.calibration import WIDTHS
 from laplace_lora.tuning.calibration_search import NARROW, search, search_with_temperature
-from support.batches import loader, token_batch, validation
+from support.batches import loader, split_rows, token_batch, validation
 from support.posteriors import DENSE, LOW, posterior
 from support.references import assert_near, validation_nll
 
@@ -145,10 +145,6 @@ def test_cross_fitting_leaves_out_what_it_scores():
         p = twin(batch).gather(1, batch["labels"].unsqueeze(1))
         total -= float(p.log().sum())
     assert found.nll_cross_fitted == pytest.approx(total / len(rows), rel=0.03)
-
-
-def split_rows(batch):
-    return [{k: v[i] for k, v in batch.items()} for i in range(len(batch["labels"]))]
 
 
 def test_reports_say_what_was_chosen():

@@ -9,18 +9,18 @@ from torch.utils.data import DataLoader
 from laplace_lora.data.distributed import ALONE
 from laplace_lora.tuning.leave_one_out import LeaveOneOut, _standard_error
 from laplace_lora.tuning.shared_inputs import SharedInputs
-from support.batches import loader, token_batch
+from support.batches import split_rows, token_batch
 from support.posteriors import posterior
 from support.preferences import reward_posterior
 
 LENGTHS = (3, 6, 4, 6, 5, 2)
 
 
-def texts(rows, width, mask=True):
+def texts(rows, width):
     """A batch of texts padded to a width."""
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     real = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    return {"input_ids": ids, **({"attention_mask": real} if mask else {})}
+    return {"input_ids": ids, "attention_mask": real}
 
 
 def companions_of(*batches):
@@ -57,13 +57,9 @@ def test_batches_whose_rows_are_no_examples_share_nothing():
     assert inputs.companions(ALONE) == {}
 
 
-def rows_of(batches):
-    return [{k: v[i] for k, v in b.items()} for b in batches for i in range(len(b["labels"]))]
-
-
 def test_leave_one_out_is_not_fooled_by_copies(monkeypatch):
     """Copies have their labels in each other, which says nothing about new texts."""
-    rows = rows_of(loader(lengths=LENGTHS, batch_size=1))
+    rows = split_rows(token_batch(LENGTHS))
 
     def tuned(times):
         la = posterior(fit=False)
@@ -92,7 +88,7 @@ def test_copies_are_no_further_evidence():
 
 
 def test_pairs_of_a_reward_model_are_left_out_with_those_that_share_a_text():
-    rows = rows_of([token_batch((3, 6, 4, 5), 6)])
+    rows = split_rows(token_batch((3, 6, 4, 5), 6))
     pairs = [
         {f"{key}_{side}": row[key] for side, row in both.items() for key in row if key != "labels"}
         for both in ({"chosen": a, "rejected": b} for a, b in combinations(rows, 2))
