@@ -57,6 +57,7 @@ def plot_reports(reports: Sequence[Report]) -> Figure:
         _reliability(left, report)
         _histogram(middle, report)
         _risk(right, report)
+    axes[-1][-1].set_ylim(bottom=0)  # now: limits that are set no longer follow what is drawn
     for axis, label in zip(axes[-1], ("confidence", "confidence", "coverage"), strict=True):
         axis.set_xlabel(label)
     return figure
@@ -101,7 +102,7 @@ def _reliability(axis: Axes, report: Report) -> None:
         )
     ticks = [i / 5 for i in range(6)]
     axis.set(xlim=(0, 1), ylim=(0, 1.35), yticks=ticks, ylabel="accuracy")  # room for the legend
-    axis.set_title(f"{report.name}: ECE {report['ECE']:.3f}", fontsize=10)
+    _title(axis, report, "ECE")
     axis.legend(fontsize=7, loc="upper left", framealpha=0.9)
 
 
@@ -116,7 +117,7 @@ def _histogram(axis: Axes, report: Report) -> None:
         accuracy, color=LINE, linewidth=1.5, linestyle="--", label=f"accuracy {accuracy:.3f}"
     )
     axis.set(xlim=(0, 1), ylabel="examples")
-    axis.set_title(f"{report.name}: NLL {report['NLL']:.3f}", fontsize=10)
+    _title(axis, report, "NLL")
     axis.legend(fontsize=7, loc="upper left", framealpha=0.9)
 
 
@@ -131,6 +132,10 @@ def _risk(axis: Axes, report: Report) -> None:
         label="risk at full coverage",
     )
     axis.set(xlim=(0, 1), ylabel="error rate among those accepted")
-    axis.set_ylim(bottom=0)
-    axis.set_title(f"{report.name}: AURC {report['AURC']:.3f}", fontsize=10)
+    _title(axis, report, "AURC")
     axis.legend(fontsize=7, loc="best", framealpha=0.9)
+
+
+def _title(axis: Axes, report: Report, metric: str) -> None:
+    title = f"{report.name}: {metric} {report[metric]:.3f}"
+    axis.set_title(title, fontsize=min(10, 360 / len(title)))  # about as wide as the axis

@@ -105,3 +105,18 @@ def test_pictures_have_labels_counts_and_a_row_a_report(tmp_path):
     assert len(plot_reports([report, report]).axes) == 6
     with pytest.raises(ValueError, match="no reports"):
         plot_reports([])
+
+
+def test_every_row_of_a_picture_is_drawn_whole():
+    """Whatever row comes first sets no limits for the others, and names may be long."""
+    good = evaluate(given, batches(), name="good")
+    bad = evaluate(given, batches(y=1 - Y), name="a method of whose errors there are many")
+    figure = plot_reports([good, bad])
+    figure.draw_without_rendering()
+    for axis in figure.axes[2::3]:
+        lowest, highest = axis.get_ylim()
+        assert lowest == 0
+        assert all(max(line.get_ydata()) <= highest for line in axis.lines)
+    width = figure.get_window_extent().width
+    assert all(0 <= a.title.get_window_extent().x0 for a in figure.axes)
+    assert all(a.title.get_window_extent().x1 <= width for a in figure.axes)
