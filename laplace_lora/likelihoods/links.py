@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from laplace_lora.likelihoods.quadrature import covariance_root, softmax_log_probabilities
+from laplace_lora.likelihoods.quadrature import (
+    binary_log_probabilities,
+    covariance_root,
+    mean_binary_entropy,
+    softmax_log_probabilities,
+)
 from laplace_lora.likelihoods.roots import contrast_matrix
 
 QUADRATURE = "quadrature"
@@ -142,25 +147,35 @@ def sampled_log_softmax(contrasts: Tensor, covariance: Tensor, noise: Tensor) ->
 
 
 def entropies(
-    mean: Tensor, covariance: Tensor, noise: Tensor, relative: bool = False
+    mean: Tensor, covariance: Tensor, noise: Tensor | None, relative: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return the entropy of the averaged softmax, and the average entropy of the softmax.
 
     Their difference is the mutual information between label and weights, the epistemic part
-    (Houlsby et al. 2011, *Bayesian active learning*, arXiv:1112.5745). Over common samples it is
-    never negative.
+    (Houlsby et al. 2011, *Bayesian active learning*, arXiv:1112.5745). It is never negative.
 
     Args:
         mean: Mean of the logits, ``(…, batch, classes)``.
         covariance: Their covariance, ``(…, batch, classes, classes)``.
-        noise: Standard normal samples ``(samples, classes − 1)``.
+        noise: Standard normal samples ``(samples, classes − 1)``; ``None`` integrates two classes
+            exactly.
         relative: Whether they are contrasts to a first class, see `Link`.
 
     Returns:
         Nats, shape ``(…, batch)`` each.
+
+    Raises:
+        ValueError: If three or more classes have no samples.
     """
     if not relative and mean.shape[-1] > 1:
         mean, covariance = contrasts_of(mean, covariance)
+    if noise is None:
+        if mean.shape[-1] > 1:
+            raise ValueError("entropies of three or more classes need samples")
+        wide, variance = mean[..., 0].double(), covariance[..., 0, 0]  # float32 rounds 1 − p to 1
+        total = entropy(binary_log_probabilities(wide, variance).exp())
+        aleatoric = mean_binary_entropy(wide, variance).minimum(total)
+        return total.to(mean.dtype), aleatoric.to(mean.dtype)
     p = sampled_log_softmax(mean, covariance, noise).exp()
     return entropy(p.mean(0)), entropy(p).mean(0)
 

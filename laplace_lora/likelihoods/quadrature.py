@@ -51,19 +51,57 @@ def binary_log_probabilities(mean: Tensor, variance: Tensor) -> Tensor:
     Raises:
         FloatingPointError: If a variance is not finite or far from positive.
     """
-    # NaN compares as false.
-    if not bool(((variance >= -ROUNDING) & (variance < math.inf)).all()):
-        raise FloatingPointError(NOT_POSITIVE)
-    wide, deviation = mean.double(), variance.double().clamp(min=SMALLEST_VARIANCE).sqrt()
+    wide, deviation = mean.double(), _deviation(variance)
     sides = [_log_sigmoid_mean(-wide, deviation), _log_sigmoid_mean(wide, deviation)]
     return torch.stack(sides, dim=-1).to(mean.dtype)
 
 
+def mean_binary_entropy(mean: Tensor, variance: Tensor) -> Tensor:
+    """Return ``E[H(σ(f))]`` in nats for Gaussian ``f``, ``H`` the entropy of two classes.
+
+    Args:
+        mean: Mean of ``f``, ``(…)``.
+        variance: Its variance, ``(…)``.
+
+    Returns:
+        Shape ``(…)``; by the rule of `binary_log_probabilities`, with errors below 1e-8.
+
+    Raises:
+        FloatingPointError: If a variance is not finite or far from positive.
+    """
+    wide, deviation = mean.double(), _deviation(variance)
+    with torch.no_grad():  # the integrand falls like exp(−|f|) on both sides
+        peak = (-wide / deviation).clamp(-deviation, deviation)
+    f, log_weights = _nodes(wide, deviation, peak)
+    values = torch.special.entr(f.sigmoid()) + torch.special.entr((-f).sigmoid())
+    return (values * log_weights.exp()).sum(-1).to(mean.dtype)
+
+
+def _deviation(variance: Tensor) -> Tensor:
+    # NaN compares as false.
+    if not bool(((variance >= -ROUNDING) & (variance < math.inf)).all()):
+        raise FloatingPointError(NOT_POSITIVE)
+    return variance.double().clamp(min=SMALLEST_VARIANCE).sqrt()
+
+
 def _log_sigmoid_mean(mean: Tensor, deviation: Tensor) -> Tensor:
+    with torch.no_grad():
+        peak = torch.minimum((-mean / deviation).clamp(min=0), deviation)
+    f, log_weights = _nodes(mean, deviation, peak)
+    return (F.logsigmoid(f) + log_weights).logsumexp(-1)
+
+
+def _nodes(mean: Tensor, deviation: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
+    """Return values of ``f`` and log weights, ``(…, NODES)``.
+
+    Args:
+        mean: Mean of ``f``.
+        deviation: Its standard deviation.
+        peak: Where the integrand is largest, in deviations from the mean.
+    """
     with torch.no_grad():  # nodes may lie anywhere; gradients flow through the integrand
         scale = math.pi / deviation
         origin = -mean / deviation
-        peak = torch.minimum(origin.clamp(min=0), deviation)
         low = torch.asinh((peak - HALF_WIDTH - origin) / scale)
         high = torch.asinh((peak + HALF_WIDTH - origin) / scale)
         steps = torch.linspace(0, 1, NODES, dtype=mean.dtype, device=mean.device)
@@ -71,8 +109,7 @@ def _log_sigmoid_mean(mean: Tensor, deviation: Tensor) -> Tensor:
         z = origin.unsqueeze(-1) + scale.unsqueeze(-1) * t.sinh()
         spacing = (scale * (high - low) / (NODES - 1)).unsqueeze(-1) * t.cosh()
         log_weights = spacing.log() - z.square() / 2 - 0.5 * math.log(2 * math.pi)
-    values = F.logsigmoid(mean.unsqueeze(-1) + deviation.unsqueeze(-1) * z)
-    return (values + log_weights).logsumexp(-1)
+    return mean.unsqueeze(-1) + deviation.unsqueeze(-1) * z, log_weights
 
 
 def softmax_log_probabilities(

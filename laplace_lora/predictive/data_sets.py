@@ -74,7 +74,7 @@ def prediction_link(
     generator: torch.Generator | None,
     outputs: int | None = None,
 ) -> Link:
-    """Return a link whose points also serve entropies.
+    """Return a link whose points, where it has any, also serve entropies.
 
     Args:
         posterior: A fitted posterior.
@@ -85,6 +85,8 @@ def prediction_link(
     """
     outputs = posterior.state.n_outputs if outputs is None else outputs
     columns = integrated_variables(posterior.objective, outputs)
+    if name != "mc" and columns == 1:
+        return Link(name)
     if name != "mc":
         points = normal_points(ENTROPY_POINTS, columns)
         return Link(name, points.to(posterior.device, posterior.dtype))
@@ -149,7 +151,6 @@ class _Answer:
         if not readout.is_softmax:
             return Predictions(mean, covariance, labels=labels)
         link = self._links(mean.shape[1] + readout.relative)
-        assert link.noise is not None
         logits, spread, relative = readout.of_softmax(mean, covariance)
         probs = readout.shown(link.log_probabilities(logits, spread, relative).exp())
         total, aleatoric = entropies(logits, spread, link.noise, relative)

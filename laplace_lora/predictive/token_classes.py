@@ -158,7 +158,6 @@ class TokenClassPredictor:
     def _exact(self, x: Mapping[str, Any], readout: Readout) -> TokenClassPredictions:
         mean, covariance = (moment.detach() for moment in self.moments(x, readout))
         link, relative = self._link, readout.relative
-        assert link.noise is not None
         probs = link.log_probabilities(mean, covariance, relative).exp()
         total, aleatoric = entropies(mean, covariance, link.noise, relative)
         return self._laid_out(x, readout, mean, probs, total, total - aleatoric)

@@ -8,15 +8,41 @@ import torch
 from laplace_lora.likelihoods import links
 
 
-def test_entropies_of_a_coin_by_quadrature():
-    """Two logits whose difference is N(0, 4): against a fine grid of the normal density."""
+def by_grid(mean, deviation):
+    """Entropy of the average and average entropy of a coin, by a fine grid of the normal density."""
+    z = torch.linspace(-12, 12, 400_001, dtype=torch.float64)
+    weight = (-(z**2) / 2).exp() / math.sqrt(2 * math.pi) * (z[1] - z[0])
+    f = mean + deviation * z
+
+    def entropy(p, q):
+        return torch.special.entr(p) + torch.special.entr(q)
+
+    p, q = (weight * f.sigmoid()).sum(), (weight * (-f).sigmoid()).sum()
+    return float(entropy(p, q)), float((weight * entropy(f.sigmoid(), (-f).sigmoid())).sum())
+
+
+@pytest.mark.parametrize("mean", [0.0, -1.3, 7.0, -30.0, 50.0])
+@pytest.mark.parametrize("deviation", [0.0, 1e-3, 0.7, 2.0, 9.0, 50.0])
+def test_entropies_of_two_classes_are_exact(mean, deviation):
+    moments = torch.tensor([[mean]]).double(), torch.tensor([[[deviation**2]]]).double()
+    total, aleatoric = links.entropies(*moments, None, relative=True)
+    expected = by_grid(mean, deviation)
+    assert total.item() == pytest.approx(expected[0], abs=1e-8, rel=1e-6)
+    assert aleatoric.item() == pytest.approx(expected[1], abs=1e-8, rel=1e-6)
+    assert aleatoric <= total
+
+
+def test_entropies_of_samples_are_close_to_the_exact_ones():
+    """Two logits whose difference is N(0, 4)."""
     noise = torch.Generator().manual_seed(0)
     draws = torch.randn(400_000, 1, dtype=torch.float64, generator=noise)
     covariance = torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64))[None]
-    total, aleatoric = links.entropies(torch.zeros(1, 2, dtype=torch.float64), covariance, draws)
-    z = torch.linspace(-30, 30, 20_001, dtype=torch.float64)
-    weight = (-(z**2) / 8).exp() / math.sqrt(8 * math.pi) * (z[1] - z[0])
-    p = z.sigmoid()
-    expected = (weight * (torch.special.entr(p) + torch.special.entr(1 - p))).sum()
-    assert total.item() == pytest.approx(math.log(2), abs=1e-5)
-    assert aleatoric.item() == pytest.approx(expected.item(), abs=2e-3)
+    mean = torch.zeros(1, 2, dtype=torch.float64)
+    sampled, exact = (links.entropies(mean, covariance, points) for points in (draws, None))
+    assert sampled[0].item() == pytest.approx(exact[0].item(), abs=1e-5)
+    assert sampled[1].item() == pytest.approx(exact[1].item(), abs=2e-3)
+
+
+def test_entropies_of_more_classes_need_samples():
+    with pytest.raises(ValueError, match="need samples"):
+        links.entropies(torch.zeros(1, 3), torch.eye(3)[None], None)
