@@ -118,5 +118,5 @@ def test_every_row_of_a_picture_is_drawn_whole():
         assert lowest == 0
         assert all(max(line.get_ydata()) <= highest for line in axis.lines)
     width = figure.get_window_extent().width
-    assert all(0 <= a.title.get_window_extent().x0 for a in figure.axes)
+    assert all(a.title.get_window_extent().x0 >= 0 for a in figure.axes)
     assert all(a.title.get_window_extent().x1 <= width for a in figure.axes)

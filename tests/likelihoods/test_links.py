@@ -9,7 +9,7 @@ from laplace_lora.likelihoods import links
 
 
 def by_grid(mean, deviation):
-    """Entropy of the average and average entropy of a coin, by a fine grid of the normal density."""
+    """Entropy of the average, and average entropy, of a coin, by a fine grid."""
     z = torch.linspace(-12, 12, 400_001, dtype=torch.float64)
     weight = (-(z**2) / 2).exp() / math.sqrt(2 * math.pi) * (z[1] - z[0])
     f = mean + deviation * z
