@@ -73,7 +73,7 @@ def mean_binary_entropy(mean: Tensor, variance: Tensor) -> Tensor:
     with torch.no_grad():  # the integrand falls like exp(−|f|) on both sides
         peak = (-wide / deviation).clamp(-deviation, deviation)
     f, log_weights = _nodes(wide, deviation, peak)
-    values = torch.special.entr(f.sigmoid()) + torch.special.entr((-f).sigmoid())
+    values: Tensor = torch.special.entr(f.sigmoid()) + torch.special.entr((-f).sigmoid())
     return (values * log_weights.exp()).sum(-1).to(mean.dtype)
 
 
