@@ -66,6 +66,11 @@ class Cell:
         """The checkpoint's name without its seed."""
         return self.name.rpartition("-")[0]
 
+    @property
+    def seed(self) -> int:
+        """The checkpoint's seed."""
+        return int(self.name.rpartition("-")[2])
+
     @cached_property
     def values(self) -> dict[str, float]:
         """Metrics of the test rows; those of shifted and foreign rows by longer names."""

@@ -1,7 +1,8 @@
 """Every method on the same checkpoints: class probabilities, computed once and kept.
 
-The methods are those of `bench`, where it says what was fixed in advance; "ensemble" averages a
-cell's three trainings. A checkpoint that is not there yet is trained first.
+The methods are those of `bench`, where it says what was fixed in advance; "ensemble" averages
+`MEMBERS` trainings of a cell, those of further seeds among them. A checkpoint that is not there yet
+is trained first.
 
     python -m benchmarks.study.peers --data DATA --out OUT --workers 2
 
@@ -19,6 +20,7 @@ import multiprocessing
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -32,13 +34,14 @@ from benchmarks.study.checkpoints import checkpoint
 from benchmarks.study.costs import Stopwatch, stored_bytes
 from benchmarks.study.peer_tables import Cell, tables_of
 from benchmarks.study.retrained import SampledAdapter
-from benchmarks.study.trainings import Training, checkpoint_parser, in_order
+from benchmarks.study.trainings import SEEDS, Training, checkpoint_parser, in_order
 from laplace_lora import LogitsModel
 from laplace_lora.evaluation import MAP
 
 FOLDER = "peers"
 LABELS = "labels"
 ENSEMBLE = "ensemble"
+MEMBERS = {"encoder": 5, "decoder": 3}  # a training of the decoder takes 20 minutes of a CPU
 
 
 def compute(training: Training, args: argparse.Namespace, names: list[str]) -> list[str]:
@@ -100,15 +103,15 @@ def _stored(method: object) -> int:
     return 0 if isinstance(method, MAP) else stored_bytes(method)
 
 
-def compute_all(trainings: list[Training], args: argparse.Namespace) -> list[str]:
+def compute_all(trainings: list[Training], args: argparse.Namespace, names: list[str]) -> list[str]:
     """Compute what is missing, in several processes if asked; return what failed."""
     if args.workers == 1:
-        return [each for training in trainings for each in compute(training, args, args.methods)]
+        return [each for training in trainings for each in compute(training, args, names)]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([Bench.__module__])
     failed = []
     with ProcessPoolExecutor(args.workers, context, prepare, (args,)) as pool:
-        jobs = {pool.submit(compute, each, args, args.methods): each for each in trainings}
+        jobs = {pool.submit(compute, each, args, names): each for each in trainings}
         for job in as_completed(jobs):
             try:
                 failed += job.result()
@@ -119,8 +122,8 @@ def compute_all(trainings: list[Training], args: argparse.Namespace) -> list[str
 
 
 def cells(args: argparse.Namespace) -> Iterator[Cell]:
-    """Yield what is finished."""
-    for training in wanted(args):
+    """Yield what is finished, of the further members of ensembles, too."""
+    for training in [*wanted(args), *further_members(wanted(args))]:
         folder = args.out / "checkpoints" / training.name / FOLDER
         if not _path(folder, LABELS).exists():
             continue
@@ -133,15 +136,16 @@ def cells(args: argparse.Namespace) -> Iterator[Cell]:
 
 
 def with_ensembles(found: list[Cell]) -> list[Cell]:
-    """Return the cells and, where all seeds are there, the average of the seeds' MAPs.
+    """Return the cells of the study's seeds and, where all members are there, their average.
 
     An ensemble has no seed; its probabilities stand beside every seed of its cell.
     """
-    ensembles = []
+    studied = [cell for cell in found if cell.seed in SEEDS]
     maps = [cell for cell in found if cell.method == "MAP"]
+    ensembles = []
     for group in dict.fromkeys(cell.group for cell in maps):
         members = [cell for cell in maps if cell.group == group]
-        if len(members) < 3:
+        if len(members) < MEMBERS[group.partition("-")[0]]:
             continue
         probs = {
             split: torch.stack([member.probs[split] for member in members]).mean(0)
@@ -150,8 +154,23 @@ def with_ensembles(found: list[Cell]) -> list[Cell]:
         cost: dict[str, float] = {"bytes": 0.0}
         if all("predict" in member.cost for member in members):
             cost |= {"fit": 0.0, "predict": sum(member.cost["predict"] for member in members)}
-        ensembles += [Cell(member.name, ENSEMBLE, member.labels, probs, cost) for member in members]
-    return [*found, *ensembles]
+        ensembles += [
+            Cell(member.name, ENSEMBLE, member.labels, probs, cost)
+            for member in members
+            if member.seed in SEEDS
+        ]
+    return [*studied, *ensembles]
+
+
+def further_members(trainings: list[Training]) -> list[Training]:
+    """Return the trainings that only the ensembles of some trainings' cells need."""
+    more = {
+        replace(each, seed=seed): None
+        for each in trainings
+        for seed in range(MEMBERS[each.model])
+        if seed not in SEEDS
+    }
+    return list(more)
 
 
 def wanted(args: argparse.Namespace) -> list[Training]:
@@ -170,7 +189,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="checkpoints at a time")
     args = parser.parse_args()
     prepare(args)
-    failed = [] if args.report else compute_all(wanted(args), args)
+    failed = []
+    if not args.report:
+        failed = compute_all(wanted(args), args, args.methods)
+        if "MAP" in args.methods:
+            failed += compute_all(further_members(wanted(args)), args, ["MAP"])
     tables, raw = tables_of(with_ensembles(list(cells(args))))
     write_report("study.peers", args, tables, raw)
     if failed:

@@ -75,16 +75,25 @@ def test_tables_by_hand(peers):
     assert len(raw) == len(cells) and "shifted NLL" not in raw[0]["values"]
 
 
-def test_an_ensemble_averages_three_seeds(peers):
-    cells = [
-        cell(peers, f"encoder-easy-{seed}", "MAP", [p] * 4)
-        for seed, p in enumerate((0.2, 0.4, 0.9))
-    ]
-    assert len(peers.with_ensembles(cells[:2])) == 2
-    found = peers.with_ensembles(cells)[3:]
-    assert [each.name for each in found] == [each.name for each in cells]
-    assert found[0].values["NLL"] == pytest.approx(-math.log(0.5))
-    assert found[0].cost["predict"] == 3
+def test_an_ensemble_averages_its_members(peers):
+    """Three seeds of a decoder; two more of an encoder, which stand in no table themselves."""
+    for model, rights in (("decoder", (0.2, 0.4, 0.9)), ("encoder", (0.2, 0.4, 0.9, 0.1, 0.9))):
+        cells = [
+            cell(peers, f"{model}-easy-{seed}", "MAP", [p] * 4) for seed, p in enumerate(rights)
+        ]
+        assert len(peers.with_ensembles(cells[:2])) == 2
+        assert len(peers.with_ensembles(cells[:-1])) == min(len(cells) - 1, 3)
+        found = peers.with_ensembles(cells)
+        assert found[:3] == cells[:3]
+        assert [each.name for each in found[3:]] == [each.name for each in cells[:3]]
+        assert found[3].values["NLL"] == pytest.approx(-math.log(0.5))
+        assert found[3].cost["predict"] == len(rights)
+
+
+def test_ensembles_have_further_members(peers):
+    cells = [peers.Training("encoder", "sst2", "long", seed) for seed in (0, 1)]
+    further = peers.further_members([*cells, peers.Training("decoder", "sst2", "long", 0)])
+    assert [each.name for each in further] == ["encoder-sst2-long-3", "encoder-sst2-long-4"]
 
 
 def test_methods_are_computed_once(peers, monkeypatch, tmp_path, capsys):
