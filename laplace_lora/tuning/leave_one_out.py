@@ -18,7 +18,6 @@ stopped too early: the posterior's mean is moved until it fits the labels as clo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,9 +31,10 @@ from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.settings import Settings
 from laplace_lora.structures.state import Posterior
+from laplace_lora.tuning.closer_fit import closer_fit
 from laplace_lora.tuning.function_rows import base_rows
 from laplace_lora.tuning.line_search import refined
-from laplace_lora.tuning.linear_model import LinearModel, Mode, without_own
+from laplace_lora.tuning.linear_model import Mode, without_own
 from laplace_lora.tuning.marginal_likelihood import first_precision
 from laplace_lora.tuning.recentring import (
     BYTES,
@@ -44,14 +44,12 @@ from laplace_lora.tuning.recentring import (
     columns_of,
     recentred,
 )
-from laplace_lora.tuning.shared_inputs import SharedInputs
+from laplace_lora.tuning.shared_inputs import SharedInputs, standard_error
 from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
 
 GRID = torch.logspace(-4, 8, 49, dtype=torch.float64)  # prior precisions
 EXAMPLES = 1000  # of a larger training set, at random
 FEWEST = 100
-HALVINGS = 40  # of the precision; separable labels would be fitted ever more closely
-CLOSER = 2.0  # standard errors by which a closer fit must be better
 
 
 @dataclass(frozen=True)
@@ -212,7 +210,7 @@ def tune(
         precision,
         float(bare.mean()),
         float(wide.mean()),
-        _standard_error(wide - bare, companions),
+        standard_error(wide - bare, companions),
         mode.precision,
         len(wide),
         None if moved is None else moved[1],
@@ -224,45 +222,6 @@ def tune(
         shift=None if moved is None else moved[0],
     )
     return settings, report
-
-
-def closer_fit(
-    linear: LinearModel,
-    mode: Mode,
-    losses: Callable[[Mode], Tensor],
-    companions: Mapping[int, Sequence[int]] | None = None,
-) -> Mode:
-    """Return the closer fit with the best leave-one-out loss; the mode, if none is clearly better.
-
-    Args:
-        linear: The base model.
-        mode: How closely the network fits.
-        losses: Leave-one-out NLL of every example at a mode.
-        companions: Examples that share an input with others, see `SharedInputs`.
-    """
-    start = losses(mode)
-    best, lowest, trial = mode, start, mode
-    for _ in range(HALVINGS):
-        trial = linear.mode(trial.precision / 2, trial)
-        found = losses(trial)
-        if not float(found.mean()) < float(lowest.mean()):
-            break
-        best, lowest = trial, found
-    gain = start - lowest
-    return best if float(gain.mean()) > CLOSER * _standard_error(gain, companions) else mode
-
-
-def _standard_error(values: Tensor, companions: Mapping[int, Sequence[int]] | None = None) -> float:
-    """Return the standard error of a mean, in which companions are no independent examples."""
-    n = len(values)
-    if n < 2:
-        return 0.0
-    deviations = values - values.mean()
-    related = deviations.clone()
-    for owner, members in (companions or {}).items():
-        related[owner] = deviations[list(members)].sum()
-    squares = max(float(deviations @ related), float(deviations @ deviations))
-    return math.sqrt(squares / (n * (n - 1)))
 
 
 def _examples(posterior: Posterior) -> int:

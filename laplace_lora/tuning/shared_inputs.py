@@ -6,8 +6,9 @@ elsewhere. Left out alone it is predicted far too well.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,3 +63,21 @@ class SharedInputs:
             if others:
                 found[i] = sorted({i, *others})
         return found
+
+
+def standard_error(values: Tensor, companions: Mapping[int, Sequence[int]] | None = None) -> float:
+    """Return the standard error of a mean, in which companions are no independent examples.
+
+    Args:
+        values: One of each example, ``(examples,)``.
+        companions: See `SharedInputs.companions`.
+    """
+    n = len(values)
+    if n < 2:
+        return 0.0
+    deviations = values - values.mean()
+    related = deviations.clone()
+    for owner, members in (companions or {}).items():
+        related[owner] = deviations[list(members)].sum()
+    squares = max(float(deviations @ related), float(deviations @ deviations))
+    return math.sqrt(squares / (n * (n - 1)))

@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from laplace_lora.data.distributed import ALONE
-from laplace_lora.tuning.leave_one_out import LeaveOneOut, _standard_error
-from laplace_lora.tuning.shared_inputs import SharedInputs
+from laplace_lora.tuning.leave_one_out import LeaveOneOut
+from laplace_lora.tuning.shared_inputs import SharedInputs, standard_error
 from support.batches import split_rows, token_batch
 from support.posteriors import posterior
 from support.preferences import reward_posterior
@@ -81,10 +81,10 @@ def test_leave_one_out_is_not_fooled_by_copies(monkeypatch):
 def test_copies_are_no_further_evidence():
     """The standard error of each value twice is that of each value once, up to n - 1."""
     values = torch.randn(40, generator=torch.Generator().manual_seed(0)).double()
-    once = _standard_error(values)
+    once = standard_error(values)
     assert once == pytest.approx(float(values.std()) / 40**0.5)
     copies = {i: sorted({i, (i + 40) % 80}) for i in range(80)}
-    assert _standard_error(values.repeat(2), copies) == pytest.approx(once * (78 / 79) ** 0.5)
+    assert standard_error(values.repeat(2), copies) == pytest.approx(once * (78 / 79) ** 0.5)
 
 
 def test_pairs_of_a_reward_model_are_left_out_with_those_that_share_a_text():
