@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -23,6 +23,7 @@ from laplace_lora.storage.model_card import Report
 from laplace_lora.structures.state import Posterior, PosteriorState
 
 BACKENDS: dict[str, type[LoraCurvature]] = {kind.__name__: kind for kind in (LoraGGN, LoraEF)}
+ANSWERS = ("target_ids", "mask_token_id")  # arguments that a `LogitsModel` brings itself
 Self = TypeVar("Self", bound="SavedLaplace")
 
 
@@ -76,7 +77,9 @@ class SavedLaplace(ServedLaplace):
         Raises:
             FileNotFoundError: If a file is missing.
             ValueError: If a file is damaged, altered or of an unknown version, if it was saved by
-                another class, or if weights, base model or adapter are others.
+                another class, if weights, base model or adapter are others, or if a `LogitsModel`
+                reads other outputs of the model: it has other ``target_ids``, another
+                ``mask_token_id``, or an ``output`` callable where the fitted one had none.
         """
         payload, config = read_files(directory)
         if config["class"] != cls.__name__:
@@ -89,8 +92,8 @@ class SavedLaplace(ServedLaplace):
             arguments = dict(config["arguments"])
             backend = BACKENDS[config["backend"]]
             if isinstance(model, LogitsModel):
-                arguments.pop("target_ids")
-                arguments.pop("mask_token_id", None)
+                answers = {name: arguments.pop(name, None) for name in ANSWERS}
+                _check_reads_the_same(model, answers, config["output"])
             elif config["output"]:
                 raise ValueError(
                     "the posterior was fitted on a LogitsModel with an `output` callable, which "
@@ -160,3 +163,39 @@ class SavedLaplace(ServedLaplace):
 
     def _install(self, state: PosteriorState) -> None:
         raise NotImplementedError
+
+
+def _check_reads_the_same(model: LogitsModel, saved: Mapping[str, Any], has_output: bool) -> None:
+    """Refuse a `LogitsModel` with other outputs than those that a posterior was fitted on.
+
+    Args:
+        model: The `LogitsModel`.
+        saved: The saved posterior's `ANSWERS`.
+        has_output: Whether it was fitted on a `LogitsModel` with an ``output`` callable.
+
+    Raises:
+        ValueError: If ``target_ids`` or the mask token are others, or one has an ``output``
+            callable and the other has not.
+    """
+    if has_output != (model.output is not None):
+        had, has = ("an", "none") if has_output else ("no", "one")
+        raise ValueError(
+            f"the posterior was fitted on a model with {had} `output` callable, and the given "
+            f"LogitsModel has {has}; pass one that reads the same outputs"
+        )
+    ids = None if model.target_ids is None else model.target_ids.tolist()
+    by_model = getattr(model.config, "mask_token_id", None)  # where none was given
+
+    def place(mask: Any) -> Any:
+        return by_model if mask is None else mask
+
+    same_place = place(saved["mask_token_id"]) == place(model.mask_token_id)
+    for name, then, now, same in (
+        ("target_ids", saved["target_ids"], ids, saved["target_ids"] == ids),
+        ("mask_token_id", saved["mask_token_id"], model.mask_token_id, same_place),
+    ):
+        if not same:
+            raise ValueError(
+                f"the posterior was fitted with {name}={then}, and the given LogitsModel has "
+                f"{name}={now}; pass LogitsModel(model, {name}={then}), or the PeftModel alone"
+            )

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -135,14 +136,46 @@ def test_the_model_and_the_random_state_stay():
     assert all(p.requires_grad for p in la.params)
 
 
-def test_before_an_adapter_the_base_model_answers():
-    model = peft_model("llama-lm").eval()
+def adapted(name, frozen=False, trained=("lora_B",), **kwargs):
+    """A model whose adapter has learnt much, in part frozen."""
+    model = peft_model(name, **kwargs).eval()
+    for key, tensor in model.named_parameters():
+        if any(part in key for part in (*trained, "magnitude")):
+            torch.nn.init.uniform_(tensor, 0.5, 1.5)
+            tensor.requires_grad_(not frozen)
+    return model
+
+
+@pytest.mark.parametrize("has_twin", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(adapted, "llama-lm"),
+        partial(adapted, "llama-lm", frozen=True),
+        partial(adapted, "llama-lm", use_dora=True),
+        partial(adapted, "llama-lm", frozen=True, use_dora=True, use_rslora=True),
+        partial(
+            adapted,
+            "llama-lm",
+            target_modules=["embed_tokens", "q_proj"],
+            use_dora=True,
+            trained=("lora_B", "lora_embedding_A"),
+        ),
+    ],
+)
+def test_before_an_adapter_the_base_model_answers(monkeypatch, make, has_twin):
+    model = make()
+    if not has_twin:
+        monkeypatch.setattr(twins, "_has_twin", lambda model: False)
     batch = {k: v for k, v in token_batch().items() if k != "labels"}
+    grads = [p.requires_grad for p in model.parameters()]
     with torch.no_grad():
         trained = model(**batch).logits
-        with before_adapter(model) as (twin, _):
-            answer = twin(**batch).logits
-            torch.testing.assert_close(model(**batch).logits, trained)
+        with before_adapter(model) as (twin, at_start):
+            with at_start():
+                answer = twin(**batch).logits
+            torch.testing.assert_close(model(**batch).logits, trained, rtol=0, atol=0)
+        assert [p.requires_grad for p in model.parameters()] == grads
         with model.disable_adapter():
             torch.testing.assert_close(answer, model(**batch).logits)
     assert (answer - trained).abs().max() > 1e-3
