@@ -1,11 +1,15 @@
-"""Which tensors of an adapter stood at zero before training, so that it changed nothing."""
+"""What an adapter's tensors were before training, so that it changed nothing."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+
+import torch
 from peft.tuners.lora import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 STARTS_AT_ZERO = (True, "gaussian", "eva")
 
@@ -24,17 +28,12 @@ def zero_at_start(model: nn.Module) -> list[nn.Parameter]:
     """
     found: list[nn.Parameter] = []
     active: set[str] = set()
-    for name, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        if type(layer).__module__.split(".")[2:3] != ["lora"] or not isinstance(layer, LoraLayer):
-            raise ValueError(f"{name!r} is a {type(layer).__name__}, not a LoRA layer")
-        active |= set(layer.active_adapters)
-        for adapter in layer.active_adapters:
-            if adapter in layer.lora_B:
-                found += list(layer.lora_B[adapter].parameters())
-            if adapter in layer.lora_embedding_A:
-                found.append(layer.lora_embedding_A[adapter])
+    for layer, adapter in _active_layers(model):
+        active.add(adapter)
+        if adapter in layer.lora_B:
+            found += list(layer.lora_B[adapter].parameters())
+        if adapter in layer.lora_embedding_A:
+            found.append(layer.lora_embedding_A[adapter])
     if not found:
         raise ValueError("the model has no LoRA adapter")
     for module in model.modules():
@@ -43,6 +42,52 @@ def zero_at_start(model: nn.Module) -> list[nn.Parameter]:
             for name in active & set(configs):
                 _check(configs[name])
     return found
+
+
+@torch.no_grad()
+def values_at_start(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return tensors of the active adapter and the values with which the base model answers.
+
+    Zeros for `zero_at_start`; for the magnitudes of DoRA the norms of the base's weights.
+
+    Args:
+        model: Any module with a LoRA adapter.
+
+    Raises:
+        ValueError: See `zero_at_start`.
+    """
+    values = {parameter: torch.zeros_like(parameter) for parameter in zero_at_start(model)}
+    for layer, adapter in _active_layers(model):
+        if adapter in layer.lora_magnitude_vector:
+            dora = layer.lora_magnitude_vector[adapter]
+            values[dora.weight] = _norms(layer, adapter, dora)
+    return list(values.items())
+
+
+def _norms(layer: LoraLayer, adapter: str, dora: nn.Module) -> Tensor:
+    """Return what PEFT sets magnitudes to where the low-rank product is zero."""
+    fresh = copy.deepcopy(dora)
+    if adapter in layer.lora_embedding_A:
+        A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    else:
+        A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    fresh.update_layer(
+        base_layer=layer.get_base_layer(),
+        lora_A=torch.zeros_like(A),
+        lora_B=torch.zeros_like(B),
+        scaling=layer.scaling[adapter],
+    )
+    return fresh.weight.detach().to(dora.weight)
+
+
+def _active_layers(model: nn.Module) -> Iterator[tuple[LoraLayer, str]]:
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        if type(layer).__module__.split(".")[2:3] != ["lora"] or not isinstance(layer, LoraLayer):
+            raise ValueError(f"{name!r} is a {type(layer).__name__}, not a LoRA layer")
+        for adapter in layer.active_adapters:
+            yield layer, adapter
 
 
 def _check(config: object) -> None:

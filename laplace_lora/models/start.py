@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from laplace_lora.adapters.start import zero_at_start
+from laplace_lora.adapters.start import values_at_start
 from laplace_lora.data.sharding import in_pieces
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.models.twins import in_place, twin_of
@@ -18,10 +18,11 @@ from laplace_lora.models.twins import in_place, twin_of
 def before_adapter(
     model: nn.Module,
 ) -> Iterator[tuple[nn.Module, Callable[[], AbstractContextManager[None]]]]:
-    """Yield a model in which what LoRA starts with at zero is zero, and when it is so.
+    """Yield a model in which LoRA is what it starts with, and when it is so.
 
-    The base model answers, with a trained head where there is one. That is a twin's state, see
-    `twin_of`, and the model itself is not changed. One that cannot have a twin is yielded itself,
+    The base model answers, with a trained head where there is one, whether the adapter's tensors
+    are trainable or frozen. That is a twin's state, see `twin_of`, and the model itself is not
+    changed. One that cannot have a twin is yielded itself,
     and is at the start only inside the context that the second value makes.
 
     Args:
@@ -31,23 +32,25 @@ def before_adapter(
         ValueError: If the adapter's start is not known, see `zero_at_start`.
     """
     in_pieces(model)
-    zero = zero_at_start(model)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    starts = values_at_start(model)
+    changed = [parameter for parameter, _ in starts]
+    own = dict.fromkeys([*(p for p in model.parameters() if p.requires_grad), *changed])
     with evaluation_mode(model):
-        twin, own = twin_of(model, trainable)
+        twin, copies = twin_of(model, list(own))
         if twin is None:
-            yield model, lambda: _zeroed(model, zero)
+            yield model, lambda: _set(model, starts)
             return
-        starts = {id(parameter) for parameter in zero}
-        for parameter, copy in zip(trainable, own, strict=True):
-            if id(parameter) in starts:
-                torch.nn.init.zeros_(copy)
+        copy_of = dict(zip(own, copies, strict=True))
+        with torch.no_grad():
+            for parameter, value in starts:
+                copy_of[parameter].copy_(value)
         yield twin, nullcontext
 
 
 @contextmanager
-def _zeroed(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    with in_place(model, parameters):
-        for parameter in parameters:
-            torch.nn.init.zeros_(parameter)
+def _set(model: nn.Module, values: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    with in_place(model, [parameter for parameter, _ in values]):
+        with torch.no_grad():
+            for parameter, value in values:
+                parameter.copy_(value)
         yield
