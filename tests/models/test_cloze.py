@@ -111,6 +111,22 @@ def test_texts_are_predicted_and_files_know_the_mask_token(tmp_path):
     assert torch.equal(again.predict(texts, tokenizer).probs, probs)
 
 
+def test_a_file_is_for_one_mask_token(tmp_path):
+    la = DiagLoraLaplace(masked_model(), "classification", target_ids=TARGETS, mask_token_id=MASK)
+    la.fit(cloze_loader())
+    la.save_pretrained(tmp_path, precision="exact")
+    with pytest.raises(ValueError, match=rf"mask_token_id={MASK}, and .* mask_token_id=4;"):
+        DiagLoraLaplace.from_pretrained(
+            LogitsModel(masked_model(), TARGETS, mask_token_id=4), tmp_path
+        )
+    with pytest.raises(ValueError, match=rf"mask_token_id={MASK}, and .* mask_token_id=None;"):
+        DiagLoraLaplace.from_pretrained(LogitsModel(masked_model(), TARGETS), tmp_path)
+    named = masked_model()
+    named.config.mask_token_id = MASK
+    again = DiagLoraLaplace.from_pretrained(LogitsModel(named, TARGETS), tmp_path)
+    assert torch.equal(again(cloze_batch()), la(cloze_batch()))
+
+
 def test_a_configuration_may_name_the_mask_token():
     model = masked_model()
     model.config.mask_token_id = MASK
