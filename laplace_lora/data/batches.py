@@ -117,12 +117,18 @@ def _examples(batch: Batch, which: slice | list[int]) -> Batch:
     if isinstance(batch, Mapping):
         size = batch_length(batch)
         return {
-            key: _taken(value, which) if hasattr(value, "__len__") and len(value) == size else value
+            key: _taken(value, which) if _has_rows(value, size) else value
             for key, value in batch.items()
         }
     if isinstance(batch, Tensor):
         return batch[which]
     return [_examples(part, which) for part in batch]
+
+
+def _has_rows(value: Any, size: int) -> bool:
+    """Return whether a value has a row for each of ``size`` examples; a scalar has none."""
+    is_scalar = getattr(value, "ndim", None) == 0
+    return not is_scalar and hasattr(value, "__len__") and len(value) == size
 
 
 def _taken(values: Any, which: slice | list[int]) -> Any:

@@ -52,7 +52,7 @@ def passes(batch: Batch) -> list[Any]:
         missing = sorted(f"{name}{suffix}" for name in other.keys() - half.keys())
         if missing:
             raise ValueError(f"a batch of pairs lacks {missing}; it has {sorted(batch)}")
-    sizes = [[len(v) for v in half.values() if isinstance(v, Tensor)] for half in halves]
+    sizes = [[len(v) for v in half.values() if isinstance(v, Tensor) and v.ndim] for half in halves]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"a batch of pairs has {sizes[1]} chosen, but {sizes[0]} rejected rows; give as many "
@@ -99,8 +99,8 @@ def as_pairs(batch: Batch, label: str = "labels") -> dict[str, Any]:
         pairs = _unstacked(batch)
     else:
         pairs = _halved(batch, label)
-    rows = [len(v) for k, v in pairs.items() if k.endswith(SUFFIXES) and isinstance(v, Tensor)]
-    size = rows[0] if rows else 0
+    tensors = [v for k, v in pairs.items() if k.endswith(SUFFIXES) and isinstance(v, Tensor)]
+    size = next((len(v) for v in tensors if v.ndim), 0)
     y = torch.as_tensor(pairs.get(label, torch.ones(size, dtype=torch.long)))
     if y.shape != (size,) or bool(((y != 0) & (y != 1)).any()):
         raise ValueError(

@@ -1,0 +1,46 @@
+"""Taking a batch apart, whatever it holds beside rows of examples."""
+
+import numpy as np
+import pytest
+import torch
+
+from laplace_lora import KronLoraLaplace
+from laplace_lora.data.batches import first_examples, some_examples
+from laplace_lora.data.pairs import as_pairs
+from support.batches import loader, token_batch
+from support.models import peft_model
+from support.preferences import pair_batch
+from support.references import assert_near
+
+SCALARS = {"tensor": torch.tensor(4), "array": np.array(4), "number": 4}
+
+
+@pytest.mark.parametrize("kind", SCALARS)
+def test_a_scalar_stays_as_it_is(kind):
+    batch = {"num_items_in_batch": SCALARS[kind], **token_batch((3, 6, 4))}
+    for taken in (first_examples(batch, 2), some_examples(batch, [2, 0])):
+        assert taken["num_items_in_batch"] is SCALARS[kind]
+        assert len(taken["input_ids"]) == len(taken["labels"]) == 2
+
+
+def test_a_fit_takes_scalars():
+    """A Trainer's collator may count the batch's tokens."""
+
+    class Counting:
+        dataset = loader().dataset
+
+        def __iter__(self):
+            return ({**batch, "num_items_in_batch": torch.tensor(4)} for batch in loader())
+
+    evidence = []
+    for data in (loader(), Counting()):
+        la = KronLoraLaplace(peft_model("bert"), "classification")
+        la.fit(data)
+        evidence.append(la.log_marginal_likelihood())
+    assert_near(evidence[1], evidence[0])
+
+
+def test_pairs_take_scalars():
+    batch = {"total_chosen": torch.tensor(4), "total_rejected": torch.tensor(4), **pair_batch()}
+    batch.pop("labels", None)
+    assert len(as_pairs(batch)["labels"]) == len(pair_batch()["input_ids_chosen"])
