@@ -151,7 +151,7 @@ class LaplaceLM(TemplateLM):
         """Return greedy continuations by the posterior predictive, cut before the stop texts.
 
         Raises:
-            ValueError: If sampling is asked for.
+            ValueError: If sampling is asked for, or so many tokens that none of the text is left.
         """
         texts = []
         for request in requests:
@@ -161,6 +161,11 @@ class LaplaceLM(TemplateLM):
             until = options.get("until") or []
             until = [until] if isinstance(until, str) else list(until)
             new = int(options.get("max_gen_toks", 256))
+            if new >= self.max_length:
+                raise ValueError(
+                    f"max_gen_toks={new} leaves no context within max_length={self.max_length}; "
+                    "set a smaller max_gen_toks in the task"
+                )
             ids = torch.tensor([self.tok_encode(context)[-(self.max_length - new) :]])
             found = generate(
                 self.posterior,

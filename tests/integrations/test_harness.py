@@ -74,6 +74,14 @@ def test_generation_is_greedy_and_stops(model):
         model.generate_until(instances("generate_until", [("a", {"do_sample": True})]))
 
 
+@pytest.mark.parametrize("new", [8, 9, 256])
+def test_generation_that_leaves_no_context_is_refused(model, new):
+    short = LaplaceLM(model.posterior, model.tokenizer, n_samples=8, max_length=8)
+    request = ("a b c d e f g h a b", {"max_gen_toks": new})
+    with pytest.raises(ValueError, match=f"max_gen_toks={new} leaves no context"):
+        short.generate_until(instances("generate_until", [request]))
+
+
 def test_a_multiple_choice_task_runs(model, tmp_path):
     import lm_eval
 
