@@ -95,20 +95,30 @@ class PessimisticReward:
         deviation = torch.zeros_like(mean)
         for places in groups.values():
             if len(places) > 1:
-                batch = self._batch([texts[place] for place in places])
+                batch = self._batch([texts[place] for place in places], prompts[places[0]])
                 m, joint = self.posterior(batch, joint=True)
                 mean[places] = m.flatten().double().cpu()
                 deviation[places] = _centred(joint.double()).diagonal().clamp(min=0).sqrt().cpu()
-        alone = [places[0] for places in groups.values() if len(places) == 1]
-        for start in range(0, len(alone), self.batch_size):
-            part = alone[start : start + self.batch_size]
-            m, variance = self.posterior(self._batch([texts[place] for place in part]))
-            mean[part] = m.flatten().double().cpu()
-            deviation[part] = variance.flatten().double().sqrt().cpu()
+        singles = [places[0] for places in groups.values() if len(places) == 1]
+        for kind in (str, list):  # which are tokenised differently
+            alone = [place for place in singles if isinstance(prompts[place], kind)]
+            for start in range(0, len(alone), self.batch_size):
+                part = alone[start : start + self.batch_size]
+                batch = self._batch([texts[place] for place in part], prompts[part[0]])
+                m, variance = self.posterior(batch)
+                mean[part] = m.flatten().double().cpu()
+                deviation[part] = variance.flatten().double().sqrt().cpu()
         return mean, deviation
 
-    def _batch(self, texts: list[str]) -> dict[str, Tensor]:
-        encoded = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    def _batch(self, texts: list[str], prompt: Text) -> dict[str, Tensor]:
+        # A chat template has written a conversation's special tokens.
+        encoded = self.tokenizer(
+            texts,
+            padding=True,
+            truncation=True,
+            add_special_tokens=isinstance(prompt, str),
+            return_tensors="pt",
+        )
         device = self.posterior.fitted.device
         return {name: tensor.to(device) for name, tensor in encoded.items()}
 

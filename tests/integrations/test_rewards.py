@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from laplace_lora import KronLoraLaplace
 from laplace_lora.integrations.rewards import PessimisticReward
@@ -65,6 +66,29 @@ def test_conversations_go_through_the_chat_template(la):
     assert reward([prompt], [completion]) == pytest.approx(reward(["a b "], ["c d "]))
     with pytest.raises(ValueError, match="both be texts"):
         reward([prompt], ["c d"])
+
+
+def test_a_conversation_begins_once(la):
+    """As TRL's ``RewardTrainer`` tokenises it; a plain text's first token is the tokenizer's."""
+    tokenizer = word_tokenizer()
+    tokenizer.bos_token = "h"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="h $A", special_tokens=[("h", tokenizer.bos_token_id)]
+    )
+    tokenizer.chat_template = "{{ bos_token }} {% for m in messages %}{{ m.content }} {% endfor %}"
+    prompts = [[{"role": "user", "content": content}] for content in ("a b", "c")]
+    completion = [{"role": "assistant", "content": "c d"}]
+    reward = PessimisticReward(la, tokenizer, beta=0.0)
+    expected = []
+    for prompt in prompts:
+        ids = tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"]
+        assert ids.count(tokenizer.bos_token_id) == 1
+        (mean, _) = la({"input_ids": torch.tensor([ids])})
+        expected.append(float(mean))
+    mixed = [prompts[0], "a b", prompts[1]]
+    found = reward(mixed, [completion, " c d", completion])
+    assert found == pytest.approx([expected[0], expected[0], expected[1]])
+    assert reward([prompts[0]] * 2, [completion] * 2) == pytest.approx([expected[0]] * 2)
 
 
 def test_what_does_not_fit_is_refused(la):
