@@ -10,15 +10,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    binary_average_precision,
-    binary_calibration_error,
-)
+from torchmetrics.functional.classification import binary_average_precision
 
 from laplace_lora.evaluation.metrics import METRICS
 from laplace_lora.likelihoods.links import entropy
 from laplace_lora.likelihoods.multilabel import MISSING, known_labels, pooled
-from laplace_lora.tuning.calibration_error import BINS
+from laplace_lora.tuning.calibration_error import binary_expected_calibration_error
 
 Metric = Callable[[Tensor, Tensor], float]
 
@@ -66,11 +63,12 @@ def _by_label(metric: Metric, p: Tensor, y: Tensor) -> Tensor:
 
 
 def _average_precision(p: Tensor, y: Tensor) -> float:
-    return float(binary_average_precision(p, y)) if bool(y.any()) else torch.nan
+    # A number outside [0, 1] would make torchmetrics squash all of them, which makes ties.
+    return float(binary_average_precision(p.clamp(0, 1), y)) if bool(y.any()) else torch.nan
 
 
 def _calibration_error(p: Tensor, y: Tensor) -> float:
-    return float(binary_calibration_error(p, y, n_bins=BINS, norm="l1")) if len(y) else torch.nan
+    return binary_expected_calibration_error(p, y) if len(y) else torch.nan
 
 
 def _of_pooled(metric: Metric) -> Metric:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from laplace_lora.data.batches import Batch, model_inputs
 from laplace_lora.data.distributed import Together
 from laplace_lora.evaluation.token_rows import by_token, same_width
+from laplace_lora.tuning.calibration_error import ROUNDING, are_fractions
 
 
 @runtime_checkable
@@ -64,7 +65,7 @@ def predicted_rows(
     for batch in batches:
         y = None if labels is None else labels(batch)
         p, information = _probabilities(predict, batch)
-        _check(p, y, p.ndim == 2 and (independent if y is None else y.ndim == 2))
+        p = _checked(p, y, p.ndim == 2 and (independent if y is None else y.ndim == 2))
         row = (p, y, information)
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
@@ -92,22 +93,27 @@ def _probabilities(predict: Predict, batch: Batch) -> tuple[Tensor, Tensor | Non
     return p.detach().cpu().float(), None if information is None else information.detach().cpu()
 
 
-def _check(p: Tensor, y: Tensor | None, independent: bool) -> None:
-    """Refuse what are no probabilities of classes, or of independent labels."""
+def _checked(p: Tensor, y: Tensor | None, independent: bool) -> Tensor:
+    """Return probabilities without what rounding took beyond 0 and 1.
+
+    Raises:
+        ValueError: If they are no probabilities of classes, or of independent labels.
+    """
     if independent:
         if y is not None and y.shape != p.shape:
             raise ValueError(
                 f"labels {tuple(y.shape)} need a probability each, (batch, labels); predict "
                 f"returned {tuple(p.shape)}"
             )
-        if bool(((p < 0) | (p > 1)).any()):
+        if not are_fractions(p):
             raise ValueError("predict must return probabilities; apply a sigmoid to logits")
-        return
+        return p.clamp(0, 1)
     if p.shape[-1] < 2:
         raise ValueError("predict must return class probabilities, (batch, classes)")
     sums = p.sum(-1)
     sums = sums[sums != 0] if p.ndim == 3 else sums  # zeros are padding
-    if bool((p < 0).any()) or not torch.allclose(sums, torch.ones_like(sums), atol=1e-2):
+    if not are_fractions(p) or not torch.allclose(sums, torch.ones_like(sums), atol=ROUNDING):
         raise ValueError(
             "predict must return probabilities that sum to 1; apply a softmax to logits"
         )
+    return p.clamp(0, 1)

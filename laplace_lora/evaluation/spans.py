@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_calibration_error
 
 from laplace_lora.predictive.span_predictions import SpanPredictions
-from laplace_lora.tuning.calibration_error import BINS
+from laplace_lora.tuning.calibration_error import binary_expected_calibration_error
 
 
 def span_metrics(predictions: SpanPredictions) -> dict[str, float]:
@@ -41,7 +40,7 @@ def span_metrics(predictions: SpanPredictions) -> dict[str, float]:
         "exact match": float(exact.double().mean()),
         "F1": float(_f1(answer, labels).mean()),
         "NLL": float(-label_prob.double().log().mean()),
-        "ECE": float(binary_calibration_error(confidence, exact.long(), n_bins=BINS, norm="l1")),
+        "ECE": binary_expected_calibration_error(confidence, exact),
         "AURC": float((errors.cumsum(0) / counts).mean()),
     }
 

@@ -114,7 +114,8 @@ def probit(mean: Tensor, covariance: Tensor) -> Tensor:
 
 def averaged(samples: Tensor) -> Tensor:
     """Return the log of the mean probabilities of samples, from logs ``(samples, …, classes)``."""
-    return samples.logsumexp(0) - math.log(len(samples))
+    average: Tensor = samples.logsumexp(0) - math.log(len(samples))
+    return average.clamp(max=0)  # which rounding may exceed
 
 
 def class_samples(mean: Tensor, covariance: Tensor, noise: Tensor) -> Tensor:

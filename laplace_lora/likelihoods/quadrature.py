@@ -53,7 +53,7 @@ def binary_log_probabilities(mean: Tensor, variance: Tensor) -> Tensor:
     """
     wide, deviation = mean.double(), _deviation(variance)
     sides = [_log_sigmoid_mean(-wide, deviation), _log_sigmoid_mean(wide, deviation)]
-    return torch.stack(sides, dim=-1).to(mean.dtype)
+    return torch.stack(sides, dim=-1).clamp(max=0).to(mean.dtype)  # which rounding may exceed
 
 
 def mean_binary_entropy(mean: Tensor, variance: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ def _averaged(mean: Tensor, covariance: Tensor, points: int) -> Tensor:
     for m, L in zip(mean.split(part), root.split(part), strict=True):
         draws = m + torch.einsum("nij,sj->sni", L, noise)
         log_p = F.log_softmax(F.pad(draws, (1, 0)), dim=-1)
-        parts.append(log_p.logsumexp(0) - math.log(points))
+        parts.append((log_p.logsumexp(0) - math.log(points)).clamp(max=0))
     return torch.cat(parts)
 
 

@@ -1,11 +1,16 @@
-"""The expected calibration error of class probabilities."""
+"""The expected calibration error of probabilities."""
 
 from __future__ import annotations
 
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_calibration_error
+from torchmetrics.functional.classification import (
+    binary_calibration_error,
+    multiclass_calibration_error,
+)
 
 BINS = 15  # of confidence, equally wide
+ROUNDING = 1e-2  # how far beyond 0 and 1 rounding may take a probability, of bfloat16 say
+LARGEST = 1 - 2.0**-24  # torchmetrics bins in float32, and gives 1 itself a sixteenth bin
 
 
 def expected_calibration_error(p: Tensor, y: Tensor) -> float:
@@ -16,5 +21,40 @@ def expected_calibration_error(p: Tensor, y: Tensor) -> float:
     Args:
         p: Class probabilities, ``(examples, classes)``.
         y: Labels, ``(examples,)``.
+
+    Raises:
+        ValueError: If ``p`` are no probabilities.
     """
+    p = _binned(p)
     return float(multiclass_calibration_error(p, y, p.shape[-1], n_bins=BINS, norm="l1"))
+
+
+def binary_expected_calibration_error(p: Tensor, y: Tensor) -> float:
+    """Return the calibration error of the probability of an event, over 15 equal-width bins.
+
+    Args:
+        p: Probabilities of the event, ``(examples,)``.
+        y: Whether it took place, ``(examples,)``.
+
+    Raises:
+        ValueError: If ``p`` are no probabilities.
+    """
+    return float(binary_calibration_error(_binned(p), y.long(), n_bins=BINS, norm="l1"))
+
+
+def are_fractions(p: Tensor) -> bool:
+    """Return whether all numbers lie in [0, 1], but for rounding."""
+    return bool(((p >= -ROUNDING) & (p <= 1 + ROUNDING)).all())  # NaN compares as false
+
+
+def _binned(p: Tensor) -> Tensor:
+    """Return probabilities that torchmetrics takes for what they are.
+
+    A single number outside [0, 1] makes it take all of them for logits.
+    """
+    if not are_fractions(p):
+        raise ValueError(
+            f"probabilities must lie in [0, 1], got {p.min():.4g} to {p.max():.4g}; apply a "
+            "softmax or sigmoid to logits"
+        )
+    return p.double().clamp(0, LARGEST)

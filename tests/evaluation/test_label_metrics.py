@@ -74,6 +74,20 @@ def test_calibration_errors_are_those_of_a_loop_over_bins():
     assert label_ece(P, Y) == pytest.approx(np.mean(expected), abs=1e-6)
 
 
+def test_a_probability_that_rounding_took_beyond_one_changes_nothing():
+    """Not the calibration error, and not which of many near-certain labels come first."""
+    p, y = torch.rand(40, 2), torch.randint(2, (40, 2))
+    p[:20] *= 1e-7  # no sigmoid tells them apart
+    p[3], y[3] = 1.0, 1
+    above = p.clone()
+    above[3] = 1.0000001
+    assert calibration_errors(above, y).tolist() == calibration_errors(p, y).tolist()
+    assert average_precisions(above, y).tolist() == average_precisions(p, y).tolist()
+    assert evaluate(given, batches(above, y), bootstrap=2).values == (
+        evaluate(given, batches(p, y), bootstrap=2).values
+    )
+
+
 def test_opposite_errors_of_two_labels_do_not_cancel():
     p = torch.full((100, 2), 0.5)
     y = torch.tensor([[0, 1]]).repeat(100, 1)
@@ -124,6 +138,8 @@ def test_out_of_distribution_labels_are_separated_by_their_summed_entropy():
 def test_what_are_no_labels_or_probabilities_of_labels_is_refused():
     with pytest.raises(ValueError, match="apply a sigmoid"):
         evaluate(given, batches(P + 1))
+    with pytest.raises(ValueError, match="apply a sigmoid"):
+        evaluate(given, batches(P * torch.nan))
     with pytest.raises(ValueError, match="need a probability each"):
         evaluate(given, batches(P[:, :2]))
     with pytest.raises(ValueError, match="must be 0, 1, or missing"):

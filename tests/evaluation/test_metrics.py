@@ -45,6 +45,25 @@ def test_calibration_errors_by_hand():
     assert ece(p, y) == pytest.approx(0.3)
 
 
+@pytest.mark.parametrize("above", [1.0, 1 + 1e-7, 1 + 1e-9, 1 + 2e-16, 1.005])
+def test_a_probability_that_rounding_took_beyond_one_changes_nothing(above):
+    p = torch.tensor([[0.99, 0.01]] * 6 + [[1.0, 0.0]] * 4).double()
+    y = torch.tensor([0] * 9 + [1])
+    expected = abs((6 * 0.99 + 4 * 1) / 10 - 0.9)  # all in the last bin, 1 itself included
+    p[6:] = torch.tensor([above, 1 - above])
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert ece(p.to(dtype), y) == pytest.approx(expected, abs=3e-3)
+    assert ece(p, y) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("bad", [1.02, -0.02, math.nan, math.inf])
+def test_no_calibration_error_is_made_of_logits(bad):
+    p = P.clone()
+    p[2, 0] = bad
+    with pytest.raises(ValueError, match="apply a softmax or sigmoid"):
+        ece(p, Y)
+
+
 def test_bins_of_equal_count_hold_neighbours_in_confidence():
     p = torch.tensor([[0.5 + 0.01 * i, 0.5 - 0.01 * i] for i in range(1, 31)])
     y = torch.arange(30) % 2  # every pair has one right and one wrong

@@ -30,6 +30,18 @@ def test_a_report_holds_every_metric_with_its_error():
     assert evaluate(given, pairs).values == report.values
 
 
+def test_an_average_that_rounding_took_beyond_one_scores_like_the_others():
+    p = torch.tensor([[1.0, 0.0]] * 3 + [[0.7, 0.3]] * 5)
+    y = torch.tensor([0, 0, 1, 0, 0, 0, 1, 1])
+    ten = sum(0.1 * p for _ in range(10))
+    assert ten.max() > 1
+    report, expected = (evaluate(given, batches(some, y), bootstrap=2) for some in (ten, p))
+    assert report.values == pytest.approx(expected.values, abs=1e-6)
+    assert report.probs.max() == 1
+    report = evaluate(given, batches(p + torch.tensor([1e-9, -1e-9]), y), bootstrap=2)
+    assert report.values == pytest.approx(expected.values, abs=1e-6)
+
+
 def test_bootstrap_errors_are_those_of_a_mean():
     torch.manual_seed(0)
     y = torch.randint(2, (400,))
@@ -81,6 +93,7 @@ def test_tables_name_the_best():
         (given, [{"p": P}], {}, "no 'labels'"),
         (given, batches(y=Y + 1), {}, r"labels must lie in 0\.\.1"),
         (lambda batch: batch["p"].log(), batches(), {}, "apply a softmax"),
+        (lambda batch: batch["p"] + torch.tensor([1.0, -1.0]), batches(), {}, "apply a softmax"),
         (lambda batch: batch["p"][:, 0], batches(), {}, "class probabilities"),
         (given, batches(), {"bootstrap": 1}, "two resamples"),
         (given, batches(), {"ood_loader": []}, "out-of-distribution loader is empty"),

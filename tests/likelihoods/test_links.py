@@ -43,6 +43,11 @@ def test_entropies_of_samples_are_close_to_the_exact_ones():
     assert sampled[1].item() == pytest.approx(exact[1].item(), abs=2e-3)
 
 
+@pytest.mark.parametrize("samples", [7, 47, 49, 402])
+def test_averages_of_certain_samples_are_no_more_than_certain(samples):
+    assert links.averaged(torch.zeros(samples, 3, 1)).max() <= 0
+
+
 def test_entropies_of_more_classes_need_samples():
     with pytest.raises(ValueError, match="need samples"):
         links.entropies(torch.zeros(1, 3), torch.eye(3)[None], None)

@@ -70,6 +70,17 @@ def test_two_classes_agree_with_adaptive_quadrature(deviation):
     torch.testing.assert_close(found.sum(-1), torch.ones(len(MEANS)).double(), rtol=1e-8, atol=0)
 
 
+@pytest.mark.parametrize("variance", [0.0, 1e-3, 1.0, 10.0])
+def test_no_probability_exceeds_one(variance):
+    mean = torch.linspace(-60, 60, 4001, dtype=torch.float64, requires_grad=True)
+    log_p = binary_log_probabilities(mean, torch.full((4001,), variance).double())
+    assert log_p.max() <= 0
+    (gradient,) = torch.autograd.grad(log_p.sum(), mean)
+    expected = -mean.detach().sign()  # of the improbable class, where the other is certain
+    certain = mean.detach().abs() > 25 + variance
+    torch.testing.assert_close(gradient[certain], expected[certain], rtol=0, atol=1e-6)
+
+
 def test_single_precision_costs_what_single_precision_must():
     mean, variance = double(*MEANS), double(*MEANS).square()
     exact = binary_log_probabilities(mean, variance)
