@@ -7,10 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from laplace_lora.models.autocast import in_full_precision
+
 GROWTH = 1.1  # of the stabilising terms from one attempt to the next
 ASYMMETRY = 0.01  # of a covariance that was summed or stored in half precision
 
 
+@in_full_precision
 def stable_cholesky(
     K: Tensor, mult_eps: float = 1e-8, abs_eps: float = 1e-8, max_tries: int = 1000
 ) -> Tensor:
@@ -40,6 +43,7 @@ def stable_cholesky(
     raise ValueError(f"the matrix of shape {tuple(K.shape)} has no Cholesky decomposition")
 
 
+@in_full_precision
 def cholesky_decompose_small_factors(
     factors: Mapping[str, tuple[Tensor, Tensor]],
     lr_threshold: int,

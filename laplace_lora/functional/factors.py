@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,12 +22,14 @@ from laplace_lora.functional.selection import selected_maps
 from laplace_lora.likelihoods.roots import sampled_softmax_root, softmax_root
 from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.linalg.factors import map_shared
+from laplace_lora.models.autocast import as_called, in_full_precision
 from laplace_lora.models.modes import evaluation_mode, gradients_needed
 from laplace_lora.models.thread_hooks import on_input
 
 EXACT_UP_TO = 256  # outputs; beyond it one backward pass per output is too many
 
 
+@in_full_precision
 def calculate_kronecker_factors(
     model: nn.Module,
     forward_call: Callable[[nn.Module, Any], Tensor],
@@ -95,6 +96,10 @@ def calculate_kronecker_factors(
     dtype = wide_dtype(weights)
     called_with: dict[str, Any] = {}
 
+    def run(batch: Any) -> Tensor:
+        with as_called():
+            return forward_call(model, batch)
+
     def added(sums: KfacSums | None, batch: Any) -> tuple[KfacSums, int]:
         nonlocal maps
         masks: Mapping[str, Any] = called_with
@@ -102,7 +107,7 @@ def calculate_kronecker_factors(
             masks = {MASK_NAMES[0]: attention_mask(batch)}
         elif isinstance(batch, Mapping) and any(name in batch for name in MASK_NAMES):
             masks = batch
-        tape = record(partial(forward_call, model), maps, batch, masks, sums is None)
+        tape = record(run, maps, batch, masks, sums is None)
         check_logits(tape.output)
         if sums is None:
             maps = list(tape.maps)

@@ -18,8 +18,10 @@ from laplace_lora.functional.selection import selected_maps
 from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.linalg.factors import DenseFactor
 from laplace_lora.linalg.sketch import Factor
+from laplace_lora.models.autocast import in_full_precision
 
 
+@in_full_precision
 def factor_tensor(factor: Factor) -> Tensor:
     """Return a dense sum's matrix ``(d, d)``, or the root ``(d, rank)`` of a sketched one."""
     if isinstance(factor, DenseFactor):
@@ -94,6 +96,7 @@ def save_input_hook(
     """
     rows = Rows(positions=positions)
 
+    @in_full_precision
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0].detach()
         factor = _running(
@@ -131,6 +134,7 @@ def save_output_grad_hook(
     """
     rows = Rows(positions=positions)
 
+    @in_full_precision
     def hook(module: nn.Module, grad_input: Any, grad_output: tuple[Tensor, ...]) -> None:
         grad = grad_output[0].detach()
         factor = _running(

@@ -17,10 +17,12 @@ from laplace_lora.data.sharding import unwrapped
 from laplace_lora.functional.factor_cache import Factors, check_ranks, decomposed
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.roots import identity_root
+from laplace_lora.models.autocast import as_called, in_full_precision
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.models.modes import evaluation_mode
 
 
+@in_full_precision
 def model_evidence(
     model: nn.Module,
     LL: Tensor,
@@ -74,6 +76,7 @@ def model_evidence(
     return LL - 0.5 * square / s2 - 0.5 * ratio
 
 
+@in_full_precision
 def jacobian_mean(
     model: nn.Module,
     batch_inputs: Mapping[str, Any],
@@ -108,7 +111,7 @@ def jacobian_mean(
     model = unwrapped(model)
     wrapped = _logits_model(model, target_ids, is_s2s, output_callback)
     maps, blocks = trainable_maps(model)
-    with evaluation_mode(model):
+    with evaluation_mode(model), as_called():
         tape = record(wrapped, maps, batch_inputs)
     f = tape.output
     dtype = wide_dtype([block.parameter for block in blocks])
@@ -121,6 +124,7 @@ def jacobian_mean(
     return jacobian, f
 
 
+@in_full_precision
 def variance(
     inputs: Batch,
     jacobian: Mapping[str, Tensor],
@@ -173,6 +177,7 @@ def variance(
     return total
 
 
+@in_full_precision
 def predict_probs(
     f_mu: Tensor,
     f_var: Tensor,
