@@ -18,7 +18,7 @@ from laplace_lora.adaptive.allocation import (
     set_importance_score,
     trained_adapter,
 )
-from laplace_lora.adaptive.ivon import IVON
+from laplace_lora.adaptive.ivon import IVON, ivon_of
 from laplace_lora.adaptive.scores import ImportanceScore, PosteriorScore, SensitivityScore
 
 STATE_FILE = "adalora_sensitivity.safetensors"
@@ -50,7 +50,7 @@ class IVONCallback(TrainerCallback):
         Raises:
             ValueError: If gradients are clipped.
         """
-        self._ivon = _ivon_of(kwargs.get("optimizer"))
+        self._ivon = ivon_of(kwargs.get("optimizer"))
         if self._ivon is not None and args.max_grad_norm:
             raise ValueError(
                 "clipped gradients bias IVON's curvature: set max_grad_norm=0 in the "
@@ -183,7 +183,7 @@ class AdaLoraCallback(IVONCallback):
             return self.score
         if self.score == "sensitivity":
             return SensitivityScore()
-        ivon = _ivon_of(optimizer)
+        ivon = ivon_of(optimizer)
         if ivon is None:
             raise ValueError(
                 f"the criterion {self.score!r} needs a posterior: give the Trainer an IVON "
@@ -204,11 +204,6 @@ def sums_gradients(model: nn.Module) -> bool:
     keywords = inspect.signature(base.forward).parameters.values()
     has_kwargs = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in keywords)
     return bool(getattr(base, "accepts_loss_kwargs", has_kwargs))
-
-
-def _ivon_of(optimizer: Optimizer | None) -> IVON | None:
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps optimisers
-    return inner if isinstance(inner, IVON) else None
 
 
 def _named_parameters(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:

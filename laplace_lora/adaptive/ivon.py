@@ -237,3 +237,9 @@ class IVON(WeightPosterior):
         mean.sub_(step, alpha=group["lr"] * scale)
         if mean is not p:
             p.copy_(mean)
+
+
+def ivon_of(optimizer: object) -> IVON | None:
+    """Return the IVON that an object is or, as accelerate's optimisers do, wraps."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if isinstance(inner, IVON) else None

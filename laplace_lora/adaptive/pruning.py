@@ -18,7 +18,9 @@ from torch.optim import Optimizer
 from laplace_lora.adapters.peft_state import adalora_layers, check_adapters
 from laplace_lora.adaptive.allocation import adalora_components
 from laplace_lora.adaptive.criteria import Criterion, Function
+from laplace_lora.adaptive.ivon import ivon_of
 from laplace_lora.adaptive.scores import Components, Marginals, PosteriorScore, best
+from laplace_lora.adaptive.shrinking import check_mean, shrink
 from laplace_lora.data.sharding import unwrapped
 
 COPIED = ("task_type", "modules_to_save", "lora_dropout", "bias", "fan_in_fan_out")
@@ -33,8 +35,8 @@ def prune_adapter(
     """Keep the most important components of a trained adapter, and shrink its tensors.
 
     Each layer keeps those of its components that are among the best of all layers; a layer that
-    keeps none loses its adapter. The posterior is that of the unpruned adapter: fit a new one
-    afterwards.
+    keeps none loses its adapter. A Laplace posterior is that of the unpruned adapter: fit a new
+    one afterwards. An `IVON` shrinks with the adapter and goes on.
 
     Args:
         peft_model: A trained LoRA or AdaLoRA model.
@@ -50,11 +52,14 @@ def prune_adapter(
         ValueError: If the target is negative or above the current ranks, the posterior does not
             cover the adapter, or the adapter has a bias or DoRA magnitudes.
         FloatingPointError: If a score is not finite; names the layer.
-        RuntimeError: If an adapter is merged or disabled, or several are active.
+        RuntimeError: If an adapter is merged or disabled, several are active, or the weights of an
+            `IVON` are drawn.
     """
     peft_model = unwrapped(peft_model)
     check_adapters(peft_model)
+    check_mean(posterior)
     score = PosteriorScore(posterior, criterion)
+    ivon = ivon_of(posterior)
     adapter = next(iter(peft_model.active_adapters))
     if adalora_layers(peft_model):
         layers = adalora_components(peft_model.base_model.model, adapter)
@@ -64,13 +69,13 @@ def prune_adapter(
     ranks = {layer.name: int(keep.sum()) for layer, keep in zip(layers, masks, strict=True)}
     if layers[0].E is None:
         for layer, keep in zip(layers, masks, strict=True):
-            _shrink_lora(peft_model, layer.name, adapter, keep)
+            _shrink_lora(peft_model, layer, adapter, keep, ivon)
         _update_config(peft_model, adapter, ranks)
         return ranks
     with torch.no_grad():
         for layer, keep in zip(layers, masks, strict=True):
             layer.parameters[-1].masked_fill_(~keep.unsqueeze(1), 0.0)
-    remove_pruned_triplets(peft_model)
+    remove_pruned_triplets(peft_model, ivon)
     return ranks
 
 
@@ -91,10 +96,12 @@ def remove_pruned_triplets(
 
     Raises:
         TypeError: If the model has no AdaLoRA adapter.
+        RuntimeError: If the weights of an `IVON` are drawn.
     """
     peft_model = unwrapped(peft_model)
     if not adalora_layers(peft_model):
         raise TypeError("the model has no AdaLoRA adapter")
+    check_mean(optimizer)
     adapter = next(iter(peft_model.active_adapters))
     config = peft_model.peft_config[adapter]
     pattern = dict(config.rank_pattern or {})
@@ -108,9 +115,9 @@ def remove_pruned_triplets(
             pattern[f"{name}.{adapter}"] = [was_kept and next(remaining) for was_kept in old]
         else:
             pattern[f"{name}.{adapter}"] = keep.tolist()
-        _shrink(layer.A, keep, 0, optimizer)
-        _shrink(layer.parameters[-1], keep, 0, optimizer)
-        _shrink(layer.B, keep, 1, optimizer)
+        shrink(layer.A, keep, 0, optimizer)
+        shrink(layer.parameters[-1], keep, 0, optimizer)
+        shrink(layer.B, keep, 1, optimizer)
         ranks[layer.name] = int(keep.sum())
         module = peft_model.base_model.model.get_submodule(layer.name)
         module.r[adapter] = ranks[layer.name]  # scaling and ranknum stay, and so the function
@@ -193,29 +200,17 @@ def _lora_components(peft_model: PeftModel, adapter: str) -> list[Components]:
     return layers
 
 
-def _shrink(p: nn.Parameter, keep: Tensor, dim: int, optimizer: Optimizer | None = None) -> None:
-    """Keep some rows or columns of a parameter, its gradient, and an optimiser's state of it."""
-    index = keep.nonzero().view(-1).to(p.device)
-    shape = p.shape
-    p.data = p.data.index_select(dim, index).clone()
-    if p.numel() == 0:
-        p.requires_grad_(False)
-    p.grad = None if p.grad is None else p.grad.index_select(dim, index)
-    state = {} if optimizer is None else optimizer.state.get(p, {})
-    for name, value in state.items():
-        if isinstance(value, Tensor) and value.shape == shape:
-            state[name] = value.index_select(dim, index).clone()
-
-
-def _shrink_lora(peft_model: PeftModel, name: str, adapter: str, keep: Tensor) -> None:
+def _shrink_lora(
+    peft_model: PeftModel, layer: Components, adapter: str, keep: Tensor, ivon: Optimizer | None
+) -> None:
     model = peft_model.base_model.model
-    module: LoraLayer = model.get_submodule(name)
+    module: LoraLayer = model.get_submodule(layer.name)
     rank = int(keep.sum())
+    shrink(layer.A, keep, 0, ivon)
+    shrink(layer.B, keep, 1, ivon)
     if rank == 0:  # PEFT has no LoRA of rank zero
-        model.set_submodule(name, module.get_base_layer())
+        model.set_submodule(layer.name, module.get_base_layer())
         return
-    _shrink(module.lora_A[adapter].weight, keep, 0)
-    _shrink(module.lora_B[adapter].weight, keep, 1)
     module.lora_A[adapter].out_features = module.lora_B[adapter].in_features = rank
     divisor = math.sqrt(rank) if module.use_rslora.get(adapter) else float(rank)
     module.r[adapter], module.lora_alpha[adapter] = rank, module.scaling[adapter] * divisor

@@ -53,6 +53,11 @@ class WeightPosterior(Optimizer):
         self._warned = False
         self._in_step = False
 
+    @property
+    def is_drawn(self) -> bool:
+        """Whether drawn weights are in place."""
+        return self._means is not None
+
     @contextmanager
     def sampled_params(self, train: bool = False) -> Iterator[None]:
         """Temporarily replace the weights by a draw from the posterior; the mean returns exactly.

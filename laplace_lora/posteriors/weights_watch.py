@@ -50,7 +50,7 @@ class WeightsWatch:
 def _pairs(posterior: Posterior) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield each tensor's name, its value in the model and that of the fit."""
     engine = posterior.engine
-    means = posterior.mean.split(engine.sizes)
+    means = posterior.mean.split(posterior.state.sizes)  # a tensor may have been pruned since
     yield from zip(engine.names, engine.parameters, means, strict=True)
     model: Any = posterior.model
     if isinstance(model, LastLayerModel):  # the posterior is over a copy of the transformer's head
@@ -65,6 +65,8 @@ def _equal(now: Tensor, then: Tensor) -> bool:
     """Return whether two tensors are equal in the dtype of the first, but for rounding."""
     if "meta" in (now.device.type, then.device.type):
         return True  # there are no values
+    if now.numel() != then.numel():
+        return False
     then = then.reshape(now.shape).to(now)
     if bool(((now == then) | (now.isnan() & then.isnan())).all()):
         return True

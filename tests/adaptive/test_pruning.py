@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model
 
 from laplace_lora import KronLoraLaplace, LogitsModel
 from laplace_lora.adaptive import (
+    IVON,
     SensitivityScore,
     adalora_to_lora,
     prune_adapter,
@@ -176,3 +177,111 @@ def test_pruning_refuses_what_it_cannot_do():
     biased = peft_model("bert", lora_bias=True)
     with pytest.raises(ValueError, match="cannot shrink"):
         prune_adapter(biased, fitted(biased), 1)
+
+
+def lora_with_loss(**kwargs):
+    """A LoRA model after a training step whose loss is still at hand, and its optimiser."""
+    config = adapter_config("bert", r=4)
+    config.modules_to_save = None
+    model = get_peft_model(base_model("bert"), config).double()
+    for seed, p in enumerate(p for n, p in model.named_parameters() if "lora_" in n):
+        torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(seed))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = IVON(trained, ess=20, betas=(0.9, 0.9), **kwargs)
+    with optimizer.sampled_params(train=True):
+        loss = model(**token_batch((4, 3, 5))).loss
+        loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return model, optimizer, loss
+
+
+def test_an_old_loss_is_no_obstacle_to_pruning():
+    model, _, loss = lora_with_loss()
+    objects = dict(model.named_parameters())
+    ranks = prune_adapter(model, fitted(model.eval()), 2)
+    assert set(ranks.values()) != {4}
+    assert la_runs(model)
+    new = model(**token_batch((4, 3, 5))).loss
+    new.backward()
+    assert loss.grad_fn is not None
+    adapters = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    assert len(adapters) == 2 * sum(rank > 0 for rank in ranks.values())
+    for name, p in adapters.items():
+        assert p is objects[name]
+        assert p.grad.shape == p.shape
+
+
+def test_an_old_loss_is_no_obstacle_to_an_optimiser_that_goes_on():
+    model = tiny_adalora()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    set_importance_score(model, SensitivityScore())
+    for step in range(15):
+        loss = model(**token_batch((4, 3, 5), seed=step)).loss
+        loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    remove_pruned_triplets(model, optimizer)
+    assert loss.grad_fn is not None
+    layer = max(layers_of(model), key=lambda layer: len(layer.A))
+    before = layer.A.detach().clone()
+    model(**token_batch((4, 3, 5), seed=99)).loss.backward()
+    optimizer.step()
+    assert not torch.equal(layer.A, before)
+
+
+def test_the_posterior_of_before_names_the_weights_that_were_pruned():
+    model, _, _ = lora_with_loss()
+    la = fitted(model.eval())
+    prune_adapter(model, la, 2)
+    with pytest.raises(RuntimeError, match=r"'.*lora_A.default.weight'.* have changed since"):
+        la(token_batch((3, 2)))
+
+
+def test_the_posterior_of_before_notices_that_the_whole_adapter_is_gone():
+    model, _, _ = lora_with_loss()
+    la = fitted(model.eval())
+    prune_adapter(model, la, 0)
+    with pytest.raises(RuntimeError, match="have changed since"):
+        la(token_batch((3, 2)))
+
+
+@pytest.mark.parametrize("hess_approx", ["price", "gradsq"])
+def test_ivon_shrinks_with_the_adapter_that_it_prunes(hess_approx):
+    model, optimizer, _ = lora_with_loss(hess_approx=hess_approx, hess_init=1.0)
+    with optimizer.sampled_params(train=True):  # a draw that is not used yet
+        model(**token_batch((4, 3, 5))).loss.backward()
+    whole = {
+        name: (p, *optimizer.marginals()[p], optimizer.collected[p].products)
+        for name, p in model.named_parameters()
+        if p in optimizer.state
+    }
+    ranks = prune_adapter(model, optimizer, 2)
+    assert sum(ranks.values()) == 8
+    current = dict(model.named_parameters())
+    for name, (p, mean, std, products) in whole.items():
+        if name not in current:  # its layer lost the adapter
+            assert p.numel() == 0
+            continue
+        dim = 0 if "lora_A" in name else 1
+        remaining = current[name].unbind(dim)
+        stays = [any(torch.equal(old, new) for new in remaining) for old in mean.unbind(dim)]
+        index = torch.tensor(stays).nonzero().view(-1)
+        new_mean, new_std = optimizer.marginals()[current[name]]
+        assert torch.equal(new_mean, mean.index_select(dim, index))
+        assert torch.equal(new_std, std.index_select(dim, index))
+        sums = optimizer.collected[current[name]]
+        assert torch.equal(sums.products, products.index_select(dim, index))
+    optimizer.step()
+
+
+def test_drawn_weights_are_not_pruned():
+    model, optimizer, _ = lora_with_loss()
+    adalora = pruned_adalora()
+    ivon = IVON([p for p in adalora.parameters() if p.requires_grad], ess=20)
+    with optimizer.sampled_params(), pytest.raises(RuntimeError, match="restore"):
+        prune_adapter(model, optimizer, 2)
+    with ivon.sampled_params(), pytest.raises(RuntimeError, match="restore"):
+        remove_pruned_triplets(adalora, ivon)
+    assert list(remove_pruned_triplets(adalora, ivon).values()) == [0, 1, 3, 4]

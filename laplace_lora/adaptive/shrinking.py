@@ -1,0 +1,60 @@
+"""Shrink a parameter where it stands, for all who hold it: modules, optimisers, posteriors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from laplace_lora.adaptive.ivon import ivon_of
+
+
+def shrink(p: nn.Parameter, keep: Tensor, dim: int, optimizer: Optimizer | None = None) -> None:
+    """Keep some rows or columns of a parameter, its gradient, and an optimiser's state of it.
+
+    The object stays, so whoever holds it sees the new values. A graph of before, such as that of a
+    loss that is still referenced, is no obstacle to the next one.
+
+    Args:
+        p: The parameter.
+        keep: Which to keep, booleans ``(p.shape[dim],)``.
+        dim: 0 for rows, 1 for columns.
+        optimizer: Its optimiser. All of its tensors that have the parameter's shape shrink, too,
+            as do the gradients that an `IVON` has collected.
+    """
+    index = keep.nonzero().view(-1).to(p.device)
+
+    def kept(values: Tensor) -> Tensor:
+        return values.index_select(dim, index).clone()
+
+    shape, data, grad = p.shape, kept(p.data), p.grad
+    p.grad = None
+    # An old graph keeps the node that gradients of the old shape flow into. A parameter forgets
+    # that node when its dtype changes, as in `Module.to`, but not when only its shape does.
+    p.data = data.new_empty(0, dtype=torch.float32 if data.dtype.itemsize > 4 else torch.float64)
+    p.data = data
+    if p.numel() == 0:
+        p.requires_grad_(False)
+    p.grad = None if grad is None else kept(grad)
+    state = {} if optimizer is None else optimizer.state.get(p, {})
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.shape == shape:
+            state[name] = kept(value)
+    ivon = ivon_of(optimizer)
+    if ivon is not None and p in ivon.collected:
+        sums = ivon.collected[p]
+        sums.gradients, sums.products = kept(sums.gradients), kept(sums.products)
+
+
+def check_mean(optimizer: object) -> None:
+    """Refuse to shrink tensors that hold drawn weights, of which none is zero.
+
+    Args:
+        optimizer: An optimiser or a posterior, or neither.
+
+    Raises:
+        RuntimeError: If it is an `IVON` with a draw in place.
+    """
+    ivon = ivon_of(optimizer)
+    if ivon is not None and ivon.is_drawn:
+        raise RuntimeError("drawn weights are in place; restore() the optimiser's mean first")
