@@ -95,5 +95,18 @@ def cell(row: Row, name: str | None, number: int, what: str, option: str) -> Any
     return value
 
 
+def label_cells(rows: Sequence[Row], name: str | None) -> list[Any]:
+    """Return the label of every row.
+
+    Args:
+        rows: The rows.
+        name: The column's name.
+
+    Raises:
+        ValueError: If there is no such column, or a row has nothing in it.
+    """
+    return [cell(row, name, n, "label", "--label-field") for n, row in enumerate(rows, start=1)]
+
+
 def _listed(row: Mapping[str, Any]) -> str:
     return ", ".join(repr(name) for name in row)

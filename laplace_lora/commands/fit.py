@@ -43,7 +43,8 @@ def fit(**options: Any) -> None:
       a reward model             chosen rejected [prompt]
       answers by token           prompt label            --target " yes" " no"
       a model that writes        prompt completion, or messages, or text
-    A label is a class's name or its number. Other columns are named by --text-field and the like.
+    Labels are the classes' names or their numbers from 0, all of them in one way. Other columns are
+    named by --text-field and the like.
 
     Examples:
       laplace-lora fit my-adapter --data train.jsonl

@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from laplace_lora.commands.adapter import HEAD, Adapter
-from laplace_lora.commands.columns import CHOSEN, REJECTED, cell
-from laplace_lora.commands.names import applying, index_of
+from laplace_lora.commands.columns import CHOSEN, REJECTED, cell, label_cells
+from laplace_lora.commands.labels import classes_of
+from laplace_lora.commands.names import applying
 from laplace_lora.commands.plan import Plan
 from laplace_lora.commands.rows import Row
 
@@ -46,25 +47,23 @@ class Inputs:
             examples = [self.scored(row, n) for n, row in enumerate(rows, start=1)]
             collate = DataCollatorForSeq2Seq(tokenizer)
         else:
-            examples = [self.labelled(row, n) for n, row in enumerate(rows, start=1)]
+            examples = self.labelled(rows)
             collate = DataCollatorWithPadding(tokenizer)
         data: Any = examples
         return DataLoader(data, batch_size, collate_fn=collate)
 
-    def labelled(self, row: Row, number: int) -> Example:
-        """Return a text with its label."""
-        label = cell(row, self.plan.columns.label, number, "label", "--label-field")
-        value: Any
+    def labelled(self, rows: Sequence[Row]) -> list[Example]:
+        """Return texts with their labels, which are all read in the same way."""
+        examples = [self.text(row, n) for n, row in enumerate(rows, start=1)]
+        values = self._labels(label_cells(rows, self.plan.columns.label))
+        return [{**x, "labels": y} for x, y in zip(examples, values, strict=True)]
+
+    def _labels(self, labels: Sequence[Any]) -> list[Any]:
         if self.plan.likelihood == "multilabel":
-            value = applying(label, self.plan.names, number)
-        elif self.plan.likelihood == "regression":
-            try:
-                value = float(label)
-            except (TypeError, ValueError):
-                raise ValueError(f"row {number} has the label {label!r}, no number") from None
-        else:
-            value = index_of(label, self.plan.names, number)
-        return {**self.text(row, number), "labels": value}
+            return [applying(y, self.plan.names, n) for n, y in enumerate(labels, start=1)]
+        if self.plan.likelihood == "regression":
+            return [_number(y, n) for n, y in enumerate(labels, start=1)]
+        return list(classes_of(labels, self.plan.names, self.plan.labels_as)[0])
 
     def text(self, row: Row, number: int) -> Example:
         """Return a text, the prompt that an answer follows, or for a reward model both."""
@@ -193,3 +192,10 @@ class PairCollator:
             padded = self.pad([pair[half] for pair in pairs])
             batch |= {f"{name}_{half}": value for name, value in padded.items()}
         return batch
+
+
+def _number(label: Any, number: int) -> float:
+    try:
+        return float(label)
+    except (TypeError, ValueError):
+        raise ValueError(f"row {number} has the label {label!r}, no number") from None

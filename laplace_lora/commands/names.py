@@ -1,37 +1,10 @@
-"""Names of classes, and which of them a label means; names of tensors."""
+"""Names of classes, and which of them apply; names of tensors."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from typing import Any
-
-
-def index_of(label: Any, names: Sequence[str], number: int) -> int:
-    """Return the class that a label means.
-
-    Args:
-        label: A class's name, with or without spaces around it, or its number from 0. What is both
-            is a name.
-        names: Names of the classes, in the order of the model's outputs.
-        number: The row's, from 1.
-
-    Raises:
-        ValueError: If it means none.
-    """
-    text = str(label)
-    if text in names:
-        return names.index(text)
-    bare = [name.strip() for name in names]
-    if bare.count(text.strip()) == 1:
-        return bare.index(text.strip())
-    if isinstance(label, bool) or not text.strip().isdecimal() or int(text) >= len(names):
-        raise ValueError(
-            f"row {number} has the label {label!r}; expected one of {', '.join(map(repr, names))}, "
-            f"or a number from 0 to {len(names) - 1}. --labels names the classes in the order of "
-            "the model's outputs"
-        )
-    return int(text)
 
 
 def applying(labels: Any, names: Sequence[str], number: int) -> list[float]:

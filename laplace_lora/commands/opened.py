@@ -98,4 +98,5 @@ def _plan_of(
         uses_chat(adapter, columns, likelihood, options.get("chat")),
         options.get("max_length") or adapter.max_length,
         bool(options.get("load_in_4bit")),
+        options.get("labels_as"),
     )

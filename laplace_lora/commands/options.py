@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from laplace_lora.commands.base import Values
+from laplace_lora.commands.labels import FORMS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -131,6 +132,12 @@ def label_options(function: F) -> F:
             help="Column of the label.  [default: that of the fit, or label, labels]",
         ),
         class_names_option,
+        click.option(
+            "--labels-as",
+            type=click.Choice(FORMS),
+            help="What labels are that may be either: names of the classes, or their numbers from "
+            "0.  [default: as in the fit, or what all labels of the file can be]",
+        ),
     )(function)
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from laplace_lora.commands.columns import Columns
+from laplace_lora.commands.labels import FORMS
 from laplace_lora.commands.repository import file_of
 
 PLAN = "laplace_data.json"
@@ -29,6 +30,8 @@ class Plan:
         chat: Whether texts go through the chat template.
         max_length: Longest input in tokens; ``None`` for no limit.
         load_in_4bit: Whether the base model is quantised.
+        labels_as: Whether labels are names of classes or their numbers, see `classes_of`; ``None``
+            where both are the same or, in files of earlier versions, where it was not noted.
     """
 
     likelihood: str
@@ -38,6 +41,7 @@ class Plan:
     chat: bool = False
     max_length: int | None = None
     load_in_4bit: bool = False
+    labels_as: str | None = None
 
 
 def plan_text(plan: Plan, posterior: str) -> str:
@@ -70,7 +74,10 @@ def read_plan(folder: str, posterior: str) -> Plan | None:
                 f"{path} has version {content['version']}, this library reads {VERSION}; update it"
             )
         of = content["posterior"]
+        content.setdefault("labels_as", None)
         values = {f.name: content[f.name] for f in fields(Plan)}
+        if values["labels_as"] not in (None, *FORMS):
+            raise TypeError(f"labels_as is {values['labels_as']!r}")
         plan = Plan(**{**values, "columns": Columns(**content["columns"])})
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from None

@@ -8,7 +8,8 @@ from typing import Any
 
 from laplace_lora.commands.adapter import CAUSAL, HEAD, Adapter
 from laplace_lora.commands.answers import target_tokens
-from laplace_lora.commands.columns import Columns, columns_of, is_preference
+from laplace_lora.commands.columns import Columns, columns_of, is_preference, label_cells
+from laplace_lora.commands.labels import classes_of
 from laplace_lora.commands.names import class_names
 from laplace_lora.commands.plan import Plan
 from laplace_lora.commands.rows import Row
@@ -45,6 +46,9 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row], options: dict[str, Any]) -> 
         names = class_names(names, adapter.names, adapter.outputs)
     elif names:
         raise ValueError(f"--labels: a {likelihood} posterior has no classes")
+    labels_as = options.get("labels_as")
+    if likelihood == "classification":
+        _, labels_as = classes_of(label_cells(rows, columns.label), names, labels_as)
     return Plan(
         likelihood,
         columns,
@@ -53,6 +57,7 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row], options: dict[str, Any]) -> 
         uses_chat(adapter, columns, likelihood, options.get("chat")),
         options.get("max_length") or adapter.max_length,
         bool(options.get("load_in_4bit")),
+        labels_as,
     )
 
 
@@ -68,7 +73,14 @@ def plan_again(plan: Plan, rows: Sequence[Row], options: dict[str, Any]) -> Plan
         raise ValueError(f"--labels names {len(names)} classes, the model has {len(plan.names)}")
     chat = plan.chat if options.get("chat") is None else bool(options["chat"])
     limit = options.get("max_length") or plan.max_length
-    return replace(plan, columns=columns, names=names, chat=chat, max_length=limit)
+    return replace(
+        plan,
+        columns=columns,
+        names=names,
+        chat=chat,
+        max_length=limit,
+        labels_as=options.get("labels_as") or plan.labels_as,
+    )
 
 
 def _likelihood(adapter: Adapter, row: Row, columns: Columns, options: dict[str, Any]) -> str:

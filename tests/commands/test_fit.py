@@ -74,6 +74,44 @@ def test_tables_with_named_columns_and_labels(adapter, data, tmp_path):
     assert (folder / TENSORS).read_bytes() == tensors
 
 
+def test_numerals_as_names_are_not_mixed_with_numbers(adapter, data, tmp_path):
+    folder, names = adapter(), ["1", "2"]
+    tests = {
+        "numbers": data("test"),
+        "names": data("val", lambda row: {**row, "label": row["label"] + 1}),
+    }
+    only = write_json_lines(tmp_path / "ones.jsonl", [{"text": "the film was good", "label": 1}])
+    for form, shift in (("numbers", 0), ("names", 1)):
+        train = data("train", lambda row, shift=shift: {**row, "label": row["label"] + shift})
+        run("fit", folder, "--data", train, "--labels", *names, "-q", "--overwrite")
+        assert json.loads((folder / PLAN).read_text())["labels_as"] == form
+        found = run("evaluate", folder, "--data", tests[form], "--out", "-", "-q").stdout
+        assert json.loads(found)[0]["values"]["accuracy"] < 1  # one in eight is mislabelled
+        other = tests["names" if form == "numbers" else "numbers"]
+        assert f"which is none of the {form}" in refused("evaluate", folder, "--data", other)
+        scores = [
+            json.loads(run("evaluate", folder, "--data", only, "--out", "-", "-q", *args).stdout)
+            for args in ((), ("--labels-as", form))
+        ]
+        assert scores[0] == scores[1]
+        assert scores[0][0]["values"]["accuracy"] == (form == "numbers")
+    message = refused("fit", folder, "--data", only, "--labels", *names, "--overwrite")
+    assert "Say which by --labels-as names or --labels-as numbers" in message
+
+
+def test_a_plan_of_an_earlier_version_does_not_say_how_labels_were_read(adapter, data):
+    folder = adapter()
+    run("fit", folder, "--data", data("train"), "-q")
+    plan = json.loads((folder / PLAN).read_text())
+    expected = run("evaluate", folder, "--data", data("test"), "--out", "-", "-q").stdout
+    del plan["labels_as"]
+    (folder / PLAN).write_text(json.dumps(plan))
+    assert run("evaluate", folder, "--data", data("test"), "--out", "-", "-q").stdout == expected
+    (folder / PLAN).write_text(json.dumps({**plan, "labels_as": "letters"}))
+    message = refused("evaluate", folder, "--data", data("test"))
+    assert "is damaged" in message and "labels_as is 'letters'" in message
+
+
 def test_quiet_says_only_what_it_saved(adapter, data):
     result = run("fit", adapter(), "--data", data("train"), "--quiet")
     assert result.stderr == "" and "Saved in" in result.stdout

@@ -5,7 +5,8 @@ import pytest
 from laplace_lora.commands.adapter import CAUSAL, HEAD, Adapter
 from laplace_lora.commands.columns import Columns, columns_of
 from laplace_lora.commands.inputs import Inputs
-from laplace_lora.commands.names import applying, index_of
+from laplace_lora.commands.labels import classes_of
+from laplace_lora.commands.names import applying
 from laplace_lora.commands.plan import Plan
 from support.on_disk import WORDS, tokenizer
 
@@ -23,7 +24,7 @@ def ids(text):
 
 def test_a_second_text_belongs_to_the_input():
     row = {"text": "the film", "text_pair": "was bad", "label": "good"}
-    found = inputs().labelled(row, 1)
+    (found,) = inputs().labelled([row])
     assert found["input_ids"] == tokenizer()("the film", "was bad")["input_ids"]
     assert found["labels"] == 1
     alone = inputs(columns=Columns(text="text")).text(row, 1)
@@ -88,10 +89,40 @@ def test_columns_are_those_asked_for_then_the_fit_s_then_the_usual():
         columns_of([row], Columns(label="stars"))
 
 
-def test_a_label_is_a_name_before_it_is_a_number():
-    assert [index_of(label, ["2", "1", "0"], 1) for label in ("0", 1, 2)] == [2, 1, 0]
-    assert [index_of(label, [" yes", " no"], 1) for label in ("no", " yes", 0, "1")] == [1, 0, 0, 1]
-    with pytest.raises(ValueError, match="row 5 has the label '-1'"):
-        index_of("-1", ["a", "b"], 5)
+@pytest.mark.parametrize(
+    ("names", "labels", "form", "expected"),
+    [
+        (["bad", "good"], [0, 1, "1"], None, ([0, 1, 1], "numbers")),
+        ([" yes", " no"], ["no", " yes"], None, ([1, 0], "names")),
+        (["1", "2"], [0, 1, 0], None, ([0, 1, 0], "numbers")),
+        (["1", "2"], [1, 2, 1], None, ([0, 1, 0], "names")),
+        (["1", "2", "3"], ["0", "1", "2"], None, ([0, 1, 2], "numbers")),
+        (["1", "2", "3"], ["1", "2"], "names", ([0, 1], "names")),
+        (["1", "2", "3"], ["1", "2"], "numbers", ([1, 2], "numbers")),
+        (["0", "1", "x"], ["0", 1], None, ([0, 1], None)),
+        (["bad", "good"], ["good", "bad"], "numbers", ([1, 0], "names")),
+    ],
+)
+def test_the_labels_of_a_file_are_all_names_or_all_numbers(names, labels, form, expected):
+    assert classes_of(labels, names, form) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "form", "message"),
+    [
+        (["a", "b"], ["a", "-1"], None, "row 2 has the label '-1'"),
+        (["a", "b"], ["a", 1], None, "row 1 has 'a', only a name, and row 2 has 1, only a number"),
+        (["1", "2", "3"], [0, 3], None, "row 2 has 3, only a name, and row 1 has 0, only a number"),
+        (["1", "2", "3"], [1, 2], None, "1 in row 1 is the name of class 0, and the number of '2'"),
+        (["1", "2", "3"], [1, 0], "names", "row 2 has 0, which is none of the names"),
+        (["1", "2", "3"], [1, 3], "numbers", "row 2 has 3, which is none of the numbers"),
+    ],
+)
+def test_labels_that_may_be_misread_are_refused(names, labels, form, message):
+    with pytest.raises(ValueError, match=message):
+        classes_of(labels, names, form)
+
+
+def test_labels_that_do_not_exclude_each_other():
     assert applying(["b"], ["a", "b"], 1) == [0.0, 1.0] == applying([0, 1], ["a", "b"], 1)
     assert applying([], ["a", "b"], 1) == [0.0, 0.0]

@@ -1,0 +1,97 @@
+"""Which classes the labels of a file mean: all are read as names, or all as numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+NAMES, NUMBERS = "names", "numbers"
+FORMS = (NAMES, NUMBERS)
+OPTION = "--labels-as"
+
+
+def classes_of(
+    labels: Sequence[Any], names: Sequence[str], form: str | None = None
+) -> tuple[list[int], str | None]:
+    """Return the classes that the labels of a file mean.
+
+    Read one by one, the labels 0 and 1 of the classes "1" and "2" would both mean the first class.
+
+    Args:
+        labels: One for each row: a class's name, with or without spaces around it, or its number
+            from 0.
+        names: Names of the classes, in the order of the model's outputs.
+        form: How the labels were read before, or are to be read, where they may be either:
+            `NAMES` or `NUMBERS`; ``None`` if nobody has said.
+
+    Returns:
+        The classes, and how the labels were read; ``None`` if both ways lead to the same.
+
+    Raises:
+        ValueError: If a label means no class, some are only names and others only numbers, or
+            names and numbers would be different classes and nobody has said which they are.
+    """
+    numbers = [_numbered(label, len(names)) for label in labels]
+    read: dict[str, list[int | None]] = {NAMES: _named(labels, names), NUMBERS: numbers}
+    for row, label in enumerate(labels, start=1):
+        if all(classes[row - 1] is None for classes in read.values()):
+            raise ValueError(
+                f"row {row} has the label {label!r}; expected one of "
+                f"{', '.join(map(repr, names))}, or a number from 0 to {len(names) - 1}. --labels "
+                "names the classes in the order of the model's outputs"
+            )
+    whole = {
+        way: [i for i in classes if i is not None]
+        for way, classes in read.items()
+        if None not in classes
+    }
+    if form in whole:
+        return whole[form], form
+    if form is not None and any(i is not None for i in read[form]):
+        row, label = next((n, y) for n, y in enumerate(labels, 1) if read[form][n - 1] is None)
+        raise ValueError(
+            f"labels are read as {form}, as in the fit or as {OPTION} says, and row {row} has "
+            f"{label!r}, which is none of the {form}; {_expected(names)}"
+        )
+    if not whole:
+        first = {w: next(n for n, i in enumerate(c) if i is None) for w, c in read.items()}
+        raise ValueError(
+            f"labels must all be names or all be numbers: row {first[NUMBERS] + 1} has "
+            f"{labels[first[NUMBERS]]!r}, only a name, and row {first[NAMES] + 1} has "
+            f"{labels[first[NAMES]]!r}, only a number; {_expected(names)}"
+        )
+    if len(whole) == 1:
+        (way,) = whole
+        return whole[way], way
+    if whole[NAMES] == whole[NUMBERS]:
+        return whole[NAMES], None
+    row = next(n for n, (i, j) in enumerate(zip(*whole.values(), strict=True)) if i != j)
+    raise ValueError(
+        f"the labels may be names or numbers: {labels[row]!r} in row {row + 1} is the name of "
+        f"class {whole[NAMES][row]}, and the number of {names[whole[NUMBERS][row]]!r}. Say which "
+        f"by {OPTION} names or {OPTION} numbers"
+    )
+
+
+def _named(labels: Sequence[Any], names: Sequence[str]) -> list[int | None]:
+    """Return the class that each label names, ``None`` where there is none."""
+    exact = {name: i for i, name in enumerate(names)}
+    count = Counter(name.strip() for name in names)
+    bare = {name.strip(): i for name, i in exact.items() if count[name.strip()] == 1}
+    return [exact.get(text, bare.get(text.strip())) for text in map(str, labels)]
+
+
+def _numbered(label: Any, classes: int) -> int | None:
+    """Return the class of this number, ``None`` if there is none."""
+    text = str(label).strip()
+    if isinstance(label, bool) or not text.isdecimal() or int(text) >= classes:
+        return None
+    return int(text)
+
+
+def _expected(names: Sequence[str]) -> str:
+    return (
+        f"names are {', '.join(map(repr, names))}, numbers 0 to {len(names) - 1}. Write all labels "
+        f"in one way, or say how to read them by {OPTION}"
+    )
