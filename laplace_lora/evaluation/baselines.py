@@ -7,7 +7,7 @@ unchanged.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from laplace_lora.data.batches import Batch, batch_labels, model_inputs
 from laplace_lora.data.distributed import together
 from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
+from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.likelihoods.registry import likelihood_of
+from laplace_lora.likelihoods.token_classification import class_labels
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.models.modes import evaluation_mode
 
@@ -47,18 +49,26 @@ class MAP:
         return logits
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Return class probabilities, ``(batch, classes)``, or those of labels."""
-        return self._probabilities(self.logits(batch))
+        """Return class probabilities, ``(batch, classes)``, or those of labels.
 
-    def _probabilities(self, logits: Tensor) -> Tensor:
-        return self.objective.readout(None).under(logits)
+        Of a token classifier ``(batch, tokens, classes)``, zeros at padding.
+        """
+        return self._probabilities(self.logits(batch), batch)
+
+    def _probabilities(self, logits: Tensor, batch: Batch) -> Tensor:
+        p = self.objective.readout(None).under(logits)
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if p.ndim < 3 or mask is None:
+            return p
+        return p.masked_fill((mask == 0).to(p.device).unsqueeze(-1), 0)
 
 
 class TemperatureScaling(MAP):
     """The model with its logits divided by a temperature (Guo et al. 2017, arXiv:1706.04599).
 
     A reward model's pairs have two classes, the rejected text and the chosen one; the temperature
-    divides the difference of their rewards.
+    divides the difference of their rewards. A token classifier's minimises the NLL of the labelled
+    tokens.
 
     Args:
         model: A `PeftModel` or a `LogitsModel`.
@@ -71,7 +81,7 @@ class TemperatureScaling(MAP):
         temperature: The divisor of the logits.
 
     Raises:
-        ValueError: If the loader is empty, or a batch has no labels.
+        ValueError: If the loader is empty, a batch has no labels, or they are not the model's.
     """
 
     def __init__(
@@ -84,12 +94,14 @@ class TemperatureScaling(MAP):
         super().__init__(model, **kwargs)
         with together(val_loader, runs=self.model) as team:
             pairs = [
-                (self.logits(model_inputs(batch)), batch_labels(batch, label_key))
+                self._labelled(batch, label_key)
                 for batch in team.batches(val_loader, "Scaling the temperature")
             ]
             rows = team.rows(f=[f for f, _ in pairs], y=[y for _, y in pairs])
         if not rows:
             raise ValueError("the validation loader is empty")
+        if not len(rows["y"]):
+            raise ValueError("no token of the validation loader has a label: all are -100")
         logits = rows["f"].double()
         labels = rows["y"].to(logits.device)
 
@@ -99,9 +111,18 @@ class TemperatureScaling(MAP):
         minimum = minimize_scalar(loss, bounds=(-5, 5), method="bounded")
         self.temperature = math.exp(minimum.x)
 
+    def _labelled(self, batch: Batch, label_key: str) -> tuple[Tensor, Tensor]:
+        """Return logits and their labels, of a token classifier those of labelled tokens."""
+        x, y = model_inputs(batch), batch_labels(batch, label_key)
+        f = self.logits(x)
+        if f.ndim == 3:
+            y = class_labels(x, y.to(f.device))
+            return f[y != IGNORED], y[y != IGNORED]
+        return f, self.objective.split((x, y), label_key, f.device, f.dtype)[1]
+
     def __call__(self, batch: Batch) -> Tensor:
         """Return class probabilities, ``(batch, classes)``."""
-        return self._probabilities(self.logits(batch) / self.temperature)
+        return self._probabilities(self.logits(batch) / self.temperature, batch)
 
 
 class MCDropout(MAP):
@@ -139,7 +160,7 @@ class MCDropout(MAP):
         devices = [device] if device.type != "cpu" else []
         with evaluation_mode(self.model), torch.random.fork_rng(devices), self._dropout_on():
             torch.manual_seed(self.seed)
-            samples = [self._probabilities(self.model(batch)) for _ in range(self.n_samples)]
+            samples = [self._probabilities(self.model(batch), batch) for _ in range(self.n_samples)]
         return torch.stack(samples).mean(0)
 
     @contextmanager

@@ -14,7 +14,12 @@ from laplace_lora.data.distributed import together
 from laplace_lora.evaluation.conformal import conformal_sets
 from laplace_lora.evaluation.report import CalibrationReport
 from laplace_lora.evaluation.risk_control import ANSWERED, answering_threshold, check_share
-from laplace_lora.evaluation.rows import Predict, model_of, predicted_rows
+from laplace_lora.evaluation.rows import (
+    Predict,
+    has_independent_labels,
+    model_of,
+    predicted_rows,
+)
 from laplace_lora.evaluation.scores import (
     SETS,
     Rows,
@@ -43,7 +48,8 @@ def evaluate(
 ) -> CalibrationReport:
     """Evaluate a predictive on labelled data, and on out-of-distribution data if given.
 
-    Labels ``(batch, labels)`` that do not exclude each other are scored by `label_metrics`.
+    Labels ``(batch, labels)`` that do not exclude each other are scored by `label_metrics`. Of a
+    single sigmoid they may be ``(batch,)``.
 
     Args:
         predict: From a batch to class probabilities ``(batch, classes)``, or to `Predictions`:
@@ -75,10 +81,10 @@ def evaluate(
         The report; tensors are on the CPU.
 
     Raises:
-        ValueError: If a loader is empty, a batch has no labels, labels lie outside the classes or
-            none is known, ``predict`` does not return probabilities, ``bootstrap`` is below 2,
-            there is not one group for each example, or conformal sets or a risk are asked for with
-            too few labels, of anything but classes, or without ``conformal_loader``.
+        ValueError: If a loader is empty, a batch has no labels, labels lie outside the classes, are
+            no integers, or none is known, ``predict`` does not return probabilities, ``bootstrap``
+            is below 2, there is not one group for each example, or conformal sets or a risk are
+            asked for with too few labels, of anything but classes, or without ``conformal_loader``.
         ImportError: If conformal sets are asked for, and crepes is missing.
     """
     if bootstrap < 2:
@@ -88,14 +94,14 @@ def evaluate(
             check_share(share, value)
     if risk is not None and conformal_loader is None:
         raise ValueError("a risk is kept on labelled data of their own: give `conformal_loader`")
-    threshold = None
+    threshold, independent = None, has_independent_labels(predict)
 
     def labels_of(batch: Batch) -> Tensor:
         return batch_labels(batch, label_key).cpu()
 
     with together(loader, ood_loader, conformal_loader, runs=model_of(predict)) as team:
         batches = team.batches(loader, f"Evaluating {name}", progress_bar)
-        scored = predicted_rows(team, predict, batches, labels_of)
+        scored = predicted_rows(team, predict, batches, labels_of, independent)
         if not scored:
             raise ValueError("the loader is empty")
         outside = None
@@ -108,7 +114,7 @@ def evaluate(
         if conformal_loader is not None:
             title = f"Calibrating {name}"
             batches = team.batches(conformal_loader, title, progress_bar)
-            apart = predicted_rows(team, predict, batches, labels_of)
+            apart = predicted_rows(team, predict, batches, labels_of, independent)
             if not apart:
                 raise ValueError("the loader of conformal sets is empty")
             y = _exchangeable_labels(apart)

@@ -38,12 +38,22 @@ def model_of(predict: Predict) -> nn.Module | None:
     return model if isinstance(model, nn.Module) else None
 
 
+def has_independent_labels(predict: Predict) -> bool | None:
+    """Return whether the labels of what predicts are independent, ``None`` where it does not say.
+
+    A posterior's or baseline's likelihood says it, a function does not.
+    """
+    objective = getattr(getattr(predict, "__self__", predict), "objective", None)
+    says: bool | None = getattr(objective, "has_independent_labels", None)
+    return says
+
+
 def predicted_rows(
     team: Together,
     predict: Predict,
     batches: Iterable[Batch],
     labels: Callable[[Batch], Tensor] | None = None,
-    independent: bool = False,
+    independent: bool | None = False,
 ) -> dict[str, Tensor]:
     """Return probabilities, labels and mutual information, where there are any, of all examples.
 
@@ -52,7 +62,8 @@ def predicted_rows(
         predict: From a batch to probabilities or `Predictions`.
         batches: Of this process.
         labels: From a batch to its labels; of two dimensions they are independent of each other.
-        independent: Whether they would be, where none are read.
+        independent: Whether they are, whatever their dimensions. ``None`` if nothing says so: then
+            those of a single column of probabilities are.
 
     Returns:
         ``"p"``, and where there are any ``"labels"`` and ``"information"``, on the CPU; nothing if
@@ -63,9 +74,9 @@ def predicted_rows(
     """
     columns: dict[str, list[Tensor | None]] = {"p": [], "labels": [], "information": []}
     for batch in batches:
-        y = None if labels is None else labels(batch)
         p, information = _probabilities(predict, batch)
-        p = _checked(p, y, p.ndim == 2 and (independent if y is None else y.ndim == 2))
+        y = None if labels is None else _with_columns(labels(batch), p, independent)
+        p = _checked(p, y, p.ndim == 2 and bool(independent if y is None else y.ndim == 2))
         row = (p, y, information)
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
@@ -91,6 +102,14 @@ def _probabilities(predict: Predict, batch: Batch) -> tuple[Tensor, Tensor | Non
             "tokens, classes)"
         )
     return p.detach().cpu().float(), None if information is None else information.detach().cpu()
+
+
+def _with_columns(y: Tensor, p: Tensor, independent: bool | None) -> Tensor:
+    """Return labels, integers as 64-bit ones, and independent ones ``(batch, labels)``."""
+    y = y if y.is_floating_point() else y.long()
+    single = p.ndim == 2 and p.shape[1] == 1
+    apply_alone = single if independent is None else independent
+    return y.unsqueeze(-1) if y.ndim == 1 and apply_alone else y
 
 
 def _checked(p: Tensor, y: Tensor | None, independent: bool) -> Tensor:

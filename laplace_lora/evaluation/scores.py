@@ -22,12 +22,15 @@ def checked_labels(p: Tensor, y: Tensor) -> Tensor:
     """Return labels as metrics take them.
 
     Raises:
-        ValueError: If labels lie outside the classes, or no independent one is known.
+        ValueError: If labels are no integers, or lie outside the classes, or no independent one is
+            known.
     """
     if y.ndim == 2:
         y = known_labels(y)
         if not bool((y != MISSING).any()):
             raise ValueError("no label of the data is known: all are -100 or NaN")
+    elif y.is_floating_point():
+        raise ValueError(f"labels of classes must be integers, got {y.dtype}; cast them to int64")
     elif int(y.min()) < 0 or int(y.max()) >= p.shape[1]:
         raise ValueError(f"labels must lie in 0..{p.shape[1] - 1}, got {y.min()} to {y.max()}")
     return y

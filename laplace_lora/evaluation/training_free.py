@@ -52,7 +52,7 @@ class TrainingFreeBayes(MAP):
         anchor_loader: Batches of inputs, usually the training data; labels are ignored.
         tolerance: How far the mean NLL of the anchor's classes may rise, as a share of its value
             without noise. The authors' code allows 0.003 times the number of examples, which is
-            the default.
+            the default. A token classifier's examples are its tokens.
         n_samples: Samples of the weights, for the search and for predictions.
         widths: The range of ``σ``; the lower end is taken where nothing is within the tolerance.
         steps: Halvings of the range.
@@ -91,7 +91,7 @@ class TrainingFreeBayes(MAP):
             inputs = [model_inputs(batch) for batch in batches]
 
             def losses(classes: list[Tensor] | None) -> tuple[list[Tensor], Tensor]:
-                probs = [self(batch) for batch in inputs]
+                probs = [_by_token(self(batch)) for batch in inputs]
                 classes = [p.argmax(-1) for p in probs] if classes is None else classes
                 nll = [
                     F.nll_loss(p.clamp_min(1e-12).log(), y, reduction="none")
@@ -126,7 +126,7 @@ class TrainingFreeBayes(MAP):
             for _ in range(self.n_samples):
                 rows = [self._sample(layer, generator).flatten() for layer in self._layers]
                 set_weights(own, torch.cat([row.to(rows[0].device) for row in rows]))
-                samples.append(twin(batch).softmax(-1))
+                samples.append(self._probabilities(twin(batch), batch))
         return torch.stack(samples).mean(0)
 
     def _sample(self, layer: _Layer, generator: torch.Generator) -> Tensor:
@@ -134,6 +134,11 @@ class TrainingFreeBayes(MAP):
         weight, spread = layer.lora_A.detach(), layer.spread
         noise = torch.randn(spread.shape[1], weight.shape[1], generator=generator)
         return weight + self.width * (spread @ noise.to(spread))
+
+
+def _by_token(p: Tensor) -> Tensor:
+    """Return probabilities of examples, or of the tokens that are no padding, ``(…, classes)``."""
+    return p if p.ndim == 2 else p[p.sum(-1) > 0]
 
 
 def _layers_of(model: nn.Module) -> list[_Layer]:

@@ -17,10 +17,12 @@ from laplace_lora.evaluation import (
     evaluate,
     last_layer_laplace,
 )
+from laplace_lora.likelihoods.language_modeling import IGNORED
 from support.batches import LENGTHS, loader, token_batch
 from support.models import TARGETS, base_model, excite, peft_model
 from support.preferences import half_of, pair_batch
 from support.references import assert_near
+from support.tokens import tagged_batch, tagged_loader, tagger
 
 BATCH = token_batch((3, 5, 4))
 
@@ -70,11 +72,58 @@ def test_the_temperature_is_the_best_on_the_validation_set():
         TemperatureScaling(model, [])
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float32])
+def test_temperature_scaling_takes_integers_of_any_size_and_no_fractions(dtype):
+    model, batch = peft_model("bert"), token_batch(LENGTHS)
+    given = [{**batch, "labels": batch["labels"].to(dtype)}]
+    if dtype.is_floating_point:
+        with pytest.raises(ValueError, match="needs one integer label per example"):
+            TemperatureScaling(model, given)
+        return
+    scaled = TemperatureScaling(model, given).temperature
+    assert scaled == TemperatureScaling(model, [batch]).temperature
+
+
 def test_a_perfect_model_gets_a_small_temperature():
     model = LogitsModel(peft_model("bert"))
     batch = token_batch(LENGTHS)
     batch["labels"] = model(batch).argmax(-1)
     assert TemperatureScaling(model, [batch]).temperature < math.exp(-2)
+
+
+def test_the_temperature_of_a_token_classifier_is_the_best_of_its_labelled_tokens():
+    model, batch = tagger(), tagged_batch()
+    logits = MAP(model).logits(batch)
+    y = batch["labels"]
+    is_labelled = y != IGNORED
+    y[is_labelled] = logits.argmax(-1)[is_labelled]
+    y[0, 1] = logits[0, 1].argmin()
+    batch["labels"] = torch.where(batch["attention_mask"] == 0, 0, y)  # padding never counts
+    scaled = TemperatureScaling(model, tagged_loader(batch=batch))
+    losses = [
+        F.cross_entropy(logits[is_labelled] / t, y[is_labelled]).item()
+        for t in (scaled.temperature, 0.98 * scaled.temperature, 1.02 * scaled.temperature)
+    ]
+    assert losses[0] == min(losses) and abs(math.log(scaled.temperature)) < 4.9
+    real = batch["attention_mask"].bool()
+    assert_near(scaled(batch)[real], (logits / scaled.temperature).softmax(-1)[real], 1e-9)
+    with pytest.raises(ValueError, match="no token of the validation loader has a label"):
+        TemperatureScaling(model, [{**batch, "labels": torch.full_like(y, IGNORED)}])
+    with pytest.raises(ValueError, match="needs one integer label per token"):
+        TemperatureScaling(model, [{**batch, "labels": y[:, 0]}])
+
+
+@pytest.mark.parametrize("make", [MAP, MCDropout])
+def test_padding_of_token_classifiers_has_no_probabilities(make):
+    """So that it enters no score, even where no label tells it apart."""
+    model, batch = tagger(lora_dropout=0.1), tagged_batch()
+    padding = batch["attention_mask"] == 0
+    p = make(model)(batch)
+    assert not p[padding].any()
+    assert_near(p[~padding].sum(-1), torch.ones(int((~padding).sum())), 1e-9)
+    report = evaluate(make(model), [batch], ood_loader=[batch], bootstrap=2)
+    assert len(report.ood_uncertainty) == int((~padding).sum())
+    assert len(report.probs) == int((batch["labels"] != IGNORED).sum())
 
 
 def test_of_pairs_the_temperature_divides_the_difference_of_rewards():

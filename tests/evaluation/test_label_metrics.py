@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
+from laplace_lora import KronLoraLaplace
 from laplace_lora.evaluation import (
     MAP,
     MCDropout,
@@ -26,6 +27,7 @@ from laplace_lora.evaluation.label_metrics import (
 )
 from laplace_lora.evaluation.training_free import TrainingFreeBayes
 from laplace_lora.likelihoods.multilabel import pooled
+from support.batches import LENGTHS, token_batch
 from support.models import peft_model
 from support.multilabel import multilabel_batch, multilabel_loader, multilabel_posterior
 
@@ -86,6 +88,45 @@ def test_a_probability_that_rounding_took_beyond_one_changes_nothing():
     assert evaluate(given, batches(above, y), bootstrap=2).values == (
         evaluate(given, batches(p, y), bootstrap=2).values
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.uint8, torch.bool])
+def test_labels_of_a_single_sigmoid_need_no_second_dimension(dtype):
+    p, y = torch.rand(20, 1), torch.randint(2, (20,)).to(dtype)
+    one, two = (evaluate(given, batches(p, some), bootstrap=5) for some in (y, y.unsqueeze(1)))
+    assert one.values == two.values and one.errors == two.errors
+    right = float(((p[:, 0] > 0.5) == y.bool()).double().mean())
+    assert one["accuracy"] == pytest.approx(right)
+    away = evaluate(given, batches(p, y), ood_loader=batches(p, y), bootstrap=2)
+    assert away["OOD AUROC"] == 0.5
+
+
+def test_a_posterior_and_a_baseline_of_a_single_sigmoid_are_scored_as_they_were_fitted():
+    model, batch = labelled_model(num_labels=1), token_batch(LENGTHS)
+    y = torch.arange(len(batch["labels"])) % 2
+    flat, tall = ([{**batch, "labels": labels}] for labels in (y, y.unsqueeze(1)))
+    la = KronLoraLaplace(model, "multilabel")
+    la.fit(torch.utils.data.DataLoader(flat, batch_size=None))
+    for predict in (la, la.predict, MAP(model)):
+        report = evaluate(predict, flat, bootstrap=2)
+        assert report.values == evaluate(predict, tall, bootstrap=2).values
+        assert report.labels.shape == (len(y), 1)
+    assert (
+        TemperatureScaling(model, flat).temperature == TemperatureScaling(model, tall).temperature
+    )
+
+
+def test_a_model_of_classes_with_one_output_is_refused():
+    """Its softmax is 1 whatever it says."""
+    batch = {**token_batch(LENGTHS), "labels": torch.arange(len(LENGTHS)) % 2}
+    with pytest.raises(ValueError, match="must return class probabilities"):
+        evaluate(MAP(peft_model("bert", num_labels=1)), [batch])
+
+
+def test_a_label_each_of_several_is_refused():
+    model, batch = labelled_model(), token_batch(LENGTHS)
+    with pytest.raises(ValueError, match="need a probability each"):
+        evaluate(MAP(model), [{**batch, "labels": batch["labels"] % 2}])
 
 
 def test_opposite_errors_of_two_labels_do_not_cancel():

@@ -42,6 +42,14 @@ def test_an_average_that_rounding_took_beyond_one_scores_like_the_others():
     assert report.values == pytest.approx(expected.values, abs=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8, torch.bool])
+def test_labels_may_be_integers_of_any_size(dtype):
+    kwargs = {"conformal_loader": batches(P.repeat(4, 1), Y.repeat(4).to(dtype)), "bootstrap": 2}
+    report = evaluate(given, batches(y=Y.to(dtype)), **kwargs)
+    expected = evaluate(given, batches(), **kwargs)
+    assert report.values == expected.values and report.labels.dtype == torch.int64
+
+
 def test_bootstrap_errors_are_those_of_a_mean():
     torch.manual_seed(0)
     y = torch.randint(2, (400,))
@@ -91,6 +99,7 @@ def test_tables_name_the_best():
     [
         (given, [], {}, "the loader is empty"),
         (given, [{"p": P}], {}, "no 'labels'"),
+        (given, batches(y=Y / 2), {}, "must be integers, got torch.float32"),
         (given, batches(y=Y + 1), {}, r"labels must lie in 0\.\.1"),
         (lambda batch: batch["p"].log(), batches(), {}, "apply a softmax"),
         (lambda batch: batch["p"] + torch.tensor([1.0, -1.0]), batches(), {}, "apply a softmax"),

@@ -10,6 +10,7 @@ from laplace_lora.evaluation.training_free import _layers_of
 from support.batches import LENGTHS, token_batch
 from support.models import base_model, peft_model
 from support.references import assert_near
+from support.tokens import tagged_batch, tagger
 
 ANCHOR = [token_batch(LENGTHS)]
 BATCH = token_batch((3, 5, 4))
@@ -87,3 +88,20 @@ def test_what_has_no_noise_is_refused():
     config = LoraConfig(task_type="SEQ_CLS", target_modules=["word_embeddings"])
     with pytest.raises(ValueError, match=r"train it first|linear layers"):
         TrainingFreeBayes(get_peft_model(base_model("bert"), config), ANCHOR)
+
+
+@pytest.mark.parametrize(
+    "lengths", [(4, 6, 3), (3, 2, 3)]
+)  # the second as long as classes are many
+def test_of_token_classifiers_every_real_token_counts(lengths):
+    model, batch = tagger(), tagged_batch(lengths)
+    real = batch["attention_mask"].bool()
+    own = MAP(model)(batch)[real]
+    method = TrainingFreeBayes(model, [batch], tolerance=0.05, widths=(1e-4, 1e3), steps=30)
+
+    def nll(p):
+        return F.nll_loss(p.log(), own.argmax(-1)).item()
+
+    assert nll(method(batch)[real]) <= 1.05 * nll(own)
+    method.width *= 1.001
+    assert nll(method(batch)[real]) > 1.05 * nll(own)
