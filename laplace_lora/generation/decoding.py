@@ -72,7 +72,8 @@ def generate(
         top_p: Draws are among the likeliest tokens with this probability together.
         repetition_penalty: Makes tokens that are in the text less likely, if above 1.
         logits_processor: Changes the scores, such as transformers' ``LogitsProcessorList``. They
-            are log probabilities of the predictive, shifted to the MAP's logits.
+            are log probabilities of the predictive, shifted to the MAP's logits. Called for each
+            text alone, without its padding: lengths are the text's own.
         streamer: Told of the prompts and of every new token, such as transformers'
             ``TextStreamer``.
         stop_above: Nats of epistemic uncertainty above which a text is ended; it keeps the token

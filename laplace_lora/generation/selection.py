@@ -25,8 +25,9 @@ class Selection:
         top_p: Draw among the likeliest that together have this probability.
         repetition_penalty: Divides positive scores of tokens that are in the text already, and
             multiplies negative ones; 1 for none (Keskar et al. 2019, *CTRL*, arXiv:1909.05858).
-        processor: From tokens so far ``(texts, tokens)`` and scores to scores, such as a
-            ``LogitsProcessorList``.
+        processor: From tokens so far ``(1, tokens)`` and scores ``(1, vocabulary)`` to scores, such
+            as a ``LogitsProcessorList``. It is called for each text alone and sees no padding, so
+            that a text does not depend on its neighbours.
         generator: Source of the draws.
 
     Raises:
@@ -62,7 +63,12 @@ class Selection:
         if self.repetition_penalty != 1:
             scores = self._penalised(scores, ids, mask)
         if self.processor is not None:
-            scores = self.processor(ids, scores)
+            scores = torch.cat(
+                [
+                    self.processor(text[real != 0].unsqueeze(0), of_text.unsqueeze(0))
+                    for text, real, of_text in zip(ids, mask, scores, strict=True)
+                ]
+            )
         if not self.do_sample:
             return scores.argmax(-1)
         scores = scores / self.temperature

@@ -190,7 +190,7 @@ def write(
     answers: Any = 0.0
     predictions, tokens, where = [], [], []
     if streamer is not None:
-        streamer.put(ids.cpu())
+        streamer.put(ids.masked_fill(mask == 0, pad).cpu())
     for step in places:
         token = selection(steps.scores(), ids[live], mask[live])
         seen = steps.chosen(token)

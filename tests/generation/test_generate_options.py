@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, MinNewTokensLengthLogitsProcessor, TextStreamer
+from transformers import (
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TextStreamer,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from laplace_lora.generation import generate, score
@@ -75,6 +80,23 @@ def test_a_list_of_processors_is_called(certain):
     assert torch.equal(ours.tokens, expected)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_processor_sees_each_text_without_its_padding(certain, method):
+    batch, seen = prompts((4, 2)), []
+
+    def penalty(ids, scores):
+        seen.append(ids[0].tolist())
+        return RepetitionPenaltyLogitsProcessor(30.0)(ids, scores)
+
+    rules = {"eos_token_id": [], "logits_processor": penalty, "method": method}
+    both = generate(certain, batch, 6, VOCABULARY, **rules).tokens
+    real = [row[row != 0] for row in batch["input_ids"]]
+    texts = [[*text.tolist(), *new] for text, new in zip(real, both.tolist(), strict=True)]
+    assert seen == [t[: len(r) + i] for i in range(6) for t, r in zip(texts, real, strict=True)]
+    alone = generate(certain, real[1].unsqueeze(0), 6, VOCABULARY, **rules)
+    assert torch.equal(both[1], alone.tokens[0])
+
+
 def draws(la, **kwargs):
     many = prompts((4,))["input_ids"].expand(400, -1)
     return generate(la, many, 1, generator=seeded(), do_sample=True, n_samples=4, **kwargs)
@@ -131,6 +153,14 @@ def test_streamers_are_told_of_every_token(capsys):
     assert torch.equal(torch.stack(heard.values[1:], 1), ours.tokens)
     generate(la, prompts((4,)), 2, K, streamer=TextStreamer(Words(), skip_prompt=True))
     assert len(capsys.readouterr().out.split()) == 2
+
+
+def test_streamers_are_told_of_padding_as_padding():
+    la, heard, batch = language_posterior(), Heard(), prompts((4, 2))
+    la.logits_model.model.generation_config.pad_token_id = 7
+    generate(la, batch, 1, K, generator=seeded(), streamer=heard)
+    expected = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 7)
+    assert torch.equal(heard.values[0], expected) and bool((expected[1, :2] == 7).all())
 
 
 @pytest.mark.parametrize("method", METHODS)
