@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,19 +40,21 @@ def columns_of(rows: Sequence[Row], asked: Columns, known: Columns | None = None
         asked: Columns named in options.
         known: Columns that a posterior was fitted with. Labels and completions may be missing.
 
+    Rows need not all have the same columns: it is there if one of them has it.
+
     Raises:
         ValueError: If a column that was asked for, or that of the fit's texts, is missing.
     """
-    first = rows[0]
+    present = present_in(rows)
     for name in (asked.text, asked.pair, asked.completion, asked.label):
-        if name is not None and name not in first:
-            raise ValueError(f"there is no column {name!r}; the data have {_listed(first)}")
+        if name is not None and name not in present:
+            raise ValueError(f"there is no column {name!r}; the data have {_listed(present)}")
     if known is not None:
         for name in (known.text, known.pair) if asked.text is None else ():
-            if name is not None and name not in first:
+            if name is not None and name not in present:
                 raise ValueError(
                     f"the posterior was fitted on the column {name!r}; the data have "
-                    f"{_listed(first)}. Name the column by --text-field or --pair-field"
+                    f"{_listed(present)}. Name the column by --text-field or --pair-field"
                 )
     choices = {"text": TEXTS, "pair": PAIRS, "completion": COMPLETIONS, "label": LABELS}
     found: dict[str, str | None] = {}
@@ -62,14 +64,19 @@ def columns_of(rows: Sequence[Row], asked: Columns, known: Columns | None = None
         is_new = of_fit is None and role != "pair"
         candidates = usual if known is None or is_new or role == "label" else ()
         found[role] = getattr(asked, role) or next(
-            (name for name in (of_fit, *candidates) if name is not None and name in first), None
+            (name for name in (of_fit, *candidates) if name is not None and name in present), None
         )
     return Columns(**found)
 
 
-def is_preference(row: Mapping[str, Any]) -> bool:
-    """Return whether a row is a preference pair."""
-    return CHOSEN in row and REJECTED in row
+def present_in(rows: Sequence[Row]) -> list[str]:
+    """Return the names of all columns, in their order; a row may lack some of them."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def is_preference(rows: Sequence[Row]) -> bool:
+    """Return whether rows are preference pairs: whether these columns are there."""
+    return {CHOSEN, REJECTED} <= set(present_in(rows))
 
 
 def cell(row: Row, name: str | None, number: int, what: str, option: str) -> Any:
@@ -91,7 +98,8 @@ def cell(row: Row, name: str | None, number: int, what: str, option: str) -> Any
         )
     value = row.get(name)
     if value is None or value == "":
-        raise ValueError(f"row {number} has no {what}: its column {name!r} is empty")
+        state = "is empty" if name in row else "is missing"
+        raise ValueError(f"row {number} has no {what}: its column {name!r} {state}")
     return value
 
 
@@ -108,5 +116,5 @@ def label_cells(rows: Sequence[Row], name: str | None) -> list[Any]:
     return [cell(row, name, n, "label", "--label-field") for n, row in enumerate(rows, start=1)]
 
 
-def _listed(row: Mapping[str, Any]) -> str:
-    return ", ".join(repr(name) for name in row)
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))

@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from laplace_lora.commands.columns import cell
+from laplace_lora.commands.columns import cell, present_in
 from laplace_lora.commands.opened import Opened, open_posterior
 from laplace_lora.commands.output import check_writable
 from laplace_lora.commands.planning import WITH_CLASSES
@@ -88,7 +88,7 @@ def run(
 
 def _groups(rows: list[Row], name: str) -> list[str]:
     """Return the group of each row."""
-    known = name if name in rows[0] else None
+    known = name if name in present_in(rows) else None
     return [str(cell(row, known, n, "group", "--group-field")) for n, row in enumerate(rows, 1)]
 
 

@@ -35,7 +35,7 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row], options: dict[str, Any]) -> 
         ValueError: If model, answers and data do not go together.
     """
     columns = columns_of(rows, asked_columns(options))
-    likelihood = _likelihood(adapter, rows[0], columns, options)
+    likelihood = _likelihood(adapter, rows, columns, options)
     targets, names = list(options.get("targets") or ()), list(options.get("labels") or ())
     if targets:
         if names:
@@ -83,7 +83,9 @@ def plan_again(plan: Plan, rows: Sequence[Row], options: dict[str, Any]) -> Plan
     )
 
 
-def _likelihood(adapter: Adapter, row: Row, columns: Columns, options: dict[str, Any]) -> str:
+def _likelihood(
+    adapter: Adapter, rows: Sequence[Row], columns: Columns, options: dict[str, Any]
+) -> str:
     """Return the likelihood that is asked for, or that fits model and data."""
     asked, targets = options.get("likelihood"), options.get("targets")
     possible: tuple[str, ...]
@@ -92,10 +94,11 @@ def _likelihood(adapter: Adapter, row: Row, columns: Columns, options: dict[str,
             raise ValueError("--target is for language models; this model has a head of its own")
         several = adapter.outputs > 1
         default = "classification" if several else "regression"
-        labels = None if columns.label is None else row[columns.label]
-        if several and (adapter.is_multilabel or isinstance(labels, list)):
+        label = columns.label
+        has_lists = label is not None and any(isinstance(row.get(label), list) for row in rows)
+        if several and (adapter.is_multilabel or has_lists):
             default = "multilabel"
-        if not several and is_preference(row):
+        if not several and is_preference(rows):
             default = "reward_modeling"
         possible = (
             ("classification", "multilabel", "regression")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from laplace_lora.commands.columns import CHOSEN, REJECTED, is_preference
+from laplace_lora.commands.columns import CHOSEN, REJECTED, is_preference, present_in
 from laplace_lora.commands.opened import Opened, open_posterior
 from laplace_lora.commands.output import check_writable, json_lines
 from laplace_lora.commands.rows import Row, read_rows
@@ -23,9 +23,10 @@ def run(adapter: str, data: str, out: str, keep: Sequence[str], **options: Any) 
     """Predict and write."""
     check_writable(out)
     rows = read_rows(data, options["split"])
+    present = present_in(rows)
     for name in keep:
-        if name not in rows[0]:
-            raise ValueError(f"--keep {name}: the data have {', '.join(map(repr, rows[0]))}")
+        if name not in present:
+            raise ValueError(f"--keep {name}: the data have {', '.join(map(repr, present))}")
     opened = open_posterior(adapter, rows, options)
     if opened.plan.likelihood == "language_modeling":
         raise ValueError(
@@ -47,7 +48,7 @@ def predictions(opened: Opened, rows: Sequence[Row], batch_size: int) -> Predict
         batch_size: Rows per batch.
     """
     inputs, data = opened.inputs, None
-    if opened.plan.likelihood == "reward_modeling" and is_preference(rows[0]):
+    if opened.plan.likelihood == "reward_modeling" and is_preference(rows):
         data = inputs.loader(rows, batch_size)
     texts = data or [inputs.text(row, n) for n, row in enumerate(rows, start=1)]
     words = opened.adapter.tokenizer

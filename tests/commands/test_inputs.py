@@ -3,7 +3,7 @@
 import pytest
 
 from laplace_lora.commands.adapter import CAUSAL, HEAD, Adapter
-from laplace_lora.commands.columns import Columns, columns_of
+from laplace_lora.commands.columns import Columns, columns_of, is_preference
 from laplace_lora.commands.inputs import Inputs
 from laplace_lora.commands.labels import classes_of
 from laplace_lora.commands.names import applying
@@ -87,6 +87,22 @@ def test_columns_are_those_asked_for_then_the_fit_s_then_the_usual():
     assert columns_of([row], Columns(), known) == Columns("review", None, None, "label")
     with pytest.raises(ValueError, match="no column 'stars'; the data have 'sentence', 'review'"):
         columns_of([row], Columns(label="stars"))
+
+
+def test_a_column_is_there_if_any_row_has_it():
+    row, full = {"text": "the film", "label": 0}, {"text": "a", "text_pair": "b", "completion": "c"}
+    assert columns_of([row, full], Columns()) == TEXT
+    assert columns_of([row, full], Columns(), TEXT) == TEXT
+    assert columns_of([row, full], Columns(text="completion")).text == "completion"
+    assert is_preference([{"prompt": "a"}, {"chosen": "b", "rejected": "c"}])
+    first, second = ({**r, "label": 0} for r in ({"text": "the film"}, {**full, "text": "was"}))
+    plain, paired = inputs().labelled([first, second])
+    assert plain["input_ids"] == tokenizer()("the film")["input_ids"]
+    assert paired["input_ids"] == tokenizer()("was", "b")["input_ids"]
+    with pytest.raises(ValueError, match="row 2 has no label: its column 'label' is missing"):
+        inputs().labelled([row, full])
+    with pytest.raises(ValueError, match="row 1 has no completion: its column 'completion' is mis"):
+        inputs("language_modeling", CAUSAL).scored(row, 1)
 
 
 @pytest.mark.parametrize(

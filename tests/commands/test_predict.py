@@ -42,6 +42,29 @@ def test_rows_come_in_order_with_what_is_kept(fitted, data, tmp_path):
         assert row["prediction"] == ("bad", "good")[int(p.argmax())]
 
 
+def test_rows_may_lack_columns_that_others_have(adapter, data, tmp_path):
+    def both(row, of_first):
+        second = {} if row["id"] == "row-0" else {"text_pair": "the meal was bad", "kind": "b"}
+        return {**row, **of_first, **second}
+
+    args = ("--data", data("train", lambda row: both(row, {"text_pair": None})), "-q")
+    folder = adapter()
+    run("fit", folder, *args)
+    keep = ("--keep", "text_pair")
+    expected = run("predict", folder, *args, *keep).stdout
+    args = ("--data", data("train", lambda row: both(row, {})), "-q")
+    run("fit", folder, *args, "--overwrite")
+    assert json.loads((folder / PLAN).read_text())["columns"]["pair"] == "text_pair"
+    for line, other in zip(
+        run("predict", folder, *args, *keep).stdout.splitlines(), expected.splitlines(), strict=True
+    ):
+        row, other = json.loads(line), json.loads(other)
+        assert row["text_pair"] == other["text_pair"]
+        assert row["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
+    message = refused("evaluate", folder, *args, "--group-field", "kind")
+    assert "row 1 has no group: its column 'kind' is missing" in message
+
+
 def test_standard_input_and_output(fitted, data):
     path = data("test")
     result = run("predict", fitted, "--data", "-", given=path.read_text())
