@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -44,10 +45,12 @@ def brier(p: Tensor, y: Tensor) -> float:
 def adaptive_ece(p: Tensor, y: Tensor) -> float:
     """Return the calibration error over 15 bins that hold equally many examples, a fraction.
 
+    Examples of equal confidence share their errors evenly, so their order does not matter.
+
     Source: Nixon et al. (2019), arXiv:1904.01685.
     """
     confidence, order = p.max(-1).values.double().sort()
-    gap = confidence - _correct(p, y)[order]
+    gap = confidence - shared_by_equals(confidence, _correct(p, y)[order])
     return sum(abs(float(part.sum())) for part in gap.tensor_split(BINS)) / len(gap)
 
 
@@ -56,15 +59,17 @@ def debiased_ce(p: Tensor, y: Tensor) -> float:
 
     A perfect model has an expected ECE well above 0, since every bin's accuracy is noisy. Here the
     square of each bin's gap loses the variance of its accuracy, so that the square is unbiased;
-    where less than nothing is left the error is 0. Bins hold equally many examples, at least two.
+    where less than nothing is left the error is 0. Bins hold equally many examples, at least two,
+    as nearly as may be with examples of equal confidence all in one: shared among several bins,
+    their errors would be no independent draws, and what is subtracted not their variance.
 
     Source: Kumar, Liang, Ma (2019), arXiv:1909.10155, the debiased estimator of section 5.
     """
     confidence, order = p.max(-1).values.double().sort()
     correct = _correct(p, y)[order]
-    bins = max(1, min(BINS, len(correct) // 2))
+    cuts = _cuts_between_levels(confidence)
     total = 0.0
-    for right, said in zip(correct.tensor_split(bins), confidence.tensor_split(bins), strict=True):
+    for right, said in zip(correct.tensor_split(cuts), confidence.tensor_split(cuts), strict=True):
         noise = float(right.mean() * (1 - right.mean())) / max(len(right) - 1, 1)
         total += len(right) * (float(right.mean() - said.mean()) ** 2 - noise)
     return math.sqrt(max(total / len(correct), 0.0))
@@ -78,14 +83,19 @@ def risk_coverage(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Coverages ``1/N, …, 1`` and risks, ``(examples,)`` each, float64.
     """
-    confidence = p.max(-1).values
-    levels, group = (-confidence).unique(return_inverse=True)
-    count = torch.zeros(len(levels), dtype=torch.float64, device=p.device)
-    wrong = count.index_add(0, group, 1 - _correct(p, y))
-    count = count.index_add(0, group, torch.ones_like(group, dtype=torch.float64))
-    errors: Tensor = (wrong / count).repeat_interleave(count.long())
-    accepted = torch.arange(1, len(p) + 1, dtype=torch.float64, device=p.device)
-    return accepted / len(p), errors.cumsum(0) / accepted
+    return risks(p.max(-1).values, 1 - _correct(p, y))
+
+
+def risks(confidence: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor]:
+    """Return coverages and risks as `risk_coverage` does, whatever is wrong or right.
+
+    Args:
+        confidence: Of each example, ``(examples,)``.
+        wrong: How wrong each is, likewise; 0 or 1.
+    """
+    errors = shared_by_equals(confidence, wrong.double())[confidence.argsort(descending=True)]
+    accepted = torch.arange(1, len(errors) + 1, dtype=torch.float64, device=errors.device)
+    return accepted / len(errors), errors.cumsum(0) / accepted
 
 
 def aurc(p: Tensor, y: Tensor) -> float:
@@ -159,6 +169,33 @@ METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
 
 def _correct(p: Tensor, y: Tensor) -> Tensor:
     return (p.argmax(-1) == y).double()
+
+
+def shared_by_equals(confidence: Tensor, values: Tensor) -> Tensor:
+    """Return for each example the mean value of all examples of its confidence, ``(examples,)``."""
+    _, group, count = confidence.unique(return_inverse=True, return_counts=True)
+    means: Tensor = values.new_zeros(len(count)).index_add(0, group, values) / count
+    return means[group]
+
+
+def _cuts_between_levels(confidence: Tensor) -> list[int]:
+    """Return where bins of nearly equal size begin that split no examples of equal confidence.
+
+    Args:
+        confidence: In ascending order, ``(examples,)``.
+
+    Returns:
+        Every bin's first example but the first bin's; bins hold two examples or more.
+    """
+    n = len(confidence)
+    ends = confidence.unique_consecutive(return_counts=True)[1].cumsum(0)
+    sizes = [len(part) for part in confidence.tensor_split(max(1, min(BINS, n // 2)))]
+    cuts: list[int] = []
+    for wanted in itertools.accumulate(sizes):
+        cut = int(ends[(ends - wanted).abs().argmin()])
+        if min(cut - (cuts[-1] if cuts else 0), n - cut) >= 2:
+            cuts.append(cut)
+    return cuts
 
 
 def _detection(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from laplace_lora.evaluation.metrics import risks
 from laplace_lora.predictive.span_predictions import SpanPredictions
 from laplace_lora.tuning.calibration_error import binary_expected_calibration_error
 
@@ -33,15 +34,12 @@ def span_metrics(predictions: SpanPredictions) -> dict[str, float]:
         raise ValueError("the questions have no labels; predict batches with their answers")
     answer, confidence = predictions.answer, predictions.confidence.double()
     exact = (answer == labels).all(1)
-    order = confidence.argsort(descending=True, stable=True)
-    errors = (~exact)[order].double()
-    counts = torch.arange(1, len(errors) + 1, device=errors.device)
     return {
         "exact match": float(exact.double().mean()),
         "F1": float(_f1(answer, labels).mean()),
         "NLL": float(-label_prob.double().log().mean()),
         "ECE": binary_expected_calibration_error(confidence, exact),
-        "AURC": float((errors.cumsum(0) / counts).mean()),
+        "AURC": float(risks(confidence, ~exact)[1].mean()),
     }
 
 

@@ -1,5 +1,6 @@
 """Calibration metrics against hand-computed values."""
 
+import itertools
 import math
 
 import pytest
@@ -94,6 +95,41 @@ def test_a_perfect_model_has_no_debiased_error_on_average():
     p = torch.tensor([[0.9, 0.1]] * 20000)
     y = torch.randint(2, (20000,), generator=generator)
     assert debiased_ce(p, y) == pytest.approx(0.4, abs=0.02)
+
+
+def test_the_order_of_examples_of_equal_confidence_does_not_matter():
+    p = torch.tensor([[0.9, 0.1]] * 100 + [[0.6, 0.4]] * 20)
+    right = [1] * 90 + [0] * 10 + [1] * 6 + [0] * 14
+    y = 1 - torch.tensor(right)
+    shuffled = torch.randperm(120, generator=torch.Generator().manual_seed(0))
+    for order in (torch.arange(120), torch.arange(119, -1, -1), shuffled):
+        # The 20 fill two bins and share one, where 8 of them meet nobody's gap but their own.
+        assert adaptive_ece(p[order], y[order]) == pytest.approx(20 * 0.3 / 120)
+        squares = 20 * (0.3**2 - 0.3 * 0.7 / 19) + 100 * (0 - 0.9 * 0.1 / 99)
+        assert debiased_ce(p[order], y[order]) ** 2 == pytest.approx(squares / 120)
+
+
+def test_the_debiased_square_of_equal_confidences_is_unbiased():
+    """Its expectation over all draws of six labels, of which 0.3 are right on average."""
+    p = torch.tensor([[0.95, 0.05]] * 6 + [[0.9, 0.1]] * 10).double()
+    square = 0.0
+    for right in itertools.product((0, 1), repeat=6):
+        k = sum(right)
+        y = torch.tensor([1 - r for r in right] + [1] * 10)
+        square += 0.3**k * 0.7 ** (6 - k) * debiased_ce(p, y) ** 2
+    assert square == pytest.approx((6 * (0.3 - 0.95) ** 2 + 10 * 0.9**2) / 16, rel=1e-6)
+
+
+def test_bins_of_the_debiased_error_hold_two_examples_or_more():
+    """Of one alone no variance would be subtracted."""
+    levels = [0.6, 0.7, 0.7, 0.7, 0.8, 0.9, 0.9, 0.95]
+    p = torch.tensor([[c, 1 - c] for c in levels]).double()
+    y = torch.tensor([1, 1, 0, 1, 0, 0, 1, 1])
+    total = 0.0
+    for part in (slice(0, 4), slice(4, 8)):  # cuts at 2 and 6 would split, or leave one alone
+        right, said = (1 - y[part]).double(), p[part, 0]
+        total += 4 * ((right - said).mean() ** 2 - right.mean() * (1 - right.mean()) / 3)
+    assert debiased_ce(p, y) == pytest.approx((float(total) / 8) ** 0.5)
 
 
 def test_risk_coverage_by_hand():
