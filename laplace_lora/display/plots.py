@@ -16,6 +16,7 @@ BAR, GAP, LINE = "#4878a8", "#d1605e", "#404040"
 BINS = 20
 FAR = 4  # times the longest bar
 TEXTS = 40  # shown of a table of texts, at most
+LEAST_HEIGHT = 2.8  # inches, in which the name of a colour bar has room
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -162,7 +163,7 @@ def texts_figure(values: Tensor, mask: Tensor, title: str) -> Figure:
         ImportError: If matplotlib is missing.
     """
     shown = values[:TEXTS].double().masked_fill(~mask[:TEXTS], float("nan"))
-    figure = new_figure(8.4, 1.2 + 0.25 * len(shown))
+    figure = new_figure(8.4, max(1.2 + 0.25 * len(shown), LEAST_HEIGHT))
     axis = figure.subplots()
     image = axis.imshow(shown.tolist(), aspect="auto", cmap="Reds", interpolation="nearest")
     figure.colorbar(image, label=title)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 STRONG = "black on #d65a31"  # as the ground of the most uncertain token in HTML
+NO_TEXT = "·"  # so that the colour of a token that completes no character can be seen
 GROUNDS = ((0.75, STRONG), (0.5, "black on #e58b6d"), (0.25, "black on #f2c4b5"))
 
 
@@ -64,6 +65,6 @@ def _append(line: Text, token: Mapping[str, Any], largest: float) -> None:
     share = token["mutual_information"] / largest
     style = next((style for least, style in GROUNDS if share >= least), "")
     if "text" in token:
-        line.append(token["text"], style)
+        line.append(token["text"] or NO_TEXT, style)
     else:
         line.append(str(token["token"]), style).append(" ")

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from laplace_lora.display.terminal import NO_TEXT
+
 COLOUR = "214, 90, 49"  # red, green, blue of the ground under the most uncertain token
 
 
@@ -26,7 +28,7 @@ def coloured_html(texts: Sequence[Mapping[str, Any]], title: str) -> str:
 
 def _token(token: Mapping[str, Any], largest: float) -> str:
     strength = 0.8 * max(token["mutual_information"], 0) / largest
-    shown = token["text"] if "text" in token else f"{token['token']} "
+    shown = (token["text"] or NO_TEXT) if "text" in token else f"{token['token']} "
     told = (
         f"probability {token['prob']:.3g} (MAP {token['map_prob']:.3g}), entropy "
         f"{token['entropy']:.3g}, epistemic {token['mutual_information']:.3g} nats"

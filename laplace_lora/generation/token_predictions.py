@@ -14,6 +14,7 @@ from laplace_lora.display.tables import data_frame, plain
 from laplace_lora.display.terminal import coloured_text
 from laplace_lora.generation.coloured import coloured_html
 from laplace_lora.generation.next_token import NextToken
+from laplace_lora.generation.token_texts import text_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -154,7 +155,7 @@ class TokenPredictions:
         """Return ``{"texts": [...]}``: each text's log probabilities, and its tokens one by one.
 
         Args:
-            tokenizer: The model's; adds texts to the token numbers.
+            tokenizer: The model's; adds texts to the token numbers, see `token_texts`.
         """
         by_text: dict[str, list[Any]] = {
             "log_prob": plain(self.sequence_log_prob),
@@ -170,14 +171,7 @@ class TokenPredictions:
             "entropy": self.entropy,
             "mutual_information": self.mutual_information,
         }
-        texts = []
-        for i, real in enumerate(self.mask):
-            columns = {name: plain(values[i][real]) for name, values in by_token.items()}
-            rows = zip(*columns.values(), strict=True)
-            text: dict[str, Any] = {k: v[i] for k, v in by_text.items()}
-            text["tokens"] = [dict(zip(columns, row, strict=True)) for row in rows]
-            texts.append(text if tokenizer is None else _decoded(text, tokenizer))
-        return {"texts": texts}
+        return {"texts": text_rows(by_text, by_token, self.mask, tokenizer)}
 
     def to_pandas(self, tokenizer: Any = None) -> DataFrame:
         """Return a data frame with one row per token, and its text and place.
@@ -214,8 +208,7 @@ class TokenPredictions:
             where: Row and column of each place.
             texts: Number of rows.
             pad: Token where there is no place.
-            variance: ``log_prob_variance``; where the predictions have samples it follows from
-                these.
+            variance: ``log_prob_variance``; by default that of the predictions' samples.
             stopped: See above; by default none were.
         """
         rows, columns = (torch.cat(indices) for indices in zip(*where, strict=True))
@@ -255,10 +248,3 @@ class TokenPredictions:
             log_probabilities=log_probabilities,
             stopped=stopped,
         )
-
-
-def _decoded(text: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """Return a text of `TokenPredictions.to_dict` with what it and its tokens read."""
-    numbers = [token["token"] for token in text["tokens"]]
-    tokens = [{"text": tokenizer.decode([token["token"]]), **token} for token in text["tokens"]]
-    return {"text": str(tokenizer.decode(numbers)), **text, "tokens": tokens}

@@ -151,7 +151,7 @@ def test_conversations_are_scored_in_the_last_message(adapter, data):
     run("fit", folder, "--data", data("train", conversation), "-q")
     result = run("score", folder, "--data", data("test", conversation), "--top-k", 4, "-q")
     tokens = json.loads(result.stdout.splitlines()[0])["tokens"]
-    assert [t["text"] for t in tokens] == [reviews(20, 2)[0]["text"].split()[-1], "[EOS]"]
+    assert [t["text"] for t in tokens] == [f" {reviews(20, 2)[0]['text'].split()[-1]}", " [EOS]"]
     question = data("test", lambda row: {"messages": conversation(row)["messages"][:1]})
     assert "last message is not the assistant's" in refused("score", folder, "--data", question)
     run("generate", folder, "--data", question, "--max-new-tokens", 1, "--top-k", 4, "-q")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from laplace_lora.display.plots import texts_figure
 from laplace_lora.evaluation import evaluate
 from laplace_lora.generation import score
 from laplace_lora.predictive.predictions import Predictions
@@ -76,6 +77,15 @@ def test_tokens():
     expected = found.mutual_information[found.mask].double()
     torch.testing.assert_close(shown[found.mask].double(), expected)
     assert bar.get_ylabel() == "mutual information in nats"
+
+
+@pytest.mark.parametrize("texts", [1, 2, 3, 40])
+def test_the_name_of_a_colour_bar_has_room(texts):
+    values = torch.rand(texts, 5)
+    figure = texts_figure(values, torch.ones_like(values) > 0, "mutual information in nats")
+    _, bar = drawn(figure)
+    box = bar.yaxis.label.get_window_extent()
+    assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
 
 
 def test_calibrations():

@@ -19,7 +19,7 @@ from laplace_lora.predictive.token_class_predictions import TokenClassPrediction
 from support.batches import loader, token_batch, validation
 from support.language import language_posterior, text_batch
 from support.posteriors import EVERY_CLASS, fitted, posterior
-from support.texts import word_tokenizer
+from support.texts import byte_tokenizer, word_tokenizer
 
 BATCH = token_batch((6, 3, 5))
 
@@ -206,12 +206,22 @@ def test_tokens_in_a_terminal_are_coloured_by_epistemic_uncertainty(tokens):
 
 def test_a_tokenizer_gives_texts(tokens):
     tokenizer = word_tokenizer()
+    tokens = replace(tokens, tokens=2 + tokens.tokens % 8)
     text = tokens.to_dict(tokenizer)["texts"][0]
     ids = [token["token"] for token in text["tokens"]]
     assert text["text"] == tokenizer.decode(ids)
-    assert text["tokens"][0]["text"] == tokenizer.decode(ids[:1])
+    assert "".join(token["text"] for token in text["tokens"]) == f" {text['text']}"
     assert "text" in tokens.to_pandas(tokenizer)
     assert tokenizer.decode(ids[:1]) in tokens.to_html(tokenizer)
+
+
+def test_tokens_that_complete_no_character_can_be_seen(tokens):
+    tokenizer = byte_tokenizer()
+    ids = torch.tensor(tokenizer("東b東c")["input_ids"])[:3]  # the first character
+    one = replace(tokens, tokens=ids.expand_as(tokens.tokens))
+    assert [t["text"] for t in one.to_dict(tokenizer)["texts"][0]["tokens"]] == ["", "", "東"]
+    assert one.to_html(tokenizer).count(">·<") == sum(n - 1 for n in one.mask.sum(1).tolist())
+    assert "··東" in printed(one.to_rich(tokenizer))
 
 
 @pytest.mark.parametrize(("cls", "kwargs"), EVERY_CLASS)

@@ -1,4 +1,4 @@
-"""A tokenizer of one-letter words."""
+"""Tokenizers of one-letter words and of bytes."""
 
 from transformers import PreTrainedTokenizerFast
 
@@ -16,3 +16,28 @@ def word_tokenizer(pad="[PAD]"):
         model_max_length=16,
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def byte_tokenizer():
+    """GPT-2's bytes, without merges: a character outside ASCII has several tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokens)
+
+
+def stripping_tokenizer(words=("the", "meal", "was", "good", "2", ".")):
+    """Llama 2's decoder, with bytes for what is no word: it drops a text's first space."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)] + ["▁", *words]
+    pieces += [f"▁{word}" for word in words]
+    scores = [(piece, -1.0 - (i < 256)) for i, piece in enumerate(pieces)]
+    tokens = Tokenizer(models.Unigram(scores, unk_id=0, byte_fallback=True))
+    tokens.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokens.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokens)
