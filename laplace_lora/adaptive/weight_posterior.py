@@ -128,7 +128,12 @@ class WeightPosterior(Optimizer):
 
         Warns once while no curvature has moved by more than 5 % from its start: the widths are
         then those of the start, and a signal-to-noise ratio is little more than a magnitude.
+
+        Raises:
+            RuntimeError: If a draw is in place, which is no mean.
         """
+        if self.is_drawn:
+            raise RuntimeError("drawn weights are in place; restore() the mean first")
         change = self.curvature_change()
         near = float(change[0]) >= 1 - UNINFORMED and float(change[-1]) <= 1 + UNINFORMED
         if near and not self._warned:

@@ -59,7 +59,7 @@ def generate(
             ``attention_mask``; or the token numbers alone, ``(texts, tokens)``.
         max_new_tokens: Where to stop at the latest.
         top_k: Tokens looked at in each place. Draws are among these; ``"exact"`` generates no
-            others.
+            others, unless a processor forces them.
         do_sample: Draw tokens from the predictive among the ``top_k``, instead of taking the
             likeliest.
         link_approx: As of `score`.
@@ -88,8 +88,9 @@ def generate(
 
     Raises:
         AttributeError: If the posterior has not been fitted.
-        ValueError: If a prompt is missing, an option is out of range, or the model is no causal
-            language model or cannot carry tangents, see `score`.
+        FloatingPointError: If scores of tokens are not a number.
+        ValueError: If a prompt is missing, an option is out of range, a processor leaves no token,
+            or the model is no causal language model or cannot carry tangents, see `score`.
     """
     check_method(method, link_approx)
     stopping = Stopping(stop_above, stop_on)

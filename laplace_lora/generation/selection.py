@@ -59,6 +59,10 @@ class Selection:
             scores: Log probabilities up to a constant, ``(texts, vocabulary)``.
             ids: Tokens so far, ``(texts, tokens)``.
             mask: Which of them are real.
+
+        Raises:
+            FloatingPointError: If scores are not a number; names the texts.
+            ValueError: If the processor leaves a text no token.
         """
         if self.repetition_penalty != 1:
             scores = self._penalised(scores, ids, mask)
@@ -69,6 +73,7 @@ class Selection:
                     for text, real, of_text in zip(ids, mask, scores, strict=True)
                 ]
             )
+        _check_scores(scores)
         if not self.do_sample:
             return scores.argmax(-1)
         scores = scores / self.temperature
@@ -83,4 +88,19 @@ class Selection:
         factor = self.repetition_penalty
         return torch.where(
             present, torch.where(scores > 0, scores / factor, scores * factor), scores
+        )
+
+
+def _check_scores(scores: Tensor) -> None:
+    """Refuse scores of which no token can be chosen: the largest would be the first one."""
+    largest = scores.amax(-1)  # NaN if any is
+    if bool(largest.isnan().any()):
+        raise FloatingPointError(
+            f"scores are not a number in rows {largest.isnan().nonzero().flatten().tolist()} of "
+            "the texts that go on; look for NaN in their inputs, the model or the processor"
+        )
+    if bool((largest == -torch.inf).any()):
+        raise ValueError(
+            "the logits_processor leaves a text no token to choose; with method='exact' only the "
+            "`top_k` candidates have a score: raise top_k, or use method='sampled'"
         )

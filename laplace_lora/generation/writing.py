@@ -58,7 +58,7 @@ class ExactSteps:
         self._prediction: NextToken
 
     def scores(self) -> Tensor:
-        """Return scores of the candidates; no other token can be chosen."""
+        """Return scores of the candidates; no other token is chosen unless it is forced."""
         texts = {"input_ids": self._ids, "attention_mask": self._mask}
         self._prediction = found = self._predictor(texts)
         vocabulary: Any = self._predictor.model.vocabulary_size
@@ -68,8 +68,12 @@ class ExactSteps:
         return scores.scatter(-1, found.candidates, found.log_probabilities + constant)
 
     def chosen(self, tokens: Tensor) -> NextToken:
-        """Return the prediction, which does not depend on what was chosen."""
-        return self._prediction
+        """Return the prediction, with the chosen tokens among the candidates."""
+        found = self._prediction
+        if bool((found.candidates == tokens.unsqueeze(-1)).any(-1).all()):
+            return found
+        # A processor has forced a token that was none of them.
+        return self._predictor({"input_ids": self._ids, "attention_mask": self._mask}, tokens)
 
     def go_on(self, tokens: Tensor, texts: Tensor) -> None:
         """Append tokens to the texts that go on."""

@@ -24,6 +24,18 @@ def regression(n=60, d=3, noise=0.7, seed=0):
     return X, y + noise * torch.randn(n, generator=generator, dtype=torch.float64)
 
 
+def test_drawn_weights_are_no_mean():
+    w = nn.Parameter(torch.zeros(3))
+    optimizer = IVON([w], ess=10)
+    with (
+        optimizer.sampled_params(),
+        pytest.raises(RuntimeError, match=r"restore\(\) the mean first"),
+    ):
+        optimizer.marginals()
+    with pytest.warns(UserWarning, match="carry no information"):
+        assert not optimizer.marginals()[w][0].any()
+
+
 @pytest.mark.slow
 def test_linear_regression_recovers_the_exact_posterior():
     X, y = regression()

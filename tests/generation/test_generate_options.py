@@ -97,6 +97,43 @@ def test_a_processor_sees_each_text_without_its_padding(certain, method):
     assert torch.equal(both[1], alone.tokens[0])
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_forced_token_has_its_own_probability(method):
+    """Though it may be none of the candidates."""
+    la, batch = language_posterior(), prompts((4, 4))
+    forced = la.logits_model.model(**batch).logits[:, -1].argmin(-1)
+
+    def force(ids, scores):
+        return torch.full_like(scores, -torch.inf).index_fill(1, forced[:1], 0)
+
+    kwargs = {"top_k": 3, "method": method, "n_samples": 16 if method == "sampled" else None}
+    found = generate(
+        la, batch, 2, logits_processor=force, eos_token_id=[], generator=seeded(), **kwargs
+    )
+    assert (found.tokens == forced[0]).all()
+    ids = torch.cat([batch["input_ids"], found.tokens], 1)
+    labels = ids.clone()
+    labels[:, :4] = -100
+    texts = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    expected = score(la, texts, generator=seeded(), **kwargs)
+    for name in ("map_log_prob", "log_prob", "tail_probability", "log_prob_variance"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+    assert (found.candidates == forced[0]).any(-1).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_no_token_is_chosen_where_none_can_be(certain, method, do_sample):
+    def none(ids, scores):
+        return torch.full_like(scores, -torch.inf)
+
+    kwargs = {"method": method, "do_sample": do_sample}
+    with pytest.raises(ValueError, match="leaves a text no token to choose"):
+        generate(certain, prompts(), 2, 3, logits_processor=none, **kwargs)
+    with pytest.raises(FloatingPointError, match=r"rows \[0, 1, 2\]"):
+        generate(certain, prompts(), 2, 3, logits_processor=lambda ids, s: s * torch.nan, **kwargs)
+
+
 def draws(la, **kwargs):
     many = prompts((4,))["input_ids"].expand(400, -1)
     return generate(la, many, 1, generator=seeded(), do_sample=True, n_samples=4, **kwargs)
