@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from laplace_lora.data.examples import Examples
+from laplace_lora.data.masks import Place
 
 
 class Call(NamedTuple):
@@ -26,6 +27,7 @@ class Call(NamedTuple):
         output: What the module itself returned, before any hook of the user's replaced it.
         gradient: Where the output's gradient can be watched; ``None`` if it has none.
         source: Place in the graph of the first argument, if it carries a gradient and is known.
+        place: At whose tokens an encoder-decoder's layer stands in it, if that is known.
     """
 
     args: tuple[Any, ...]
@@ -33,6 +35,7 @@ class Call(NamedTuple):
     output: Tensor
     gradient: Any = None
     source: Any = None
+    place: Place | None = None
 
     @property
     def x(self) -> Tensor:

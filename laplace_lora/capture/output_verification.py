@@ -75,17 +75,25 @@ def verify_outputs(
 
 
 def without_padding(batch: Any) -> Any:
-    """Return a batch of one example without its padding, where it has a mask."""
+    """Return a batch of one example without its padding, where it has a mask.
+
+    What an encoder-decoder's decoder reads stays as it is.
+    """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != 1:
         return batch
     real = mask[0].bool()
     return {
-        key: value[:, real]
-        if isinstance(value, Tensor) and value.shape == mask.shape and not value.is_floating_point()
-        else value
+        key: value[:, real] if _is_text(key, value, mask.shape) else value
         for key, value in batch.items()
     }
+
+
+def _is_text(key: str, value: Any, shape: torch.Size) -> bool:
+    """Return whether a value has an entry for each token; a decoder's text is another one."""
+    if not isinstance(value, Tensor) or key.startswith("decoder_"):
+        return False
+    return value.shape == shape and not value.is_floating_point()
 
 
 def _own_logits(model: Any) -> Callable[[Any], Tensor | None]:

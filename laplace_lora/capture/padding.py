@@ -10,7 +10,7 @@ from torch import Tensor
 
 from laplace_lora.adapters.maps import Call
 from laplace_lora.data.batches import Batch
-from laplace_lora.data.masks import token_mask
+from laplace_lora.data.masks import Place, token_mask
 from laplace_lora.data.pairs import passes
 from laplace_lora.models.frames import frame_masks
 
@@ -34,7 +34,9 @@ class Padding:
         self.texts = len(self._sources)
         self._masks: dict[Any, Tensor | None] = {}
 
-    def mask(self, call: int, calls: int, x: Tensor, name: str) -> Tensor | None:
+    def mask(
+        self, call: int, calls: int, x: Tensor, name: str, place: Place | None
+    ) -> Tensor | None:
         """Return which tokens of a layer's input are real; ``None`` if all are.
 
         Args:
@@ -42,27 +44,28 @@ class Padding:
             calls: Number of its calls, which are shared equally by the texts.
             x: Input as the layer gets it, see `token_mask`.
             name: Name of the layer, for error messages.
+            place: At whose tokens it stands in this call, see `Places`.
 
         Raises:
-            ValueError: If there are masks, but none fits.
+            ValueError: If it is not known which tokens are real, see `token_mask`.
         """
         source = call * len(self._sources) // calls
-        key = (source, x.shape[:-1], x.device)
+        key = (source, x.shape[:-1], x.device, place)
         if key not in self._masks:
-            self._masks[key] = self._of_tokens(self._sources[source], x, name)
+            self._masks[key] = self._of_tokens(self._sources[source], x, name, place)
         return self._masks[key]
 
-    def _of_tokens(self, source: Batch, x: Tensor, name: str) -> Tensor | None:
+    def _of_tokens(self, source: Batch, x: Tensor, name: str, place: Place | None) -> Tensor | None:
         try:
-            return token_mask(source, x, name)
+            return token_mask(source, x, name, place)
         except ValueError:
             assert isinstance(source, Mapping)
             mask, frames = source.get("attention_mask"), frame_masks(self._model)
-            if frames is None or mask is None or mask.ndim != 2:
+            if frames is None or mask is None or mask.ndim != 2 or place == "decoder":
                 raise
             return token_mask({"attention_mask": frames(mask)}, x, name)
 
-    def cleaned(self, call: int, calls: int, values: Tensor) -> Tensor:
+    def cleaned(self, call: int, calls: int, values: Tensor, place: Place | None) -> Tensor:
         """Return values at tokens, with zeros for what is not finite at padding.
 
         Attention may leave anything there, as nobody uses it; times a gradient of zero it would be
@@ -73,8 +76,9 @@ class Padding:
             calls: As for `mask`.
             values: An input or an output gradient, ``(batch, tokens, d)``; others are returned
                 unchanged.
+            place: As for `mask`.
         """
-        mask = self._padded(call, calls, values)
+        mask = self._padded(call, calls, values, place)
         if mask is None:
             return values
         # An accelerator would have to wait for the answer, so there it is not asked.
@@ -90,7 +94,7 @@ class Padding:
             for k, call in enumerate(calls)
             if call.args
             and isinstance(call.x, Tensor)
-            and self._padded(k, len(calls), call.x) is not None
+            and self._padded(k, len(calls), call.x, call.place) is not None
         }
         if not padded:
             return by_map
@@ -103,16 +107,16 @@ class Padding:
             if not call.args or id(call.x) not in bad:
                 return call
             if id(call.x) not in cleaned:
-                cleaned[id(call.x)] = self.cleaned(index, calls, call.x.detach())
+                cleaned[id(call.x)] = self.cleaned(index, calls, call.x.detach(), call.place)
             return call._replace(args=(cleaned[id(call.x)], *call.args[1:]))
 
         return [[clean(k, len(calls), call) for k, call in enumerate(calls)] for calls in by_map]
 
-    def _padded(self, call: int, calls: int, values: Tensor) -> Tensor | None:
+    def _padded(self, call: int, calls: int, values: Tensor, place: Place | None) -> Tensor | None:
         """Return the mask of values at tokens; ``None`` if no padding is there, or known of."""
         if values.ndim < 2 or not values.is_floating_point():
             return None
         try:
-            return self.mask(call, calls, values, "")
+            return self.mask(call, calls, values, "", place)
         except ValueError:
             return None

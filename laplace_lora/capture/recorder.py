@@ -15,9 +15,11 @@ from laplace_lora.adapters.maps import Call, LinearMap
 from laplace_lora.adapters.peft_state import calls_twice
 from laplace_lora.capture.output_gradients import OutputGradient
 from laplace_lora.capture.padding import Padding
+from laplace_lora.capture.places import Places
 from laplace_lora.capture.tape import Address, Tape, address
 from laplace_lora.data.batches import Batch, one_example
 from laplace_lora.data.examples import Examples
+from laplace_lora.data.masks import Place
 from laplace_lora.data.pairs import passes
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.models.thread_hooks import on_input, on_output
@@ -43,6 +45,7 @@ def record(
     masks: Mapping[str, Any] | None = None,
     skip_idle: bool = False,
     examples: int | None = None,
+    module: nn.Module | None = None,
 ) -> Tape:
     """Run a model on a batch and record its trainable maps; all hooks are removed again.
 
@@ -53,6 +56,7 @@ def record(
         masks: Mapping in which attention masks are looked up on demand; ``None`` for the batch.
         skip_idle: Leave out maps that do not run, instead of refusing them.
         examples: Number of examples, if it is not the number of output rows.
+        module: The module that runs, where ``model`` is a function around it.
 
     Raises:
         ValueError: If the model's output is not ``(batch, outputs)``.
@@ -61,10 +65,11 @@ def record(
         RuntimeError: If the output carries no gradient.
     """
     recorded = [linear for linear in maps if linear.module is not None]
-    with _listening(recorded) as (calls, sources), torch.enable_grad():
+    root = model if module is None else module
+    with _listening(recorded, root) as (calls, sources), torch.enable_grad():
         # Some models write into the mapping that they are called with.
         output = model(copy.copy(batch) if isinstance(batch, Mapping) else batch)
-    padding = Padding(batch if masks is None else masks, model)
+    padding = Padding(batch if masks is None else masks, root)
     texts = padding.texts
     pairs = zip(recorded, calls, strict=True)
     calls = [_counted_once(linear, seen, texts) for linear, seen in pairs]
@@ -80,15 +85,19 @@ def record(
 
 @contextmanager
 def _listening(
-    maps: Sequence[LinearMap],
+    maps: Sequence[LinearMap], model: object
 ) -> Iterator[tuple[list[list[Call]], dict[int, list[Address]]]]:
     """Yield the calls of each map, and where the inputs of their layers lie; filled by hooks."""
+    places = Places(model, [linear.module for linear in maps])
     calls: list[list[Call]] = [[] for _ in maps]
     sources: dict[int, list[Address]] = {}
 
+    def place(args: tuple[Any, ...]) -> Place | None:
+        return places.of(args[0] if args else None)
+
     def note_call(seen: list[Call]) -> Callable[[Any, Any, Any], None]:
         return lambda args, kwargs, output: seen.append(
-            Call(args, kwargs, output, OutputGradient.of(output), _source(args))
+            Call(args, kwargs, output, OutputGradient.of(output), _source(args), place(args))
         )
 
     def note_source(layer: nn.Module) -> Callable[[Any, Any], None]:
@@ -99,6 +108,7 @@ def _listening(
         return note
 
     with ExitStack() as stack:
+        stack.callback(places.remove)
         for linear, seen in zip(maps, calls, strict=True):
             # Before the user's own hooks, which may replace the output.
             stack.callback(on_output(linear.module, note_call(seen), first=True).remove)

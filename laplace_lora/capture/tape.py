@@ -70,6 +70,7 @@ class Tape:
         }
         self.inputs = [joined[_addresses(inputs)] for inputs in self._inputs]
         self._outputs = [[call.output for call in map_calls] for map_calls in calls]
+        self._places = [[call.place for call in map_calls] for map_calls in calls]
         output_ids = {id(out) for outputs in self._outputs for out in outputs}
         # A map fed by another recorded map lies on that map's backward path, so its gradient need
         # not be kept alive as a target: lora_B's wide gradients are freed once they were visited.
@@ -92,7 +93,8 @@ class Tape:
             linear, inputs = self.maps[i], self._inputs[i]
             parts = []
             for call, x in enumerate(inputs if linear.has_tokens else []):
-                mask = self._padding.mask(call, len(inputs), x, linear.name)
+                place = self._places[i][call]
+                mask = self._padding.mask(call, len(inputs), x, linear.name, place)
                 mask = None if mask is None else self._rows.folded_mask(mask)
                 parts.append((self._rows.folded(x), mask))
             self._masks[i] = joined_masks(parts)
@@ -191,7 +193,8 @@ class Tape:
         def hook(i: int, call: int) -> Callable[[Tensor], None]:
             def receive(grad: Tensor) -> None:
                 by_call = pending.setdefault(i, {})
-                grad = self._padding.cleaned(call, len(self._outputs[i]), grad)
+                calls, place = len(self._outputs[i]), self._places[i][call]
+                grad = self._padding.cleaned(call, calls, grad, place)
                 by_call[call] = self.maps[i].map_grad(self._inputs[i][call], grad)
                 if len(by_call) == len(self._outputs[i]):
                     finish(i)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,54 +12,97 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from laplace_lora.data.batches import Batch
 
 MASK_NAMES = ("attention_mask", "decoder_attention_mask")
+INPUTS = ("input_ids", "inputs_embeds")
+DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
+Place: TypeAlias = Literal["encoder", "decoder"]  # at whose tokens a map stands
 _INDICES = WeakTensorKeyDictionary()
 
 
-def token_mask(batch: Batch | None, inputs: Tensor, name: str) -> Tensor | None:
+def token_mask(
+    batch: Batch | None, inputs: Tensor, name: str, place: Place | None = None
+) -> Tensor | None:
     """Return which tokens of a map's input are real.
 
+    At the encoder's tokens ``attention_mask`` says so, at the decoder's ``decoder_attention_mask``.
+    Without the latter all of a batch's decoder tokens are real, as they are to the model; if the
+    batch has none either, the model makes them of the encoder's.
+
     Args:
-        batch: Mapping with ``attention_mask`` or ``decoder_attention_mask``; any other batch has
-            no padding.
+        batch: Mapping with the model's inputs and masks; any other batch has no padding.
         inputs: Input of the map, ``(batch, …, q)`` or ``(batch, q)``; a mask with more than two
             dimensions, as of several choices, has its last one for tokens.
         name: Name of the map, for error messages.
+        place: At whose tokens the map stands; ``None`` if that is not known.
 
     Returns:
         The ``(batch, tokens)`` mask that fits the input, ``(rows,)`` where every token is a row;
         ``None`` if all tokens are real.
 
     Raises:
-        ValueError: If there are masks, but none fits.
+        ValueError: If there are masks, but none fits, or the place is not known and those of
+            encoder and decoder fit and differ.
     """
     if not isinstance(batch, Mapping):
         return None
-    candidates = [batch.get(key) for key in MASK_NAMES]
-    masks: list[Tensor] = [m.reshape(-1, m.shape[-1]) for m in candidates if m is not None]
+    masks = [mask.reshape(-1, mask.shape[-1]).to(inputs.device) for mask in _masks(batch, place)]
     if not masks:
         return None
-    if inputs.ndim == 2:  # an example a row, unless there is a row for every token
-        flat = [mask.flatten() for mask in masks if mask.numel() == len(inputs) != len(mask)]
-        return _unless_all(flat[0].to(inputs.device)) if flat else None
-    inputs = inputs.flatten(1, -2)
-    if inputs.shape[1] == 1:
+    if inputs.ndim > 2:
+        inputs = inputs.flatten(1, -2)
+        if inputs.shape[1] == 1:
+            return None
+    fitting = [rows.bool() for mask in masks if (rows := _of_rows(mask, inputs)) is not None]
+    if not fitting:
+        if inputs.ndim == 2:  # an example a row
+            return None
+        raise ValueError(
+            f"layer {name!r} received {inputs.shape[1]} tokens per example, but the batch's "
+            f"attention masks have the shapes {[tuple(mask.shape) for mask in masks]}, so padding "
+            "is unknown"
+        )
+    if any(not torch.equal(mask, fitting[0]) for mask in fitting[1:]):
+        raise ValueError(
+            f"layer {name!r} may stand at the encoder's tokens or at the decoder's, whose masks "
+            f"differ and both have the shape {tuple(fitting[0].shape)}, so padding is unknown; pad "
+            "the two to different lengths, or give the model `get_encoder` and `get_decoder`"
+        )
+    return None if bool(fitting[0].all()) else fitting[0]
+
+
+def _masks(batch: Mapping[str, Any], place: Place | None) -> list[Tensor]:
+    """Return the masks of a batch that may be those of a place; none if all tokens are real."""
+    encoder, decoder = (batch.get(name) for name in MASK_NAMES)
+    decoder_text = _first(batch, DECODER_INPUTS)
+    has_text = decoder is not None or decoder_text is not None
+    if place == "encoder" or not has_text:
+        return [] if encoder is None else [encoder]
+    if place == "decoder" or (encoder is None and decoder is None):
+        return [] if decoder is None else [decoder]
+    pairs = ((encoder, _first(batch, INPUTS)), (decoder, decoder_text))
+    either = [_all_real(text) if mask is None else mask for mask, text in pairs]
+    return [mask for mask in either if mask is not None]
+
+
+def _first(batch: Mapping[str, Any], names: Sequence[str]) -> Tensor | None:
+    return next((batch[name] for name in names if batch.get(name) is not None), None)
+
+
+def _all_real(text: Tensor | None) -> Tensor | None:
+    """Return the mask with which a model reads a text, of ids or embeddings, that has none."""
+    if text is None:
         return None
-    for mask in masks:
-        if mask.numel() == len(inputs) != len(mask):  # rows are tokens, by each of their experts
-            rows = mask.reshape(-1, 1).expand(inputs.shape[:2])
-            return _unless_all(rows.to(inputs.device))
-    for mask in masks:
-        if mask.shape == inputs.shape[:2]:
-            return _unless_all(mask.to(inputs.device))
-    raise ValueError(
-        f"layer {name!r} received {inputs.shape[1]} tokens per example, but the batch's attention "
-        f"masks have the shapes {[tuple(mask.shape) for mask in masks]}, so padding is unknown"
-    )
+    shape = text.shape[:-1] if text.is_floating_point() else text.shape
+    return torch.ones(shape, dtype=torch.bool)
 
 
-def _unless_all(mask: Tensor) -> Tensor | None:
-    mask = mask.bool()
-    return None if bool(mask.all()) else mask
+def _of_rows(mask: Tensor, inputs: Tensor) -> Tensor | None:
+    """Return a mask for the rows of an input, ``None`` if it does not fit."""
+    rows_are_tokens = mask.numel() == len(inputs) != len(mask)
+    if inputs.ndim == 2:
+        return mask.flatten() if rows_are_tokens else None
+    if rows_are_tokens:  # each of them by several experts
+        return mask.reshape(-1, 1).expand(inputs.shape[:2])
+    return mask if mask.shape == inputs.shape[:2] else None
 
 
 def real_rows(x: Tensor, mask: Tensor) -> Tensor:
