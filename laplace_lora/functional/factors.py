@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ from laplace_lora.data.batches import Batch, on_cpu
 from laplace_lora.data.distributed import Together, together
 from laplace_lora.data.masks import MASK_NAMES
 from laplace_lora.data.sharding import unwrapped
-from laplace_lora.functional.hooks import factor_tensor, mask_notes
+from laplace_lora.functional.called_with import mask_notes
+from laplace_lora.functional.running_factors import factor_tensor
 from laplace_lora.functional.selection import selected_maps
 from laplace_lora.likelihoods.roots import sampled_softmax_root, softmax_root
 from laplace_lora.linalg.factor_spec import FactorSpec
@@ -68,7 +70,9 @@ def calculate_kronecker_factors(
             weight, its input factor ``(q + 1, q + 1)``.
         use_tqdm: Whether to show progress, see `progress`.
         attention_mask: From a batch to the ``(batch, tokens)`` mask of real tokens. ``None`` for
-            the batch's ``attention_mask``, or else the one with which the model is called.
+            the batch's ``attention_mask``, or else the one with which the model is called, by name
+            or by position. In an encoder-decoder it is the encoder's; the decoder's is
+            ``decoder_attention_mask``, or all of its tokens.
         positions: ``"all"`` real tokens, or only the ``"last"`` one of each example.
         num_samples: Labels drawn per example, and backward passes per batch (Monte-Carlo Fisher).
             ``None`` for the exact matrix from ``classes − 1`` passes, or with more than 256
@@ -82,7 +86,8 @@ def calculate_kronecker_factors(
     Raises:
         TypeError: If the keywords are a single string.
         ValueError: If no module is selected, the loader is empty, the logits are not ``(batch,
-            classes)`` with two classes or more, or are probabilities.
+            classes)`` with two classes or more, or are probabilities; if it is not known which
+            tokens are real.
         RuntimeError: If the logits carry no gradient, a module runs on inputs of different shapes,
             or an adapter is merged or disabled.
         FloatingPointError: If a factor is not finite; names batch and layer.
@@ -94,7 +99,9 @@ def calculate_kronecker_factors(
     maps = [linear for linear, _ in selected]
     weights: list[nn.Parameter] = [linear.module.weight for linear in maps]
     dtype = wide_dtype(weights)
+    known: dict[str, Any] = {}
     called_with: dict[str, Any] = {}
+    note = mask_notes(called_with, model, needed=lambda: not known)
 
     def run(batch: Any) -> Tensor:
         with as_called():
@@ -102,12 +109,14 @@ def calculate_kronecker_factors(
 
     def added(sums: KfacSums | None, batch: Any) -> tuple[KfacSums, int]:
         nonlocal maps
-        masks: Mapping[str, Any] = called_with
+        known.clear()
         if attention_mask is not None:
-            masks = {MASK_NAMES[0]: attention_mask(batch)}
-        elif isinstance(batch, Mapping) and any(name in batch for name in MASK_NAMES):
-            masks = batch
-        tape = record(run, maps, batch, masks, sums is None)
+            known[MASK_NAMES[0]] = attention_mask(batch)
+        elif isinstance(batch, Mapping):
+            known.update({k: batch[k] for k in MASK_NAMES if batch.get(k) is not None})
+        # What the model is called with is known when it has been.
+        masks = ChainMap(known, called_with)
+        tape = record(run, maps, batch, masks, sums is None, module=model)
         check_logits(tape.output)
         if sums is None:
             maps = list(tape.maps)
@@ -117,7 +126,7 @@ def calculate_kronecker_factors(
         sums.update(tape, _columns(tape.output, num_samples))
         return sums, len(tape.output)
 
-    handle = on_input(model, mask_notes(called_with))
+    handle = on_input(model, note)
     try:
         with (
             together(loader, runs=model) as team,

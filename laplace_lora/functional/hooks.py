@@ -5,52 +5,24 @@ See `factors` for a loop over a data set that needs no hooks from the user.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from laplace_lora.capture.places import Places
 from laplace_lora.curvature.kfac_rows import Rows
-from laplace_lora.data.masks import MASK_NAMES, token_mask
+from laplace_lora.data.masks import Place, token_mask
+from laplace_lora.data.sharding import unwrapped
+from laplace_lora.functional.called_with import mask_notes
+from laplace_lora.functional.running_factors import RunningFactor, running
 from laplace_lora.functional.selection import selected_maps
-from laplace_lora.linalg.factor_spec import FactorSpec
-from laplace_lora.linalg.factors import DenseFactor
-from laplace_lora.linalg.sketch import Factor
 from laplace_lora.models.autocast import in_full_precision
 
 
-@in_full_precision
-def factor_tensor(factor: Factor) -> Tensor:
-    """Return a dense sum's matrix ``(d, d)``, or the root ``(d, rank)`` of a sketched one."""
-    if isinstance(factor, DenseFactor):
-        return factor.matrix
-    eigen = factor.decompose("zero")
-    return eigen.vectors * eigen.values.sqrt()
-
-
-class RunningFactor:
-    """A covariance that hooks are summing; unpacks into ``(tensor, low_rank)`` at any time.
-
-    Args:
-        factor: The sum so far.
-    """
-
-    def __init__(self, factor: Factor) -> None:
-        self.factor = factor
-
-    def __getitem__(self, index: int) -> Tensor | bool:
-        return tuple(self)[index]
-
-    def __iter__(self) -> Iterator[Tensor | bool]:
-        return iter((factor_tensor(self.factor), not isinstance(self.factor, DenseFactor)))
-
-    def __len__(self) -> int:
-        return 2
-
-
-class Hooks(list[RemovableHandle]):
+class Hooks(list[RemovableHandle | Places]):
     """Handles of registered hooks; as a context manager it always removes them on exit."""
 
     def __enter__(self) -> Hooks:
@@ -58,16 +30,6 @@ class Hooks(list[RemovableHandle]):
 
     def __exit__(self, *exception: object) -> None:
         remove_hooks(self)
-
-
-def mask_notes(masks: dict[str, Any]) -> Callable[[Any, dict[str, Any]], None]:
-    """Return what stores the attention masks of a model's latest call in ``masks``."""
-
-    def note(args: Any, kwargs: dict[str, Any]) -> None:
-        masks.clear()
-        masks.update({key: kwargs[key] for key in MASK_NAMES if kwargs.get(key) is not None})
-
-    return note
 
 
 def save_input_hook(
@@ -80,8 +42,11 @@ def save_input_hook(
     *,
     masks: Mapping[str, Any] | None = None,
     positions: str = "all",
-) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+) -> Callable[..., None]:
     """Return a forward pre-hook that adds ``Σ_n (1/T_n) Σ_t a aᵀ`` of a module's inputs.
+
+    In an encoder-decoder the hook must be told, as its last argument, whether it is called at the
+    tokens of the ``"encoder"`` or the ``"decoder"``, as `register_hooks` does.
 
     Args:
         module_name: Key in ``activations``.
@@ -97,12 +62,13 @@ def save_input_hook(
     rows = Rows(positions=positions)
 
     @in_full_precision
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def hook(module: nn.Module, args: tuple[Any, ...], place: Place | None = None) -> None:
         x = args[0].detach()
-        factor = _running(
+        factor = running(
             activations, module_name, x, x.shape[-1] + has_bias, n_kfac, lr_threshold, svd_dtype
         )
-        factor.update(*rows.of_input(x, token_mask(masks, x, module_name), factor))
+        mask = token_mask(masks, x, module_name, place)
+        factor.update(*rows.of_input(x, mask, factor))
 
     return hook
 
@@ -116,11 +82,11 @@ def save_output_grad_hook(
     *,
     masks: Mapping[str, Any] | None = None,
     positions: str = "all",
-) -> Callable[[nn.Module, Any, tuple[Tensor, ...]], None]:
+) -> Callable[..., None]:
     """Return a full backward hook that adds ``Σ_n Σ_t g gᵀ`` of a module's output gradients.
 
     For a curvature that does not depend on the batch size, differentiate a sum over examples, not
-    a mean.
+    a mean. As for `save_input_hook`, the last argument may say where an encoder-decoder's layer is.
 
     Args:
         module_name: Key in ``output_grads``.
@@ -135,12 +101,17 @@ def save_output_grad_hook(
     rows = Rows(positions=positions)
 
     @in_full_precision
-    def hook(module: nn.Module, grad_input: Any, grad_output: tuple[Tensor, ...]) -> None:
+    def hook(
+        module: nn.Module,
+        grad_input: Any,
+        grad_output: tuple[Tensor, ...],
+        place: Place | None = None,
+    ) -> None:
         grad = grad_output[0].detach()
-        factor = _running(
+        factor = running(
             output_grads, module_name, grad, grad.shape[-1], n_kfac, lr_threshold, svd_dtype
         )
-        factor.update(rows.of_grad(grad, token_mask(masks, grad, module_name)))
+        factor.update(rows.of_grad(grad, token_mask(masks, grad, module_name, place)))
 
     return hook
 
@@ -172,7 +143,7 @@ def register_hooks(
         lr_threshold: Sides shorter than this stay dense.
         exclude_bias: Treat all biases as fixed.
         masks: Where ``attention_mask``, ``(batch, tokens)``, is looked up when a hook runs;
-            ``None`` for the argument of that name with which the model is called.
+            ``None`` for the one with which the model is called.
         positions: ``"all"`` real tokens, or each example's ``"last"`` one.
         match: ``"parts"``, or ``"substring"`` for bayesian_lora's keywords, see `selected_maps`.
 
@@ -187,9 +158,11 @@ def register_hooks(
     if present:
         raise ValueError(f"the dictionaries already hold {present[0]!r}; pass empty ones")
     hooks = Hooks()
+    places = Places(unwrapped(model), [linear.module for linear, _ in selected])
+    hooks.append(places)
     if masks is None:
         masks = {}
-        note = mask_notes(masks)
+        note = mask_notes(masks, unwrapped(model))
         before = model.register_forward_pre_hook(
             lambda module, args, kwargs: note(args, kwargs), with_kwargs=True
         )
@@ -199,18 +172,23 @@ def register_hooks(
         name, module = linear.name, linear.module
         on_input = save_input_hook(name, activations, n_kfac, lr_threshold, has_bias, **options)
         on_grad = save_output_grad_hook(name, output_grads, n_kfac, lr_threshold, **options)
-        hooks.append(module.register_forward_pre_hook(on_input))
-        hooks.append(module.register_forward_hook(_on_gradient(on_grad)))
+        hooks.append(module.register_forward_pre_hook(_at_place(on_input, places)))
+        hooks.append(module.register_forward_hook(_on_gradient(on_grad, places)))
     return hooks
 
 
-def remove_hooks(hooks: list[RemovableHandle]) -> None:
+def remove_hooks(hooks: list[RemovableHandle | Places]) -> None:
     """Remove hooks from their modules and empty the list."""
     while hooks:
         hooks.pop().remove()
 
 
-def _on_gradient(hook: Callable[..., None]) -> Callable[..., None]:
+def _at_place(hook: Callable[..., None], places: Places) -> Callable[..., None]:
+    """Return a forward pre-hook that is told where its module stands."""
+    return lambda module, args: hook(module, args, places.of(args[0]))
+
+
+def _on_gradient(hook: Callable[..., None], places: Places) -> Callable[..., None]:
     """Return a forward hook that calls a backward hook with the output's gradient.
 
     `nn.Module.register_full_backward_hook` would do the same, but warns if no input of the module
@@ -219,23 +197,7 @@ def _on_gradient(hook: Callable[..., None]) -> Callable[..., None]:
 
     def forward_hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if output.requires_grad:
-            output.register_hook(lambda grad: hook(module, None, (grad,)))
+            place = places.of(args[0])
+            output.register_hook(lambda grad: hook(module, None, (grad,), place))
 
     return forward_hook
-
-
-def _running(
-    sums: dict[str, RunningFactor],
-    name: str,
-    rows: Tensor,
-    d: int,
-    n_kfac: int | None,
-    lr_threshold: int,
-    dtype: torch.dtype | None,
-) -> Factor:
-    if name not in sums:
-        dtype = dtype or torch.promote_types(torch.float32, rows.dtype)
-        sums[name] = RunningFactor(
-            FactorSpec(n_kfac, lr_threshold - 1).empty(d, dtype, rows.device)
-        )
-    return sums[name].factor

@@ -1,0 +1,58 @@
+"""The attention masks that a user calls a model with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from laplace_lora.capture.arguments import Signature
+from laplace_lora.capture.places import stacks
+from laplace_lora.data.masks import DECODER_INPUTS, MASK_NAMES
+
+NOTED = (*MASK_NAMES, *DECODER_INPUTS)
+
+
+def mask_notes(
+    masks: dict[str, Any], model: nn.Module, needed: Callable[[], bool] = lambda: True
+) -> Callable[[Any, dict[str, Any]], None]:
+    """Return what stores the masks of a model's latest call in ``masks``.
+
+    A decoder's text is stored beside them: without a mask the model reads all of it.
+
+    Args:
+        masks: Filled anew with each call.
+        model: The model that is called: by position, by name, or with a whole batch.
+        needed: Whether the masks are known from nowhere else.
+
+    Returns:
+        From positional and keyword arguments of a call. Raises `ValueError` if there is no mask,
+        but positional arguments without names, any of which may be one.
+    """
+    signature = Signature(model)
+    shifts_labels = stacks(model) is not None  # where nothing else is given as the decoder's text
+
+    def note(args: Any, kwargs: dict[str, Any]) -> None:
+        batch = next((x for x in args if isinstance(x, Mapping)), {})
+        named = {**batch, **signature.named(args, kwargs)}
+        masks.clear()
+        masks.update({key: named[key] for key in NOTED if named.get(key) is not None})
+        labels = named.get("labels")
+        if shifts_labels and masks.keys().isdisjoint(DECODER_INPUTS) and _are_tokens(labels):
+            masks[DECODER_INPUTS[0]] = labels
+        # The first argument is the text, whatever its name.
+        nameless = args[max(1, len(signature.names)) :]
+        unknown = [x for x in nameless if isinstance(x, Tensor) and x.ndim > 1]
+        if unknown and masks.get(MASK_NAMES[0]) is None and needed():
+            raise ValueError(
+                f"{type(model).__name__} was called with {len(unknown)} positional arguments to "
+                "which its forward pass gives no names, and any of them may be the attention "
+                "mask; pass it by name, attention_mask=..."
+            )
+
+    return note
+
+
+def _are_tokens(labels: object) -> bool:
+    return isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()

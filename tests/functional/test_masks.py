@@ -1,0 +1,200 @@
+"""However a model is called, padding enters no factor."""
+
+from collections import UserDict
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from laplace_lora import LogitsModel
+from laplace_lora.functional import calculate_kronecker_factors, register_hooks
+from laplace_lora.likelihoods.roots import softmax_root
+from support.batches import token_batch
+from support.functional import adapters_only
+from support.models import TARGETS, base_model, excite, peft_model
+from support.references import assert_near
+
+LENGTHS = (3, 6, 4, 5)
+DECODER = (2, 6, 5, 3)
+
+
+def by_name(model, batch):
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+def by_position(model, batch):
+    return model(batch["input_ids"], batch["attention_mask"]).logits
+
+
+def in_one(model, batch):
+    return LogitsModel(model)(UserDict(batch))
+
+
+def sums_of_hooks(model, call, batches):
+    activations, output_grads = {}, {}
+    with register_hooks(model, activations, output_grads, ["lora"], None):
+        for batch in batches:
+            logits = call(model, batch)
+            for column in softmax_root(logits.detach()):
+                (logits * column).sum().backward(retain_graph=True)
+    return [
+        side for name in activations for side in (activations[name][0] / 4, output_grads[name][0])
+    ]
+
+
+def factors(model, call, batches, **kwargs):
+    found = calculate_kronecker_factors(
+        model, call, batches, None, target_module_keywords=["lora"], **kwargs
+    )
+    return [side for pair in found.values() for side in pair]
+
+
+def tuples(batch):
+    """A batch in a form in which the library knows no masks."""
+    return tuple(batch.values())
+
+
+def named(call):
+    return lambda model, batch: call(model, dict(zip(KEYS, batch, strict=False)))
+
+
+KEYS = list(token_batch(LENGTHS))
+
+
+@pytest.mark.parametrize("call", [by_name, by_position, in_one])
+def test_masks_may_come_by_name_by_position_or_in_a_batch(call):
+    model = adapters_only("bert").eval()
+    short, long = (token_batch(LENGTHS, pad_to=pad_to) for pad_to in (6, 12))
+    expected = factors(model, by_name, [short])
+    assert_near(factors(model, named(call), [tuples(long)]), expected)
+    assert_near(sums_of_hooks(model, call, [long]), expected)
+
+
+def test_hooks_on_a_model_that_takes_batches():
+    inner = adapters_only("bert")
+    expected = factors(inner, by_name, [token_batch(LENGTHS)])
+    model = LogitsModel(inner).eval()
+    long = token_batch(LENGTHS, pad_to=12)
+    assert_near(sums_of_hooks(model, lambda model, batch: model(batch), [long]), expected)
+
+
+class Anything(nn.Module):
+    """A wrapper whose forward pass hands on whatever it gets."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+class TextAndMore(Anything):
+    def forward(self, text, *more):
+        return self.inner(text, *more)
+
+
+@pytest.mark.parametrize("kind", [Anything, TextAndMore])
+def test_arguments_without_names_are_refused(kind):
+    inner = adapters_only("bert").eval()
+    model, batch = kind(inner), token_batch(LENGTHS, pad_to=12)
+    with pytest.raises(ValueError, match=rf"{kind.__name__} was called with 1 positional"):
+        factors(model, named(by_position), [tuples(batch)])
+    with (
+        register_hooks(model, {}, {}, ["lora"], None),
+        pytest.raises(ValueError, match="pass it by name"),
+    ):
+        by_position(model, batch)
+    expected = factors(inner, by_name, [batch])
+    assert_near(factors(model, by_position, [batch]), expected)
+    read = factors(model, named(by_position), [tuples(batch)], attention_mask=lambda b: b[1])
+    assert_near(read, expected)
+    if kind is Anything:
+        assert_near(factors(model, named(by_name), [tuples(batch)]), expected)
+        assert_near(sums_of_hooks(model, by_name, [batch]), expected)
+
+
+def encoder_decoder(task_type=None):
+    config = LoraConfig(r=2, target_modules=["q", "v"], task_type=task_type)
+    return excite(get_peft_model(base_model("t5-lm"), config)).double().eval()
+
+
+def texts(encoder_pad, decoder_pad, decoder=DECODER):
+    text = token_batch(decoder, pad_to=decoder_pad, seed=3)
+    return {
+        **token_batch(LENGTHS, pad_to=encoder_pad),
+        "decoder_input_ids": text["input_ids"],
+        "decoder_attention_mask": text["attention_mask"],
+    }
+
+
+def without_padding(n):
+    """One example of the texts, without its padding."""
+    lengths = {"input_ids": LENGTHS[n], "attention_mask": LENGTHS[n]}
+    lengths |= {f"decoder_{key}": DECODER[n] for key in lengths}
+    batch = texts(None, None)
+    return {key: batch[key][n : n + 1, :length] for key, length in lengths.items()}
+
+
+def first_step(model, batch):
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return model(**inputs).logits[:, 0, TARGETS]
+
+
+def first_step_by_position(model, batch):
+    encoder, decoder = ("input_ids", "attention_mask"), ("decoder_input_ids",)
+    inputs = [batch[key] for key in (*encoder, *decoder, "decoder_attention_mask")]
+    return model(*inputs).logits[:, 0, TARGETS]
+
+
+def encoded_before(model, batch):
+    outputs = model.get_encoder()(batch["input_ids"], batch["attention_mask"])
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "input_ids")}
+    return model(encoder_outputs=outputs, **inputs).logits[:, 0, TARGETS]
+
+
+@pytest.mark.parametrize("call", [first_step, first_step_by_position, encoded_before])
+def test_both_texts_of_an_encoder_decoder_may_be_padded(call):
+    model = encoder_decoder()
+    one = [without_padding(n) for n in range(4)]
+    expected = factors(model, first_step, one)
+    for pads in ((6, 6), (9, 9), (6, 8)):
+        batch = texts(*pads)
+        assert_near(factors(model, call, [batch]), expected)
+        if call is not encoded_before:  # hooks learn the masks from the model's own call
+            assert_near(sums_of_hooks(model, call, [batch]), expected)
+        read = factors(
+            model,
+            lambda model, pair: call(model, pair[0]),
+            [(batch, batch["labels"])],
+            attention_mask=lambda pair: pair[0]["attention_mask"],
+        )
+        assert_near(read, expected)
+
+
+@pytest.mark.parametrize("task_type", [None, "SEQ_2_SEQ_LM"])
+@pytest.mark.parametrize("encoder_pad", [6, 9])
+def test_all_of_a_decoders_text_made_of_labels_is_real(encoder_pad, task_type):
+    model = encoder_decoder(task_type)
+    batch = token_batch(LENGTHS, pad_to=encoder_pad)
+    batch["labels"] = token_batch((6, 6, 6, 6), seed=3)["input_ids"]
+
+    def call(model, batch):
+        return model(**batch).logits[:, 0, TARGETS]
+
+    base = model.get_base_model()
+    given = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    given["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(batch["labels"])
+    given["decoder_attention_mask"] = torch.ones_like(given["decoder_input_ids"])
+    expected = factors(model, first_step, [given])
+    assert_near(factors(model, call, [batch]), expected)
+    assert_near(sums_of_hooks(model, call, [batch]), expected)
+
+
+def test_hooks_leave_nothing_behind():
+    model = peft_model("t5-lm").eval()
+    with register_hooks(model, {}, {}, ["lora"], None):
+        first_step(model, texts(6, 6))
+    modules = list(model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
