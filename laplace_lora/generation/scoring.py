@@ -67,11 +67,13 @@ def score(
 
     Raises:
         AttributeError: If the posterior has not been fitted.
-        TypeError: If the batch is no mapping with ``input_ids`` and ``labels``.
+        TypeError: If the batch is no mapping with tensors ``input_ids`` and ``labels``, or
+            ``top_k`` is no number.
         ValueError: If nothing is scored, labels do not fit the tokens or the vocabulary, an option
             is out of range, the model is no causal language model, or it cannot carry tangents
             (8-bit weights, compiled or offloaded models), which the exact method does not need.
     """
+    _check_batch(batch, top_k)
     check_method(method, link_approx)
     predictor: NextTokenPredictor | SampledPredictor
     if method == EXACT:
@@ -81,8 +83,6 @@ def score(
         predictor = SampledPredictor(
             la, top_k, SAMPLES if n_samples is None else n_samples, generator
         )
-    if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= set(batch):
-        raise TypeError("score needs a mapping with 'input_ids' and 'labels'")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
     batch = {k: v.to(la.fitted.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -109,6 +109,21 @@ def score(
         predictor.model.pad_token,
         variance,
     )
+
+
+def _check_batch(batch: Any, top_k: Any) -> None:
+    names = ("input_ids", "labels")
+    if not isinstance(batch, Mapping) or not all(isinstance(batch.get(n), Tensor) for n in names):
+        got = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise TypeError(
+            f"score needs a mapping with tensors 'input_ids' and 'labels', got {got}; tokenize "
+            "texts with padding=True, return_tensors='pt', and set labels to -100 where nothing is "
+            "scored"
+        )
+    if not hasattr(top_k, "__index__"):
+        raise TypeError(
+            f"`top_k` must be an int, got {type(top_k).__name__}; score takes no tokenizer"
+        )
 
 
 def _exact(

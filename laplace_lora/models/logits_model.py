@@ -18,7 +18,7 @@ from laplace_lora.models.modes import coarsest_dtype, device_of
 from laplace_lora.models.narrowing import at_position, one_token, rows_only
 from laplace_lora.models.positions import PositionRule
 from laplace_lora.models.score_head import score_head_narrowed
-from laplace_lora.models.wrapped_model import WrappedModel, usable
+from laplace_lora.models.wrapped_model import WrappedModel, only_tensor, usable
 
 CHOOSING = "ForMultipleChoice"  # how transformers' names of such models end
 
@@ -150,7 +150,8 @@ class LogitsModel(nn.Module):
             the rejected and of the chosen texts.
 
         Raises:
-            TypeError: If the model is sharded, and processes see different data.
+            TypeError: If the batch is neither, as texts are, its tokens are no tensors, or the
+                model is sharded, and processes see different data.
             ValueError: If a batch of pairs meets a model with several outputs, or lacks a half.
         """
         check_same_data(self.model)
@@ -165,7 +166,7 @@ class LogitsModel(nn.Module):
         if isinstance(batch, Mapping):
             logits = self._from_mapping(self._wrapped.inputs(batch))
         else:
-            logits = self._logits(self.model(usable(batch, self.device)))
+            logits = self._logits(self.model(usable(only_tensor(batch), self.device)))
         return wide(logits.to(self.device))  # a model may be spread over devices
 
     def own_logits(self, batch: Mapping[str, Any] | Tensor) -> Tensor | None:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from laplace_lora.models.last_layer_model import n_rows
 from laplace_lora.models.modes import device_of
 
+TOKENS = ("input_ids", "attention_mask")
+
 
 class WrappedModel:
     """A user's model: what it takes, how it is called, what it returns, and its vocabulary's head.
@@ -49,7 +51,18 @@ class WrappedModel:
         return "position_ids" in self.arguments and not prompts
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the model takes of a batch, on its device."""
+        """Return what the model takes of a batch, on its device.
+
+        Raises:
+            TypeError: If tokens are lists or arrays.
+        """
+        for key in TOKENS:
+            if not isinstance(batch.get(key), Tensor | None):
+                raise TypeError(
+                    f"{key!r} of the batch is a {type(batch[key]).__name__}, no tensor; tokenize "
+                    "with padding=True, return_tensors='pt', or give the texts to "
+                    "la.predict(texts, tokenizer)"
+                )
         device = device_of(self.model)
         inputs = {
             key: usable(value, device) if isinstance(value, Tensor) else value
@@ -114,6 +127,27 @@ class WrappedModel:
         vocabulary = self.vocabulary_size
         buffers = self.base.named_buffers(recurse=False)
         return any(b.ndim and b.shape[-1] == vocabulary for _, b in buffers)
+
+
+def only_tensor(batch: Any) -> Tensor:
+    """Return a batch that is a tensor.
+
+    Args:
+        batch: What is no mapping.
+
+    Raises:
+        TypeError: If it is no tensor either.
+    """
+    if isinstance(batch, Tensor):
+        return batch
+    is_text = isinstance(batch, str) or (
+        isinstance(batch, list | tuple) and bool(batch) and isinstance(batch[0], str)
+    )
+    raise TypeError(
+        f"the model takes a mapping of tensors or a tensor, got {type(batch).__name__}; "
+        + ("texts go" if is_text else "texts, rows of a data set, pairs and loaders go")
+        + " to la.predict(texts, tokenizer)"
+    )
 
 
 def usable(x: Tensor, device: torch.device) -> Tensor:

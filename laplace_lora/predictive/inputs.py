@@ -25,10 +25,15 @@ def listed(data: Any) -> tuple[str, Any]:
         ``"texts"``, ``"rows"`` or ``"batches"``, and the data.
 
     Raises:
-        TypeError: If the data are none of these.
+        TypeError: If the data are none of these, or a table.
     """
     if isinstance(data, str):
         return "texts", [data]
+    if hasattr(data, "columns") and (hasattr(data, "to_numpy") or hasattr(data, "to_pydict")):
+        raise TypeError(
+            f"predict takes no table: a {type(data).__name__} is iterated by its columns. Give the "
+            "one with the texts: predict(table['text'], tokenizer)"
+        )
     if not isinstance(data, Iterable):
         if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
             raise TypeError(f"predict takes a loader, a batch or texts, got {type(data).__name__}")
@@ -41,6 +46,11 @@ def listed(data: Any) -> tuple[str, Any]:
     items = iter(data)
     start = list(_first(items))
     kind = _kind(start[0]) if start else "batches"
+    if start and not isinstance(start[0], Mapping | Tensor | list | tuple | str):
+        raise TypeError(
+            "predict takes texts, rows with 'input_ids' or batches of tensors, got "
+            f"{type(data).__name__} of {type(start[0]).__name__}"
+        )
     if kind == "batches":
         return kind, chain(start, items) if whole is None else whole
     return kind, whole if whole is not None else [*start, *items]

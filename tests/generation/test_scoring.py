@@ -15,6 +15,7 @@ from support.generation import FIELDS, K, posteriors, seeded
 from support.language import language_posterior, text_batch, text_loader
 from support.models import VOCABULARY, peft_model
 from support.references import assert_near, explicit_jacobians
+from support.texts import word_tokenizer
 
 # torch.func, here the reference, has no batching rule for fused attention.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
@@ -217,3 +218,14 @@ def test_tensors_trained_whole_take_part():
     for place, chosen in enumerate(ours.candidates[ours.mask]):
         expected = full[place][chosen][:, chosen]
         assert_near(ours.covariance[ours.mask][place], expected)
+
+
+def test_what_is_no_batch_is_refused_by_what_to_do():
+    la, batch = language_posterior(), text_batch()
+    lists = {name: value.tolist() for name, value in batch.items()}
+    for given in (["a b"], lists, {"input_ids": batch["input_ids"]}):
+        for method in ("exact", "sampled"):
+            with pytest.raises(TypeError, match=r"tensors .*'labels', got .*tokenize"):
+                score(la, given, word_tokenizer(), method=method)
+    with pytest.raises(TypeError, match=r"`top_k` must be .*; score takes no tokenizer"):
+        score(la, batch, word_tokenizer())

@@ -66,6 +66,40 @@ def test_a_bare_string_is_one_text(la):
     assert_near(one, la.predict(["a b"], word_tokenizer()).probs)
 
 
+def test_tables_are_refused_and_their_columns_are_not(la):
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"text": TEXTS, "id": range(3)})
+    for call in (la.predict, la.acquire):
+        args = (2, "entropy") if call == la.acquire else ()
+        with pytest.raises(TypeError, match=r"a DataFrame is iterated by its columns.*\['text'\]"):
+            call(table, *args, tokenizer=word_tokenizer())
+    expected = la.predict(TEXTS, word_tokenizer()).probs
+    assert_near(la.predict(table["text"], word_tokenizer()).probs, expected)
+
+
+@pytest.mark.parametrize("data", [[1, 2], [None], iter([0.5])])
+def test_items_that_are_no_inputs_are_refused(la, data):
+    with pytest.raises(TypeError, match="predict takes texts, rows with 'input_ids' or batches"):
+        la.predict(data, word_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (["a b", "c"], r"got list; texts go to la\.predict\(texts, tokenizer\)"),
+        ("a b", r"got str; texts go to la\.predict"),
+        ([{"input_ids": [3]}], "got list; texts, rows of a data set, pairs and loaders go to"),
+        (None, "got NoneType"),
+        ({"input_ids": [[3, 4]]}, "'input_ids' of the batch is a list, no tensor; tokenize with"),
+        (word_tokenizer()(TEXTS, padding=True, return_tensors="np"), "is a ndarray, no tensor"),
+    ],
+)
+def test_what_is_no_batch_is_refused_by_what_to_do(la, batch, message):
+    for call in (la, la.logits_model, lambda x: la(x, pred_type="nn", link_approx="mc")):
+        with pytest.raises(TypeError, match=message):
+            call(batch)
+
+
 def test_rows_of_a_data_set(la):
     data = loader().dataset
     expected = la(token_batch(LENGTHS))
