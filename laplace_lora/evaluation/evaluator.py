@@ -11,6 +11,7 @@ from torch import Tensor
 
 from laplace_lora.data.batches import Batch, batch_labels
 from laplace_lora.data.distributed import together
+from laplace_lora.data.pairs import as_pairs, is_pair
 from laplace_lora.evaluation.conformal import conformal_sets
 from laplace_lora.evaluation.report import CalibrationReport
 from laplace_lora.evaluation.risk_control import ANSWERED, answering_threshold, check_share
@@ -57,7 +58,8 @@ def evaluate(
             labels ``(batch, labels)``, to the probabilities that they apply. Of a token classifier
             ``(batch, tokens, classes)``, zeros at padding: then every labelled token counts, and
             standard errors are by bootstrap over the texts.
-        loader: Batches with labels: mappings with ``label_key``, or pairs of inputs and labels.
+        loader: Batches with labels: mappings with ``label_key``, or pairs of inputs and labels. Of
+            preference pairs without labels the chosen text wins, see `as_pairs`.
         name: Name of the method, for tables and plots.
         ood_loader: Batches of out-of-distribution inputs, whose labels are ignored; adds
             ``"OOD AUROC"`` and ``"OOD FPR95"`` by predictive entropy, and ``"OOD AUROC (MI)"`` and
@@ -97,7 +99,8 @@ def evaluate(
     threshold, independent = None, has_independent_labels(predict)
 
     def labels_of(batch: Batch) -> Tensor:
-        return batch_labels(batch, label_key).cpu()
+        pairs = as_pairs(batch, label_key) if is_pair(batch) else batch
+        return batch_labels(pairs, label_key).cpu()
 
     with together(loader, ood_loader, conformal_loader, runs=model_of(predict)) as team:
         batches = team.batches(loader, f"Evaluating {name}", progress_bar)

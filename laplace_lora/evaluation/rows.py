@@ -29,6 +29,10 @@ class UncertainPrediction(Protocol):
         ...
 
 
+OTHERS = (
+    "evaluate is for classifiers: of a regression la.predict(loader) gives mean, std and labels"
+)
+
 Predict = Callable[[Any], Tensor | UncertainPrediction]  # from a batch of any form
 
 
@@ -99,7 +103,7 @@ def _probabilities(predict: Predict, batch: Batch) -> tuple[Tensor, Tensor | Non
     if not isinstance(p, Tensor) or p.ndim not in (2, 3):
         raise ValueError(
             "predict must return class probabilities, (batch, classes), or of tokens (batch, "
-            "tokens, classes)"
+            f"tokens, classes); {OTHERS}"
         )
     return p.detach().cpu().float(), None if information is None else information.detach().cpu()
 
@@ -128,7 +132,7 @@ def _checked(p: Tensor, y: Tensor | None, independent: bool) -> Tensor:
             raise ValueError("predict must return probabilities; apply a sigmoid to logits")
         return p.clamp(0, 1)
     if p.shape[-1] < 2:
-        raise ValueError("predict must return class probabilities, (batch, classes)")
+        raise ValueError(f"predict must return class probabilities, (batch, classes); {OTHERS}")
     sums = p.sum(-1)
     sums = sums[sums != 0] if p.ndim == 3 else sums  # zeros are padding
     if not are_fractions(p) or not torch.allclose(sums, torch.ones_like(sums), atol=ROUNDING):

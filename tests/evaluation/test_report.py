@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from laplace_lora.evaluation import compare, evaluate, plot_reports
+from laplace_lora.evaluation import MAP, compare, evaluate, plot_reports
 from laplace_lora.evaluation.metrics import nll
 from laplace_lora.predictive.predictions import Predictions
+from support.preferences import pair_loader, reward_posterior
 
 P = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.4, 0.6], [0.55, 0.45]])
 Y = torch.tensor([0, 1, 1, 1, 0])  # the second is wrong
@@ -48,6 +49,21 @@ def test_labels_may_be_integers_of_any_size(dtype):
     report = evaluate(given, batches(y=Y.to(dtype)), **kwargs)
     expected = evaluate(given, batches(), **kwargs)
     assert report.values == expected.values and report.labels.dtype == torch.int64
+
+
+def test_of_preference_pairs_the_chosen_text_wins():
+    la, loader = reward_posterior(), pair_loader()
+    labelled = [{**batch, "labels": torch.ones(len(batch["input_ids_chosen"]))} for batch in loader]
+    p = la.predict(loader, progress_bar=False).probs
+    for predict in (la, la.predict, MAP(la.logits_model)):
+        report = evaluate(predict, loader)
+        assert report.values == evaluate(predict, labelled).values
+        assert set(report.labels.tolist()) == {1} and report.probs.shape == (5, 2)
+        if predict == la.predict:
+            assert report["NLL"] == pytest.approx(float(-p[:, 1].log().mean()))
+            assert report["accuracy"] == pytest.approx(float((p[:, 1] > 0.5).float().mean()))
+    with pytest.raises(ValueError, match="labels of 2 pairs must be 2 values"):
+        evaluate(la, [{**batch, "labels": torch.full((2,), 2)} for batch in loader])
 
 
 def test_bootstrap_errors_are_those_of_a_mean():
@@ -104,6 +120,7 @@ def test_tables_name_the_best():
         (lambda batch: batch["p"].log(), batches(), {}, "apply a softmax"),
         (lambda batch: batch["p"] + torch.tensor([1.0, -1.0]), batches(), {}, "apply a softmax"),
         (lambda batch: batch["p"][:, 0], batches(), {}, "class probabilities"),
+        (lambda b: (b["p"], b["p"]), batches(), {}, "for classifiers: of a regression la.predict"),
         (given, batches(), {"bootstrap": 1}, "two resamples"),
         (given, batches(), {"ood_loader": []}, "out-of-distribution loader is empty"),
     ],
