@@ -11,6 +11,10 @@ from laplace_lora.commands.output import check_writable, json_lines
 from laplace_lora.commands.rows import Row, read_rows
 from laplace_lora.predictive.predictions import Predictions
 
+# What results are called, by likelihood where they are moments.
+CLASSES = ("prediction", "probabilities", "entropy", "mutual_information")
+MOMENTS = {"regression": ("mean", "std"), "reward_modeling": ("reward", "std")}
+
 # What is given for each label where labels do not exclude each other.
 BY_LABEL = {
     "probabilities": "probs",
@@ -33,10 +37,28 @@ def run(adapter: str, data: str, out: str, keep: Sequence[str], **options: Any) 
             f"the posterior is over texts: `laplace-lora score {adapter}` says which tokens it is "
             "unsure of, `laplace-lora generate` writes"
         )
+    _check_kept(keep, opened, rows)
     found = predictions(opened, rows, options["batch_size"])
     with json_lines(out) as write:
         for row, result in zip(rows, result_rows(found, opened), strict=True):
             write({**{name: row.get(name) for name in keep}, **result})
+
+
+def _compares(opened: Opened, rows: Sequence[Row]) -> bool:
+    """Return whether a reward model is asked which text of a pair wins."""
+    return opened.plan.likelihood == "reward_modeling" and is_preference(rows)
+
+
+def _check_kept(keep: Sequence[str], opened: Opened, rows: Sequence[Row]) -> None:
+    """Refuse to keep a column under the name of a result, which would replace it."""
+    moments = MOMENTS.get(opened.plan.likelihood, CLASSES)
+    results = CLASSES if _compares(opened, rows) else moments
+    for name in keep:
+        if name in results:
+            raise ValueError(
+                f"--keep {name}: results have a {name!r} of their own, which would replace the "
+                "column; rename it in the data"
+            )
 
 
 def predictions(opened: Opened, rows: Sequence[Row], batch_size: int) -> Predictions:
@@ -48,7 +70,7 @@ def predictions(opened: Opened, rows: Sequence[Row], batch_size: int) -> Predict
         batch_size: Rows per batch.
     """
     inputs, data = opened.inputs, None
-    if opened.plan.likelihood == "reward_modeling" and is_preference(rows):
+    if _compares(opened, rows):
         data = inputs.loader(rows, batch_size)
     texts = data or [inputs.text(row, n) for n, row in enumerate(rows, start=1)]
     words = opened.adapter.tokenizer
@@ -61,8 +83,8 @@ def result_rows(found: Predictions, opened: Opened) -> list[dict[str, Any]]:
     """Return one dictionary for each prediction."""
     values = found.to_dict()
     if found.probs is None:
-        name = "reward" if opened.plan.likelihood == "reward_modeling" else "mean"
-        columns = {name: values["mean"], "std": values["std"]}
+        mean, std = MOMENTS[opened.plan.likelihood]
+        columns = {mean: values["mean"], std: values["std"]}
         single = len(found.mean.T) == 1
         return [
             {k: v[i][0] if single else v[i] for k, v in columns.items()} for i in range(len(found))

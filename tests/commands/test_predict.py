@@ -65,6 +65,31 @@ def test_rows_may_lack_columns_that_others_have(adapter, data, tmp_path):
     assert "row 1 has no group: its column 'kind' is missing" in message
 
 
+def test_a_kept_column_does_not_take_the_name_of_a_result(fitted, adapter, data, tmp_path):
+    def named(row):
+        return {**row, "prediction": "mine", "mean": 1, "reward": 2, "std": 3, "entropy": 4}
+
+    pairs = [{"chosen": "the film was good", "rejected": "the film was bad", **named({})}] * 9
+    path, test = write_json_lines(tmp_path / "pairs.jsonl", pairs), data("test", named)
+    reward, regression = adapter("one output"), tmp_path / "regression"
+    run("fit", reward, "--data", data("train"), "--out", regression, "-q")
+    run("fit", reward, "--data", path, "-q")
+    args = ("--posterior", regression)
+    for given, taken, free in (
+        ((fitted, "--data", test), ("prediction", "entropy"), ("mean", "std", "reward")),
+        ((reward, *args, "--data", test), ("mean", "std"), ("prediction", "reward", "entropy")),
+        ((reward, "--data", test), ("reward", "std"), ("prediction", "mean", "entropy")),
+        ((reward, "--data", path), ("prediction", "entropy"), ("mean", "std", "reward")),
+    ):
+        for name in taken:
+            message = refused("predict", *given, "--keep", "std", name)
+            assert f"--keep {'std' if 'std' in taken else name}: results have" in message
+        plain = json.loads(run("predict", *given, "-q").stdout.splitlines()[0])
+        assert set(taken) <= set(plain)
+        kept = run("predict", *given, "--keep", *free, "-q").stdout.splitlines()[0]
+        assert json.loads(kept) == {**{name: named({})[name] for name in free}, **plain}
+
+
 def test_standard_input_and_output(fitted, data):
     path = data("test")
     result = run("predict", fitted, "--data", "-", given=path.read_text())
