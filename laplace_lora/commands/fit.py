@@ -33,8 +33,9 @@ from laplace_lora.commands.options import (
 def fit(**options: Any) -> None:
     """Fit a posterior around a trained adapter, tune its prior, and save it beside the adapter.
 
-    Give the data that the adapter was trained on, in the same form. With --val, labelled data that
-    training has not seen, the posterior's width and temperature are then calibrated on them.
+    Give the data that the adapter was trained on, in the same form. Of a regression the observation
+    noise is tuned as well. With --val, labelled data that training has not seen, the posterior's
+    width and temperature are then calibrated on them.
 
     What the model is, and the columns that it needs:
       a classifier               text [text_pair] label

@@ -56,7 +56,8 @@ def run(
     start_at(la, Path(adapter))
     la.fit(train_loader)
     warn_if_useless(la, plan)
-    la.optimize_prior_precision()
+    # The noise before is 1, whatever the scale of the labels.
+    la.optimize_prior_precision(tune_sigma_noise=plan.likelihood == "regression")
     if not quiet:
         click.echo(f"Tuned by {la.tuning}", err=True)
     if val_loader is not None:

@@ -21,9 +21,9 @@ CLASSES = {"kron": KronLoraLaplace, "full": FullLoraLaplace, "diag": DiagLoraLap
 TEXTS = ["the film was bad", "the meal was fine"]
 
 
-def loader(n, seed):
+def loader(n, seed, scale=1):
     words = tokenizer()
-    rows = [{**words(r["text"]), "labels": r["label"]} for r in reviews(n, seed)]
+    rows = [{**words(r["text"]), "labels": scale * r["label"]} for r in reviews(n, seed)]
     return DataLoader(rows, batch_size=8, collate_fn=DataCollatorWithPadding(words))
 
 
@@ -177,6 +177,21 @@ def test_a_regression(adapter, data):
     assert ": regression by" in result.stdout
     message = refused("fit", folder, "--data", data("train"), "--val", data("val"), "--overwrite")
     assert "cannot be calibrated" in message
+
+
+def test_the_noise_of_a_regression_is_that_of_its_labels(adapter, data, made):
+    folder = adapter("one output")
+    train = data("train", lambda row: {**row, "label": 100 * row["label"]})
+    run("fit", folder, "--data", train)
+    base = made("one output").parent / "base"
+    model = BertForSequenceClassification.from_pretrained(base, num_labels=1)
+    model = PeftModel.from_pretrained(model, folder)
+    la = KronLoraLaplace(model, "regression")
+    la.fit(loader(48, 0, scale=100.0))
+    la.optimize_prior_precision(tune_sigma_noise=True)
+    again = KronLoraLaplace.from_pretrained(model, folder)
+    assert float(again.sigma_noise) == pytest.approx(float(la.sigma_noise), rel=1e-3)
+    assert float(again.sigma_noise) > 20  # the labels' own deviation is about 50
 
 
 def test_a_reward_model_from_preference_pairs(adapter, tmp_path):
