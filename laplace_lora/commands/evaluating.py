@@ -21,6 +21,12 @@ from laplace_lora.evaluation import MAP, CalibrationReport, plot_reports
 from laplace_lora.evaluation import evaluate as scores_of
 from laplace_lora.storage.files import write_whole
 
+# What of a row there is instead of scores.
+WRITTEN = {
+    "predict": "gives mean and standard deviation, or of preference pairs probabilities; --keep "
+    "puts columns of the data beside them",
+    "score": "gives each token's probability and uncertainty",
+}
 PICTURES = (".png", ".pdf", ".svg")
 
 
@@ -51,9 +57,10 @@ def run(
     opened = open_posterior(adapter, rows, options)
     likelihood = opened.plan.likelihood
     if likelihood not in WITH_CLASSES:
+        command = "score" if likelihood == "language_modeling" else "predict"
         raise ValueError(
             f"evaluate scores class probabilities; this is a {likelihood} posterior. "
-            "`laplace-lora predict` and `laplace-lora score` say what it thinks of rows"
+            f"`laplace-lora {command}` {WRITTEN[command]}"
         )
     batch_size = options["batch_size"]
     loader = opened.inputs.loader(rows, batch_size)

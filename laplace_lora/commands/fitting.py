@@ -120,7 +120,12 @@ def warn_if_useless(la: LoraLaplace, plan: Plan) -> None:
 def _destination(adapter: str, out: str | None, overwrite: bool) -> Path:
     """Return where the posterior goes, before any work."""
     if out is None and not Path(adapter).is_dir():
-        raise ValueError(f"{adapter} is no folder; say where the posterior goes by --out")
+        if adapter.count("/") != 1:  # no name on the hub either
+            raise ValueError(f"there is no folder {adapter}")
+        raise ValueError(
+            f"there is no folder {adapter}; if it is an adapter on the hub, say where the "
+            "posterior goes by --out"
+        )
     folder = Path(out or adapter)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file; give a folder")

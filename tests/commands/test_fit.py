@@ -217,6 +217,9 @@ def test_arguments_that_do_not_go_together(adapter, data):
     for args, message in cases.items():
         assert message in refused("fit", folder, "--data", train, *args)
     assert "say where the posterior goes by --out" in refused("fit", "me/it", "--data", train)
+    for name in ("my-adaptr", "/no/such/adapter"):
+        message = refused("fit", name, "--data", train)
+        assert f"there is no folder {name}" in message and "--out" not in message
 
 
 def test_the_start_beside_the_adapter_is_the_priors_mean(adapter, data, made):

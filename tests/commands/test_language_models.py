@@ -159,6 +159,8 @@ def test_conversations_are_scored_in_the_last_message(adapter, data):
 
 def test_commands_that_do_not_fit_the_model(writer, adapter, data):
     assert "laplace-lora score" in refused("predict", writer, "--data", data("test", asked))
+    message = refused("evaluate", writer, "--data", data("test", asked))
+    assert "`laplace-lora score` gives each token's probability" in message
     folder = adapter()
     run("fit", folder, "--data", data("train"), "-q")
     assert "by causal language models" in refused("score", folder, "--data", data("test"))

@@ -262,6 +262,8 @@ def test_evaluate_knows_data_of_another_kind(fitted, data, tmp_path):
 def test_evaluate_refuses_what_it_cannot_score(adapter, data):
     folder = adapter("one output")
     run("fit", folder, "--data", data("train"), "-q")
-    assert "this is a regression posterior" in refused("evaluate", folder, "--data", data("test"))
+    message = refused("evaluate", folder, "--data", data("test"))
+    assert "this is a regression posterior" in message
+    assert "`laplace-lora predict` gives mean and standard" in message and "score`" not in message
     message = refused("evaluate", folder, "--data", data("test"), "--plot", "report.txt")
     assert "expected a file in .png" in message
