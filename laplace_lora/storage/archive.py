@@ -63,9 +63,11 @@ def save_posterior(
     tensors, description = posterior.structure.pack(state.curvature, exact)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}
     tensors |= {name: getattr(settings, name) for name in ("prior_precision", "prior_mean")}
-    for name, vector in ((GRADIENT, state.loss_gradient), (SHIFT, settings.shift)):
-        if vector is not None:
-            tensors |= {name: vector} if exact else rounded(name, vector)
+    if state.loss_gradient is not None:
+        gradient = state.loss_gradient
+        tensors |= {GRADIENT: gradient} if exact else rounded(GRADIENT, gradient)
+    if settings.shift is not None:  # in float16 it would move predictions by more than all the rest
+        tensors[SHIFT] = settings.shift if exact else settings.shift.float()
     if state.subspace is not None:
         for name in SUBSPACE_TENSORS:
             tensors[f"{SUBSPACE}{name}"] = getattr(state.subspace, name).clone()

@@ -137,7 +137,7 @@ def test_shift_and_prior_mean_come_back(tmp_path):
     la.save_pretrained(tmp_path)
     assert "subspace.prior_mean" not in load_file(tmp_path / TENSORS)
     again = KronLoraLaplace.from_pretrained(la.logits_model, tmp_path)
-    close(again.state.settings.shift, la.state.settings.shift)
+    close(again.state.settings.shift, la.state.settings.shift, 1e-7)
     assert torch.equal(again.state.settings.prior_mean, la.state.settings.prior_mean)
     assert again.state.has_subspace
     evidence = la.log_marginal_likelihood(correction=True)
@@ -145,6 +145,26 @@ def test_shift_and_prior_mean_come_back(tmp_path):
     la.reset_mean()
     la.save_pretrained(tmp_path)
     assert KronLoraLaplace.from_pretrained(la.logits_model, tmp_path).state.settings.shift is None
+
+
+def test_a_recentred_mean_moves_no_prediction(tmp_path):
+    la = KronLoraLaplace(peft_model("bert"), "classification")
+    la.fit(loader())
+    la.recentre(0.1)
+    assert float((la.mean - la.state.settings.shift).norm()) > 0
+    la.save_pretrained(tmp_path)
+    again = KronLoraLaplace.from_pretrained(la.logits_model, tmp_path)
+    found, expected = again.predict(BATCH), la.predict(BATCH)
+    assert_near(found.mean, expected.mean, 1e-6)
+    assert_near(found.probs, expected.probs, 1e-6)
+
+    def round_shift(tensors):  # as earlier versions wrote it
+        tensors |= rounded("shift", tensors["shift"].double())
+
+    forge_tensors(tmp_path, round_shift)
+    earlier = KronLoraLaplace.from_pretrained(la.logits_model, tmp_path).predict(BATCH)
+    assert float((earlier.mean - expected.mean).abs().max()) > 1e-6
+    close(earlier.mean, expected.mean)
 
 
 def test_saving_what_was_loaded_changes_little(tmp_path):
