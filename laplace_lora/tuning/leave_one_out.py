@@ -187,7 +187,7 @@ def tune(
     if recentre:
         closer = closer_fit(linear, mode, lambda mode: narrow(without(mode)), companions)
         if closer is not mode:
-            nll = closer.nll / len(cache.y)
+            nll = posterior.temperature * closer.nll / len(cache.y)
             moved = recentred(posterior, loader, team, readout, progress_bar, nll)
             mode = closer
     mean = without(mode)

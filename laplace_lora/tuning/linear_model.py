@@ -68,7 +68,7 @@ class LinearModel:
         labels: Of the examples.
         likelihood: Of the functions.
         relative: Whether they are contrasts to a first class, which stands at zero.
-        scale: Factor of the log likelihood, ``1 / σ²`` for a regression.
+        scale: Factor of the log likelihood, ``1 / σ²`` for a regression, over the temperature.
     """
 
     gram: Tensor
@@ -79,7 +79,7 @@ class LinearModel:
     scale: float = 1.0
 
     def nll(self, outputs: Tensor) -> float:
-        """Return the summed negative log likelihood of functions ``(N, c)``, in nats."""
+        """Return the summed negative log likelihood of functions ``(N, c)``, times the scale."""
         return self.scale * float(self.likelihood.nll(self._lift(outputs), self.labels))
 
     def mode(self, precision: float, start: Mode | None = None) -> Mode:

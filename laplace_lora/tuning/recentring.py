@@ -108,11 +108,14 @@ def recentred(
     """
     if posterior.objective.jacobian_refusal is not None:
         raise ValueError(posterior.objective.jacobian_refusal)
+    temperature = posterior.temperature  # by which linear models divide the log likelihood
+    tempered = None if nll is None else nll / temperature
     if not keeps_jacobians(posterior):
-        options = (posterior, loader, team, readout, progress_bar, nll, precision)
+        options = (posterior, loader, team, readout, progress_bar, tempered, precision)
         shift, near, before, seen = mode_by_passes(*options)
         check_whole(seen, posterior.state.n_data, "recentring")
-        return shift, Recentring(near.precision, before / seen, near.nll / seen)
+        unit = temperature / seen
+        return shift, Recentring(near.precision, before * unit, near.nll * unit)
     rows = FunctionRows(posterior, posterior.engine, readout)
     labels: list[Tensor] = []
     for x, y in labelled_batches(posterior, loader, team, progress_bar, TITLE):
@@ -122,9 +125,10 @@ def recentred(
     check_whole(len(y), n, "recentring")
     linear = rows.linear_model(y, team)
     if precision is None:
-        assert nll is not None
-        mode = linear.fitted_like(n * nll)
+        assert tempered is not None
+        mode = linear.fitted_like(n * tempered)
     else:
         mode = linear.mode(precision)
-    report = Recentring(mode.precision, linear.nll(linear.offset) / n, mode.nll / n)
+    unit = temperature / n
+    report = Recentring(mode.precision, linear.nll(linear.offset) * unit, mode.nll * unit)
     return rows.weights(mode, team).to(posterior.mean), report

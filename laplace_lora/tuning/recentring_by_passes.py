@@ -111,12 +111,12 @@ def mode_by_passes(
         team: The processes that share the loader.
         readout: The functions of the outputs that its predictions are about.
         progress_bar: Whether to show progress, see `progress`.
-        nll: Mean training NLL that the mode is to have, in nats; or
+        nll: Mean training NLL that the mode is to have, in nats divided by the temperature; or
         precision: prior precision.
 
     Returns:
-        The shift ``(parameters,)``, the mode, the summed NLL at the trained weights, and how many
-        examples there were.
+        The shift ``(parameters,)``, the mode, the summed NLL at the trained weights in the same
+        unit, and how many examples there were.
     """
     structure, scale = posterior.structure, float(posterior.scale.detach())
     options = (posterior, loader, team, readout, progress_bar)

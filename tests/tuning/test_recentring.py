@@ -14,6 +14,7 @@ from laplace_lora import (
     generation,
 )
 from laplace_lora.curvature.engine import joined
+from laplace_lora.tuning import recentring
 from support.batches import loader, token_batch
 from support.models import peft_model
 from support.posteriors import EVERY_CLASS, posterior
@@ -46,6 +47,21 @@ def newton_mode(f, J, y, precision):
         H = torch.einsum("ncp,ncd,ndq->pq", J, inner, J) + precision * torch.eye(len(w)).to(w)
         w = w - torch.linalg.solve(H, gradient)
     return w
+
+
+@pytest.mark.parametrize("rows", [recentring.ROWS, 0])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_a_training_loss_is_in_nats_whatever_the_temperature(temperature, rows, monkeypatch):
+    monkeypatch.setattr(recentring, "ROWS", rows)  # none: by passes over the data
+    la = fitted(FullLoraLaplace, temperature=temperature)
+    batch = token_batch(LENGTHS)
+    f, J = jacobians(la, batch)
+    before = float(F.cross_entropy(f, batch["labels"]))
+    report = la.recentre(nll=before / 2, train_loader=loader(lengths=LENGTHS))
+    after = float(F.cross_entropy(f + J @ la.state.settings.shift, batch["labels"]))
+    assert report.nll_before == pytest.approx(before)
+    assert after == pytest.approx(before / 2, rel=0.02)
+    assert report.nll_after == pytest.approx(after, rel=1e-6)
 
 
 @pytest.mark.parametrize("cls,kwargs", EVERY_CLASS)
