@@ -13,11 +13,7 @@ from laplace_lora.tuning.groups import Structure
 class LaplaceLoops(CalibratedLaplace):
     """Calls laplace-torch's Adam and its grid of sampled weights; they write while they search."""
 
-    def _laplace_marglik(
-        self, structure: Structure, tune_noise: bool, kwargs: dict[str, Any]
-    ) -> None:
-        if tune_noise and not self.fitted.objective.has_noise:
-            raise ValueError("only a regression has observation noise to tune")
+    def _laplace_marglik(self, structure: Structure, kwargs: dict[str, Any]) -> None:
         with warnings.catch_warnings():
             # laplace-torch speaks of links, which evidence does not involve.
             warnings.filterwarnings("ignore", "By default `link_approx`", UserWarning)

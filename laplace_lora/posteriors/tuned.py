@@ -14,7 +14,12 @@ from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning import leave_one_out
 from laplace_lora.tuning.groups import Structure
 from laplace_lora.tuning.leave_one_out import LeaveOneOut
-from laplace_lora.tuning.options import check_options
+from laplace_lora.tuning.noise_check import warn_if_noise_is_off
+from laplace_lora.tuning.options import (
+    check_evidence_options,
+    check_no_validation,
+    check_options,
+)
 from laplace_lora.tuning.outcome import Tuning
 from laplace_lora.tuning.structure_choice import StructureChoice
 from laplace_lora.tuning.tuner import Tuner
@@ -68,7 +73,8 @@ class TunedLaplace(LaplaceLoops):
           scaled down until some training texts are predicted at most 0.0025 nats per token worse
           than by the MAP, see `widest`.
         * ``"marglik"``: the exact maximum of the marginal likelihood, from eigenvalues alone. With
-          ``n_steps``, ``lr`` or ``init_prior_prec``: laplace-torch's Adam instead.
+          ``n_steps``, ``lr`` or ``init_prior_prec``: laplace-torch's Adam on the evidence without
+          its gradient term instead.
         * ``"gridsearch"``: a scalar from a logarithmic grid, in one pass over ``val_loader``; with
           ``loss``, ``log_prior_prec_min``, ``log_prior_prec_max``, ``log_prior_prec_base`` and
           ``grid_size`` as in laplace-torch.
@@ -98,14 +104,15 @@ class TunedLaplace(LaplaceLoops):
         Raises:
             AttributeError: If the posterior has not been fitted.
             TypeError: If an argument is none of the method's.
-            ValueError: If the method or structure is unknown or do not go together, the
-                validation loader is missing, empty or without labels, or leave-one-out is asked
-                for where it is impossible.
+            ValueError: If the method or structure is unknown or do not go together, an argument
+                belongs to another method, the validation loader is missing, empty or without
+                labels, or leave-one-out is asked for where it is impossible.
 
         Warns:
             UserWarning: If the marginal likelihood made the posterior so wide that it predicts its
                 training data worse than the MAP by more than 0.1 nats, lacks its gradient term, or
-                stands in for ``"widest"``.
+                stands in for ``"widest"``; or if a regression's noise is 1 where the residuals are
+                three times larger or smaller.
         """
         self._check_H_init()
         if self.structure.scalar_only and prior_structure != "scalar":
@@ -114,6 +121,9 @@ class TunedLaplace(LaplaceLoops):
                 "a Kron or diagonal posterior"
             )
         check_options(method, kwargs)
+        by_laplace_torch = bool(kwargs) or prior_structure == "diag"
+        check_evidence_options(method, tune_sigma_noise, correction, by_laplace_torch)
+        check_no_validation(method, val_loader)
         before = self.state
         uncalibrated = before.with_settings(before.settings.untuned())
         data = (val_loader, link_approx, n_samples, progress_bar)
@@ -135,12 +145,9 @@ class TunedLaplace(LaplaceLoops):
             elif method in TUNED_ON_TRAINING_DATA:
                 settings, report = _reported(tuner, method, prior_structure, *options)
             if method == "marglik":
-                if val_loader is not None:
-                    raise ValueError(
-                        "method='marglik' uses no validation data; leave `val_loader` out"
-                    )
-                if kwargs or prior_structure == "diag":
-                    self._laplace_marglik(prior_structure, tune_sigma_noise, kwargs)
+                check_no_validation(method, val_loader)
+                if by_laplace_torch:
+                    self._laplace_marglik(prior_structure, kwargs)
                 else:
                     corrected = self._measures_term(correction, data_of_fit, progress_bar)
                     settings, report = Tuner(self.fitted).marginal_likelihood(
@@ -172,6 +179,7 @@ class TunedLaplace(LaplaceLoops):
             raise
         if method == "marglik" and data_of_fit is not None:
             warn_if_wide(self.fitted, data_of_fit)
+        warn_if_noise_is_off(self.fitted)
         if verbose:
             print(self.tuning)
 

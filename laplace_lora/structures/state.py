@@ -137,8 +137,18 @@ class Posterior:
 
     @property
     def prior_by_tensor(self) -> Tensor:
-        """Prior precision of each tensor, ``(tensors,)``, detached."""
-        return self.settings.prior_precision.detach().expand(len(self.engine.blocks))
+        """Prior precision of each tensor, ``(tensors,)``, detached.
+
+        Raises:
+            ValueError: If there is one for each weight.
+        """
+        prior, tensors = self.settings.prior_precision.detach(), len(self.engine.blocks)
+        if len(prior) not in (1, tensors):
+            raise ValueError(
+                "this takes a prior precision in all or for each tensor, and there is one for each "
+                "weight; tune with another prior_structure ('scalar', 'matrix', 'layer') first"
+            )
+        return prior.expand(tensors)
 
     @cached_property
     def gradient_term(self) -> GradientTerm | None:

@@ -1,8 +1,9 @@
-"""Which further arguments each method of tuning takes."""
+"""Which arguments each method of tuning takes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 MARGLIK = ("n_steps", "lr", "init_prior_prec")
 GRID = ("loss", "log_prior_prec_min", "log_prior_prec_max", "log_prior_prec_base", "grid_size")
@@ -33,3 +34,40 @@ def check_options(method: str, given: Iterable[str]) -> None:
         of_others = f"; method={' or '.join(takers)} does" if takers else ""
         known = ", ".join(OPTIONS[method]) or "no further arguments"
         raise TypeError(f"method={method!r} takes no {name!r}{of_others}. It takes {known}")
+
+
+def check_evidence_options(
+    method: str, tune_noise: bool, correction: bool | None, by_laplace_torch: bool
+) -> None:
+    """Refuse what only our maximum of the marginal likelihood takes, where another method runs.
+
+    Args:
+        method: As of `check_options`.
+        tune_noise: Whether a regression's noise is to be tuned.
+        correction: Whether the evidence's gradient term is asked for.
+        by_laplace_torch: Whether laplace-torch's own loop maximises the evidence.
+
+    Raises:
+        ValueError: If one of them would have no effect.
+    """
+    if method in ("auto", "marglik") and not by_laplace_torch:
+        return
+    asked = {"tune_sigma_noise=True": tune_noise, "correction=True": bool(correction)}
+    for argument in [name for name, is_asked in asked.items() if is_asked]:
+        if method in ("auto", "marglik"):
+            names = ", ".join(repr(name) for name in MARGLIK)
+            raise ValueError(
+                f"{argument} does not go together with {names} or prior_structure='diag', for "
+                "which laplace-torch's own loop tunes the prior precision alone"
+            )
+        raise ValueError(f"{argument} belongs to method='marglik'; got method={method!r}")
+
+
+def check_no_validation(method: str, val_loader: Any) -> None:
+    """Refuse validation data where a method reads none.
+
+    Raises:
+        ValueError: If there are some.
+    """
+    if method in ("loo", "widest", "marglik") and val_loader is not None:
+        raise ValueError(f"method={method!r} uses no validation data; leave `val_loader` out")

@@ -6,7 +6,7 @@ from laplace import KronLaplace
 from laplace.utils.metrics import RunningNLLMetric
 from torch.utils.data import DataLoader
 
-from laplace_lora import KronLoraLaplace, LoraGGN
+from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LoraGGN
 from laplace_lora.likelihoods.base import CONTRASTS
 from laplace_lora.likelihoods.classification import LOGITS
 from laplace_lora.likelihoods.links import contrasts_of
@@ -172,6 +172,37 @@ def test_what_does_not_go_together_is_refused():
     ):
         with pytest.raises(TypeError, match=match):
             la.optimize_prior_precision(method=method, val_loader=validation(), **{name: 3})
+
+
+@pytest.mark.parametrize("method", ["loo", "widest", "gridsearch", "val_gd"])
+def test_options_of_the_evidence_belong_to_it(method):
+    la = posterior(prior_precision=2.5, **LOW)
+    for name in ("tune_sigma_noise", "correction"):
+        with pytest.raises(ValueError, match=f"{name}=True belongs to method='marglik'"):
+            la.optimize_prior_precision(method=method, **{name: True})
+    if method in ("loo", "widest"):
+        with pytest.raises(ValueError, match="uses no validation data"):
+            la.optimize_prior_precision(method=method, val_loader=validation())
+    assert la.prior_precision.item() == 2.5
+
+
+@pytest.mark.parametrize("method", ["auto", "marglik"])
+@pytest.mark.parametrize("loop", [{"n_steps": 3}, {"prior_structure": "diag"}])
+def test_the_loop_of_laplace_torch_tunes_the_prior_alone(method, loop):
+    la = posterior(DiagLoraLaplace)
+    for name in ("tune_sigma_noise", "correction"):
+        with pytest.raises(ValueError, match=f"{name}=True does not go together with 'n_steps'"):
+            la.optimize_prior_precision(method=method, **{name: True}, **loop)
+
+
+def test_a_prior_of_each_weight_says_what_it_does_not_go_with():
+    la = posterior(DiagLoraLaplace)
+    la.optimize_prior_precision(method="marglik", prior_structure="diag", n_steps=3)
+    with pytest.raises(ValueError, match="there is one for each weight"):
+        la.calibrate(validation())
+    with pytest.raises(ValueError, match="there is one for each weight"):
+        la.optimize_prior_precision(method="val_gd", val_loader=validation())
+    assert len(la.prior_precision) == la.n_params
 
 
 def test_a_tuning_that_fails_keeps_the_prior():

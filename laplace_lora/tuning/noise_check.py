@@ -1,0 +1,30 @@
+"""Warn of a regression whose observation noise was left at 1 on targets of another scale."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+from laplace_lora.structures.state import Posterior
+
+FACTOR = 3.0
+
+
+def warn_if_noise_is_off(posterior: Posterior) -> None:
+    """Warn if the noise is 1 and the training residuals are three times larger or smaller.
+
+    Args:
+        posterior: A fitted posterior.
+    """
+    state = posterior.state
+    if not posterior.objective.has_noise or float(posterior.settings.sigma_noise.detach()) != 1:
+        return
+    residual = math.sqrt(2 * state.loss / max(state.n_data * state.n_outputs, 1))
+    if residual > FACTOR or residual < 1 / FACTOR:  # never of a loss that is not known
+        width = "narrow" if residual > 1 else "wide"
+        warnings.warn(
+            f"the observation noise is 1, while the training residuals' deviation is "
+            f"{residual:.3g}: the posterior is too {width}. Give tune_sigma_noise=True, or the "
+            "posterior its sigma_noise",
+            stacklevel=3,
+        )
