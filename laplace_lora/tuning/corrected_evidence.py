@@ -7,6 +7,7 @@ since it may have several maxima; groups and noise climb from the best scalar.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ PLATEAU = 0.01  # nats that do not count
 OUTSIDE = 1e30  # in the place of what is not credible; line searches take no infinity
 HIGHEST = 1e10  # prior precision
 LOW, HIGH, STEP = math.log(1e-6), math.log(HIGHEST), 0.5  # of log δ
+NOT_CREDIBLE = (
+    "the evidence has no maximum where it is credible: as the prior weakens it rises to 0 nats, a "
+    "probability of one for all labels, since the quadratic expansion does not hold there. {}; "
+    "method='loo' (of tokens 'widest'), or la.calibrate on labels, does not depend on it"
+)
 NOISE_RANGE = 6 * math.log(10)  # either way, of log σ
 
 
@@ -43,15 +49,18 @@ def corrected_precision(
 
     Raises:
         FloatingPointError: If the evidence is nowhere credible.
+
+    Warns:
+        UserWarning: If it has no maximum where it is.
     """
     count = int(groups.max()) + 1
     coupled = posterior.structure.couples_groups and count > 1
     noise = posterior.settings.sigma_noise.detach().double().cpu()
     bound = 0.0 if posterior.objective.is_classifier else math.inf
     scalar_evidence = SeparateEvidence(posterior, torch.zeros_like(groups))
-    scalar, has_width = _best_scalar(scalar_evidence, noise.log(), bound)
+    scalar, is_inside = _best_scalar(scalar_evidence, noise.log(), bound)
     start = torch.full((count,), scalar, dtype=torch.float64)
-    if (count == 1 or not has_width) and not tune_noise:
+    if (count == 1 or not is_inside) and not tune_noise:
         return start.exp(), float(noise)
     evidence: EvidenceCurve
     if count == 1:
@@ -63,7 +72,7 @@ def corrected_precision(
 
 
 def _best_scalar(evidence: EvidenceCurve, log_noise: Tensor, bound: float) -> tuple[float, bool]:
-    """Return the best log precision, and whether the data ask for any width."""
+    """Return the best log precision, and whether it is a maximum inside of the range."""
 
     def descent(log_delta: float) -> float:
         value = evidence(torch.tensor([log_delta], dtype=torch.float64), log_noise)
@@ -74,6 +83,7 @@ def _best_scalar(evidence: EvidenceCurve, log_noise: Tensor, bound: float) -> tu
     best = min(range(len(points)), key=values.__getitem__)
     if values[best] >= OUTSIDE:
         raise FloatingPointError("the evidence is above zero for every prior precision")
+    beside = values[max(best - 1, 0)], values[min(best + 1, len(values) - 1)]
     if values[-1] - values[best] <= PLATEAU:
         # Flat up to an infinitely strong prior: the data ask for no width. The weakest of the
         # priors that are as good keeps the numbers finite.
@@ -84,7 +94,15 @@ def _best_scalar(evidence: EvidenceCurve, log_noise: Tensor, bound: float) -> tu
         root = brentq(lambda point: _slope(evidence, point, log_noise), low, high, xtol=1e-10)
         if descent(root) <= values[best]:
             return root, True
-    return refined(descent, points, values, 1e-6), True  # next to a bound, or to another maximum
+    best_near = refined(descent, points, values, 1e-6)  # at a border, or near another maximum
+    if OUTSIDE in beside:
+        _warn("The border is taken")
+        return best_near, False
+    return best_near, True
+
+
+def _warn(consequence: str) -> None:
+    warnings.warn(NOT_CREDIBLE.format(consequence), stacklevel=2)
 
 
 def _slope(evidence: EvidenceCurve, log_delta: float, log_noise: Tensor) -> float:
@@ -123,7 +141,10 @@ def _climbed(
         method="L-BFGS-B",
         options={"ftol": 1e-13, "gtol": 1e-7, "maxiter": 500},
     )
-    if -found.fun > bound or found.fun > descent(first.tolist())[0]:
+    if -found.fun > bound:
+        _warn("All tensors get the best precision that they can share")
+        return start, float(log_noise)
+    if found.fun > descent(first.tolist())[0]:
         return start, float(log_noise)
     logs, log_sigma = split(torch.tensor(found.x, dtype=torch.float64))
     return logs, float(log_sigma)

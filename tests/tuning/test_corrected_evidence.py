@@ -320,3 +320,12 @@ def test_a_loader_that_runs_out_leaves_it_out():
     with pytest.warns(UserWarning, match="without a part of the evidence.* is empty"):
         la.optimize_prior_precision(method="marglik")
     assert math.isfinite(float(la.prior_precision))
+
+
+@pytest.mark.parametrize("structure", ["scalar", "matrix"])
+def test_an_evidence_without_a_credible_maximum_says_so(structure):
+    la = FullLoraLaplace(peft_model("llama"), "classification")
+    la.fit(loader(batch_size=8, lengths=(4, 6, 2, 5, 3, 6, 1, 4) * 4, seed=1))
+    with pytest.warns(UserWarning, match="no maximum where it is credible.*The border is taken"):
+        la.optimize_prior_precision(method="marglik", prior_structure=structure)
+    assert la.log_marginal_likelihood(correction=True) <= 0
