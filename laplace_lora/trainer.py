@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,18 +14,18 @@ from laplace_lora.data.batches import one_example, splits_by_example
 from laplace_lora.data.distributed import together
 from laplace_lora.evaluation.beside_map import scores_beside_map
 from laplace_lora.likelihoods.base import labels_tokens
-from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
+from laplace_lora.likelihoods.implied import implied_likelihood
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.posteriors.factored import KronLoraLaplace
+from laplace_lora.posteriors.summary import with_known_term
 from laplace_lora.storage.adapter_start import AdapterStart, start_of
 from laplace_lora.structures.state import Posterior
 
 logger = logging.getLogger(__name__)
 START = "start"
-TASKS = {"RewardTrainer": "reward_modeling", "SFTTrainer": "language_modeling"}  # TRL's
 
 
 class LaplaceCallback(TrainerCallback):
@@ -40,8 +40,10 @@ class LaplaceCallback(TrainerCallback):
         probs = callback.predict(test_dataset)  # rows as those of trainer.predict(test_dataset)
 
     The posterior is fitted on the trainer's own training loader, its prior tuned as
-    `optimize_prior_precision` does by default. Through the trainer's logger go
-    ``laplace_log_marginal_likelihood`` and, for a classifier with an evaluation set,
+    `optimize_prior_precision` does by default, and with it a regression's noise, unless
+    ``sigma_noise`` is given. Through the trainer's logger go ``laplace_log_marginal_likelihood``
+    and, with its gradient term where that is known, ``laplace_corrected_log_marginal_likelihood``,
+    which tunings maximise; for a classifier with an evaluation set also
     ``eval_laplace_nll`` and ``eval_laplace_ece`` beside ``eval_map_nll`` and ``eval_map_ece``
     (nats per example, per label of a multi-label model, per labelled token; 15 equal-width bins);
     of several evaluation sets each has its name after ``eval_``.
@@ -166,11 +168,16 @@ class LaplaceCallback(TrainerCallback):
         la.fit(self.trainer.get_train_dataloader(), progress_bar=progress)
         self.la = la
         try:
-            la.optimize_prior_precision(progress_bar=progress)
+            tunes_noise = self._objective.has_noise and "sigma_noise" not in self.kwargs
+            la.optimize_prior_precision(tune_sigma_noise=tunes_noise, progress_bar=progress)
         finally:
             if self.save and args.should_save:
                 la.save_pretrained(args.output_dir)
-        metrics = {"laplace_log_marginal_likelihood": la.log_marginal_likelihood().item()}
+        plain = la.log_marginal_likelihood().item()
+        metrics = {"laplace_log_marginal_likelihood": plain}
+        corrected = with_known_term(la.fitted, plain)
+        if corrected is not None:
+            metrics["laplace_corrected_log_marginal_likelihood"] = corrected
         self.trainer.log(metrics)
         if self._objective.is_classifier:
             for name, loader in self._evaluation_loaders().items():
@@ -233,33 +240,3 @@ def _try_out(posterior: Posterior, batch: Any) -> None:
     x, y = posterior.split(one_example(batch, 0) if splits_by_example(batch) else batch)
     with evaluation_mode(posterior.model):
         posterior.objective.nll(posterior.model(x), y)
-
-
-def implied_likelihood(trainer: Any, options: Mapping[str, Any]) -> str:
-    """Return the likelihood that a trainer's loss implies, see `LaplaceCallback`.
-
-    Args:
-        trainer: The trainer.
-        options: Arguments of the posterior.
-    """
-    for kind in type(trainer).__mro__:
-        if kind.__name__ in TASKS:
-            return TASKS[kind.__name__]
-    model = trainer.model
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = getattr(base, "config", None)
-    heads = type(base).__name__
-    if heads.endswith(("ForCausalLM", "LMHeadModel")) and options.get("target_ids") is None:
-        return "language_modeling"
-    if heads.endswith("ForTokenClassification"):
-        return "token_classification"
-    if heads.endswith("ForQuestionAnswering"):
-        return "question_answering"
-    problem = getattr(config, "problem_type", None)
-    if problem == MULTILABEL_PROBLEM:
-        return "multilabel"
-    if "Classification" in heads and (
-        problem == "regression" or getattr(config, "num_labels", None) == 1
-    ):
-        return "regression"
-    return "classification"

@@ -56,6 +56,8 @@ def test_training_ends_with_a_saved_posterior(cls, tmp_path):
     logged = {k: v for entry in trainer.state.log_history for k, v in entry.items()}
     evidence = callback.la.log_marginal_likelihood().item()
     assert logged["laplace_log_marginal_likelihood"] == evidence
+    knows_term = callback.la.fitted.gradient_term is not None
+    assert ("laplace_corrected_log_marginal_likelihood" in logged) == knows_term
     batch = next(iter(DataLoader(examples(7, seed=1), batch_size=7)))
     p_map = LogitsModel(model).eval()(batch).softmax(-1)
     for name, p in (("laplace", callback.la(batch)), ("map", p_map)):
@@ -167,15 +169,27 @@ def test_regression_gives_moments(tmp_path):
 
     model = peft_model("bert", dtype=torch.float32)
     plain = trainer_of(model, tmp_path)
-    data = [{**e, "labels": torch.randn(3)} for e in examples(6)]
+    data = [{**e, "labels": 20 * torch.randn(3)} for e in examples(6)]
     trainer = Squares(model, plain.args, train_dataset=data, eval_dataset=data)
     callback = LaplaceCallback(trainer, "regression", save=False)
     trainer.add_callback(callback)
     trainer.train()
+    assert float(callback.la.sigma_noise) > 3
+    corrected = callback.la.log_marginal_likelihood(correction=True)
     mean, covariance = callback.predict(data)
     assert mean.shape == (6, 3) and covariance.shape == (6, 3, 3)
-    logged = {k for entry in trainer.state.log_history for k in entry}
+    logged = {k: v for entry in trainer.state.log_history for k, v in entry.items()}
     assert "laplace_log_marginal_likelihood" in logged and "eval_laplace_nll" not in logged
+    found = logged["laplace_corrected_log_marginal_likelihood"]
+    assert found == pytest.approx(float(corrected), abs=1e-3)
+
+
+def test_a_given_noise_stays(tmp_path):
+    trainer = trainer_of(peft_model("bert", dtype=torch.float32), tmp_path)
+    trainer.train_dataset = [{**e, "labels": torch.randn(3)} for e in examples(6)]
+    callback = LaplaceCallback(trainer, "regression", sigma_noise=0.7)
+    callback._finish(trainer.args)
+    assert float(callback.la.sigma_noise) == pytest.approx(0.7)
 
 
 class RewardTrainer(Trainer):

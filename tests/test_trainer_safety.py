@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer
 
 from laplace_lora import KronLoraLaplace, LaplaceCallback
-from laplace_lora.trainer import implied_likelihood
+from laplace_lora.likelihoods.implied import implied_likelihood
 from support.batches import token_batch
 from support.models import TARGETS, peft_model
 from support.references import assert_near

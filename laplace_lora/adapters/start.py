@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraConfig
@@ -64,7 +65,7 @@ def values_at_start(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
     return list(values.items())
 
 
-def _norms(layer: LoraLayer, adapter: str, dora: nn.Module) -> Tensor:
+def _norms(layer: LoraLayer, adapter: str, dora: Any) -> Tensor:
     """Return what PEFT sets magnitudes to where the low-rank product is zero."""
     fresh = copy.deepcopy(dora)
     if adapter in layer.lora_embedding_A:
@@ -77,7 +78,8 @@ def _norms(layer: LoraLayer, adapter: str, dora: nn.Module) -> Tensor:
         lora_B=torch.zeros_like(B),
         scaling=layer.scaling[adapter],
     )
-    return fresh.weight.detach().to(dora.weight)
+    norms: Tensor = fresh.weight.detach().to(dora.weight)
+    return norms
 
 
 def _active_layers(model: nn.Module) -> Iterator[tuple[LoraLayer, str]]:

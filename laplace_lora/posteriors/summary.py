@@ -82,9 +82,8 @@ def _prior(posterior: Posterior, tuning: Tuning | None) -> str:
 def _evidence(posterior: Posterior, plain: float, tuning: Tuning | None) -> str:
     if math.isnan(plain):
         return "not known: the training loss is not"
-    gain, prior = posterior.gradient_term, posterior.settings.prior_precision
-    if gain is not None and len(prior) in (1, len(posterior.names)):
-        value = plain + float(gain.term(prior, posterior.scale).detach())
+    value = with_known_term(posterior, plain)
+    if value is not None:
         if posterior.objective.is_classifier and value > 0:
             return "not credible under this prior: above zero with its gradient term"
         return f"{value:.4f} nats"
@@ -92,6 +91,19 @@ def _evidence(posterior: Posterior, plain: float, tuning: Tuning | None) -> str:
         return f"{plain:.4f} nats, without the gradient term"
     # The plain one charges for where weights started, and so says little of other priors.
     return "not measured; log_marginal_likelihood(correction=True) takes passes over the data"
+
+
+def with_known_term(posterior: Posterior, plain: float) -> float | None:
+    """Return the log evidence with its gradient term, ``None`` where that is not known.
+
+    Args:
+        posterior: A fitted posterior.
+        plain: Its log evidence in nats without the term.
+    """
+    term, prior = posterior.gradient_term, posterior.settings.prior_precision
+    if term is None or len(prior) not in (1, len(posterior.names)):
+        return None
+    return plain + float(term.term(prior, posterior.scale).detach())
 
 
 def _calibration(posterior: Posterior) -> str:
