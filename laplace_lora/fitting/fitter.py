@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from laplace_lora.adapters.buffers import buffer_values
 from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.data.distributed import Together, together
 from laplace_lora.fitting.accumulation import accumulate
@@ -167,6 +168,7 @@ class Fitter:
             n_data,
             n_outputs,
             gradient,
+            buffers=buffer_values(posterior.source),
         )
 
     def _loss_of(self, loader: Iterable[Any], team: Together) -> tuple[float, int | None]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 
+from laplace_lora.adapters.buffers import buffer_values
 from laplace_lora.curvature.backends import LoraCurvature, LoraEF, LoraGGN
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.posteriors.card import card_section
@@ -23,6 +25,7 @@ from laplace_lora.storage.model_card import Report
 from laplace_lora.structures.state import Posterior, PosteriorState
 
 BACKENDS: dict[str, type[LoraCurvature]] = {kind.__name__: kind for kind in (LoraGGN, LoraEF)}
+BUFFERS = "buffers"
 ANSWERS = ("target_ids", "mask_token_id")  # arguments that a `LogitsModel` brings itself
 Self = TypeVar("Self", bound="SavedLaplace")
 
@@ -140,7 +143,9 @@ class SavedLaplace(ServedLaplace):
 
     def state_dict(self) -> dict[str, Any]:
         """Return laplace-torch's state, the curvature as tensors, with what a calibration chose."""
-        return {**super().state_dict(), **state_entries(self.fitted)}
+        posterior = self.fitted
+        entries = {**state_entries(posterior), BUFFERS: dict(posterior.state.buffers)}
+        return {**super().state_dict(), **entries}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of a posterior of the same class and arguments, at its weights.
@@ -148,7 +153,10 @@ class SavedLaplace(ServedLaplace):
         Raises:
             ValueError: If the state is of another class, likelihood or number of weights.
         """
-        self._install(read_state(self.parts, state_dict))
+        buffers = state_dict.get(BUFFERS)  # those of earlier versions have none
+        if buffers is None:
+            buffers = buffer_values(self.logits_model)
+        self._install(replace(read_state(self.parts, state_dict), buffers=buffers))
         self.temperature = state_dict["temperature"]
         self.enable_backprop = state_dict["enable_backprop"]
 

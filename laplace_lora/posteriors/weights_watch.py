@@ -1,13 +1,18 @@
-"""`WeightsWatch`: notice that a model is no longer at the weights where a posterior was fitted."""
+"""`WeightsWatch`: notice that a model is no longer at the weights where a posterior was fitted.
+
+Nor with the buffers: a forward pass in training mode moves running statistics, frozen weights or
+not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from laplace_lora.adapters.buffers import BufferPlace, buffer_places
 from laplace_lora.adapters.selection import listed
 from laplace_lora.data.sharding import whole
 from laplace_lora.models.last_layer_model import LastLayerModel
@@ -17,13 +22,15 @@ ROUNDING = 1e-5  # relative: adding a number and subtracting it again leaves as 
 
 
 class WeightsWatch:
-    """Compares a model's weights with a posterior's mean whenever one of them may have changed."""
+    """Compares weights and buffers with those of a fit whenever one of them may have changed."""
 
     def __init__(self) -> None:
         self._seen: Any = None
+        self._model: nn.Module | None = None
+        self._places: list[BufferPlace] = []
 
     def check(self, posterior: Posterior) -> None:
-        """Refuse weights other than those of the fit.
+        """Refuse weights or buffers other than those of the fit.
 
         Args:
             posterior: A fitted posterior.
@@ -31,10 +38,13 @@ class WeightsWatch:
         Raises:
             RuntimeError: If a tensor has changed; names it.
         """
+        places = self._buffers(posterior.source)
         tensors = [tensor for _, tensor, _ in _pairs(posterior)]
+        # Batch normalisation moves its statistics behind autograd's back, but counts the batches.
+        tensors += [b for place in places for b in place.module.buffers(recurse=False)]
         versions = [-1 if t.is_inference() else t._version for t in tensors]
-        places = [(id(t), t.data_ptr(), t.dtype) for t in tensors]
-        seen = (id(posterior.mean), versions, places)
+        storage = [(id(t), t.data_ptr(), t.dtype) for t in tensors]
+        seen = (id(posterior.mean), versions, storage)
         if seen == self._seen:
             return
         changed = [name for name, now, then in _pairs(posterior) if not _equal(whole(now), then)]
@@ -44,7 +54,21 @@ class WeightsWatch:
                 "(trained on, loaded over or replaced), so its curvature belongs to others. Fit "
                 "again, or load the weights of the fit"
             )
+        moved = [place.name for place in places if _has_moved(place, posterior.state.buffers)]
+        if moved:
+            raise RuntimeError(
+                f"the buffers {listed(moved)} have changed since the posterior was fitted (a "
+                "forward pass in training mode moves running statistics, even over frozen "
+                "weights), so its curvature belongs to another function. Fit again, or load the "
+                "buffers of the fit, and keep the model in evaluation mode"
+            )
         self._seen = seen
+
+    def _buffers(self, model: nn.Module) -> list[BufferPlace]:
+        """Return where the buffers are; looked for once, as predictions wait for it."""
+        if self._model is not model:
+            self._model, self._places = model, buffer_places(model)
+        return self._places
 
 
 def _pairs(posterior: Posterior) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -58,6 +82,14 @@ def _pairs(posterior: Posterior) -> Iterator[tuple[str, Tensor, Tensor]]:
         yield "last layer", weight, model.head.weight.detach()
         if bias is not None:
             yield "last layer's bias", bias, model.head.bias.detach()
+
+
+def _has_moved(place: BufferPlace, fitted: Mapping[str, Tensor]) -> bool:
+    """Return whether a buffer has other values than at the fit, as far as these are known."""
+    then, now = fitted.get(place.name), place.samples()
+    if then is None or not len(then) or not len(now):
+        return False  # added since, or offloaded
+    return then.shape != now.shape or not _equal(now, then)
 
 
 @torch.no_grad()

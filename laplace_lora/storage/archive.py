@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from laplace_lora.adapters.buffers import buffer_values
 from laplace_lora.data.distributed import together
 from laplace_lora.data.sharding import is_sharded_model
 from laplace_lora.data.shares import is_main
@@ -165,8 +166,9 @@ def _state(
         if subspace.displacement.shape[0] != len(sizes):
             raise ValueError(f"the subspace is of {subspace.displacement.shape[0]} tensors")
         subspace = subspace.to(posterior.device)
+    buffers = buffer_values(posterior.source)
     return PosteriorState(
-        settings, curvature, weights, sizes, loss, n_data, n_outputs, gradient, subspace
+        settings, curvature, weights, sizes, loss, n_data, n_outputs, gradient, subspace, buffers
     )
 
 

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from laplace_lora.adapters.buffers import buffer_places
 from laplace_lora.adapters.peft_state import (
     adapter_parameters,
     adapter_settings,
@@ -20,6 +21,7 @@ from laplace_lora.structures.state import Posterior
 
 SETTINGS = "adapter_settings"
 IN_USE = "base_in_use"
+BUFFERS = "buffers"
 SAMPLES = 64  # values hashed of each tensor of a base model
 
 
@@ -39,6 +41,7 @@ def identity(posterior: Posterior) -> dict[str, Any]:
         "base": sampled_fingerprint(base),
         # A head that the adapter replaces is random in a base model that came without one.
         IN_USE: sampled_fingerprint((name, p) for name, p in base if id(p) not in replaced),
+        BUFFERS: buffer_fingerprint(posterior.source),
         SETTINGS: hashlib.sha256(
             json.dumps(adapter_settings(posterior.source), sort_keys=True).encode()
         ).hexdigest(),
@@ -85,12 +88,15 @@ def check_identity(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         "adapter": "other trained weights of the adapter have changed since the posterior was "
         "fitted",
         base_key: "the base model differs from the one that the posterior was fitted on",
+        BUFFERS: "the base model's buffers (running statistics of batch normalisation, say) differ "
+        "from those that the posterior was fitted with; PEFT does not save them with the adapter, "
+        "so save the base model as it was at the fit, and load that",
         SETTINGS: "the adapter's configuration differs from the one that the posterior was fitted "
         "with (lora_alpha, use_rslora, use_dora or the layers' scaling)",
     }
     for name, reason in reasons.items():
-        if name == SETTINGS and name not in saved:
-            continue  # files of earlier versions do not have it
+        if name in (BUFFERS, SETTINGS) and name not in saved:
+            continue  # files of earlier versions do not have them
         if saved[name] != found[name]:
             raise ValueError(reason)
 
@@ -131,6 +137,20 @@ def sampled_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
         return name, octets.shape, halves[0] + halves[1]
 
     return _hashed(seen(name, whole(t)) for name, t in tensors)
+
+
+def buffer_fingerprint(model: nn.Module) -> str:
+    """Return a hash of names, shapes and values of a model's buffers, see `buffer_places`.
+
+    Values are rounded to bfloat16, as those of a base model are.
+
+    Args:
+        model: Any module.
+    """
+    return _hashed(
+        (place.name, place.tensor.shape, place.samples().to(torch.bfloat16).float())
+        for place in buffer_places(model)
+    )
 
 
 def _hashed(parts: Iterable[tuple[str, torch.Size, Tensor]]) -> str:

@@ -5,6 +5,7 @@ A fit, a tuning or a load makes a new state; nothing is changed in place.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -36,6 +37,7 @@ class PosteriorState:
             where it is not known, as of files of earlier versions.
         subspace: Exact curvature along a few directions, for the evidence's gradient term; ``None``
             where it was not measured, or data were added since.
+        buffers: Values of the model's buffers at the fit, see `buffer_values`.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -47,6 +49,7 @@ class PosteriorState:
     n_outputs: int = 0
     loss_gradient: Tensor | None = None
     subspace: Subspace | None = None
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def is_fitted(self) -> bool:

@@ -1,0 +1,48 @@
+"""Names of tensors as they are without the adapters that are loaded beside the active one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+
+def adapts(layer: BaseTunerLayer) -> bool:
+    """Return whether an active adapter has tensors of its own in a layer.
+
+    PEFT says of all its layers that the same adapter is active.
+    """
+    held = (getattr(layer, name, {}) for name in layer.adapter_layer_names)
+    adapters = {key for each in held if hasattr(each, "keys") for key in each}
+    return bool(adapters & set(layer.active_adapters))
+
+
+def plain_names(model: nn.Module) -> Callable[[str], str]:
+    """Return what takes a tensor's name to the one that it has without idle adapters.
+
+    PEFT renames what it puts a layer around: ``k_proj.weight`` to ``k_proj.base_layer.weight``, and
+    what it keeps a copy of to ``classifier.original_module.weight``.
+
+    Args:
+        model: Any module.
+    """
+    idle = set()
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not adapts(module):
+            idle |= {f"{path}.base_layer"}
+        elif isinstance(module, ModulesToSaveWrapper):
+            if not set(module.active_adapters) & set(module.modules_to_save):
+                idle |= {f"{path}.original_module"}
+        else:  # PEFT's wrapper of an embedding of which some tokens are trained
+            inner = getattr(module, "token_adapter", None)
+            if isinstance(inner, BaseTunerLayer) and not adapts(inner):
+                idle |= {f"{path}.token_adapter"}
+
+    def plain(name: str) -> str:
+        parts = name.split(".")
+        kept = (p for n, p in enumerate(parts) if ".".join(parts[: n + 1]) not in idle)
+        return ".".join(kept)
+
+    return plain if idle else str
