@@ -14,6 +14,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from laplace_lora.adapters.plain_names import adapts, plain_names
+
 logger = logging.getLogger(__name__)
 
 
@@ -219,17 +221,20 @@ def check_has_adapter(model: nn.Module) -> None:
         )
 
 
-def adapter_settings(model: nn.Module) -> dict[str, Any]:
+def adapter_settings(model: nn.Module, plain: bool = True) -> dict[str, Any]:
     """Return what an active adapter's configuration changes about its outputs, as plain values.
 
     The kind of each adapted layer and the factor of its update, which are in no tensor.
 
     Args:
         model: Any module.
+        plain: Whether idle adapters leave no trace; ``False`` lists their layers, too.
     """
     settings: dict[str, Any] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, BaseTunerLayer):
+    name_of = plain_names(model) if plain else str
+    for path, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer) and (not plain or adapts(layer)):
+            name = name_of(path)
             for adapter in layer.active_adapters:
                 scaling = getattr(layer, "scaling", {})
                 found = scaling.get(adapter) if isinstance(scaling, dict) else None

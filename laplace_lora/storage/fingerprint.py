@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from laplace_lora.adapters.peft_state import (
     adapter_settings,
     replaced_parameters,
 )
+from laplace_lora.adapters.plain_names import plain_names
 from laplace_lora.data.sharding import in_pieces, whole
 from laplace_lora.structures.state import Posterior
 
@@ -25,44 +26,83 @@ BUFFERS = "buffers"
 SAMPLES = 64  # values hashed of each tensor of a base model
 
 
-def identity(posterior: Posterior) -> dict[str, Any]:
+def identity(posterior: Posterior, plain: bool = True) -> dict[str, Any]:
     """Return what a posterior must find again: its tensors, their MAP values and the other weights.
 
     Args:
         posterior: The posterior; its model is read, not its state.
+        plain: Whether names are those without idle adapters, see `plain_names`; ``False`` takes
+            them as PEFT has them, as earlier versions did.
     """
-    engine, others = posterior.engine, _others(posterior)
+    engine, others = posterior.engine, _others(posterior, plain)
+    names = list(map(_naming(posterior, plain), engine.names))
     base = [(name, p) for name, p, active in others if active is None]
     replaced = replaced_parameters(posterior.source)
     return {
-        "parameters": {block.name: list(block.parameter.shape) for block in engine.blocks},
-        "weights": exact_fingerprint(zip(engine.names, engine.parameters, strict=True)),
+        "parameters": {
+            name: list(p.shape) for name, p in zip(names, engine.parameters, strict=True)
+        },
+        "weights": exact_fingerprint(zip(names, engine.parameters, strict=True)),
         "adapter": exact_fingerprint((name, p) for name, p, active in others if active),
         "base": sampled_fingerprint(base),
         # A head that the adapter replaces is random in a base model that came without one.
         IN_USE: sampled_fingerprint((name, p) for name, p in base if id(p) not in replaced),
         BUFFERS: buffer_fingerprint(posterior.source),
         SETTINGS: hashlib.sha256(
-            json.dumps(adapter_settings(posterior.source), sort_keys=True).encode()
+            json.dumps(adapter_settings(posterior.source, plain), sort_keys=True).encode()
         ).hexdigest(),
     }
 
 
-def trained_tensors(posterior: Posterior) -> list[tuple[str, Tensor]]:
-    """Return a posterior's tensors, and the others of the active adapter, with their names."""
-    covered = zip(posterior.engine.names, posterior.engine.parameters, strict=True)
-    others = ((name, p) for name, p, active in _others(posterior) if active)
+def known_identity(posterior: Posterior, saved: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Return a posterior's identity by the names that a saved one goes by.
+
+    Args:
+        posterior: The posterior.
+        saved: An identity that `identity` returned, perhaps of an earlier version.
+
+    Returns:
+        The identity, and the ``plain`` that it was made with.
+    """
+    found = identity(posterior)
+    named = [name for name in ("parameters", _base_key(saved), SETTINGS) if name in saved]
+    if any(saved[name] != found[name] for name in named):
+        earlier = identity(posterior, plain=False)
+        if all(saved[name] == earlier[name] for name in named):
+            return earlier, False
+    return found, True
+
+
+def trained_tensors(posterior: Posterior, plain: bool = True) -> list[tuple[str, Tensor]]:
+    """Return a posterior's tensors, and the others of the active adapter, with their names.
+
+    Args:
+        posterior: The posterior.
+        plain: As in `identity`.
+    """
+    names = map(_naming(posterior, plain), posterior.engine.names)
+    covered = zip(names, posterior.engine.parameters, strict=True)
+    others = ((name, p) for name, p, active in _others(posterior, plain) if active)
     return [(name, whole(p)) for name, p in (*covered, *others)]
 
 
-def _others(posterior: Posterior) -> list[tuple[str, Tensor, bool | None]]:
+def _naming(posterior: Posterior, plain: bool) -> Callable[[str], str]:
+    return plain_names(posterior.source) if plain else str
+
+
+def _base_key(saved: Mapping[str, Any]) -> str:
+    return IN_USE if IN_USE in saved else "base"  # files of earlier versions have this only
+
+
+def _others(posterior: Posterior, plain: bool) -> list[tuple[str, Tensor, bool | None]]:
     """Return tensors that a posterior does not cover, and whether they are of an adapter."""
     in_pieces(posterior.source)
+    name_of = _naming(posterior, plain)
     covered = {id(p) for p in posterior.engine.parameters}
     adapters = adapter_parameters(posterior.source)
     # Other adapters that happen to be loaded do not change what the active one computes.
     return [
-        (name, p, adapters.get(id(p)))
+        (name_of(name), p, adapters.get(id(p)))
         for name, p in posterior.source.named_parameters()
         if id(p) not in covered and adapters.get(id(p)) is not False
     ]
@@ -81,13 +121,12 @@ def check_identity(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
             f"the posterior covers other tensors than the model trains (e.g. {example!r}); check "
             "the active adapter's name and rank"
         )
-    base_key = IN_USE if IN_USE in saved else "base"  # files of earlier versions have this only
     reasons = {
         "weights": "the weights are not those that the posterior was fitted at; load the adapter "
         "that was saved with it",
         "adapter": "other trained weights of the adapter have changed since the posterior was "
         "fitted",
-        base_key: "the base model differs from the one that the posterior was fitted on",
+        _base_key(saved): "the base model differs from the one that the posterior was fitted on",
         BUFFERS: "the base model's buffers (running statistics of batch normalisation, say) differ "
         "from those that the posterior was fitted with; PEFT does not save them with the adapter, "
         "so save the base model as it was at the fit, and load that",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.storage.fingerprint import exact_fingerprint, identity, trained_tensors
+from laplace_lora.storage.fingerprint import exact_fingerprint, known_identity, trained_tensors
 from laplace_lora.structures.state import Posterior
 
 ROUNDED = "rounded_weights"
@@ -44,10 +44,10 @@ def identity_but_for_rounding(posterior: Posterior, saved: Mapping[str, Any]) ->
         posterior: A posterior around the model as it was loaded.
         saved: Configuration of a file; those of earlier versions know no rounding.
     """
-    found = identity(posterior)
+    found, plain = known_identity(posterior, saved)
     if all(saved[key] == found[key] for key in ("weights", "adapter")) or ROUNDED not in saved:
         return found
-    tensors = dict(trained_tensors(posterior))
+    tensors = dict(trained_tensors(posterior, plain))
     errors = [_distance(saved[ROUNDED].get(name), tensor) for name, tensor in tensors.items()]
     apart = sum(error**2 for error in errors if error)
     if set(tensors) != set(saved[ROUNDED]) or None in errors or not apart:
