@@ -148,6 +148,11 @@ class Fitter:
         for other in others:
             if other.kind != posterior.kind or other.arguments != posterior.arguments:
                 raise ValueError("only posteriors of one class with the same arguments merge")
+            if other.backend_name != posterior.backend_name:
+                raise ValueError(
+                    "only posteriors of one backend merge, got "
+                    f"{posterior.backend_name} and {other.backend_name}"
+                )
             check_identity(expected, identity(other))
             added = structure.to(other.state.curvature, posterior.device)
             raw = structure.merge(raw, n, structure.raw(added), other.state.n_data)

@@ -12,14 +12,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from laplace_lora.curvature.backends import LoraGGN
 from laplace_lora.data.shares import processes
 from laplace_lora.data.tally import fingerprints
 from laplace_lora.fitting.passes import Pass, Sums
 from laplace_lora.storage.files import write_whole
-from laplace_lora.storage.fingerprint import exact_fingerprint, identity
+from laplace_lora.storage.fingerprint import (
+    check_identity,
+    exact_fingerprint,
+    identity,
+    known_identity,
+)
 from laplace_lora.structures.state import Posterior
 
 DEFAULT_EVERY = 100  # batches
+IDENTITY = "identity"
+BACKEND = "backend"
+UNNAMED = f"{LoraGGN.__module__}.{LoraGGN.__qualname__}"  # of files that name none
 
 
 class Snapshot:
@@ -28,7 +37,7 @@ class Snapshot:
     Args:
         folder: Where the file is kept, one per process.
         every: Batches from one writing to the next; 100 if ``None``.
-        posterior: What is being fitted; the file is for its weights and arguments only.
+        posterior: What is being fitted; the file is for its weights, arguments and backend only.
         data_pass: The pass whose sums are kept; the file is for its basis only.
 
     Raises:
@@ -50,7 +59,14 @@ class Snapshot:
         self.path = Path(folder) / name
         self.tensors = data_pass.tensors
         basis = exact_fingerprint((str(i), tensor) for i, tensor in enumerate(data_pass.basis))
-        owner = [posterior.kind, posterior.arguments, identity(posterior), basis]
+        self._posterior = posterior
+        owner = {
+            "kind": posterior.kind,
+            "arguments": posterior.arguments,
+            "basis": basis,
+            BACKEND: posterior.backend_name,
+            IDENTITY: identity(posterior),
+        }
         self.owner = json.dumps(owner, sort_keys=True)
         self._seen = ""  # a digest of the batches so far
         self._expected: str | None = None  # of those whose sums are kept
@@ -98,7 +114,8 @@ class Snapshot:
         """Return what an interrupted pass had added up, and its tensors; ``None`` if there is none.
 
         Raises:
-            ValueError: If the file is damaged, or is for another model or other arguments.
+            ValueError: If the file is damaged, or is for another model, other arguments or another
+                backend; one of an earlier version, which names none, is for `LoraGGN`.
         """
         if not self.path.exists():
             return None
@@ -109,16 +126,51 @@ class Snapshot:
             sums = Sums(
                 None, float.fromhex(numbers["loss"]), int(numbers["n"]), int(numbers["batches"])
             )
+            owner = _read_owner(numbers["owner"])
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{self.path} is damaged ({error}); delete it to start anew") from None
-        if numbers["owner"] != self.owner:
-            raise ValueError(
-                f"{self.path} belongs to a fit of another model or with other arguments; delete it "
-                "to start anew"
-            )
+        self._check_owner(owner)
         self._expected = numbers.get("seen")  # files of earlier versions lack it
         return sums, tensors
+
+    def _check_owner(self, saved: dict[str, Any]) -> None:
+        """Refuse the sums of another fit.
+
+        Raises:
+            ValueError: If model, arguments or backend are others.
+        """
+        own = json.loads(self.owner)
+        reason = None
+        if saved[BACKEND] != own[BACKEND]:
+            reason = f"its backend is {saved[BACKEND]}, this fit's {own[BACKEND]}"
+        elif any(saved[name] != own[name] for name in ("kind", "arguments", "basis")):
+            reason = "its class or arguments are others"
+        else:
+            found, _ = known_identity(self._posterior, saved[IDENTITY])
+            try:
+                check_identity(saved[IDENTITY], found)
+            except ValueError as error:
+                reason = str(error)
+        if reason is not None:
+            raise ValueError(
+                f"{self.path} belongs to a fit of another model or with other arguments "
+                f"({reason}); delete it to start anew"
+            )
 
     def remove(self) -> None:
         """Delete the file."""
         self.path.unlink(missing_ok=True)
+
+
+def _read_owner(text: str) -> dict[str, Any]:
+    """Return what a file says of the fit that it belongs to, those of earlier versions as well.
+
+    Raises:
+        ValueError: If it says nothing that can be read.
+        KeyError: If it does not say all.
+    """
+    owner = json.loads(text)
+    if isinstance(owner, list):  # of earlier versions
+        owner = dict(zip(("kind", "arguments", IDENTITY, "basis"), owner, strict=True))
+        owner[BACKEND] = UNNAMED
+    return {name: owner[name] for name in ("kind", "arguments", "basis", BACKEND, IDENTITY)}

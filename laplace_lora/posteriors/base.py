@@ -150,6 +150,7 @@ class LoraLaplace(FittedLaplace):
                 self.structure,
                 self.state,
                 *key,
+                self._backend_cls,
             )
             self._latest = latest = (posterior, key)
         return latest[0]

@@ -97,7 +97,7 @@ class FittedLaplace(SavedLaplace):
 
         Raises:
             AttributeError: If one has not been fitted.
-            ValueError: If one is of another class, or its arguments or model are others.
+            ValueError: If one is of another class, or its arguments, backend or model are others.
         """
         loaders = [posterior._train_loader for posterior in (self, *others)]
         self._install(Fitter(self.fitted).merge([other.fitted for other in others]))

@@ -96,6 +96,7 @@ class Posterior:
         label_key: Key of the labels in a batch.
         device: Where the posterior is.
         differentiable: Whether gradients flow through predictions to the inputs.
+        backend: Class of the backend, which says what curvature is summed.
     """
 
     kind: str
@@ -109,7 +110,13 @@ class Posterior:
     temperature: float
     label_key: str
     device: torch.device
-    differentiable: bool = False
+    differentiable: bool
+    backend: type[Any]
+
+    @property
+    def backend_name(self) -> str:
+        """Module and name of the backend's class; a user's own may be called as one of ours."""
+        return f"{self.backend.__module__}.{self.backend.__qualname__}"
 
     @property
     def dtype(self) -> torch.dtype:

@@ -3,7 +3,7 @@
 import pytest
 from torch.utils.data import DataLoader
 
-from laplace_lora import DiagLoraLaplace
+from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LoraEF, LoraGGN
 from support.batches import loader, token_batch
 from support.models import excite, peft_model
 from support.posteriors import EVERY_CLASS, LOW, fitted
@@ -39,3 +39,22 @@ def test_what_does_not_belong_together_is_not_merged():
     other = excite(peft_model("bert"), 0.2)
     with pytest.raises(ValueError, match="weights are not those"):
         la.merge([fitted(model=other)])
+
+
+def test_curvatures_of_different_kinds_are_not_merged(tmp_path):
+    class Mine(LoraGGN):
+        """A user's own."""
+
+    model = peft_model("bert")
+    ours = "laplace_lora.curvature.backends.Lora"
+    la, other = fitted(model=model), fitted(model=model, backend=LoraEF)
+    with pytest.raises(ValueError, match=f"one backend merge, got {ours}GGN and {ours}EF"):
+        la.merge([other])
+    other.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"one backend merge, got {ours}GGN and {ours}EF"):
+        la.merge([KronLoraLaplace.from_pretrained(model, tmp_path)])
+    mine = fitted(model=model, backend=Mine)
+    with pytest.raises(ValueError, match=f"got {ours}GGN and .*test_merging.*Mine"):
+        la.merge([mine])
+    mine.merge([fitted(model=model, backend=Mine)])
+    assert mine.n_data == 2 * la.n_data

@@ -1,5 +1,6 @@
 """A fit resumed after an interruption equals one without, to the bit."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
+from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace, LoraEF
+from laplace_lora.storage.fingerprint import identity
 from support.batches import loader, token_batch
 from support.exact_posteriors import BOTH, NEW_BATCH, exact_posterior
 from support.interruptions import Interrupted, Interruption, interrupted
@@ -79,6 +83,45 @@ def test_what_is_kept_belongs_to_one_fit(tmp_path):
         la.fit(loader(2), checkpoint_dir=tmp_path, checkpoint_every=0)
     with pytest.raises(ValueError, match="checkpoint_every needs checkpoint_dir"):
         la.fit(loader(2), checkpoint_every=2)
+
+
+def test_what_is_kept_is_of_one_backend(tmp_path):
+    options = {"checkpoint_dir": tmp_path, "checkpoint_every": 1}
+    with pytest.raises(Interruption):
+        posterior(KronLoraLaplace, backend=LoraEF).fit(Interrupted(loader(2), 2), **options)
+    with pytest.raises(ValueError, match=r"its backend is .*\.LoraEF, this fit's .*\.LoraGGN"):
+        posterior(KronLoraLaplace).fit(loader(2), **options)
+    resumed, straight = (posterior(KronLoraLaplace, backend=LoraEF) for _ in range(2))
+    resumed.fit(loader(2), **options)
+    straight.fit(loader(2))
+    assert torch.equal(resumed(BATCH), straight(BATCH))
+
+
+def test_a_file_of_an_earlier_version_goes_on_with_the_default_backend(tmp_path):
+    """It says neither which backend it is of nor what the buffers were."""
+    options = {"checkpoint_dir": tmp_path, "checkpoint_every": 1}
+    first = posterior(KronLoraLaplace, **LOW)
+    with pytest.raises(Interruption):
+        first.fit(Interrupted(loader(2), 2), **options)
+    (file,) = tmp_path.iterdir()
+    with safe_open(file, "pt") as opened:
+        numbers = opened.metadata()
+    earlier = {k: v for k, v in identity(first.parts, plain=False).items() if k != "buffers"}
+    basis = json.loads(numbers["owner"])["basis"]
+    numbers["owner"] = json.dumps(["KronLoraLaplace", first.arguments(), earlier, basis])
+    save_file(load_file(file), file, metadata=numbers)
+    with pytest.raises(ValueError, match=r"its backend is .*\.LoraGGN, this fit's .*\.LoraEF"):
+        posterior(KronLoraLaplace, backend=LoraEF, **LOW).fit(loader(2), **options)
+    resumed, straight = (posterior(KronLoraLaplace, **LOW) for _ in range(2))
+    with torch.no_grad():
+        resumed.params[0].mul_(2)
+    with pytest.raises(ValueError, match="the weights are not those"):
+        resumed.fit(loader(2), **options)
+    with torch.no_grad():
+        resumed.params[0].div_(2)
+    resumed.fit(loader(2), **options)
+    straight.fit(loader(2))
+    assert torch.equal(resumed(BATCH), straight(BATCH))
 
 
 def test_a_killed_process_leaves_something_to_resume(tmp_path):
