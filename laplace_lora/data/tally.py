@@ -130,11 +130,15 @@ def fingerprints(batch: Batch) -> list[int]:
     size = batch_length(batch)
     digests = [blake2b(digest_size=8) for _ in range(size)]
     named = batch if isinstance(batch, Mapping) else {}
-    masks = [named[name].detach().cpu().bool() for name in MASK_NAMES if name in named]
+    masks = {
+        name: named[name].detach().cpu().bool()
+        for name in MASK_NAMES
+        if isinstance(named.get(name), Tensor)
+    }
     for name, value in parts:
         if isinstance(value, Tensor) and value.ndim:
             value = value.detach().cpu()
-            mask = next((m for m in masks if m.shape == value.shape[:2]), None)
+            mask = _mask_of(name, value, masks)
             rows: Sequence[Any] = [
                 row if mask is None else row[real]
                 for row, real in zip(value, value if mask is None else mask, strict=True)
@@ -146,6 +150,14 @@ def fingerprints(batch: Batch) -> list[int]:
         for digest, row in zip(digests, rows, strict=True):
             digest.update(name.encode() + _raw(row))
     return [int.from_bytes(digest.digest(), "big") for digest in digests]
+
+
+def _mask_of(name: str, value: Tensor, masks: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the mask of a value's tokens; a decoder's text has its own, or none."""
+    is_decoders = name.rpartition("/")[2].startswith("decoder_")
+    allowed = MASK_NAMES[1:] if is_decoders else MASK_NAMES
+    fitting = (masks[key] for key in allowed if key in masks)
+    return next((mask for mask in fitting if mask.shape == value.shape[:2]), None)
 
 
 def _named(batch: Any, name: str) -> Iterator[tuple[str, Any]]:

@@ -231,3 +231,26 @@ def test_padding_does_not_change_a_fingerprint():
     )
     uneven = {"pixels": torch.ones(5, 2), "sizes": torch.ones(2, 2)}
     assert len(fingerprints(uneven)) == 1
+
+
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_both_texts_of_an_encoder_decoder_tell_examples_apart(has_mask):
+    """The decoder's text is read by its own mask, even where both are padded to one length."""
+
+    def batch(decoder_pad):
+        texts, decoder = token_batch((2, 3, 6)), token_batch((5, 6, 2), pad_to=decoder_pad, seed=3)
+        texts["decoder_input_ids"] = decoder["input_ids"]
+        if has_mask:
+            texts["decoder_attention_mask"] = decoder["attention_mask"]
+        return texts
+
+    found = fingerprints(batch(6))
+    if has_mask:
+        assert fingerprints(batch(9)) == found
+    changed = batch(6)
+    changed["decoder_input_ids"][0, 4] += 1
+    assert [a == b for a, b in zip(fingerprints(changed), found, strict=True)] == [
+        False,
+        True,
+        True,
+    ]
