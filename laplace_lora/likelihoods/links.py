@@ -178,7 +178,8 @@ def entropies(
         aleatoric = mean_binary_entropy(wide, variance).minimum(total)
         return total.to(mean.dtype), aleatoric.to(mean.dtype)
     p = sampled_log_softmax(mean, covariance, noise).exp()
-    return entropy(p.mean(0)), entropy(p).mean(0)
+    total = entropy(p.mean(0))
+    return total, entropy(p).mean(0).minimum(total)
 
 
 def entropy(p: Tensor) -> Tensor:

@@ -118,10 +118,13 @@ class LinearSamples:
 def entropies_of(log_p: Tensor) -> tuple[Tensor, Tensor]:
     """Return the entropy of the averaged probabilities and the average entropy, in nats.
 
+    The second is never above the first, not even by rounding.
+
     Args:
         log_p: Log probabilities under each sample, ``(samples, …, classes)``.
     """
-    return entropy(averaged(log_p).exp()), entropy(log_p.exp()).mean(0)
+    total = entropy(averaged(log_p).exp())
+    return total, entropy(log_p.exp()).mean(0).minimum(total)
 
 
 def seeded(posterior: Posterior, generator: torch.Generator | None) -> torch.Generator:

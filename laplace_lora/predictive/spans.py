@@ -95,7 +95,7 @@ class SpanPredictor:
             for name, value in _best(p, allowed, none, labels).items()
         }
         aleatoric = (entropy(starts) + entropy(ends)).mean(0)
-        information = found["entropy"] - aleatoric
+        information = (found["entropy"] - aleatoric).clamp(min=0)
         return SpanPredictions(none=none, mutual_information=information, labels=labels, **found)
 
     def _by_map(self, x: Mapping[str, Any]) -> Tensor:

@@ -48,6 +48,18 @@ def test_averages_of_certain_samples_are_no_more_than_certain(samples):
     assert links.averaged(torch.zeros(samples, 3, 1)).max() <= 0
 
 
+def test_the_epistemic_part_of_more_classes_is_never_negative():
+    torch.manual_seed(0)
+    mean, noise = torch.randn(2000, 4), torch.randn(64, 3)
+    covariance = 1e-9 * torch.eye(4).expand(2000, 4, 4)
+    total, aleatoric = links.entropies(mean, covariance, noise)
+    assert bool((total >= aleatoric).all())
+    wide, narrow = (x.double() for x in (mean, covariance))
+    expected = links.entropies(wide, narrow, noise.double())
+    torch.testing.assert_close(total.double(), expected[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(aleatoric.double(), expected[1], atol=1e-6, rtol=0)
+
+
 def test_entropies_of_more_classes_need_samples():
     with pytest.raises(ValueError, match="need samples"):
         links.entropies(torch.zeros(1, 3), torch.eye(3)[None], None)

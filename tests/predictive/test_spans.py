@@ -166,3 +166,11 @@ def test_answers_are_the_best_span_or_none():
         best = [int(whole.start[n]), int(whole.end[n])] if answered else [0, 0]
         assert whole.answer[n].tolist() == best
         assert float(whole.confidence[n]) == float(max(whole.prob[n], whole.no_answer[n]))
+
+
+def test_the_epistemic_part_is_never_negative():
+    la = span_posterior(dtype=torch.float32, prior_precision=1e14)
+    for seed in range(4):
+        information = la.predict(question_batch(pad_to=8, seed=seed)).mutual_information
+        assert information.dtype == torch.float32
+        assert bool((information >= 0).all()) and float(information.max()) < 1e-5
