@@ -92,7 +92,8 @@ def interval_figure(mean: Tensor, std: Tensor, targets: Tensor | None = None) ->
         centre, width = mean[order, output], 2 * std[order, output]
         places = list(range(len(order)))
         band = (centre - width).tolist(), (centre + width).tolist()
-        axis.fill_between(places, *band, color=BAR, alpha=0.3, label="two standard deviations")
+        label = "two standard deviations of the mean"  # an observation has its noise besides
+        axis.fill_between(places, *band, color=BAR, alpha=0.3, label=label)
         axis.plot(places, centre.tolist(), color=BAR, label="mean")
         if targets is not None:
             shown = targets[order, output].tolist()

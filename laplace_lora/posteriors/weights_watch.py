@@ -36,7 +36,8 @@ class WeightsWatch:
             posterior: A fitted posterior.
 
         Raises:
-            RuntimeError: If a tensor has changed; names it.
+            RuntimeError: If a tensor has changed, names it; or if the model was moved to a dtype
+                in which its posterior is another one's.
         """
         places = self._buffers(posterior.source)
         tensors = [tensor for _, tensor, _ in _pairs(posterior)]
@@ -47,6 +48,12 @@ class WeightsWatch:
         seen = (id(posterior.mean), versions, storage)
         if seen == self._seen:
             return
+        now, fitted = _dtype(posterior), posterior.mean.dtype
+        if now != fitted:
+            raise RuntimeError(
+                f"the adapter is in {now} now, and the posterior was fitted in {fitted}. Fit again, "
+                "or bring the model back"
+            )
         changed = [name for name, now, then in _pairs(posterior) if not _equal(whole(now), then)]
         if changed:
             raise RuntimeError(
@@ -69,6 +76,14 @@ class WeightsWatch:
         if self._model is not model:
             self._model, self._places = model, buffer_places(model)
         return self._places
+
+
+def _dtype(posterior: Posterior) -> torch.dtype:
+    """Return the dtype in which a fit of the model as it is would be."""
+    model: Any = posterior.model
+    if isinstance(model, LastLayerModel):
+        return torch.promote_types(torch.float32, model.source.head_tensors()[0].dtype)
+    return posterior.dtype
 
 
 def _pairs(posterior: Posterior) -> Iterator[tuple[str, Tensor, Tensor]]:

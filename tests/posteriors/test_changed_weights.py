@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from laplace_lora import DiagLoraLaplace, KronLoraLaplace, KronLoraLLLaplace
+from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace, KronLoraLLLaplace
 from support.batches import loader, token_batch
 from support.models import peft_model
 
@@ -56,3 +56,16 @@ def test_rounding_is_no_change():
         weight -= 1
     assert not torch.equal(weight, before)
     la(BATCH)
+
+
+@pytest.mark.parametrize("kind", [KronLoraLaplace, FullLoraLaplace, KronLoraLLLaplace])
+def test_double_precision_is_another_model(kind):
+    model = peft_model("bert", dtype=torch.float32)
+    la = kind(model, "classification")
+    la.fit(loader())
+    expected = la(BATCH)
+    model.double()
+    with pytest.raises(RuntimeError, match="the posterior was fitted in"):
+        la(BATCH)
+    model.float()
+    torch.testing.assert_close(la(BATCH), expected)

@@ -90,7 +90,9 @@ def test_a_pass_in_training_mode_is_noticed_until_it_is_undone(tmp_path):
     train_statistics(model)
     la.fit(LOADER)
     assert not torch.equal(la(BATCH), expected)
-    model.to(torch.float32)
+    for module in model.modules():  # a change of dtype is none of values
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean = module.running_mean.float()
     assert la.fitted.state is la.state
 
 
