@@ -51,7 +51,7 @@ class WeightsWatch:
         now, fitted = _dtype(posterior), posterior.mean.dtype
         if now != fitted:
             raise RuntimeError(
-                f"the adapter is in {now} now, and the posterior was fitted in {fitted}. Fit again, "
+                f"the adapter is now in {now}, and the posterior was fitted in {fitted}. Fit again "
                 "or bring the model back"
             )
         changed = [name for name, now, then in _pairs(posterior) if not _equal(whole(now), then)]
