@@ -26,11 +26,13 @@ from laplace_lora.generation.writing import (
     write,
 )
 from laplace_lora.likelihoods.language_modeling import IGNORED
+from laplace_lora.models.autocast import in_full_precision
 from laplace_lora.models.token_model import TOP_K
 
 SAMPLES = 16
 
 
+@in_full_precision
 def generate(
     la: HasPosterior,
     inputs: Mapping[str, Any] | Tensor,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.models.autocast import as_called
 from laplace_lora.models.forward_mode import ForwardMode
 from laplace_lora.models.logits_model import wide
 from laplace_lora.models.positions import real_positions
@@ -39,7 +40,8 @@ class Reading:
         forward: Its twin, which carries the directions.
         inputs: The first tokens: ``input_ids``, and whatever else the model takes.
         cached: Whether keys and values are kept. They are not if the model's cache is no plain
-            attention cache; then every reading goes over the whole text again.
+            attention cache, or the model puts tokens of its own before those it is given, as
+            prompt tuning does; then every reading goes over the whole text again.
     """
 
     def __init__(
@@ -65,7 +67,8 @@ class Reading:
             1, ROOM // (forward.n_directions * len(ids) * int(model.vocabulary_size or 1))
         )
         self._cache: TangentCache | None = None
-        self._cached = cached and self._has_plain_cache(ids)
+        self._before, is_plain = self._tried(ids)
+        self._cached = cached and is_plain
 
     def logits(self, columns: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Read the waiting tokens.
@@ -142,31 +145,32 @@ class Reading:
             arguments["position_ids"] = real_positions(self._mask)[:, first:]
         narrowed = self._model.accepts("logits_to_keep")
         if narrowed:
-            arguments["logits_to_keep"] = columns
+            arguments["logits_to_keep"] = columns + self._before
         left: Any = None
         cache = self._cache
 
         def read(returned: Any) -> dict[str, Tensor]:
             nonlocal left
             logits = returned.logits
-            found = {"logits": wide(logits if narrowed else logits[:, columns])}
+            found = {"logits": wide(logits if narrowed else logits[:, columns + self._before])}
             if self._cached:
                 left = cache_of(returned)
                 found.update(cached_tensors(left) if cache is None else {})
             return found
 
-        if cache is None:
-            values, tangents = self._forward.run(arguments, read)
-        else:
-            earlier = cache
-            argument = next(name for name in NAMES if self._model.accepts(name))
-            values, tangents = self._forward.run(
-                arguments,
-                read,
-                lambda tensors: {argument: earlier.cache(tensors)},
-                cache.values,
-                cache.tangents,
-            )
+        with as_called():
+            if cache is None:
+                values, tangents = self._forward.run(arguments, read)
+            else:
+                earlier = cache
+                argument = next(name for name in NAMES if self._model.accepts(name))
+                values, tangents = self._forward.run(
+                    arguments,
+                    read,
+                    lambda tensors: {argument: earlier.cache(tensors)},
+                    cache.values,
+                    cache.tangents,
+                )
         logits = values.pop("logits"), tangents.pop("logits")
         if self._cached and cache is None:
             self._cache = TangentCache.after(left, values, tangents)
@@ -184,14 +188,17 @@ class Reading:
             inputs[key] = value
         return inputs
 
-    def _has_plain_cache(self, ids: Tensor) -> bool:
-        if not self._model.accepts("use_cache"):
-            return False
-        with torch.no_grad():
-            returned = self._forward.model(input_ids=ids[:1, :1], use_cache=True)
-        plain = carries_tangents(cache_of(returned))
-        if not plain:
+    def _tried(self, ids: Tensor) -> tuple[int, bool]:
+        """Return how many tokens the model puts before a text, and whether it can be cached."""
+        arguments = {"use_cache": True} if self._model.accepts("use_cache") else {}
+        with torch.no_grad(), as_called():
+            returned = self._forward.model(input_ids=ids[:1, :1], **arguments)
+        before = returned.logits.shape[1] - 1
+        plain = bool(arguments) and carries_tangents(cache_of(returned))
+        if before:
+            logger.info("the model puts a prompt before a text: every token reads both anew")
+        elif arguments and not plain:
             logger.info(
                 "the model's cache is no plain attention cache: every token reads the text anew"
             )
-        return plain
+        return before, plain and not before

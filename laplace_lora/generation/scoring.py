@@ -16,6 +16,7 @@ from laplace_lora.generation.next_token import HasPosterior, NextToken, NextToke
 from laplace_lora.generation.sampled_predictor import SampledPredictor
 from laplace_lora.generation.token_predictions import TokenPredictions
 from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
+from laplace_lora.models.autocast import in_full_precision
 from laplace_lora.models.token_model import TOP_K
 
 SAMPLES = 32
@@ -24,6 +25,7 @@ TITLE = "Scoring"
 Scored = tuple[list[NextToken], list[tuple[Tensor, Tensor]]]
 
 
+@in_full_precision
 def score(
     la: HasPosterior,
     batch: Mapping[str, Any],

@@ -113,6 +113,7 @@ class PositionRule:
             raise ValueError(
                 f"padding before a text changes the model's logits (by {share:.0e} of the largest):"
                 " it counts padding as well and cannot be told positions; pad on the right, "
-                "`tokenizer.padding_side = 'right'`"
+                "`tokenizer.padding_side = 'right'`, and generate, which pads on the left, from "
+                "prompts of one length at a time"
             )
         return tells
