@@ -72,7 +72,13 @@ def _calibration_error(p: Tensor, y: Tensor) -> float:
 
 
 def _of_pooled(metric: Metric) -> Metric:
-    return lambda p, y: metric(*pooled(p, y))
+    """Return the metric of the known labels; NaN where none is, as in resamples of few."""
+
+    def of_known(p: Tensor, y: Tensor) -> float:
+        classes, labels = pooled(p, y)
+        return metric(classes, labels) if len(labels) else torch.nan
+
+    return of_known
 
 
 LABEL_METRICS: dict[str, Metric] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,7 @@ class CalibrationReport:
         labels: Labels, ``(examples,)``; of independent ones ``(examples, labels)``, −100 where one
             is missing.
         values: Every metric by name: NLL in nats per example or known label, the others are
-            fractions.
+            fractions. NaN of independent labels where none is known, as in a group.
         errors: Their standard errors, by bootstrap over the examples.
         uncertainty: Predictive entropy of each example in nats, ``(examples,)``; of independent
             labels summed over them.
@@ -190,9 +191,12 @@ def compare(reports: Sequence[CalibrationReport], metrics: Sequence[str] | None 
 def _cell(report: CalibrationReport, reports: Sequence[CalibrationReport], metric: str) -> str:
     if metric not in report.values:
         return "-"
-    all_values = [other.values[metric] for other in reports if metric in other.values]
-    best = max(all_values) if metric.startswith(HIGHER) else min(all_values)
     text = f"{report.values[metric]:.3f}"
+    if math.isnan(report.values[metric]):
+        return text
+    all_values = [other.values.get(metric, math.nan) for other in reports]
+    known = [value for value in all_values if not math.isnan(value)]
+    best = max(known) if metric.startswith(HIGHER) else min(known)
     if len(reports) > 1 and text == f"{best:.3f}" and metric not in AS_ASKED:
         text = f"**{text}**"
     return f"{text} ± {report.errors[metric]:.3f}"

@@ -93,8 +93,9 @@ def _in_all(information: Tensor) -> Tensor:
 
 
 def _spread(values: Tensor) -> float:
-    """Return the standard deviation of resamples; some may have no answers, say."""
-    return values[~values.isnan()].std().item()
+    """Return the standard deviation of resamples; some may have no answers, or no known label."""
+    known = values[~values.isnan()]
+    return known.std().item() if len(known) > 1 else torch.nan
 
 
 def _detection(scores: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:

@@ -167,6 +167,21 @@ def test_a_bootstrap_resamples_examples_not_labels():
         assert three.errors[metric] == pytest.approx(one.errors[metric], rel=1e-5)
 
 
+def test_few_known_labels_leave_resamples_without_any():
+    y = torch.full_like(Y, -100)
+    y[:3] = torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 1, 0]])
+    report = evaluate(given, batches(y=y), groups=["known"] * 3 + ["none"] * 37)
+    known = report.by_group["known"]
+    for metric in ("accuracy", "NLL", "AURC", "mAP"):
+        assert known[metric] == pytest.approx(report[metric])
+        assert known.errors[metric] > 0 and report.errors[metric] > 0
+    none = report.by_group["none"]
+    assert all(math.isnan(none[m]) and math.isnan(none.errors[m]) for m in none.values)
+    for order in ([none, known], [known, none]):
+        table = compare(order, ["NLL"])
+        assert "**nan**" not in table and f"**{known['NLL']:.3f}**" in table
+
+
 def test_out_of_distribution_labels_are_separated_by_their_summed_entropy():
     outside = [{"p": torch.full((4, 3), 0.5)}]
     report = evaluate(given, batches(), ood_loader=outside, bootstrap=2)
