@@ -10,6 +10,7 @@ Gammerman, Shafer (2005), *Algorithmic learning in a random world*; Sadinle, Lei
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -45,8 +46,9 @@ def conformal_sets(
             f"their calibration, got {len(labels)}"
         )
     try:
-        from crepes import ConformalClassifier
-        from crepes.extras import hinge
+        with warnings.catch_warnings():  # crepes changes the filters of the whole process
+            from crepes import ConformalClassifier
+            from crepes.extras import hinge
     except ImportError as error:
         raise ImportError(
             "conformal prediction sets require crepes: `pip install crepes`"

@@ -1,6 +1,7 @@
 """Conformal prediction sets, and results by group."""
 
 import math
+import subprocess
 import sys
 
 import pytest
@@ -34,6 +35,18 @@ def test_sets_are_those_below_the_quantile(coverage):
     quantile = scores[math.ceil((len(scores) + 1) * coverage) - 1]
     assert torch.equal(found, 1 - test["p"].double() <= quantile)
     assert 0 < found.double().mean() < 1
+
+
+def test_warning_filters_stay_as_they_were():
+    code = (
+        "import warnings, torch\n"
+        "from laplace_lora.evaluation.conformal import conformal_sets\n"
+        "before = list(warnings.filters)\n"
+        "p = torch.full((40, 2), 0.5)\n"
+        "conformal_sets(p, p, torch.zeros(40, dtype=torch.long))\n"
+        "assert warnings.filters == before\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_a_report_has_coverage_and_size():
