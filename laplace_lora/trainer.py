@@ -12,6 +12,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from laplace_lora.data.batches import one_example, splits_by_example
 from laplace_lora.data.distributed import together
+from laplace_lora.data.draws import draws_kept
+from laplace_lora.data.trainer_loaders import (
+    whole_evaluation_loader,
+    whole_test_loader,
+    whole_training_loader,
+)
 from laplace_lora.evaluation.beside_map import scores_beside_map
 from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.implied import implied_likelihood
@@ -37,9 +43,10 @@ class LaplaceCallback(TrainerCallback):
         callback = LaplaceCallback(trainer)
         trainer.add_callback(callback)
         trainer.train()
-        probs = callback.predict(test_dataset)  # rows as those of trainer.predict(test_dataset)
+        probs = callback.predict(test_dataset)  # in the order of its rows
 
-    The posterior is fitted on the trainer's own training loader, its prior tuned as
+    The posterior is fitted on the trainer's own training loader, with the examples that
+    ``dataloader_drop_last`` leaves out of an epoch, its prior tuned as
     `optimize_prior_precision` does by default, and with it a regression's noise, unless
     ``sigma_noise`` is given. Through the trainer's logger go ``laplace_log_marginal_likelihood``
     and, with its gradient term where that is known, ``laplace_corrected_log_marginal_likelihood``,
@@ -108,8 +115,8 @@ class LaplaceCallback(TrainerCallback):
             TypeError: If a batch is neither mapping nor pair.
         """
         self._keep_start(args, state)
-        # Workers and samplers draw seeds; training is to see the numbers it would have seen.
-        with together(everyone=True), torch.random.fork_rng():
+        # Data sets and collators draw numbers; training is to see those it would have seen.
+        with together(everyone=True), draws_kept():
             posterior = self.posterior(self.trainer.model, self.likelihood, **self.kwargs).parts
             training = {"training": self.trainer.get_train_dataloader()}
             loaders = training | self._evaluation_loaders()
@@ -165,7 +172,7 @@ class LaplaceCallback(TrainerCallback):
     def _finish(self, args: TrainingArguments) -> None:
         la = self.posterior(self.trainer.model, self.likelihood, **self.kwargs)
         progress = False if args.disable_tqdm else None
-        la.fit(self.trainer.get_train_dataloader(), progress_bar=progress)
+        la.fit(whole_training_loader(self.trainer), progress_bar=progress)
         self.la = la
         try:
             tunes_noise = self._objective.has_noise and "sigma_noise" not in self.kwargs
@@ -190,11 +197,11 @@ class LaplaceCallback(TrainerCallback):
         if data is None:
             return {}
         if isinstance(data, dict):
-            return {f"eval_{name}": self.trainer.get_eval_dataloader(name) for name in data}
-        return {"eval": self.trainer.get_eval_dataloader()}
+            return {f"eval_{name}": whole_evaluation_loader(self.trainer, name) for name in data}
+        return {"eval": whole_evaluation_loader(self.trainer)}
 
     def predict(self, dataset: Any) -> Any:
-        """Return the posterior predictive of a data set, in its order.
+        """Return the posterior predictive of a data set, every row in its order.
 
         Args:
             dataset: As for ``trainer.predict``.
@@ -210,7 +217,7 @@ class LaplaceCallback(TrainerCallback):
         la = self.la
         if la is None:
             raise RuntimeError("there is no posterior yet; it is fitted when training ends")
-        loader = self.trainer.get_test_dataloader(dataset)
+        loader = whole_test_loader(self.trainer, dataset)
         progress = False if self.trainer.args.disable_tqdm else None
         if labels_tokens(self._objective) or self._objective.has_spans:
             found: Any = la.predict(loader, link_approx=self.link_approx, progress_bar=progress)

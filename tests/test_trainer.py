@@ -236,3 +236,44 @@ def test_trainer_callback(tmp_path):
     assert_near(callback.predict(examples), p, 1e-4)
     logged = {k: v for entry in trainer.state.log_history for k, v in entry.items()}
     assert logged["eval_laplace_nll"] == pytest.approx(-p[:, 1].log().mean().item(), rel=1e-4)
+
+
+def of_lengths(*lengths, seed=0):
+    batch = token_batch(lengths, seed=seed)
+    found = [rows(batch, n) for n in range(len(lengths))]
+    return [
+        {k: v[:n] if v.ndim else v for k, v in row.items()}
+        for row, n in zip(found, lengths, strict=True)
+    ]
+
+
+def padded(examples):
+    width = max(len(row["input_ids"]) for row in examples)
+
+    def wide(value):
+        return F.pad(value, (0, width - len(value))) if value.ndim else value
+
+    return {name: torch.stack([wide(row[name]) for row in examples]) for name in examples[0]}
+
+
+@pytest.mark.parametrize(
+    "option", [{"dataloader_drop_last": True}, {"train_sampling_strategy": "group_by_length"}]
+)
+def test_every_row_counts_and_stands_in_its_order(tmp_path, option):
+    """Trainers drop the last rows of test sets, too, and group these by length."""
+    model = peft_model("bert", dtype=torch.float32)
+    evaluation = of_lengths(3, 5, 4, 2, seed=1)
+    trainer = trainer_of(model, tmp_path, data_collator=padded, eval_dataset=evaluation)
+    for name, value in option.items():
+        setattr(trainer.args, name, value)
+    callback = LaplaceCallback(trainer, save=False, strict=True)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert callback.la.n_data == 10
+    data = of_lengths(3, 6, 4, 7, 5, 2, 6, 3, seed=5)
+    found = callback.predict(data)
+    assert_near(found, torch.cat([callback.la(padded([row])) for row in data]), 1e-5)
+    logged = {k: v for entry in trainer.state.log_history for k, v in entry.items()}
+    p, y = callback.la(padded(evaluation)), padded(evaluation)["labels"]
+    assert logged["eval_laplace_nll"] == pytest.approx(F.nll_loss(p.log(), y).item(), rel=1e-5)
+    assert all(getattr(trainer.args, name) == value for name, value in option.items())

@@ -1,10 +1,12 @@
 """LaplaceCallback never loses a training: what it checks before, and keeps after."""
 
 import logging
+import random
 
+import numpy as np
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, default_data_collator
 
 from laplace_lora import KronLoraLaplace, LaplaceCallback
 from laplace_lora.likelihoods.implied import implied_likelihood
@@ -72,6 +74,24 @@ def test_checks_leave_the_training_as_it_was(tmp_path):
         trainer.train()
         weights.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_checks_leave_the_draws_of_collators_as_they_were(tmp_path):
+    def drawing(rows):
+        drawn.append((random.random(), np.random.rand()))
+        return default_data_collator(rows)
+
+    seen = []
+    for checked in (False, True):
+        drawn = []
+        trainer = trainer_of(peft_model("bert"), tmp_path, data_collator=drawing)
+        if checked:
+            trainer.add_callback(LaplaceCallback(trainer, save=False))
+        random.seed(0)
+        np.random.seed(0)
+        trainer.train()
+        seen.append(drawn[2:5] if checked else drawn[:3])  # the check reads one batch ahead
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -1,0 +1,25 @@
+"""Random numbers that are drawn on the side, so that others draw what they would have drawn."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def draws_kept() -> Iterator[None]:
+    """Restore the global generators of torch, Python and NumPy after this block.
+
+    Samplers draw from the first; data sets and collators may draw from any.
+    """
+    by_python, by_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(by_python)
+        np.random.set_state(by_numpy)

@@ -1,0 +1,59 @@
+"""Loaders of a `transformers.Trainer` with every example of the data, and in their order.
+
+A trainer leaves the last examples out with ``dataloader_drop_last``, also of evaluation and test
+sets, and orders these by length where it groups training examples so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+STRATEGY = "train_sampling_strategy"  # by length it reorders evaluation sets, too
+OWN_SHARDS = "batch_rebalance"  # deals examples out to processes in its own way
+PLAIN = "random"  # the trainer's default
+EVERY_EXAMPLE = {"dataloader_drop_last": False, "dataloader_persistent_workers": False}
+
+
+def whole_training_loader(trainer: Any) -> Any:
+    """Return a trainer's training loader, with no example left out."""
+    strategy = getattr(trainer.args, STRATEGY, PLAIN)
+    changes = {STRATEGY: PLAIN} if strategy == OWN_SHARDS else {}
+    with _changed(trainer.args, {**EVERY_EXAMPLE, **changes}):
+        return trainer.get_train_dataloader()
+
+
+def whole_evaluation_loader(trainer: Any, name: str | None = None) -> Any:
+    """Return the loader of an evaluation set, with all examples in their order.
+
+    Args:
+        trainer: The trainer.
+        name: Of the set, where there are several.
+    """
+    with _in_order(trainer.args):
+        return trainer.get_eval_dataloader(name)
+
+
+def whole_test_loader(trainer: Any, dataset: Any) -> Any:
+    """Return the loader of a test set, with all examples in their order."""
+    with _in_order(trainer.args):
+        return trainer.get_test_dataloader(dataset)
+
+
+def _in_order(args: Any) -> Any:
+    # Out of order, workers hand over whichever batch is ready first.
+    return _changed(args, {**EVERY_EXAMPLE, STRATEGY: PLAIN, "dataloader_in_order": True})
+
+
+@contextmanager
+def _changed(args: Any, changes: dict[str, Any]) -> Iterator[None]:
+    """Let a trainer's arguments have other values in this block, those that it knows."""
+    before = {name: getattr(args, name) for name in changes if hasattr(args, name)}
+    try:
+        for name in before:
+            setattr(args, name, changes[name])
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(args, name, value)
