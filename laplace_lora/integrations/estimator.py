@@ -41,9 +41,7 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
     @property
     def classes_(self) -> NDArray[Any]:
         """The classes' labels, in the order of the columns of `predict_proba`."""
-        if self.labels is not None:
-            return np.asarray(self.labels)
-        return np.arange(max(self.posterior.fitted.state.n_outputs, 2))
+        return self._names(self.posterior.fitted.state.n_outputs)
 
     def __sklearn_is_fitted__(self) -> bool:
         """Return whether the posterior has been fitted."""
@@ -53,20 +51,29 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
         """Fit the posterior, not the network, to texts and labels, and tune its prior.
 
         Args:
-            X: Texts, those that the adapter was trained on.
+            X: Texts, those that the adapter was trained on, or pairs of texts.
             y: Their labels.
 
         Raises:
-            ValueError: If a label is none of the classes'.
+            ValueError: If a label is none of the classes', or ``labels`` do not name each class
+                once.
         """
         given = np.asarray(y)
+        outputs = self.posterior.logits_model.n_outputs
+        if outputs is not None:  # only a batch can tell that of a multiple-choice model
+            self._names(outputs)
         if self.labels is not None:
             places = {label: place for place, label in enumerate(self.labels)}
             unknown = sorted(set(given.tolist()) - set(places))
             if unknown:
                 raise ValueError(f"labels {unknown} are none of the classes {list(self.labels)}")
             given = np.asarray([places[label] for label in given.tolist()])
-        rows = list(zip(X, given.tolist(), strict=True))
+        elif given.dtype.kind not in "biuf":
+            raise ValueError(
+                f"y has labels such as {given.tolist()[0]!r}, and the classes have numbers; name "
+                "them with `labels`, in the order of the model's outputs"
+            )
+        rows = list(zip(_listed(X), given.tolist(), strict=True))
 
         def collate(part: list[tuple[Any, int]]) -> dict[str, Any]:
             texts = [text for text, _ in part]
@@ -78,14 +85,24 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
         self.posterior.optimize_prior_precision(train_loader=loader)
         return self
 
+    def _names(self, outputs: int) -> NDArray[Any]:
+        count = max(outputs, 2)
+        if self.labels is None:
+            return np.arange(count)
+        if not len(set(self.labels)) == len(self.labels) == count:
+            raise ValueError(
+                f"labels={list(self.labels)} must name each of the model's {count} classes once, "
+                "in the order of its outputs"
+            )
+        return np.asarray(self.labels)
+
     def predict_proba(self, X: Sequence[Any]) -> NDArray[np.float64]:
         """Return the posterior predictive's class probabilities, ``(texts, classes)``.
 
         Args:
             X: Texts, or pairs of texts.
         """
-        texts = X.tolist() if hasattr(X, "tolist") else list(X)
-        found = self.posterior.predict(texts, self.tokenizer, batch_size=self.batch_size)
+        found = self.posterior.predict(_listed(X), self.tokenizer, batch_size=self.batch_size)
         probs: NDArray[np.float64] = found.probs.double().cpu().numpy()  # type: ignore[union-attr]
         return probs
 
@@ -93,3 +110,8 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
         """Return the label of the most probable class of each text."""
         best: NDArray[Any] = self.classes_[self.predict_proba(X).argmax(1)]
         return best
+
+
+def _listed(X: Any) -> list[Any]:
+    """Return texts of any container, as scikit-learn's tools cut it, as a list."""
+    return X.tolist() if hasattr(X, "tolist") else list(X)

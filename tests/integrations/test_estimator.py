@@ -67,3 +67,25 @@ def test_scikit_learns_tools_take_it():
 def test_unknown_labels_are_refused(classifier):
     with pytest.raises(ValueError, match="none of the classes"):
         classifier.fit(TEXTS, ["good", "bad", "ugly", "bad", "bad", "bad"])
+
+
+def test_names_that_are_not_those_of_the_outputs_are_refused(classifier):
+    la, tokenizer = classifier.posterior, word_tokenizer()
+    for labels in (["bad", "good"], [*NAMES, "best"], ["good", "good", "bad"]):
+        wrong = LaplaceClassifier(la, tokenizer, labels)
+        with pytest.raises(ValueError, match="name each of the model's 3 classes once"):
+            wrong.fit(TEXTS, [labels[0]] * len(TEXTS))
+        with pytest.raises(ValueError, match="name each of the model's 3 classes once"):
+            wrong.predict(TEXTS)
+    with pytest.raises(ValueError, match=r"labels such as 'good'.*name them with `labels`"):
+        LaplaceClassifier(la, tokenizer).fit(TEXTS, LABELS)
+
+
+def test_pairs_of_texts_in_an_array_are_fitted_as_they_are_predicted():
+    pairs = [(text, "c d") for text in TEXTS]
+    found = []
+    for X in (pairs, np.array(pairs)):
+        la = KronLoraLaplace(peft_model("bert").float(), "classification")
+        made = LaplaceClassifier(la, word_tokenizer(), NAMES, batch_size=4).fit(X, LABELS)
+        found.append(made.predict_proba(X))
+    assert np.array_equal(*found)
