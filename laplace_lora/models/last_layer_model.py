@@ -106,9 +106,17 @@ class LastLayerModel(nn.Module):
 
 
 def n_rows(head: Any) -> int:
-    """Return the number of outputs; a quantised weight's shape does not tell."""
-    rows = getattr(head, "out_features", None)
-    return head.weight.shape[0] if rows is None else int(rows)
+    """Return the number of outputs of a head."""
+    return _sizes(head)[0]
+
+
+def _sizes(head: Any) -> tuple[int, int]:
+    """Return outputs and inputs; a quantised weight's shape does not tell."""
+    shape = head.weight.shape
+    own = getattr(head, "out_features", shape[0]), getattr(head, "in_features", shape[-1])
+    # PEFT's `ensure_weight_tying` makes a head of an embedding, and names the two sides reversed.
+    rows, width = own[::-1] if tuple(shape) == own[::-1] else own
+    return int(rows), int(width)
 
 
 def head_tensors(head: Any, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -121,8 +129,7 @@ def head_tensors(head: Any, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
     Raises:
         ValueError: If the layer is quantised or offloaded.
     """
-    width = getattr(head, "in_features", head.weight.shape[-1])
-    if not head.weight.is_floating_point() or head.weight.shape != (n_rows(head), width):
+    if not head.weight.is_floating_point() or head.weight.shape != _sizes(head):
         raise ValueError(
             "the last layer is quantised, but a last-layer posterior needs its weights; leave "
             "it out of the quantisation"
