@@ -69,12 +69,24 @@ def batches_of_texts(
     Raises:
         ValueError: If there is no tokenizer, it cannot pad, or a text has no tokens.
     """
+    return batches_of_rows(encoded(texts, tokenizer), tokenizer, batch_size)
+
+
+def encoded(texts: Sequence[Any], tokenizer: Any) -> list[Mapping[str, Any]]:
+    """Return texts as rows, one by one.
+
+    Args:
+        texts: Strings or pairs of strings.
+        tokenizer: The model's.
+
+    Raises:
+        ValueError: If there is no tokenizer, or it cannot pad.
+    """
     if tokenizer is None:
         raise ValueError("texts need `tokenizer`, that of the model")
     pairs = [(text, None) if isinstance(text, str) else text for text in texts]
     _check_pads(tokenizer)
-    rows = [tokenizer(first, second, truncation=True) for first, second in pairs]
-    return batches_of_rows(rows, tokenizer, batch_size)
+    return [tokenizer(first, second, truncation=True) for first, second in pairs]
 
 
 def batches_of_rows(
@@ -108,6 +120,39 @@ def batches_of_rows(
         return tokenizer.pad(part, return_tensors="pt")
 
     return order, [collated([rows[i] for i in part.tolist()]) for part in order.split(batch_size)]
+
+
+def padding_before(
+    rows: Sequence[Mapping[str, Any]], batch: Mapping[str, Tensor], tokenizer: Any
+) -> Tensor:
+    """Return how many tokens of padding stand before each row in its batch, ``(rows,)``.
+
+    Args:
+        rows: As they were given, with ``input_ids``.
+        batch: What they were padded to, see `batches_of_rows`.
+        tokenizer: What padded them, ``None`` if nothing did.
+    """
+    added = batch["input_ids"].shape[1] - torch.tensor([len(row["input_ids"]) for row in rows])
+    is_left = getattr(tokenizer, "padding_side", "right") == "left"
+    return added if is_left else torch.zeros_like(added)
+
+
+def in_places(values: Sequence[Any], before: Tensor, width: int, fill: int) -> Tensor:
+    """Return values of the tokens of some rows where these stand in their batch.
+
+    Args:
+        values: Integers for each row.
+        before: See `padding_before`.
+        width: Tokens of the batch.
+        fill: At padding.
+
+    Returns:
+        Shape ``(rows, width)``.
+    """
+    placed = torch.full((len(values), width), fill)
+    for row, own, first in zip(placed, values, before.tolist(), strict=True):
+        row[first : first + len(own)] = torch.as_tensor(own)
+    return placed
 
 
 def _check_pads(tokenizer: Any) -> None:

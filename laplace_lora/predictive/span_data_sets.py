@@ -6,10 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from laplace_lora.data.distributed import together
-from laplace_lora.likelihoods.question_answering import END, START
+from laplace_lora.likelihoods.question_answering import CONTEXT, END, START
 from laplace_lora.predictive.data_sets import is_batch
-from laplace_lora.predictive.inputs import batches_of_rows, batches_of_texts, listed
+from laplace_lora.predictive.inputs import (
+    batches_of_rows,
+    encoded,
+    in_places,
+    listed,
+    padding_before,
+)
 from laplace_lora.predictive.span_predictions import SpanPredictions
 from laplace_lora.predictive.spans import SpanPredictor
 
@@ -28,16 +37,55 @@ def predict_spans(
 
     Raises:
         TypeError: If the data are none of these.
-        ValueError: If they are empty, or see `batches_of_texts` and `batches_of_rows`.
+        ValueError: If they are empty, a context does not fit its row, or see `encoded` and
+            `batches_of_rows`.
     """
     if is_batch(data):
         return _answer(predictor, data)
     kind, items = listed(data)
     if kind == "batches":
         return _of_batches(predictor, items, progress_bar)
-    collate = batches_of_texts if kind == "texts" else batches_of_rows
-    order, batches = collate(items, tokenizer, batch_size)
-    return _of_batches(predictor, batches, progress_bar)[order.argsort()]
+    rows = encoded(items, tokenizer) if kind == "texts" else items
+    bare = [{k: v for k, v in row.items() if k != CONTEXT} for row in rows]
+    order, batches = batches_of_rows(bare, tokenizer, batch_size)
+    parts = [[rows[i] for i in part.tolist()] for part in order.split(batch_size)]
+    pairs = list(zip(parts, batches, strict=True))
+    before = [padding_before(part, batch, tokenizer) for part, batch in pairs]
+    names = (START, END, predictor.posterior.label_key)
+    placed = [_in_place(*pair, own, names) for pair, own in zip(pairs, before, strict=True)]
+    found = _of_batches(predictor, placed, progress_bar).moved(-torch.cat(before))
+    return found[order.argsort()]
+
+
+def _in_place(
+    rows: Sequence[Mapping[str, Any]],
+    batch: Mapping[str, Any],
+    before: Tensor,
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """Return a padded batch with the labels and the contexts of its rows.
+
+    Args:
+        rows: As they were given.
+        batch: What they were padded to.
+        before: Tokens of padding before each of them.
+        names: Of the labels, which are places in a row.
+
+    Raises:
+        ValueError: If a context is missing where other rows have one, or does not fit its row.
+    """
+    labels = {name: torch.as_tensor(batch[name]) for name in names if name in batch}
+    placed = {name: y + before.view(-1, *[1] * (y.ndim - 1)) for name, y in labels.items()}
+    if any(CONTEXT in row for row in rows):
+        contexts = [row.get(CONTEXT, ()) for row in rows]
+        for row, context in zip(rows, contexts, strict=True):
+            if len(context) != len(row["input_ids"]):
+                raise ValueError(
+                    f"a row of {len(row['input_ids'])} tokens has a {CONTEXT!r} of {len(context)}; "
+                    "give every row one, with an entry per token"
+                )
+        placed[CONTEXT] = in_places(contexts, before, batch["input_ids"].shape[1], 0)
+    return {**batch, **placed}
 
 
 def _answer(predictor: SpanPredictor, batch: Any) -> SpanPredictions:

@@ -22,7 +22,7 @@ SHOWN = ("true_start", "true_end", "start", "end", "prob", "no_answer", "mutual_
 class SpanPredictions:
     """The posterior predictive of spans: pairs of a first and a last token.
 
-    Places count the tokens of a batch as it was predicted, padding included.
+    Places count the tokens of a row or text as it was given; of a batch, its padding as well.
 
     Attributes:
         none: The place that stands for no answer, the first real token, ``(questions,)``.
@@ -95,6 +95,15 @@ class SpanPredictions:
         """Return the predictions of some questions: a slice, a mask or indices."""
         whole: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         return SpanPredictions(**{k: v[index] for k, v in whole.items() if v is not None})
+
+    def moved(self, steps: Tensor) -> SpanPredictions:
+        """Return the same with the places of each question moved, by ``(questions,)`` tokens."""
+        steps = steps.to(self.none.device)
+        names = ("none", "start", "end", "map_start", "map_end")
+        places: dict[str, Any] = {name: getattr(self, name) + steps for name in names}
+        if self.labels is not None:
+            places["labels"] = self.labels + steps.unsqueeze(1)
+        return replace(self, **places)
 
     def __repr__(self) -> str:
         """Return one line: how many questions and answers, and means of the uncertainties."""

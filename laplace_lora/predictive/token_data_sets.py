@@ -12,7 +12,13 @@ from laplace_lora.data.distributed import together
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.likelihoods.token_classification import class_labels, real_tokens
 from laplace_lora.predictive.data_sets import is_batch
-from laplace_lora.predictive.inputs import batches_of_rows, batches_of_texts, listed
+from laplace_lora.predictive.inputs import (
+    batches_of_rows,
+    batches_of_texts,
+    in_places,
+    listed,
+    padding_before,
+)
 from laplace_lora.predictive.token_class_predictions import TokenClassPredictions
 from laplace_lora.predictive.token_classes import TokenClassPredictor
 
@@ -48,9 +54,9 @@ def predict_tokens(
     key = predictor.posterior.label_key
     bare = [{k: v for k, v in row.items() if k != key} for row in items]
     order, batches = batches_of_rows(bare, tokenizer, batch_size)
-    labels = [[items[i].get(key) for i in part.tolist()] for part in order.split(batch_size)]
-    pairs = zip(batches, labels, strict=True)
-    labelled = [_with_labels(batch, rows, key) for batch, rows in pairs]
+    parts = [[items[i] for i in part.tolist()] for part in order.split(batch_size)]
+    pairs = zip(batches, parts, strict=True)
+    labelled = [_with_labels(batch, rows, key, tokenizer) for batch, rows in pairs]
     return _of_batches(predictor, labelled, progress_bar)[order.argsort()]
 
 
@@ -87,18 +93,23 @@ def _of_batches(
     return TokenClassPredictions(**joined)
 
 
-def _with_labels(batch: Mapping[str, Any], rows: Sequence[Any], key: str) -> dict[str, Any]:
+def _with_labels(
+    batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], key: str, tokenizer: Any
+) -> dict[str, Any]:
     """Return a padded batch with the labels of its rows, if all have them."""
-    if any(row is None for row in rows):
+    if any(row.get(key) is None for row in rows):
         return dict(batch)
-    real = real_tokens(batch)
-    labels = torch.full(real.shape, IGNORED)
-    for n, row in enumerate(rows):
-        values = torch.as_tensor(row)
-        if values.shape != (int(real[n].sum()),):
+    reals, labels = real_tokens(batch), []
+    before = padding_before(rows, batch, tokenizer)
+    for row, real, first in zip(rows, reals, before.tolist(), strict=True):
+        values, tokens = torch.as_tensor(row[key]), len(row["input_ids"])
+        own = real[first : first + tokens]
+        if values.shape == (int(own.sum()),):  # none for padding that the row came with
+            values = torch.full((tokens,), IGNORED).masked_scatter(own, values.long())
+        if values.shape != (tokens,):
             raise ValueError(
-                f"a row has {int(real[n].sum())} tokens, but labels of shape "
-                f"{tuple(values.shape)}; give each token one, {IGNORED} where there is none"
+                f"a row has {tokens} tokens, but labels of shape {tuple(values.shape)}; give each "
+                f"token one, {IGNORED} where there is none"
             )
-        labels[n, real[n]] = values
-    return {**batch, key: labels}
+        labels.append(values)
+    return {**batch, key: in_places(labels, before, reals.shape[1], IGNORED)}

@@ -133,6 +133,49 @@ def test_pairs_of_texts_rows_and_loaders_keep_their_order():
         la.predict([])
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_rows_have_places_of_their_own_whatever_padding_they_meet(side, batch_size):
+    la = span_posterior(name="llama")
+    tokenizer = word_tokenizer()
+    tokenizer.padding_side = side
+    texts = ["a b c d e", "f g", "a c e g h b d"]
+    rows = [
+        {**tokenizer(text), "start_positions": 1, "end_positions": len(text.split()) - 1}
+        for text in texts
+    ]
+    for row in rows:
+        row["context_mask"] = [0] * (len(row["input_ids"]) - 2) + [1, 1]
+    found = la.predict(rows, tokenizer, batch_size=batch_size)
+    joined = [
+        {k: v for k, v in row.items() if "_positions" not in k}
+        | {"labels": [row["start_positions"], row["end_positions"]]}
+        for row in rows
+    ]
+    again = la.predict(joined, tokenizer, batch_size=batch_size)
+    by_text = la.predict(texts, tokenizer, batch_size=batch_size)
+    for n, row in enumerate(rows):
+        alone = la.predict({k: torch.tensor([v]) for k, v in row.items()})
+        assert alone.start >= len(row["input_ids"]) - 2
+        for name in ("none", "start", "end", "map_start", "map_end", "labels"):
+            assert torch.equal(getattr(found, name)[n], getattr(alone, name)[0])
+        for name in ("prob", "label_prob", "no_answer", "map_label_prob"):
+            assert_near(getattr(found, name)[n], getattr(alone, name)[0], 1e-5)
+        assert torch.equal(again.labels[n], alone.labels[0])
+        assert_near(again.label_prob[n], alone.label_prob[0], 1e-5)
+        free = la.predict({"input_ids": torch.tensor([row["input_ids"]])})
+        assert torch.equal(by_text.answer[n], free.answer[0])
+
+
+def test_contexts_of_rows_are_checked():
+    la, tokenizer = span_posterior(), word_tokenizer()
+    rows = [dict(tokenizer("a b c")), {**tokenizer("d e"), "context_mask": [0, 1]}]
+    with pytest.raises(ValueError, match=r"row of 3 tokens has a 'context_mask' of 0; give every"):
+        la.predict(rows, tokenizer)
+    with pytest.raises(ValueError, match=r"row of 2 tokens has a 'context_mask' of 1"):
+        la.predict([{**rows[1], "context_mask": [1]}], tokenizer)
+
+
 def test_results_show_themselves_and_are_scored():
     la = span_posterior()
     predictions = la.predict(BATCH)

@@ -159,6 +159,32 @@ def test_texts_rows_and_loaders_keep_their_order():
         la.predict([])
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_that_come_padded_have_labels_for_all_their_tokens_or_the_real_ones(side):
+    la, tokenizer = tagged_posterior(name="llama"), word_tokenizer()
+    tokenizer.padding_side = side
+    texts = ["a b c d", "e f"]
+    bare = [{**tokenizer(text), "labels": [*range(len(text.split()))]} for text in texts]
+    for row in bare:
+        row["labels"] = [label % 3 for label in row["labels"]]
+    expected = la.predict(bare, tokenizer, batch_size=1)
+    for width, pads in ((6, tokenizer), (6, None), (3, tokenizer)):
+        rows = []
+        for text, short in zip(texts, bare, strict=True):
+            row = tokenizer(text, padding="max_length", max_length=max(width, len(text.split())))
+            real = torch.tensor(row["attention_mask"]).bool()
+            labels = torch.full(real.shape, -100)
+            labels[real] = torch.tensor(short["labels"])
+            rows.append({**row, "labels": labels.tolist()})
+        few = [{**row, "labels": short["labels"]} for row, short in zip(rows, bare, strict=True)]
+        for given in (rows, few):
+            found = la.predict(given, pads)
+            for n, short in enumerate(bare):
+                assert found.labels[n, found.mask[n]].tolist() == short["labels"]
+                ours, theirs = (p.probs[n, p.mask[n]] for p in (found, expected))
+                assert_near(ours, theirs, 1e-5)
+
+
 def test_words_are_predicted_by_their_first_tokens():
     la = tagged_posterior()
     predictions = la.predict(BATCH)
