@@ -144,7 +144,9 @@ class LowRankFactor:
         """Return the ``rank`` leading eigenpairs by a stabilised Nyström approximation.
 
         Source: Tropp et al. (2017), arXiv:1706.05736, Algorithm 3. The shift is of the size of the
-        rounding errors in ``Y`` and grows until ``Ωᵀ Y`` is numerically positive definite.
+        rounding errors in ``Y`` and grows until ``Ωᵀ Y`` is numerically positive definite. Not
+        √d times larger, as theirs, which computes in the sketch's own precision: eigenvalues below
+        the shift are lost.
 
         Args:
             residual: ``"isotropic"`` spreads the trace that the eigenpairs miss evenly over the
@@ -158,7 +160,7 @@ class LowRankFactor:
         if norm == 0:
             values, vectors = sketch.new_zeros(self.rank), test[:, : self.rank]
         else:
-            shift = d**0.5 * torch.finfo(dtype).eps * norm
+            shift = torch.finfo(dtype).eps * norm
             core, failed = None, 1
             while failed:
                 shifted = sketch + shift * test

@@ -224,3 +224,18 @@ def test_a_long_dense_sum_is_whole_whenever_it_is_read(d):
             torch.testing.assert_close(factor.matrix, expected)
     torch.testing.assert_close(factor.tensors()[0], expected)
     torch.testing.assert_close((2 * factor).add(factor).matrix, 3 * expected)
+
+
+def test_a_sketch_in_single_precision_keeps_small_eigenvalues():
+    """Rounding hides those below some 1e-7 of the largest, whatever the side's length."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, 3000, generator=generator) * 0.8 ** torch.arange(40.0).unsqueeze(1)
+    factor = LowRankFactor.zeros(3000, 64, torch.float32, "cpu")
+    for batch in rows.split(4):
+        factor.update(batch)
+    found = factor.decompose("zero").values.sort(descending=True).values.double()
+    truth = torch.linalg.eigvalsh(rows.double() @ rows.double().T).flip(0)
+    delta = 1e-4 * truth[0]
+    assert abs(found[0] / truth[0] - 1) < 2e-6
+    error = torch.log1p(found / delta).sum() - torch.log1p(truth / delta).sum()
+    assert abs(error) < 0.2, error
