@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from laplace_lora.data.batches import one_example, splits_by_example
 from laplace_lora.data.distributed import together
 from laplace_lora.data.draws import draws_kept
 from laplace_lora.data.trainer_loaders import (
-    whole_evaluation_loader,
+    whole_evaluation_loaders,
     whole_test_loader,
     whole_training_loader,
 )
@@ -103,6 +104,8 @@ class LaplaceCallback(TrainerCallback):
         self.strict = strict
         self.kwargs = kwargs
         self.la: LoraLaplace | None = None
+        self._mean = kwargs.get("prior_mean")
+        self._begun: Callable[[], Any] = lambda: None  # the model whose start is known
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -114,12 +117,13 @@ class LaplaceCallback(TrainerCallback):
                 labels or with labels out of range.
             TypeError: If a batch is neither mapping nor pair.
         """
+        self.la = None
         self._keep_start(args, state)
         # Data sets and collators draw numbers; training is to see those it would have seen.
         with together(everyone=True), draws_kept():
             posterior = self.posterior(self.trainer.model, self.likelihood, **self.kwargs).parts
             training = {"training": self.trainer.get_train_dataloader()}
-            loaders = training | self._evaluation_loaders()
+            loaders = training | whole_evaluation_loaders(self.trainer)
             for name, loader in loaders.items():
                 try:
                     batch = next(iter(loader), None)
@@ -150,9 +154,10 @@ class LaplaceCallback(TrainerCallback):
 
     def _keep_start(self, args: TrainingArguments, state: TrainerState) -> None:
         """Make the adapter's weights at the first step of training the prior's mean."""
-        if self.kwargs.get("prior_mean", START) != START:
+        by_default = self._mean is None
+        if not (by_default or self._mean == START) or self._begun() is self.trainer.model:
             return
-        by_default = "prior_mean" not in self.kwargs
+        self.kwargs.pop("prior_mean", None)  # of an earlier model, see the trainer's `model_init`
         if by_default and getattr(self.posterior, "_key", ("lora",))[0] != "lora":
             return  # a last-layer posterior has a head of its own, whose start is not known
         try:
@@ -168,6 +173,7 @@ class LaplaceCallback(TrainerCallback):
             logger.info("the adapter's start is not known; the prior stands around zero")
             return
         self.kwargs["prior_mean"] = start
+        self._begun = weakref.ref(self.trainer.model)
 
     def _finish(self, args: TrainingArguments) -> None:
         la = self.posterior(self.trainer.model, self.likelihood, **self.kwargs)
@@ -187,18 +193,9 @@ class LaplaceCallback(TrainerCallback):
             metrics["laplace_corrected_log_marginal_likelihood"] = corrected
         self.trainer.log(metrics)
         if self._objective.is_classifier:
-            for name, loader in self._evaluation_loaders().items():
+            for name, loader in whole_evaluation_loaders(self.trainer).items():
                 scores = scores_beside_map(la, loader, self.link_approx, progress)
                 self.trainer.log({f"{name}_{score}": value for score, value in scores.items()})
-
-    def _evaluation_loaders(self) -> dict[str, Any]:
-        """Return the loader of each evaluation set, by the prefix of its metrics."""
-        data = self.trainer.eval_dataset
-        if data is None:
-            return {}
-        if isinstance(data, dict):
-            return {f"eval_{name}": whole_evaluation_loader(self.trainer, name) for name in data}
-        return {"eval": whole_evaluation_loader(self.trainer)}
 
     def predict(self, dataset: Any) -> Any:
         """Return the posterior predictive of a data set, every row in its order.

@@ -24,15 +24,15 @@ def whole_training_loader(trainer: Any) -> Any:
         return trainer.get_train_dataloader()
 
 
-def whole_evaluation_loader(trainer: Any, name: str | None = None) -> Any:
-    """Return the loader of an evaluation set, with all examples in their order.
-
-    Args:
-        trainer: The trainer.
-        name: Of the set, where there are several.
-    """
+def whole_evaluation_loaders(trainer: Any) -> dict[str, Any]:
+    """Return the loader of each evaluation set, with all examples, by its metrics' prefix."""
+    data = trainer.eval_dataset
+    if data is None:
+        return {}
     with _in_order(trainer.args):
-        return trainer.get_eval_dataloader(name)
+        if isinstance(data, dict):
+            return {f"eval_{name}": trainer.get_eval_dataloader(name) for name in data}
+        return {"eval": trainer.get_eval_dataloader()}
 
 
 def whole_test_loader(trainer: Any, dataset: Any) -> Any:

@@ -98,12 +98,12 @@ def test_another_models_start_is_refused():
         start_of(nn.Linear(2, 2).requires_grad_(False))
 
 
-def trainer_on(folder, model, steps=2):
+def trainer_on(folder, model, steps=2, **kwargs):
     batch = token_batch((4,) * 10)
     arguments = TrainingArguments(
         str(folder), max_steps=steps, report_to=[], use_cpu=True, disable_tqdm=True, save_steps=1
     )
-    return Trainer(model, arguments, train_dataset=[rows(batch, n) for n in range(10)])
+    return Trainer(model, arguments, train_dataset=[rows(batch, n) for n in range(10)], **kwargs)
 
 
 @pytest.mark.parametrize("options", [{}, {"prior_mean": "start"}])
@@ -135,6 +135,32 @@ def test_the_trainer_keeps_it(tmp_path, options):
     else:
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
         assert not late.la.prior_mean.any()
+
+
+@pytest.mark.parametrize("options", [{}, {"prior_mean": "start"}])
+def test_a_model_that_is_made_anew_has_a_start_of_its_own(tmp_path, options):
+    made = []
+
+    def another():
+        model = peft_model("bert", dtype=torch.float32)
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.1 * len(made) * p.requires_grad
+        made.append(start_of(model))
+        return model
+
+    trainer = trainer_on(tmp_path, None, model_init=another)
+    callback = LaplaceCallback(trainer, strict=True, **options)
+    trainer.add_callback(callback)
+    means = []
+    for model_again in (True, True, False):
+        if not model_again:
+            trainer.model_init = None  # training goes on
+        trainer.train()
+        means.append(callback.la.prior_mean.double())
+        expected = made[-1].vector(trainer.model, callback.la.params)
+        assert torch.equal(means[-1], expected)
+    assert not torch.equal(means[0], means[1])
 
 
 @pytest.mark.parametrize(
