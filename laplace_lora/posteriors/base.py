@@ -139,6 +139,9 @@ class LoraLaplace(FittedLaplace):
         # All that may change after construction; a precision is kept for as long as none does.
         key = (self.temperature, self.dict_key_y, self._device, self.enable_backprop)
         latest = self._latest
+        versions = self.state.settings.versions
+        if latest is not None and latest[2] != versions:
+            self.state = replace(self.state)  # without what it has computed from them
         if latest is None or latest[0].state is not self.state or latest[1] != key:
             posterior = Posterior(
                 type(self).__name__,
@@ -152,7 +155,7 @@ class LoraLaplace(FittedLaplace):
                 *key,
                 self._backend_cls,
             )
-            self._latest = latest = (posterior, key)
+            self._latest = latest = (posterior, key, versions)
         return latest[0]
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, NoReturn, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -23,7 +23,11 @@ def deep_copy(posterior: T, source: nn.Module, memo: dict[int, Any]) -> T:
     loader = vars(posterior).get("_train_loader")
     memo[id(loader)] = loader  # data are shared
     memo[id(source)] = copy.deepcopy(source, memo)
-    vars(twin).update({k: copy.deepcopy(v, memo) for k, v in vars(posterior).items()})
+    entries = {**vars(posterior), "_latest": None}  # made anew when it is asked for
+    for tensor in vars(entries["state"].settings).values():
+        if isinstance(tensor, Tensor) and not tensor.is_leaf:  # by which the evidence was derived
+            memo[id(tensor)] = tensor.detach().clone()
+    vars(twin).update({k: copy.deepcopy(v, memo) for k, v in entries.items()})
     return twin
 
 

@@ -33,7 +33,11 @@ class KronNames(LoraLaplace):
     @property
     def posterior_precision(self) -> LowRankKronDecomposed:
         """The posterior precision in its eigenbasis."""
-        precision = self.fitted.precision
+        posterior = self.fitted
+        precision = posterior.precision
+        prior, scale = posterior.settings.prior_precision, posterior.scale
+        if prior.requires_grad or scale.requires_grad:  # as laplace-torch's, unlike predictions
+            precision = posterior.structure.precision(posterior.state.curvature, prior, scale)
         assert isinstance(precision, LowRankKronDecomposed)
         return precision
 

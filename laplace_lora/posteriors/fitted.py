@@ -19,7 +19,7 @@ from laplace_lora.structures.state import Posterior, PosteriorState
 class FittedLaplace(SavedLaplace):
     """What installs a new state, and forgets what was known of the one before."""
 
-    _latest: tuple[Posterior, tuple[float, str, torch.device, bool]] | None
+    _latest: tuple[Posterior, tuple[float, str, torch.device, bool], list[int]] | None
 
     @in_full_precision
     def fit(

@@ -60,7 +60,7 @@ class SettingValue(StateValue[T]):
         return self if instance is None else getattr(instance.state.settings, self.name)
 
     def __set__(self, instance: HasState, value: T) -> None:
-        changes: dict[str, Any] = {self.name: value}
+        changes: dict[str, Any] = {self.name: _own(value)}
         settings = replace(instance.state.settings, **changes)
         instance.state = instance.state.with_settings(settings)
 
@@ -95,6 +95,11 @@ class LaplaceNames(ParametricLaplace):
     _sigma_noise = SettingValue[Tensor]()
 
     @property
+    def parts(self) -> Posterior:
+        """The posterior's parts at this moment, fitted or not."""
+        raise NotImplementedError
+
+    @property
     def fitted(self) -> Posterior:
         """The posterior's parts at this moment.
 
@@ -120,7 +125,7 @@ class LaplaceNames(ParametricLaplace):
     @_prior_precision.setter
     def _prior_precision(self, value: Tensor) -> None:
         self.structure.check_prior(len(value), self.n_layers, self.n_params)
-        settings = replace(self.state.settings, prior_precision=value)
+        settings = replace(self.state.settings, prior_precision=_own(value))
         self.state = self.state.with_settings(settings)
 
     @property
@@ -155,7 +160,7 @@ class LaplaceNames(ParametricLaplace):
     @property
     def scatter(self) -> Tensor:
         """``(θ − μ₀)ᵀ P₀ (θ − μ₀)`` of the evidence, a float64 scalar."""
-        return scatter(self.state)
+        return scatter(self.parts.state)
 
     @torch.no_grad()
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
@@ -213,3 +218,8 @@ class LaplaceNames(ParametricLaplace):
         readout = objective.readout(X)
         is_classifier = readout.is_softmax and readout.columns is None
         return readout.under(outputs) if is_classifier else outputs
+
+
+def _own(value: Any) -> Any:
+    """Return a copy of a tensor, which its owner may change in place; gradients flow through."""
+    return value.clone() if isinstance(value, Tensor) else value

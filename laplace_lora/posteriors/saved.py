@@ -22,7 +22,7 @@ from laplace_lora.storage.archive import PRECISIONS, load_state, save_posterior
 from laplace_lora.storage.files import CONFIG, read_files
 from laplace_lora.storage.hub import upload
 from laplace_lora.storage.model_card import Report
-from laplace_lora.structures.state import Posterior, PosteriorState
+from laplace_lora.structures.state import PosteriorState
 
 BACKENDS: dict[str, type[LoraCurvature]] = {kind.__name__: kind for kind in (LoraGGN, LoraEF)}
 BUFFERS = "buffers"
@@ -32,11 +32,6 @@ Self = TypeVar("Self", bound="SavedLaplace")
 
 class SavedLaplace(ServedLaplace):
     """How a posterior leaves the process and comes back; the work is done by `storage`."""
-
-    @property
-    def parts(self) -> Posterior:
-        """The posterior's parts at this moment, fitted or not."""
-        raise NotImplementedError
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], precision: str = PRECISIONS[0]

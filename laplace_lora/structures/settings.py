@@ -54,6 +54,12 @@ class Settings:
         for name in ("prior_precision", "sigma_noise", *SCALES):
             check_positive(name, getattr(self, name))
 
+    @property
+    def versions(self) -> list[int]:
+        """How often each tensor has been changed in place, as by ``prior_precision.mul_(2)``."""
+        tensors = (self.prior_precision, self.prior_mean, self.sigma_noise)
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+
     def untuned(self) -> Settings:
         """Return the settings with width, temperature and mean as a fit leaves them."""
         return replace(self, covariance_scale=1.0, likelihood_temperature=1.0, shift=None)

@@ -178,9 +178,11 @@ class Posterior:
 
     @cached_property
     def precision(self) -> Precision:
-        """The posterior precision."""
-        prior = self.settings.prior_precision
-        return self.structure.precision(self.state.curvature, prior, self.scale)
+        """The posterior precision, without gradients by prior and noise unless inputs have some."""
+        prior, scale = self.settings.prior_precision, self.scale
+        if not self.differentiable:  # who has differentiated the evidence predicts afterwards
+            prior, scale = prior.detach(), scale.detach()
+        return self.structure.precision(self.state.curvature, prior, scale)
 
     def with_settings(self, settings: Settings) -> Posterior:
         """Return the posterior with other settings."""

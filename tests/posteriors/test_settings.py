@@ -1,14 +1,25 @@
 """Settings, labels and merges that would pass without a word are refused or put right."""
 
+import copy
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from laplace_lora import KronLoraLaplace, KronLoraLLLaplace, LogitsModel
+from laplace_lora import (
+    DiagLoraLaplace,
+    FullLoraLaplace,
+    FullLoraLLLaplace,
+    KronLoraLaplace,
+    KronLoraLLLaplace,
+    LogitsModel,
+)
 from support.batches import loader, token_batch
 from support.models import peft_model
 from support.posteriors import posterior
 from support.references import assert_near
+
+EVERY = [KronLoraLaplace, DiagLoraLaplace, FullLoraLaplace, FullLoraLLLaplace]
 
 BAD = [0.0, -1.0, float("nan"), float("inf")]
 BATCH = token_batch((4, 2), seed=3)
@@ -96,3 +107,44 @@ def test_tuples_instead_of_outputs():
     la = KronLoraLaplace(model, "classification")
     la.fit(loader())
     assert_near(la(BATCH), posterior(name="bert")(BATCH))
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_a_prior_that_is_changed_in_place_counts(cls):
+    la = posterior(cls, "bert")
+    before = la(BATCH)
+    la.prior_precision.mul_(100)
+    after = la(BATCH)
+    assert not torch.allclose(after, before)
+    evidence = la.log_marginal_likelihood()
+    la.prior_precision = 100.0
+    assert torch.equal(la(BATCH), after) and la.log_marginal_likelihood() == evidence
+    la.prior_mean = torch.zeros(la.n_params, dtype=torch.float64)
+    assert la.log_marginal_likelihood() == evidence
+    la.prior_mean.add_(1)
+    moved = la.log_marginal_likelihood()
+    la.prior_mean = 1.0
+    assert moved != evidence and torch.isclose(la.log_marginal_likelihood(), moved)
+
+
+def test_a_posterior_keeps_its_settings_when_the_given_tensors_change():
+    la = posterior(name="bert")
+    prior, mean = torch.ones(1), torch.zeros(la.n_params, dtype=torch.float64)
+    la.prior_precision, la.prior_mean = prior, mean
+    before, evidence = la(BATCH), la.log_marginal_likelihood()
+    prior.mul_(100)
+    mean.add_(1)
+    assert la.prior_precision == 1 and torch.equal(la(BATCH), before)
+    assert la.log_marginal_likelihood() == evidence
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_predictions_and_copies_after_a_gradient_of_the_evidence(cls):
+    la = posterior(cls, "bert")
+    before, log_prior = la(BATCH), torch.zeros(1, requires_grad=True)
+    la.log_marginal_likelihood(log_prior.exp()).backward()
+    assert log_prior.grad is not None and log_prior.grad != 0
+    found = la(BATCH)
+    assert not found.requires_grad and torch.equal(found, before)
+    assert not la.predict(loader()).covariance.requires_grad
+    assert torch.equal(copy.deepcopy(la)(BATCH), before)
