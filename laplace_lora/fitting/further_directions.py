@@ -37,7 +37,8 @@ def asked_for(posterior: Posterior, subspace: Subspace) -> float:
     found = replace(posterior, state=replace(posterior.state, subspace=subspace))
     scalar = found.with_settings(first_precision(found))
     try:
-        precision, _ = corrected_precision(scalar, torch.zeros(len(found.names), dtype=torch.long))
+        groups = torch.zeros(len(found.names), dtype=torch.long)
+        precision = corrected_precision(scalar, groups).precisions
     except FloatingPointError:
         return HIGHEST
     return float(precision)

@@ -7,8 +7,7 @@ since it may have several maxima; groups and noise climb from the best scalar.
 from __future__ import annotations
 
 import math
-import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from scipy.optimize import brentq, minimize
@@ -30,9 +29,21 @@ NOT_CREDIBLE = (
 NOISE_RANGE = 6 * math.log(10)  # either way, of log σ
 
 
-def corrected_precision(
-    posterior: Posterior, groups: Tensor, tune_noise: bool = False
-) -> tuple[Tensor, float]:
+class Maximum(NamedTuple):
+    """Where an evidence is largest, as far as it is credible.
+
+    Attributes:
+        precisions: Prior precision of each group, float64.
+        noise: Standard deviation of a regression's observation noise.
+        objection: Why it is no maximum; empty where it is one.
+    """
+
+    precisions: Tensor
+    noise: float
+    objection: str = ""
+
+
+def corrected_precision(posterior: Posterior, groups: Tensor, tune_noise: bool = False) -> Maximum:
     """Return the maximum of the corrected evidence over one prior precision per group.
 
     A classifier's evidence above zero would mean labels with a probability above one: there the
@@ -44,35 +55,30 @@ def corrected_precision(
         groups: Group of each tensor, ``(tensors,)``.
         tune_noise: Whether to choose a regression's noise as well.
 
-    Returns:
-        Float64 precisions, ``(groups,)``, and the noise.
-
     Raises:
         FloatingPointError: If the evidence is nowhere credible.
-
-    Warns:
-        UserWarning: If it has no maximum where it is.
     """
     count = int(groups.max()) + 1
     coupled = posterior.structure.couples_groups and count > 1
     noise = posterior.settings.sigma_noise.detach().double().cpu()
     bound = 0.0 if posterior.objective.is_classifier else math.inf
     scalar_evidence = SeparateEvidence(posterior, torch.zeros_like(groups))
-    scalar, is_inside = _best_scalar(scalar_evidence, noise.log(), bound)
+    scalar, is_inside, objection = _best_scalar(scalar_evidence, noise.log(), bound)
     start = torch.full((count,), scalar, dtype=torch.float64)
     if (count == 1 or not is_inside) and not tune_noise:
-        return start.exp(), float(noise)
+        return Maximum(start.exp(), float(noise), objection)
     evidence: EvidenceCurve
     if count == 1:
         evidence = scalar_evidence
     else:
         evidence = (CoupledEvidence if coupled else SeparateEvidence)(posterior, groups)
-    logs, log_noise = _climbed(evidence, start, noise.log(), bound, tune_noise)
-    return logs.exp(), math.exp(log_noise)
+    return _climbed(evidence, start, noise.log(), bound, tune_noise)
 
 
-def _best_scalar(evidence: EvidenceCurve, log_noise: Tensor, bound: float) -> tuple[float, bool]:
-    """Return the best log precision, and whether it is a maximum inside of the range."""
+def _best_scalar(
+    evidence: EvidenceCurve, log_noise: Tensor, bound: float
+) -> tuple[float, bool, str]:
+    """Return the best log precision, whether it is inside of the range, and what is against it."""
 
     def descent(log_delta: float) -> float:
         value = evidence(torch.tensor([log_delta], dtype=torch.float64), log_noise)
@@ -88,21 +94,16 @@ def _best_scalar(evidence: EvidenceCurve, log_noise: Tensor, bound: float) -> tu
         # Flat up to an infinitely strong prior: the data ask for no width. The weakest of the
         # priors that are as good keeps the numbers finite.
         weakest = next(i for i, value in enumerate(values) if value - values[best] <= PLATEAU)
-        return points[weakest], False
+        return points[weakest], False, ""
     low, high = points[max(best - 1, 0)], points[min(best + 1, len(points) - 1)]
     if _slope(evidence, low, log_noise) > 0 > _slope(evidence, high, log_noise):
         root = brentq(lambda point: _slope(evidence, point, log_noise), low, high, xtol=1e-10)
         if descent(root) <= values[best]:
-            return root, True
+            return root, True, ""
     best_near = refined(descent, points, values, 1e-6)  # at a border, or near another maximum
     if OUTSIDE in beside:
-        _warn("The border is taken")
-        return best_near, False
-    return best_near, True
-
-
-def _warn(consequence: str) -> None:
-    warnings.warn(NOT_CREDIBLE.format(consequence), stacklevel=2)
+        return best_near, False, NOT_CREDIBLE.format("The border is taken")
+    return best_near, True, ""
 
 
 def _slope(evidence: EvidenceCurve, log_delta: float, log_noise: Tensor) -> float:
@@ -115,9 +116,9 @@ def _slope(evidence: EvidenceCurve, log_delta: float, log_noise: Tensor) -> floa
 
 def _climbed(
     evidence: EvidenceCurve, start: Tensor, log_noise: Tensor, bound: float, tune_noise: bool
-) -> tuple[Tensor, float]:
-    """Return log precisions and log noise uphill of a start, or the start if they are worse."""
-    count = len(start)
+) -> Maximum:
+    """Return the maximum uphill of a start of log precisions, or the start if that is better."""
+    count, kept = len(start), Maximum(start.exp(), math.exp(log_noise))
 
     def split(point: Tensor) -> tuple[Tensor, Tensor]:
         return point[:count], point[count] if tune_noise else log_noise
@@ -142,9 +143,9 @@ def _climbed(
         options={"ftol": 1e-13, "gtol": 1e-7, "maxiter": 500},
     )
     if -found.fun > bound:
-        _warn("All tensors get the best precision that they can share")
-        return start, float(log_noise)
+        shared = NOT_CREDIBLE.format("All tensors get the best precision that they can share")
+        return kept._replace(objection=shared)
     if found.fun > descent(first.tolist())[0]:
-        return start, float(log_noise)
+        return kept
     logs, log_sigma = split(torch.tensor(found.x, dtype=torch.float64))
-    return logs, float(log_sigma)
+    return Maximum(logs.exp(), math.exp(log_sigma))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import torch
@@ -32,6 +33,9 @@ def maximise(
 
     Raises:
         ValueError: If there is no observation noise to tune.
+
+    Warns:
+        UserWarning: If the evidence has no maximum where it is credible.
     """
     if tune_noise and not posterior.objective.has_noise:
         raise ValueError("only a regression has observation noise to tune")
@@ -39,10 +43,12 @@ def maximise(
         start = posterior.with_settings(first_precision(posterior))
         if tune_noise:  # the search starts where the plain evidence is largest
             start = start.with_settings(_separate(start, torch.zeros_like(groups), True))
-        precisions, noise = corrected_precision(start, groups, tune_noise)
+        best = corrected_precision(start, groups, tune_noise)
+        if best.objection:
+            warnings.warn(best.objection, stacklevel=2)
         if tune_noise:
-            posterior = posterior.with_settings(with_noise(posterior, noise))
-        return with_precisions(posterior, precisions[groups.cpu()], groups)
+            posterior = posterior.with_settings(with_noise(posterior, best.noise))
+        return with_precisions(posterior, best.precisions[groups.cpu()], groups)
     if not posterior.structure.couples_groups:
         return _separate(posterior, groups, tune_noise)
     # The scalar's eigenvalues are needed, for the maximum or as the start of a climb.
