@@ -30,16 +30,9 @@ from support.references import assert_near
 ENCODER, DECODER = (6, 3, 5, 4), (3, 6, 2, 5)
 PADDED = [(6, 6), (9, 9), (6, 8)]
 KINDS = ["t5", "bart", "mbart", "marian", "pegasus", "m2m_100", "blenderbot", "plbart", "t5gemma"]
-HALF = {
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "sliding_window": 16,
-}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
+HALF = {name: TEXT[name] for name in (*SIZES, *HEADS)} | {"sliding_window": 16}
 
 
 def adapted(base, modules):
