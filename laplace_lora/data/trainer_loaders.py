@@ -14,6 +14,12 @@ STRATEGY = "train_sampling_strategy"  # by length it reorders evaluation sets, t
 OWN_SHARDS = "batch_rebalance"  # deals examples out to processes in its own way
 PLAIN = "random"  # the trainer's default
 EVERY_EXAMPLE = {"dataloader_drop_last": False, "dataloader_persistent_workers": False}
+# Out of order, workers hand over whichever batch is ready first.
+IN_ORDER = {
+    STRATEGY: PLAIN,
+    "group_by_length": False,  # what the first versions of transformers 5 call it
+    "dataloader_in_order": True,
+}
 
 
 def whole_training_loader(trainer: Any) -> Any:
@@ -42,8 +48,7 @@ def whole_test_loader(trainer: Any, dataset: Any) -> Any:
 
 
 def _in_order(args: Any) -> Any:
-    # Out of order, workers hand over whichever batch is ready first.
-    return _changed(args, {**EVERY_EXAMPLE, STRATEGY: PLAIN, "dataloader_in_order": True})
+    return _changed(args, {**EVERY_EXAMPLE, **IN_ORDER})
 
 
 @contextmanager
