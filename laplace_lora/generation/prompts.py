@@ -26,6 +26,7 @@ def left_padded(inputs: Any, device: torch.device) -> tuple[Tensor, Tensor]:
             "prompts are missing: generate needs 'input_ids' of shape (texts, tokens), from a "
             "tokenizer with return_tensors='pt'"
         )
+    ids = ids.long()
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     mask = torch.ones_like(ids) if mask is None else (mask != 0).to(ids)
     if not bool(mask.any(1).all()):

@@ -155,4 +155,5 @@ def token_root(f: Tensor, y: Tensor) -> Tensor:
         )
     scored = y != IGNORED
     counts = scored.cumsum(1)
-    return standing_apart(softmax_root(f), (counts - 1)[scored], int(counts.max()))
+    most = max(int(counts.max()), 1)  # a batch may have no scored token
+    return standing_apart(softmax_root(f), (counts - 1)[scored], most)

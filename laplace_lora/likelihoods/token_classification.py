@@ -76,7 +76,7 @@ class TokenClassification(Classification):
             ValueError: If the columns of the batch would fill the memory.
         """
         counts = (y != IGNORED).cumsum(1)
-        most, classes = int(counts.max()), f.shape[-1]
+        most, classes = max(int(counts.max()), 1), f.shape[-1]  # a batch may have no label
         passes = most * (classes - 1)
         if passes * f.numel() > LARGEST_ROOT:
             raise ValueError(

@@ -30,6 +30,16 @@ def test_the_exact_curvature_is_the_sum_over_tokens(name):
     assert_near(loss, nll)
 
 
+def test_a_batch_without_labels_adds_an_example_and_no_curvature():
+    batch = text_batch()
+    batch["labels"][1] = IGNORED
+    alone, together = (language_posterior(fit=False, **EXACT) for _ in range(2))
+    alone.fit(text_loader(1, batch))
+    together.fit(text_loader(3, batch))
+    assert alone.n_data == 3
+    assert_near(alone.log_marginal_likelihood(), together.log_marginal_likelihood())
+
+
 def test_drawn_labels_give_the_exact_curvature_on_average():
     """Also across the tokens of an example, which meet in one gradient."""
     la = language_posterior(fit=False, modules="v_proj", backend_kwargs={"num_samples": 1000})

@@ -38,6 +38,16 @@ def test_the_exact_curvature_is_the_sum_over_tokens(name):
     assert_near(loss, F.cross_entropy(la.model(batch), y[y != IGNORED], reduction="sum"))
 
 
+def test_a_batch_without_labels_adds_an_example_and_no_curvature():
+    batch = tagged_batch((4, 6, 3))
+    batch["labels"][1] = IGNORED
+    alone, together = (tagged_posterior(fit=False, **EXACT) for _ in range(2))
+    alone.fit(tagged_loader(1, batch))
+    together.fit(tagged_loader(3, batch))
+    assert alone.n_data == 3
+    assert_near(alone.log_marginal_likelihood(), together.log_marginal_likelihood())
+
+
 def test_the_logits_are_the_models_own_at_the_tokens_that_count():
     la = tagged_posterior(fit=False)
     la.model.eval()

@@ -86,6 +86,15 @@ def test_sampling_draws_from_the_predictive():
     assert torch.equal(many.tokens, again.tokens)
 
 
+@pytest.mark.parametrize("method", ["sampled", "exact"])
+def test_token_numbers_of_another_dtype_are_the_same_tokens(method):
+    la, prompt = language_posterior(), token_batch((4, 4))["input_ids"]
+    expected = generate(la, prompt, 3, K, generator=seeded(), method=method)
+    found = generate(la, prompt.int(), 3, K, generator=seeded(), method=method)
+    assert torch.equal(found.tokens, expected.tokens)
+    assert torch.equal(found.log_prob, expected.log_prob)
+
+
 def test_the_model_is_left_as_it_was():
     la = language_posterior()
     la.model.train()
