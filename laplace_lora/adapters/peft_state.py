@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 from peft import PeftModel
@@ -133,61 +132,6 @@ def check_adapters(model: nn.Module) -> None:
                 f"adapters {list(layer.active_adapters)} are active together in {name!r}; choose "
                 "one with `model.set_adapter(name)`"
             )
-
-
-def check_in_use(model: nn.Module, tensors: Sequence[tuple[str, nn.Parameter]]) -> None:
-    """Refuse tensors that the model no longer uses, or of which it computes no gradient.
-
-    Args:
-        model: Any module.
-        tensors: Names and tensors that were trainable in it once.
-
-    Raises:
-        RuntimeError: If one has left the model, its adapter is not active, it is frozen, or it was
-            made in inference mode.
-    """
-    present = {id(p): p for p in model.parameters()}
-    gone = [name for name, p in tensors if id(p) not in present]
-    if gone:
-        raise RuntimeError(
-            f"tensors of the posterior ({_some(gone)}) are no longer part of the model: its "
-            "adapter was unloaded, merged into the base model, deleted or loaded anew. Make "
-            "the posterior on the model as it is now, or load it with `from_pretrained`"
-        )
-    inactive = _inactive(model, tensors)
-    if inactive:
-        raise RuntimeError(
-            f"tensors of the posterior ({_some(inactive)}) belong to an adapter that is not "
-            "active; activate it with `model.set_adapter(name)`"
-        )
-    if any(p.is_inference() for p in present.values()):
-        made = [name for name, p in model.named_parameters() if p.is_inference()]
-        raise RuntimeError(
-            f"weights ({_some(made)}) were made in torch.inference_mode and can have no "
-            "gradient; load the model outside of it, or go on with `copy.deepcopy(model)`"
-        )
-    frozen = [name for name, p in tensors if not p.requires_grad]
-    if frozen:
-        raise RuntimeError(
-            f"tensors of the posterior ({_some(frozen)}) were frozen after it was made, and it "
-            "needs their gradients; undo it with `model.get_parameter(name).requires_grad_(True)` "
-            "or, for all of an adapter, `model.set_adapter(name)`"
-        )
-
-
-def _inactive(model: nn.Module, tensors: Sequence[tuple[str, nn.Parameter]]) -> list[str]:
-    """Return the names of those tensors whose adapter is not active."""
-    holders = (m for m in model.modules() if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper))
-    active = {adapter for holder in holders for adapter in holder.active_adapters}
-    # Asked for every batch: most names tell it, and looking the rest up takes longer.
-    unclear = [(name, p) for name, p in tensors if active and not active & set(name.split("."))]
-    is_active = adapter_parameters(model) if unclear else {}
-    return [name for name, p in unclear if is_active.get(id(p)) is False]
-
-
-def _some(names: Sequence[str]) -> str:
-    """Return the first name, and the number of others."""
-    return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def check_has_adapter(model: nn.Module) -> None:

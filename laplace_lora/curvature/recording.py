@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from laplace_lora.adapters.diagonal_maps import whole_instead
 from laplace_lora.adapters.discovery import trainable_maps
+from laplace_lora.adapters.in_use import check_in_use
 from laplace_lora.adapters.maps import Block, LinearMap
-from laplace_lora.adapters.peft_state import check_adapters, check_in_use
+from laplace_lora.adapters.peft_state import check_adapters
 from laplace_lora.capture.output_verification import verify_outputs
 from laplace_lora.capture.recorder import MisfitError, check_masks, record
 from laplace_lora.capture.tape import Tape

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 
 from laplace_lora.adapters.grouped_attention import differentiable_attention
+from laplace_lora.adapters.in_use import check_runs
 from laplace_lora.models.frozen_maps import differentiate_inputs_only
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.models.twins import twin_of
@@ -135,7 +136,9 @@ def forward_mode(
     Raises:
         NoForwardDerivativeError: If the model cannot have a twin, or is quantised to 8 bits by
             bitsandbytes; names the layer.
+        RuntimeError: If a tensor does not run in the model as it is, see `check_runs`.
     """
+    check_runs(model, parameters)
     for name, module in model.named_modules():
         if type(module).__name__ == QUANTISED:
             raise NoForwardDerivativeError(

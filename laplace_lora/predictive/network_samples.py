@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from laplace_lora.adapters.in_use import check_runs
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.likelihoods.links import check_finite
 from laplace_lora.models.autocast import as_called
@@ -61,6 +62,7 @@ class NetworkSamples:
     def running(self) -> Iterator[Network]:
         """Yield the model in evaluation mode with tensors to overwrite, see `resampled`."""
         model = self.posterior.model
+        check_runs(model, self.posterior.engine.parameters)
         with (
             torch.no_grad(),
             evaluation_mode(model),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from laplace_lora.adapters.in_use import check_runs
 from laplace_lora.data.pairs import passes
 from laplace_lora.likelihoods.links import check_finite
 from laplace_lora.models.autocast import as_called
@@ -37,6 +38,7 @@ def sampled_outputs(
     Raises:
         ValueError: If gradients are asked for, or ``n_samples`` is not positive.
         FloatingPointError: If the outputs are not finite; names the rows.
+        RuntimeError: If a tensor does not run in the model as it is, see `check_runs`.
     """
     if posterior.differentiable:
         raise ValueError("pred_type='nn' cannot be differentiated; use pred_type='glm'")
@@ -46,6 +48,7 @@ def sampled_outputs(
     if isinstance(model, LastLayerModel):
         outputs = _head_outputs(posterior, model, x, n_samples, generator)
     else:
+        check_runs(model, posterior.engine.parameters)
         outputs = []
         # On a twin: other threads may be running the model meanwhile.
         with evaluation_mode(model), resampled(model, posterior.engine.parameters) as (twin, own):

@@ -1,0 +1,104 @@
+"""Samples of weights that do not run would change nothing: such states are refused by name."""
+
+import pytest
+from peft import LoraConfig
+
+from laplace_lora import KronLoraLaplace
+from laplace_lora.generation import generate, score
+from support.batches import loader, token_batch
+from support.generation import K, seeded
+from support.language import language_posterior, text_batch, text_loader
+from support.models import peft_model
+from support.posteriors import LOW
+from support.references import assert_near
+from support.spans import question_batch, question_loader, span_posterior
+from support.tokens import tagged_batch, tagged_loader, tagged_posterior
+
+WEIGHTS = {"pred_type": "nn", "link_approx": "mc", "n_samples": 4}
+
+
+def classified():
+    la = KronLoraLaplace(peft_model("bert"), "classification", **LOW)
+    la.fit(loader())
+    return la
+
+
+def cases():
+    classes, tags, texts, spans = token_batch(), tagged_batch(), text_batch(), question_batch()
+    yield "classes", classified, lambda la: la(classes, method="sampled")
+    yield "weights", classified, lambda la: la(classes, **WEIGHTS, generator=seeded())
+    yield "tags", tagged_posterior, lambda la: la(tags)
+    yield "tag weights", tagged_posterior, lambda la: la(tags, **WEIGHTS, generator=seeded())
+    yield "spans", span_posterior, lambda la: la.predict(spans).prob
+    yield "score", language_posterior, lambda la: score(la, texts, K, generator=seeded()).log_prob
+    prompts = texts["input_ids"][:1, :3]
+    yield (
+        "text",
+        language_posterior,
+        lambda la: generate(la, prompts, 2, K, generator=seeded()).mean,
+    )
+
+
+CASES = [pytest.param(make, call, id=name) for name, make, call in cases()]
+TUNED = {
+    "tags": (tagged_posterior, lambda la: la.calibrate(tagged_loader())),
+    "spans": (span_posterior, lambda la: la.calibrate(question_loader())),
+    "width": (language_posterior, lambda la: la.optimize_prior_precision(method="widest")),
+}
+
+
+@pytest.mark.parametrize("make,call", CASES)
+def test_predictions_need_the_posteriors_adapter(make, call):
+    la = make()
+    model = la.logits_model.model
+    expected = call(la)
+    with model.disable_adapter(), pytest.raises(RuntimeError, match="disabled; leave"):
+        call(la)
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match=r"merged into.*unmerge_adapter"):
+        call(la)
+    model.unmerge_adapter()
+    targets = model.peft_config["default"].target_modules
+    model.add_adapter("other", LoraConfig(r=2, target_modules=list(targets)))
+    assert_near(call(la), expected, 1e-5)
+    model.set_adapter("other")
+    with pytest.raises(RuntimeError, match=r"lora_A.*belong to an adapter that is not active"):
+        call(la)
+    model.set_adapter("default")
+    assert_near(call(la), expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_so_do_widths(name):
+    make, call = TUNED[name]
+    la = make()
+    idle = la.logits_model.model.disable_adapter()
+    with idle, pytest.raises(RuntimeError, match="disabled; leave"):
+        call(la)
+    assert float(la.covariance_scale) == 1
+
+
+def test_so_do_adapters_for_a_server(tmp_path):
+    la = language_posterior()
+    idle = la.logits_model.model.disable_adapter()
+    with idle, pytest.raises(RuntimeError, match="disabled; leave"):
+        la.export_adapters(tmp_path / "served", 2, loader=text_loader())
+    assert len(la.export_adapters(tmp_path / "served", 2, width=0.01).adapters) == 2
+
+
+def test_an_adapter_that_is_gone_is_named():
+    la = language_posterior()
+    model = la.logits_model.model
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    with pytest.raises(RuntimeError, match="no longer part of the model"):
+        score(la, text_batch(), K)
+
+
+def test_frozen_weights_are_sampled_all_the_same():
+    la = language_posterior()
+    expected = score(la, text_batch(), K, generator=seeded())
+    la.logits_model.requires_grad_(False)
+    found = score(la, text_batch(), K, generator=seeded())
+    assert_near(found.log_prob, expected.log_prob, 0)
