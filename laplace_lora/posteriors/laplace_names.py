@@ -167,6 +167,21 @@ class LaplaceNames(ParametricLaplace):
         """Return samples of the weights, ``(n_samples, parameters)``."""
         return self.fitted.sample(n_samples, generator)
 
+    def log_prob(self, value: Tensor, normalized: bool = True) -> Tensor:
+        """Return the log density of weights under the posterior that `sample` draws from.
+
+        Around the posterior's mean, which need not be the MAP; before a calibration of the width.
+
+        Args:
+            value: Weights, ``(parameters,)``.
+            normalized: Whether to add what makes it a density.
+
+        Returns:
+            A scalar.
+        """
+        shift = self.fitted.settings.shift
+        return super().log_prob(value if shift is None else value - shift, normalized)
+
     @property
     def _device(self) -> torch.device:
         # laplace-torch's is that of the first parameter, which may be offloaded.

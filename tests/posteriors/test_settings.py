@@ -148,3 +148,20 @@ def test_predictions_and_copies_after_a_gradient_of_the_evidence(cls):
     assert not found.requires_grad and torch.equal(found, before)
     assert not la.predict(loader()).covariance.requires_grad
     assert torch.equal(copy.deepcopy(la)(BATCH), before)
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_the_density_of_weights_is_that_of_the_samples(cls):
+    """Weights drawn around a moved mean are as likely as those drawn around the MAP."""
+    la = posterior(cls, "bert")
+    generator = torch.Generator().manual_seed(0)
+    at_map = la.sample(1, generator)[0]
+    density, relative = la.log_prob(at_map), la.log_prob(at_map, normalized=False)
+    before = la.mean.clone()
+    la.recentre(precision=0.1)
+    moved = la.sample(1, generator.manual_seed(0))[0]
+    assert torch.equal(la.mean, before) and (moved - at_map).norm() > 1e-3
+    assert torch.isclose(la.log_prob(moved), density)
+    assert torch.isclose(la.log_prob(moved, normalized=False), relative)
+    la.reset_mean()
+    assert la.log_prob(at_map) == density != la.log_prob(moved)
