@@ -9,6 +9,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from laplace_lora.adapters.peft_state import adapter_parameters, check_adapters
+from laplace_lora.data.sharding import in_pieces
 
 
 def check_runs(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
@@ -22,6 +23,7 @@ def check_runs(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         RuntimeError: See `check_adapters`; or if a tensor has left the model, or its adapter is not
             active.
     """
+    in_pieces(model)
     check_adapters(model)
     names = {id(p): name for name, p in model.named_parameters()}
     _check_used(model, [(names.get(id(p), "of a lost name"), p) for p in parameters], set(names))
