@@ -33,7 +33,10 @@ def model_of(folder, made):
     return PeftModel.from_pretrained(model, folder)
 
 
-@pytest.mark.parametrize("structure", CLASSES)
+@pytest.mark.parametrize(
+    "structure",
+    ["kron", *(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "diag"))],
+)
 def test_it_is_the_python_calls(adapter, data, made, structure):
     folder = adapter()
     args = ["--data", data("train"), "--val", data("val"), "--structure", structure]

@@ -228,6 +228,7 @@ def test_evaluate_writes_scores_to_standard_output(fitted, data, tmp_path, monke
     assert not (tmp_path / "-").exists()
 
 
+@pytest.mark.slow
 def test_evaluate_makes_sets_keeps_a_risk_and_scores_groups(fitted, data, tmp_path):
     pytest.importorskip("crepes")
     rows = [{**row, "thing": row["text"].split()[1]} for row in reviews(40, 5)]

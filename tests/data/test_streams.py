@@ -137,6 +137,7 @@ def test_a_stream_that_is_read_only_once():
         la.optimize_prior_precision(method="loo")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PARTS)
 def test_processes_count_every_example_once(lists, results, kind):
     la = posterior(loader())
@@ -147,6 +148,7 @@ def test_processes_count_every_example_once(lists, results, kind):
         assert_near(rows, expected, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["by rank", "dispatched"])
 def test_every_call_takes_a_stream_that_is_dealt_out(lists, results, kind):
     for found in results:
@@ -156,12 +158,14 @@ def test_every_call_takes_a_stream_that_is_dealt_out(lists, results, kind):
     assert_near(results[0][f"few {kind}"], results[1][f"few {kind}"])
 
 
+@pytest.mark.slow
 def test_a_trainer_of_several_processes_takes_streams(results):
     (count, nll, predicted), other = (found["trained"] for found in results)
     assert (count, predicted) == (7, 8)
     assert other == (count, nll, predicted)
 
 
+@pytest.mark.slow
 def test_a_stream_that_all_processes_read(lists, results):
     for found in results:
         count, evidence = found["alone"]
@@ -171,12 +175,14 @@ def test_a_stream_that_all_processes_read(lists, results):
     assert results[0]["only one"] == 7
 
 
+@pytest.mark.slow
 def test_a_stream_that_two_processes_count_is_refused(results):
     for found in results:
         assert "processes 0 and 1 read the same examples of the stream" in found["shuffled"]
         assert "split_dataset_by_node" in found["shuffled"] and found["kept"] == 7
 
 
+@pytest.mark.slow
 def test_an_example_that_cannot_be_read_ends_all(results):
     said = "ValueError: this example cannot be read"
     other = f"OtherProcessFailed: process 0 failed: {said}"

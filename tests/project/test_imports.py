@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 # Large libraries that the package itself does not need before it is asked for a picture, a
 # progress bar in a notebook, or the like.
 LARGE = ["matplotlib", "torchmetrics", "accelerate", "torchvision", "pandas", "sklearn", "IPython"]
@@ -26,6 +28,7 @@ def test_importing_the_package_loads_none():
     assert loaded("import laplace_lora; laplace_lora.__version__") == set()
 
 
+@pytest.mark.slow
 def test_its_names_load_none_that_its_foundations_do_not():
     foundations = "import laplace, peft; from transformers import TrainerCallback"
     names = "from laplace_lora import *; import laplace_lora.evaluation, laplace_lora.generation"
