@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from laplace_lora.adapters.peft_state import adapter_tensors
 from laplace_lora.adapters.plain_names import plain_names
 from laplace_lora.data.sharding import whole
 
@@ -78,21 +78,14 @@ def buffer_values(model: nn.Module) -> dict[str, Tensor]:
 
 def _unused(model: nn.Module) -> set[int]:
     """Return the ``id`` of each buffer that no active adapter's outputs depend on."""
-    in_use: dict[int, bool] = {}
+    of_adapters = adapter_tensors(model, lambda module: module.named_buffers())
+    unused = {key for key, is_active in of_adapters.items() if not is_active}
     for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            of_base = {id(b) for b in module.get_base_layer().buffers()}
-            active = set(module.active_adapters)
-            for name, buffer in module.named_buffers():
-                if id(buffer) not in of_base:
-                    in_use[id(buffer)] = bool(active & set(name.split(".")))
-        elif isinstance(module, ModulesToSaveWrapper):
-            active = set(module.active_adapters)
-            replaced = bool(active & set(module.modules_to_save)) and not module.disable_adapters
-            in_use |= {id(b): not replaced for b in module.original_module.buffers()}
-            for name, copy in module.modules_to_save.items():
-                in_use |= {id(b): name in active for b in copy.buffers()}
-    return {key for key, value in in_use.items() if not value}
+        if not isinstance(module, ModulesToSaveWrapper) or module.disable_adapters:
+            continue
+        if set(module.active_adapters) & set(module.modules_to_save):
+            unused |= {id(b) for b in module.original_module.buffers()}
+    return unused
 
 
 def _is_packed(module: nn.Module) -> bool:

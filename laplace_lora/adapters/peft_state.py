@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from laplace_lora.adapters.plain_names import adapts, plain_names
@@ -65,25 +66,37 @@ def calls_twice(layer: nn.Module | None) -> bool:
 
 
 def adapter_parameters(model: nn.Module) -> dict[int, bool]:
-    """Return for each tensor of an adapter, by its ``id``, whether that adapter is active.
+    """Return for each parameter of an adapter, by its ``id``, whether that adapter is active.
 
-    Tensors of the base model are not listed.
+    Parameters of the base model are not listed.
 
     Args:
         model: Any module.
     """
+    return adapter_tensors(model, lambda module: module.named_parameters())
+
+
+def adapter_tensors(
+    model: nn.Module, tensors: Callable[[nn.Module], Iterable[tuple[str, Tensor]]]
+) -> dict[int, bool]:
+    """Return for each tensor of an adapter, by its ``id``, whether that adapter is active.
+
+    Args:
+        model: Any module.
+        tensors: From a module to the tensors to list, by name: its parameters or its buffers.
+    """
     is_active: dict[int, bool] = {}
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
-            base_ids = {id(p) for p in module.get_base_layer().parameters()}
+            base_ids = {id(t) for _, t in tensors(module.get_base_layer())}
             active = set(module.active_adapters)
-            for name, p in module.named_parameters():
-                if id(p) not in base_ids:
-                    is_active[id(p)] = bool(active & set(name.split(".")))
+            for name, t in tensors(module):
+                if id(t) not in base_ids:
+                    is_active[id(t)] = bool(active & set(name.split(".")))
         elif isinstance(module, ModulesToSaveWrapper):
             for name, copy in module.modules_to_save.items():
-                for p in copy.parameters():
-                    is_active[id(p)] = name in module.active_adapters
+                for _, t in tensors(copy):
+                    is_active[id(t)] = name in module.active_adapters
     return is_active
 
 
