@@ -136,8 +136,7 @@ class TunedLaplace(LaplaceLoops):
             data_of_fit = self._train_loader if train_loader is None else train_loader
             options = (data_of_fit, progress_bar, recentre)
             if method == "auto":
-                others = bool(kwargs) or tune_sigma_noise or val_loader is not None
-                others = others or correction is not None
+                others = bool(kwargs) or tune_sigma_noise or correction is not None
                 method, reason, found = self._by_default(prior_structure, others, *options)
                 settings, report = found or (None, None)
                 if self.fitted.objective.predicts_tokens:  # nor does it help these
@@ -145,7 +144,6 @@ class TunedLaplace(LaplaceLoops):
             elif method in TUNED_ON_TRAINING_DATA:
                 settings, report = _reported(tuner, method, prior_structure, *options)
             if method == "marglik":
-                check_no_validation(method, val_loader)
                 if by_laplace_torch:
                     self._laplace_marglik(prior_structure, kwargs)
                 else:

@@ -50,17 +50,17 @@ def check_evidence_options(
     Raises:
         ValueError: If one of them would have no effect.
     """
-    if method in ("auto", "marglik") and not by_laplace_torch:
+    if not (tune_noise or correction):
         return
-    asked = {"tune_sigma_noise=True": tune_noise, "correction=True": bool(correction)}
-    for argument in [name for name, is_asked in asked.items() if is_asked]:
-        if method in ("auto", "marglik"):
-            names = ", ".join(repr(name) for name in MARGLIK)
-            raise ValueError(
-                f"{argument} does not go together with {names} or prior_structure='diag', for "
-                "which laplace-torch's own loop tunes the prior precision alone"
-            )
+    argument = "tune_sigma_noise=True" if tune_noise else "correction=True"
+    if method not in ("auto", "marglik"):
         raise ValueError(f"{argument} belongs to method='marglik'; got method={method!r}")
+    if by_laplace_torch:
+        names = ", ".join(repr(name) for name in MARGLIK)
+        raise ValueError(
+            f"{argument} does not go together with {names} or prior_structure='diag', for "
+            "which laplace-torch's own loop tunes the prior precision alone"
+        )
 
 
 def check_no_validation(method: str, val_loader: Any) -> None:
@@ -69,5 +69,5 @@ def check_no_validation(method: str, val_loader: Any) -> None:
     Raises:
         ValueError: If there are some.
     """
-    if method in ("loo", "widest", "marglik") and val_loader is not None:
+    if method in ("auto", "loo", "widest", "marglik") and val_loader is not None:
         raise ValueError(f"method={method!r} uses no validation data; leave `val_loader` out")
