@@ -22,8 +22,8 @@ def before_adapter(
 
     The base model answers, with a trained head where there is one, whether the adapter's tensors
     are trainable or frozen. That is a twin's state, see `twin_of`, and the model itself is not
-    changed. One that cannot have a twin is yielded itself,
-    and is at the start only inside the context that the second value makes.
+    changed. One that cannot have a twin is yielded itself, and is at the start only inside the
+    context that the second value makes.
 
     Args:
         model: Any module with a LoRA adapter.
