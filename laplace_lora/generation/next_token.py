@@ -22,12 +22,11 @@ from laplace_lora.generation.candidates import candidates_of, class_logits, tail
 from laplace_lora.likelihoods.links import (
     QUADRATURE,
     Link,
-    averaged,
     class_samples,
     entropy,
     probit,
 )
-from laplace_lora.likelihoods.quadrature import ENTROPY_POINTS, normal_points
+from laplace_lora.likelihoods.quadrature import ENTROPY_POINTS, averaged, normal_points
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.models.token_model import TokenModel
 from laplace_lora.structures.state import Posterior

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from laplace_lora.generation.candidates import candidates_of
 from laplace_lora.generation.next_token import NextToken
-from laplace_lora.likelihoods.links import averaged
+from laplace_lora.likelihoods.quadrature import averaged
 from laplace_lora.predictive.sample_set import SampleSet
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from laplace_lora.likelihoods.quadrature import (
+    averaged,
     binary_log_probabilities,
     covariance_root,
     mean_binary_entropy,
@@ -110,12 +111,6 @@ def probit(mean: Tensor, covariance: Tensor) -> Tensor:
     """Scale each logit by ``1/√(1 + π/8 var)``, as for a binary probit (MacKay 1992)."""
     variance = covariance.diagonal(dim1=-2, dim2=-1)
     return F.log_softmax(mean / torch.sqrt(1 + math.pi / 8 * variance), dim=-1)
-
-
-def averaged(samples: Tensor) -> Tensor:
-    """Return the log of the mean probabilities of samples, from logs ``(samples, …, classes)``."""
-    average: Tensor = samples.logsumexp(0) - math.log(len(samples))
-    return average.clamp(max=0)  # which rounding may exceed
 
 
 def class_samples(mean: Tensor, covariance: Tensor, noise: Tensor) -> Tensor:

@@ -168,6 +168,12 @@ def _normal_points(points: int, dimensions: int) -> Tensor:
     return cast(Tensor, torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12)))
 
 
+def averaged(samples: Tensor) -> Tensor:
+    """Return the log of the mean probabilities of samples, from logs ``(samples, …, classes)``."""
+    average: Tensor = samples.logsumexp(0) - math.log(len(samples))
+    return average.clamp(max=0)  # which rounding may exceed
+
+
 def _averaged(mean: Tensor, covariance: Tensor, points: int) -> Tensor:
     """Average the softmax over points; ``mean`` has shape ``(n, classes − 1)``."""
     noise = _normal_points(points, mean.shape[-1]).to(mean)
@@ -177,7 +183,7 @@ def _averaged(mean: Tensor, covariance: Tensor, points: int) -> Tensor:
     for m, L in zip(mean.split(part), root.split(part), strict=True):
         draws = m + torch.einsum("nij,sj->sni", L, noise)
         log_p = F.log_softmax(F.pad(draws, (1, 0)), dim=-1)
-        parts.append((log_p.logsumexp(0) - math.log(points)).clamp(max=0))
+        parts.append(averaged(log_p))
     return torch.cat(parts)
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from laplace_lora.likelihoods.base import CONTRASTS
 from laplace_lora.likelihoods.classification import LOGITS
 from laplace_lora.likelihoods.language_modeling import IGNORED
-from laplace_lora.likelihoods.links import averaged
+from laplace_lora.likelihoods.quadrature import averaged
 from laplace_lora.predictive.linear_samples import LinearSamples
 from laplace_lora.predictive.spans import span_tangents
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from laplace_lora.data.distributed import together
 from laplace_lora.data.steps import steps
 from laplace_lora.likelihoods.base import Readout, integrated_variables
-from laplace_lora.likelihoods.links import Link, averaged, entropies
-from laplace_lora.likelihoods.quadrature import ENTROPY_POINTS, normal_points
+from laplace_lora.likelihoods.links import Link, entropies
+from laplace_lora.likelihoods.quadrature import ENTROPY_POINTS, averaged, normal_points
 from laplace_lora.models.forward_mode import NoForwardDerivativeError
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.inputs import batches_of_rows, batches_of_texts, listed

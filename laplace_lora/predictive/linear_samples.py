@@ -17,7 +17,8 @@ from torch import Tensor
 
 from laplace_lora.data.pairs import passes
 from laplace_lora.likelihoods.base import Readout
-from laplace_lora.likelihoods.links import QUADRATURE, averaged, entropy
+from laplace_lora.likelihoods.links import QUADRATURE, entropy
+from laplace_lora.likelihoods.quadrature import averaged
 from laplace_lora.models.autocast import as_called
 from laplace_lora.models.forward_mode import forward_mode
 from laplace_lora.models.modes import coarsest_dtype, evaluation_mode

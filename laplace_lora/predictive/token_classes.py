@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from laplace_lora.likelihoods.base import Readout
 from laplace_lora.likelihoods.language_modeling import IGNORED
-from laplace_lora.likelihoods.links import QUADRATURE, Link, averaged, check_finite, entropies
+from laplace_lora.likelihoods.links import QUADRATURE, Link, check_finite, entropies
+from laplace_lora.likelihoods.quadrature import averaged
 from laplace_lora.likelihoods.roots import identity_root, standing_apart
 from laplace_lora.likelihoods.token_classification import marked, real_tokens
 from laplace_lora.models.forward_mode import NoForwardDerivativeError

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.likelihoods.base import Readout
-from laplace_lora.likelihoods.links import averaged
+from laplace_lora.likelihoods.quadrature import averaged
 from laplace_lora.predictive.linear_samples import SAMPLES, LinearSamples
 from laplace_lora.structures.settings import Settings
 from laplace_lora.structures.state import Posterior
