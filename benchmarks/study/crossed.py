@@ -20,8 +20,8 @@ beside each checkpoint, and not computed again.
 
 from __future__ import annotations
 
+import argparse
 import statistics
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,14 +33,12 @@ from torch import Tensor
 from benchmarks.harness.arguments import prepare
 from benchmarks.harness.report import write_report
 from benchmarks.study.checkpoints import checkpoint, pretrained
+from benchmarks.study.held import TestRows, held_jacobians
 from benchmarks.study.judging import FIT_BATCH, over_checkpoints
-from benchmarks.study.trainings import EVALUATION_BATCH, Training, checkpoint_parser
+from benchmarks.study.trainings import EVALUATION_BATCH, Training, checkpoint_parser, in_order
 from laplace_lora import FullLoraLaplace, KronLoraLaplace, LogitsModel, start_of
 from laplace_lora.data.distributed import ALONE
-from laplace_lora.models.modes import evaluation_mode
-from laplace_lora.structures.base import Gram
 from laplace_lora.structures.settings import Settings
-from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning.function_rows import FunctionRows
 from laplace_lora.tuning.validation_cache import scoring_of
 
@@ -54,66 +52,6 @@ MEANS = ("MAP", "recentred", "by rule")
 PLAIN, WITH_TERM, LOO = "plain evidence", "evidence", "leave-one-out"
 GRID = torch.logspace(-2, 6, 17)
 Way = tuple[str, str]  # prior and tuning
-
-
-class TestRows:
-    """Functions of the test rows and their Jacobians, from one pass.
-
-    Args:
-        la: Fitted over all trainable tensors.
-        loader: The rows.
-    """
-
-    __test__ = False
-
-    def __init__(self, la: Any, loader: Any) -> None:
-        posterior = la.fitted
-        self.scoring = scoring_of(posterior, "quadrature", 0)
-        self._products: tuple[Any, list[Gram]] | None = None
-        self.names = posterior.names
-        means, labels = [], []
-        blocks: list[list[Tensor]] = [[] for _ in self.names]
-        for batch in loader:
-            x, y = posterior.split(batch)
-            with evaluation_mode(posterior.model):
-                f, jacobians = posterior.engine.jacobian_blocks(x, self.scoring.readout.columns)
-                means.append(self.scoring.readout.mean(f).detach())
-                for kept, block in zip(blocks, jacobians, strict=True):
-                    kept.append(block.detach().flatten(2))
-            labels.append(y)
-        self.mean, self.y = torch.cat(means), torch.cat(labels)
-        self.jacobians = {n: torch.cat(b) for n, b in zip(self.names, blocks, strict=True)}
-
-    def covariance(self, la: Any, settings: Settings) -> Tensor:
-        """Return the covariance of all rows under a posterior with other settings."""
-        posterior = la.fitted.with_settings(settings)
-        if posterior.structure.couples_groups and len(settings.prior_precision) == 1:
-            return self._by_eigenvalues(posterior)  # many precisions from one product
-        covariance: Tensor = posterior.precision.covariance(self._of(posterior.names))
-        return covariance
-
-    def _by_eigenvalues(self, posterior: Posterior) -> Tensor:
-        curvature = posterior.state.curvature
-        if self._products is None or self._products[0] is not curvature:
-            blocks = posterior.precision.gram_blocks(self._of(posterior.names))
-            self._products = curvature, [pair for _, pairs in blocks for pair in pairs]
-        delta = posterior.settings.prior_precision
-        return torch.stack([M @ (1 / (e + delta)).to(M) for e, M in self._products[1]]).sum(0)
-
-    def moved(self, la: Any, shift: Tensor | None) -> Tensor:
-        """Return the mean of all rows where the weights' mean is moved."""
-        if shift is None:
-            return self.mean
-        parts = shift.split(la.fitted.engine.sizes)
-        steps = [J @ part for J, part in zip(self._of(la.fitted.names), parts, strict=True)]
-        return self.mean + torch.stack(steps).sum(0)
-
-    def nll(self, mean: Tensor, covariance: Tensor) -> float:
-        """Return the mean NLL in nats."""
-        return float(self.scoring.nll(mean, covariance, self.y).double().mean())
-
-    def _of(self, names: list[str]) -> Iterator[Tensor]:
-        return (self.jacobians[name] for name in names)
 
 
 def figures(
@@ -134,16 +72,17 @@ def figures(
         rows = rows or TestRows(la, task.loader("test", EVALUATION_BATCH))
         tuned = _tuned(la, covered, start, train)
         shifts = _shifts(la, tuned, train)
-        for (prior, way), settings in tuned.items():
-            covariance = rows.covariance(la, settings)
+        grid = [_at(la, float(delta)) for delta in GRID]
+        covariances = rows.covariances(la, [*tuned.values(), *grid])
+        for ((prior, way), settings), covariance in zip(tuned.items(), covariances, strict=False):
             for mean in MEANS:
                 moved = rows.moved(la, shifts[mean, way])
                 found["ways"][f"{prior} | {way} | {mean}"] = rows.nll(moved, covariance)
             precision = settings.prior_precision.double().log().mean().exp()
             found["precisions"][f"{prior} | {way}"] = float(precision)
-        grid = [rows.covariance(la, _at(la, float(delta))) for delta in GRID]
-        found["hindsight"][covered] = min(rows.nll(rows.mean, each) for each in grid)
-        found["MAP"] = rows.nll(rows.mean, torch.zeros_like(grid[0]))
+        best = [rows.nll(rows.mean, each) for each in covariances[len(tuned) :]]
+        found["hindsight"][covered] = min(best)
+        found["MAP"] = rows.nll(rows.mean, torch.zeros_like(covariances[0]))
     return {"test": found}
 
 
@@ -213,12 +152,15 @@ def main() -> None:
     )
     args = parser.parse_args()
     prepare(args)
-    found = {
-        structure: over_checkpoints(
-            args, partial(figures, structure=structure), f"crossed-{structure}.json"
-        )
-        for structure in args.structures
-    }
+    found: dict[str, dict[str, Any]] = {structure: {} for structure in args.structures}
+    for training in in_order():
+        if not training.name.startswith(tuple(args.only)):
+            continue
+        one = argparse.Namespace(**{**vars(args), "only": [training.name]})
+        with held_jacobians():
+            for structure, results in found.items():
+                measure = partial(figures, structure=structure)
+                results |= over_checkpoints(one, measure, f"crossed-{structure}.json")
     write_report("study.crossed", args, tables_of(found), found)
 
 
