@@ -50,7 +50,7 @@ STRUCTURES: dict[str, tuple[Any, dict[str, Any]]] = {
 COVERED = {"A and B": None, "B": "lora_B|classifier"}
 MEANS = ("MAP", "recentred", "by rule")
 PLAIN, WITH_TERM, LOO = "plain evidence", "evidence", "leave-one-out"
-GRID = torch.logspace(-2, 6, 17)
+GRID = torch.logspace(-2, 6, 33)
 Way = tuple[str, str]  # prior and tuning
 
 
