@@ -110,7 +110,7 @@ def agreement_rows(work: Workload, args: argparse.Namespace) -> list[dict[str, A
     ours, theirs = (run()[0] for run in make_runs(work, args)[JACOBIAN])
     difference = torch.cat([(ours[key] - theirs[key]).flatten() for key in theirs]).norm()
     size = torch.cat([value.flatten() for value in theirs.values()]).norm()
-    return [{"what": JACOBIAN, "relative difference": f"{float(difference / size):.1e}"}]
+    return [{"what": JACOBIAN, "relative difference": f"{float((difference / size).detach()):.1e}"}]
 
 
 def main() -> None:
