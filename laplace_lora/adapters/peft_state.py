@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from laplace_lora.adapters.plain_names import adapts, plain_names
+from laplace_lora.display.warning import warn
 
 logger = logging.getLogger(__name__)
 
@@ -171,10 +171,9 @@ def check_has_adapter(model: nn.Module) -> None:
         return
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     if isinstance(model, PreTrainedModel) and 0 < len(trained) < len(list(model.parameters())):
-        warnings.warn(
+        warn(
             f"{type(model).__name__} has no adapter, and the posterior covers only its trainable "
             f"tensors {trained[:3]}; {gone}, or a last-layer posterior if that is what you want",
-            stacklevel=2,
         )
 
 

@@ -5,7 +5,6 @@ Draws weights, collects the gradients computed there, and reports the posterior'
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from laplace_lora.display.warning import warn
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 UNINFORMED = 0.05  # relative change of all curvatures below which widths carry no information yet
@@ -138,11 +139,10 @@ class WeightPosterior(Optimizer):
         near = float(change[0]) >= 1 - UNINFORMED and float(change[-1]) <= 1 + UNINFORMED
         if near and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"all curvatures lie within 5 % of their start (h/h₀ from {change[0]:.4f} to "
                 f"{change[-1]:.4f}), so the posterior's widths carry no information yet; lower "
                 "`hess_init` or the second of `betas`, or train longer",
-                stacklevel=2,
             )
         result = {}
         for group, p in self.trainable():

@@ -13,11 +13,12 @@ arXiv:1705.08500.
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 from scipy.special import bdtr
 from torch import Tensor
+
+from laplace_lora.display.warning import warn
 
 ANSWERED = "answered"
 ERROR_RATE = "error when answered"
@@ -73,10 +74,9 @@ def answering_threshold(
             break
         found = thresholds[k]
     if found == NEVER:
-        warnings.warn(
+        warn(
             f"no threshold keeps the share of wrong answers at or below {risk} as far as {n} "
             f"labels can show with certainty {certainty}, so nothing is answered",
-            stacklevel=2,
         )
     return found
 

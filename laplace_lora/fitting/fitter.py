@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader
 from laplace_lora.adapters.buffers import buffer_values
 from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.data.distributed import Together, together
+from laplace_lora.display.warning import warn
 from laplace_lora.fitting.accumulation import accumulate
 from laplace_lora.fitting.evidence_pass import with_gradient_term
 from laplace_lora.fitting.passes import FitSums, Pass, RowPass, Sums
@@ -100,7 +100,7 @@ class Fitter:
             try:
                 state = with_gradient_term(replace(posterior, state=state), summed)
             except ValueError as error:  # a loader that cannot be iterated twice
-                warnings.warn(f"the gradient term is not measured: {error}", stacklevel=3)
+                warn(f"the gradient term is not measured: {error}")
         return state
 
     def with_gradient_term(

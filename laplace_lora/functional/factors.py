@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from laplace_lora.data.batches import Batch, on_cpu
 from laplace_lora.data.distributed import Together, together
 from laplace_lora.data.masks import MASK_NAMES
 from laplace_lora.data.sharding import unwrapped
+from laplace_lora.display.warning import warn
 from laplace_lora.functional.called_with import mask_notes
 from laplace_lora.functional.running_factors import factor_tensor
 from laplace_lora.functional.selection import selected_maps
@@ -186,10 +186,9 @@ def _columns(f: Tensor, num_samples: int | None) -> Tensor:
     if num_samples is None and f.shape[-1] <= EXACT_UP_TO:
         return softmax_root(f)
     if num_samples is None:
-        warnings.warn(
+        warn(
             f"forward_call returns {f.shape[-1]} logits per example, so the curvature is a "
             "Monte-Carlo estimate from one label per example; return the answers' logits for an "
             "exact one, or set `num_samples`",
-            stacklevel=3,
         )
     return sampled_softmax_root(f, num_samples or 1)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from laplace_lora.data.distributed import OtherProcessFailed
+from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.autocast import in_full_precision
 from laplace_lora.models.forward_mode import NoForwardDerivativeError
@@ -210,10 +210,9 @@ class TunedLaplace(LaplaceLoops):
                     raise
                 reason = str(error)
         if texts and not has_others:
-            warnings.warn(
+            warn(
                 "the prior is tuned by the marginal likelihood, which makes the posterior of a "
                 f"model of tokens far too wide: {reason}",
-                stacklevel=4,
             )
         return "marglik", reason, None
 
@@ -229,10 +228,9 @@ class TunedLaplace(LaplaceLoops):
         except ValueError as error:
             if correction:
                 raise
-            warnings.warn(
+            warn(
                 f"the prior is tuned without a part of the evidence, and may be far too weak: "
                 f"{error}",
-                stacklevel=4,
             )
             return False
         return True

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from laplace_lora.display.warning import warn
 from laplace_lora.storage.fingerprint import exact_fingerprint, known_identity, trained_tensors
 from laplace_lora.structures.state import Posterior
 
@@ -53,11 +53,10 @@ def identity_but_for_rounding(posterior: Posterior, saved: Mapping[str, Any]) ->
     if set(tensors) != set(saved[ROUNDED]) or None in errors or not apart:
         return found
     apart /= sum(saved[ROUNDED][name]["norm"] ** 2 for name in tensors)
-    warnings.warn(
+    warn(
         "the adapter's weights are those that the posterior was fitted at, rounded to a coarser "
         f"dtype: they differ by {apart**0.5:.1e} of their norm. Load the model in the dtype of the "
         "fit, or fit again, for a posterior of exactly these weights",
-        stacklevel=2,
     )
     return {**found, "weights": saved["weights"], "adapter": saved["adapter"]}
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from laplace_lora.display.warning import warn
 from laplace_lora.linalg.row_grams import group_grams
 from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.structures.settings import Settings
@@ -45,7 +45,7 @@ def maximise(
             start = start.with_settings(_separate(start, torch.zeros_like(groups), True))
         best = corrected_precision(start, groups, tune_noise)
         if best.objection:
-            warnings.warn(best.objection, stacklevel=2)
+            warn(best.objection)
         if tune_noise:
             posterior = posterior.with_settings(with_noise(posterior, best.noise))
         return with_precisions(posterior, best.precisions[groups.cpu()], groups)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
 
+from laplace_lora.display.warning import warn
 from laplace_lora.structures.state import Posterior
 
 FACTOR = 3.0
@@ -22,9 +22,8 @@ def warn_if_noise_is_off(posterior: Posterior) -> None:
     residual = math.sqrt(2 * state.loss / max(state.n_data * state.n_outputs, 1))
     if residual > FACTOR or residual < 1 / FACTOR:  # never of a loss that is not known
         width = "narrow" if residual > 1 else "wide"
-        warnings.warn(
+        warn(
             f"the observation noise is 1, while the training residuals' deviation is "
             f"{residual:.3g}: the posterior is too {width}. Give tune_sigma_noise=True, or the "
             "posterior its sigma_noise",
-            stacklevel=3,
         )

@@ -7,7 +7,6 @@ The same samples serve all widths, so that the average is a continuous function 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.data.distributed import Together
+from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.links import QUADRATURE, entropy
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.network_samples import Network, NetworkSamples
@@ -149,11 +149,10 @@ def _of_least_nll(at: Callable[[float], float]) -> ServedWidth:
     if tried[best] >= alone:
         within = [width for width in tried if tried[width] <= alone + TOLERANCE]
         best = max(within, default=best)
-        warnings.warn(
+        warn(
             f"samples of no width predict the labels better than the posterior's mean alone "
             f"({alone:.4f} nats): taking the widest that costs at most {TOLERANCE} nats, width "
             f"{best:.2g} ({tried[best]:.4f})",
-            stacklevel=5,
         )
     return ServedWidth(best, "nll", tried[best], alone, tuple(sorted(tried.items())))
 
@@ -180,11 +179,10 @@ def _of_entropy(at: Callable[[float], float], wanted: float) -> ServedWidth:
             low, high = (middle, high) if tried[middle] < wanted else (low, middle)
         best = min(tried, key=lambda width: abs(tried[width] - wanted))
     elif abs(tried[best] - wanted) > CLOSE * wanted:
-        warnings.warn(
+        warn(
             f"no width gives the samples the mean entropy of the linearised predictive, "
             f"{wanted:.4f} nats; width {best:.2g} has {tried[best]:.4f}. Labelled data would tell "
             "which is right",
-            stacklevel=5,
         )
     return ServedWidth(best, "entropy", tried[best], wanted, tuple(sorted(tried.items())))
 

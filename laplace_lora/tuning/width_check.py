@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from laplace_lora.data.distributed import OtherProcessFailed, together
+from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.forward_mode import NoForwardDerivativeError
 from laplace_lora.predictive.glm import Predictor
@@ -48,10 +48,9 @@ def warn_if_wide(posterior: Posterior, loader: Iterable[Any]) -> None:
         if not posterior.objective.is_classifier:
             advice = "With few examples that may be right; compare method='gridsearch'"
     if excess > LIMIT:
-        warnings.warn(
+        warn(
             f"the posterior predicts its training examples worse than the MAP, by {excess:.2f} "
             f"nats: it is too wide, and so will predictions be. {advice}",
-            stacklevel=3,
         )
 
 
