@@ -31,10 +31,11 @@ from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.settings import Settings
 from laplace_lora.structures.state import Posterior
+from laplace_lora.tuning.cavity_widths import CavityWidths
 from laplace_lora.tuning.closer_fit import closer_fit
 from laplace_lora.tuning.function_rows import base_rows
 from laplace_lora.tuning.line_search import refined
-from laplace_lora.tuning.linear_model import Mode, without_own
+from laplace_lora.tuning.linear_model import Mode
 from laplace_lora.tuning.marginal_likelihood import first_precision
 from laplace_lora.tuning.recentring import (
     BYTES,
@@ -67,6 +68,8 @@ class LeaveOneOut:
         recentring: Where the posterior's mean was moved, if it was.
         sharing: How many of the examples share a text or another input with others, and were left
             out together with them.
+        too_many: How many of these share texts with so many pairs that the width leaves out their
+            own curvature alone, see `CavityWidths`.
     """
 
     prior_precision: float
@@ -77,6 +80,7 @@ class LeaveOneOut:
     examples: int
     recentring: Recentring | None = None
     sharing: int = 0
+    too_many: int = 0
 
     @property
     def is_widthless(self) -> bool:
@@ -91,7 +95,8 @@ class LeaveOneOut:
             else f"NLL of the base model's linearisation {self.nll_map:.3f} -> {self.nll:.3f} with "
             f"the posterior's width (difference ± {self.standard_error:.3f})"
         )
-        shared = f" ({self.sharing} share inputs)" if self.sharing else ""
+        some = f", {self.too_many} with too many for the width" if self.too_many else ""
+        shared = f" ({self.sharing} share inputs{some})" if self.sharing else ""
         return (
             f"leave-one-out of {self.examples} examples{shared}: {moved}prior precision "
             f"{self.prior_precision:.3g}, {width}"
@@ -162,7 +167,9 @@ def tune(
     count = _examples(posterior)
     subset = None if count == n_data else Subset(loader, n_data, count, posterior.by_example)
     numbers = BYTES / (4 * count * columns_of(posterior))
-    inputs = SharedInputs(posterior.label_key)
+    is_exact = posterior.structure.couples_groups  # its curvature is a sum over examples
+    inputs = SharedInputs(posterior.label_key, keep_pairs=is_exact)
+    predictor = Predictor(scalar)
     with base_rows(posterior, readout, numbers) as rows:
 
         def watch(x: Any, y: Tensor) -> None:
@@ -170,7 +177,7 @@ def tune(
             inputs.add(x, y)
 
         options = (groups, readout, progress_bar, watch, team, "Leaving each example out")
-        cache = ValidationCache(Predictor(scalar), subset or loader, *options)
+        cache = ValidationCache(predictor, subset or loader, *options)
     seen = len(cache.y) if subset is None else subset.seen
     check_whole(seen, n_data, "leave-one-out")
     linear, outputs = rows.linear_model(cache.y, team), cache.mean.double()
@@ -191,13 +198,17 @@ def tune(
             moved = recentred(posterior, loader, team, readout, progress_bar, nll)
             mode = closer
     mean = without(mode)
-    root = linear.root(outputs).to(cache.mean)
+    widths = None
+    if is_exact:
+        root = linear.root(outputs).to(cache.mean)
+        widths = CavityWidths(predictor, readout, root, inputs, companions, team)
 
     def losses(log_precision: float) -> Tensor:
-        factor = math.exp(log_precision) / float(scalar.settings.prior_precision)
+        delta = math.exp(log_precision)
+        factor = delta / float(scalar.settings.prior_precision)
         covariance = cache.covariance(cache.mean.new_tensor([factor]))
-        if posterior.structure.couples_groups:  # the exact curvature holds each example's own
-            covariance = without_own(covariance, root)
+        if widths is not None:
+            covariance = widths.without(covariance, delta)
         return scoring.nll(mean, covariance, cache.y).double()
 
     def mean_loss(log_precision: float) -> float:
@@ -215,6 +226,7 @@ def tune(
         len(wide),
         None if moved is None else moved[1],
         len(companions),
+        0 if widths is None else widths.too_many,
     )
     settings = replace(
         posterior.settings,

@@ -152,7 +152,7 @@ class LinearModel:
         cavity = without_own(marginal, root)
         residual = self.residual(mode.outputs).unsqueeze(-1)
         mean = mode.outputs + (cavity @ residual).squeeze(-1)
-        for members, owners in _sets(companions or {}).items():
+        for members, owners in owners_of_sets(companions or {}).items():
             s = len(members)
             of = torch.tensor(members, device=gram.device)
             functions = (of.unsqueeze(-1) * c + torch.arange(c, device=gram.device)).flatten()
@@ -227,7 +227,7 @@ def without_own(marginal: Tensor, root: Tensor) -> Tensor:
     return marginal + (columns / (1 - share).unsqueeze(-2)) @ columns.mT
 
 
-def _sets(companions: Mapping[int, Sequence[int]]) -> dict[tuple[int, ...], list[int]]:
+def owners_of_sets(companions: Mapping[int, Sequence[int]]) -> dict[tuple[int, ...], list[int]]:
     """Return those who are left out with each set of companions."""
     sets: dict[tuple[int, ...], list[int]] = {}
     for owner, members in companions.items():

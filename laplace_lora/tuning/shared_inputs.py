@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.data.batches import on_cpu, one_example
 from laplace_lora.data.distributed import Together
 from laplace_lora.data.pairs import passes
 from laplace_lora.data.tally import fingerprints
 
 SIGN = 2**63  # of integers of 64 bits
+
+Key = tuple[int, ...]  # fingerprints of an example's inputs
 
 
 class SharedInputs:
@@ -26,11 +29,18 @@ class SharedInputs:
 
     Args:
         label_key: Key of the labels, which are no input.
+        keep_pairs: Whether to keep the inputs of preference pairs, which may share one text of two.
+
+    Attributes:
+        keys: What each example is told by, once `companions` has been asked for.
     """
 
-    def __init__(self, label_key: str) -> None:
+    def __init__(self, label_key: str, keep_pairs: bool = False) -> None:
         self.label_key = label_key
+        self.keep_pairs = keep_pairs
+        self.keys: list[Key] = []
         self._numbers: list[Tensor] = []
+        self._kept: dict[Key, Any] = {}
         self._is_known = True
 
     def add(self, x: Any, y: Tensor) -> None:
@@ -43,6 +53,10 @@ class SharedInputs:
             return
         columns = [torch.tensor([n - SIGN for n in part], device=y.device) for part in numbers]
         self._numbers.append(torch.stack(columns, 1))
+        if self.keep_pairs and len(columns) > 1:
+            local = on_cpu(x)
+            for n, key in enumerate(self._numbers[-1].tolist()):
+                self._kept.setdefault(tuple(key), one_example(local, n))
 
     def companions(self, team: Together) -> dict[int, list[int]]:
         """Return the examples that share an input with others: by place, itself and those others.
@@ -53,6 +67,7 @@ class SharedInputs:
         if not all(team.all_of(self._is_known)):
             return {}
         numbers = team.rows(numbers=self._numbers)["numbers"].tolist()
+        self.keys = [tuple(row) for row in numbers]
         places: dict[int, list[int]] = defaultdict(list)
         for i, row in enumerate(numbers):
             for number in set(row):
@@ -62,6 +77,18 @@ class SharedInputs:
             others = {j for number in row for j in places[number]} - {i}
             if others:
                 found[i] = sorted({i, *others})
+        return found
+
+    def inputs_of(self, keys: Sequence[Key], team: Together) -> dict[Key, Any]:
+        """Return the inputs of pairs, as batches of one on the CPU, whichever process saw them.
+
+        Args:
+            keys: What they are told by; all processes ask for the same ones.
+            team: The processes that share the data.
+        """
+        found: dict[Key, Any] = {}
+        for part in team.all_of({key: self._kept[key] for key in keys if key in self._kept}):
+            found |= part
         return found
 
 

@@ -7,10 +7,11 @@ from torch.func import functional_call, jacrev
 from torch.utils.data import DataLoader
 
 from laplace_lora import KronLoraLaplace
-from support.batches import token_batch
+from support.batches import split_rows, token_batch
 from support.models import peft_model
 
 CHOSEN, REJECTED = (3, 6, 4, 6, 1), (5, 2, 4, 1, 7)
+RELATED = ((0, 1), (1, 2), (2, 0), (1, 0), (0, 1), (3, 2), (4, 5))
 
 
 def texts(lengths, seed, pad_to=None, side="right"):
@@ -25,6 +26,20 @@ def pair_batch(chosen=CHOSEN, rejected=REJECTED, seed=0, pad_to=(None, None), si
         "rejected": texts(rejected, 2 * seed + 1, pad_to[1], side),
     }
     return {f"{k}_{name}": v for name, half in halves.items() for k, v in half.items()}
+
+
+def related_pairs(places=RELATED):
+    """Pairs that share one text, or both in another order, with others, and one that does not."""
+    texts = split_rows(token_batch((3, 6, 4, 5, 2, 4), 6))
+    return [
+        {
+            f"{key}_{side}": texts[i][key]
+            for side, i in (("chosen", a), ("rejected", b))
+            for key in texts[i]
+            if key != "labels"
+        }
+        for a, b in places
+    ]
 
 
 def half_of(batch, name):

@@ -4,7 +4,7 @@ import torch
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
-from laplace_lora import KronLoraLaplace
+from laplace_lora import FullLoraLaplace, KronLoraLaplace
 from laplace_lora.evaluation import TemperatureScaling, evaluate
 from laplace_lora.functional import calculate_kronecker_factors
 from laplace_lora.generation import generate, score
@@ -13,6 +13,7 @@ from support.batches import loader, validation
 from support.language import EXACT, language_posterior, text_batch, text_loader
 from support.models import peft_model
 from support.posteriors import LOW
+from support.preferences import related_pairs, reward_posterior
 
 
 def posterior(model=None):
@@ -63,6 +64,14 @@ def _auto(la, data):
     la.fit(data)
     la.optimize_prior_precision()
     return la.prior_precision.detach()
+
+
+def _pairs(la, data):
+    la = reward_posterior(FullLoraLaplace, fit=False)
+    la.fit(data)
+    la.optimize_prior_precision()  # pairs that share a text may be another process's
+    report = la.tuning.leave_one_out
+    return torch.tensor([report.sharing, report.nll, report.nll_map, float(la.prior_precision)])
 
 
 def _marglik(la, data):
@@ -141,6 +150,7 @@ CALLS = {
     "calibrate": _calibrate,
     "loo": _loo,
     "auto": _auto,
+    "pairs": _pairs,
     "marglik": _marglik,
     "widest": _widest,
     "score": _score,
@@ -155,6 +165,8 @@ ON_TEXTS = ("widest", "score", "generate")
 
 
 def data_of(call):
+    if call == "pairs":
+        return related_pairs()
     if call in ON_TEXTS:
         return text_loader(batch=text_batch((4, 6, 3, 5, 6, 4, 5), (1, 3, 2, 1, 2, 1, 2))).dataset
     return (loader() if call in ON_TRAINING_DATA else validation()).dataset
