@@ -8,6 +8,7 @@ the features is shared, never copied.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from laplace_lora.adapters.in_use import check_runs
+from laplace_lora.adapters.peft_state import adapter_parameters
 from laplace_lora.data.pairs import passes
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.models.thread_hooks import on_output
@@ -23,16 +26,27 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}  # of logits; coarser dty
 
 
 class _Features(nn.Module):
-    """The transformer up to its head, kept out of the module tree."""
+    """The transformer up to its head, kept out of the module tree.
+
+    Args:
+        source: A `LogitsModel`.
+        adapter: The tensors of the adapter that the features are computed with.
+    """
 
     source: Any
+    adapter: Sequence[nn.Parameter]
 
-    def __init__(self, source: Any) -> None:
+    def __init__(self, source: Any, adapter: Sequence[nn.Parameter]) -> None:
         super().__init__()
         object.__setattr__(self, "source", source)
+        object.__setattr__(self, "adapter", adapter)
+
+    def check_adapter(self) -> None:
+        check_runs(self.source, self.adapter)
 
     @torch.no_grad()
     def forward(self, batch: Any) -> Tensor:
+        self.check_adapter()
         with evaluation_mode(self.source):
             features, logits = self.source.features(batch)
         weight, bias = self.source.head_tensors()
@@ -54,7 +68,8 @@ class LastLayerModel(nn.Module):
     """``head(features(batch))`` with a head of its own over a shared transformer.
 
     Features are those that the model's own head sees: of the last real token, the first token or
-    the pooler, computed in evaluation mode and without gradients.
+    the pooler, computed in evaluation mode and without gradients. They are those of the adapter
+    that was active when the object was made: other states of the adapters are refused.
 
     Args:
         source: A `LogitsModel`.
@@ -69,7 +84,7 @@ class LastLayerModel(nn.Module):
     def __init__(self, source: Any) -> None:
         super().__init__()
         weight, bias = source.head_tensors()
-        self.features = _Features(source)
+        self.features = _Features(source, _active_parameters(source))
         wide = torch.promote_types(torch.float32, weight.dtype)
         outputs, inputs = weight.shape
         self.head = nn.Linear(inputs, outputs, bias is not None, device=source.device, dtype=wide)
@@ -83,8 +98,21 @@ class LastLayerModel(nn.Module):
         """The `LogitsModel` whose features these are."""
         return self.features.source
 
+    def check_adapter(self) -> None:
+        """Refuse adapter states in which the features would be others, see `check_runs`.
+
+        Raises:
+            RuntimeError: If the adapter does not run in the model as it is.
+        """
+        self.features.check_adapter()
+
     def forward(self, batch: Any) -> Tensor:
-        """Return logits ``(batch, outputs)``, for pairs both rewards."""
+        """Return logits ``(batch, outputs)``, for pairs both rewards.
+
+        Raises:
+            RuntimeError: If the adapter does not run in the model as it is, see `check_runs`; or
+                the logits are no linear map of the features.
+        """
         features = [self.features(part) for part in passes(batch)]
         with torch.autocast(self.head.weight.device.type, enabled=False):
             return torch.cat([self.head(part) for part in features], dim=-1)
@@ -100,9 +128,16 @@ class LastLayerModel(nn.Module):
         twin = object.__new__(type(self))
         nn.Module.__init__(twin)
         memo[id(self)] = twin
-        twin.features = _Features(memo.get(id(self.source), self.source))
+        adapter = [memo.get(id(p), p) for p in self.features.adapter]
+        twin.features = _Features(memo.get(id(self.source), self.source), adapter)
         twin.head = copy.deepcopy(self.head, memo)
         return twin
+
+
+def _active_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the tensors of a model's active adapters."""
+    is_active = adapter_parameters(model)
+    return [p for p in model.parameters() if is_active.get(id(p))]
 
 
 def n_rows(head: Any) -> int:

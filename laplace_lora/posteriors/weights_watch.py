@@ -36,8 +36,9 @@ class WeightsWatch:
             posterior: A fitted posterior.
 
         Raises:
-            RuntimeError: If a tensor has changed, names it; or if the model was moved to a dtype
-                in which its posterior is another one's.
+            RuntimeError: If a tensor has changed, names it; if the model was moved to a dtype
+                in which its posterior is another one's; or, of a last layer, if the adapter does
+                not run in the model as it is, see `check_runs`.
         """
         places = self._buffers(posterior.source)
         tensors = [tensor for _, tensor, _ in _pairs(posterior)]
@@ -93,6 +94,7 @@ def _pairs(posterior: Posterior) -> Iterator[tuple[str, Tensor, Tensor]]:
     yield from zip(engine.names, engine.parameters, means, strict=True)
     model: Any = posterior.model
     if isinstance(model, LastLayerModel):  # the posterior is over a copy of the transformer's head
+        model.check_adapter()  # another adapter may have another head, or none
         weight, bias = model.source.head_tensors()
         yield "last layer", weight, model.head.weight.detach()
         if bias is not None:

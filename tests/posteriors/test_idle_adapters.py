@@ -1,9 +1,19 @@
 """Samples of weights that do not run would change nothing: such states are refused by name."""
 
+import copy
+from functools import partial
+
 import pytest
+import torch
 from peft import LoraConfig
 
-from laplace_lora import KronLoraLaplace
+from laplace_lora import (
+    DiagLoraLLLaplace,
+    FullLoraLLLaplace,
+    FunctionalLoraLLLaplace,
+    KronLoraLaplace,
+    KronLoraLLLaplace,
+)
 from laplace_lora.generation import generate, score
 from support.batches import loader, token_batch
 from support.generation import K, seeded
@@ -23,10 +33,30 @@ def classified():
     return la
 
 
+def head_only(cls, **kwargs):
+    la = cls(peft_model("bert"), "classification", **kwargs)
+    la.fit(loader())
+    return la
+
+
+def process():
+    model = peft_model("bert", dtype=torch.float32)
+    la = FunctionalLoraLLLaplace(model, "classification", 5)
+    la.fit(loader())
+    la.logits_model = la.features.source
+    return la
+
+
 def cases():
     classes, tags, texts, spans = token_batch(), tagged_batch(), text_batch(), question_batch()
     yield "classes", classified, lambda la: la(classes, method="sampled")
     yield "weights", classified, lambda la: la(classes, **WEIGHTS, generator=seeded())
+    for cls in (KronLoraLLLaplace, DiagLoraLLLaplace, FullLoraLLLaplace):
+        yield cls.__name__, partial(head_only, cls), lambda la: la(classes)
+    one = partial(head_only, KronLoraLLLaplace)
+    yield "head weights", one, lambda la: la(classes, **WEIGHTS, generator=seeded())
+    yield "head predict", one, lambda la: la.predict(classes).probs
+    yield "process", process, lambda la: la(classes)
     yield "tags", tagged_posterior, lambda la: la(tags)
     yield "tag weights", tagged_posterior, lambda la: la(tags, **WEIGHTS, generator=seeded())
     yield "spans", span_posterior, lambda la: la.predict(spans).prob
@@ -84,6 +114,24 @@ def test_so_do_adapters_for_a_server(tmp_path):
     with idle, pytest.raises(RuntimeError, match="disabled; leave"):
         la.export_adapters(tmp_path / "served", 2, loader=text_loader())
     assert len(la.export_adapters(tmp_path / "served", 2, width=0.01).adapters) == 2
+
+
+def test_last_layers_are_not_fitted_on_other_features():
+    la = KronLoraLLLaplace(peft_model("bert"), "classification")
+    with la.logits_model.model.disable_adapter(), pytest.raises(RuntimeError, match="disabled"):
+        la.fit(loader())
+    assert not la.state.is_fitted
+
+
+def test_copies_of_last_layer_posteriors_watch_their_own_adapter():
+    la = head_only(KronLoraLLLaplace)
+    twin = copy.deepcopy(la)
+    twin.logits_model.model.merge_adapter()
+    with pytest.raises(RuntimeError, match="merged into"):
+        twin(token_batch())
+    la(token_batch())
+    twin.logits_model.model.unmerge_adapter()
+    assert_near(twin(token_batch()), la(token_batch()), 1e-5)
 
 
 def test_an_adapter_that_is_gone_is_named():
