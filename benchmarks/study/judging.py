@@ -102,8 +102,10 @@ def over_checkpoints(
         name = training.name
         folder = args.out / "checkpoints" / name
         path = folder / file
-        trained = (folder / "training.json").exists() and name.startswith(tuple(args.only))
-        if not path.exists() and (args.report or not trained):
+        trained = (folder / "training.json").exists()
+        if not name.startswith(tuple(args.only)) or not (path.exists() or trained):
+            continue
+        if args.report and not path.exists():
             continue
         if not path.exists():
             path.write_text(
