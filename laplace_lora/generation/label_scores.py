@@ -12,6 +12,7 @@ from torch import Tensor
 from laplace_lora.generation.next_token import language_model_of
 from laplace_lora.generation.reading import Reading
 from laplace_lora.likelihoods.language_modeling import IGNORED
+from laplace_lora.likelihoods.links import check_finite
 from laplace_lora.models.forward_mode import forward_mode
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.predictive.sample_set import SampleSet
@@ -59,22 +60,30 @@ def label_log_probabilities(
     return by_map, predictive
 
 
-def at_labels(reading: Reading, labels: Tensor) -> Iterator[tuple[Places, Tensor, Tensor]]:
+def at_labels(
+    reading: Reading, labels: Tensor, rows: Tensor | None = None
+) -> Iterator[tuple[Places, Tensor, Tensor]]:
     """Read texts, and yield what predicts their labels.
 
     Args:
         reading: Of texts of which nothing is read yet.
         labels: ``(texts, tokens)``, `IGNORED` where nothing is scored.
+        rows: The texts' rows in the user's batch; their own by default.
 
     Yields:
         Text and place of some labels, ``(k,)`` each, the logits that predict them, ``(k,
         vocabulary)``, and their tangents, ``(directions, k, vocabulary)``.
+
+    Raises:
+        FloatingPointError: If logits are not finite; names the rows.
     """
     scored = labels != IGNORED
     columns = scored.any(0).nonzero().squeeze(1) - 1
     for read, logits, tangents in reading.logits(columns):
         texts, at = scored[:, read + 1].nonzero(as_tuple=True)
-        yield (texts, read[at] + 1), logits[texts, at], tangents[:, texts, at]
+        found = logits[texts, at]
+        check_finite(found, texts if rows is None else rows[texts])
+        yield (texts, read[at] + 1), found, tangents[:, texts, at]
 
 
 def part_of(batch: Mapping[str, Any], rows: Tensor, end: int) -> dict[str, Any]:

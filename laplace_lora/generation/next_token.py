@@ -22,6 +22,7 @@ from laplace_lora.generation.candidates import candidates_of, class_logits, tail
 from laplace_lora.likelihoods.links import (
     QUADRATURE,
     Link,
+    check_finite,
     class_samples,
     entropy,
     probit,
@@ -122,7 +123,9 @@ class NextTokenPredictor:
         elif link_approx == QUADRATURE:
             self._noise = normal_points(ENTROPY_POINTS, contrasts).to(**place)
 
-    def __call__(self, texts: Mapping[str, Any], token: Tensor | None = None) -> NextToken:
+    def __call__(
+        self, texts: Mapping[str, Any], token: Tensor | None = None, rows: Tensor | None = None
+    ) -> NextToken:
         """Predict the token after each text.
 
         One forward pass and ``top_k + 1`` backward passes for all texts together.
@@ -131,6 +134,10 @@ class NextTokenPredictor:
             texts: A mapping with ``input_ids`` and ``attention_mask``, ``(texts, tokens)``.
             token: A token of each text that must be among the candidates, ``(texts,)``; if it is
                 not, it takes the place of the least likely one.
+            rows: The texts' rows in the user's batch; their own by default.
+
+        Raises:
+            FloatingPointError: If logits are not finite; names the rows.
         """
         texts = texts if token is None else {**texts, WANTED: token}
         candidates: Any = None
@@ -143,6 +150,7 @@ class NextTokenPredictor:
             chosen = candidates_of(logits.detach(), self.top_k, batch.get(WANTED))
             # Diagonal blocks run the model again, on one text alone.
             if candidates is None:
+                check_finite(logits, rows)
                 candidates, inside = chosen, tail_entropy(logits.detach(), chosen)
             return class_logits(logits, chosen)
 

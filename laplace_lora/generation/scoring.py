@@ -74,6 +74,7 @@ def score(
         ValueError: If nothing is scored, labels do not fit the tokens or the vocabulary, an option
             is out of range, the model is no causal language model, or it cannot carry tangents
             (8-bit weights, compiled or offloaded models), which the exact method does not need.
+        FloatingPointError: If logits are not finite; names the rows.
     """
     _check_batch(batch, top_k)
     check_method(method, link_approx)
@@ -139,7 +140,7 @@ def _exact(
     order = places.argsort(stable=True)  # texts of similar length share a pass
     where = [(rows[part], places[part]) for part in order.split(size)]
     shown = progress(where, progress_bar, TITLE)
-    predictions = [predictor(_until(batch, n, at), labels[n, at]) for n, at in shown]
+    predictions = [predictor(_until(batch, n, at), labels[n, at], n) for n, at in shown]
     return predictions, where
 
 
@@ -159,7 +160,7 @@ def _sampled(
         if not len(scored):
             continue
         with predictor.opened(part_of(batch, texts, int(scored.max()))) as reading:
-            for (rows, places), logits, tangents in at_labels(reading, wanted):
+            for (rows, places), logits, tangents in at_labels(reading, wanted, texts):
                 token = predictor.token(logits, tangents)
                 predictions.append(token.of(wanted[rows, places], top_k))
                 where.append((texts[rows], places))

@@ -14,6 +14,7 @@ from laplace_lora.generation.reading import Reading
 from laplace_lora.generation.sampled_predictor import SampledPredictor
 from laplace_lora.generation.sampled_token import SampledToken
 from laplace_lora.generation.selection import Selection
+from laplace_lora.likelihoods.links import check_finite
 
 STOP_ON = ("token", "answer")
 
@@ -55,12 +56,17 @@ class ExactSteps:
 
     def __init__(self, predictor: NextTokenPredictor, ids: Tensor, mask: Tensor) -> None:
         self._predictor, self._ids, self._mask = predictor, ids, mask
+        self._rows = torch.arange(len(ids))  # of the prompts that go on
         self._prediction: NextToken
 
     def scores(self) -> Tensor:
-        """Return scores of the candidates; no other token is chosen unless it is forced."""
+        """Return scores of the candidates; no other token is chosen unless it is forced.
+
+        Raises:
+            FloatingPointError: If logits are not finite; names the rows of the prompts.
+        """
         texts = {"input_ids": self._ids, "attention_mask": self._mask}
-        self._prediction = found = self._predictor(texts)
+        self._prediction = found = self._predictor(texts, rows=self._rows)
         vocabulary: Any = self._predictor.model.vocabulary_size
         scores = found.log_probabilities.new_full((len(self._ids), vocabulary), -torch.inf)
         # So that without uncertainty they are the MAP's logits.
@@ -77,6 +83,7 @@ class ExactSteps:
 
     def go_on(self, tokens: Tensor, texts: Tensor) -> None:
         """Append tokens to the texts that go on."""
+        self._rows = self._rows[texts.to(self._rows.device)]
         column = tokens.unsqueeze(1)
         self._ids = torch.cat([self._ids, column], dim=1)[texts]
         self._mask = torch.cat([self._mask, torch.ones_like(column)], dim=1)[texts]
@@ -94,10 +101,16 @@ class SampledSteps:
     def __init__(self, predictor: SampledPredictor, reading: Reading, top_k: int) -> None:
         self._predictor, self._reading, self._top_k = predictor, reading, top_k
         self._token: SampledToken
+        self._rows: Tensor | None = None  # of the prompts that go on
 
     def scores(self) -> Tensor:
-        """Return scores of the whole vocabulary."""
+        """Return scores of the whole vocabulary.
+
+        Raises:
+            FloatingPointError: If logits are not finite; names the rows of the prompts.
+        """
         logits, tangents = self._reading.last_logits()
+        check_finite(logits, self._rows)
         self._token = self._predictor.token(logits, tangents)
         return self._token.scores
 
@@ -107,6 +120,8 @@ class SampledSteps:
 
     def go_on(self, tokens: Tensor, texts: Tensor) -> None:
         """Let the tokens of those texts that go on be read next."""
+        rows = torch.arange(len(tokens)) if self._rows is None else self._rows
+        self._rows = rows[texts.to(rows.device)]
         self._reading.keep(texts)
         self._reading.append(tokens[texts])
 

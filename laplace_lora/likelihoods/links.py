@@ -220,18 +220,21 @@ def bridge(mean: Tensor, covariance: Tensor, normalised: bool) -> Tensor:
     return log_alpha - log_alpha.logsumexp(-1, keepdim=True)
 
 
-def check_finite(f: Tensor) -> None:
+def check_finite(f: Tensor, rows: Tensor | None = None) -> None:
     """Refuse outputs of which no probability can be made.
 
     Args:
         f: A model's outputs, ``(batch, outputs)``.
+        rows: The row of the user's batch that each of them belongs to; their own by default.
 
     Raises:
         FloatingPointError: If some are not finite; names the rows.
     """
     bad = ~f.detach().isfinite().flatten(1).all(1)
     if bool(bad.any()):
+        places = bad.nonzero().flatten()
+        named = places if rows is None else rows.to(places.device)[places].unique()
         raise FloatingPointError(
-            f"the model's outputs are not finite at rows {bad.nonzero().flatten().tolist()} of the "
-            "batch; look for NaN or infinity in these rows' inputs"
+            f"the model's outputs are not finite at rows {named.tolist()} of the batch; "
+            "look for NaN or infinity in these rows' inputs"
         )

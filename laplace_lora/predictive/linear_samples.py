@@ -17,7 +17,7 @@ from torch import Tensor
 
 from laplace_lora.data.pairs import passes
 from laplace_lora.likelihoods.base import Readout
-from laplace_lora.likelihoods.links import QUADRATURE, entropy
+from laplace_lora.likelihoods.links import QUADRATURE, check_finite, entropy
 from laplace_lora.likelihoods.quadrature import averaged
 from laplace_lora.models.autocast import as_called
 from laplace_lora.models.forward_mode import forward_mode
@@ -72,6 +72,7 @@ class LinearSamples:
             ValueError: If the functions are no logits of classes.
             NoForwardDerivativeError: If the model cannot carry tangents.
             RuntimeError: If its values beside tangents are others than without.
+            FloatingPointError: If the outputs are not finite; names the rows.
         """
         if not readout.is_softmax:
             raise ValueError(
@@ -84,6 +85,7 @@ class LinearSamples:
         with evaluation_mode(model):
             with as_called():
                 own, dtype = model(x), coarsest_dtype(model)
+            check_finite(own)
             with forward_mode(model, posterior.engine.parameters, directions) as forward:
                 for part in forward.parts(at_once):
                     with as_called():

@@ -157,6 +157,8 @@ def test_inputs_that_are_not_finite_are_named():
         lambda: la(batch),
         lambda: la(batch, pred_type="nn", link_approx="mc"),
         lambda: la.predict(batch),
+        lambda: la(batch, method="sampled"),
+        lambda: la.predict(batch, method="sampled"),
         lambda: la.optimize_prior_precision(method="gridsearch", val_loader=[batch]),
     ]
     for call in calls:
