@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,6 +154,7 @@ class Fitter:
                     "only posteriors of one backend merge, got "
                     f"{posterior.backend_name} and {other.backend_name}"
                 )
+            _check_readout(posterior.source, other.source)
             check_identity(expected, identity(other))
             added = structure.to(other.state.curvature, posterior.device)
             raw = structure.merge(raw, n, structure.raw(added), other.state.n_data)
@@ -213,3 +215,31 @@ class Fitter:
 def _total(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """Return the sum of two gradients, ``None`` where one is not known."""
     return None if a is None or b is None else a + b.to(a)
+
+
+def _check_readout(source: Any, other: Any) -> None:
+    """Refuse models whose outputs are read by functions that differ, as far as names tell.
+
+    Two functions of one name may still differ in what they close over.
+
+    Raises:
+        ValueError: If one model has a function ``output`` and the other none, or one of another
+            name.
+    """
+    if source.output == other.output or _name(source.output) == _name(other.output):
+        return
+    raise ValueError(
+        "only posteriors that read the model's outputs alike merge, got LogitsModel(output="
+        f"{_name(source.output)}) and LogitsModel(output={_name(other.output)}); make both with "
+        "one function"
+    )
+
+
+def _name(function: object) -> str:
+    """Return the name of a function, or of the class of another callable."""
+    if function is None:
+        return "None"
+    if isinstance(function, partial):
+        return _name(function.func)
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"

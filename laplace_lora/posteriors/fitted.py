@@ -94,10 +94,13 @@ class FittedLaplace(SavedLaplace):
 
         Args:
             others: Fitted posteriors of the same class, arguments and weights, on disjoint data.
+                That their models' functions ``output`` do the same is up to you where they have
+                the same name.
 
         Raises:
             AttributeError: If one has not been fitted.
-            ValueError: If one is of another class, or its arguments, backend or model are others.
+            ValueError: If one is of another class, or its arguments, backend or model are others,
+                or its outputs are read by a function ``output`` of another name.
         """
         loaders = [posterior._train_loader for posterior in (self, *others)]
         self._install(Fitter(self.fitted).merge([other.fitted for other in others]))

@@ -1,9 +1,11 @@
 """Merged posteriors equal one fit."""
 
+from functools import partial
+
 import pytest
 from torch.utils.data import DataLoader
 
-from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LoraEF, LoraGGN
+from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LogitsModel, LoraEF, LoraGGN
 from support.batches import loader, token_batch
 from support.models import excite, peft_model
 from support.posteriors import EVERY_CLASS, LOW, fitted
@@ -58,3 +60,47 @@ def test_curvatures_of_different_kinds_are_not_merged(tmp_path):
         la.merge([mine])
     mine.merge([fitted(model=model, backend=Mine)])
     assert mine.n_data == 2 * la.n_data
+
+
+def logits_of(returned, factor=1):
+    return factor * returned.logits
+
+
+def halves_of(returned):
+    return returned.logits / 2
+
+
+class Reader:
+    """Reads logits as an object."""
+
+    def __call__(self, returned):
+        return returned.logits
+
+
+@pytest.mark.parametrize("other", [None, halves_of, Reader(), lambda returned: returned.logits])
+def test_outputs_that_are_read_by_others_are_not_merged(other):
+    model = peft_model("bert")
+    la = fitted(model=LogitsModel(model, output=logits_of))
+    different = fitted(model=LogitsModel(model, output=other))
+    n_data = la.n_data
+    for one, two in ((la, different), (different, la)):
+        with pytest.raises(ValueError, match=r"output=.*test_merging\.logits_of\)"):
+            one.merge([two])
+    assert la.n_data == n_data
+
+
+@pytest.mark.parametrize("pair", [(None, None), (logits_of, logits_of), (Reader(), Reader())])
+def test_outputs_that_are_read_alike_are(pair):
+    model = peft_model("bert")
+    la, other = (fitted(model=LogitsModel(model, output=output)) for output in pair)
+    la.merge([other])
+    assert la.n_data == 2 * other.n_data
+
+
+def test_arguments_that_are_bound_do_not_change_a_functions_name():
+    model = peft_model("bert")
+    bound = partial(logits_of, factor=1)
+    la = fitted(model=LogitsModel(model, output=bound))
+    la.merge([fitted(model=LogitsModel(model, output=logits_of))])
+    with pytest.raises(ValueError, match="make both with one function"):
+        la.merge([fitted(model=LogitsModel(model, output=partial(halves_of)))])
