@@ -3,7 +3,7 @@
 import json
 import re
 
-from laplace_lora.storage.files import TENSORS
+from laplace_lora.storage.files import TENSORS, read_files
 from support.command_line import refused, run
 from support.on_disk import save_classifier
 
@@ -20,7 +20,10 @@ def test_info_says_what_the_files_hold(adapter, data):
     shapes = [v.split(" x ") for k, v in content["covers"].items() if "." in k]
     numbers = sum(2 * int(side) ** 2 for shape in shapes for side in shape)
     assert content["size"]["memory when loaded, about, MiB"] == 4 * numbers / 2**20
-    assert len(content["fingerprints"]["base"]) == 64
+    _, config = read_files(folder)
+    names = ("weights", "adapter", "base", "base_in_use", "buffers", "adapter_settings")
+    assert content["fingerprints"] == {name: config[name] for name in names}
+    assert all(len(number) == 64 for number in content["fingerprints"].values())
     assert content["data"]["columns"]["text"] == "text"
     shown = run("info", folder).stdout
     assert content["fingerprints"]["weights"][:12] in shown
