@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, NoReturn, TypeVar
 
+from laplace.utils import FeatureExtractor
 from torch import Tensor, nn
 
 T = TypeVar("T")
@@ -23,6 +24,9 @@ def deep_copy(posterior: T, source: nn.Module, memo: dict[int, Any]) -> T:
     loader = vars(posterior).get("_train_loader")
     memo[id(loader)] = loader  # data are shared
     memo[id(source)] = copy.deepcopy(source, memo)
+    for module in vars(posterior)["model"].modules():
+        if isinstance(module, FeatureExtractor):  # of its latest pass, in forward mode no copy can
+            memo[id(module._features)] = {}
     entries = {**vars(posterior), "_latest": None}  # made anew when it is asked for
     for tensor in vars(entries["state"].settings).values():
         if isinstance(tensor, Tensor) and not tensor.is_leaf:  # by which the evidence was derived

@@ -9,7 +9,9 @@ import torch
 
 from laplace_lora import (
     DiagLoraLaplace,
+    DiagLoraLLLaplace,
     FullLoraLaplace,
+    FullLoraLLLaplace,
     KronLoraLaplace,
     KronLoraLLLaplace,
     LogitsModel,
@@ -48,6 +50,15 @@ def test_a_deep_copy_is_equal_and_apart(cls):
     assert torch.equal(la(BATCH), before) and la.prior_precision != 7
     with pytest.raises(RuntimeError, match="have changed since the posterior was fitted"):
         twin(BATCH)
+
+
+@pytest.mark.parametrize("cls", [KronLoraLLLaplace, DiagLoraLLLaplace, FullLoraLLLaplace])
+def test_a_last_layer_posterior_is_copied_after_samples_in_forward_mode(cls):
+    la = fitted(cls)
+    before = la.predict(BATCH, method="sampled").probs
+    twin = copy.deepcopy(la)
+    assert torch.equal(twin.predict(BATCH, method="sampled").probs, before)
+    assert torch.equal(twin(BATCH), la(BATCH))
 
 
 def test_a_deep_copy_covers_its_own_norms():
