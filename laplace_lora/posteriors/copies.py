@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, NoReturn, TypeVar
 
-from laplace.utils import FeatureExtractor
+from laplace.utils.feature_extractor import FeatureExtractor
 from torch import Tensor, nn
 
 T = TypeVar("T")
