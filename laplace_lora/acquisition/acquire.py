@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from laplace_lora.acquisition.bait import bait
 from laplace_lora.acquisition.batch_bald import batch_bald
@@ -21,6 +22,7 @@ from laplace_lora.structures.state import Posterior
 SINGLE = {"entropy": "entropy", "bald": "mutual_information"}
 METHODS = (*SINGLE, "batchbald", "bait")
 SAMPLES = 128
+SHUFFLED = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def acquire(
         raise ValueError(f"n must be at least 1, got {n}")
     if n_samples is not None and n_samples < 2:
         raise ValueError(f"n_samples must be at least 2, got {n_samples}")
+    _check_order(pool)
     data = (pool, tokenizer, batch_size)
     if method in SINGLE:
         found = predict(Predictor(posterior), *data, QUADRATURE, n_samples, generator, progress_bar)
@@ -87,6 +90,17 @@ def acquire(
         return Acquisition(*bait(samples, n), method)
     source = seeded(posterior, generator)
     return Acquisition(*batch_bald(samples.log_probabilities(), n, source), method)
+
+
+def _check_order(pool: Any) -> None:
+    """Refuse a loader that shuffles: places in its order name no examples."""
+    batch_sampler = getattr(pool, "batch_sampler", None)
+    samplers = (getattr(pool, "sampler", None), getattr(batch_sampler, "sampler", None))
+    if any(isinstance(sampler, SHUFFLED) for sampler in samplers):
+        raise ValueError(
+            "the pool's loader draws its examples in random order, so their places would name "
+            "others; make it with shuffle=False"
+        )
 
 
 def _check_size(n: int, examples: int) -> None:

@@ -212,8 +212,8 @@ class PredictedLaplace(EvidenceLaplace):
 
         Raises:
             AttributeError: If the posterior has not been fitted.
-            ValueError: If the method is unknown, the posterior is no classifier's, or the pool has
-                fewer examples than are asked for.
+            ValueError: If the method is unknown, the posterior is no classifier's, the pool is a
+                loader that shuffles, or has fewer examples than are asked for.
         """
         options = (batch_size, n_samples, generator, progress_bar)
         return acquire(self.fitted, pool, n, method, tokenizer, *options)

@@ -4,7 +4,13 @@ import itertools
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from laplace_lora import KronLoraLaplace, LoraGGN
 from laplace_lora.acquisition import batch_bald as batch_bald_file
@@ -163,6 +169,22 @@ def test_single_scores_are_those_of_predict():
         values = getattr(predictions, column)
         assert found.indices.tolist() == values.argsort(descending=True).tolist()
         assert_near(found.scores, values.sort(descending=True).values)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loader_that_shuffles_is_refused(method):
+    la, data = posterior(name="bert"), loader().dataset
+    weighted = WeightedRandomSampler([1.0] * 7, 7)
+    batches = BatchSampler(SubsetRandomSampler(range(7)), 2, False)
+    for pool in (
+        DataLoader(data, batch_size=2, shuffle=True),
+        DataLoader(data, batch_size=2, sampler=weighted),
+        DataLoader(data, batch_sampler=batches),
+    ):
+        with pytest.raises(ValueError, match="shuffle=False"):
+            la.acquire(pool, 2, method)
+    in_order = BatchSampler(SequentialSampler(data), 2, False)
+    assert len(la.acquire(DataLoader(data, batch_sampler=in_order), 2, method)) == 2
 
 
 def test_what_cannot_be_chosen_is_refused():
