@@ -202,3 +202,22 @@ def adapter_settings(model: nn.Module, plain: bool = True) -> dict[str, Any]:
                     bool(getattr(layer, "fan_in_fan_out", False)),
                 ]
     return settings
+
+
+def tuner_layers(model: nn.Module) -> list[nn.Module]:
+    """Return PEFT's layers around those of a model, whether their adapters are active or not."""
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def scalings(layers: Iterable[nn.Module]) -> list[dict[str, float]]:
+    """Return the factors of the adapters' updates in each layer, where it has any.
+
+    Args:
+        layers: What `tuner_layers` returned.
+    """
+    found = (getattr(layer, "scaling", None) for layer in layers)
+    return [
+        {name: float(value) for name, value in each.items() if isinstance(value, int | float)}
+        for each in found
+        if isinstance(each, dict)
+    ]

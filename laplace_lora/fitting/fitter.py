@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from laplace_lora.adapters.buffers import buffer_values
+from laplace_lora.adapters.peft_state import adapter_settings
 from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.data.distributed import Together, together
 from laplace_lora.display.warning import warn
@@ -176,6 +177,7 @@ class Fitter:
             n_outputs,
             gradient,
             buffers=buffer_values(posterior.source),
+            adapter=adapter_settings(posterior.source),
         )
 
     def _loss_of(self, loader: Iterable[Any], team: Together) -> tuple[float, int | None]:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 from torch import nn
 
 from laplace_lora.adapters.buffers import buffer_values
+from laplace_lora.adapters.peft_state import adapter_settings
 from laplace_lora.curvature.backends import LoraCurvature, LoraEF, LoraGGN
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.posteriors.card import card_section
@@ -25,7 +26,7 @@ from laplace_lora.storage.model_card import Report
 from laplace_lora.structures.state import PosteriorState
 
 BACKENDS: dict[str, type[LoraCurvature]] = {kind.__name__: kind for kind in (LoraGGN, LoraEF)}
-BUFFERS = "buffers"
+BUFFERS, ADAPTER = "buffers", "adapter"
 ANSWERS = ("target_ids", "mask_token_id")  # arguments that a `LogitsModel` brings itself
 Self = TypeVar("Self", bound="SavedLaplace")
 
@@ -139,8 +140,9 @@ class SavedLaplace(ServedLaplace):
     def state_dict(self) -> dict[str, Any]:
         """Return laplace-torch's state, the curvature as tensors, with what a calibration chose."""
         posterior = self.fitted
-        entries = {**state_entries(posterior), BUFFERS: dict(posterior.state.buffers)}
-        return {**super().state_dict(), **entries}
+        state = posterior.state
+        at_fit = {BUFFERS: dict(state.buffers), ADAPTER: dict(state.adapter)}
+        return {**super().state_dict(), **state_entries(posterior), **at_fit}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of a posterior of the same class and arguments, at its weights.
@@ -148,10 +150,13 @@ class SavedLaplace(ServedLaplace):
         Raises:
             ValueError: If the state is of another class, likelihood or number of weights.
         """
-        buffers = state_dict.get(BUFFERS)  # those of earlier versions have none
-        if buffers is None:
+        buffers, adapter = map(state_dict.get, (BUFFERS, ADAPTER))
+        if buffers is None:  # those of earlier versions have none
             buffers = buffer_values(self.logits_model)
-        self._install(replace(read_state(self.parts, state_dict), buffers=buffers))
+        if adapter is None:
+            adapter = adapter_settings(self.logits_model)
+        state = read_state(self.parts, state_dict)
+        self._install(replace(state, buffers=buffers, adapter=adapter))
         self.temperature = state_dict["temperature"]
         self.enable_backprop = state_dict["enable_backprop"]
 

@@ -1,7 +1,7 @@
 """`WeightsWatch`: notice that a model is no longer at the weights where a posterior was fitted.
 
 Nor with the buffers: a forward pass in training mode moves running statistics, frozen weights or
-not.
+not. Nor with the adapter's scaling, which is in no tensor.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from laplace_lora.adapters.buffers import BufferPlace, buffer_places
+from laplace_lora.adapters.in_use import check_runs
+from laplace_lora.adapters.peft_state import adapter_settings, scalings, tuner_layers
 from laplace_lora.adapters.selection import listed
 from laplace_lora.data.sharding import whole
 from laplace_lora.models.last_layer_model import LastLayerModel
@@ -22,31 +24,33 @@ ROUNDING = 1e-5  # relative: adding a number and subtracting it again leaves as 
 
 
 class WeightsWatch:
-    """Compares weights and buffers with those of a fit whenever one of them may have changed."""
+    """Compares a model with that of a fit whenever one of its tensors or factors has changed."""
 
     def __init__(self) -> None:
         self._seen: Any = None
         self._model: nn.Module | None = None
         self._places: list[BufferPlace] = []
+        self._layers: list[nn.Module] = []
 
     def check(self, posterior: Posterior) -> None:
-        """Refuse weights or buffers other than those of the fit.
+        """Refuse weights, buffers or a scaling of the adapter other than those of the fit.
 
         Args:
             posterior: A fitted posterior.
 
         Raises:
-            RuntimeError: If a tensor has changed, names it; if the model was moved to a dtype
-                in which its posterior is another one's; or, of a last layer, if the adapter does
-                not run in the model as it is, see `check_runs`.
+            RuntimeError: If a tensor or a layer's scaling has changed, names it; if the model was
+                moved to a dtype in which its posterior is another one's; or, of a last layer, if
+                the adapter does not run in the model as it is, see `check_runs`.
         """
-        places = self._buffers(posterior.source)
+        self._look(posterior.source)
+        places, factors = self._places, scalings(self._layers)
         tensors = [tensor for _, tensor, _ in _pairs(posterior)]
         # Batch normalisation moves its statistics behind autograd's back, but counts the batches.
         tensors += [b for place in places for b in place.module.buffers(recurse=False)]
         versions = [-1 if t.is_inference() else t._version for t in tensors]
         storage = [(id(t), t.data_ptr(), t.dtype) for t in tensors]
-        seen = (id(posterior.mean), versions, storage)
+        seen = (id(posterior.mean), versions, storage, factors)
         if seen == self._seen:
             return
         now, fitted = _dtype(posterior), posterior.mean.dtype
@@ -70,13 +74,25 @@ class WeightsWatch:
                 "weights), so its curvature belongs to another function. Fit again, or load the "
                 "buffers of the fit, and keep the model in evaluation mode"
             )
+        fitted_with, settings = posterior.state.adapter, adapter_settings(posterior.source)
+        other = [name for name, then in fitted_with.items() if settings.get(name, then) != then]
+        if other:
+            if (
+                posterior.model is posterior.source
+            ):  # an adapter that is gone or idle is named first
+                check_runs(posterior.source, posterior.engine.parameters)
+            raise RuntimeError(
+                f"the adapter's scaling of {listed(other)} has changed since the posterior was "
+                "fitted (by `scaling`, `set_scale` or `scale_layer`), so its curvature belongs to "
+                "another function. Fit again, or bring the scaling back"
+            )
         self._seen = seen
 
-    def _buffers(self, model: nn.Module) -> list[BufferPlace]:
-        """Return where the buffers are; looked for once, as predictions wait for it."""
+    def _look(self, model: nn.Module) -> None:
+        """Find buffers and adapted layers; once, as predictions wait for it."""
         if self._model is not model:
             self._model, self._places = model, buffer_places(model)
-        return self._places
+            self._layers = tuner_layers(model)
 
 
 def _dtype(posterior: Posterior) -> torch.dtype:

@@ -17,6 +17,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from laplace_lora.adapters.buffers import buffer_values
+from laplace_lora.adapters.peft_state import adapter_settings
 from laplace_lora.data.distributed import together
 from laplace_lora.data.sharding import is_sharded_model
 from laplace_lora.data.shares import is_main
@@ -166,9 +167,18 @@ def _state(
         if subspace.displacement.shape[0] != len(sizes):
             raise ValueError(f"the subspace is of {subspace.displacement.shape[0]} tensors")
         subspace = subspace.to(posterior.device)
-    buffers = buffer_values(posterior.source)
     return PosteriorState(
-        settings, curvature, weights, sizes, loss, n_data, n_outputs, gradient, subspace, buffers
+        settings,
+        curvature,
+        weights,
+        sizes,
+        loss,
+        n_data,
+        n_outputs,
+        gradient,
+        subspace,
+        buffer_values(posterior.source),
+        adapter_settings(posterior.source),
     )
 
 

@@ -38,6 +38,7 @@ class PosteriorState:
         subspace: Exact curvature along a few directions, for the evidence's gradient term; ``None``
             where it was not measured, or data were added since.
         buffers: Values of the model's buffers at the fit, see `buffer_values`.
+        adapter: Configuration of the adapter at the fit, see `adapter_settings`.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -50,6 +51,7 @@ class PosteriorState:
     loss_gradient: Tensor | None = None
     subspace: Subspace | None = None
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    adapter: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_fitted(self) -> bool:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace, KronLoraLLLaplace
 from support.batches import loader, token_batch
@@ -69,3 +70,49 @@ def test_double_precision_is_another_model(kind):
         la(BATCH)
     model.float()
     torch.testing.assert_close(la(BATCH), expected)
+
+
+def rescale(model, factor):
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.set_scale("default", factor)
+
+
+@pytest.mark.parametrize("kind", [KronLoraLaplace, FullLoraLaplace, KronLoraLLLaplace])
+def test_another_scaling_of_the_adapter_is_refused_until_it_comes_back(kind, tmp_path):
+    model = peft_model("bert")
+    la = kind(model, "classification")
+    la.fit(loader())
+    expected = la(BATCH)
+    rescale(model, 3.0)
+    calls = (
+        lambda: la(BATCH),
+        la.optimize_prior_precision,
+        lambda: la.save_pretrained(tmp_path),
+        lambda: la.fit(loader(), override=False),
+    )
+    for call in calls:
+        with pytest.raises(RuntimeError, match=r"scaling of '.*query.* has changed since"):
+            call()
+    rescale(model, 1.0)
+    assert torch.equal(la(BATCH), expected)
+
+
+def test_a_state_keeps_the_scaling_of_its_fit(tmp_path):
+    model = peft_model("bert")
+    la = KronLoraLaplace(model, "classification")
+    la.fit(loader())
+    la.save_pretrained(tmp_path)
+    state = la.state_dict()
+    loaded = KronLoraLaplace.from_pretrained(model, tmp_path)
+    rescale(model, 3.0)
+    with pytest.raises(RuntimeError, match="scaling of"):
+        loaded(BATCH)
+    other = KronLoraLaplace(model, "classification")
+    other.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="scaling of"):
+        other(BATCH)
+    rescale(model, 1.0)
+    assert torch.equal(other(BATCH), la(BATCH))
+    other.load_state_dict({key: value for key, value in state.items() if key != "adapter"})
+    assert torch.equal(other(BATCH), la(BATCH))
