@@ -31,6 +31,7 @@ def prune_adapter(
     posterior: Marginals,
     target_r: float,
     criterion: str | Function | Criterion = "snr_magnitude",
+    optimizer: Optimizer | None = None,
 ) -> dict[str, int]:
     """Keep the most important components of a trained adapter, and shrink its tensors.
 
@@ -43,6 +44,9 @@ def prune_adapter(
         posterior: A fitted `KronLoraLaplace` or `DiagLoraLaplace`, or an `IVON` optimiser.
         target_r: Components to keep, on average over the layers.
         criterion: Name of a criterion, or a function ``(mean, std) -> score``.
+        optimizer: Another optimiser that goes on with the adapter, whose state shrinks as well.
+            Without it the next step of one with a state fails; make a new one then, and in place of
+            those whose state is not of the tensors' shape (Adafactor, L-BFGS).
 
     Returns:
         The remaining rank of each layer, by name.
@@ -50,7 +54,8 @@ def prune_adapter(
     Raises:
         TypeError: If the model has neither a LoRA nor an AdaLoRA adapter.
         ValueError: If the target is negative or above the current ranks, the posterior does not
-            cover the adapter, or the adapter has a bias or DoRA magnitudes.
+            cover the adapter, the adapter has a bias or DoRA magnitudes, or an optimiser is given
+            beside an `IVON`.
         FloatingPointError: If a score is not finite; names the layer.
         RuntimeError: If an adapter is merged or disabled, several are active, or the weights of an
             `IVON` are drawn.
@@ -60,6 +65,10 @@ def prune_adapter(
     check_mean(posterior)
     score = PosteriorScore(posterior, criterion)
     ivon = ivon_of(posterior)
+    if ivon is not None and optimizer is not None:
+        raise ValueError("an IVON is the adapter's optimiser itself; leave `optimizer` out")
+    optimizer = optimizer if ivon is None else ivon
+    check_mean(optimizer)
     adapter = next(iter(peft_model.active_adapters))
     if adalora_layers(peft_model):
         layers = adalora_components(peft_model.base_model.model, adapter)
@@ -69,13 +78,13 @@ def prune_adapter(
     ranks = {layer.name: int(keep.sum()) for layer, keep in zip(layers, masks, strict=True)}
     if layers[0].E is None:
         for layer, keep in zip(layers, masks, strict=True):
-            _shrink_lora(peft_model, layer, adapter, keep, ivon)
+            _shrink_lora(peft_model, layer, adapter, keep, optimizer)
         _update_config(peft_model, adapter, ranks)
         return ranks
     with torch.no_grad():
         for layer, keep in zip(layers, masks, strict=True):
             layer.parameters[-1].masked_fill_(~keep.unsqueeze(1), 0.0)
-    remove_pruned_triplets(peft_model, ivon)
+    remove_pruned_triplets(peft_model, optimizer)
     return ranks
 
 
@@ -201,13 +210,17 @@ def _lora_components(peft_model: PeftModel, adapter: str) -> list[Components]:
 
 
 def _shrink_lora(
-    peft_model: PeftModel, layer: Components, adapter: str, keep: Tensor, ivon: Optimizer | None
+    peft_model: PeftModel,
+    layer: Components,
+    adapter: str,
+    keep: Tensor,
+    optimizer: Optimizer | None,
 ) -> None:
     model = peft_model.base_model.model
     module: LoraLayer = model.get_submodule(layer.name)
     rank = int(keep.sum())
-    shrink(layer.A, keep, 0, ivon)
-    shrink(layer.B, keep, 1, ivon)
+    shrink(layer.A, keep, 0, optimizer)
+    shrink(layer.B, keep, 1, optimizer)
     if rank == 0:  # PEFT has no LoRA of rank zero
         model.set_submodule(layer.name, module.get_base_layer())
         return
