@@ -19,7 +19,7 @@ Posterior = TypeVar("Posterior", bound=LoraLaplace)
 def last_layer_laplace(
     model: nn.Module, train_loader: DataLoader[Any], **kwargs: Any
 ) -> KronLoraLLLaplace:
-    """Fit a last-layer Laplace posterior and tune its prior by the marginal likelihood.
+    """Fit a last-layer Laplace posterior and tune its prior by leave-one-out.
 
     Args:
         model: A `PeftModel` or a `LogitsModel`.
