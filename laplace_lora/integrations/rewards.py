@@ -100,8 +100,8 @@ class PessimisticReward:
                 mean[places] = m.flatten().double().cpu()
                 deviation[places] = _centred(joint.double()).diagonal().clamp(min=0).sqrt().cpu()
         singles = [places[0] for places in groups.values() if len(places) == 1]
-        for kind in (str, list):  # which are tokenised differently
-            alone = [place for place in singles if isinstance(prompts[place], kind)]
+        for is_plain in (True, False):  # which are tokenised differently
+            alone = [p for p in singles if isinstance(prompts[p], str) == is_plain]
             for start in range(0, len(alone), self.batch_size):
                 part = alone[start : start + self.batch_size]
                 batch = self._batch([texts[place] for place in part], prompts[part[0]])

@@ -68,6 +68,14 @@ def test_conversations_go_through_the_chat_template(la):
         reward([prompt], ["c d"])
 
 
+def test_a_conversation_may_be_a_tuple(la):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    asked, said = {"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}
+    reward = PessimisticReward(la, tokenizer)
+    assert reward([(asked,)], [(said,)]) == reward([[asked]], [[said]]) != [0.0]
+
+
 def test_a_conversation_begins_once(la):
     """As TRL's ``RewardTrainer`` tokenises it; a plain text's first token is the tokenizer's."""
     tokenizer = word_tokenizer()
