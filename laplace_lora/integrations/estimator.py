@@ -22,7 +22,7 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
     Args:
         posterior: A posterior over a classifier's adapter, fitted, or to be fitted by `fit`.
         tokenizer: The model's.
-        labels: The classes' labels in the order of the outputs; 0, 1, … when ``None``.
+        labels: The classes' labels in the order of the model's outputs; 0, 1, … when ``None``.
         batch_size: Texts per batch.
     """
 
@@ -40,8 +40,11 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
 
     @property
     def classes_(self) -> NDArray[Any]:
-        """The classes' labels, in the order of the columns of `predict_proba`."""
-        return self._names(self.posterior.fitted.state.n_outputs)
+        """The classes' labels in the order of the columns of `predict_proba`, which is sorted.
+
+        scikit-learn's scores take columns to be in that order, whatever an estimator says.
+        """
+        return np.sort(self._names(self.posterior.fitted.state.n_outputs))
 
     def __sklearn_is_fitted__(self) -> bool:
         """Return whether the posterior has been fitted."""
@@ -101,10 +104,14 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
 
         Args:
             X: Texts, or pairs of texts.
+
+        Returns:
+            One column for each of `classes_`, in their order.
         """
         found = self.posterior.predict(_listed(X), self.tokenizer, batch_size=self.batch_size)
         probs: NDArray[np.float64] = found.probs.double().cpu().numpy()  # type: ignore[union-attr]
-        return probs
+        order = self._names(probs.shape[1]).argsort()
+        return probs[:, order]
 
     def predict(self, X: Sequence[Any]) -> NDArray[Any]:
         """Return the label of the most probable class of each text."""

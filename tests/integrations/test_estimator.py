@@ -64,6 +64,20 @@ def test_scikit_learns_tools_take_it():
     assert len(shown.prob_pred)
 
 
+def test_scores_of_names_in_any_order_are_those_of_the_labels():
+    la = KronLoraLaplace(peft_model("bert"), "classification")
+    names = ["pos", "neutral", "neg"]
+    y = [names[k] for k in (0, 2, 1, 0, 2, 1)][: len(TEXTS)]
+    made = LaplaceClassifier(la, word_tokenizer(), names, batch_size=4).fit(TEXTS, y)
+    probs = la.predict(TEXTS, word_tokenizer()).probs
+    own = probs[range(len(y)), [names.index(label) for label in y]]
+    score = get_scorer("neg_log_loss")(made, TEXTS, y)
+    assert score == pytest.approx(float(own.log().mean()))
+    assert made.classes_.tolist() == ["neg", "neutral", "pos"]
+    best = [names[k] for k in probs.argmax(1).tolist()]
+    assert made.predict(TEXTS).tolist() == best
+
+
 def test_unknown_labels_are_refused(classifier):
     with pytest.raises(ValueError, match="none of the classes"):
         classifier.fit(TEXTS, ["good", "bad", "ugly", "bad", "bad", "bad"])
