@@ -6,12 +6,59 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from laplace_lora.capture.arguments import Signature
 from laplace_lora.capture.places import stacks
 from laplace_lora.data.masks import DECODER_INPUTS, MASK_NAMES
+from laplace_lora.data.sharding import unwrapped
 
 NOTED = (*MASK_NAMES, *DECODER_INPUTS)
+
+
+class ModelCalls:
+    """A model's calls while this is registered: whether one runs, and the masks of the latest.
+
+    Attributes:
+        masks: Of the latest call, see `mask_notes`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.masks: dict[str, Any] = {}
+        self._model = model
+        self._runs = False
+        self._note = mask_notes(self.masks, unwrapped(model))
+
+    def register(self) -> list[RemovableHandle]:
+        """Watch the model until the handles are removed."""
+        model = self._model
+        return [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, always_call=True),
+        ]
+
+    def check(self, name: str) -> None:
+        """Refuse a layer that runs in no call of the model, whose masks nobody knows.
+
+        Args:
+            name: Of the layer, for the message.
+
+        Raises:
+            RuntimeError: If none runs.
+        """
+        if not self._runs:
+            raise RuntimeError(
+                f"{name!r} ran outside a call of the {type(self._model).__name__} that hooks were "
+                "registered on, so the attention mask is not known; call that model, register the "
+                "hooks on the one that you call, or pass `masks`"
+            )
+
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._runs = True
+        self._note(args, kwargs)
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._runs = False
 
 
 def mask_notes(

@@ -16,7 +16,7 @@ from laplace_lora.capture.places import Places
 from laplace_lora.curvature.kfac_rows import Rows
 from laplace_lora.data.masks import Place, token_mask
 from laplace_lora.data.sharding import unwrapped
-from laplace_lora.functional.called_with import mask_notes
+from laplace_lora.functional.called_with import ModelCalls
 from laplace_lora.functional.running_factors import RunningFactor, running
 from laplace_lora.functional.selection import selected_maps
 from laplace_lora.models.autocast import in_full_precision
@@ -63,6 +63,8 @@ def save_input_hook(
 
     @in_full_precision
     def hook(module: nn.Module, args: tuple[Any, ...], place: Place | None = None) -> None:
+        if _runs_again():
+            return  # these inputs are in the sum
         x = args[0].detach()
         factor = running(
             activations, module_name, x, x.shape[-1] + has_bias, n_kfac, lr_threshold, svd_dtype
@@ -132,7 +134,8 @@ def register_hooks(
     """Register the two hooks on every selected module.
 
     The hooks sum until they are removed: call the model, differentiate a sum over examples, repeat.
-    Remove them with `remove_hooks`, or use the result in a ``with`` statement.
+    Remove them with `remove_hooks`, or use the result in a ``with`` statement. What gradient
+    checkpointing runs again is counted once.
 
     Args:
         model: Any module.
@@ -150,6 +153,8 @@ def register_hooks(
     Raises:
         TypeError: If the keywords are a single string.
         ValueError: If no module is selected, or a dictionary already holds one.
+
+    A selected layer that later runs in no call of ``model`` raises `RuntimeError` without `masks`.
     """
     selected = selected_maps(model, target_module_keywords, exclude_bias, match)
     present = [
@@ -160,16 +165,14 @@ def register_hooks(
     hooks = Hooks()
     places = Places(unwrapped(model), [linear.module for linear, _ in selected])
     hooks.append(places)
-    if masks is None:
-        masks = {}
-        note = mask_notes(masks, unwrapped(model))
-        before = model.register_forward_pre_hook(
-            lambda module, args, kwargs: note(args, kwargs), with_kwargs=True
-        )
-        hooks.append(before)
-    options: dict[str, Any] = {"masks": masks, "positions": positions}
+    calls = ModelCalls(model) if masks is None else None
+    hooks += [] if calls is None else calls.register()
+    known = masks if calls is None else calls.masks
+    options: dict[str, Any] = {"masks": known, "positions": positions}
     for linear, has_bias in selected:
         name, module = linear.name, linear.module
+        if calls is not None:
+            hooks.append(module.register_forward_pre_hook(_within(calls, name)))
         on_input = save_input_hook(name, activations, n_kfac, lr_threshold, has_bias, **options)
         on_grad = save_output_grad_hook(name, output_grads, n_kfac, lr_threshold, **options)
         hooks.append(module.register_forward_pre_hook(_at_place(on_input, places)))
@@ -181,6 +184,21 @@ def remove_hooks(hooks: list[RemovableHandle | Places]) -> None:
     """Remove hooks from their modules and empty the list."""
     while hooks:
         hooks.pop().remove()
+
+
+def _runs_again() -> bool:
+    """Return whether gradient checkpointing runs a layer again, within a backward pass."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _within(calls: ModelCalls, name: str) -> Callable[..., None]:
+    """Return a forward pre-hook that refuses a layer outside the model's calls."""
+
+    def hook(module: nn.Module, args: Any) -> None:
+        if not _runs_again():
+            calls.check(name)
+
+    return hook
 
 
 def _at_place(hook: Callable[..., None], places: Places) -> Callable[..., None]:

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from laplace_lora import LoraGGN
-from support.models import peft_model
+from support.models import checkpoint_activations, peft_model
 from support.posteriors import fitted_on
 from support.references import assert_near
 
@@ -15,13 +15,7 @@ from support.references import assert_near
 def test_transformers_gradient_checkpointing_counts_nothing_twice(name):
     model = peft_model(name)
     reference = fitted_on(model, name)
-    base = model.get_base_model()
-    # transformers 5.23 renames it.
-    enable = getattr(base, "activation_checkpointing_enable", None)
-    if enable is None:
-        enable = base.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    checkpoint_activations(model)
     model.train()
     again = fitted_on(model, name)
     assert_near(again.log_marginal_likelihood(), reference.log_marginal_likelihood(), 1e-12)

@@ -12,6 +12,7 @@ from laplace_lora.functional import (
 )
 from support.batches import LENGTHS, loader, token_batch
 from support.functional import DENSE, LOW, adapters_only, factors_of
+from support.models import checkpoint_activations
 from support.references import assert_near
 
 
@@ -79,3 +80,51 @@ def test_single_hooks_and_positions():
     hook(linear, (torch.randn(3, 30),))
     assert low["wide"][0].shape == (30, 2) and low["wide"][0].dtype == torch.float64
     assert low["wide"][1] is True and len(low["wide"]) == 2
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_what_checkpointing_runs_again_counts_once(use_reentrant):
+    model = adapters_only("bert").train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+    def sums():
+        inputs, grads = {}, {}
+        with register_hooks(model, inputs, grads, ["lora"], None):
+            summed_loss(model, token_batch(LENGTHS), lambda f: hessian_columns(f)[0])
+        return [factor[0] for part in (inputs, grads) for factor in part.values()]
+
+    expected = sums()
+    checkpoint_activations(model, use_reentrant)
+    model.enable_input_require_grads()
+    for found, value in zip(sums(), expected, strict=True):
+        assert_near(found, value)
+
+
+def test_layers_outside_a_call_of_the_model_need_masks():
+    model = adapters_only("bert").eval()
+    batch = {k: v for k, v in token_batch(LENGTHS).items() if k != "labels"}
+    found = {}
+    for masks in (None, batch):
+        inputs = {}
+        with register_hooks(model, inputs, {}, ["lora"], None, masks=masks):
+            if masks is None:
+                model(**batch)
+                with pytest.raises(RuntimeError, match="ran outside a call of the PeftModel"):
+                    model.base_model(**batch)
+            else:
+                model.base_model(**batch)
+        found[masks is None] = inputs
+    for name, factor in found[True].items():
+        assert_near(found[False][name][0], factor[0])
+
+
+def test_a_call_that_fails_has_ended():
+    model = adapters_only("bert").eval()
+    batch = {k: v for k, v in token_batch(LENGTHS).items() if k != "labels"}
+    with register_hooks(model, {}, {}, ["lora"], None):
+        with pytest.raises(IndexError):
+            model(input_ids=torch.tensor([[10**6]]))
+        with pytest.raises(RuntimeError, match="ran outside"):
+            model.base_model(**batch)

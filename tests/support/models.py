@@ -220,3 +220,13 @@ def albert(kind="lora"):
     base.set_attn_implementation("eager")
     model = excite(get_peft_model(base, ALBERT_ADAPTERS[kind])).double()
     return LogitsModel(freeze_magnitudes(model)).eval()
+
+
+def checkpoint_activations(model, use_reentrant=False):
+    """Switch gradient checkpointing on, under either of transformers' names for it."""
+    base = model.get_base_model()
+    enable = getattr(base, "activation_checkpointing_enable", None)  # since 5.23
+    if enable is None:
+        enable = base.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
