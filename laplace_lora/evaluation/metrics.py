@@ -151,7 +151,9 @@ def ood_fpr95(inside: Tensor, outside: Tensor) -> float:
         outside: Uncertainty of out-of-distribution examples.
     """
     scores, is_outside = _detection(inside, outside)
-    outside_accepted, inside_accepted, _ = binary_roc(-scores, 1 - is_outside)
+    # Not -scores: torchmetrics takes numbers outside [0, 1] for logits, and a sigmoid gives equal
+    # ones different last digits, which breaks ties.
+    outside_accepted, inside_accepted, _ = binary_roc(1 - scores, 1 - is_outside)
     return float(outside_accepted[inside_accepted >= 0.95].min())
 
 

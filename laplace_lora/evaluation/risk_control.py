@@ -65,7 +65,7 @@ def answering_threshold(
     wrong = torch.cat([torch.zeros(1), is_wrong.cumsum(0)]).tolist()
     # The k-th is passed by k examples, or by fewer where the next ones are as confident.
     thresholds: list[float] = [*confidence.tolist(), 0.0]
-    above = torch.searchsorted(-confidence, -torch.tensor(thresholds).to(confidence)).tolist()
+    above = torch.searchsorted(-confidence, -confidence.new_tensor(thresholds)).tolist()
     found, first = NEVER, max(math.ceil(FIRST * n), needed)
     for k in range(first, n + 1):
         if above[k] < first:

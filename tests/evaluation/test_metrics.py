@@ -164,6 +164,16 @@ def test_detection_by_hand():
     assert ood_auroc(inside, inside) == pytest.approx(0.5)
 
 
+def test_equal_uncertainties_are_accepted_together():
+    """Whatever their number: a sigmoid of equal numbers has other last digits in some places."""
+    for n in range(1, 20):
+        for others in range(1, min(40, 19 * n)):  # fewer than 95 % of those inside
+            equal = torch.full((n,), 0.3)
+            inside = torch.cat([torch.zeros(others), equal])
+            outside = torch.cat([equal, torch.ones(others)])
+            assert ood_fpr95(inside, outside) == pytest.approx(n / (n + others)), (n, others)
+
+
 def test_detection_does_not_depend_on_the_scale_of_scores():
     inside, outside = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.25, 0.4])
     assert ood_auroc(100 * inside, 100 * outside) == ood_auroc(inside, outside)

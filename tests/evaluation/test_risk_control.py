@@ -49,6 +49,14 @@ def test_equal_confidences_are_answered_together():
     assert answering_threshold(p, y, 0.1) == by_hand(p, y, 0.1, 0.9)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_threshold_is_not_rounded(seed):
+    """Whose answers it counts are those above it in double precision, not in single."""
+    p, y = classified(400, 20 + seed)
+    p = p.double() / p.double().sum(1, keepdim=True)
+    assert answering_threshold(p, y, 0.1) == by_hand(p, y, 0.1, 0.9)
+
+
 @pytest.mark.filterwarnings("ignore:no threshold keeps:UserWarning")
 def test_the_risk_is_kept_whatever_the_predictive():
     """In at least nine of ten calibrations, and not by answering nothing."""
