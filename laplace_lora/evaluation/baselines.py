@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
@@ -139,7 +140,7 @@ class MCDropout(MAP):
         **kwargs: Arguments of `MAP`.
 
     Raises:
-        ValueError: If the adapter has no dropout.
+        ValueError: If the active adapter has no dropout.
     """
 
     def __init__(self, model: nn.Module, n_samples: int = 20, seed: int = 0, **kwargs: Any) -> None:
@@ -150,7 +151,8 @@ class MCDropout(MAP):
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Dropout) and ".lora_dropout." in name and module.p > 0
         ]
-        if not self.dropouts:
+        dropouts = set(self.dropouts)
+        if not any(_active_dropouts(module) & dropouts for module in self.model.modules()):
             raise ValueError("the adapter was made without dropout, so there is nothing to sample")
 
     @torch.no_grad()
@@ -173,6 +175,13 @@ class MCDropout(MAP):
         finally:
             for module in self.dropouts:
                 module.eval()
+
+
+def _active_dropouts(layer: nn.Module) -> set[nn.Module]:
+    """Return a LoRA layer's dropouts of active adapters; of any other module none."""
+    if not isinstance(layer, LoraLayer):
+        return set()
+    return {layer.lora_dropout[a] for a in layer.active_adapters if a in layer.lora_dropout}
 
 
 class LoraEnsemble(MAP):

@@ -172,6 +172,19 @@ def test_an_adapter_without_dropout_is_refused():
         MCDropout(get_peft_model(base_model("bert"), config))
 
 
+def test_the_dropout_of_an_idle_adapter_is_nothing_to_sample():
+    plain, other = (
+        LoraConfig(task_type="SEQ_CLS", target_modules=["query"], lora_dropout=share)
+        for share in (0.0, 0.5)
+    )
+    model = get_peft_model(base_model("bert"), plain)
+    model.add_adapter("other", other)
+    with pytest.raises(ValueError, match="without dropout"):
+        MCDropout(model)
+    model.set_adapter("other")
+    assert MCDropout(model, n_samples=2)(BATCH).shape == (3, 3)
+
+
 def test_an_ensemble_averages_its_adapters_probabilities():
     model = ensemble_model()
     before = state(model)

@@ -4,11 +4,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
+from transformers import MixtralConfig, MixtralForSequenceClassification
 
 from laplace_lora.evaluation import MAP, TrainingFreeBayes
 from laplace_lora.evaluation.training_free import _layers_of
 from support.batches import LENGTHS, token_batch
-from support.models import base_model, peft_model
+from support.models import base_model, excite, peft_model
 from support.references import assert_near
 from support.tokens import tagged_batch, tagger
 
@@ -23,6 +24,15 @@ def confident_model():
             if "classifier" in name:
                 weight.mul_(20)
     return model
+
+
+def expert_model():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    base = MixtralForSequenceClassification(MixtralConfig(vocab_size=50, **sizes, **heads))
+    parameters = ["mlp.experts.down_proj"]
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters)
+    return excite(get_peft_model(base, config))
 
 
 def test_the_noise_is_isotropic_in_the_column_space_of_lora_b():
@@ -88,6 +98,16 @@ def test_what_has_no_noise_is_refused():
     config = LoraConfig(task_type="SEQ_CLS", target_modules=["word_embeddings"])
     with pytest.raises(ValueError, match=r"train it first|linear layers"):
         TrainingFreeBayes(get_peft_model(base_model("bert"), config), ANCHOR)
+
+
+def test_adapters_that_would_get_no_noise_or_another_are_refused():
+    """Beside linear layers: embeddings, and experts, of which each has a product of its own."""
+    modules = ["query", "word_embeddings"]
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=modules, init_lora_weights=False)
+    with pytest.raises(ValueError, match="linear layers; .*word_embeddings is none"):
+        TrainingFreeBayes(get_peft_model(base_model("bert"), config), ANCHOR)
+    with pytest.raises(ValueError, match="linear layers; .*experts is none"):
+        TrainingFreeBayes(expert_model(), ANCHOR)
 
 
 @pytest.mark.parametrize(
