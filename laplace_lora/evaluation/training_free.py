@@ -147,14 +147,14 @@ def _layers_of(model: nn.Module) -> list[_Layer]:
         if not isinstance(module, LoraLayer):
             continue
         for adapter in module.active_adapters:
-            is_embedding = adapter in getattr(module, "lora_embedding_A", {})
-            pair = [getattr(module, side, {}) for side in ("lora_A", "lora_B")]
-            if not is_embedding and not all(adapter in side for side in pair):
+            sides = [getattr(module, side, {}) for side in ("lora_A", "lora_B")]
+            pair = [side[adapter] for side in sides if adapter in side]
+            if not pair and adapter not in getattr(module, "lora_embedding_A", {}):
                 continue
-            down, up = (side[adapter] if adapter in side else None for side in pair)
             has_experts = getattr(module, "num_experts", 1) > 1  # with a product of their own each
-            if has_experts or not (isinstance(down, nn.Linear) and isinstance(up, nn.Linear)):
+            if not pair or has_experts or not all(isinstance(side, nn.Linear) for side in pair):
                 raise ValueError(f"training-free Bayes needs LoRA on linear layers; {name} is none")
+            down, up = pair
             _, d, right = torch.linalg.svd(up.weight.detach().float(), full_matrices=False)
             kept = d > d.max() * max(up.weight.shape) * torch.finfo(d.dtype).eps
             layers.append(_Layer(down.weight, right[kept].T / d[kept]))

@@ -104,9 +104,9 @@ def test_adapters_that_would_get_no_noise_or_another_are_refused():
     """Beside linear layers: embeddings, and experts, of which each has a product of its own."""
     modules = ["query", "word_embeddings"]
     config = LoraConfig(task_type="SEQ_CLS", target_modules=modules, init_lora_weights=False)
-    with pytest.raises(ValueError, match="linear layers; .*word_embeddings is none"):
+    with pytest.raises(ValueError, match=r"linear layers; .*word_embeddings is none"):
         TrainingFreeBayes(get_peft_model(base_model("bert"), config), ANCHOR)
-    with pytest.raises(ValueError, match="linear layers; .*experts is none"):
+    with pytest.raises(ValueError, match=r"linear layers; .*experts is none"):
         TrainingFreeBayes(expert_model(), ANCHOR)
 
 
