@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import isnan, nan
 from typing import Any
 
 import torch
@@ -168,6 +169,8 @@ def _by_group(rows: Rows, groups: Sequence[Any] | Tensor) -> dict[Any, dict[str,
         ValueError: If there is not one group for each example.
     """
     names = groups.tolist() if isinstance(groups, Tensor) else list(groups)
+    # Missing ones, which equal nothing, are one group.
+    names = [nan if isinstance(name, float) and isnan(name) else name for name in names]
     texts = rows.get(TEXT)
     count = len(rows["p"]) if texts is None else int(texts[-1]) + 1
     if len(names) < count or (texts is None and len(names) > count):

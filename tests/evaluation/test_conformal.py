@@ -140,6 +140,12 @@ def test_every_group_has_a_report_of_its_own():
     assert other.by_group[1].values.items() <= report.by_group["short"].values.items()
 
 
+def test_missing_groups_are_one_group():
+    (rows,) = classified(90, 8)
+    report = evaluate(given, [rows], groups=torch.tensor([0.0, math.nan, math.nan] * 30))
+    assert [len(part.labels) for part in report.by_group.values()] == [30, 60]
+
+
 def test_groups_of_texts_hold_all_their_tokens():
     la, batch = tagged_posterior(), tagged_batch()
     report = evaluate(la, [batch], groups=["a", "b", "a"])
