@@ -50,11 +50,12 @@ def columns_of(rows: Sequence[Row], asked: Columns, known: Columns | None = None
         if name is not None and name not in present:
             raise ValueError(f"there is no column {name!r}; the data have {_listed(present)}")
     if known is not None:
-        for name in (known.text, known.pair) if asked.text is None else ():
-            if name is not None and name not in present:
+        for role in ("text", "pair"):
+            name = getattr(known, role)
+            if name is not None and name not in present and getattr(asked, role) is None:
                 raise ValueError(
                     f"the posterior was fitted on the column {name!r}; the data have "
-                    f"{_listed(present)}. Name the column by --text-field or --pair-field"
+                    f"{_listed(present)}. Name the column by --{role}-field"
                 )
     choices = {"text": TEXTS, "pair": PAIRS, "completion": COMPLETIONS, "label": LABELS}
     found: dict[str, str | None] = {}

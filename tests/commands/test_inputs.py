@@ -89,6 +89,21 @@ def test_columns_are_those_asked_for_then_the_fit_s_then_the_usual():
         columns_of([row], Columns(label="stars"))
 
 
+def test_the_fit_s_second_text_is_neither_left_out_nor_asked_for_in_vain():
+    row, known = {"body": "a", "second": "b"}, Columns(text="text", pair="text_pair")
+    with pytest.raises(
+        ValueError, match=r"'text_pair'; the data .* by --pair-field"
+    ):
+        columns_of([row], Columns(text="body"), known)
+    assert columns_of([row], Columns(text="body", pair="second"), known).pair == "second"
+    named = {"text": "a", "second": "b"}
+    assert columns_of([named], Columns(pair="second"), known) == Columns("text", "second")
+    with pytest.raises(
+        ValueError, match=r"'text'; the data .* by --text-field"
+    ):
+        columns_of([row], Columns(pair="second"), known)
+
+
 def test_a_column_is_there_if_any_row_has_it():
     row, full = {"text": "the film", "label": 0}, {"text": "a", "text_pair": "b", "completion": "c"}
     assert columns_of([row, full], Columns()) == TEXT
