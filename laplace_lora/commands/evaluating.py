@@ -66,7 +66,8 @@ def run(
     loader = opened.inputs.loader(rows, batch_size)
     other = None if ood_rows is None else _unlabelled(opened, ood_rows, batch_size)
     quietly = partial(opened.la.predict, progress_bar=False)
-    methods: dict[str, Any] = {"MAP": MAP(opened.la.logits_model), "Laplace": quietly}
+    adapter_alone = MAP(opened.la.logits_model, likelihood=likelihood)
+    methods: dict[str, Any] = {"MAP": adapter_alone, "Laplace": quietly}
     given: dict[str, Any] = {
         "ood_loader": other,
         "conformal_loader": apart_rows and opened.inputs.loader(apart_rows, batch_size),

@@ -26,21 +26,33 @@ from laplace_lora.likelihoods.token_classification import class_labels
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.models.modes import evaluation_mode
 
+LIKELIHOODS = ("classification", "multilabel")
+
 
 class MAP:
     """The fine-tuned model itself.
 
-    Probabilities are a softmax of its logits; of a model whose configuration says
-    ``problem_type="multi_label_classification"`` the sigmoid of each.
-
     Args:
         model: A `PeftModel` or a `LogitsModel`.
         target_ids: Answer tokens of a causal language model, see `LogitsModel`.
+        likelihood: ``"classification"``, probabilities are a softmax of the logits, or
+            ``"multilabel"``, the sigmoid of each; ``None`` for the second where the model's
+            configuration says ``problem_type="multi_label_classification"``.
+
+    Raises:
+        ValueError: If ``likelihood`` is another.
     """
 
-    def __init__(self, model: nn.Module, target_ids: Sequence[int] | Tensor | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        target_ids: Sequence[int] | Tensor | None = None,
+        likelihood: str | None = None,
+    ) -> None:
+        if likelihood not in (None, *LIKELIHOODS):
+            raise ValueError(f"likelihood must be one of {LIKELIHOODS}, got {likelihood!r}")
         self.model = LogitsModel.wrap(model, target_ids)
-        self.objective = likelihood_of(likelihood_name(self.model))
+        self.objective = likelihood_of(likelihood or likelihood_name(self.model))
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
@@ -238,4 +250,4 @@ class LoraEnsemble(MAP):
 
 def likelihood_name(model: LogitsModel) -> str:
     """Return the likelihood that a model's configuration says."""
-    return "multilabel" if model.problem_type == MULTILABEL_PROBLEM else "classification"
+    return LIKELIHOODS[model.problem_type == MULTILABEL_PROBLEM]

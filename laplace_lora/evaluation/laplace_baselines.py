@@ -24,7 +24,8 @@ def last_layer_laplace(
     Args:
         model: A `PeftModel` or a `LogitsModel`.
         train_loader: Training batches with labels.
-        **kwargs: Arguments of `KronLoraLLLaplace`.
+        **kwargs: Arguments of `KronLoraLLLaplace`; ``likelihood`` is what the model's configuration
+            says, unless given.
     """
     return _tuned(KronLoraLLLaplace, model, train_loader, kwargs)
 
@@ -37,7 +38,7 @@ def diagonal_laplace(
     Args:
         model: A `PeftModel` or a `LogitsModel`.
         train_loader: Training batches with labels.
-        **kwargs: Arguments of `DiagLoraLaplace`.
+        **kwargs: Arguments of `DiagLoraLaplace`, as above.
     """
     return _tuned(DiagLoraLaplace, model, train_loader, kwargs)
 
@@ -45,7 +46,8 @@ def diagonal_laplace(
 def _tuned(
     cls: type[Posterior], model: nn.Module, train_loader: DataLoader[Any], kwargs: dict[str, Any]
 ) -> Posterior:
-    la = cls(model, likelihood_name(LogitsModel.wrap(model)), **kwargs)
+    kwargs.setdefault("likelihood", likelihood_name(LogitsModel.wrap(model)))
+    la = cls(model, **kwargs)
     la.fit(train_loader)
     la.optimize_prior_precision()
     return la

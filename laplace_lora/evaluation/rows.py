@@ -109,8 +109,17 @@ def _probabilities(predict: Predict, batch: Batch) -> tuple[Tensor, Tensor | Non
 
 
 def _with_columns(y: Tensor, p: Tensor, independent: bool | None) -> Tensor:
-    """Return labels, integers as 64-bit ones, and independent ones ``(batch, labels)``."""
+    """Return labels, integers as 64-bit ones, and independent ones ``(batch, labels)``.
+
+    Raises:
+        ValueError: If labels are independent, and what predicts says that its classes are not.
+    """
     y = y if y.is_floating_point() else y.long()
+    if independent is False and y.ndim == 2 and p.ndim == 2:
+        raise ValueError(
+            f"labels {tuple(y.shape)} do not exclude each other, and the classes of what predicts "
+            "do; give a posterior or a baseline with likelihood='multilabel', or labels (batch,)"
+        )
     single = p.ndim == 2 and p.shape[1] == 1
     apply_alone = single if independent is None else independent
     return y.unsqueeze(-1) if y.ndim == 1 and apply_alone else y

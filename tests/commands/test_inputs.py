@@ -91,16 +91,12 @@ def test_columns_are_those_asked_for_then_the_fit_s_then_the_usual():
 
 def test_the_fit_s_second_text_is_neither_left_out_nor_asked_for_in_vain():
     row, known = {"body": "a", "second": "b"}, Columns(text="text", pair="text_pair")
-    with pytest.raises(
-        ValueError, match=r"'text_pair'; the data .* by --pair-field"
-    ):
+    with pytest.raises(ValueError, match=r"'text_pair'; the data .* by --pair-field"):
         columns_of([row], Columns(text="body"), known)
     assert columns_of([row], Columns(text="body", pair="second"), known).pair == "second"
     named = {"text": "a", "second": "b"}
     assert columns_of([named], Columns(pair="second"), known) == Columns("text", "second")
-    with pytest.raises(
-        ValueError, match=r"'text'; the data .* by --text-field"
-    ):
+    with pytest.raises(ValueError, match=r"'text'; the data .* by --text-field"):
         columns_of([row], Columns(pair="second"), known)
 
 

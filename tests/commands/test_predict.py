@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from laplace_lora.commands.adapter import load_adapter
 from laplace_lora.commands.plan import PLAN
 from laplace_lora.evaluation.metrics import METRICS
 from laplace_lora.storage.files import TENSORS
@@ -219,6 +221,22 @@ def test_evaluate_compares_with_the_map(fitted, data, tmp_path):
     rows = [json.loads(line) for line in predicted.splitlines()]
     p = torch.tensor([row["probabilities"][("bad", "good")[row["label"]]] for row in rows])
     assert by_laplace["values"]["NLL"] == pytest.approx(float(-p.log().mean()), rel=1e-5)
+
+
+def test_evaluate_compares_labels_of_any_number_with_the_sigmoid(adapter, tmp_path):
+    """Not with the softmax, which the model's configuration, silent on the matter, would mean."""
+    chosen = [["0"], ["1"], ["0", "1"], []]
+    rows = [{**row, "label": chosen[i % 4]} for i, row in enumerate(reviews(24, 0))]
+    folder, path = adapter(), write_json_lines(tmp_path / "labels.jsonl", rows)
+    run("fit", folder, "--data", path, "-q")
+    by_map, _ = json.loads(run("evaluate", folder, "--data", path, "--out", "-", "-q").stdout)
+    loaded = load_adapter(str(folder))
+    texts = loaded.tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
+    y = torch.tensor([[float(name in row["label"]) for name in ("0", "1")] for row in rows])
+    with torch.no_grad():
+        logits = loaded.model(**texts).logits
+    expected = F.binary_cross_entropy_with_logits(logits, y)
+    assert by_map["values"]["NLL"] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_evaluate_writes_scores_to_standard_output(fitted, data, tmp_path, monkeypatch):

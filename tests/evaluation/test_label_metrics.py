@@ -235,3 +235,19 @@ def test_baselines_take_the_sigmoid_where_the_configuration_says_so():
         assert fitted.likelihood == "multilabel"
     with pytest.raises(ValueError, match="independent labels have none"):
         TrainingFreeBayes(model, loader)
+
+
+def test_baselines_take_the_sigmoid_where_they_are_told_to():
+    """As a posterior with the likelihood does, of a model whose configuration says nothing."""
+    model, batch = peft_model("bert"), multilabel_batch()
+    own = MAP(model, likelihood="multilabel")
+    assert torch.equal(own(batch), own.logits(batch).sigmoid())
+    report = evaluate(own, multilabel_loader(), bootstrap=2)
+    assert report.labels.shape == (7, 3)
+    assert TemperatureScaling(model, [batch], likelihood="multilabel").temperature > 0
+    fitted = diagonal_laplace(model, multilabel_loader(), likelihood="multilabel")
+    assert fitted.likelihood == "multilabel"
+    with pytest.raises(ValueError, match="likelihood must be one of"):
+        MAP(model, likelihood="regression")
+    with pytest.raises(ValueError, match="do not exclude each other"):  # a softmax scored as labels
+        evaluate(MAP(model), multilabel_loader())
