@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +45,8 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
     if source != STANDARD and not path.exists():
         raise FileNotFoundError(f"{source}: there is no such file or folder")
     if source == STANDARD:
-        rows = list(_json_lines(sys.stdin, "standard input"))
+        with _standard_input() as lines:
+            rows = list(_json_lines(lines, "standard input"))
     elif path.is_dir():
         rows = _of_folder(path, split)
     elif path.name.endswith(JSON_LINES):
@@ -68,6 +71,16 @@ def _opened(path: Path) -> TextIO:
     return path.open(encoding="utf-8-sig", newline="")
 
 
+@contextmanager
+def _standard_input() -> Iterator[TextIO]:
+    """Open standard input as files are opened: UTF-8, whatever the terminal's encoding."""
+    lines = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig", newline="")
+    try:
+        yield lines
+    finally:
+        lines.detach()
+
+
 def _json_lines(lines: Iterable[str], place: str) -> Iterator[Row]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -90,6 +103,9 @@ def _table(lines: TextIO, delimiter: str, place: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
+        for name, count in Counter(reader.fieldnames or ()).items():
+            if name and count > 1:
+                raise ValueError(f"{place} has {count} columns {name!r}; give each its own name")
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(

@@ -1,6 +1,7 @@
 """Rows are read from every kind of data, and bad lines are named."""
 
 import gzip
+import io
 import sys
 
 import pytest
@@ -16,6 +17,19 @@ def test_json_lines_skip_empty_lines(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "ü", "label": 1}\n\n{"text": "b"}\n', encoding="utf-8")
     assert read_rows(str(path)) == [{"text": "ü", "label": 1}, {"text": "b"}]
+
+
+def test_standard_input_is_read_as_files_are(monkeypatch):
+    """In UTF-8 with or without a byte order mark, whatever the terminal's encoding."""
+    content = '\ufeff{"text": "ü"}\r\n'.encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="latin-1"))
+    assert read_rows("-") == [{"text": "ü"}]
+    assert not sys.stdin.buffer.closed
+
+
+def test_columns_without_a_name_may_be_several(tmp_path):
+    (tmp_path / "x.csv").write_text("text,,\na,,\n")  # as spreadsheets leave them
+    assert read_rows(str(tmp_path / "x.csv")) == [{"text": "a", "": ""}]
 
 
 def test_json_lines_may_be_compressed(tmp_path):
@@ -44,6 +58,7 @@ def test_tables_keep_quoted_commas_and_lines(tmp_path):
         ("x.csv", "text,label\na,b,c\n", "line 2: expected 2 columns"),
         ("x.csv", "text,label\na\n", "line 2: expected 2 columns"),
         ("x.csv", 'text,label\n"a\n', "line 1: unexpected end of data"),
+        ("x.csv", "text,label,label\na,0,1\n", "has 2 columns 'label'"),
         ("x.parquet", "", "expected a file in .jsonl"),
     ],
 )
