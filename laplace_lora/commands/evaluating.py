@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.table import Table
 
 from laplace_lora.commands.columns import cell, present_in
 from laplace_lora.commands.opened import Opened, open_posterior
-from laplace_lora.commands.output import check_writable
+from laplace_lora.commands.output import as_json, check_writable
 from laplace_lora.commands.planning import WITH_CLASSES
 from laplace_lora.commands.rows import STANDARD, Row, read_rows
 from laplace_lora.evaluation import MAP, CalibrationReport, plot_reports
@@ -76,7 +75,7 @@ def run(
         "groups": groups,
     }
     reports = [scores_of(method, loader, name=name, **given) for name, method in methods.items()]
-    content = json.dumps([report.to_dict() for report in reports], indent=1)
+    content = as_json([report.to_dict() for report in reports], indent=1)
     if out is not None and out != STANDARD:
         write_whole(Path(out), content.encode())
     if plot is not None:

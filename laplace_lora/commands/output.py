@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ class Write(Protocol):
     """Writes one row."""
 
     def __call__(self, row: Mapping[str, Any]) -> None:
-        """Write a row that JSON can hold."""
+        """Write a row, see `as_json`."""
 
 
 def check_writable(out: str, name: str = "--out") -> None:
@@ -50,13 +51,13 @@ def json_lines(out: str) -> Iterator[Write]:
         out: The file, or ``-`` for standard output, where rows appear as they come.
     """
     if out == STANDARD:
-        yield lambda row: click.echo(json.dumps(row, ensure_ascii=False))
+        yield lambda row: click.echo(as_json(row))
         return
     path = Path(out)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            yield lambda row: print(json.dumps(row, ensure_ascii=False), file=file)
+            yield lambda row: print(as_json(row), file=file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())
@@ -64,6 +65,29 @@ def json_lines(out: str) -> Iterator[Write]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """Return a value as JSON that any reader takes.
+
+    Args:
+        value: Dictionaries, lists, and what data have in their columns: dates as ISO 8601, numbers
+            that are not finite as null, all else that JSON does not know as text.
+        indent: Spaces before what lies within; one line if ``None``.
+    """
+    return json.dumps(_plain(value), ensure_ascii=False, indent=indent)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 def _umask() -> int:

@@ -1,6 +1,8 @@
 """``laplace-lora predict`` and ``evaluate``: rows in their order, read as in the fit."""
 
+import datetime
 import json
+import math
 
 import pytest
 import torch
@@ -104,10 +106,11 @@ def test_a_failure_leaves_the_earlier_results(fitted, data, tmp_path, monkeypatc
     out.write_text("earlier")
 
     def broken(*_):
-        return [{"prediction": 0}, {"prediction": {1}}, *[{}] * 18]  # a set is no JSON
+        yield {"prediction": 0}
+        raise ValueError("after one row")
 
     monkeypatch.setattr("laplace_lora.commands.predicting.result_rows", broken)
-    assert "not JSON" in refused("predict", fitted, "--data", data("test"), "--out", out)
+    assert "after one row" in refused("predict", fitted, "--data", data("test"), "--out", out)
     assert out.read_text() == "earlier" and len(list(tmp_path.glob("y.jsonl*"))) == 1
 
 
@@ -207,6 +210,26 @@ def test_long_texts_are_cut_for_a_head(fitted, tmp_path):
     assert cut["probabilities"] == pytest.approx(longer["probabilities"], abs=1e-6)
     result = run("predict", fitted, "--data", path, "-q", "--max-length", 3)
     assert json.loads(result.stdout.splitlines()[0]) != cut
+
+
+def test_whatever_is_in_a_column_can_be_kept(fitted, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    when = datetime.datetime(2026, 1, 2, 3, 4)
+    rows = [{"text": row["text"], "when": when, "share": math.nan} for row in reviews(3, 2)]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "dated"))
+    args = ("--data", tmp_path / "dated", "--keep", "when", "share", "-q")
+    line, *_ = run("predict", fitted, *args).stdout.splitlines()
+    kept = json.loads(line, parse_constant=pytest.fail)
+    assert (kept["when"], kept["share"]) == ("2026-01-02T03:04:00", None)
+
+
+def test_scores_that_are_not_known_are_null(adapter, tmp_path):
+    rows = [{**row, "label": []} for row in reviews(16, 0)]  # no label applies anywhere
+    folder, path = adapter(), write_json_lines(tmp_path / "none.jsonl", rows)
+    run("fit", folder, "--data", path, "-q")
+    content = run("evaluate", folder, "--data", path, "--out", "-", "-q").stdout
+    report, _ = json.loads(content, parse_constant=pytest.fail)
+    assert report["values"]["mAP"] is None and report["values"]["NLL"] > 0
 
 
 def test_evaluate_compares_with_the_map(fitted, data, tmp_path):
