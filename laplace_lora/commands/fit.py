@@ -40,7 +40,7 @@ def fit(**options: Any) -> None:
     What the model is, and the columns that it needs:
       a classifier               text [text_pair] label
       labels of any number       text label              (a list of those that apply)
-      a regression               text label              (a number)
+      a regression               text label              (a number, or a list of several)
       a reward model             chosen rejected [prompt]
       answers by token           prompt label            --target " yes" " no"
       a model that writes        prompt completion, or messages, or text

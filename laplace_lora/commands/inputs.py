@@ -62,7 +62,8 @@ class Inputs:
         if self.plan.likelihood == "multilabel":
             return [applying(y, self.plan.names, n) for n, y in enumerate(labels, start=1)]
         if self.plan.likelihood == "regression":
-            return [_number(y, n) for n, y in enumerate(labels, start=1)]
+            outputs = self.adapter.outputs
+            return [_numbers(y, n, outputs) for n, y in enumerate(labels, start=1)]
         return list(classes_of(labels, self.plan.names, self.plan.labels_as)[0])
 
     def text(self, row: Row, number: int) -> Example:
@@ -194,8 +195,14 @@ class PairCollator:
         return batch
 
 
-def _number(label: Any, number: int) -> float:
+def _numbers(label: Any, number: int, outputs: int) -> float | list[float]:
+    """Return a regression's target: a number, or a list of them for several outputs."""
+    values = label if isinstance(label, list) else [label]
     try:
-        return float(label)
+        found = [float(value) for value in values]
     except (TypeError, ValueError):
         raise ValueError(f"row {number} has the label {label!r}, no number") from None
+    if len(found) != outputs:
+        what = "a number" if outputs == 1 else f"a list of {outputs} numbers"
+        raise ValueError(f"row {number} has the label {label!r}; expected {what}")
+    return found if outputs > 1 else found[0]

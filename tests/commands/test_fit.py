@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import BertForSequenceClassification, DataCollatorWithPadding
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
+from laplace_lora.commands.adapter import load_adapter
 from laplace_lora.commands.plan import PLAN
 from laplace_lora.storage.adapter_start import FILE as START
 from laplace_lora.storage.adapter_start import AdapterStart
@@ -243,3 +244,20 @@ def test_the_start_beside_the_adapter_is_the_priors_mean(adapter, data, made):
     assert START not in result.stderr
     la = KronLoraLaplace.from_pretrained(model, folder)
     assert_near(la.prior_mean, la.mean + 0.5, 1e-6)
+
+
+def test_a_regression_of_several_outputs(adapter, tmp_path):
+    rows = [{"text": row["text"], "label": [row["label"], 0.5]} for row in reviews(16, 0)]
+    folder, path = adapter(), write_json_lines(tmp_path / "two.jsonl", rows)
+    args = ("fit", folder, "--data", path, "--likelihood", "regression", "-q")
+    run(*args)
+    line, *_ = run("predict", folder, "--data", path, "-q").stdout.splitlines()
+    loaded = load_adapter(str(folder))
+    with torch.no_grad():
+        (expected,) = loaded.model(
+            **loaded.tokenizer([rows[0]["text"]], return_tensors="pt")
+        ).logits
+    found = json.loads(line)
+    assert found["mean"] == pytest.approx(expected.tolist(), rel=1e-4) and len(found["std"]) == 2
+    write_json_lines(path, [*rows, {"text": "the film", "label": 1}])
+    assert "row 17 has the label 1; expected a list of 2 numbers" in refused(*args, "--overwrite")
