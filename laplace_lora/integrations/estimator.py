@@ -54,13 +54,15 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
         """Fit the posterior, not the network, to texts and labels, and tune its prior.
 
         Args:
-            X: Texts, those that the adapter was trained on, or pairs of texts.
+            X: Texts, those that the adapter was trained on, or pairs of texts; of a data frame its
+                only column, or its two.
             y: Their labels.
 
         Raises:
-            ValueError: If a label is none of the classes', or ``labels`` do not name each class
-                once.
+            ValueError: If a label is none of the classes', ``labels`` do not name each class once,
+                or the posterior is no classifier's.
         """
+        self._check_likelihood()
         given = np.asarray(y)
         outputs = self.posterior.logits_model.n_outputs
         if outputs is not None:  # only a batch can tell that of a multiple-choice model
@@ -76,6 +78,8 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
                 f"y has labels such as {given.tolist()[0]!r}, and the classes have numbers; name "
                 "them with `labels`, in the order of the model's outputs"
             )
+        elif given.dtype.kind == "f" and (given == np.floor(given)).all():
+            given = given.astype(np.int64)  # as tables with whole numbers are often read
         rows = list(zip(_listed(X), given.tolist(), strict=True))
 
         def collate(part: list[tuple[Any, int]]) -> dict[str, Any]:
@@ -87,6 +91,13 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
         self.posterior.fit(loader)
         self.posterior.optimize_prior_precision(train_loader=loader)
         return self
+
+    def _check_likelihood(self) -> None:
+        if self.posterior.objective.name != "classification":
+            raise ValueError(
+                "a scikit-learn classifier needs a posterior with likelihood='classification', not "
+                f"{self.posterior.objective.name!r}"
+            )
 
     def _names(self, outputs: int) -> NDArray[Any]:
         count = max(outputs, 2)
@@ -103,11 +114,15 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
         """Return the posterior predictive's class probabilities, ``(texts, classes)``.
 
         Args:
-            X: Texts, or pairs of texts.
+            X: Texts, or pairs of texts, as in `fit`.
 
         Returns:
             One column for each of `classes_`, in their order.
+
+        Raises:
+            ValueError: If the posterior is no classifier's.
         """
+        self._check_likelihood()
         found = self.posterior.predict(_listed(X), self.tokenizer, batch_size=self.batch_size)
         probs: NDArray[np.float64] = found.probs.double().cpu().numpy()  # type: ignore[union-attr]
         order = self._names(probs.shape[1]).argsort()
@@ -121,4 +136,7 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
 
 def _listed(X: Any) -> list[Any]:
     """Return texts of any container, as scikit-learn's tools cut it, as a list."""
-    return X.tolist() if hasattr(X, "tolist") else list(X)
+    if hasattr(X, "columns"):  # a data frame, which iterates over the names of its columns
+        X = X.to_numpy()
+    rows = X.tolist() if hasattr(X, "tolist") else list(X)
+    return [row[0] if isinstance(row, list) and len(row) == 1 else row for row in rows]

@@ -12,6 +12,7 @@ from sklearn.utils.validation import check_is_fitted
 from laplace_lora import KronLoraLaplace
 from laplace_lora.integrations.estimator import LaplaceClassifier
 from support.models import peft_model
+from support.multilabel import multilabel_posterior
 from support.texts import word_tokenizer
 
 TEXTS = ["a b c", "d e", "f g h a b", "c", "h h", "b a"]
@@ -103,3 +104,36 @@ def test_pairs_of_texts_in_an_array_are_fitted_as_they_are_predicted():
         made = LaplaceClassifier(la, word_tokenizer(), NAMES, batch_size=4).fit(X, LABELS)
         found.append(made.predict_proba(X))
     assert np.array_equal(*found)
+
+
+def test_texts_may_be_columns_of_a_data_frame(classifier):
+    pandas = pytest.importorskip("pandas")
+    p = classifier.predict_proba(TEXTS)
+    for X in (pandas.DataFrame({"text": TEXTS}), np.array(TEXTS)[:, None]):
+        assert np.abs(classifier.predict_proba(X) - p).max() < 1e-6
+    pairs = pandas.DataFrame({"text": TEXTS, "other": TEXTS[::-1]})
+    expected = classifier.predict_proba(list(zip(TEXTS, TEXTS[::-1], strict=True)))
+    assert np.abs(classifier.predict_proba(pairs) - expected).max() < 1e-6
+
+
+def test_whole_numbers_may_be_floats():
+    """As pandas reads a column of labels of which some are missing elsewhere."""
+    made = [
+        LaplaceClassifier(KronLoraLaplace(peft_model("bert"), "classification"), word_tokenizer())
+        for _ in range(2)
+    ]
+    labels = np.array([0, 1, 2, 1, 1, 0])
+    found, expected = (
+        classifier.fit(TEXTS, y).predict_proba(TEXTS)
+        for classifier, y in zip(made, (labels.astype(float), labels), strict=True)
+    )
+    assert np.array_equal(found, expected)
+    with pytest.raises(ValueError, match="integer label"):
+        made[0].fit(TEXTS, labels + 0.5)
+
+
+def test_a_posterior_of_anything_but_classes_is_refused():
+    classifier = LaplaceClassifier(multilabel_posterior(), word_tokenizer())
+    for call in (lambda: classifier.fit(TEXTS, LABELS), lambda: classifier.predict(TEXTS)):
+        with pytest.raises(ValueError, match="needs a posterior with likelihood='classification'"):
+            call()
