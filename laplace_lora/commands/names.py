@@ -38,13 +38,17 @@ def class_names(given: Sequence[str], of_model: Sequence[str], outputs: int) -> 
         outputs: Number of classes.
 
     Raises:
-        ValueError: If not as many names are given as there are classes, or one twice.
+        ValueError: If not as many names are given as there are classes, or two are the same: their
+            probabilities would be under one name.
     """
     if given and len(given) != outputs:
         raise ValueError(f"--labels names {len(given)} classes, the model has {outputs}")
-    if len(set(given)) < len(given):
-        raise ValueError(f"--labels names a class twice: {', '.join(given)}")
-    return list(given or of_model or map(str, range(outputs)))
+    names = list(given or of_model or map(str, range(outputs)))
+    if len(set(names)) < len(names):
+        who = "--labels names" if given else "the model names"
+        hint = "" if given else "; give each a name of its own by --labels"
+        raise ValueError(f"{who} a class twice: {', '.join(map(repr, names))}{hint}")
+    return names
 
 
 def layer_name(tensor: str) -> str:

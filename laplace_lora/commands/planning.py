@@ -65,12 +65,10 @@ def plan_again(plan: Plan, rows: Sequence[Row], options: dict[str, Any]) -> Plan
     """Return how another command reads its rows: as the fit did, but for what options say.
 
     Raises:
-        ValueError: If a column is missing, or the number of names is another.
+        ValueError: If a column is missing, the number of names is another, or two are the same.
     """
     columns = columns_of(rows, asked_columns(options), plan.columns)
-    names = list(options.get("labels") or plan.names)
-    if len(names) != len(plan.names):
-        raise ValueError(f"--labels names {len(names)} classes, the model has {len(plan.names)}")
+    names = class_names(options.get("labels") or (), plan.names, len(plan.names))
     chat = plan.chat if options.get("chat") is None else bool(options["chat"])
     limit = options.get("max_length") or plan.max_length
     return replace(

@@ -3,17 +3,19 @@
 import datetime
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import BertConfig, BertForSequenceClassification
 
 from laplace_lora.commands.adapter import load_adapter
 from laplace_lora.commands.plan import PLAN
 from laplace_lora.evaluation.metrics import METRICS
 from laplace_lora.storage.files import TENSORS
 from support.command_line import refused, run
-from support.on_disk import read_json_lines, reviews, write_json_lines
+from support.on_disk import SIZES, read_json_lines, reviews, tokenizer, write_json_lines
 
 FOUND = ("prediction", "probabilities", "entropy", "mutual_information")
 
@@ -210,6 +212,22 @@ def test_long_texts_are_cut_for_a_head(fitted, tmp_path):
     assert cut["probabilities"] == pytest.approx(longer["probabilities"], abs=1e-6)
     result = run("predict", fitted, "--data", path, "-q", "--max-length", 3)
     assert json.loads(result.stdout.splitlines()[0]) != cut
+
+
+def test_classes_of_one_name_are_refused(fitted, data, tmp_path):
+    """Whose probabilities would stand under one name in the results."""
+    args = ("--data", data("test"), "-q")
+    assert "names a class twice: 'a', 'a'" in refused(
+        "predict", fitted, *args, "--labels", "a", "a"
+    )
+    base = tmp_path / "same-names"
+    config = BertConfig(**SIZES, num_labels=2, id2label={0: "other", 1: "other"})
+    BertForSequenceClassification(config).save_pretrained(base)
+    tokenizer().save_pretrained(base)
+    folder = shutil.copytree(fitted, tmp_path / "copy")
+    args = ("fit", folder, *args, "--base", base, "--overwrite")
+    assert "the model names a class twice: 'other', 'other'; give" in refused(*args)
+    run(*args, "--labels", "a", "b")
 
 
 def test_whatever_is_in_a_column_can_be_kept(fitted, tmp_path):
