@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 import click
 
 from laplace_lora.commands.rows import STANDARD
+from laplace_lora.storage.files import new_file
 
 
 class Write(Protocol):
@@ -54,13 +54,12 @@ def json_lines(out: str) -> Iterator[Write]:
         yield lambda row: click.echo(as_json(row))
         return
     path = Path(out)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    handle, name = new_file(path)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             yield lambda row: print(as_json(row), file=file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -88,10 +87,3 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, str | int):
         return value
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
-
-
-def _umask() -> int:
-    """Return which permissions new files lack; temporary files have their own."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

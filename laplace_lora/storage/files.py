@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -110,7 +110,7 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> None:
         path: The file; written under another name in its folder first.
         *parts: All of it.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=LITTER)
+    handle, name = new_file(path)
     try:
         with os.fdopen(handle, "wb") as file, _locked(file.fileno()):
             for part in parts:
@@ -121,6 +121,20 @@ def write_whole(path: Path, *parts: bytes | memoryview) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def new_file(path: Path) -> tuple[int, str]:
+    """Return the handle and the name of a new file beside another, to be renamed to it.
+
+    Others may read it as they may read any file that is made there; what `tempfile` makes is its
+    owner's alone, whatever the folder's.
+
+    Args:
+        path: The other file.
+    """
+    name = f"{path}.{secrets.token_hex(8)}{LITTER}"
+    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
+    return os.open(name, flags, 0o666), name
 
 
 @contextmanager

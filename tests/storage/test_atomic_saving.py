@@ -167,3 +167,11 @@ def test_a_negative_curvature_is_refused(tmp_path, kind):
         pytest.skip("this curvature is a root, which has no sign")
     with pytest.raises(ValueError, match="negative entries on its diagonal"):
         kind.from_pretrained(la.logits_model, tmp_path)
+
+
+def test_files_are_readable_by_others_as_new_files_are(tmp_path):
+    plain = tmp_path / "plain"
+    plain.touch()
+    fitted().save_pretrained(tmp_path)
+    modes = {(tmp_path / name).stat().st_mode for name in (TENSORS, CONFIG)}
+    assert modes == {plain.stat().st_mode}
