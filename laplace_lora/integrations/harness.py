@@ -15,6 +15,10 @@ from laplace_lora.generation.scoring import SAMPLES
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.posteriors.base import LoraLaplace
 
+# How tasks call the longest continuation, as the harness orders them, and what it is by default.
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+LENGTH = 256
+
 
 class LaplaceLM(TemplateLM):
     """A language model whose ``loglikelihood`` is the posterior predictive's.
@@ -160,13 +164,14 @@ class LaplaceLM(TemplateLM):
                 raise ValueError("LaplaceLM continues greedily; set do_sample to false in the task")
             until = options.get("until") or []
             until = [until] if isinstance(until, str) else list(until)
-            new = int(options.get("max_gen_toks", 256))
+            new = next((int(options[name]) for name in LENGTHS if options.get(name)), LENGTH)
             if new >= self.max_length:
                 raise ValueError(
                     f"max_gen_toks={new} leaves no context within max_length={self.max_length}; "
                     "set a smaller max_gen_toks in the task"
                 )
-            ids = torch.tensor([self.tok_encode(context)[-(self.max_length - new) :]])
+            prompt = self.tok_encode(context) or [self.prefix_token_id]
+            ids = torch.tensor([prompt[-(self.max_length - new) :]])
             found = generate(
                 self.posterior,
                 {"input_ids": ids, "attention_mask": torch.ones_like(ids)},

@@ -74,6 +74,23 @@ def test_generation_is_greedy_and_stops(model):
         model.generate_until(instances("generate_until", [("a", {"do_sample": True})]))
 
 
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens"])
+def test_a_task_calls_the_longest_continuation_by_any_of_the_harness_s_names(
+    model, monkeypatch, name
+):
+    asked = []
+
+    def watched(posterior, batch, max_new_tokens, **kwargs):
+        asked.append((batch["input_ids"].tolist(), max_new_tokens))
+        return generate(posterior, batch, max_new_tokens, **kwargs)
+
+    monkeypatch.setattr("laplace_lora.integrations.harness.generate", watched)
+    requests = [("a", {name: 2, "until": []}), ("", {name: 3, "until": []})]
+    model.generate_until(instances("generate_until", requests))
+    # Without a context the end-of-text token stands before, as in loglikelihood.
+    assert asked == [([model.tok_encode("a")], 2), ([[0]], 3)]
+
+
 @pytest.mark.parametrize("new", [8, 9, 256])
 def test_generation_that_leaves_no_context_is_refused(model, new):
     short = LaplaceLM(model.posterior, model.tokenizer, n_samples=8, max_length=8)
