@@ -71,7 +71,8 @@ class CalibratedLaplace(PredictedLaplace):
     ) -> Calibration:
         """Choose prior, width and temperature of a classifier's predictive on a validation set.
 
-        And how far a recentred mean is moved. Few labels change little, see `tuning.calibration`.
+        And how far a recentred mean is moved. What few labels leave open is averaged over, see
+        `tuning.calibration`.
         One pass over the data; afterwards ``la(batch)`` uses what was chosen. Calibrate for the
         link that you will predict with.
 

@@ -3,8 +3,8 @@
 Three numbers, chosen together on the validation NLL from one cached pass: a factor of the prior
 precision, a scale of the predictive covariance and a temperature of the likelihood; of a recentred
 posterior a fourth, how far its mean has moved. Fifty labels fit three numbers all too well, so each
-has a Gaussian prior around its present value, and labels must speak for what is far from it. Where
-they speak for a temperature alone, next to no width remains, see `calibration_search`.
+has a Gaussian prior around its present value, and what labels leave open is averaged over, see
+`calibration_search`.
 Marginal likelihood can miss the width of a posterior severalfold where the model is misspecified; a
 few hundred labels correct that.
 """
@@ -27,11 +27,7 @@ from laplace_lora.likelihoods.multilabel import pooled
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning.calibration_error import expected_calibration_error
-from laplace_lora.tuning.calibration_search import (
-    exponential,
-    narrow_scale,
-    search_with_temperature,
-)
+from laplace_lora.tuning.calibration_search import Predictions, exponential, search
 from laplace_lora.tuning.validation_cache import ValidationCache, validation_rows
 
 if TYPE_CHECKING:
@@ -127,11 +123,10 @@ def calibrate(
 ) -> tuple[Settings, Calibration]:
     """Choose prior factor, covariance scale and likelihood temperature.
 
-    Minimises the NLL of all labels plus ``½ Σ (deviation / width)²`` of the logarithms from their
-    present values, with widths of 2, 1 and 0.7; the last number is a multiple of the present shift.
-    A coarse grid finds the valley, Nelder-Mead its bottom; every candidate sees the same samples.
-    If nothing beats the start, or not on rows held out in turn, the start stays. If a temperature
-    alone does better on those rows, it is chosen, around the MAP.
+    Their logarithms have priors around their present values, with widths of 2, 1 and 0.7; the last
+    number is a multiple of the present shift, with a width of 1. Chosen is the point whose
+    predictions are nearest to the average over the numbers' posterior; every candidate sees the
+    same samples.
 
     Args:
         predictor: Of a fitted classifier's posterior; its present settings are the start.
@@ -158,10 +153,9 @@ def calibrate(
     cache = ValidationCache(predictor, loader, groups, scoring.readout, progress_bar, watch, team)
     centre, here = cache.mean, (0.0, math.log(settings.covariance_scale))
     start: tuple[float, ...] = (*here, math.log(settings.likelihood_temperature))
-    steps: tuple[tuple[float, ...], ...] = ((),)
     if settings.shift is not None:
         centre = validation_rows(team, unmoved=unmoved)["unmoved"]
-        start, steps = (*start, 1.0), ((0.0,), (0.5,), (1.0,), (1.5,))
+        start = (*start, 1.0)
     moved = cache.mean - centre
 
     def moments(point: Any) -> tuple[Tensor, Tensor]:
@@ -173,26 +167,20 @@ def calibrate(
     def losses(point: Any) -> Tensor:
         return scoring.nll(*moments(point), cache.y)
 
-    def ece(point: Any) -> float:
+    def probabilities(point: Any) -> Tensor:
         mean, covariance = moments(point)
-        ((probabilities,),) = scoring.metric_arguments(mean, covariance.unsqueeze(0))
-        return expected_calibration_error(*pooled(probabilities, cache.y))
+        ((p,),) = scoring.metric_arguments(mean, covariance.unsqueeze(0))
+        return p
 
-    candidates = [
-        (factor * math.log(10), scale * math.log(10), temperature, *step)
-        for factor in (-3, -2, -1, 0, 1, 2, 3)
-        for scale in (-1.5, -1, -0.5, 0, 0.5, 1, 1.5)
-        for temperature in (-0.7, -0.35, 0.0, 0.35, 0.7)
-        for step in steps
-    ]
+    def ece(point: Any) -> float:
+        return expected_calibration_error(*pooled(probabilities(point), cache.y))
+
+    def events(point: Any) -> Tensor:
+        p = probabilities(point)  # of labels that do not exclude each other, or of classes
+        return p if cache.y.ndim == 1 else torch.stack([1 - p, p], dim=-1)
+
     rows = torch.arange(len(cache.y), device=cache.y.device)
-    variances = cache.covariance(cache.mean.new_ones(1)).diagonal(dim1=1, dim2=2)
-    narrow = narrow_scale(float(variances.mean()))
-
-    def at_temperature(temperature: float) -> tuple[float, ...]:
-        return (0.0, narrow, temperature, *(0.0 for _ in start[3:]))  # around the MAP
-
-    found = search_with_temperature(losses, start, candidates, WIDTHS, rows, at_temperature)
+    found = search(Predictions(losses, events), start, WIDTHS[: len(start)], rows)
     best = found.best
     factor, scale, temperature = (exponential(value) for value in best[:3])
     chosen = replace(

@@ -1,30 +1,33 @@
-"""The search for calibrated values: a coarse grid finds the valley, Nelder-Mead its bottom.
+"""The search for calibrated values: what labels leave open is averaged over, not chosen.
 
-Few labels fit several numbers all too well, so each logarithm has a Gaussian prior around its
-present value, and labels must speak for what is far from it. What they say must hold on rows that
-were not listened to: without a gain by cross-fitting, the present values stay. Beside them the
-temperature is searched alone, at next to no width: where a posterior's width helps no held-out
-rows, as of tasks that were not learnt, one number is found from fewer labels than three.
+Few labels fit several numbers all too well. Each logarithm has a Gaussian prior around its present
+value; predictions are averaged over the posterior of the numbers, by importance sampling from the
+prior and from a Gaussian around the mode; chosen is the point whose predictions are nearest to the
+average. With many labels that is the mode.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
+from torch.distributions import MultivariateNormal, Normal
+from torch.quasirandom import SobolEngine
 
 LIMIT = 25.0  # of the logarithms that are searched
 FOLDS = 5
-VALLEYS = 3  # of the grid, searched for all rows; folds search the deepest
-NARROW = 0.01  # variance of an average contrast, in squared logits, that changes no probability
-TEMPERATURES = (-1.4, -0.7, -0.35, 0.35, 0.7, 1.05, 1.4, 2.1)  # logarithms
-ALONE = 1.5  # width of the prior of a logarithm that is searched alone
-OPTIONS = {"xatol": 1e-3, "fatol": 1e-7, "maxiter": 200}
+SAMPLES = 128  # from each of the two proposals, a power of two
+WIDER = 1.5  # than the mode's own Gaussian is the one that is sampled from
+STEP = 0.1  # of central differences, in widths of the prior
+NEGLIGIBLE = 1e-4  # weight of a sample
+WORST = 1e4  # loss of a row where it is not finite
+ROUGH = {"xatol": 1e-2, "fatol": 1e-2, "maxiter": 200}
+FINE = {"xatol": 1e-3, "fatol": 1e-7, "maxiter": 200}
 
 Point = tuple[float, ...]
 
@@ -34,113 +37,145 @@ class Found:
     """The values that a search chose.
 
     Attributes:
-        best: The point; the start, if nothing beats it by cross-fitting.
+        best: The point; the start, if it is no worse on all rows.
         before: Mean loss of all rows at the start.
         after: And at the best point.
-        cross_fitted: Each fold of the rows at the point chosen from the others; the mean loss
-            before, if the start stays.
+        cross_fitted: And of each fold of the rows at the point chosen from the others.
     """
 
-    best: Any
+    best: Point
     before: float
     after: float
     cross_fitted: float
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What a point says about the rows.
+
+    Attributes:
+        losses: From a point to the loss of every row, in nats.
+        probabilities: From a point to probabilities ``(rows, …, classes)``.
+    """
+
+    losses: Callable[[Any], Tensor]
+    probabilities: Callable[[Any], Tensor]
+
+
 def search(
-    losses: Callable[[Any], Tensor],
-    start: Point,
-    candidates: Sequence[Point],
-    widths: Sequence[float],
-    groups: Tensor,
+    predictions: Predictions, start: Point, widths: Sequence[float], groups: Tensor
 ) -> Found:
-    """Return the point with the lowest loss of all rows plus ``½ Σ (deviation / width)²``.
+    """Return the point whose predictions are nearest to the average over what labels leave open.
+
+    Nearest is the smallest mean Kullback–Leibler divergence from the average to the point.
 
     Args:
-        losses: From a point to the loss of every row, in nats.
+        predictions: Of the rows, at a point.
         start: The present values.
-        candidates: A coarse grid.
-        widths: Of the priors around the start.
+        widths: Standard deviations of the priors around the start.
         groups: Which rows belong together, in the same fold: numbers ``(rows,)``.
     """
 
-    def surprise(point: Any) -> float:
-        """Return how unlikely a point is before there are labels, in nats."""
-        deviations = [(a - b) / width for a, b, width in zip(point, start, widths, strict=False)]
-        return 0.5 * sum(deviation**2 for deviation in deviations)
+    def point(z: Any) -> Point:
+        return tuple(
+            value + width * float(each) for value, width, each in zip(start, widths, z, strict=True)
+        )
 
-    def mean_loss(point: Any, rows: Tensor) -> float:
-        return losses(point).double()[rows].mean().item()
+    def losses(z: Any) -> Tensor:
+        return predictions.losses(point(z)).double().nan_to_num(WORST, WORST).clamp(max=WORST)
 
-    def objective(point: Any, rows: Tensor) -> float:
-        value = mean_loss(point, rows) + surprise(point) / int(rows.sum())
-        return value if math.isfinite(value) else 1e30
-
-    points = [start, *candidates]
-    table = torch.stack([losses(point).double() for point in points])
-    table = table.nan_to_num(torch.inf, torch.inf)
-    surprises = table.new_tensor([surprise(point) for point in points])
-
-    def lowest(rows: Tensor, valleys: int = 1) -> Any:
-        """Return the best point for some rows; the start, if nothing beats it."""
-        totals = table[:, rows].sum(1) + surprises
-        order = totals.argsort(stable=True)[:valleys].tolist()
-        found = [
-            minimize(objective, points[i], (rows,), method="Nelder-Mead", options=OPTIONS).x
-            for i in order
-        ]
-        return min([start, *found], key=lambda point: objective(point, rows))
-
-    everything = torch.ones(len(groups), dtype=torch.bool, device=groups.device)
-    best = lowest(everything, VALLEYS)
     number = groups.unique(return_inverse=True)[1]
     folds = number % min(FOLDS, int(number.max()) + 1)
-    alone = int(folds.max()) == 0
-    held_out = sum(
-        float(losses(best if alone else lowest(folds != fold)).double()[folds == fold].sum())
-        for fold in folds.unique()
-    )
-    before, cross_fitted = mean_loss(start, everything), held_out / len(folds)
-    if not cross_fitted < before:
+    held_out = [folds == fold for fold in folds.unique()]
+    everything = torch.ones_like(folds, dtype=torch.bool)
+    # A single group has no others: it is scored at the point that it chose.
+    kept = torch.stack([everything, *(~out for out in held_out if not bool(out.all()))])
+    z, weights = _posterior_samples(losses, len(start), kept)
+    average = _averages(lambda z: predictions.probabilities(point(z)), z, weights)
+
+    def nearest(rows: Tensor, probabilities: Tensor, *starts: Any) -> Any:
+        def divergence(z: Any) -> float:
+            log_p = predictions.probabilities(point(z)).double().clamp_min(1e-300).log()
+            value = -float((probabilities * log_p)[rows].sum()) / int(rows.sum())
+            return value if math.isfinite(value) else WORST
+
+        found = [minimize(divergence, each, method="Nelder-Mead", options=FINE) for each in starts]
+        return min(found, key=lambda each: each.fun).x
+
+    middles = (weights @ z).tolist()
+    heaviest = z[int(weights[0].argmax())].tolist()
+    best = nearest(everything, average[0], middles[0], heaviest)
+    total = 0.0
+    for i, out in enumerate(held_out, start=1):
+        at = best if len(kept) == 1 else nearest(kept[i], average[i], best)
+        total += float(losses(at)[out].sum())
+    before, after = (float(losses(z).mean()) for z in ([0.0] * len(start), best))
+    if not after < before:
         return Found(start, before, before, before)
-    return Found(best, before, mean_loss(best, everything), cross_fitted)
+    return Found(point(best), before, after, total / len(folds))
 
 
-def search_with_temperature(
-    losses: Callable[[Any], Tensor],
-    start: Point,
-    candidates: Sequence[Point],
-    widths: Sequence[float],
-    groups: Tensor,
-    at_temperature: Callable[[float], Point],
-) -> Found:
-    """Return what `search` finds, or the temperature alone where it is better by cross-fitting.
+def _posterior_samples(
+    losses: Callable[[Any], Tensor], dimensions: int, kept: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return samples of the numbers, in widths of the prior, and their weights.
 
     Args:
-        losses: See `search`.
-        start: See `search`.
-        candidates: See `search`.
-        widths: See `search`.
-        groups: See `search`.
-        at_temperature: From the logarithm of a temperature to the point with next to no width.
+        losses: From such numbers to the loss of every row.
+        dimensions: How many numbers there are.
+        kept: Sets of rows, ``(sets, rows)``; the samples suit the first, which has all others.
+
+    Returns:
+        Samples ``(samples, dimensions)``, and for each set their weights ``(sets, samples)``.
     """
-    found = search(losses, start, candidates, widths, groups)
-    grid = [(temperature,) for temperature in TEMPERATURES]
-    alone = search(
-        lambda point: losses(at_temperature(float(point[0]))), (0.0,), grid, (ALONE,), groups
+    prior = _standard_normal(dimensions)
+    table = torch.stack([losses(z) for z in prior.tolist()])
+    objective = table.sum(1).cpu() + prior.square().sum(1) / 2
+    mode = minimize(
+        lambda z: float(losses(z).sum()) + float((z**2).sum()) / 2,
+        prior[int(objective.argmin())].tolist(),
+        method="Nelder-Mead",
+        options=ROUGH,
+    ).x
+    around = MultivariateNormal(
+        torch.as_tensor(mode), WIDER**2 * _covariance(losses, torch.as_tensor(mode))
     )
-    if not alone.cross_fitted < found.cross_fitted:
-        return found
-    return replace(alone, best=at_temperature(float(alone.best[0])), before=found.before)
+    local = around.loc + _standard_normal(dimensions, seed=1) @ around.scale_tril.T
+    z = torch.cat([prior, local])
+    table = torch.cat([table, torch.stack([losses(each) for each in local.tolist()])]).cpu()
+    density = Normal(0.0, 1.0).log_prob(z).sum(1)
+    proposal = torch.logaddexp(density, around.log_prob(z))  # half of the samples are of each
+    scores = density - proposal - kept.cpu().double() @ table.T
+    return z, scores.softmax(1)
 
 
-def narrow_scale(variance: float) -> float:
-    """Return the logarithm of the covariance scale that leaves next to no width.
+def _covariance(losses: Callable[[Any], Tensor], mode: Tensor) -> Tensor:
+    """Return the covariance of a Gaussian around the mode, from the rows' own gradients."""
+    steps = STEP * torch.eye(len(mode), dtype=mode.dtype)
+    slopes = torch.stack(
+        [
+            (losses((mode + step).tolist()) - losses((mode - step).tolist())) / (2 * STEP)
+            for step in steps
+        ]
+    ).cpu()
+    precision = torch.eye(len(mode), dtype=mode.dtype) + slopes @ slopes.T
+    return torch.cholesky_inverse(torch.linalg.cholesky(precision))
 
-    Args:
-        variance: Mean variance of a contrast at a scale of 1, in squared logits.
-    """
-    return min(math.log(NARROW / variance), LIMIT) if variance > 0 else LIMIT
+
+def _averages(probabilities: Callable[[Any], Tensor], z: Tensor, weights: Tensor) -> list[Tensor]:
+    """Return the average probabilities of the rows under each set of weights."""
+    sums: list[Any] = [0.0] * len(weights)
+    for each, of_sets in zip(z.tolist(), weights.T, strict=True):
+        if float(of_sets.max()) > NEGLIGIBLE:
+            p = probabilities(each).double().nan_to_num(0.0)
+            sums = [total + float(w) * p for total, w in zip(sums, of_sets, strict=True)]
+    return sums
+
+
+def _standard_normal(dimensions: int, seed: int = 0) -> Tensor:
+    """Return scrambled Sobol' points, normally distributed, ``(samples, dimensions)``."""
+    uniform = SobolEngine(dimensions, scramble=True, seed=seed).draw(SAMPLES, dtype=torch.float64)
+    return torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
 
 
 def exponential(value: float) -> float:

@@ -21,11 +21,7 @@ from laplace_lora.structures.settings import Settings
 from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning.calibration import Calibration
 from laplace_lora.tuning.calibration_error import expected_calibration_error
-from laplace_lora.tuning.calibration_search import (
-    exponential,
-    narrow_scale,
-    search_with_temperature,
-)
+from laplace_lora.tuning.calibration_search import Predictions, exponential, search
 
 WIDTHS = (1.0, 0.7)  # of the priors: log scale, log temperature
 AT_ONCE = 2**22  # numbers of the samples' logits that are in memory at once
@@ -98,24 +94,14 @@ def calibrate_by_samples(
             found.append(-averaged(of_labels))
         return torch.cat(found)
 
-    def ece(point: Any) -> float:
+    def probabilities(point: Any) -> Tensor:
         parts = [averaged(log_probabilities(point, part)).exp() for part in labelled.parts()]
-        return expected_calibration_error(torch.cat(parts).flatten(0, -2), labelled.y.flatten())
+        return torch.cat(parts)
 
-    candidates = [
-        (scale * math.log(10), temperature)
-        for scale in (-3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5)
-        for temperature in (-0.7, -0.35, 0.0, 0.35, 0.7)
-    ]
-    narrow = narrow_scale(float(labelled.tangents.square().mean()))
-    found = search_with_temperature(
-        losses,
-        start,
-        candidates,
-        WIDTHS,
-        labelled.groups,
-        lambda temperature: (narrow, temperature),
-    )
+    def ece(point: Any) -> float:
+        return expected_calibration_error(probabilities(point).flatten(0, -2), labelled.y.flatten())
+
+    found = search(Predictions(losses, probabilities), start, WIDTHS, labelled.groups)
     scale, temperature = (exponential(value) for value in found.best)
     chosen = replace(settings, covariance_scale=scale, likelihood_temperature=temperature)
     report = Calibration(

@@ -93,10 +93,10 @@ def test_calibration_finds_the_best_width_and_temperature():
 
 
 def test_calibration_in_parts_is_that_of_all_tokens(monkeypatch):
-    def at_start(losses, start, *others):
-        return Found(start, *[losses(start).mean().item()] * 3)
+    def at_start(predictions, start, *others):
+        return Found(start, *[predictions.losses(start).mean().item()] * 3)
 
-    monkeypatch.setattr(sample_calibration, "search_with_temperature", at_start)
+    monkeypatch.setattr(sample_calibration, "search", at_start)
     reports = []
     for room in (2**9, 2**22):
         monkeypatch.setattr(sample_calibration, "AT_ONCE", room)
