@@ -26,8 +26,8 @@ WIDER = 1.5  # than the mode's own Gaussian is the one that is sampled from
 STEP = 0.1  # of central differences, in widths of the prior
 NEGLIGIBLE = 1e-4  # weight of a sample
 WORST = 1e4  # loss of a row where it is not finite
-ROUGH = {"xatol": 1e-2, "fatol": 1e-2, "maxiter": 200}
-FINE = {"xatol": 1e-3, "fatol": 1e-7, "maxiter": 200}
+ROUGH = {"xatol": 1e-3, "fatol": 1e-5, "maxiter": 200}
+FINE = {"xatol": 1e-4, "fatol": 1e-9, "maxiter": 200}
 
 Point = tuple[float, ...]
 

@@ -12,6 +12,7 @@ from laplace_lora.data.distributed import Together
 from laplace_lora.likelihoods.base import CONTRASTS
 from laplace_lora.likelihoods.classification import LOGITS
 from laplace_lora.likelihoods.language_modeling import IGNORED
+from laplace_lora.likelihoods.question_answering import text_tokens
 from laplace_lora.predictive.linear_samples import LinearSamples
 from laplace_lora.predictive.spans import span_tangents
 from laplace_lora.predictive.token_class_predictions import at_tokens
@@ -21,7 +22,7 @@ from laplace_lora.tuning.calibration import Calibration
 from laplace_lora.tuning.sample_calibration import SampledLabels, calibrate_by_samples, unscaled
 from laplace_lora.tuning.validation_cache import labelled_batches, validation_rows
 
-NEVER = -1e4  # logit of tokens that a shorter batch does not have
+NEVER = -1e4  # logit of padding, and of tokens that a shorter batch does not have
 
 
 def calibrate_tokens(
@@ -65,7 +66,9 @@ def _spans(
     means, slopes, labels = [], [], []
     for x, y in labelled_batches(posterior, loader, team, progress_bar):
         mean, tangents = span_tangents(samples, x)
-        means.append(mean)
+        # What is far below the text's own logits is not at every temperature.
+        padding = ~text_tokens(x).to(mean.device)
+        means.append(mean.masked_fill(padding.unsqueeze(1), NEVER))
         slopes.append(tangents.transpose(0, 1))
         labels.append(y)
     width = max(team.all_of(max((mean.shape[-1] for mean in means), default=0)))
