@@ -250,4 +250,4 @@ class LoraEnsemble(MAP):
 
 def likelihood_name(model: LogitsModel) -> str:
     """Return the likelihood that a model's configuration says."""
-    return LIKELIHOODS[model.problem_type == MULTILABEL_PROBLEM]
+    return "multilabel" if model.problem_type == MULTILABEL_PROBLEM else "classification"

@@ -151,19 +151,20 @@ def softmax_log_probabilities(
     return result.reshape(*shape, size + 1)
 
 
-def normal_points(points: int, dimensions: int) -> Tensor:
+def normal_points(points: int, dimensions: int, seed: int = 0) -> Tensor:
     """Return scrambled Sobol' points of a standard normal, ``(points, dimensions)``, float64.
 
     Args:
         points: Their number, a power of two.
         dimensions: Length of each.
+        seed: Of the scrambling.
     """
-    return _normal_points(points, dimensions).clone()
+    return _normal_points(points, dimensions, seed).clone()
 
 
 @lru_cache(maxsize=16)
-def _normal_points(points: int, dimensions: int) -> Tensor:
-    engine = SobolEngine(dimensions, scramble=True, seed=0)
+def _normal_points(points: int, dimensions: int, seed: int) -> Tensor:
+    engine = SobolEngine(dimensions, scramble=True, seed=seed)
     uniform = engine.draw(points, dtype=torch.float64)
     return cast(Tensor, torch.special.ndtri(uniform.clamp(1e-12, 1 - 1e-12)))
 
@@ -176,7 +177,7 @@ def averaged(samples: Tensor) -> Tensor:
 
 def _averaged(mean: Tensor, covariance: Tensor, points: int) -> Tensor:
     """Average the softmax over points; ``mean`` has shape ``(n, classes − 1)``."""
-    noise = _normal_points(points, mean.shape[-1]).to(mean)
+    noise = _normal_points(points, mean.shape[-1], 0).to(mean)
     root = covariance_root(covariance).to(mean.dtype)
     part = max(1, CHUNK // (points * (mean.shape[-1] + 1)))
     parts = []

@@ -17,7 +17,8 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
-from torch.quasirandom import SobolEngine
+
+from laplace_lora.likelihoods.quadrature import normal_points
 
 LIMIT = 25.0  # of the logarithms that are searched
 FOLDS = 5
@@ -128,7 +129,7 @@ def _posterior_samples(
     Returns:
         Samples ``(samples, dimensions)``, and for each set their weights ``(sets, samples)``.
     """
-    prior = _standard_normal(dimensions)
+    prior = normal_points(SAMPLES, dimensions)
     table = torch.stack([losses(z) for z in prior.tolist()])
     objective = table.sum(1).cpu() + prior.square().sum(1) / 2
     mode = minimize(
@@ -140,7 +141,7 @@ def _posterior_samples(
     around = MultivariateNormal(
         torch.as_tensor(mode), WIDER**2 * _covariance(losses, torch.as_tensor(mode))
     )
-    local = around.loc + _standard_normal(dimensions, seed=1) @ around.scale_tril.T
+    local = around.loc + normal_points(SAMPLES, dimensions, seed=1) @ around.scale_tril.T
     z = torch.cat([prior, local])
     table = torch.cat([table, torch.stack([losses(each) for each in local.tolist()])]).cpu()
     density = Normal(0.0, 1.0).log_prob(z).sum(1)
@@ -170,12 +171,6 @@ def _averages(probabilities: Callable[[Any], Tensor], z: Tensor, weights: Tensor
             p = probabilities(each).double().nan_to_num(0.0)
             sums = [total + float(w) * p for total, w in zip(sums, of_sets, strict=True)]
     return sums
-
-
-def _standard_normal(dimensions: int, seed: int = 0) -> Tensor:
-    """Return scrambled Sobol' points, normally distributed, ``(samples, dimensions)``."""
-    uniform = SobolEngine(dimensions, scramble=True, seed=seed).draw(SAMPLES, dtype=torch.float64)
-    return torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9))
 
 
 def exponential(value: float) -> float:
