@@ -77,7 +77,7 @@ def checkpoint(task: Task, args: argparse.Namespace, seed: int) -> tuple[PeftMod
         folder.mkdir(parents=True, exist_ok=True)
         trained = train(model, task, args)
         model.save_pretrained(folder)
-        record.write_text(json.dumps({**settings, **trained}))
+        record.write_text(json.dumps({**settings, "autocast": args.autocast, **trained}))
     saved = json.loads(record.read_text())
     if any(saved[name] != value for name, value in settings.items()):
         raise SystemExit(f"{folder} was trained with other settings; give another --out")

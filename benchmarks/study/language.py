@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, get_linear_schedule_with_warmup, set_seed
 
 from benchmarks.harness.arguments import RESULTS, plain_parser, prepare
+from benchmarks.harness.half import has_bfloat16
 from benchmarks.harness.report import write_report
 from benchmarks.study.facts import TRAINED, Fact, facts
 from examples import support
@@ -97,7 +98,7 @@ def checkpoint(seed: int, out: Path) -> tuple[PeftModel, Texts]:
         schedule = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
 
         def loss_of(batch: Any) -> torch.Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16("cpu")):
                 return model(**batch).loss
 
         started = time.process_time()

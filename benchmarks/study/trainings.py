@@ -2,7 +2,8 @@
 
 Three seeds each of SmolLM2-135M-Instruct, which answers with a token, and of the quickstart's
 encoder, on 400 rows, or on 1000, with 500 others held out for validation. A long training is one of
-its own, not a short one continued: the learning rate falls over its whole length.
+its own, not a short one continued: the learning rate falls over its whole length. Trainings compute
+under bfloat16 autocast, or in float32 where a processor would only emulate bfloat16.
 
     python -m benchmarks.study.trainings --data DATA --out OUT
 
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.arguments import RESULTS, plain_parser, prepare
+from benchmarks.harness.half import has_bfloat16
 from benchmarks.harness.report import write_report
 from benchmarks.study.checkpoints import add_study_arguments, checkpoint, folder_of
 from benchmarks.study.tasks import Task, add_task_arguments, load_task
@@ -81,7 +83,9 @@ class Training:
         given = [f"--{name}={value}" for name, value in values.items()]
         if self.model == "decoder":
             given.append("--decoder")
-        args = parser.parse_args([*given, "--autocast"])
+        if has_bfloat16(device):
+            given.append("--autocast")
+        args = parser.parse_args(given)
         name = f"{self.model}-{self.task}-{self.length}"
         return replace(load_task(args, self.task), name=name), args
 
