@@ -9,7 +9,7 @@ new data. The posterior's width at each example is added to them, and the prior 
 best leave-one-out likelihood is chosen.
 
 An example that shares an input with others, as preference pairs do a text, is left out together
-with them.
+with them. Where there are too many classes it is told apart from the likeliest alone.
 
 Where the base model's leave-one-out predictions get better when it is fitted more closely, training
 stopped too early: the posterior's mean is moved until it fits the labels as closely as is best.
@@ -27,6 +27,7 @@ from torch import Tensor
 from laplace_lora.adapters.start import zero_at_start
 from laplace_lora.data.distributed import Together, is_sharded
 from laplace_lora.data.subset import Subset
+from laplace_lora.likelihoods.base import OUTPUTS
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.settings import Settings
@@ -34,12 +35,13 @@ from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning.cavity_widths import CavityWidths
 from laplace_lora.tuning.closer_fit import closer_fit
 from laplace_lora.tuning.function_rows import base_rows
+from laplace_lora.tuning.likely_classes import LikelyClasses
 from laplace_lora.tuning.line_search import refined
 from laplace_lora.tuning.linear_model import Mode
+from laplace_lora.tuning.looked_at import columns_looked_at, examples_looked_at, is_enough
 from laplace_lora.tuning.marginal_likelihood import first_precision
 from laplace_lora.tuning.recentring import (
     BYTES,
-    ROWS,
     Recentring,
     check_whole,
     columns_of,
@@ -49,8 +51,6 @@ from laplace_lora.tuning.shared_inputs import SharedInputs, standard_error
 from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
 
 GRID = torch.logspace(-4, 8, 49, dtype=torch.float64)  # prior precisions
-EXAMPLES = 1000  # of a larger training set, at random
-FEWEST = 100
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class LeaveOneOut:
             out together with them.
         too_many: How many of these share texts with so many pairs that the width leaves out their
             own curvature alone, see `CavityWidths`.
+        rivals: How many other classes an example was told apart from, its likeliest; 0 for all.
     """
 
     prior_precision: float
@@ -81,6 +82,7 @@ class LeaveOneOut:
     recentring: Recentring | None = None
     sharing: int = 0
     too_many: int = 0
+    rivals: int = 0
 
     @property
     def is_widthless(self) -> bool:
@@ -97,6 +99,8 @@ class LeaveOneOut:
         )
         some = f", {self.too_many} with too many for the width" if self.too_many else ""
         shared = f" ({self.sharing} share inputs{some})" if self.sharing else ""
+        if self.rivals:
+            shared += f" among their {self.rivals + 1} likeliest classes"
         return (
             f"leave-one-out of {self.examples} examples{shared}: {moved}prior precision "
             f"{self.prior_precision:.3g}, {width}"
@@ -120,10 +124,10 @@ def why_not(posterior: Posterior, loader: Any) -> str | None:
         return objective.jacobian_refusal
     if loader is None:
         return "the training data are not at hand"
-    if _examples(posterior) < min(state.n_data, FEWEST):
-        return f"{state.n_outputs} classes are too many"
-    if _examples(posterior) < state.n_data and is_sharded(loader):
-        return f"processes share more training examples than {_examples(posterior)}"
+    if not is_enough(posterior):
+        return f"{state.n_outputs} labels are too many"
+    if examples_looked_at(posterior) < state.n_data and is_sharded(loader):
+        return f"processes share more training examples than {examples_looked_at(posterior)}"
     try:
         zero_at_start(posterior.source)
     except ValueError as error:
@@ -161,18 +165,22 @@ def tune(
     if posterior.objective.jacobian_refusal is not None:
         raise ValueError(posterior.objective.jacobian_refusal)
     scoring = scoring_of(posterior, QUADRATURE, 0)
-    readout, n_data = scoring.readout, posterior.state.n_data
+    n_data = posterior.state.n_data
     groups = torch.zeros(len(posterior.names), dtype=torch.long)
     scalar = posterior.with_settings(first_precision(posterior))
-    count = _examples(posterior)
+    count, columns = examples_looked_at(posterior), columns_looked_at(posterior)
+    likely = LikelyClasses(columns) if columns < columns_of(posterior) else None
+    readout = scoring.readout if likely is None else likely.readout
     subset = None if count == n_data else Subset(loader, n_data, count, posterior.by_example)
-    numbers = BYTES / (4 * count * columns_of(posterior))
+    numbers = BYTES / (4 * count * columns)
     is_exact = posterior.structure.couples_groups  # its curvature is a sum over examples
     inputs = SharedInputs(posterior.label_key, keep_pairs=is_exact)
     predictor = Predictor(scalar)
     with base_rows(posterior, readout, numbers) as rows:
 
         def watch(x: Any, y: Tensor) -> None:
+            if likely is not None:
+                likely.choose(predictor.unmoved_mean(x, OUTPUTS), y)
             rows.add(x, y)
             inputs.add(x, y)
 
@@ -180,7 +188,8 @@ def tune(
         cache = ValidationCache(predictor, subset or loader, *options)
     seen = len(cache.y) if subset is None else subset.seen
     check_whole(seen, n_data, "leave-one-out")
-    linear, outputs = rows.linear_model(cache.y, team), cache.mean.double()
+    labels = cache.y if likely is None else torch.zeros_like(cache.y)
+    linear, outputs = rows.linear_model(labels, team), cache.mean.double()
     companions = inputs.companions(team)
     nothing = cache.mean.new_zeros(*cache.mean.shape, cache.mean.shape[-1])
 
@@ -188,20 +197,21 @@ def tune(
         return linear.leave_one_out(mode, companions)[0].to(cache.mean)
 
     def narrow(mean: Tensor) -> Tensor:
-        return scoring.nll(mean, nothing, cache.y).double()
+        return scoring.nll(mean, nothing, labels).double()
 
     mode, moved = linear.fitted_like(linear.nll(outputs)), None
     if recentre:
         closer = closer_fit(linear, mode, lambda mode: narrow(without(mode)), companions)
         if closer is not mode:
             nll = posterior.temperature * closer.nll / len(cache.y)
-            moved = recentred(posterior, loader, team, readout, progress_bar, nll)
+            moved = recentred(posterior, loader, team, scoring.readout, progress_bar, nll)
             mode = closer
     mean = without(mode)
     widths = None
     if is_exact:
         root = linear.root(outputs).to(cache.mean)
-        widths = CavityWidths(predictor, readout, root, inputs, companions, team)
+        of_widths = companions if likely is None else {}
+        widths = CavityWidths(predictor, readout, root, inputs, of_widths, team)
 
     def losses(log_precision: float) -> Tensor:
         delta = math.exp(log_precision)
@@ -209,7 +219,7 @@ def tune(
         covariance = cache.covariance(cache.mean.new_tensor([factor]))
         if widths is not None:
             covariance = widths.without(covariance, delta)
-        return scoring.nll(mean, covariance, cache.y).double()
+        return scoring.nll(mean, covariance, labels).double()
 
     def mean_loss(log_precision: float) -> float:
         return float(losses(log_precision).mean())
@@ -227,6 +237,7 @@ def tune(
         None if moved is None else moved[1],
         len(companions),
         0 if widths is None else widths.too_many,
+        0 if likely is None else columns,
     )
     settings = replace(
         posterior.settings,
@@ -234,10 +245,3 @@ def tune(
         shift=None if moved is None else moved[0],
     )
     return settings, report
-
-
-def _examples(posterior: Posterior) -> int:
-    """Return how many training examples are looked at."""
-    affordable = ROWS // columns_of(posterior)
-    n = posterior.state.n_data
-    return n if n <= affordable else min(EXAMPLES, affordable)
