@@ -62,7 +62,10 @@ def calls_twice(layer: nn.Module | None) -> bool:
     PEFT's DoRA first sends an identity matrix through ``lora_A`` and ``lora_B``, without gradient,
     to compute the norm of their product.
     """
-    return any(getattr(layer, "use_dora", {}).values())
+    if not isinstance(layer, BaseTunerLayer):
+        return False
+    by_adapter = getattr(layer, "use_dora", {})
+    return any(by_adapter.get(name, False) for name in layer.active_adapters)
 
 
 def adapter_parameters(model: nn.Module) -> dict[int, bool]:

@@ -19,6 +19,20 @@ def test_jacobians_sum_over_the_calls(kind):
     assert_near(list(blocks), explicit_jacobians(model, batch))
 
 
+@pytest.mark.parametrize("active,idle", [("lora", "dora"), ("dora", "lora")])
+def test_an_idle_adapter_does_not_say_how_often_a_layer_runs(active, idle):
+    """DoRA calls its maps once more; which calls count is the active adapter's affair."""
+    expected, batch = albert(active, layers=2), token_batch((4, 2, 5))
+    model = albert(active, layers=2)
+    model.model.add_adapter("idle", ALBERT_ADAPTERS[idle])
+    model.double().eval()
+    kron = [
+        LoraGGN(m, "classification").kron(batch, batch["labels"], N=3)[1] for m in (expected, model)
+    ]
+    for ours, theirs in zip(*(k.kfacs for k in kron), strict=True):
+        assert_near(list(ours), list(theirs))
+
+
 def test_expand_counts_the_tokens_of_all_calls():
     model, batch = albert(), token_batch(LENGTHS)
     backend = LoraGGN(model, "classification")

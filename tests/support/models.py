@@ -212,10 +212,10 @@ def resnet():
     return excite(get_peft_model(base, lora)).double()
 
 
-def albert(kind="lora"):
+def albert(kind="lora", layers=3):
     torch.manual_seed(0)
     base = AlbertForSequenceClassification(
-        bert_config(AlbertConfig, embedding_size=8, num_hidden_layers=3, num_labels=3)
+        bert_config(AlbertConfig, embedding_size=8, num_hidden_layers=layers, num_labels=3)
     )
     base.set_attn_implementation("eager")
     model = excite(get_peft_model(base, ALBERT_ADAPTERS[kind])).double()
