@@ -52,6 +52,8 @@ class SavedLaplace(ServedLaplace):
             AttributeError: If the posterior has not been fitted.
             TypeError: If the backend is a class of your own, which a file cannot name.
             ValueError: If ``precision`` is neither.
+            RuntimeError: If the adapter is merged, disabled or not active, so that no model would
+                be recognised as the one that was fitted.
         """
         posterior, backend = self.fitted, self._backend_cls.__name__
         if BACKENDS.get(backend) is not self._backend_cls:

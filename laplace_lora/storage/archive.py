@@ -17,11 +17,13 @@ from safetensors.torch import load
 from torch import Tensor
 
 from laplace_lora.adapters.buffers import buffer_values
+from laplace_lora.adapters.in_use import check_runs
 from laplace_lora.adapters.peft_state import adapter_settings
 from laplace_lora.data.distributed import together
 from laplace_lora.data.sharding import is_sharded_model
 from laplace_lora.data.shares import is_main
 from laplace_lora.linalg.rounded import rounded, widened
+from laplace_lora.models.last_layer_model import LastLayerModel
 from laplace_lora.storage.files import COMPACT, CONFIG, RECENTRED, TENSORS, VERSION, write_files
 from laplace_lora.storage.fingerprint import check_identity, identity, trained_tensors
 from laplace_lora.storage.rounding import (
@@ -57,9 +59,11 @@ def save_posterior(
 
     Raises:
         ValueError: If ``precision`` is none of them.
+        RuntimeError: If the adapter does not run in the model as it is, see `check_runs`.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+    _check_runs(posterior)
     exact = precision == EXACT
     state, settings = posterior.state, posterior.settings
     tensors, description = posterior.structure.pack(state.curvature, exact)
@@ -98,6 +102,15 @@ def save_posterior(
     with together(everyone=is_sharded_model(posterior.source)) as team:
         if not team.shared or is_main():
             write_files(folder, plain, config)
+
+
+def _check_runs(posterior: Posterior) -> None:
+    """Refuse a model in another state than at the fit: by its identity no model would be found."""
+    model: Any = posterior.model
+    if isinstance(model, LastLayerModel):
+        model.check_adapter()
+    else:
+        check_runs(posterior.source, posterior.engine.parameters)
 
 
 def load_state(posterior: Posterior, payload: bytes, config: Mapping[str, Any]) -> PosteriorState:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from laplace_lora import KronLoraLaplace
+from laplace_lora import KronLoraLaplace, KronLoraLLLaplace
 from laplace_lora.adapters.peft_state import adapter_settings
 from laplace_lora.adapters.plain_names import plain_names
 from laplace_lora.storage.fingerprint import identity
@@ -124,3 +124,20 @@ def test_an_interrupted_fit_goes_on_with_and_without_an_idle_adapter(at_first, t
     straight = posterior("llama-lm", alone("llama-lm"), fit=False)
     straight.fit(loader(2))
     assert torch.equal(second(BATCH), straight(BATCH))
+
+
+@pytest.mark.parametrize("kind", [KronLoraLaplace, KronLoraLLLaplace])
+def test_nothing_is_saved_while_the_adapter_does_not_run(kind, tmp_path):
+    """The file would describe the adapter that runs, and load onto no model."""
+    model = beside(alone("llama-lm"), {"target_modules": ["k_proj"]})
+    la = kind(model, "classification", target_ids=TARGETS)
+    la.fit(loader())
+    model.set_adapter("idle")
+    with pytest.raises(RuntimeError, match="not active"):
+        la.save_pretrained(tmp_path)
+    model.set_adapter("default")
+    with model.disable_adapter(), pytest.raises(RuntimeError, match="are disabled"):
+        la.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+    la.save_pretrained(tmp_path, precision="exact")
+    assert torch.equal(kind.from_pretrained(model, tmp_path)(BATCH), la(BATCH))
