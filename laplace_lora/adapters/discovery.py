@@ -16,6 +16,7 @@ from laplace_lora.adapters.maps import Block, ConvMap, LinearMap
 from laplace_lora.adapters.peft_maps import EmbeddingMap, TripletMap
 from laplace_lora.adapters.peft_state import adalora_layers, check_adapters
 from laplace_lora.adapters.selection import listed
+from laplace_lora.adapters.shared_memory import check_own_memory
 
 UNCOVERED = ("error", "diag")
 
@@ -105,13 +106,15 @@ def trainable_maps(
 
     Raises:
         ValueError: If nothing is trainable, ``uncovered`` is unknown, or it is ``"error"`` and a
-            trainable tensor belongs to no linear map or to several.
+            trainable tensor belongs to no linear map or to several; or if one lies in the memory of
+            another tensor.
         RuntimeError: If an adapter is merged or disabled, or several are active, or a trainable
             tensor is offloaded.
     """
     if uncovered not in UNCOVERED:
         raise ValueError(f"uncovered must be one of {UNCOVERED}, got {uncovered!r}")
     check_adapters(model)
+    check_own_memory(model)
     maps = [*linear_maps(model), *triplet_maps(model), *embedding_maps(model)]
     if uncovered == "diag":
         maps += elementwise_maps(model)
