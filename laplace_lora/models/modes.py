@@ -8,9 +8,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 import torch
+from peft.tuners.lora import dora
 from torch import Tensor, nn
 
 from laplace_lora.data.sharding import write_values
@@ -90,6 +92,14 @@ def _recompile(module: Any) -> None:
         module._compiled_call_impl = compiled
 
 
+def _stop_caching(module: Any) -> None:
+    module.ENABLE_DORA_CACHING = False
+
+
+def _cache_again(module: Any) -> None:
+    module.ENABLE_DORA_CACHING = True
+
+
 def _is_wrapper(module: nn.Module) -> bool:
     """Return whether a module is what ``torch.compile`` returns."""
     return type(module).__name__ == "OptimizedModule"
@@ -98,6 +108,7 @@ def _is_wrapper(module: nn.Module) -> bool:
 _EAGER = Holders[nn.Module](_decompile, _recompile)
 _EVALUATING = Holders[nn.Module](_set_evaluation, _set_training)
 _DIFFERENTIABLE = Holders[nn.Module](_set_training, _set_evaluation)
+_UNCACHED = Holders[ModuleType](_stop_caching, _cache_again)
 _THAWED = Holders[nn.Parameter](_thaw, _freeze)
 
 
@@ -128,7 +139,24 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     threads' forward passes run in it, too.
     """
     modules = [module for module in model.modules() if not _is_four_bit(module)]
-    with _EVALUATING.hold(modules, lambda module: module.training), differentiable(model):
+    with (
+        _EVALUATING.hold(modules, lambda module: module.training),
+        differentiable(model),
+        _norms_anew(modules),
+    ):
+        yield
+
+
+@contextmanager
+def _norms_anew(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let DoRA compute its norms in each pass, temporarily, where `peft.helpers.DoraCaching` is on.
+
+    In evaluation mode it keeps those of the first pass otherwise, whatever becomes of the weights.
+    """
+    for layer in modules:
+        if isinstance(layer, dora.DoraLinearLayer):
+            layer._cache_clear()  # parts of a graph, which cannot be copied
+    with _UNCACHED.hold([dora], lambda module: module.ENABLE_DORA_CACHING):
         yield
 
 

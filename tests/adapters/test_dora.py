@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft.helpers import DoraCaching
 
 from laplace_lora import KronLoraLaplace, LogitsModel, LoraGGN
 from laplace_lora.likelihoods.roots import softmax_root
@@ -38,3 +39,23 @@ def test_magnitudes_are_refused_by_name_until_frozen():
     la.fit(loader())
     la.optimize_prior_precision()
     assert_near(la(token_batch((3, 2))).sum(-1), torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "options", [{"pred_type": "nn", "link_approx": "mc"}, {"method": "sampled"}]
+)
+def test_samples_have_norms_of_their_own_where_peft_keeps_norms(options):
+    """In `DoraCaching` PEFT takes the norms of the first pass, whatever the weights are since."""
+    la, batch = KronLoraLaplace(dora(), "classification"), token_batch((4, 2, 5))
+    la.fit(loader())
+
+    def sampled():
+        return la(batch, n_samples=8, generator=torch.Generator().manual_seed(0), **options)
+
+    expected = sampled()
+    with DoraCaching():
+        outputs = la.model(batch)  # which fills the caches
+        assert_near(sampled(), expected)
+        assert_near(la.model(batch), outputs)
+        layer = next(m for m in la.model.modules() if hasattr(m, "_dora_cache"))
+        assert layer._dora_cache, "PEFT no longer caches: the test says nothing"
