@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from laplace_lora.adapters.maps import Call, LinearMap
 from laplace_lora.adapters.peft_state import calls_twice
+from laplace_lora.adapters.selection import listed
 from laplace_lora.capture.output_gradients import OutputGradient
 from laplace_lora.capture.padding import Padding
 from laplace_lora.capture.places import Places
@@ -77,7 +78,8 @@ def record(
     if skip_idle:
         maps = recorded = [linear for linear, seen in zip(recorded, calls, strict=True) if seen]
         calls = [seen for seen in calls if seen]
-    _check_output(output, any(calls))
+    whole = [linear.name for linear in maps if linear.module is None]
+    _check_output(output, any(calls), whole)
     rows = Examples(len(output) if examples is None else examples, passes(batch))
     _check_calls(recorded, calls, rows, texts)
     return Tape(maps, padding, calls, output, sources, _rerun(model, batch), rows)
@@ -129,7 +131,7 @@ def _counted_once(linear: LinearMap, calls: list[Call], texts: int) -> list[Call
     return calls[1::2] if twice else calls
 
 
-def _check_output(output: Tensor, any_calls: bool) -> None:
+def _check_output(output: Tensor, any_calls: bool, whole: list[str]) -> None:
     if output.ndim != 2:
         raise ValueError(
             f"the model returned shape {tuple(output.shape)}, expected (batch, outputs); give "
@@ -139,6 +141,12 @@ def _check_output(output: Tensor, any_calls: bool) -> None:
         raise RuntimeError(
             "the outputs carry no gradient; the model must not run under torch.no_grad or "
             "torch.inference_mode, nor detach them"
+        )
+    if whole and not output.requires_grad:
+        raise RuntimeError(
+            f"the outputs depend on none of the trainable tensors ({listed(whole)}): their layers "
+            "do not run, as those of LoRA on nn.MultiheadAttention's `out_proj` alone, or their "
+            "outputs are detached. Adapt other layers (there: the attention itself)"
         )
 
 

@@ -43,7 +43,8 @@ def whole_gradients(tape: Tape, columns: Tensor) -> Iterator[tuple[int, Tensor]]
                 "do not mix examples"
             )
         gradients: list[list[Tensor]] = [[] for _ in parameters]
-        for column in range(len(columns)):
+        # Of an example that takes another way through the model, an expert's weights say nothing.
+        for column in range(len(columns)) if alone.requires_grad else ():
             grads = torch.autograd.grad(
                 alone,
                 parameters,
@@ -53,5 +54,6 @@ def whole_gradients(tape: Tape, columns: Tensor) -> Iterator[tuple[int, Tensor]]
             )
             for stored, p, grad in zip(gradients, parameters, grads, strict=True):
                 stored.append(torch.zeros_like(p) if grad is None else grad)
-        for i, stored in enumerate(gradients):
-            yield first + i, torch.stack(stored).reshape(len(columns), -1)
+        for i, (stored, p) in enumerate(zip(gradients, parameters, strict=True)):
+            found = torch.stack(stored) if stored else p.new_zeros(len(columns), *p.shape)
+            yield first + i, found.reshape(len(columns), -1)
