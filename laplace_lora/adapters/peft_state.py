@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.lora.variants import ALoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -66,6 +67,22 @@ def calls_twice(layer: nn.Module | None) -> bool:
         return False
     by_adapter = getattr(layer, "use_dora", {})
     return any(by_adapter.get(name, False) for name in layer.active_adapters)
+
+
+def starts_at_tokens(model: nn.Module) -> bool:
+    """Return whether an active adapter runs from certain tokens of a text on: Activated LoRA.
+
+    PEFT looks for them among the tokens of a call, and leaves the adapter out if there are none.
+
+    Args:
+        model: Any module.
+    """
+    return any(
+        isinstance(getattr(layer, "lora_variant", {}).get(adapter), ALoraLinearVariant)
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+        for adapter in layer.active_adapters
+    )
 
 
 def adapter_parameters(model: nn.Module) -> dict[int, bool]:

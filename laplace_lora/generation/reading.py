@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.adapters.peft_state import starts_at_tokens
 from laplace_lora.models.autocast import as_called
 from laplace_lora.models.forward_mode import ForwardMode
 from laplace_lora.models.logits_model import wide
@@ -40,8 +41,9 @@ class Reading:
         forward: Its twin, which carries the directions.
         inputs: The first tokens: ``input_ids``, and whatever else the model takes.
         cached: Whether keys and values are kept. They are not if the model's cache is no plain
-            attention cache, or the model puts tokens of its own before those it is given, as
-            prompt tuning does; then every reading goes over the whole text again.
+            attention cache, the model puts tokens of its own before those it is given, as prompt
+            tuning does, or its adapter must see the whole text, as Activated LoRA; then every
+            reading goes over the whole text again.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class Reading:
         )
         self._cache: TangentCache | None = None
         self._before, is_plain = self._tried(ids)
-        self._cached = cached and is_plain
+        self._cached = cached and is_plain and not starts_at_tokens(forward.model)
 
     def logits(self, columns: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Read the waiting tokens.
