@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.cartridge import CartridgeEncoder
 from peft.tuners.lora.variants import ALoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -35,6 +36,10 @@ def activate_adapter(model: nn.Module) -> None:
     if len(adapters) != 1:
         return  # `trainable_maps` refuses several adapters with an explanation
     model.set_adapter(adapters[0])
+    # PEFT leaves a cartridge frozen that was loaded, and loads none as trainable.
+    encoders = getattr(model, "prompt_encoder", ())
+    if adapters[0] in encoders and isinstance(encoders[adapters[0]], CartridgeEncoder):
+        encoders[adapters[0]].trainable_embedding.requires_grad_(True)
     freeze_untrainable(model)
     count = sum(p.requires_grad for p in model.parameters())
     logger.info("made the %d tensors of adapter %r trainable", count, adapters[0])

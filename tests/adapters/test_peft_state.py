@@ -1,10 +1,12 @@
-"""Merged, disabled and several active adapters are refused."""
+"""Merged, disabled and several active adapters are refused, loaded ones are made trainable."""
 
 import pytest
+import torch
+from peft import CartridgeConfig, PeftModel, get_peft_model
 
-from laplace_lora import KronLoraLaplace, KronLoraLLLaplace
+from laplace_lora import DiagLoraLaplace, KronLoraLaplace, KronLoraLLLaplace
 from support.batches import loader, token_batch
-from support.models import TARGETS, adapter_config, peft_model
+from support.models import TARGETS, adapter_config, base_model, excite, peft_model
 
 BATCH = token_batch((4, 2), seed=9)
 
@@ -44,3 +46,18 @@ def test_two_active_adapters_are_refused():
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(RuntimeError, match="active together"):
         KronLoraLaplace(model, "classification", target_ids=TARGETS)
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values:FutureWarning")  # PEFT's own way
+def test_a_cartridge_that_was_loaded_is_covered(tmp_path):
+    """PEFT freezes it, and refuses to load it as trainable."""
+    config = CartridgeConfig(num_virtual_tokens=4, num_frozen_tokens=1, task_type="CAUSAL_LM")
+    model = excite(get_peft_model(base_model("llama-lm").double(), config))
+    model.save_pretrained(tmp_path)
+    la = DiagLoraLaplace(model, "classification", target_ids=TARGETS, uncovered="diag")
+    la.fit(loader())
+    la.save_pretrained(tmp_path, precision="exact")
+    loaded = PeftModel.from_pretrained(base_model("llama-lm").double(), tmp_path)
+    again = DiagLoraLaplace.from_pretrained(loaded, tmp_path)
+    assert torch.equal(again(BATCH), la(BATCH))
+    assert not loaded.prompt_encoder["default"].frozen_embedding.requires_grad
