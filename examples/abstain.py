@@ -20,6 +20,7 @@ changes the MAP's order.
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import support
@@ -67,7 +68,7 @@ def answered(report: CalibrationReport, threshold: float) -> dict[str, float]:
     return {
         "coverage": n / len(chosen),
         "risk": risk,
-        "error": (risk * (1 - risk) / n) ** 0.5 if n else float("nan"),
+        "error": (risk * (1 - risk) / n) ** 0.5 if n > 1 else float("nan"),
         "confidence": confidence[chosen].mean().item() if n else float("nan"),
     }
 
@@ -121,7 +122,9 @@ def main() -> None:
         result = answered(tests[-1], threshold)
         row = {"answered": name, "threshold": f"{threshold:.4f}"}
         row["coverage"] = f"{result['coverage']:.1%}"
-        row["risk on test"] = f"{result['risk']:.3f} ± {result['error']:.3f}"
+        row["risk on test"] = f"{result['risk']:.3f}"
+        if not math.isnan(result["error"]):
+            row["risk on test"] += f" ± {result['error']:.3f}"
         row["confidence"] = f"{result['confidence']:.3f}"
         rows.append(row | {"accuracy": f"{1 - result['risk']:.3f}"})
     print(support.table(rows))

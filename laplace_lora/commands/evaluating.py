@@ -16,6 +16,7 @@ from laplace_lora.commands.opened import Opened, open_posterior
 from laplace_lora.commands.output import as_json, check_writable
 from laplace_lora.commands.planning import WITH_CLASSES
 from laplace_lora.commands.rows import STANDARD, Row, read_rows
+from laplace_lora.display.tables import with_error
 from laplace_lora.evaluation import MAP, CalibrationReport, plot_reports
 from laplace_lora.evaluation import evaluate as scores_of
 from laplace_lora.storage.files import write_whole
@@ -113,7 +114,7 @@ def _table(reports: list[CalibrationReport], title: str) -> Table:
         table.add_column(report.name, justify="right")
     for metric in dict.fromkeys(m for report in reports for m in report.values):
         cells = [
-            f"{r.values[metric]:.3f} ± {r.errors[metric]:.3f}" if metric in r.values else "-"
+            with_error(r.values[metric], r.errors[metric]) if metric in r.values else "-"
             for r in reports
         ]
         table.add_row(metric, *cells)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -36,6 +37,16 @@ def short(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, float):
         return str(value)
     return f"{value:.0f}" if LONG <= abs(value) < ENDLESS else f"{value:.4g}"
+
+
+def with_error(value: float, error: float) -> str:
+    """Return a figure with its standard error; without one where none is known.
+
+    Args:
+        value: The figure.
+        error: Not a number if there is no standard error, as that of a single example.
+    """
+    return f"{value:.3f}" if isnan(error) else f"{value:.3f} ± {error:.3f}"
 
 
 def span(values: Tensor, digits: int) -> str:

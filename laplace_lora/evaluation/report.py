@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from laplace_lora.display.tables import data_frame, html_table
+from laplace_lora.display.tables import data_frame, html_table, with_error
 from laplace_lora.display.terminal import terminal_table
 from laplace_lora.evaluation.conformal import LABEL_COVERAGE, SET_SIZE
 from laplace_lora.evaluation.label_metrics import average_precisions, calibration_errors
@@ -57,7 +57,8 @@ class CalibrationReport:
             is missing.
         values: Every metric by name: NLL in nats per example or known label, the others are
             fractions. NaN of independent labels where none is known, as in a group.
-        errors: Their standard errors, by bootstrap over the examples.
+        errors: Their standard errors, by bootstrap over the examples; NaN where a single one
+            counts, of which there is none.
         uncertainty: Predictive entropy of each example in nats, ``(examples,)``; of independent
             labels summed over them.
         mutual_information: Its epistemic part, where the method provides it; of independent labels
@@ -109,7 +110,7 @@ class CalibrationReport:
     def __str__(self) -> str:
         """Return one line: the main metrics with standard errors."""
         shown = [m for m in (*SHOWN, "OOD AUROC") if m in self.values]
-        cells = [f"{m} {self.values[m]:.3f} ± {self.errors[m]:.3f}" for m in shown]
+        cells = [f"{m} {with_error(self.values[m], self.errors[m])}" for m in shown]
         return f"{self.name}: " + ", ".join(cells)
 
     def _repr_html_(self) -> str:
@@ -194,9 +195,10 @@ def _cell(report: CalibrationReport, reports: Sequence[CalibrationReport], metri
     text = f"{report.values[metric]:.3f}"
     if math.isnan(report.values[metric]):
         return text
+    bold = text
     all_values = [other.values.get(metric, math.nan) for other in reports]
     known = [value for value in all_values if not math.isnan(value)]
     best = max(known) if metric.startswith(HIGHER) else min(known)
     if len(reports) > 1 and text == f"{best:.3f}" and metric not in AS_ASKED:
-        text = f"**{text}**"
-    return f"{text} ± {report.errors[metric]:.3f}"
+        bold = f"**{text}**"
+    return with_error(report.values[metric], report.errors[metric]).replace(text, bold, 1)

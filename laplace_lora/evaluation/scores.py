@@ -11,11 +11,12 @@ from laplace_lora.evaluation.conformal import set_metrics
 from laplace_lora.evaluation.label_metrics import LABEL_METRICS, label_entropy
 from laplace_lora.evaluation.metrics import METRICS, entropy, ood_auroc, ood_fpr95
 from laplace_lora.evaluation.risk_control import ANSWERED, ERROR_RATE, answering_metrics
-from laplace_lora.evaluation.token_rows import resamples
+from laplace_lora.evaluation.token_rows import count_drawn, resamples
 from laplace_lora.likelihoods.multilabel import MISSING, known_labels
 
 Rows = Mapping[str, Tensor]
 SETS = "sets"  # column with the classes of conformal sets
+DETECTION = "OOD"  # how the names begin of metrics that tell out-of-distribution examples
 
 
 def checked_labels(p: Tensor, y: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def predictive_entropy(p: Tensor, y: Tensor) -> Tensor:
 def values_and_errors(
     rows: Rows, outside: Rows | None, bootstrap: int, seed: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return every metric, and its standard error by bootstrap.
+    """Return every metric, and its standard error by bootstrap, NaN where there is none.
 
     Args:
         rows: Columns ``p``, ``labels``, and where there are any ``information``, `SETS` and
@@ -72,8 +73,26 @@ def values_and_errors(
         pairs = list(resampled(rows)), list(resampled(outside))
         for draw, i, j in zip(draws, *pairs, strict=True):
             draw |= _detection({kind: (a[i], b[j]) for kind, (a, b) in scores.items()})
-    errors = {m: _spread(torch.tensor([draw[m] for draw in draws])) for m in values}
+    single = _of_single_examples(values, rows, outside)
+    errors = {
+        m: torch.nan if m in single else _spread(torch.tensor([draw[m] for draw in draws]))
+        for m in values
+    }
     return values, errors
+
+
+def _of_single_examples(values: Mapping[str, float], rows: Rows, outside: Rows | None) -> set[str]:
+    """Return the metrics that come from one example or text alone, all of whose resamples agree."""
+    y, found = rows["labels"], set()
+    detection = {metric for metric in values if metric.startswith(DETECTION)}
+    known = rows if y.ndim == 1 else {"p": rows["p"][(y != MISSING).any(1)]}
+    if count_drawn(known) < 2:
+        found |= values.keys() - detection
+    if outside is not None and min(count_drawn(rows), count_drawn(outside)) < 2:
+        found |= detection
+    if ANSWERED in rows and int(rows[ANSWERED].sum()) == 1:
+        found.add(ERROR_RATE)
+    return found
 
 
 def _of_rows(rows: Rows, index: Tensor) -> dict[str, float]:
@@ -99,5 +118,5 @@ def _spread(values: Tensor) -> float:
 
 
 def _detection(scores: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    auroc = {f"OOD AUROC{kind}": ood_auroc(*pair) for kind, pair in scores.items()}
-    return auroc | {f"OOD FPR95{kind}": ood_fpr95(*pair) for kind, pair in scores.items()}
+    auroc = {f"{DETECTION} AUROC{kind}": ood_auroc(*pair) for kind, pair in scores.items()}
+    return auroc | {f"{DETECTION} FPR95{kind}": ood_fpr95(*pair) for kind, pair in scores.items()}

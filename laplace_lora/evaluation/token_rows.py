@@ -63,6 +63,11 @@ def by_token(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**flat, TEXT: counted.nonzero(as_tuple=True)[0]}
 
 
+def count_drawn(rows: Mapping[str, Tensor]) -> int:
+    """Return how many examples or whole texts `resamples` draws."""
+    return len(rows[TEXT].unique()) if TEXT in rows else len(rows["p"])
+
+
 def resamples(
     rows: Mapping[str, Tensor], count: int, generator: torch.Generator
 ) -> Iterator[Tensor]:

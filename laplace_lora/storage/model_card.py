@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from laplace_lora.display.tables import with_error
+
 CARD = "README.md"
 PICTURE = "laplace_calibration.png"
 BEGIN, END = "<!-- laplace_lora: begin -->", "<!-- laplace_lora: end -->"
@@ -113,7 +115,7 @@ def draw(report: Report, folder: Path) -> str | None:
 def _cell(report: Report, metric: str) -> str:
     if metric not in report.values:
         return "-"
-    return f"{report.values[metric]:.3f} ± {report.errors[metric]:.3f}"
+    return with_error(report.values[metric], report.errors[metric])
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -61,7 +61,7 @@ class LeaveOneOut:
         prior_precision: The choice.
         nll_map: Mean leave-one-out NLL without any width, in nats.
         nll: The same with the posterior's width.
-        standard_error: Of the difference of the two.
+        standard_error: Of the difference of the two; NaN of a single example, which has none.
         base_precision: Prior precision at which the linearised base model fits the training
             labels as closely as the posterior's mean.
         examples: Training examples that it looked at.
@@ -91,11 +91,13 @@ class LeaveOneOut:
 
     def __str__(self) -> str:
         moved = "" if self.recentring is None else f"{self.recentring}; "
+        known = not math.isnan(self.standard_error)
+        spread = f" (difference ± {self.standard_error:.3f})" if known else ""
         width = (
             "no width helps (predictions are those of the mean alone)"
             if self.is_widthless
             else f"NLL of the base model's linearisation {self.nll_map:.3f} -> {self.nll:.3f} with "
-            f"the posterior's width (difference ± {self.standard_error:.3f})"
+            f"the posterior's width{spread}"
         )
         some = f", {self.too_many} with too many for the width" if self.too_many else ""
         shared = f" ({self.sharing} share inputs{some})" if self.sharing else ""

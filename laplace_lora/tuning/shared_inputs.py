@@ -95,13 +95,15 @@ class SharedInputs:
 def standard_error(values: Tensor, companions: Mapping[int, Sequence[int]] | None = None) -> float:
     """Return the standard error of a mean, in which companions are no independent examples.
 
+    Not a number of a single example, which does not say how far others would differ.
+
     Args:
         values: One of each example, ``(examples,)``.
         companions: See `SharedInputs.companions`.
     """
     n = len(values)
     if n < 2:
-        return 0.0
+        return math.nan
     deviations = values - values.mean()
     related = deviations.clone()
     for owner, members in (companions or {}).items():

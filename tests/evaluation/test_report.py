@@ -1,10 +1,14 @@
 """Reports, tables and plots."""
 
+import math
+
 import pytest
 import torch
 
 from laplace_lora.evaluation import MAP, compare, evaluate, plot_reports
 from laplace_lora.evaluation.metrics import nll
+from laplace_lora.evaluation.risk_control import ANSWERED, ERROR_RATE
+from laplace_lora.evaluation.scores import values_and_errors
 from laplace_lora.predictive.predictions import Predictions
 from support.preferences import pair_loader, reward_posterior
 
@@ -74,6 +78,30 @@ def test_bootstrap_errors_are_those_of_a_mean():
     share = report["accuracy"]
     assert report.errors["accuracy"] == pytest.approx((share * (1 - share) / 400) ** 0.5, rel=0.1)
     assert evaluate(given, batches(p, y, 50), seed=1).errors != report.errors
+
+
+def test_a_single_example_has_no_standard_error():
+    one = evaluate(given, batches(P[1:2], Y[1:2]), name="one")
+    assert one["accuracy"] == 0 and all(map(math.isnan, one.errors.values()))
+    assert "accuracy 0.000, NLL 1.609" in str(one) and "±" not in str(one)
+    line = " ".join(compare([one, evaluate(given, batches())]).splitlines()[2].split())
+    assert line.startswith("| one | 0.000 | 1.609 |") and "±" not in line
+    groups = evaluate(given, batches(), groups=list("abbbb")).by_group
+    assert math.isnan(groups["a"].errors["NLL"]) and groups["b"].errors["NLL"] > 0
+
+
+def test_what_one_example_alone_contributes_to_has_no_standard_error():
+    away = evaluate(given, batches(), ood_loader=[{"p": P[:1]}])
+    assert math.isnan(away.errors["OOD AUROC"]) and away.errors["NLL"] > 0
+    known = torch.full((5, 2), torch.nan)
+    known[2] = torch.tensor([0.0, 1.0])
+    assert math.isnan(evaluate(given, batches(y=known)).errors["NLL"])
+    text = [{"p": P.unsqueeze(0), "labels": Y.unsqueeze(0)}]  # tokens of one text
+    assert math.isnan(evaluate(given, text).errors["NLL"])
+    assert evaluate(given, text * 2).errors["NLL"] < 1e-6  # which do agree
+    rows = {"p": P, "labels": Y, ANSWERED: P[:, 0] > 0.85}
+    errors = values_and_errors(rows, None, 50, 0)[1]
+    assert math.isnan(errors[ERROR_RATE]) and errors[ANSWERED] > 0
 
 
 def test_out_of_distribution_data_are_evaluated_by_entropy_and_mutual_information():

@@ -1,5 +1,7 @@
 """Choosing a confidence threshold for a risk, by hand-computed cases."""
 
+import math
+
 import pytest
 import torch
 
@@ -30,3 +32,4 @@ def test_what_is_answered_above_a_threshold(abstain):
     assert found["error"] == pytest.approx((0.25 * 0.75 / 4) ** 0.5)
     assert found["confidence"] == pytest.approx(0.8625)
     assert abstain.answered(report, 2.0)["coverage"] == 0
+    assert math.isnan(abstain.answered(report, 0.93)["error"])  # of a single answer

@@ -20,6 +20,7 @@ from laplace_lora.predictive.glm import Predictor
 from laplace_lora.tuning.closer_fit import closer_fit
 from laplace_lora.tuning.leave_one_out import GRID, LeaveOneOut
 from laplace_lora.tuning.linear_model import LinearModel, without_own
+from laplace_lora.tuning.shared_inputs import standard_error
 from laplace_lora.tuning.validation_cache import scoring_of
 from support.batches import loader, token_batch
 from support.models import adalora_model, bert_config, peft_model
@@ -360,3 +361,11 @@ def test_it_says_where_no_width_helps():
     assert not wide.is_widthless and "0.500 -> 0.400 with the posterior's width" in str(wide)
     none = LeaveOneOut(float(GRID[-1]), examples=7, **figures)
     assert none.is_widthless and "predictions are those of the mean alone" in str(none)
+
+
+def test_of_a_single_example_it_states_no_standard_error():
+    figures = {"nll_map": 0.5, "nll": 0.4, "base_precision": 1.0}
+    some = LeaveOneOut(3.0, standard_error=0.02, examples=7, **figures)
+    assert "(difference ± 0.020)" in str(some)
+    alone = LeaveOneOut(3.0, standard_error=standard_error(torch.ones(1)), examples=1, **figures)
+    assert "0.500 -> 0.400 with the posterior's width" in str(alone) and "±" not in str(alone)
