@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +103,38 @@ def cell(row: Row, name: str | None, number: int, what: str, option: str) -> Any
         state = "is empty" if name in row else "is missing"
         raise ValueError(f"row {number} has no {what}: its column {name!r} {state}")
     return value
+
+
+def text_cell(row: Row, name: str | None, number: int, what: str, option: str) -> Any:
+    """Return a row's text or messages, see `cell`.
+
+    Raises:
+        ValueError: If there is no such column, or the row has nothing in it, or what is neither.
+    """
+    value = cell(row, name, number, what, option)
+    check_text(value, number, what, name)
+    return value
+
+
+def check_text(value: Any, number: int, what: str, name: str | None) -> None:
+    """Refuse what is neither a text nor a list of messages.
+
+    A number is not taken for its digits: there are several ways of writing it, such as 7 and 007,
+    and the model has read one of them.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if isinstance(value, str):
+        return
+    is_list = isinstance(value, list | tuple) and len(value) > 0
+    if is_list and all(isinstance(message, dict) and "role" in message for message in value):
+        return
+    written = json.dumps(value, default=str)[:60]
+    raise ValueError(
+        f"row {number}: its column {name!r} holds {written} as the {what}, which is neither a text "
+        'nor a list of messages; put a text in quotes, such as {"text": "42"}'
+    )
 
 
 def label_cells(rows: Sequence[Row], name: str | None) -> list[Any]:

@@ -10,7 +10,13 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from laplace_lora.commands.adapter import HEAD, Adapter
-from laplace_lora.commands.columns import CHOSEN, REJECTED, cell, label_cells
+from laplace_lora.commands.columns import (
+    CHOSEN,
+    REJECTED,
+    check_text,
+    label_cells,
+    text_cell,
+)
 from laplace_lora.commands.labels import classes_of
 from laplace_lora.commands.names import applying
 from laplace_lora.commands.plan import Plan
@@ -69,20 +75,22 @@ class Inputs:
     def text(self, row: Row, number: int) -> Example:
         """Return a text, the prompt that an answer follows, or for a reward model both."""
         columns = self.plan.columns
-        content = cell(row, columns.text, number, "text", "--text-field")
+        content = text_cell(row, columns.text, number, "text", "--text-field")
         if self.plan.likelihood == "reward_modeling" and columns.completion is not None:
-            answer = cell(row, columns.completion, number, "completion", "that name")
+            answer = text_cell(row, columns.completion, number, "completion", "that name")
             content = self._after(content, answer, number)
         second = row.get(columns.pair) if columns.pair is not None else None
+        if second is not None:
+            check_text(second, number, "second text", columns.pair)
         return self._cut(content, second, number)
 
     def preference(self, row: Row, number: int) -> Example:
         """Return both texts of a preference pair, each with its prompt if there is one."""
         halves = {}
         for name in (CHOSEN, REJECTED):
-            content = cell(row, name, number, f"{name} text", "that name")
+            content = text_cell(row, name, number, f"{name} text", "that name")
             if self.plan.columns.text is not None:
-                prompt = cell(row, self.plan.columns.text, number, "prompt", "--text-field")
+                prompt = text_cell(row, self.plan.columns.text, number, "prompt", "--text-field")
                 content = self._after(prompt, content, number)
             halves[name] = self._cut(content, None, number)
         return halves
@@ -90,7 +98,7 @@ class Inputs:
     def scored(self, row: Row, number: int) -> Example:
         """Return a whole text, with labels where a language model is scored: after the prompt."""
         columns = self.plan.columns
-        content = cell(row, columns.text, number, "text", "--text-field")
+        content = text_cell(row, columns.text, number, "text", "--text-field")
         if isinstance(content, list):
             prompt, answer = content[:-1], content[-1:]
             if not prompt or answer[0].get("role") != "assistant":
@@ -104,7 +112,7 @@ class Inputs:
             whole = self._tokens(content, None, False)["input_ids"]
             return self._checked(whole, list(whole), number)
         else:
-            answer = cell(row, columns.completion, number, "completion", "--completion-field")
+            answer = text_cell(row, columns.completion, number, "completion", "--completion-field")
             prompt = content
             if self.plan.chat:
                 prompt = [{"role": "user", "content": content}]

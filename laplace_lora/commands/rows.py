@@ -19,6 +19,7 @@ Row = dict[str, Any]
 JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz")
 TABLES = {".csv": ",", ".csv.gz": ",", ".tsv": "\t"}
 STANDARD = "-"
+EXAMPLE = '{"text": "..."}'  # of a line of JSON
 
 
 def read_rows(source: str, split: str | None = None) -> list[Row]:
@@ -89,12 +90,13 @@ def _json_lines(lines: Iterable[str], place: str) -> Iterator[Row]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{place}, line {number}: expected a JSON object, got {line.strip()[:60]} "
-                f"({error.msg})"
+                f"{place}, line {number}: expected a JSON object, such as {EXAMPLE}, got "
+                f"{line.strip()[:60]} ({error.msg})"
             ) from None
         if not isinstance(row, dict):
             raise ValueError(
-                f"{place}, line {number}: expected a JSON object, got {line.strip()[:60]}"
+                f"{place}, line {number}: expected a JSON object, such as {EXAMPLE}, got "
+                f"{line.strip()[:60]}"
             )
         yield row
 

@@ -33,6 +33,21 @@ def test_a_second_text_belongs_to_the_input():
         inputs(chat=True).text(row, 1)
 
 
+@pytest.mark.parametrize("value", [42, 4.2, True, ["the film"], {"role": "user"}])
+def test_what_is_neither_text_nor_messages_is_refused_as_such(value):
+    row = {"text": value, "text_pair": value, "completion": value, "chosen": value}
+    both, plain = inputs("language_modeling", CAUSAL), inputs("reward_modeling", columns=Columns())
+    for call in (
+        lambda: inputs().text(row, 3),
+        lambda: inputs().text({**row, "text": "the film"}, 3),
+        lambda: both.scored(row, 3),
+        lambda: both.scored({**row, "text": "the film"}, 3),
+        lambda: plain.preference({**row, "rejected": "was"}, 3),
+    ):
+        with pytest.raises(ValueError, match=r"row 3: its column .* neither a text nor a list of"):
+            call()
+
+
 def test_a_completion_is_scored_after_its_prompt_and_ends():
     row = {"text": "the film was", "completion": " bad"}
     found = inputs("language_modeling", CAUSAL).scored(row, 1)

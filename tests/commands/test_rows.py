@@ -51,10 +51,11 @@ def test_tables_keep_quoted_commas_and_lines(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("x.jsonl", '{"text": 1}\n{oops\n', "line 2: expected a JSON object, got {oops"),
+        ("x.jsonl", '{"text": 1}\n{oops\n', "line 2: expected a JSON object, .* got {oops"),
         ("x.jsonl", "[1]\n", "line 1: expected a JSON object"),
+        ("x.jsonl", "42\n", 'line 1: expected a JSON object, such as {"text": "..."}, got 42'),
         ("x.jsonl", "\n", "has no rows"),
-        ("x.jsonl", "text,label\n", "line 1: expected a JSON object, got text,label"),
+        ("x.jsonl", "text,label\n", "line 1: expected a JSON object, .* got text,label"),
         ("x.csv", "text,label\na,b,c\n", "line 2: expected 2 columns"),
         ("x.csv", "text,label\na\n", "line 2: expected 2 columns"),
         ("x.csv", 'text,label\n"a\n', "line 1: unexpected end of data"),
