@@ -83,7 +83,8 @@ class PessimisticReward:
         """Return mean rewards and their deviations, ``(completions,)`` each.
 
         Raises:
-            ValueError: If there are not as many prompts as completions.
+            ValueError: If there are not as many prompts as completions, or one of these has no
+                tokens, its prompt's and special ones included.
         """
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts do not fit {len(completions)} completions")
@@ -91,6 +92,7 @@ class PessimisticReward:
         for place, prompt in enumerate(prompts):
             groups.setdefault(repr(prompt), []).append(place)
         texts = [self._text(*pair) for pair in zip(prompts, completions, strict=True)]
+        self._check_tokens(texts, prompts)
         mean = torch.zeros(len(texts), dtype=torch.float64)
         deviation = torch.zeros_like(mean)
         for places in groups.values():
@@ -110,15 +112,26 @@ class PessimisticReward:
                 deviation[part] = variance.flatten().double().sqrt().cpu()
         return mean, deviation
 
-    def _batch(self, texts: list[str], prompt: Text) -> dict[str, Tensor]:
+    def _check_tokens(self, texts: list[str], prompts: Sequence[Text]) -> None:
+        # Among others such a text would be a row of padding, whose reward means nothing.
+        empty = [
+            place
+            for place, (text, prompt) in enumerate(zip(texts, prompts, strict=True))
+            if not self._encoded(text, prompt)["input_ids"]
+        ]
+        if empty:
+            raise ValueError(
+                f"completions {empty} have no tokens, nor have their prompts, so there is nothing "
+                "to reward; leave them out"
+            )
+
+    def _encoded(self, texts: Any, prompt: Text, **options: Any) -> Any:
         # A chat template has written a conversation's special tokens.
-        encoded = self.tokenizer(
-            texts,
-            padding=True,
-            truncation=True,
-            add_special_tokens=isinstance(prompt, str),
-            return_tensors="pt",
-        )
+        is_plain = isinstance(prompt, str)
+        return self.tokenizer(texts, truncation=True, add_special_tokens=is_plain, **options)
+
+    def _batch(self, texts: list[str], prompt: Text) -> dict[str, Tensor]:
+        encoded = self._encoded(texts, prompt, padding=True, return_tensors="pt")
         device = self.posterior.fitted.device
         return {name: tensor.to(device) for name, tensor in encoded.items()}
 

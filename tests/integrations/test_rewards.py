@@ -1,5 +1,7 @@
 """Pessimistic rewards against the joint covariance, one text at a time."""
 
+import re
+
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -55,6 +57,16 @@ def test_the_best_of_n(la):
     assert reward.best("a b", completions) == max(range(3), key=scores.__getitem__)
     with pytest.raises(ValueError, match="no completions"):
         reward.best("a b", [])
+
+
+@pytest.mark.parametrize("places", [[1], [0, 1, 2]])
+def test_texts_without_tokens_are_refused(la, places):
+    """Alone they end in torch's own error, and among others they are rows of padding."""
+    prompts, completions = ["a", "", " "], ["", "", " "]
+    given = [prompts[p] for p in places], [completions[p] for p in places]
+    empty = [n for n, p in enumerate(places) if p]
+    with pytest.raises(ValueError, match=rf"completions {re.escape(str(empty))} have no tokens"):
+        PessimisticReward(la, word_tokenizer())(*given)
 
 
 def test_conversations_go_through_the_chat_template(la):
