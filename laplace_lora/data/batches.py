@@ -105,12 +105,38 @@ def batch_labels(batch: Batch, label_key: str) -> Tensor:
 
     Raises:
         ValueError: If the batch has no labels.
+        TypeError: If they are no numbers.
     """
     if isinstance(batch, Mapping) and label_key in batch:
-        return torch.as_tensor(batch[label_key])
+        return label_tensor(batch[label_key])
     if isinstance(batch, Sequence) and len(batch) == 2:
-        return torch.as_tensor(batch[1])
+        return label_tensor(batch[1])
     raise ValueError(f"a batch has no {label_key!r}; name its labels with `label_key`")
+
+
+def label_tensor(labels: Any) -> Tensor:
+    """Return the labels of a batch as a tensor.
+
+    Raises:
+        TypeError: If they are no numbers, such as the names of classes.
+    """
+    try:
+        return torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"labels must be numbers, one or as many for each example, got {labels!r:.60} "
+            f"({error}); give each class its number, as the model's `config.label2id` does"
+        ) from None
+
+
+def is_empty(batch: Batch) -> bool:
+    """Return whether a batch has no examples, as the last one of a filtered stream may."""
+    if isinstance(batch, Mapping):
+        lengths = [len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim]
+        return bool(lengths) and not any(lengths)
+    if isinstance(batch, Tensor):
+        return batch.ndim > 0 and not len(batch)
+    return isinstance(batch, Sequence) and len(batch) == 2 and is_empty(batch[0])
 
 
 def _examples(batch: Batch, which: slice | list[int]) -> Batch:

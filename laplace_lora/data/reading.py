@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import filterfalse
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from laplace_lora.data import streams
-from laplace_lora.data.batches import Batch, on_cpu
+from laplace_lora.data.batches import Batch, is_empty, on_cpu
 from laplace_lora.data.dealing import dealt_out
 from laplace_lora.data.loaders import progress, until, workers_of
 from laplace_lora.data.shares import Share, processes
@@ -62,7 +63,10 @@ class Reading:
         read = self._dealt if is_dealt else self._local
         batches = read(title, progress_bar, at_most)
         examples = batches if by_example is None else map(by_example, batches)
-        kept = examples if share is None or taken is None else _kept(share, examples, taken)
+        if share is None or taken is None:
+            kept: Iterator[Any] = filterfalse(is_empty, examples)
+        else:
+            kept = _kept(share, examples, taken)
         # What is dealt out ends for all processes in the same round.
         yield from until(kept, math.inf if is_dealt else at_most)
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.data.batches import label_tensor
+
 
 def split_mapping_or_pair(batch: Any, label_key: str, device: torch.device) -> tuple[Any, Tensor]:
     """Split a batch into what the model takes and labels on a device.
@@ -19,7 +21,7 @@ def split_mapping_or_pair(batch: Any, label_key: str, device: torch.device) -> t
 
     Raises:
         ValueError: If labels are missing, or are not as many as the inputs' rows.
-        TypeError: If the batch is neither mapping nor pair.
+        TypeError: If the batch is neither mapping nor pair, or labels are no numbers.
     """
     if isinstance(batch, Mapping):
         if label_key not in batch:
@@ -27,9 +29,9 @@ def split_mapping_or_pair(batch: Any, label_key: str, device: torch.device) -> t
                 f"a batch has no {label_key!r}, only {sorted(batch)}; add the labels, or name "
                 "their key with `dict_key_y`"
             )
-        return batch, _counted(torch.as_tensor(batch[label_key]), batch, device)
+        return batch, _counted(label_tensor(batch[label_key]), batch, device)
     if isinstance(batch, Sequence) and len(batch) == 2:
-        return batch[0], _counted(torch.as_tensor(batch[1]), batch[0], device)
+        return batch[0], _counted(label_tensor(batch[1]), batch[0], device)
     raise TypeError(
         f"a batch must be a mapping with {label_key!r} or a pair of inputs and labels, got "
         f"{type(batch).__name__}"

@@ -55,9 +55,16 @@ class WrappedModel:
 
         Raises:
             TypeError: If tokens are lists or arrays.
+            ValueError: If there are none.
         """
         for key in TOKENS:
-            if not isinstance(batch.get(key), Tensor | None):
+            tokens = batch.get(key)
+            if isinstance(tokens, Tensor) and not tokens.numel():
+                raise ValueError(
+                    f"{key!r} of the batch has the shape {tuple(tokens.shape)}: there is nothing "
+                    "that the model could read; leave such batches out"
+                )
+            if not isinstance(tokens, Tensor | None):
                 raise TypeError(
                     f"{key!r} of the batch is a {type(batch[key]).__name__}, no tensor; tokenize "
                     "with padding=True, return_tensors='pt', or give the texts to "

@@ -192,5 +192,5 @@ def is_batch(data: Any) -> bool:
 
 def _labels(posterior: Posterior, batch: Any) -> Tensor | None:
     key = posterior.label_key
-    unlabelled = key not in batch if isinstance(batch, Mapping) else len(batch) != 2
+    unlabelled = batch.get(key) is None if isinstance(batch, Mapping) else len(batch) != 2
     return None if isinstance(batch, Tensor) or unlabelled else posterior.split(batch)[1]

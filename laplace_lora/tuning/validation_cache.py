@@ -16,6 +16,7 @@ from torch import Tensor
 from laplace_lora.data.distributed import ALONE, Together
 from laplace_lora.likelihoods.base import Readout, Scoring, integrated_variables
 from laplace_lora.likelihoods.links import Link
+from laplace_lora.likelihoods.multilabel import MISSING
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.base import Gram
 from laplace_lora.structures.state import Posterior
@@ -74,12 +75,21 @@ def labelled_batches(
     """Yield each batch of this process, and its labels.
 
     Raises:
-        ValueError: If there is no loader, or a batch has no labels.
+        ValueError: If there is no loader, a batch has no labels, or none of independent ones is
+            known.
     """
     if loader is None:
         raise ValueError("tuning on a validation set needs `val_loader`, a DataLoader with labels")
+    known: bool | None = None
     for batch in team.batches(loader, title, progress_bar, posterior.by_example):
-        yield posterior.split(batch)
+        x, y = posterior.split(batch)
+        if posterior.objective.has_independent_labels:
+            known = known or bool((y != MISSING).any())
+        yield x, y
+    if posterior.objective.has_independent_labels:
+        reports = team.all_of(known)
+        if False in reports and True not in reports:
+            raise ValueError("no label of the data is known: all are -100 or NaN")
 
 
 def validation_rows(team: Together, **columns: list[Tensor]) -> dict[str, Tensor]:

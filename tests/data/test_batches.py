@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from laplace_lora import KronLoraLaplace
 from laplace_lora.data.batches import first_examples, some_examples
 from laplace_lora.data.pairs import as_pairs
+from laplace_lora.evaluation import MAP, evaluate
 from support.batches import loader, token_batch
 from support.models import peft_model
+from support.posteriors import posterior
 from support.preferences import pair_batch
 from support.references import assert_near
 
@@ -44,3 +47,19 @@ def test_pairs_take_scalars():
     batch = {"total_chosen": torch.tensor(4), "total_rejected": torch.tensor(4), **pair_batch()}
     batch.pop("labels", None)
     assert len(as_pairs(batch)["labels"]) == len(pair_batch()["input_ids_chosen"])
+
+
+@pytest.mark.parametrize("labels", [["good", "bad"], None])
+def test_labels_that_are_no_numbers_are_named(labels):
+    la = posterior(name="bert", fit=False)
+    batch = {**token_batch((3, 4)), "labels": labels}
+    with pytest.raises(TypeError, match=r"labels must be numbers, .* got (\['good'|None)"):
+        la.fit(DataLoader([batch], batch_size=None))
+    with pytest.raises(TypeError, match="labels must be numbers"):
+        evaluate(MAP(la.logits_model), [batch])
+    la.fit(loader())
+    if labels is None:
+        assert la.predict([batch], progress_bar=False).labels is None
+    else:
+        with pytest.raises(TypeError, match="labels must be numbers"):
+            la.predict([batch], progress_bar=False)

@@ -1,9 +1,13 @@
 """Leave-one-out of independent labels: an example with all its labels is left out."""
 
+import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.tuning.linear_model import LinearModel
+from support.batches import rows
+from support.multilabel import multilabel_batch, multilabel_posterior
 from support.references import assert_near
 
 
@@ -45,3 +49,24 @@ def test_leave_one_out_leaves_out_all_labels_of_an_example():
         curved = torch.where(y[keep] == -100, 0, p * (1 - p))
         H = torch.einsum("nc,ncp,ncq->pq", curved, J[keep], J[keep]) + 50 * torch.eye(4).double()
         torch.testing.assert_close(covariance[n], J[n] @ H.inverse() @ J[n].T, atol=5e-3, rtol=0)
+
+
+def test_data_of_which_no_label_is_known_are_refused():
+    """They say nothing: every prior has a loss of 0, and the first of a grid used to win."""
+    la = multilabel_posterior()
+    before = la.prior_precision.clone()
+    unknown = {**multilabel_batch(), "labels": torch.full((7, 3), torch.nan)}
+    data = DataLoader([rows(unknown, n) for n in range(7)], batch_size=4)
+    for call in (
+        lambda: la.fit(data),
+        lambda: la.fit(data, override=False),
+        lambda: la.calibrate(data, progress_bar=False),
+        lambda: la.optimize_prior_precision(method="gridsearch", val_loader=data),
+        lambda: la.optimize_prior_precision(method="val_gd", val_loader=data),
+        lambda: la.recentre(1.0, train_loader=data),
+    ):
+        with pytest.raises(ValueError, match=r"no label of the (training )?data is known"):
+            call()
+    assert torch.equal(la.prior_precision, before) and la.n_data == 7
+    with pytest.raises(ValueError, match="the validation loader is empty"):
+        la.calibrate([], progress_bar=False)
