@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 HALF = torch.float16
+WORKING = (torch.float32, torch.float64)  # dtypes that a curvature is computed in
 TOP = 15  # float16 ends just below 2¹⁶
 SCALE = "scale"
 ROUNDED = 0.05  # how far the inner products of rounded directions may be from those of exact ones
@@ -52,6 +53,21 @@ def widened(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Ten
     if tensor.dtype != HALF:
         raise ValueError(f"{name!r} has a scale, and is {tensor.dtype}, not {HALF}")
     return tensor.to(dtype) * scale.to(dtype)
+
+
+def in_working_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return packed tensors for work in a dtype, whichever they were computed in.
+
+    Traces are kept in float64 by all, and what was rounded is widened where it is unpacked.
+
+    Args:
+        tensors: Named tensors.
+        dtype: float32 or float64.
+    """
+    return {
+        name: tensor.to(dtype) if tensor.dtype in WORKING and not name.endswith("trace") else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def orthonormal(vectors: Tensor, dtype: torch.dtype) -> Tensor:

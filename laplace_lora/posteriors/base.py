@@ -213,9 +213,18 @@ class LoraLaplace(FittedLaplace):
         return self.structure.size(self.engine, self.state.curvature)
 
     def to(self: Self, device: torch.device | str) -> Self:
-        """Move model and posterior to a device, in place, and return the posterior."""
-        self.model.to(device)
+        """Move model and posterior to a device, in place, and return the posterior.
+
+        Raises:
+            TypeError: If it is a dtype: another one's posterior is another one's fit.
+        """
+        if isinstance(device, torch.dtype):
+            raise TypeError(
+                f"to() takes a device, got {device}; for a model in another dtype, make a new "
+                "posterior and fit it"
+            )
         device, state = torch.device(device), self.state
+        self.model.to(device)
         self.state = replace(
             state,
             settings=state.settings.to(device),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,9 @@ def _state(
     if subspace is not None:
         if subspace.displacement.shape[0] != len(sizes):
             raise ValueError(f"the subspace is of {subspace.displacement.shape[0]} tensors")
-        subspace = subspace.to(posterior.device)
+        # The prior's mean is compared with that of the settings, bit by bit.
+        mean = subspace.prior_mean.to(posterior.dtype)
+        subspace = replace(subspace, prior_mean=mean).to(posterior.device)
     return PosteriorState(
         settings,
         curvature,

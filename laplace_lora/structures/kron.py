@@ -16,6 +16,7 @@ from laplace_lora.curvature.kron_protocol import LowRankKron, LowRankKronDecompo
 from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.linalg.packing import TABLE, diagonal_blocks, pack_kron, unpack_kron
+from laplace_lora.linalg.rounded import in_working_dtype
 from laplace_lora.structures.eigenvalue_correction import CorrectedKron
 from laplace_lora.structures.sizes import kron_size, table_size
 
@@ -152,7 +153,7 @@ class Kron:
             shown = [b.map for i, b in enumerate(engine.blocks) if i in diagonal]
             engine.recording.cover_whole([i for i in shown if not engine.maps[i].is_diagonal])
         kfacs, eigen = unpack_kron(
-            tensors,
+            in_working_dtype(tensors, engine.dtype),
             description,
             engine.sides,
             [engine.maps[block.map].is_diagonal for block in engine.blocks],

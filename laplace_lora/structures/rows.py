@@ -77,7 +77,10 @@ class Rows:
         dtype = engine.dtype if self.row_dtype is None else self.row_dtype
         if dtype.itemsize > engine.dtype.itemsize:
             name = str(dtype).removeprefix("torch.")
-            raise ValueError(f"row_dtype={name!r} is wider than the rows, {engine.dtype}")
+            raise ValueError(
+                f"row_dtype={name!r} is wider than the rows, {engine.dtype}; leave it "
+                "out, or load the model in that dtype"
+            )
         return replace(self, sizes=tuple(engine.sizes), row_dtype=dtype)
 
     def add(

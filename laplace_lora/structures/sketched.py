@@ -13,6 +13,7 @@ from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.linalg.eigen import Eigen
 from laplace_lora.linalg.factor_spec import FactorSpec
+from laplace_lora.linalg.rounded import in_working_dtype
 from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.linalg.row_storage import RowStorage, packed_rows, unpack_rows
 from laplace_lora.linalg.sketch import Factor, LowRankFactor, sketch_columns
@@ -174,7 +175,7 @@ class Sketched:
         if description != len(expected) or len(tensors) != len(expected):
             raise ValueError("the tensors are not those of a sketch")
         for i, tensor in enumerate(expected):
-            packed = tensors[str(i)]
+            packed = in_working_dtype({"": tensors[str(i)]}, tensor.dtype)[""]
             if packed.shape != tensor.shape or packed.dtype != tensor.dtype:
                 raise ValueError(f"the sketch has {packed.dtype} of shape {tuple(packed.shape)}")
             tensor.copy_(packed)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.loss_gradient import LossGradient
+from laplace_lora.linalg.rounded import in_working_dtype
 
 Self = TypeVar("Self", bound="TensorSum")
 
@@ -101,7 +102,7 @@ class TensorSum:
             ValueError: If the shapes differ, or there is not one tensor.
             FloatingPointError: If it is not finite.
         """
-        (curvature,) = tensors.values()
+        (curvature,) = in_working_dtype(tensors, engine.dtype).values()
         if list(curvature.shape) != self.shape or description != self.shape:
             raise ValueError(f"the curvature has shape {list(curvature.shape)}, not {self.shape}")
         return self.ready(engine, curvature)

@@ -130,6 +130,9 @@ def test_moving_to_a_device_moves_everything(cls, kwargs):
     la = posterior(cls, **kwargs)
     before = la(token_batch((4, 2)))
     assert la.to("cpu") is la
+    with pytest.raises(TypeError, match=r"takes a device, got torch.float32"):
+        la.to(torch.float32)
+    assert {p.dtype for p in la.params} == {torch.float64}  # nothing was moved
     assert_near(la(token_batch((4, 2))), before)
     la.to("meta")
     tensors = [value for value in vars(la).values() if isinstance(value, torch.Tensor)]
