@@ -124,7 +124,7 @@ class TunedLaplace(LaplaceLoops):
         by_laplace_torch = bool(kwargs) or prior_structure == "diag"
         check_evidence_options(method, tune_sigma_noise, correction, by_laplace_torch)
         check_no_validation(method, val_loader)
-        before = self.state
+        before, tuning_before = self.state, self.tuning
         uncalibrated = before.with_settings(before.settings.untuned())
         data = (val_loader, link_approx, n_samples, progress_bar)
         try:
@@ -172,12 +172,13 @@ class TunedLaplace(LaplaceLoops):
                 report if isinstance(report, Widest) else None,
                 report if isinstance(report, StructureChoice) else None,
             )
+            if method == "marglik" and data_of_fit is not None:
+                warn_if_wide(self.fitted, data_of_fit)
+            warn_if_noise_is_off(self.fitted)
         except BaseException:
             self.state = before  # laplace-torch's own loops write while they search
+            self.tuning = tuning_before
             raise
-        if method == "marglik" and data_of_fit is not None:
-            warn_if_wide(self.fitted, data_of_fit)
-        warn_if_noise_is_off(self.fitted)
         if verbose:
             print(self.tuning)
 

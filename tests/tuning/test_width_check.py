@@ -8,6 +8,7 @@ import torch
 from laplace_lora import KronLoraLaplace
 from laplace_lora.tuning.width_check import warn_if_wide
 from support.batches import loader, token_batch
+from support.interruptions import Interruption, interrupted
 from support.language import language_posterior, text_loader
 from support.memorised import memorised
 from support.models import peft_model
@@ -69,3 +70,13 @@ def test_regressions_too(monkeypatch):
     monkeypatch.setattr("laplace_lora.tuning.width_check.LIMIT", -10.0)
     with pytest.warns(UserWarning, match="With few examples that may be right"):
         la.optimize_prior_precision(method="marglik", correction=False)
+
+
+def test_an_interruption_of_the_check_leaves_settings_as_they_were(monkeypatch):
+    la = memorised()
+    la.optimize_prior_precision(method="loo")
+    before, tuning = la.state, la.tuning
+    monkeypatch.setattr("laplace_lora.posteriors.tuned.warn_if_wide", interrupted)
+    with pytest.raises(Interruption):
+        la.optimize_prior_precision(method="marglik")
+    assert la.state is before and la.tuning is tuning
