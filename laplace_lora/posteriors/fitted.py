@@ -90,7 +90,8 @@ class FittedLaplace(SavedLaplace):
     def merge(self, others: Sequence[FittedLaplace]) -> None:
         """Add what posteriors of the same model learnt from other data.
 
-        The result is that of one fit on all the data; the prior stays, a calibration is undone.
+        The result is that of one fit on all the data, or near to it where eigenvalues are
+        corrected, see `CorrectedKron.joined`; the prior stays, a calibration is undone.
 
         Args:
             others: Fitted posteriors of the same class, arguments and weights, on disjoint data.

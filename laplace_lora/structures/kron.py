@@ -189,7 +189,10 @@ class Kron:
             ValueError: If there are neither one nor one per tensor.
         """
         if length not in (1, n_layers):
-            raise ValueError("Prior precision for Kron either scalar or per-layer.")
+            raise ValueError(
+                f"Prior precision for Kron either scalar or per-layer: one value or {n_layers}, "
+                f"got {length}; a DiagLoraLaplace can have one per weight"
+            )
 
     def arguments(self) -> dict[str, Any]:
         """Return the constructor's arguments that describe the factors."""

@@ -112,7 +112,7 @@ def test_a_diagonal_prior_belongs_to_a_diagonal_posterior():
     la = posterior(DiagLoraLaplace)
     la.optimize_prior_precision(prior_structure="diag", n_steps=3)
     assert len(la.prior_precision) == la.n_params
-    with pytest.raises(ValueError, match="scalar or per-layer"):
+    with pytest.raises(ValueError, match=r"per-layer: one .* DiagLoraLaplace can"):
         posterior(**DENSE).optimize_prior_precision(prior_structure="diag")
 
 
