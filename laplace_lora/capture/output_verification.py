@@ -91,9 +91,9 @@ def without_padding(batch: Any) -> Any:
 
 def _is_text(key: str, value: Any, shape: torch.Size) -> bool:
     """Return whether a value has an entry for each token; a decoder's text is another one."""
-    if not isinstance(value, Tensor) or key.startswith("decoder_"):
+    if not isinstance(value, Tensor) or key.startswith(("decoder_", "pixel_")):
         return False
-    return value.shape == shape and not value.is_floating_point()
+    return value.shape[: len(shape)] == shape
 
 
 def _own_logits(model: Any) -> Callable[[Any], Tensor | None]:

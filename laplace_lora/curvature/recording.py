@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from laplace_lora.adapters.discovery import trainable_maps
 from laplace_lora.adapters.in_use import check_in_use
 from laplace_lora.adapters.maps import Block, LinearMap
 from laplace_lora.adapters.peft_state import check_adapters
+from laplace_lora.capture.mask_verification import verify_masks
 from laplace_lora.capture.output_verification import verify_outputs
 from laplace_lora.capture.recorder import MisfitError, check_masks, record
 from laplace_lora.capture.tape import Tape
@@ -59,6 +61,7 @@ class Recording:
         self.verify = verify
         self.by_token = by_token
         self.is_verified = False
+        self._masks_are_verified = False  # by a batch with padding, which may not be the first
         in_pieces(model)
         self._covered = trainable_maps(trained, uncovered)
 
@@ -119,6 +122,11 @@ class Recording:
                             if twice.has_rows_apart:
                                 verify_gradients(twice, blocks, self.by_token)
                         self._verify(tape, blocks, x)
+                        self._masks_are_verified = False
+                    is_due = self.verify and needs_masks and not self._masks_are_verified
+                    if is_due and bool(tape.output.isfinite().all()):
+                        alone = partial(record, run, maps, examples=1)
+                        self._masks_are_verified = verify_masks(tape, blocks, alone)
                     return tape, blocks
                 except MisfitError as error:
                     if self.uncovered == "error":

@@ -14,6 +14,7 @@ from laplace_lora.data.batches import Batch
 MASK_NAMES = ("attention_mask", "decoder_attention_mask")
 INPUTS = ("input_ids", "inputs_embeds")
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
+GLOBAL = "global_attention_mask"  # Longformer's, which says nothing of padding
 Place: TypeAlias = Literal["encoder", "decoder"]  # at whose tokens a map stands
 _INDICES = WeakTensorKeyDictionary()
 
@@ -45,28 +46,41 @@ def token_mask(
     if not isinstance(batch, Mapping):
         return None
     masks = [mask.reshape(-1, mask.shape[-1]).to(inputs.device) for mask in _masks(batch, place)]
-    if not masks:
+    others = {key: mask.to(inputs.device) for key, mask in _masks_of_others(batch).items()}
+    if not masks and not others:
         return None
     if inputs.ndim > 2:
         inputs = inputs.flatten(1, -2)
         if inputs.shape[1] == 1:
             return None
     fitting = [rows.bool() for mask in masks if (rows := _of_rows(mask, inputs)) is not None]
-    if not fitting:
-        if inputs.ndim == 2:  # an example a row
-            return None
-        raise ValueError(
-            f"layer {name!r} received {inputs.shape[1]} tokens per example, but the batch's "
-            f"attention masks have the shapes {[tuple(mask.shape) for mask in masks]}, so padding "
-            "is unknown"
-        )
+    fitting_others = {
+        key: rows.bool()
+        for key, mask in others.items()
+        if (rows := _of_rows(mask, inputs)) is not None
+    }
     if any(not torch.equal(mask, fitting[0]) for mask in fitting[1:]):
         raise ValueError(
             f"layer {name!r} may stand at the encoder's tokens or at the decoder's, whose masks "
             f"differ and both have the shape {tuple(fitting[0].shape)}, so padding is unknown; pad "
             "the two to different lengths, or give the model `get_encoder` and `get_decoder`"
         )
-    return None if bool(fitting[0].all()) else fitting[0]
+    every = [*fitting, *fitting_others.values()]
+    if any(not torch.equal(mask, every[0]) for mask in every):
+        raise ValueError(
+            f"layer {name!r} may stand at the tokens of several masks, {sorted(fitting_others)} "
+            f"among them, which differ and have the shape {tuple(every[0].shape)}, so padding is "
+            "unknown; pad to different lengths"
+        )
+    if every:
+        return None if bool(every[0].all()) else every[0]
+    if not masks or inputs.ndim == 2:  # or an example a row
+        return None
+    raise ValueError(
+        f"layer {name!r} received {inputs.shape[1]} tokens per example, but the batch's "
+        f"attention masks have the shapes {[tuple(mask.shape) for mask in masks]}, so padding "
+        "is unknown"
+    )
 
 
 def _masks(batch: Mapping[str, Any], place: Place | None) -> list[Tensor]:
@@ -81,6 +95,17 @@ def _masks(batch: Mapping[str, Any], place: Place | None) -> list[Tensor]:
     pairs = ((encoder, _first(batch, INPUTS)), (decoder, decoder_text))
     either = [_all_real(text) if mask is None else mask for mask, text in pairs]
     return [mask for mask in either if mask is not None]
+
+
+def _masks_of_others(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return a batch's masks of what is no text, as of LUKE's entities or of image patches."""
+    known = (*MASK_NAMES, GLOBAL)
+    return {
+        key: value
+        for key, value in batch.items()
+        if key.endswith("attention_mask") and key not in known
+        if isinstance(value, Tensor) and value.ndim == 2
+    }
 
 
 def _first(batch: Mapping[str, Any], names: Sequence[str]) -> Tensor | None:

@@ -1,0 +1,82 @@
+"""Verify that a batch's attention mask speaks of the tokens that a layer sees.
+
+Mask and layer are matched by their shapes, but a model's latents, or the patches of an image, may
+be as many as the tokens of a padded text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from laplace_lora.adapters.maps import Block
+from laplace_lora.adapters.selection import listed
+from laplace_lora.capture.output_verification import chosen_examples, without_padding
+from laplace_lora.capture.recorder import MisfitError
+from laplace_lora.capture.tape import Tape
+from laplace_lora.data.batches import Batch, one_example, splits_by_example
+
+NEGLIGIBLE = 1e-6  # of a layer's largest gradient; padding that nobody reads has none
+
+
+def verify_masks(
+    tape: Tape, blocks: Sequence[Block], record_alone: Callable[[Batch], Tape]
+) -> bool:
+    """Compare how many tokens layers see with and without the padding of one example.
+
+    Only layers whose outputs matter at what a mask calls padding are suspected. Costs a backward
+    pass through the recorded graph, which is kept, and if there are any, a forward pass of the
+    example with the most padding.
+
+    Args:
+        tape: The recorded forward pass.
+        blocks: The trainable tensors.
+        record_alone: Records the same maps for another batch.
+
+    Returns:
+        Whether the batch has padding, without which there is nothing to verify.
+
+    Raises:
+        MisfitError: If a layer sees as many tokens when the padding is gone; names its tensors.
+    """
+    masks = {i: mask for i in range(len(tape.inputs)) if (mask := tape.mask(i)) is not None}
+    if not masks or not splits_by_example(tape.batch, tape.examples):
+        return bool(masks)
+    suspects = _read_at_padding(tape, blocks, masks)
+    single = one_example(tape.batch, chosen_examples(tape.batch, tape.examples)[-1])
+    bare = without_padding(single)
+    if not suspects or bare is single:
+        return True
+    alone = record_alone(bare)
+    wrong = [i for i in suspects if alone.inputs[i].shape[1] == tape.inputs[i].shape[1]]
+    if wrong:
+        names = listed([block.name for block in blocks if block.map in wrong])
+        raise MisfitError(
+            f"{names}: the layer sees as many tokens as the batch's attention mask has, but not "
+            "the same ones, as their number is the same without padding. Which of them are real "
+            "is unknown; freeze these tensors first, or give them a diagonal block with "
+            "uncovered='diag'; verify=False switches this check off",
+            wrong,
+        )
+    return True
+
+
+def _read_at_padding(tape: Tape, blocks: Sequence[Block], masks: dict[int, Tensor]) -> list[int]:
+    """Return the maps at whose padding a random combination of the outputs has a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, *tape.output.shape, generator=generator, dtype=torch.float64)
+    found = []
+
+    def visit(column: int, i: int, grad: Tensor) -> None:
+        mask = masks.get(i)
+        if mask is not None and grad.shape[:-1] == mask.shape:
+            sizes = grad.abs().amax(-1)
+            at_padding = sizes.masked_fill(mask, 0).max()
+            if bool(at_padding > NEGLIGIBLE * sizes.max()):
+                found.append(i)
+
+    parameters = [block.parameter for block in blocks if block.map in masks]
+    tape.backward(noise.to(tape.output), visit, parameters)
+    return sorted(found)
