@@ -46,7 +46,7 @@ def token_mask(
     if not isinstance(batch, Mapping):
         return None
     masks = [mask.reshape(-1, mask.shape[-1]).to(inputs.device) for mask in _masks(batch, place)]
-    others = {key: mask.to(inputs.device) for key, mask in _masks_of_others(batch).items()}
+    others = {} if place == "decoder" else _masks_of_others(batch)
     if not masks and not others:
         return None
     if inputs.ndim > 2:
@@ -57,7 +57,7 @@ def token_mask(
     fitting_others = {
         key: rows.bool()
         for key, mask in others.items()
-        if (rows := _of_rows(mask, inputs)) is not None
+        if (rows := _of_rows(mask.to(inputs.device), inputs)) is not None
     }
     if any(not torch.equal(mask, fitting[0]) for mask in fitting[1:]):
         raise ValueError(

@@ -78,8 +78,10 @@ class SpanModel(LogitsModel):
                 f"{self._wrapped.name} returned no start and end for each of {tokens} "
                 "tokens; load the model with AutoModelForQuestionAnswering"
             )
+        # Labels count from the first logit, so image patches (LayoutLMv3) stand behind the text.
+        where = slice(-tokens, None) if self._wrapped.has_prompt else slice(tokens)
         logits = [
-            _without_padding(wide(part[:, part.shape[1] - tokens :].to(self.device)), real)
+            _without_padding(wide(part[:, where].to(self.device)), real)
             for part in parts
             if part is not None
         ]

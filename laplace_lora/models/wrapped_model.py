@@ -43,12 +43,15 @@ class WrappedModel:
         return type(self.base).__name__
 
     @property
+    def has_prompt(self) -> bool:
+        """Whether PEFT puts a prompt before a text."""
+        model = self.model
+        return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+
+    @property
     def takes_positions(self) -> bool:
         """Whether positions may be given; PEFT drops them where it puts a prompt before a text."""
-        prompts = isinstance(self.model, PeftModel) and (
-            self.model.active_peft_config.is_prompt_learning
-        )
-        return "position_ids" in self.arguments and not prompts
+        return "position_ids" in self.arguments and not self.has_prompt
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the model takes of a batch, on its device.
