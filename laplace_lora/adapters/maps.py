@@ -6,6 +6,7 @@ A plain map is one module. See `peft_maps` for adapters that keep several maps i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +17,9 @@ from torch.nn import functional as F
 
 from laplace_lora.data.examples import Examples
 from laplace_lora.data.masks import Place
+
+# Experts that are modules of their own, as transformers' Switch and NLLB-MoE call them.
+ROUTED = re.compile(r"(^|\.)experts\.(expert_)?\d+\.")
 
 
 class Call(NamedTuple):
@@ -110,6 +114,12 @@ class LinearMap:
                 "Kronecker factors cannot represent"
             )
         x = calls[0].x
+        # They may be as many as the examples by chance, in any batch: none shows it.
+        if x.ndim == 2 and ROUTED.search(self.name):
+            return (
+                f"layer {self.name!r} belongs to an expert, which sees the tokens that are routed "
+                "to it, so whose they are is unknown"
+            )
         if x.ndim not in self.input_dims or not examples.have(x):
             return (
                 f"layer {self.name!r} received an input of shape {tuple(x.shape)} in a batch of "
