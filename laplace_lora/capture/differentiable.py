@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_lora.likelihoods.links import check_finite
+from laplace_lora.models.rotary import own_angles
 from laplace_lora.models.twins import resampled
 
 
@@ -29,7 +30,7 @@ def differentiable_jacobians(model: nn.Module, x: Any) -> tuple[Tensor, Tensor]:
     buffers = dict(model.named_buffers())
 
     def outputs(weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        f = torch.func.functional_call(twin, (weights, buffers), (x,))
+        f = torch.func.functional_call(twin, (weights, {**buffers, **own_angles(twin)}), (x,))
         return f, f
 
     # On a twin, as a functional call replaces the tensors of its modules.

@@ -18,6 +18,7 @@ from laplace_lora.models.autocast import as_called
 from laplace_lora.models.forward_mode import ForwardMode
 from laplace_lora.models.logits_model import wide
 from laplace_lora.models.positions import real_positions
+from laplace_lora.models.rotary import angles_change_at, check_lengths
 from laplace_lora.models.tangent_cache import (
     NAMES,
     TangentCache,
@@ -65,6 +66,7 @@ class Reading:
             if key not in ("input_ids", "attention_mask", "labels")
         }
         self._counts = model.needs_positions(inputs)
+        self._turn = angles_change_at(model.config)
         self._room = max(
             1, ROOM // (forward.n_directions * len(ids) * int(model.vocabulary_size or 1))
         )
@@ -86,6 +88,10 @@ class Reading:
         start = self._ids.shape[1]
         while ids.shape[1]:
             length = self._piece_length(columns - start, ids.shape[1])
+            if self._turn is not None and start < self._turn:
+                length = min(length, self._turn - start)
+            elif start == self._turn:
+                self._cache = None  # it has the angles of shorter texts: all is read anew
             self._ids = torch.cat([self._ids, ids[:, :length]], dim=1)
             self._mask = torch.cat([self._mask, mask[:, :length]], dim=1)
             ids, mask = ids[:, length:], mask[:, length:]
@@ -138,9 +144,10 @@ class Reading:
     def _run(self, length: int, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Run the network over the last tokens, or all, and return logits and tangents."""
         width = self._ids.shape[1]
-        first = width - length if self._cached else 0
+        first = 0 if self._cache is None else width - length
         columns = columns - first
         arguments = {**self._pieces(first), "attention_mask": self._mask}
+        check_lengths(self._model.config, arguments)
         if self._model.accepts("use_cache"):
             arguments["use_cache"] = self._cached
         if self._counts:

@@ -24,6 +24,7 @@ from laplace_lora.adapters.grouped_attention import differentiable_attention
 from laplace_lora.adapters.in_use import check_runs
 from laplace_lora.models.frozen_maps import differentiate_inputs_only
 from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.models.rotary import own_angles
 from laplace_lora.models.twins import twin_of
 
 # Its kernels round the inputs as well, so they have no derivative.
@@ -97,7 +98,8 @@ class ForwardMode(nn.Module):
 
         def output(weights: dict[str, Tensor], carried: dict[str, Tensor]) -> dict[str, Tensor]:
             placed = {} if place is None else place(carried)
-            return read(functional_call(self.model, weights, (), {**arguments, **placed}))
+            tensors = {**weights, **own_angles(self.model)}
+            return read(functional_call(self.model, tensors, (), {**arguments, **placed}))
 
         def along(
             direction: dict[str, Tensor], tangent: dict[str, Tensor]

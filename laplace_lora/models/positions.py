@@ -29,9 +29,9 @@ def real_positions(mask: Tensor) -> Tensor:
 class PositionRule:
     """Supplies ``position_ids`` where a model needs them.
 
-    Where no text begins with padding they are left to the model. Otherwise one text is run without
-    its padding, and with it in both ways: that which gives the same logits is kept. Where neither
-    does, as in decoders that count padding and take no positions, such batches are refused.
+    Where no text begins with padding they are left to the model. Otherwise the text with the most
+    is run without it, and with it in both ways: that which gives the same logits is kept. Where
+    neither does, as in decoders that count padding and take no positions, such batches are refused.
 
     Args:
         takes_positions: Whether the model has an argument ``position_ids``.
@@ -84,7 +84,7 @@ class PositionRule:
         """Return whether a model must be told positions, ``None`` if that cannot be tried now."""
         if not splits_by_example(inputs, len(mask)):
             return False  # several images in one tensor: such models count by themselves
-        n = int((mask[:, 0] == 0).to(torch.uint8).argmax())
+        n = int((mask != 0).to(torch.uint8).argmax(1).argmax())  # the most padding shows the most
         single = {
             k: v[n : n + 1] if isinstance(v, Tensor) and v.ndim else v for k, v in inputs.items()
         }

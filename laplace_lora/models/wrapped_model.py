@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from laplace_lora.models.last_layer_model import n_rows
 from laplace_lora.models.modes import device_of
+from laplace_lora.models.rotary import check_lengths
 
 TOKENS = ("input_ids", "attention_mask")
 
@@ -58,7 +59,8 @@ class WrappedModel:
 
         Raises:
             TypeError: If tokens are lists or arrays.
-            ValueError: If there are none.
+            ValueError: If there are none, or texts change each other's logits by their lengths, see
+                `check_lengths`.
         """
         for key in TOKENS:
             tokens = batch.get(key)
@@ -83,6 +85,7 @@ class WrappedModel:
             inputs.setdefault("use_cache", False)
         if getattr(self.config, "return_dict", True) is False:
             inputs["return_dict"] = True  # a tuple does not name its parts
+        check_lengths(self.config, inputs)
         return inputs
 
     def __call__(self, inputs: dict[str, Any]) -> Any:
