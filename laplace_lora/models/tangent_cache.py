@@ -17,6 +17,7 @@ Self = TypeVar("Self", bound="TangentCache")
 
 
 NAMES = ("cache", "past_key_values")  # of the model's argument, and of what it returns
+PLAIN = "DynamicCache"  # has no tensors beside its layers, as MiniMax's kind of it has
 # Layers that only ever append to their keys and values, or drop old ones. Others (states of Mamba,
 # quantised or static ones) write into their tensors in ways of their own.
 APPENDING = ("DynamicLayer", "DynamicSlidingWindowLayer")
@@ -157,7 +158,8 @@ def cache_of(returned: Any) -> Any:
 def carries_tangents(cache: Any) -> bool:
     """Return whether a model's cache is one that can carry tangents: a plain attention cache."""
     layers = getattr(cache, "layers", None) or []
-    return bool(layers) and all(type(layer).__name__ in APPENDING for layer in layers)
+    plain = type(cache).__name__ == PLAIN and bool(layers)
+    return plain and all(type(layer).__name__ in APPENDING for layer in layers)
 
 
 def cached_tensors(cache: Any) -> dict[str, Tensor]:

@@ -38,6 +38,10 @@ MADE = {
     "bamba": ({**STATES, "attn_layer_indices": [1]}, ["in_proj", "q_proj", "v_proj"]),
     "falcon_h1": ({**STATES, "mamba_d_ssm": 32}, ["in_proj", "q_proj", "v_proj"]),
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, ["in_proj", "q_proj", "v_proj"]),
+    "minimax": (
+        {"layer_types": ["linear_attention", "full_attention"], "block_size": 4},
+        ["q_proj", "v_proj"],
+    ),
     "rwkv": ({"attention_hidden_size": 16}, ["key", "value"]),
 }
 
@@ -47,6 +51,7 @@ def model_of(name):
     own = {**TEXT, "vocab_size": VOCABULARY, "pad_token_id": PAD, **config}
     model = architecture("causal", name, own, target=targets)
     model.get_base_model().set_attn_implementation("eager")  # for the reference's sake
+    model.get_base_model().config._experts_implementation = "eager"  # others take no float64
     return model
 
 
