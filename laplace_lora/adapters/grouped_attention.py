@@ -59,7 +59,8 @@ def grouped_attention(
         query: ``(texts, heads, tokens, d)``.
         key: ``(texts, groups, keys, d)``.
         value: The same.
-        attention_mask: Added to the scores, ``(texts, 1, tokens, keys)``.
+        attention_mask: Added to the scores, ``(texts, 1 or heads, tokens, keys)``; it may depend
+            on the weights, as Doge's does.
         scaling: Factor of the scores, ``1/√d`` by default.
         dropout: Not used.
         softcap: Bounds the scores.
@@ -78,7 +79,13 @@ def grouped_attention(
         return x.reshape(texts, groups, heads // groups * tokens, d)
 
     def unstacked(x: Tensor) -> Tensor:
-        return x.reshape(texts, heads, tokens, d).transpose(1, 2)
+        return x.reshape(texts, heads, tokens, d).transpose(1, 2).contiguous()
+
+    def by_group(scores: Tensor, mask: Tensor) -> Tensor:
+        size = (heads // groups, tokens)
+        mask = mask.unsqueeze(1) if mask.shape[1] == 1 else mask.unflatten(1, (groups, size[0]))
+        added: Tensor = scores.unflatten(2, size) + mask
+        return added.flatten(2, 3)
 
     q, keys = stacked(q) * scale, k.transpose(2, 3)
     scores = q @ keys
@@ -91,8 +98,10 @@ def grouped_attention(
         scores = bounded * softcap
         slope = None if slope is None else slope * (1 - bounded.square())
     if attention_mask is not None:
-        by_token = scores.unflatten(2, (heads // groups, tokens))
-        scores = (by_token + attention_mask.unsqueeze(1)).flatten(2, 3)
+        mask, mask_slope = forward_ad.unpack_dual(attention_mask)
+        scores = by_group(scores, mask)
+        if mask_slope is not None:
+            slope = by_group(torch.zeros_like(scores) if slope is None else slope, mask_slope)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     if slope is not None:
         slope = weights * slope

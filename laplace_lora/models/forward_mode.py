@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace_lora.adapters.grouped_attention import differentiable_attention
 from laplace_lora.adapters.in_use import check_runs
@@ -58,6 +59,9 @@ class ForwardMode(nn.Module):
         own = dict(model.named_parameters())
         self._weights = {name: own[name].detach() for name in names}
         self._directions = dict(zip(names, directions, strict=True))
+        # As Falcon does, whatever it is told; torch's other kernels have no forward derivative.
+        configs: Any = (getattr(module, "config", None) for module in model.modules())
+        self._calls_sdpa = any(getattr(c, "_attn_implementation", "") == "sdpa" for c in configs)
 
     @property
     def n_directions(self) -> int:
@@ -109,7 +113,7 @@ class ForwardMode(nn.Module):
 
         try:
             shared: Any = (None, 0)  # the values do not depend on the direction
-            with _LEVELS:
+            with _LEVELS, sdpa_kernel(SDPBackend.MATH) if self._calls_sdpa else nullcontext():
                 values, slopes = vmap(along, out_dims=shared)(self._directions, tangents)
         except (NotImplementedError, RuntimeError) as error:
             if not _is_missing_rule(error):

@@ -7,13 +7,14 @@ import torch
 
 from laplace_lora.generation import generate, score
 from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.predictive.sample_set import SampleSet
 from support.architectures import TEXT, architecture
 from support.batches import token_batch
 from support.generation import K, seeded
 from support.language import language_posterior, text_batch
 from support.models import PAD, VOCABULARY
 from support.opaque import Opaque
-from support.sampled import fitted
+from support.sampled import fitted, read_all
 
 
 def test_the_models_attention_modes_weights_and_hooks_are_left():
@@ -36,6 +37,26 @@ def test_the_models_attention_modes_weights_and_hooks_are_left():
     assert seen == ["sdpa"] and base.config._attn_implementation == "sdpa"
     assert [(m.training, len(m._forward_hooks)) for m in model.modules()] == before
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+
+
+@pytest.mark.parametrize("alibi", [False, True])  # eagerly it rounds these to bfloat16
+def test_a_model_that_calls_torchs_attention_by_itself_is_sampled(alibi):
+    own = {"alibi": alibi, "vocab_size": VOCABULARY, "pad_token_id": PAD, "hidden_size": 16}
+    own |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+    model = architecture("causal", "falcon", own, target=["query_key_value"])
+    assert model.config._attn_implementation == "sdpa"
+    la = fitted(model=model)
+    batch = text_batch()
+    logits, slopes = read_all(la, batch)
+    assert model.config._attn_implementation == "sdpa"
+    directions = SampleSet(la.fitted, 4, seeded()).directions
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for n, mask in enumerate(batch["attention_mask"].bool()):
+        own = model(input_ids=batch["input_ids"][n][mask][None]).logits[0]
+        gradient = torch.autograd.grad(own.sum(), parameters)
+        expected = directions @ torch.cat([g.flatten() for g in gradient])
+        torch.testing.assert_close(logits[n][mask], own.detach())
+        torch.testing.assert_close(slopes[:, n][:, mask].sum((1, 2)), expected)
 
 
 def test_threads_score_and_run_the_model_at_once():
