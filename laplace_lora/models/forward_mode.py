@@ -17,6 +17,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -140,8 +141,8 @@ def forward_mode(
         directions: Flat, in the order of the tensors, ``(directions, parameters)``.
 
     Raises:
-        NoForwardDerivativeError: If the model cannot have a twin, or is quantised to 8 bits by
-            bitsandbytes; names the layer.
+        NoForwardDerivativeError: If the model cannot have a twin, is quantised to 8 bits by
+            bitsandbytes, or stacked weights are adapted; names the layer.
         RuntimeError: If a tensor does not run in the model as it is, see `check_runs`.
     """
     check_runs(model, parameters)
@@ -150,6 +151,11 @@ def forward_mode(
             raise NoForwardDerivativeError(
                 f"{name} is quantised ({QUANTISED}), which has no forward derivative; use "
                 "method='exact', or load the base model in bfloat16 or 4 bits"
+            )
+        if isinstance(module, LoraLayer) and hasattr(module, "parameter_name"):
+            raise NoForwardDerivativeError(
+                f"{name} adapts stacked weights (target_parameters), which PEFT writes into the "
+                "model while it runs, so they carry no tangents; use method='exact'"
             )
     twin, own = twin_of(model, parameters)
     if twin is None:

@@ -4,14 +4,16 @@ import threading
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
+from laplace_lora import DiagLoraLaplace
 from laplace_lora.generation import generate, score
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.predictive.sample_set import SampleSet
 from support.architectures import TEXT, architecture
 from support.batches import token_batch
 from support.generation import K, seeded
-from support.language import language_posterior, text_batch
+from support.language import language_posterior, text_batch, text_loader
 from support.models import PAD, VOCABULARY
 from support.opaque import Opaque
 from support.sampled import fitted, read_all
@@ -102,6 +104,17 @@ def test_what_has_no_forward_derivative_is_refused_by_name():
     o_proj.lock = threading.Lock()  # cannot be copied
     with pytest.raises(ValueError, match="cannot be copied"):
         score(la, text_batch(), K)
+
+
+def test_adapters_on_stacked_weights_are_refused_by_name():
+    own = {**TEXT, "vocab_size": VOCABULARY, "pad_token_id": PAD}
+    base = architecture("causal", "mixtral", own, torch.float32, target=["q_proj"]).unload()
+    config = LoraConfig(r=2, target_parameters=["mlp.experts.down_proj"], target_modules=[])
+    la = DiagLoraLaplace(get_peft_model(base, config), "language_modeling", uncovered="diag")
+    la.fit(text_loader())
+    with pytest.raises(ValueError, match=r"experts adapts stacked weights .* use method='exact'"):
+        score(la, text_batch(), K)
+    assert score(la, text_batch(), K, method="exact").log_prob.isfinite().all()
 
 
 def test_mixtures_of_experts():
