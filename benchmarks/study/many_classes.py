@@ -35,10 +35,10 @@ from examples import support
 from laplace_lora import KronLoraLaplace, LogitsModel
 from laplace_lora.evaluation import MAP, TemperatureScaling
 
-EPOCHS = {"short": 6, "long": 16}
+EPOCHS = {"short": 4, "long": 16}
 SEEDS = (0, 1, 2)
 SIZES = {"train": 700, "val": 200, "test": 200}
-RATE = 1e-3
+RATE = 4e-3
 LAYERS = [4, 5]  # with adapters on query and value, the last two of six
 BATCH = 16
 MAX_TOKENS = 32

@@ -126,7 +126,8 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
         found = self.posterior.predict(_listed(X), self.tokenizer, batch_size=self.batch_size)
         probs: NDArray[np.float64] = found.probs.double().cpu().numpy()  # type: ignore[union-attr]
         order = self._names(probs.shape[1]).argsort()
-        return probs[:, order]
+        # scikit-learn wants sums of 1 to the digits of the dtype; the model's have fewer.
+        return probs[:, order] / probs.sum(1, keepdims=True)
 
     def predict(self, X: Sequence[Any]) -> NDArray[Any]:
         """Return the label of the most probable class of each text."""
