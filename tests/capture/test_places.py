@@ -91,8 +91,8 @@ def factors(model, data, target_ids=TARGETS):
 def test_both_texts_may_be_padded_to_one_length(kind):
     model = sequence_to_sequence(kind)
     expected = factors(model, Loader(cut(batch_of())))
-    for lengths in PADDED:
-        assert_near(factors(model, batch_of(*lengths)), expected)
+    for lengths in PADDED:  # T5Gemma's attention rounds to float32, as processors differ in
+        assert_near(factors(model, batch_of(*lengths)), expected, 1e-5)
 
 
 def test_a_layer_between_the_two_reads_the_encoders_text():
