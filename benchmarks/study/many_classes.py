@@ -120,11 +120,12 @@ def rows_of(found: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
     for length in EPOCHS:
         results = [each for name, each in found.items() if name.startswith(length)]
         for way in ("MAP", "temperature scaling", *WAYS):
-            values = {"NLL": 3, "accuracy": 3, "seconds": 0}
             row = {"training": length, "seeds": str(len(results)), "way": way}
-            for value in [v for v in values if results and v in results[0][way]]:
-                row[value] = mean_and_error([each[way][value] for each in results])
-            table.append(row)
+            for value, digits in {"NLL": 3, "accuracy": 3, "seconds": 0}.items():
+                found_values = [each[way][value] for each in results if value in each[way]]
+                row[value] = mean_and_error(found_values, digits) if found_values else ""
+            if results:
+                table.append(row)
     return table
 
 

@@ -127,7 +127,8 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
         probs: NDArray[np.float64] = found.probs.double().cpu().numpy()  # type: ignore[union-attr]
         order = self._names(probs.shape[1]).argsort()
         # scikit-learn wants sums of 1 to the digits of the dtype; the model's have fewer.
-        return probs[:, order] / probs.sum(1, keepdims=True)
+        whole: NDArray[np.float64] = probs[:, order] / probs.sum(1, keepdims=True)
+        return whole
 
     def predict(self, X: Sequence[Any]) -> NDArray[Any]:
         """Return the label of the most probable class of each text."""

@@ -9,21 +9,16 @@ their algebra for each contrast.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from laplace_lora.data.pairs import passes
 from laplace_lora.likelihoods.base import Readout
-from laplace_lora.likelihoods.links import QUADRATURE, check_finite, entropy
+from laplace_lora.likelihoods.links import QUADRATURE, entropy
 from laplace_lora.likelihoods.quadrature import averaged
-from laplace_lora.models.autocast import as_called
-from laplace_lora.models.forward_mode import forward_mode
-from laplace_lora.models.modes import coarsest_dtype, evaluation_mode
-from laplace_lora.models.tolerances import near
 from laplace_lora.predictive.sample_set import SampleSet
+from laplace_lora.predictive.tangents import tangents_along, tangents_are_cheaper
 from laplace_lora.structures.state import Posterior
 
 logger = logging.getLogger(__name__)
@@ -31,10 +26,7 @@ logger = logging.getLogger(__name__)
 AUTO, EXACT, SAMPLED = "auto", "exact", "sampled"
 METHODS = (AUTO, EXACT, SAMPLED)
 SAMPLES = 64
-CROSSOVER = 1.5  # contrasts that cost as much as a direction, see benchmarks/speed/classes.py
 SEED = 0  # of samples, where no generator is given
-AT_ONCE = 16  # directions
-ROOM = 2**16  # tokens times directions that are in memory at once
 
 
 class LinearSamples:
@@ -79,28 +71,9 @@ class LinearSamples:
                 "method='sampled' averages class probabilities, and single rewards have none; use "
                 "method='exact'"
             )
-        posterior, model = self._posterior, self._posterior.model
-        directions, slopes = self._samples.directions, []
-        at_once = max(1, min(AT_ONCE, ROOM // _tokens(x)))
-        with evaluation_mode(model):
-            with as_called():
-                own, dtype = model(x), coarsest_dtype(model)
-            check_finite(own)
-            with forward_mode(model, posterior.engine.parameters, directions) as forward:
-                for part in forward.parts(at_once):
-                    with as_called():
-                        values, tangents = part.run({"batch": x}, lambda f: {"f": f})
-                    slopes.append(tangents["f"].to(posterior.dtype))
-        if not near(values["f"], own, dtype):
-            raise RuntimeError(
-                "the model has other outputs where it carries tangents than by itself; use "
-                "method='exact'"
-            )
-        temperature = posterior.settings.likelihood_temperature
-        moved = [readout.mean(slope) for part in slopes for slope in part]
-        return self._samples.centred(
-            readout.mean(own) / temperature, torch.stack(moved) / temperature
-        )
+        mean, slopes = tangents_along(self._posterior, x, readout, self._samples.directions)
+        temperature = self._posterior.settings.likelihood_temperature
+        return self._samples.centred(mean / temperature, slopes / temperature)
 
     def log_softmax(self, mean: Tensor, tangents: Tensor, readout: Readout) -> Tensor:
         """Return the log probabilities under each sample, see `Readout.log_softmax`.
@@ -167,26 +140,12 @@ def takes_samples(posterior: Posterior, method: str, link_approx: str, n_samples
         )
     if method != AUTO:
         return method == SAMPLED
-    possible = (
-        link_approx == QUADRATURE
-        and posterior.objective.is_classifier
-        and not posterior.differentiable
-        and posterior.model is posterior.source
-    )
-    contrasts = posterior.objective.n_columns(posterior.state.n_outputs) if possible else 0
+    if link_approx != QUADRATURE or not posterior.objective.is_classifier:
+        return False
     # Fewer samples than the default are a request for another link's, not for a rough answer.
-    return contrasts > CROSSOVER * ((max(n_samples, SAMPLES) + 1) // 2)
+    return tangents_are_cheaper(posterior, (max(n_samples, SAMPLES) + 1) // 2)
 
 
 def note_fallback(error: Exception) -> None:
     """Say that exact moments are computed because the model cannot carry tangents."""
     logger.info("predicting from exact moments: %s", error)
-
-
-def _tokens(x: Any) -> int:
-    """Return about how many tokens a batch has."""
-    parts = [v for p in passes(x) for v in (p.values() if isinstance(p, Mapping) else [p])]
-    tensors = [v for v in parts if isinstance(v, Tensor) and v.ndim > 1]
-    # Ids may stand in choices; the last dimensions of images and waves are no tokens.
-    sizes = [v.shape[:2].numel() if v.is_floating_point() else v.numel() for v in tensors]
-    return max(sizes, default=1)

@@ -7,8 +7,7 @@ curvature, gives the next directions, as in conjugate gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,79 +15,19 @@ from torch import Tensor
 
 from laplace_lora.data.distributed import Together
 from laplace_lora.likelihoods.base import Readout
+from laplace_lora.models.forward_mode import NoForwardDerivativeError
 from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.predictive.tangents import OtherOutputsError, tangents_along, tangents_are_cheaper
 from laplace_lora.structures.state import Posterior
-from laplace_lora.tuning.linear_model import LinearModel, along_path
-from laplace_lora.tuning.newton import descend
+from laplace_lora.tuning.linear_model import LinearModel
+from laplace_lora.tuning.spanned_model import SpannedMode, SpannedModel
 from laplace_lora.tuning.validation_cache import labelled_batches, validation_rows
 
 TITLE = "Recentring"  # of the progress bar
 PASSES = 5
 SHIFTS = (1.0, 30.0, 1000.0)  # factors of the prior precision in the preconditioner
 UNKNOWN = 1.0  # prior precision in the first preconditioner, where a training loss is asked for
-STEPS = 50
 SOLVED = 1e-4  # gradient relative to the first, below which there is no further step
-
-
-@dataclass(frozen=True)
-class SpannedMode:
-    """The most probable functions in a span of directions.
-
-    Attributes:
-        precision: Prior precision of the weights.
-        coefficients: Of the directions, ``(m,)``.
-        nll: Summed negative log likelihood, in nats.
-    """
-
-    precision: float
-    coefficients: Tensor
-    nll: float
-
-
-@dataclass(frozen=True)
-class SpannedModel:
-    """A linear model whose weights lie in the span of orthonormal directions.
-
-    Attributes:
-        functions: The model, whose Gram matrix is not looked at.
-        rows: The functions' derivatives along the directions, ``(N, c, m)``, float64.
-    """
-
-    functions: LinearModel
-    rows: Tensor
-
-    def mode(self, precision: float, start: SpannedMode | None = None) -> SpannedMode:
-        """Return the mode, by Newton's method with halved steps.
-
-        Args:
-            precision: Prior precision of the weights.
-            start: Where to start, such as the mode at another precision.
-        """
-        flat, size = self.rows.flatten(0, 1), self.rows.shape[-1]
-        x = flat.new_zeros(size) if start is None else start.coefficients
-
-        def at(x: Tensor) -> tuple[Tensor, float, float]:
-            outputs = self.functions.offset + self.rows @ x
-            nll = self.functions.nll(outputs)
-            return outputs, nll, nll + 0.5 * precision * float(x @ x)
-
-        def step_from(x: Tensor, outputs: Tensor) -> Tensor:
-            gradient = flat.T @ self.functions.residual(outputs).flatten() + precision * x
-            curved = (self.functions.root(outputs) @ self.rows).flatten(0, 1)
-            matrix = curved.T @ curved + precision * torch.eye(size).to(flat)
-            return -torch.linalg.solve(matrix, gradient)
-
-        x, _, nll = descend(x, at, step_from, STEPS)
-        return SpannedMode(precision, x, nll)
-
-    def fitted_like(self, nll: float) -> SpannedMode:
-        """Return the mode at the precision at which the training loss has a given value.
-
-        Args:
-            nll: Summed negative log likelihood; the nearest is taken where no precision reaches it.
-        """
-        curved = self.functions.root(self.functions.offset) @ self.rows
-        return along_path(self.mode, nll, float(curved.square().sum()) / self.rows.shape[-1])
 
 
 def mode_by_passes(
@@ -156,21 +95,39 @@ def _orthonormal(directions: Tensor) -> Tensor:
     return torch.linalg.qr(directions.double().T).Q.T.to(directions)
 
 
-def _functions(
-    posterior: Posterior, readout: Readout, x: Any, y: Tensor
-) -> tuple[LinearModel, Iterator[Tensor]]:
-    """Return a batch's functions, and their Jacobians tensor by tensor."""
-    f, blocks = posterior.engine.jacobian_blocks(x, readout.columns)
-    mean = readout.mean(f).double()
-    objective, scale = posterior.objective, float(posterior.scale.detach())
-    model = LinearModel(mean.new_empty(0), mean, y, objective, readout.relative, scale)
-    return model, blocks
+def _functions(posterior: Posterior, readout: Readout, values: Tensor, y: Tensor) -> LinearModel:
+    """Return the functions of labelled examples as a linear model without its Gram matrix."""
+    scale = float(posterior.scale.detach())
+    none = values.new_empty(0)
+    return LinearModel(none, values, y, posterior.objective, readout.relative, scale)
 
 
-def _along(blocks: Iterator[Tensor], directions: Tensor, sizes: list[int]) -> Tensor:
-    """Return derivatives along directions ``(m, parameters)``, ``(batch, columns, m)``, float64."""
-    parts = zip(blocks, directions.split(sizes, dim=1), strict=True)
-    return torch.stack([(J.flatten(2) @ V.T).double() for J, V in parts]).sum(0)
+def _slopes(
+    posterior: Posterior, readout: Readout, x: Any, directions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return a batch's functions, and their derivatives along directions, in float64.
+
+    Args:
+        posterior: A fitted posterior.
+        readout: The functions.
+        x: Batch that the model takes.
+        directions: Shape ``(m, parameters)``.
+
+    Returns:
+        Shapes ``(batch, columns)`` and ``(batch, columns, m)``.
+    """
+    if tangents_are_cheaper(posterior, len(directions)):
+        try:
+            mean, slopes = tangents_along(posterior, x, readout, directions)
+            return mean.double(), slopes.double().movedim(0, -1)
+        except (NoForwardDerivativeError, OtherOutputsError):
+            pass  # Jacobians do as well
+    engine = posterior.engine
+    with evaluation_mode(engine.model):
+        f, blocks = engine.jacobian_blocks(x, readout.columns)
+        parts = zip(blocks, directions.split(engine.sizes, dim=1), strict=True)
+        along = torch.stack([(J.flatten(2) @ V.T).double() for J, V in parts]).sum(0)
+    return readout.mean(f).double(), along
 
 
 def _spanned(
@@ -182,21 +139,17 @@ def _spanned(
     directions: Tensor,
 ) -> SpannedModel:
     """Return the model of all examples in the span of directions."""
-    engine = posterior.engine
     offsets: list[Tensor] = []
     rows: list[Tensor] = []
     labels: list[Tensor] = []
-    with evaluation_mode(engine.model):
-        for x, y in labelled_batches(posterior, loader, team, progress_bar, TITLE):
-            model, blocks = _functions(posterior, readout, x, y)
-            offsets.append(model.offset)
-            rows.append(_along(blocks, directions, engine.sizes))
-            labels.append(y)
+    for x, y in labelled_batches(posterior, loader, team, progress_bar, TITLE):
+        offset, slopes = _slopes(posterior, readout, x, directions)
+        offsets.append(offset)
+        rows.append(slopes)
+        labels.append(y)
     found = validation_rows(team, offset=offsets, rows=rows, labels=labels)
-    objective, scale = posterior.objective, float(posterior.scale.detach())
-    none = found["offset"].new_empty(0)
-    options = (found["labels"], objective, readout.relative, scale)
-    return SpannedModel(LinearModel(none, found["offset"], *options), found["rows"])
+    model = _functions(posterior, readout, found["offset"], found["labels"])
+    return SpannedModel(model, found["rows"])
 
 
 def _gradient(
@@ -211,15 +164,33 @@ def _gradient(
     engine = posterior.engine
     total = torch.zeros_like(posterior.mean, dtype=torch.float64)
     parts = total.split(engine.sizes)
-    with evaluation_mode(engine.model):
-        for x, y in labelled_batches(posterior, loader, team, progress_bar, TITLE):
-            model, blocks = _functions(posterior, readout, x, y)
-            moved = model.offset
-            if shift is not None:  # the Jacobians anew after that: a batch's are never kept
-                moved = moved + _along(blocks, shift.unsqueeze(0), engine.sizes).squeeze(-1)
-                _, blocks = _functions(posterior, readout, x, y)
-            residual = model.residual(moved)
-            for part, block in zip(parts, blocks, strict=True):
-                part.add_(torch.einsum("nc,ncp->p", residual.to(block), block.flatten(2)))
+    for x, y in labelled_batches(posterior, loader, team, progress_bar, TITLE):
+        moved = None
+        if shift is not None:
+            offset, slopes = _slopes(posterior, readout, x, shift.unsqueeze(0))
+            moved = offset + slopes.squeeze(-1)
+        columns = partial(_residual, posterior, readout, y, moved)
+        with evaluation_mode(engine.model):
+            for part, block in zip(parts, engine.jacobian_blocks(x, columns)[1], strict=True):
+                part.add_(block.flatten(2).double().sum((0, 1)))
     team.add_up([total])
     return total.to(posterior.mean)
+
+
+def _residual(
+    posterior: Posterior, readout: Readout, y: Tensor, moved: Tensor | None, f: Tensor
+) -> Tensor:
+    """Return the gradient of the NLL with respect to the outputs, ``(1, batch, outputs)``.
+
+    Args:
+        posterior: A fitted posterior.
+        readout: The functions that the likelihood is of.
+        y: Labels.
+        moved: The functions' values; those of the outputs if ``None``.
+        f: Outputs.
+    """
+    values = readout.mean(f).double() if moved is None else moved
+    residual = _functions(posterior, readout, values, y).residual(values).to(f)
+    if readout.columns is None:
+        return residual.unsqueeze(0)
+    return torch.einsum("nc,cno->no", residual, readout.columns(f)).unsqueeze(0)

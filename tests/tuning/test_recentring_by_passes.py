@@ -6,13 +6,16 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
-from laplace_lora.tuning import leave_one_out, recentring
+from laplace_lora.models.forward_mode import NoForwardDerivativeError
+from laplace_lora.predictive import tangents
+from laplace_lora.tuning import leave_one_out, looked_at, recentring, recentring_by_passes
 from laplace_lora.tuning.linear_model import LinearModel
-from laplace_lora.tuning.recentring_by_passes import SpannedModel
+from laplace_lora.tuning.spanned_model import SpannedModel
 from support.batches import loader, token_batch
 from support.models import peft_model
 from support.posteriors import DENSE, EVERY_CLASS, LOW, posterior
 from support.preferences import reward_posterior
+from support.references import assert_near
 
 LENGTHS = (3, 6, 4, 6, 1, 5, 2, 4, 4, 3, 2, 5)
 NEW = token_batch((4, 2, 6), seed=3)
@@ -92,6 +95,39 @@ def test_neither_order_nor_batches_matter(keeps_none):
     torch.testing.assert_close(shifts[1], shifts[0], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kwargs", [LOW, {"backend_kwargs": {"stochastic": True}}])
+def test_tangents_give_what_jacobians_give(keeps_none, monkeypatch, kwargs):
+    la = fitted(**kwargs)
+    before = la.recentre(1.0).nll_before  # three classes are fewer than the directions
+    shift = la.state.settings.shift
+    calls = []
+
+    def counted_tangents(*args):
+        calls.append(args)
+        return tangents.tangents_along(*args)
+
+    monkeypatch.setattr(tangents, "CROSSOVER", 0)
+    monkeypatch.setattr(recentring_by_passes, "tangents_along", counted_tangents)
+    assert la.recentre(1.0).nll_before == pytest.approx(before)
+    assert calls
+    assert_near(la.state.settings.shift, shift, 1e-5)
+
+
+@pytest.mark.parametrize("error", [NoForwardDerivativeError, tangents.OtherOutputsError])
+def test_models_without_tangents_have_jacobians(keeps_none, monkeypatch, error):
+    la = fitted(**LOW)
+    la.recentre(1.0)
+    shift = la.state.settings.shift
+
+    def refuse(*args):
+        raise error("no tangents")
+
+    monkeypatch.setattr(tangents, "CROSSOVER", 0)
+    monkeypatch.setattr(recentring_by_passes, "tangents_along", refuse)
+    la.recentre(1.0)
+    torch.testing.assert_close(la.state.settings.shift, shift)
+
+
 def test_without_the_fits_gradient_it_takes_a_pass_for_it(keeps_none):
     la = fitted(backend_kwargs={"stochastic": True, "num_samples": 2}, **LOW)
     assert la.state.loss_gradient is None
@@ -118,9 +154,9 @@ def test_data_of_another_fit_are_refused(keeps_none):
 
 
 def test_leave_one_out_of_some_examples_moves_the_mean_by_all(monkeypatch, keeps_none):
-    monkeypatch.setattr(leave_one_out, "ROWS", 2 * len(LENGTHS) - 1)
-    monkeypatch.setattr(leave_one_out, "EXAMPLES", 9)
-    monkeypatch.setattr(leave_one_out, "FEWEST", 3)
+    monkeypatch.setattr(looked_at, "ROWS", 2 * len(LENGTHS) - 1)
+    monkeypatch.setattr(looked_at, "EXAMPLES", 9)
+    monkeypatch.setattr(looked_at, "FEWEST", 3)
     closer = {}
 
     def always(linear, mode, *others):
