@@ -11,7 +11,7 @@ from laplace_lora import FullLoraLaplace, KronLoraLaplace
 from laplace_lora.likelihoods.base import OUTPUTS
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.tuning import looked_at
+from laplace_lora.tuning import leave_one_out, looked_at
 from laplace_lora.tuning.likely_classes import LikelyClasses
 from laplace_lora.tuning.linear_model import LinearModel, without_own
 from laplace_lora.tuning.validation_cache import scoring_of
@@ -99,6 +99,19 @@ def test_it_is_not_what_all_classes_choose(one_rival, monkeypatch):
     monkeypatch.undo()
     all_of_them.optimize_prior_precision()
     assert few.tuning.leave_one_out.nll != pytest.approx(all_of_them.tuning.leave_one_out.nll)
+
+
+def test_the_mean_stays(one_rival, monkeypatch):
+    def closer(linear, mode, *others):
+        return linear.fitted_like(0.5 * mode.nll)
+
+    monkeypatch.setattr(leave_one_out, "closer_fit", closer)
+    few = fitted()
+    few.optimize_prior_precision()
+    assert few.state.settings.shift is None
+    monkeypatch.setattr(looked_at, "ROWS", 3000)
+    few.optimize_prior_precision()
+    assert few.state.settings.shift is not None
 
 
 def test_the_order_of_the_data_changes_nothing(one_rival):
