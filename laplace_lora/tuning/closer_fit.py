@@ -1,4 +1,9 @@
-"""Whether training stopped too early: closer fits of the linearised base model, judged left out."""
+"""Whether training stopped too early: closer fits of the linearised base model, judged left out.
+
+The base model is linearised at the trained `lora_A` and head, which know something of the labels,
+the more the harder they were trained. So its word counts only as long as the network fits the
+labels hardly more closely than they can be predicted.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,7 @@ from laplace_lora.tuning.shared_inputs import standard_error
 
 HALVINGS = 40  # of the precision; separable labels would be fitted ever more closely
 CLOSER = 2.0  # standard errors by which a closer fit must be better
+EARLY = 0.6  # of the loss left out: a network whose training loss is below has overfitted already
 
 
 def closer_fit(
@@ -19,7 +25,9 @@ def closer_fit(
     losses: Callable[[Mode], Tensor],
     companions: Mapping[int, Sequence[int]] | None = None,
 ) -> Mode:
-    """Return the closer fit with the best leave-one-out loss; the mode, if none is clearly better.
+    """Return the closer fit with the best leave-one-out loss.
+
+    The mode, if none is clearly better, or if labels are fitted much more closely than predicted.
 
     Args:
         linear: The base model.
@@ -28,6 +36,8 @@ def closer_fit(
         companions: Examples that share an input with others, see `SharedInputs`.
     """
     start = losses(mode)
+    if mode.nll < EARLY * float(start.sum()):
+        return mode
     best, lowest, trial = mode, start, mode
     for _ in range(HALVINGS):
         trial = linear.mode(trial.precision / 2, trial)

@@ -12,8 +12,8 @@ An example that shares an input with others, as preference pairs do a text, is l
 with them. Where there are too many classes it is told apart from the likeliest alone.
 
 Where the base model's leave-one-out predictions get better when it is fitted more closely, training
-stopped too early: the posterior's mean is moved until it fits the labels as closely as is best, but
-not on the word of the likeliest classes alone.
+stopped too early: the posterior's mean is moved until it fits the labels as closely as is best, see
+`closer_fit`.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def tune(
         return scoring.nll(mean, nothing, labels).double()
 
     mode, moved = linear.fitted_like(linear.nll(outputs)), None
-    if recentre and likely is None:  # among few classes closer fits promise too much
+    if recentre:
         closer = closer_fit(linear, mode, lambda mode: narrow(without(mode)), companions)
         if closer is not mode:
             nll = posterior.temperature * closer.nll / len(cache.y)

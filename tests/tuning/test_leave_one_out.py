@@ -312,6 +312,15 @@ def test_a_closer_fit_is_taken_where_it_is_clearly_better():
     assert closer_fit(linear, close, losses) is close
 
 
+def test_a_network_that_has_overfitted_is_not_fitted_more_closely():
+    linear = informative(60)
+    losses = losses_of(linear)
+    loose = linear.mode(100.0)
+    assert closer_fit(linear, loose, losses) is not loose
+    gap = 1.1 / 0.6 * loose.nll / float(losses(loose).sum())
+    assert closer_fit(linear, loose, lambda mode: gap * losses(mode)) is loose
+
+
 def test_labels_that_features_do_not_explain_are_not_fitted_more_closely():
     linear = informative(60)
     shuffled = torch.randperm(60, generator=torch.Generator().manual_seed(1))
@@ -352,7 +361,7 @@ def test_of_many_examples_some_are_looked_at(monkeypatch):
     assert chosen[0] != float(whole.prior_precision)
     monkeypatch.setattr("laplace_lora.tuning.looked_at.FEWEST", 10)
     la.optimize_prior_precision()
-    assert "classes are too many" in la.tuning.reason
+    assert "labels are too many" in la.tuning.reason
 
 
 def test_it_says_where_no_width_helps():
