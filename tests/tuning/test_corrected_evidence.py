@@ -172,15 +172,15 @@ def test_noise_and_groups_are_at_a_maximum_of_the_whole_evidence(cls, kwargs, st
     def evidence(logs):
         return la.log_marginal_likelihood(logs[:-1].exp(), logs[-1].exp(), correction=True)
 
-    best = evidence(logs)
+    best = evidence(logs) + 2e-5  # of about 30, from a model in float32
     for step in (0.05, -0.05):
-        assert evidence(logs + step * (torch.arange(len(logs)) == len(logs) - 1)) <= best + 1e-6
+        assert evidence(logs + step * (torch.arange(len(logs)) == len(logs) - 1)) <= best
         for group in groups.unique() if len(inside) > 1 else [0]:
             mine = groups == group if len(inside) > 1 else torch.ones(1, dtype=torch.bool)
             if bool((inside & mine).any()):
                 moved = logs.clone()
                 moved[:-1] += step * mine
-                assert evidence(moved) <= best + 1e-6
+                assert evidence(moved) <= best
 
 
 @pytest.mark.parametrize("cls,kwargs", EXACT)
