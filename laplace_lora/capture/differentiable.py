@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_lora.likelihoods.links import check_finite
-from laplace_lora.models.rotary import own_angles
+from laplace_lora.models.rotary import angles_of, own_angles
 from laplace_lora.models.twins import resampled
 
 
@@ -27,10 +27,10 @@ def differentiable_jacobians(model: nn.Module, x: Any) -> tuple[Tensor, Tensor]:
         FloatingPointError: If the outputs are not finite; names the rows.
     """
     weights = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    buffers = dict(model.named_buffers())
+    buffers, angles = dict(model.named_buffers()), angles_of(model)
 
     def outputs(weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        f = torch.func.functional_call(twin, (weights, {**buffers, **own_angles(twin)}), (x,))
+        f = torch.func.functional_call(twin, (weights, {**buffers, **own_angles(angles)}), (x,))
         return f, f
 
     # On a twin, as a functional call replaces the tensors of its modules.

@@ -26,7 +26,7 @@ from laplace_lora.adapters.grouped_attention import differentiable_attention
 from laplace_lora.adapters.in_use import check_runs
 from laplace_lora.models.frozen_maps import differentiate_inputs_only
 from laplace_lora.models.modes import evaluation_mode
-from laplace_lora.models.rotary import own_angles
+from laplace_lora.models.rotary import angles_of, own_angles
 from laplace_lora.models.twins import twin_of
 
 # Its kernels round the inputs as well, so they have no derivative.
@@ -60,6 +60,7 @@ class ForwardMode(nn.Module):
         own = dict(model.named_parameters())
         self._weights = {name: own[name].detach() for name in names}
         self._directions = dict(zip(names, directions, strict=True))
+        self._angles = angles_of(model)
         # As Falcon does, whatever it is told; torch's other kernels have no forward derivative.
         configs: Any = (getattr(module, "config", None) for module in model.modules())
         self._calls_sdpa = any(getattr(c, "_attn_implementation", "") == "sdpa" for c in configs)
@@ -103,7 +104,7 @@ class ForwardMode(nn.Module):
 
         def output(weights: dict[str, Tensor], carried: dict[str, Tensor]) -> dict[str, Tensor]:
             placed = {} if place is None else place(carried)
-            tensors = {**weights, **own_angles(self.model)}
+            tensors = {**weights, **own_angles(self._angles)}
             return read(functional_call(self.model, tensors, (), {**arguments, **placed}))
 
         def along(

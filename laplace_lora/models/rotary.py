@@ -72,15 +72,22 @@ def check_lengths(config: Any, inputs: Mapping[str, Any]) -> None:
         )
 
 
-def own_angles(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of the angles that a model's passes write, by name.
-
-    A transform of torch.func refuses to write into tensors from outside of it.
+def angles_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the angles that a model's passes may write, by name.
 
     Args:
         model: Any module.
     """
-    return {name: b.clone() for name, b in model.named_buffers() if name.endswith(ANGLES)}
+    return {name: b for name, b in model.named_buffers() if name.endswith(ANGLES)}
+
+
+def own_angles(angles: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of angles: a transform of torch.func writes into no tensor from outside of it.
+
+    Args:
+        angles: Of `angles_of`.
+    """
+    return {name: b.clone() for name, b in angles.items()}
 
 
 def _of_text(config: Any) -> Any:
