@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow  # tests/data/test_streams.py has two processes in
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
-    assert exit_codes(worker, folder, PROCESSES, patience=900) == [0, -signal.SIGKILL]
+    assert exit_codes(worker, folder, PROCESSES) == [0, -signal.SIGKILL]
     killing = torch.load(folder / "killing.pt")
     return killing, {rank: torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)}
 

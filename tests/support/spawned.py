@@ -2,17 +2,22 @@
 
 import multiprocessing
 import socket
+import time
+
+# Ten times what the longest takes on two free cores: beside other work it takes several times that.
+PATIENCE = 900
+# What one process may need to notice that the last of the others has ended.
+FAREWELL = 60
 
 
-def exit_codes(worker, folder, count=2, patience=300):
+def exit_codes(worker, folder, count=2):
     """Run a worker in several processes and return their exit codes.
 
     Args:
         worker: Called with the process's rank, a free port of this machine and the folder; must be
             importable by name.
         folder: Where it leaves what it found.
-        count: How many processes.
-        patience: Seconds to wait for each; then it is killed.
+        count: How many processes. What still runs in the end is killed; its code is None.
     """
     context = multiprocessing.get_context("spawn")
     with socket.socket() as probe:
@@ -21,8 +26,9 @@ def exit_codes(worker, folder, count=2, patience=300):
     workers = [context.Process(target=worker, args=(rank, port, folder)) for rank in range(count)]
     for process in workers:
         process.start()
+    until = time.monotonic() + PATIENCE
     for process in workers:
-        process.join(timeout=patience)
+        process.join(timeout=max(until - time.monotonic(), FAREWELL))
     codes = [process.exitcode for process in workers]
     for process in workers:
         process.kill()
