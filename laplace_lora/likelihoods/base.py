@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from laplace_lora.likelihoods.links import Link
-from laplace_lora.likelihoods.roots import contrast_root
+from laplace_lora.likelihoods.roots import contrast_root, several_logits
 
 Columns = Callable[[Tensor], Tensor]
 
@@ -79,7 +79,9 @@ class Readout:
 
 
 OUTPUTS = Readout(None, lambda f: f, is_softmax=False)
-CONTRASTS = Readout(contrast_root, lambda f: f[:, 1:] - f[:, :1], is_softmax=True, relative=True)
+CONTRASTS = Readout(
+    contrast_root, lambda f: several_logits(f)[:, 1:] - f[:, :1], is_softmax=True, relative=True
+)
 
 
 class Scoring(Protocol):

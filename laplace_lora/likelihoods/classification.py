@@ -18,13 +18,14 @@ from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.roots import (
     cross_entropy,
     sampled_softmax_root,
+    several_logits,
     softmax_residual,
     softmax_root,
 )
 from laplace_lora.likelihoods.splitting import split_mapping_or_pair
 
 MULTILABEL_PROBLEM = "multi_label_classification"  # as Hugging Face's configurations call it
-LOGITS = Readout(None, lambda f: f, is_softmax=True)
+LOGITS = Readout(None, several_logits, is_softmax=True)
 
 
 class Classification(LikelihoodDefaults):

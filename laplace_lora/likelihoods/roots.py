@@ -36,6 +36,21 @@ def contrast_matrix(f: Tensor) -> Tensor:
     return eye[1:] - eye[0]
 
 
+def several_logits(f: Tensor) -> Tensor:
+    """Return logits ``(…, outputs)`` as they are.
+
+    Raises:
+        ValueError: If there are fewer than two, of which a softmax says nothing.
+    """
+    if f.shape[-1] < 2:
+        raise ValueError(
+            "classification needs at least two logits per example, got one; a model with a single "
+            "output is a regression model or needs an `output` callable that makes two logits, "
+            "and a question with a single choice has nothing to choose"
+        )
+    return f
+
+
 def contrast_root(f: Tensor) -> Tensor:
     """Return the columns ``e_c − e_1``, whose products with ``f`` fix its softmax.
 
@@ -44,8 +59,11 @@ def contrast_root(f: Tensor) -> Tensor:
 
     Returns:
         Columns ``(outputs − 1, batch, outputs)``.
+
+    Raises:
+        ValueError: If there are fewer than two outputs.
     """
-    return contrast_matrix(f).unsqueeze(1).repeat(1, len(f), 1)
+    return contrast_matrix(several_logits(f)).unsqueeze(1).repeat(1, len(f), 1)
 
 
 def softmax_root(f: Tensor) -> Tensor:
@@ -65,12 +83,7 @@ def softmax_root(f: Tensor) -> Tensor:
     Raises:
         ValueError: If there are fewer than two outputs.
     """
-    if f.shape[-1] < 2:
-        raise ValueError(
-            "classification needs at least two logits per example, got one; a model with a single "
-            "output is a regression model or needs an `output` callable that makes two logits"
-        )
-    root_p = F.softmax(f.double(), dim=-1).sqrt()
+    root_p = F.softmax(several_logits(f).double(), dim=-1).sqrt()
     v = root_p.clone()
     v[:, -1] += 1
     columns = torch.diag_embed(root_p)[:, :, :-1] - torch.einsum(

@@ -308,3 +308,15 @@ def test_last_layers_of_choices_are_refused_by_name():
     la = KronLoraLLLaplace(wrapped("bert").model, "classification")
     with pytest.raises(RuntimeError, match=r"once per example.*KronLoraLaplace"):
         la.fit(loader_of(choice_batch(), 2))
+
+
+@pytest.mark.parametrize("link", ["quadrature", "probit", "mc"])
+def test_a_question_with_a_single_choice_is_refused(link):
+    """One logit used to be read as the contrast of two classes by some links."""
+    la = KronLoraLaplace(wrapped("bert"), "classification")
+    la.fit(loader_of(batch_of("bert"), 7))
+    batch = choice_batch(lengths=[(4,), (6,)])
+    with pytest.raises(ValueError, match="a single choice has nothing to choose"):
+        la(batch, link_approx=link)
+    with pytest.raises(ValueError, match="a single choice has nothing to choose"):
+        la.predict([batch])
