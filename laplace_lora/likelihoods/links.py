@@ -19,6 +19,7 @@ from laplace_lora.likelihoods.quadrature import (
     averaged,
     binary_log_probabilities,
     covariance_root,
+    log_softmax_at,
     mean_binary_entropy,
     softmax_log_probabilities,
 )
@@ -138,8 +139,7 @@ def sampled_log_softmax(contrasts: Tensor, covariance: Tensor, noise: Tensor) ->
     Returns:
         Shape ``(samples, …, batch, classes)``.
     """
-    draws = gaussian_samples(contrasts, covariance, noise)
-    return F.log_softmax(F.pad(draws, (1, 0)), dim=-1)
+    return log_softmax_at(noise, contrasts, covariance_root(covariance))
 
 
 def entropies(

@@ -26,7 +26,8 @@ POINTS = (  # contrasts up to which, and points for each of the widths
 )
 ENTROPY_POINTS = 2**10
 NOT_POSITIVE = "the predictive covariance is not finite or far from positive"
-CHUNK = 2**24  # numbers in memory at once
+CHUNK = 2**24  # numbers in an accelerator's memory at once
+CACHED = 2**18  # and in a processor's cache, several times as fast as its memory
 SMALLEST_VARIANCE = 1e-12  # changes σ by 1e-13; nodes of a narrower Gaussian would be rounded
 ROUNDING = 1e-6  # how far below zero rounding may take a variance
 
@@ -178,14 +179,35 @@ def averaged(samples: Tensor) -> Tensor:
 def _averaged(mean: Tensor, covariance: Tensor, points: int) -> Tensor:
     """Average the softmax over points; ``mean`` has shape ``(n, classes − 1)``."""
     noise = _normal_points(points, mean.shape[-1], 0).to(mean)
-    root = covariance_root(covariance).to(mean.dtype)
-    part = max(1, CHUNK // (points * (mean.shape[-1] + 1)))
-    parts = []
-    for m, L in zip(mean.split(part), root.split(part), strict=True):
-        draws = m + torch.einsum("nij,sj->sni", L, noise)
-        log_p = F.log_softmax(F.pad(draws, (1, 0)), dim=-1)
-        parts.append(averaged(log_p))
-    return torch.cat(parts)
+    root = covariance_root(covariance)
+    at_once = CACHED if mean.device.type == "cpu" else CHUNK
+    part = max(1, at_once // (points * (mean.shape[-1] + 1)))
+    return torch.cat(
+        [
+            averaged(log_softmax_at(noise, m, L))
+            for m, L in zip(mean.split(part), root.split(part), strict=True)
+        ]
+    )
+
+
+def log_softmax_at(noise: Tensor, contrasts: Tensor, root: Tensor) -> Tensor:
+    """Return the log softmax of Gaussian contrasts at points of a standard normal.
+
+    Args:
+        noise: The points, ``(points, classes − 1)``.
+        contrasts: Mean contrasts to the first class, ``(…, classes − 1)``.
+        root: Root of their covariance, ``(…, classes − 1, classes − 1)``, see `covariance_root`;
+            leading dimensions broadcast.
+
+    Returns:
+        Shape ``(points, …, classes)``. Classes come first in memory and points last, where a
+        softmax is several times as fast.
+    """
+    contrasts, root = _broadcast(contrasts, root.to(contrasts.dtype))
+    draws = torch.einsum("...ij,sj->i...s", root, noise.to(root.dtype))
+    draws = draws + contrasts.movedim(-1, 0).unsqueeze(-1)
+    log_p = F.log_softmax(torch.cat([torch.zeros_like(draws[:1]), draws]), dim=0)
+    return log_p.movedim((0, -1), (-1, 0))
 
 
 def covariance_root(covariance: Tensor) -> Tensor:

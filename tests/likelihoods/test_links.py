@@ -63,3 +63,18 @@ def test_the_epistemic_part_of_more_classes_is_never_negative():
 def test_entropies_of_more_classes_need_samples():
     with pytest.raises(ValueError, match="need samples"):
         links.entropies(torch.zeros(1, 3), torch.eye(3)[None], None)
+
+
+@pytest.mark.parametrize("name", links.LINKS)
+@pytest.mark.parametrize("shape", [(3, 1), (3, 5), (2, 3, 1)])
+def test_several_covariances_of_a_batch_are_as_each_alone(name, shape):
+    torch.manual_seed(0)
+    mean = torch.randn(5, 4, dtype=torch.float64)
+    root = torch.randn(*shape, 4, 4, dtype=torch.float64)
+    covariance = root @ root.mT
+    link = links.Link(name, torch.randn(64, 3, dtype=torch.float64) if name == "mc" else None)
+    together = link.log_probabilities(mean, covariance)
+    assert together.shape == (*shape[:-1], 5, 4)
+    each = covariance.expand(*shape[:-1], 5, 4, 4).flatten(0, -4)
+    alone = torch.stack([link.log_probabilities(mean, one) for one in each])
+    torch.testing.assert_close(together, alone.view_as(together))
