@@ -3,7 +3,7 @@
 Few labels fit several numbers all too well. Each logarithm has a Gaussian prior around its present
 value; predictions are averaged over the posterior of the numbers, by importance sampling from the
 prior and from a Gaussian around the mode; chosen is the point whose predictions are nearest to the
-average. With many labels that is the mode.
+average, in Hellinger's distance. With many labels that is the mode.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.optimize import minimize
+from scipy.optimize import least_squares, minimize
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
@@ -28,7 +28,8 @@ STEP = 0.1  # of central differences, in widths of the prior
 NEGLIGIBLE = 1e-4  # weight of a sample
 WORST = 1e4  # loss of a row where it is not finite
 ROUGH = {"xatol": 1e-3, "fatol": 1e-5, "maxiter": 200}
-FINE = {"xatol": 1e-4, "fatol": 1e-9, "maxiter": 200}
+NEAR = {"diff_step": 1e-2, "ftol": 1e-5, "xtol": 1e-4, "gtol": 1e-12, "max_nfev": 50}
+HOLD = 3e-4  # of each number to its present value, which holds what predictions hardly depend on
 
 Point = tuple[float, ...]
 
@@ -68,7 +69,8 @@ def search(
 ) -> Found:
     """Return the point whose predictions are nearest to the average over what labels leave open.
 
-    Nearest is the smallest mean Kullback–Leibler divergence from the average to the point.
+    Nearest is the smallest mean squared Hellinger distance. Near the average it is a quarter of the
+    Kullback–Leibler divergence, and a sum of squares, which takes a tenth of the predictions.
 
     Args:
         predictions: Of the rows, at a point.
@@ -94,14 +96,16 @@ def search(
     z, weights = _posterior_samples(losses, len(start), kept)
     average = _averages(lambda z: predictions.probabilities(point(z)), z, weights)
 
-    def nearest(rows: Tensor, probabilities: Tensor, *starts: Any) -> Any:
-        def divergence(z: Any) -> float:
-            log_p = predictions.probabilities(point(z)).double().clamp_min(1e-300).log()
-            value = -float((probabilities * log_p)[rows].sum()) / int(rows.sum())
-            return value if math.isfinite(value) else WORST
+    def nearest(rows: Tensor, average: Tensor, *starts: Any) -> Any:
+        roots = average[rows].sqrt()
 
-        found = [minimize(divergence, each, method="Nelder-Mead", options=FINE) for each in starts]
-        return min(found, key=lambda each: each.fun).x
+        def differences(z: Any) -> Any:
+            p = predictions.probabilities(point(z)).double()[rows].nan_to_num(0.0)
+            apart = (p.sqrt() - roots).flatten() / len(roots) ** 0.5
+            return torch.cat([apart.cpu(), HOLD * torch.as_tensor(z, dtype=p.dtype)]).numpy()
+
+        begin = min(starts, key=lambda z: float((differences(z) ** 2).sum()))
+        return least_squares(differences, begin, **NEAR).x
 
     middles = (weights @ z).tolist()
     heaviest = z[int(weights[0].argmax())].tolist()

@@ -171,10 +171,11 @@ def test_chosen_is_what_predicts_most_nearly_the_average(rows):
     predictions = alike(mean, labels)
     found = search(predictions, (-0.8,), (0.9,), torch.arange(rows))
     average, points = on_a_grid(predictions, -0.8, 0.9, slice(None))
-    divergences = [
-        -float((average * predictions.probabilities(point).log()).sum()) for point in points
+    distances = [
+        float((average.sqrt() - predictions.probabilities(point).sqrt()).square().sum())
+        for point in points
     ]
-    nearest = points[min(range(len(points)), key=divergences.__getitem__)]
+    nearest = points[min(range(len(points)), key=distances.__getitem__)]
     assert float(found.best[0]) == pytest.approx(nearest[0], abs=0.02)
     assert found.before == pytest.approx(float(predictions.losses((-0.8,)).mean()))
     assert found.after == pytest.approx(float(predictions.losses(found.best).mean()))
