@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DataCollatorWithPadding
 
 from laplace_lora.posteriors.base import LoraLaplace
 
@@ -92,42 +91,52 @@ class PessimisticReward:
         groups: dict[str, list[int]] = {}
         for place, prompt in enumerate(prompts):
             groups.setdefault(repr(prompt), []).append(place)
-        encoded = [self._encoded(*pair) for pair in zip(prompts, completions, strict=True)]
-        empty = [place for place, row in enumerate(encoded) if not row["input_ids"]]
-        if empty:  # among others it would be a row of padding, whose reward means nothing
-            raise ValueError(
-                f"completions {empty} have no tokens, nor have their prompts, so there is nothing "
-                "to reward; leave them out"
-            )
-        mean = torch.zeros(len(encoded), dtype=torch.float64)
+        texts = [self._text(*pair) for pair in zip(prompts, completions, strict=True)]
+        mean = torch.zeros(len(texts), dtype=torch.float64)
         deviation = torch.zeros_like(mean)
         for places in groups.values():
             if len(places) > 1:
-                batch = self._batch([encoded[place] for place in places])
+                batch = self._batch(texts, places, prompts[places[0]])
                 m, joint = self.posterior(batch, joint=True)
                 mean[places] = m.flatten().double().cpu()
                 deviation[places] = _centred(joint.double()).diagonal().clamp(min=0).sqrt().cpu()
         singles = [places[0] for places in groups.values() if len(places) == 1]
-        for start in range(0, len(singles), self.batch_size):
-            part = singles[start : start + self.batch_size]
-            m, variance = self.posterior(self._batch([encoded[place] for place in part]))
-            mean[part] = m.flatten().double().cpu()
-            deviation[part] = variance.flatten().double().sqrt().cpu()
+        for is_plain in (True, False):  # which are tokenised differently
+            alone = [p for p in singles if isinstance(prompts[p], str) == is_plain]
+            for start in range(0, len(alone), self.batch_size):
+                part = alone[start : start + self.batch_size]
+                batch = self._batch(texts, part, prompts[part[0]])
+                m, variance = self.posterior(batch)
+                mean[part] = m.flatten().double().cpu()
+                deviation[part] = variance.flatten().double().sqrt().cpu()
         return mean, deviation
 
-    def _encoded(self, prompt: Text, completion: Text) -> Any:
+    def _batch(self, texts: list[str], places: list[int], prompt: Text) -> dict[str, Tensor]:
+        encoded = self.tokenizer(
+            [texts[place] for place in places],
+            truncation=True,
+            padding=True,
+            return_tensors="pt",
+            # A chat template has written a conversation's special tokens.
+            add_special_tokens=isinstance(prompt, str),
+        )
+        real = encoded["attention_mask"].any(1).tolist()
+        if not all(real):  # a row of padding has a reward, which means nothing
+            empty = [place for place, is_real in zip(places, real, strict=True) if not is_real]
+            raise ValueError(
+                f"completions {empty} have no tokens, nor have their prompts, so there is nothing "
+                "to reward; leave them out"
+            )
+        device = self.posterior.fitted.device
+        return {name: tensor.to(device) for name, tensor in encoded.items()}
+
+    def _text(self, prompt: Text, completion: Text) -> str:
         if isinstance(prompt, str) and isinstance(completion, str):
-            return self.tokenizer(prompt + completion, truncation=True)
+            return prompt + completion
         if isinstance(prompt, str) or isinstance(completion, str):
             raise ValueError("prompt and completion must both be texts or both be messages")
-        text = self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
-        # A chat template has written the special tokens.
-        return self.tokenizer(text, truncation=True, add_special_tokens=False)
-
-    def _batch(self, encoded: list[Any]) -> dict[str, Tensor]:
-        padded = DataCollatorWithPadding(self.tokenizer)(encoded)
-        device = self.posterior.fitted.device
-        return {name: tensor.to(device) for name, tensor in padded.items()}
+        text: str = self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+        return text
 
 
 def _centred(joint: Tensor) -> Tensor:
