@@ -6,12 +6,9 @@ not zero.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora import AdaLoraLayer
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,7 +16,8 @@ from laplace_lora.adapters.peft_state import adalora_layers, check_adapters
 from laplace_lora.adaptive.allocation import adalora_components
 from laplace_lora.adaptive.criteria import Criterion, Function
 from laplace_lora.adaptive.ivon import ivon_of
-from laplace_lora.adaptive.scores import Components, Marginals, PosteriorScore, best
+from laplace_lora.adaptive.lora_components import describe_layers, lora_components, shrink_lora
+from laplace_lora.adaptive.scores import Marginals, PosteriorScore, best
 from laplace_lora.adaptive.shrinking import check_mean, shrink
 from laplace_lora.data.sharding import unwrapped
 
@@ -36,8 +34,9 @@ def prune_adapter(
     """Keep the most important components of a trained adapter, and shrink its tensors.
 
     Each layer keeps those of its components that are among the best of all layers; a layer that
-    keeps none loses its adapter. A Laplace posterior is that of the unpruned adapter: fit a new
-    one afterwards. An `IVON` shrinks with the adapter and goes on.
+    keeps none loses its adapter. Adapters of embeddings stay as they are. A Laplace posterior is
+    that of the unpruned adapter: fit a new one afterwards. An `IVON` shrinks with the adapter and
+    goes on.
 
     Args:
         peft_model: A trained LoRA or AdaLoRA model.
@@ -54,8 +53,8 @@ def prune_adapter(
     Raises:
         TypeError: If the model has neither a LoRA nor an AdaLoRA adapter.
         ValueError: If the target is negative or above the current ranks, the posterior does not
-            cover the adapter, the adapter has a bias or DoRA magnitudes, or an optimiser is given
-            beside an `IVON`.
+            cover the adapter, the adapter has a bias, DoRA magnitudes or experts, or an optimiser
+            is given beside an `IVON`.
         FloatingPointError: If a score is not finite; names the layer.
         RuntimeError: If an adapter is merged or disabled, several are active, or the weights of an
             `IVON` are drawn.
@@ -71,15 +70,16 @@ def prune_adapter(
     check_mean(optimizer)
     adapter = next(iter(peft_model.active_adapters))
     if adalora_layers(peft_model):
-        layers = adalora_components(peft_model.base_model.model, adapter)
+        components = adalora_components(peft_model.base_model.model, adapter)
+        layers = [layer for layer in components if len(layer.A)]  # others were pruned before
     else:
-        layers = _lora_components(peft_model, adapter)
+        layers = lora_components(peft_model, adapter)
     masks = best(layers, score.scores(layers), round(target_r * len(layers)))
     ranks = {layer.name: int(keep.sum()) for layer, keep in zip(layers, masks, strict=True)}
     if layers[0].E is None:
         for layer, keep in zip(layers, masks, strict=True):
-            _shrink_lora(peft_model, layer, adapter, keep, optimizer)
-        _update_config(peft_model, adapter, ranks)
+            shrink_lora(peft_model, layer, adapter, keep, optimizer)
+        describe_layers(peft_model, adapter)
         return ranks
     with torch.no_grad():
         for layer, keep in zip(layers, masks, strict=True):
@@ -165,7 +165,8 @@ def adalora_to_lora(peft_model: PeftModel) -> PeftModel:
         keep = (E != 0).view(-1)
         if bool(keep.any()):
             module: AdaLoraLayer = peft_model.base_model.model.get_submodule(layer.name)
-            scale = float(module.scaling[adapter] / (module.ranknum[adapter] + 1e-5))
+            count = float(module.ranknum[adapter].detach())
+            scale = module.scaling[adapter] / (count + 1e-5)
             A, B = layer.A.detach(), layer.B.detach()
             tensors[layer.name] = ((A * E)[keep].clone(), B[:, keep].clone(), scale)
     if not tensors:
@@ -188,57 +189,9 @@ def adalora_to_lora(peft_model: PeftModel) -> PeftModel:
         for name, (A, B, _) in tensors.items():
             layer = base.get_submodule(name)
             for matrices, value in ((layer.lora_A, A), (layer.lora_B, B)):
-                matrices[adapter].to(value.dtype).weight.copy_(value)
+                weight = matrices[adapter].to(value.dtype).weight
+                weight.copy_(value.view_as(weight))  # AdaLoRA flattens the kernels of convolutions
     return lora
-
-
-def _lora_components(peft_model: PeftModel, adapter: str) -> list[Components]:
-    layers = []
-    for name, module in peft_model.base_model.model.named_modules():
-        if not isinstance(module, LoraLayer) or isinstance(module, AdaLoraLayer):
-            continue
-        if adapter not in module.lora_A:
-            continue
-        if module.use_dora.get(adapter) or module.lora_bias.get(adapter):
-            raise ValueError(f"layer {name!r} has a LoRA bias or DoRA magnitude; it cannot shrink")
-        layers.append(
-            Components(name, module.lora_A[adapter].weight, module.lora_B[adapter].weight)
-        )
-    if not layers:
-        raise TypeError("the model has neither a LoRA nor an AdaLoRA adapter on linear layers")
-    return layers
-
-
-def _shrink_lora(
-    peft_model: PeftModel,
-    layer: Components,
-    adapter: str,
-    keep: Tensor,
-    optimizer: Optimizer | None,
-) -> None:
-    model = peft_model.base_model.model
-    module: LoraLayer = model.get_submodule(layer.name)
-    rank = int(keep.sum())
-    shrink(layer.A, keep, 0, optimizer)
-    shrink(layer.B, keep, 1, optimizer)
-    if rank == 0:  # PEFT has no LoRA of rank zero
-        model.set_submodule(layer.name, module.get_base_layer())
-        return
-    module.lora_A[adapter].out_features = module.lora_B[adapter].in_features = rank
-    divisor = math.sqrt(rank) if module.use_rslora.get(adapter) else float(rank)
-    module.r[adapter], module.lora_alpha[adapter] = rank, module.scaling[adapter] * divisor
-
-
-def _update_config(peft_model: PeftModel, adapter: str, ranks: dict[str, int]) -> None:
-    """Describe the shrunken layers in the configuration, so that a saved adapter loads."""
-    config, model = peft_model.peft_config[adapter], peft_model.base_model.model
-    layers: dict[str, LoraLayer] = {
-        name: model.get_submodule(name) for name, rank in ranks.items() if rank
-    }
-    config.target_modules = set(layers)
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    config.rank_pattern = {name: layer.r[adapter] for name, layer in layers.items()}
-    config.alpha_pattern = {name: layer.lora_alpha[adapter] for name, layer in layers.items()}
 
 
 def _trained_modules(peft_model: PeftModel, adapter: str) -> dict[str, nn.Module]:

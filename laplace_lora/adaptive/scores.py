@@ -175,7 +175,8 @@ def _component_scores(
     """
     if values_only and layer.E is not None:
         return elements(layer.E).view(-1)
-    right, left = elements(layer.A), elements(layer.B)
+    # Of a convolution the entries of a vector are its kernels'.
+    right, left = elements(layer.A).flatten(1), elements(layer.B).transpose(0, 1).flatten(1).T
     if values_only:
         return torch.minimum(right.sum(1), left.sum(0))
     total = right.mean(1) + left.mean(0)
