@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from laplace_lora.adaptive.accumulated_loss import AccumulatedLoss
 from laplace_lora.adaptive.allocation import (
     ScoreAllocator,
     adalora_components,
@@ -30,17 +30,20 @@ class IVONCallback(TrainerCallback):
     Give it to a `Trainer` whose optimiser is an `IVON` (``optimizers=(ivon, None)``), with
     ``max_grad_norm=0``. If training fails in between, call ``ivon.restore()``.
 
-    With several accumulation steps transformers leaves a sequence classifier's gradients summed
-    over them, not averaged, which would make the curvature too large; they are divided here.
+    With several accumulation steps transformers leaves the gradients of models whose loss ignores
+    the number of items, as most classifiers' does, summed over the steps, not averaged, which
+    would make the curvature too large; they are divided here.
 
     Args:
-        gradient_scale: Factor of a step's gradients; ``None`` to infer it.
+        gradient_scale: Factor of a step's gradients; ``None`` to infer it from the model's loss.
+            Give it if the trainer computes its loss in another way.
     """
 
     def __init__(self, gradient_scale: float | None = None) -> None:
         self.gradient_scale = gradient_scale
         self._substeps = 0
         self._ivon: IVON | None = None
+        self._loss = AccumulatedLoss()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -50,6 +53,8 @@ class IVONCallback(TrainerCallback):
         Raises:
             ValueError: If gradients are clipped.
         """
+        self._loss.stop()
+        self._loss = AccumulatedLoss()
         self._ivon = ivon_of(kwargs.get("optimizer"))
         if self._ivon is not None and args.max_grad_norm:
             raise ValueError(
@@ -65,6 +70,8 @@ class IVONCallback(TrainerCallback):
         if self._ivon is not None:
             self._ivon.restore()
             self._ivon.draw()
+            if self.gradient_scale is None and args.gradient_accumulation_steps > 1:
+                self._loss.watch(kwargs["model"])
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -80,7 +87,8 @@ class IVONCallback(TrainerCallback):
             return
         scale = self.gradient_scale
         if scale is None:
-            scale = 1 / self._substeps if sums_gradients(kwargs["model"]) else 1.0
+            averages = self._substeps == 1 or not self._loss.sums(kwargs["model"])
+            scale = 1.0 if averages else 1 / self._substeps
         if scale != 1:
             for group in self._ivon.param_groups:
                 for p in group["params"]:
@@ -190,20 +198,6 @@ class AdaLoraCallback(IVONCallback):
                 "optimiser, or the callback a PosteriorScore"
             )
         return PosteriorScore(ivon, self.score)
-
-
-def sums_gradients(model: nn.Module) -> bool:
-    """Return whether `Trainer` sums a model's gradients over accumulation steps.
-
-    It relies on every model that takes loss arguments to divide by the number of items;
-    transformers' sequence classifiers take the number and ignore it.
-    """
-    base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not type(base).__name__.endswith("ForSequenceClassification"):
-        return False
-    keywords = inspect.signature(base.forward).parameters.values()
-    has_kwargs = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in keywords)
-    return bool(getattr(base, "accepts_loss_kwargs", has_kwargs))
 
 
 def _named_parameters(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:

@@ -1,0 +1,101 @@
+"""Gradients accumulated over several steps are those of one large batch."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+
+from laplace_lora.adaptive import IVON, IVONCallback
+from support.batches import rows, token_batch
+from support.models import bert_config, excite, llama_config
+
+
+def texts(count=4):
+    batch = token_batch((4,) * count)
+    return batch, batch["input_ids"]
+
+
+def with_labels(make):
+    batch, ids = texts()
+    return {**batch, "labels": make(ids)}
+
+
+def choices():
+    batch, ids = texts()
+    both = {key: torch.stack([batch[key], batch[key].flip(1)], 1) for key in ("input_ids",)}
+    return {**both, "attention_mask": torch.ones(len(ids), 2, 4).long(), "labels": ids[:, 0] % 2}
+
+
+def spans():
+    batch, ids = texts()
+    del batch["labels"]
+    return {**batch, "start_positions": ids[:, 0] % 4, "end_positions": ids[:, 1] % 4}
+
+
+CASES = {  # which of these losses ignore the number of items may change with transformers
+    "classes": (BertForSequenceClassification, with_labels(lambda ids: ids[:, 0] % 2)),
+    "tokens": (BertForTokenClassification, with_labels(lambda ids: ids % 2)),
+    "masked": (BertForMaskedLM, with_labels(lambda ids: ids)),
+    "choices": (BertForMultipleChoice, choices()),
+    "spans": (BertForQuestionAnswering, spans()),
+    "texts": (LlamaForCausalLM, with_labels(lambda ids: ids)),
+}
+
+
+def collected(name, folder, batch_size, steps):
+    """What IVON collected in one step."""
+    cls, batch = CASES[name]
+    torch.manual_seed(0)
+    is_bert = cls.__name__.startswith("Bert")
+    model = cls(bert_config() if is_bert else llama_config())
+    targets = ["query", "value"] if is_bert else ["q_proj", "v_proj"]
+    model = excite(get_peft_model(model, LoraConfig(r=2, target_modules=targets)))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ivon = IVON(trained, ess=4, generator=torch.Generator().manual_seed(0))
+    found, original = [], ivon.step
+
+    def step(*args):
+        found.extend(sums.gradients.clone() for sums in ivon.collected.values())
+        return original(*args)
+
+    ivon.step = step
+    arguments = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=steps,
+        max_steps=1,
+        max_grad_norm=0.0,
+        seed=0,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+        remove_unused_columns=False,
+    )
+    data = [rows(batch, n) for n in range(4)]
+    callbacks = [IVONCallback()]
+    Trainer(
+        model, arguments, train_dataset=data, callbacks=callbacks, optimizers=(ivon, None)
+    ).train()
+    assert not model._forward_pre_hooks
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_accumulated_gradients_are_averaged(name, tmp_path):
+    large = collected(name, tmp_path, 4, 1)
+    for one, several in zip(large, collected(name, tmp_path, 1, 4), strict=True):
+        assert torch.allclose(one, several, rtol=1e-4, atol=1e-7)
