@@ -20,6 +20,7 @@ from laplace_lora.adaptive.allocation import (
 )
 from laplace_lora.adaptive.ivon import IVON, ivon_of
 from laplace_lora.adaptive.scores import ImportanceScore, PosteriorScore, SensitivityScore
+from laplace_lora.display.warning import warn
 
 STATE_FILE = "adalora_sensitivity.safetensors"
 
@@ -148,7 +149,8 @@ class AdaLoraCallback(IVONCallback):
         self._allocator = set_importance_score(model, score)
         self._final = config.rank_pattern = None
         if state.global_step > final_step:
-            self._final = _pattern_from_zeros(model, adapter, config)
+            self._final = _pattern_from_zeros(model, adapter)
+            _check_final(self._final, config)
         elif state.global_step and isinstance(score, SensitivityScore):
             path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
             if not path.exists():
@@ -184,7 +186,22 @@ class AdaLoraCallback(IVONCallback):
     ) -> None:
         """Write the final ranks into the adapter's configuration."""
         super().on_train_end(args, state, control, **kwargs)
-        trained_adapter(kwargs["model"])[1].rank_pattern = self._final
+        adapter, config = trained_adapter(kwargs["model"])
+        if self._final is not None:
+            left = _pattern_from_zeros(kwargs["model"], adapter)
+            beyond = [
+                name
+                for name, keep in left.items()
+                if any(now and not then for now, then in zip(keep, self._final[name], strict=True))
+            ]
+            if beyond:  # PEFT would save the adapter without these triplets, another function
+                warn(
+                    "load_best_model_at_end brought back a checkpoint from before the ranks were "
+                    f"final: {sum(map(sum, left.values()))} triplets are left, not "
+                    f"{sum(map(sum, self._final.values()))}; prune_adapter brings them down"
+                )
+                self._final = left
+        config.rank_pattern = self._final
 
     def _resolved(self, optimizer: Optimizer | None) -> ImportanceScore:
         if not isinstance(self.score, str):
@@ -217,19 +234,18 @@ def _load_sensitivity(
     }
 
 
-def _pattern_from_zeros(
-    model: PeftModel, adapter: str, config: AdaLoraConfig
-) -> dict[str, list[bool]]:
-    """Return the final mask of a checkpoint: pruned singular values are exactly zero."""
-    layers = adalora_components(model.base_model.model, adapter)
-    pattern = {
+def _pattern_from_zeros(model: PeftModel, adapter: str) -> dict[str, list[bool]]:
+    """Return which triplets are left: pruned singular values are exactly zero."""
+    return {
         f"{layer.name}.lora_E.{adapter}": (layer.parameters[-1] != 0).view(-1).tolist()
-        for layer in layers
+        for layer in adalora_components(model.base_model.model, adapter)
     }
-    remaining = sum(map(sum, pattern.values()))
-    if remaining > config.target_r * len(layers):
+
+
+def _check_final(pattern: dict[str, list[bool]], config: AdaLoraConfig) -> None:
+    remaining, budget = sum(map(sum, pattern.values())), config.target_r * len(pattern)
+    if remaining > budget:
         raise ValueError(
             f"cannot resume: the checkpoint is past the final mask but keeps {remaining} triplets, "
-            f"more than {config.target_r * len(layers)}"
+            f"more than {budget}"
         )
-    return pattern

@@ -37,7 +37,8 @@ class IVON(WeightPosterior):
 
     Several draws before a step are averaged. Means of half-precision parameters are kept in
     float32 beside them, or small steps would be rounded away. Do not clip gradients, which biases
-    the curvature: ``clip_radius`` bounds the steps instead.
+    the curvature: ``clip_radius`` bounds the steps instead. A ``torch.amp.GradScaler``'s factor is
+    taken out in its ``step``.
 
     Arguments have the names and the order of the package ivon-opt, but other defaults, which suit
     adapters: there ``lr`` has none, and ``hess_init=1.0``, ``weight_decay=1e-4``,
@@ -121,15 +122,19 @@ class IVON(WeightPosterior):
             What the closure returned, averaged over its calls.
 
         Raises:
-            RuntimeError: If no gradient was collected at drawn weights, or another process failed.
+            RuntimeError: If no gradient was collected at drawn weights, another process failed, or
+                a gradient scaler's factor was taken out of gradients that were collected with it.
         """
         loss = None
         if closure is not None:
             losses = [self._at_a_draw(closure) for _ in range(self.mc_samples)]
             loss = losses[0] if len(losses) == 1 else sum(losses) / len(losses)
         self.restore()
+        overflown = self.overflows()
         if self.sync:
             self._add_up()
+        if not self.collected and overflown:
+            return loss
         if not self.collected:
             raise RuntimeError(
                 "no gradient was computed at drawn weights; run forward and backward inside "
@@ -206,6 +211,7 @@ class IVON(WeightPosterior):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; its tensors keep their dtype, whatever the parameters' dtype."""
         self.restore()
+        self.collected = {}
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "generator"})
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]

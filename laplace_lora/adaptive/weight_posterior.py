@@ -46,6 +46,8 @@ class WeightPosterior(Optimizer):
 
     generator: torch.Generator | None
     hess_approx: str = "price"
+    # With this, a gradient scaler leaves it to the step to unscale and to skip, see `overflows`.
+    _step_supports_amp_scaling = True
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
@@ -124,6 +126,38 @@ class WeightPosterior(Optimizer):
                 sums.draws += 1
             p.copy_(mean)
 
+    @torch.no_grad()
+    def overflows(self) -> bool:
+        """Take the factor of a ``torch.amp.GradScaler`` in whose step this is out of the sums.
+
+        Returns:
+            Whether they were not finite, and are gone.
+
+        Raises:
+            RuntimeError: If ``unscale_`` took the factor out of gradients that were collected
+                before.
+        """
+        found, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found is None:
+            return False
+        finite = not bool(found)
+        for p, sums in self.collected.items():
+            if scale is not None:
+                factor = 1 / scale.to(sums.gradients)
+                sums.gradients = sums.gradients * factor
+                squared = self.hess_approx == "gradsq"
+                sums.products = sums.products * (factor.square() if squared else factor)
+            elif p.grad is not None and not _same(sums.gradients, p.grad):
+                raise RuntimeError(
+                    "GradScaler.unscale_ was called after gradients were collected; call it inside "
+                    "`with optimizer.sampled_params(train=True):`, once a step, or not at all: "
+                    "GradScaler.step unscales"
+                )
+            finite = finite and bool(sums.gradients.isfinite().all())
+        if not finite:
+            self.collected = {}
+        return not finite
+
     def marginals(self) -> dict[nn.Parameter, tuple[Tensor, Tensor]]:
         """Return mean and standard deviation of every weight, by parameter.
 
@@ -196,3 +230,7 @@ class WeightPosterior(Optimizer):
 def _std(group: dict[str, Any], state: dict[str, Any]) -> Tensor:
     precision: Tensor = group["ess"] * (state["hessian"] + group["weight_decay"])
     return precision.rsqrt()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b.to(a.dtype), equal_nan=True)

@@ -52,7 +52,12 @@ def trainer(model, folder, callbacks, optimizer=None, **kwargs):
     )
     optimizers = (optimizer, None)
     return Trainer(
-        model, arguments, train_dataset=examples(), callbacks=callbacks, optimizers=optimizers
+        model,
+        arguments,
+        train_dataset=examples(),
+        eval_dataset=examples(4),
+        callbacks=callbacks,
+        optimizers=optimizers,
     )
 
 
@@ -193,3 +198,25 @@ def test_a_missing_sensitivity_file_stops_a_resumed_run(tmp_path):
         trainer(tiny_adalora(), tmp_path, [AdaLoraCallback()], **options).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-7")
         )
+
+
+@pytest.mark.parametrize("best", [8, 16])
+def test_the_best_checkpoint_is_saved_as_it_computes(best, tmp_path):
+    """Ranks are final from step 13 on; an earlier model has triplets beyond them."""
+    model = tiny_adalora()
+    options = {"save_strategy": "steps", "save_steps": 8, "eval_strategy": "steps", "eval_steps": 8}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "score"}
+    run = trainer(model, tmp_path, [AdaLoraCallback()], greater_is_better=True, **options)
+    run.compute_metrics = lambda _: {"score": float(run.state.global_step == best)}
+    if best < 13:
+        with pytest.warns(UserWarning, match="16 triplets are left, not 8"):
+            run.train()
+    else:
+        run.train()
+    assert kept(model) == (16 if best < 13 else 8)
+    batch = token_batch((4, 3, 5))
+    del batch["labels"]  # of a loaded adapter PEFT computes no penalty
+    before = model.eval()(**batch).logits
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(base_model("bert"), tmp_path / "adapter").eval()
+    assert torch.allclose(loaded(**batch).logits, before, atol=1e-6)
