@@ -123,9 +123,16 @@ def check_text(value: Any, number: int, what: str, name: str | None) -> None:
     and the model has read one of them.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If it is neither, or not all of a text are characters.
     """
     if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"row {number}: its column {name!r} holds half of a character as the {what} "
+                "(a surrogate, as a text that was cut within an emoji has); remove it"
+            ) from None
         return
     is_list = isinstance(value, list | tuple) and len(value) > 0
     if is_list and all(isinstance(message, dict) and "role" in message for message in value):

@@ -13,6 +13,7 @@ from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
 from laplace_lora.commands.adapter import Adapter, load_adapter
 from laplace_lora.commands.answers import target_tokens
 from laplace_lora.commands.inputs import Inputs
+from laplace_lora.commands.output import check_folder
 from laplace_lora.commands.plan import PLAN, Plan, plan_text
 from laplace_lora.commands.planning import plan_fit
 from laplace_lora.commands.rows import read_rows
@@ -131,4 +132,5 @@ def _destination(adapter: str, out: str | None, overwrite: bool) -> Path:
         raise ValueError(f"--out {folder} is a file; give a folder")
     if (folder / TENSORS).exists() and not overwrite:
         raise ValueError(f"{folder} holds a posterior already; replace it by --overwrite")
+    check_folder(folder, "the posterior")
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,8 @@ class Inputs:
             answer = text_cell(row, columns.completion, number, "completion", "that name")
             content = self._after(content, answer, number)
         second = row.get(columns.pair) if columns.pair is not None else None
+        if second == "":  # all that a table can say of a text that is not there
+            second = None
         if second is not None:
             check_text(second, number, "second text", columns.pair)
         return self._cut(content, second, number)
@@ -210,6 +213,8 @@ def _numbers(label: Any, number: int, outputs: int) -> float | list[float]:
         found = [float(value) for value in values]
     except (TypeError, ValueError):
         raise ValueError(f"row {number} has the label {label!r}, no number") from None
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"row {number} has the label {label!r}; expected finite numbers")
     if len(found) != outputs:
         what = "a number" if outputs == 1 else f"a list of {outputs} numbers"
         raise ValueError(f"row {number} has the label {label!r}; expected {what}")

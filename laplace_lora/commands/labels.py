@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -32,7 +33,7 @@ def classes_of(
         ValueError: If a label means no class, some are only names and others only numbers, or
             names and numbers would be different classes and nobody has said which they are.
     """
-    numbers = [_numbered(label, len(names)) for label in labels]
+    numbers = [_numbered(label, names) for label in labels]
     read: dict[str, list[int | None]] = {NAMES: _named(labels, names), NUMBERS: numbers}
     for row, label in enumerate(labels, start=1):
         if all(classes[row - 1] is None for classes in read.values()):
@@ -82,10 +83,14 @@ def _named(labels: Sequence[Any], names: Sequence[str]) -> list[int | None]:
     return [exact.get(text, bare.get(text.strip())) for text in map(str, labels)]
 
 
-def _numbered(label: Any, classes: int) -> int | None:
+def _numbered(label: Any, names: Sequence[str]) -> int | None:
     """Return the class of this number, ``None`` if there is none."""
     text = str(label).strip()
-    if isinstance(label, bool) or not text.isdecimal() or int(text) >= classes:
+    # Tables in which a label was missing hold 1.0 for 1.
+    whole = re.fullmatch(r"(\d+)\.0", text)
+    if whole is not None and text not in names:
+        text = whole[1]
+    if isinstance(label, bool) or not text.isdecimal() or int(text) >= len(names):
         return None
     return int(text)
 

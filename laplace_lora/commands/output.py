@@ -31,7 +31,7 @@ def check_writable(out: str, name: str = "--out") -> None:
         name: Of the option.
 
     Raises:
-        ValueError: If its folder is missing, or it is one itself.
+        ValueError: If its folder is missing or may not be written to, or it is one itself.
     """
     path = Path(out)
     if out == STANDARD:
@@ -41,6 +41,23 @@ def check_writable(out: str, name: str = "--out") -> None:
         raise ValueError(f"{name} {out} {what}; give the name of a file")
     if path.suffix in (".csv", ".tsv"):
         raise ValueError(f"{name} {out}: results are JSON lines; name the file .jsonl")
+    check_folder(path.parent, f"{name} {out}")
+
+
+def check_folder(folder: Path, what: str = "--out") -> None:
+    """Refuse a folder in which nothing may be written, before any work.
+
+    Args:
+        folder: It need not exist yet.
+        what: Is to be written there, for the error.
+
+    Raises:
+        ValueError: If it, or the first of those above it that exists, cannot be written to.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "which may not be written to" if there.is_dir() else "which is a file"
+        raise ValueError(f"{what} would lie in {there}, {why}; choose another place by --out")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -46,16 +47,16 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
     if source != STANDARD and not path.exists():
         raise FileNotFoundError(f"{source}: there is no such file or folder")
     if source == STANDARD:
-        with _standard_input() as lines:
+        with _readable("standard input"), _standard_input() as lines:
             rows = list(_json_lines(lines, "standard input"))
     elif path.is_dir():
         rows = _of_folder(path, split)
     elif path.name.endswith(JSON_LINES):
-        with _opened(path) as lines:
+        with _readable(source), _opened(path) as lines:
             rows = list(_json_lines(lines, source))
     elif path.name.endswith(tuple(TABLES)):
         delimiter = next(d for suffix, d in TABLES.items() if path.name.endswith(suffix))
-        with _opened(path) as lines:
+        with _readable(source), _opened(path) as lines:
             rows = list(_table(lines, delimiter, source))
     else:
         kinds = ", ".join((*JSON_LINES, *TABLES))
@@ -70,6 +71,20 @@ def _opened(path: Path) -> TextIO:
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
     return path.open(encoding="utf-8-sig", newline="")
+
+
+@contextmanager
+def _readable(place: str) -> Iterator[None]:
+    """Say of what cannot be read where it is, and what to do."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{place} is not in UTF-8: {error.reason}, {error.object[error.start]:#x}; save it as "
+            "UTF-8, or convert it (iconv)"
+        ) from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{place} is no whole gzip file: {error}") from None
 
 
 @contextmanager

@@ -135,6 +135,12 @@ def test_a_posterior_is_not_replaced_unasked(adapter, data):
     assert (folder / TENSORS).read_bytes() == b"earlier"
 
 
+def test_a_posterior_within_a_file_is_refused_before_any_work(data, tmp_path):
+    within = tmp_path / "train.jsonl" / "x"
+    message = refused("fit", "no-adapter", "--data", data("train"), "--out", within)
+    assert "train.jsonl, which is a file" in message
+
+
 BAD = {
     "no label": ({"text": "the film was good"}, "no column for the label"),
     "empty text": ({"text": "", "label": 1}, "row 2 has no text"),

@@ -33,6 +33,32 @@ def test_a_second_text_belongs_to_the_input():
         inputs(chat=True).text(row, 1)
 
 
+def test_an_empty_second_text_is_none():
+    """A table's empty cell, which a tokenizer would end like a text."""
+    from tokenizers.processors import TemplateProcessing
+
+    pairs = inputs()
+    pairs.adapter.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A [EOS]", pair="$A [EOS] $B [EOS]", special_tokens=[("[EOS]", 2)]
+    )
+    found = [pairs.text({"text": "the film", "text_pair": x}, 1) for x in ("", None, "bad")]
+    assert [x["input_ids"] for x in found[:2]] == [ids("the film [EOS]")] * 2
+    assert found[2]["input_ids"] == ids("the film [EOS] bad [EOS]")
+
+
+def test_half_a_character_is_named_with_its_row():
+    with pytest.raises(ValueError, match=r"row 2: its column 'text' holds half of a character"):
+        inputs().text({"text": "the \ud83d film"}, 2)
+
+
+@pytest.mark.parametrize("label", ["nan", float("inf"), [float("nan")]])
+def test_a_regression_s_label_is_finite(label):
+    one = Adapter(None, tokenizer(), HEAD, 1, [], False, 24)
+    regression = Inputs(one, Plan("regression", TEXT))
+    with pytest.raises(ValueError, match=r"row 1 has the label .* expected finite numbers"):
+        regression.labelled([{"text": "the film", "label": label}])
+
+
 @pytest.mark.parametrize("value", [42, 4.2, True, ["the film"], {"role": "user"}])
 def test_what_is_neither_text_nor_messages_is_refused_as_such(value):
     row = {"text": value, "text_pair": value, "completion": value, "chosen": value}
@@ -143,6 +169,8 @@ def test_a_column_is_there_if_any_row_has_it():
         (["1", "2", "3"], ["1", "2"], "numbers", ([1, 2], "numbers")),
         (["0", "1", "x"], ["0", 1], None, ([0, 1], None)),
         (["bad", "good"], ["good", "bad"], "numbers", ([1, 0], "names")),
+        (["bad", "good"], [0.0, "1.0", 1], None, ([0, 1, 1], "numbers")),
+        (["1.0", "2.0", "3.0"], [1.0, "2.0"], None, ([0, 1], "names")),
     ],
 )
 def test_the_labels_of_a_file_are_all_names_or_all_numbers(names, labels, form, expected):
@@ -152,6 +180,7 @@ def test_the_labels_of_a_file_are_all_names_or_all_numbers(names, labels, form, 
 @pytest.mark.parametrize(
     ("names", "labels", "form", "message"),
     [
+        (["a", "b"], [0.0, 0.5], None, "row 2 has the label 0.5"),
         (["a", "b"], ["a", "-1"], None, "row 2 has the label '-1'"),
         (["a", "b"], ["a", 1], None, "row 1 has 'a', only a name, and row 2 has 1, only a number"),
         (["1", "2", "3"], [0, 3], None, "row 2 has 3, only a name, and row 1 has 0, only a number"),

@@ -3,7 +3,9 @@
 import datetime
 import json
 import math
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,6 +134,15 @@ def test_bad_arguments_are_refused_before_the_model_is_loaded(tmp_path, data):
     }
     for args, message in cases.items():
         assert message in refused("predict", "no-adapter", "--data", data("test"), *args)
+
+
+@pytest.mark.parametrize("command", ["predict", "fit"])
+def test_where_nothing_can_be_written_is_known_before_any_work(
+    adapter, tmp_path, data, monkeypatch, command
+):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    message = refused(command, adapter(), "--data", data("test"), "--out", tmp_path / "x")
+    assert f"would lie in {tmp_path}, which may not be written to" in message
 
 
 def test_other_names_of_columns_and_labels(fitted, data, tmp_path):

@@ -70,6 +70,19 @@ def test_bad_files_are_named(tmp_path, name, text, message):
         read_rows(str(path))
 
 
+def test_files_that_are_not_read_to_their_end_are_named(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_bytes("text\nschön\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"x\.csv is not in UTF-8: .*0xf6; save it as UTF-8"):
+        read_rows(str(path))
+    content = gzip.compress(b'{"text": "a"}\n' * 99)
+    for name, part in (("cut", content[:-9]), ("plain", b'{"text": "a"}\n')):
+        path = tmp_path / f"{name}.jsonl.gz"
+        path.write_bytes(part)
+        with pytest.raises(ValueError, match=f"{name}.jsonl.gz is no whole gzip file"):
+            read_rows(str(path))
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_rows(str(tmp_path / "gone.json"))
