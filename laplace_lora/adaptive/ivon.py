@@ -20,6 +20,7 @@ from laplace_lora.posteriors.factored import DiagLoraLaplace
 
 BETAS = (0.9, 0.99999)
 HESS_APPROX = ("price", "gradsq")
+POSITIVE = ("ess", "hess_init", "weight_decay", "lr", "clip_radius")
 
 
 class IVON(WeightPosterior):
@@ -66,7 +67,7 @@ class IVON(WeightPosterior):
 
     Raises:
         TypeError: If ``ess`` is missing, or smoothings are given twice.
-        ValueError: If an argument is out of range.
+        ValueError: If an argument, or an option of a group, is out of range.
     """
 
     def __init__(
@@ -98,17 +99,25 @@ class IVON(WeightPosterior):
             raise ValueError(f"hess_approx must be one of {HESS_APPROX}, got {hess_approx!r}")
         if mc_samples < 1:
             raise ValueError(f"mc_samples must be at least 1, got {mc_samples}")
-        positive = {"ess": ess, "hess_init": hess_init, "weight_decay": weight_decay}
-        positive |= {"lr": lr, "clip_radius": clip_radius}
-        for name, value in positive.items():
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must lie in [0, 1), got {betas}")
-        options = {"betas": tuple(betas), "rescale_lr": rescale_lr, "debias": debias}
-        super().__init__(params, {**positive, **options})
+        options = {"ess": ess, "hess_init": hess_init, "weight_decay": weight_decay, "lr": lr}
+        options |= {"clip_radius": clip_radius, "betas": tuple(betas)}
+        super().__init__(params, {**options, "rescale_lr": rescale_lr, "debias": debias})
         self.mc_samples, self.hess_approx, self.sync = mc_samples, hess_approx, sync
         self.generator = generator
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with options of their own.
+
+        Raises:
+            ValueError: If an option is out of range.
+        """
+        options = {**self.defaults, **param_group}
+        for name in POSITIVE:
+            if not options[name] > 0:
+                raise ValueError(f"{name} must be positive, got {options[name]}")
+        if not all(0 <= beta < 1 for beta in options["betas"]):
+            raise ValueError(f"betas must lie in [0, 1), got {options['betas']}")
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

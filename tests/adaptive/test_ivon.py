@@ -359,6 +359,8 @@ def test_bad_arguments_are_refused(kwargs):
     name = next(iter(kwargs))
     with pytest.raises(ValueError, match=f"{name} must be positive"):
         IVON([nn.Parameter(torch.ones(1))], **{"ess": 1, **kwargs})
+    with pytest.raises(ValueError, match=f"{name} must be positive"):
+        IVON([{"params": [nn.Parameter(torch.ones(1))], **kwargs}], ess=1)
     with pytest.raises(ValueError, match="betas must lie"):
         IVON([nn.Parameter(torch.ones(1))], ess=1, betas=(0.9, 1.0))
 
