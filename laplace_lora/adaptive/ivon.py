@@ -99,8 +99,8 @@ class IVON(WeightPosterior):
             raise ValueError(f"hess_approx must be one of {HESS_APPROX}, got {hess_approx!r}")
         if mc_samples < 1:
             raise ValueError(f"mc_samples must be at least 1, got {mc_samples}")
-        options = {"ess": ess, "hess_init": hess_init, "weight_decay": weight_decay, "lr": lr}
-        options |= {"clip_radius": clip_radius, "betas": tuple(betas)}
+        options: dict[str, Any] = {"ess": ess, "hess_init": hess_init, "lr": lr}
+        options |= {"weight_decay": weight_decay, "clip_radius": clip_radius, "betas": tuple(betas)}
         super().__init__(params, {**options, "rescale_lr": rescale_lr, "debias": debias})
         self.mc_samples, self.hess_approx, self.sync = mc_samples, hess_approx, sync
         self.generator = generator
