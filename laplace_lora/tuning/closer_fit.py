@@ -22,7 +22,8 @@ EARLY = 0.6  # of the loss left out: a network whose training loss is below has 
 def closer_fit(
     linear: LinearModel,
     mode: Mode,
-    losses: Callable[[Mode], Tensor],
+    left_out: Callable[[Mode], Tensor],
+    losses: Callable[[Tensor], Tensor],
     companions: Mapping[int, Sequence[int]] | None = None,
 ) -> Mode:
     """Return the closer fit with the best leave-one-out loss.
@@ -32,16 +33,19 @@ def closer_fit(
     Args:
         linear: The base model.
         mode: How closely the network fits.
-        losses: Leave-one-out NLL of every example at a mode.
+        left_out: From a mode to every example's functions without it, ``(N, c)``.
+        losses: From such functions to every example's NLL.
         companions: Examples that share an input with others, see `SharedInputs`.
     """
-    start = losses(mode)
-    if mode.nll < EARLY * float(start.sum()):
+    means = left_out(mode)
+    # Both as the linear model counts them: tempered, and without a Gaussian's constants.
+    if mode.nll < EARLY * linear.nll(means):
         return mode
+    start = losses(means)
     best, lowest, trial = mode, start, mode
     for _ in range(HALVINGS):
         trial = linear.mode(trial.precision / 2, trial)
-        found = losses(trial)
+        found = losses(left_out(trial))
         if not float(found.mean()) < float(lowest.mean()):
             break
         best, lowest = trial, found

@@ -204,7 +204,7 @@ def tune(
 
     mode, moved = linear.fitted_like(linear.nll(outputs)), None
     if recentre:
-        closer = closer_fit(linear, mode, lambda mode: narrow(without(mode)), companions)
+        closer = closer_fit(linear, mode, without, narrow, companions)
         if closer is not mode:
             nll = posterior.temperature * closer.nll / len(cache.y)
             moved = recentred(posterior, loader, team, scoring.readout, progress_bar, nll)

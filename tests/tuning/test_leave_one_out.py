@@ -13,6 +13,7 @@ from transformers import BertForSequenceClassification
 
 from laplace_lora import FullLoraLaplace, KronLoraLaplace, LogitsModel
 from laplace_lora.likelihoods.base import CONTRASTS
+from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models import twins
 from laplace_lora.models.start import before_adapter
@@ -291,34 +292,68 @@ def informative(n, features=3, seed=0):
     )
 
 
-def losses_of(linear):
-    def losses(mode):
-        mean, _ = linear.leave_one_out(mode)
-        return F.cross_entropy(F.pad(mean, (1, 0)), linear.labels, reduction="none")
+def left_out_of(linear):
+    return lambda mode: linear.leave_one_out(mode)[0]
 
-    return losses
+
+def losses_of(linear):
+    return lambda means: F.cross_entropy(F.pad(means, (1, 0)), linear.labels, reduction="none")
+
+
+def closest(linear, mode):
+    return closer_fit(linear, mode, left_out_of(linear), losses_of(linear))
 
 
 def test_a_closer_fit_is_taken_where_it_is_clearly_better():
     linear = informative(60)
-    losses = losses_of(linear)
+    left_out, losses = left_out_of(linear), losses_of(linear)
     loose = linear.mode(100.0)
-    best = closer_fit(linear, loose, losses)
+    best = closest(linear, loose)
     assert best.precision < 50 and best.nll < loose.nll
-    assert losses(best).mean() < losses(loose).mean()
+    assert losses(left_out(best)).mean() < losses(left_out(loose)).mean()
     neighbours = [linear.mode(best.precision * factor) for factor in (0.5, 2)]
-    assert all(losses(best).mean() <= losses(mode).mean() for mode in neighbours)
+    assert all(losses(left_out(best)).mean() <= losses(left_out(m)).mean() for m in neighbours)
     close = linear.mode(best.precision)
-    assert closer_fit(linear, close, losses) is close
+    assert closest(linear, close) is close
 
 
 def test_a_network_that_has_overfitted_is_not_fitted_more_closely():
     linear = informative(60)
-    losses = losses_of(linear)
     loose = linear.mode(100.0)
-    assert closer_fit(linear, loose, losses) is not loose
-    gap = 1.1 / 0.6 * loose.nll / float(losses(loose).sum())
-    assert closer_fit(linear, loose, lambda mode: gap * losses(mode)) is loose
+    assert closest(linear, loose) is not loose
+    known = replace(loose, nll=0.59 * linear.nll(left_out_of(linear)(loose)))
+    assert closest(linear, known) is known
+
+
+@pytest.mark.parametrize("scale", [0.3, 3.0])
+@pytest.mark.parametrize("fit", [2.0, 100.0])
+def test_temperature_does_not_say_whether_a_closer_fit_is_taken(fit, scale):
+    linear = informative(60)
+    tempered = replace(linear, scale=scale)
+    start = linear.mode(fit)
+    found = closest(tempered, tempered.mode(fit * scale))  # the same functions
+    torch.testing.assert_close(found.outputs, closest(linear, start).outputs)
+
+
+@pytest.mark.parametrize("unit", [0.01, 100.0])
+def test_the_unit_of_a_regression_does_not_say_whether_a_closer_fit_is_taken(unit):
+    linear, losses = noisy_regression(1.0)
+    expected = closer_fit(linear, linear.mode(200.0), left_out_of(linear), losses)
+    assert expected.precision < 200
+    linear, losses = noisy_regression(unit)
+    found = closer_fit(linear, linear.mode(200.0 / unit**2), left_out_of(linear), losses)
+    torch.testing.assert_close(found.outputs / unit, expected.outputs)
+
+
+def noisy_regression(unit):
+    """A linear model of targets in some unit, and what its predictions lose."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(60, 3, generator=generator, dtype=torch.float64)
+    y = unit * (X[:, :1] + torch.randn(60, 1, generator=generator, dtype=torch.float64))
+    likelihood = likelihood_of("regression")
+    linear = LinearModel(X @ X.T, 0 * y, y, likelihood, False, 1 / unit**2)
+    scoring = likelihood.scoring(Link("quadrature"), unit)
+    return linear, lambda means: scoring.nll(means, means.new_zeros(60, 1, 1), y)
 
 
 def test_labels_that_features_do_not_explain_are_not_fitted_more_closely():
@@ -326,7 +361,7 @@ def test_labels_that_features_do_not_explain_are_not_fitted_more_closely():
     shuffled = torch.randperm(60, generator=torch.Generator().manual_seed(1))
     linear = replace(linear, labels=linear.labels[shuffled])
     mode = linear.mode(100.0)
-    assert closer_fit(linear, mode, losses_of(linear)) is mode
+    assert closest(linear, mode) is mode
 
 
 def test_an_underfitted_posterior_moves_and_says_so(monkeypatch):
