@@ -23,6 +23,7 @@ from laplace_lora.curvature.kron_protocol import plain_kron
 from laplace_lora.likelihoods.base import Columns
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.linalg.factor_spec import FactorSpec
+from laplace_lora.models.last_layer_model import LastLayerModel
 
 
 class LoraCurvature(CurvatureInterface):
@@ -71,6 +72,9 @@ class LoraCurvature(CurvatureInterface):
         super().__init__(model, self.objective.laplace_name, *args, **kwargs)
         self.likelihood = likelihood
         trained: Any = model.last_layer if self.last_layer else model
+        split = getattr(model, "model", None)
+        if self.last_layer and isinstance(split, LastLayerModel):
+            split.share_head()
         options = (uncovered, trained, verify, getattr(self, "stochastic", False))
         self.engine = Engine(model, self.objective, self.columns, rows, *options)
 

@@ -76,6 +76,7 @@ class LastLayerModel(nn.Module):
 
     Attributes:
         head: Copy of the last layer, trainable; for answer tokens only their rows.
+        copied_from: The head of the model that this one was copied from by itself, if it was.
 
     Raises:
         ValueError: If the model has no linear last layer.
@@ -85,6 +86,7 @@ class LastLayerModel(nn.Module):
         super().__init__()
         weight, bias = source.head_tensors()
         self.features = _Features(source, _active_parameters(source))
+        self.copied_from: tuple[nn.Module, ...] = ()  # a tuple is not in the module tree
         wide = torch.promote_types(torch.float32, weight.dtype)
         outputs, inputs = weight.shape
         self.head = nn.Linear(inputs, outputs, bias is not None, device=source.device, dtype=wide)
@@ -125,13 +127,28 @@ class LastLayerModel(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LastLayerModel:
         """Copy the head, and share the transformer unless it is being copied as well."""
+        is_alone = not memo
         twin = object.__new__(type(self))
         nn.Module.__init__(twin)
         memo[id(self)] = twin
         adapter = [memo.get(id(p), p) for p in self.features.adapter]
         twin.features = _Features(memo.get(id(self.source), self.source), adapter)
         twin.head = copy.deepcopy(self.head, memo)
+        twin.copied_from = (self.head,) if is_alone else copy.deepcopy(self.copied_from, memo)
         return twin
+
+    def share_head(self) -> None:
+        """Take the parameters of the head that this one was copied from, where they are equal.
+
+        laplace-torch's last-layer classes run a copy of the model that they are given, and put
+        samples of the weights into the model itself.
+        """
+        for original in self.copied_from:
+            pairs = list(zip(original.parameters(), self.head.parameters(), strict=True))
+            trained = all(p.requires_grad and q.requires_grad for p, q in pairs)
+            if trained and all(p.device == q.device and torch.equal(p, q) for p, q in pairs):
+                for name, parameter in original.named_parameters():
+                    self.head.register_parameter(name, parameter)
 
 
 def _active_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -156,6 +156,22 @@ def test_sampled_heads_compute_the_features_once_and_touch_nothing(cls):
     assert torch.equal(la.model.last_layer.weight, head)
 
 
+@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+def test_samples_of_laplace_torchs_own_classes_reach_the_head_that_runs(structure):
+    model = last_layer_logits_model("bert")
+    la = by_name(model, structure, "last_layer")
+    la.fit(loader())
+    la.prior_precision = 30.0
+    before = la.model(BATCH)
+    mean, covariance = la._glm_predictive_distribution(BATCH)
+    samples = la.functional_samples(BATCH, pred_type="nn", n_samples=1000)
+    torch.testing.assert_close(samples.mean(0), mean, atol=0.05, rtol=0)
+    gaps = samples - mean
+    sampled = torch.einsum("snc,snd->ncd", gaps, gaps) / len(gaps)
+    assert_near(sampled, covariance, 0.2)
+    torch.testing.assert_close(la.model(BATCH), before)
+
+
 @pytest.mark.parametrize("cls", PARAMETRIC)
 def test_last_layer_regression(cls):
     la = cls(LogitsModel(peft_model("bert")), "regression", sigma_noise=0.7)
