@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,8 +88,34 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         if count < self.n_subset:
             raise ValueError(f"n_subset is {self.n_subset}, but there are {count} examples")
         data = TensorDataset(rows["features"], rows["labels"])
-        batch_size = train_loader.batch_size or self.n_subset  # accelerate's loaders have none
+        # accelerate's loaders have none
+        batch_size = getattr(train_loader, "batch_size", None) or self.n_subset
+        self.loss = 0.0  # laplace-torch adds to that of an earlier fit
         super().fit(DataLoader(data, batch_size=batch_size), progress_bar=progress_bar is True)
+
+    def log_marginal_likelihood(
+        self, prior_precision: Tensor | None = None, sigma_noise: Tensor | None = None
+    ) -> Tensor:
+        """Return the log evidence of the examples that the process is conditioned on.
+
+        Of a regression ``log N(y; m, K + σ²)`` with the prior's mean ``m`` and kernel ``K``.
+
+        Args:
+            prior_precision: Replaces the present one.
+            sigma_noise: Replaces the present one, of a regression.
+
+        Returns:
+            A scalar in nats.
+        """
+        value: Tensor = super().log_marginal_likelihood(prior_precision, sigma_noise)
+        if not self.objective.has_noise:
+            return value
+        targets = self.n_subset * self.n_outputs
+        # Determinant and scatter hold noise and residuals, which laplace-torch counts once more.
+        return value - self.log_likelihood - 0.5 * targets * math.log(2 * math.pi)
+
+    def _check_nonempty_inputs(self, x: Any) -> None:
+        """Do nothing: laplace-torch looks under one key, and inputs may have others."""
 
     def _glm_predictive_distribution(self, X: Any, joint: bool = False) -> tuple[Tensor, Tensor]:
         return super()._glm_predictive_distribution(self.features(X), joint)
