@@ -73,8 +73,41 @@ class LowRankKronDecomposed(KronEigen, KronDecomposed):
         KronEigen.__init__(self, blocks, deltas, scale, tables)
 
 
+class DenseKron(Kron):
+    """laplace-torch's `Kron`; it decomposes into a `DenseKronDecomposed`."""
+
+    def __add__(self, other: Any) -> DenseKron:
+        """Add another `Kron` of the same shapes."""
+        return DenseKron(super().__add__(other).kfacs)
+
+    __radd__ = __add__
+
+    def decompose(self, damping: bool = False) -> KronDecomposed:
+        """Eigendecompose every factor once."""
+        plain = super().decompose(damping)
+        return DenseKronDecomposed(
+            plain.eigenvectors, plain.eigenvalues, plain.deltas, plain.damping
+        )
+
+
+class DenseKronDecomposed(KronDecomposed):
+    """laplace-torch's `KronDecomposed` with gradients by the scale, so by a regression's noise.
+
+    laplace-torch takes the scale's power as a plain number, without its gradient.
+    """
+
+    def __mul__(self, scalar: Any) -> KronDecomposed:
+        """Multiply the curvature by a number."""
+        if not (isinstance(scalar, Tensor) and scalar.requires_grad):
+            return super().__mul__(scalar)
+        scaled = [[scalar ** (1 / len(side)) * e for e in side] for side in self.eigenvalues]
+        return KronDecomposed(self.eigenvectors, scaled, self.deltas)
+
+    __rmul__ = __mul__
+
+
 def plain_kron(kron: LowRankKron, maps: Sequence[LinearMap], blocks: Sequence[Block]) -> Kron:
-    """Return dense factors as laplace-torch's own `Kron`.
+    """Return dense factors as laplace-torch's `Kron`.
 
     Args:
         kron: Factors of which none is low-rank.
@@ -91,4 +124,6 @@ def plain_kron(kron: LowRankKron, maps: Sequence[LinearMap], blocks: Sequence[Bl
                 f"a plain Kron cannot hold the diagonal block of {block.name!r}, of shape "
                 f"{tuple(p.shape)}; use KronLoraLaplace, give `factor_rank`, or freeze it"
             )
-    return Kron([[f.matrix for f in F if not isinstance(f, LowRankFactor)] for F in kron.kfacs])
+    return DenseKron(
+        [[f.matrix for f in F if not isinstance(f, LowRankFactor)] for F in kron.kfacs]
+    )

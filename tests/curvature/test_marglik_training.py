@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from laplace import marglik_training
+from laplace import Laplace, marglik_training
 
 from laplace_lora import LogitsModel, LoraGGN
 from support.batches import loader, token_batch
@@ -34,3 +34,20 @@ def test_it_trains_adapters_and_returns_a_posterior(structure, name):
     assert la.log_marginal_likelihood().isfinite()
     probabilities = la(token_batch((4, 2)))
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(2))
+
+
+@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+def test_the_evidence_has_its_gradient_by_a_regressions_noise(structure):
+    model = LogitsModel(peft_model("bert"))
+    la = Laplace(model, "regression", "all", structure, backend=LoraGGN)
+    la.fit(loader(likelihood="regression"))
+    prior = torch.linspace(1.0, 3.0, la.n_layers, dtype=torch.float64)
+
+    def evidence(log_noise):
+        return la.log_marginal_likelihood(prior, log_noise.exp())
+
+    log_noise = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(evidence(log_noise), log_noise)
+    with torch.no_grad():
+        difference = (evidence(log_noise + 1e-4) - evidence(log_noise - 1e-4)) / 2e-4
+    torch.testing.assert_close(slope, difference, rtol=1e-6, atol=1e-6)
