@@ -17,6 +17,7 @@ from laplace_lora.adaptive import (
 from support.adalora import kept, layers_of, tiny_adalora
 from support.batches import rows, token_batch
 from support.models import base_model, peft_model
+from support.sweeps import rest_slow
 
 STEPS = 16
 
@@ -72,7 +73,7 @@ class Spy(TrainerCallback):
 
 
 @pytest.mark.parametrize("kind", ["sensitivity", "snr_magnitude", "score"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", rest_slow([torch.float32, torch.bfloat16], 0))
 def test_ranks_are_allocated_during_training(kind, dtype, tmp_path):
     model = tiny_adalora(dtype=dtype)
     ivon = None if kind == "sensitivity" else ivon_of(model)
@@ -131,7 +132,7 @@ def test_gradients_are_computed_at_drawn_weights_and_the_mean_is_evaluated(tmp_p
         assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(before, mean, strict=True))
 
 
-@pytest.mark.parametrize("at", [7, 14])
+@pytest.mark.parametrize("at", rest_slow([7, 14], 0))
 @pytest.mark.parametrize("kind", ["sensitivity", "snr_magnitude"])
 def test_checkpoints_resume_in_mid_schedule(kind, at, tmp_path):
     """Ranks, mean and curvature end as without the interruption; 14 lies past the final mask."""

@@ -37,6 +37,7 @@ def test_sets_are_those_below_the_quantile(coverage):
     assert 0 < found.double().mean() < 1
 
 
+@pytest.mark.slow
 def test_warning_filters_stay_as_they_were():
     code = (
         "import warnings, torch\n"

@@ -7,13 +7,14 @@ from laplace_lora import DiagLoraLaplace, KronLoraLaplace
 from support.batches import loader, token_batch
 from support.posteriors import LOW
 from support.references import assert_near, explicit_jacobians
+from support.sweeps import rest_slow
 from support.uncovered import uncovered_model
 
 BATCH = token_batch((4, 2, 5))
 
 
 @pytest.mark.parametrize("cls,kwargs", [(KronLoraLaplace, LOW), (DiagLoraLaplace, {})])
-@pytest.mark.parametrize("key", ["norms of bert", "deberta"])
+@pytest.mark.parametrize("key", rest_slow(["norms of bert", "deberta"], 0))
 def test_posteriors_fit_predict_merge_and_come_back(key, cls, kwargs, tmp_path):
     model = uncovered_model(key)
     la = cls(model, "classification", uncovered="diag", **kwargs)

@@ -17,6 +17,7 @@ from support.batches import loader, token_batch
 from support.models import TARGETS, peft_model
 from support.posteriors import CLASSES, DENSE, posterior
 from support.references import assert_near
+from support.sweeps import rest_slow
 
 BATCH = token_batch((4, 2, 6), seed=9)
 
@@ -50,7 +51,7 @@ def fitted_net(cls, kwargs, classes, shift=False):
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize(
     "cls,kwargs",
-    [(KronLoraLaplace, DENSE), (DiagLoraLaplace, {}), (FullLoraLaplace, {})],
+    rest_slow([(KronLoraLaplace, DENSE), (DiagLoraLaplace, {}), (FullLoraLaplace, {})], 0),
 )
 def test_a_trained_shift_of_all_logits_changes_nothing(cls, kwargs, classes):
     """No label tells where all logits should be, so the shift keeps the width of its prior."""

@@ -14,11 +14,12 @@ from support.forgery import forge_tensors
 from support.models import peft_model
 from support.posteriors import LOW
 from support.references import assert_near
+from support.sweeps import rest_slow
 
 BATCH = token_batch((4, 2), seed=3)
 
 
-@pytest.mark.parametrize("kwargs", OPTIONS)
+@pytest.mark.parametrize("kwargs", rest_slow(OPTIONS, 0, 1))
 def test_a_posterior_comes_back_bit_for_bit(kwargs, tmp_path):
     la = fit_corrected(**kwargs)
     la.optimize_prior_precision()

@@ -12,6 +12,7 @@ from laplace_lora.tuning.validation_cache import ValidationCache
 from support.batches import loader
 from support.exact_posteriors import BOTH, LAYERS, NEW_BATCH, exact_posterior
 from support.references import assert_near
+from support.sweeps import rest_slow
 
 
 @pytest.mark.parametrize("cls,kwargs", BOTH)
@@ -70,7 +71,7 @@ def nll(la, data, link):
     return sum(total).item()
 
 
-@pytest.mark.parametrize("cls,kwargs", BOTH)
+@pytest.mark.parametrize("cls,kwargs", rest_slow(BOTH, 0))
 @pytest.mark.parametrize("link,rounding", [("probit", 1e-6), ("quadrature", 1e-2)])
 def test_tuning_on_a_validation_set(cls, kwargs, link, rounding):
     """The integral has fewer points in a tuning than in a prediction."""

@@ -15,6 +15,7 @@ from support.language import language_posterior
 from support.memorised import memorised
 from support.posteriors import CLASSES, LOW, posterior
 from support.references import assert_near
+from support.sweeps import rest_slow
 
 
 def exact_term(la, delta):
@@ -64,7 +65,7 @@ def test_they_are_taken_until_the_prior_changes_little(limit, steps, monkeypatch
     assert len(la.state.subspace.gradient) == 7 + 4 * steps
 
 
-@pytest.mark.parametrize("cls,kwargs", CLASSES)
+@pytest.mark.parametrize("cls,kwargs", rest_slow(CLASSES, 0))
 def test_the_prior_is_then_that_of_the_exact_term(cls, kwargs):
     la = posterior(cls, **kwargs)
     la.measure_gradient_term()

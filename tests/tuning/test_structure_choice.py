@@ -15,6 +15,7 @@ from laplace_lora.tuning.tuner import Tuner
 from support.batches import loader
 from support.models import peft_model
 from support.posteriors import posterior
+from support.sweeps import rest_slow
 
 POSTERIORS = [
     (KronLoraLaplace, {}),
@@ -75,7 +76,7 @@ def test_the_price_of_a_precision_decides(la, monkeypatch):
     assert choice().structure == "scalar"
 
 
-@pytest.mark.parametrize("correction", [False, True])
+@pytest.mark.parametrize("correction", rest_slow([False, True], 1))
 def test_the_integral_over_two_precisions_of_an_exact_posterior(correction, monkeypatch):
     """Against a sum over a grid of both."""
     monkeypatch.setattr(structure_choice, "RANGE", 24.0)

@@ -18,6 +18,7 @@ from support.batches import loader
 from support.language import language_posterior, text_batch, text_loader
 from support.models import peft_model
 from support.posteriors import posterior
+from support.sweeps import rest_slow
 
 # torch.func, here the reference, has no batching rule for fused attention.
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
@@ -83,7 +84,7 @@ def losses_by_loops(la, scales):
     return own / tokens, sampled / tokens
 
 
-@pytest.mark.parametrize("cls,kwargs", CLASSES)
+@pytest.mark.parametrize("cls,kwargs", rest_slow(CLASSES, 0, 2))
 def test_the_choice_is_that_of_an_explicit_search(cls, kwargs):
     la = trained(cls, **kwargs)
     la.optimize_prior_precision()
