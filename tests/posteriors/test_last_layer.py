@@ -13,6 +13,7 @@ from support.batches import loader, token_batch
 from support.last_layer import MODELS, PARAMETRIC, PLAIN, by_name, last_layer_logits_model, padded
 from support.models import peft_model
 from support.references import assert_near
+from support.sweeps import rest_slow
 
 BATCH = token_batch((4, 2, 6), seed=9)
 
@@ -156,7 +157,7 @@ def test_sampled_heads_compute_the_features_once_and_touch_nothing(cls):
     assert torch.equal(la.model.last_layer.weight, head)
 
 
-@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+@pytest.mark.parametrize("structure", rest_slow(["kron", "diag", "full"], 0))
 def test_samples_of_laplace_torchs_own_classes_reach_the_head_that_runs(structure):
     model = last_layer_logits_model("bert")
     la = by_name(model, structure, "last_layer")
@@ -164,11 +165,11 @@ def test_samples_of_laplace_torchs_own_classes_reach_the_head_that_runs(structur
     la.prior_precision = 30.0
     before = la.model(BATCH)
     mean, covariance = la._glm_predictive_distribution(BATCH)
-    samples = la.functional_samples(BATCH, pred_type="nn", n_samples=1000)
-    torch.testing.assert_close(samples.mean(0), mean, atol=0.05, rtol=0)
+    samples = la.functional_samples(BATCH, pred_type="nn", n_samples=400)
+    torch.testing.assert_close(samples.mean(0), mean, atol=0.08, rtol=0)
     gaps = samples - mean
     sampled = torch.einsum("snc,snd->ncd", gaps, gaps) / len(gaps)
-    assert_near(sampled, covariance, 0.2)
+    assert_near(sampled, covariance, 0.3)
     torch.testing.assert_close(la.model(BATCH), before)
 
 
