@@ -17,7 +17,7 @@ from laplace_lora.adapters.peft_state import starts_at_tokens
 from laplace_lora.models.autocast import as_called
 from laplace_lora.models.forward_mode import ForwardMode
 from laplace_lora.models.logits_model import wide
-from laplace_lora.models.positions import real_positions
+from laplace_lora.models.positions import holds_joined_texts, real_positions
 from laplace_lora.models.rotary import angles_change_at, check_lengths
 from laplace_lora.models.tangent_cache import (
     NAMES,
@@ -43,8 +43,8 @@ class Reading:
         inputs: The first tokens: ``input_ids``, and whatever else the model takes.
         cached: Whether keys and values are kept. They are not if the model's cache is no plain
             attention cache, the model puts tokens of its own before those it is given, as prompt
-            tuning does, or its adapter must see the whole text, as Activated LoRA; then every
-            reading goes over the whole text again.
+            tuning does, its adapter must see the whole text, as Activated LoRA, or rows hold joined
+            texts; then every reading goes over the whole text again.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Reading:
             for key, value in inputs.items()
             if key not in ("input_ids", "attention_mask", "labels")
         }
+        self._are_joined = holds_joined_texts(inputs)
         self._counts = model.needs_positions(inputs)
         self._turn = angles_change_at(model.config)
         self._room = max(
@@ -72,7 +73,8 @@ class Reading:
         )
         self._cache: TangentCache | None = None
         self._before, is_plain = self._tried(ids)
-        self._cached = cached and is_plain and not starts_at_tokens(forward.model)
+        sees_all = self._are_joined or starts_at_tokens(forward.model)
+        self._cached = cached and is_plain and not sees_all
 
     def logits(self, columns: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Read the waiting tokens.
@@ -146,7 +148,9 @@ class Reading:
         width = self._ids.shape[1]
         first = 0 if self._cache is None else width - length
         columns = columns - first
-        arguments = {**self._pieces(first), "attention_mask": self._mask}
+        arguments = self._pieces(first)
+        if not self._are_joined:
+            arguments["attention_mask"] = self._mask
         check_lengths(self._model.config, arguments)
         if self._model.accepts("use_cache"):
             arguments["use_cache"] = self._cached

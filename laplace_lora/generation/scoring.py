@@ -17,6 +17,7 @@ from laplace_lora.generation.sampled_predictor import SampledPredictor
 from laplace_lora.generation.token_predictions import TokenPredictions
 from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
 from laplace_lora.models.autocast import in_full_precision
+from laplace_lora.models.positions import holds_joined_texts
 from laplace_lora.models.token_model import TOP_K
 
 SAMPLES = 32
@@ -138,7 +139,11 @@ def _exact(
 ) -> Scored:
     rows, places = (labels != IGNORED).nonzero(as_tuple=True)
     order = places.argsort(stable=True)  # texts of similar length share a pass
-    where = [(rows[part], places[part]) for part in order.split(size)]
+    parts = order.split(size)
+    if holds_joined_texts(batch):  # those of unequal length would need a mask
+        counts = places[order].unique_consecutive(return_counts=True)[1].tolist()
+        parts = tuple(part for equal in order.split(counts) for part in equal.split(size))
+    where = [(rows[part], places[part]) for part in parts]
     shown = progress(where, progress_bar, TITLE)
     predictions = [predictor(_until(batch, n, at), labels[n, at], n) for n, at in shown]
     return predictions, where
@@ -171,6 +176,8 @@ def _until(batch: Mapping[str, Any], rows: Tensor, places: Tensor) -> dict[str, 
     """Return texts up to a place in each of them, which is left out."""
     end = int(places.max())
     cut = part_of(batch, rows, end)
+    if holds_joined_texts(batch):
+        return cut
     mask = cut.get("attention_mask")
     mask = torch.ones_like(cut["input_ids"]) if mask is None else mask
     before = torch.arange(end, device=places.device) < places.unsqueeze(1)

@@ -26,6 +26,20 @@ def real_positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
+def holds_joined_texts(inputs: Mapping[str, Any]) -> bool:
+    """Return whether rows hold several texts, told apart by positions that start anew.
+
+    transformers keeps them apart only without a mask and without a cache.
+
+    Args:
+        inputs: What the model takes.
+    """
+    positions = inputs.get("position_ids")
+    if inputs.get("attention_mask") is not None or not isinstance(positions, Tensor):
+        return False
+    return positions.ndim == 2 and bool((positions.diff() != 1).any())
+
+
 class PositionRule:
     """Supplies ``position_ids`` where a model needs them.
 
