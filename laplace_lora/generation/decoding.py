@@ -13,7 +13,7 @@ from laplace_lora.data.distributed import together
 from laplace_lora.data.loaders import progress
 from laplace_lora.generation.methods import EXACT, SAMPLED, check_method, exact_predictor
 from laplace_lora.generation.next_token import HasPosterior
-from laplace_lora.generation.prompts import left_padded
+from laplace_lora.generation.prompts import check_text_suffices, left_padded
 from laplace_lora.generation.sampled_predictor import SampledPredictor
 from laplace_lora.generation.selection import Processor, Selection
 from laplace_lora.generation.token_predictions import TokenPredictions
@@ -91,8 +91,9 @@ def generate(
     Raises:
         AttributeError: If the posterior has not been fitted.
         FloatingPointError: If scores of tokens are not a number.
-        ValueError: If a prompt is missing, an option is out of range, a processor leaves no token,
-            or the model is no causal language model or cannot carry tangents, see `score`.
+        ValueError: If a prompt is missing or has more than text, such as images, an option is out
+            of range, a processor leaves no token, or the model is no causal language model or
+            cannot carry tangents, see `score`.
     """
     check_method(method, link_approx)
     stopping = Stopping(stop_above, stop_on)
@@ -109,11 +110,13 @@ def generate(
         if method == EXACT:
             exact = exact_predictor(la, top_k, link_approx, n_samples, generator)
             ids, mask = left_padded(inputs, la.fitted.device)
+            check_text_suffices(exact.model, inputs)
             model, steps = exact.model, ExactSteps(exact, ids, mask)
         else:
             count = SAMPLES if n_samples is None else n_samples
             sampled = SampledPredictor(la, top_k, count, generator)
             ids, mask = left_padded(inputs, la.fitted.device)
+            check_text_suffices(sampled.model, inputs)
             prompts = {"input_ids": ids, "attention_mask": mask}
             reading = stack.enter_context(sampled.opened(prompts))
             model, steps = sampled.model, SampledSteps(sampled, reading, top_k)

@@ -8,6 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.models.autocast import as_called
+from laplace_lora.models.modes import coarsest_dtype, evaluation_mode
+from laplace_lora.models.token_model import TokenModel
+from laplace_lora.models.tolerances import near
+
+TEXT = ("input_ids", "attention_mask")
+UNREAD = (*TEXT, "labels")  # need no look
+
 
 def left_padded(inputs: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return token numbers and mask with the padding, wherever it was, on the left.
@@ -34,3 +42,32 @@ def left_padded(inputs: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     order = mask.argsort(dim=1, stable=True)
     ids, mask = (x.gather(1, order).to(device) for x in (ids, mask))
     return ids.masked_fill(mask == 0, 0), mask
+
+
+@torch.no_grad()
+def check_text_suffices(model: TokenModel, inputs: Any) -> None:
+    """Refuse prompts that mean something else without what stands beside their tokens.
+
+    Args:
+        model: The language model.
+        inputs: Prompts, as `left_padded` takes them.
+
+    Raises:
+        ValueError: If images, positions and the like change what follows; names them.
+    """
+    if not isinstance(inputs, Mapping):
+        return
+    others = [key for key in inputs if key not in UNREAD and model.accepts(key)]
+    others = [key for key in others if isinstance(inputs[key], Tensor)]
+    if not others:
+        return
+    text = {key: inputs[key] for key in TEXT if key in inputs}
+    with evaluation_mode(model), as_called():
+        whole = model.next_logits({**text, **{key: inputs[key] for key in others}})
+        alone = model.next_logits(text)
+    if not near(alone, whole, coarsest_dtype(model)):
+        raise ValueError(
+            f"generate continues tokens alone, and the prompts have {others}, on which the model's "
+            "logits depend; write texts with model.generate and read them with `score`, which "
+            "takes all that the model takes"
+        )

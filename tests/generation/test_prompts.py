@@ -1,4 +1,4 @@
-"""Prompt tuning puts tokens of its own before a text: they are read, and are not the text."""
+"""What stands before or beside a text: prompt tuning's own tokens, images, positions."""
 
 import logging
 
@@ -11,7 +11,7 @@ from laplace_lora.generation import generate, reading, score
 from laplace_lora.predictive.sample_set import SampleSet
 from support.batches import token_batch
 from support.generation import K, seeded
-from support.language import text_batch, text_loader
+from support.language import language_posterior, text_batch, text_loader
 from support.models import base_model, excite
 from support.sampled import explicit_samples
 
@@ -69,3 +69,16 @@ def test_generation_reads_the_prompt_once_and_scores_alike(kind, monkeypatch, ca
 def test_prompts_of_several_lengths_are_refused_where_padding_would_count():
     with pytest.raises(ValueError, match="from prompts of one length at a time"):
         generate(prompted("prompt"), token_batch((4, 2)), 2, K)
+
+
+@pytest.mark.parametrize("method", ["sampled", "exact"])
+def test_prompts_that_are_more_than_text_are_refused(method):
+    la, batch = language_posterior(name="gpt2-lm"), text_batch()
+    options = {"max_new_tokens": 2, "top_k": K, "eos_token_id": [], "method": method}
+    positions = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+    for beside in ({"token_type_ids": batch["input_ids"]}, {"position_ids": positions + 3}):
+        with pytest.raises(ValueError, match=f"prompts have .*{next(iter(beside))}"):
+            generate(la, {**batch, **beside}, **options)
+    alone = generate(la, batch, generator=seeded(), **options)
+    same = generate(la, {**batch, "position_ids": positions}, generator=seeded(), **options)
+    assert torch.equal(same.log_prob, alone.log_prob)
