@@ -18,6 +18,7 @@ from laplace_lora.likelihoods.base import (
     Scoring,
 )
 from laplace_lora.likelihoods.links import Link
+from laplace_lora.likelihoods.real_tokens import real_tokens_of
 from laplace_lora.likelihoods.roots import (
     cross_entropy,
     sampled_softmax_root,
@@ -109,23 +110,21 @@ def token_labels(batch: Any, labels: Tensor) -> Tensor:
         Shape ``(batch, tokens)``.
 
     Raises:
-        TypeError: If the batch is not such a mapping.
-        ValueError: If the labels are not one integer per token.
+        TypeError: If the batch is not such a mapping of tensors.
+        ValueError: If the labels are not one integer per token, nor the mask one entry.
     """
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise TypeError(
             "language modelling needs batches as Hugging Face's collators make them: mappings with "
             "'input_ids', 'attention_mask' and 'labels'"
         )
-    ids = batch["input_ids"]
+    real, ids = real_tokens_of(batch), batch["input_ids"]
     if labels.shape != ids.shape or labels.is_floating_point():
         raise ValueError(
             f"language modelling needs one integer label per token, shape {tuple(ids.shape)}; got "
             f"{labels.dtype} of shape {tuple(labels.shape)}"
         )
-    mask = batch.get("attention_mask")
-    real = torch.ones_like(labels) if mask is None else mask.to(labels.device)
-    predicted = real.bool().clone()
+    predicted = real.to(labels.device).clone()
     predicted[:, 1:] &= predicted[:, :-1].clone()
     predicted[:, 0] = False
     return labels.long().masked_fill(~predicted, IGNORED)

@@ -21,6 +21,7 @@ from laplace_lora.likelihoods.base import (
 )
 from laplace_lora.likelihoods.classification import LOGITS
 from laplace_lora.likelihoods.links import Link
+from laplace_lora.likelihoods.real_tokens import real_tokens_of
 from laplace_lora.likelihoods.roots import sampled_softmax_root, softmax_residual, softmax_root
 from laplace_lora.likelihoods.splitting import split_mapping_or_pair
 
@@ -172,13 +173,11 @@ def text_tokens(batch: Any) -> Tensor:
 
     Raises:
         TypeError: If it is none.
+        ValueError: If its mask has not one entry per token.
     """
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise TypeError(
             "question answering needs batches as Hugging Face's collators make them: mappings "
             "with 'input_ids', 'attention_mask', 'start_positions' and 'end_positions'"
         )
-    ids = batch["input_ids"]
-    mask = batch.get("attention_mask")
-    real: Tensor = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
-    return real
+    return real_tokens_of(batch)

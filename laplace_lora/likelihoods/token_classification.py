@@ -15,6 +15,7 @@ from torch import Tensor
 
 from laplace_lora.likelihoods.classification import Classification
 from laplace_lora.likelihoods.language_modeling import IGNORED
+from laplace_lora.likelihoods.real_tokens import real_tokens_of
 from laplace_lora.likelihoods.roots import (
     cross_entropy,
     softmax_residual,
@@ -138,6 +139,7 @@ def real_tokens(batch: Any) -> Tensor:
 
     Raises:
         TypeError: If the batch is no mapping of texts.
+        ValueError: If its mask has not one entry per token.
     """
     key = next(
         (k for k in ("input_ids", "inputs_embeds") if isinstance(batch, Mapping) and k in batch),
@@ -148,14 +150,4 @@ def real_tokens(batch: Any) -> Tensor:
             "token classification needs batches as Hugging Face's collators make them: mappings "
             "with 'input_ids', 'attention_mask' and 'labels'"
         )
-    tokens = batch[key]
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    if mask.shape != tokens.shape[:2]:
-        raise ValueError(
-            f"an attention mask of shape {tuple(mask.shape)} does not say which of the "
-            f"{tuple(tokens.shape[:2])} tokens are padding"
-        )
-    real: Tensor = mask.to(tokens.device) != 0
-    return real
+    return real_tokens_of(batch, key)

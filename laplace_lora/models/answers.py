@@ -95,7 +95,8 @@ class AnswerPlace:
 
         Raises:
             ValueError: If a masked language model's mask token is unknown, or a text has not
-                exactly one; or no configuration says how a decoder starts.
+                exactly one; no configuration says how a decoder starts; or the attention mask has
+                not one entry per token.
         """
         if self.is_masked:
             if inputs.get("input_ids") is None:
@@ -109,7 +110,14 @@ class AnswerPlace:
             if inputs.get("decoder_input_ids") is None:
                 inputs["decoder_input_ids"] = self._start(batch_length(inputs), device)
             mask = inputs.get("decoder_attention_mask")
-        return (None, 0) if mask is None else (last_true(mask), mask.shape[1])
+        if mask is None:
+            return None, 0
+        if mask.ndim != 2:
+            raise ValueError(
+                f"an attention mask of shape {tuple(mask.shape)} does not say where a text ends, "
+                "after which the answer stands; give one entry per token, as a tokenizer does"
+            )
+        return last_true(mask), mask.shape[1]
 
     def _start(self, examples: int, device: torch.device) -> Tensor:
         sources = [self._config, getattr(self._config, "decoder", None), self._generation]
