@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.data.batches import splits_by_example
 from laplace_lora.generation.next_token import language_model_of
 from laplace_lora.generation.reading import Reading
 from laplace_lora.likelihoods.language_modeling import IGNORED
@@ -87,8 +88,19 @@ def at_labels(
 
 
 def part_of(batch: Mapping[str, Any], rows: Tensor, end: int) -> dict[str, Any]:
-    """Return some texts of a batch, up to a place."""
+    """Return some texts of a batch, up to a place.
+
+    Raises:
+        ValueError: If other inputs do not have a row for each text, and not all texts are wanted.
+    """
     texts, width = batch["input_ids"].shape
+    if rows.tolist() != list(range(texts)) and not splits_by_example(batch, texts):
+        shapes = {k: tuple(v.shape) for k, v in batch.items() if isinstance(v, Tensor)}
+        raise ValueError(
+            "some of the texts cannot be read without the others, as not all inputs have a row for "
+            f"each text (images in one tensor, for instance): {shapes}; give one text at a time, "
+            "or all to method='sampled' without batch_size"
+        )
     part = {}
     for key, value in batch.items():
         if isinstance(value, Tensor) and value.shape[:1] == (texts,):

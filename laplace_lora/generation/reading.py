@@ -43,8 +43,8 @@ class Reading:
         inputs: The first tokens: ``input_ids``, and whatever else the model takes.
         cached: Whether keys and values are kept. They are not if the model's cache is no plain
             attention cache, the model puts tokens of its own before those it is given, as prompt
-            tuning does, its adapter must see the whole text, as Activated LoRA, or rows hold joined
-            texts; then every reading goes over the whole text again.
+            tuning does, its adapter must see the whole text, as Activated LoRA, rows hold joined
+            texts, or images stand beside them; then every reading goes over the whole text again.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Reading:
         )
         self._cache: TangentCache | None = None
         self._before, is_plain = self._tried(ids)
-        sees_all = self._are_joined or starts_at_tokens(forward.model)
+        sees_all = self._are_joined or self._has_images() or starts_at_tokens(forward.model)
         self._cached = cached and is_plain and not sees_all
 
     def logits(self, columns: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -135,6 +135,12 @@ class Reading:
             for key, value in self._others.items()
         }
         self._cache = None if self._cache is None else self._cache.select(texts)
+
+    def _has_images(self) -> bool:
+        """Return whether there are inputs whose parts are not those of the tokens."""
+        whole = (len(self._ids), self._width)
+        others = (value for value in self._others.values() if isinstance(value, Tensor))
+        return any(value.ndim > 1 and value.shape[:2] != whole for value in others)
 
     def _piece_length(self, columns: Tensor, waiting: int) -> int:
         if not self._cached:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.data.batches import some_examples
+from laplace_lora.data.batches import some_examples, splits_by_example
 from laplace_lora.data.distributed import Together
 from laplace_lora.generation.label_scores import label_log_probabilities, part_of
 from laplace_lora.likelihoods.language_modeling import IGNORED
@@ -70,6 +70,10 @@ def _cut(
     index = torch.tensor(rows, device=labels.device)
     last = int((labels[index] != IGNORED).any(0).nonzero().max())
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    if not splits_by_example(moved, len(labels)):  # the others' images are in the same tensor
+        others = torch.ones(len(labels), 1, dtype=torch.bool, device=labels.device)
+        others[index] = False
+        return {**moved, "labels": labels.masked_fill(others, IGNORED).to(device)}
     if not reads_forward:  # an encoder sees what follows as well
         chosen: Any = some_examples(moved, rows)
         return chosen
