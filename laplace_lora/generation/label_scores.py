@@ -20,6 +20,8 @@ from laplace_lora.predictive.sample_set import SampleSet
 from laplace_lora.structures.state import Posterior
 
 Places = tuple[Tensor, Tensor]
+# Of joined texts, by collators of TRL and transformers; attention derives them from positions.
+BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def label_log_probabilities(
@@ -103,6 +105,8 @@ def part_of(batch: Mapping[str, Any], rows: Tensor, end: int) -> dict[str, Any]:
         )
     part = {}
     for key, value in batch.items():
+        if key in BOUNDS and end < width:
+            continue  # they reach to the end
         if isinstance(value, Tensor) and value.shape[:1] == (texts,):
             value = value[rows]
             value = value[:, :end] if value.shape[1:2] == (width,) else value

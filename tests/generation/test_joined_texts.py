@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from laplace_lora.generation import score
+from laplace_lora.generation.label_scores import part_of
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from support.batches import rows
 from support.generation import FIELDS, K, seeded
@@ -45,3 +46,11 @@ def test_tuning_reads_them_as_the_fit_does():
     la.fit(text_loader(1, joined(text_batch((4, 6, 3)), [(0, 1, 2)])))
     la.optimize_prior_precision()
     assert la.tuning.widest.nll_map == pytest.approx(la.loss / 7)
+
+
+def test_a_part_of_a_row_has_no_bounds_that_reach_beyond_it():
+    bounds = {"cu_seq_lens_q": torch.tensor([0, 4, 10, 13]), "max_length_q": 6}
+    batch = {**joined(text_batch((4, 6, 3)), [(0, 1, 2)]), **bounds}
+    row = torch.tensor([0])
+    assert bounds.keys() <= part_of(batch, row, 13).keys()
+    assert not bounds.keys() & part_of(batch, row, 12).keys()
