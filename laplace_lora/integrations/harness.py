@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from torch import Tensor
 
 from laplace_lora.generation import generate, score
 from laplace_lora.generation.scoring import SAMPLES
@@ -172,6 +173,7 @@ class LaplaceLM(TemplateLM):
                 )
             prompt = self.tok_encode(context) or [self.prefix_token_id]
             ids = torch.tensor([prompt[-(self.max_length - new) :]])
+            until = [stop for stop in until if stop]
             found = generate(
                 self.posterior,
                 {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
@@ -179,13 +181,34 @@ class LaplaceLM(TemplateLM):
                 n_samples=self.n_samples,
                 generator=self._generator(),
                 eos_token_id=self.eot_token_id,
+                logits_processor=self._ending(ids.shape[1], until) if until else None,
             )
-            text = self.tokenizer.decode(found.tokens[0][found.mask[0]], skip_special_tokens=True)
+            tokens = found.tokens[0][found.mask[0]].tolist()
+            lengths = range(len(tokens) + 1)
+            end = next((n for n in lengths if self._has_stopped(tokens[:n], until)), len(tokens))
+            text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
             for stop in until:
-                text = text.split(stop)[0] if stop else text
+                text = text.split(stop)[0]
             texts.append(text)
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
+
+    def _has_stopped(self, tokens: list[int], until: Sequence[str]) -> bool:
+        """Return whether a continuation has a stop text, which may be a special token."""
+        text = self.tokenizer.decode(tokens)
+        return any(stop in text for stop in until)
+
+    def _ending(self, start: int, until: Sequence[str]) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return what ends a text after a stop, so that no more of it is written in vain."""
+
+        def end(ids: Tensor, scores: Tensor) -> Tensor:
+            if not self._has_stopped(ids[0, start:].tolist(), until):
+                return scores
+            ended = torch.full_like(scores, -torch.inf)
+            ended[:, self.eot_token_id] = 0
+            return ended
+
+        return end
 
     def _generator(self) -> torch.Generator:
         """Return the source of the samples: the same for every request."""

@@ -74,6 +74,30 @@ def test_generation_is_greedy_and_stops(model):
         model.generate_until(instances("generate_until", [("a", {"do_sample": True})]))
 
 
+def test_generation_stops_at_special_tokens_and_writes_no_more(model, monkeypatch):
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = "[PAD]"
+    tokenizer.add_tokens([f"w{i}" for i in range(len(tokenizer), 50)])
+    own = LaplaceLM(model.posterior, tokenizer, n_samples=8)
+    ids = torch.tensor([own.tok_encode("a b")])
+    options = {"n_samples": 8, "generator": seeded(), "eos_token_id": 0}
+    (tokens,) = generate(own.posterior, {"input_ids": ids}, 5, **options).tokens.tolist()
+    stop = tokens.index(tokens[2])
+    word = tokenizer.decode([tokens[2]])
+    tokenizer.add_special_tokens({"additional_special_tokens": [word]})
+    written = []
+
+    def watched(*args, **kwargs):
+        written.append(generate(*args, **kwargs))
+        return written[-1]
+
+    monkeypatch.setattr("laplace_lora.integrations.harness.generate", watched)
+    request = ("a b", {"max_gen_toks": 5, "until": [word, ""]})
+    (text,) = own.generate_until(instances("generate_until", [request]))
+    assert text == tokenizer.decode(tokens[:stop])
+    assert written[0].tokens[0].tolist() == [*tokens[: stop + 1], 0]
+
+
 @pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens"])
 def test_a_task_calls_the_longest_continuation_by_any_of_the_harness_s_names(
     model, monkeypatch, name
