@@ -12,9 +12,9 @@ from torch import Tensor
 from laplace_lora.data.distributed import together
 from laplace_lora.likelihoods.base import Readout
 from laplace_lora.models.modes import evaluation_mode
-from laplace_lora.predictive.data_sets import is_batch
+from laplace_lora.predictive.data_sets import is_batch, joined_in_batches
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.predictive.inputs import batches_of_rows, batches_of_texts, listed
+from laplace_lora.predictive.inputs import listed
 from laplace_lora.predictive.linear_samples import seeded
 from laplace_lora.structures.state import Posterior
 
@@ -68,7 +68,7 @@ def joint_samples(
     directions = posterior.deviations(n_samples, seeded(posterior, generator))
     blocks = directions.split(posterior.engine.sizes, dim=1)
     temperature = posterior.settings.likelihood_temperature
-    order, batches = _batches(pool, tokenizer, batch_size)
+    order, batches = _batches(posterior, pool, tokenizer, batch_size)
     means, parts = [], []
     with (
         together(batches, device=posterior.device, runs=posterior.source) as team,
@@ -91,15 +91,16 @@ def joint_samples(
     return JointSamples(rows["mean"], rows["deviations"].permute(2, 0, 1))
 
 
-def _batches(pool: Any, tokenizer: Any, batch_size: int) -> tuple[Tensor | None, Iterable[Any]]:
+def _batches(
+    posterior: Posterior, pool: Any, tokenizer: Any, batch_size: int
+) -> tuple[Tensor | None, Iterable[Any]]:
     """Return batches, and the order of their examples where it is not the pool's."""
     if is_batch(pool):
         return None, [pool]
     kind, items = listed(pool)
     if kind == "batches":
         return None, items
-    collate = batches_of_texts if kind == "texts" else batches_of_rows
-    return collate(items, tokenizer, batch_size)
+    return joined_in_batches(posterior, kind, items, tokenizer, batch_size)
 
 
 def _inputs(posterior: Posterior, batch: Any) -> Any:

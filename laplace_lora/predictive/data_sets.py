@@ -62,9 +62,26 @@ def predict(
     kind, items = listed(data)
     if kind == "batches":
         return _of_batches(answer, items, progress_bar)
-    collate = batches_of_texts if kind == "texts" else batches_of_rows
-    order, batches = collate(items, tokenizer, batch_size)
+    order, batches = joined_in_batches(posterior, kind, items, tokenizer, batch_size)
     return _of_batches(answer, batches, progress_bar)[order.argsort()]
+
+
+def joined_in_batches(
+    posterior: Posterior, kind: str, items: Any, tokenizer: Any, batch_size: int
+) -> tuple[Tensor, list[Any]]:
+    """Return the order of texts or rows by length, and their batches, see `batches_of_texts`.
+
+    Args:
+        posterior: A fitted posterior.
+        kind: ``"texts"`` or ``"rows"``, as of `listed`.
+        items: These.
+        tokenizer: The model's.
+        batch_size: How many are in a batch.
+    """
+    if kind == "rows":
+        return batches_of_rows(items, tokenizer, batch_size)
+    are_questions = getattr(posterior.source, "target_ids", None) is not None
+    return batches_of_texts(items, tokenizer, batch_size, are_questions)
 
 
 def prediction_link(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -57,7 +58,7 @@ def listed(data: Any) -> tuple[str, Any]:
 
 
 def batches_of_texts(
-    texts: Sequence[Any], tokenizer: Any, batch_size: int
+    texts: Sequence[Any], tokenizer: Any, batch_size: int, are_questions: bool = False
 ) -> tuple[Tensor, list[Any]]:
     """Return the order in which texts of similar length stand together, and their batches.
 
@@ -65,28 +66,36 @@ def batches_of_texts(
         texts: Strings or pairs of strings.
         tokenizer: The model's.
         batch_size: Texts per batch.
+        are_questions: Whether a language model answers them, see `encoded`.
 
     Raises:
-        ValueError: If there is no tokenizer, it cannot pad, or a text has no tokens.
+        ValueError: If there is no tokenizer, it cannot pad, a text has no tokens, or a question is
+            too long.
     """
-    return batches_of_rows(encoded(texts, tokenizer), tokenizer, batch_size)
+    return batches_of_rows(encoded(texts, tokenizer, are_questions), tokenizer, batch_size)
 
 
-def encoded(texts: Sequence[Any], tokenizer: Any) -> list[Mapping[str, Any]]:
+def encoded(
+    texts: Sequence[Any], tokenizer: Any, are_questions: bool = False
+) -> list[Mapping[str, Any]]:
     """Return texts as rows, one by one.
 
     Args:
         texts: Strings or pairs of strings.
         tokenizer: The model's.
+        are_questions: Whether a language model answers them, who must see their ends.
 
     Raises:
-        ValueError: If there is no tokenizer, or it cannot pad.
+        ValueError: If there is no tokenizer, it cannot pad, or it would cut a question's end.
     """
     if tokenizer is None:
         raise ValueError("texts need `tokenizer`, that of the model")
     pairs = [(text, None) if isinstance(text, str) else text for text in texts]
     _check_pads(tokenizer)
-    return [tokenizer(first, second, truncation=True) for first, second in pairs]
+    rows = [tokenizer(first, second, truncation=True) for first, second in pairs]
+    if are_questions and getattr(tokenizer, "truncation_side", "right") == "right":
+        _check_whole(rows, pairs, tokenizer)
+    return rows
 
 
 def batches_of_rows(
@@ -153,6 +162,19 @@ def in_places(values: Sequence[Any], before: Tensor, width: int, fill: int) -> T
     for row, own, first in zip(placed, values, before.tolist(), strict=True):
         row[first : first + len(own)] = torch.as_tensor(own)
     return placed
+
+
+def _check_whole(rows: Sequence[Any], pairs: Sequence[Any], tokenizer: Any) -> None:
+    """Refuse texts of which rows have lost the end."""
+    limit = getattr(tokenizer, "model_max_length", math.inf)
+    full = [n for n, row in enumerate(rows) if len(row["input_ids"]) >= limit]
+    cut = [n for n in full if len(tokenizer(*pairs[n])["input_ids"]) > limit]
+    if cut:
+        raise ValueError(
+            f"texts {cut[:5]} have more tokens than the tokenizer's model_max_length={limit}, and "
+            "cutting their ends, after which the answer stands, would change the question; shorten "
+            "them, or set tokenizer.truncation_side = 'left'"
+        )
 
 
 def _check_pads(tokenizer: Any) -> None:

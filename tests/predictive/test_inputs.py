@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from laplace_lora import KronLoraLaplace
 from support.batches import LENGTHS, images, loader, rows, token_batch
+from support.generation import answers_posterior
 from support.models import resnet
 from support.posteriors import posterior
 from support.references import assert_near
@@ -168,3 +169,14 @@ def test_inputs_that_are_not_finite_are_named():
     fresh = KronLoraLaplace(resnet(), "classification")
     with pytest.raises(FloatingPointError, match="the loss is nan"):
         fresh.fit(DataLoader([rows(batch, n) for n in range(4)], batch_size=4))
+
+
+def test_questions_are_not_cut_at_their_end():
+    la, tokenizer = answers_posterior(), word_tokenizer()
+    long = "a b c d e f g h " * 3
+    for call in (la.predict, lambda *args: la.acquire(args[0], 1, "batchbald", tokenizer=args[1])):
+        with pytest.raises(ValueError, match=r"texts \[1\] have more tokens than .*=16"):
+            call(["a b", long, long[:31]], tokenizer)
+    tokenizer.truncation_side = "left"
+    ids = torch.tensor([tokenizer(long)["input_ids"][-16:]])
+    assert_near(la.predict([long], tokenizer).probs, la({"input_ids": ids}))
