@@ -30,8 +30,8 @@ class UncertainPrediction(Protocol):
 
 
 OTHERS = (
-    "evaluate is for classifiers: of a regression la.predict(loader) gives mean, std and labels, of "
-    "answers in a text `evaluation.spans.span_metrics(la.predict(loader))` the scores"
+    "evaluate is for classifiers: of a regression la.predict(loader) gives mean, std and labels; "
+    "answers in a text are scored by `evaluation.spans.span_metrics(la.predict(loader))`"
 )
 
 Predict = Callable[[Any], Tensor | UncertainPrediction]  # from a batch of any form

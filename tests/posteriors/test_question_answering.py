@@ -12,6 +12,7 @@ from laplace_lora import (
     LaplaceCallback,
     LogitsModel,
 )
+from laplace_lora.evaluation import evaluate
 from laplace_lora.evaluation.spans import span_metrics
 from laplace_lora.models.span_model import SpanModel
 from support.batches import rows
@@ -100,6 +101,8 @@ def test_what_makes_no_sense_is_refused():
             call()
     with pytest.raises(ValueError, match="predictions by samples"):
         la.calibrate(data, link_approx="probit")
+    with pytest.raises(ValueError, match="answers in a text are scored by .*span_metrics"):
+        evaluate(la.predict, data)
 
 
 def test_bad_batches_are_refused_and_the_posterior_stays():
