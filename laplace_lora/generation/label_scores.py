@@ -20,6 +20,7 @@ from laplace_lora.predictive.sample_set import SampleSet
 from laplace_lora.structures.state import Posterior
 
 Places = tuple[Tensor, Tensor]
+POSITIONS = "position_ids"
 # Of joined texts, by collators of TRL and transformers; attention derives them from positions.
 BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -90,27 +91,29 @@ def at_labels(
 
 
 def part_of(batch: Mapping[str, Any], rows: Tensor, end: int) -> dict[str, Any]:
-    """Return some texts of a batch, up to a place.
+    """Return some texts of a batch, up to a place; whole where not all inputs can be cut.
 
     Raises:
         ValueError: If other inputs do not have a row for each text, and not all texts are wanted.
     """
     texts, width = batch["input_ids"].shape
-    if rows.tolist() != list(range(texts)) and not splits_by_example(batch, texts):
-        shapes = {k: tuple(v.shape) for k, v in batch.items() if isinstance(v, Tensor)}
+    part = {k: v for k, v in batch.items() if k not in BOUNDS or end == width}
+    positions = part.get(POSITIONS)
+    if isinstance(positions, Tensor) and positions.shape == (1, width):  # the same for all
+        part[POSITIONS] = positions.expand(texts, -1)
+    if not splits_by_example(part, texts):
+        if rows.tolist() == list(range(texts)):
+            return part
+        shapes = {k: tuple(v.shape) for k, v in part.items() if isinstance(v, Tensor)}
         raise ValueError(
             "some of the texts cannot be read without the others, as not all inputs have a row for "
             f"each text (images in one tensor, for instance): {shapes}; give one text at a time, "
             "or all to method='sampled' without batch_size"
         )
-    part = {}
-    for key, value in batch.items():
-        if key in BOUNDS and end < width:
-            continue  # they reach to the end
-        if isinstance(value, Tensor) and value.shape[:1] == (texts,):
-            value = value[rows]
-            value = value[:, :end] if value.shape[1:2] == (width,) else value
-        part[key] = value
+    for key, value in part.items():
+        if isinstance(value, Tensor) and value.ndim:
+            chosen = value[rows]
+            part[key] = chosen[:, :end] if chosen.shape[1:2] == (width,) else chosen
     return part
 
 

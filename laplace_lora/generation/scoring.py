@@ -180,5 +180,5 @@ def _until(batch: Mapping[str, Any], rows: Tensor, places: Tensor) -> dict[str, 
         return cut
     mask = cut.get("attention_mask")
     mask = torch.ones_like(cut["input_ids"]) if mask is None else mask
-    before = torch.arange(end, device=places.device) < places.unsqueeze(1)
+    before = torch.arange(mask.shape[1], device=places.device) < places.unsqueeze(1)
     return {**cut, "attention_mask": mask * before}

@@ -229,3 +229,16 @@ def test_what_is_no_batch_is_refused_by_what_to_do():
                 score(la, given, word_tokenizer(), method=method)
     with pytest.raises(TypeError, match=r"`top_k` must be .*; score takes no tokenizer"):
         score(la, batch, word_tokenizer())
+
+
+@pytest.mark.parametrize("method", ["sampled", "exact"])
+def test_positions_may_be_the_same_for_all_texts(method):
+    la, batch = language_posterior(name="gpt2-lm"), text_batch((6, 6), (1, 2))
+    del batch["attention_mask"]
+    options = {"top_k": K, "method": method}
+    once = {**batch, "position_ids": torch.arange(6)[None] + 3}
+    each = {**batch, "position_ids": once["position_ids"].expand(2, -1)}
+    expected = score(la, each, generator=seeded(), **options)
+    for size in (None, 1):
+        found = score(la, once, generator=seeded(), batch_size=size, **options)
+        torch.testing.assert_close(found.log_prob, expected.log_prob)

@@ -101,7 +101,7 @@ def test_what_makes_no_sense_is_refused():
             call()
     with pytest.raises(ValueError, match="predictions by samples"):
         la.calibrate(data, link_approx="probit")
-    with pytest.raises(ValueError, match="answers in a text are scored by .*span_metrics"):
+    with pytest.raises(ValueError, match=r"answers in a text are scored by .*span_metrics"):
         evaluate(la.predict, data)
 
 
