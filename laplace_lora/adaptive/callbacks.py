@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import AdaLoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -19,10 +17,14 @@ from laplace_lora.adaptive.allocation import (
     trained_adapter,
 )
 from laplace_lora.adaptive.ivon import IVON, ivon_of
-from laplace_lora.adaptive.scores import ImportanceScore, PosteriorScore, SensitivityScore
+from laplace_lora.adaptive.scores import (
+    Components,
+    ImportanceScore,
+    PosteriorScore,
+    SensitivityScore,
+)
+from laplace_lora.adaptive.sensitivity_file import load_sensitivities, save_sensitivities
 from laplace_lora.display.warning import warn
-
-STATE_FILE = "adalora_sensitivity.safetensors"
 
 
 class IVONCallback(TrainerCallback):
@@ -133,7 +135,8 @@ class AdaLoraCallback(IVONCallback):
         Raises:
             TypeError: If the model is not an AdaLoRA model in training.
             ValueError: If the schedule does not end within the training, a criterion is named
-                without IVON, gradients are clipped with it, or a checkpoint lacks its state.
+                without IVON, gradients are clipped with it, or a checkpoint lacks its state or has
+                another's.
         """
         super().on_train_begin(args, state, control, **kwargs)
         model = kwargs["model"]
@@ -152,10 +155,7 @@ class AdaLoraCallback(IVONCallback):
             self._final = _pattern_from_zeros(model, adapter)
             _check_final(self._final, config)
         elif state.global_step and isinstance(score, SensitivityScore):
-            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
-            if not path.exists():
-                raise ValueError(f"cannot resume: {path} with the sensitivities is missing")
-            _load_sensitivity(score, _named_parameters(model, adapter), path)
+            load_sensitivities(score, _components(model, adapter), _folder(args, state))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -172,14 +172,9 @@ class AdaLoraCallback(IVONCallback):
     ) -> None:
         """Save running sensitivities with a checkpoint; a posterior is the optimiser's state."""
         score = None if self._allocator is None else self._allocator.score
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder, model = _folder(args, state), kwargs["model"]
         if isinstance(score, SensitivityScore) and score.averages and folder.is_dir():
-            model = kwargs["model"]
-            tensors: dict[str, Tensor] = {}
-            for name, p in _named_parameters(model, trained_adapter(model)[0]).items():
-                mean, deviation = score.averages[p]
-                tensors |= {f"{name}.mean": mean, f"{name}.deviation": deviation}
-            save_file(tensors, folder / STATE_FILE)
+            save_sensitivities(score, _components(model, trained_adapter(model)[0]), folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -217,28 +212,19 @@ class AdaLoraCallback(IVONCallback):
         return PosteriorScore(ivon, self.score)
 
 
-def _named_parameters(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:
-    layers = adalora_components(model.base_model.model, adapter)
-    return {
-        f"{c.name}.{part}": p for c in layers for part, p in zip("ABE", c.parameters, strict=True)
-    }
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
-def _load_sensitivity(
-    score: SensitivityScore, parameters: dict[str, nn.Parameter], path: Path
-) -> None:
-    tensors = load_file(path)
-    score.averages = {
-        p: (tensors[f"{name}.mean"].to(p.device), tensors[f"{name}.deviation"].to(p.device))
-        for name, p in parameters.items()
-    }
+def _components(model: PeftModel, adapter: str) -> list[Components]:
+    return adalora_components(model.base_model.model, adapter)
 
 
 def _pattern_from_zeros(model: PeftModel, adapter: str) -> dict[str, list[bool]]:
     """Return which triplets are left: pruned singular values are exactly zero."""
     return {
         f"{layer.name}.lora_E.{adapter}": (layer.parameters[-1] != 0).view(-1).tolist()
-        for layer in adalora_components(model.base_model.model, adapter)
+        for layer in _components(model, adapter)
     }
 
 

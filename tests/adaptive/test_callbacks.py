@@ -14,6 +14,7 @@ from laplace_lora.adaptive import (
     PosteriorScore,
     SensitivityScore,
 )
+from laplace_lora.adaptive.sensitivity_file import STATE_FILE
 from support.adalora import kept, layers_of, tiny_adalora
 from support.batches import rows, token_batch
 from support.models import base_model, peft_model
@@ -190,8 +191,6 @@ def test_what_would_go_wrong_silently_is_refused(tmp_path):
 
 
 def test_a_missing_sensitivity_file_stops_a_resumed_run(tmp_path):
-    from laplace_lora.adaptive.callbacks import STATE_FILE
-
     options = {"save_strategy": "steps", "save_steps": 7}
     trainer(tiny_adalora(), tmp_path, [AdaLoraCallback(SensitivityScore())], **options).train()
     (tmp_path / "checkpoint-7" / STATE_FILE).unlink()
@@ -199,6 +198,17 @@ def test_a_missing_sensitivity_file_stops_a_resumed_run(tmp_path):
         trainer(tiny_adalora(), tmp_path, [AdaLoraCallback()], **options).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-7")
         )
+
+
+def test_sensitivities_of_another_training_stop_a_resumed_run(tmp_path):
+    """A checkpoint may be anywhere; the sensitivities are looked for in ``output_dir``."""
+    options = {"save_strategy": "steps", "save_steps": 7}
+    for folder, rate in (("one", 1e-2), ("other", 2e-2)):
+        given = {**options, "learning_rate": rate}
+        trainer(tiny_adalora(), tmp_path / folder, [AdaLoraCallback()], **given).train()
+    again = trainer(tiny_adalora(), tmp_path / "other", [AdaLoraCallback()], **options)
+    with pytest.raises(ValueError, match="saved with other weights"):
+        again.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-7"))
 
 
 @pytest.mark.parametrize("best", [8, 16])
