@@ -11,28 +11,16 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
+from support.architectures import TEXT
 from support.models import excite
 
-IMAGE, VOCABULARY = 55, 60
+IMAGE, VOCABULARY = 55, TEXT["vocab_size"]
 
 
 def vision_model(kind, config, **vision):
     torch.manual_seed(0)
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
-    text = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "max_position_embeddings": 64,
-        "rope_parameters": rope,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
+    text = {**TEXT, "rope_parameters": rope}
     vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "patch_size": 4, **vision}
     vision |= {"spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
     base = kind(
