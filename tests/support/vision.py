@@ -14,7 +14,7 @@ from transformers import (
 from support.architectures import TEXT
 from support.models import excite
 
-IMAGE, VOCABULARY = 55, TEXT["vocab_size"]
+IMAGE = 55
 
 
 def vision_model(kind, config, **vision):
