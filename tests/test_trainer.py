@@ -13,6 +13,7 @@ from support.models import PAD, TARGETS, peft_model
 from support.preferences import alone, pair_batch, pair_loader
 from support.references import assert_near
 from support.streams import Stream
+from support.trainers import quiet
 
 
 def examples(count, seed=0, **labels):
@@ -21,16 +22,11 @@ def examples(count, seed=0, **labels):
 
 
 def trainer_of(model, folder, **kwargs):
-    arguments = TrainingArguments(
-        str(folder),
+    arguments = quiet(
+        folder,
         per_device_train_batch_size=4,
         per_device_eval_batch_size=3,
         max_steps=3,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_strategy="no",
     )
     return Trainer(model, arguments, train_dataset=examples(10), **kwargs)
 

@@ -2,25 +2,22 @@
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from laplace_lora import LaplaceCallback
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from support.batches import rows
 from support.tokens import tagged_batch, tagger
+from support.trainers import quiet
 
 
 def test_a_token_classifier_is_recognised_predicted_and_scored(tmp_path):
     batch, evaluation = tagged_batch((4, 6, 3, 5)), tagged_batch((5, 4, 6), seed=1)
-    arguments = TrainingArguments(
-        str(tmp_path),
+    arguments = quiet(
+        tmp_path,
         per_device_train_batch_size=2,
         per_device_eval_batch_size=2,
         max_steps=2,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
     )
     data = ([rows(part, n) for n in range(len(part["labels"]))] for part in (batch, evaluation))
     train, validation = data

@@ -11,12 +11,12 @@ from transformers import (
     BertForTokenClassification,
     LlamaForCausalLM,
     Trainer,
-    TrainingArguments,
 )
 
 from laplace_lora.adaptive import IVON, IVONCallback
 from support.batches import rows, token_batch
 from support.models import bert_config, excite, llama_config
+from support.trainers import quiet
 
 
 def texts(count=4):
@@ -71,18 +71,13 @@ def collected(name, folder, batch_size, steps):
         return original(*args)
 
     ivon.step = step
-    arguments = TrainingArguments(
-        str(folder),
+    arguments = quiet(
+        folder,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=steps,
         max_steps=1,
         max_grad_norm=0.0,
         seed=0,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_strategy="no",
         remove_unused_columns=False,
     )
     data = [rows(batch, n) for n in range(4)]

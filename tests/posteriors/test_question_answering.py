@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from laplace_lora import (
     DiagLoraLLLaplace,
@@ -19,6 +19,7 @@ from support.batches import rows
 from support.models import peft_model
 from support.references import assert_near
 from support.spans import EXACT, question_batch, question_loader, reader, span_posterior
+from support.trainers import quiet
 
 VALIDATION = question_batch((5, 4, 6, 3, 5, 6), (1, 2, 0, 1, 3, 2), (2, 3, 0, 1, 4, 5), seed=7)
 
@@ -132,15 +133,11 @@ def test_bad_batches_are_refused_and_the_posterior_stays():
 def test_the_trainer_recognises_and_scores_it(tmp_path):
     train = [rows(question_batch((5, 6, 6, 5), (1, 2, 0, 1), (3, 2, 0, 1)), n) for n in range(4)]
     validation = [rows(VALIDATION, n) for n in range(6)]
-    arguments = TrainingArguments(
-        str(tmp_path),
+    arguments = quiet(
+        tmp_path,
         per_device_train_batch_size=2,
         per_device_eval_batch_size=6,
         max_steps=2,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
     )
     trainer = Trainer(
         reader(dtype=torch.float32), arguments, train_dataset=train, eval_dataset=validation

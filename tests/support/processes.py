@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics import MeanMetric
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from laplace_lora import (
     DiagLoraLaplace,
@@ -27,6 +27,7 @@ from support.batches import loader, token_batch
 from support.models import peft_model
 from support.posteriors import LOW
 from support.shared_calls import CALLS, Broken, data_of, posterior, result_of
+from support.trainers import quiet
 
 PROCESSES = 2
 PATIENCE = timedelta(seconds=120)  # after which a process that waits in vain says so
@@ -193,16 +194,11 @@ def trainings(rank, folder):
     """Train with the callback: well, with a disk that is full, and with a broken data set."""
     outcomes = {}
     for case in ("well", "disk", "data"):
-        arguments = TrainingArguments(
-            str(folder / case),
+        arguments = quiet(
+            folder / case,
             per_device_train_batch_size=2,
             per_device_eval_batch_size=2,
             max_steps=2,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            save_strategy="no",
-            logging_strategy="no",
         )
         validation = data_of("predict")  # of eight, the second batch of two is process 1's
         data = Broken(validation, 2) if case == "data" else validation[:5]

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from laplace_lora import KronLoraLaplace, LaplaceCallback
 from laplace_lora.evaluation import evaluate
@@ -17,6 +17,7 @@ from support.batches import loader, validation
 from support.models import peft_model
 from support.posteriors import LOW
 from support.processes import outcome_of
+from support.trainers import quiet
 
 PARTS = ("by rank", "by rank, two workers", "by node", "by shard", "dispatched")
 PARTS += ("dispatched, split", "dispatched, two workers", "filled up", "filled up, split")
@@ -129,16 +130,11 @@ def few_of(la, data):
 
 def trained(train, valid, folder):
     """Return how many examples the callback of a trainer counts, and its validation NLL."""
-    arguments = TrainingArguments(
-        str(folder / "trainer"),
+    arguments = quiet(
+        folder / "trainer",
         per_device_train_batch_size=2,
         per_device_eval_batch_size=2,
         max_steps=1,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_strategy="no",
     )
     model = peft_model("bert", dtype=torch.float32)
     trainer = Trainer(model, arguments, train_dataset=Stream(train), eval_dataset=Stream(valid))
