@@ -12,12 +12,11 @@ from support.batches import loader, token_batch
 from support.models import TARGETS, adalora_model, base_model, peft_model
 from support.posteriors import EVERY_CLASS, LOW, fitted
 from support.references import assert_near
-from support.sweeps import rest_slow
 
 BATCH = token_batch((4, 2, 5), seed=3)
 
 
-@pytest.mark.parametrize("cls,kwargs", rest_slow(EVERY_CLASS, 0, 1, 4))
+@pytest.mark.parametrize("cls,kwargs", EVERY_CLASS)
 def test_a_posterior_comes_back_bit_for_bit(cls, kwargs, tmp_path):
     la = fitted(cls, **kwargs)
     la.calibrate(loader())

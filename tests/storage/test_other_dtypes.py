@@ -17,7 +17,6 @@ from support.batches import loader, token_batch, validation
 from support.models import peft_model
 from support.posteriors import DENSE, LOW
 from support.references import assert_near
-from support.sweeps import rest_slow
 
 SINGLE, DOUBLE = torch.float32, torch.float64
 CLASSES = [
@@ -34,7 +33,7 @@ CLASSES = [
 
 @pytest.mark.parametrize("precision", ["half", "exact"])
 @pytest.mark.parametrize("before,after", [(SINGLE, DOUBLE), (DOUBLE, SINGLE)])
-@pytest.mark.parametrize("cls,kwargs", rest_slow(CLASSES, 1, 2, 7))
+@pytest.mark.parametrize("cls,kwargs", CLASSES)
 def test_files_load_in_another_dtype(tmp_path, cls, kwargs, before, after, precision):
     model = peft_model("bert", dtype=SINGLE).to(before)
     la = cls(model, "classification", prior_precision=3.0, **kwargs)

@@ -22,7 +22,6 @@ from support.batches import loader
 from support.models import peft_model
 from support.posteriors import CLASSES, LOW, posterior
 from support.references import assert_near
-from support.sweeps import rest_slow
 
 EXACT = [(FullLoraLaplace, {}), (LowRankLoraLaplace, {"rank": 30})]
 ALL = [*CLASSES, (KronLoraLaplace, {"eigenvalue_correction": True}), *EXACT]
@@ -158,7 +157,7 @@ def test_tuning_ends_at_a_maximum_and_wins(cls, kwargs, structure):
         assert la.log_marginal_likelihood(correction=True) <= best + 0.01
 
 
-@pytest.mark.parametrize("cls,kwargs", rest_slow(ALL, 0, 2))
+@pytest.mark.parametrize("cls,kwargs", ALL)
 @pytest.mark.parametrize("structure", ["scalar", "matrix"])
 def test_noise_and_groups_are_at_a_maximum_of_the_whole_evidence(cls, kwargs, structure):
     la = cls(peft_model("bert", num_labels=3), "regression", **kwargs)

@@ -18,7 +18,6 @@ from laplace_lora.tuning.validation_search import grid_search
 from support.posteriors import DENSE, LOW
 from support.preferences import pair_batch, pair_loader, reward_posterior
 from support.references import assert_near
-from support.sweeps import rest_slow
 
 EVERY_CLASS = [
     (KronLoraLaplace, DENSE),
@@ -32,7 +31,7 @@ EVERY_CLASS = [
 ]
 
 
-@pytest.mark.parametrize("cls,kwargs", rest_slow(EVERY_CLASS, 1, 4, 6))
+@pytest.mark.parametrize("cls,kwargs", EVERY_CLASS)
 def test_tuning_evaluates_pairs_as_a_binary_classifier(cls, kwargs):
     la, pairs = reward_posterior(cls, **kwargs), pair_batch(seed=4)
     pairs["labels"] = torch.tensor([1, 0, 1, 1, 0])
