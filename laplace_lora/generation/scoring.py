@@ -140,12 +140,14 @@ def _exact(
     rows, places = (labels != IGNORED).nonzero(as_tuple=True)
     order = places.argsort(stable=True)  # texts of similar length share a pass
     parts = order.split(size)
-    if holds_joined_texts(batch):  # those of unequal length would need a mask
+    are_joined = holds_joined_texts(batch)
+    if are_joined:  # those of unequal length would need a mask
         counts = places[order].unique_consecutive(return_counts=True)[1].tolist()
         parts = tuple(part for equal in order.split(counts) for part in equal.split(size))
     where = [(rows[part], places[part]) for part in parts]
     shown = progress(where, progress_bar, TITLE)
-    predictions = [predictor(_until(batch, n, at), labels[n, at], n) for n, at in shown]
+    read = _part if are_joined else _until
+    predictions = [predictor(read(batch, n, at), labels[n, at], n) for n, at in shown]
     return predictions, where
 
 
@@ -172,12 +174,14 @@ def _sampled(
     return predictions, where
 
 
+def _part(batch: Mapping[str, Any], rows: Tensor, places: Tensor) -> dict[str, Any]:
+    """Return texts up to the last of their places, which is left out."""
+    return part_of(batch, rows, int(places.max()))
+
+
 def _until(batch: Mapping[str, Any], rows: Tensor, places: Tensor) -> dict[str, Any]:
     """Return texts up to a place in each of them, which is left out."""
-    end = int(places.max())
-    cut = part_of(batch, rows, end)
-    if holds_joined_texts(batch):
-        return cut
+    cut = _part(batch, rows, places)
     mask = cut.get("attention_mask")
     mask = torch.ones_like(cut["input_ids"]) if mask is None else mask
     before = torch.arange(mask.shape[1], device=places.device) < places.unsqueeze(1)
