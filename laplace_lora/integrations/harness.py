@@ -183,10 +183,7 @@ class LaplaceLM(TemplateLM):
                 eos_token_id=self.eot_token_id,
                 logits_processor=self._ending(ids.shape[1], until) if until else None,
             )
-            tokens = found.tokens[0][found.mask[0]].tolist()
-            lengths = range(len(tokens) + 1)
-            end = next((n for n in lengths if self._has_stopped(tokens[:n], until)), len(tokens))
-            text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+            text = self.tokenizer.decode(found.tokens[0][found.mask[0]], skip_special_tokens=True)
             for stop in until:
                 text = text.split(stop)[0]
             texts.append(text)
