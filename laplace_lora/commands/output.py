@@ -44,7 +44,7 @@ def check_writable(out: str, name: str = "--out") -> None:
     check_folder(path.parent, f"{name} {out}")
 
 
-def check_folder(folder: Path, what: str = "--out") -> None:
+def check_folder(folder: Path, what: str) -> None:
     """Refuse a folder in which nothing may be written, before any work.
 
     Args:
