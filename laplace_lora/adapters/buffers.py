@@ -16,35 +16,49 @@ SAMPLES = 4096  # values of a buffer that are looked at: all of a layer's runnin
 
 
 @dataclass(frozen=True)
-class BufferPlace:
-    """Where a buffer is, which may be replaced by another tensor.
+class TensorPlace:
+    """Where a buffer or a weight is, which may be replaced by another tensor.
 
     Attributes:
         name: Its name in the model without idle adapters.
         module: Its module.
         key: Its name in the module.
+        count: How many of its values are looked at.
     """
 
     name: str
     module: nn.Module
     key: str
+    count: int = SAMPLES
 
     @property
-    def tensor(self) -> Tensor:
-        """The buffer as it is now."""
-        return self.module.get_buffer(self.key)
+    def tensor(self) -> Tensor | None:
+        """The tensor as it is now; ``None`` if it was taken away."""
+        return getattr(self.module, self.key, None)
 
+    @property
+    def shape(self) -> torch.Size:
+        """The tensor's shape; that of a single number if it was taken away."""
+        return torch.Size() if self.tensor is None else self.tensor.shape
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether it is a buffer."""
+        return self.key in self.module._buffers
+
+    @torch.no_grad()
     def samples(self) -> Tensor:
         """Return some of its values in its own dtype, on the CPU; none if it is offloaded."""
-        values = whole(self.tensor).flatten()
-        if values.device.type == "meta":
+        tensor = self.tensor
+        if tensor is None or tensor.device.type == "meta":
             return torch.zeros(0)
-        count, last = min(SAMPLES, len(values)), max(len(values) - 1, 0)
+        values = whole(tensor).flatten()
+        count, last = min(self.count, len(values)), max(len(values) - 1, 0)
         index = torch.linspace(0, last, count, dtype=torch.float64, device="cpu").round().long()
         return values[index.to(values.device)].to("cpu", copy=True)
 
 
-def buffer_places(model: nn.Module) -> list[BufferPlace]:
+def buffer_places(model: nn.Module) -> list[TensorPlace]:
     """Return where a model's persistent floating-point buffers are.
 
     Left out are those of adapters that are not active, of modules that the active adapter
@@ -54,7 +68,7 @@ def buffer_places(model: nn.Module) -> list[BufferPlace]:
         model: Any module.
     """
     unused, plain = _unused(model), plain_names(model)
-    places: list[BufferPlace] = []
+    places: list[TensorPlace] = []
     known: set[int] = set()
     for path, module in model.named_modules():
         if _is_packed(module):
@@ -63,17 +77,8 @@ def buffer_places(model: nn.Module) -> list[BufferPlace]:
             counts = buffer.is_floating_point() and key not in module._non_persistent_buffers_set
             if counts and id(buffer) not in unused | known:
                 known.add(id(buffer))
-                places.append(BufferPlace(plain(f"{path}.{key}" if path else key), module, key))
+                places.append(TensorPlace(plain(f"{path}.{key}" if path else key), module, key))
     return places
-
-
-def buffer_values(model: nn.Module) -> dict[str, Tensor]:
-    """Return some values of each of these buffers by name, see `BufferPlace.samples`.
-
-    Args:
-        model: Any module.
-    """
-    return {place.name: place.samples() for place in buffer_places(model)}
 
 
 def _unused(model: nn.Module) -> set[int]:

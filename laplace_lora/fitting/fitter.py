@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from laplace_lora.adapters.buffers import buffer_values
+from laplace_lora.adapters.frozen_values import frozen_values
 from laplace_lora.adapters.peft_state import adapter_settings
 from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.data.distributed import Together, together
@@ -178,7 +178,7 @@ class Fitter:
             n_data,
             n_outputs,
             gradient,
-            buffers=buffer_values(posterior.source),
+            frozen=frozen_values(posterior.source, posterior.engine.parameters),
             adapter=adapter_settings(posterior.source),
         )
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 
-from laplace_lora.adapters.buffers import buffer_values
+from laplace_lora.adapters.frozen_values import frozen_values
 from laplace_lora.adapters.peft_state import adapter_settings
 from laplace_lora.curvature.backends import LoraCurvature, LoraEF, LoraGGN
 from laplace_lora.models.logits_model import LogitsModel
@@ -143,7 +143,7 @@ class SavedLaplace(ServedLaplace):
         """Return laplace-torch's state, the curvature as tensors, with what a calibration chose."""
         posterior = self.fitted
         state = posterior.state
-        at_fit = {BUFFERS: dict(state.buffers), ADAPTER: dict(state.adapter)}
+        at_fit = {BUFFERS: dict(state.frozen), ADAPTER: dict(state.adapter)}
         return {**super().state_dict(), **state_entries(posterior), **at_fit}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -152,13 +152,13 @@ class SavedLaplace(ServedLaplace):
         Raises:
             ValueError: If the state is of another class, likelihood or number of weights.
         """
-        buffers, adapter = map(state_dict.get, (BUFFERS, ADAPTER))
-        if buffers is None:  # those of earlier versions have none
-            buffers = buffer_values(self.logits_model)
+        frozen, adapter = map(state_dict.get, (BUFFERS, ADAPTER))
+        if frozen is None:  # those of earlier versions have none
+            frozen = frozen_values(self.logits_model, self.parts.engine.parameters)
         if adapter is None:
             adapter = adapter_settings(self.logits_model)
         state = read_state(self.parts, state_dict)
-        self._install(replace(state, buffers=buffers, adapter=adapter))
+        self._install(replace(state, frozen=frozen, adapter=adapter))
         self.temperature = state_dict["temperature"]
         self.enable_backprop = state_dict["enable_backprop"]
 

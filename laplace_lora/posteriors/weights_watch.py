@@ -1,7 +1,8 @@
 """`WeightsWatch`: notice that a model is no longer at the weights where a posterior was fitted.
 
-Nor with the buffers: a forward pass in training mode moves running statistics, frozen weights or
-not. Nor with the adapter's scaling, which is in no tensor.
+The weights that it does not cover among them, and the buffers: a forward pass in training mode
+moves running statistics, frozen weights or not. Nor with the adapter's scaling, which is in no
+tensor.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_lora.adapters.buffers import BufferPlace, buffer_places
+from laplace_lora.adapters.buffers import TensorPlace
+from laplace_lora.adapters.frozen_values import frozen_places
 from laplace_lora.adapters.in_use import check_runs
 from laplace_lora.adapters.peft_state import adapter_settings, scalings, tuner_layers
 from laplace_lora.adapters.selection import listed
-from laplace_lora.data.sharding import whole
+from laplace_lora.data.sharding import is_sharded_tensor, whole
 from laplace_lora.models.last_layer_model import LastLayerModel
 from laplace_lora.structures.state import Posterior
 
@@ -29,7 +31,8 @@ class WeightsWatch:
     def __init__(self) -> None:
         self._seen: Any = None
         self._model: nn.Module | None = None
-        self._places: list[BufferPlace] = []
+        self._places: list[TensorPlace] = []
+        self._counting: list[nn.Module] = []
         self._layers: list[nn.Module] = []
 
     def check(self, posterior: Posterior) -> None:
@@ -43,15 +46,16 @@ class WeightsWatch:
                 moved to a dtype in which its posterior is another one's; or, of a last layer, if
                 the adapter does not run in the model as it is, see `check_runs`.
         """
-        self._look(posterior.source)
+        self._look(posterior)
         places, factors = self._places, scalings(self._layers)
         tensors = [tensor for _, tensor, _ in _pairs(posterior)]
+        tensors += [t for place in places if (t := place.tensor) is not None]
         # Batch normalisation moves its statistics behind autograd's back, but counts the batches.
-        tensors += [b for place in places for b in place.module.buffers(recurse=False)]
+        tensors += [b for module in self._counting for b in module.buffers(recurse=False)]
         versions = [-1 if t.is_inference() else t._version for t in tensors]
         storage = [(id(t), t.data_ptr(), t.dtype) for t in tensors]
         seen = (id(posterior.mean), versions, storage, factors)
-        if seen == self._seen:
+        if seen == self._seen and _holds(posterior):
             return
         now, fitted = _dtype(posterior), posterior.mean.dtype
         if now != fitted:
@@ -66,13 +70,21 @@ class WeightsWatch:
                 "(trained on, loaded over or replaced), so its curvature belongs to others. Fit "
                 "again, or load the weights of the fit"
             )
-        moved = [place.name for place in places if _has_moved(place, posterior.state.buffers)]
-        if moved:
+        moved = [place for place in places if _has_moved(place, posterior.state.frozen)]
+        buffers = [place.name for place in moved if place.is_buffer]
+        if buffers:
             raise RuntimeError(
-                f"the buffers {listed(moved)} have changed since the posterior was fitted (a "
+                f"the buffers {listed(buffers)} have changed since the posterior was fitted (a "
                 "forward pass in training mode moves running statistics, even over frozen "
                 "weights), so its curvature belongs to another function. Fit again, or load the "
                 "buffers of the fit, and keep the model in evaluation mode"
+            )
+        if moved:
+            raise RuntimeError(
+                f"the weights {listed([place.name for place in moved])}, which the posterior does "
+                "not cover, have changed since it was fitted (trained on, loaded over or "
+                "replaced), so its curvature belongs to another function. Fit again, or load the "
+                "weights of the fit"
             )
         fitted_with, settings = posterior.state.adapter, adapter_settings(posterior.source)
         other = [name for name, then in fitted_with.items() if settings.get(name, then) != then]
@@ -88,10 +100,13 @@ class WeightsWatch:
             )
         self._seen = seen
 
-    def _look(self, model: nn.Module) -> None:
-        """Find buffers and adapted layers; once, as predictions wait for it."""
+    def _look(self, posterior: Posterior) -> None:
+        """Find frozen tensors and adapted layers; once, as predictions wait for it."""
+        model = posterior.source
         if self._model is not model:
-            self._model, self._places = model, buffer_places(model)
+            self._model = model
+            self._places = frozen_places(model, posterior.engine.parameters)
+            self._counting = list({p.module: None for p in self._places if p.is_buffer})
             self._layers = tuner_layers(model)
 
 
@@ -117,16 +132,33 @@ def _pairs(posterior: Posterior) -> Iterator[tuple[str, Tensor, Tensor]]:
             yield "last layer's bias", bias, model.head.bias.detach()
 
 
-def _has_moved(place: BufferPlace, fitted: Mapping[str, Tensor]) -> bool:
-    """Return whether a buffer has other values than at the fit, as far as these are known."""
+@torch.no_grad()
+def _holds(posterior: Posterior) -> bool:
+    """Return whether all covered tensors have the values of the fit, bit for bit.
+
+    Written to through ``.data``, a tensor keeps its version. Of tensors in pieces versions have to
+    do: to compare them, processes would send each other all pieces at every call.
+    """
+    pairs, device = list(_pairs(posterior)), posterior.mean.device
+    if device.type == "meta" or any(is_sharded_tensor(now) for _, now, _ in pairs):
+        return True
+    now = torch.cat([tensor.detach().to(device).flatten() for _, tensor, _ in pairs])
+    then = torch.cat([tensor.detach().to(device).flatten() for _, _, tensor in pairs])
+    return now.shape == then.shape and torch.equal(now, then.to(now.dtype))
+
+
+def _has_moved(place: TensorPlace, fitted: Mapping[str, Tensor]) -> bool:
+    """Return whether a tensor has other values than at the fit, as far as these are known."""
     then, now = fitted.get(place.name), place.samples()
     if then is None or not len(then) or not len(now):
         return False  # added since, or offloaded
-    return then.shape != now.shape or not _equal(now, then)
+    # A base model may come back in another dtype; merging and unmerging an adapter rounds, too.
+    rounding = max(ROUNDING, *(torch.finfo(t.dtype).eps for t in (now, then)))
+    return then.shape != now.shape or not _equal(now, then, rounding)
 
 
 @torch.no_grad()
-def _equal(now: Tensor, then: Tensor) -> bool:
+def _equal(now: Tensor, then: Tensor, rounding: float = ROUNDING) -> bool:
     """Return whether two tensors are equal in the dtype of the first, but for rounding."""
     if "meta" in (now.device.type, then.device.type):
         return True  # there are no values
@@ -135,4 +167,4 @@ def _equal(now: Tensor, then: Tensor) -> bool:
     then = then.reshape(now.shape).to(now)
     if bool(((now == then) | (now.isnan() & then.isnan())).all()):
         return True
-    return bool((now.double() - then.double()).norm() <= ROUNDING * then.double().norm())
+    return bool((now.double() - then.double()).norm() <= rounding * then.double().norm())

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from laplace_lora.adapters.buffers import buffer_values
+from laplace_lora.adapters.frozen_values import frozen_values
 from laplace_lora.adapters.in_use import check_runs
 from laplace_lora.adapters.peft_state import adapter_settings
 from laplace_lora.data.distributed import together
@@ -193,7 +193,7 @@ def _state(
         n_outputs,
         gradient,
         subspace,
-        buffer_values(posterior.source),
+        frozen_values(posterior.source, posterior.engine.parameters),
         adapter_settings(posterior.source),
     )
 

@@ -187,7 +187,7 @@ def buffer_fingerprint(model: nn.Module) -> str:
         model: Any module.
     """
     return _hashed(
-        (place.name, place.tensor.shape, place.samples().to(torch.bfloat16).float())
+        (place.name, place.shape, place.samples().to(torch.bfloat16).float())
         for place in buffer_places(model)
     )
 

@@ -37,7 +37,7 @@ class PosteriorState:
             where it is not known, as of files of earlier versions.
         subspace: Exact curvature along a few directions, for the evidence's gradient term; ``None``
             where it was not measured, or data were added since.
-        buffers: Values of the model's buffers at the fit, see `buffer_values`.
+        frozen: Values of what the curvature does not cover at the fit, see `frozen_values`.
         adapter: Configuration of the adapter at the fit, see `adapter_settings`.
     """
 
@@ -50,7 +50,7 @@ class PosteriorState:
     n_outputs: int = 0
     loss_gradient: Tensor | None = None
     subspace: Subspace | None = None
-    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    frozen: Mapping[str, Tensor] = field(default_factory=dict)
     adapter: Mapping[str, Any] = field(default_factory=dict)
 
     @property

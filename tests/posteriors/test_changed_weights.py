@@ -35,6 +35,78 @@ def test_weights_that_were_trained_on_are_refused_until_they_come_back(kind, tmp
     assert torch.equal(la(BATCH), expected)
 
 
+@pytest.mark.parametrize("kind", [KronLoraLaplace, KronLoraLLLaplace])
+def test_weights_written_through_data_are_refused_though_their_version_is_the_same(kind):
+    model = peft_model("bert")
+    la = kind(model, "classification")
+    la.fit(loader())
+    expected = la(BATCH)
+    weight = model.get_parameter("base_model.model.classifier.modules_to_save.default.weight")
+    version, values = weight._version, weight.detach().clone()
+    weight.data.mul_(2)
+    assert weight._version == version
+    with pytest.raises(RuntimeError, match="have changed since the posterior was fitted"):
+        la(BATCH)
+    weight.data.copy_(values)
+    assert torch.equal(la(BATCH), expected)
+
+
+@pytest.mark.parametrize(
+    "kind, options, changed",
+    [
+        (KronLoraLaplace, {}, "bert.embeddings.word_embeddings.weight"),
+        (KronLoraLaplace, {"modules": "lora_B"}, "query.lora_A"),
+        (KronLoraLLLaplace, {}, "query.lora_B"),
+        (KronLoraLLLaplace, {}, "bert.embeddings.word_embeddings.weight"),
+    ],
+)
+def test_weights_that_are_not_covered_are_watched_too(kind, options, changed):
+    model = peft_model("bert")
+    la = kind(model, "classification", **options)
+    la.fit(loader())
+    expected, weights = la(BATCH), copy.deepcopy(model.state_dict())
+    state = la.state_dict()
+    weight = next(p for n, p in model.named_parameters() if changed in n)
+    with torch.no_grad():
+        weight.mul_(1.1)
+    with pytest.raises(RuntimeError, match=f"weights '.*{changed}.*does not cover, have changed"):
+        la(BATCH)
+    other = kind(model, "classification", **options)
+    other.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="does not cover, have changed"):
+        other(BATCH)
+    model.load_state_dict(weights)
+    assert torch.equal(la(BATCH), expected)
+    other.load_state_dict({key: value for key, value in state.items() if key != "buffers"})
+    assert torch.equal(other(BATCH), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_that_was_merged_and_unmerged_is_no_change(dtype):
+    model = peft_model("bert", dtype=torch.float32)
+    la = KronLoraLaplace(model.to(dtype), "classification")
+    la.fit(loader())
+    la(BATCH)
+    query = model.base_model.model.bert.encoder.layer[0].attention.self.query.base_layer
+    before = query.weight.detach().clone()
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert not torch.equal(query.weight, before)
+    la(BATCH)
+
+
+def test_an_idle_adapter_and_a_new_one_are_no_change():
+    model = peft_model("bert")
+    la = KronLoraLaplace(model, "classification")
+    la.fit(loader())
+    expected = la(BATCH)
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("default")
+    assert torch.equal(la(BATCH), expected)
+    model.delete_adapter("other")
+    assert torch.equal(la(BATCH), expected)
+
+
 def test_a_new_fit_and_another_dtype_are_no_change():
     model = peft_model("bert", dtype=torch.float32)
     la = KronLoraLaplace(model, "classification")

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, KronLoraLLLaplace
-from laplace_lora.adapters.buffers import buffer_places, buffer_values
+from laplace_lora.adapters.buffers import buffer_places
 from laplace_lora.storage.files import CONFIG, TENSORS, checksum
 from support.batches import images, split_rows
 from support.models import peft_model, resnet
@@ -24,6 +24,10 @@ def fitted_on_images(cls=KronLoraLaplace, model=None):
     la = cls(model or resnet(), "classification")
     la.fit(LOADER)
     return la
+
+
+def buffer_values(model):
+    return {place.name: place.samples() for place in buffer_places(model)}
 
 
 def train_statistics(model):

@@ -1,0 +1,57 @@
+"""Weights and buffers on which a model's outputs depend, and which a curvature does not cover."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from laplace_lora.adapters.buffers import TensorPlace, buffer_places
+from laplace_lora.adapters.peft_state import adapter_parameters, replaced_parameters
+from laplace_lora.adapters.plain_names import plain_names
+from laplace_lora.data.sharding import is_sharded_tensor
+
+SAMPLES = 256  # values of a weight that are looked at: what trains or loads one changes all of it
+
+
+def frozen_places(model: nn.Module, covered: Iterable[Tensor]) -> list[TensorPlace]:
+    """Return where a model's buffers are, see `buffer_places`, and the weights not covered.
+
+    Left out are weights of adapters that are not active and of modules that the active adapter
+    replaces, those that processes hold in pieces, and packed ones, whose layout changes with use.
+
+    Args:
+        model: Any module.
+        covered: Weights to leave out.
+    """
+    of_adapters, plain = adapter_parameters(model), plain_names(model)
+    known = {id(p) for p in covered} | replaced_parameters(model)
+    known |= {key for key, is_active in of_adapters.items() if not is_active}
+    places = buffer_places(model)
+    for path, module in model.named_modules():
+        for key, weight in module.named_parameters(recurse=False):
+            if id(weight) not in known and _is_plain(weight):
+                known.add(id(weight))
+                name = plain(f"{path}.{key}" if path else key)
+                places.append(TensorPlace(name, module, key, SAMPLES))
+    return places
+
+
+def frozen_values(model: nn.Module, covered: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Return some values of each of these tensors by name, see `TensorPlace.samples`.
+
+    Args:
+        model: Any module.
+        covered: Weights to leave out.
+    """
+    return {place.name: place.samples() for place in frozen_places(model, covered)}
+
+
+def _is_plain(weight: nn.Parameter) -> bool:
+    """Return whether a weight's numbers lie in it as they are, all of them in this process."""
+    return (
+        type(weight) is nn.Parameter
+        and type(weight.data) is Tensor
+        and weight.is_floating_point()
+        and not is_sharded_tensor(weight)
+    )
