@@ -10,6 +10,7 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from laplace_lora.commands.columns import cell, present_in
 from laplace_lora.commands.opened import Opened, open_posterior
@@ -108,7 +109,9 @@ def _unlabelled(opened: Opened, rows: list[Row], batch_size: int) -> list[Any]:
 
 
 def _table(reports: list[CalibrationReport], title: str) -> Table:
-    table = Table(title=f"{title}: {len(reports[0].labels)}", title_justify="left")
+    # No string, which rich reads as markup: a group "[en]" would lose its name, "[/]" the table.
+    heading = Text(f"{title}: {len(reports[0].labels)}", style="table.title")
+    table = Table(title=heading, title_justify="left")
     table.add_column("")
     for report in reports:
         table.add_column(report.name, justify="right")

@@ -324,6 +324,15 @@ def test_evaluate_makes_sets_keeps_a_risk_and_scores_groups(fitted, data, tmp_pa
     )
 
 
+def test_evaluate_shows_the_names_of_groups_as_they_are(fitted, tmp_path):
+    names = ["[en]", "[/bold]", ":smile:"]
+    rows = [{**row, "kind": names[i % 3]} for i, row in enumerate(reviews(12, 5))]
+    path = write_json_lines(tmp_path / "groups.jsonl", rows)
+    shown = run("evaluate", fitted, "--data", path, "-q", "--group-field", "kind").stdout
+    for name in names:
+        assert f"kind {name}: 4" in shown
+
+
 def test_evaluate_knows_data_of_another_kind(fitted, data, tmp_path):
     other = write_json_lines(tmp_path / "other.jsonl", [{"text": "was was the the"}] * 5)
     result = run("evaluate", fitted, "--data", data("test"), "--ood", other, "-q")
