@@ -181,12 +181,17 @@ def compare(reports: Sequence[CalibrationReport], metrics: Sequence[str] | None 
         for m in columns
     ]
     table = [["method", *columns]]
-    table += [[r.name, *(_cell(r, reports, m) for m in columns)] for r in reports]
+    table += [[_in_markdown(r.name), *(_cell(r, reports, m) for m in columns)] for r in reports]
     table.append(["*better is*", *better])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     table.insert(1, ["-" * width for width in widths])
     lines = ([f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)] for row in table)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _in_markdown(name: str) -> str:
+    """Return a name that stays in its cell: a bar would end it, a new line the row."""
+    return " ".join(name.split()).replace("|", "\\|")
 
 
 def _cell(report: CalibrationReport, reports: Sequence[CalibrationReport], metric: str) -> str:
