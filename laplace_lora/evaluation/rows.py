@@ -106,7 +106,10 @@ def _probabilities(predict: Predict, batch: Batch) -> tuple[Tensor, Tensor | Non
             "predict must return class probabilities, (batch, classes), or of tokens (batch, "
             f"tokens, classes); {OTHERS}"
         )
-    return p.detach().cpu().float(), None if information is None else information.detach().cpu()
+    p = p.detach().cpu()
+    # In float32 confidences above 1 - 3e-8 are all 1, and probabilities below 1e-45 none.
+    p = p if p.dtype == torch.float64 else p.float()
+    return p, None if information is None else information.detach().cpu()
 
 
 def _with_columns(y: Tensor, p: Tensor, independent: bool | None) -> Tensor:
@@ -130,8 +133,14 @@ def _checked(p: Tensor, y: Tensor | None, independent: bool) -> Tensor:
     """Return probabilities without what rounding took beyond 0 and 1.
 
     Raises:
-        ValueError: If they are no probabilities of classes, or of independent labels.
+        ValueError: If they are no probabilities of classes, or of independent labels, or no
+            numbers.
     """
+    if bool(p.isnan().any()):
+        raise ValueError(
+            "predict returned probabilities that are not numbers (NaN); look for what is not "
+            "finite in the model's logits, such as an overflow in float16"
+        )
     if independent:
         if y is not None and y.shape != p.shape:
             raise ValueError(

@@ -167,7 +167,9 @@ def pooled(p: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     y = known_labels(y)
     is_known = y != MISSING
     chosen = p[is_known]
-    return torch.stack([1 - chosen, chosen], dim=-1), y[is_known]
+    # A probability that its dtype cannot tell from 1 leaves the other class less than that.
+    other = (1 - chosen).clamp(min=torch.finfo(p.dtype).eps / 4)
+    return torch.stack([other, chosen], dim=-1), y[is_known]
 
 
 def _fitting(f: Tensor, y: Tensor) -> Tensor:

@@ -157,6 +157,20 @@ def test_a_report_scores_the_known_labels_and_no_others():
     torch.testing.assert_close(label_entropy(P), binary)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_probability_that_rounds_to_one_costs_no_more_than_its_dtype_knows(dtype):
+    logits, y = (
+        torch.tensor([[25.0, -3.0], [-2.0, 4.0]], dtype=dtype),
+        torch.tensor([[0, 0], [0, 1]]),
+    )
+    exact = torch.nn.functional.binary_cross_entropy_with_logits(logits.double(), y.double())
+    found = evaluate(given, [{"p": logits.sigmoid(), "labels": y}], bootstrap=2)["NLL"]
+    if dtype == torch.float64:
+        assert found == pytest.approx(float(exact), rel=1e-4)
+    else:  # 1 - 3e-8 and more are 1 in float32
+        assert found == pytest.approx(float(exact) - (25 - 25 * math.log(2)) / 4, rel=1e-4)
+
+
 def test_a_bootstrap_resamples_examples_not_labels():
     """Three labels that always agree carry no more than one."""
     p, y = torch.full((300, 1), 0.5), (torch.rand(300, 1) < 0.5).long()
@@ -194,7 +208,7 @@ def test_out_of_distribution_labels_are_separated_by_their_summed_entropy():
 def test_what_are_no_labels_or_probabilities_of_labels_is_refused():
     with pytest.raises(ValueError, match="apply a sigmoid"):
         evaluate(given, batches(P + 1))
-    with pytest.raises(ValueError, match="apply a sigmoid"):
+    with pytest.raises(ValueError, match=r"not numbers \(NaN\); look for"):
         evaluate(given, batches(P * torch.nan))
     with pytest.raises(ValueError, match="need a probability each"):
         evaluate(given, batches(P[:, :2]))

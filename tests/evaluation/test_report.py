@@ -122,6 +122,22 @@ def test_out_of_distribution_data_are_evaluated_by_entropy_and_mutual_informatio
     assert torch.equal(report.mutual_information, P[:, 0])
 
 
+def test_probabilities_in_float64_keep_what_float32_would_round_away():
+    logits = torch.tensor([[0.0, 20.0 + i] for i in range(6)] + [[0.0, 120.0]]).double()
+    y = torch.tensor([0, 0, 0, 1, 1, 1, 0])
+    batch = {"p": logits.softmax(1), "labels": y}
+    report = evaluate(given, [batch], bootstrap=2)
+    exact = torch.nn.functional.cross_entropy(logits, y)
+    assert report["NLL"] == pytest.approx(float(exact), rel=1e-6)
+    wrong = (1 - y[[6, 5, 4, 3, 2, 1, 0]]).double().cumsum(0)  # the most confident first
+    assert report["AURC"] == pytest.approx(float((wrong / torch.arange(1, 8)).mean()))
+
+
+def test_a_name_stays_in_its_cell():
+    table = compare([evaluate(given, batches(), name="Laplace, a|b\nc")], ["NLL"])
+    assert len(table.splitlines()) == 4 and r"| Laplace, a\|b c |" in table
+
+
 def test_tables_name_the_best():
     good = evaluate(given, batches(), name="good")
     bad = evaluate(lambda batch: batch["p"].flip(-1), batches(), name="bad")
@@ -146,6 +162,7 @@ def test_tables_name_the_best():
         (given, batches(y=Y / 2), {}, "must be integers, got torch.float32"),
         (given, batches(y=Y + 1), {}, r"labels must lie in 0\.\.1"),
         (lambda batch: batch["p"].log(), batches(), {}, "apply a softmax"),
+        (lambda batch: batch["p"] * math.nan, batches(), {}, r"not numbers \(NaN\); look for"),
         (lambda batch: batch["p"] + torch.tensor([1.0, -1.0]), batches(), {}, "apply a softmax"),
         (lambda batch: batch["p"][:, 0], batches(), {}, "class probabilities"),
         (lambda b: (b["p"], b["p"]), batches(), {}, "for classifiers: of a regression la.predict"),
