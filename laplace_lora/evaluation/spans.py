@@ -9,6 +9,8 @@ from laplace_lora.evaluation.metrics import risks
 from laplace_lora.predictive.span_predictions import SpanPredictions
 from laplace_lora.tuning.calibration_error import binary_expected_calibration_error
 
+SMALLEST = torch.finfo(torch.float64).tiny  # so that the NLL is finite, as of classes
+
 
 def span_metrics(predictions: SpanPredictions) -> dict[str, float]:
     """Return scores of predicted answers, each a mean over the questions.
@@ -37,7 +39,7 @@ def span_metrics(predictions: SpanPredictions) -> dict[str, float]:
     return {
         "exact match": float(exact.double().mean()),
         "F1": float(_f1(answer, labels).mean()),
-        "NLL": float(-label_prob.double().log().mean()),
+        "NLL": float(-label_prob.double().clamp(min=SMALLEST).log().mean()),
         "ECE": binary_expected_calibration_error(confidence, exact),
         "AURC": float(risks(confidence, ~exact)[1].mean()),
     }

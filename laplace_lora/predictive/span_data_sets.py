@@ -37,7 +37,7 @@ def predict_spans(
 
     Raises:
         TypeError: If the data are none of these.
-        ValueError: If they are empty, a context does not fit its row, or see `encoded` and
+        ValueError: If they are empty, a context does not fit its row, or see `_questions` and
             `batches_of_rows`.
     """
     if is_batch(data):
@@ -45,7 +45,7 @@ def predict_spans(
     kind, items = listed(data)
     if kind == "batches":
         return _of_batches(predictor, items, progress_bar)
-    rows = encoded(items, tokenizer) if kind == "texts" else items
+    rows = _questions(items, tokenizer) if kind == "texts" else items
     bare = [{k: v for k, v in row.items() if k != CONTEXT} for row in rows]
     order, batches = batches_of_rows(bare, tokenizer, batch_size)
     parts = [[rows[i] for i in part.tolist()] for part in order.split(batch_size)]
@@ -55,6 +55,41 @@ def predict_spans(
     placed = [_in_place(*pair, own, names) for pair, own in zip(pairs, before, strict=True)]
     found = _of_batches(predictor, placed, progress_bar).moved(-torch.cat(before))
     return found[order.argsort()]
+
+
+def _questions(texts: Sequence[Any], tokenizer: Any) -> list[Mapping[str, Any]]:
+    """Return texts as rows, pairs with their context where no token types say which it is.
+
+    Args:
+        texts: Pairs of question and context, or single texts.
+        tokenizer: The model's.
+
+    Raises:
+        ValueError: If nothing says where contexts are, or see `encoded`.
+    """
+    rows = encoded(texts, tokenizer)
+    if any(1 in row.get("token_type_ids", ()) for row in rows):
+        return rows
+    if all(isinstance(text, str) for text in texts):
+        return rows
+    return [
+        {**row, CONTEXT: _context(row, isinstance(text, str))}
+        for row, text in zip(rows, texts, strict=True)
+    ]
+
+
+def _context(row: Any, is_single: bool) -> list[int]:
+    """Return which tokens of a row are context: of a single text all behind the first."""
+    if is_single:
+        return [0] + [1] * (len(row["input_ids"]) - 1)
+    try:
+        parts = row.sequence_ids(0)
+    except (AttributeError, ValueError):  # of tokenizers in Python
+        raise ValueError(
+            f"the tokenizer does not say which tokens are context: give rows with a {CONTEXT!r}, 1 "
+            "where an answer may be, or use the fast tokenizer"
+        ) from None
+    return [int(part == 1) for part in parts]
 
 
 def _in_place(

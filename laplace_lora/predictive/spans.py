@@ -83,45 +83,57 @@ class SpanPredictor:
             ValueError: If a context has no token.
         """
         real = text_tokens(x)
-        samples = self.log_probabilities(x).exp()
-        starts, ends = samples[:, :, 0], samples[:, :, 1]
-        pairs = torch.einsum("kni,knj->nij", starts, ends) / len(samples)
-        own = self._by_map(x)
-        by_map = own[:, 0].unsqueeze(2) * own[:, 1].unsqueeze(1)
+        log_p, own = self.log_probabilities(x), self._by_map(x)
+        starts, ends = log_p.exp().unbind(2)
+        pairs = torch.einsum("kni,knj->nij", starts, ends) / len(log_p)
+        by_map = own[:, 0].exp().unsqueeze(2) * own[:, 1].exp().unsqueeze(1)
         none = real.to(torch.uint8).argmax(1).to(pairs.device)
         allowed = _allowed(x, real).to(pairs.device)
         found = {
             prefix + name: value
             for prefix, p in (("", pairs), ("map_", by_map))
-            for name, value in _best(p, allowed, none, labels).items()
+            for name, value in _best(p, allowed, none).items()
         }
+        if labels is not None:
+            found["label_prob"] = _of_labels(log_p, labels)
+            found["map_label_prob"] = _of_labels(own.unsqueeze(0), labels)
         aleatoric = (entropy(starts) + entropy(ends)).mean(0)
         information = (found["entropy"] - aleatoric).clamp(min=0)
         return SpanPredictions(none=none, mutual_information=information, labels=labels, **found)
 
     def _by_map(self, x: Mapping[str, Any]) -> Tensor:
-        """Return probabilities at the posterior's mean, ``(batch, 2, tokens)``."""
+        """Return log probabilities at the posterior's mean, ``(batch, 2, tokens)``."""
         posterior = self.posterior
         with torch.no_grad(), evaluation_mode(posterior.model), as_called():
             f = posterior.model(x) / posterior.settings.likelihood_temperature
-        return f.unflatten(-1, (2, -1)).softmax(-1).to(posterior.dtype)
+        return f.unflatten(-1, (2, -1)).log_softmax(-1).to(posterior.dtype)
 
 
-def _best(pairs: Tensor, allowed: Tensor, none: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+def _of_labels(log_p: Tensor, labels: Tensor) -> Tensor:
+    """Return the probability of start and end together, ``(batch,)``, in float64.
+
+    In float32 the product of two improbable places is zero.
+
+    Args:
+        log_p: Log probabilities under samples, ``(samples, batch, 2, tokens)``.
+        labels: Start and end, ``(batch, 2)``.
+    """
+    places = labels[None, :, :, None].expand(len(log_p), -1, -1, -1)
+    return averaged(log_p.gather(-1, places).double().sum((2, 3))).exp()
+
+
+def _best(pairs: Tensor, allowed: Tensor, none: Tensor) -> dict[str, Tensor]:
     """Return the best span of each distribution over pairs, ``(batch, tokens, tokens)``."""
     best = pairs.masked_fill(~allowed, -1).flatten(1).argmax(1)
     start, end = best // pairs.shape[1], best % pairs.shape[1]
     rows = torch.arange(len(pairs), device=pairs.device)
-    found = {
+    return {
         "start": start,
         "end": end,
         "prob": pairs[rows, start, end],
         "no_answer": pairs[rows, none, none],
         "entropy": entropy(pairs.flatten(1)),
     }
-    if labels is not None:
-        found["label_prob"] = pairs[rows, labels[:, 0], labels[:, 1]]
-    return found
 
 
 def _allowed(x: Mapping[str, Any], real: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from laplace_lora.predictive.sample_set import SampleSet
 from laplace_lora.predictive.spans import LONGEST, SpanPredictor, span_tangents
 from support.generation import seeded
 from support.references import assert_near, explicit_jacobians
-from support.spans import READERS, question_batch, question_loader, span_posterior
+from support.spans import READERS, question_batch, question_loader, reader, span_posterior
 from support.texts import word_tokenizer
 
 # torch.func, here the reference, has no batching rule for fused attention.
@@ -123,14 +123,55 @@ def test_pairs_of_texts_rows_and_loaders_keep_their_order():
     pairs = [("a b", "c d e"), ("e", "f"), ("a c", "e g h b")]
     by_text = la.predict(pairs, tokenizer, batch_size=2)
     encoded = [tokenizer(*pair) for pair in pairs]
-    by_row = la.predict([dict(row) for row in encoded], tokenizer, batch_size=2)
+    contexts = [[part == 1 for part in row.sequence_ids(0)] for row in encoded]
+    rows = [{**row, "context_mask": c} for row, c in zip(encoded, contexts, strict=True)]
+    by_row = la.predict(rows, tokenizer, batch_size=2)
     assert torch.equal(by_text.start, by_row.start) and by_text.labels is None
-    single = la.predict([dict(encoded[1])], tokenizer)
+    single = la.predict([rows[1]], tokenizer)
     assert_near(single.prob, by_text.prob[1:2], 1e-5)
     given = la.predict([(X, torch.stack([BATCH["start_positions"], BATCH["end_positions"]], -1))])
     assert_near(given.label_prob, la.predict(BATCH).label_prob, 1e-6)
     with pytest.raises(ValueError, match="nothing to predict"):
         la.predict([])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_answers_of_pairs_are_in_the_second_text_without_token_types(side):
+    la, tokenizer = span_posterior(name="llama"), word_tokenizer()
+    tokenizer.padding_side = side
+    pairs = [("a b c d e", "f g h"), ("b a", "e g h b"), ("a c e g h b", "d"), ("h e d a", "c b")]
+    assert "token_type_ids" not in tokenizer(*pairs[0])
+    free = la.predict([" ".join(pair) for pair in pairs], tokenizer)
+    lengths = torch.tensor([len(question.split()) for question, _ in pairs])
+    assert bool((free.start < lengths).any())
+    found = la.predict(pairs, tokenizer, batch_size=3)
+    assert bool((found.start >= lengths).all())
+    mixed = la.predict([" ".join(pairs[0]), *pairs[1:]], tokenizer)
+    assert mixed.start.tolist() == [int(free.start[0]), *found.start[1:].tolist()]
+
+    def slow(*texts, **kwargs):
+        return dict(tokenizer(*texts, **kwargs))
+
+    slow.pad_token, slow.pad, slow.padding_side = "[PAD]", tokenizer.pad, side
+    assert torch.equal(la.predict(["a b c"], slow).start, la.predict(["a b c"], tokenizer).start)
+    with pytest.raises(ValueError, match="does not say which tokens are context: give rows with a"):
+        la.predict(pairs, slow)
+
+
+def test_labels_less_probable_than_float32_holds_have_their_nll():
+    model = reader(dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "qa_outputs" in name:
+                parameter.mul_(100)
+    la = span_posterior(model=model, prior_precision=1e6)
+    f = la.model.eval()(X).detach().double().unflatten(-1, (2, 8)).log_softmax(-1)
+    places = torch.stack([BATCH["start_positions"], BATCH["end_positions"]], -1)
+    exact = -f.gather(2, places.unsqueeze(2)).sum((1, 2))
+    assert float(exact.max()) > 110  # 1e-48
+    predictions = la.predict(BATCH)
+    assert span_metrics(predictions.by_map)["NLL"] == pytest.approx(float(exact.mean()), rel=1e-4)
+    assert_near(-predictions.label_prob.log(), exact, 0.05)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
