@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,31 @@ def columns_of(rows: Sequence[Row], asked: Columns, known: Columns | None = None
             (name for name in (of_fit, *candidates) if name is not None and name in present), None
         )
     return Columns(**found)
+
+
+@contextmanager
+def read_beside(rows: Sequence[Row], columns: Columns, source: str) -> Iterator[None]:
+    """Name the file in errors of reading it, and refuse one without second texts.
+
+    A row may lack a second text; if none has one, they are under another name.
+
+    Args:
+        rows: Of a file that is read as the data are.
+        columns: Of the data.
+        source: The option and its file.
+
+    Raises:
+        ValueError: If second texts are missing, or reading raises it.
+    """
+    try:
+        if columns.pair is not None and columns.pair not in present_in(rows):
+            raise ValueError(
+                f"there is no column {columns.pair!r} with second texts, which the data have; this "
+                f"file has {_listed(present_in(rows))}"
+            )
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def present_in(rows: Sequence[Row]) -> list[str]:

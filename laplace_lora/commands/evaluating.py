@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from laplace_lora.commands.columns import cell, present_in
+from laplace_lora.commands.columns import cell, present_in, read_beside
 from laplace_lora.commands.opened import Opened, open_posterior
 from laplace_lora.commands.output import as_json, check_writable
 from laplace_lora.commands.planning import WITH_CLASSES
@@ -65,13 +65,19 @@ def run(
         )
     batch_size = options["batch_size"]
     loader = opened.inputs.loader(rows, batch_size)
-    other = None if ood_rows is None else _unlabelled(opened, ood_rows, batch_size)
+    other, own = None, None
+    if ood_rows is not None:
+        with read_beside(ood_rows, opened.plan.columns, f"--ood {ood}"):
+            other = _unlabelled(opened, ood_rows, batch_size)
+    if apart_rows is not None:
+        with read_beside(apart_rows, opened.plan.columns, f"--apart {apart}"):
+            own = opened.inputs.loader(apart_rows, batch_size)
     quietly = partial(opened.la.predict, progress_bar=False)
     adapter_alone = MAP(opened.la.logits_model, likelihood=likelihood)
     methods: dict[str, Any] = {"MAP": adapter_alone, "Laplace": quietly}
     given: dict[str, Any] = {
         "ood_loader": other,
-        "conformal_loader": apart_rows and opened.inputs.loader(apart_rows, batch_size),
+        "conformal_loader": own,
         "coverage": coverage,
         "risk": risk,
         "groups": groups,

@@ -12,6 +12,7 @@ import torch
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
 from laplace_lora.commands.adapter import Adapter, load_adapter
 from laplace_lora.commands.answers import target_tokens
+from laplace_lora.commands.columns import read_beside
 from laplace_lora.commands.inputs import Inputs
 from laplace_lora.commands.output import check_folder
 from laplace_lora.commands.plan import PLAN, Plan, plan_text
@@ -51,7 +52,10 @@ def run(
         raise ValueError(f"--val: a {plan.likelihood} posterior cannot be calibrated")
     inputs = Inputs(loaded, plan)
     train_loader = inputs.loader(rows, options["batch_size"])
-    val_loader = None if val_rows is None else inputs.loader(val_rows, options["batch_size"])
+    val_loader = None
+    if val_rows is not None:
+        with read_beside(val_rows, plan.columns, f"--val {val}"):
+            val_loader = inputs.loader(val_rows, options["batch_size"])
     torch.manual_seed(seed)
     la = new_posterior(loaded, plan, options["structure"], options["uncovered"])
     start_at(la, Path(adapter))

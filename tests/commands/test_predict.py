@@ -339,6 +339,26 @@ def test_evaluate_knows_data_of_another_kind(fitted, data, tmp_path):
     assert "OOD AUROC (MI)" in result.stdout
 
 
+def test_files_beside_the_data_are_read_as_they_are(adapter, tmp_path):
+    """Second texts under another name would be left out without a word."""
+
+    def file(name, field="text_pair", n=12):
+        rows = [{**row, field: "was fine"} for row in reviews(n, 1)]
+        return write_json_lines(tmp_path / name, rows)
+
+    folder, paired, other = adapter(), file("paired.jsonl"), file("other.jsonl", "second")
+    message = refused("fit", folder, "--data", paired, "--val", other, "-q")
+    assert f"--val {other}: there is no column 'text_pair' with second texts" in message
+    run("fit", folder, "--data", paired, "-q")
+    for option in ("--apart", "--ood"):
+        message = refused("evaluate", folder, "--data", paired, option, other, "-q")
+        assert f"{option} {other}: there is no column 'text_pair' with" in message
+    unlabelled = write_json_lines(tmp_path / "none.jsonl", [{"text": "bad", "text_pair": "the"}])
+    message = refused("evaluate", folder, "--data", paired, "--apart", unlabelled, "-q")
+    assert f"--apart {unlabelled}: row 1 has no label" in message
+    assert "OOD AUROC" in run("evaluate", folder, "--data", paired, "--ood", unlabelled).stdout
+
+
 def test_evaluate_refuses_what_it_cannot_score(adapter, data):
     folder = adapter("one output")
     run("fit", folder, "--data", data("train"), "-q")
