@@ -6,7 +6,7 @@ ends with an exchange of reports: what one process raises, all hear of.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -58,10 +58,14 @@ def together(
         OtherProcessFailed: If another process failed.
         ProcessLost: If another process has ended.
         RuntimeError: If the processes do different things.
-        TypeError: As `is_sharded`.
+        TypeError: As `is_sharded`, or if a single batch is given for a loader.
         ValueError: If processes read the same examples of a stream in different orders.
     """
     for loader in loaders:
+        if isinstance(loader, Mapping):
+            raise TypeError(
+                "expected batches to iterate over, got a single one; put it in a list: [batch]"
+            )
         _compare(loader)
     deals = any(share_of(loader) is not None for loader in loaders)
     if processes() > 1 and runs is not None and is_sharded_model(runs):

@@ -150,6 +150,11 @@ def _checked(p: Tensor, y: Tensor | None, independent: bool) -> Tensor:
         if not are_fractions(p):
             raise ValueError("predict must return probabilities; apply a sigmoid to logits")
         return p.clamp(0, 1)
+    if y is not None and y.ndim == p.ndim - 1 and y.shape != p.shape[:-1]:
+        raise ValueError(
+            f"predict returned probabilities {tuple(p.shape)} for labels {tuple(y.shape)}; give "
+            "each label its own"
+        )
     if p.shape[-1] < 2:
         raise ValueError(f"predict must return class probabilities, (batch, classes); {OTHERS}")
     sums = p.sum(-1)

@@ -166,6 +166,7 @@ def test_tables_name_the_best():
         (lambda batch: batch["p"] + torch.tensor([1.0, -1.0]), batches(), {}, "apply a softmax"),
         (lambda batch: batch["p"][:, 0], batches(), {}, "class probabilities"),
         (lambda b: (b["p"], b["p"]), batches(), {}, "for classifiers: of a regression la.predict"),
+        (lambda batch: batch["p"][:-1], batches(), {}, r"probabilities \(\d, 2\) for labels"),
         (given, batches(), {"bootstrap": 1}, "two resamples"),
         (given, batches(), {"ood_loader": []}, "out-of-distribution loader is empty"),
     ],
@@ -173,6 +174,21 @@ def test_tables_name_the_best():
 def test_bad_input_is_refused(predict, loader, kwargs, message):
     with pytest.raises(ValueError, match=message):
         evaluate(predict, loader, **kwargs)
+
+
+def test_a_single_batch_is_no_loader():
+    batch = batches()[0]
+    with pytest.raises(TypeError, match=r"got a single one; put it in a list: \[batch\]"):
+        evaluate(given, batch)
+    with pytest.raises(TypeError, match="got a single one"):
+        evaluate(given, [batch], ood_loader=batch)
+
+
+def test_every_label_has_a_prediction():
+    """Of tokens, more labels than predictions were cut to these without a word."""
+    p = torch.full((2, 3, 2), 0.5)
+    with pytest.raises(ValueError, match=r"\(2, 3, 2\) for labels \(2, 4\)"):
+        evaluate(given, [{"p": p, "labels": torch.zeros(2, 4).long()}])
 
 
 def test_pictures_have_labels_counts_and_a_row_a_report(tmp_path):
