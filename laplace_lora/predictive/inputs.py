@@ -164,12 +164,24 @@ def in_places(values: Sequence[Any], before: Tensor, width: int, fill: int) -> T
     return placed
 
 
-def _check_whole(rows: Sequence[Any], pairs: Sequence[Any], tokenizer: Any) -> None:
-    """Refuse texts of which rows have lost the end."""
+def cut_texts(rows: Sequence[Any], pairs: Sequence[Any], tokenizer: Any) -> list[int]:
+    """Return which texts have lost a part in their rows, see `encoded`.
+
+    Args:
+        rows: Of the texts.
+        pairs: The texts, each with its second one or ``None``.
+        tokenizer: The model's.
+    """
     limit = getattr(tokenizer, "model_max_length", math.inf)
     full = [n for n, row in enumerate(rows) if len(row["input_ids"]) >= limit]
-    cut = [n for n in full if len(tokenizer(*pairs[n])["input_ids"]) > limit]
+    return [n for n in full if len(tokenizer(*pairs[n])["input_ids"]) > limit]
+
+
+def _check_whole(rows: Sequence[Any], pairs: Sequence[Any], tokenizer: Any) -> None:
+    """Refuse texts of which rows have lost the end."""
+    cut = cut_texts(rows, pairs, tokenizer)
     if cut:
+        limit = tokenizer.model_max_length
         raise ValueError(
             f"texts {cut[:5]} have more tokens than the tokenizer's model_max_length={limit}, and "
             "cutting their ends, after which the answer stands, would change the question; shorten "

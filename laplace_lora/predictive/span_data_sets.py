@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from laplace_lora.data.distributed import together
+from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.question_answering import CONTEXT, END, START
 from laplace_lora.predictive.data_sets import is_batch
 from laplace_lora.predictive.inputs import (
     batches_of_rows,
+    cut_texts,
     encoded,
     in_places,
     listed,
@@ -66,8 +68,19 @@ def _questions(texts: Sequence[Any], tokenizer: Any) -> list[Mapping[str, Any]]:
 
     Raises:
         ValueError: If nothing says where contexts are, or see `encoded`.
+
+    Warns:
+        UserWarning: If texts are too long and have lost a part.
     """
     rows = encoded(texts, tokenizer)
+    pairs = [(text, None) if isinstance(text, str) else text for text in texts]
+    cut = cut_texts(rows, pairs, tokenizer)
+    if cut:
+        warn(
+            f"texts {cut[:5]} have more tokens than the tokenizer's model_max_length="
+            f"{tokenizer.model_max_length}, and no answer is found in what was cut off; give long "
+            "contexts as several rows"
+        )
     if any(1 in row.get("token_type_ids", ()) for row in rows):
         return rows
     if all(isinstance(text, str) for text in texts):

@@ -158,6 +158,16 @@ def test_answers_of_pairs_are_in_the_second_text_without_token_types(side):
         la.predict(pairs, slow)
 
 
+def test_contexts_that_are_cut_say_so():
+    la, tokenizer = span_posterior(), word_tokenizer()
+    longest = ("a b", " ".join("cdefgha" * 2))  # 16 tokens, as many as the tokenizer takes
+    la.predict([longest], tokenizer)
+    with pytest.warns(
+        UserWarning, match=r"texts \[1\] have more tokens .* model_max_length=16, and"
+    ):
+        la.predict([longest, ("a b", longest[1] + " b")], tokenizer)
+
+
 def test_labels_less_probable_than_float32_holds_have_their_nll():
     model = reader(dtype=torch.float32)
     with torch.no_grad():
