@@ -46,11 +46,11 @@ def run(
     """Score MAP and posterior on the same rows."""
     if risk is not None and apart is None:
         raise ValueError("--risk is kept on labelled data of their own: give them by --apart")
+    if plot is not None and Path(plot).suffix not in PICTURES:
+        raise ValueError(f"--plot {plot}: expected a file in {', '.join(PICTURES)}")
     for name, value in (("--out", out), ("--plot", plot)):
         if value is not None:
             check_writable(value, name)
-    if plot is not None and Path(plot).suffix not in PICTURES:
-        raise ValueError(f"--plot {plot}: expected a file in {', '.join(PICTURES)}")
     rows = read_rows(data, options["split"])
     ood_rows = None if ood is None else read_rows(ood)
     apart_rows = None if apart is None else read_rows(apart)

@@ -365,5 +365,6 @@ def test_evaluate_refuses_what_it_cannot_score(adapter, data):
     message = refused("evaluate", folder, "--data", data("test"))
     assert "this is a regression posterior" in message
     assert "`laplace-lora predict` gives mean and standard" in message and "score`" not in message
-    message = refused("evaluate", folder, "--data", data("test"), "--plot", "report.txt")
-    assert "expected a file in .png" in message
+    for name in ("report.txt", "report.csv"):
+        message = refused("evaluate", folder, "--data", data("test"), "--plot", name)
+        assert "expected a file in .png" in message and "jsonl" not in message
