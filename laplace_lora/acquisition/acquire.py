@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    DistributedSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from laplace_lora.acquisition.bait import bait
 from laplace_lora.acquisition.batch_bald import batch_bald
@@ -94,13 +100,26 @@ def acquire(
 
 def _check_order(pool: Any) -> None:
     """Refuse a loader that shuffles: places in its order name no examples."""
-    batch_sampler = getattr(pool, "batch_sampler", None)
-    samplers = (getattr(pool, "sampler", None), getattr(batch_sampler, "sampler", None))
-    if any(isinstance(sampler, SHUFFLED) for sampler in samplers):
+    if any(_shuffles(sampler) for sampler in _samplers(pool)):
         raise ValueError(
             "the pool's loader draws its examples in random order, so their places would name "
-            "others; make it with shuffle=False"
+            "others; make it, or its DistributedSampler, with shuffle=False"
         )
+
+
+def _samplers(pool: Any) -> Iterator[Any]:
+    """Yield what may order a loader's examples; accelerate puts batch samplers into others."""
+    yield getattr(pool, "sampler", None)
+    batches = getattr(pool, "batch_sampler", None)
+    while batches is not None:
+        yield batches
+        yield getattr(batches, "sampler", None)
+        batches = getattr(batches, "batch_sampler", None)
+
+
+def _shuffles(sampler: Any) -> bool:
+    by_rank = isinstance(sampler, DistributedSampler)
+    return sampler.shuffle if by_rank else isinstance(sampler, SHUFFLED)
 
 
 def _check_size(n: int, examples: int) -> None:

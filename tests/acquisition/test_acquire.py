@@ -4,9 +4,11 @@ import itertools
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    DistributedSampler,
     SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
@@ -180,11 +182,14 @@ def test_a_loader_that_shuffles_is_refused(method):
         DataLoader(data, batch_size=2, shuffle=True),
         DataLoader(data, batch_size=2, sampler=weighted),
         DataLoader(data, batch_sampler=batches),
+        DataLoader(data, batch_sampler=BatchSamplerShard(batches, 2, 0)),
+        DataLoader(data, batch_size=2, sampler=DistributedSampler(data, 1, 0)),
     ):
         with pytest.raises(ValueError, match="shuffle=False"):
             la.acquire(pool, 2, method)
-    in_order = BatchSampler(SequentialSampler(data), 2, False)
-    assert len(la.acquire(DataLoader(data, batch_sampler=in_order), 2, method)) == 2
+    for in_order in (SequentialSampler(data), DistributedSampler(data, 1, 0, shuffle=False)):
+        pool = DataLoader(data, batch_sampler=BatchSampler(in_order, 2, False))
+        assert len(la.acquire(pool, 2, method)) == 2
 
 
 def test_what_cannot_be_chosen_is_refused():
