@@ -26,6 +26,7 @@ WIDTHS = [4.0**power for power in range(-8, 2)]  # of the covariance
 TOLERANCE = 0.0025  # nats, where no width helps
 CLOSE = 0.01  # share of the wanted entropy by which an entropy may miss it
 TRIALS = 4  # between two widths of the grid
+EMPTY = "the loader gives no example to choose the width by"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,11 @@ def choose_width(
     posterior = samples.posterior
     _check(posterior, loader, criterion)
     if criterion is None:
-        criterion = CRITERIA[0] if _has_labels(posterior, loader) else CRITERIA[1]
+        # A process may have no data; what the others' batches have holds for all.
+        has_labels = team.any_of(_has_labels(posterior, loader))
+        if has_labels is None:
+            raise ValueError(EMPTY)
+        criterion = CRITERIA[0] if has_labels else CRITERIA[1]
     objective = posterior.objective
     if criterion == "entropy" and (objective.predicts_tokens or objective.rows_are_tokens):
         raise ValueError(
@@ -101,7 +106,7 @@ def choose_width(
             total, count = total + float(values.sum()), count + len(values)
         total, count = team.total(total, count)
         if not count:
-            raise ValueError("the loader gives no example to choose the width by")
+            raise ValueError(EMPTY)
         return total / count
 
     def nll(network: Network, batch: Any, width: float) -> Tensor:
@@ -203,10 +208,11 @@ def _check(posterior: Posterior, loader: Any, criterion: str | None) -> None:
         )
 
 
-def _has_labels(posterior: Posterior, loader: Any) -> bool:
+def _has_labels(posterior: Posterior, loader: Any) -> bool | None:
+    """Return whether a loader's batches have labels, ``None`` if it gives this process none."""
     batch = next(iter(loader), None)
     if batch is None:
-        raise ValueError("the loader gives no example to choose the width by")
+        return None
     if isinstance(batch, Mapping):
         return posterior.label_key in batch
     return isinstance(batch, list | tuple) and len(batch) == 2

@@ -1,5 +1,8 @@
 """Every call that iterates over data, as processes make it together or one makes it alone."""
 
+import tempfile
+from pathlib import Path
+
 import torch
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
@@ -112,6 +115,12 @@ def _calibrate(la, data):
     return torch.tensor([report.nll_after, report.nll_before])
 
 
+def _export(la, data):
+    with tempfile.TemporaryDirectory() as folder:
+        width = la.export_adapters(Path(folder) / "served", 2, loader=data).width
+    return torch.tensor([width.width, width.value, width.reference])
+
+
 def _evaluate(la, data):
     report = evaluate(la.predict, data, ood_loader=data, bootstrap=3)
     return torch.cat([torch.tensor(list(report.values.values())), report.mutual_information])
@@ -155,6 +164,7 @@ CALLS = {
     "widest": _widest,
     "score": _score,
     "generate": _generate,
+    "export": _export,
     "evaluate": _evaluate,
     "temperature": _temperature,
     "gp": _process,
