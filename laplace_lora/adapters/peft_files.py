@@ -14,6 +14,8 @@ from laplace_lora.data.sharding import is_sharded_model, unwrapped
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"  # PEFT's empty model card
+# Their start is subtracted from the base model's weights, once for every adapter that is loaded.
+BASE_CHANGING = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 def check_saves_adapters(model: nn.Module) -> None:
@@ -24,7 +26,8 @@ def check_saves_adapters(model: nn.Module) -> None:
 
     Raises:
         TypeError: If it is no `PeftModel`.
-        ValueError: If processes hold it in pieces, or its prompts are learnt.
+        ValueError: If processes hold it in pieces, or each adapter that is loaded changes the base
+            model.
     """
     inner = unwrapped(model)
     if not isinstance(inner, PeftModel):
@@ -36,6 +39,15 @@ def check_saves_adapters(model: nn.Module) -> None:
         raise ValueError(
             "the model is sharded, and PEFT writes whole adapters; load the posterior around a "
             "whole model and export from there"
+        )
+    start = getattr(inner.peft_config[inner.active_adapter], "init_lora_weights", None)
+    if str(start).lower().startswith(BASE_CHANGING):
+        raise ValueError(
+            f"the adapter was made with init_lora_weights={start!r}, which changes the base model "
+            "for every adapter that is loaded, so that several would answer wrongly; convert the "
+            "adapter to plain LoRA (save_pretrained with path_initial_model_for_weight_conversion) "
+            "and fit a posterior on that, or save the base model as it is now, set "
+            "peft_config[...].init_lora_weights = True, and serve with that base model"
         )
 
 

@@ -1,5 +1,6 @@
 """Samples exported as adapters: PEFT serves them, and their width is chosen for that."""
 
+import copy
 import hashlib
 import json
 
@@ -12,7 +13,7 @@ from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace, Kron
 from laplace_lora.storage.served_adapters import MANIFEST
 from support.batches import loader, token_batch, validation
 from support.language import language_posterior, text_batch, text_loader
-from support.models import TARGETS, base_model, peft_model
+from support.models import TARGETS, base_model, excite, peft_model
 from support.multilabel import known, multilabel_batch, multilabel_posterior
 from support.posteriors import LOW, fitted, posterior
 from support.references import assert_near
@@ -411,3 +412,22 @@ def test_models_that_peft_does_not_write_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"does not write '.*LayerNorm\.weight'"):
         la.export_adapters(tmp_path / "out", width=0.5)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_starts_that_change_the_base_model_are_refused(start, tmp_path):
+    """Two such adapters beside each other take their start from the base weights twice."""
+    lora = LoraConfig(r=2, target_modules=["query"], init_lora_weights=start, task_type="SEQ_CLS")
+    model = excite(get_peft_model(base_model("bert"), lora))
+    la = KronLoraLaplace(model, "classification")
+    la.fit(loader())
+    with pytest.raises(ValueError, match=f"init_lora_weights='{start}', which changes the base"):
+        la.export_adapters(tmp_path / "out", width=0.5)
+    kept = copy.deepcopy(model).unload()
+    model.peft_config["default"].init_lora_weights = True
+    export = la.export_adapters(tmp_path / "out", 2, width=1e-8)
+    served = PeftModel.from_pretrained(kept, export.adapters[0], adapter_name="first")
+    served.load_adapter(export.adapters[1], "second")
+    for name in ("first", "second"):
+        served.set_adapter(name)
+        assert_near(served.eval()(**BATCH).logits, model.eval()(**BATCH).logits, 1e-3)
