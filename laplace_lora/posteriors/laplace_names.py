@@ -13,6 +13,7 @@ from laplace.baselaplace import ParametricLaplace
 from torch import Tensor, nn
 
 from laplace_lora.adapters.maps import wide_dtype
+from laplace_lora.likelihoods.question_answering import halves, joined
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.weight_sampling import sampled_outputs
@@ -223,16 +224,28 @@ class LaplaceNames(ParametricLaplace):
     ) -> Tensor:
         return sampled_outputs(self.fitted, X, n_samples, generator)
 
-    def _nn_predictive_samples(
-        self, X: Any, n_samples: int = 100, generator: torch.Generator | None = None
+    def predictive_samples(
+        self,
+        x: Any,
+        pred_type: str = "glm",
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
-        outputs = self._nn_functional_samples(X, n_samples, generator)
+        """Return what samples of the outputs stand for, ``(n_samples, batch, outputs)``.
+
+        Probabilities of classes, of each label where these are independent, of the texts of pairs,
+        and of tokens as start and as end; of single rewards, regressions and language models the
+        outputs themselves. Arguments are those of `functional_samples`.
+        """
+        outputs = self.functional_samples(x, pred_type, n_samples, diagonal_output, generator)
         objective = self.fitted.objective
         if objective.predicts_tokens:
             return outputs  # logits of the scored tokens
-        readout = objective.readout(X)
-        is_classifier = readout.is_softmax and readout.columns is None
-        return readout.under(outputs) if is_classifier else outputs
+        if objective.has_spans:
+            return joined(halves(outputs).softmax(-1))
+        readout = objective.readout(x)
+        return readout.under(outputs) if readout.is_softmax else outputs
 
 
 def _own(value: Any) -> Any:

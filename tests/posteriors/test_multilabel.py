@@ -97,6 +97,12 @@ def test_sampled_weights_give_the_mean_of_the_sigmoids():
     assert samples.shape == (500, 4, 3) and bool(((samples > 0) & (samples < 1)).all())
 
 
+def test_predictive_samples_average_to_the_probabilities(full):
+    generator = torch.Generator().manual_seed(0)
+    samples = full.predictive_samples(NEW, n_samples=20_000, generator=generator)
+    torch.testing.assert_close(samples.mean(0), full(NEW), atol=1e-2, rtol=0)
+
+
 def test_many_labels_are_predicted_from_samples_by_default():
     la = multilabel_posterior(DiagLoraLaplace, num_labels=60)
     batch = multilabel_batch((3, 5), missing=False, outputs=60)

@@ -97,3 +97,17 @@ def test_rewards_sampled_for_pairs_share_their_weights():
     for i, half in enumerate(("rejected", "chosen")):
         alone = la._nn_functional_samples(half_of(batch, half), 3, torch.Generator().manual_seed(1))
         assert_near(pairs[..., i], alone[..., 0])
+
+
+@pytest.mark.parametrize("pred_type", ["glm", "nn"])
+def test_predictive_samples_are_rewards_of_texts_and_probabilities_of_pairs(pred_type):
+    la, batch = reward_posterior(FullLoraLLLaplace), pair_batch(seed=1)
+    options = {"pred_type": pred_type, "n_samples": 4000}
+    pairs = la.predictive_samples(batch, generator=torch.Generator().manual_seed(1), **options)
+    torch.testing.assert_close(pairs.mean(0), la(batch), atol=0.03, rtol=0)
+    text = half_of(batch, "chosen")
+    rewards = la.predictive_samples(text, generator=torch.Generator().manual_seed(1), **options)
+    mean, variance = la(text)
+    spread = variance.flatten().sqrt()
+    assert bool(((rewards.mean(0) - mean).flatten().abs() < 0.1 * spread).all())
+    assert_near(rewards.std(0).flatten(), spread, 0.1)

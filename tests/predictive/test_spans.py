@@ -32,6 +32,12 @@ def test_tangents_are_jacobians_times_directions(name):
     assert_near(tangents[:, real], expected[:, real], 1e-5)
 
 
+def test_predictive_samples_are_starts_and_ends():
+    la = span_posterior()
+    samples = la.predictive_samples(X, pred_type="nn", n_samples=3).unflatten(-1, (2, 8))
+    assert_near(samples.sum(-1), torch.ones(3, 3, 2, dtype=samples.dtype))
+
+
 def test_spans_are_averaged_over_a_loop_of_linearised_models():
     la = span_posterior()
     samples = SampleSet(la.fitted, 5, seeded())
