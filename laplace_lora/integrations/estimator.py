@@ -59,8 +59,8 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
             y: Their labels.
 
         Raises:
-            ValueError: If a label is none of the classes', ``labels`` do not name each class once,
-                or the posterior is no classifier's.
+            ValueError: If a label is none of the classes', there is not one for each text,
+                ``labels`` do not name each class once, or the posterior is no classifier's.
         """
         self._check_likelihood()
         given = np.asarray(y)
@@ -80,7 +80,10 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
             )
         elif given.dtype.kind == "f" and (given == np.floor(given)).all():
             given = given.astype(np.int64)  # as tables with whole numbers are often read
-        rows = list(zip(_listed(X), given.tolist(), strict=True))
+        texts = _listed(X)
+        if len(texts) != len(given):
+            raise ValueError(f"{len(texts)} texts do not fit {len(given)} labels")
+        rows = list(zip(texts, given.tolist(), strict=True))
 
         def collate(part: list[tuple[Any, int]]) -> dict[str, Any]:
             texts = [text for text, _ in part]

@@ -39,6 +39,10 @@ class LaplaceLM(TemplateLM):
         max_length: Longest text in tokens; longer ones lose their beginning. The model's own
             length when ``None``.
         seed: Of the samples.
+
+    Raises:
+        ValueError: If neither ``max_length`` nor the model's configuration says how long texts may
+            be.
     """
 
     def __init__(
@@ -53,8 +57,7 @@ class LaplaceLM(TemplateLM):
         super().__init__()
         self.posterior, self.tokenizer = posterior, tokenizer
         self.n_samples, self.batch_size, self.seed = n_samples, batch_size, seed
-        config: Any = posterior.logits_model.model.config
-        self.max_length: int = max_length or config.max_position_embeddings
+        self.max_length: int = max_length or _length_of(posterior.logits_model.config)
         self._device = posterior.fitted.device
 
     @property
@@ -210,3 +213,14 @@ class LaplaceLM(TemplateLM):
     def _generator(self) -> torch.Generator:
         """Return the source of the samples: the same for every request."""
         return torch.Generator(self._device).manual_seed(self.seed)
+
+
+def _length_of(config: Any) -> int:
+    """Return the longest text that a model's configuration allows."""
+    length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if length is None:  # those without positions, such as Mamba and BLOOM
+        raise ValueError(
+            f"{type(config).__name__} does not say how long texts may be; give LaplaceLM "
+            "`max_length`, such as the length of the texts that the model was trained on"
+        )
+    return length

@@ -135,7 +135,7 @@ class PredictedLaplace(EvidenceLaplace):
 
                 * a loader, or batches as one yields them: mappings, tensors, or pairs of inputs
                   and labels;
-                * one batch, a mapping or a tensor;
+                * one batch, a mapping, a tensor, or a pair of inputs and labels;
                 * texts: one string, or strings or pairs of strings in a list, a tuple, a
                   generator, a numpy array, a pandas series or a column of a data set;
                 * rows of a data set, one example each: mappings with ``input_ids``,

@@ -35,6 +35,8 @@ def listed(data: Any) -> tuple[str, Any]:
             f"predict takes no table: a {type(data).__name__} is iterated by its columns. Give the "
             "one with the texts: predict(table['text'], tokenizer)"
         )
+    if _is_labelled_batch(data):
+        return "batches", [data]
     if not isinstance(data, Iterable):
         if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
             raise TypeError(f"predict takes a loader, a batch or texts, got {type(data).__name__}")
@@ -211,6 +213,14 @@ def _kind(item: Any) -> str:
             if name in item:
                 return "rows" if torch.as_tensor(item[name]).ndim == dims else "batches"
     return "batches"
+
+
+def _is_labelled_batch(data: Any) -> bool:
+    """Return whether data are inputs and labels of one batch, and not two batches."""
+    if not isinstance(data, tuple | list) or len(data) != 2 or not isinstance(data[1], Tensor):
+        return False
+    x, y = data
+    return isinstance(x, Mapping) or (isinstance(x, Tensor) and x.ndim > y.ndim)
 
 
 def _is_text_pair(item: Any) -> bool:

@@ -84,6 +84,11 @@ def test_unknown_labels_are_refused(classifier):
         classifier.fit(TEXTS, ["good", "bad", "ugly", "bad", "bad", "bad"])
 
 
+def test_every_text_needs_a_label(classifier):
+    with pytest.raises(ValueError, match=r"texts do not fit 1 labels"):
+        classifier.fit(TEXTS, LABELS[:1])
+
+
 def test_names_that_are_not_those_of_the_outputs_are_refused(classifier):
     la, tokenizer = classifier.posterior, word_tokenizer()
     for labels in (["bad", "good"], [*NAMES, "best"], ["good", "good", "bad"]):

@@ -50,6 +50,14 @@ def test_continuations_have_the_predictives_probability(model):
         assert greedy == bool((best.squeeze(-1) == alone.tokens).all())
 
 
+def test_a_model_that_names_no_length_needs_one(model, monkeypatch):
+    config = model.posterior.logits_model.config
+    monkeypatch.setattr(config, "max_position_embeddings", None)
+    with pytest.raises(ValueError, match="give LaplaceLM `max_length`"):
+        LaplaceLM(model.posterior, model.tokenizer)
+    assert LaplaceLM(model.posterior, model.tokenizer, max_length=5).max_length == 5
+
+
 def test_whole_texts_follow_the_end_of_text_token(model):
     short = LaplaceLM(model.posterior, model.tokenizer, n_samples=8, max_length=3)
     (value,) = short.loglikelihood_rolling(instances("loglikelihood_rolling", [("a b c",)]))

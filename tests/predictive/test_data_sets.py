@@ -38,6 +38,7 @@ def test_a_batch_and_a_pair_and_a_slice():
     assert quiet(la, batch).labels is None
     pair = quiet(la, [(batch, labels)])
     assert torch.equal(pair.labels, labels)
+    assert torch.equal(quiet(la, (batch, labels)).labels, labels)
     assert_near(pair[1:].probs, found.probs[1:])
     assert len(pair[torch.tensor([True, False])]) == 1
 
