@@ -18,9 +18,7 @@ from laplace_lora.models.modes import coarsest_dtype, device_of
 from laplace_lora.models.narrowing import at_position, one_token, rows_only
 from laplace_lora.models.positions import PositionRule
 from laplace_lora.models.score_head import score_head_narrowed
-from laplace_lora.models.wrapped_model import WrappedModel, only_tensor, usable
-
-CHOOSING = "ForMultipleChoice"  # how transformers' names of such models end
+from laplace_lora.models.wrapped_model import CHOOSING, WrappedModel, only_tensor, usable
 
 
 class LogitsModel(nn.Module):

@@ -10,11 +10,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from laplace_lora.data.batches import is_empty
 from laplace_lora.models.last_layer_model import n_rows
 from laplace_lora.models.modes import device_of
 from laplace_lora.models.rotary import check_lengths
 
 TOKENS = ("input_ids", "attention_mask")
+CHOOSING = "ForMultipleChoice"  # how transformers' names of such models end
 
 
 class WrappedModel:
@@ -59,8 +61,8 @@ class WrappedModel:
 
         Raises:
             TypeError: If tokens are lists or arrays.
-            ValueError: If there are none, or texts change each other's logits by their lengths, see
-                `check_lengths`.
+            ValueError: If there are none, a multiple-choice model gets anything but choices, or
+                texts change each other's logits by their lengths, see `check_lengths`.
         """
         for key in TOKENS:
             tokens = batch.get(key)
@@ -75,6 +77,15 @@ class WrappedModel:
                     "with padding=True, return_tensors='pt', or give the texts to "
                     "la.predict(texts, tokenizer)"
                 )
+            if isinstance(tokens, Tensor) and tokens.ndim != 3 and self.name.endswith(CHOOSING):
+                raise ValueError(
+                    f"{key!r} of the batch has the shape {tuple(tokens.shape)}, and {self.name} "
+                    "takes (questions, choices, tokens): tokenize a question with each of its "
+                    "choices, and give batches of questions, as transformers' "
+                    "DataCollatorForMultipleChoice makes them"
+                )
+        if is_empty(batch):
+            raise ValueError("the batch has no examples; leave such batches out")
         device = device_of(self.model)
         inputs = {
             key: usable(value, device) if isinstance(value, Tensor) else value

@@ -90,6 +90,13 @@ def test_a_multiple_choice_model_from_fit_to_file(tmp_path):
     torch.testing.assert_close(sampled, exact, atol=0.04, rtol=0)
 
 
+def test_texts_that_are_no_choices_are_refused_by_the_shape_of_a_question():
+    """A row of a data set, a question with its choices, has the dimensions of a batch of texts."""
+    row = {k: v[0] for k, v in choice_batch().items() if k != "labels"}
+    with pytest.raises(ValueError, match=r"takes \(questions, choices, tokens\)"):
+        wrapped("bert")(row)
+
+
 def test_the_evidence_of_choices_is_the_exact_ones():
     full = FullLoraLaplace(wrapped("roberta"), "classification", prior_precision=2.0)
     full.fit(loader_of(choice_batch(), 2))

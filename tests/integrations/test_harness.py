@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
 from lm_eval.api.instance import Instance
+from transformers import MambaConfig
 
 from laplace_lora.generation import generate, score
 from laplace_lora.integrations.harness import LaplaceLM
@@ -51,8 +52,7 @@ def test_continuations_have_the_predictives_probability(model):
 
 
 def test_a_model_that_names_no_length_needs_one(model, monkeypatch):
-    config = model.posterior.logits_model.config
-    monkeypatch.setattr(config, "max_position_embeddings", None)
+    monkeypatch.setattr(model.posterior.logits_model, "config", MambaConfig())
     with pytest.raises(ValueError, match="give LaplaceLM `max_length`"):
         LaplaceLM(model.posterior, model.tokenizer)
     assert LaplaceLM(model.posterior, model.tokenizer, max_length=5).max_length == 5

@@ -93,6 +93,12 @@ def test_batches_may_be_encodings_dictionaries_or_pairs_without_labels():
     assert "labels" in batch
 
 
+def test_batches_without_examples_are_refused():
+    model = LogitsModel(nn.Identity())
+    with pytest.raises(ValueError, match="no examples"):
+        model({"pixel_values": torch.zeros(0, 3, 8, 8)})
+
+
 def test_an_output_callable_takes_what_the_model_returns():
     model = peft_model("bert").eval()
     wrapped = LogitsModel(model, output=lambda returned: returned.logits[:, :2] * 2)
