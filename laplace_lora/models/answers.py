@@ -80,6 +80,22 @@ class AnswerPlace:
                 f"{self._kind} with target_ids={target_ids} reads its outputs elsewhere"
             )
 
+    def check_starts(self, head: Any) -> None:
+        """Refuse a decoder that nothing tells what to answer, before it misses its own inputs.
+
+        Args:
+            head: The layer that gives the vocabulary's logits, ``None`` if there is none.
+
+        Raises:
+            ValueError: If an encoder-decoder writes text.
+        """
+        if self.is_encoder_decoder and head is not None:
+            raise ValueError(
+                f"{self._kind} writes text; give `target_ids`, the tokens with which it answers at "
+                "its first decoder step, or LogitsModel an `output` callable and the batches "
+                "`decoder_input_ids`"
+            )
+
     def find(self, inputs: dict[str, Any], device: torch.device) -> tuple[Tensor | None, int]:
         """Return the token's index in each example, and how many tokens the indices count.
 

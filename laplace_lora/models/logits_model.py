@@ -231,6 +231,8 @@ class LogitsModel(nn.Module):
     def _from_mapping(self, inputs: dict[str, Any]) -> Tensor:
         if self.target_ids is not None:
             return self._answer_logits(inputs, self.target_ids)
+        if self.output is None:
+            self._answer.check_starts(self._wrapped.vocabulary_head)
         with score_head_narrowed(self._wrapped.base, inputs):
             return self._logits(self._wrapped(inputs))
 

@@ -89,6 +89,16 @@ def test_a_decoder_that_no_configuration_starts_is_refused():
         LogitsModel(model, target_ids=TARGETS)(token_batch((3, 3)))
 
 
+@pytest.mark.parametrize("name", ["t5-lm", "bart"])
+def test_one_that_writes_text_is_refused_with_advice(name):
+    if name == "bart":
+        model = adapted(BartForConditionalGeneration(BartConfig(**SIZES)), ["q_proj"])
+    else:
+        model = peft_model(name)
+    with pytest.raises(ValueError, match="writes text; give `target_ids`"):
+        KronLoraLaplace(model, "classification").fit(loader())
+
+
 @pytest.mark.parametrize("kind", [BertForQuestionAnswering, BertModel])
 def test_outputs_without_logits_are_refused_with_advice(kind):
     model = adapted(kind(bert_config()), ["query"])
