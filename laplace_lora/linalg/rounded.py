@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 HALF = torch.float16
-WORKING = (torch.float32, torch.float64)  # dtypes that a curvature is computed in
 TOP = 15  # float16 ends just below 2¹⁶
 SCALE = "scale"
 ROUNDED = 0.05  # how far the inner products of rounded directions may be from those of exact ones
@@ -58,16 +57,20 @@ def widened(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Ten
 def in_working_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return packed tensors for work in a dtype, whichever they were computed in.
 
-    Traces are kept in float64 by all, and what was rounded is widened where it is unpacked.
+    Traces are kept in float64 by all, and directions that were rounded are widened where they are
+    unpacked.
 
     Args:
         tensors: Named tensors.
         dtype: float32 or float64.
     """
-    return {
-        name: tensor.to(dtype) if tensor.dtype in WORKING and not name.endswith("trace") else tensor
-        for name, tensor in tensors.items()
-    }
+
+    def wanted(name: str, tensor: Tensor) -> torch.dtype:
+        if name.endswith("trace"):
+            return torch.float64
+        return HALF if name.endswith("vectors") and tensor.dtype == HALF else dtype
+
+    return {name: tensor.to(wanted(name, tensor)) for name, tensor in tensors.items()}
 
 
 def orthonormal(vectors: Tensor, dtype: torch.dtype) -> Tensor:

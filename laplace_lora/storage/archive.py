@@ -42,6 +42,7 @@ SHIFT = "shift"
 SUBSPACE_MEAN = f"{SUBSPACE}prior_mean"
 EXACT = "exact"
 PRECISIONS = ("half", EXACT)  # the first is the default
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of tensors in a file
 
 
 def save_posterior(
@@ -133,7 +134,9 @@ def load_state(posterior: Posterior, payload: bytes, config: Mapping[str, Any]) 
     try:
         tensors = load(payload)
         for name, tensor in tensors.items():
-            if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            if tensor.dtype not in DTYPES:
+                raise ValueError(f"tensor {name!r} is {tensor.dtype}")
+            if not bool(tensor.isfinite().all()):
                 raise ValueError(f"tensor {name!r} is not finite")
         device = posterior.structure.unpack_device(posterior.device)
         return _state(posterior, {name: t.to(device) for name, t in tensors.items()}, config)

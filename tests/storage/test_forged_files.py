@@ -15,6 +15,7 @@ from laplace_lora.storage.files import CONFIG, TENSORS
 from support.batches import loader, token_batch
 from support.forgery import forge, forge_tensors
 from support.posteriors import LOW, fitted
+from support.references import assert_near
 from support.uncovered import uncovered_model
 
 BATCH = token_batch((4, 2, 5), seed=3)
@@ -135,6 +136,8 @@ def corrupt(tensors, kind):
         tensors["curvature.99.matrix"] = torch.eye(2)
     elif kind == "integers":
         tensors[name] = tensors[name].to(torch.int64)
+    elif kind == "eight bits":
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
     elif kind == "negative":
         tensors[name.replace("vectors", "values")].neg_()
     elif kind == "prior":
@@ -144,13 +147,28 @@ def corrupt(tensors, kind):
 
 
 @pytest.mark.parametrize(
-    "kind", ["nan", "shape", "missing", "extra", "integers", "negative", "prior", "lengths"]
+    "kind",
+    ["nan", "shape", "missing", "extra", "integers", "eight bits", "negative", "prior", "lengths"],
 )
 def test_forged_tensors_are_refused(saved, tmp_path, kind):
     folder = folder_with(saved, tmp_path)
     forge_tensors(folder, lambda tensors: corrupt(tensors, kind))
     with pytest.raises(ValueError, match="does not fit"):
         KronLoraLaplace.from_pretrained(saved[0].logits_model, folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_eigenvalues_in_a_coarse_dtype_are_widened(saved, tmp_path, dtype):
+    folder = folder_with(saved, tmp_path)
+
+    def change(tensors):
+        coarse = {n: t.to(dtype) for n, t in tensors.items() if n.endswith((".values", "residual"))}
+        tensors |= coarse
+
+    forge_tensors(folder, change)
+    again = KronLoraLaplace.from_pretrained(saved[0].logits_model, folder)
+    assert_near(again(BATCH), saved[0](BATCH), 1e-2)
+    again.fit(loader(), override=False)
 
 
 @pytest.mark.parametrize("kind", ["negative", "square", "missing", "nan", "factors"])
