@@ -75,7 +75,9 @@ class LoraCurvature(CurvatureInterface):
         split = getattr(model, "model", None)
         if self.last_layer and isinstance(split, LastLayerModel):
             split.share_head()
-        options = (uncovered, trained, verify, getattr(self, "stochastic", False))
+        stochastic = getattr(self, "stochastic", False)
+        estimates = stochastic or not isinstance(self, GGNInterface)
+        options = (uncovered, trained, verify, stochastic, estimates)
         self.engine = Engine(model, self.objective, self.columns, rows, *options)
 
     @property

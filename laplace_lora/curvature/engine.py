@@ -46,6 +46,7 @@ class Engine:
         verify: Verify the first batch against autograd and the model's own forward pass, see
             `capture.verification`.
         draws_labels: Whether the root is sampled, so that it does not bring the loss's gradient.
+        estimates: Whether the root is not the likelihood's own: labels are drawn, or observed.
 
     Attributes:
         recording: Which tensors are covered, and whether the first batch has been verified.
@@ -67,6 +68,7 @@ class Engine:
         trained: nn.Module | None = None,
         verify: bool = True,
         draws_labels: bool = False,
+        estimates: bool = False,
     ) -> None:
         self.model = model
         self.objective = objective
@@ -74,6 +76,7 @@ class Engine:
         self.rows = Rows() if rows is None else rows
         self.n_outputs = 0
         self.draws_labels = draws_labels
+        self.estimates = estimates
         trained = model if trained is None else trained
         self.recording = Recording(model, trained, uncovered, verify, objective.rows_are_tokens)
 
@@ -162,7 +165,7 @@ class Engine:
         return differentiable_jacobians(self.model, x)
 
     def root_blocks(
-        self, x: Any, y: Tensor, gradient: LossGradient | None = None
+        self, x: Any, y: Tensor, gradient: LossGradient | None = None, exact: bool = False
     ) -> tuple[Tensor, Iterator[Tensor]]:
         """Return the summed loss, and rows ``Z`` whose ``Zᵀ Z`` is the curvature, by tensor.
 
@@ -170,6 +173,7 @@ class Engine:
             x: Batch that the model takes.
             y: Labels, see `Likelihood.split`.
             gradient: Where the loss's gradient is added up, as the blocks are consumed.
+            exact: Whether to take the likelihood's own root in any case.
 
         Returns:
             The loss, and an iterator over ``(batch, columns, *shape)`` of each trainable tensor in
@@ -180,7 +184,7 @@ class Engine:
             FloatingPointError: If the loss is not finite.
         """
         tape, loss = self.forward(x, y)
-        root = self.root(tape.output, y)
+        root = (self.objective.root if exact else self.root)(tape.output, y)
         if gradient is None:
             return loss, jacobian_blocks(tape, self.blocks, root, self.dtype)
         columns = self.residual_columns(tape, root, y)

@@ -104,9 +104,10 @@ def _measured(
     engine, gradient = posterior.engine, posterior.state.loss_gradient
     assert gradient is not None
     parts = directions.split(engine.sizes, dim=1)
+    exact = posterior.needs_own_root
 
     def add(total: Tensor | None, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
-        loss, blocks = engine.root_blocks(x, y)
+        loss, blocks = engine.root_blocks(x, y, exact=exact)
         along: Any = 0.0
         for part, block in zip(parts, blocks, strict=True):
             along = along + (block.flatten(2).flatten(0, 1) @ part.T).double()

@@ -69,6 +69,7 @@ def next_directions(
         ValueError: If the data are not those of the fit.
     """
     engine, structure = posterior.engine, posterior.structure
+    exact = posterior.needs_own_root
     scale, gradient = float(posterior.scale.detach()), posterior.state.loss_gradient
     assert gradient is not None
     prior = torch.full((1,), delta, dtype=torch.float64)
@@ -77,11 +78,11 @@ def next_directions(
 
     def add(total: Tensor | None, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
         with torch.random.fork_rng():  # where labels are drawn, both sweeps see the same
-            loss, blocks = engine.root_blocks(x, y)
+            loss, blocks = engine.root_blocks(x, y, exact=exact)
             along: Any = 0.0
             for part, block in zip(parts, blocks, strict=True):
                 along = along + block.flatten(2) @ part
-        _, blocks = engine.root_blocks(x, y)
+        _, blocks = engine.root_blocks(x, y, exact=exact)
         rows = [torch.einsum("nk,nkp->p", along, block.flatten(2)) for block in blocks]
         product = torch.cat(rows).to(gradient)
         return loss, product if total is None else total.add_(product)

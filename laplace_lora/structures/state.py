@@ -162,11 +162,21 @@ class Posterior:
             )
         return prior.expand(tensors)
 
+    @property
+    def needs_own_root(self) -> bool:
+        """Whether the evidence's gradient term takes another curvature than the posterior's.
+
+        That of a regression whose labels are drawn, or observed: residuals that an estimate of the
+        curvature makes too large or too small are fitted too well, and as the noise falls the
+        evidence rises without bound. A classifier's ends at zero, which is noticed.
+        """
+        return self.objective.has_noise and self.engine.estimates
+
     @cached_property
     def gradient_term(self) -> GradientTerm | None:
         """The evidence's gradient term; ``None`` before a pass over the data has measured it."""
         state, gradient = self.state, self.state.loss_gradient
-        if gradient is not None:
+        if gradient is not None and not self.needs_own_root:
             displacement = self.mean - self.settings.prior_mean
             term = self.structure.gradient_term(state.curvature, gradient, displacement)
             if term is not None:

@@ -210,7 +210,8 @@ def check_classifier(objective: Likelihood) -> None:
         ValueError: If the likelihood is not a classifier's.
     """
     if not objective.is_classifier:
+        method = "widest" if objective.predicts_tokens else "marglik"
         raise ValueError(
-            f"calibrate needs a classifier; tune a {objective.name} posterior by marginal "
-            "likelihood"
+            f"calibrate needs a classifier; tune a {objective.name} posterior by "
+            f"optimize_prior_precision(method={method!r})"
         )

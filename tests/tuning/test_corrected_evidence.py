@@ -117,6 +117,30 @@ def test_rows_that_do_not_see_the_gradient_are_not_inverted(kwargs):
     assert (la.state.subspace is None) == sees
 
 
+def nearly_fitted(model, noise=0.1):
+    """Texts whose targets are the model's own outputs with a little noise."""
+    rows = loader(likelihood="regression").dataset
+    la = KronLoraLaplace(model, "regression")
+    for row in rows:
+        outputs = la.logits_model({k: v[None] for k, v in row.items() if k != "labels"})
+        row["labels"] = outputs[0].detach() + noise * row["labels"]
+    return DataLoader(rows, batch_size=3)
+
+
+@pytest.mark.filterwarnings("ignore:the posterior predicts its training examples worse")
+@pytest.mark.parametrize("kwargs", [{"backend": LoraEF}, {"backend_kwargs": {"stochastic": True}}])
+@pytest.mark.parametrize("cls", [KronLoraLaplace, FullLoraLaplace])
+def test_noise_stays_where_the_curvature_is_an_estimate(cls, kwargs):
+    torch.manual_seed(0)
+    model = peft_model("bert").eval()
+    data = nearly_fitted(model)
+    la = cls(model, "regression", **kwargs)
+    la.fit(data)
+    la.optimize_prior_precision(method="marglik", tune_sigma_noise=True)
+    assert 0.05 < la.sigma_noise < 0.2
+    assert la.log_marginal_likelihood(correction=True) < 100
+
+
 def test_further_directions_tighten_the_bound():
     la = posterior(**LOW)
     la.measure_gradient_term()
