@@ -93,6 +93,7 @@ def test_what_makes_no_sense_is_refused():
     data = question_loader(2, VALIDATION)
     for call in (
         lambda: la.optimize_prior_precision(method="gridsearch", val_loader=data),
+        lambda: la.optimize_prior_precision("nn", "gridsearch", val_loader=data),
         lambda: la.optimize_prior_precision(method="val_gd", val_loader=data),
         lambda: la.optimize_prior_precision(method="loo"),
         lambda: la.recentre(precision=1.0),
