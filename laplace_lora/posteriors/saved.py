@@ -28,6 +28,7 @@ from laplace_lora.structures.state import PosteriorState
 BACKENDS: dict[str, type[LoraCurvature]] = {kind.__name__: kind for kind in (LoraGGN, LoraEF)}
 BUFFERS, ADAPTER = "buffers", "adapter"
 ANSWERS = ("target_ids", "mask_token_id")  # arguments that a `LogitsModel` brings itself
+RESTORED = ("backend", "prior_precision", "prior_mean", "sigma_noise")  # beside the arguments
 Self = TypeVar("Self", bound="SavedLaplace")
 
 
@@ -77,9 +78,10 @@ class SavedLaplace(ServedLaplace):
 
         Raises:
             FileNotFoundError: If a file is missing.
+            TypeError: If the class has no such option.
             ValueError: If a file is damaged, altered or of an unknown version, if it was saved by
-                another class, if weights, base model or adapter are others, or if a `LogitsModel`
-                reads other outputs of the model: it has other ``target_ids``, another
+                another class, if an option is what the file restores, if weights, base
+                model or adapter are others, or if a `LogitsModel` reads other outputs of the model: it has other ``target_ids``, another
                 ``mask_token_id``, or an ``output`` callable where the fitted one had none.
         """
         payload, config = read_files(directory)
@@ -91,6 +93,7 @@ class SavedLaplace(ServedLaplace):
         constructor: Any = cls
         try:
             arguments = dict(config["arguments"])
+            _check_not_restored(options, arguments)
             backend = BACKENDS[config["backend"]]
             if isinstance(model, LogitsModel):
                 answers = {name: arguments.pop(name, None) for name in ANSWERS}
@@ -102,6 +105,9 @@ class SavedLaplace(ServedLaplace):
                 )
             la: Self = constructor(model, backend=backend, **arguments, **options)
         except (KeyError, TypeError) as error:
+            unknown = [name for name in options if repr(name) in str(error)]
+            if unknown:
+                raise TypeError(f"{cls.__name__} has no option {unknown[0]!r}") from None
             raise ValueError(f"{CONFIG} describes no posterior: {error!r}") from None
         la._install(load_state(la.parts, payload, config))
         return la
@@ -173,6 +179,20 @@ class SavedLaplace(ServedLaplace):
 
     def _install(self, state: PosteriorState) -> None:
         raise NotImplementedError
+
+
+def _check_not_restored(options: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Refuse options that a file decides about: they would have no effect.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for name in options:
+        if name in RESTORED or name in arguments:
+            raise ValueError(
+                f"{name!r} is restored from the file, as it was when the posterior was saved; load "
+                "without it (prior and noise can be set on the posterior afterwards)"
+            )
 
 
 def _check_reads_the_same(model: LogitsModel, saved: Mapping[str, Any], has_output: bool) -> None:

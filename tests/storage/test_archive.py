@@ -112,6 +112,16 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path):
     assert torch.equal(again(BATCH), la(BATCH))
 
 
+@pytest.mark.parametrize("name", ["prior_precision", "backend", "likelihood", "dict_key_y"])
+def test_options_that_the_file_decides_about_are_refused(name, tmp_path):
+    la = fitted()
+    la.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"'{name}' is restored from the file"):
+        KronLoraLaplace.from_pretrained(la.logits_model, tmp_path, **{name: 3.0})
+    with pytest.raises(TypeError, match="KronLoraLaplace has no option 'storage'"):
+        KronLoraLaplace.from_pretrained(la.logits_model, tmp_path, storage="cpu")
+
+
 def test_missing_files_are_named(tmp_path):
     la = fitted()
     with pytest.raises(FileNotFoundError, match=r"laplace\.safetensors is missing"):
