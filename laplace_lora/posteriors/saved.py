@@ -80,9 +80,10 @@ class SavedLaplace(ServedLaplace):
             FileNotFoundError: If a file is missing.
             TypeError: If the class has no such option.
             ValueError: If a file is damaged, altered or of an unknown version, if it was saved by
-                another class, if an option is what the file restores, if weights, base
-                model or adapter are others, or if a `LogitsModel` reads other outputs of the model: it has other ``target_ids``, another
-                ``mask_token_id``, or an ``output`` callable where the fitted one had none.
+                another class, if an option is what the file restores, if weights, base model or
+                adapter are others, or if a `LogitsModel` reads other outputs of the model: it has
+                other ``target_ids``, another ``mask_token_id``, or an ``output`` callable where the
+                fitted one had none.
         """
         payload, config = read_files(directory)
         if config["class"] != cls.__name__:
