@@ -127,10 +127,9 @@ def load_state(posterior: Posterior, payload: bytes, config: Mapping[str, Any]) 
         ValueError: If weights, base model or adapter are others, or the files do not fit together.
     """
     try:
-        found = identity_but_for_rounding(posterior, config)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        check_identity(config, identity_but_for_rounding(posterior, config))
+    except (KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
         raise ValueError(f"{CONFIG} is damaged: {error!r}") from None
-    check_identity(config, found)
     try:
         tensors = load(payload)
         for name, tensor in tensors.items():

@@ -105,6 +105,8 @@ def test_a_pickle_with_the_right_name_is_not_executed(saved, tmp_path):
         ({"scalars": {}}, "does not fit"),
         ({"weights": "0" * 64}, "weights are not those"),
         ({"parameters": {"/etc/passwd": [1]}}, "covers other tensors"),
+        ({"parameters": None}, "is damaged"),
+        ({"parameters": []}, "is damaged"),
     ],
 )
 def test_forged_configurations_are_refused(saved, tmp_path, changes, message):
