@@ -164,17 +164,37 @@ def _paths(directory: str | os.PathLike[str]) -> dict[str, Path]:
             )
         return paths
     if str(directory).count("/") == 1 and not folder.exists():
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        try:
-            return {name: Path(hf_hub_download(str(directory), name)) for name in (TENSORS, CONFIG)}
-        except LocalEntryNotFoundError as error:
-            raise FileNotFoundError(
-                f"there is no folder {directory}, and the hub, which may have a repository of that "
-                "name, was not reached"
-            ) from error
+        return _from_hub(str(directory))
     raise FileNotFoundError(f"{directory} is neither a folder nor the name of a repository")
+
+
+def _from_hub(repository: str) -> dict[str, Path]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        path = Path(hf_hub_download(repository, TENSORS))
+        with suppress(EntryNotFoundError):  # the first file is a whole by itself
+            hf_hub_download(repository, CONFIG)  # into the same folder
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"there is no folder {repository}, and the hub, which may have a repository of that "
+            "name, was not reached"
+        ) from error
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"the hub's repository {repository} has no {TENSORS}; was push_to_hub called?"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"there is no folder {repository}, and no repository of that name on the hub that you "
+            "may read; check the name, and log in with `hf auth login` if it is private"
+        ) from error
+    return {TENSORS: path, CONFIG: path.parent / CONFIG}
 
 
 def _parsed(content: bytes) -> Any:

@@ -45,6 +45,24 @@ def test_a_posterior_goes_to_the_hub_and_comes_back(hub):
     assert torch.equal(again(BATCH), la(BATCH))
 
 
+def test_tensors_alone_come_back_from_the_hub(hub):
+    la = fitted()
+    la.push_to_hub(REPO, precision="exact")
+    del hub.files[REPO][CONFIG]
+    loaded = KronLoraLaplace.from_pretrained(la.logits_model.model, REPO)
+    assert torch.equal(loaded.mean, la.mean)
+
+
+def test_what_the_hub_lacks_is_named(hub):
+    la = fitted()
+    model = la.logits_model.model
+    with pytest.raises(FileNotFoundError, match="no repository of that name on the hub"):
+        KronLoraLaplace.from_pretrained(model, "me/nothing")
+    hub.create(REPO)
+    with pytest.raises(FileNotFoundError, match=f"{REPO} has no {TENSORS}; was push_to_hub"):
+        KronLoraLaplace.from_pretrained(model, REPO)
+
+
 def test_the_card_says_what_it_is_and_how_it_was_tuned(hub):
     la = fitted()
     la.push_to_hub(REPO, commit_message="New posterior")
