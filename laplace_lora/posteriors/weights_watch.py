@@ -71,6 +71,11 @@ class WeightsWatch:
                 "again, or load the weights of the fit"
             )
         moved = [place for place in places if _has_moved(place, posterior.state.frozen)]
+        fitted_with, settings = posterior.state.adapter, adapter_settings(posterior.source)
+        other = [name for name, then in fitted_with.items() if settings.get(name, then) != then]
+        if (moved or other) and posterior.model is posterior.source:
+            # An adapter that is merged, gone or idle is named first.
+            check_runs(posterior.source, posterior.engine.parameters)
         buffers = [place.name for place in moved if place.is_buffer]
         if buffers:
             raise RuntimeError(
@@ -86,13 +91,7 @@ class WeightsWatch:
                 "replaced), so its curvature belongs to another function. Fit again, or load the "
                 "weights of the fit"
             )
-        fitted_with, settings = posterior.state.adapter, adapter_settings(posterior.source)
-        other = [name for name, then in fitted_with.items() if settings.get(name, then) != then]
         if other:
-            if (
-                posterior.model is posterior.source
-            ):  # an adapter that is gone or idle is named first
-                check_runs(posterior.source, posterior.engine.parameters)
             raise RuntimeError(
                 f"the adapter's scaling of {listed(other)} has changed since the posterior was "
                 "fitted (by `scaling`, `set_scale` or `scale_layer`), so its curvature belongs to "
