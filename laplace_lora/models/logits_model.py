@@ -186,7 +186,7 @@ class LogitsModel(nn.Module):
             logits = self._logits(self._wrapped(inputs))
         else:
             position, length = self._answer.find(inputs, self.device)
-            logits = self._logits(self.model(**inputs))
+            logits = self._logits(self._wrapped(inputs))
             logits = at_position(logits, position, length)[:, self.target_ids.to(logits.device)]
         return wide(logits.to(self.device))
 
@@ -223,7 +223,7 @@ class LogitsModel(nn.Module):
         """Let positions count real tokens only, as in generation, see `PositionRule`."""
         self._positions.apply(
             inputs,
-            lambda x: self._logits(self.model(**x)),
+            lambda x: self._logits(self._wrapped(x)),
             coarsest_dtype(self.model),
             not self.model.training,
         )
@@ -245,10 +245,10 @@ class LogitsModel(nn.Module):
             self._count_real_tokens(inputs)
         head = self._wrapped.answering_head()
         if self._wrapped.adds_to_vocabulary:
-            logits = self._logits(self.model(**inputs))
+            logits = self._logits(self._wrapped(inputs))
             return at_position(logits, position, length)[:, ids.to(logits.device)]
         with one_token(head, position, length=length), rows_only(head, ids) as narrowed:
-            logits = self._logits(self.model(**inputs))[:, -1]
+            logits = self._logits(self._wrapped(inputs))[:, -1]
         return logits if narrowed else logits[:, ids.to(logits.device)]
 
 

@@ -70,7 +70,7 @@ class SpanModel(LogitsModel):
         real = text_tokens(batch).to(self.device)
         assert isinstance(batch, Mapping)
         texts = {key: value for key, value in batch.items() if key not in NOT_INPUTS}
-        returned = self.model(**self._wrapped.inputs(texts))
+        returned = self._wrapped(self._wrapped.inputs(texts))
         parts = [getattr(returned, name, None) for name in ("start_logits", "end_logits")]
         tokens = real.shape[1]
         if any(p is None or p.ndim != 2 or p.shape[1] < tokens for p in parts):

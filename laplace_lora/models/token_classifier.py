@@ -69,7 +69,7 @@ class TokenClassifier(LogitsModel):
         """
         counted = _counted(batch)
         assert isinstance(batch, Mapping)
-        logits = self._logits(self.model(**self._wrapped.inputs(batch)))
+        logits = self._logits(self._wrapped(self._wrapped.inputs(batch)))
         texts, tokens = counted.shape
         if logits.ndim != 3 or len(logits) != texts or logits.shape[1] < tokens:
             raise ValueError(

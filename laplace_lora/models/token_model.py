@@ -126,7 +126,7 @@ class TokenModel(LogitsModel):
         """Return the logits that the model itself gives for a batch, see `LogitsModel`."""
         assert isinstance(batch, Mapping)
         rows, tokens = _scored(batch)
-        logits = self.model(**self._wrapped.inputs(batch)).logits
+        logits = self._wrapped(self._wrapped.inputs(batch)).logits
         at = tokens.to(logits.device) + logits.shape[1] - batch["input_ids"].shape[1]
         return wide(logits[rows.to(logits.device), at])
 
@@ -159,7 +159,7 @@ class TokenModel(LogitsModel):
         self._count_real_tokens(inputs)
         length = batch["input_ids"].shape[1]
         with at_tokens(self._wrapped.answering_head(), rows, tokens, length) as narrowed:
-            logits = self.model(**inputs).logits
+            logits = self._wrapped(inputs).logits
         if narrowed:
             return wide(logits[:, 0])
         at = tokens.to(logits.device) + logits.shape[1] - length  # a prompt may stand before them

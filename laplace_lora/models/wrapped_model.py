@@ -100,7 +100,24 @@ class WrappedModel:
         return inputs
 
     def __call__(self, inputs: dict[str, Any]) -> Any:
-        """Run the model; one that takes a mapping as its only argument, as laplace-torch's do."""
+        """Run the model.
+
+        Raises:
+            ValueError: If the model fails at texts that are longer than it has positions.
+        """
+        try:
+            return self._run(inputs)
+        except (IndexError, RuntimeError) as error:
+            limit, tokens = _places(self.base), inputs.get("input_ids")
+            if limit is None or not isinstance(tokens, Tensor) or tokens.shape[-1] <= limit:
+                raise
+            raise ValueError(
+                f"the batch has {tokens.shape[-1]} tokens, and {self.name} has positions for "
+                f"{limit}; truncate the texts, tokenizer(..., truncation=True, max_length={limit})"
+            ) from error
+
+    def _run(self, inputs: dict[str, Any]) -> Any:
+        """Run a model that may take a mapping as its only argument, as laplace-torch's do."""
         if len(self.arguments) == 1 and not self.arguments & inputs.keys():
             kind = next(iter(inspect.signature(self.base.forward).parameters.values())).kind
             if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
@@ -151,6 +168,17 @@ class WrappedModel:
         vocabulary = self.vocabulary_size
         buffers = self.base.named_buffers(recurse=False)
         return any(b.ndim and b.shape[-1] == vocabulary for _, b in buffers)
+
+
+def _places(model: nn.Module) -> int | None:
+    """Return for how many tokens a model has learnt positions, ``None`` if they are not learnt."""
+    places = []
+    for name, table in model.named_modules():
+        if isinstance(table, nn.Embedding) and ("position" in name or name.endswith("wpe")):
+            # RoBERTa counts from behind its padding, OPT and BART from an offset.
+            before = -1 if table.padding_idx is None else table.padding_idx
+            places.append(table.num_embeddings - getattr(table, "offset", before + 1))
+    return min(places, default=None)
 
 
 def only_tensor(batch: Any) -> Tensor:
