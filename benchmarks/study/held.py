@@ -68,10 +68,11 @@ def held_jacobians() -> Iterator[None]:
         return rows.f, _combined(engine, rows, columns(rows.f))
 
     def root_blocks(
-        engine: Engine, x: Any, y: Tensor, gradient: Any = None
+        engine: Engine, x: Any, y: Tensor, gradient: Any = None, exact: bool = False
     ) -> tuple[Tensor, Iterator[Tensor]]:
         rows = held(engine, x)
-        loss, root = engine.objective.nll(rows.f, y), engine.root(rows.f, y)
+        loss = engine.objective.nll(rows.f, y)
+        root = (engine.objective.root if exact else engine.root)(rows.f, y)
         engine.n_outputs = rows.f.shape[-1]
         if gradient is None:
             return loss, _combined(engine, rows, root)
