@@ -57,7 +57,7 @@ def test_texts_beyond_an_offset_of_positions_are_refused():
     )
     model = LogitsModel(OPTForCausalLM(config).eval(), target_ids=TARGETS)
     model(token_batch((32,)))
-    with pytest.raises(ValueError, match="has 33 tokens, OPTForCausalLM has positions for 32;"):
+    with pytest.raises(ValueError, match="has 33 tokens, and OPTForCausalLM has positions for 32;"):
         model(token_batch((33,)))
 
 
