@@ -52,6 +52,7 @@ def test_the_entry_point_is_this_group():
     assert resolve_name(name) is main
 
 
+@pytest.mark.slow
 def test_a_fit_as_a_program(adapter, data):
     folder = adapter()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}

@@ -78,6 +78,7 @@ def test_tables_with_named_columns_and_labels(adapter, data, tmp_path):
     assert (folder / TENSORS).read_bytes() == tensors
 
 
+@pytest.mark.slow
 def test_numerals_as_names_are_not_mixed_with_numbers(adapter, data, tmp_path):
     folder, names = adapter(), ["1", "2"]
     tests = {
@@ -103,6 +104,7 @@ def test_numerals_as_names_are_not_mixed_with_numbers(adapter, data, tmp_path):
     assert "Say which by --labels-as names or --labels-as numbers" in message
 
 
+@pytest.mark.slow
 def test_a_plan_of_an_earlier_version_does_not_say_how_labels_were_read(adapter, data):
     folder = adapter()
     run("fit", folder, "--data", data("train"), "-q")
@@ -189,6 +191,7 @@ def test_a_regression(adapter, data):
     assert "cannot be calibrated" in message
 
 
+@pytest.mark.slow
 def test_the_noise_of_a_regression_is_that_of_its_labels(adapter, data, made):
     folder = adapter("one output")
     train = data("train", lambda row: {**row, "label": 100 * row["label"]})

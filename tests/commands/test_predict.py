@@ -73,6 +73,7 @@ def test_rows_may_lack_columns_that_others_have(adapter, data, tmp_path):
     assert "row 1 has no group: its column 'kind' is missing" in message
 
 
+@pytest.mark.slow
 def test_a_kept_column_does_not_take_the_name_of_a_result(fitted, adapter, data, tmp_path):
     def named(row):
         return {**row, "prediction": "mine", "mean": 1, "reward": 2, "std": 3, "entropy": 4}
@@ -178,6 +179,7 @@ def test_a_plan_of_another_posterior_is_refused(fitted, adapter, data, tmp_path)
     assert set(json.loads(result.stdout.splitlines()[0])["probabilities"]) == {"0", "1"}
 
 
+@pytest.mark.slow
 def test_regressions_and_rewards_have_moments(adapter, data, tmp_path):
     folder = adapter("one output")
     run("fit", folder, "--data", data("train"), "-q")
@@ -192,6 +194,7 @@ def test_regressions_and_rewards_have_moments(adapter, data, tmp_path):
     assert set(first) == {"reward", "std"}
 
 
+@pytest.mark.slow
 def test_labels_that_do_not_exclude_each_other(adapter, data):
     names = ["unhappy", "happy"]
 
@@ -252,6 +255,7 @@ def test_whatever_is_in_a_column_can_be_kept(fitted, tmp_path):
     assert (kept["when"], kept["share"]) == ("2026-01-02T03:04:00", None)
 
 
+@pytest.mark.slow
 def test_scores_that_are_not_known_are_null(adapter, tmp_path):
     rows = [{**row, "label": []} for row in reviews(16, 0)]  # no label applies anywhere
     folder, path = adapter(), write_json_lines(tmp_path / "none.jsonl", rows)
@@ -261,6 +265,7 @@ def test_scores_that_are_not_known_are_null(adapter, tmp_path):
     assert report["values"]["mAP"] is None and report["values"]["NLL"] > 0
 
 
+@pytest.mark.slow
 def test_evaluate_compares_with_the_map(fitted, data, tmp_path):
     out, plot = tmp_path / "scores.json", tmp_path / "report.png"
     result = run("evaluate", fitted, "--data", data("test"), "--out", out, "-q", "--plot", plot)
@@ -275,6 +280,7 @@ def test_evaluate_compares_with_the_map(fitted, data, tmp_path):
     assert by_laplace["values"]["NLL"] == pytest.approx(float(-p.log().mean()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluate_compares_labels_of_any_number_with_the_sigmoid(adapter, tmp_path):
     """Not with the softmax, which the model's configuration, silent on the matter, would mean."""
     chosen = [["0"], ["1"], ["0", "1"], []]
@@ -324,6 +330,7 @@ def test_evaluate_makes_sets_keeps_a_risk_and_scores_groups(fitted, data, tmp_pa
     )
 
 
+@pytest.mark.slow
 def test_evaluate_shows_the_names_of_groups_as_they_are(fitted, tmp_path):
     names = ["[en]", "[/bold]", ":smile:"]
     rows = [{**row, "kind": names[i % 3]} for i, row in enumerate(reviews(12, 5))]

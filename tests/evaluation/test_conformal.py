@@ -119,6 +119,7 @@ def test_conformal_refusals(monkeypatch):
         evaluate(given, data, conformal_loader=data)
 
 
+@pytest.mark.slow
 def test_every_group_has_a_report_of_its_own():
     (rows,) = classified(90, 8)
     apart = classified(100, 9)

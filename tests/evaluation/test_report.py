@@ -55,6 +55,7 @@ def test_labels_may_be_integers_of_any_size(dtype):
     assert report.values == expected.values and report.labels.dtype == torch.int64
 
 
+@pytest.mark.slow
 def test_of_preference_pairs_the_chosen_text_wins():
     la, loader = reward_posterior(), pair_loader()
     labelled = [{**batch, "labels": torch.ones(len(batch["input_ids_chosen"]))} for batch in loader]
@@ -70,6 +71,7 @@ def test_of_preference_pairs_the_chosen_text_wins():
         evaluate(la, [{**batch, "labels": torch.full((2,), 2)} for batch in loader])
 
 
+@pytest.mark.slow
 def test_bootstrap_errors_are_those_of_a_mean():
     torch.manual_seed(0)
     y = torch.randint(2, (400,))

@@ -53,6 +53,7 @@ def test_directions_that_lora_b_does_not_have_get_no_noise():
     assert _layers_of(model)[0].spread.shape[1] == 1
 
 
+@pytest.mark.slow
 def test_the_width_is_the_largest_within_the_tolerance():
     model = confident_model()
     method = TrainingFreeBayes(model, ANCHOR, tolerance=0.05, widths=(1e-4, 1e3), steps=30)

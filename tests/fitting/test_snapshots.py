@@ -124,6 +124,7 @@ def test_a_file_of_an_earlier_version_goes_on_with_the_default_backend(tmp_path)
     assert torch.equal(resumed(BATCH), straight(BATCH))
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_something_to_resume(tmp_path):
     """SIGKILL between two batches; the file is whole, the result that of an uninterrupted fit."""
     script = textwrap.dedent(

@@ -131,6 +131,7 @@ def test_generation_that_leaves_no_context_is_refused(model, new):
         short.generate_until(instances("generate_until", [request]))
 
 
+@pytest.mark.slow
 def test_a_multiple_choice_task_runs(model, tmp_path):
     import lm_eval
 

@@ -148,6 +148,7 @@ def jacobian(la):
 
 @pytest.mark.skipif(not HAS_BITSANDBYTES, reason="needs bitsandbytes")
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_texts_over_four_bits_are_sampled_and_those_over_eight_refused(tmp_path):
     model = quantised("llama-lm", 4, tmp_path / "base").eval()
     la = KronLoraLaplace(model, "language_modeling", uncovered="diag", prior_precision=20.0, **LOW)

@@ -88,6 +88,7 @@ def test_entropies_are_those_of_every_label(full):
     torch.testing.assert_close(sampled.aleatoric, aleatoric, atol=3e-2, rtol=0)
 
 
+@pytest.mark.slow
 def test_sampled_weights_give_the_mean_of_the_sigmoids():
     la = multilabel_posterior(FullLoraLLLaplace)
     la.prior_precision = 0.5

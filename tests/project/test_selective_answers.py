@@ -49,6 +49,7 @@ def test_auroc_and_accuracy(example):
     assert example.auroc(answers[:2], "x") != example.auroc(answers[:2], "x")  # none is wrong
 
 
+@pytest.mark.slow
 def test_it_runs(example, monkeypatch, capsys):
     monkeypatch.setattr(example.support, "load_decoder", lambda: tiny_decoder(example))
     monkeypatch.setattr(example, "LIMIT_ROWS", 8)

@@ -78,6 +78,7 @@ def many(copies):
     return DataLoader([*validation().dataset] * copies, batch_size=16)
 
 
+@pytest.mark.slow
 def test_how_far_a_mean_moves_is_calibrated():
     la = posterior(name="llama-lm", prior_precision=1e6, **LOW)
     la.recentre(0.1)
@@ -235,6 +236,7 @@ def test_extreme_temperatures_need_evidence(rows, is_extreme, right):
     assert (temperature < 0.2 or temperature > 20) == is_extreme
 
 
+@pytest.mark.slow
 def test_a_width_that_labels_speak_against_goes():
     """Of labels that are always the MAP's own class."""
     la = posterior(name="llama-lm", prior_precision=1e-2, **LOW)

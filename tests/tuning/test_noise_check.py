@@ -26,6 +26,7 @@ def test_residuals_of_another_scale_are_pointed_out(factor, width):
         la.optimize_prior_precision()
 
 
+@pytest.mark.slow
 def test_a_noise_that_is_given_tuned_or_right_is_not():
     """Warnings are errors here."""
     fitted(1.0).optimize_prior_precision()

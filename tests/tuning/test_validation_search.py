@@ -40,6 +40,7 @@ def test_one_pass_grid_equals_laplace_torchs_loop(cls, kwargs, link):
     assert best == pytest.approx(grid[torch.stack(expected).argmin()].item())
 
 
+@pytest.mark.slow
 def test_one_pass_grid_equals_laplace_torchs_own_search():
     ours = posterior(**DENSE)
     theirs = KronLaplace(ours.model, "classification", backend=LoraGGN)
