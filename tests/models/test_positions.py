@@ -14,7 +14,7 @@ from transformers import (
 from laplace_lora import KronLoraLaplace, LogitsModel, LoraGGN
 from laplace_lora.evaluation import MAP
 from support.batches import loader, rows, token_batch
-from support.models import TARGETS, base_model, bert_config, excite, peft_model
+from support.models import PAD, TARGETS, base_model, bert_config, excite, peft_model
 from support.references import assert_near, looped_jacobians
 from support.vision import VISION, question, vision_model
 
@@ -174,3 +174,30 @@ def test_without_a_mask_all_tokens_are_real():
     batch = rows(token_batch((5, 5)), slice(2))
     plain = LogitsModel(model, target_ids=TARGETS)({"input_ids": batch["input_ids"]})
     assert_near(LogitsModel(model, target_ids=TARGETS)(batch), plain)
+
+
+@pytest.mark.parametrize("name, limit", [("gpt2", 32), ("bert", 32), ("roberta", 31 - PAD)])
+def test_texts_beyond_the_last_position_are_refused(name, limit):
+    model = LogitsModel(peft_model(name).eval())
+    model(token_batch((limit,)))
+    with pytest.raises(ValueError, match=f"has {limit + 1} tokens, .* has positions for {limit};"):
+        model(token_batch((limit + 1,)))
+
+
+def test_texts_beyond_an_offset_of_positions_are_refused():
+    model = LogitsModel(bart(), target_ids=TARGETS)
+    model(token_batch((32,)))
+    with pytest.raises(ValueError, match="has 33 tokens, and BartForCausalLM has positions for 32"):
+        model(token_batch((33,)))
+
+
+def test_other_errors_of_a_model_are_its_own(monkeypatch):
+    inner = peft_model("gpt2").eval()
+    model = LogitsModel(inner)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(inner.base_model.model, "forward", fail)
+    with pytest.raises(RuntimeError, match="out of order"):
+        model(token_batch((4,)))
