@@ -25,15 +25,13 @@ def frozen_places(model: nn.Module, covered: Iterable[Tensor]) -> list[TensorPla
         covered: Weights to leave out.
     """
     of_adapters, plain = adapter_parameters(model), plain_names(model)
-    known = {id(p) for p in covered} | replaced_parameters(model)
-    known |= {key for key, is_active in of_adapters.items() if not is_active}
+    left_out = {id(p) for p in covered} | replaced_parameters(model)
+    left_out |= {key for key, is_active in of_adapters.items() if not is_active}
     places = buffer_places(model)
-    for path, module in model.named_modules():
-        for key, weight in module.named_parameters(recurse=False):
-            if id(weight) not in known and _is_plain(weight):
-                known.add(id(weight))
-                name = plain(f"{path}.{key}" if path else key)
-                places.append(TensorPlace(name, module, key, SAMPLES))
+    for name, weight in model.named_parameters():
+        if id(weight) not in left_out and _is_plain(weight):
+            path, _, key = name.rpartition(".")
+            places.append(TensorPlace(plain(name), model.get_submodule(path), key, SAMPLES))
     return places
 
 

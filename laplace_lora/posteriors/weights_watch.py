@@ -7,7 +7,7 @@ tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,14 +48,15 @@ class WeightsWatch:
         """
         self._look(posterior)
         places, factors = self._places, scalings(self._layers)
-        tensors = [tensor for _, tensor, _ in _pairs(posterior)]
+        pairs = list(_pairs(posterior))
+        tensors = [tensor for _, tensor, _ in pairs]
         tensors += [t for place in places if (t := place.tensor) is not None]
         # Batch normalisation moves its statistics behind autograd's back, but counts the batches.
         tensors += [b for module in self._counting for b in module.buffers(recurse=False)]
         versions = [-1 if t.is_inference() else t._version for t in tensors]
         storage = [(id(t), t.data_ptr(), t.dtype) for t in tensors]
         seen = (id(posterior.mean), versions, storage, factors)
-        if seen == self._seen and _holds(posterior):
+        if seen == self._seen and _hold(pairs):
             return
         now, fitted = _dtype(posterior), posterior.mean.dtype
         if now != fitted:
@@ -63,7 +64,7 @@ class WeightsWatch:
                 f"the adapter is now in {now}, and the posterior was fitted in {fitted}. Fit again "
                 "or bring the model back"
             )
-        changed = [name for name, now, then in _pairs(posterior) if not _equal(whole(now), then)]
+        changed = [name for name, now, then in pairs if not _equal(whole(now), then)]
         if changed:
             raise RuntimeError(
                 f"the weights {listed(changed)} have changed since the posterior was fitted "
@@ -132,13 +133,13 @@ def _pairs(posterior: Posterior) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def _holds(posterior: Posterior) -> bool:
-    """Return whether all covered tensors have the values of the fit, bit for bit.
+def _hold(pairs: Sequence[tuple[str, Tensor, Tensor]]) -> bool:
+    """Return whether tensors have the values of the fit, bit for bit, see `_pairs`.
 
     Written to through ``.data``, a tensor keeps its version. Of tensors in pieces versions have to
     do: to compare them, processes would send each other all pieces at every call.
     """
-    pairs, device = list(_pairs(posterior)), posterior.mean.device
+    device = pairs[0][2].device
     if device.type == "meta" or any(is_sharded_tensor(now) for _, now, _ in pairs):
         return True
     now = torch.cat([tensor.detach().to(device).flatten() for _, tensor, _ in pairs])
