@@ -9,12 +9,13 @@ pytest.register_assert_rewrite("support")
 # Tiny tensors: a second thread costs more than it gives.
 torch.set_num_threads(1)
 
-# Of each sweep over cases; the others run with the slow tests, or when they are asked for by name.
-CASES_BY_DEFAULT = 2  # the first and the last
-
 
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out
 def pytest_collection_modifyitems(config, items):
+    """Keep the first and the last case of each sweep; the others run with the slow tests.
+
+    All run that are asked for by name.
+    """
     if config.option.keyword or any("::" in argument for argument in config.args):
         return
     sweeps = {}
@@ -22,11 +23,8 @@ def pytest_collection_modifyitems(config, items):
         if not any(item.iter_markers("slow")) and not any(item.iter_markers("gpu")):
             sweeps.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for cases in sweeps.values():
-        steps = range(CASES_BY_DEFAULT)
-        kept = {round(i * (len(cases) - 1) / (CASES_BY_DEFAULT - 1)) for i in steps}
-        for place, item in enumerate(cases):
-            if place not in kept:
-                item.add_marker(pytest.mark.slow)
+        for item in cases[1:-1]:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
