@@ -152,9 +152,7 @@ class TunedLaplace(LaplaceLoops):
                         prior_structure, tune_sigma_noise, corrected
                     )
             elif method == "gridsearch" and pred_type == "nn":
-                refusal = self.fitted.objective.jacobian_refusal
-                if refusal is not None:
-                    raise ValueError(refusal)
+                self.fitted.engine.check_outputs_few()
                 self._laplace_grid(val_loader, n_samples, kwargs)
             elif method == "gridsearch":
                 settings = tuner.grid_search(prior_structure, *data, **kwargs)

@@ -92,11 +92,10 @@ def encoded(
     """
     if tokenizer is None:
         raise ValueError("texts need `tokenizer`, that of the model")
-    pairs = [(text, None) if isinstance(text, str) else text for text in texts]
     _check_pads(tokenizer)
-    rows = [tokenizer(first, second, truncation=True) for first, second in pairs]
+    rows = [tokenizer(*_as_pair(text), truncation=True) for text in texts]
     if are_questions and getattr(tokenizer, "truncation_side", "right") == "right":
-        _check_whole(rows, pairs, tokenizer)
+        _check_whole(rows, texts, tokenizer)
     return rows
 
 
@@ -166,22 +165,28 @@ def in_places(values: Sequence[Any], before: Tensor, width: int, fill: int) -> T
     return placed
 
 
-def cut_texts(rows: Sequence[Any], pairs: Sequence[Any], tokenizer: Any) -> list[int]:
+def cut_texts(rows: Sequence[Any], texts: Sequence[Any], tokenizer: Any) -> list[int]:
     """Return which texts have lost a part in their rows, see `encoded`.
 
     Args:
         rows: Of the texts.
-        pairs: The texts, each with its second one or ``None``.
+        texts: Strings or pairs of strings.
         tokenizer: The model's.
     """
     limit = getattr(tokenizer, "model_max_length", math.inf)
     full = [n for n, row in enumerate(rows) if len(row["input_ids"]) >= limit]
-    return [n for n in full if len(tokenizer(*pairs[n])["input_ids"]) > limit]
+    return [n for n in full if len(tokenizer(*_as_pair(texts[n]))["input_ids"]) > limit]
 
 
-def _check_whole(rows: Sequence[Any], pairs: Sequence[Any], tokenizer: Any) -> None:
+def _as_pair(text: Any) -> tuple[str, str | None]:
+    """Return a text with its second one, or ``None``."""
+    first, second = (text, None) if isinstance(text, str) else text
+    return first, second
+
+
+def _check_whole(rows: Sequence[Any], texts: Sequence[Any], tokenizer: Any) -> None:
     """Refuse texts of which rows have lost the end."""
-    cut = cut_texts(rows, pairs, tokenizer)
+    cut = cut_texts(rows, texts, tokenizer)
     if cut:
         limit = tokenizer.model_max_length
         raise ValueError(

@@ -73,8 +73,7 @@ def _questions(texts: Sequence[Any], tokenizer: Any) -> list[Mapping[str, Any]]:
         UserWarning: If texts are too long and have lost a part.
     """
     rows = encoded(texts, tokenizer)
-    pairs = [(text, None) if isinstance(text, str) else text for text in texts]
-    cut = cut_texts(rows, pairs, tokenizer)
+    cut = cut_texts(rows, texts, tokenizer)
     if cut:
         warn(
             f"texts {cut[:5]} have more tokens than the tokenizer's model_max_length="

@@ -165,8 +165,7 @@ def tune(
         ValueError: If the adapter did not start at the base model, or the data are not those of the
             fit.
     """
-    if posterior.objective.jacobian_refusal is not None:
-        raise ValueError(posterior.objective.jacobian_refusal)
+    posterior.engine.check_outputs_few()
     scoring = scoring_of(posterior, QUADRATURE, 0)
     n_data = posterior.state.n_data
     groups = torch.zeros(len(posterior.names), dtype=torch.long)

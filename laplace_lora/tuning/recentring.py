@@ -106,8 +106,7 @@ def recentred(
     Raises:
         ValueError: If the data are not those of the fit, or the likelihood is one of tokens.
     """
-    if posterior.objective.jacobian_refusal is not None:
-        raise ValueError(posterior.objective.jacobian_refusal)
+    posterior.engine.check_outputs_few()
     temperature = posterior.temperature  # by which linear models divide the log likelihood
     tempered = None if nll is None else nll / temperature
     if not keeps_jacobians(posterior):
