@@ -113,7 +113,7 @@ def trainable_maps(
     """
     if uncovered not in UNCOVERED:
         raise ValueError(f"uncovered must be one of {UNCOVERED}, got {uncovered!r}")
-    check_adapters(model)
+    check_adapters(model.named_modules())
     check_own_memory(model)
     maps = [*linear_maps(model), *triplet_maps(model), *embedding_maps(model)]
     if uncovered == "diag":

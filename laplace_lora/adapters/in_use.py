@@ -23,27 +23,30 @@ def check_runs(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         RuntimeError: See `check_adapters`; or if a tensor has left the model, or its adapter is not
             active.
     """
-    in_pieces(model)
-    check_adapters(model)
+    modules = list(model.named_modules())
+    in_pieces(module for _, module in modules)
+    check_adapters(modules)
     names = {id(p): name for name, p in model.named_parameters()}
-    _check_used(model, [(names.get(id(p), "of a lost name"), p) for p in parameters], set(names))
+    _check_used(modules, [(names.get(id(p), "of a lost name"), p) for p in parameters], set(names))
 
 
-def check_in_use(model: nn.Module, tensors: Sequence[tuple[str, nn.Parameter]]) -> None:
+def check_in_use(
+    modules: Sequence[tuple[str, nn.Module]], tensors: Sequence[tuple[str, nn.Parameter]]
+) -> None:
     """Refuse tensors that the model no longer uses, or of which it computes no gradient.
 
     Args:
-        model: Any module.
+        modules: All modules of the model, by name.
         tensors: Names and tensors that were trainable in it once.
 
     Raises:
         RuntimeError: If one has left the model, its adapter is not active, it is frozen, or it was
             made in inference mode.
     """
-    present = {id(p): p for p in model.parameters()}
-    _check_used(model, tensors, set(present))
-    if any(p.is_inference() for p in present.values()):
-        made = [name for name, p in model.named_parameters() if p.is_inference()]
+    present = [p for _, module in modules for p in module._parameters.values() if p is not None]
+    _check_used(modules, tensors, set(map(id, present)))
+    if any(p.is_inference() for p in present):
+        made = [name for name, p in modules[0][1].named_parameters() if p.is_inference()]
         raise RuntimeError(
             f"weights ({_some(made)}) were made in torch.inference_mode and can have no "
             "gradient; load the model outside of it, or go on with `copy.deepcopy(model)`"
@@ -58,7 +61,9 @@ def check_in_use(model: nn.Module, tensors: Sequence[tuple[str, nn.Parameter]]) 
 
 
 def _check_used(
-    model: nn.Module, tensors: Sequence[tuple[str, nn.Parameter]], present: set[int]
+    modules: Sequence[tuple[str, nn.Module]],
+    tensors: Sequence[tuple[str, nn.Parameter]],
+    present: set[int],
 ) -> None:
     gone = [name for name, p in tensors if id(p) not in present]
     if gone:
@@ -67,7 +72,7 @@ def _check_used(
             "adapter was unloaded, merged into the base model, deleted or loaded anew. Make "
             "the posterior on the model as it is now, or load it with `from_pretrained`"
         )
-    inactive = _inactive(model, tensors)
+    inactive = _inactive(modules, tensors)
     if inactive:
         raise RuntimeError(
             f"tensors of the posterior ({_some(inactive)}) belong to an adapter that is not "
@@ -75,13 +80,15 @@ def _check_used(
         )
 
 
-def _inactive(model: nn.Module, tensors: Sequence[tuple[str, nn.Parameter]]) -> list[str]:
+def _inactive(
+    modules: Sequence[tuple[str, nn.Module]], tensors: Sequence[tuple[str, nn.Parameter]]
+) -> list[str]:
     """Return the names of those tensors whose adapter is not active."""
-    holders = (m for m in model.modules() if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper))
+    holders = (m for _, m in modules if isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper)))
     active = {adapter for holder in holders for adapter in holder.active_adapters}
     # Asked for every batch: most names tell it, and looking the rest up takes longer.
     unclear = [(name, p) for name, p in tensors if active and not active & set(name.split("."))]
-    is_active = adapter_parameters(model) if unclear else {}
+    is_active = adapter_parameters(modules[0][1]) if unclear else {}
     return [name for name, p in unclear if is_active.get(id(p)) is False]
 
 

@@ -146,13 +146,16 @@ def replaced_parameters(model: nn.Module) -> set[int]:
     return {key for key, value in unused.items() if value}
 
 
-def check_adapters(model: nn.Module) -> None:
+def check_adapters(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Refuse adapter states in which the adapter's own weights do not run.
+
+    Args:
+        modules: The modules of a model, by name.
 
     Raises:
         RuntimeError: If an adapter is merged or disabled, or several are active.
     """
-    for name, layer in model.named_modules():
+    for name, layer in modules:
         if not isinstance(layer, BaseTunerLayer):
             continue
         if layer.merged:

@@ -60,7 +60,7 @@ def prune_adapter(
             `IVON` are drawn.
     """
     peft_model = unwrapped(peft_model)
-    check_adapters(peft_model)
+    check_adapters(peft_model.named_modules())
     check_mean(posterior)
     score = PosteriorScore(posterior, criterion)
     ivon = ivon_of(posterior)
@@ -152,7 +152,7 @@ def adalora_to_lora(peft_model: PeftModel) -> PeftModel:
         RuntimeError: If the adapter is merged or disabled.
     """
     peft_model = unwrapped(peft_model)
-    check_adapters(peft_model)
+    check_adapters(peft_model.named_modules())
     if not adalora_layers(peft_model):
         raise TypeError("the model has no AdaLoRA adapter")
     if len(peft_model.peft_config) > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -53,11 +53,20 @@ class OutputGradient:
         """Return the gradient of a layer's output, ``None`` if it carries none."""
         return cls(output) if isinstance(output, Tensor) and output.requires_grad else None
 
+    @staticmethod
     @contextmanager
-    def watched(self, receive: Receiver) -> Iterator[None]:
-        """Call a function with the gradient whenever a backward pass has computed it."""
-        self._receivers.append(receive)
+    def watched(receivers: Iterable[tuple[OutputGradient, Receiver]]) -> Iterator[None]:
+        """Call functions with their gradients whenever a backward pass has computed these.
+
+        Args:
+            receivers: Gradients and functions.
+        """
+        # One context for all: a model may have a thousand, and a batch is done in a second.
+        pairs = list(receivers)
+        for gradient, receive in pairs:
+            gradient._receivers.append(receive)
         try:
             yield
         finally:
-            self._receivers.remove(receive)
+            for gradient, receive in pairs:
+                gradient._receivers.remove(receive)

@@ -13,6 +13,7 @@ from laplace_lora.models.thread_hooks import Handle, on_input, on_output
 
 # What transformers' decoders, their layers and their attentions call an encoder's output.
 STATES = ("encoder_hidden_states", "key_value_states")
+GETTERS = ("get_encoder", "get_decoder")
 
 
 class Places:
@@ -110,11 +111,13 @@ def stacks(model: object) -> tuple[nn.Module, nn.Module, nn.Module] | None:
     """
     found: list[tuple[nn.Module, nn.Module, nn.Module]] = []
     for module in model.modules() if isinstance(model, nn.Module) else ():
-        config: Any = getattr(module, "config", None)
-        asked: list[Any] = [getattr(module, f"get_{kind}", None) for kind in ("encoder", "decoder")]
-        if not getattr(config, "is_encoder_decoder", False) or not all(map(callable, asked)):
+        # Asked of the class first, as for most modules it takes longest to say what they lack.
+        if not all(hasattr(type(module), name) for name in GETTERS):
             continue
-        encoder, decoder = (ask() for ask in asked)
+        config: Any = getattr(module, "config", None)
+        if not getattr(config, "is_encoder_decoder", False):
+            continue
+        encoder, decoder = (getattr(module, name)() for name in GETTERS)
         if not isinstance(encoder, nn.Module) or not isinstance(decoder, nn.Module):
             continue
         # A model without the one or the other returns itself.

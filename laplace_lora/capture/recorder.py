@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,7 @@ from laplace_lora.data.examples import Examples
 from laplace_lora.data.masks import Place
 from laplace_lora.data.pairs import passes
 from laplace_lora.models.modes import evaluation_mode
-from laplace_lora.models.thread_hooks import on_input, on_output
+from laplace_lora.models.thread_hooks import Handle, on_input, on_output
 
 
 class MisfitError(RuntimeError):
@@ -109,14 +109,18 @@ def _listening(
 
         return note
 
-    with ExitStack() as stack:
-        stack.callback(places.remove)
+    handles: list[Handle] = []
+    try:
         for linear, seen in zip(maps, calls, strict=True):
             # Before the user's own hooks, which may replace the output.
-            stack.callback(on_output(linear.module, note_call(seen), first=True).remove)
+            handles.append(on_output(linear.module, note_call(seen), first=True))
         for layer in {linear.layer for linear in maps if linear.layer is not None}:
-            stack.callback(on_input(layer, note_source(layer)).remove)
+            handles.append(on_input(layer, note_source(layer)))
         yield calls, sources
+    finally:
+        for handle in handles:
+            handle.remove()
+        places.remove()
 
 
 def _source(args: tuple[Any, ...]) -> GradientEdge | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from laplace_lora.adapters.maps import Call, LinearMap
+from laplace_lora.capture.output_gradients import OutputGradient
 from laplace_lora.capture.padding import Padding
 from laplace_lora.data.batches import Batch
 from laplace_lora.data.examples import Examples
@@ -190,21 +190,20 @@ class Tape:
             else:
                 visit(column, i, _joined([self._rows.folded(g) for g in grads]))
 
-        def hook(i: int, call: int) -> Callable[[Tensor], None]:
-            def receive(grad: Tensor) -> None:
-                by_call = pending.setdefault(i, {})
-                calls, place = len(self._outputs[i]), self._places[i][call]
-                grad = self._padding.cleaned(call, calls, grad, place)
-                by_call[call] = self.maps[i].map_grad(self._inputs[i][call], grad)
-                if len(by_call) == len(self._outputs[i]):
-                    finish(i)
+        def receive(i: int, call: int, grad: Tensor) -> None:
+            by_call = pending.setdefault(i, {})
+            calls, place = len(self._outputs[i]), self._places[i][call]
+            grad = self._padding.cleaned(call, calls, grad, place)
+            by_call[call] = self.maps[i].map_grad(self._inputs[i][call], grad)
+            if len(by_call) == len(self._outputs[i]):
+                finish(i)
 
-            return receive
-
-        with ExitStack() as stack:
-            for i, gradients in enumerate(self._gradients):
-                for call, gradient in enumerate(gradients):
-                    stack.enter_context(gradient.watched(hook(i, call)))
+        receivers = (
+            (gradient, partial(receive, i, call))
+            for i, gradients in enumerate(self._gradients)
+            for call, gradient in enumerate(gradients)
+        )
+        with OutputGradient.watched(receivers):
             for column in range(len(columns)):
                 found = torch.autograd.grad(
                     self._output,

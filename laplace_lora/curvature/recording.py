@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -62,7 +61,7 @@ class Recording:
         self.by_token = by_token
         self.is_verified = False
         self._masks_are_verified = False  # by a batch with padding, which may not be the first
-        in_pieces(model)
+        in_pieces(model.modules())
         self._covered = trainable_maps(trained, uncovered)
 
     @property
@@ -101,14 +100,18 @@ class Recording:
         Raises:
             MisfitError: If a layer's calls fit no Kronecker factors, and ``uncovered="error"``.
         """
-        in_pieces(self.model)
-        check_adapters(self.model)
-        check_in_use(self.model, [(block.name, block.parameter) for block in self.blocks])
+        named = list(self.model.named_modules())  # once: large models have thousands
+        modules = [module for _, module in named]
+        in_pieces(modules)
+        check_adapters(named)
+        check_in_use(named, [(block.name, block.parameter) for block in self.blocks])
         run = self.model if function is None else function
-        changes = (differentiable(self.model), eager(self.model), experts_as_layers(self.model))
-        with ExitStack() as stack:
-            for change in (*changes, as_called()):
-                stack.enter_context(change)
+        with (
+            differentiable(modules),
+            eager(modules),
+            experts_as_layers(modules),
+            as_called(),
+        ):
             while True:
                 maps, blocks = self._covered
                 try:

@@ -6,7 +6,7 @@ processes together; a forward or backward pass of a sharded model is a collectiv
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -83,12 +83,15 @@ def _divides(placement: Placement) -> bool:
     return not placement.is_replicate()
 
 
-def in_pieces(model: nn.Module) -> None:
+def in_pieces(modules: Iterable[nn.Module]) -> None:
     """Let a sharded model's parameters be those that stay, not those gathered for one pass.
 
     Some passes leave the latter in their place.
+
+    Args:
+        modules: All modules of the model.
     """
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, FSDPModule):
             module.reshard()
 
@@ -101,13 +104,13 @@ def gathered_anew(model: nn.Module) -> Iterator[None]:
     """
     hook = None
     if is_sharded_model(model):
-        hook = model.register_forward_pre_hook(lambda *_: in_pieces(model))
+        hook = model.register_forward_pre_hook(lambda *_: in_pieces(model.modules()))
     try:
         yield
     finally:
         if hook is not None:
             hook.remove()
-            in_pieces(model)
+            in_pieces(model.modules())
 
 
 def unwrapped(model: M) -> M:

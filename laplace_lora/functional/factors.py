@@ -93,7 +93,7 @@ def calculate_kronecker_factors(
         FloatingPointError: If a factor is not finite; names batch and layer.
     """
     model = unwrapped(model)
-    check_adapters(model)
+    check_adapters(model.named_modules())
     selected = selected_maps(model, target_module_keywords, exclude_bias, match)
     with_bias = {linear.name: has_bias for linear, has_bias in selected}
     maps = [linear for linear, _ in selected]

@@ -10,7 +10,7 @@ from the tokens routed to it; the factor of the other side is shared by the expe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -29,25 +29,31 @@ NEEDED = ("_apply_gate", "has_bias", "has_gate", "is_transposed", "num_experts")
 
 
 @contextmanager
-def experts_as_layers(model: nn.Module) -> Iterator[None]:
+def experts_as_layers(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Run adapted experts so that their adapters run as layers, temporarily.
 
     Experts of other classes than those that transformers can run in several ways are left alone.
+
+    Args:
+        modules: All modules of the model.
     """
-    found = adapted_experts(model)
+    found = adapted_experts(modules)
     for experts, by_name in found.items():
         vars(experts)[WRAPPERS] = by_name
     with _AS_LAYERS.hold(list(found), lambda experts: True):
         yield
 
 
-def adapted_experts(model: nn.Module) -> dict[nn.Module, dict[str, Any]]:
+def adapted_experts(modules: Iterable[nn.Module]) -> dict[nn.Module, dict[str, Any]]:
     """Return the experts that an adapter changes, with PEFT's layer around each of their weights.
 
     Those whose projections cannot be told apart from outside are left out.
+
+    Args:
+        modules: All modules of the model.
     """
     found: dict[nn.Module, dict[str, Any]] = {}
-    for layer in model.modules():
+    for layer in modules:
         if isinstance(layer, LoraLayer) and hasattr(layer, "parameter_name"):
             experts: Any = layer.get_base_layer()
             wrapped: Any = layer

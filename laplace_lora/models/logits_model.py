@@ -224,7 +224,7 @@ class LogitsModel(nn.Module):
         self._positions.apply(
             inputs,
             lambda x: self._logits(self._wrapped(x)),
-            coarsest_dtype(self.model),
+            lambda: coarsest_dtype(self.model),
             not self.model.training,
         )
 

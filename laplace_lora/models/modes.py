@@ -138,10 +138,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     Gradients flow all the same, see `differentiable`. While one thread holds the mode, other
     threads' forward passes run in it, too.
     """
-    modules = [module for module in model.modules() if not _is_four_bit(module)]
+    modules = list(model.modules())
     with (
-        _EVALUATING.hold(modules, lambda module: module.training),
-        differentiable(model),
+        _EVALUATING.hold(
+            [module for module in modules if not _is_four_bit(module)],
+            lambda module: module.training,
+        ),
+        differentiable(modules),
         _norms_anew(modules),
     ):
         yield
@@ -161,14 +164,17 @@ def _norms_anew(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def differentiable(model: nn.Module) -> Iterator[None]:
+def differentiable(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Let gradients flow through bitsandbytes' 4-bit layers temporarily, in evaluation mode.
 
     On processors with AVX512-BF16 these layers pack their weights anew when they first run without
     gradient in evaluation mode, and have no gradient from then on. That is all the mode means to
     them, so they are put in training mode; writing their state out brings the first packing back.
+
+    Args:
+        modules: All modules of the model.
     """
-    layers: list[Any] = [m for m in model.modules() if _is_four_bit(m)]
+    layers: list[Any] = [module for module in modules if _is_four_bit(module)]
     for layer in layers:
         if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
             layer.state_dict()
@@ -181,16 +187,19 @@ def _is_four_bit(module: nn.Module) -> bool:
 
 
 @contextmanager
-def eager(model: nn.Module) -> Iterator[None]:
+def eager(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Run compiled modules as they were written, temporarily.
 
     Compiled code does not look for hooks that were registered after it was made.
+
+    Args:
+        modules: All modules of the model.
     """
 
     def is_compiled(module: nn.Module) -> bool:
         return _is_wrapper(module) or getattr(module, "_compiled_call_impl", None) is not None
 
-    with _EAGER.hold(list(model.modules()), is_compiled):
+    with _EAGER.hold(modules, is_compiled):
         yield
 
 

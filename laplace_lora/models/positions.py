@@ -63,7 +63,7 @@ class PositionRule:
         self,
         inputs: dict[str, Any],
         run: Callable[[dict[str, Any]], Tensor],
-        dtype: torch.dtype,
+        dtype: Callable[[], torch.dtype],
         settles: bool,
     ) -> None:
         """Add ``position_ids`` to a model's inputs if it needs them.
@@ -71,7 +71,7 @@ class PositionRule:
         Args:
             inputs: The model's inputs, changed in place.
             run: From inputs to logits, ``(batch, tokens, vocabulary)``.
-            dtype: The coarsest in which the model computes.
+            dtype: Tells the coarsest in which the model computes; asked for only if it is tried.
             settles: Whether the model may be tried: it is in evaluation mode.
 
         Raises:
@@ -93,7 +93,7 @@ class PositionRule:
         inputs: Mapping[str, Any],
         mask: Tensor,
         run: Callable[[dict[str, Any]], Tensor],
-        dtype: torch.dtype,
+        dtype: Callable[[], torch.dtype],
     ) -> bool | None:
         """Return whether a model must be told positions, ``None`` if that cannot be tried now."""
         if not splits_by_example(inputs, len(mask)):
@@ -122,7 +122,7 @@ class PositionRule:
         except RuntimeError:  # inside a transform of torch.func, which has no numbers to compare
             return None
         tells = errors[-1] <= max(errors[0], NEGLIGIBLE * float(truth.abs().max()))
-        if not near(found[-1 if tells else 0], truth, dtype):
+        if not near(found[-1 if tells else 0], truth, dtype()):
             share = min(errors) / float(truth.abs().max())
             raise ValueError(
                 f"padding before a text changes the model's logits (by {share:.0e} of the largest):"

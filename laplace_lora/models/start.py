@@ -31,7 +31,7 @@ def before_adapter(
     Raises:
         ValueError: If the adapter's start is not known, see `zero_at_start`.
     """
-    in_pieces(model)
+    in_pieces(model.modules())
     starts = values_at_start(model)
     changed = [parameter for parameter, _ in starts]
     own = dict.fromkeys([*(p for p in model.parameters() if p.requires_grad), *changed])

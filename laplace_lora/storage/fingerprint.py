@@ -96,7 +96,7 @@ def _base_key(saved: Mapping[str, Any]) -> str:
 
 def _others(posterior: Posterior, plain: bool) -> list[tuple[str, Tensor, bool | None]]:
     """Return tensors that a posterior does not cover, and whether they are of an adapter."""
-    in_pieces(posterior.source)
+    in_pieces(posterior.source.modules())
     name_of = _naming(posterior, plain)
     covered = {id(p) for p in posterior.engine.parameters}
     adapters = adapter_parameters(posterior.source)

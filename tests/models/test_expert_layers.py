@@ -54,7 +54,7 @@ def model_of(name="mixtral", parameters=("gate_up_proj", "down_proj"), implement
 
 
 def experts_of(model):
-    return list(adapted_experts(model))
+    return list(adapted_experts(model.modules()))
 
 
 @pytest.mark.parametrize("parameters", [("gate_up_proj", "down_proj"), ("down_proj",)])
@@ -103,7 +103,7 @@ def looped_factors(model, batch):
         p = f.softmax(-1).detach()
         values, vectors = torch.linalg.eigh(p.diag() - torch.outer(p, p))
         for layer, ((_, wrappers), record) in enumerate(
-            zip(adapted_experts(model).items(), records, strict=True)
+            zip(adapted_experts(model.modules()).items(), records, strict=True)
         ):
             for name, wrapped in wrappers.items():
                 seen = [(e, x.detach(), z) for part, e, x, z in record if part == name]
@@ -137,7 +137,7 @@ def test_factors_are_sums_over_the_tokens_that_are_routed_to_an_expert():
     expected = looped_factors(model, batch)
     names = {
         id(w): (i, key)
-        for i, by in enumerate(adapted_experts(model).values())
+        for i, by in enumerate(adapted_experts(model.modules()).values())
         for key, w in by.items()
     }
     seen = 0
