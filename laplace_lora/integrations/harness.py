@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from laplace_lora.generation import generate, score
 from laplace_lora.generation.scoring import SAMPLES
 from laplace_lora.likelihoods.language_modeling import IGNORED
+from laplace_lora.models.forward_mode import NoForwardDerivativeError
 from laplace_lora.posteriors.base import LoraLaplace
 
 # How tasks call the longest continuation, as the harness orders them, and what it is by default.
@@ -129,7 +131,9 @@ class LaplaceLM(TemplateLM):
             batch["input_ids"][n, : len(ids)] = torch.tensor(ids)
             batch["attention_mask"][n, : len(ids)] = 1
             batch["labels"][n, len(ids) - kept : len(ids)] = torch.tensor(ids[-kept:])
-        scored = score(self.posterior, batch, n_samples=self.n_samples, generator=self._generator())
+        options = {"n_samples": self.n_samples, "generator": self._generator()}
+        with _samples_only():
+            scored = score(self.posterior, batch, **options)
         samples = scored.log_probabilities
         assert samples is not None
         whole = samples.double().logsumexp(0) - math.log(len(samples))
@@ -177,15 +181,16 @@ class LaplaceLM(TemplateLM):
             prompt = self.tok_encode(context) or [self.prefix_token_id]
             ids = torch.tensor([prompt[-(self.max_length - new) :]])
             until = [stop for stop in until if stop]
-            found = generate(
-                self.posterior,
-                {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
-                max_new_tokens=new,
-                n_samples=self.n_samples,
-                generator=self._generator(),
-                eos_token_id=self.eot_token_id,
-                logits_processor=self._ending(ids.shape[1], until) if until else None,
-            )
+            with _samples_only():
+                found = generate(
+                    self.posterior,
+                    {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+                    max_new_tokens=new,
+                    n_samples=self.n_samples,
+                    generator=self._generator(),
+                    eos_token_id=self.eot_token_id,
+                    logits_processor=self._ending(ids.shape[1], until) if until else None,
+                )
             text = self.tokenizer.decode(found.tokens[0][found.mask[0]], skip_special_tokens=True)
             for stop in until:
                 text = text.split(stop)[0]
@@ -213,6 +218,19 @@ class LaplaceLM(TemplateLM):
     def _generator(self) -> torch.Generator:
         """Return the source of the samples: the same for every request."""
         return torch.Generator(self._device).manual_seed(self.seed)
+
+
+@contextmanager
+def _samples_only() -> Iterator[None]:
+    """Refuse a model without samples by what to do, which is not an option of `LaplaceLM`."""
+    try:
+        yield
+    except NoForwardDerivativeError as error:
+        reason = str(error).replace("use method='exact'", "`score` has method='exact' without them")
+        raise NoForwardDerivativeError(
+            "LaplaceLM needs samples of the linearised model, as a continuation's tokens are "
+            f"correlated: {reason}"
+        ) from error
 
 
 def _length_of(config: Any) -> int:

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace_lora.adapters.grouped_attention import differentiable_attention
 from laplace_lora.adapters.in_use import check_runs
+from laplace_lora.models.activations import uncover_formulas
 from laplace_lora.models.frozen_maps import differentiate_inputs_only
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.models.rotary import angles_of, own_angles
@@ -181,6 +182,7 @@ def forward_mode(
             module.register_forward_pre_hook(_bound_mask, with_kwargs=True)
     _drop_input_gradients(twin)
     differentiate_inputs_only(twin, set(numbers))
+    uncover_formulas(twin)
     with evaluation_mode(twin):
         yield ForwardMode(twin, [names[index] for index in range(len(own))], parts)
 

@@ -61,6 +61,24 @@ def test_a_model_that_calls_torchs_attention_by_itself_is_sampled(alibi):
         torch.testing.assert_close(slopes[:, n][:, mask].sum((1, 2)), expected)
 
 
+def test_blooms_activation_is_sampled():
+    """It is an `autograd.Function`, which has a derivative backwards only."""
+    own = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "hidden_size": 16}
+    own |= {"n_layer": 2, "n_head": 2}
+    model = architecture("causal", "bloom", own, target=["query_key_value", "dense_h_to_4h"])
+    la = fitted(model=model)
+    batch = text_batch()
+    logits, slopes = read_all(la, batch)
+    directions = SampleSet(la.fitted, 4, seeded()).directions
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for n, mask in enumerate(batch["attention_mask"].bool()):
+        own = model(input_ids=batch["input_ids"][n][mask][None]).logits[0]
+        gradient = torch.autograd.grad(own.sum(), parameters)
+        expected = directions @ torch.cat([g.flatten() for g in gradient])
+        torch.testing.assert_close(logits[n][mask], own.detach())
+        torch.testing.assert_close(slopes[:, n][:, mask].sum((1, 2)), expected)
+
+
 def test_threads_score_and_run_the_model_at_once():
     la = fitted()
     model, batch = la.logits_model.model.eval(), text_batch()

@@ -9,12 +9,15 @@ import torch
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
 from lm_eval.api.instance import Instance
+from peft import LoHaConfig, get_peft_model
 from transformers import MambaConfig
 
+from laplace_lora import DiagLoraLaplace
 from laplace_lora.generation import generate, score
 from laplace_lora.integrations.harness import LaplaceLM
 from support.generation import seeded
-from support.language import language_posterior
+from support.language import language_posterior, text_loader
+from support.models import base_model, excite
 from support.texts import word_tokenizer
 
 PAIRS = [("a b c", " d e"), ("f", " a b c d"), ("h h a", " b")]
@@ -56,6 +59,21 @@ def test_a_model_that_names_no_length_needs_one(model, monkeypatch):
     with pytest.raises(ValueError, match="give LaplaceLM `max_length`"):
         LaplaceLM(model.posterior, model.tokenizer)
     assert LaplaceLM(model.posterior, model.tokenizer, max_length=5).max_length == 5
+
+
+def test_a_model_without_samples_is_refused_by_what_to_do(model):
+    loha = LoHaConfig(r=2, target_modules=["q_proj"])
+    own = excite(get_peft_model(base_model("llama-lm"), loha))
+    la = DiagLoraLaplace(own, "language_modeling", uncovered="diag")
+    la.fit(text_loader())
+    without = LaplaceLM(la, model.tokenizer)
+    asked = (
+        lambda: without.loglikelihood(instances("loglikelihood", PAIRS)),
+        lambda: without.generate_until(instances("generate_until", [("a", {"max_gen_toks": 2})])),
+    )
+    for ask in asked:
+        with pytest.raises(ValueError, match=r"^LaplaceLM needs samples.*`score` has method="):
+            ask()
 
 
 def test_whole_texts_follow_the_end_of_text_token(model):
