@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import (
+    BatchSampler,
     DistributedSampler,
     RandomSampler,
+    SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
@@ -18,6 +20,7 @@ from torch.utils.data import (
 from laplace_lora.acquisition.bait import bait
 from laplace_lora.acquisition.batch_bald import batch_bald
 from laplace_lora.acquisition.joint_samples import joint_samples
+from laplace_lora.data.streams import is_stream
 from laplace_lora.display.tables import plain
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.predictive.data_sets import predict
@@ -28,6 +31,8 @@ from laplace_lora.structures.state import Posterior
 SINGLE = {"entropy": "entropy", "bald": "mutual_information"}
 METHODS = (*SINGLE, "batchbald", "bait")
 SAMPLES = 128
+IN_ORDER = (SequentialSampler, BatchSampler)  # the latter by the sampler inside
+LOOKS = 3  # a few random places come in order by chance
 SHUFFLED = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
@@ -99,12 +104,16 @@ def acquire(
 
 
 def _check_order(pool: Any) -> None:
-    """Refuse a loader that shuffles: places in its order name no examples."""
-    if any(_shuffles(sampler) for sampler in _samplers(pool)):
-        raise ValueError(
-            "the pool's loader draws its examples in random order, so their places would name "
-            "others; make it, or its DistributedSampler, with shuffle=False"
-        )
+    """Refuse a loader that reorders its data: places in its order name no examples."""
+    if is_stream(pool):
+        return  # its sampler tells nothing, and has no end
+    for sampler in _samplers(pool):
+        if _reorders(sampler):
+            raise ValueError(
+                f"the pool's loader draws its examples in random order, or in one of its own "
+                f"({type(sampler).__name__}), so their places would name others; make it, or its "
+                "DistributedSampler, with shuffle=False, and without a sampler that sorts"
+            )
 
 
 def _samplers(pool: Any) -> Iterator[Any]:
@@ -117,9 +126,24 @@ def _samplers(pool: Any) -> Iterator[Any]:
         batches = getattr(batches, "batch_sampler", None)
 
 
-def _shuffles(sampler: Any) -> bool:
-    by_rank = isinstance(sampler, DistributedSampler)
-    return sampler.shuffle if by_rank else isinstance(sampler, SHUFFLED)
+def _reorders(sampler: Any) -> bool:
+    if sampler is None or type(sampler) in IN_ORDER or hasattr(sampler, "batch_sampler"):
+        return False
+    if isinstance(sampler, DistributedSampler):
+        return getattr(sampler, "shuffle", True)  # by length, it has no such attribute
+    return isinstance(sampler, SHUFFLED) or not _is_seen_in_order(sampler)
+
+
+def _is_seen_in_order(sampler: Any) -> bool:
+    """Return whether a sampler of unknown kind gives its places in rising order, repeatedly."""
+    with torch.random.fork_rng(devices=[]):
+        if iter(sampler) is sampler:
+            return True  # can be iterated over once only
+        for _ in range(LOOKS):
+            drawn = [p for item in sampler for p in (item if isinstance(item, list) else [item])]
+            if drawn != sorted(drawn):
+                return False
+    return True
 
 
 def _check_size(n: int, examples: int) -> None:

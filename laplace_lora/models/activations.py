@@ -1,4 +1,4 @@
-"""Activations that hide their formula in an `autograd.Function`, which has no forward derivative."""
+"""Activations that hide their formula in an `autograd.Function`, so have no forward derivative."""
 
 from __future__ import annotations
 

@@ -14,6 +14,11 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from transformers.trainer_pt_utils import (
+    DistributedLengthGroupedSampler,
+    LengthGroupedSampler,
+)
+
 from laplace_lora import KronLoraLaplace, LoraGGN
 from laplace_lora.acquisition import batch_bald as batch_bald_file
 from laplace_lora.acquisition.acquire import METHODS
@@ -190,6 +195,29 @@ def test_a_loader_that_shuffles_is_refused(method):
     for in_order in (SequentialSampler(data), DistributedSampler(data, 1, 0, shuffle=False)):
         pool = DataLoader(data, batch_sampler=BatchSampler(in_order, 2, False))
         assert len(la.acquire(pool, 2, method)) == 2
+
+
+def test_a_sampler_that_reorders_in_its_own_way_is_refused():
+    la, data = posterior(name="bert"), loader().dataset
+    lengths = [int(row["attention_mask"].sum()) for row in data]
+    state = torch.get_rng_state()
+    for sampler in (
+        LengthGroupedSampler(2, lengths=lengths),
+        DistributedLengthGroupedSampler(2, lengths=lengths, num_replicas=1, rank=0),
+        sorted(range(7), key=lengths.__getitem__),
+    ):
+        with pytest.raises(ValueError, match=f"{type(sampler).__name__}.*shuffle=False"):
+            la.acquire(DataLoader(data, batch_size=2, sampler=sampler), 2)
+    batches = [[4, 2], [0, 1]]
+    with pytest.raises(ValueError, match="order"):
+        la.acquire(DataLoader(data, batch_sampler=batches), 2)
+    assert torch.equal(state, torch.get_rng_state())
+    chosen = la.acquire(DataLoader([data[n] for n in (1, 3, 6)], batch_size=2), 2)
+    for part in (
+        DataLoader(data, batch_size=2, sampler=[1, 3, 6]),
+        DataLoader(data, batch_sampler=[[1, 3], [6]]),
+    ):
+        assert la.acquire(part, 2).indices.tolist() == chosen.indices.tolist()
 
 
 def test_what_cannot_be_chosen_is_refused():
