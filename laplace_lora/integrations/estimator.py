@@ -42,9 +42,11 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
     def classes_(self) -> NDArray[Any]:
         """The classes' labels in the order of the columns of `predict_proba`, which is sorted.
 
-        scikit-learn's scores take columns to be in that order, whatever an estimator says.
+        scikit-learn's scores take columns to be in that order, whatever an estimator says. Numbers
+        after a fit to classes that scikit-learn had numbered, see `fit`.
         """
-        return np.sort(self._names(self.posterior.fitted.state.n_outputs))
+        names = np.sort(self._names(self.posterior.fitted.state.n_outputs))
+        return np.arange(len(names)) if getattr(self, "are_numbered_", False) else names
 
     def __sklearn_is_fitted__(self) -> bool:
         """Return whether the posterior has been fitted."""
@@ -56,7 +58,8 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
         Args:
             X: Texts, those that the adapter was trained on, or pairs of texts; of a data frame its
                 only column, or its two.
-            y: Their labels.
+            y: Their labels. Or, of all classes, their places in sorted order, as
+                ``cross_val_predict`` and stacked classifiers number them for ``predict_proba``.
 
         Raises:
             ValueError: If a label is none of the classes', there is not one for each text,
@@ -67,11 +70,18 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
         outputs = self.posterior.logits_model.n_outputs
         if outputs is not None:  # only a batch can tell that of a multiple-choice model
             self._names(outputs)
+        self.are_numbered_ = False
         if self.labels is not None:
             places = {label: place for place, label in enumerate(self.labels)}
             unknown = sorted(set(given.tolist()) - set(places))
-            if unknown:
-                raise ValueError(f"labels {unknown} are none of the classes {list(self.labels)}")
+            self.are_numbered_ = bool(unknown) and set(given.tolist()) == set(range(len(places)))
+            if self.are_numbered_:
+                places = {n: places[label] for n, label in enumerate(sorted(places))}
+            elif unknown:
+                raise ValueError(
+                    f"labels {unknown} are none of the classes {list(self.labels)}; if "
+                    "scikit-learn has numbered the classes, every training fold needs all of them"
+                )
             given = np.asarray([places[label] for label in given.tolist()])
         elif given.dtype.kind not in "biuf":
             raise ValueError(

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.base import is_classifier
+from sklearn.base import clone, is_classifier
 from sklearn.calibration import CalibrationDisplay
 from sklearn.exceptions import NotFittedError
 from sklearn.metrics import get_scorer
+from sklearn.model_selection import KFold, cross_val_predict
 from sklearn.utils.validation import check_is_fitted
 
 from laplace_lora import KronLoraLaplace
@@ -82,6 +83,27 @@ def test_scores_of_names_in_any_order_are_those_of_the_labels():
 def test_unknown_labels_are_refused(classifier):
     with pytest.raises(ValueError, match="none of the classes"):
         classifier.fit(TEXTS, ["good", "bad", "ugly", "bad", "bad", "bad"])
+
+
+def test_classes_that_scikit_learn_numbers_are_those_in_sorted_order():
+    names = ["pos", "neutral", "neg"]
+    y = np.array([names[k] for k in (0, 2, 1, 0, 2, 1)])
+    made = LaplaceClassifier(
+        KronLoraLaplace(peft_model("bert"), "classification"), word_tokenizer(), names
+    )
+    folds = KFold(2)
+    found = cross_val_predict(made, TEXTS, y, cv=folds, method="predict_proba")
+    texts = np.array(TEXTS)
+    for fitted_on, held_out in folds.split(TEXTS):
+        fold = clone(made).fit(texts[fitted_on], y[fitted_on])
+        assert np.abs(found[held_out] - fold.predict_proba(texts[held_out])).max() < 1e-6
+    numbered = clone(made).fit(TEXTS, [2, 0, 1, 2, 0, 1])
+    best = clone(made).fit(TEXTS, y).predict(TEXTS)
+    assert numbered.classes_.tolist() == [0, 1, 2]
+    assert np.array(sorted(names))[numbered.predict(TEXTS)].tolist() == best.tolist()
+    assert numbered.fit(TEXTS, y).classes_.tolist() == sorted(names)
+    with pytest.raises(ValueError, match="every training fold needs all"):
+        made.fit(TEXTS, [0, 1, 0, 1, 0, 1])
 
 
 def test_every_text_needs_a_label(classifier):
