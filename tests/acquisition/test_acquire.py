@@ -13,7 +13,6 @@ from torch.utils.data import (
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
-
 from transformers.trainer_pt_utils import (
     DistributedLengthGroupedSampler,
     LengthGroupedSampler,
