@@ -131,9 +131,9 @@ class LaplaceLM(TemplateLM):
             batch["input_ids"][n, : len(ids)] = torch.tensor(ids)
             batch["attention_mask"][n, : len(ids)] = 1
             batch["labels"][n, len(ids) - kept : len(ids)] = torch.tensor(ids[-kept:])
-        options = {"n_samples": self.n_samples, "generator": self._generator()}
+        source = self._generator()
         with _samples_only():
-            scored = score(self.posterior, batch, **options)
+            scored = score(self.posterior, batch, n_samples=self.n_samples, generator=source)
         samples = scored.log_probabilities
         assert samples is not None
         whole = samples.double().logsumexp(0) - math.log(len(samples))
