@@ -81,7 +81,7 @@ class LaplaceCallback(TrainerCallback):
         la: The posterior, ``None`` before training has ended.
 
     Raises:
-        ValueError: If the likelihood is unknown.
+        ValueError: If the likelihood is unknown, or no likelihood stands for the trainer's loss.
     """
 
     def __init__(

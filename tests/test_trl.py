@@ -112,6 +112,18 @@ def test_its_batches_are_pairs_wherever_pairs_are_asked_for(tmp_path):
         la.reward_difference({k: v[:3] for k, v in rows.items()})
 
 
+def test_a_trainer_without_a_likelihood_is_refused_by_name(tmp_path):
+    data = [{"prompt": text(3, n), "chosen": " a b", "rejected": " c"} for n in range(4)]
+    trainer = trl.DPOTrainer(
+        model=peft_model("llama-lm", dtype=torch.float32),
+        args=trl.DPOConfig(**arguments(tmp_path, bf16=False)),
+        train_dataset=datasets.Dataset.from_list(data),
+        processing_class=tokenizer(),
+    )
+    with pytest.raises(ValueError, match=r"DPOTrainer trains by a loss.*fit a posterior"):
+        LaplaceCallback(trainer)
+
+
 def test_margins_are_refused_before_the_first_step(tmp_path):
     trainer = reward_trainer(tmp_path, preferences(margin=0.5))
     trainer.add_callback(LaplaceCallback(trainer))

@@ -16,6 +16,9 @@ def implied_likelihood(trainer: Any, options: Mapping[str, Any]) -> str:
     Args:
         trainer: The trainer.
         options: Arguments of the posterior.
+
+    Raises:
+        ValueError: If it is a loss of another of TRL's trainers of language models, such as DPO's.
     """
     for kind in type(trainer).__mro__:
         if kind.__name__ in TASKS:
@@ -25,6 +28,12 @@ def implied_likelihood(trainer: Any, options: Mapping[str, Any]) -> str:
     config = getattr(base, "config", None)
     heads = type(base).__name__
     if heads.endswith(("ForCausalLM", "LMHeadModel")) and options.get("target_ids") is None:
+        if any(kind.__module__.partition(".")[0] == "trl" for kind in type(trainer).__mro__):
+            raise ValueError(
+                f"{type(trainer).__name__} trains by a loss that no likelihood stands for, on data "
+                "without labels; after training, fit a posterior to labelled texts, "
+                "KronLoraLaplace(trainer.model, 'language_modeling').fit(loader)"
+            )
         return "language_modeling"
     if heads.endswith("ForTokenClassification"):
         return "token_classification"
