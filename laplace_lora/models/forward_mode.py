@@ -210,5 +210,6 @@ def _bound_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _is_missing_rule(error: Exception) -> bool:
-    words = ("forward AD with", "jvp", "vmap", "batching rule")
+    # The last where a forward pass writes to weights, as PEFT's context-aware prompt tuning does.
+    words = ("forward AD with", "jvp", "vmap", "batching rule", "functorch transform")
     return any(word in str(error) for word in words)

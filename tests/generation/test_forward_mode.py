@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import CPTConfig, LoraConfig, get_peft_model
 
 from laplace_lora import DiagLoraLaplace
 from laplace_lora.generation import generate, score
@@ -14,7 +14,7 @@ from support.architectures import TEXT, architecture
 from support.batches import token_batch
 from support.generation import K, seeded
 from support.language import language_posterior, text_batch, text_loader
-from support.models import PAD, VOCABULARY
+from support.models import PAD, VOCABULARY, base_model, excite
 from support.opaque import Opaque
 from support.sampled import fitted, read_all
 
@@ -133,6 +133,20 @@ def test_adapters_on_stacked_weights_are_refused_by_name():
     with pytest.raises(ValueError, match=r"experts adapts stacked weights .* use method='exact'"):
         score(la, text_batch(), K)
     assert score(la, text_batch(), K, method="exact").log_prob.isfinite().all()
+
+
+def test_a_forward_pass_that_writes_to_weights_is_refused_by_what_to_do():
+    """Context-aware prompt tuning projects its weights into a ball whenever it runs."""
+    kinds = {"cpt_token_ids": [3, 4], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 1]}
+    prompts = CPTConfig(task_type="CAUSAL_LM", **kinds)
+    model = excite(get_peft_model(base_model("llama-lm"), prompts))
+    la = DiagLoraLaplace(model, "language_modeling", uncovered="diag")
+    la.fit(text_loader())
+    with pytest.raises(ValueError, match="use method='exact'"):
+        score(la, text_batch(), K)
+    assert score(la, text_batch(), K, method="exact").log_prob.isfinite().all()
+    with pytest.warns(UserWarning, match="tuned by the marginal likelihood"):
+        la.optimize_prior_precision()
 
 
 def test_mixtures_of_experts():
