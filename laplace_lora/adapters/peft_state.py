@@ -24,13 +24,16 @@ logger = logging.getLogger(__name__)
 def activate_adapter(model: nn.Module) -> None:
     """Make the active adapter of a `PeftModel` loaded for inference trainable.
 
-    Does nothing if any tensor is trainable already.
+    Does nothing if any tensor is trainable already, other than prompts that were loaded.
 
     Args:
         model: Any module; only a `PeftModel` is changed.
     """
     freeze_untrainable(model)
-    if not isinstance(model, PeftModel) or any(p.requires_grad for p in model.parameters()):
+    if not isinstance(model, PeftModel):
+        return
+    prompts = _loaded_prompts(model)
+    if any(p.requires_grad and id(p) not in prompts for p in model.parameters()):
         return
     adapters = list(model.active_adapters)
     if len(adapters) != 1:
@@ -43,6 +46,17 @@ def activate_adapter(model: nn.Module) -> None:
     freeze_untrainable(model)
     count = sum(p.requires_grad for p in model.parameters())
     logger.info("made the %d tensors of adapter %r trainable", count, adapters[0])
+
+
+def _loaded_prompts(model: PeftModel) -> set[int]:
+    """Return the ``id`` of each tensor of the active prompts, if they were loaded for inference.
+
+    PEFT leaves these trainable, and freezes the head that was trained with them.
+    """
+    encoders, name = getattr(model, "prompt_encoder", {}), model.active_adapter
+    if name not in encoders or not model.peft_config[name].inference_mode:
+        return set()
+    return {id(p) for p in encoders[name].parameters()}
 
 
 def freeze_untrainable(model: nn.Module) -> None:

@@ -117,9 +117,11 @@ def check_identity(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     if saved["parameters"] != found["parameters"]:
         missing = [n for n in saved["parameters"] if n not in found["parameters"]]
         example = missing[0] if missing else next(iter(saved["parameters"]))
+        advice = "check the active adapter's name and rank"
+        if missing and "prompt_encoder" in example:
+            advice = "PEFT saves prompts without the network that makes them; fit the loaded model"
         raise ValueError(
-            f"the posterior covers other tensors than the model trains (e.g. {example!r}); check "
-            "the active adapter's name and rank"
+            f"the posterior covers other tensors than the model trains (e.g. {example!r}); {advice}"
         )
     reasons = {
         "weights": "the weights are not those that the posterior was fitted at; load the adapter "
