@@ -51,14 +51,6 @@ def check_saves_adapters(model: nn.Module) -> None:
         )
 
 
-def active_config(model: nn.Module) -> dict[str, object]:
-    """Return the configuration of a `PeftModel`'s active adapter, as JSON holds it."""
-    inner = unwrapped(model)
-    assert isinstance(inner, PeftModel)
-    config = inner.peft_config[inner.active_adapter]
-    return {key: str(value) for key, value in config.to_dict().items()}
-
-
 def save_adapter(model: nn.Module, folder: Path) -> None:
     """Write a `PeftModel`'s active adapter, whatever its name, into a folder of its own.
 

@@ -34,12 +34,11 @@ class Together:
         device: Where a process without examples gets the others' rows.
         deals: Whether they see different data.
         crew: All processes, if each is to see what loaders deal out to any of them.
-        in_step: Whether a model runs in all processes together, see `steps`.
 
     Attributes:
         shared: As given.
         deals: As given.
-        in_step: As given.
+        in_step: Whether a model runs in all processes together, see `steps`.
     """
 
     def __init__(
@@ -48,11 +47,10 @@ class Together:
         device: torch.device | str = "cpu",
         deals: bool = False,
         crew: Together | None = None,
-        in_step: bool = False,
     ) -> None:
         self.shared = shared
         self.deals = deals
-        self.in_step = in_step
+        self.in_step = False
         self._device = device
         self._crew = crew
         self._over = not shared

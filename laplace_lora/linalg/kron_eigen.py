@@ -161,21 +161,15 @@ class KronEigen:
 
     def inv_square_form(self, W: Tensor) -> Tensor:
         """Return ``W P⁻¹ Wᵀ`` for ``W`` of shape ``(batch, outputs, parameters)``."""
-        total = W.new_zeros(W.shape[0], W.shape[1], W.shape[1])
-        for i, part in enumerate(W.split(self._sizes(), dim=-1)):
-            total += self.inverse_form(i, part)
-        return total
+        return self.covariance(W.split(self._sizes(), dim=-1))
 
-    def _bmm(self, W: Tensor, exponent: float = -1) -> Tensor:
+    def bmm(self, W: Tensor, exponent: float = -1) -> Tensor:
+        """Return ``P^exponent W`` for ``W`` of shape ``(…, parameters)``."""
         pieces = []
         for i, part in enumerate(W.split(self._sizes(), dim=-1)):
             block = part.unflatten(-1, self._shape(i))
             pieces.append(self.apply(i, block, lambda e: e.pow(exponent)).flatten(-2))
         return torch.cat(pieces, dim=-1)
-
-    def bmm(self, W: Tensor, exponent: float = -1) -> Tensor:
-        """Return ``P^exponent W`` for ``W`` of shape ``(…, parameters)``."""
-        return self._bmm(W, exponent)
 
     def diag(self, exponent: float = 1) -> Tensor:
         """Return the diagonal of ``P^exponent``, shape ``(parameters,)``."""
@@ -190,7 +184,7 @@ class KronEigen:
         """Return the dense ``P^exponent``, shape ``(parameters, parameters)``; for tests."""
         reference = self.blocks[0][0].values
         eye = torch.eye(sum(self._sizes()), dtype=reference.dtype, device=reference.device)
-        return self._bmm(eye, exponent)
+        return self.bmm(eye, exponent)
 
     def to(self: Self, device: torch.device | str) -> Self:
         """Return the decomposition on another device."""

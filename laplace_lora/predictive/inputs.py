@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def listed(data: Any) -> tuple[str, Any]:
         return "batches", data  # a loader, which must be iterated over once only
     whole = data if isinstance(data, Sequence) else None
     items = iter(data)
-    start = list(_first(items))
+    start = list(islice(items, 1))
     kind = _kind(start[0]) if start else "batches"
     if start and not isinstance(start[0], Mapping | Tensor | list | tuple | str):
         raise TypeError(
@@ -202,12 +202,6 @@ def _check_pads(tokenizer: Any) -> None:
             "the tokenizer has no padding token; set `tokenizer.pad_token = tokenizer.eos_token` "
             "and the model's `config.pad_token_id` to its number"
         )
-
-
-def _first(items: Iterator[Any]) -> Iterator[Any]:
-    for item in items:
-        yield item
-        return
 
 
 def _kind(item: Any) -> str:

@@ -218,13 +218,9 @@ def _count(scalars: Mapping[str, Any], name: str) -> int:
 
 def _positive(scalars: Mapping[str, Any], name: str) -> float:
     value: float = scalars[name]
-    if type(value) is not float or not _is_positive(value):
+    if type(value) is not float or not 0 < value < math.inf:
         raise ValueError(f"{name} is {value!r}, not a positive number")
     return value
-
-
-def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value > 0
 
 
 def _check_diagonals(packed: Mapping[str, Tensor]) -> None:
