@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.fitting.further_directions import asked_for, check_count, next_directions
+from laplace_lora.fitting.further_directions import PURPOSE, asked_for, next_directions
 from laplace_lora.fitting.passes import Pass, Sums
 from laplace_lora.structures.state import Posterior, PosteriorState
 from laplace_lora.structures.subspace import Subspace, spanned
+from laplace_lora.tuning.directions import orthonormal
+from laplace_lora.tuning.recentring import check_whole
 
 SHIFTS = (1.0, 30.0, 1000.0)  # prior precisions at which the structure's own inverse is tried
 STEPS = 4
@@ -48,7 +50,7 @@ def _gradient(posterior: Posterior, summed: Callable[[Pass], Sums]) -> Tensor:
         return loss, gradient if total is None else total.add_(gradient)
 
     sums = summed(Pass(add, lambda total: [total], "gradient", "Collecting the gradient"))
-    check_count(posterior, sums)
+    check_whole(sums.n, posterior.state.n_data, PURPOSE)
     gradient: Tensor = sums.state
     return gradient
 
@@ -75,26 +77,19 @@ def subspace_of(posterior: Posterior, summed: Callable[[Pass], Sums]) -> Subspac
     starts = torch.stack([gradient, displacement.to(gradient)])
     rows = [starts, structure.product(curvature, starts)]
     rows += [structure.solve(curvature, starts[:1], delta) for delta in SHIFTS]
-    directions = _orthonormal(torch.cat(rows))
+    directions = orthonormal(torch.cat(rows))
     subspace = _measured(posterior, directions, summed, "evidence")
     delta = asked_for(posterior, subspace)
     for step in range(1, STEPS + 1):
         new = next_directions(posterior, directions, subspace, delta, summed, step)
         if new is None:
             break
-        directions = _orthonormal(torch.cat([directions, new]))
+        directions = orthonormal(torch.cat([directions, new]))
         subspace = _measured(posterior, directions, summed, f"evidence-{step}")
         before, delta = delta, asked_for(posterior, subspace)
         if abs(math.log(delta / before)) <= STABLE:
             break
     return subspace
-
-
-def _orthonormal(directions: Tensor) -> Tensor:
-    """Return directions of the same span, so that no small difference is ever taken."""
-    directions = directions / directions.norm(dim=1, keepdim=True).clamp(min=1e-30)
-    rows: Tensor = torch.linalg.qr(directions.double().T).Q.T
-    return rows.to(directions)
 
 
 def _measured(
@@ -116,7 +111,7 @@ def _measured(
 
     data_pass = Pass(add, lambda total: [total], name, "Measuring curvature", [directions])
     sums = summed(data_pass)
-    check_count(posterior, sums)
+    check_whole(sums.n, posterior.state.n_data, PURPOSE)
     displacement = posterior.mean - posterior.settings.prior_mean
     products = spanned(directions, sums.state, gradient, displacement, engine.sizes)
     return Subspace(*products, posterior.settings.prior_mean)

@@ -18,9 +18,11 @@ from laplace_lora.fitting.passes import Pass, Sums
 from laplace_lora.structures.state import Posterior
 from laplace_lora.structures.subspace import Subspace
 from laplace_lora.tuning.corrected_evidence import HIGHEST, corrected_precision
+from laplace_lora.tuning.directions import preconditioned
 from laplace_lora.tuning.marginal_likelihood import first_precision
+from laplace_lora.tuning.recentring import check_whole
 
-WIDER = (1.0, 30.0, 1000.0)  # factors of the prior precision in the preconditioner
+PURPOSE = "the evidence's gradient term"
 SOLVED = 1e-6  # remainder relative to the whole, below which the term is exact
 
 
@@ -68,8 +70,7 @@ def next_directions(
     Raises:
         ValueError: If the data are not those of the fit.
     """
-    engine, structure = posterior.engine, posterior.structure
-    exact = posterior.needs_own_root
+    engine, exact = posterior.engine, posterior.needs_own_root
     scale, gradient = float(posterior.scale.detach()), posterior.state.loss_gradient
     assert gradient is not None
     prior = torch.full((1,), delta, dtype=torch.float64)
@@ -89,25 +90,10 @@ def next_directions(
 
     name = f"evidence-product-{step}"
     sums = summed(Pass(add, lambda total: [total], name, "Measuring curvature", [solution]))
-    check_count(posterior, sums)
+    check_whole(sums.n, posterior.state.n_data, PURPOSE)
     displacement = (posterior.mean - posterior.settings.prior_mean).to(gradient)
     b = -scale * gradient - delta * displacement
     remainder = b - scale * sums.state - delta * solution
     if float(remainder.norm()) <= SOLVED * float(b.norm()):
         return None
-    rows, curvature = remainder.unsqueeze(0), posterior.state.curvature
-    solved = [structure.solve(curvature, rows, factor * delta / scale) for factor in WIDER]
-    return torch.cat([*solved, rows])
-
-
-def check_count(posterior: Posterior, sums: Sums) -> None:
-    """Refuse data that cannot be those of the fit.
-
-    Raises:
-        ValueError: If they are more or fewer.
-    """
-    if sums.n != posterior.state.n_data:
-        raise ValueError(
-            f"the loader gives {sums.n} examples, the fit saw {posterior.state.n_data}; the "
-            "evidence's gradient term needs the training data of the fit"
-        )
+    return preconditioned(posterior, remainder, delta)

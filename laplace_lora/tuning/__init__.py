@@ -1,4 +1,4 @@
-"""Choosing prior, noise, width and temperature, by marginal likelihood or on validation data.
+"""Choosing prior, noise, width, temperature and mean: by evidence, training labels or other data.
 
-No passes over training data; results are new settings, installed by the posterior.
+Results are new settings, installed by the posterior.
 """

@@ -135,20 +135,15 @@ def optimal_joint_precision(
         Float64 precisions, ``(groups,)``, and the noise.
     """
     norms = squares.double().cpu()
-    eye = torch.eye(len(grams[0]), dtype=grams[0].dtype, device=grams[0].device)
     low, high = math.log(BOUNDS[0]), math.log(BOUNDS[1])
 
     def descent(point: Any) -> tuple[float, Any]:
         deltas = torch.tensor(point[:-1], dtype=torch.float64).exp()
         c = scale * math.exp(-2 * point[-1])
-        curvature = torch.zeros_like(eye)
+        curvature = torch.zeros_like(grams[0])
         for gram, delta in zip(grams, deltas.tolist(), strict=True):
             curvature.add_(gram, alpha=c / delta)
-        core, failed = torch.linalg.cholesky_ex(eye + curvature)
-        shift = torch.finfo(torch.float32).eps * curvature.diagonal().sum()
-        while failed:  # rounding errors of the Gram matrices, magnified by a tiny precision
-            core, failed = torch.linalg.cholesky_ex((1 + shift) * eye + curvature)
-            shift = 10 * shift
+        core = cholesky_beside_one(curvature)
         inverse = torch.cholesky_inverse(core)
         shares = [c * (inverse * gram).sum().item() for gram in grams]
         gamma = torch.tensor(shares, dtype=torch.float64) / deltas
@@ -173,3 +168,17 @@ def optimal_joint_precision(
         options={"ftol": 1e-13, "gtol": 1e-7, "maxiter": 500},
     ).x
     return torch.tensor(optimum[:-1], dtype=torch.float64).exp(), math.exp(optimum[-1])
+
+
+def cholesky_beside_one(curvature: Tensor) -> Tensor:
+    """Return the Cholesky factor of ``I + curvature``.
+
+    Tiny precisions magnify the rounding errors of Gram matrices, which may then be indefinite.
+    """
+    eye = torch.eye(len(curvature), dtype=curvature.dtype, device=curvature.device)
+    core, failed = torch.linalg.cholesky_ex(eye + curvature)
+    shift = torch.finfo(torch.float32).eps * curvature.detach().diagonal().sum()
+    while failed:
+        core, failed = torch.linalg.cholesky_ex((1 + shift) * eye + curvature)
+        shift = 10 * shift
+    return core

@@ -16,7 +16,7 @@ from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.structures.base import GradientTerm, Spectrum
 from laplace_lora.structures.row_term import RowTerm
 from laplace_lora.structures.state import Posterior
-from laplace_lora.tuning.evidence import effective_parameters
+from laplace_lora.tuning.evidence import cholesky_beside_one, effective_parameters
 
 
 class EvidenceCurve(Protocol):
@@ -130,7 +130,7 @@ class CoupledEvidence:
         scale = self._likelihood.scale(log_noise)
         c, deltas = scale.to(self._grams), logs.exp().to(self._grams)
         curvature = c * torch.einsum("g,gnm->nm", 1 / deltas, self._grams)
-        core = _factored(curvature)
+        core = cholesky_beside_one(curvature)
         relative = -core.diagonal().log().sum()
         if isinstance(self._gain, RowTerm):
             gap, square = self._gain.misfit
@@ -146,7 +146,7 @@ class CoupledEvidence:
     def effective(self, logs: Tensor, log_noise: Tensor) -> Tensor:
         """Return how many directions of each group the data determine, see `EvidenceCurve`."""
         weights = self._likelihood.scale(log_noise).to(self._grams) / logs.exp().to(self._grams)
-        core = _factored(torch.einsum("g,gnm->nm", weights, self._grams))
+        core = cholesky_beside_one(torch.einsum("g,gnm->nm", weights, self._grams))
         return weights * torch.einsum("nm,gnm->g", torch.cholesky_inverse(core), self._grams)
 
 
@@ -178,17 +178,3 @@ def relative_evidence(
     if gain is None:
         return value
     return value + gain.term(precisions if len(precisions) == 1 else deltas, scale)
-
-
-def _factored(curvature: Tensor) -> Tensor:
-    """Return the Cholesky factor of ``I + curvature``.
-
-    Tiny precisions magnify the rounding errors of Gram matrices, which may then be indefinite.
-    """
-    eye = torch.eye(len(curvature), dtype=curvature.dtype, device=curvature.device)
-    core, failed = torch.linalg.cholesky_ex(eye + curvature)
-    shift = torch.finfo(torch.float32).eps * curvature.detach().diagonal().sum()
-    while failed:
-        core, failed = torch.linalg.cholesky_ex((1 + shift) * eye + curvature)
-        shift = 10 * shift
-    return core

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import torch
 from scipy.optimize import brentq
@@ -24,30 +23,14 @@ STEPS = 100
 DECADES = (8, -10)  # of precisions tried, around the Gram matrix's mean diagonal
 
 
-class AnyMode(Protocol):
-    """A mode at some prior precision, and its summed negative log likelihood."""
-
-    @property
-    def precision(self) -> float:
-        """Prior precision of the weights."""
-        ...
-
-    @property
-    def nll(self) -> float:
-        """Summed negative log likelihood, in nats."""
-        ...
-
-
-M = TypeVar("M", bound=AnyMode)
-
-
 @dataclass(frozen=True)
 class Mode:
     """The most probable functions of a linear model.
 
     Attributes:
         precision: Prior precision ``δ`` of the weights.
-        coefficients: ``α`` with weights ``μ₀ + Jᵀ α / δ``, ``(N, c)``.
+        coefficients: ``α`` with weights ``μ₀ + Jᵀ α / δ``, ``(N, c)``; of a `SpannedModel` those
+            of its directions.
         outputs: The functions, ``(N, c)``.
         nll: Their summed negative log likelihood, in nats.
     """
@@ -185,7 +168,7 @@ class LinearModel:
         return torch.linalg.cholesky(inner)
 
 
-def along_path(mode_at: Callable[..., M], nll: float, unit: float) -> M:
+def along_path(mode_at: Callable[..., Mode], nll: float, unit: float) -> Mode:
     """Return the mode at the precision at which the training loss has a given value.
 
     Args:

@@ -19,13 +19,13 @@ from laplace_lora.models.forward_mode import NoForwardDerivativeError
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.predictive.tangents import OtherOutputsError, tangents_along, tangents_are_cheaper
 from laplace_lora.structures.state import Posterior
-from laplace_lora.tuning.linear_model import LinearModel
-from laplace_lora.tuning.spanned_model import SpannedMode, SpannedModel
+from laplace_lora.tuning.directions import orthonormal, preconditioned
+from laplace_lora.tuning.linear_model import LinearModel, Mode
+from laplace_lora.tuning.spanned_model import SpannedModel
 from laplace_lora.tuning.validation_cache import labelled_batches, validation_rows
 
 TITLE = "Recentring"  # of the progress bar
 PASSES = 5
-SHIFTS = (1.0, 30.0, 1000.0)  # factors of the prior precision in the preconditioner
 UNKNOWN = 1.0  # prior precision in the first preconditioner, where a training loss is asked for
 SOLVED = 1e-4  # gradient relative to the first, below which there is no further step
 
@@ -38,7 +38,7 @@ def mode_by_passes(
     progress_bar: bool | None,
     nll: float | None = None,
     precision: float | None = None,
-) -> tuple[Tensor, SpannedMode, float, int]:
+) -> tuple[Tensor, Mode, float, int]:
     """Return how far the linearised model's mode is from the trained weights, nearly.
 
     Iterates over the data five times at most, in any order: once for the derivatives along each
@@ -57,22 +57,17 @@ def mode_by_passes(
         The shift ``(parameters,)``, the mode, the summed NLL at the trained weights in the same
         unit, and how many examples there were.
     """
-    structure, scale = posterior.structure, float(posterior.scale.detach())
     options = (posterior, loader, team, readout, progress_bar)
     gradient, passes = posterior.state.loss_gradient, 0
     if gradient is None:
         gradient, passes = _gradient(*options), 1
     else:
-        gradient = scale * gradient
+        gradient = float(posterior.scale.detach()) * gradient
     first, delta = float(gradient.norm()), UNKNOWN if precision is None else precision
     directions = gradient.new_empty(0, len(gradient))
     while True:
-        rows = gradient.unsqueeze(0)
-        solved = [
-            structure.solve(posterior.state.curvature, rows, factor * delta / scale)
-            for factor in SHIFTS
-        ]
-        directions = _orthonormal(torch.cat([directions, *solved, rows]))
+        further = preconditioned(posterior, gradient, delta)
+        directions = orthonormal(torch.cat([directions, further]))
         model = _spanned(*options, directions)
         n, passes = len(model.rows), passes + 1
         if precision is None:
@@ -88,11 +83,6 @@ def mode_by_passes(
         if float(gradient.norm()) <= SOLVED * first:
             break
     return shift, mode, model.functions.nll(model.functions.offset), n
-
-
-def _orthonormal(directions: Tensor) -> Tensor:
-    directions = directions / directions.norm(dim=1, keepdim=True).clamp(min=1e-30)
-    return torch.linalg.qr(directions.double().T).Q.T.to(directions)
 
 
 def _functions(posterior: Posterior, readout: Readout, values: Tensor, y: Tensor) -> LinearModel:

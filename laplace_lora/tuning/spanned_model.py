@@ -7,25 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from laplace_lora.tuning.linear_model import LinearModel, along_path
+from laplace_lora.tuning.linear_model import LinearModel, Mode, along_path
 from laplace_lora.tuning.newton import descend
 
 STEPS = 50
-
-
-@dataclass(frozen=True)
-class SpannedMode:
-    """The most probable functions in a span of directions.
-
-    Attributes:
-        precision: Prior precision of the weights.
-        coefficients: Of the directions, ``(m,)``.
-        nll: Summed negative log likelihood, in nats.
-    """
-
-    precision: float
-    coefficients: Tensor
-    nll: float
 
 
 @dataclass(frozen=True)
@@ -40,8 +25,10 @@ class SpannedModel:
     functions: LinearModel
     rows: Tensor
 
-    def mode(self, precision: float, start: SpannedMode | None = None) -> SpannedMode:
-        """Return the mode, by Newton's method with halved steps.
+    def mode(self, precision: float, start: Mode | None = None) -> Mode:
+        """Return the mode, its coefficients those of the directions, ``(m,)``.
+
+        By Newton's method with halved steps.
 
         Args:
             precision: Prior precision of the weights.
@@ -61,10 +48,10 @@ class SpannedModel:
             matrix = curved.T @ curved + precision * torch.eye(size).to(flat)
             return -torch.linalg.solve(matrix, gradient)
 
-        x, _, nll = descend(x, at, step_from, STEPS)
-        return SpannedMode(precision, x, nll)
+        x, outputs, nll = descend(x, at, step_from, STEPS)
+        return Mode(precision, x, outputs, nll)
 
-    def fitted_like(self, nll: float) -> SpannedMode:
+    def fitted_like(self, nll: float) -> Mode:
         """Return the mode at the precision at which the training loss has a given value.
 
         Args:
