@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from laplace_lora.data.sharding import unwrapped
 from laplace_lora.likelihoods.question_answering import NOT_INPUTS, text_tokens
 from laplace_lora.models.logits_model import LogitsModel, wide
 
@@ -23,26 +22,6 @@ class SpanModel(LogitsModel):
     Args:
         model: A `PeftModel` of a model as `AutoModelForQuestionAnswering` loads it.
     """
-
-    @classmethod
-    def around(
-        cls, model: nn.Module, target_ids: Sequence[int] | Tensor | None = None
-    ) -> SpanModel:
-        """Return a model as a `SpanModel`.
-
-        Raises:
-            ValueError: If it is wrapped for other outputs already, or answers are asked for.
-        """
-        if target_ids is not None:
-            raise ValueError(
-                "`target_ids` choose answers of a language model; these answers are parts of a text"
-            )
-        model = unwrapped(model)
-        if isinstance(model, LogitsModel) and not isinstance(model, cls):
-            raise ValueError(
-                "likelihood='question_answering' takes the PeftModel, not a LogitsModel"
-            )
-        return model if isinstance(model, cls) else cls(model)
 
     @property
     def n_outputs(self) -> int | None:

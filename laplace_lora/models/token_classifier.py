@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from laplace_lora.data.sharding import unwrapped
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.likelihoods.token_classification import class_labels, real_tokens
 from laplace_lora.models.logits_model import LogitsModel, wide
@@ -32,26 +31,6 @@ class TokenClassifier(LogitsModel):
                 f"{self._wrapped.name} predicts a vocabulary, not classes; load the model "
                 "with AutoModelForTokenClassification"
             )
-
-    @classmethod
-    def around(
-        cls, model: nn.Module, target_ids: Sequence[int] | Tensor | None = None
-    ) -> TokenClassifier:
-        """Return a model as a `TokenClassifier`.
-
-        Raises:
-            ValueError: If it is wrapped for other outputs already, or answers are asked for.
-        """
-        if target_ids is not None:
-            raise ValueError(
-                "`target_ids` choose answers of a language model; a token classifier has classes"
-            )
-        model = unwrapped(model)
-        if isinstance(model, LogitsModel) and not isinstance(model, cls):
-            raise ValueError(
-                "likelihood='token_classification' takes the PeftModel, not a LogitsModel"
-            )
-        return model if isinstance(model, cls) else cls(model)
 
     def forward(self, batch: Mapping[str, Any] | Tensor) -> Tensor:
         """Return the logits of the tokens that count, texts one after the other.

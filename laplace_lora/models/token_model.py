@@ -7,14 +7,13 @@ of one is the product over its scored tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from laplace_lora.data.sharding import unwrapped
 from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
 from laplace_lora.models.logits_model import LogitsModel, wide
 from laplace_lora.models.narrowing import at_tokens, last_true
@@ -43,28 +42,6 @@ class TokenModel(LogitsModel):
                 f"{self._wrapped.name} is not a causal language model; tokens can be "
                 "predicted one by one with models loaded through AutoModelForCausalLM only"
             )
-
-    @classmethod
-    def around(
-        cls, model: nn.Module, target_ids: Sequence[int] | Tensor | None = None
-    ) -> TokenModel:
-        """Return a model as a `TokenModel`.
-
-        Raises:
-            ValueError: If it is no causal language model, is wrapped for answers already, or
-                answers are asked for.
-        """
-        if target_ids is not None:
-            raise ValueError(
-                "`target_ids` choose answers, likelihood='classification'; language modelling "
-                "predicts the whole vocabulary"
-            )
-        model = unwrapped(model)
-        if isinstance(model, LogitsModel) and not isinstance(model, cls):
-            raise ValueError(
-                "likelihood='language_modeling' takes the PeftModel, not a LogitsModel"
-            )
-        return model if isinstance(model, cls) else cls(model)
 
     @property
     def n_outputs(self) -> int | None:

@@ -17,12 +17,9 @@ from laplace_lora.adapters.peft_state import check_has_adapter
 from laplace_lora.adapters.selection import trainable_only
 from laplace_lora.curvature.backends import LoraCurvature, LoraGGN
 from laplace_lora.curvature.engine import Engine
-from laplace_lora.likelihoods.base import Likelihood
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.logits_model import LogitsModel
-from laplace_lora.models.span_model import SpanModel
-from laplace_lora.models.token_classifier import TokenClassifier
-from laplace_lora.models.token_model import TokenModel
+from laplace_lora.models.wrapping import wrapped
 from laplace_lora.posteriors.fitted import FittedLaplace
 from laplace_lora.posteriors.memory import MemoryEstimate, estimate_memory
 from laplace_lora.posteriors.summary import summary
@@ -97,7 +94,7 @@ class LoraLaplace(FittedLaplace):
         self._weights_watch = WeightsWatch()
         self.structure = structure
         self.objective = likelihood_of(likelihood)
-        self.logits_model = _wrapped(self.objective, model, target_ids, mask_token_id)
+        self.logits_model = wrapped(self.objective, model, target_ids, mask_token_id)
         self.objective.check_outputs(self.logits_model.n_outputs)
         self.objective.check_problem(self.logits_model.problem_type)
         if self._key[0] == "lora":
@@ -242,25 +239,3 @@ class LoraLaplace(FittedLaplace):
     def _predicting_model(self) -> nn.Module:
         """Return what runs in predictions."""
         return self.model
-
-
-def _wrapped(
-    objective: Likelihood,
-    model: nn.Module,
-    target_ids: Sequence[int] | Tensor | None,
-    mask_token_id: int | None,
-) -> LogitsModel:
-    """Return a user's model with the outputs that a likelihood reads."""
-    kind: type[TokenModel | TokenClassifier | SpanModel]
-    if objective.has_spans:
-        kind = SpanModel
-    elif objective.rows_are_tokens:
-        kind = TokenModel if objective.predicts_tokens else TokenClassifier
-    else:
-        return LogitsModel.wrap(model, target_ids, mask_token_id)
-    if mask_token_id is not None:
-        raise ValueError(
-            "`mask_token_id` says where a masked language model answers; a model of tokens has "
-            "outputs at all of them"
-        )
-    return kind.around(model, target_ids)
