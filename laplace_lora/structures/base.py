@@ -65,7 +65,10 @@ class GradientTerm(Protocol):
 
 
 class Structure(Protocol[Sums, Raw, Curvature]):
-    """How curvature is held: summed up, then raw, then ready for a posterior."""
+    """How curvature is held: summed up, then raw, then ready for a posterior.
+
+    What has a value here is the answer of most.
+    """
 
     @property
     def advice(self) -> str:
@@ -75,27 +78,27 @@ class Structure(Protocol[Sums, Raw, Curvature]):
     @property
     def adds_up(self) -> bool:
         """Whether processes combine their sums by addition; otherwise by gathering rows."""
-        ...
+        return True
 
     @property
     def couples_groups(self) -> bool:
         """Whether the data correlate tensors, so that groups cannot be tuned apart."""
-        ...
+        return False
 
     @property
     def scalar_only(self) -> bool:
         """Whether a prior is tuned as one scalar."""
-        ...
+        return False
 
     @property
     def has_second_pass(self) -> bool:
         """Whether a fit iterates over the data once more, for the eigenvalues."""
-        ...
+        return False
 
     @property
     def fits_by_jacobians(self) -> bool:
         """Whether a fit puts together each tensor's Jacobian, as a prediction does."""
-        ...
+        return True
 
     def product(self, curvature: Curvature, rows: Tensor) -> Tensor:
         """Return the products of a curvature with weight vectors, ``(n, parameters)``."""
@@ -118,7 +121,7 @@ class Structure(Protocol[Sums, Raw, Curvature]):
         Returns:
             The term; ``None`` where it takes passes over the data, see `Subspace`.
         """
-        ...
+        return None
 
     def bound(self: Self, engine: Engine) -> Self:
         """Return the structure for a model's tensors.
@@ -206,7 +209,7 @@ class Structure(Protocol[Sums, Raw, Curvature]):
 
     def unpack_device(self, device: torch.device) -> torch.device:
         """Return where packed tensors are unpacked."""
-        ...
+        return device
 
     def to(self, curvature: Curvature, device: torch.device) -> Curvature:
         """Return a curvature on another device."""
@@ -224,7 +227,7 @@ class Structure(Protocol[Sums, Raw, Curvature]):
             examples: Examples of the fit, for structures that grow with them.
             columns: Rows per example.
         """
-        ...
+        return engine.dtype.itemsize * self.size(engine, None)
 
     def check_prior(self, length: int, n_layers: int, n_params: int) -> None:
         """Refuse a prior precision that the structure cannot have.
@@ -232,8 +235,8 @@ class Structure(Protocol[Sums, Raw, Curvature]):
         Raises:
             ValueError: If the structure's eigenvectors do not allow so many precisions.
         """
-        ...
+        return
 
     def arguments(self) -> dict[str, Any]:
         """Return the posterior's constructor arguments that describe the structure."""
-        ...
+        return {}

@@ -84,8 +84,8 @@ class Dense(TensorSum):
 
     not_finite: ClassVar[str] = "the curvature of the last layer is not finite"
 
-    advice: str = "use KronLoraLLLaplace or DiagLoraLLLaplace"
-    scalar_only: bool = True
+    advice = "use KronLoraLLLaplace or DiagLoraLLLaplace"
+    scalar_only = True
 
     def product(self, curvature: Tensor, rows: Tensor) -> Tensor:
         """Return the products of the matrix with weight vectors, ``(n, parameters)``."""

@@ -72,7 +72,7 @@ class Diagonal(TensorSum):
 
     not_finite: ClassVar[str] = "the diagonal curvature is not finite"
 
-    advice: str = "set `modules` to cover fewer layers"
+    advice = "set `modules` to cover fewer layers"
 
     def product(self, curvature: Tensor, rows: Tensor) -> Tensor:
         """Return the products of the diagonal with weight vectors, ``(n, parameters)``."""

@@ -17,6 +17,7 @@ from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.linalg.packing import TABLE, diagonal_blocks, pack_kron, unpack_kron
 from laplace_lora.linalg.rounded import in_working_dtype
+from laplace_lora.structures.base import Structure
 from laplace_lora.structures.eigenvalue_correction import CorrectedKron
 from laplace_lora.structures.sizes import kron_size, table_size
 
@@ -37,7 +38,7 @@ class KronCurvature:
 
 
 @dataclass(frozen=True)
-class Kron:
+class Kron(Structure[KfacSums, RawKron, KronCurvature]):
     """Kronecker factors per tensor.
 
     Attributes:
@@ -48,10 +49,8 @@ class Kron:
 
     spec: FactorSpec
     eigenvalue_correction: bool = False
-    advice: str = "lower `factor_rank`, set `modules` to cover fewer layers, or use DiagLoraLaplace"
-    adds_up: bool = True
-    couples_groups: bool = False
-    scalar_only: bool = False
+
+    advice = "lower `factor_rank`, set `modules` to cover fewer layers, or use DiagLoraLaplace"
 
     @property
     def has_second_pass(self) -> bool:
@@ -70,11 +69,6 @@ class Kron:
     def solve(self, curvature: KronCurvature, rows: Tensor, delta: float) -> Tensor:
         """Return ``(curvature + δ)⁻¹`` times weight vectors, ``(n, parameters)``."""
         return (curvature.eigen + rows.new_tensor([delta])).bmm(rows)
-
-    def gradient_term(
-        self, curvature: KronCurvature, gradient: Tensor, displacement: Tensor
-    ) -> None:
-        """Return ``None``: the curvature is no exact one, or not of all directions."""
 
     def bound(self, engine: Engine) -> Kron:
         """Return the structure itself: factors know their sizes."""
@@ -163,10 +157,6 @@ class Kron:
         decomposed = LowRankKronDecomposed(eigen.blocks, tables=eigen.tables)
         return KronCurvature(LowRankKron(kfacs, self.spec.residual), decomposed)
 
-    def unpack_device(self, device: torch.device) -> torch.device:
-        """Return the posterior's device."""
-        return device
-
     def to(self, curvature: KronCurvature, device: torch.device) -> KronCurvature:
         """Return the factors and eigenpairs on another device."""
         return KronCurvature(curvature.factors.to(device), curvature.eigen.to(device))
@@ -177,10 +167,6 @@ class Kron:
         diagonal = sum(linear.out_features for linear in engine.maps if linear.is_diagonal)
         tables = table_size(engine.sides, self.spec) if self.eigenvalue_correction else 0
         return diagonal + kron_size(sides, self.spec) + tables
-
-    def nbytes(self, engine: Engine, examples: int | None, columns: int) -> int:
-        """Return the bytes of factors and eigenpairs."""
-        return engine.dtype.itemsize * self.size(engine, None)
 
     def check_prior(self, length: int, n_layers: int, n_params: int) -> None:
         """Refuse a prior precision per weight, which has other eigenvectors than the factors.

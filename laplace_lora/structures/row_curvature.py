@@ -62,6 +62,16 @@ class RowCurvature:
             self.rows, parts, values, vectors, float(scale.detach()), float(wide[0])
         )
 
+    def product(self, weights: Tensor) -> Tensor:
+        """Return the curvature's products with weight vectors, ``(n, parameters)``."""
+        one = weights.new_ones(1)
+        return self.precision(one, one[0]).multiply(weights) - weights
+
+    def solve(self, weights: Tensor, delta: float) -> Tensor:
+        """Return ``(Zᵀ Z + δ)⁻¹`` times weight vectors, ``(n, parameters)``."""
+        prior, one = weights.new_tensor([delta]), weights.new_tensor(1.0)
+        return self.precision(prior, one).solve(weights)
+
     def log_det_ratio(self, prior: Tensor, scale: Tensor) -> Tensor:
         """Return ``log det P − log det P₀``, a float64 scalar."""
         prior, scale = prior.double(), scale.double()

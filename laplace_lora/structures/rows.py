@@ -15,6 +15,7 @@ from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.linalg.row_storage import RowStorage, free_space, packed_rows, unpack_rows
 from laplace_lora.structures import sizes as memory
+from laplace_lora.structures.base import Structure
 from laplace_lora.structures.row_curvature import RowCurvature
 from laplace_lora.structures.row_term import RowTerm
 from laplace_lora.structures.sizes import GIB
@@ -23,7 +24,7 @@ GRAM_COPIES = 5  # matrix, eigenvectors and workspace of the eigendecomposition,
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Structure[RowStorage, RowStorage, RowCurvature]):
     """The exact curvature as one row ``Sᵀ J`` per example and class contrast.
 
     Attributes:
@@ -36,15 +37,13 @@ class Rows:
     sizes: tuple[int, ...] = ()
     row_dtype: torch.dtype | None = None
     storage: str | os.PathLike[str] = "device"
-    advice: str = (
+
+    advice = (
         "keep the rows elsewhere (`storage`), in half the size (row_dtype='bfloat16'), cover fewer "
         "`modules`, or use LowRankLoraLaplace"
     )
-    adds_up: bool = False
-    has_second_pass: bool = False
-    fits_by_jacobians: bool = True
-    couples_groups: bool = True
-    scalar_only: bool = False
+    adds_up = False
+    couples_groups = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,12 +52,11 @@ class Rows:
 
     def product(self, curvature: RowCurvature, rows: Tensor) -> Tensor:
         """Return the products of the curvature with weight vectors, ``(n, parameters)``."""
-        one = rows.new_ones(1)
-        return curvature.precision(one, one[0]).multiply(rows) - rows
+        return curvature.product(rows)
 
     def solve(self, curvature: RowCurvature, rows: Tensor, delta: float) -> Tensor:
         """Return ``(curvature + δ)⁻¹`` times weight vectors, ``(n, parameters)``."""
-        return curvature.precision(rows.new_tensor([delta]), rows.new_tensor(1.0)).solve(rows)
+        return curvature.solve(rows, delta)
 
     def gradient_term(
         self, curvature: RowCurvature, gradient: Tensor, displacement: Tensor
@@ -185,9 +183,6 @@ class Rows:
         if not examples:
             raise ValueError("the rows grow with the data; say how many: n_examples=...")
         return sum(self._need(engine.device, examples * columns))
-
-    def check_prior(self, length: int, n_layers: int, n_params: int) -> None:
-        """Accept any prior precision."""
 
     def arguments(self) -> dict[str, Any]:
         """Return the rows' dtype; where they are kept is not part of a posterior."""

@@ -17,6 +17,7 @@ from laplace_lora.linalg.rounded import in_working_dtype
 from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.linalg.row_storage import RowStorage, packed_rows, unpack_rows
 from laplace_lora.linalg.sketch import Factor, LowRankFactor, sketch_columns
+from laplace_lora.structures.base import Structure
 from laplace_lora.structures.row_curvature import RowCurvature
 from laplace_lora.structures.rows import checked_rows
 
@@ -42,7 +43,7 @@ class SketchedCurvature:
 
 
 @dataclass(frozen=True)
-class Sketched:
+class Sketched(Structure[Factor, Factor, SketchedCurvature]):
     """The leading directions of the curvature, from a sketch that grows with the weights alone.
 
     Attributes:
@@ -52,28 +53,17 @@ class Sketched:
 
     sizes: tuple[int, ...] = ()
     rank: int = 128
-    advice: str = "lower `rank`, or cover fewer `modules`"
-    adds_up: bool = True
-    has_second_pass: bool = False
-    fits_by_jacobians: bool = True
-    couples_groups: bool = True
-    scalar_only: bool = False
+
+    advice = "lower `rank`, or cover fewer `modules`"
+    couples_groups = True
 
     def product(self, curvature: SketchedCurvature, rows: Tensor) -> Tensor:
         """Return the products of the curvature with weight vectors, ``(n, parameters)``."""
-        one = rows.new_ones(1)
-        return curvature.directions.precision(one, one[0]).multiply(rows) - rows
+        return curvature.directions.product(rows)
 
     def solve(self, curvature: SketchedCurvature, rows: Tensor, delta: float) -> Tensor:
         """Return ``(curvature + δ)⁻¹`` times weight vectors, ``(n, parameters)``."""
-        return curvature.directions.precision(rows.new_tensor([delta]), rows.new_tensor(1.0)).solve(
-            rows
-        )
-
-    def gradient_term(
-        self, curvature: SketchedCurvature, gradient: Tensor, displacement: Tensor
-    ) -> None:
-        """Return ``None``: the curvature is no exact one, or not of all directions."""
+        return curvature.directions.solve(rows, delta)
 
     def bound(self, engine: Engine) -> Sketched:
         """Return the structure for a model's tensors."""
@@ -197,10 +187,6 @@ class Sketched:
         sketch = LowRankFactor.of(Eigen(vectors, norms.square(), norms.new_zeros(())), trace)
         return self._curvature(sketch, rows, norms.square())
 
-    def unpack_device(self, device: torch.device) -> torch.device:
-        """Return the posterior's device."""
-        return device
-
     def to(self, curvature: SketchedCurvature, device: torch.device) -> SketchedCurvature:
         """Return sketch and directions on another device."""
         directions = RowCurvature(curvature.directions.rows.to(device))
@@ -210,13 +196,6 @@ class Sketched:
         """Return how many numbers sketch, test matrix and directions hold."""
         n = sum(self.sizes)
         return n * (2 * min(sketch_columns(self.rank), n) + self.rank)
-
-    def nbytes(self, engine: Engine, examples: int | None, columns: int) -> int:
-        """Return the bytes of sketch, test matrix and directions."""
-        return engine.dtype.itemsize * self.size(engine, None)
-
-    def check_prior(self, length: int, n_layers: int, n_params: int) -> None:
-        """Accept any prior precision."""
 
     def arguments(self) -> dict[str, Any]:
         """Return the number of directions."""

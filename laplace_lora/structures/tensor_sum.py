@@ -13,12 +13,13 @@ from torch import Tensor
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.linalg.rounded import in_working_dtype
+from laplace_lora.structures.base import Structure
 
 Self = TypeVar("Self", bound="TensorSum")
 
 
 @dataclass(frozen=True)
-class TensorSum:
+class TensorSum(Structure[Tensor, Tensor, Tensor]):
     """A curvature that is one tensor; sums, raw and ready forms are the same.
 
     Attributes:
@@ -28,20 +29,11 @@ class TensorSum:
     not_finite: ClassVar[str]
 
     sizes: tuple[int, ...] = ()
-    advice: str = ""
-    adds_up: bool = True
-    has_second_pass: bool = False
-    fits_by_jacobians: bool = True
-    couples_groups: bool = False
-    scalar_only: bool = False
 
     @property
     def shape(self) -> list[int]:
         """Shape of the tensor."""
         raise NotImplementedError
-
-    def gradient_term(self, curvature: Tensor, gradient: Tensor, displacement: Tensor) -> None:
-        """Return ``None``: the curvature is no exact one, or not of all directions."""
 
     def bound(self: Self, engine: Engine) -> Self:
         """Return the structure for a model's tensors."""
@@ -107,10 +99,6 @@ class TensorSum:
             raise ValueError(f"the curvature has shape {list(curvature.shape)}, not {self.shape}")
         return self.ready(engine, curvature)
 
-    def unpack_device(self, device: torch.device) -> torch.device:
-        """Return the posterior's device."""
-        return device
-
     def to(self, curvature: Tensor, device: torch.device) -> Tensor:
         """Return the tensor on another device."""
         return curvature.to(device)
@@ -118,14 +106,3 @@ class TensorSum:
     def size(self, engine: Engine, curvature: Tensor | None) -> int:
         """Return the number of the tensor's entries."""
         return math.prod(self.shape)
-
-    def nbytes(self, engine: Engine, examples: int | None, columns: int) -> int:
-        """Return the bytes of the tensor."""
-        return engine.dtype.itemsize * self.size(engine, None)
-
-    def check_prior(self, length: int, n_layers: int, n_params: int) -> None:
-        """Accept any prior precision."""
-
-    def arguments(self) -> dict[str, Any]:
-        """Return no arguments."""
-        return {}
