@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from laplace_lora.data.distributed import together
+from laplace_lora.data.distributed import Together, together
 from laplace_lora.data.steps import steps
 from laplace_lora.likelihoods.base import Readout, integrated_variables
 from laplace_lora.likelihoods.links import Link, entropies
@@ -30,6 +30,7 @@ from laplace_lora.predictive.linear_samples import (
 from laplace_lora.predictive.predictions import Predictions
 from laplace_lora.structures.state import Posterior
 
+T = TypeVar("T")
 LINK_SAMPLES = 1000  # of the "mc" link
 
 
@@ -53,7 +54,7 @@ def predict(
         )
     count = SAMPLES if n_samples is None else n_samples
     samples = None
-    if takes_samples(posterior, method, link_approx, count):
+    if takes_samples(posterior, method, link_approx, count, generator):
         samples = LinearSamples(posterior, count, generator)
     links = lru_cache(partial(prediction_link, posterior, link_approx, n_samples, generator))
     answer = _Answer(predictor, links, samples, falls_back=method == AUTO)
@@ -183,12 +184,27 @@ def _of_batches(answer: _Answer, source: Iterable[Any], progress_bar: bool | Non
                 answer(step.stand_in)
             if step.batch is not None:
                 parts.append(answer(step.batch))
-        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Predictions)}
-        whole = {name: c for name, c in columns.items() if all(v is not None for v in c)}
-        joined: dict[str, Any] = team.rows(**whole)
-        if not joined:
-            raise ValueError("there is nothing to predict: the data are empty")
-    return Predictions(**joined)
+        return in_order(Predictions, parts, team)
+
+
+def in_order(kind: Callable[..., T], parts: Sequence[T], team: Together) -> T:
+    """Return the predictions of batches, those of all processes, in the order of the data.
+
+    Args:
+        kind: Their class, a dataclass of tensors; what some of them have not, the whole has not.
+        parts: The predictions of this process's batches.
+        team: The processes that share the data.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    names = [field.name for field in fields(cast(Any, kind))]
+    columns = {name: [getattr(part, name) for part in parts] for name in names}
+    whole = {name: c for name, c in columns.items() if all(v is not None for v in c)}
+    rows = team.rows(**whole)
+    if not rows:
+        raise ValueError("there is nothing to predict: the data are empty")
+    return kind(**rows)
 
 
 def _sampled(

@@ -15,7 +15,7 @@ from torch import Tensor
 from laplace_lora.curvature.engine import joined
 from laplace_lora.data.pairs import is_pair
 from laplace_lora.likelihoods.base import OUTPUTS, Readout
-from laplace_lora.likelihoods.links import LINKS, Link, gaussian_samples
+from laplace_lora.likelihoods.links import Link, gaussian_samples
 from laplace_lora.likelihoods.reward_modeling import DIFFERENCE, NO_PAIRS
 from laplace_lora.models.autocast import as_called
 from laplace_lora.models.forward_mode import NoForwardDerivativeError
@@ -58,19 +58,21 @@ class Predictor:
         method: str = AUTO,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the posterior predictive of a batch, see `LoraLaplace.__call__`."""
-        self._check_options(pred_type, link_approx, generator)
+        if pred_type not in ("glm", "nn"):
+            raise ValueError(f"pred_type must be 'glm' or 'nn', got {pred_type!r}")
+        link = Link(link_approx)  # refuses an unknown one
         if method == SAMPLED and (pred_type == "nn" or joint or diagonal_output):
             raise ValueError(
                 "method='sampled' samples the linearised logits of each example as they are; "
                 "pred_type='nn', joint and diagonal_output need method='exact'"
             )
         count = SAMPLES if n_samples is None else n_samples
-        samples = takes_samples(self.posterior, method, link_approx, count)
+        samples = takes_samples(self.posterior, method, link_approx, count, generator)
         n_samples = LINK_SAMPLES if n_samples is None else n_samples
         if fitting and self.posterior.objective.has_pairs:
             x = self._pairs(x)
         # Ignoring covariances between outputs is a question about the logits themselves.
-        contrasts = Link(link_approx).sees_contrasts and not diagonal_output and pred_type == "glm"
+        contrasts = link.sees_contrasts and not diagonal_output and pred_type == "glm"
         readout = self.posterior.objective.readout(x, pairs=fitting, contrasts=contrasts)
         if pred_type == "nn":
             if readout.is_softmax and link_approx != "mc":
@@ -219,20 +221,6 @@ class Predictor:
         if diagonal_output and link.sees_contrasts:
             covariance = torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1))
         return readout.shown(link.log_probabilities(mean, covariance, relative).exp())
-
-    def _check_options(
-        self, pred_type: str, link_approx: str, generator: torch.Generator | None
-    ) -> None:
-        if pred_type not in ("glm", "nn"):
-            raise ValueError(f"pred_type must be 'glm' or 'nn', got {pred_type!r}")
-        if link_approx not in LINKS:
-            raise ValueError(f"link_approx must be one of {LINKS}, got {link_approx!r}")
-        device = self.posterior.device
-        if generator is not None and generator.device != device:
-            raise ValueError(
-                f"the generator is on {generator.device}, the posterior on {device}; make it with "
-                "torch.Generator(device)"
-            )
 
     @torch.enable_grad()
     def _differentiable_moments(

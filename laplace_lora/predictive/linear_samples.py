@@ -113,7 +113,13 @@ def seeded(posterior: Posterior, generator: torch.Generator | None) -> torch.Gen
     return torch.Generator(posterior.device).manual_seed(SEED)
 
 
-def takes_samples(posterior: Posterior, method: str, link_approx: str, n_samples: int) -> bool:
+def takes_samples(
+    posterior: Posterior,
+    method: str,
+    link_approx: str,
+    n_samples: int,
+    generator: torch.Generator | None = None,
+) -> bool:
     """Return whether class probabilities are to be averaged over samples of the weights.
 
     Args:
@@ -122,17 +128,12 @@ def takes_samples(posterior: Posterior, method: str, link_approx: str, n_samples
             over adapter weights, whose exact moments cost a backward pass for each contrast.
         link_approx: Links other than the default need exact moments.
         n_samples: Samples of the weights.
+        generator: Their source.
 
     Raises:
-        ValueError: If the method is unknown, or samples are to be taken where they cannot.
+        ValueError: If samples are to be taken where they cannot, and as `check_options`.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    if method == SAMPLED and link_approx != QUADRATURE:
-        raise ValueError(
-            f"link_approx={link_approx!r} starts from exact moments; it needs method='exact' "
-            "('sampled' averages the softmax over samples of the weights)"
-        )
+    check_options(posterior, method, link_approx, generator)
     if method == SAMPLED and not posterior.objective.is_classifier:
         raise ValueError(
             f"method='sampled' averages class probabilities, and {posterior.objective.name} has "
@@ -144,6 +145,29 @@ def takes_samples(posterior: Posterior, method: str, link_approx: str, n_samples
         return False
     # Fewer samples than the default are a request for another link's, not for a rough answer.
     return tangents_are_cheaper(posterior, (max(n_samples, SAMPLES) + 1) // 2)
+
+
+def check_options(
+    posterior: Posterior, method: str, link_approx: str, generator: torch.Generator | None
+) -> None:
+    """Refuse a method that is unknown or takes no such link, and a generator elsewhere.
+
+    Raises:
+        ValueError: If there is one of these.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    if method == SAMPLED and link_approx != QUADRATURE:
+        raise ValueError(
+            f"link_approx={link_approx!r} starts from exact moments; it needs method='exact' "
+            "('sampled' averages the softmax over samples of the weights)"
+        )
+    device = posterior.device
+    if generator is not None and generator.device != device:
+        raise ValueError(
+            f"the generator is on {generator.device}, the posterior on {device}; make it with "
+            "torch.Generator(device)"
+        )
 
 
 def note_fallback(error: Exception) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from laplace_lora.data.distributed import together
 from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.question_answering import CONTEXT, END, START
-from laplace_lora.predictive.data_sets import is_batch
+from laplace_lora.predictive.data_sets import in_order, is_batch
 from laplace_lora.predictive.inputs import (
     batches_of_rows,
     cut_texts,
@@ -153,9 +152,4 @@ def _of_batches(
     with together(source, device=posterior.device, runs=posterior.source) as team:
         batches = team.batches(source, "Predicting", progress_bar)
         parts = [_answer(predictor, batch) for batch in batches]
-        columns = {f.name: [getattr(p, f.name) for p in parts] for f in fields(SpanPredictions)}
-        whole = {name: c for name, c in columns.items() if all(v is not None for v in c)}
-        joined: dict[str, Any] = team.rows(**whole)
-        if not joined:
-            raise ValueError("there is nothing to predict: the data are empty")
-    return SpanPredictions(**joined)
+        return in_order(SpanPredictions, parts, team)

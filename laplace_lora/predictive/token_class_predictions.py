@@ -149,17 +149,15 @@ class TokenClassPredictions:
         changed = {name: change(value) for name, value in values.items() if value is not None}
         return TokenClassPredictions(**changed)
 
-    def widened(self, width: int) -> dict[str, Tensor]:
-        """Return the attributes that there are, filled up on the right to a number of tokens."""
+    def widened(self, width: int) -> TokenClassPredictions:
+        """Return the same, filled up on the right to a number of tokens."""
         missing = width - self.mask.shape[1]
 
         def wide(value: Tensor) -> Tensor:
             sides = (0, 0) * (value.ndim - 2)
             return F.pad(value, (*sides, 0, missing), value=_fill(value, self))
 
-        whole = self._map(wide)
-        named = {f.name: getattr(whole, f.name) for f in fields(self)}
-        return {name: value for name, value in named.items() if value is not None}
+        return self._map(wide)
 
     @classmethod
     def laid_out(cls, mask: Tensor, *rows: Tensor) -> TokenClassPredictions:

@@ -25,10 +25,10 @@ from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.predictive.data_sets import prediction_link
 from laplace_lora.predictive.linear_samples import (
     AUTO,
-    METHODS,
     SAMPLED,
     SAMPLES,
     LinearSamples,
+    check_options,
     entropies_of,
     note_fallback,
 )
@@ -63,18 +63,7 @@ class TokenClassPredictor:
         generator: torch.Generator | None = None,
         method: str = AUTO,
     ) -> None:
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-        if method == SAMPLED and link_approx != QUADRATURE:
-            raise ValueError(
-                f"link_approx={link_approx!r} starts from exact moments; it needs method='exact' "
-                "('sampled' averages the softmax over samples of the weights)"
-            )
-        if generator is not None and generator.device != posterior.device:
-            raise ValueError(
-                f"the generator is on {generator.device}, the posterior on {posterior.device}; "
-                "make it with torch.Generator(device)"
-            )
+        check_options(posterior, method, link_approx, generator)
         if posterior.differentiable:
             raise ValueError(
                 "predictions of tokens cannot be differentiated; leave enable_backprop out"

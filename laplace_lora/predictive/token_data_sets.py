@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from laplace_lora.data.distributed import together
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.likelihoods.token_classification import class_labels, real_tokens
-from laplace_lora.predictive.data_sets import is_batch
+from laplace_lora.predictive.data_sets import in_order, is_batch
 from laplace_lora.predictive.inputs import (
     batches_of_rows,
     batches_of_texts,
@@ -84,13 +84,7 @@ def _of_batches(
         parts = [_answer(predictor, batch) for batch in batches]
         local = max((part.mask.shape[1] for part in parts), default=0)
         width = max(team.all_of(local))
-        wide = [part.widened(width) for part in parts]
-        names = [f.name for f in fields(TokenClassPredictions)]
-        columns = {n: [part[n] for part in wide] for n in names if all(n in part for part in wide)}
-        joined: dict[str, Any] = team.rows(**columns)
-        if not joined:
-            raise ValueError("there is nothing to predict: the data are empty")
-    return TokenClassPredictions(**joined)
+        return in_order(TokenClassPredictions, [part.widened(width) for part in parts], team)
 
 
 def _with_labels(
