@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Placement, distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 M = TypeVar("M", bound=nn.Module)
@@ -70,17 +70,13 @@ def refuse_tensor_parallel(model: nn.Module) -> None:
     by_fsdp = any(isinstance(module, FSDPModule) for module in model.modules())
     divided = [p for p in model.parameters() if isinstance(p, DTensor)]
     # FSDP divides a tensor along one dimension of the mesh; a plan along one more, or without FSDP.
-    twice = any(sum(map(_divides, p.placements)) > 1 for p in divided)
+    twice = any(sum(not each.is_replicate() for each in p.placements) > 1 for p in divided)
     if max(sizes, default=1) > 1 or twice or (divided and not by_fsdp):
         raise TypeError(
             "the model's layers are divided among processes by a tensor-parallel plan (tp_plan), "
             "so none sees a layer's whole inputs and gradients; load it without tp_plan, and "
             "shard it with torch.distributed.fsdp.fully_shard if it is too large for one device"
         )
-
-
-def _divides(placement: Placement) -> bool:
-    return not placement.is_replicate()
 
 
 def in_pieces(modules: Iterable[nn.Module]) -> None:

@@ -198,16 +198,12 @@ class LaplaceLM(TemplateLM):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
 
-    def _has_stopped(self, tokens: list[int], until: Sequence[str]) -> bool:
-        """Return whether a continuation has a stop text, which may be a special token."""
-        text = self.tokenizer.decode(tokens)
-        return any(stop in text for stop in until)
-
     def _ending(self, start: int, until: Sequence[str]) -> Callable[[Tensor, Tensor], Tensor]:
         """Return what ends a text after a stop, so that no more of it is written in vain."""
 
         def end(ids: Tensor, scores: Tensor) -> Tensor:
-            if not self._has_stopped(ids[0, start:].tolist(), until):
+            text = self.tokenizer.decode(ids[0, start:].tolist())  # a stop may be a special token
+            if not any(stop in text for stop in until):
                 return scores
             ended = torch.full_like(scores, -torch.inf)
             ended[:, self.eot_token_id] = 0

@@ -109,10 +109,6 @@ class KronEigen:
         """
         return self._sum(lambda e, delta: torch.log1p(e / delta))
 
-    def apply(self, i: int, W: Tensor, function: Spectrum) -> Tensor:
-        """Return ``f(block i) W`` for ``W`` of shape ``(…, rows, columns)`` of the parameter."""
-        return self.block(i).apply(W, lambda e: function(e + self.deltas[i]))
-
     def covariance(self, jacobians: Iterable[Tensor]) -> Tensor:
         """Return ``J P⁻¹ Jᵀ``, ``(batch, outputs, outputs)``.
 
@@ -168,16 +164,12 @@ class KronEigen:
         pieces = []
         for i, part in enumerate(W.split(self._sizes(), dim=-1)):
             block = part.unflatten(-1, self._shape(i))
-            pieces.append(self.apply(i, block, lambda e: e.pow(exponent)).flatten(-2))
+            pieces.append(self.block(i).apply(block, self._power(i, exponent)).flatten(-2))
         return torch.cat(pieces, dim=-1)
 
     def diag(self, exponent: float = 1) -> Tensor:
         """Return the diagonal of ``P^exponent``, shape ``(parameters,)``."""
-
-        def power(i: int) -> Spectrum:
-            return lambda e: (e + self.deltas[i]).pow(exponent)
-
-        blocks = (self.block(i).diagonal(power(i)) for i in range(len(self)))
+        blocks = (self.block(i).diagonal(self._power(i, exponent)) for i in range(len(self)))
         return torch.cat([block.flatten() for block in blocks])
 
     def to_matrix(self, exponent: float = 1) -> Tensor:
@@ -192,6 +184,9 @@ class KronEigen:
         scale = self.scale.to(device) if isinstance(self.scale, Tensor) else self.scale
         tables = None if self.tables is None else [table.to(device) for table in self.tables]
         return type(self)(blocks, self.deltas.to(device), scale, tables)
+
+    def _power(self, i: int, exponent: float) -> Spectrum:
+        return lambda e: (e + self.deltas[i]).pow(exponent)
 
     def _sides(self, i: int) -> tuple[Side, Side]:
         sides = self.blocks[i]

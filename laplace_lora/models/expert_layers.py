@@ -135,7 +135,7 @@ def _projected(experts: Any, name: str, x: Tensor, index: Tensor) -> Tensor:
         x: ``(tokens, k, q)``.
         index: Experts, ``(tokens, k)``.
     """
-    wrapped = _wrapper_of(experts, name)
+    wrapped = vars(experts)[WRAPPERS].get(name)
     weights = getattr(experts, name)
     weights = weights if wrapped is None else weights.detach()
     biases = getattr(experts, f"{name}_bias") if experts.has_bias else None
@@ -163,8 +163,3 @@ def _change_of(wrapped: Any, x: Tensor, index: Tensor) -> Tensor:
     inner = (inner * own.unsqueeze(-1)).transpose(-1, -2).flatten(-2)
     change: Tensor = up(inner) * wrapped.scaling[adapter]
     return change
-
-
-def _wrapper_of(experts: Any, name: str) -> Any:
-    wrappers: dict[str, Any] = vars(experts)[WRAPPERS]
-    return wrappers.get(name)

@@ -85,7 +85,9 @@ class LastLayerModel(nn.Module):
     def __init__(self, source: Any) -> None:
         super().__init__()
         weight, bias = source.head_tensors()
-        self.features = _Features(source, _active_parameters(source))
+        is_active = adapter_parameters(source)
+        adapter = [p for p in source.parameters() if is_active.get(id(p))]
+        self.features = _Features(source, adapter)
         self.copied_from: tuple[nn.Module, ...] = ()  # a tuple is not in the module tree
         wide = torch.promote_types(torch.float32, weight.dtype)
         outputs, inputs = weight.shape
@@ -149,12 +151,6 @@ class LastLayerModel(nn.Module):
             if trained and all(p.device == q.device and torch.equal(p, q) for p, q in pairs):
                 for name, parameter in original.named_parameters():
                     self.head.register_parameter(name, parameter)
-
-
-def _active_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the tensors of a model's active adapters."""
-    is_active = adapter_parameters(model)
-    return [p for p in model.parameters() if is_active.get(id(p))]
 
 
 def n_rows(head: Any) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -59,20 +58,9 @@ class Holders(Generic[T]):
                         self._undo(item)
 
 
-def _set_training(module: nn.Module) -> None:
-    module.training = True
-
-
-def _set_evaluation(module: nn.Module) -> None:
-    module.training = False
-
-
-def _thaw(parameter: nn.Parameter) -> None:
-    parameter.requires_grad_(True)
-
-
-def _freeze(parameter: nn.Parameter) -> None:
-    parameter.requires_grad_(False)
+def _switched(name: str, value: bool) -> Holders[Any]:
+    """Return holders of objects with an attribute that is true or false, switched to a value."""
+    return Holders(lambda x: setattr(x, name, value), lambda x: setattr(x, name, not value))
 
 
 def _decompile(module: Any) -> None:
@@ -92,24 +80,16 @@ def _recompile(module: Any) -> None:
         module._compiled_call_impl = compiled
 
 
-def _stop_caching(module: Any) -> None:
-    module.ENABLE_DORA_CACHING = False
-
-
-def _cache_again(module: Any) -> None:
-    module.ENABLE_DORA_CACHING = True
-
-
 def _is_wrapper(module: nn.Module) -> bool:
     """Return whether a module is what ``torch.compile`` returns."""
     return type(module).__name__ == "OptimizedModule"
 
 
 _EAGER = Holders[nn.Module](_decompile, _recompile)
-_EVALUATING = Holders[nn.Module](_set_evaluation, _set_training)
-_DIFFERENTIABLE = Holders[nn.Module](_set_training, _set_evaluation)
-_UNCACHED = Holders[ModuleType](_stop_caching, _cache_again)
-_THAWED = Holders[nn.Parameter](_thaw, _freeze)
+_EVALUATING = _switched("training", False)
+_DIFFERENTIABLE = _switched("training", True)
+_UNCACHED = _switched("ENABLE_DORA_CACHING", False)
+_THAWED = _switched("requires_grad", True)
 
 
 def device_of(model: nn.Module) -> torch.device:
