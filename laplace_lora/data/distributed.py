@@ -24,7 +24,6 @@ __all__ = [
     "ProcessLost",
     "Together",
     "check_same_data",
-    "deals_data_out",
     "is_sharded",
     "together",
 ]
@@ -116,11 +115,6 @@ def _compare(loader: object) -> None:
             streams.decide(loader, team.all_of(streams.begin(loader)))
 
 
-def deals_data_out() -> bool:
-    """Return whether this thread is in shared work in which processes see different data."""
-    return any(block.deals for block in shared_blocks())
-
-
 def check_same_data(model: nn.Module) -> None:
     """Refuse to run a sharded model on different data in each process, where it was not announced.
 
@@ -130,7 +124,7 @@ def check_same_data(model: nn.Module) -> None:
     Raises:
         TypeError: If that is what this thread is about to do.
     """
-    if deals_data_out() and is_sharded_model(model):
+    if any(block.deals for block in shared_blocks()) and is_sharded_model(model):
         raise TypeError(
             "the model is sharded, so all processes run it together, but the loader deals its data "
             "out: give every process all the data, in the same order (a DataLoader without a "

@@ -23,9 +23,10 @@ from laplace_lora.likelihoods.links import (
     QUADRATURE,
     Link,
     check_finite,
-    class_samples,
+    contrasts_of,
     entropy,
     probit,
+    sampled_log_softmax,
 )
 from laplace_lora.likelihoods.quadrature import ENTROPY_POINTS, averaged, normal_points
 from laplace_lora.models.modes import evaluation_mode
@@ -193,7 +194,7 @@ class NextTokenPredictor:
             total = self._entropy(average, inside)
             information = _second_order_information(p_map.exp(), covariance).minimum(total)
         else:
-            samples = class_samples(mean, covariance, self._noise)
+            samples = sampled_log_softmax(*contrasts_of(mean, covariance), self._noise)
             log_p = average = averaged(samples)
             if self.link_approx == QUADRATURE:
                 log_p = Link(QUADRATURE).log_probabilities(mean, covariance)

@@ -114,20 +114,6 @@ def probit(mean: Tensor, covariance: Tensor) -> Tensor:
     return F.log_softmax(mean / torch.sqrt(1 + math.pi / 8 * variance), dim=-1)
 
 
-def class_samples(mean: Tensor, covariance: Tensor, noise: Tensor) -> Tensor:
-    """Return the log softmax of each sample of two or more logits.
-
-    Args:
-        mean: Mean of the logits, ``(…, batch, classes)``.
-        covariance: Their covariance, ``(…, batch, classes, classes)``.
-        noise: Standard normal samples ``(samples, classes − 1)``, the same for all examples.
-
-    Returns:
-        Shape ``(samples, …, batch, classes)``.
-    """
-    return sampled_log_softmax(*contrasts_of(mean, covariance), noise)
-
-
 def sampled_log_softmax(contrasts: Tensor, covariance: Tensor, noise: Tensor) -> Tensor:
     """Return the log softmax of each sample of the contrasts ``f_c − f_1``.
 

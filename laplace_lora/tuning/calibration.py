@@ -22,7 +22,7 @@ from laplace_lora.data.distributed import Together
 from laplace_lora.display.plots import change_figure
 from laplace_lora.display.tables import html_table, one_row, plain, span
 from laplace_lora.display.terminal import terminal_table
-from laplace_lora.likelihoods.base import Likelihood, Scoring
+from laplace_lora.likelihoods.base import Scoring
 from laplace_lora.likelihoods.multilabel import pooled
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.settings import Settings
@@ -201,17 +201,3 @@ def calibrate(
         ece(best),
     )
     return chosen, report
-
-
-def check_classifier(objective: Likelihood) -> None:
-    """Refuse a likelihood without class probabilities.
-
-    Raises:
-        ValueError: If the likelihood is not a classifier's.
-    """
-    if not objective.is_classifier:
-        method = "widest" if objective.predicts_tokens else "marglik"
-        raise ValueError(
-            f"calibrate needs a classifier; tune a {objective.name} posterior by "
-            f"optimize_prior_precision(method={method!r})"
-        )

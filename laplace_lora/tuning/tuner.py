@@ -15,7 +15,7 @@ from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.settings import Settings, check_positive
 from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning import leave_one_out, widest
-from laplace_lora.tuning.calibration import Calibration, calibrate, check_classifier
+from laplace_lora.tuning.calibration import Calibration, calibrate
 from laplace_lora.tuning.coupled_cache import CoupledCache
 from laplace_lora.tuning.groups import Structure, prior_groups
 from laplace_lora.tuning.leave_one_out import LeaveOneOut
@@ -217,8 +217,13 @@ class Tuner:
         progress_bar: bool | None,
     ) -> tuple[Settings, Calibration]:
         """Return calibrated settings, and what they changed, see `calibrate`."""
-        check_classifier(self.posterior.objective)
         objective = self.posterior.objective
+        if not objective.is_classifier:
+            method = "widest" if objective.predicts_tokens else "marglik"
+            raise ValueError(
+                f"calibrate needs a classifier; tune a {objective.name} posterior by "
+                f"optimize_prior_precision(method={method!r})"
+            )
         if labels_tokens(objective) or objective.has_spans:
             if link != QUADRATURE:
                 raise ValueError(
