@@ -102,7 +102,7 @@ class Scoring(Protocol):
 
 
 class Likelihood(Protocol):
-    """A likelihood of a model's outputs.
+    """A likelihood of a model's outputs; what has a value here is the answer of most.
 
     Attributes:
         name: As users and saved files call it.
@@ -121,15 +121,15 @@ class Likelihood(Protocol):
 
     name: str
     laplace_name: str
-    is_classifier: bool
-    has_noise: bool
-    samples_labels: bool
-    has_pairs: bool
-    has_independent_labels: bool
-    predicts_tokens: bool
-    rows_are_tokens: bool
-    has_spans: bool
-    jacobian_refusal: str | None
+    is_classifier: bool = False
+    has_noise: bool = False
+    samples_labels: bool = False
+    has_pairs: bool = False
+    has_independent_labels: bool = False
+    predicts_tokens: bool = False
+    rows_are_tokens: bool = False
+    has_spans: bool = False
+    jacobian_refusal: str | None = None
 
     def check_outputs(self, outputs: int | None) -> None:
         """Refuse a model with a number of outputs that the likelihood cannot have.
@@ -137,7 +137,7 @@ class Likelihood(Protocol):
         Raises:
             ValueError: If there are too many.
         """
-        ...
+        return
 
     def check_problem(self, problem_type: str | None) -> None:
         """Refuse a model that was trained by another likelihood.
@@ -148,11 +148,11 @@ class Likelihood(Protocol):
         Raises:
             ValueError: If it says another; names the one to use.
         """
-        ...
+        return
 
     def by_example(self, batch: Any, label_key: str) -> Any:
         """Return a labelled batch in the form in which every row is an example."""
-        ...
+        return batch
 
     def split(
         self, batch: Any, label_key: str, device: torch.device, dtype: torch.dtype
@@ -193,7 +193,7 @@ class Likelihood(Protocol):
         Returns:
             Shape ``(columns, batch)``; ``None`` where there is no closed form.
         """
-        ...
+        return None
 
     def n_columns(self, outputs: int) -> int:
         """Return how many columns the exact root has per example."""
@@ -217,34 +217,6 @@ class Likelihood(Protocol):
             noise: Standard deviation of the observation noise.
         """
         ...
-
-
-class LikelihoodDefaults:
-    """What most likelihoods answer alike."""
-
-    is_classifier = False
-    has_noise = False
-    samples_labels = False
-    has_pairs = False
-    has_independent_labels = False
-    predicts_tokens = False
-    rows_are_tokens = False
-    has_spans = False
-    jacobian_refusal: str | None = None
-
-    def check_outputs(self, outputs: int | None) -> None:
-        """Accept any number of outputs."""
-
-    def check_problem(self, problem_type: str | None) -> None:
-        """Accept any model."""
-
-    def by_example(self, batch: Any, label_key: str) -> Any:
-        """Return the batch: its rows are examples."""
-        return batch
-
-    def residual_weights(self, root: Tensor, f: Tensor, y: Tensor) -> Tensor | None:
-        """Return ``None``: there is no closed form."""
-        return None
 
 
 def labels_tokens(objective: Likelihood) -> bool:

@@ -8,12 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.likelihoods.base import (
-    CONTRASTS,
-    LikelihoodDefaults,
-    Readout,
-    Scoring,
-)
+from laplace_lora.likelihoods.base import CONTRASTS, Likelihood, Readout, Scoring
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.roots import (
     cross_entropy,
@@ -28,7 +23,7 @@ MULTILABEL_PROBLEM = "multi_label_classification"  # as Hugging Face's configura
 LOGITS = Readout(None, several_logits, is_softmax=True)
 
 
-class Classification(LikelihoodDefaults):
+class Classification(Likelihood):
     """The likelihood ``y ~ softmax(f)``."""
 
     name = "classification"

@@ -12,11 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.likelihoods.base import (
-    LikelihoodDefaults,
-    Readout,
-    Scoring,
-)
+from laplace_lora.likelihoods.base import Likelihood, Readout, Scoring
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.real_tokens import real_tokens_of
 from laplace_lora.likelihoods.roots import (
@@ -32,7 +28,7 @@ IGNORED = -100  # the label of tokens that are not scored
 EXACT_VOCABULARY = 1024  # tokens up to which the exact root may be asked for
 
 
-class LanguageModeling(LikelihoodDefaults):
+class LanguageModeling(Likelihood):
     """The likelihood of texts under a model of their next tokens."""
 
     name = "language_modeling"

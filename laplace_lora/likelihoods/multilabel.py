@@ -14,11 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from laplace_lora.likelihoods.base import (
-    LikelihoodDefaults,
-    Readout,
-    Scoring,
-)
+from laplace_lora.likelihoods.base import Likelihood, Readout, Scoring
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.splitting import split_mapping_or_pair
 
@@ -27,7 +23,7 @@ LABELS = Readout(None, lambda f: f, is_softmax=True, independent=True)
 STEEPEST = 600.0  # of the exponents of residual weights
 
 
-class Multilabel(LikelihoodDefaults):
+class Multilabel(Likelihood):
     """The likelihood ``y_l ~ Bernoulli(σ(f_l))``, independent for all labels given the outputs."""
 
     name = "multilabel"

@@ -14,11 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from laplace_lora.likelihoods.base import (
-    LikelihoodDefaults,
-    Readout,
-    Scoring,
-)
+from laplace_lora.likelihoods.base import Likelihood, Readout, Scoring
 from laplace_lora.likelihoods.classification import LOGITS
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.real_tokens import real_tokens_of
@@ -31,7 +27,7 @@ NOT_INPUTS = ("labels", START, END, CONTEXT)
 LARGEST_ROOT = 2**28  # numbers in the columns of a batch's exact root
 
 
-class QuestionAnswering(LikelihoodDefaults):
+class QuestionAnswering(Likelihood):
     """The likelihood of a start and an end, independent given the outputs."""
 
     name = "question_answering"

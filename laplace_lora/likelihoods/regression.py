@@ -8,18 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.likelihoods.base import (
-    OUTPUTS,
-    LikelihoodDefaults,
-    Readout,
-    Scoring,
-)
+from laplace_lora.likelihoods.base import OUTPUTS, Likelihood, Readout, Scoring
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.roots import identity_root
 from laplace_lora.likelihoods.splitting import split_mapping_or_pair
 
 
-class Regression(LikelihoodDefaults):
+class Regression(Likelihood):
     """The likelihood ``y ~ N(f, σ²)``; losses and roots are those of unit noise."""
 
     name = "regression"
