@@ -33,8 +33,7 @@ class LoraCurvature(CurvatureInterface):
 
     Args:
         model: Model from a batch to outputs.
-        likelihood: ``"classification"``, ``"regression"`` or, with a `TokenModel`,
-            ``"language_modeling"``.
+        likelihood: As of `LoraLaplace`; those of tokens and of spans with a model of these.
         *args: The rest of laplace-torch's arguments.
         kfac_approx: ``"expand"`` or ``"reduce"``, see `KfacSums`.
         factor_rank: Eigenpairs of a low-rank side; ``None`` makes dense factors, a plain `Kron`.

@@ -36,7 +36,7 @@ class LogitsModel(nn.Module):
     * Encoder-decoder with ``target_ids``: the same at the first decoder step.
     * Masked language model with ``target_ids``: the same at the mask token, one per text.
     * Anything else through ``output``.
-    * A reward model, which has one output, on pairs (see `preferences`): both rewards.
+    * A reward model, which has one output, on pairs (see `data.pairs`): both rewards.
 
     Args:
         model: A `PeftModel`, or any module. An adapter loaded for inference is made trainable.

@@ -78,7 +78,7 @@ class FullLoraLaplace(RowLaplace):
 
     Args:
         model: A `PeftModel`, or a `LogitsModel` around one.
-        likelihood: ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
+        likelihood: ``"classification"``, ``"regression"`` or another of `LoraLaplace`.
         storage: Where the rows are kept: ``"device"``, ``"cpu"``, ``"disk"`` (mapped files in the
             system's temporary folder) or a folder for mapped files, which are deleted with the
             posterior. It changes nothing but memory and time, and is not saved.
@@ -134,7 +134,7 @@ class LowRankLoraLaplace(RowLaplace):
 
     Args:
         model: A `PeftModel`, or a `LogitsModel` around one.
-        likelihood: ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
+        likelihood: ``"classification"``, ``"regression"`` or another of `LoraLaplace`.
         rank: Directions kept; the sketch takes ``2 rank + 10`` numbers per weight.
         **kwargs: Arguments of `LoraLaplace`.
 

@@ -38,7 +38,8 @@ class LastLayerLaplace(LoraLaplace):
 
     Args:
         model: A `PeftModel`, or a `LogitsModel` around one; its head may be trained or frozen.
-        likelihood: ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
+        likelihood: ``"classification"``, ``"multilabel"``, ``"regression"`` or
+            ``"reward_modeling"``.
         structure: How the curvature is held.
         **kwargs: Arguments of `LoraLaplace`.
 
@@ -82,7 +83,8 @@ class KronLoraLLLaplace(KronNames, LastLayerLaplace, KronLLLaplace):
 
     Args:
         model: A `PeftModel`, or a `LogitsModel` around one.
-        likelihood: ``"classification"``, ``"regression"`` or ``"reward_modeling"``.
+        likelihood: ``"classification"``, ``"multilabel"``, ``"regression"`` or
+            ``"reward_modeling"``.
         factor_rank: As in `KronLoraLaplace`; a single layer is kept dense by default.
         low_rank_threshold: As in `KronLoraLaplace`.
         residual: As in `KronLoraLaplace`.

@@ -158,7 +158,7 @@ class Posterior:
         if len(prior) not in (1, tensors):
             raise ValueError(
                 "this takes a prior precision in all or for each tensor, and there is one for each "
-                "weight; tune with another prior_structure ('scalar', 'matrix', 'layer') first"
+                "weight; tune with another prior_structure ('scalar', 'matrix', 'layerwise') first"
             )
         return prior.expand(tensors)
 

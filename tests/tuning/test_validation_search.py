@@ -1,5 +1,7 @@
 """Tuning on validation data: one pass for a whole grid, and gradient descent."""
 
+import re
+
 import pytest
 import torch
 from laplace import KronLaplace
@@ -11,7 +13,7 @@ from laplace_lora.likelihoods.base import CONTRASTS
 from laplace_lora.likelihoods.classification import LOGITS
 from laplace_lora.likelihoods.links import contrasts_of
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.tuning.groups import prior_groups
+from laplace_lora.tuning.groups import STRUCTURES, prior_groups
 from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
 from support.batches import loader, validation
 from support.models import peft_model
@@ -199,8 +201,10 @@ def test_the_loop_of_laplace_torch_tunes_the_prior_alone(method, loop):
 def test_a_prior_of_each_weight_says_what_it_does_not_go_with():
     la = posterior(DiagLoraLaplace)
     la.optimize_prior_precision(method="marglik", prior_structure="diag", n_steps=3)
-    with pytest.raises(ValueError, match="there is one for each weight"):
+    with pytest.raises(ValueError, match="there is one for each weight") as refused:
         la.calibrate(validation())
+    named = re.findall(r"'(\w+)'", str(refused.value))
+    assert named and set(named) <= set(STRUCTURES)
     with pytest.raises(ValueError, match="there is one for each weight"):
         la.optimize_prior_precision(method="val_gd", val_loader=validation())
     assert len(la.prior_precision) == la.n_params
