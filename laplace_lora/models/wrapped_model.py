@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from laplace_lora.data.batches import is_empty
-from laplace_lora.models.last_layer_model import n_rows
+from laplace_lora.models.head import n_rows
 from laplace_lora.models.modes import device_of
 from laplace_lora.models.rotary import check_lengths
 

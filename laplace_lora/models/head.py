@@ -1,0 +1,108 @@
+"""The head of a transformer: its weights, and what it sees of each example."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from laplace_lora.models.thread_hooks import on_output
+
+
+def n_rows(head: Any) -> int:
+    """Return the number of outputs of a head."""
+    return _sizes(head)[0]
+
+
+def _sizes(head: Any) -> tuple[int, int]:
+    """Return outputs and inputs; a quantised weight's shape does not tell."""
+    shape = head.weight.shape
+    own = getattr(head, "out_features", shape[0]), getattr(head, "in_features", shape[-1])
+    # PEFT's `ensure_weight_tying` makes a head of an embedding, and names the two sides reversed.
+    rows, width = own[::-1] if tuple(shape) == own[::-1] else own
+    return int(rows), int(width)
+
+
+def head_tensors(head: Any, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return weight ``(outputs, d)`` and bias of a linear head, detached.
+
+    Args:
+        head: The layer, of a transformer.
+        ids: Which rows; ``None`` for all.
+
+    Raises:
+        ValueError: If the layer is quantised or offloaded.
+    """
+    if not head.weight.is_floating_point() or head.weight.shape != _sizes(head):
+        raise ValueError(
+            "the last layer is quantised, but a last-layer posterior needs its weights; leave "
+            "it out of the quantisation"
+        )
+    if head.weight.device.type == "meta":
+        raise ValueError(
+            "the last layer is offloaded, but a last-layer posterior needs its weights; give "
+            "it a device"
+        )
+    if ids is None:
+        return head.weight.detach(), None if head.bias is None else head.bias.detach()
+    ids = ids.to(head.weight.device)
+    bias = None if head.bias is None else head.bias.detach()[ids]
+    return head.weight.detach()[ids], bias
+
+
+def last_linear(model: nn.Module, outputs: int | None) -> nn.Linear:
+    """Return the last plain linear layer of a model, the active adapter's copy if it was trained.
+
+    Args:
+        model: Any module.
+        outputs: Outputs it must have; ``None`` for any number.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    idle: set[int] = set()
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            kept = [wrapper.modules_to_save[name] for name in wrapper.active_adapters]
+            every = {id(module) for module in wrapper.modules()}
+            idle |= every - {id(part) for module in kept for part in module.modules()}
+    found = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+        and id(module) not in idle
+        and outputs in (None, module.out_features)
+    ]
+    if not found:
+        raise ValueError(
+            f"the model has no linear last layer with {outputs} outputs; a last-layer posterior "
+            "needs one"
+        )
+    return found[-1]
+
+
+def seen_by_head(head: nn.Module, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """Return what a model's head sees of each example, ``(batch, d)``, and the model's logits.
+
+    Args:
+        head: A layer of the model.
+        model: From a batch to logits ``(batch, outputs)``.
+        batch: What the model takes.
+
+    Raises:
+        RuntimeError: If the head did not run once per example.
+    """
+    seen: list[Tensor] = []
+    hook = on_output(head, lambda args, kwargs, out: seen.append(args[0]))
+    try:
+        logits = model(batch)
+    finally:
+        hook.remove()
+    if len(seen) != 1 or seen[0].numel() != len(logits) * seen[0].shape[-1]:
+        raise RuntimeError(
+            "the last linear layer did not run once per example: "
+            f"{[tuple(x.shape) for x in seen]} for logits {tuple(logits.shape)}; take a "
+            "posterior over the adapter, such as KronLoraLaplace"
+        )
+    return seen[0].reshape(len(logits), -1), logits
