@@ -10,6 +10,7 @@ taken for what they are.
 """
 
 from laplace_lora.functional.cholesky import cholesky_decompose_small_factors, stable_cholesky
+from laplace_lora.functional.evidence import model_evidence
 from laplace_lora.functional.factors import calculate_kronecker_factors
 from laplace_lora.functional.hooks import (
     Hooks,
@@ -18,12 +19,7 @@ from laplace_lora.functional.hooks import (
     save_input_hook,
     save_output_grad_hook,
 )
-from laplace_lora.functional.predictive import (
-    jacobian_mean,
-    model_evidence,
-    predict_probs,
-    variance,
-)
+from laplace_lora.functional.predictive import jacobian_mean, predict_probs, variance
 
 __all__ = [
     "Hooks",

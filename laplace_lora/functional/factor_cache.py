@@ -1,4 +1,4 @@
-"""Validate user-supplied factors and cache their eigendecompositions."""
+"""Validate user-supplied factors and prior variances, and cache the eigendecompositions."""
 
 from __future__ import annotations
 
@@ -39,6 +39,18 @@ def check_ranks(factors: Factors, n_lora: int | None, n_kfac: int | None) -> Non
         raise ValueError(f"n_kfac is {n_kfac}, but low-rank factors have ranks {sorted(roots)}")
     if n_lora is not None and not any(n_lora in (len(x), len(g)) for x, g in factors.values()):
         raise ValueError(f"n_lora is {n_lora}, but no factor has a side of that length")
+
+
+def checked_variance(s2: Tensor | float) -> Tensor:
+    """Return a prior variance as a tensor.
+
+    Raises:
+        ValueError: If it is not one positive number.
+    """
+    s2 = torch.as_tensor(s2)
+    if s2.numel() != 1 or not bool(s2 > 0) or not bool(s2.isfinite()):
+        raise ValueError(f"s2 is the prior variance, one positive number; got {s2.tolist()}")
+    return s2
 
 
 def decomposed(factors: Factors, device: torch.device | str) -> KronEigen:

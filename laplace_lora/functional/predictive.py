@@ -1,4 +1,4 @@
-"""Evidence and predictive from given factors: `model_evidence`, `jacobian_mean`, `variance`."""
+"""The predictive from given factors: `jacobian_mean`, `variance`, `predict_probs`."""
 
 from __future__ import annotations
 
@@ -14,66 +14,12 @@ from laplace_lora.capture.jacobians import jacobian_blocks
 from laplace_lora.capture.recorder import record
 from laplace_lora.data.batches import Batch
 from laplace_lora.data.sharding import unwrapped
-from laplace_lora.functional.factor_cache import Factors, check_ranks, decomposed
+from laplace_lora.functional.factor_cache import Factors, check_ranks, checked_variance, decomposed
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.roots import identity_root
 from laplace_lora.models.autocast import as_called, in_full_precision
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.models.modes import evaluation_mode
-
-
-@in_full_precision
-def model_evidence(
-    model: nn.Module,
-    LL: Tensor,
-    factors: Factors,
-    n_lora: int | None,
-    n_kfac: int | None,
-    s2: Tensor | float,
-) -> Tensor:
-    """Return the Laplace approximation of the log evidence, to be maximised over ``s2``.
-
-    ``LL − ½ ‖θ‖²/s2 − ½ Σ log(1 + s2 e)`` over the eigenvalues ``e`` of all blocks, as
-    `KronLoraLaplace.log_marginal_likelihood` at prior precision ``1/s2`` (with
-    ``residual="zero"`` where a factor is low-rank). Differentiable in ``s2`` and ``LL``.
-
-    Args:
-        model: The model for which the factors were computed; ``θ`` are the weights they cover.
-        LL: Log likelihood of the training data, summed over the examples, in nats.
-        factors: From `calculate_kronecker_factors`.
-        n_lora: LoRA rank, or ``None``. Only checked: ranks are read from the factors, which may
-            have several, and a rank that no factor has is an error.
-        n_kfac: Rank of low-rank factors, or ``None``. Only checked against the roots.
-        s2: Prior variance, one positive number.
-
-    Returns:
-        The log evidence in nats, of the shape of ``s2``.
-
-    Raises:
-        ValueError: If ``s2`` is not one positive number, a module is not in the model or differs
-            in size from its factors, or the ranks do not fit.
-    """
-    s2 = _checked_variance(s2)
-    check_ranks(factors, n_lora, n_kfac)
-    square: Tensor | float = 0.0
-    for name, (inputs, grads) in factors.items():
-        try:
-            module: Any = unwrapped(model).get_submodule(name)
-        except AttributeError:
-            raise ValueError(
-                f"the model has no module {name!r}, for which there is a factor"
-            ) from None
-        weights = [module.weight]
-        if module.bias is not None and len(inputs) * len(grads) != module.weight.numel():
-            weights.append(module.bias)
-        if len(inputs) * len(grads) != sum(weight.numel() for weight in weights):
-            raise ValueError(
-                f"the factors of {name!r} have sides {len(inputs)} and {len(grads)}, but its "
-                f"weight has shape {tuple(module.weight.shape)}"
-            )
-        square = square + sum(w.detach().double().square().sum().to(s2.device) for w in weights)
-    ratio = (decomposed(factors, s2.device) + 1 / s2).log_det_ratio()
-    return LL - 0.5 * square / s2 - 0.5 * ratio
 
 
 @in_full_precision
@@ -156,7 +102,7 @@ def variance(
         ValueError: If ``s2`` is not one positive number, a factor has no Jacobian or one of a
             different size, or the ranks or the numbers of examples or logits do not fit.
     """
-    s2 = _checked_variance(s2).to(device)
+    s2 = checked_variance(s2).to(device)
     check_ranks(factors, n_lora, n_kfac)
     precision = decomposed(factors, device) + 1 / s2
     total: Tensor | None = None
@@ -228,13 +174,6 @@ def _logits_model(
     if target_ids is None:
         return wrapped
     return LogitsModel(model, output=lambda out: getattr(out, "logits", out)[:, target_ids])
-
-
-def _checked_variance(s2: Tensor | float) -> Tensor:
-    s2 = torch.as_tensor(s2)
-    if s2.numel() != 1 or not bool(s2 > 0) or not bool(s2.isfinite()):
-        raise ValueError(f"s2 is the prior variance, one positive number; got {s2.tolist()}")
-    return s2
 
 
 def _jacobian_of(name: str, jacobian: Mapping[str, Tensor], kind: str = "weight") -> Tensor:
