@@ -17,7 +17,7 @@ from laplace_lora.linalg.row_products import products_of_rows
 
 Side = Eigen | DiagonalEigen
 Gram = tuple[Tensor, Tensor]
-Spectrum = Callable[[Tensor], Tensor]
+Function = Callable[[Tensor], Tensor]  # of eigenvalues
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class KronBlock:
         for part, row in zip(self.left.split(W, -2), self.parts(), strict=True):
             yield from zip(self.right.split(part, -1), row, strict=True)
 
-    def apply(self, W: Tensor, function: Spectrum) -> Tensor:
+    def apply(self, W: Tensor, function: Function) -> Tensor:
         """Return ``f(block) W`` for ``W`` of shape ``(…, p, q)``."""
         rows = self._rows([piece * function(e) for piece, e in self.pieces(W)])
         return self.left.join([self.right.join(row, -1) for row in rows], -2)
 
-    def diagonal(self, function: Spectrum) -> Tensor:
+    def diagonal(self, function: Function) -> Tensor:
         """Return the diagonal of ``f(block)``, shape ``(p, q)``."""
         rows = [self.right.matrix_diagonal([function(e).T for e in row]).T for row in self.parts()]
         return self.left.matrix_diagonal(rows)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from laplace_lora.linalg.eigen import Eigen
 from laplace_lora.linalg.factors import map_shared
-from laplace_lora.linalg.kron_block import Gram, KronBlock, Side, Spectrum
+from laplace_lora.linalg.kron_block import Function, Gram, KronBlock, Side
 
 Self = TypeVar("Self", bound="KronEigen")
 
@@ -185,7 +185,7 @@ class KronEigen:
         tables = None if self.tables is None else [table.to(device) for table in self.tables]
         return type(self)(blocks, self.deltas.to(device), scale, tables)
 
-    def _power(self, i: int, exponent: float) -> Spectrum:
+    def _power(self, i: int, exponent: float) -> Function:
         return lambda e: (e + self.deltas[i]).pow(exponent)
 
     def _sides(self, i: int) -> tuple[Side, Side]:

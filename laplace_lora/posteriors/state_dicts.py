@@ -13,11 +13,10 @@ from torch import Tensor
 
 from laplace_lora.curvature.kron_protocol import LowRankKron
 from laplace_lora.structures.eigenvalue_correction import CorrectedKron
-from laplace_lora.structures.settings import Settings
+from laplace_lora.structures.settings import SCALES, Settings
 from laplace_lora.structures.state import Posterior, PosteriorState
 from laplace_lora.structures.subspace import SUBSPACE, SUBSPACE_TENSORS, subspace_from
 
-CALIBRATED = ("covariance_scale", "likelihood_temperature")
 SHIFT = "shift"
 
 
@@ -37,7 +36,7 @@ def state_entries(posterior: Posterior) -> dict[str, Any]:
     return {
         "H": packed,
         **gradient,
-        **{name: getattr(posterior.settings, name) for name in CALIBRATED},
+        **{name: getattr(posterior.settings, name) for name in SCALES},
         SHIFT: posterior.settings.shift,
     }
 
@@ -73,7 +72,7 @@ def read_state(posterior: Posterior, state_dict: Mapping[str, Any]) -> Posterior
         state_dict["prior_mean"],
         torch.as_tensor(state_dict["sigma_noise"]),
         shift=state_dict.get(SHIFT),
-        **{name: state_dict.get(name, 1.0) for name in CALIBRATED},
+        **{name: state_dict.get(name, 1.0) for name in SCALES},
     )
     return PosteriorState(
         settings,
