@@ -15,7 +15,7 @@ from laplace_lora.adapters.diagonal_maps import ElementwiseMap, WholeTensor, map
 from laplace_lora.adapters.maps import Block, ConvMap, LinearMap
 from laplace_lora.adapters.peft_maps import EmbeddingMap, TripletMap
 from laplace_lora.adapters.peft_state import adalora_layers, check_adapters
-from laplace_lora.adapters.selection import listed
+from laplace_lora.adapters.selection import is_trained, listed
 from laplace_lora.adapters.shared_memory import check_own_memory
 
 UNCOVERED = ("error", "diag")
@@ -123,7 +123,7 @@ def trainable_maps(
         for parameter, is_bias in linear.parameters():
             owners.setdefault(id(parameter), []).append((linear, is_bias))
 
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trainable = [(name, p) for name, p in model.named_parameters() if is_trained(p)]
     holders = _holders(model)
     tied = {id(p) for _, p in trainable if holders[id(p)] > 1}
     if uncovered == "error":

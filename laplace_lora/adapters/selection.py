@@ -5,13 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from torch import nn
+
+_LEFT_OUT: ContextVar[frozenset[int]] = ContextVar("left_out", default=frozenset())
 
 
 @contextmanager
 def trainable_only(model: nn.Module, modules: str | Sequence[str] | None) -> Iterator[None]:
-    """Temporarily freeze all trainable tensors but those of some modules.
+    """Temporarily leave out all trainable tensors but those of some modules, see `is_trained`.
+
+    The tensors themselves stay as they are: other threads may need their gradients.
 
     Args:
         model: Any module.
@@ -29,13 +34,16 @@ def trainable_only(model: nn.Module, modules: str | Sequence[str] | None) -> Ite
             f"modules={modules!r} matches no trainable module; there are "
             f"{listed(sorted(set(owners.values())))}"
         )
-    for parameter in others:
-        parameter.requires_grad_(False)
+    token = _LEFT_OUT.set(frozenset(map(id, others)))
     try:
         yield
     finally:
-        for parameter in others:
-            parameter.requires_grad_(True)
+        _LEFT_OUT.reset(token)
+
+
+def is_trained(parameter: nn.Parameter) -> bool:
+    """Return whether a tensor is trainable and not left out by `trainable_only`."""
+    return parameter.requires_grad and id(parameter) not in _LEFT_OUT.get()
 
 
 def _matches(name: str, modules: str | Sequence[str] | None) -> bool:

@@ -11,6 +11,8 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
+from laplace_lora.adapters.selection import is_trained
+
 Named = tuple[str, nn.Parameter]
 
 
@@ -33,7 +35,7 @@ def check_own_memory(model: nn.Module) -> None:
             by_storage.setdefault(storage, []).append((name, p))
     for group in by_storage.values():
         for (name, p), (other_name, other) in combinations(group, 2):
-            if (p.requires_grad or other.requires_grad) and _overlap(p, other):
+            if (is_trained(p) or is_trained(other)) and _overlap(p, other):
                 raise ValueError(
                     f"the parameters {name!r} and {other_name!r} share their memory, as PEFT's "
                     "`ensure_weight_tying` has it: a posterior would take one weight for two. Give "

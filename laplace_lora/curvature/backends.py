@@ -15,6 +15,7 @@ from laplace.utils import Kron
 from torch import Tensor, nn
 
 from laplace_lora.adapters.maps import Block, LinearMap
+from laplace_lora.adapters.selection import is_trained
 from laplace_lora.capture.jacobians import jacobian_blocks
 from laplace_lora.curvature import batch_curvature
 from laplace_lora.curvature.engine import Engine, joined
@@ -70,6 +71,8 @@ class LoraCurvature(CurvatureInterface):
         self.objective = likelihood_of(likelihood)
         super().__init__(model, self.objective.laplace_name, *args, **kwargs)
         self.likelihood = likelihood
+        self.params = list(filter(is_trained, self.params))
+        self.params_dict = {name: p for name, p in self.params_dict.items() if is_trained(p)}
         trained: Any = model.last_layer if self.last_layer else model
         split = getattr(model, "model", None)
         if self.last_layer and isinstance(split, LastLayerModel):

@@ -102,13 +102,16 @@ class LoraLaplace(FittedLaplace):
         self._latest = None
         options = {"uncovered": uncovered, **(backend_kwargs or {})}
         kwargs = {"backend": backend, "backend_kwargs": options, **kwargs}
+        prior_precision = kwargs.pop("prior_precision", 1.0)  # perhaps one for each covered tensor
         model = self._differentiated(self.logits_model)
         with trainable_only(model, modules):
             super().__init__(model, self.objective.laplace_name, **kwargs)
             self.likelihood = likelihood
             # Built now, so that what it cannot cover is refused before a fit.
             self.params = self.engine.parameters
+        self.n_params, self.n_layers = sum(self.engine.sizes), len(self.params)
         self.structure = structure.bound(self.engine)
+        self.prior_precision = prior_precision
         if isinstance(prior_mean, AdapterStart):
             prior_mean = prior_mean.vector(self.logits_model.get_submodule("model"), self.params)
         self.prior_mean = prior_mean

@@ -5,7 +5,13 @@ import threading
 import pytest
 import torch
 
-from laplace_lora import DiagLoraLaplace, KronLoraLaplace, KronLoraLLLaplace, LogitsModel
+from laplace_lora import (
+    DiagLoraLaplace,
+    FullLoraLaplace,
+    KronLoraLaplace,
+    KronLoraLLLaplace,
+    LogitsModel,
+)
 from support.batches import loader, token_batch
 from support.models import TARGETS, peft_model
 
@@ -141,4 +147,25 @@ def test_a_plain_pass_sees_the_whole_head():
     results, errors = in_threads(jobs * 2)
     assert not errors, errors[0]
     for mine, alone in zip(results, expected * 2, strict=True):
+        assert all(torch.equal(result, alone) for result in mine)
+
+
+@pytest.mark.parametrize("structure", ["kron", "exact"])
+def test_a_posterior_over_some_modules_is_made_and_fitted_beside_one_over_all(structure):
+    cls = KronLoraLaplace if structure == "kron" else FullLoraLaplace
+    model = LogitsModel(peft_model("llama")).eval()
+    la = cls(model, "classification")
+    la.fit(loader())
+    x = token_batch(LENGTHS[0])
+
+    def over_some():
+        other = cls(model, "classification", modules="lora_B", prior_precision=torch.ones(4))
+        other.fit(loader())
+        return moments(other, x)[1]
+
+    jobs = [over_some, over_some, lambda: moments(la, x)[1], lambda: moments(la, x)[1]]
+    expected = [job() for job in jobs]
+    results, errors = in_threads(jobs)
+    assert not errors, errors[0]
+    for mine, alone in zip(results, expected, strict=True):
         assert all(torch.equal(result, alone) for result in mine)
