@@ -24,6 +24,7 @@ from laplace_lora.data.sharding import in_pieces
 from laplace_lora.models.autocast import as_called
 from laplace_lora.models.expert_layers import experts_as_layers
 from laplace_lora.models.modes import coarsest_dtype, differentiable, eager
+from laplace_lora.models.turns import in_turn
 
 _COVERING = threading.Lock()
 
@@ -100,6 +101,16 @@ class Recording:
         Raises:
             MisfitError: If a layer's calls fit no Kronecker factors, and ``uncovered="error"``.
         """
+        with in_turn(self.model):
+            return self._tape(x, function, examples, needs_masks)
+
+    def _tape(
+        self,
+        x: Any,
+        function: Callable[[Any], Tensor] | None,
+        examples: int | None,
+        needs_masks: bool,
+    ) -> tuple[Tape, Sequence[Block]]:
         named = list(self.model.named_modules())  # once: large models have thousands
         modules = [module for _, module in named]
         in_pieces(modules)

@@ -15,6 +15,7 @@ from peft.tuners.lora import dora
 from torch import Tensor, nn
 
 from laplace_lora.data.sharding import write_values
+from laplace_lora.models.turns import in_turn
 
 T = TypeVar("T")
 COMPILED = "_laplace_lora_compiled"  # where a module keeps its compiled call meanwhile
@@ -118,6 +119,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     Gradients flow all the same, see `differentiable`. While one thread holds the mode, other
     threads' forward passes run in it, too.
     """
+    with in_turn(model), _all_evaluating(model):
+        yield
+
+
+@contextmanager
+def _all_evaluating(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     with (
         _EVALUATING.hold(

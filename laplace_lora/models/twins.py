@@ -14,6 +14,7 @@ from torch import nn
 from laplace_lora.data.sharding import gathered_anew, is_sharded_model
 from laplace_lora.models.modes import weights_kept
 from laplace_lora.models.thread_hooks import STRUCTURE
+from laplace_lora.models.turns import in_turn
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,13 @@ def twin_of(
         model: Any module.
         parameters: The tensors of which the twin has its own.
     """
+    with in_turn(model):
+        return _twin_of(model, parameters)
+
+
+def _twin_of(
+    model: nn.Module, parameters: Sequence[nn.Parameter]
+) -> tuple[nn.Module | None, list[nn.Parameter]]:
     if not _has_twin(model):
         return None, []
     own = {id(parameter) for parameter in parameters}

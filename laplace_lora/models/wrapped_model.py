@@ -14,6 +14,7 @@ from laplace_lora.data.batches import is_empty
 from laplace_lora.models.head import n_rows
 from laplace_lora.models.modes import device_of
 from laplace_lora.models.rotary import check_lengths
+from laplace_lora.models.turns import in_turn
 
 TOKENS = ("input_ids", "attention_mask")
 CHOOSING = "ForMultipleChoice"  # how transformers' names of such models end
@@ -106,7 +107,8 @@ class WrappedModel:
             ValueError: If the model fails at texts that are longer than it has positions.
         """
         try:
-            return self._run(inputs)
+            with in_turn(self.model):
+                return self._run(inputs)
         except (IndexError, RuntimeError) as error:
             limit, tokens = _places(self.base), inputs.get("input_ids")
             if limit is None or not isinstance(tokens, Tensor) or tokens.shape[-1] <= limit:

@@ -19,6 +19,7 @@ from laplace_lora.curvature.backends import LoraCurvature, LoraGGN
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.logits_model import LogitsModel
+from laplace_lora.models.turns import in_turn
 from laplace_lora.models.wrapping import wrapped
 from laplace_lora.posteriors.fitted import FittedLaplace
 from laplace_lora.posteriors.memory import MemoryEstimate, estimate_memory
@@ -104,7 +105,7 @@ class LoraLaplace(FittedLaplace):
         kwargs = {"backend": backend, "backend_kwargs": options, **kwargs}
         prior_precision = kwargs.pop("prior_precision", 1.0)  # perhaps one for each covered tensor
         model = self._differentiated(self.logits_model)
-        with trainable_only(model, modules):
+        with in_turn(model), trainable_only(model, modules):
             super().__init__(model, self.objective.laplace_name, **kwargs)
             self.likelihood = likelihood
             # Built now, so that what it cannot cover is refused before a fit.

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from laplace_lora.data.chained import chained
 from laplace_lora.fitting.fitter import Fitter
 from laplace_lora.models.autocast import in_full_precision
+from laplace_lora.models.turns import in_turn
 from laplace_lora.posteriors.saved import SavedLaplace
 from laplace_lora.structures.state import Posterior, PosteriorState
 
@@ -69,7 +70,8 @@ class FittedLaplace(SavedLaplace):
         options = (override, progress_bar, checkpoint_dir, checkpoint_every, evidence_correction)
         alone = override or not self.state.is_fitted
         loaders = [train_loader] if alone else [self._train_loader, train_loader]
-        self._install(fitter.fit(train_loader, *options))
+        with in_turn(self.logits_model):
+            self._install(fitter.fit(train_loader, *options))
         self._train_loader = chained(loaders)
         self._leaves_correction_out = evidence_correction is False
 

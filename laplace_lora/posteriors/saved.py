@@ -15,6 +15,7 @@ from laplace_lora.adapters.frozen_values import frozen_values
 from laplace_lora.adapters.peft_state import adapter_settings
 from laplace_lora.curvature.backends import LoraCurvature, LoraEF, LoraGGN
 from laplace_lora.models.logits_model import LogitsModel
+from laplace_lora.models.turns import in_turn
 from laplace_lora.posteriors.card import card_section
 from laplace_lora.posteriors.copies import deep_copy, refuse_pickling, shallow_copy
 from laplace_lora.posteriors.served import ServedLaplace
@@ -59,7 +60,8 @@ class SavedLaplace(ServedLaplace):
         posterior, backend = self.fitted, self._backend_cls.__name__
         if BACKENDS.get(backend) is not self._backend_cls:
             raise TypeError(f"a posterior with the backend {backend} cannot be saved")
-        save_posterior(posterior, Path(save_directory), backend, precision)
+        with in_turn(self.logits_model):
+            save_posterior(posterior, Path(save_directory), backend, precision)
 
     @classmethod
     def from_pretrained(
@@ -110,7 +112,8 @@ class SavedLaplace(ServedLaplace):
             if unknown:
                 raise TypeError(f"{cls.__name__} has no option {unknown[0]!r}") from None
             raise ValueError(f"{CONFIG} describes no posterior: {error!r}") from None
-        la._install(load_state(la.parts, payload, config))
+        with in_turn(model):
+            la._install(load_state(la.parts, payload, config))
         return la
 
     def push_to_hub(

@@ -20,6 +20,7 @@ from laplace_lora.adapters.peft_state import adapter_settings, scalings, tuner_l
 from laplace_lora.adapters.selection import listed
 from laplace_lora.data.sharding import is_sharded_tensor, whole
 from laplace_lora.models.last_layer_model import LastLayerModel
+from laplace_lora.models.turns import in_turn
 from laplace_lora.structures.state import Posterior
 
 ROUNDING = 1e-5  # relative: adding a number and subtracting it again leaves as much
@@ -46,6 +47,10 @@ class WeightsWatch:
                 moved to a dtype in which its posterior is another one's; or, of a last layer, if
                 the adapter does not run in the model as it is, see `check_runs`.
         """
+        with in_turn(posterior.source):
+            self._check(posterior)
+
+    def _check(self, posterior: Posterior) -> None:
         self._look(posterior)
         places, factors = self._places, scalings(self._layers)
         pairs = list(_pairs(posterior))

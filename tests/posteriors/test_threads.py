@@ -1,7 +1,5 @@
 """Many threads ask one posterior, beside plain forward passes of its model: a web server."""
 
-import threading
-
 import pytest
 import torch
 
@@ -14,30 +12,9 @@ from laplace_lora import (
 )
 from support.batches import loader, token_batch
 from support.models import TARGETS, peft_model
+from support.threads import in_threads
 
-THREADS, ROUNDS = 4, 8
 LENGTHS = ((5, 3, 4, 2), (6, 6, 1, 2), (3, 3, 3, 3), (2, 6, 5, 4))
-
-
-def in_threads(jobs):
-    """Run each job several times in a thread of its own; return all results and errors."""
-    results, errors = [[] for _ in jobs], []
-    start = threading.Barrier(len(jobs))
-
-    def work(job, mine):
-        start.wait()
-        for _ in range(ROUNDS):
-            try:
-                mine.append(job())
-            except Exception as error:
-                errors.append(error)
-
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(jobs, results, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results, errors
 
 
 def posterior(kind):
