@@ -6,8 +6,8 @@ Several threads may hold the same change at once: it is made by the first and un
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from laplace_lora.data.sharding import write_values
 from laplace_lora.models.turns import in_turn
 
 T = TypeVar("T")
+_EVERY: list[Holders[Any]] = []
 COMPILED = "_laplace_lora_compiled"  # where a module keeps its compiled call meanwhile
 
 
@@ -31,8 +32,9 @@ class Holders(Generic[T]):
 
     def __init__(self, change: Callable[[T], None], undo: Callable[[T], None]) -> None:
         self._change, self._undo = change, undo
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._held: dict[int, tuple[T, int]] = {}
+        _EVERY.append(self)
 
     @contextmanager
     def hold(self, objects: Sequence[T], needs_change: Callable[[T], bool]) -> Iterator[None]:
@@ -57,6 +59,29 @@ class Holders(Generic[T]):
                         self._held[id(item)] = (item, holders)
                     else:
                         self._undo(item)
+
+    @contextmanager
+    def undone_in(self, copies: Mapping[int, Any]) -> Iterator[None]:
+        """Let nothing change while objects are copied; what has is undone in the copies.
+
+        Args:
+            copies: By the originals' ``id``, as `copy.deepcopy` fills its ``memo``.
+        """
+        with self._lock:
+            yield
+            for original, _ in self._held.values():
+                twin = copies.get(id(original), original)
+                if twin is not original:
+                    self._undo(twin)
+
+
+@contextmanager
+def undone_in(copies: Mapping[int, Any]) -> Iterator[None]:
+    """Let copies be made as if no thread held any of the originals, see `Holders.undone_in`."""
+    with ExitStack() as stack:
+        for holders in _EVERY:
+            stack.enter_context(holders.undone_in(copies))
+        yield
 
 
 def _switched(name: str, value: bool) -> Holders[Any]:

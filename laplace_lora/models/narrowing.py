@@ -5,6 +5,7 @@ Only in the current thread: other threads' forward passes see the head as it is.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -120,6 +121,10 @@ class _RowsByThread:
     def __call__(self, hidden: Tensor) -> Tensor:
         weight, bias = self.rows.get(threading.get_ident(), (self.head.weight, self.head.bias))
         return F.linear(hidden, weight, bias)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _RowsByThread:
+        """Return that of a copied layer, of which no thread has chosen rows."""
+        return _RowsByThread(copy.deepcopy(self.head, memo))
 
 
 @contextmanager

@@ -8,6 +8,10 @@ from typing import Any, NoReturn, TypeVar
 from laplace.utils.feature_extractor import FeatureExtractor
 from torch import Tensor, nn
 
+from laplace_lora.models.modes import undone_in
+from laplace_lora.models.thread_hooks import STRUCTURE, remove_copied
+from laplace_lora.models.turns import in_turn
+
 T = TypeVar("T")
 
 
@@ -23,7 +27,17 @@ def deep_copy(posterior: T, source: nn.Module, memo: dict[int, Any]) -> T:
     memo[id(posterior)] = twin
     loader = vars(posterior).get("_train_loader")
     memo[id(loader)] = loader  # data are shared
-    memo[id(source)] = copy.deepcopy(source, memo)
+    # Other threads may be predicting: their copied hooks and modes would be nobody's to undo.
+    with in_turn(source), STRUCTURE, undone_in(memo):
+        memo[id(source)] = copy.deepcopy(source, memo)
+        _copy_rest(posterior, twin, memo)
+    for model in (memo[id(source)], vars(twin)["model"]):
+        remove_copied(model.modules())
+    return twin
+
+
+def _copy_rest(posterior: object, twin: object, memo: dict[int, Any]) -> None:
+    """Copy all but the model, which has been copied."""
     for module in vars(posterior)["model"].modules():
         if isinstance(module, FeatureExtractor):  # of its latest pass, in forward mode no copy can
             memo[id(module._features)] = {}
@@ -32,7 +46,6 @@ def deep_copy(posterior: T, source: nn.Module, memo: dict[int, Any]) -> T:
         if isinstance(tensor, Tensor) and not tensor.is_leaf:  # by which the evidence was derived
             memo[id(tensor)] = tensor.detach().clone()
     vars(twin).update({k: copy.deepcopy(v, memo) for k, v in entries.items()})
-    return twin
 
 
 def shallow_copy(posterior: T) -> T:
