@@ -7,7 +7,7 @@ more, see `files`. Nothing is ever unpickled, and no path is read from a file.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ PREFIX = "curvature."
 GRADIENT = "loss_gradient"
 SHIFT = "shift"
 SUBSPACE_MEAN = f"{SUBSPACE}prior_mean"
+FURTHER = "further_tensors"  # names of those that are no curvature, some of which may be missing
 EXACT = "exact"
 PRECISIONS = ("half", EXACT)  # the first is the default
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of tensors in a file
@@ -97,6 +98,7 @@ def save_posterior(
             "likelihood_temperature": settings.likelihood_temperature,
         },
         "curvature": description,
+        FURTHER: _further(tensors),
         **identity(posterior),
         ROUNDED: rounded_fingerprints(trained_tensors(posterior)),
     }
@@ -137,10 +139,25 @@ def load_state(posterior: Posterior, payload: bytes, config: Mapping[str, Any]) 
                 raise ValueError(f"tensor {name!r} is {tensor.dtype}")
             if not bool(tensor.isfinite().all()):
                 raise ValueError(f"tensor {name!r} is not finite")
+        _check_further(tensors, config)
         device = posterior.structure.unpack_device(posterior.device)
         return _state(posterior, {name: t.to(device) for name, t in tensors.items()}, config)
-    except (SafetensorError, KeyError, TypeError, ValueError, IndexError) as error:
+    except KeyError as error:
+        raise ValueError(f"{TENSORS} does not fit {CONFIG}: {error} is missing") from None
+    except (SafetensorError, TypeError, ValueError, IndexError) as error:
         raise ValueError(f"{TENSORS} does not fit {CONFIG}: {error}") from None
+
+
+def _further(tensors: Iterable[str]) -> list[str]:
+    return sorted(name for name in tensors if not name.startswith(PREFIX))
+
+
+def _check_further(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Refuse tensors that are missing or too many: a posterior without its shift is another one."""
+    found = _further(tensors)
+    expected = config.get(FURTHER, found)  # earlier versions did not say
+    if found != expected:
+        raise ValueError(f"there are tensors {found}, and there should be {expected}")
 
 
 def _state(

@@ -198,3 +198,27 @@ def test_forged_diagonals_are_refused(kind, tmp_path):
     forge_tensors(tmp_path, change)
     with pytest.raises(ValueError, match="does not fit"):
         KronLoraLaplace.from_pretrained(la.logits_model, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["shift", "loss_gradient", "loss_gradient.scale", "sigma_noise"])
+@pytest.mark.parametrize("kind", ["missing", "renamed"])
+def test_a_posterior_without_one_of_its_tensors_is_refused(name, kind, tmp_path):
+    la = fitted(**LOW)
+    la.recentre(nll=0.8)
+    la.save_pretrained(tmp_path)
+
+    def change(tensors):
+        tensor = tensors.pop(name)
+        if kind == "renamed":
+            tensors[f"{name}s"] = tensor
+
+    forge_tensors(tmp_path, change)
+    with pytest.raises(ValueError, match=f"there should be .*'{name}'"):
+        KronLoraLaplace.from_pretrained(la.logits_model, tmp_path)
+
+
+def test_a_missing_number_is_named(saved, tmp_path):
+    folder = folder_with(saved, tmp_path)
+    forge(folder, scalars={})
+    with pytest.raises(ValueError, match="'covariance_scale' is missing"):
+        KronLoraLaplace.from_pretrained(saved[0].logits_model, folder)
