@@ -21,7 +21,7 @@ from laplace_lora.storage.files import CONFIG, TENSORS
 from support.batches import loader, token_batch
 from support.corrected_posteriors import fit_corrected
 from support.exact_posteriors import BOTH, exact_posterior
-from support.forgery import forge_tensors
+from support.forgery import forge, forge_tensors
 from support.models import peft_model
 from support.posteriors import EVERY_CLASS, LOW, fitted
 from support.references import assert_near
@@ -162,6 +162,8 @@ def test_a_recentred_mean_moves_no_prediction(tmp_path):
         tensors |= rounded("shift", tensors["shift"].double())
 
     forge_tensors(tmp_path, round_shift)
+    names = json.loads((tmp_path / CONFIG).read_text())["further_tensors"]
+    forge(tmp_path, further_tensors=sorted([*names, "shift.scale"]))
     earlier = KronLoraLaplace.from_pretrained(la.logits_model, tmp_path).predict(BATCH)
     assert float((earlier.mean - expected.mean).abs().max()) > 1e-6
     close(earlier.mean, expected.mean)
