@@ -59,9 +59,9 @@ class Examples:
             x: ``(rows, …, d)``.
 
         Returns:
-            Shape ``(examples, tokens, d)``; ``(examples, d)`` is returned unchanged.
+            Shape ``(examples, tokens, d)``; this and ``(examples, d)`` are returned unchanged.
         """
-        if x.ndim == 2 and self.are_rows_of(x):
+        if x.ndim in (2, 3) and self.are_rows_of(x):
             return x
         return x.reshape(self.count, -1, x.shape[-1])
 

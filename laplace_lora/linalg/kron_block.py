@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,8 +41,9 @@ class KronBlock:
         """Lengths ``(p, q)`` of the sides."""
         return self.left.d, self.right.d
 
+    @cached_property
     def parts(self) -> list[list[Tensor]]:
-        """Return the eigenvalues of each part, by the parts of the left and the right side."""
+        """The eigenvalues of each part, by the parts of the left and the right side."""
         rows, columns = (
             [len(values) for values, _ in side.parts()] for side in (self.left, self.right)
         )
@@ -49,13 +51,13 @@ class KronBlock:
 
     def spectrum(self) -> Iterator[tuple[Tensor, int]]:
         """Yield the eigenvalues of each part, and the multiplicity of each of them."""
-        for (_, left_count), row in zip(self.left.parts(), self.parts(), strict=True):
+        for (_, left_count), row in zip(self.left.parts(), self.parts, strict=True):
             for (_, right_count), e in zip(self.right.parts(), row, strict=True):
                 yield e, left_count * right_count
 
     def pieces(self, W: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the coordinates of ``W``, ``(…, p, q)``, in each part, and its eigenvalues."""
-        for part, row in zip(self.left.split(W, -2), self.parts(), strict=True):
+        for part, row in zip(self.left.split(W, -2), self.parts, strict=True):
             yield from zip(self.right.split(part, -1), row, strict=True)
 
     def apply(self, W: Tensor, function: Function) -> Tensor:
@@ -65,7 +67,7 @@ class KronBlock:
 
     def diagonal(self, function: Function) -> Tensor:
         """Return the diagonal of ``f(block)``, shape ``(p, q)``."""
-        rows = [self.right.matrix_diagonal([function(e).T for e in row]).T for row in self.parts()]
+        rows = [self.right.matrix_diagonal([function(e).T for e in row]).T for row in self.parts]
         return self.left.matrix_diagonal(rows)
 
     def inverse_form(self, W: Tensor, delta: Tensor) -> Tensor:
