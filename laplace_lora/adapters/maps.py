@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from laplace_lora.data.examples import Examples
 from laplace_lora.data.masks import Place
 
+WIDER = 4  # times that an input is shorter than an output, to differentiate by it instead
 # Experts that are modules of their own, as transformers' Switch and NLLB-MoE call them.
 ROUTED = re.compile(r"(^|\.)experts\.(expert_)?\d+\.")
 
@@ -30,7 +31,8 @@ class Call(NamedTuple):
         kwargs: Arguments by name.
         output: What the module itself returned, before any hook of the user's replaced it.
         gradient: Where the output's gradient can be watched; ``None`` if it has none.
-        source: Place in the graph of the first argument, if it carries a gradient and is known.
+        source: Place in the graph of the first argument, if it carries a gradient and is much
+            shorter than the output.
         place: At whose tokens an encoder-decoder's layer stands in it, if that is known.
     """
 
@@ -83,6 +85,11 @@ class LinearMap:
     def sums_tokens(self) -> bool:
         """Whether `map_grad` sums over the tokens of a row."""
         return False
+
+    @property
+    def widens(self) -> bool:
+        """Whether an input is much shorter than an output, and is that of the module itself."""
+        return type(self) is LinearMap and WIDER * self.in_features <= self.out_features
 
     @property
     def is_diagonal(self) -> bool:

@@ -97,10 +97,13 @@ def _listening(
     def place(args: tuple[Any, ...]) -> Place | None:
         return places.of(args[0] if args else None)
 
-    def note_call(seen: list[Call]) -> Callable[[Any, Any, Any], None]:
-        return lambda args, kwargs, output: seen.append(
-            Call(args, kwargs, output, OutputGradient.of(output), _source(args), place(args))
-        )
+    def note_call(linear: LinearMap, seen: list[Call]) -> Callable[[Any, Any, Any], None]:
+        def note(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            source = _source(args) if linear.widens else None
+            gradient = OutputGradient.of(output)
+            seen.append(Call(args, kwargs, output, gradient, source, place(args)))
+
+        return note
 
     def note_source(layer: nn.Module) -> Callable[[Any, Any], None]:
         def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -113,7 +116,7 @@ def _listening(
     try:
         for linear, seen in zip(maps, calls, strict=True):
             # Before the user's own hooks, which may replace the output.
-            handles.append(on_output(linear.module, note_call(seen), first=True))
+            handles.append(on_output(linear.module, note_call(linear, seen), first=True))
         for layer in {linear.layer for linear in maps if linear.layer is not None}:
             handles.append(on_input(layer, note_source(layer)))
         yield calls, sources

@@ -17,7 +17,6 @@ from laplace_lora.data.batches import Batch
 from laplace_lora.data.examples import Examples
 from laplace_lora.data.masks import joined_masks
 
-NARROW = 4  # times that an input is shorter than an output, to differentiate by it instead
 Visitor = Callable[[int, int, Tensor], None]
 Address: TypeAlias = tuple[Any, ...]
 
@@ -74,9 +73,10 @@ class Tape:
         output_ids = {id(out) for outputs in self._outputs for out in outputs}
         # A map fed by another recorded map lies on that map's backward path, so its gradient need
         # not be kept alive as a target: lora_B's wide gradients are freed once they were visited.
-        targets = [
-            _target(linear, call)
-            for linear, some in zip(maps, calls, strict=False)
+        # Where lora_A is not recorded, its short output on lora_B's far side is the target.
+        targets: list[GradientEdge] = [
+            call.source or call.gradient.edge
+            for some in calls
             for call in some
             if id(call.x) not in output_ids
         ]
@@ -215,17 +215,6 @@ class Tape:
                 for i in list(pending):  # the output does not depend on all calls of these
                     finish(i)
         return found
-
-
-def _target(linear: LinearMap, call: Call) -> GradientEdge:
-    """Return what to differentiate by, so that a call's output gradient is computed.
-
-    What a backward pass is asked for stays in memory until its end. Where ``lora_A`` is not
-    recorded, that is its short output, on the far side of ``lora_B``, not the wide one.
-    """
-    short = NARROW * linear.in_features <= linear.out_features
-    edge: GradientEdge = call.gradient.edge
-    return call.source if type(linear) is LinearMap and short and call.source else edge
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
