@@ -41,16 +41,10 @@ def test_the_models_attention_modes_weights_and_hooks_are_left():
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
 
 
-@pytest.mark.parametrize("alibi", [False, True])  # eagerly it rounds these to bfloat16
-def test_a_model_that_calls_torchs_attention_by_itself_is_sampled(alibi):
-    own = {"alibi": alibi, "vocab_size": VOCABULARY, "pad_token_id": PAD, "hidden_size": 16}
-    own |= {"num_hidden_layers": 2, "num_attention_heads": 2}
-    model = architecture("causal", "falcon", own, target=["query_key_value"])
-    assert model.config._attn_implementation == "sdpa"
-    la = fitted(model=model)
+def check_slopes(la, model):
+    """Compare samples' logits and slopes with each text's own gradient, without padding."""
     batch = text_batch()
     logits, slopes = read_all(la, batch)
-    assert model.config._attn_implementation == "sdpa"
     directions = SampleSet(la.fitted, 4, seeded()).directions
     parameters = [p for p in model.parameters() if p.requires_grad]
     for n, mask in enumerate(batch["attention_mask"].bool()):
@@ -59,6 +53,17 @@ def test_a_model_that_calls_torchs_attention_by_itself_is_sampled(alibi):
         expected = directions @ torch.cat([g.flatten() for g in gradient])
         torch.testing.assert_close(logits[n][mask], own.detach())
         torch.testing.assert_close(slopes[:, n][:, mask].sum((1, 2)), expected)
+
+
+@pytest.mark.parametrize("alibi", [False, True])  # eagerly it rounds these to bfloat16
+def test_a_model_that_calls_torchs_attention_by_itself_is_sampled(alibi):
+    own = {"alibi": alibi, "vocab_size": VOCABULARY, "pad_token_id": PAD, "hidden_size": 16}
+    own |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+    model = architecture("causal", "falcon", own, target=["query_key_value"])
+    assert model.config._attn_implementation == "sdpa"
+    la = fitted(model=model)
+    check_slopes(la, model)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_blooms_activation_is_sampled():
@@ -67,16 +72,7 @@ def test_blooms_activation_is_sampled():
     own |= {"n_layer": 2, "n_head": 2}
     model = architecture("causal", "bloom", own, target=["query_key_value", "dense_h_to_4h"])
     la = fitted(model=model)
-    batch = text_batch()
-    logits, slopes = read_all(la, batch)
-    directions = SampleSet(la.fitted, 4, seeded()).directions
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for n, mask in enumerate(batch["attention_mask"].bool()):
-        own = model(input_ids=batch["input_ids"][n][mask][None]).logits[0]
-        gradient = torch.autograd.grad(own.sum(), parameters)
-        expected = directions @ torch.cat([g.flatten() for g in gradient])
-        torch.testing.assert_close(logits[n][mask], own.detach())
-        torch.testing.assert_close(slopes[:, n][:, mask].sum((1, 2)), expected)
+    check_slopes(la, model)
 
 
 def test_threads_score_and_run_the_model_at_once():
