@@ -11,10 +11,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from laplace_lora.adapters.activation import adalora_layers
 from laplace_lora.adapters.diagonal_maps import ElementwiseMap, WholeTensor, maps_and_blocks
 from laplace_lora.adapters.maps import Block, ConvMap, LinearMap
 from laplace_lora.adapters.peft_maps import EmbeddingMap, TripletMap
-from laplace_lora.adapters.peft_state import adalora_layers, check_adapters
+from laplace_lora.adapters.peft_state import check_adapters
 from laplace_lora.adapters.selection import is_trained, listed
 from laplace_lora.adapters.shared_memory import check_own_memory
 

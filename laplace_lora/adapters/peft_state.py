@@ -1,14 +1,11 @@
-"""Inspect and validate PEFT adapter state: active, merged, disabled or not trainable."""
+"""Inspect and validate the state of PEFT's adapters: active, merged or disabled."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.adalora import AdaLoraLayer
-from peft.tuners.cartridge import CartridgeEncoder
 from peft.tuners.lora.variants import ALoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -17,63 +14,6 @@ from transformers import PreTrainedModel
 
 from laplace_lora.adapters.plain_names import adapts, plain_names
 from laplace_lora.display.warning import warn
-
-logger = logging.getLogger(__name__)
-
-
-def activate_adapter(model: nn.Module) -> None:
-    """Make the active adapter of a `PeftModel` loaded for inference trainable.
-
-    Does nothing if any tensor is trainable already, other than prompts that were loaded.
-
-    Args:
-        model: Any module; only a `PeftModel` is changed.
-    """
-    freeze_untrainable(model)
-    if not isinstance(model, PeftModel):
-        return
-    prompts = _loaded_prompts(model)
-    if any(p.requires_grad and id(p) not in prompts for p in model.parameters()):
-        return
-    adapters = list(model.active_adapters)
-    if len(adapters) != 1:
-        return  # `trainable_maps` refuses several adapters with an explanation
-    model.set_adapter(adapters[0])
-    # PEFT leaves a cartridge frozen that was loaded, and loads none as trainable.
-    encoders = getattr(model, "prompt_encoder", ())
-    if adapters[0] in encoders and isinstance(encoders[adapters[0]], CartridgeEncoder):
-        encoders[adapters[0]].trainable_embedding.requires_grad_(True)
-    freeze_untrainable(model)
-    count = sum(p.requires_grad for p in model.parameters())
-    logger.info("made the %d tensors of adapter %r trainable", count, adapters[0])
-
-
-def _loaded_prompts(model: PeftModel) -> set[int]:
-    """Return the ``id`` of each tensor of the active prompts, if they were loaded for inference.
-
-    PEFT leaves these trainable, and freezes the head that was trained with them.
-    """
-    encoders, name = getattr(model, "prompt_encoder", {}), model.active_adapter
-    if name not in encoders or not model.peft_config[name].inference_mode:
-        return set()
-    return {id(p) for p in encoders[name].parameters()}
-
-
-def freeze_untrainable(model: nn.Module) -> None:
-    """Freeze what AdaLoRA wrongly marks as trainable: its rank counts, and empty pruned tensors.
-
-    PEFT makes ``ranknum`` trainable when the base model is in half precision.
-    """
-    for layer in adalora_layers(model).values():
-        triplet = [p for part in (layer.lora_A, layer.lora_E, layer.lora_B) for p in part.values()]
-        for parameter in [*layer.ranknum.values(), *(p for p in triplet if p.numel() == 0)]:
-            parameter.requires_grad_(False)
-
-
-def adalora_layers(model: nn.Module) -> dict[str, AdaLoraLayer]:
-    """Return the layers that AdaLoRA adapts, by name."""
-    modules = model.named_modules()
-    return {name: module for name, module in modules if isinstance(module, AdaLoraLayer)}
 
 
 def calls_twice(layer: nn.Module | None) -> bool:

@@ -11,7 +11,7 @@ from peft import AdaLoraConfig, PeftModel
 from peft.tuners.adalora import AdaLoraModel, RankAllocator
 from torch import Tensor, nn
 
-from laplace_lora.adapters.peft_state import adalora_layers, freeze_untrainable
+from laplace_lora.adapters.activation import adalora_layers, freeze_untrainable
 from laplace_lora.adaptive.scores import Components, ImportanceScore, best
 from laplace_lora.data.sharding import unwrapped
 

@@ -12,7 +12,8 @@ from peft.tuners.adalora import AdaLoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from laplace_lora.adapters.peft_state import adalora_layers, check_adapters
+from laplace_lora.adapters.activation import adalora_layers
+from laplace_lora.adapters.peft_state import check_adapters
 from laplace_lora.adaptive.allocation import adalora_components
 from laplace_lora.adaptive.criteria import Criterion, Function
 from laplace_lora.adaptive.ivon import ivon_of

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_lora.adapters.peft_state import activate_adapter
+from laplace_lora.adapters.activation import activate_adapter
 from laplace_lora.data.distributed import check_same_data
 from laplace_lora.data.pairs import is_pair, passes
 from laplace_lora.data.sharding import refuse_tensor_parallel, unwrapped
