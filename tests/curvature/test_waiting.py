@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from laplace_lora import KronLoraLaplace
@@ -61,6 +62,21 @@ def test_a_prediction_waits_as_often_in_a_deep_model(depths):
     batch = token_batch()
     shallow, deep = (answers(lambda la=la: la._glm_predictive_distribution(batch)) for la in depths)
     assert shallow == deep and shallow
+
+
+def test_a_fit_walks_the_modules_once_for_its_checks_and_once_for_places(depths, monkeypatch):
+    """A large model has thousands; an accelerator waits meanwhile."""
+    la, batch, walked = depths[0], token_batch(), []
+    walk = nn.Module.named_modules
+
+    def counted(module, memo=None, prefix="", remove_duplicate=True):
+        if module is la.model and memo is None:
+            walked.append(module)
+        return walk(module, memo, prefix, remove_duplicate)
+
+    monkeypatch.setattr(nn.Module, "named_modules", counted)
+    add_factors(la.engine, batch, batch["labels"], FactorSpec())
+    assert len(walked) == 2
 
 
 def test_where_padding_lies_is_asked_once(depths):
