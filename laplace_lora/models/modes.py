@@ -144,22 +144,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     Gradients flow all the same, see `differentiable`. While one thread holds the mode, other
     threads' forward passes run in it, too.
     """
-    with in_turn(model), _all_evaluating(model):
-        yield
-
-
-@contextmanager
-def _all_evaluating(model: nn.Module) -> Iterator[None]:
-    modules = list(model.modules())
-    with (
-        _EVALUATING.hold(
-            [module for module in modules if not _is_four_bit(module)],
-            lambda module: module.training,
-        ),
-        differentiable(modules),
-        _norms_anew(modules),
-    ):
-        yield
+    with in_turn(model):
+        modules = list(model.modules())
+        others = [module for module in modules if not _is_four_bit(module)]
+        with (
+            _EVALUATING.hold(others, lambda module: module.training),
+            differentiable(modules),
+            _norms_anew(modules),
+        ):
+            yield
 
 
 @contextmanager
