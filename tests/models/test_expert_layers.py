@@ -2,55 +2,19 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
-from transformers import (
-    GptOssConfig,
-    GptOssForSequenceClassification,
-    MixtralConfig,
-    MixtralForSequenceClassification,
-    Qwen3MoeConfig,
-    Qwen3MoeForSequenceClassification,
-)
 
 from laplace_lora import KronLoraLaplace, LogitsModel, LoraGGN
 from laplace_lora.models.expert_layers import adapted_experts
 from support.batches import loader, rows, token_batch
-from support.models import excite
+from support.experts import KINDS, experts_model
 from support.references import assert_near, looped_jacobians
 
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "num_experts_per_tok": 2,
-    "pad_token_id": 0,
-    "num_labels": 3,
-}
-KINDS = {
-    "mixtral": (MixtralForSequenceClassification, MixtralConfig, {"num_local_experts": 4}),
-    "qwen3": (
-        Qwen3MoeForSequenceClassification,
-        Qwen3MoeConfig,
-        {"num_experts": 4, "moe_intermediate_size": 8},
-    ),
-    "gpt_oss": (GptOssForSequenceClassification, GptOssConfig, {"num_local_experts": 4}),
-}
 BATCH = token_batch((5, 3, 4))
 
 
-def model_of(name="mixtral", parameters=("gate_up_proj", "down_proj"), implementation="eager"):
-    torch.manual_seed(0)
-    kind, config, experts = KINDS[name]
-    base = kind(config(**SIZES, **experts))
-    base.config._experts_implementation = implementation
-    names = [f"mlp.experts.{parameter}" for parameter in parameters]
-    lora = LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"], target_parameters=names)
-    return LogitsModel(excite(get_peft_model(base, lora)).double()).eval()
+def model_of(*args, **kwargs):
+    return LogitsModel(experts_model(*args, **kwargs)).eval()
 
 
 def experts_of(model):
