@@ -214,10 +214,6 @@ class LoraCurvature(CurvatureInterface):
         rows = joined(jacobian_blocks(tape, self.blocks, columns, self.dtype))
         return self._subnetwork(rows)[:, 0], loss / self.factor
 
-    def root_blocks(self, x: Any, y: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
-        """Return a batch's loss and curvature rows by tensor, see `Engine.root_blocks`."""
-        return self.engine.root_blocks(x, y)
-
     def jacobian_blocks(
         self,
         x: Any,

@@ -132,7 +132,11 @@ class Predictor:
             mean, covariance = self._differentiable_moments(x, readout, joint)
         else:
             with evaluation_mode(posterior.model):  # Jacobians are computed as they are consumed
-                mean, jacobians = self.readout_jacobians(x, readout)
+                f, jacobians = posterior.engine.jacobian_blocks(x, readout.columns)
+                mean, shift = readout.mean(f), settings.shift
+                if shift is not None:
+                    mean = mean.to(torch.promote_types(mean.dtype, shift.dtype), copy=True)
+                    jacobians = self._moving(mean, jacobians, shift)
                 rows = (J.flatten(0, 1)[None] if joint else J for J in jacobians)
                 covariance = posterior.precision.covariance(rows)
         temperature = settings.likelihood_temperature
@@ -182,6 +186,15 @@ class Predictor:
                 return mean, jacobians
             blocks = list(jacobians)
         return mean + joined(blocks) @ shift, blocks
+
+    def _moving(self, mean: Tensor, jacobians: Iterable[Tensor], shift: Tensor) -> Iterator[Tensor]:
+        """Yield Jacobians, and with each of them move the mean on by its tensor's share, in place.
+
+        Those of all tensors at once would be most of a prediction's memory.
+        """
+        for J, share in zip(jacobians, shift.split(self.posterior.engine.sizes), strict=True):
+            mean += J.flatten(2) @ share
+            yield J
 
     def unmoved_mean(self, x: Any, readout: Readout) -> Tensor:
         """Return functions of the outputs at the MAP weights, ``(batch, columns)``."""

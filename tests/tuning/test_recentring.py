@@ -1,5 +1,7 @@
 """Moving a posterior's mean to the mode of the linearised model."""
 
+import weakref
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -14,6 +16,7 @@ from laplace_lora import (
     generation,
 )
 from laplace_lora.curvature.engine import joined
+from laplace_lora.predictive.glm import Predictor
 from laplace_lora.tuning import recentring
 from support.batches import loader, token_batch
 from support.models import peft_model
@@ -227,3 +230,28 @@ def test_language_models_and_texts_are_refused():
         lm.recentre(PRECISION)
     assert not hasattr(FunctionalLoraLLLaplace, "recentre")
     assert hasattr(KronLoraLLLaplace, "recentre")
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_recentred_prediction_holds_few_jacobians_at_once(joint, monkeypatch):
+    la = fitted(KronLoraLaplace)
+    f, J = jacobians(la, NEW)
+    la.recentre(PRECISION)
+    expected = f + J @ la.state.settings.shift
+    blocks_of, references, most = type(la.engine).jacobian_blocks, [], []
+
+    def watched(*args, **kwargs):
+        outputs, blocks = blocks_of(*args, **kwargs)
+
+        def each():
+            for block in blocks:
+                references.append(weakref.ref(block))
+                most.append(sum(reference() is not None for reference in references))
+                yield block
+
+        return outputs, each()
+
+    monkeypatch.setattr(type(la.engine), "jacobian_blocks", watched)
+    mean, _ = Predictor(la.fitted).distribution(NEW, joint)
+    torch.testing.assert_close(mean.view_as(expected), expected)
+    assert len(most) == len(la.fitted.names) > 4 >= max(most)
