@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from laplace_lora.adapters.discovery import trainable_maps
 from laplace_lora.adapters.in_use import check_in_use
 from laplace_lora.adapters.maps import Block, LinearMap
 from laplace_lora.adapters.peft_state import check_adapters
+from laplace_lora.capture.gradient_flow import gradients_flow
 from laplace_lora.capture.mask_verification import verify_masks
 from laplace_lora.capture.output_verification import verify_outputs
 from laplace_lora.capture.recorder import MisfitError, check_masks, record
@@ -100,6 +102,7 @@ class Recording:
 
         Raises:
             MisfitError: If a layer's calls fit no Kronecker factors, and ``uncovered="error"``.
+            RuntimeError: If a verification finds fault with the first batch.
         """
         with in_turn(self.model):
             return self._tape(x, function, examples, needs_masks)
@@ -125,11 +128,13 @@ class Recording:
         ):
             while True:
                 maps, blocks = self._covered
+                verifies = self.verify and not self.is_verified and function is None
                 try:
-                    tape = record(run, maps, x, examples=examples)
+                    with gradients_flow(named) if verifies else nullcontext():
+                        tape = record(run, maps, x, examples=examples)
                     if needs_masks:
                         check_masks(tape)
-                    if self.verify and not self.is_verified and function is None:
+                    if verifies:
                         if tape.examples == 1 and splits_by_example(x, 1):
                             # A single example hides which dimension counts them.
                             twice = record(run, maps, doubled(x), examples=2)

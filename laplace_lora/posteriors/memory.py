@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from laplace_lora.adapters.tensor_parts import tensor_parts
 from laplace_lora.data.batches import batch_length, first_examples, splits_by_example
 from laplace_lora.display.plots import parts_figure
 from laplace_lora.display.tables import html_table, one_row
@@ -146,12 +147,17 @@ def estimate_memory(
     saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        seen = min(tensor.nbytes, storage.nbytes())  # a view may show a part, or a part many times
-        saved[storage.data_ptr()] = max(seen, saved.get(storage.data_ptr(), 0))
+        for _, t in tensor_parts("", tensor):
+            storage = t.untyped_storage()
+            seen = min(t.nbytes, storage.nbytes())  # a view may show a part, or a part many times
+            saved[storage.data_ptr()] = max(seen, saved.get(storage.data_ptr(), 0))
         return tensor
 
-    weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    weights = {
+        t.untyped_storage().data_ptr()
+        for whole in [*model.parameters(), *model.buffers()]
+        for _, t in tensor_parts("", whole)
+    }
     with (
         evaluation_mode(model),
         torch.enable_grad(),

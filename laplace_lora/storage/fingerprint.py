@@ -17,6 +17,7 @@ from laplace_lora.adapters.peft_state import (
     replaced_parameters,
 )
 from laplace_lora.adapters.plain_names import plain_names
+from laplace_lora.adapters.tensor_parts import tensor_parts
 from laplace_lora.data.sharding import in_pieces, whole
 from laplace_lora.structures.state import Posterior
 
@@ -156,7 +157,8 @@ def sampled_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
     Values are rounded to bfloat16, so that a checkpoint loaded in single and in half precision has
     one fingerprint. Quantised weights are counted by their half bytes: how these are laid out
-    changes with use. Of offloaded tensors there is nothing to see but names and shapes.
+    changes with use; those of tensor subclasses are seen in their parts, see `tensor_parts`. Of
+    offloaded tensors there is nothing to see but names and shapes.
 
     Args:
         tensors: Names and tensors, in order.
@@ -177,7 +179,8 @@ def sampled_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
         halves = [torch.bincount(half, minlength=16) for half in (octets & 15, octets >> 4)]
         return name, octets.shape, halves[0] + halves[1]
 
-    return _hashed(seen(name, whole(t)) for name, t in tensors)
+    parts = (part for name, t in tensors for part in tensor_parts(name, whole(t)))
+    return _hashed(seen(name, t) for name, t in parts)
 
 
 def buffer_fingerprint(model: nn.Module) -> str:
