@@ -58,7 +58,7 @@ def grouped_attention(
         module: The attention layer.
         query: ``(texts, heads, tokens, d)``.
         key: ``(texts, groups, keys, d)``.
-        value: The same.
+        value: ``(texts, groups, keys, d')``; latent attention has values of another length.
         attention_mask: Added to the scores, ``(texts, 1 or heads, tokens, keys)``; it may depend
             on the weights, as Doge's does.
         scaling: Factor of the scores, ``1/√d`` by default.
@@ -67,7 +67,7 @@ def grouped_attention(
         **kwargs: Not used.
 
     Returns:
-        ``(texts, tokens, heads, d)``, and nothing for the weights.
+        ``(texts, tokens, heads, d')``, and nothing for the weights.
     """
     texts, heads, tokens, d = query.shape
     groups = key.shape[1]
@@ -79,7 +79,7 @@ def grouped_attention(
         return x.reshape(texts, groups, heads // groups * tokens, d)
 
     def unstacked(x: Tensor) -> Tensor:
-        return x.reshape(texts, heads, tokens, d).transpose(1, 2).contiguous()
+        return x.reshape(texts, heads, tokens, v.shape[-1]).transpose(1, 2).contiguous()
 
     def by_group(scores: Tensor, mask: Tensor) -> Tensor:
         size = (heads // groups, tokens)

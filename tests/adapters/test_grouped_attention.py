@@ -68,6 +68,21 @@ def test_a_mask_that_depends_on_the_weights_has_its_derivative(heads_of_mask, mo
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("length", [4, 9])
+def test_values_may_be_of_another_length_than_keys(length):
+    # As in the latent attention of DeepSeek.
+    layer = llama().model.layers[0].self_attn.eval()
+    layer.num_key_value_groups = 2
+    shapes = (2, 4, 5, 6), (2, 2, 5, 6), (2, 2, 5, length)
+    values, slopes = (tuple(torch.randn(s) for s in shapes) for _ in range(2))
+
+    def run(attend):
+        return jvp(lambda *given: attend(layer, *given, None, scaling=0.4)[0], values, slopes)
+
+    for ours, theirs in zip(run(grouped_attention), run(eager_attention_forward), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_its_output_can_be_viewed_with_heads_side_by_side():
     query = torch.randn(2, 4, 5, 6)
     mixed, _ = grouped_attention(None, query, query[:, :2], query[:, :2], None)
