@@ -177,7 +177,7 @@ class Reading:
                 found.update(cached_tensors(left) if cache is None else {})
             return found
 
-        with as_called():
+        with self._model.refusing_long_texts(width), as_called():
             if cache is None:
                 values, tangents = self._forward.run(arguments, read)
             else:

@@ -8,6 +8,7 @@ of one is the product over its scored tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -67,6 +68,14 @@ class TokenModel(LogitsModel):
     def accepts(self, argument: str) -> bool:
         """Return whether the transformer's forward pass takes an argument of this name."""
         return argument in self._wrapped.arguments
+
+    def refusing_long_texts(self, tokens: int) -> AbstractContextManager[None]:
+        """Say what to do where a twin fails at texts that are too long, see `WrappedModel`.
+
+        Args:
+            tokens: Of the texts, those in a cache included.
+        """
+        return self._wrapped.refusing_long_texts(tokens)
 
     def needs_positions(self, batch: Mapping[str, Any]) -> bool:
         """Return whether the transformer must be told positions, see `PositionRule`.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -106,16 +107,31 @@ class WrappedModel:
         Raises:
             ValueError: If the model fails at texts that are longer than it has positions.
         """
+        tokens = inputs.get("input_ids")
+        length = tokens.shape[-1] if isinstance(tokens, Tensor) else 0
+        with self.refusing_long_texts(length), in_turn(self.model):
+            return self._run(inputs)
+
+    @contextmanager
+    def refusing_long_texts(self, tokens: int) -> Iterator[None]:
+        """Say what to do where the model fails at texts that are longer than it has positions.
+
+        Args:
+            tokens: Of the texts, those in a cache included.
+
+        Raises:
+            ValueError: If it fails at such texts.
+        """
         try:
-            with in_turn(self.model):
-                return self._run(inputs)
+            yield
         except (IndexError, RuntimeError) as error:
-            limit, tokens = _places(self.base), inputs.get("input_ids")
-            if limit is None or not isinstance(tokens, Tensor) or tokens.shape[-1] <= limit:
+            limit = _places(self.base)
+            if limit is None or tokens <= limit:
                 raise
             raise ValueError(
-                f"the batch has {tokens.shape[-1]} tokens, and {self.name} has positions for "
-                f"{limit}; truncate the texts, tokenizer(..., truncation=True, max_length={limit})"
+                f"the batch has {tokens} tokens, and {self.name} has positions for {limit}; "
+                f"truncate the texts, tokenizer(..., truncation=True, max_length={limit}); tokens "
+                "that are generated count as well"
             ) from error
 
     def _run(self, inputs: dict[str, Any]) -> Any:

@@ -82,3 +82,15 @@ def test_prompts_that_are_more_than_text_are_refused(method):
     alone = generate(la, batch, generator=seeded(), **options)
     same = generate(la, {**batch, "position_ids": positions}, generator=seeded(), **options)
     assert torch.equal(same.log_prob, alone.log_prob)
+
+
+@pytest.mark.parametrize("method", ["sampled", "exact"])
+def test_texts_that_grow_beyond_the_models_positions_are_refused_by_what_to_do(method):
+    la = language_posterior(name="gpt2-lm")
+    prompts = token_batch((30,))["input_ids"]
+    assert generate(la, prompts, 2, K, method=method, eos_token_id=[]).tokens.shape == (1, 2)
+    with pytest.raises(ValueError, match=r"33 tokens, .* for 32; .* generated count"):
+        generate(la, prompts, 4, K, method=method, eos_token_id=[])
+    long = token_batch((34,))["input_ids"]
+    with pytest.raises(ValueError, match="positions for 32; truncate"):
+        score(la, {"input_ids": long, "labels": long}, K, method=method)
