@@ -54,6 +54,7 @@ class Reading:
         inputs: Mapping[str, Any],
         cached: bool = True,
     ) -> None:
+        model.check_reads_forward()
         self._model, self._forward = model, forward
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         self._ids = ids[:, :0]

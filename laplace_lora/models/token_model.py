@@ -17,7 +17,9 @@ from torch.nn import functional as F
 
 from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
 from laplace_lora.models.logits_model import LogitsModel, wide
+from laplace_lora.models.modes import coarsest_dtype
 from laplace_lora.models.narrowing import at_tokens, last_true
+from laplace_lora.models.tolerances import near
 
 TOP_K = 20  # tokens that are predicted unless asked otherwise
 
@@ -69,6 +71,26 @@ class TokenModel(LogitsModel):
         """Return whether the transformer's forward pass takes an argument of this name."""
         return argument in self._wrapped.arguments
 
+    @torch.no_grad()
+    def check_reads_forward(self) -> None:
+        """Refuse an encoder under a vocabulary's head, which sees the tokens that it predicts.
+
+        Only models whose configuration calls them no decoders are tried: GPT-NeoX's does, and it
+        is one.
+
+        Raises:
+            ValueError: If a token changes the logits before it.
+        """
+        if getattr(self.config, "is_decoder", True) is not False:
+            return
+        texts = torch.tensor([[0, 1], [0, 2]], device=self.device)
+        first = self._wrapped(self._wrapped.inputs({"input_ids": texts})).logits[:, 0]
+        if not near(first[:1], first[1:], coarsest_dtype(self.model)):
+            raise ValueError(
+                f"{self._wrapped.name} reads texts in both directions, so it sees the tokens that "
+                "it should predict; load it with is_decoder=True and fine-tune it anew"
+            )
+
     def refusing_long_texts(self, tokens: int) -> AbstractContextManager[None]:
         """Say what to do where a twin fails at texts that are too long, see `WrappedModel`.
 
@@ -111,6 +133,7 @@ class TokenModel(LogitsModel):
     def own_logits(self, batch: Mapping[str, Any] | Tensor) -> Tensor | None:
         """Return the logits that the model itself gives for a batch, see `LogitsModel`."""
         assert isinstance(batch, Mapping)
+        self.check_reads_forward()
         rows, tokens = _scored(batch)
         logits = self._wrapped(self._wrapped.inputs(batch)).logits
         at = tokens.to(logits.device) + logits.shape[1] - batch["input_ids"].shape[1]

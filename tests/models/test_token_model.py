@@ -1,13 +1,17 @@
 """TokenModel: logits of the scored tokens alone."""
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
+from transformers import BertLMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from laplace_lora import KronLoraLaplace
+from laplace_lora.generation import score
 from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
 from laplace_lora.models.token_model import TokenModel
-from support.language import LENGTHS, text_batch
-from support.models import VOCABULARY, peft_model
+from support.batches import loader
+from support.language import LENGTHS, text_batch, text_loader
+from support.models import TARGETS, VOCABULARY, bert_config, excite, peft_model
 from support.references import assert_near
 
 # torch.func, here the reference, has no batching rule for fused attention.
@@ -45,3 +49,30 @@ def test_the_head_runs_at_scored_tokens_only():
 def test_only_causal_language_models_predict_tokens(name):
     with pytest.raises(ValueError, match="not a causal language model"):
         KronLoraLaplace(peft_model(name), "language_modeling")
+
+
+def language_model(kind, config, target):
+    base = kind(config)
+    lora = LoraConfig(r=2, target_modules=target, task_type="CAUSAL_LM")
+    return excite(get_peft_model(base, lora)).double()
+
+
+def test_an_encoder_that_sees_what_it_predicts_is_refused():
+    encoder = language_model(BertLMHeadModel, bert_config(), ["query", "value"])
+    with pytest.raises(ValueError, match=r"in both directions.* load it with is_decoder=True"):
+        KronLoraLaplace(encoder, "language_modeling").fit(text_loader())
+    la = KronLoraLaplace(encoder, "classification", target_ids=TARGETS)
+    la.fit(loader())
+    with pytest.raises(ValueError, match="in both directions"):
+        score(la, text_batch())
+    decoder = language_model(BertLMHeadModel, bert_config(is_decoder=True), ["query", "value"])
+    KronLoraLaplace(decoder, "language_modeling").fit(text_loader())
+
+
+def test_a_decoder_whose_configuration_does_not_say_so_is_none_of_these():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    config = GPTNeoXConfig(vocab_size=VOCABULARY, num_hidden_layers=2, **sizes)
+    model = language_model(GPTNeoXForCausalLM, config, ["query_key_value"])
+    la = KronLoraLaplace(model, "language_modeling")
+    la.fit(text_loader())
+    assert score(la, text_batch()).mask.any()
