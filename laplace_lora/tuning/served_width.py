@@ -135,16 +135,18 @@ def choose_width(
 
 
 def _of_least_nll(at: Callable[[float], float]) -> ServedWidth:
-    """Return the best of a grid, refined; a grid that rises twice in a row is left.
+    """Return the best of a grid, refined.
 
     Where none is better than the mean alone, the widest that is hardly worse: which adapters
-    disagree tells of uncertainty all the same.
+    disagree tells of uncertainty all the same. So a grid that rises twice in a row is left only
+    once one was better, or the last is more than hardly worse.
     """
     alone, tried = at(0.0), {}
     for width in WIDTHS:
         tried[width] = at(width)
         values = list(tried.values())
-        if len(values) > 2 and values[-1] > values[-2] > values[-3]:
+        rises = len(values) > 2 and values[-1] > values[-2] > values[-3]
+        if rises and (min(values) < alone or values[-1] > alone + TOLERANCE):
             break
     best = min(tried, key=tried.__getitem__)
     for step in (2.0, 2.0**0.5) if tried[best] < alone else ():

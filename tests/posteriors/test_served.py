@@ -294,6 +294,24 @@ def test_no_width_helps_where_the_labels_are_sure(tmp_path):
 
 
 @NO_WIDTH_HELPS
+@pytest.mark.parametrize(("seed", "one_helps"), [(1, False), (5, True)])
+def test_the_search_goes_on_where_a_rise_is_small(seed, one_helps, tmp_path):
+    """The NLL rises from the narrowest width on, by next to nothing."""
+    torch.manual_seed(0)
+    la = language_posterior(prior_precision=3.0)
+    texts = text_loader(batch=text_batch(seed=seed))
+    width = la.export_adapters(tmp_path / "out", k=4, loader=texts).width
+    tried = dict(width.tried)
+    narrowest = sorted(tried)[:3]
+    assert width.reference < tried[narrowest[0]] < tried[narrowest[1]] < tried[narrowest[2]]
+    if one_helps:
+        assert width.value == min(tried.values()) < width.reference - 0.01
+    else:
+        assert width.reference < width.value <= width.reference + 0.0025
+        assert tried[4 * width.width] > width.reference + 0.0025
+
+
+@NO_WIDTH_HELPS
 def test_language_models_by_texts(tmp_path):
     la = language_posterior()
     export = la.export_adapters(tmp_path / "out", k=2, loader=text_loader())
