@@ -17,7 +17,7 @@ from laplace_lora.linalg.factors import DenseFactor, DiagonalFactor
 from laplace_lora.linalg.kron import KronFactors
 from laplace_lora.linalg.kron_block import Side
 from laplace_lora.linalg.kron_eigen import KronEigen
-from laplace_lora.linalg.rounded import HALF, orthonormal
+from laplace_lora.linalg.rounded import HALF, check_orthonormal, orthonormal
 from laplace_lora.linalg.sketch import Factor, LowRankFactor, sketch_columns
 
 EIGEN = ("vectors", "values", "residual")
@@ -170,4 +170,6 @@ def _eigen(tensors: Mapping[str, Tensor], number: int) -> Eigen:
         raise ValueError(f"factor {number} has a negative eigenvalue")
     if vectors.dtype == HALF:
         vectors = orthonormal(vectors, values.dtype)
+    else:  # with others, variances are those of another matrix
+        check_orthonormal(vectors)
     return Eigen(vectors, values, residual)

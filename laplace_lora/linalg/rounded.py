@@ -14,7 +14,7 @@ from torch import Tensor
 HALF = torch.float16
 TOP = 15  # float16 ends just below 2¹⁶
 SCALE = "scale"
-ROUNDED = 0.05  # how far the inner products of rounded directions may be from those of exact ones
+ROUNDED = 0.05  # how far inner products of directions may be from those of orthonormal ones
 
 
 def rounded(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -85,11 +85,24 @@ def orthonormal(vectors: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         ValueError: If the columns are not orthonormal up to rounding.
     """
+    check_orthonormal(vectors)
     wide = vectors.double()
     eye = torch.eye(wide.shape[1], dtype=wide.dtype, device=wide.device)
-    for step in range(2):
-        gram = wide.T @ wide
-        if step == 0 and bool((gram - eye).abs().max() > ROUNDED):
-            raise ValueError("directions are not orthonormal")
-        wide = wide @ (1.5 * eye - 0.5 * gram)
+    for _ in range(2):
+        wide = wide @ (1.5 * eye - 0.5 * wide.T @ wide)
     return wide.to(dtype).contiguous()
+
+
+def check_orthonormal(vectors: Tensor) -> None:
+    """Refuse directions that are not orthonormal, up to the rounding of any dtype.
+
+    Args:
+        vectors: Shape ``(d, k)``.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    gram = vectors.double().T @ vectors.double()
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    if bool(((gram - eye).abs() > ROUNDED).any()):
+        raise ValueError("directions are not orthonormal")

@@ -142,6 +142,8 @@ def corrupt(tensors, kind):
         tensors[name] = tensors[name].to(torch.float8_e4m3fn)
     elif kind == "negative":
         tensors[name.replace("vectors", "values")].neg_()
+    elif kind == "zero":
+        tensors[name].zero_()
     elif kind == "prior":
         tensors["prior_precision"].neg_()
     else:
@@ -150,7 +152,18 @@ def corrupt(tensors, kind):
 
 @pytest.mark.parametrize(
     "kind",
-    ["nan", "shape", "missing", "extra", "integers", "eight bits", "negative", "prior", "lengths"],
+    [
+        "nan",
+        "shape",
+        "missing",
+        "extra",
+        "integers",
+        "eight bits",
+        "negative",
+        "zero",
+        "prior",
+        "lengths",
+    ],
 )
 def test_forged_tensors_are_refused(saved, tmp_path, kind):
     folder = folder_with(saved, tmp_path)
