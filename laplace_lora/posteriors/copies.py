@@ -42,7 +42,9 @@ def _copy_rest(posterior: object, twin: object, memo: dict[int, Any]) -> None:
         if isinstance(module, FeatureExtractor):  # of its latest pass, in forward mode no copy can
             memo[id(module._features)] = {}
     entries = {**vars(posterior), "_latest": None}  # made anew when it is asked for
-    for tensor in vars(entries["state"].settings).values():
+    # A Gaussian process has its settings among its own entries.
+    settings = vars(entries["state"].settings) if "state" in entries else entries
+    for tensor in settings.values():
         if isinstance(tensor, Tensor) and not tensor.is_leaf:  # by which the evidence was derived
             memo[id(tensor)] = tensor.detach().clone()
     vars(twin).update({k: copy.deepcopy(v, memo) for k, v in entries.items()})
@@ -61,8 +63,13 @@ def refuse_pickling(posterior: object) -> NoReturn:
     Raises:
         TypeError: Always; says what to do instead.
     """
+    name = type(posterior).__name__
+    if not hasattr(posterior, "save_pretrained"):
+        raise TypeError(
+            f"a {name} cannot be pickled; keep `la.state_dict()`, and load it into a new one by "
+            "`load_state_dict`"
+        )
     raise TypeError(
-        f"a {type(posterior).__name__} cannot be pickled; save it with "
-        "`la.save_pretrained(folder)` and load it with `from_pretrained(peft_model, folder)`, or "
-        "keep `la.state_dict()`"
+        f"a {name} cannot be pickled; save it with `la.save_pretrained(folder)` and load it with "
+        "`from_pretrained(peft_model, folder)`, or keep `la.state_dict()`"
     )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 from laplace import FunctionalLLLaplace
 from laplace.curvature import CurvlinopsGGN
+from laplace.utils.feature_extractor import FeatureExtractor
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -16,7 +17,27 @@ from laplace_lora.data.distributed import together
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.last_layer_model import LastLayerModel
 from laplace_lora.models.logits_model import LogitsModel
+from laplace_lora.posteriors.copies import deep_copy, refuse_pickling, shallow_copy
+from laplace_lora.posteriors.features_watch import FeaturesWatch
 from laplace_lora.posteriors.last_layer import check_no_name
+
+Self = TypeVar("Self", bound="FunctionalLoraLLLaplace")
+
+
+class _OfFeatures(FeatureExtractor):
+    """A head as laplace-torch's model: what it is given are the features already.
+
+    laplace-torch keeps those of the latest pass in a hook, where threads find each other's, and
+    which in a copy of the model is still the original's.
+    """
+
+    def set_last_layer(self, last_layer_name: str) -> None:
+        self._last_layer_name = last_layer_name
+        # As in laplace-torch, not registered a second time.
+        object.__setattr__(self, "last_layer", self.model.get_submodule(last_layer_name))
+
+    def forward_with_features(self, x: Any) -> tuple[Tensor, Tensor]:
+        return self.forward(x), x if self.enable_backprop else x.detach()
 
 
 class FunctionalLoraLLLaplace(FunctionalLLLaplace):
@@ -65,7 +86,9 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         split = LastLayerModel(wrapped)
         of_features = nn.Sequential(nn.Identity(), split.head)
         super().__init__(of_features, likelihood, n_subset, last_layer_name="1", **kwargs)
+        self.model = _OfFeatures(of_features, "1", self.enable_backprop)
         self.features = split.features
+        self._watch: FeaturesWatch | None = None
 
     def fit(self, train_loader: DataLoader[Any], progress_bar: bool | None = None) -> None:
         """Fit the process.
@@ -78,6 +101,7 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
             ValueError: If labels are missing, or the data are fewer than ``n_subset``.
         """
         features, labels = [], []
+        watch = FeaturesWatch(self.features.source)
         with together(train_loader, device=self._device, runs=self.model) as team:
             for batch in team.batches(train_loader, "Computing features", progress_bar):
                 x, y = self.objective.split(batch, self.dict_key_y, self._device, self._dtype)
@@ -92,6 +116,7 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         batch_size = getattr(train_loader, "batch_size", None) or self.n_subset
         self.loss = 0.0  # laplace-torch adds to that of an earlier fit
         super().fit(DataLoader(data, batch_size=batch_size), progress_bar=progress_bar is True)
+        self._watch = watch
 
     def log_marginal_likelihood(
         self, prior_precision: Tensor | None = None, sigma_noise: Tensor | None = None
@@ -106,7 +131,11 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
 
         Returns:
             A scalar in nats.
+
+        Raises:
+            RuntimeError: If the model has changed since the fit, see `FeaturesWatch`.
         """
+        self._check_unchanged()
         value: Tensor = super().log_marginal_likelihood(prior_precision, sigma_noise)
         if not self.objective.has_noise:
             return value
@@ -117,5 +146,25 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
     def _check_nonempty_inputs(self, x: Any) -> None:
         """Do nothing: laplace-torch looks under one key, and inputs may have others."""
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state of a process of the same arguments, at its weights."""
+        super().load_state_dict(state_dict)
+        self._watch = FeaturesWatch(self.features.source)
+
+    def __copy__(self: Self) -> Self:
+        return shallow_copy(self)
+
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        return deep_copy(self, self.features.source, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_pickling(self)
+
+    def _check_unchanged(self) -> None:
+        self.features.check_adapter()
+        if self._watch is not None:
+            self._watch.check(self.features.source)
+
     def _glm_predictive_distribution(self, X: Any, joint: bool = False) -> tuple[Tensor, Tensor]:
+        self._check_unchanged()
         return super()._glm_predictive_distribution(self.features(X), joint)

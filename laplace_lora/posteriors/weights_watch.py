@@ -76,7 +76,7 @@ class WeightsWatch:
                 "(trained on, loaded over or replaced), so its curvature belongs to others. Fit "
                 "again, or load the weights of the fit"
             )
-        moved = [place for place in places if _has_moved(place, posterior.state.frozen)]
+        moved = [place for place in places if has_moved(place, posterior.state.frozen)]
         fitted_with, settings = posterior.state.adapter, adapter_settings(posterior.source)
         other = [name for name, then in fitted_with.items() if settings.get(name, then) != then]
         if (moved or other) and posterior.model is posterior.source:
@@ -152,7 +152,7 @@ def _hold(pairs: Sequence[tuple[str, Tensor, Tensor]]) -> bool:
     return now.shape == then.shape and torch.equal(now, then.to(now.dtype))
 
 
-def _has_moved(place: TensorPlace, fitted: Mapping[str, Tensor]) -> bool:
+def has_moved(place: TensorPlace, fitted: Mapping[str, Tensor]) -> bool:
     """Return whether a tensor has other values than at the fit, as far as these are known."""
     then, now = fitted.get(place.name), place.samples()
     if then is None or not len(then) or not len(now):

@@ -1,5 +1,9 @@
 """The last layer as a Gaussian process."""
 
+import copy
+import pickle
+import threading
+
 import pytest
 import torch
 from laplace import Laplace
@@ -92,3 +96,89 @@ def test_plain_gaussian_process_takes_pairs_of_tensors():
     assert_near(ours(batch["input_ids"]), la(batch["input_ids"]))
     with pytest.raises(AssertionError):
         Laplace(model, "classification", backend=LoraGGN, **options)
+
+
+def process(model=None):
+    gp = FunctionalLoraLLLaplace(model or peft_model("bert"), "classification", n_subset=4)
+    gp.fit(loader(lengths=(4, 2, 6, 3)))
+    return gp
+
+
+def test_a_deep_copy_has_features_of_its_own():
+    gp = process()
+    other = token_batch((3, 5, 1), seed=5)  # as many rows, which would go unnoticed
+    expected = gp._glm_predictive_distribution(other)
+    gp(BATCH)
+    twin = copy.deepcopy(gp)
+    found = twin._glm_predictive_distribution(other)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    with torch.no_grad():
+        for parameter in twin.features.source.parameters():
+            parameter.mul_(2)
+    assert torch.equal(gp._glm_predictive_distribution(other)[1], expected[1])
+    with pytest.raises(RuntimeError, match="have changed since"):
+        twin(other)
+    assert torch.equal(copy.copy(gp)(other), gp(other))
+    with pytest.raises(TypeError, match=r"keep `la.state_dict\(\)`"):
+        pickle.dumps(gp)
+
+
+def test_a_thread_keeps_its_features_beside_another(monkeypatch):
+    gp, other = process(), token_batch((3, 5, 1), seed=5)
+    expected = gp._glm_predictive_distribution(BATCH)
+    forward, first = type(gp.model).forward, threading.get_ident()
+
+    def with_another_between(model, x):
+        output = forward(model, x)
+        if threading.get_ident() == first:
+            thread = threading.Thread(target=lambda: gp._glm_predictive_distribution(other))
+            thread.start()
+            thread.join()
+        return output
+
+    monkeypatch.setattr(type(gp.model), "forward", with_another_between)
+    found = gp._glm_predictive_distribution(BATCH)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def change_weight(model):
+    next(p for n, p in model.named_parameters() if "lora_B" in n).data.mul_(1.1)
+
+
+def change_frozen(model):
+    with torch.no_grad():
+        model.get_base_model().bert.embeddings.word_embeddings.weight.mul_(1.1)
+
+
+def change_scaling(model):
+    model.get_base_model().bert.encoder.layer[0].attention.self.query.scale_layer(2.0)
+
+
+@pytest.mark.parametrize("change", [change_weight, change_frozen, change_scaling])
+def test_features_of_another_transformer_are_refused(change):
+    model = peft_model("bert")
+    gp = process(model)
+    gp(BATCH)
+    change(model)
+    for ask in (gp, lambda _: gp.log_marginal_likelihood()):
+        with pytest.raises(RuntimeError, match="have changed since the posterior was fitted"):
+            ask(BATCH)
+    gp.fit(loader())
+    gp(BATCH)
+
+
+def test_a_model_in_another_dtype_is_refused():
+    model = peft_model("bert")
+    gp = process(model)
+    model.float()
+    with pytest.raises(RuntimeError, match=r"now in torch.float32.*fitted in torch.float64"):
+        gp(BATCH)
+
+
+def test_a_state_is_for_the_weights_at_which_it_is_loaded():
+    gp, again = process(), process()
+    change_weight(gp.features.source)
+    gp.fit(loader(lengths=(4, 2, 6, 3)))
+    change_weight(again.features.source)
+    again.load_state_dict(gp.state_dict())
+    assert torch.equal(again(BATCH), gp(BATCH))

@@ -1,0 +1,75 @@
+"""`FeaturesWatch`: notice that features are no longer those of a fit.
+
+A Gaussian process has its training data's features in memory. Those of new data must be of the same
+transformer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from laplace_lora.adapters.frozen_values import frozen_places
+from laplace_lora.adapters.peft_state import adapter_settings
+from laplace_lora.adapters.selection import listed
+from laplace_lora.models.turns import in_turn
+from laplace_lora.posteriors.weights_watch import has_moved
+
+
+class FeaturesWatch:
+    """Compares a transformer with what it was when this object was made.
+
+    Args:
+        source: A `LogitsModel` in evaluation mode or not.
+    """
+
+    def __init__(self, source: Any) -> None:
+        with in_turn(source):
+            self._places = frozen_places(source, ())
+            self._values = {place.name: place.samples() for place in self._places}
+            self._adapter = adapter_settings(source)
+        self._dtype = _dtype(source)
+        self._seen: Any = None
+
+    def check(self, source: Any) -> None:
+        """Refuse another dtype, other weights and buffers, and another scaling of the adapter.
+
+        Args:
+            source: The same `LogitsModel`.
+
+        Raises:
+            RuntimeError: If one has changed; names it.
+        """
+        if _dtype(source) != self._dtype:
+            raise RuntimeError(
+                f"the last layer is now in {_dtype(source)}, and the posterior was fitted in "
+                f"{self._dtype}. Fit again or bring the model back"
+            )
+        with in_turn(source):
+            self._check(source)
+
+    def _check(self, source: Any) -> None:
+        tensors = [t for place in self._places if (t := place.tensor) is not None]
+        versions = [-1 if t.is_inference() else t._version for t in tensors]
+        seen = (versions, [(id(t), t.data_ptr(), t.dtype) for t in tensors])
+        known = seen == self._seen
+        # Written to through ``.data``, a tensor keeps its version.
+        looked_at = [
+            p for p in self._places if not known or getattr(p.tensor, "requires_grad", True)
+        ]
+        moved = [place.name for place in looked_at if has_moved(place, self._values)]
+        settings = adapter_settings(source)
+        moved += [k for k, then in self._adapter.items() if settings.get(k, then) != then]
+        if moved:
+            raise RuntimeError(
+                f"weights, buffers or scalings of {listed(moved)} have changed since the posterior "
+                "was fitted, so new features do not go with those of the fit. Fit again, or bring "
+                "the model back"
+            )
+        self._seen = seen
+
+
+def _dtype(source: Any) -> torch.dtype:
+    """Return the dtype of the copy of the head that a fit of the model as it is would have."""
+    return torch.promote_types(torch.float32, source.head_tensors()[0].dtype)
