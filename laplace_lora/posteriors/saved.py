@@ -86,6 +86,7 @@ class SavedLaplace(ServedLaplace):
                 adapter are others, or if a `LogitsModel` reads other outputs of the model: it has
                 other ``target_ids``, another ``mask_token_id``, or an ``output`` callable where the
                 fitted one had none.
+            RuntimeError: If the adapter is merged, disabled or not active.
         """
         payload, config = read_files(directory)
         if config["class"] != cls.__name__:

@@ -127,7 +127,9 @@ def load_state(posterior: Posterior, payload: bytes, config: Mapping[str, Any]) 
 
     Raises:
         ValueError: If weights, base model or adapter are others, or the files do not fit together.
+        RuntimeError: If the adapter does not run in the model as it is, see `check_runs`.
     """
+    _check_runs(posterior)
     try:
         check_identity(config, identity_but_for_rounding(posterior, config))
     except (KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:

@@ -126,7 +126,7 @@ def check_identity(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         )
     reasons = {
         "weights": "the weights are not those that the posterior was fitted at; load the adapter "
-        "that was saved with it",
+        "that was saved with it, in the dtype of the fit, float32 or bfloat16",
         "adapter": "other trained weights of the adapter have changed since the posterior was "
         "fitted",
         _base_key(saved): "the base model differs from the one that the posterior was fitted on",

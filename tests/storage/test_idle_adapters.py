@@ -141,3 +141,15 @@ def test_nothing_is_saved_while_the_adapter_does_not_run(kind, tmp_path):
     assert not any(tmp_path.iterdir())
     la.save_pretrained(tmp_path, precision="exact")
     assert torch.equal(kind.from_pretrained(model, tmp_path)(BATCH), la(BATCH))
+
+
+@pytest.mark.parametrize("kind", [KronLoraLaplace, KronLoraLLLaplace])
+def test_nothing_is_loaded_while_the_adapter_is_merged(kind, tmp_path):
+    """A last layer's features would be refused later, and merging makes the base model another."""
+    model = alone("llama-lm")
+    la = kind(model, "classification", target_ids=TARGETS)
+    la.fit(loader())
+    la.save_pretrained(tmp_path)
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match=r"are merged into .*unmerge_adapter\(\)"):
+        kind.from_pretrained(model, tmp_path)
