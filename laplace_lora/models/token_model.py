@@ -21,6 +21,7 @@ from laplace_lora.models.modes import coarsest_dtype
 from laplace_lora.models.narrowing import at_tokens, last_true
 from laplace_lora.models.tolerances import near
 
+TEXT = {"input_ids", "attention_mask", "labels", "position_ids", "token_type_ids"}
 TOP_K = 20  # tokens that are predicted unless asked otherwise
 
 
@@ -45,6 +46,7 @@ class TokenModel(LogitsModel):
                 f"{self._wrapped.name} is not a causal language model; tokens can be "
                 "predicted one by one with models loaded through AutoModelForCausalLM only"
             )
+        self._reads_forward = False  # until it has been seen to
 
     @property
     def n_outputs(self) -> int | None:
@@ -75,21 +77,24 @@ class TokenModel(LogitsModel):
     def check_reads_forward(self) -> None:
         """Refuse an encoder under a vocabulary's head, which sees the tokens that it predicts.
 
-        Only models whose configuration calls them no decoders are tried: GPT-NeoX's does, and it
-        is one.
+        The model is tried, once, unless its configuration calls it a decoder; others of which it
+        says no may be decoders all the same, such as GPT-NeoX.
 
         Raises:
             ValueError: If a token changes the logits before it.
         """
-        if getattr(self.config, "is_decoder", True) is not False:
+        if self._reads_forward or getattr(self.config, "is_decoder", None) is True:
             return
         texts = torch.tensor([[0, 1], [0, 2]], device=self.device)
-        first = self._wrapped(self._wrapped.inputs({"input_ids": texts})).logits[:, 0]
+        batch = {"input_ids": texts, "attention_mask": torch.ones_like(texts)}
+        first = self._wrapped(self._wrapped.inputs(batch)).logits[:, 0]
         if not near(first[:1], first[1:], coarsest_dtype(self.model)):
             raise ValueError(
                 f"{self._wrapped.name} reads texts in both directions, so it sees the tokens that "
-                "it should predict; load it with is_decoder=True and fine-tune it anew"
+                "it should predict; load a decoder (is_decoder=True, or causal=True of XLM and its "
+                "like) and fine-tune it anew"
             )
+        self._reads_forward = True
 
     def refusing_long_texts(self, tokens: int) -> AbstractContextManager[None]:
         """Say what to do where a twin fails at texts that are too long, see `WrappedModel`.
@@ -133,7 +138,8 @@ class TokenModel(LogitsModel):
     def own_logits(self, batch: Mapping[str, Any] | Tensor) -> Tensor | None:
         """Return the logits that the model itself gives for a batch, see `LogitsModel`."""
         assert isinstance(batch, Mapping)
-        self.check_reads_forward()
+        if TEXT.issuperset(batch):  # a model of texts and images may need images to run
+            self.check_reads_forward()
         rows, tokens = _scored(batch)
         logits = self._wrapped(self._wrapped.inputs(batch)).logits
         at = tokens.to(logits.device) + logits.shape[1] - batch["input_ids"].shape[1]

@@ -3,7 +3,13 @@
 import pytest
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
-from transformers import BertLMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import (
+    BertLMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    XLMConfig,
+    XLMWithLMHeadModel,
+)
 
 from laplace_lora import KronLoraLaplace
 from laplace_lora.generation import score
@@ -59,7 +65,7 @@ def language_model(kind, config, target):
 
 def test_an_encoder_that_sees_what_it_predicts_is_refused():
     encoder = language_model(BertLMHeadModel, bert_config(), ["query", "value"])
-    with pytest.raises(ValueError, match=r"in both directions.* load it with is_decoder=True"):
+    with pytest.raises(ValueError, match=r"in both directions.* a decoder \(is_decoder=True"):
         KronLoraLaplace(encoder, "language_modeling").fit(text_loader())
     la = KronLoraLaplace(encoder, "classification", target_ids=TARGETS)
     la.fit(loader())
@@ -67,6 +73,18 @@ def test_an_encoder_that_sees_what_it_predicts_is_refused():
         score(la, text_batch())
     decoder = language_model(BertLMHeadModel, bert_config(is_decoder=True), ["query", "value"])
     KronLoraLaplace(decoder, "language_modeling").fit(text_loader())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_model_whose_configuration_says_nothing_is_tried(causal):
+    sizes = {"vocab_size": VOCABULARY, "emb_dim": 16, "n_layers": 1, "n_heads": 2, "pad_index": 0}
+    model = language_model(XLMWithLMHeadModel, XLMConfig(**sizes, causal=causal), ["q_lin"])
+    la = KronLoraLaplace(model, "language_modeling")
+    if causal:
+        la.fit(text_loader())
+    else:
+        with pytest.raises(ValueError, match="in both directions"):
+            la.fit(text_loader())
 
 
 def test_a_decoder_whose_configuration_does_not_say_so_is_none_of_these():
