@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,20 +31,19 @@ def gradients_flow(named: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
     cut: dict[str, nn.Module] = {}
     handles: list[Handle] = []
 
-    def note(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def note(
+        name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         x = args[0] if args else None
         if not (torch.is_grad_enabled() and isinstance(x, Tensor) and isinstance(output, Tensor)):
             return  # a model that switches gradients off means it
         if x.requires_grad and not output.requires_grad:
             cut[name] = module
 
-    def listener(name: str, module: nn.Module) -> Any:
-        return lambda args, kwargs, output: note(name, module, args, output)
-
     try:
         for name, module in named:
             if hasattr(module, "in_features") and hasattr(module, "out_features"):
-                handles.append(on_output(module, listener(name, module), first=True))
+                handles.append(on_output(module, partial(note, name, module), first=True))
         yield
     finally:
         for handle in handles:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from laplace_lora.adapters.frozen_values import frozen_places
 from laplace_lora.adapters.peft_state import adapter_settings
 from laplace_lora.adapters.selection import listed
 from laplace_lora.models.turns import in_turn
-from laplace_lora.posteriors.weights_watch import has_moved
+from laplace_lora.posteriors.weights_watch import has_moved, head_dtype, traces
 
 
 class FeaturesWatch:
@@ -29,7 +27,7 @@ class FeaturesWatch:
             self._places = frozen_places(source, ())
             self._values = {place.name: place.samples() for place in self._places}
             self._adapter = adapter_settings(source)
-        self._dtype = _dtype(source)
+        self._dtype = head_dtype(source)
         self._seen: Any = None
 
     def check(self, source: Any) -> None:
@@ -41,18 +39,16 @@ class FeaturesWatch:
         Raises:
             RuntimeError: If one has changed; names it.
         """
-        if _dtype(source) != self._dtype:
+        if head_dtype(source) != self._dtype:
             raise RuntimeError(
-                f"the last layer is now in {_dtype(source)}, and the posterior was fitted in "
+                f"the last layer is now in {head_dtype(source)}, and the posterior was fitted in "
                 f"{self._dtype}. Fit again or bring the model back"
             )
         with in_turn(source):
             self._check(source)
 
     def _check(self, source: Any) -> None:
-        tensors = [t for place in self._places if (t := place.tensor) is not None]
-        versions = [-1 if t.is_inference() else t._version for t in tensors]
-        seen = (versions, [(id(t), t.data_ptr(), t.dtype) for t in tensors])
+        seen = traces(t for place in self._places if (t := place.tensor) is not None)
         known = seen == self._seen
         # Written to through ``.data``, a tensor keeps its version.
         looked_at = [
@@ -68,8 +64,3 @@ class FeaturesWatch:
                 "the model back"
             )
         self._seen = seen
-
-
-def _dtype(source: Any) -> torch.dtype:
-    """Return the dtype of the copy of the head that a fit of the model as it is would have."""
-    return torch.promote_types(torch.float32, source.head_tensors()[0].dtype)

@@ -7,7 +7,7 @@ tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,9 +58,7 @@ class WeightsWatch:
         tensors += [t for place in places if (t := place.tensor) is not None]
         # Batch normalisation moves its statistics behind autograd's back, but counts the batches.
         tensors += [b for module in self._counting for b in module.buffers(recurse=False)]
-        versions = [-1 if t.is_inference() else t._version for t in tensors]
-        storage = [(id(t), t.data_ptr(), t.dtype) for t in tensors]
-        seen = (id(posterior.mean), versions, storage, factors)
+        seen = (id(posterior.mean), traces(tensors), factors)
         if seen == self._seen and _hold(pairs):
             return
         now, fitted = _dtype(posterior), posterior.mean.dtype
@@ -119,8 +117,26 @@ def _dtype(posterior: Posterior) -> torch.dtype:
     """Return the dtype in which a fit of the model as it is would be."""
     model: Any = posterior.model
     if isinstance(model, LastLayerModel):
-        return torch.promote_types(torch.float32, model.source.head_tensors()[0].dtype)
+        return head_dtype(model.source)
     return posterior.dtype
+
+
+def head_dtype(source: Any) -> torch.dtype:
+    """Return the dtype of the copy of the head that a fit of a `LogitsModel` as it is would have.
+
+    Args:
+        source: A `LogitsModel`.
+    """
+    return torch.promote_types(torch.float32, source.head_tensors()[0].dtype)
+
+
+def traces(tensors: Iterable[Tensor]) -> list[Any]:
+    """Return what is another where a tensor was replaced or written to, but for ``.data``.
+
+    Args:
+        tensors: In order.
+    """
+    return [(id(t), t.data_ptr(), t.dtype, -1 if t.is_inference() else t._version) for t in tensors]
 
 
 def _pairs(posterior: Posterior) -> Iterator[tuple[str, Tensor, Tensor]]:

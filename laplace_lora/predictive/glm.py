@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.curvature.engine import joined
 from laplace_lora.data.pairs import is_pair
 from laplace_lora.likelihoods.base import OUTPUTS, Readout
 from laplace_lora.likelihoods.links import Link, gaussian_samples
@@ -132,11 +131,7 @@ class Predictor:
             mean, covariance = self._differentiable_moments(x, readout, joint)
         else:
             with evaluation_mode(posterior.model):  # Jacobians are computed as they are consumed
-                f, jacobians = posterior.engine.jacobian_blocks(x, readout.columns)
-                mean, shift = readout.mean(f), settings.shift
-                if shift is not None:
-                    mean = mean.to(torch.promote_types(mean.dtype, shift.dtype), copy=True)
-                    jacobians = self._moving(mean, jacobians, shift)
+                mean, jacobians = self._linearised(x, readout)
                 rows = (J.flatten(0, 1)[None] if joint else J for J in jacobians)
                 covariance = posterior.precision.covariance(rows)
         temperature = settings.likelihood_temperature
@@ -178,23 +173,30 @@ class Predictor:
 
         Those of a recentred posterior are the linearised model's at its mean.
         """
-        posterior = self.posterior
-        with evaluation_mode(posterior.model):
-            f, jacobians = posterior.engine.jacobian_blocks(x, readout.columns)
-            mean, shift = readout.mean(f), posterior.settings.shift
-            if shift is None:
-                return mean, jacobians
-            blocks = list(jacobians)
-        return mean + joined(blocks) @ shift, blocks
+        with evaluation_mode(self.posterior.model):
+            mean, jacobians = self._linearised(x, readout)
+            moves = self.posterior.settings.shift is not None
+            return mean, list(jacobians) if moves else jacobians
 
-    def _moving(self, mean: Tensor, jacobians: Iterable[Tensor], shift: Tensor) -> Iterator[Tensor]:
-        """Yield Jacobians, and with each of them move the mean on by its tensor's share, in place.
+    def _linearised(self, x: Any, readout: Readout) -> tuple[Tensor, Iterator[Tensor]]:
+        """Return what `readout_jacobians` does, the mean still moving while these are consumed.
 
-        Those of all tensors at once would be most of a prediction's memory.
+        The Jacobians of all tensors at once would be most of a prediction's memory.
         """
-        for J, share in zip(jacobians, shift.split(self.posterior.engine.sizes), strict=True):
-            mean += J.flatten(2) @ share
-            yield J
+        engine, shift = self.posterior.engine, self.posterior.settings.shift
+        f, jacobians = engine.jacobian_blocks(x, readout.columns)
+        mean = readout.mean(f)
+        if shift is None:
+            return mean, jacobians
+        mean = mean.to(torch.promote_types(mean.dtype, shift.dtype), copy=True)
+        shares = shift.split(engine.sizes)
+
+        def moving() -> Iterator[Tensor]:
+            for J, share in zip(jacobians, shares, strict=True):
+                mean.add_(J.flatten(2) @ share)
+                yield J
+
+        return mean, moving()
 
     def unmoved_mean(self, x: Any, readout: Readout) -> Tensor:
         """Return functions of the outputs at the MAP weights, ``(batch, columns)``."""
