@@ -18,21 +18,12 @@ from laplace_lora.predictive.sample_set import SampleSet
 from support.batches import token_batch
 from support.generation import FIELDS, K, seeded
 from support.language import text_batch, text_loader
-from support.models import PAD, TARGETS, VOCABULARY, excite, llama_config
+from support.models import TARGETS, TINY, VOCABULARY, excite, llama_config
 from support.references import assert_near, looped_jacobians
 from support.sampled import read_all
 
 LIMIT = 6
-TINY = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "pad_token_id": PAD,
-    "initializer_range": 0.3,
-}
+SIZES = {**TINY, "initializer_range": 0.3}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -49,7 +40,7 @@ def adapted(base, targets):
 def phi(kind=Phi3ForCausalLM, **kwargs):
     torch.manual_seed(0)
     config = Phi3Config(
-        **TINY, rope_parameters=LONGROPE, original_max_position_embeddings=LIMIT, **kwargs
+        **SIZES, rope_parameters=LONGROPE, original_max_position_embeddings=LIMIT, **kwargs
     )
     return adapted(kind(config), ["qkv_proj", "down_proj"])
 
@@ -65,9 +56,8 @@ def dynamic_llama():
 def llama4(floor_scale):
     torch.manual_seed(0)
     config = Llama4TextConfig(
-        **TINY,
+        **SIZES,
         intermediate_size_mlp=24,
-        head_dim=8,
         moe_layers=[],
         no_rope_layers=[1, 0],
         floor_scale=floor_scale,

@@ -5,19 +5,13 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING
 
-from support.models import excite
+from support.models import TINY, excite
 
 # One size under the names that configurations give it; unknown ones are ignored.
 TEXT = {
+    **TINY,
     "vocab_size": 60,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
     "max_position_embeddings": 64,
-    "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "decoder_start_token_id": 0,

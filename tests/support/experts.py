@@ -11,20 +11,9 @@ from transformers import (
     Qwen3MoeForSequenceClassification,
 )
 
-from support.models import PAD, VOCABULARY, excite
+from support.models import TINY, excite
 
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "num_experts_per_tok": 2,
-    "pad_token_id": PAD,
-    "num_labels": 3,
-}
+SIZES = {**TINY, "num_experts_per_tok": 2, "num_labels": 3}
 KINDS = {
     "mixtral": (MixtralForSequenceClassification, MixtralConfig, {"num_local_experts": 4}),
     "qwen3": (

@@ -28,6 +28,16 @@ from laplace_lora import LogitsModel
 
 VOCABULARY = 50
 PAD = 0
+TINY = {  # of models like Llama
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "pad_token_id": PAD,
+}
 TARGETS = [7, 11, 13]
 ALBERT_ADAPTERS = {
     "lora": LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["classifier"]),

@@ -18,23 +18,13 @@ from laplace_lora import (
 from laplace_lora.generation.sampled_predictor import SampledPredictor
 from support.generation import K, seeded
 from support.language import text_loader
-from support.models import PAD, VOCABULARY, excite, peft_model
+from support.models import TINY, excite, peft_model
 
-TINY = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "max_position_embeddings": 32,
-    "pad_token_id": PAD,
-}
+SIZES = {**TINY, "max_position_embeddings": 32}
 MADE = {
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**TINY)),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**TINY, sliding_window=3)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**TINY, sliding_window=3)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, sliding_window=3)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=3)),
 }
 NAMES = ["llama-lm", "gpt2-lm", *MADE]
 
