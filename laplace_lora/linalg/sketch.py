@@ -96,7 +96,9 @@ class LowRankFactor:
         # Tensor cores take rows of bfloat16 as they are; elsewhere wider ones are faster.
         is_half = rows.is_cuda and rows.dtype == HALF and self.sketch.dtype == torch.float32
         if is_half:
-            projected = product(rows, _orthonormal_terms(*self.sketch.shape, self.sketch.device))
+            d, columns = self.sketch.shape
+            terms = _orthonormal_terms(d, columns, self.sketch.device)
+            projected = product(rows, terms, columns)
         else:
             rows = rows.to(self.sketch.dtype)
             projected = rows @ self._test_matrix()
@@ -106,7 +108,7 @@ class LowRankFactor:
         else:
             alpha = weight
         if is_half:
-            self.sketch.add_(product(rows.T, split(projected)), alpha=alpha)
+            self.sketch.add_(product(rows.T, split(projected), columns), alpha=alpha)
         else:
             self.sketch.addmm_(rows.T, projected, alpha=alpha)
         self.trace += weighted_square_norm(rows, weight)
