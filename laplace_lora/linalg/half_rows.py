@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 HALF = torch.bfloat16
-ALIGNED = 8  # columns in the 16 bytes whose multiples tensor cores take whole, says NVIDIA's guide
+ALIGNED = 8  # columns in 16 bytes; NVIDIA's guide asks for rows of whole 16 bytes on tensor cores
 
 
 def split(matrix: Tensor) -> Tensor:
@@ -21,25 +21,21 @@ def split(matrix: Tensor) -> Tensor:
         matrix: Shape ``(n, c)``.
 
     Returns:
-        Shape ``(n, 2 a)``: rounded, then what the rounding left; the sum is right to 2⁻¹⁷. Each
-        has ``a`` columns, the multiple of `ALIGNED` from ``c`` on, of which the last are zeros.
+        Shape ``(n, 2 c)``: rounded, then what the rounding left; the sum is right to 2⁻¹⁷.
     """
     columns = matrix.shape[1]
-    aligned = -(-columns // ALIGNED) * ALIGNED
-    terms = matrix.new_zeros(len(matrix), 2, aligned, dtype=HALF)
-    rounded, rest = terms[:, 0, :columns], terms[:, 1, :columns]
-    rounded.copy_(matrix)
-    rest.copy_(matrix - rounded)
-    return terms.flatten(1)
+    terms = matrix.new_empty(len(matrix), 2 * columns, dtype=HALF)
+    terms[:, :columns].copy_(matrix)
+    terms[:, columns:].copy_(matrix - terms[:, :columns])
+    return terms
 
 
-def product(rows: Tensor, terms: Tensor, columns: int) -> Tensor:
+def product(rows: Tensor, terms: Tensor) -> Tensor:
     """Return ``rows @ matrix`` in float32.
 
     Args:
         rows: Of bfloat16, ``(n, d)``.
-        terms: The matrix as `split` returns it.
-        columns: Of the matrix, ``c``.
+        terms: The matrix as `split` returns it, ``(d, 2 c)``.
 
     Returns:
         Shape ``(n, c)``.
@@ -48,8 +44,8 @@ def product(rows: Tensor, terms: Tensor, columns: int) -> Tensor:
         both = torch.mm(rows, terms, out_dtype=torch.float32)
     else:
         both = rows.float() @ terms.float()
-    aligned = terms.shape[1] // 2
-    return both[:, :columns] + both[:, aligned : aligned + columns]
+    columns = terms.shape[1] // 2
+    return both[:, :columns] + both[:, columns:]
 
 
 class HalfRows:

@@ -6,10 +6,11 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from laplace_lora.linalg.eigen import Eigen, check_finite, symmetric_eigen
 from laplace_lora.linalg.factors import DenseFactor, DiagonalFactor, weighted_square_norm
-from laplace_lora.linalg.half_rows import HALF, product, split
+from laplace_lora.linalg.half_rows import ALIGNED, HALF, product, split
 
 OVERSAMPLING = 10
 
@@ -96,9 +97,7 @@ class LowRankFactor:
         # Tensor cores take rows of bfloat16 as they are; elsewhere wider ones are faster.
         is_half = rows.is_cuda and rows.dtype == HALF and self.sketch.dtype == torch.float32
         if is_half:
-            d, columns = self.sketch.shape
-            terms = _orthonormal_terms(d, columns, self.sketch.device)
-            projected = product(rows, terms, columns)
+            projected = product(rows, _orthonormal_terms(*self.sketch.shape, self.sketch.device))
         else:
             rows = rows.to(self.sketch.dtype)
             projected = rows @ self._test_matrix()
@@ -108,7 +107,8 @@ class LowRankFactor:
         else:
             alpha = weight
         if is_half:
-            self.sketch.add_(product(rows.T, split(projected), columns), alpha=alpha)
+            padded = product(rows.T, split(projected))
+            self.sketch.add_(padded[:, : self.sketch.shape[1]], alpha=alpha)
         else:
             self.sketch.addmm_(rows.T, projected, alpha=alpha)
         self.trace += weighted_square_norm(rows, weight)
@@ -220,5 +220,5 @@ def _leading(root: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 @lru_cache(maxsize=64)
 def _orthonormal_terms(d: int, l: int, device: torch.device) -> Tensor:
-    """Return `_orthonormal` split for rows of bfloat16."""
-    return split(_orthonormal(d, l, torch.float32, device))
+    """Return `_orthonormal`, filled up with columns of zeros, split for rows of bfloat16."""
+    return split(F.pad(_orthonormal(d, l, torch.float32, device), (0, -l % ALIGNED)))

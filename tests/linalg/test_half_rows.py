@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from laplace_lora.linalg.half_rows import HALF, HalfRows, product, split
+from laplace_lora.linalg.sketch import LowRankFactor, _orthonormal_terms, sketch_columns
 
 
 def random(*shape, seed=0):
@@ -12,26 +13,37 @@ def random(*shape, seed=0):
 
 def test_two_terms_hold_a_matrix_to_seventeen_bits():
     matrix = random(20, 7) * torch.logspace(-6, 6, 7)
-    rounded, rest = split(matrix).float().unflatten(1, (2, -1)).unbind(1)
-    error = (rounded + rest)[:, :7] - matrix
-    assert bool((error.abs() <= 2**-17 * matrix.abs()).all())
-    assert bool((rounded[:, :7] - matrix).abs().max() > 1e-3 * error.abs().max())
-
-
-@pytest.mark.parametrize("columns", [1, 7, 8, 138])
-def test_rows_of_both_terms_are_whole_sixteen_bytes_filled_with_zeros(columns):
-    terms = split(random(3, columns) + 5)
-    assert terms.is_contiguous() and terms.shape[1] * terms.element_size() % 32 == 0
-    rounded, rest = terms.unflatten(1, (2, -1)).unbind(1)
-    assert rounded.count_nonzero() == 3 * columns and rest[:, columns:].count_nonzero() == 0
+    terms = split(matrix).float()
+    error = (terms[:, :7] + terms[:, 7:] - matrix).abs()
+    assert bool((error <= 2**-17 * matrix.abs()).all())
+    assert bool((split(matrix)[:, :7].float() - matrix).abs().max() > 1e-3 * error.max())
 
 
 def test_a_product_is_nearly_as_good_as_in_single_precision():
     rows, matrix = random(300, 50).to(HALF), random(50, 6, seed=1)
     exact = rows.double() @ matrix.double()
-    error = (product(rows, split(matrix), 6) - exact).norm() / exact.norm()
+    error = (product(rows, split(matrix)) - exact).norm() / exact.norm()
     rounded = (rows.float() @ matrix.to(HALF).float() - exact).norm() / exact.norm()
     assert error < 1e-5 < 1e-4 < rounded
+
+
+@pytest.mark.parametrize("columns", [12, 16, 138])
+def test_terms_of_a_test_matrix_are_whole_sixteen_bytes_filled_with_zeros(columns):
+    terms = _orthonormal_terms(150, columns, torch.device("cpu"))
+    assert terms.is_contiguous() and terms.shape[1] * terms.element_size() % 32 == 0
+    rounded, rest = terms.chunk(2, dim=1)
+    assert rounded.count_nonzero() == 150 * columns and rest[:, columns:].count_nonzero() == 0
+
+
+def test_products_in_two_terms_make_the_same_sketch():
+    rows, rank = random(300, 50).to(HALF), 4
+    factor = LowRankFactor.zeros(50, rank, torch.float32, "cpu")
+    factor.update(rows)
+    columns = sketch_columns(rank)
+    projected = product(rows, _orthonormal_terms(50, columns, rows.device))
+    padded = product(rows.T, split(projected))
+    assert padded.shape[1] > columns and padded[:, columns:].count_nonzero() == 0
+    assert (padded[:, :columns] - factor.sketch).norm() < 1e-5 * factor.sketch.norm()
 
 
 def test_rows_are_narrowed_after_a_batch_in_which_they_were_exact():
