@@ -6,7 +6,7 @@ much. The *base* model's features have seen none. So the model is linearised whe
 zero matrices at zero), the precision is found at which this linear model fits the training labels
 as closely as the trained network does, and its leave-one-out predictions stand for the network's on
 new data. The posterior's width at each example is added to them, and the prior precision with the
-best leave-one-out likelihood is chosen.
+best leave-one-out likelihood is chosen, see `best_width`.
 
 An example that shares an input with others, as preference pairs do a text, is left out together
 with them. Where there are too many classes it is told apart from the likeliest alone.
@@ -37,7 +37,6 @@ from laplace_lora.tuning.cavity_widths import CavityWidths
 from laplace_lora.tuning.closer_fit import closer_fit
 from laplace_lora.tuning.function_rows import base_rows
 from laplace_lora.tuning.likely_classes import LikelyClasses
-from laplace_lora.tuning.line_search import refined
 from laplace_lora.tuning.linear_model import Mode
 from laplace_lora.tuning.looked_at import columns_looked_at, examples_looked_at, is_enough
 from laplace_lora.tuning.marginal_likelihood import first_precision
@@ -48,10 +47,9 @@ from laplace_lora.tuning.recentring import (
     columns_of,
     recentred,
 )
-from laplace_lora.tuning.shared_inputs import SharedInputs, standard_error
+from laplace_lora.tuning.shared_inputs import SharedInputs
 from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
-
-GRID = torch.logspace(-4, 8, 49, dtype=torch.float64)  # prior precisions
+from laplace_lora.tuning.width_choice import GRID, best_width
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class LeaveOneOut:
     Attributes:
         prior_precision: The choice.
         nll_map: Mean leave-one-out NLL without any width, in nats.
-        nll: The same with the posterior's width.
+        nll: The same with the posterior's width, the best that was tried.
         standard_error: Of the difference of the two; NaN of a single example, which has none.
         base_precision: Prior precision at which the linearised base model fits the training
             labels as closely as the posterior's mean.
@@ -72,6 +70,8 @@ class LeaveOneOut:
         too_many: How many of these share texts with so many pairs that the width leaves out their
             own curvature alone, see `CavityWidths`.
         rivals: How many other classes an example was told apart from, its likeliest; 0 for all.
+        is_unclear: Whether the posterior gets no width, since the best was as wide as is tried and
+            not clearly better than none, see `Width`.
     """
 
     prior_precision: float
@@ -84,6 +84,7 @@ class LeaveOneOut:
     sharing: int = 0
     too_many: int = 0
     rivals: int = 0
+    is_unclear: bool = False
 
     @property
     def is_widthless(self) -> bool:
@@ -95,11 +96,13 @@ class LeaveOneOut:
         known = not math.isnan(self.standard_error)
         spread = f" (difference ± {self.standard_error:.3f})" if known else ""
         width = (
-            "no width helps (predictions are those of the mean alone)"
-            if self.is_widthless
-            else f"NLL of the base model's linearisation {self.nll_map:.3f} -> {self.nll:.3f} with "
-            f"the posterior's width{spread}"
+            f"NLL of the base model's linearisation {self.nll_map:.3f} -> {self.nll:.3f} with the "
+            f"posterior's width{spread}"
         )
+        if self.is_unclear:
+            width += ", as wide as is tried and not clearly better, so it gets none"
+        elif self.is_widthless:
+            width = "no width helps (predictions are those of the mean alone)"
         some = f", {self.too_many} with too many for the width" if self.too_many else ""
         shared = f" ({self.sharing} share inputs{some})" if self.sharing else ""
         if self.rivals:
@@ -223,27 +226,23 @@ def tune(
             covariance = widths.without(covariance, delta)
         return scoring.nll(mean, covariance, labels).double()
 
-    def mean_loss(log_precision: float) -> float:
-        return float(losses(log_precision).mean())
-
-    points = GRID.log().tolist()
-    best = refined(mean_loss, points, [mean_loss(point) for point in points], 1e-3)
-    precision, wide, bare = math.exp(best), losses(best), narrow(mean)
+    width = best_width(losses, narrow(mean), companions)
     report = LeaveOneOut(
-        precision,
-        float(bare.mean()),
-        float(wide.mean()),
-        standard_error(wide - bare, companions),
+        width.prior_precision,
+        width.nll + width.gain,
+        width.nll,
+        width.standard_error,
         mode.precision,
-        len(wide),
+        len(labels),
         None if moved is None else moved[1],
         len(companions),
         0 if widths is None else widths.too_many,
         0 if likely is None else columns,
+        not width.is_clear,
     )
     settings = replace(
         posterior.settings,
-        prior_precision=scalar.settings.prior_precision.new_tensor([precision]),
+        prior_precision=scalar.settings.prior_precision.new_tensor([width.prior_precision]),
         shift=None if moved is None else moved[0],
     )
     return settings, report
