@@ -15,7 +15,7 @@ from peft.utils import load_peft_weights
 
 from laplace_lora.commands.repository import file_of
 
-HEADS = ("score.weight", "classifier.weight", "out_proj.weight")  # the last layer, by its ending
+HEADS = (".score.weight", ".classifier.weight", ".out_proj.weight")  # the last layer, by its ending
 AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -98,7 +98,7 @@ def load_adapter(
     if load_in_4bit:
         options |= _four_bits(where)
     model, report = loader.from_pretrained(source, **options)
-    tokenizer = _tokenizer(adapter, source, model, saved)
+    tokenizer = _tokenizer(adapter, source, model, saved, kind == HEAD)
     _check_no_random_weights(report, saved, adapter, source)
     if not load_in_4bit:
         model = model.to(where)
@@ -168,7 +168,9 @@ def _four_bits(device: str) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def _tokenizer(adapter: str, base: str, model: Any, saved: dict[str, torch.Tensor]) -> Any:
+def _tokenizer(
+    adapter: str, base: str, model: Any, saved: dict[str, torch.Tensor], is_head: bool
+) -> Any:
     """Return the tokenizer saved with the adapter, or else the base model's, able to pad."""
     source = base if file_of(adapter, "tokenizer_config.json") is None else adapter
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
@@ -176,8 +178,7 @@ def _tokenizer(adapter: str, base: str, model: Any, saved: dict[str, torch.Tenso
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ValueError(f"the tokenizer of {source} has neither a padding nor an ending token")
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    _tell_padding(model.config, tokenizer, is_head)
     rows = len(model.get_input_embeddings().weight)
     if len(tokenizer) > rows:
         if not any("embed" in name and "lora_" not in name for name in saved):
@@ -187,6 +188,19 @@ def _tokenizer(adapter: str, base: str, model: Any, saved: dict[str, torch.Tenso
             )
         model.resize_token_embeddings(len(tokenizer))
     return tokenizer
+
+
+def _tell_padding(config: Any, tokenizer: Any, is_head: bool) -> None:
+    """Let a model know the padding token, by which a classifying decoder finds a text's end.
+
+    An adapter does not save what its training set there. Padding before the text is never taken
+    for its end.
+    """
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    if is_head and tokenizer.padding_side == "right":
+        config.pad_token_id = tokenizer.pad_token_id
+        config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
 def _check_no_random_weights(

@@ -11,13 +11,16 @@ def applying(labels: Any, names: Sequence[str], number: int) -> list[float]:
     """Return 1 for each class that applies, 0 for the others.
 
     Args:
-        labels: A list of their names, or of 0 and 1 for each class, -100 where that is not known.
+        labels: A list of their names, or of 0 and 1 for each class, -100 where that is not known;
+            of a single class also without the list.
         names: Names of the classes, in the order of the model's outputs.
         number: The row's, from 1.
 
     Raises:
         ValueError: If it is neither.
     """
+    if len(names) == 1 and not isinstance(labels, list):
+        labels = [_number(labels)]
     if isinstance(labels, list):
         if all(label in names for label in labels):
             return [float(name in labels) for name in names]
@@ -27,6 +30,14 @@ def applying(labels: Any, names: Sequence[str], number: int) -> list[float]:
         f"row {number} has the label {labels!r}; expected a list of those that apply, of "
         f"{', '.join(map(repr, names))}, or one 0 or 1 for each of them"
     )
+
+
+def _number(label: Any) -> Any:
+    """Return a label as a number if it is one, as a table without types has words for them."""
+    try:
+        return float(label)
+    except (TypeError, ValueError):
+        return label
 
 
 def class_names(given: Sequence[str], of_model: Sequence[str], outputs: int) -> list[str]:

@@ -94,14 +94,14 @@ def _likelihood(
         default = "classification" if several else "regression"
         label = columns.label
         has_lists = label is not None and any(isinstance(row.get(label), list) for row in rows)
-        if several and (adapter.is_multilabel or has_lists):
+        if adapter.is_multilabel or (several and has_lists):
             default = "multilabel"
         if not several and is_preference(rows):
             default = "reward_modeling"
         possible = (
             ("classification", "multilabel", "regression")
             if several
-            else ("regression", "reward_modeling")
+            else ("multilabel", "regression", "reward_modeling")
         )
     elif targets:
         default, possible = "classification", ("classification",)

@@ -6,6 +6,7 @@ from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor, nn
 
 from laplace_lora.adapters.maps import wide_dtype
@@ -26,6 +27,7 @@ from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.linalg.factors import map_shared
 from laplace_lora.models.autocast import as_called, in_full_precision
 from laplace_lora.models.modes import evaluation_mode, gradients_needed
+from laplace_lora.models.score_head import score_head_narrowed
 from laplace_lora.models.thread_hooks import on_input
 
 EXACT_UP_TO = 256  # outputs; beyond it one backward pass per output is too many
@@ -52,7 +54,8 @@ def calculate_kronecker_factors(
     The block of a module with weight ``(p, q)`` is approximately ``gradient factor ⊗ input
     factor``. Both equal the factors of `KronLoraLaplace` and depend neither on the batch size nor
     on padding: *expand* over real tokens, the gradient factor a sum over examples, the input factor
-    a mean. The model runs in evaluation mode; its modes, gradients and weights stay as they are.
+    a mean. The head of a classifying decoder runs at the one token whose logits count. The model
+    runs in evaluation mode; its modes, gradients and weights stay as they are.
 
     Modules that do not run are left out, as the logits do not depend on them.
 
@@ -93,6 +96,7 @@ def calculate_kronecker_factors(
         FloatingPointError: If a factor is not finite; names batch and layer.
     """
     model = unwrapped(model)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     check_adapters(model.named_modules())
     selected = selected_maps(model, target_module_keywords, exclude_bias, match)
     with_bias = {linear.name: has_bias for linear, has_bias in selected}
@@ -104,7 +108,7 @@ def calculate_kronecker_factors(
     note = mask_notes(called_with, model, needed=lambda: not known)
 
     def run(batch: Any) -> Tensor:
-        with as_called():
+        with as_called(), score_head_narrowed(base):
             return forward_call(model, batch)
 
     def added(sums: KfacSums | None, batch: Any) -> tuple[KfacSums, int]:

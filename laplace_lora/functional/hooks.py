@@ -135,7 +135,9 @@ def register_hooks(
 
     The hooks sum until they are removed: call the model, differentiate a sum over examples, repeat.
     Remove them with `remove_hooks`, or use the result in a ``with`` statement. What gradient
-    checkpointing runs again is counted once.
+    checkpointing runs again is counted once. The head of a classifying decoder runs at all tokens
+    in such calls, over which its inputs are averaged; `calculate_kronecker_factors` has it run at
+    the one token whose logits count.
 
     Args:
         model: Any module.

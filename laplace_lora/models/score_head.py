@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,36 +12,47 @@ from torch import Tensor, nn
 from laplace_lora.models.narrowing import last_true, one_token
 from laplace_lora.models.thread_hooks import on_input
 
+_narrowed: ContextVar[tuple[nn.Module, ...]] = ContextVar("heads that see one token", default=())
+
 
 @contextmanager
-def score_head_narrowed(base: Any, inputs: Mapping[str, Any]) -> Iterator[None]:
+def score_head_narrowed(base: Any) -> Iterator[None]:
     """Let the head of transformers' ``…ForSequenceClassification`` decoders see one token.
 
     Other models run as they are.
 
     Args:
         base: The transformer.
-        inputs: What it is called with.
+
+    Raises:
+        ValueError: If the token that such a decoder picks is padding; raised when its head runs.
     """
-    head = _score_head(base, inputs)
-    if head is None:
+    head = _score_head(base)
+    if head is None or head in _narrowed.get():
         yield
         return
     # The decoder picks the token by the ids that it receives itself. Prompt tuning hands it
     # embeddings instead, of a longer text.
-    received = {"input_ids": inputs["input_ids"]}
+    received: dict[str, Any] = {}
 
     def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        received["input_ids"] = kwargs.get("input_ids", args[0] if args else None)
+        received["ids"] = kwargs.get("input_ids", args[0] if args else None)
+        received["mask"] = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
 
     def position() -> Tensor | None:
-        return last_unpadded(received["input_ids"], base.config)
+        ids, mask = received["ids"], received["mask"]
+        found = last_unpadded(ids, base.config)
+        if found is not None and isinstance(mask, Tensor) and ids is not None:
+            _check_real(found, mask, ids, base.config)
+        return found
 
     handle = on_input(base, note)
+    token = _narrowed.set((*_narrowed.get(), head))
     try:
         with one_token(head, position, keep_length=True):
             yield
     finally:
+        _narrowed.reset(token)
         handle.remove()
 
 
@@ -53,8 +65,20 @@ def last_unpadded(input_ids: Tensor | None, config: Any) -> Tensor | None:
     return None if pad is None or input_ids is None else last_true(input_ids != pad)
 
 
-def _score_head(base: Any, inputs: Mapping[str, Any]) -> nn.Module | None:
+def _check_real(position: Tensor, mask: Tensor, ids: Tensor, config: Any) -> None:
+    """Refuse a token that the attention mask says is padding, of a text that has others."""
+    if mask.shape != ids.shape:
+        return
+    real = mask != 0
+    if bool((~real.gather(1, position.unsqueeze(1)) & real.any(1, keepdim=True)).any()):
+        raise ValueError(
+            "the model would classify a text at one of its padding tokens: it looks for the last "
+            f"token other than config.pad_token_id, {config.get_text_config().pad_token_id}, and "
+            "texts are padded with another; set model.config.pad_token_id = tokenizer.pad_token_id"
+        )
+
+
+def _score_head(base: Any) -> nn.Module | None:
     decoder = not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
     classifier = type(base).__name__.endswith("ForSequenceClassification")
-    known = classifier and decoder and "input_ids" in inputs
-    return getattr(base, "score", None) if known else None
+    return getattr(base, "score", None) if classifier and decoder else None

@@ -232,6 +232,21 @@ def test_a_wrong_token_is_noticed_without_its_fix(monkeypatch):
         LoraGGN(wrapped, "classification", **options).jacobians(BATCH)
 
 
+def test_a_head_that_would_read_padding_is_refused():
+    """As a decoder's configuration may name another token than texts are padded with."""
+    model = peft_model("llama")
+    config = model.get_base_model().config
+    padded, left = token_batch((2, 4)), token_batch((2, 4), side="left")
+    wrapped = LogitsModel(model).eval()
+    expected = wrapped(padded)
+    config.pad_token_id = 7
+    with pytest.raises(ValueError, match=r"at one of its padding tokens.*pad_token_id, 7"):
+        wrapped(padded)
+    assert wrapped(left).shape == expected.shape  # the last token is a text's end there
+    alone = {key: value[:1, :2] for key, value in padded.items() if value.ndim == 2}
+    torch.testing.assert_close(wrapped(alone), expected[:1])
+
+
 def test_every_fit_is_verified_once_and_predictions_of_loaded_posteriors(monkeypatch, tmp_path):
     calls = []
     check = "laplace_lora.curvature.recording.verify_outputs"

@@ -5,7 +5,16 @@ import shutil
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from laplace_lora.commands.adapter import HEAD, load_adapter
 from support.command_line import refused, run
@@ -19,10 +28,38 @@ def changed(folder, **values):
     return folder
 
 
+def saved(folder, base, target, words=None):
+    """Save a base model with its head, and an adapter; return the latter's folder."""
+    base.save_pretrained(folder / "base")
+    (words or tokenizer()).save_pretrained(folder / "base")
+    base = type(base).from_pretrained(folder / "base")
+    lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=[target])
+    get_peft_model(base, lora).save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
 def test_the_number_of_classes_is_the_saved_head_s(tmp_path):
     loaded = load_adapter(str(save_classifier(tmp_path, outputs=3)), device="cpu")
     assert loaded.kind == HEAD and loaded.outputs == 3 and loaded.names == []
     assert loaded.max_length == 24 and loaded.model.config.num_labels == 3
+
+
+def test_the_layer_before_the_head_does_not_count_the_classes(tmp_path):
+    sizes = {"dim": 16, "hidden_dim": 32, "n_layers": 1, "n_heads": 2}
+    config = DistilBertConfig(**sizes, vocab_size=SIZES["vocab_size"], num_labels=3)
+    loaded = load_adapter(
+        str(saved(tmp_path, DistilBertForSequenceClassification(config), "q_lin")), device="cpu"
+    )
+    assert loaded.outputs == 3
+
+
+@pytest.mark.parametrize(("side", "expected"), [("right", 0), ("left", 1)])
+def test_a_decoder_s_head_looks_for_the_padding_of_its_tokenizer(tmp_path, side, expected):
+    config = LlamaConfig(**{**SIZES, "pad_token_id": 1})
+    words = tokenizer()
+    words.init_kwargs["padding_side"] = side  # what is saved
+    folder = saved(tmp_path, LlamaForSequenceClassification(config), "q_proj", words)
+    assert load_adapter(str(folder), device="cpu").model.config.pad_token_id == expected
 
 
 def test_the_base_model_s_own_head_and_names(adapter, tmp_path):

@@ -207,6 +207,30 @@ def test_the_noise_of_a_regression_is_that_of_its_labels(adapter, data, made):
     assert float(again.sigma_noise) > 20  # the labels' own deviation is about 50
 
 
+def test_a_single_sigmoid(adapter, made, tmp_path):
+    """A classifier of one label, which its configuration alone tells from a regression."""
+    folder, base = adapter("one output"), tmp_path / "base"
+    kind = {"num_labels": 1, "problem_type": "multi_label_classification"}
+    BertForSequenceClassification.from_pretrained(
+        made("one output").parent / "base", **kind
+    ).save_pretrained(base)
+    tokenizer().save_pretrained(base)
+    rows = reviews(16, 0)
+    listed = [{**row, "label": [row["label"]]} for row in rows]
+    found = []
+    for each in (rows, listed):
+        path = write_json_lines(tmp_path / "rows.jsonl", each)
+        options = ("--base", base, "--data", path)
+        assert ": multilabel by" in run("fit", folder, *options, "--overwrite").stdout
+        line, *_ = run("predict", folder, *options, "--quiet").stdout.splitlines()
+        (probability,) = json.loads(line)["probabilities"].values()
+        found.append(probability)
+    loaded = load_adapter(str(folder), base=str(base))
+    la = KronLoraLaplace.from_pretrained(loaded.model, folder)
+    expected = float(la(dict(loaded.tokenizer([rows[0]["text"]], return_tensors="pt"))))
+    assert found == pytest.approx([expected] * 2, rel=1e-4) and 0.0 < expected < 1.0
+
+
 def test_a_reward_model_from_preference_pairs(adapter, tmp_path):
     folder = adapter("one output")
     good, bad = "the film was good", "the film was bad"

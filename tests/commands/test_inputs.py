@@ -197,3 +197,20 @@ def test_labels_that_may_be_misread_are_refused(names, labels, form, message):
 def test_labels_that_do_not_exclude_each_other():
     assert applying(["b"], ["a", "b"], 1) == [0.0, 1.0] == applying([0, 1], ["a", "b"], 1)
     assert applying([], ["a", "b"], 1) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["0", "1", "good"])
+def test_a_single_label_may_stand_without_a_list(name):
+    """It applies or not, whatever the class is called."""
+    for label, expected in (
+        (0, 0.0),
+        (1, 1.0),
+        (True, 1.0),
+        ("0", 0.0),
+        ("1 ", 1.0),
+        (-100, -100.0),
+    ):
+        assert applying(label, [name], 1) == [expected]
+    assert applying("good", ["good"], 1) == [1.0]
+    with pytest.raises(ValueError, match="row 3 has the label"):
+        applying("bad", [name], 3)

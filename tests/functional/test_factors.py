@@ -60,6 +60,20 @@ def test_the_functions_equal_the_class(name, n_kfac, lr_threshold):
     assert_near(f_var, covariance)
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_head_s_factors_equal_the_class_s(name):
+    """A decoder's head has inputs at all tokens, of which one counts."""
+    model = peft_model(name)
+    la = KronLoraLaplace(model, "classification")
+    la.fit(loader())
+    factors = factors_of(model, name, keywords=("score", "classifier"), exclude_bias=True)
+    (found,) = factors.values()
+    head = next(i for i, b in enumerate(la.backend.blocks) if "lora" not in b.name)
+    for ours, theirs in zip(found, reversed(la.H_facs.kfacs[head]), strict=True):
+        d = len(ours)  # without the column of a bias
+        assert_near(ours, theirs.matrix[:d, :d])
+
+
 @pytest.mark.slow
 def test_the_monte_carlo_fisher_tends_to_the_exact_one():
     model = adapters_only("bert")
