@@ -57,7 +57,7 @@ def test_the_layer_before_the_head_does_not_count_the_classes(tmp_path):
 def test_a_decoder_s_head_looks_for_the_padding_of_its_tokenizer(tmp_path, side, expected):
     config = LlamaConfig(**{**SIZES, "pad_token_id": 1})
     words = tokenizer()
-    words.init_kwargs["padding_side"] = side  # what is saved
+    words.init_kwargs["padding_side"] = words.padding_side = side
     folder = saved(tmp_path, LlamaForSequenceClassification(config), "q_proj", words)
     assert load_adapter(str(folder), device="cpu").model.config.pad_token_id == expected
 
