@@ -14,6 +14,7 @@ from torch import Tensor
 
 from laplace_lora.data.batches import one_example, splits_by_example
 from laplace_lora.data.pairs import passes
+from laplace_lora.display.warning import warn
 from laplace_lora.models.tolerances import near
 
 OWN = "own_logits"  # of a model that says how its transformer answers by itself
@@ -41,6 +42,8 @@ def verify_outputs(
         dtype: The coarsest in which the model computes.
         by_token: Whether an example has a row of the output for each of its tokens that counts.
 
+    Warns if the model itself answers otherwise without an example's padding.
+
     Raises:
         RuntimeError: If the outputs differ.
     """
@@ -57,6 +60,8 @@ def verify_outputs(
             rows = slice(None) if by_token else slice(n, n + 1)
             alone = own(single)
             if alone is not None and near(alone, output[rows][: len(alone)], dtype):
+                if not by_token:
+                    _warn_if_padding_counts(own, single, alone, dtype)
                 continue
             ours = model(single)
             expected = output[rows][: len(ours)]
@@ -72,6 +77,23 @@ def verify_outputs(
             bare = own(without_padding(single))
             if bare is not None and not near(bare, expected, dtype):
                 raise RuntimeError(_positions(alone, expected))
+
+
+def _warn_if_padding_counts(
+    own: Callable[[Any], Tensor | None], single: Any, alone: Tensor, dtype: torch.dtype
+) -> None:
+    """Warn where a model's own answer to an example is another without its padding."""
+    bare = without_padding(single)
+    if bare is single or bool(single["attention_mask"].all()):
+        return
+    answer = own(bare)
+    if answer is not None and not near(answer, alone, dtype):
+        warn(
+            "the model itself answers a padded text otherwise than the text alone "
+            f"({_distance(answer, alone)}), so numbers depend on the batch size. Models with "
+            "learnt positions count padding before a text: pad on the right, or give the batches "
+            "`position_ids`. Classifiers with prompts before the text read the last token of all"
+        )
 
 
 def without_padding(batch: Any) -> Any:

@@ -6,7 +6,6 @@ from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from peft import PeftModel
 from torch import Tensor, nn
 
 from laplace_lora.adapters.maps import wide_dtype
@@ -96,7 +95,9 @@ def calculate_kronecker_factors(
         FloatingPointError: If a factor is not finite; names batch and layer.
     """
     model = unwrapped(model)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model
+    if hasattr(base, "get_base_model"):
+        base = base.get_base_model()
     check_adapters(model.named_modules())
     selected = selected_maps(model, target_module_keywords, exclude_bias, match)
     with_bias = {linear.name: has_bias for linear, has_bias in selected}
