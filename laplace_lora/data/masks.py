@@ -108,16 +108,32 @@ def _masks_of_others(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     }
 
 
+def text_shape(batch: Mapping[str, Any], mask_name: str) -> torch.Size | None:
+    """Return the shape of the text that a mask is about, ``None`` if the batch does not have it.
+
+    Args:
+        batch: The model's inputs.
+        mask_name: One of `MASK_NAMES`.
+
+    Returns:
+        ``(batch, tokens)``, or ``(batch, choices, tokens)``.
+    """
+    text = _first(batch, INPUTS if mask_name == MASK_NAMES[0] else DECODER_INPUTS)
+    return _shape_of(text) if isinstance(text, Tensor) else None
+
+
 def _first(batch: Mapping[str, Any], names: Sequence[str]) -> Tensor | None:
     return next((batch[name] for name in names if batch.get(name) is not None), None)
 
 
 def _all_real(text: Tensor | None) -> Tensor | None:
     """Return the mask with which a model reads a text, of ids or embeddings, that has none."""
-    if text is None:
-        return None
-    shape = text.shape[:-1] if text.is_floating_point() else text.shape
-    return torch.ones(shape, dtype=torch.bool)
+    return None if text is None else torch.ones(_shape_of(text), dtype=torch.bool)
+
+
+def _shape_of(text: Tensor) -> torch.Size:
+    """Return the shape of a text's tokens, of which embeddings have several numbers each."""
+    return text.shape[:-1] if text.is_floating_point() else text.shape
 
 
 def _of_rows(mask: Tensor, inputs: Tensor) -> Tensor | None:

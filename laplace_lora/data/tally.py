@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, uint8
 
 from laplace_lora.data.batches import Batch, batch_length, splits_by_example
-from laplace_lora.data.masks import MASK_NAMES
+from laplace_lora.data.masks import MASK_NAMES, text_shape
 
 KEPT = 256  # examples of a sample
 FEW = 8  # examples that are not the same by chance
@@ -130,19 +130,12 @@ def fingerprints(batch: Batch) -> list[int]:
     size = batch_length(batch)
     digests = [blake2b(digest_size=8) for _ in range(size)]
     named = batch if isinstance(batch, Mapping) else {}
-    masks = {
-        name: named[name].detach().cpu().bool()
-        for name in MASK_NAMES
-        if isinstance(named.get(name), Tensor)
-    }
+    masks = {name: named[name].detach().cpu().bool() for name in MASK_NAMES if _marks(named, name)}
     for name, value in parts:
         if isinstance(value, Tensor) and value.ndim:
             value = value.detach().cpu()
             mask = _mask_of(name, value, masks)
-            rows: Sequence[Any] = [
-                row if mask is None else row[real]
-                for row, real in zip(value, value if mask is None else mask, strict=True)
-            ]
+            rows: Sequence[Any] = list(value) if mask is None else _unpadded(value, mask)
         elif isinstance(value, list | tuple) and len(value) == size:
             rows = value
         else:
@@ -157,7 +150,23 @@ def _mask_of(name: str, value: Tensor, masks: Mapping[str, Tensor]) -> Tensor | 
     is_decoders = name.rpartition("/")[2].startswith("decoder_")
     allowed = MASK_NAMES[1:] if is_decoders else MASK_NAMES
     fitting = (masks[key] for key in allowed if key in masks)
-    return next((mask for mask in fitting if mask.shape == value.shape[:2]), None)
+    return next((mask for mask in fitting if mask.shape == value.shape[: mask.ndim]), None)
+
+
+def _marks(batch: Mapping[str, Any], name: str) -> bool:
+    """Return whether a batch has a mask of this name, and it marks tokens, not pairs of them."""
+    mask = batch.get(name)
+    return isinstance(mask, Tensor) and (mask.ndim == 2 or mask.shape == text_shape(batch, name))
+
+
+def _unpadded(value: Tensor, mask: Tensor) -> list[Any]:
+    """Return what each example has at its real tokens; of several choices with their lengths."""
+    rows: list[Any] = [row[real] for row, real in zip(value, mask, strict=True)]
+    if mask.ndim == 2:
+        return rows
+    # Without these a token could be the last of one choice or the first of the next.
+    lengths = mask.sum(-1).flatten(1).tolist()
+    return [f"{_raw(row)!r} {choices}" for row, choices in zip(rows, lengths, strict=True)]
 
 
 def _named(batch: Any, name: str) -> Iterator[tuple[str, Any]]:

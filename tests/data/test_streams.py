@@ -11,6 +11,7 @@ from support.batches import loader, token_batch, validation
 from support.interruptions import Interrupted, Interruption
 from support.models import peft_model
 from support.references import assert_near
+from support.rows_apart import CHOICES, choice_batch
 from support.spawned import exit_codes
 from support.streams import (
     PARTS,
@@ -237,6 +238,42 @@ def test_padding_does_not_change_a_fingerprint():
     )
     uneven = {"pixels": torch.ones(5, 2), "sizes": torch.ones(2, 2)}
     assert len(fingerprints(uneven)) == 1
+
+
+@pytest.mark.parametrize("name", ["input_ids", "inputs_embeds"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_nor_does_that_of_choices(side, name):
+    def batch(pad_to, lengths=CHOICES):
+        choices = choice_batch(lengths, pad_to, side)
+        if name == "inputs_embeds":
+            ids = choices.pop("input_ids")
+            choices[name] = torch.stack([ids, -ids, 2 * ids], -1).double()
+        return choices
+
+    found = fingerprints(batch(7))
+    assert len(set(found)) == len(CHOICES)
+    assert fingerprints(batch(9)) == found
+
+
+def test_a_token_belongs_to_its_choice():
+    """The same tokens one after the other, in choices of other lengths."""
+    mask = torch.tensor([[[1, 1, 0], [1, 0, 0]], [[1, 0, 0], [1, 1, 0]]])
+    ids = torch.tensor([[[5, 6, 0], [7, 0, 0]], [[5, 0, 0], [6, 7, 0]]])
+    one, other = fingerprints({"input_ids": ids, "attention_mask": mask})
+    assert one != other
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4), (2, 1, 4, 4)])
+def test_masks_of_pairs_of_tokens_mark_no_padding(shape):
+    """As many marks elsewhere are another mask, and none of them drops a token."""
+    masks = torch.zeros(shape), torch.zeros(shape)
+    for mask, at in zip(masks, (1, 2), strict=True):
+        mask[..., at, 0] = 1
+    ids = torch.arange(8).view(2, 4)
+    first, second = (fingerprints({"input_ids": ids, "attention_mask": mask}) for mask in masks)
+    assert not set(first) & set(second)
+    changed = fingerprints({"input_ids": ids.flip(1), "attention_mask": masks[0]})
+    assert not set(first) & set(changed)
 
 
 @pytest.mark.parametrize("has_mask", [True, False])

@@ -12,6 +12,7 @@ from laplace_lora.tuning.shared_inputs import SharedInputs, standard_error
 from support.batches import split_rows, token_batch
 from support.posteriors import posterior
 from support.preferences import reward_posterior
+from support.rows_apart import CHOICES, choice_batch
 
 LENGTHS = (3, 6, 4, 6, 5, 2)
 
@@ -36,6 +37,11 @@ def test_texts_that_come_again_whatever_their_padding_and_label():
     found = companions_of(first, second)
     assert found == {0: [0, 4], 4: [0, 4], 1: [1, 3, 6], 3: [1, 3, 6], 6: [1, 3, 6]}
     assert companions_of(texts([[5, 6], [7]], 2), texts([[8]], 1)) == {}
+
+
+def test_questions_that_come_again_padded_to_another_length():
+    found = companions_of(choice_batch(), choice_batch(CHOICES[:2], pad_to=9))
+    assert found == {0: [0, 5], 5: [0, 5], 1: [1, 6], 6: [1, 6]}
 
 
 def test_pairs_that_share_a_text():
