@@ -51,17 +51,21 @@ def span_log_probabilities(
 
     Args:
         samples: Of a question-answering model's posterior.
-        batch: Texts with their labels, as `Likelihood.split` gives them.
+        batch: Texts with their labels, as `Likelihood.split` gives them; those of texts that do not
+            count are `IGNORED`.
         scales: Factors of the covariance of the weights, ``(scales,)``.
 
     Returns:
-        Under the posterior's mean, ``(texts,)``, and under each predictive, ``(scales, texts)``.
+        Under the posterior's mean, ``(texts that count,)``, and under each predictive, ``(scales,
+        texts that count)``.
 
     Raises:
         NoForwardDerivativeError: If the model cannot carry tangents.
     """
     mean, tangents = span_tangents(samples, batch)
-    labels = batch["labels"].to(mean.device).unsqueeze(-1)
+    labels = batch["labels"].to(mean.device)
+    counts = (labels != IGNORED).all(1)
+    mean, tangents, labels = mean[counts], tangents[:, counts], labels[counts].unsqueeze(-1)
     own = mean.log_softmax(-1).gather(-1, labels).sum((1, 2))
     rows = []
     for width in scales.sqrt().tolist():

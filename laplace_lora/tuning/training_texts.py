@@ -12,6 +12,7 @@ from torch import Tensor
 
 from laplace_lora.data.batches import some_examples, splits_by_example
 from laplace_lora.data.distributed import Together
+from laplace_lora.data.masks import text_shape
 from laplace_lora.generation.label_scores import label_log_probabilities, part_of
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.predictive.class_scores import class_log_probabilities, span_log_probabilities
@@ -40,10 +41,9 @@ def some_texts(posterior: Posterior, batches: Iterable[Any]) -> list[Mapping[str
     for index, batch in enumerate(batches):
         x, y = posterior.split(batch)
         drawn = torch.rand(len(y), generator=generator).tolist()
-        mask = x.get("attention_mask")
-        lengths = (torch.ones_like(y) if mask is None else mask).sum(1).tolist()
+        lengths = _lengths(x, y)
         for row in (y != IGNORED).any(1).nonzero().flatten().tolist():
-            item = (-drawn[row], index, row, int(lengths[row]))
+            item = (-drawn[row], index, row, lengths[row])
             (heapq.heappush if len(lowest) < TEXTS else heapq.heappushpop)(lowest, item)
         kept[index] = x
         wanted = {item[1] for item in lowest}
@@ -60,6 +60,16 @@ def some_texts(posterior: Posterior, batches: Iterable[Any]) -> list[Mapping[str
         _cut(kept[index], sorted(chosen), posterior.device, reads_forward)
         for index, chosen in sorted(rows.items())
     ]
+
+
+def _lengths(x: Mapping[str, Any], y: Tensor) -> list[int]:
+    """Return how many tokens of each text are read, as far as its mask says so."""
+    mask = x.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == y.ndim:
+        return [int(length) for length in mask.sum(1)]
+    # Of answers there are two labels, whatever the text's length.
+    shape = text_shape(x, "attention_mask") or y.shape
+    return [shape[1]] * len(y)
 
 
 def _cut(
