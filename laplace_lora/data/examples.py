@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from laplace_lora.data.batches import splits_by_example
+from laplace_lora.data.shared_tensors import without_shared
 
 IMAGE_DIMS = 4  # (batch, channels, height, width)
 
@@ -38,6 +39,7 @@ class Examples:
         self.count = count
         self._widths: set[int] = set()
         self._are_images = False
+        sources = [without_shared(source, count) for source in sources]
         if all(splits_by_example(source, count) for source in sources):
             shapes = [x.shape for source in sources for x in _inputs(source) if x.ndim > 1]
             self._widths = {width for shape in shapes for width in accumulate(shape[1:], mul)}

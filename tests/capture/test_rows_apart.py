@@ -56,6 +56,15 @@ def test_factors_do_not_depend_on_batches(name):
     assert_near(found[2], found[0])
 
 
+@pytest.mark.parametrize("shape", [(1, 6), (5, 3, 6)])
+def test_choices_may_share_a_row_of_positions(shape):
+    model, batch = wrapped("bert"), choice_batch()
+    backend = LoraGGN(model, "classification")
+    expected, _ = backend.jacobians(batch)
+    jacobians, _ = backend.jacobians({**batch, "position_ids": torch.arange(6).expand(shape)})
+    assert_near(jacobians, expected)
+
+
 @pytest.mark.parametrize(("pad_to", "side"), [(9, "right"), (6, "left"), (11, "left")])
 def test_padding_of_choices_changes_nothing(pad_to, side):
     backend = LoraGGN(wrapped("deberta"), "classification")
@@ -213,6 +222,10 @@ def test_images_of_several_in_one_tensor_are_not_dealt_out():
     with_text = {"input_ids": torch.zeros(2, 5), "pixel_values": pixels[:2]}
     assert not Examples(2, [with_text]).have(torch.zeros(8, 9, 6))
     assert Examples(2, [with_text]).have(torch.zeros(10, 6))  # the tokens
+    shared = {"input_ids": torch.zeros(2, 5), "position_ids": torch.zeros(1, 5)}
+    assert Examples(2, [shared]).have(torch.zeros(10, 6))
+    of_one = {"input_ids": torch.zeros(2, 5), "pixel_values": pixels[:1]}  # of one text of two
+    assert not Examples(2, [of_one]).have(torch.zeros(10, 6))
 
 
 def reward_model():
