@@ -13,7 +13,7 @@ from laplace_lora.posteriors.laplace_loops import LaplaceLoops
 from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning import leave_one_out
 from laplace_lora.tuning.groups import Structure
-from laplace_lora.tuning.leave_one_out import LeaveOneOut
+from laplace_lora.tuning.leave_one_out_report import LeaveOneOut
 from laplace_lora.tuning.noise_check import warn_if_noise_is_off
 from laplace_lora.tuning.options import (
     check_evidence_options,

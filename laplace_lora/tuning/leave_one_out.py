@@ -19,7 +19,7 @@ stopped too early: the posterior's mean is moved until it fits the labels as clo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,87 +30,22 @@ from laplace_lora.data.distributed import Together, is_sharded
 from laplace_lora.data.subset import Subset
 from laplace_lora.likelihoods.base import OUTPUTS
 from laplace_lora.likelihoods.links import QUADRATURE
+from laplace_lora.models.read_columns import ReadColumns
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.settings import Settings
 from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning.cavity_widths import CavityWidths
 from laplace_lora.tuning.closer_fit import closer_fit
 from laplace_lora.tuning.function_rows import base_rows
+from laplace_lora.tuning.leave_one_out_report import LeaveOneOut
 from laplace_lora.tuning.likely_classes import LikelyClasses
 from laplace_lora.tuning.linear_model import Mode
 from laplace_lora.tuning.looked_at import columns_looked_at, examples_looked_at, is_enough
 from laplace_lora.tuning.marginal_likelihood import first_precision
-from laplace_lora.tuning.recentring import (
-    BYTES,
-    Recentring,
-    check_whole,
-    columns_of,
-    recentred,
-)
+from laplace_lora.tuning.recentring import BYTES, check_whole, columns_of, recentred
 from laplace_lora.tuning.shared_inputs import SharedInputs
 from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
-from laplace_lora.tuning.width_choice import GRID, best_width
-
-
-@dataclass(frozen=True)
-class LeaveOneOut:
-    """What a tuning by leave-one-out chose, and what it expects on new data of the same kind.
-
-    Attributes:
-        prior_precision: The choice.
-        nll_map: Mean leave-one-out NLL without any width, in nats.
-        nll: The same with the posterior's width, the best that was tried.
-        standard_error: Of the difference of the two; NaN of a single example, which has none.
-        base_precision: Prior precision at which the linearised base model fits the training
-            labels as closely as the posterior's mean.
-        examples: Training examples that it looked at.
-        recentring: Where the posterior's mean was moved, if it was.
-        sharing: How many of the examples share a text or another input with others, and were left
-            out together with them.
-        too_many: How many of these share texts with so many pairs that the width leaves out their
-            own curvature alone, see `CavityWidths`.
-        rivals: How many other classes an example was told apart from, its likeliest; 0 for all.
-        is_unclear: Whether the posterior gets no width, since the best was as wide as is tried and
-            not clearly better than none, see `Width`.
-    """
-
-    prior_precision: float
-    nll_map: float
-    nll: float
-    standard_error: float
-    base_precision: float
-    examples: int
-    recentring: Recentring | None = None
-    sharing: int = 0
-    too_many: int = 0
-    rivals: int = 0
-    is_unclear: bool = False
-
-    @property
-    def is_widthless(self) -> bool:
-        """Whether no width helps: the largest precision there is, and the MAP's predictions."""
-        return self.prior_precision > 0.9 * float(GRID[-1])
-
-    def __str__(self) -> str:
-        moved = "" if self.recentring is None else f"{self.recentring}; "
-        known = not math.isnan(self.standard_error)
-        spread = f" (difference ± {self.standard_error:.3f})" if known else ""
-        width = (
-            f"NLL of the base model's linearisation {self.nll_map:.3f} -> {self.nll:.3f} with the "
-            f"posterior's width{spread}"
-        )
-        if self.is_unclear:
-            width += ", as wide as is tried and not clearly better, so it gets none"
-        elif self.is_widthless:
-            width = "no width helps (predictions are those of the mean alone)"
-        some = f", {self.too_many} with too many for the width" if self.too_many else ""
-        shared = f" ({self.sharing} share inputs{some})" if self.sharing else ""
-        if self.rivals:
-            shared += f" among their {self.rivals + 1} likeliest classes"
-        return (
-            f"leave-one-out of {self.examples} examples{shared}: {moved}prior precision "
-            f"{self.prior_precision:.3g}, {width}"
-        )
+from laplace_lora.tuning.width_choice import best_width
 
 
 def why_not(posterior: Posterior, loader: Any) -> str | None:
@@ -179,7 +114,7 @@ def tune(
     subset = None if count == n_data else Subset(loader, n_data, count, posterior.by_example)
     numbers = BYTES / (4 * count * columns)
     is_exact = posterior.structure.couples_groups  # its curvature is a sum over examples
-    inputs = SharedInputs(posterior.label_key, keep_pairs=is_exact)
+    inputs = SharedInputs(posterior.label_key, ReadColumns(posterior.source.model), is_exact)
     predictor = Predictor(scalar)
     with base_rows(posterior, readout, numbers) as rows:
 
@@ -239,6 +174,7 @@ def tune(
         0 if widths is None else widths.too_many,
         0 if likely is None else columns,
         not width.is_clear,
+        not inputs.is_known,
     )
     settings = replace(
         posterior.settings,

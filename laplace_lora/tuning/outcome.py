@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from laplace_lora.display.tables import span
-from laplace_lora.tuning.leave_one_out import LeaveOneOut
+from laplace_lora.tuning.leave_one_out_report import LeaveOneOut
 from laplace_lora.tuning.structure_choice import StructureChoice
 from laplace_lora.tuning.widest import Widest
 

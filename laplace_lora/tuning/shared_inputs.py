@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from laplace_lora.data.batches import on_cpu, one_example
 from laplace_lora.data.distributed import Together
-from laplace_lora.data.pairs import passes
+from laplace_lora.data.pairs import SUFFIXES, is_pair, passes
+from laplace_lora.data.shared_tensors import with_own_rows
 from laplace_lora.data.tally import fingerprints
 
 SIGN = 2**63  # of integers of 64 bits
@@ -29,27 +30,36 @@ class SharedInputs:
 
     Args:
         label_key: Key of the labels, which are no input.
+        columns_read: From the names of columns to those that the model may read; it reads all by
+            default. The numbers of rows, say, tell copies apart and change no prediction.
         keep_pairs: Whether to keep the inputs of preference pairs, which may share one text of two.
 
     Attributes:
+        is_known: Whether all batches have tensors with a row for each example, or one for all.
         keys: What each example is told by, once `companions` has been asked for.
     """
 
-    def __init__(self, label_key: str, keep_pairs: bool = False) -> None:
+    def __init__(
+        self,
+        label_key: str,
+        columns_read: Callable[[Iterable[str]], set[str]] = set,
+        keep_pairs: bool = False,
+    ) -> None:
         self.label_key = label_key
+        self.columns_read = columns_read
         self.keep_pairs = keep_pairs
+        self.is_known = True
         self.keys: list[Key] = []
         self._numbers: list[Tensor] = []
         self._kept: dict[Key, Any] = {}
-        self._is_known = True
 
     def add(self, x: Any, y: Tensor) -> None:
         """Add a batch: what the model takes, and its labels."""
         if isinstance(x, Mapping):
-            x = {name: value for name, value in x.items() if name != self.label_key}
+            x = with_own_rows(self._read_of(x), len(y))
         numbers = [fingerprints(part) for part in passes(x)]
         if any(len(part) != len(y) for part in numbers):  # rows are no examples
-            self._is_known = False
+            self.is_known = False
             return
         columns = [torch.tensor([n - SIGN for n in part], device=y.device) for part in numbers]
         self._numbers.append(torch.stack(columns, 1))
@@ -64,7 +74,8 @@ class SharedInputs:
         Args:
             team: The processes that share the data.
         """
-        if not all(team.all_of(self._is_known)):
+        self.is_known = all(team.all_of(self.is_known))
+        if not self.is_known:
             return {}
         numbers = team.rows(numbers=self._numbers)["numbers"].tolist()
         self.keys = [tuple(row) for row in numbers]
@@ -79,6 +90,14 @@ class SharedInputs:
                 found[i] = sorted({i, *others})
         return found
 
+    def _read_of(self, x: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the model reads of a batch, under the batch's names."""
+        names = {name: name for name in x if name != self.label_key}
+        if is_pair(x):  # each text of which it reads under the name without the suffix
+            names = {name: _of_one(name) for name in names}
+        read = self.columns_read(names.values())
+        return {name: x[name] for name, plain in names.items() if plain in read}
+
     def inputs_of(self, keys: Sequence[Key], team: Together) -> dict[Key, Any]:
         """Return the inputs of pairs, as batches of one on the CPU, whichever process saw them.
 
@@ -90,6 +109,12 @@ class SharedInputs:
         for part in team.all_of({key: self._kept[key] for key in keys if key in self._kept}):
             found |= part
         return found
+
+
+def _of_one(name: str) -> str:
+    """Return the name under which a model reads one text of the pairs."""
+    suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+    return name.removesuffix(suffix)
 
 
 def standard_error(values: Tensor, companions: Mapping[int, Sequence[int]] | None = None) -> float:

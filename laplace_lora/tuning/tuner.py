@@ -18,7 +18,7 @@ from laplace_lora.tuning import leave_one_out, widest
 from laplace_lora.tuning.calibration import Calibration, calibrate
 from laplace_lora.tuning.coupled_cache import CoupledCache
 from laplace_lora.tuning.groups import Structure, prior_groups
-from laplace_lora.tuning.leave_one_out import LeaveOneOut
+from laplace_lora.tuning.leave_one_out_report import LeaveOneOut
 from laplace_lora.tuning.marginal_likelihood import first_precision, maximise, with_precisions
 from laplace_lora.tuning.recentring import Recentring, recentred
 from laplace_lora.tuning.structure_choice import AUTO, StructureChoice, choose_structure

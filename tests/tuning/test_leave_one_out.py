@@ -19,7 +19,7 @@ from laplace_lora.models import twins
 from laplace_lora.models.start import before_adapter
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.tuning.closer_fit import closer_fit
-from laplace_lora.tuning.leave_one_out import GRID, LeaveOneOut
+from laplace_lora.tuning.leave_one_out_report import GRID, LeaveOneOut
 from laplace_lora.tuning.linear_model import LinearModel, without_own
 from laplace_lora.tuning.shared_inputs import standard_error
 from laplace_lora.tuning.validation_cache import scoring_of

@@ -4,16 +4,21 @@ from itertools import combinations
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from laplace_lora.data.distributed import ALONE
-from laplace_lora.tuning.leave_one_out import LeaveOneOut
+from laplace_lora.models.read_columns import ReadColumns
+from laplace_lora.tuning import shared_inputs
+from laplace_lora.tuning.leave_one_out_report import LeaveOneOut
 from laplace_lora.tuning.shared_inputs import SharedInputs, standard_error
 from support.batches import split_rows, token_batch
+from support.models import peft_model
 from support.posteriors import posterior
 from support.preferences import reward_posterior
 from support.rows_apart import CHOICES, choice_batch
 
+SIDES = ("chosen", "rejected")
 LENGTHS = (3, 6, 4, 6, 5, 2)
 
 
@@ -27,7 +32,7 @@ def texts(rows, width):
 def companions_of(*batches):
     inputs = SharedInputs("labels")
     for batch in batches:
-        y = torch.arange(len(next(iter(batch.values()))))
+        y = torch.arange(len(next(x for name, x in batch.items() if "mask" in name)))
         inputs.add({**batch, "labels": y}, y)  # the labels differ
     return inputs.companions(ALONE)
 
@@ -60,7 +65,89 @@ def test_batches_whose_rows_are_no_examples_share_nothing():
     odd = {"input_ids": torch.zeros(2, 3), "sizes": torch.zeros(5)}
     inputs.add(odd, torch.zeros(2))
     inputs.add(odd, torch.zeros(2))
-    assert inputs.companions(ALONE) == {}
+    assert inputs.companions(ALONE) == {} and not inputs.is_known
+
+
+@pytest.mark.parametrize("make", [texts, lambda rows, width: choice_batch(CHOICES[:2], width)])
+def test_a_row_of_positions_for_all_is_that_of_each(make):
+    """As far as its tokens are real; other positions make another input."""
+
+    def batch(width, start=0):
+        made = make([[5, 6], [7]], width)
+        made.pop("labels", None)
+        return {"position_ids": torch.arange(start, start + width)[None], **made}
+
+    found = companions_of(batch(6), batch(8), batch(6, start=1))
+    assert found == {0: [0, 2], 2: [0, 2], 1: [1, 3], 3: [1, 3]}
+
+
+class Numbered(nn.Module):
+    """A model that takes the mapping itself, and one that names nothing."""
+
+    def __init__(self, takes_any):
+        super().__init__()
+        self.forward = self.of_any if takes_any else self.of_mapping
+
+    def of_mapping(self, batch):
+        return batch["x"]
+
+    def of_any(self, **batch):
+        return batch["x"]
+
+
+def test_columns_that_the_model_may_read():
+    columns = {"input_ids", "attention_mask", "token_type_ids", "adapter_names", "idx", "labels"}
+    assert ReadColumns(peft_model("bert"))(columns) == columns - {"idx", "labels"}
+    inner = {"input_ids", "cu_seq_lens_q", "idx", "hidden_states"}  # named by modules inside
+    assert "hidden_states" in ReadColumns(peft_model("llama"))(inner)
+    for takes_any in (False, True):
+        assert ReadColumns(Numbered(takes_any))({"x", "idx"}) == {"x", "idx"}
+
+
+@pytest.mark.parametrize("is_pairs", [False, True])
+def test_columns_that_the_model_does_not_read_hide_no_copy(is_pairs):
+    def batch(first):
+        rows = texts([[5, 6], [7]], 3)
+        if is_pairs:
+            rows = {f"{name}_{side}": x for name, x in rows.items() for side in SIDES}
+            rows["idx_chosen"] = rows["idx_rejected"] = torch.arange(first, first + 2)
+        return {**rows, "idx": torch.arange(first, first + 2), "sizes": torch.zeros(5)}
+
+    inputs = SharedInputs("labels", ReadColumns(peft_model("bert")), keep_pairs=True)
+    for first in (0, 2):
+        inputs.add(batch(first), torch.arange(2))
+    assert inputs.companions(ALONE) == {0: [0, 2], 2: [0, 2], 1: [1, 3], 3: [1, 3]}
+
+
+@pytest.mark.parametrize("extra", ["idx", "position_ids"])
+def test_leave_one_out_finds_copies_beside_other_columns(extra):
+    rows, n = token_batch(LENGTHS), len(LENGTHS)
+
+    def tuned(*extras):
+        la = posterior(name="bert", fit=False)
+        la.fit(DataLoader([{**rows, **columns} for columns in extras], batch_size=None))
+        la.optimize_prior_precision(recentre=False)
+        return la.tuning.leave_one_out
+
+    if extra == "idx":
+        columns = [{extra: torch.arange(n)}, {extra: torch.arange(n, 2 * n)}]
+    else:
+        columns = [{extra: torch.arange(max(LENGTHS))[None]}] * 2
+    plain, found = tuned({}, {}), tuned(*columns)
+    assert found.sharing == plain.sharing == 2 * n
+    assert found.nll == pytest.approx(plain.nll)
+
+
+def test_it_says_where_copies_could_not_be_looked_for(monkeypatch):
+    monkeypatch.setattr(shared_inputs, "with_own_rows", lambda x, examples: x)  # as of images
+    said = []
+    for columns in ({}, {"position_ids": torch.arange(max(LENGTHS))[None]}):
+        la = posterior(name="bert", fit=False)
+        la.fit(DataLoader([{**token_batch(LENGTHS), **columns}], batch_size=None))
+        la.optimize_prior_precision()
+        said.append("6 examples (copies among them are not left out" in str(la.tuning))
+        assert la.tuning.leave_one_out.is_sharing_unknown == bool(columns)
+    assert said == [False, True]
 
 
 def test_leave_one_out_is_not_fooled_by_copies(monkeypatch):

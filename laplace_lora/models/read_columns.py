@@ -1,0 +1,51 @@
+"""`ReadColumns`: which columns of a batch a model may read, by the names that it gives them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+LABELS = "labels"  # which `WrappedModel.inputs` leaves out
+
+
+class ReadColumns:
+    """From the columns of a batch to those that a model may read.
+
+    The others are for the user, as the number of a row in the data set: models of transformers take
+    any argument, and ignore those that neither they nor the modules inside them name.
+
+    Args:
+        model: A `PeftModel`, or any module.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        own = inspect.signature(base.forward).parameters
+        self._own = set(own)
+        self._named = self._own | set(inspect.signature(model.forward).parameters)
+        # PEFT takes these of any argument.
+        self._named |= set(getattr(model, "special_peft_forward_args", ()))
+        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own.values()):
+            for kind in {type(module) for module in base.modules()}:
+                self._named |= set(inspect.signature(_forward_of(kind)).parameters)
+
+    def __call__(self, columns: Iterable[str]) -> set[str]:
+        """Return the columns that the model may read.
+
+        All but the labels where it names none, as a model that takes the mapping itself or nothing
+        but ``**kwargs``.
+
+        Args:
+            columns: Their names.
+        """
+        columns = set(columns) - {LABELS}
+        return columns & self._named if columns & self._own else columns
+
+
+def _forward_of(kind: type[nn.Module]) -> Any:
+    """Return the forward pass of a class; a compiled module has its own, which names nothing."""
+    return getattr(kind, "forward", nn.Module.forward)
