@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from laplace_lora.adapters.in_use import check_runs
+from laplace_lora.likelihoods.label_check import check_labels
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.likelihoods.links import check_finite
 from laplace_lora.models.autocast import as_called
@@ -81,11 +82,14 @@ class NetworkSamples:
         Returns:
             One for each example; each labelled token of a text; each known label where labels do
             not exclude each other.
+
+        Raises:
+            ValueError: If the labels are not the model's, see `check_labels`.
         """
         x, y = self.posterior.split(batch)
         known = y != IGNORED
         columns = []
-        for log_p in self._each(network, x, width):
+        for log_p in self._each(network, x, width, y):
             if self.posterior.objective.has_independent_labels:
                 log_p = log_p[known.flatten()]
             columns.append(log_p.gather(1, y[known].long().unsqueeze(1)))
@@ -101,8 +105,10 @@ class NetworkSamples:
         """
         return torch.stack([log_p.exp() for log_p in self._each(network, x, width)]).mean(0)
 
-    def _each(self, network: Network, x: Any, width: float) -> Iterator[Tensor]:
-        """Yield log probabilities under each sample, ``(rows, classes)``."""
+    def _each(
+        self, network: Network, x: Any, width: float, y: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """Yield log probabilities under each sample, ``(rows, classes)``; labels are checked."""
         twin, own = network
         objective = self.posterior.objective
         temperature = self.posterior.settings.likelihood_temperature
@@ -112,6 +118,9 @@ class NetworkSamples:
                 f = twin(x)
             check_finite(f)
             f = f.to(self.posterior.dtype)
+            if y is not None:
+                check_labels(objective, f, y)
+                y = None  # every sample has outputs of the same shape
             if objective.has_independent_labels:
                 f = f.flatten().unsqueeze(1)
             if f.shape[1] == 1:  # of a second class; the first one's stands at zero

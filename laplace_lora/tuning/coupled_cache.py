@@ -12,6 +12,7 @@ from torch import Tensor
 
 from laplace_lora.data.distributed import ALONE, Together
 from laplace_lora.likelihoods.base import Readout
+from laplace_lora.likelihoods.label_check import check_labels
 from laplace_lora.linalg.row_grams import group_grams
 from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.predictive.glm import Predictor
@@ -61,6 +62,7 @@ class CoupledCache:
         means, labels, priors, onto = [], [], [], []
         for x, y in labelled_batches(posterior, loader, team, progress_bar):
             mean, jacobians = predictor.readout_jacobians(x, readout)
+            check_labels(posterior.objective, mean, y, readout)
             prior, projected = precision.group_moments(jacobians, group_of)
             means.append(mean)
             labels.append(y)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from laplace_lora.data.distributed import Together
 from laplace_lora.likelihoods.base import CONTRASTS
 from laplace_lora.likelihoods.classification import LOGITS
+from laplace_lora.likelihoods.label_check import check_labels
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.likelihoods.question_answering import text_tokens
 from laplace_lora.predictive.linear_samples import LinearSamples
@@ -47,7 +48,8 @@ def calibrate_tokens(
         tokens' classes, or of starts and ends. The tokens of a text are in one fold.
 
     Raises:
-        ValueError: If there is no loader, nothing is labelled, or the model cannot carry tangents.
+        ValueError: If there is no loader, nothing is labelled, labels are none of the classes, or
+            the model cannot carry tangents.
     """
     samples = unscaled(posterior, generator)
     collect = _spans if posterior.objective.has_spans else _tokens
@@ -93,6 +95,7 @@ def _tokens(
     means, slopes, labels = [], [], []
     for x, y in labelled_batches(posterior, loader, team, progress_bar):
         mean, tangents = samples.tangents(x, CONTRASTS)
+        check_labels(posterior.objective, mean, y, CONTRASTS)
         counted = y != IGNORED
         means.append(at_tokens(counted, mean))
         slopes.append(at_tokens(counted, tangents.transpose(0, 1)))

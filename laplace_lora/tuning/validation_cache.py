@@ -15,6 +15,7 @@ from torch import Tensor
 
 from laplace_lora.data.distributed import ALONE, Together
 from laplace_lora.likelihoods.base import Readout, Scoring, integrated_variables
+from laplace_lora.likelihoods.label_check import check_labels
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.multilabel import MISSING
 from laplace_lora.predictive.glm import Predictor
@@ -118,12 +119,14 @@ def validation_pass(
     """Yield functions of the outputs, labels and gram blocks of each batch, see `gram_blocks`.
 
     Raises:
-        ValueError: If there is no loader, or a batch has no labels.
+        ValueError: If there is no loader, a batch has no labels, or see `check_labels`.
+        FloatingPointError: If their loss is not finite.
     """
     for x, y in labelled_batches(predictor.posterior, loader, team, progress_bar, title):
         if watch is not None:
             watch(x, y)
         mean, blocks = predictor.gram_blocks(x, readout)
+        check_labels(predictor.posterior.objective, mean, y, readout)
         yield mean, y, blocks
 
 

@@ -47,7 +47,9 @@ def grid_search(
         The precision with the lowest loss, and all losses ``(values,)``.
 
     Raises:
-        ValueError: If there is no loader, it is empty, or a batch has no labels.
+        ValueError: If there is no loader, it is empty, or a batch has no labels, or others than the
+            model's.
+        FloatingPointError: If no loss is finite.
     """
     tally = _tally(loss, len(grid), scoring, team)
     posterior = predictor.posterior
@@ -61,6 +63,11 @@ def grid_search(
                 covariance += (products @ weights).movedim(-1, 0)
         tally.update(mean, covariance, y)
     losses = tally.compute(team)
+    if not bool(losses.isfinite().any()):
+        raise FloatingPointError(
+            "no prior precision of the grid has a finite loss, so none is best; check the `loss` "
+            "that was given, and the validation data"
+        )
     return float(grid[losses.nan_to_num(torch.inf).argmin()]), losses
 
 
