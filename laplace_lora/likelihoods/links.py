@@ -9,6 +9,7 @@ whose leading dimensions broadcast: several covariances of one batch at once.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from laplace_lora.likelihoods.quadrature import (
     averaged,
     binary_log_probabilities,
+    check_noise,
     covariance_root,
     log_softmax_at,
     mean_binary_entropy,
@@ -41,6 +43,8 @@ class Link:
             examples.
         points: Points of ``"quadrature"`` for three or more classes; ``None`` as many as an
             example needs.
+        draw: From a number of contrasts to samples of as many, where it is not that of ``noise``:
+            questions may have different numbers of choices.
 
     Raises:
         ValueError: If the name is none of these, or there are no samples.
@@ -49,6 +53,7 @@ class Link:
     name: str
     noise: Tensor | None = None
     points: int | None = None
+    draw: Callable[[int], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.name not in LINKS:
@@ -74,7 +79,7 @@ class Link:
             Shape ``(…, batch, classes)``.
 
         Raises:
-            ValueError: If a bridge meets contrasts, or ``"mc"`` has no samples.
+            ValueError: If a bridge meets contrasts, or ``"mc"`` has no samples for so many classes.
         """
         relative = relative or mean.shape[-1] == 1
         if not self.sees_contrasts:
@@ -85,7 +90,10 @@ class Link:
             return softmax_log_probabilities(mean, covariance, self.points)
         if self.noise is None:
             raise ValueError("link_approx='mc' needs samples")
-        return averaged(sampled_log_softmax(mean, covariance, self.noise))
+        noise, contrasts = self.noise, mean.shape[-1]
+        if self.draw is not None and noise.shape[-1] != contrasts:
+            noise = self.draw(contrasts)
+        return averaged(sampled_log_softmax(mean, covariance, noise))
 
     def _from_logits(self, mean: Tensor, covariance: Tensor, relative: bool) -> Tensor:
         if self.name == "probit":
@@ -180,8 +188,12 @@ def gaussian_samples(mean: Tensor, covariance: Tensor, noise: Tensor) -> Tensor:
     """Return ``mean + covariance^½ noise``, shape ``(samples, …, batch, outputs)``.
 
     Differentiable, see `covariance_root`.
+
+    Raises:
+        ValueError: If the noise is of another number of outputs.
     """
     root = covariance_root(covariance).to(mean.dtype)
+    check_noise(noise, root)
     return mean + torch.einsum("...ij,sj->s...i", root, noise.to(mean.dtype))
 
 

@@ -202,12 +202,35 @@ def log_softmax_at(noise: Tensor, contrasts: Tensor, root: Tensor) -> Tensor:
     Returns:
         Shape ``(points, …, classes)``. Classes come first in memory and points last, where a
         softmax is several times as fast.
+
+    Raises:
+        ValueError: If the points are of another number of classes.
     """
+    check_noise(noise, root)
     contrasts, root = _broadcast(contrasts, root.to(contrasts.dtype))
     draws = torch.einsum("...ij,sj->i...s", root, noise.to(root.dtype))
     draws = draws + contrasts.movedim(-1, 0).unsqueeze(-1)
     log_p = F.log_softmax(torch.cat([torch.zeros_like(draws[:1]), draws]), dim=0)
     return log_p.movedim((0, -1), (-1, 0))
+
+
+def check_noise(noise: Tensor, root: Tensor) -> None:
+    """Refuse points of another dimension than a covariance has.
+
+    A product would take points of one dimension for all of them.
+
+    Args:
+        noise: Points of a standard normal, ``(points, n)``.
+        root: Root of a covariance, ``(…, n, n)``.
+
+    Raises:
+        ValueError: If they do not go together.
+    """
+    if noise.shape[-1] != root.shape[-1]:
+        raise ValueError(
+            f"samples of {noise.shape[-1]} variables meet a covariance of {root.shape[-1]}; draw "
+            "them for as many classes or outputs as there are"
+        )
 
 
 def covariance_root(covariance: Tensor) -> Tensor:

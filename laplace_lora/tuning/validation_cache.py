@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -55,15 +56,23 @@ def scoring_of(
         generator: Source of the samples.
         team: The processes that share the data; all see the main process's samples.
     """
-    noise = None
+    made = Link(link, points=TUNING_POINTS)
     if link == "mc":
-        columns = integrated_variables(posterior.objective, posterior.state.n_outputs)
-        size = (n_samples, columns)
         place: Any = {"dtype": posterior.dtype, "device": posterior.device}
-        noise = torch.randn(size, generator=generator, **place)
-        team.share_main([noise])
+        columns = integrated_variables(posterior.objective, posterior.state.n_outputs)
+        noise = torch.randn((n_samples, columns), generator=generator, **place)
+        seed = torch.randint(2**62, (1,), generator=generator, device=posterior.device)
+        team.share_main([noise, seed])
+
+        @lru_cache
+        def draw(contrasts: int) -> Tensor:
+            # From a seed, as the processes may meet numbers of choices in different orders.
+            source = torch.Generator(posterior.device).manual_seed(int(seed))
+            return torch.randn((n_samples, contrasts), generator=source, **place)
+
+        made = Link(link, noise, TUNING_POINTS, draw)
     sigma = float(posterior.settings.sigma_noise.detach())
-    return posterior.objective.scoring(Link(link, noise, TUNING_POINTS), sigma)
+    return posterior.objective.scoring(made, sigma)
 
 
 def labelled_batches(
