@@ -27,6 +27,12 @@ def is_pair(batch: Batch) -> bool:
     return isinstance(batch, Mapping) and any(str(name).endswith(SUFFIXES) for name in batch)
 
 
+def is_stacked(batch: Batch) -> bool:
+    """Return whether a batch holds pairs in laplace-torch's form, ``(pairs, 2, tokens)``."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    return isinstance(ids, Tensor) and ids.ndim == 3 and ids.shape[1] == 2
+
+
 def passes(batch: Batch) -> list[Any]:
     """Return the inputs of the forward passes that one batch needs.
 
@@ -82,7 +88,8 @@ def as_pairs(batch: Batch, label: str = "labels") -> dict[str, Any]:
 
     Raises:
         TypeError: If the batch has neither form.
-        ValueError: If it holds single texts or margins, or labels other than 0 and 1.
+        ValueError: If it holds single texts or margins, labels other than 0 and 1, or pairs in
+            laplace-torch's form without labels.
     """
     if isinstance(batch, Sequence) and len(batch) == 2 and isinstance(batch[0], Mapping):
         batch = {**batch[0], label: batch[1]}
@@ -95,8 +102,8 @@ def as_pairs(batch: Batch, label: str = "labels") -> dict[str, Any]:
         raise ValueError("the likelihood has no margins; remove 'margin' from the batches")
     if is_pair(batch):
         pairs = dict(batch)
-    elif _is_stacked(batch, label):
-        pairs = _unstacked(batch)
+    elif is_stacked(batch):
+        pairs = _unstacked(batch, label)
     else:
         pairs = _halved(batch, label)
     tensors = [v for k, v in pairs.items() if k.endswith(SUFFIXES) and isinstance(v, Tensor)]
@@ -110,13 +117,13 @@ def as_pairs(batch: Batch, label: str = "labels") -> dict[str, Any]:
     return {**pairs, label: y.long()}
 
 
-def _is_stacked(batch: Mapping[str, Any], label: str) -> bool:
-    ids = batch.get("input_ids")
-    return label in batch and isinstance(ids, Tensor) and ids.ndim == 3 and ids.shape[1] == 2
-
-
-def _unstacked(batch: Mapping[str, Any]) -> dict[str, Any]:
+def _unstacked(batch: Mapping[str, Any], label: str) -> dict[str, Any]:
     """Take apart pairs whose texts stand in the second dimension, in the order of the outputs."""
+    if label not in batch:
+        raise ValueError(
+            f"pairs stacked as {tuple(batch['input_ids'].shape)} need {label!r}: 1 where the "
+            "second text wins, 0 where the first one does"
+        )
     pairs: dict[str, Any] = {}
     for name, value in batch.items():
         if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == 2:

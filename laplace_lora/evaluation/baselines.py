@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from laplace_lora.data.batches import Batch, batch_labels, model_inputs
 from laplace_lora.data.distributed import together
+from laplace_lora.data.pairs import as_pairs
+from laplace_lora.evaluation.rows import reads_pairs
 from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.likelihoods.registry import likelihood_of
@@ -85,8 +88,8 @@ class TemperatureScaling(MAP):
 
     Args:
         model: A `PeftModel` or a `LogitsModel`.
-        val_loader: Validation batches with labels, of pairs too (1: the chosen text wins); the
-            temperature minimises their NLL.
+        val_loader: Validation batches with labels; the temperature minimises their NLL. A reward
+            model's pairs in any form that `as_pairs` takes.
         label_key: Key of the labels.
         **kwargs: Arguments of `MAP`.
 
@@ -105,10 +108,12 @@ class TemperatureScaling(MAP):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
+        by_example = partial(as_pairs, label=label_key) if reads_pairs(self) else None
+        title = "Scaling the temperature"
         with together(val_loader, runs=self.model) as team:
             pairs = [
                 self._labelled(batch, label_key)
-                for batch in team.batches(val_loader, "Scaling the temperature")
+                for batch in team.batches(val_loader, title, by_example=by_example)
             ]
             rows = team.rows(f=[f for f, _ in pairs], y=[y for _, y in pairs])
         if not rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import isnan, nan
 from typing import Any
 
@@ -21,6 +22,8 @@ from laplace_lora.evaluation.rows import (
     has_independent_labels,
     model_of,
     predicted_rows,
+    reads_pairs,
+    with_suffixes,
 )
 from laplace_lora.evaluation.scores import (
     SETS,
@@ -60,7 +63,8 @@ def evaluate(
             ``(batch, tokens, classes)``, zeros at padding: then every labelled token counts, and
             standard errors are by bootstrap over the texts.
         loader: Batches with labels: mappings with ``label_key``, or pairs of inputs and labels. Of
-            preference pairs without labels the chosen text wins, see `as_pairs`.
+            preference pairs without labels the chosen text wins; a reward model's may have any
+            form that `as_pairs` takes.
         name: Name of the method, for tables and plots.
         ood_loader: Batches of out-of-distribution inputs, whose labels are ignored; adds
             ``"OOD AUROC"`` and ``"OOD FPR95"`` by predictive entropy, and ``"OOD AUROC (MI)"`` and
@@ -98,26 +102,27 @@ def evaluate(
     if risk is not None and conformal_loader is None:
         raise ValueError("a risk is kept on labelled data of their own: give `conformal_loader`")
     threshold, independent = None, has_independent_labels(predict)
+    by_example = partial(with_suffixes, label_key=label_key) if reads_pairs(predict) else None
 
     def labels_of(batch: Batch) -> Tensor:
         pairs = as_pairs(batch, label_key) if is_pair(batch) else batch
         return batch_labels(pairs, label_key).cpu()
 
     with together(loader, ood_loader, conformal_loader, runs=model_of(predict)) as team:
-        batches = team.batches(loader, f"Evaluating {name}", progress_bar)
+        batches = team.batches(loader, f"Evaluating {name}", progress_bar, by_example)
         scored = predicted_rows(team, predict, batches, labels_of, independent)
         if not scored:
             raise ValueError("the loader is empty")
         outside = None
         if ood_loader is not None:
             title = f"Evaluating {name}, out of distribution"
-            batches = team.batches(ood_loader, title, progress_bar)
+            batches = team.batches(ood_loader, title, progress_bar, by_example)
             outside = predicted_rows(team, predict, batches, None, scored["labels"].ndim == 2)
             if not outside:
                 raise ValueError("the out-of-distribution loader is empty")
         if conformal_loader is not None:
             title = f"Calibrating {name}"
-            batches = team.batches(conformal_loader, title, progress_bar)
+            batches = team.batches(conformal_loader, title, progress_bar, by_example)
             apart = predicted_rows(team, predict, batches, labels_of, independent)
             if not apart:
                 raise ValueError("the loader of conformal sets is empty")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from laplace_lora.data.batches import Batch, model_inputs
 from laplace_lora.data.distributed import Together
+from laplace_lora.data.pairs import as_pairs, is_pair, is_stacked
 from laplace_lora.evaluation.token_rows import by_token, same_width
 from laplace_lora.tuning.calibration_error import ROUNDING, are_fractions
 
@@ -51,6 +52,26 @@ def has_independent_labels(predict: Predict) -> bool | None:
     objective = getattr(getattr(predict, "__self__", predict), "objective", None)
     says: bool | None = getattr(objective, "has_independent_labels", None)
     return says
+
+
+def reads_pairs(predict: Predict) -> bool:
+    """Return whether what predicts is a reward model, whose examples are pairs."""
+    objective = getattr(getattr(predict, "__self__", predict), "objective", None)
+    if getattr(objective, "name", None) == "classification":  # a baseline's, of a single reward
+        return getattr(model_of(predict), "n_outputs", None) == 1
+    return bool(getattr(objective, "has_pairs", False))
+
+
+def with_suffixes(batch: Batch, label_key: str) -> Batch:
+    """Return a reward model's batch with one row per pair, see `as_pairs`.
+
+    Labelled single texts stay as they are: what is predicted of them says why they are refused.
+    """
+    x = model_inputs(batch)
+    is_labelled = not isinstance(batch, Mapping) or label_key in batch
+    if is_pair(x) or (is_labelled and not is_stacked(x)):
+        return batch
+    return as_pairs(batch, label_key)
 
 
 def predicted_rows(

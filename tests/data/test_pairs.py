@@ -14,6 +14,8 @@ from laplace_lora import (
 )
 from laplace_lora.data import shares
 from laplace_lora.data.batches import batch_length, first_examples
+from laplace_lora.data.pairs import as_pairs
+from laplace_lora.evaluation import MAP, TemperatureScaling, evaluate
 from support.posteriors import DENSE, LOW
 from support.preferences import CHOSEN, half_of, pair_batch, pair_loader, reward_posterior, texts
 from support.references import assert_near
@@ -126,3 +128,42 @@ def test_bad_batches_are_refused_and_nothing_is_lost(cls, kwargs, batch, error, 
     assert la.log_marginal_likelihood() == before[1]
     transformer = la.logits_model.modules()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in transformer)
+
+
+def stacked_and_halves():
+    """The same pairs in laplace-torch's form, in TRL's newer one, and with suffixes."""
+    batch = pair_batch(pad_to=(9, 9))
+    sides = [half_of(batch, name) for name in ("rejected", "chosen")]
+    stacked = {key: torch.stack([side[key] for side in sides], 1) for key in sides[0]}
+    halves = {key: torch.cat([side[key] for side in reversed(sides)]) for key in sides[0]}
+    return {**stacked, "labels": torch.ones(5, dtype=torch.long)}, halves, batch
+
+
+def test_predictions_of_stacked_pairs_say_what_to_give_instead():
+    la, (stacked, _, batch) = reward_posterior(), stacked_and_halves()
+    for call in (la, la.predict, lambda x: la(x, pred_type="nn", link_approx="mc")):
+        with pytest.raises(ValueError, match=r"\(5, 2, 9\): predict pairs as laplace_lora\.data"):
+            call(stacked)
+    assert_near(la(as_pairs(stacked)), la(batch))
+    assert_near(la.reward_difference(stacked), la.reward_difference(batch))
+    unlabelled = {k: v for k, v in stacked.items() if k != "labels"}
+    even = {k: v[:4] for k, v in unlabelled.items()}  # whose first half were taken as chosen
+    for bad in (unlabelled, even):
+        with pytest.raises(ValueError, match="need 'labels': 1 where the second text wins"):
+            la.reward_difference(bad)
+
+
+def test_evaluations_read_pairs_in_every_form():
+    la, (stacked, halves, batch) = reward_posterior(), stacked_and_halves()
+    model = la.logits_model.model
+    expected = TemperatureScaling(model, [as_pairs(batch)])
+    for form in (stacked, halves):
+        for predict in (la, la.predict, MAP(model)):
+            report, reference = (
+                evaluate(predict, [data], bootstrap=2, ood_loader=[data])
+                for data in (form, as_pairs(batch))
+            )
+            assert_near(report.probs, reference.probs)
+            assert torch.equal(report.labels, reference.labels)
+        scaled = TemperatureScaling(model, [form])
+        assert scaled.temperature == pytest.approx(expected.temperature, rel=1e-6)
