@@ -63,8 +63,9 @@ class WrappedModel:
 
         Raises:
             TypeError: If tokens are lists or arrays.
-            ValueError: If there are none, a multiple-choice model gets anything but choices, or
-                texts change each other's logits by their lengths, see `check_lengths`.
+            ValueError: If there are none, or no batch of them, a multiple-choice model gets
+                anything but choices, or texts change each other's logits by their lengths, see
+                `check_lengths`.
         """
         for key in TOKENS:
             tokens = batch.get(key)
@@ -85,6 +86,14 @@ class WrappedModel:
                     "takes (questions, choices, tokens): tokenize a question with each of its "
                     "choices, and give batches of questions, as transformers' "
                     "DataCollatorForMultipleChoice makes them"
+                )
+            # Other models than transformers' may take what they like.
+            is_strict = hasattr(self.config, "model_type")
+            if isinstance(tokens, Tensor) and tokens.ndim == 1 and is_strict:
+                raise ValueError(
+                    f"{key!r} of the batch has the shape {tuple(tokens.shape)}, without a batch "
+                    "dimension: give a batch of one, as by tensor.unsqueeze(0), or rows as a list "
+                    "to la.predict(rows)"
                 )
         if is_empty(batch):
             raise ValueError("the batch has no examples; leave such batches out")

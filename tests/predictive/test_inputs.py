@@ -125,6 +125,17 @@ def test_texts_without_tokens_are_named(la):
         la.predict(["", "a", ""], word_tokenizer())
 
 
+@pytest.mark.parametrize("name", ["bert", "llama-lm", "t5-lm"])
+def test_a_row_without_its_batch_dimension_is_named(name):
+    la, batch = posterior(name=name), token_batch((5, 3))
+    row = {k: v[0] for k, v in batch.items() if k != "labels"}
+    for call in (la, la.predict, la.logits_model, lambda x: la(x, method="sampled")):
+        with pytest.raises(ValueError, match=r"shape \(5,\), without a batch dimension"):
+            call(row)
+    alone = {k: v.unsqueeze(0) for k, v in row.items()}
+    assert_near(la.predict([row]).probs, la(alone))
+
+
 def test_samples_are_the_same_at_every_call(la):
     batch, state = token_batch((4, 2)), torch.get_rng_state()
     first, second = (la.predict(batch, link_approx="mc", n_samples=9) for _ in range(2))
