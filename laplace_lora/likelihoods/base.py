@@ -31,6 +31,7 @@ class Readout:
         relative: Whether these logits are contrasts to a first class, which stands at zero.
         independent: Whether each is the logit of a label of its own, which applies or does not:
             the one contrast of two classes.
+        label_first: Whether an example's own label is the first class of its functions.
     """
 
     columns: Columns | None
@@ -38,6 +39,7 @@ class Readout:
     is_softmax: bool
     relative: bool = False
     independent: bool = False
+    label_first: bool = False
 
     def of_softmax(self, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, bool]:
         """Return the moments of the logits that meet in one softmax, see `Link`.

@@ -27,7 +27,9 @@ class LikelyClasses:
 
     def __init__(self, rivals: int) -> None:
         self.rivals = rivals
-        self.readout = Readout(self._columns, self._values, is_softmax=True, relative=True)
+        self.readout = Readout(
+            self._columns, self._values, is_softmax=True, relative=True, label_first=True
+        )
         self._chosen = torch.empty(0, 1 + rivals, dtype=torch.long)
 
     def choose(self, outputs: Tensor, labels: Tensor) -> None:
