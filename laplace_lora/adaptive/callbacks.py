@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peft import AdaLoraConfig, PeftModel
+from peft import PeftModel
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -16,6 +16,7 @@ from laplace_lora.adaptive.allocation import (
     set_importance_score,
     trained_adapter,
 )
+from laplace_lora.adaptive.final_ranks import check_final, pattern_from_zeros
 from laplace_lora.adaptive.ivon import IVON, ivon_of
 from laplace_lora.adaptive.scores import (
     Components,
@@ -24,6 +25,7 @@ from laplace_lora.adaptive.scores import (
     SensitivityScore,
 )
 from laplace_lora.adaptive.sensitivity_file import load_sensitivities, save_sensitivities
+from laplace_lora.adaptive.training_checks import check_parameters, check_settings
 from laplace_lora.display.warning import warn
 
 
@@ -53,17 +55,18 @@ class IVONCallback(TrainerCallback):
     ) -> None:
         """Find the optimiser, and refuse settings that would bias it.
 
+        A checkpoint to resume from is loaded by now.
+
         Raises:
-            ValueError: If gradients are clipped.
+            ValueError: If gradients are clipped, or the optimiser does not hold a parameter that
+                the model trains.
         """
         self._loss.stop()
         self._loss = AccumulatedLoss()
         self._ivon = ivon_of(kwargs.get("optimizer"))
-        if self._ivon is not None and args.max_grad_norm:
-            raise ValueError(
-                "clipped gradients bias IVON's curvature: set max_grad_norm=0 in the "
-                "TrainingArguments; IVON's clip_radius bounds the steps"
-            )
+        if self._ivon is not None:
+            check_settings(args)
+            check_parameters(kwargs["model"], self._ivon)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -135,12 +138,15 @@ class AdaLoraCallback(IVONCallback):
         Raises:
             TypeError: If the model is not an AdaLoRA model in training.
             ValueError: If the schedule does not end within the training, a criterion is named
-                without IVON, gradients are clipped with it, or a checkpoint lacks its state or has
-                another's.
+                without IVON, gradients are clipped with it, the optimiser does not hold the
+                adapter, or a checkpoint lacks its state or has another's.
         """
         super().on_train_begin(args, state, control, **kwargs)
         model = kwargs["model"]
         adapter, config = trained_adapter(model)
+        optimizer = kwargs.get("optimizer")
+        if optimizer is not None and not getattr(args, "deepspeed", None):  # which flattens them
+            check_parameters(model, optimizer, "lora_")
         final_step = config.total_step - config.tfinal
         if final_step >= state.max_steps:
             raise ValueError(
@@ -148,12 +154,12 @@ class AdaLoraCallback(IVONCallback):
                 f"tfinal={config.tfinal}), but training ends after {state.max_steps} steps; set "
                 f"total_step to {state.max_steps}"
             )
-        score = self._resolved(kwargs.get("optimizer"))
+        score = self._resolved(optimizer)
         self._allocator = set_importance_score(model, score)
         self._final = config.rank_pattern = None
         if state.global_step > final_step:
-            self._final = _pattern_from_zeros(model, adapter)
-            _check_final(self._final, config)
+            self._final = pattern_from_zeros(model, adapter)
+            check_final(self._final, config)
         elif state.global_step and isinstance(score, SensitivityScore):
             load_sensitivities(score, _components(model, adapter), _folder(args, state))
 
@@ -183,7 +189,7 @@ class AdaLoraCallback(IVONCallback):
         super().on_train_end(args, state, control, **kwargs)
         adapter, config = trained_adapter(kwargs["model"])
         if self._final is not None:
-            left = _pattern_from_zeros(kwargs["model"], adapter)
+            left = pattern_from_zeros(kwargs["model"], adapter)
             beyond = [
                 name
                 for name, keep in left.items()
@@ -218,20 +224,3 @@ def _folder(args: TrainingArguments, state: TrainerState) -> Path:
 
 def _components(model: PeftModel, adapter: str) -> list[Components]:
     return adalora_components(model.base_model.model, adapter)
-
-
-def _pattern_from_zeros(model: PeftModel, adapter: str) -> dict[str, list[bool]]:
-    """Return which triplets are left: pruned singular values are exactly zero."""
-    return {
-        f"{layer.name}.lora_E.{adapter}": (layer.parameters[-1] != 0).view(-1).tolist()
-        for layer in _components(model, adapter)
-    }
-
-
-def _check_final(pattern: dict[str, list[bool]], config: AdaLoraConfig) -> None:
-    remaining, budget = sum(map(sum, pattern.values())), config.target_r * len(pattern)
-    if remaining > budget:
-        raise ValueError(
-            f"cannot resume: the checkpoint is past the final mask but keeps {remaining} triplets, "
-            f"more than {budget}"
-        )

@@ -231,3 +231,21 @@ def test_the_best_checkpoint_is_saved_as_it_computes(best, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(base_model("bert"), tmp_path / "adapter").eval()
     assert torch.allclose(loaded(**batch).logits, before, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ivon", "adalora"])
+def test_an_optimiser_that_lost_its_parameters_stops_a_resumed_run(kind, tmp_path):
+    """PEFT's loading of a checkpoint makes a bfloat16 adapter float32, in new parameters."""
+    options = {"save_strategy": "steps", "save_steps": 7}
+
+    def fresh():
+        if kind == "ivon":
+            model = peft_model("bert", dtype=torch.bfloat16)
+            return trainer(model, tmp_path, [IVONCallback()], ivon_of(model), **options)
+        model = tiny_adalora(dtype=torch.bfloat16)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        return trainer(model, tmp_path, [AdaLoraCallback()], optimizer, **options)
+
+    fresh().train()
+    with pytest.raises(ValueError, match=r"does not hold '.*lora_A.*make the adapter float32"):
+        fresh().train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
