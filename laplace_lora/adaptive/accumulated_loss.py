@@ -24,21 +24,33 @@ class AccumulatedLoss:
     def __init__(self) -> None:
         self._sums: bool | None = None
         self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._has_loss = False
         self._hook: RemovableHandle | None = None
 
     def watch(self, model: nn.Module) -> None:
         """Keep the next call of a model, if nothing is known yet."""
         if self._sums is None and self._hook is None:
-            self._hook = model.register_forward_pre_hook(self._keep, with_kwargs=True)
+            self._hook = model.register_forward_hook(self._keep, with_kwargs=True)
 
     def sums(self, model: nn.Module) -> bool:
         """Return whether gradients are a sum; called before the first step that uses them.
 
         Args:
             model: The model that was watched.
+
+        Raises:
+            ValueError: If the model did not compute the loss, which then tells nothing.
         """
         self.stop()
         if self._sums is None:
+            if not self._has_loss:
+                raise ValueError(
+                    "the trainer computes its loss outside of the model, so it cannot be seen "
+                    "whether the gradients of several accumulation steps are their sum or their "
+                    "mean: give gradient_scale to the callback, 1 for a mean (a loss divided by "
+                    "num_items_in_batch, or by the trainer), 1 / gradient_accumulation_steps for "
+                    "a sum of the steps' means"
+                )
             args, kwargs = self._call or ((), {})
             self._sums = COUNT in kwargs and not _divides(model, args, kwargs)
             self._call = None
@@ -50,23 +62,26 @@ class AccumulatedLoss:
             self._hook.remove()
             self._hook = None
 
-    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._call = args, kwargs
+    def _keep(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+    ) -> None:
+        self._call, self._has_loss = (args, kwargs), _loss_of(outputs) is not None
         self.stop()
 
 
 @torch.no_grad()
 def _divides(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether the number of items changes a model's loss.
-
-    Of a model without a loss, which is computed elsewhere, the number is the other's affair.
-    """
+    """Return whether the number of items changes a model's loss."""
     losses: list[Tensor] = []
     with draws_kept(), evaluation_mode(model):
         for factor in (1, 2):
-            outputs = model(*args, **{**kwargs, COUNT: factor * kwargs[COUNT]})
-            loss = outputs.get("loss") if isinstance(outputs, dict) else outputs[0]
-            if loss is None or loss.numel() != 1:
+            loss = _loss_of(model(*args, **{**kwargs, COUNT: factor * kwargs[COUNT]}))
+            if loss is None:
                 return True
             losses.append(loss)
     return not torch.equal(*losses)
+
+
+def _loss_of(outputs: Any) -> Tensor | None:
+    loss = outputs.get("loss") if isinstance(outputs, dict) else outputs[0]
+    return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None

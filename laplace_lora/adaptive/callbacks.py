@@ -40,8 +40,12 @@ class IVONCallback(TrainerCallback):
     would make the curvature too large; they are divided here.
 
     Args:
-        gradient_scale: Factor of a step's gradients; ``None`` to infer it from the model's loss.
-            Give it if the trainer computes its loss in another way.
+        gradient_scale: Factor of a step's accumulated gradients that makes them those of the mean
+            loss; ``None`` to infer it from the model's loss. It must be given with several
+            accumulation steps if the trainer computes its loss outside of the model (an overridden
+            ``compute_loss``, ``compute_loss_func``, label smoothing): 1 if the loss is divided by
+            ``num_items_in_batch`` or the trainer divides it by the steps, ``1 /
+            gradient_accumulation_steps`` if it is each step's mean and nothing divides it.
     """
 
     def __init__(self, gradient_scale: float | None = None) -> None:
@@ -88,7 +92,11 @@ class IVONCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Restore the mean, and collect the gradients computed at the draw."""
+        """Restore the mean, and collect the gradients computed at the draw.
+
+        Raises:
+            ValueError: If the factor of accumulated gradients is neither given nor to be seen.
+        """
         if self._ivon is None:
             return
         scale = self.gradient_scale

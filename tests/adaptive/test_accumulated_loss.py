@@ -51,7 +51,7 @@ CASES = {  # which of these losses ignore the number of items may change with tr
 }
 
 
-def collected(name, folder, batch_size, steps):
+def collected(name, folder, batch_size, steps, make=Trainer, scale=None, **options):
     """What IVON collected in one step."""
     cls, batch = CASES[name]
     torch.manual_seed(0)
@@ -79,13 +79,12 @@ def collected(name, folder, batch_size, steps):
         max_grad_norm=0.0,
         seed=0,
         remove_unused_columns=False,
+        **options,
     )
     data = [rows(batch, n) for n in range(4)]
-    callbacks = [IVONCallback()]
-    Trainer(
-        model, arguments, train_dataset=data, callbacks=callbacks, optimizers=(ivon, None)
-    ).train()
-    assert not model._forward_pre_hooks
+    callbacks = [IVONCallback(scale)]
+    make(model, arguments, train_dataset=data, callbacks=callbacks, optimizers=(ivon, None)).train()
+    assert not model._forward_hooks
     return found
 
 
@@ -93,4 +92,27 @@ def collected(name, folder, batch_size, steps):
 def test_accumulated_gradients_are_averaged(name, tmp_path):
     large = collected(name, tmp_path, 4, 1)
     for one, several in zip(large, collected(name, tmp_path, 1, 4), strict=True):
+        assert torch.allclose(one, several, rtol=1e-4, atol=1e-7)
+
+
+class OwnLoss(Trainer):
+    """Computes each step's mean itself."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = torch.nn.functional.cross_entropy(outputs.logits, labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_a_loss_outside_of_the_model_needs_a_scale(tmp_path):
+    """Its gradients would be as many times too large as there are steps."""
+    with pytest.raises(ValueError, match="give gradient_scale to the callback"):
+        collected("classes", tmp_path, 1, 4, OwnLoss)
+    with pytest.raises(ValueError, match="give gradient_scale to the callback"):
+        collected("classes", tmp_path, 1, 4, label_smoothing_factor=0.1)
+    large = collected("classes", tmp_path, 4, 1, OwnLoss)
+    for one, several in zip(
+        large, collected("classes", tmp_path, 1, 4, OwnLoss, 1 / 4), strict=True
+    ):
         assert torch.allclose(one, several, rtol=1e-4, atol=1e-7)
