@@ -52,7 +52,8 @@ class WeightPosterior(Optimizer):
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
         self.collected: dict[nn.Parameter, CollectedGradients] = {}
-        self._means: list[tuple[nn.Parameter, Tensor]] | None = None  # while a draw is in place
+        # While a draw is in place: means, and the noise added to them.
+        self._means: list[tuple[nn.Parameter, Tensor, Tensor]] | None = None
         self._warned = False
         self._in_step = False
 
@@ -96,12 +97,12 @@ class WeightPosterior(Optimizer):
         means = []
         for group, p in self.trainable():
             state = self.weight_state(group, p)
-            means.append((p, p.detach().clone()))
             mean = state.get("mean", p)
             noise = torch.randn(
                 p.shape, dtype=mean.dtype, device=p.device, generator=self.generator
-            )
-            p.copy_(mean + noise * _std(group, state))
+            ).mul_(_std(group, state))
+            means.append((p, p.detach().clone(), noise))
+            p.copy_(mean + noise)
         self._means = means
 
     @torch.no_grad()
@@ -112,12 +113,12 @@ class WeightPosterior(Optimizer):
             collect: Collect the current gradients, with the perturbation they were computed at.
         """
         means, self._means = self._means or [], None
-        for p, mean in means:
+        for p, mean, noise in means:
             if collect and p.grad is not None:
-                state = self.state[p]
-                grad = p.grad.to(state["hessian"].dtype)
-                perturbation = p.to(grad.dtype) - state.get("mean", mean)
-                factor = perturbation if self.hess_approx == "price" else grad
+                grad = p.grad.to(noise.dtype)
+                # Of a half-precision weight the noise itself, not what rounding left of it: their
+                # difference is no noise of the posterior, and biases the curvature.
+                factor = noise if self.hess_approx == "price" else grad
                 if p not in self.collected:
                     self.collected[p] = CollectedGradients(*torch.zeros(2, *grad.shape).to(grad))
                 sums = self.collected[p]

@@ -288,7 +288,24 @@ def test_half_precision_means_move_in_float32():
     assert torch.equal(w, optimizer.state[w]["mean"].bfloat16())
     with torch.no_grad():
         w[0] = 0  # as a mask does
-    assert optimizer.marginals()[w][0][0] == 0
+    with pytest.warns(UserWarning, match="carry no information"):  # of a linear loss there is none
+        assert optimizer.marginals()[w][0][0] == 0
+
+
+def test_half_precision_curvature_is_not_biased_by_rounding():
+    """The loss is ``½ |w − w*|²``, of curvature 1; widths lie below half of a rounding step."""
+    torch.manual_seed(0)
+    best = 1 + torch.rand(4000)
+    w = nn.Parameter(best.bfloat16())
+    optimizer = IVON([w], lr=1e-12, ess=1e5, hess_init=1.0, betas=(0.9, 0.99))
+    optimizer.weight_state(optimizer.param_groups[0], w)["mean"] = best.clone()
+    for _ in range(300):
+        with optimizer.sampled_params(train=True):
+            w.grad = w.detach() - best.bfloat16()
+        optimizer.step()
+    hessian = optimizer.state[w]["hessian"]
+    assert hessian.mean().item() == pytest.approx(1, abs=0.1)
+    assert hessian.max() < 3
 
 
 def test_the_posterior_goes_to_laplace():
