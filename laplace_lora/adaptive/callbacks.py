@@ -62,8 +62,8 @@ class IVONCallback(TrainerCallback):
         A checkpoint to resume from is loaded by now.
 
         Raises:
-            ValueError: If gradients are clipped, or the optimiser does not hold a parameter that
-                the model trains.
+            ValueError: If gradients are clipped, checkpoints are written in the middle of a step,
+                or the optimiser does not hold a parameter that the model trains.
         """
         self._loss.stop()
         self._loss = AccumulatedLoss()
@@ -109,6 +109,13 @@ class IVONCallback(TrainerCallback):
                     if p.grad is not None:
                         p.grad.mul_(scale)
         self._ivon.restore(collect=True)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Restore the mean if training stops between a step's micro-batches."""
+        if self._ivon is not None:
+            self._ivon.restore()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from laplace_lora.adaptive.ivon_step import move
 from laplace_lora.adaptive.to_laplace import to_diagonal_laplace
 from laplace_lora.adaptive.weight_posterior import CollectedGradients, WeightPosterior
 from laplace_lora.data.distributed import together
@@ -151,7 +152,8 @@ class IVON(WeightPosterior):
             )
         for group, p in self.trainable():
             if p in self.collected:
-                self._update(group, p, self.collected.pop(p))
+                collected = self.collected.pop(p)
+                move(group, p, self.state[p], collected, self.hess_approx)
         self.collected = {}
         return loss
 
@@ -211,7 +213,16 @@ class IVON(WeightPosterior):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the optimiser's state, including its generator's."""
+        """Return the optimiser's state, including its generator's.
+
+        Raises:
+            RuntimeError: If drawn weights are in place: the model's weights, which are saved along
+                with this, are not the mean then.
+        """
+        if self.is_drawn:
+            raise RuntimeError(
+                "drawn weights are in place, which are no mean to save; restore() the mean first"
+            )
         state = super().state_dict()
         return (
             state if self.generator is None else {**state, "generator": self.generator.get_state()}
@@ -230,28 +241,6 @@ class IVON(WeightPosterior):
                     self.state[p][key] = value.to(p.device, copy=True)
         if self.generator is not None and "generator" in state_dict:
             self.generator.set_state(state_dict["generator"].cpu())
-
-    def _update(
-        self, group: dict[str, Any], p: nn.Parameter, collected: CollectedGradients
-    ) -> None:
-        state, decay = self.state[p], group["weight_decay"]
-        beta1, beta2 = group["betas"]
-        h, g = state["hessian"], state["momentum"]
-        estimate = collected.products * (group["ess"] / collected.draws)
-        if self.hess_approx == "price":
-            estimate = estimate * (h + decay)
-        state["step"] += 1
-        g.mul_(beta1).add_(collected.gradients, alpha=(1 - beta1) / collected.draws)
-        correction = (h - estimate).square_().div_(h + decay)
-        h.mul_(beta2).add_(estimate, alpha=1 - beta2).add_(correction, alpha=0.5 * (1 - beta2) ** 2)
-        mean = state.get("mean", p)
-        bias = 1 - beta1 ** state["step"] if group.get("debias", True) else 1.0
-        step = (g / bias).add_(mean, alpha=decay).div_(h + decay)
-        step.clamp_(-group["clip_radius"], group["clip_radius"])
-        scale = group["hess_init"] + decay if group["rescale_lr"] else 1.0
-        mean.sub_(step, alpha=group["lr"] * scale)
-        if mean is not p:
-            p.copy_(mean)
 
 
 def ivon_of(optimizer: object) -> IVON | None:

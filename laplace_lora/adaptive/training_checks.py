@@ -42,10 +42,16 @@ def check_settings(args: Any) -> None:
         args: The ``TrainingArguments``.
 
     Raises:
-        ValueError: If gradients are clipped.
+        ValueError: If gradients are clipped, or checkpoints written in the middle of a step.
     """
     if args.max_grad_norm:
         raise ValueError(
             "clipped gradients bias IVON's curvature: set max_grad_norm=0 in the "
             "TrainingArguments; IVON's clip_radius bounds the steps"
+        )
+    if getattr(args, "enable_jit_checkpoint", False):
+        raise ValueError(
+            "enable_jit_checkpoint saves in the middle of a step, where weights are drawn from "
+            "IVON's posterior instead of its mean: leave it out of the TrainingArguments, and set "
+            "save_steps"
         )

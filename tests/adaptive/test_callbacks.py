@@ -181,6 +181,11 @@ def test_what_would_go_wrong_silently_is_refused(tmp_path):
         trainer(
             model, tmp_path, [AdaLoraCallback("snr")], ivon_of(model), max_grad_norm=1.0
         ).train()
+    with pytest.raises(ValueError, match="leave it out of the TrainingArguments"):
+        plain = peft_model("bert", dtype=torch.float32)
+        run = trainer(plain, tmp_path, [IVONCallback()], ivon_of(plain))
+        run.args.enable_jit_checkpoint = True  # what older transformers do not know
+        run.train()
     with pytest.raises(ValueError, match="training ends after 5 steps"):
         trainer(model, tmp_path, [AdaLoraCallback()], max_steps=5).train()
     with pytest.raises(ValueError, match="the criterion 'snr' needs a posterior"):
@@ -249,3 +254,22 @@ def test_an_optimiser_that_lost_its_parameters_stops_a_resumed_run(kind, tmp_pat
     fresh().train()
     with pytest.raises(ValueError, match=r"does not hold '.*lora_A.*make the adapter float32"):
         fresh().train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+
+
+def test_a_training_stopped_in_mid_step_saves_and_evaluates_the_mean(tmp_path):
+    model = peft_model("bert", dtype=torch.float32)
+    ivon, drawn = ivon_of(model), []
+
+    class Stop(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            drawn.append(ivon.is_drawn)
+
+        def on_save(self, args, state, control, **kwargs):
+            drawn.append(ivon.is_drawn)
+
+    options = {"gradient_accumulation_steps": 2, "save_strategy": "epoch", "eval_strategy": "epoch"}
+    trainer(model, tmp_path, [IVONCallback(), Stop()], ivon, **options).train()
+    assert drawn == [False, False]

@@ -32,6 +32,11 @@ def test_drawn_weights_are_no_mean():
         pytest.raises(RuntimeError, match=r"restore\(\) the mean first"),
     ):
         optimizer.marginals()
+    with (
+        optimizer.sampled_params(),
+        pytest.raises(RuntimeError, match="no mean to save"),
+    ):
+        optimizer.state_dict()
     with pytest.warns(UserWarning, match="carry no information"):
         assert not optimizer.marginals()[w][0].any()
 
