@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
@@ -78,16 +79,24 @@ def shrink_lora(
 
 def describe_layers(peft_model: PeftModel, adapter: str) -> None:
     """Describe the layers in an adapter's configuration, so that a saved adapter loads."""
-    config = peft_model.peft_config[adapter]
-    layers = {
-        name: module
-        for name, module in peft_model.base_model.model.named_modules()
-        if isinstance(module, LoraLayer) and adapter in module.r
-    }
+    config, layers = peft_model.peft_config[adapter], _layers_of(peft_model, adapter)
     config.target_modules = set(layers)
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.rank_pattern = {name: layer.r[adapter] for name, layer in layers.items()}
     config.alpha_pattern = {name: layer.lora_alpha[adapter] for name, layer in layers.items()}
+
+
+def other_layers(peft_model: PeftModel, adapter: str, layers: Iterable[Components]) -> set[str]:
+    """Return the names of an adapter's layers that are not among the given ones."""
+    return set(_layers_of(peft_model, adapter)) - {layer.name for layer in layers}
+
+
+def _layers_of(peft_model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
+    return {
+        name: module
+        for name, module in peft_model.base_model.model.named_modules()
+        if isinstance(module, LoraLayer) and adapter in module.r
+    }
 
 
 def _remove(model: nn.Module, name: str, module: LoraLayer, adapter: str) -> None:

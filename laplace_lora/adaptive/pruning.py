@@ -17,8 +17,13 @@ from laplace_lora.adapters.peft_state import check_adapters
 from laplace_lora.adaptive.allocation import adalora_components
 from laplace_lora.adaptive.criteria import Criterion, Function
 from laplace_lora.adaptive.ivon import ivon_of
-from laplace_lora.adaptive.lora_components import describe_layers, lora_components, shrink_lora
-from laplace_lora.adaptive.scores import Marginals, PosteriorScore, best
+from laplace_lora.adaptive.lora_components import (
+    describe_layers,
+    lora_components,
+    other_layers,
+    shrink_lora,
+)
+from laplace_lora.adaptive.scores import Components, Marginals, PosteriorScore, best
 from laplace_lora.adaptive.shrinking import check_mean, shrink
 from laplace_lora.data.sharding import unwrapped
 
@@ -42,7 +47,8 @@ def prune_adapter(
     Args:
         peft_model: A trained LoRA or AdaLoRA model.
         posterior: A fitted `KronLoraLaplace` or `DiagLoraLaplace`, or an `IVON` optimiser.
-        target_r: Components to keep, on average over the layers.
+        target_r: Components to keep, on average over the layers. AdaLoRA's triplets that were
+            pruned before are not counted, and go.
         criterion: Name of a criterion, or a function ``(mean, std) -> score``.
         optimizer: Another optimiser that goes on with the adapter, whose state shrinks as well.
             Without it the next step of one with a state fails; make a new one then, and in place of
@@ -53,9 +59,9 @@ def prune_adapter(
 
     Raises:
         TypeError: If the model has neither a LoRA nor an AdaLoRA adapter.
-        ValueError: If the target is negative or above the current ranks, the posterior does not
-            cover the adapter, the adapter has a bias, DoRA magnitudes or experts, or an optimiser
-            is given beside an `IVON`.
+        ValueError: If the target is negative or above the current ranks, no LoRA adapter would be
+            left, the posterior does not cover the adapter, the adapter has a bias, DoRA magnitudes
+            or experts, or an optimiser is given beside an `IVON`.
         FloatingPointError: If a score is not finite; names the layer.
         RuntimeError: If an adapter is merged or disabled, several are active, or the weights of an
             `IVON` are drawn.
@@ -75,18 +81,38 @@ def prune_adapter(
         layers = [layer for layer in components if len(layer.A)]  # others were pruned before
     else:
         layers = lora_components(peft_model, adapter)
-    masks = best(layers, score.scores(layers), round(target_r * len(layers)))
-    ranks = {layer.name: int(keep.sum()) for layer, keep in zip(layers, masks, strict=True)}
+    masks = _best_alive(layers, score.scores(layers), round(target_r * len(layers)))
     if layers[0].E is None:
+        if not any(map(torch.any, masks)) and not other_layers(peft_model, adapter, layers):
+            raise ValueError(
+                f"no component would be left with target_r={target_r}, so no adapter; use a larger "
+                "target_r, or the model that peft_model.unload() returns"
+            )
         for layer, keep in zip(layers, masks, strict=True):
             shrink_lora(peft_model, layer, adapter, keep, optimizer)
         describe_layers(peft_model, adapter)
-        return ranks
+        return {layer.name: int(keep.sum()) for layer, keep in zip(layers, masks, strict=True)}
     with torch.no_grad():
         for layer, keep in zip(layers, masks, strict=True):
             layer.parameters[-1].masked_fill_(~keep.unsqueeze(1), 0.0)
-    remove_pruned_triplets(peft_model, optimizer)
-    return ranks
+    ranks = remove_pruned_triplets(peft_model, optimizer)
+    return {layer.name: ranks[layer.name] for layer in layers}
+
+
+def _best_alive(layers: list[Components], scores: list[Tensor], budget: int) -> list[Tensor]:
+    """Return which components stay: of triplets pruned before, which use up no budget, none."""
+    if budget > sum(map(len, scores)):
+        return best(layers, scores, budget)  # which refuses it
+    alive = [
+        torch.ones_like(score, dtype=torch.bool) if layer.E is None else (layer.E != 0).view(-1)
+        for layer, score in zip(layers, scores, strict=True)
+    ]
+    budget = min(budget, sum(int(lives.sum()) for lives in alive))
+    chosen = best(layers, [score[a] for score, a in zip(scores, alive, strict=True)], budget)
+    masks = [torch.zeros_like(lives) for lives in alive]
+    for mask, lives, keep in zip(masks, alive, chosen, strict=True):
+        mask[lives] = keep
+    return masks
 
 
 def remove_pruned_triplets(

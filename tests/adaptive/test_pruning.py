@@ -15,6 +15,7 @@ from laplace_lora.adaptive import (
     remove_pruned_triplets,
     set_importance_score,
 )
+from laplace_lora.adaptive.lora_components import lora_components, shrink_lora
 from support.adalora import kept, layers_of, tiny_adalora, training
 from support.batches import loader, token_batch
 from support.models import adapter_config, base_model, peft_model
@@ -162,6 +163,28 @@ def test_pruning_an_adalora_adapter(criterion):
     assert la_runs(model)
 
 
+@pytest.mark.parametrize("target", [1, 2])
+def test_triplets_that_were_pruned_before_use_up_no_budget(target):
+    """By their widths alone they would be the most important ones; two of four live per layer."""
+    model = tiny_adalora(dtype=torch.float64).eval()
+    with torch.no_grad():
+        for layer in layers_of(model):
+            layer.E[[0, 2]] = 0
+    before = logits(model)
+    ranks = prune_adapter(model, fitted(model), target, lambda mean, std: -mean.abs())
+    assert sum(ranks.values()) == 4 * target == kept(model)
+    assert [len(layer.A) for layer in layers_of(model)] == list(ranks.values())
+    if target == 2:
+        assert_near(logits(model), before, 1e-12)
+
+
+def test_a_target_above_what_is_left_keeps_it():
+    model = pruned_adalora()
+    before = logits(model)
+    assert list(prune_adapter(model, fitted(model), 3).values()) == [0, 1, 3, 4]
+    assert_near(logits(model), before, 1e-12)
+
+
 def la_runs(model):
     return bool(fitted(model)(token_batch((3, 2))).isfinite().all())
 
@@ -172,6 +195,8 @@ def test_pruning_refuses_what_it_cannot_do():
     for target in (-1, 3):
         with pytest.raises(ValueError, match="there are 8 components"):
             prune_adapter(model, la, target)
+    with pytest.raises(ValueError, match="no component would be left with target_r=0"):
+        prune_adapter(model, la, 0)
     with pytest.raises(ValueError, match="does not cover the adapter of layer"):
         prune_adapter(peft_model("bert"), la, 1)
     biased = peft_model("bert", lora_bias=True)
@@ -242,7 +267,8 @@ def test_the_posterior_of_before_names_the_weights_that_were_pruned():
 def test_the_posterior_of_before_notices_that_the_whole_adapter_is_gone():
     model, _, _ = lora_with_loss()
     la = fitted(model.eval())
-    prune_adapter(model, la, 0)
+    for layer in lora_components(model, "default"):
+        shrink_lora(model, layer, "default", torch.zeros(len(layer.A), dtype=torch.bool), None)
     with pytest.raises(RuntimeError, match="have changed since"):
         la(token_batch((3, 2)))
 
