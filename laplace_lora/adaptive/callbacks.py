@@ -16,6 +16,7 @@ from laplace_lora.adaptive.allocation import (
     set_importance_score,
     trained_adapter,
 )
+from laplace_lora.adaptive.best_checkpoint import load_best_state
 from laplace_lora.adaptive.final_ranks import check_final, pattern_from_zeros
 from laplace_lora.adaptive.ivon import IVON, ivon_of
 from laplace_lora.adaptive.scores import (
@@ -120,9 +121,10 @@ class IVONCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Make sure that the mean is in place."""
+        """Make sure that the mean is in place, and the curvature that belongs to it."""
         if self._ivon is not None:
             self._ivon.restore()
+            load_best_state(args, state, kwargs["model"], self._ivon)
 
 
 class AdaLoraCallback(IVONCallback):

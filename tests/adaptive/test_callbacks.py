@@ -273,3 +273,31 @@ def test_a_training_stopped_in_mid_step_saves_and_evaluates_the_mean(tmp_path):
     options = {"gradient_accumulation_steps": 2, "save_strategy": "epoch", "eval_strategy": "epoch"}
     trainer(model, tmp_path, [IVONCallback(), Stop()], ivon, **options).train()
     assert drawn == [False, False]
+
+
+def best_of(tmp_path, dtype=torch.float32, **kwargs):
+    """Train with IVON, and go back to the checkpoint of step 8 at the end."""
+    model = peft_model("bert", dtype=dtype)
+    ivon = ivon_of(model)
+    options = {"save_strategy": "steps", "save_steps": 8, "eval_strategy": "steps", "eval_steps": 8}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "score", **kwargs}
+    run = trainer(model, tmp_path, [IVONCallback()], ivon, greater_is_better=True, **options)
+    run.compute_metrics = lambda _: {"score": float(run.state.global_step == 8)}
+    run.train()
+    return model, ivon
+
+
+def test_the_curvature_is_that_of_the_best_checkpoint(tmp_path):
+    _, ivon = best_of(tmp_path)
+    saved = torch.load(tmp_path / "checkpoint-8" / "optimizer.pt", weights_only=True)["state"]
+    assert len(saved) == len(ivon.state)
+    for one, (_, p) in zip(saved.values(), ivon.trainable(), strict=True):
+        assert ivon.state[p]["step"] == 8
+        assert torch.equal(ivon.state[p]["hessian"], one["hessian"])
+
+
+def test_a_best_checkpoint_without_its_curvature_is_pointed_out(tmp_path):
+    with pytest.warns(UserWarning, match=r"curvature is that of step 16.*optimizer\.pt"):
+        best_of(tmp_path, save_only_model=True)
+    with pytest.warns(UserWarning, match=r"curvature is that of step 16.*does not hold"):
+        best_of(tmp_path, torch.bfloat16)
