@@ -191,6 +191,10 @@ class IVON(WeightPosterior):
     ) -> DiagLoraLaplace:
         """Return the posterior as a `DiagLoraLaplace`: curvature ``ess·h``, prior ``ess·δ``.
 
+        The trained loss must be transformers': the cross-entropy's mean over examples, or the
+        squared error's over examples and outputs. The latter's widths are those of a noise with
+        half as much variance as there are outputs, ``sigma_noise``'s default here.
+
         Args:
             model: The trained model, see `DiagLoraLaplace`.
             likelihood: ``"classification"`` or ``"regression"``.
@@ -199,7 +203,8 @@ class IVON(WeightPosterior):
             **kwargs: Arguments of `DiagLoraLaplace`.
 
         Raises:
-            ValueError: If the optimiser does not hold one of the model's trainable tensors.
+            ValueError: If the likelihood is another, or the optimiser does not hold one of the
+                model's trainable tensors.
         """
         self.restore()
         groups = {p: group for group, p in self.trainable()}

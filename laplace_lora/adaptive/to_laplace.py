@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from laplace_lora.posteriors.factored import DiagLoraLaplace
+
+LIKELIHOODS = ("classification", "regression")
 
 
 def to_diagonal_laplace(
@@ -26,20 +29,38 @@ def to_diagonal_laplace(
     Args:
         model: The trained model, see `DiagLoraLaplace`.
         likelihood: ``"classification"`` or ``"regression"``.
-        curvatures: Diagonal curvature of the summed loss, by parameter.
+        curvatures: Diagonal curvature of the mean loss times the number of examples, by parameter;
+            of a regression of the squared error's mean over examples and outputs.
         precisions: Prior precision, by parameter.
         n_data: Number of training examples.
         train_loader: Training data with labels, for the log evidence.
         **kwargs: Arguments of `DiagLoraLaplace`.
 
     Raises:
-        ValueError: If the curvature of one of the model's trainable tensors is missing.
+        ValueError: If the likelihood is another, or the curvature of one of the model's
+            trainable tensors is missing.
     """
+    if likelihood not in LIKELIHOODS:
+        raise ValueError(
+            f"likelihood must be one of {LIKELIHOODS}, got {likelihood!r}: of others the mean loss "
+            "that was trained is not known to be per example; fit a DiagLoraLaplace instead"
+        )
     la = DiagLoraLaplace(model, likelihood, **kwargs)
     for name, p in zip(la.block_names, la.params, strict=True):
         if p not in curvatures:
             raise ValueError(f"the posterior does not hold {name!r}, which the model trains")
     prior = torch.tensor([precisions[p] for p in la.params])
     la.prior_precision = prior[:1] if bool((prior == prior[0]).all()) else prior
-    la.adopt(torch.cat([curvatures[p].flatten() for p in la.params]), round(n_data), train_loader)
+    curvature, data = torch.cat([curvatures[p].flatten() for p in la.params]), round(n_data)
+    if likelihood == "regression":
+        outputs = la.logits_model.n_outputs
+        if outputs is None:  # the data tell
+            la.adopt(curvature, data, train_loader)
+            outputs = la.n_outputs
+        # A posterior's curvature is that of ½ Σ (f − y)², n/2 times the mean over n outputs, and
+        # the mean's minimum and widths are those of a noise with variance n/2.
+        curvature = curvature * (outputs / 2)
+        if "sigma_noise" not in kwargs:
+            la.sigma_noise = math.sqrt(outputs / 2)
+    la.adopt(curvature, data, train_loader)
     return la

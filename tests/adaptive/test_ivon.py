@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from laplace_lora import DiagLoraLaplace
 from laplace_lora.adaptive import IVON
-from support.batches import loader, token_batch
+from support.batches import loader, split_rows, token_batch
 from support.models import peft_model
 from support.references import assert_near
 
@@ -342,6 +342,41 @@ def test_the_posterior_goes_to_laplace():
     assert_near(blind(batch), la(batch))
     assert blind.log_marginal_likelihood().isnan()
     la.optimize_prior_precision("glm", "gridsearch", val_loader=loader())
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_the_posterior_of_a_regression_is_that_of_its_mean_squared_error(outputs):
+    """Its curvature, twice the Gauss-Newton matrix over the outputs, is set exactly."""
+    model = peft_model("llama", num_labels=outputs).eval()
+    model.get_base_model().config.problem_type = "regression"
+    batch = token_batch((5,) * 16)
+    generator = torch.Generator().manual_seed(0)
+    batch["labels"] = torch.randn(16, outputs, generator=generator, dtype=torch.float64)
+    data = torch.utils.data.DataLoader(split_rows(batch), batch_size=4)
+    noise = math.sqrt(outputs / 2)
+    options = {"sigma_noise": noise, "prior_precision": 16 * 1e-2}
+    exact = DiagLoraLaplace(model, "regression", **options)
+    exact.fit(data)
+    optimizer = IVON(model.parameters(), ess=16, weight_decay=1e-2)
+    parts = (2 / outputs * exact.H / 16).split([p.numel() for p in exact.params])
+    for p, part in zip(exact.params, parts, strict=True):
+        state = optimizer.weight_state(optimizer.param_groups[0], p)
+        state["hessian"].copy_(part.view_as(p))
+    la = optimizer.to_laplace(model, "regression", data)
+    assert la.sigma_noise.item() == pytest.approx(noise)
+    assert_near(la.posterior_precision, exact.posterior_precision)
+    evidence = exact.log_marginal_likelihood().item()
+    assert la.log_marginal_likelihood().item() == pytest.approx(evidence)
+    for p, (_, std) in optimizer.marginals().items():
+        assert_near(la.marginals()[p][1], std)
+    other = optimizer.to_laplace(model, "regression", sigma_noise=2.0)
+    assert_near(other.posterior_precision, exact.H / 4 + 0.16)
+
+
+def test_other_likelihoods_than_those_of_a_mean_per_example_are_refused():
+    model = peft_model("llama")
+    with pytest.raises(ValueError, match=r"likelihood must be one of .*got 'multilabel'"):
+        IVON(model.parameters(), ess=10).to_laplace(model, "multilabel")
 
 
 def test_groups_become_a_layerwise_prior():
