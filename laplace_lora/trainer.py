@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from laplace_lora.adaptive.callbacks import AdaLoraCallback
 from laplace_lora.data.batches import one_example, splits_by_example
 from laplace_lora.data.distributed import together
 from laplace_lora.data.draws import draws_kept
@@ -113,11 +114,17 @@ class LaplaceCallback(TrainerCallback):
         """Check the model, and its loss on an example of each loader that will be used later.
 
         Raises:
-            ValueError: If the model does not fit the likelihood, or a loader is empty, without
-                labels or with labels out of range.
+            ValueError: If the model does not fit the likelihood, a loader is empty, without labels
+                or with labels out of range, or the trainer has an `AdaLoraCallback`, too.
             TypeError: If a batch is neither mapping nor pair.
         """
         self.la = None
+        if any(isinstance(c, AdaLoraCallback) for c in self.trainer.callback_handler.callbacks):
+            raise ValueError(
+                "LaplaceCallback cannot go with AdaLoraCallback: it would fit pruned triplets, "
+                "which a saved adapter lacks. Train with AdaLoraCallback alone, then call "
+                "remove_pruned_triplets(model), fit a KronLoraLaplace, and save both"
+            )
         self._keep_start(args, state)
         # Data sets and collators draw numbers; training is to see those it would have seen.
         with together(everyone=True), draws_kept():

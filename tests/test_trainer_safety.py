@@ -6,12 +6,15 @@ import random
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from transformers import Trainer, default_data_collator
 
 from laplace_lora import KronLoraLaplace, LaplaceCallback
+from laplace_lora.adaptive import AdaLoraCallback, remove_pruned_triplets
 from laplace_lora.likelihoods.implied import implied_likelihood
-from support.batches import token_batch
-from support.models import TARGETS, peft_model
+from support.adalora import tiny_adalora
+from support.batches import loader, token_batch
+from support.models import TARGETS, base_model, peft_model
 from support.references import assert_near
 from test_trainer import examples, trainer_of
 
@@ -61,6 +64,33 @@ def test_a_model_that_does_not_fit_the_likelihood(tmp_path):
     assert steps(trainer) == 0
     with pytest.raises(ValueError, match="likelihood"):
         LaplaceCallback(trainer, "counting")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_ranks_that_are_cut_when_saved_go_before_the_fit(tmp_path, first):
+    """Together the callbacks saved a posterior that could not be loaded, in either order."""
+    model = tiny_adalora()
+    trainer = trainer_of(model, tmp_path)
+    trainer.args.max_steps = 16
+    pair = [LaplaceCallback(trainer), AdaLoraCallback()]
+    for callback in pair if first else reversed(pair):
+        trainer.add_callback(callback)
+    with pytest.raises(ValueError, match="cannot go with AdaLoraCallback"):
+        trainer.train()
+    assert steps(trainer) == 0
+    model = tiny_adalora()  # as the message says
+    trainer = trainer_of(model, tmp_path)
+    trainer.args.max_steps = 16
+    trainer.add_callback(AdaLoraCallback())
+    trainer.train()
+    remove_pruned_triplets(model)
+    la = KronLoraLaplace(model, "classification")
+    la.fit(loader())
+    model.save_pretrained(tmp_path / "saved")
+    la.save_pretrained(tmp_path / "saved", precision="exact")
+    loaded = PeftModel.from_pretrained(base_model("bert"), tmp_path / "saved")
+    again = KronLoraLaplace.from_pretrained(loaded, tmp_path / "saved")
+    assert_near(again(token_batch((4, 3))), la(token_batch((4, 3))), 1e-5)
 
 
 def test_checks_leave_the_training_as_it_was(tmp_path):
