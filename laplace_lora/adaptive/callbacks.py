@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 
-from laplace_lora.adaptive.accumulated_loss import AccumulatedLoss
+from laplace_lora.adaptive.accumulated_loss import COUNT, AccumulatedLoss
 from laplace_lora.adaptive.allocation import (
     ScoreAllocator,
     adalora_components,
@@ -44,7 +46,7 @@ class IVONCallback(TrainerCallback):
         gradient_scale: Factor of a step's accumulated gradients that makes them those of the mean
             loss; ``None`` to infer it from the model's loss. It must be given with several
             accumulation steps if the trainer computes its loss outside of the model (an overridden
-            ``compute_loss``, ``compute_loss_func``, label smoothing): 1 if the loss is divided by
+            ``compute_loss``, ``compute_loss_func``): 1 if the loss is divided by
             ``num_items_in_batch`` or the trainer divides it by the steps, ``1 /
             gradient_accumulation_steps`` if it is each step's mean and nothing divides it.
     """
@@ -102,7 +104,8 @@ class IVONCallback(TrainerCallback):
             return
         scale = self.gradient_scale
         if scale is None:
-            averages = self._substeps == 1 or not self._loss.sums(kwargs["model"])
+            seen = self._substeps == 1 or _smooths_by_items(args)
+            averages = seen or not self._loss.sums(kwargs["model"])
             scale = 1.0 if averages else 1 / self._substeps
         if scale != 1:
             for group in self._ivon.param_groups:
@@ -241,3 +244,12 @@ def _folder(args: TrainingArguments, state: TrainerState) -> Path:
 
 def _components(model: PeftModel, adapter: str) -> list[Components]:
     return adalora_components(model.base_model.model, adapter)
+
+
+def _smooths_by_items(args: TrainingArguments) -> bool:
+    """Return whether the trainer smooths labels, and divides by the number of items.
+
+    Older versions of transformers average over the micro-batch.
+    """
+    taken = inspect.signature(LabelSmoother.__call__).parameters
+    return bool(args.label_smoothing_factor) and COUNT in taken

@@ -1,5 +1,7 @@
 """Gradients accumulated over several steps are those of one large batch."""
 
+import inspect
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -12,8 +14,9 @@ from transformers import (
     LlamaForCausalLM,
     Trainer,
 )
+from transformers.trainer_pt_utils import LabelSmoother
 
-from laplace_lora.adaptive import IVON, IVONCallback
+from laplace_lora.adaptive import IVON, IVONCallback, callbacks
 from support.batches import rows, token_batch
 from support.models import bert_config, excite, llama_config
 from support.trainers import quiet
@@ -109,10 +112,22 @@ def test_a_loss_outside_of_the_model_needs_a_scale(tmp_path):
     """Its gradients would be as many times too large as there are steps."""
     with pytest.raises(ValueError, match="give gradient_scale to the callback"):
         collected("classes", tmp_path, 1, 4, OwnLoss)
-    with pytest.raises(ValueError, match="give gradient_scale to the callback"):
-        collected("classes", tmp_path, 1, 4, label_smoothing_factor=0.1)
     large = collected("classes", tmp_path, 4, 1, OwnLoss)
     for one, several in zip(
         large, collected("classes", tmp_path, 1, 4, OwnLoss, 1 / 4), strict=True
     ):
         assert torch.allclose(one, several, rtol=1e-4, atol=1e-7)
+
+
+def test_smoothed_labels_are_averaged_where_the_trainer_counts_items(tmp_path, monkeypatch):
+    smoothing = {"label_smoothing_factor": 0.1}
+    monkeypatch.setattr(callbacks, "_smooths_by_items", lambda args: False)
+    with pytest.raises(ValueError, match="give gradient_scale to the callback"):
+        collected("classes", tmp_path, 1, 4, **smoothing)
+    monkeypatch.undo()
+    counts = "num_items_in_batch" in inspect.signature(LabelSmoother.__call__).parameters
+    scale = None if counts else 1 / 4
+    large = collected("classes", tmp_path, 4, 1, **smoothing)
+    several = collected("classes", tmp_path, 1, 4, Trainer, scale, **smoothing)
+    for one, other in zip(large, several, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
