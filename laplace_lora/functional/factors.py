@@ -109,7 +109,7 @@ def calculate_kronecker_factors(
     note = mask_notes(called_with, model, needed=lambda: not known)
 
     def run(batch: Any) -> Tensor:
-        with as_called(), score_head_narrowed(base):
+        with as_called(), score_head_narrowed(base, batch):
             return forward_call(model, batch)
 
     def added(sums: KfacSums | None, batch: Any) -> tuple[KfacSums, int]:

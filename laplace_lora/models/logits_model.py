@@ -233,7 +233,7 @@ class LogitsModel(nn.Module):
             return self._answer_logits(inputs, self.target_ids)
         if self.output is None:
             self._answer.check_starts(self._wrapped.vocabulary_head)
-        with score_head_narrowed(self._wrapped.base):
+        with score_head_narrowed(self._wrapped.base, inputs):
             return self._logits(self._wrapped(inputs))
 
     def _logits(self, returned: Any) -> Tensor:

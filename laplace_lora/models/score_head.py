@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -12,20 +12,25 @@ from torch import Tensor, nn
 from laplace_lora.models.narrowing import last_true, one_token
 from laplace_lora.models.thread_hooks import on_input
 
+IDS, MASK, EMBEDDED = "input_ids", "attention_mask", "inputs_embeds"
+
 _narrowed: ContextVar[tuple[nn.Module, ...]] = ContextVar("heads that see one token", default=())
 
 
 @contextmanager
-def score_head_narrowed(base: Any) -> Iterator[None]:
+def score_head_narrowed(base: Any, inputs: Any) -> Iterator[None]:
     """Let the head of transformers' ``…ForSequenceClassification`` decoders see one token.
 
     Other models run as they are.
 
     Args:
         base: The transformer.
+        inputs: What it is called with, for those that call it without its hooks, as AdaLoRA does;
+            only a mapping tells.
 
     Raises:
-        ValueError: If the token that such a decoder picks is padding; raised when its head runs.
+        ValueError: If the inputs are not known, or the token that such a decoder picks is padding;
+            raised when its head runs.
     """
     head = _score_head(base)
     if head is None or head in _narrowed.get():
@@ -34,13 +39,20 @@ def score_head_narrowed(base: Any) -> Iterator[None]:
     # The decoder picks the token by the ids that it receives itself. Prompt tuning hands it
     # embeddings instead, of a longer text.
     received: dict[str, Any] = {}
+    if isinstance(inputs, Mapping) and (IDS in inputs or EMBEDDED in inputs):
+        received = {IDS: inputs.get(IDS), MASK: inputs.get(MASK)}
 
     def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        received["ids"] = kwargs.get("input_ids", args[0] if args else None)
-        received["mask"] = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        received[IDS] = kwargs.get(IDS, args[0] if args else None)
+        received[MASK] = kwargs.get(MASK)
 
     def position() -> Tensor | None:
-        ids, mask = received["ids"], received["mask"]
+        if not received:
+            raise ValueError(
+                f"it is not known what {type(base).__name__} is called with, and so not at which "
+                "token it classifies; give the batches as mappings"
+            )
+        ids, mask = received[IDS], received[MASK]
         found = last_unpadded(ids, base.config)
         if found is not None and isinstance(mask, Tensor) and ids is not None:
             _check_real(found, mask, ids, base.config)

@@ -55,17 +55,13 @@ def test_bad_batches(cls, kwargs, changes, error, match):
 @pytest.mark.parametrize("cls,kwargs", CLASSES)
 def test_a_loss_that_is_not_finite_names_the_batch(cls, kwargs):
     la = posterior(cls, **kwargs)
-    calls = []
-
-    def poison(module, args, output):
-        calls.append(1)
-        return output * float("nan") if len(calls) % 2 == 0 else output
-
+    second = list(loader())[1]["input_ids"]
     original = la.model.model.forward
 
     def poisoned(*args, **kwargs):
         returned = original(*args, **kwargs)
-        returned.logits = poison(None, None, returned.logits)
+        if torch.equal(kwargs["input_ids"], second):
+            returned.logits = returned.logits * float("nan")
         return returned
 
     before = la(BATCH)
