@@ -94,9 +94,8 @@ def _compute_one(bench: Bench, training: Training, name: str, folder: Path, alon
     partial_file = _path(folder, name).with_suffix(".partial")
     save_file(probs, partial_file)
     partial_file.replace(_path(folder, name))  # a run that is cut short leaves whole files only
-    print(f"{training.name}: {name}, {fit:.0f} s, {seconds['test']:.0f} s", flush=True)
-    if getattr(method, "tuning", None) is not None:
-        print(f"  {method.tuning}", flush=True)
+    tuning = f"; {method.tuning}" if getattr(method, "tuning", None) else ""
+    print(f"{training.name}: {name}, {fit:.0f} s, {seconds['test']:.0f} s{tuning}", flush=True)
 
 
 def _stored(method: object) -> int:

@@ -37,6 +37,7 @@ def explicit_head_ggn(model, data):
     return total
 
 
+@pytest.mark.filterwarnings("ignore:the model itself answers a padded text otherwise")
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("route", ["lora_last_layer", "last_layer"])
