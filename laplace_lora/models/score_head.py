@@ -30,33 +30,30 @@ def score_head_narrowed(base: Any, inputs: Any) -> Iterator[None]:
 
     Raises:
         ValueError: If the inputs are not known, or the token that such a decoder picks is padding;
-            raised when its head runs.
+            raised when it runs.
     """
     head = _score_head(base)
     if head is None or head in _narrowed.get():
         yield
         return
     # The decoder picks the token by the ids that it receives itself. Prompt tuning hands it
-    # embeddings instead, of a longer text.
-    received: dict[str, Any] = {}
-    if isinstance(inputs, Mapping) and (IDS in inputs or EMBEDDED in inputs):
-        received = {IDS: inputs.get(IDS), MASK: inputs.get(MASK)}
+    # embeddings instead, of a longer text. Picked before the decoder runs, as the check waits for
+    # what a device has been given to do.
+    picked: list[Tensor | None] = []
 
-    def note(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        received[IDS] = kwargs.get(IDS, args[0] if args else None)
-        received[MASK] = kwargs.get(MASK)
+    def note(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        ids = kwargs.get(IDS, args[0] if args else None)
+        picked[:] = [_checked_token(ids, kwargs.get(MASK), base.config)]
 
     def position() -> Tensor | None:
-        if not received:
-            raise ValueError(
-                f"it is not known what {type(base).__name__} is called with, and so not at which "
-                "token it classifies; give the batches as mappings"
-            )
-        ids, mask = received[IDS], received[MASK]
-        found = last_unpadded(ids, base.config)
-        if found is not None and isinstance(mask, Tensor) and ids is not None:
-            _check_real(found, mask, ids, base.config)
-        return found
+        if not picked:
+            if not isinstance(inputs, Mapping) or inputs.keys().isdisjoint((IDS, EMBEDDED)):
+                raise ValueError(
+                    f"it is not known what {type(base).__name__} is called with, and so not at "
+                    "which token it classifies; give the batches as mappings"
+                )
+            note((), inputs)
+        return picked[0]
 
     handle = on_input(base, note)
     token = _narrowed.set((*_narrowed.get(), head))
@@ -77,10 +74,15 @@ def last_unpadded(input_ids: Tensor | None, config: Any) -> Tensor | None:
     return None if pad is None or input_ids is None else last_true(input_ids != pad)
 
 
-def _check_real(position: Tensor, mask: Tensor, ids: Tensor, config: Any) -> None:
-    """Refuse a token that the attention mask says is padding, of a text that has others."""
-    if mask.shape != ids.shape:
-        return
+def _checked_token(ids: Tensor | None, mask: Any, config: Any) -> Tensor | None:
+    """Return `last_unpadded`, unless the mask says that it is padding of a text with other tokens.
+
+    Raises:
+        ValueError: If it does.
+    """
+    position = last_unpadded(ids, config)
+    if position is None or ids is None or getattr(mask, "shape", None) != ids.shape:
+        return position
     real = mask != 0
     if bool((~real.gather(1, position.unsqueeze(1)) & real.any(1, keepdim=True)).any()):
         raise ValueError(
@@ -88,6 +90,7 @@ def _check_real(position: Tensor, mask: Tensor, ids: Tensor, config: Any) -> Non
             f"token other than config.pad_token_id, {config.get_text_config().pad_token_id}, and "
             "texts are padded with another; set model.config.pad_token_id = tokenizer.pad_token_id"
         )
+    return position
 
 
 def _score_head(base: Any) -> nn.Module | None:
