@@ -27,6 +27,12 @@ def is_pair(batch: Batch) -> bool:
     return isinstance(batch, Mapping) and any(str(name).endswith(SUFFIXES) for name in batch)
 
 
+def plain_name(name: str) -> str:
+    """Return the name under which a model reads one text of the pairs, without its suffix."""
+    suffix = next((suffix for suffix in SUFFIXES if str(name).endswith(suffix)), "")
+    return name.removesuffix(suffix) if suffix else name
+
+
 def is_stacked(batch: Batch) -> bool:
     """Return whether a batch holds pairs in laplace-torch's form, ``(pairs, 2, tokens)``."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None

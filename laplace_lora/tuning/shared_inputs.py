@@ -16,7 +16,7 @@ from torch import Tensor
 
 from laplace_lora.data.batches import on_cpu, one_example
 from laplace_lora.data.distributed import Together
-from laplace_lora.data.pairs import SUFFIXES, is_pair, passes
+from laplace_lora.data.pairs import passes, plain_name
 from laplace_lora.data.shared_tensors import with_own_rows
 from laplace_lora.data.tally import fingerprints
 
@@ -92,9 +92,7 @@ class SharedInputs:
 
     def _read_of(self, x: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the model reads of a batch, under the batch's names."""
-        names = {name: name for name in x if name != self.label_key}
-        if is_pair(x):  # each text of which it reads under the name without the suffix
-            names = {name: _of_one(name) for name in names}
+        names = {name: plain_name(name) for name in x if name != self.label_key}
         read = self.columns_read(names.values())
         return {name: x[name] for name, plain in names.items() if plain in read}
 
@@ -109,12 +107,6 @@ class SharedInputs:
         for part in team.all_of({key: self._kept[key] for key in keys if key in self._kept}):
             found |= part
         return found
-
-
-def _of_one(name: str) -> str:
-    """Return the name under which a model reads one text of the pairs."""
-    suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
-    return name.removesuffix(suffix)
 
 
 def standard_error(values: Tensor, companions: Mapping[int, Sequence[int]] | None = None) -> float:
