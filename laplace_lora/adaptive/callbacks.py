@@ -165,7 +165,8 @@ class AdaLoraCallback(IVONCallback):
         model = kwargs["model"]
         adapter, config = trained_adapter(model)
         optimizer = kwargs.get("optimizer")
-        if optimizer is not None and not getattr(args, "deepspeed", None):  # which flattens them
+        is_flat = getattr(args, "deepspeed", None)  # which joins parameters
+        if optimizer is not None and self._ivon is None and not is_flat:  # IVON's are checked
             check_parameters(model, optimizer, "lora_")
         final_step = config.total_step - config.tfinal
         if final_step >= state.max_steps:

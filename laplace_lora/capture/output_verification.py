@@ -31,8 +31,9 @@ def verify_outputs(
     """Compare outputs with those of single examples, and with the model's own forward pass.
 
     Costs two forward passes of one example each: of the one with the most real tokens and of the
-    one with the fewest. Where a batch cannot be split, as images of several sizes in one tensor
-    cannot, the whole is compared with the model's own pass.
+    one with the fewest; of a padded one also a pass without its padding. Where a batch cannot be
+    split, as images of several sizes in one tensor cannot, the whole is compared with the model's
+    own pass.
 
     Args:
         model: From a batch to outputs; `LogitsModel` says how its transformer answers by itself.

@@ -163,18 +163,18 @@ def tune(
 
     width = best_width(losses, narrow(mean), companions)
     report = LeaveOneOut(
-        width.prior_precision,
-        width.nll + width.gain,
-        width.nll,
-        width.standard_error,
-        mode.precision,
-        len(labels),
-        None if moved is None else moved[1],
-        len(companions),
-        0 if widths is None else widths.too_many,
-        0 if likely is None else columns,
-        not width.is_clear,
-        not inputs.is_known,
+        prior_precision=width.prior_precision,
+        nll_map=width.nll + width.gain,
+        nll=width.nll,
+        standard_error=width.standard_error,
+        base_precision=mode.precision,
+        examples=len(labels),
+        recentring=None if moved is None else moved[1],
+        sharing=len(companions),
+        too_many=0 if widths is None else widths.too_many,
+        rivals=0 if likely is None else columns,
+        is_unclear=not width.is_clear,
+        is_sharing_unknown=not inputs.is_known,
     )
     settings = replace(
         posterior.settings,
