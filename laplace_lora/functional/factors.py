@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from laplace_lora.adapters.maps import wide_dtype
 from laplace_lora.adapters.peft_state import check_adapters
+from laplace_lora.capture.gradient_flow import gradients_flow
 from laplace_lora.capture.recorder import record
 from laplace_lora.curvature.kfac import KfacSums
 from laplace_lora.curvature.kfac_rows import Rows
@@ -90,8 +92,8 @@ def calculate_kronecker_factors(
         ValueError: If no module is selected, the loader is empty, the logits are not ``(batch,
             classes)`` with two classes or more, or are probabilities; if it is not known which
             tokens are real.
-        RuntimeError: If the logits carry no gradient, a module runs on inputs of different shapes,
-            or an adapter is merged or disabled.
+        RuntimeError: If the logits carry no gradient, a linear layer cuts it, a module runs on
+            inputs of different shapes, or an adapter is merged or disabled.
         FloatingPointError: If a factor is not finite; names batch and layer.
     """
     model = unwrapped(model)
@@ -121,7 +123,8 @@ def calculate_kronecker_factors(
             known.update({k: batch[k] for k in MASK_NAMES if batch.get(k) is not None})
         # What the model is called with is known when it has been.
         masks = ChainMap(known, called_with)
-        tape = record(run, maps, batch, masks, sums is None, module=model)
+        with gradients_flow(list(model.named_modules())) if sums is None else nullcontext():
+            tape = record(run, maps, batch, masks, sums is None, module=model)
         check_logits(tape.output)
         if sums is None:
             maps = list(tape.maps)

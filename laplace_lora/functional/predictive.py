@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from laplace_lora.adapters.discovery import trainable_maps
 from laplace_lora.adapters.maps import wide_dtype
+from laplace_lora.capture.gradient_flow import gradients_flow
 from laplace_lora.capture.jacobians import jacobian_blocks
 from laplace_lora.capture.recorder import record
 from laplace_lora.data.batches import Batch
@@ -51,13 +52,14 @@ def jacobian_mean(
     Raises:
         ValueError: If ``is_s2s`` does not fit the model, both ``target_ids`` and
             ``output_callback`` are given, or nothing is trainable.
-        RuntimeError: If an adapter is merged or disabled, or a module runs on inputs of different
-            shapes.
+        RuntimeError: If an adapter is merged or disabled, a linear layer cuts the gradient, or a
+            module runs on inputs of different shapes.
     """
     model = unwrapped(model)
     wrapped = _logits_model(model, target_ids, is_s2s, output_callback)
     maps, blocks = trainable_maps(model)
-    with evaluation_mode(model), as_called():
+    named = list(model.named_modules())
+    with evaluation_mode(model), as_called(), gradients_flow(named):
         tape = record(wrapped, maps, batch_inputs)
     f = tape.output
     dtype = wide_dtype([block.parameter for block in blocks])

@@ -1,12 +1,15 @@
 """Base models whose layers let no gradient through are refused."""
 
 import pytest
+import torch
 from torch import nn
 
 from laplace_lora import KronLoraLaplace
-from support.batches import loader
+from laplace_lora.functional import jacobian_mean
+from support.batches import loader, token_batch
+from support.functional import adapters_only, factors_of
 from support.language import text_loader
-from support.models import peft_model
+from support.models import TARGETS, peft_model
 from support.posteriors import LOW
 
 
@@ -17,9 +20,9 @@ class InferenceOnly(nn.Linear):
         return super().forward(x.detach()).detach()
 
 
-def with_cut_layers(name, suffix):
+def with_cut_layers(name, suffix, make=peft_model):
     """Return an adapted model some of whose frozen layers were replaced."""
-    model = peft_model(name)
+    model = make(name)
     for path, module in model.named_modules():
         if path.endswith(suffix) and isinstance(module, nn.Linear):
             module.__class__ = InferenceOnly
@@ -48,3 +51,11 @@ def test_language_models_are_looked_at_too():
     model = with_cut_layers("llama-lm", "o_proj")
     with pytest.raises(RuntimeError, match="no gradient passes"):
         KronLoraLaplace(model, "language_modeling", **LOW).fit(text_loader())
+
+
+def test_the_functional_interface_names_them_too():
+    model = with_cut_layers("llama-lm", "o_proj", adapters_only)
+    with pytest.raises(RuntimeError, match=r"no gradient passes.*o_proj"):
+        factors_of(model, "llama-lm")
+    with pytest.raises(RuntimeError, match=r"no gradient passes.*o_proj"):
+        jacobian_mean(model, token_batch(), torch.tensor(TARGETS))
