@@ -15,7 +15,7 @@ from laplace_lora.fitting.passes import Pass, Sums
 from laplace_lora.structures.state import Posterior, PosteriorState
 from laplace_lora.structures.subspace import Subspace, spanned
 from laplace_lora.tuning.directions import orthonormal
-from laplace_lora.tuning.recentring import check_whole
+from laplace_lora.tuning.same_data import check_same_data
 
 SHIFTS = (1.0, 30.0, 1000.0)  # prior precisions at which the structure's own inverse is tried
 STEPS = 4
@@ -50,7 +50,7 @@ def _gradient(posterior: Posterior, summed: Callable[[Pass], Sums]) -> Tensor:
         return loss, gradient if total is None else total.add_(gradient)
 
     sums = summed(Pass(add, lambda total: [total], "gradient", "Collecting the gradient"))
-    check_whole(sums.n, posterior.state.n_data, PURPOSE)
+    check_same_data(posterior.state, sums.n, sums.loss, PURPOSE)
     gradient: Tensor = sums.state
     return gradient
 
@@ -111,7 +111,7 @@ def _measured(
 
     data_pass = Pass(add, lambda total: [total], name, "Measuring curvature", [directions])
     sums = summed(data_pass)
-    check_whole(sums.n, posterior.state.n_data, PURPOSE)
+    check_same_data(posterior.state, sums.n, sums.loss, PURPOSE)
     displacement = posterior.mean - posterior.settings.prior_mean
     products = spanned(directions, sums.state, gradient, displacement, engine.sizes)
     return Subspace(*products, posterior.settings.prior_mean)

@@ -20,7 +20,7 @@ from laplace_lora.structures.subspace import Subspace
 from laplace_lora.tuning.corrected_evidence import HIGHEST, corrected_precision
 from laplace_lora.tuning.directions import preconditioned
 from laplace_lora.tuning.marginal_likelihood import first_precision
-from laplace_lora.tuning.recentring import check_whole
+from laplace_lora.tuning.same_data import check_same_data
 
 PURPOSE = "the evidence's gradient term"
 SOLVED = 1e-6  # remainder relative to the whole, below which the term is exact
@@ -90,7 +90,7 @@ def next_directions(
 
     name = f"evidence-product-{step}"
     sums = summed(Pass(add, lambda total: [total], name, "Measuring curvature", [solution]))
-    check_whole(sums.n, posterior.state.n_data, PURPOSE)
+    check_same_data(posterior.state, sums.n, sums.loss, PURPOSE)
     displacement = (posterior.mean - posterior.settings.prior_mean).to(gradient)
     b = -scale * gradient - delta * displacement
     remainder = b - scale * sums.state - delta * solution

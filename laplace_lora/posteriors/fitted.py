@@ -111,5 +111,5 @@ class FittedLaplace(SavedLaplace):
 
     def _install(self, state: PosteriorState) -> None:
         self.state, self._latest = state, None
-        self._train_loader, self.tuning, self._leaves_correction_out = None, None, False
+        self._train_loader, self._tuning, self._leaves_correction_out = None, None, False
         self.model.output_size = state.n_outputs  # type: ignore[assignment]

@@ -20,11 +20,12 @@ from laplace_lora.posteriors.card import card_section
 from laplace_lora.posteriors.copies import deep_copy, refuse_pickling, shallow_copy
 from laplace_lora.posteriors.served import ServedLaplace
 from laplace_lora.posteriors.state_dicts import read_state, state_entries
-from laplace_lora.storage.archive import PRECISIONS, load_state, save_posterior
+from laplace_lora.storage.archive import PRECISIONS, TUNING, load_state, save_posterior
 from laplace_lora.storage.files import CONFIG, read_files
 from laplace_lora.storage.hub import upload
 from laplace_lora.storage.model_card import Report
 from laplace_lora.structures.state import PosteriorState
+from laplace_lora.tuning.record import record_of, tuning_from
 
 BACKENDS: dict[str, type[LoraCurvature]] = {kind.__name__: kind for kind in (LoraGGN, LoraEF)}
 BUFFERS, ADAPTER = "buffers", "adapter"
@@ -61,7 +62,8 @@ class SavedLaplace(ServedLaplace):
         if BACKENDS.get(backend) is not self._backend_cls:
             raise TypeError(f"a posterior with the backend {backend} cannot be saved")
         with in_turn(self.logits_model):
-            save_posterior(posterior, Path(save_directory), backend, precision)
+            tuning = None if self.tuning is None else record_of(self.tuning)
+            save_posterior(posterior, Path(save_directory), backend, precision, tuning)
 
     @classmethod
     def from_pretrained(
@@ -115,6 +117,8 @@ class SavedLaplace(ServedLaplace):
             raise ValueError(f"{CONFIG} describes no posterior: {error!r}") from None
         with in_turn(model):
             la._install(load_state(la.parts, payload, config))
+        if config.get(TUNING) is not None:  # earlier versions did not say
+            la._tuning = tuning_from(config[TUNING], la.prior_precision.detach())
         return la
 
     def push_to_hub(

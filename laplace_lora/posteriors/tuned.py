@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from laplace_lora.data.distributed import OtherProcessFailed
 from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.links import QUADRATURE
@@ -30,14 +32,18 @@ TUNED_ON_TRAINING_DATA = ("loo", "widest")
 
 
 class TunedLaplace(LaplaceLoops):
-    """Calls of laplace-torch whose work is done by `Tuner`.
+    """Calls of laplace-torch whose work is done by `Tuner`."""
 
-    Attributes:
-        tuning: What the latest tuning of the prior did; ``None`` before there was one.
-    """
-
-    tuning: Tuning | None = None
+    _tuning: Tuning | None = None
     _leaves_correction_out = False  # as the fit was told
+
+    @property
+    def tuning(self) -> Tuning | None:
+        """What the tuning of the present prior did; ``None`` if the prior was set otherwise."""
+        tuning, present = self._tuning, self.prior_precision.detach()
+        if tuning is None or tuning.prior_precision.shape != present.shape:
+            return None
+        return tuning if torch.equal(tuning.prior_precision.to(present), present) else None
 
     @in_full_precision
     def optimize_prior_precision(
@@ -124,7 +130,7 @@ class TunedLaplace(LaplaceLoops):
         by_laplace_torch = bool(kwargs) or prior_structure == "diag"
         check_evidence_options(method, tune_sigma_noise, correction, by_laplace_torch)
         check_no_validation(method, val_loader)
-        before, tuning_before = self.state, self.tuning
+        before, tuning_before = self.state, self._tuning
         uncalibrated = before.with_settings(before.settings.untuned())
         data = (val_loader, link_approx, n_samples, progress_bar)
         try:
@@ -142,7 +148,7 @@ class TunedLaplace(LaplaceLoops):
                 if self.fitted.objective.predicts_tokens:  # nor does it help these
                     correction = correction or False
             elif method in TUNED_ON_TRAINING_DATA:
-                settings, report = _reported(tuner, method, prior_structure, *options)
+                settings, report = tuner.by_training_data(method, prior_structure, *options)
             if method == "marglik":
                 if by_laplace_torch:
                     self._laplace_marglik(prior_structure, kwargs)
@@ -165,7 +171,7 @@ class TunedLaplace(LaplaceLoops):
                 )
             if settings is not None:
                 self.state = self.state.with_settings(settings)
-            self.tuning = Tuning(
+            self._tuning = Tuning(
                 method,
                 self.prior_precision.detach(),
                 reason,
@@ -178,7 +184,7 @@ class TunedLaplace(LaplaceLoops):
             warn_if_noise_is_off(self.fitted)
         except BaseException:
             self.state = before  # laplace-torch's own loops write while they search
-            self.tuning = tuning_before
+            self._tuning = tuning_before
             raise
         if verbose:
             print(self.tuning)
@@ -205,7 +211,7 @@ class TunedLaplace(LaplaceLoops):
         if not reason:
             try:
                 options = (structure, train_loader, progress_bar, recentre)
-                return method, "", _reported(Tuner(posterior), method, *options)
+                return method, "", Tuner(posterior).by_training_data(method, *options)
             except (ValueError, OtherProcessFailed) as error:  # in its pass over the data
                 kinds = ("ValueError", NoForwardDerivativeError.__name__)
                 if isinstance(error, OtherProcessFailed) and error.kind not in kinds:
@@ -236,17 +242,3 @@ class TunedLaplace(LaplaceLoops):
             )
             return False
         return True
-
-
-def _reported(
-    tuner: Tuner,
-    method: str,
-    structure: Structure,
-    train_loader: Any,
-    progress_bar: bool | None,
-    recentre: bool,
-) -> tuple[Settings, LeaveOneOut | Widest]:
-    """Return the settings that a method of training data chooses, and what it says of them."""
-    if method == "loo":
-        return tuner.leave_one_out(structure, train_loader, progress_bar, recentre)
-    return tuner.widest(structure, train_loader, progress_bar)

@@ -6,7 +6,6 @@ more, see `files`. Nothing is ever unpickled, and no path is read from a file.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +22,9 @@ from laplace_lora.adapters.peft_state import adapter_settings
 from laplace_lora.data.distributed import together
 from laplace_lora.data.sharding import is_sharded_model
 from laplace_lora.data.shares import is_main
-from laplace_lora.linalg.rounded import rounded, widened
+from laplace_lora.linalg.rounded import rounded
 from laplace_lora.models.last_layer_model import LastLayerModel
+from laplace_lora.storage.checked import check_diagonals, count, positive, weight_vector
 from laplace_lora.storage.files import COMPACT, CONFIG, RECENTRED, TENSORS, VERSION, write_files
 from laplace_lora.storage.fingerprint import check_identity, identity, trained_tensors
 from laplace_lora.storage.rounding import (
@@ -41,13 +41,18 @@ GRADIENT = "loss_gradient"
 SHIFT = "shift"
 SUBSPACE_MEAN = f"{SUBSPACE}prior_mean"
 FURTHER = "further_tensors"  # names of those that are no curvature, some of which may be missing
+TUNING = "tuning"
 EXACT = "exact"
 PRECISIONS = ("half", EXACT)  # the first is the default
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of tensors in a file
 
 
 def save_posterior(
-    posterior: Posterior, folder: Path, backend: str, precision: str = PRECISIONS[0]
+    posterior: Posterior,
+    folder: Path,
+    backend: str,
+    precision: str = PRECISIONS[0],
+    tuning: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a fitted posterior into a folder.
 
@@ -59,6 +64,7 @@ def save_posterior(
         folder: The folder; made if missing.
         backend: Name of the backend's class.
         precision: One of `PRECISIONS`.
+        tuning: How the prior was tuned, in values that JSON can hold.
 
     Raises:
         ValueError: If ``precision`` is none of them.
@@ -98,6 +104,7 @@ def save_posterior(
             "likelihood_temperature": settings.likelihood_temperature,
         },
         "curvature": description,
+        TUNING: tuning,
         FURTHER: _further(tensors),
         **identity(posterior),
         ROUNDED: rounded_fingerprints(trained_tensors(posterior)),
@@ -176,14 +183,14 @@ def _state(
     if not fits or tensors["prior_mean"].shape not in [(), (1,), (sum(sizes),)]:
         raise ValueError("prior and noise do not fit the model's tensors")
     posterior.structure.check_prior(len(precision), len(sizes), sum(sizes))
-    _check_diagonals(packed)
+    check_diagonals(packed)
     scalars = config["scalars"]
-    scale = _positive(scalars, "covariance_scale")
-    temperature = _positive(scalars, "likelihood_temperature")
+    scale = positive(scalars, "covariance_scale")
+    temperature = positive(scalars, "likelihood_temperature")
     loss = scalars["loss"]
     if type(loss) is not float:
         raise ValueError(f"loss is {loss!r}")
-    n_data, n_outputs = _count(scalars, "n_data"), _count(scalars, "n_outputs")
+    n_data, n_outputs = count(scalars, "n_data"), count(scalars, "n_outputs")
     curvature = posterior.structure.unpack(posterior.engine, packed, config["curvature"])
     settings = Settings(
         precision.to(posterior.device, posterior.dtype),
@@ -191,9 +198,9 @@ def _state(
         noise[0].to(posterior.device, posterior.dtype),
         scale,
         temperature,
-        _weight_vector(posterior, tensors, SHIFT),
+        weight_vector(posterior, tensors, SHIFT),
     )
-    gradient = _weight_vector(posterior, tensors, GRADIENT)  # earlier versions have none
+    gradient = weight_vector(posterior, tensors, GRADIENT)  # earlier versions have none
     weights = posterior.current_weights()
     if config["version"] == COMPACT and f"{SUBSPACE}grams" in tensors:
         tensors.setdefault(SUBSPACE_MEAN, tensors["prior_mean"])
@@ -217,36 +224,3 @@ def _state(
         frozen_values(posterior.source, posterior.engine.parameters),
         adapter_settings(posterior.source),
     )
-
-
-def _weight_vector(posterior: Posterior, tensors: dict[str, Tensor], name: str) -> Tensor | None:
-    if name not in tensors:
-        return None
-    vector = widened(tensors, name, posterior.dtype)
-    if vector.shape != (sum(posterior.engine.sizes),):
-        raise ValueError(f"{name} has shape {tuple(vector.shape)}")
-    return vector.to(posterior.device, posterior.dtype)
-
-
-def _count(scalars: Mapping[str, Any], name: str) -> int:
-    value = scalars[name]
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} is {value!r}")
-    return value
-
-
-def _positive(scalars: Mapping[str, Any], name: str) -> float:
-    value: float = scalars[name]
-    if type(value) is not float or not 0 < value < math.inf:
-        raise ValueError(f"{name} is {value!r}, not a positive number")
-    return value
-
-
-def _check_diagonals(packed: Mapping[str, Tensor]) -> None:
-    """Refuse curvatures with a negative diagonal."""
-    for name, tensor in packed.items():
-        stem = name.rpartition(".")[2]
-        square = stem == "matrix" and tensor.ndim == 2
-        diagonal = tensor.diagonal() if square else tensor
-        if stem in ("matrix", "diagonal", "curvature", "trace") and bool((diagonal < 0).any()):
-            raise ValueError(f"the curvature has negative entries on its diagonal ({name!r})")

@@ -42,7 +42,8 @@ from laplace_lora.tuning.likely_classes import LikelyClasses
 from laplace_lora.tuning.linear_model import Mode
 from laplace_lora.tuning.looked_at import columns_looked_at, examples_looked_at, is_enough
 from laplace_lora.tuning.marginal_likelihood import first_precision
-from laplace_lora.tuning.recentring import BYTES, check_whole, columns_of, recentred
+from laplace_lora.tuning.recentring import BYTES, columns_of, recentred
+from laplace_lora.tuning.same_data import check_same_data
 from laplace_lora.tuning.shared_inputs import SharedInputs
 from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
 from laplace_lora.tuning.width_choice import best_width
@@ -127,9 +128,12 @@ def tune(
         options = (groups, readout, progress_bar, watch, team, "Leaving each example out")
         cache = ValidationCache(predictor, subset or loader, *options)
     seen = len(cache.y) if subset is None else subset.seen
-    check_whole(seen, n_data, "leave-one-out")
     labels = cache.y if likely is None else torch.zeros_like(cache.y)
     linear, outputs = rows.linear_model(labels, team), cache.mean.double()
+    nll = linear.nll(outputs)
+    is_whole = subset is None and likely is None
+    loss = nll / float(posterior.scale.detach()) if is_whole else None
+    check_same_data(posterior.state, seen, loss, "leave-one-out")
     companions = inputs.companions(team)
     nothing = cache.mean.new_zeros(*cache.mean.shape, cache.mean.shape[-1])
 
@@ -139,12 +143,12 @@ def tune(
     def narrow(mean: Tensor) -> Tensor:
         return scoring.nll(mean, nothing, labels).double()
 
-    mode, moved = linear.fitted_like(linear.nll(outputs)), None
+    mode, moved = linear.fitted_like(nll), None
     if recentre:
         closer = closer_fit(linear, mode, without, narrow, companions)
         if closer is not mode:
-            nll = posterior.temperature * closer.nll / len(cache.y)
-            moved = recentred(posterior, loader, team, scoring.readout, progress_bar, nll)
+            closest = posterior.temperature * closer.nll / len(cache.y)
+            moved = recentred(posterior, loader, team, scoring.readout, progress_bar, closest)
             mode = closer
     mean = without(mode)
     widths = None

@@ -21,6 +21,7 @@ from laplace_lora.likelihoods.base import Readout
 from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning.function_rows import FunctionRows
 from laplace_lora.tuning.recentring_by_passes import TITLE, mode_by_passes
+from laplace_lora.tuning.same_data import check_same_data
 from laplace_lora.tuning.validation_cache import labelled_batches, validation_rows
 
 ROWS = 3000  # examples times columns; the work grows with their cube
@@ -63,19 +64,6 @@ def keeps_jacobians(posterior: Posterior) -> bool:
     return rows <= ROWS and 4 * rows * sum(posterior.engine.sizes) <= BYTES
 
 
-def check_whole(seen: int, n_data: int, purpose: str) -> None:
-    """Refuse data that cannot be those of the fit.
-
-    Raises:
-        ValueError: If they are more or fewer.
-    """
-    if seen != n_data:
-        raise ValueError(
-            f"the loader gives {seen} examples, the fit saw {n_data}; {purpose} needs the training "
-            "data of the fit"
-        )
-
-
 def recentred(
     posterior: Posterior,
     loader: Any,
@@ -108,11 +96,12 @@ def recentred(
     """
     posterior.engine.check_outputs_few()
     temperature = posterior.temperature  # by which linear models divide the log likelihood
+    scale = float(posterior.scale.detach())
     tempered = None if nll is None else nll / temperature
     if not keeps_jacobians(posterior):
         options = (posterior, loader, team, readout, progress_bar, tempered, precision)
         shift, near, before, seen = mode_by_passes(*options)
-        check_whole(seen, posterior.state.n_data, "recentring")
+        check_same_data(posterior.state, seen, before / scale, "recentring")
         unit = temperature / seen
         return shift, Recentring(near.precision, before * unit, near.nll * unit)
     rows = FunctionRows(posterior, posterior.engine, readout)
@@ -121,13 +110,14 @@ def recentred(
         rows.add(x, y)
         labels.append(y)
     y, n = validation_rows(team, labels=labels)["labels"], posterior.state.n_data
-    check_whole(len(y), n, "recentring")
     linear = rows.linear_model(y, team)
+    before = linear.nll(linear.offset)
+    check_same_data(posterior.state, len(y), before / scale, "recentring")
     if precision is None:
         assert tempered is not None
         mode = linear.fitted_like(n * tempered)
     else:
         mode = linear.mode(precision)
     unit = temperature / n
-    report = Recentring(mode.precision, linear.nll(linear.offset) * unit, mode.nll * unit)
+    report = Recentring(mode.precision, before * unit, mode.nll * unit)
     return rows.weights(mode, team).to(posterior.mean), report

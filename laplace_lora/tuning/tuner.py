@@ -21,6 +21,7 @@ from laplace_lora.tuning.groups import Structure, prior_groups
 from laplace_lora.tuning.leave_one_out_report import LeaveOneOut
 from laplace_lora.tuning.marginal_likelihood import first_precision, maximise, with_precisions
 from laplace_lora.tuning.recentring import Recentring, recentred
+from laplace_lora.tuning.same_data import check_at_hand
 from laplace_lora.tuning.structure_choice import AUTO, StructureChoice, choose_structure
 from laplace_lora.tuning.token_calibration import calibrate_tokens
 from laplace_lora.tuning.validation_cache import Cache, ValidationCache, scoring_of
@@ -89,11 +90,7 @@ class Tuner:
                 fit, or the adapter did not start at the base model.
         """
         _check_scalar("leave-one-out", structure)
-        if train_loader is None:
-            raise ValueError(
-                "leave-one-out needs the training data, which a posterior keeps only in the "
-                "process that fitted it; give `train_loader`, or use method='marglik'"
-            )
+        check_at_hand(train_loader, "leave-one-out")
         with self._together(train_loader) as team:
             return leave_one_out.tune(self.posterior, train_loader, team, progress_bar, recentre)
 
@@ -110,15 +107,24 @@ class Tuner:
         Raises:
             ValueError: If the loader is missing, or see `widest.tune`.
         """
-        if train_loader is None:
-            raise ValueError(
-                "method='widest' needs the training data, which a posterior keeps only in the "
-                "process that fitted it; give `train_loader`"
-            )
+        check_at_hand(train_loader, "method='widest'")
         settings, _ = self.marginal_likelihood(structure, False, correction=False)
         posterior = self.posterior.with_settings(settings)
         with self._together(train_loader) as team:
             return widest.tune(posterior, train_loader, team, progress_bar)
+
+    def by_training_data(
+        self,
+        method: str,
+        structure: Structure,
+        train_loader: Any,
+        progress_bar: bool | None,
+        recentre: bool,
+    ) -> tuple[Settings, LeaveOneOut | Widest]:
+        """Return what `leave_one_out`, by its short name ``"loo"``, or `widest` returns."""
+        if method == "loo":
+            return self.leave_one_out(structure, train_loader, progress_bar, recentre)
+        return self.widest(structure, train_loader, progress_bar)
 
     def recentre(
         self,
@@ -139,11 +145,7 @@ class Tuner:
             check_positive("precision", precision)
         if nll is not None:
             check_positive("nll", nll)
-        if train_loader is None:
-            raise ValueError(
-                "recentring needs the training data, which a posterior keeps only in the process "
-                "that fitted it; give `train_loader`"
-            )
+        check_at_hand(train_loader, "recentring")
         readout = scoring_of(self.posterior, QUADRATURE, 0).readout
         with self._together(train_loader) as team:
             options = (train_loader, team, readout, progress_bar, nll, precision)
