@@ -39,6 +39,19 @@ def is_stacked(batch: Batch) -> bool:
     return isinstance(ids, Tensor) and ids.ndim == 3 and ids.shape[1] == 2
 
 
+def check_not_stacked(batch: Batch) -> None:
+    """Refuse stacked pairs, which are neither single texts nor pairs with suffixes.
+
+    Raises:
+        ValueError: If a batch holds such pairs.
+    """
+    if isinstance(batch, Mapping) and is_stacked(batch):
+        raise ValueError(
+            f"'input_ids' of the batch has the shape {tuple(batch['input_ids'].shape)}: predict "
+            "pairs as laplace_lora.data.pairs.as_pairs(batch), which takes stacked ones apart"
+        )
+
+
 def passes(batch: Batch) -> list[Any]:
     """Return the inputs of the forward passes that one batch needs.
 

@@ -3,12 +3,8 @@
 Works with any callable from a batch to class probabilities, whether or not a posterior made them.
 """
 
-from laplace_lora.evaluation.baselines import (
-    MAP,
-    LoraEnsemble,
-    MCDropout,
-    TemperatureScaling,
-)
+from laplace_lora.evaluation.baselines import MAP, MCDropout, TemperatureScaling
+from laplace_lora.evaluation.ensemble import LoraEnsemble
 from laplace_lora.evaluation.evaluator import evaluate
 from laplace_lora.evaluation.laplace_baselines import diagonal_laplace, last_layer_laplace
 from laplace_lora.evaluation.plots import plot_reports

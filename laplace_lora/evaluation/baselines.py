@@ -13,14 +13,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from laplace_lora.data.batches import Batch, batch_labels, model_inputs
 from laplace_lora.data.distributed import together
-from laplace_lora.data.pairs import as_pairs
+from laplace_lora.data.pairs import as_pairs, check_not_stacked
 from laplace_lora.evaluation.rows import reads_pairs
 from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
 from laplace_lora.likelihoods.language_modeling import IGNORED
@@ -59,7 +58,13 @@ class MAP:
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
-        """Return logits, ``(batch, classes)``."""
+        """Return logits, ``(batch, classes)``.
+
+        Raises:
+            ValueError: If a reward model is given stacked pairs, see `as_pairs`.
+        """
+        if reads_pairs(self):
+            check_not_stacked(batch)
         with evaluation_mode(self.model):
             logits: Tensor = self.model(batch)
         return logits
@@ -199,58 +204,6 @@ def _active_dropouts(layer: nn.Module) -> set[nn.Module]:
     if not isinstance(layer, LoraLayer):
         return set()
     return {layer.lora_dropout[a] for a in layer.active_adapters if a in layer.lora_dropout}
-
-
-class LoraEnsemble(MAP):
-    """Average over adapters trained from several seeds (Lakshminarayanan et al. 2017).
-
-    Source: arXiv:1612.01474; for LoRA Wang, Aitchison, Rudolph (2023), arXiv:2310.00035. All
-    adapters are loaded into one `PeftModel`, so the base model is in memory once.
-
-    Args:
-        model: A `PeftModel` or a `LogitsModel` around one.
-        adapters: Names of the members; all loaded adapters when ``None``.
-        **kwargs: Arguments of `MAP`.
-
-    Raises:
-        ValueError: If there are fewer than two members, or one is not loaded.
-    """
-
-    def __init__(
-        self, model: nn.Module, adapters: Sequence[str] | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__(model, **kwargs)
-        peft_model: PeftModel = self.model.model
-        loaded = list(peft_model.peft_config) if isinstance(peft_model, PeftModel) else []
-        self.adapters = loaded if adapters is None else list(adapters)
-        missing = sorted(set(self.adapters) - set(loaded))
-        if missing or len(self.adapters) < 2:
-            raise ValueError(
-                f"an ensemble needs two adapters or more, all loaded: asked for {self.adapters}, "
-                f"loaded are {loaded}; add others with `model.load_adapter`"
-            )
-
-    @torch.no_grad()
-    def __call__(self, batch: Batch) -> Tensor:
-        """Return class probabilities, ``(batch, classes)``."""
-        with self._active_adapter_restored() as peft_model:
-            samples = []
-            for name in self.adapters:
-                peft_model.set_adapter(name)
-                samples.append(super().__call__(batch))
-        return torch.stack(samples).mean(0)
-
-    @contextmanager
-    def _active_adapter_restored(self) -> Iterator[PeftModel]:
-        model: PeftModel = self.model.model
-        active = model.active_adapter
-        requires_grad = [p.requires_grad for p in model.parameters()]
-        try:
-            yield model
-        finally:
-            model.set_adapter(active)
-            for parameter, required in zip(model.parameters(), requires_grad, strict=True):
-                parameter.requires_grad_(required)
 
 
 def likelihood_name(model: LogitsModel) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.data.pairs import as_pairs, is_pair, is_stacked
+from laplace_lora.data.pairs import as_pairs, check_not_stacked, is_pair
 from laplace_lora.likelihoods.base import CONTRASTS, OUTPUTS, Readout, Scoring
 from laplace_lora.likelihoods.classification import Classification, ClassScoring
 from laplace_lora.likelihoods.links import Link
@@ -55,11 +55,7 @@ class RewardModeling(Classification):
             ValueError: If ``pairs`` is set and the inputs are none, or they are stacked pairs,
                 which are neither single texts nor pairs with suffixes.
         """
-        if is_stacked(x):
-            raise ValueError(
-                f"'input_ids' of the batch has the shape {tuple(x['input_ids'].shape)}: predict "
-                "pairs as laplace_lora.data.pairs.as_pairs(batch), which takes stacked ones apart"
-            )
+        check_not_stacked(x)
         if pairs and not is_pair(x):
             raise ValueError(NO_PAIRS)
         return DIFFERENCE if is_pair(x) else OUTPUTS

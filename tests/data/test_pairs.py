@@ -141,7 +141,9 @@ def stacked_and_halves():
 
 def test_predictions_of_stacked_pairs_say_what_to_give_instead():
     la, (stacked, _, batch) = reward_posterior(), stacked_and_halves()
-    for call in (la, la.predict, lambda x: la(x, pred_type="nn", link_approx="mc")):
+    model = la.logits_model.model
+    baselines = MAP(model), TemperatureScaling(model, [batch])
+    for call in (la, la.predict, lambda x: la(x, pred_type="nn", link_approx="mc"), *baselines):
         with pytest.raises(ValueError, match=r"\(5, 2, 9\): predict pairs as laplace_lora\.data"):
             call(stacked)
     assert_near(la(as_pairs(stacked)), la(batch))
