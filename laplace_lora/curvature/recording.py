@@ -22,11 +22,13 @@ from laplace_lora.capture.recorder import MisfitError, check_masks, record
 from laplace_lora.capture.tape import Tape
 from laplace_lora.capture.verification import verify_gradients
 from laplace_lora.data.batches import doubled, splits_by_example
+from laplace_lora.data.pairs import passes
 from laplace_lora.data.sharding import in_pieces
 from laplace_lora.models.autocast import as_called
 from laplace_lora.models.expert_layers import experts_as_layers
 from laplace_lora.models.modes import coarsest_dtype, differentiable, eager
 from laplace_lora.models.turns import in_turn
+from laplace_lora.models.unmasked import check_is_masked
 
 _COVERING = threading.Lock()
 
@@ -133,7 +135,7 @@ class Recording:
                     with gradients_flow(named) if verifies else nullcontext():
                         tape = record(run, maps, x, examples=examples)
                     if needs_masks:
-                        check_masks(tape)
+                        self._check_masks(tape)
                     if verifies:
                         if tape.examples == 1 and splits_by_example(x, 1):
                             # A single example hides which dimension counts them.
@@ -153,6 +155,13 @@ class Recording:
                     with _COVERING:  # unless another thread has done so meanwhile
                         if self._covered[0] is maps:
                             self.cover_whole(error.maps)
+
+    def _check_masks(self, tape: Tape) -> None:
+        """Refuse batches that do not say which tokens are real."""
+        for text in passes(tape.batch):
+            config = getattr(self.model, "config", None)
+            check_is_masked(text, config, "Kronecker factors would count it")
+        check_masks(tape)
 
     def _verify(self, tape: Tape, blocks: Sequence[Block], x: Any) -> None:
         """Verify a recorded pass, see `capture.verification`."""

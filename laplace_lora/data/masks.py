@@ -15,6 +15,7 @@ MASK_NAMES = ("attention_mask", "decoder_attention_mask")
 INPUTS = ("input_ids", "inputs_embeds")
 DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 GLOBAL = "global_attention_mask"  # Longformer's, which says nothing of padding
+UNCLEAR = ("mask", "masks", "attn_mask", "pad_mask")
 Place: TypeAlias = Literal["encoder", "decoder"]  # at whose tokens a map stands
 _INDICES = WeakTensorKeyDictionary()
 
@@ -48,6 +49,7 @@ def token_mask(
     masks = [mask.reshape(-1, mask.shape[-1]).to(inputs.device) for mask in _masks(batch, place)]
     others = {} if place == "decoder" else _masks_of_others(batch)
     if not masks and not others:
+        _check_names(batch, inputs, name)
         return None
     if inputs.ndim > 2:
         inputs = inputs.flatten(1, -2)
@@ -70,7 +72,8 @@ def token_mask(
         raise ValueError(
             f"layer {name!r} may stand at the tokens of several masks, {sorted(fitting_others)} "
             f"among them, which differ and have the shape {tuple(every[0].shape)}, so padding is "
-            "unknown; pad to different lengths"
+            "unknown; pad to different lengths, or take a DiagLoraLaplace or FullLoraLaplace, "
+            "which need no masks"
         )
     if every:
         return None if bool(every[0].all()) else every[0]
@@ -103,9 +106,26 @@ def _masks_of_others(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     return {
         key: value
         for key, value in batch.items()
-        if key.endswith("attention_mask") and key not in known
+        if "attention_mask" in str(key) and key not in known
         if isinstance(value, Tensor) and value.ndim == 2
     }
+
+
+def _check_names(batch: Mapping[str, Any], inputs: Tensor, name: str) -> None:
+    """Refuse a mask of a layer's tokens whose name does not say which of them are real.
+
+    Some models' are true at real tokens, others', as torch's `MultiheadAttention` has them, at
+    padding.
+    """
+    for key, value in batch.items():
+        is_unclear = key in UNCLEAR or str(key).endswith("padding_mask")
+        fits = isinstance(value, Tensor) and value.shape == inputs.shape[:-1]
+        if is_unclear and fits and not bool((value == value.flatten()[0]).all()):
+            raise ValueError(
+                f"{key!r} of the batch may say which tokens layer {name!r} shall count, but only "
+                "'attention_mask', of ones at real tokens, is read; let the model take it under "
+                "this name"
+            )
 
 
 def text_shape(batch: Mapping[str, Any], mask_name: str) -> torch.Size | None:

@@ -30,6 +30,7 @@ from laplace_lora.models.autocast import as_called, in_full_precision
 from laplace_lora.models.modes import evaluation_mode, gradients_needed
 from laplace_lora.models.score_head import score_head_narrowed
 from laplace_lora.models.thread_hooks import on_input
+from laplace_lora.models.unmasked import check_is_masked
 
 EXACT_UP_TO = 256  # outputs; beyond it one backward pass per output is too many
 
@@ -126,6 +127,9 @@ def calculate_kronecker_factors(
         with gradients_flow(list(model.named_modules())) if sums is None else nullcontext():
             tape = record(run, maps, batch, masks, sums is None, module=model)
         check_logits(tape.output)
+        if masks.get(MASK_NAMES[0]) is None:
+            config = getattr(base, "config", None)
+            check_is_masked(batch, config, "Kronecker factors would count it")
         if sums is None:
             maps = list(tape.maps)
             homogeneous = [with_bias[linear.name] for linear in maps]

@@ -109,13 +109,13 @@ def generate(
         stack.enter_context(together(runs=la.fitted.source))  # all draw the same tokens
         if method == EXACT:
             exact = exact_predictor(la, top_k, link_approx, n_samples, generator)
-            ids, mask = left_padded(inputs, la.fitted.device)
+            ids, mask = left_padded(inputs, la.fitted.device, la.fitted.source.config)
             check_text_suffices(exact.model, inputs)
             model, steps = exact.model, ExactSteps(exact, ids, mask)
         else:
             count = SAMPLES if n_samples is None else n_samples
             sampled = SampledPredictor(la, top_k, count, generator)
-            ids, mask = left_padded(inputs, la.fitted.device)
+            ids, mask = left_padded(inputs, la.fitted.device, la.fitted.source.config)
             check_text_suffices(sampled.model, inputs)
             prompts = {"input_ids": ids, "attention_mask": mask}
             reading = stack.enter_context(sampled.opened(prompts))

@@ -12,21 +12,23 @@ from laplace_lora.models.autocast import as_called
 from laplace_lora.models.modes import coarsest_dtype, evaluation_mode
 from laplace_lora.models.token_model import TokenModel
 from laplace_lora.models.tolerances import near
+from laplace_lora.models.unmasked import check_is_masked
 
 TEXT = ("input_ids", "attention_mask")
 UNREAD = (*TEXT, "labels")  # need no look
 
 
-def left_padded(inputs: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+def left_padded(inputs: Any, device: torch.device, config: Any = None) -> tuple[Tensor, Tensor]:
     """Return token numbers and mask with the padding, wherever it was, on the left.
 
     Args:
         inputs: A mapping with ``input_ids`` and, if padded, ``attention_mask``; or the token
             numbers alone, ``(texts, tokens)``.
         device: Where to put them.
+        config: The transformer's configuration, which names the padding token.
 
     Raises:
-        ValueError: If there are no prompts, or one is empty.
+        ValueError: If there are no prompts, one is empty, or one is padded without a mask.
     """
     ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
     if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel():
@@ -36,6 +38,8 @@ def left_padded(inputs: Any, device: torch.device) -> tuple[Tensor, Tensor]:
         )
     ids = ids.long()
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    if mask is None:
+        check_is_masked({"input_ids": ids}, config, "it would be continued as text")
     mask = torch.ones_like(ids) if mask is None else (mask != 0).to(ids)
     if not bool(mask.any(1).all()):
         raise ValueError("a prompt has no real token; begin it with the tokenizer's bos token")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from laplace_lora.data.batches import batch_length
 from laplace_lora.models.narrowing import last_true
+from laplace_lora.models.unmasked import check_is_masked
 
 
 def checked_target_ids(target_ids: Sequence[int] | Tensor, vocabulary: int) -> Tensor:
@@ -111,8 +112,8 @@ class AnswerPlace:
 
         Raises:
             ValueError: If a masked language model's mask token is unknown, or a text has not
-                exactly one; no configuration says how a decoder starts; or the attention mask has
-                not one entry per token.
+                exactly one; no configuration says how a decoder starts; the attention mask has not
+                one entry per token, or is missing where texts are padded.
         """
         if self.is_masked:
             if inputs.get("input_ids") is None:
@@ -127,6 +128,8 @@ class AnswerPlace:
                 inputs["decoder_input_ids"] = self._start(batch_length(inputs), device)
             mask = inputs.get("decoder_attention_mask")
         if mask is None:
+            if not self.is_encoder_decoder:
+                check_is_masked(inputs, self._config, "the answer would be read after it")
             return None, 0
         if mask.ndim != 2:
             raise ValueError(

@@ -110,12 +110,16 @@ def test_factors_do_not_depend_on_batching_or_padding(name, approximation):
 
 
 def test_padding_without_a_mask_would_change_the_factors():
-    """What the mask is for: without it pad columns count as tokens."""
+    """What the mask is for: without it pad columns would count as tokens, so it is asked for."""
     model, batch = logits_model("llama"), token_batch(LENGTHS, pad_to=13)
     masked = summed_kron(model, batch, (5,))
-    unmasked = summed_kron(model, {k: v for k, v in batch.items() if k != "attention_mask"}, (5,))
-    difference = (masked.diag() - unmasked.diag()).norm() / masked.diag().norm()
+    ones = torch.ones_like(batch["input_ids"])
+    all_real = summed_kron(model, {**batch, "attention_mask": ones}, (5,))
+    difference = (masked.diag() - all_real.diag()).norm() / masked.diag().norm()
     assert difference > 0.1
+    unmasked = {k: v for k, v in batch.items() if k != "attention_mask"}
+    with pytest.raises(ValueError, match=r"padding token \(0\).*Kronecker factors would count it"):
+        summed_kron(model, unmasked, (5,))
 
 
 def test_sketches_do_not_depend_on_batching_or_padding():

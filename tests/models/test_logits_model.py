@@ -155,7 +155,7 @@ def test_the_head_is_restored_after_a_failure():
     wrapped = LogitsModel(model, target_ids=TARGETS)
     head = model.get_base_model().lm_head
     with pytest.raises(RuntimeError):
-        wrapped({"input_ids": torch.zeros(2, 3, 4, dtype=torch.long)})
+        wrapped({"input_ids": torch.ones(2, 3, 4, dtype=torch.long)})
     assert "forward" not in vars(head)
     assert not head._forward_pre_hooks
     assert wrapped(token_batch((5, 5))).shape == (2, 3)

@@ -1,0 +1,43 @@
+"""Refuse texts that look padded where no attention mask says what is text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+IDS, MASK = "input_ids", "attention_mask"
+
+
+def check_is_masked(batch: Any, config: Any, why: str) -> None:
+    """Refuse texts without a mask that begin or end with the model's padding token.
+
+    Where that token also ends texts, as GPT-2's does, one of it is taken for the end of a text.
+
+    Args:
+        batch: The model's inputs; what is no mapping with token numbers passes.
+        config: The transformer's configuration; ``None`` if it has none.
+        why: What goes wrong without a mask.
+
+    Raises:
+        ValueError: If there are such texts.
+    """
+    if not isinstance(batch, Mapping) or batch.get(MASK) is not None:
+        return
+    ids = batch.get(IDS)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    pad = getattr(text_config, "pad_token_id", None)
+    if pad is None or not isinstance(ids, Tensor) or ids.ndim < 2 or not ids.numel():
+        return
+    ends: Any = getattr(text_config, "eos_token_id", None)
+    run = 2 if pad in (ends if isinstance(ends, list) else [ends]) else 1
+    if ids.shape[-1] < run:
+        return
+    is_pad = ids == pad
+    if bool((is_pad[..., :run].all(-1) | is_pad[..., -run:].all(-1)).any()):
+        raise ValueError(
+            f"texts begin or end with the padding token ({pad}), and no 'attention_mask' says that "
+            f"it is padding: {why}. Give the batch the tokenizer's mask, or one of ones if these "
+            "tokens are text"
+        )

@@ -1,0 +1,115 @@
+"""Padded texts without a mask, or with one of another name, are refused where it matters."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LogitsModel
+from laplace_lora.generation import generate
+from laplace_lora.models.unmasked import check_is_masked
+from support.batches import token_batch
+from support.functional import adapters_only, factors_of
+from support.language import language_posterior
+from support.models import PAD, TARGETS, llama_config, peft_model
+from support.preferences import pair_batch, reward_posterior
+
+PADDED = "begin or end with the padding token"
+
+
+def unmasked(batch):
+    return {key: value for key, value in batch.items() if key != "attention_mask"}
+
+
+def one_batch(batch):
+    return DataLoader([batch], batch_size=None)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_fits_of_kronecker_factors(name, side):
+    batch = token_batch((5, 3), side=side)
+    la = KronLoraLaplace(peft_model(name), "classification")
+    with pytest.raises(ValueError, match=PADDED + ".*would count it"):
+        la.fit(one_batch(unmasked(batch)))
+    la.fit(one_batch({**batch, "attention_mask": torch.ones_like(batch["input_ids"])}))
+    la.fit(one_batch(unmasked(token_batch((5, 5)))))
+    DiagLoraLaplace(peft_model(name), "classification").fit(one_batch(unmasked(batch)))
+
+
+def test_pairs_are_looked_at_text_by_text():
+    la, batch = reward_posterior(fit=False), pair_batch()
+    bare = {k: v for k, v in batch.items() if not k.startswith("attention_mask")}
+    with pytest.raises(ValueError, match=PADDED):
+        la.fit(one_batch(bare))
+
+
+def test_the_functional_interface():
+    model = adapters_only("bert")
+    with pytest.raises(ValueError, match=PADDED):
+        factors_of(model, "bert", [unmasked(token_batch((5, 3)))])
+    whole = unmasked(token_batch((5, 3)))
+    ones = torch.ones_like(whole["input_ids"])
+    factors_of(model, "bert", [whole], attention_mask=lambda batch: ones)
+
+
+def test_answers_and_continuations():
+    batch = unmasked(token_batch((5, 3)))
+    answers = LogitsModel(peft_model("llama-lm"), TARGETS)
+    with pytest.raises(ValueError, match=PADDED + ".*answer would be read after it"):
+        answers(batch)
+    la = language_posterior()
+    for prompts in (batch, batch["input_ids"]):
+        with pytest.raises(ValueError, match=PADDED + ".*would be continued as text"):
+            generate(la, prompts, max_new_tokens=1)
+
+
+def test_a_token_that_also_ends_texts_may_do_so_once():
+    config = llama_config()
+    config.eos_token_id = [PAD, 3]
+    text = torch.tensor([[1, 2, 3, PAD], [1, 2, PAD, 4]])
+    check_is_masked({"input_ids": text}, config, "")
+    with pytest.raises(ValueError, match=PADDED):
+        check_is_masked({"input_ids": torch.tensor([[1, 2, PAD, PAD]])}, config, "")
+    check_is_masked({"input_ids": text}, None, "")
+    check_is_masked({"input_ids": text, "attention_mask": text != PAD}, config, "")
+
+
+class Masked(nn.Module):
+    """A classifier whose mask has a name of its own."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.inner, self.name = peft_model("bert"), name
+
+    def forward(self, input_ids, **masks):
+        return self.inner(input_ids=input_ids, attention_mask=masks[self.name]).logits
+
+
+@pytest.mark.parametrize("name", ["mask", "padding_mask"])
+def test_masks_of_unclear_names(name):
+    batch = token_batch((5, 3))
+    batch = {"input_ids": batch["input_ids"] + 1, name: batch["attention_mask"]} | {
+        "labels": batch["labels"]
+    }
+    with pytest.raises(RuntimeError, match=f"'{name}' of the batch may say which tokens"):
+        KronLoraLaplace(Masked(name), "classification").fit(one_batch(batch))
+    DiagLoraLaplace(Masked(name), "classification").fit(one_batch(batch))
+
+
+def test_attention_masks_with_a_suffix_are_read():
+    def evidence(name):
+        batch = token_batch((5, 3, 4))
+        batch["input_ids"] += 1  # no padding token tells
+        batch[name] = batch.pop("attention_mask")
+        la = KronLoraLaplace(Masked(name), "classification")
+        la.fit(one_batch(batch))
+        return float(la.log_marginal_likelihood())
+
+    assert evidence("attention_mask_a") == pytest.approx(evidence("attention_mask"), rel=1e-9)
+
+
+def test_a_mask_of_ones_is_one_of_any_name():
+    batch = token_batch((4, 4))
+    batch["mask"] = batch.pop("attention_mask")
+    KronLoraLaplace(Masked("mask"), "classification").fit(one_batch(batch))
