@@ -12,6 +12,7 @@ from torch import Tensor
 
 from laplace_lora.fitting.further_directions import PURPOSE, asked_for, next_directions
 from laplace_lora.fitting.passes import Pass, Sums
+from laplace_lora.structures.settings import copied
 from laplace_lora.structures.state import Posterior, PosteriorState
 from laplace_lora.structures.subspace import Subspace, spanned
 from laplace_lora.tuning.directions import orthonormal
@@ -114,4 +115,4 @@ def _measured(
     check_same_data(posterior.state, sums.n, sums.loss, PURPOSE)
     displacement = posterior.mean - posterior.settings.prior_mean
     products = spanned(directions, sums.state, gradient, displacement, engine.sizes)
-    return Subspace(*products, posterior.settings.prior_mean)
+    return Subspace(*products, copied(posterior.settings.prior_mean))

@@ -54,6 +54,9 @@ def shallow_copy(posterior: T) -> T:
     """Return a copy of a posterior over the same model; their states go separate ways."""
     twin = object.__new__(type(posterior))
     vars(twin).update(vars(posterior))
+    if "state" in vars(twin):  # a Gaussian process has its settings among its own entries
+        state = vars(twin)["state"]
+        vars(twin).update(state=state.with_settings(state.settings.own()), _latest=None)
     return twin
 
 

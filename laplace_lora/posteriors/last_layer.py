@@ -6,7 +6,8 @@ from typing import Any
 
 from laplace import DiagLLLaplace, FullLLLaplace, KronLLLaplace
 from laplace.baselaplace import BaseLaplace
-from torch import nn
+from laplace.utils.utils import invsqrt_precision
+from torch import Tensor, nn
 
 from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.registry import likelihood_of
@@ -128,3 +129,12 @@ class FullLoraLLLaplace(LastLayerLaplace, FullLLLaplace):
 
     def __init__(self, model: nn.Module, likelihood: str, **kwargs: Any) -> None:
         super().__init__(model, likelihood, Dense(), **kwargs)
+
+    @property
+    def posterior_scale(self) -> Tensor:
+        """Root of the posterior covariance, ``(parameters, parameters)``.
+
+        laplace-torch keeps the first one it computes, whatever is fitted or tuned afterwards.
+        """
+        scale: Tensor = invsqrt_precision(self.posterior_precision)
+        return scale

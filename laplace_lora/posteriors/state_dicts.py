@@ -13,7 +13,7 @@ from torch import Tensor
 
 from laplace_lora.curvature.kron_protocol import LowRankKron
 from laplace_lora.structures.eigenvalue_correction import CorrectedKron
-from laplace_lora.structures.settings import SCALES, Settings
+from laplace_lora.structures.settings import SCALES, TENSORS, Settings, copied
 from laplace_lora.structures.state import Posterior, PosteriorState
 from laplace_lora.structures.subspace import SUBSPACE, SUBSPACE_TENSORS, subspace_from
 
@@ -37,6 +37,7 @@ def state_entries(posterior: Posterior) -> dict[str, Any]:
         "H": packed,
         **gradient,
         **{name: getattr(posterior.settings, name) for name in SCALES},
+        **{name: copied(getattr(posterior.settings, name)) for name in TENSORS},
         SHIFT: posterior.settings.shift,
     }
 
@@ -75,7 +76,7 @@ def read_state(posterior: Posterior, state_dict: Mapping[str, Any]) -> Posterior
         **{name: state_dict.get(name, 1.0) for name in SCALES},
     )
     return PosteriorState(
-        settings,
+        settings.own(),
         _curvature(posterior, state_dict),
         state_dict["mean"],
         sizes,

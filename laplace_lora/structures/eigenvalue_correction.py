@@ -6,6 +6,7 @@ descent in a Kronecker-factored eigenbasis*, arXiv:1806.03884.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +22,9 @@ class CorrectedKron:
     Of all matrices with these eigenvectors it is the nearest to the exact block in Frobenius norm,
     so it is never farther than the factors' product. Where a side is low-rank, the directions left
     out share the mean of theirs, which keeps the trace of the exact block; with the residual
-    ``"zero"`` they stay zero, as in the factors, and what they hold is dropped.
+    ``"zero"`` they stay zero, as in the factors, and what they hold is dropped. Directions in which
+    a side is zero up to rounding share their mean, too, as nothing tells which eigenvectors they
+    have: sums over tokens, as *reduce* takes them, may be zero where the exact block is not.
 
     Attributes:
         factors: The factors; only their eigenvectors count.
@@ -46,6 +49,7 @@ class CorrectedKron:
             basis: What `decompose` returned.
             diagonals: Diagonal of each block in this basis, in the form of its `table`.
         """
+        diagonals = [_evened(basis, i, diagonal) for i, diagonal in enumerate(diagonals)]
         if self.factors.residual == "zero":
             diagonals = [_kept_only(basis, i, diagonal) for i, diagonal in enumerate(diagonals)]
         tables = [basis.table(i) + diagonal for i, diagonal in enumerate(diagonals)]
@@ -72,6 +76,17 @@ class CorrectedKron:
         """Return the curvature on another device."""
         corrected = None if self.corrected is None else self.corrected.to(device)
         return CorrectedKron(self.factors.to(device), corrected)
+
+
+def _evened(basis: LowRankKronDecomposed, i: int, diagonal: Tensor) -> Tensor:
+    """Return a block's diagonal with one value for all directions in which a side is zero."""
+    evened = diagonal.clone()
+    for values, rows in zip(basis.eigenvalues[i], (evened, evened.T), strict=False):
+        noise = torch.finfo(values.dtype).eps * math.sqrt(len(values)) * values.max()
+        unknown = (values <= noise).nonzero().squeeze(1)
+        if len(unknown):
+            rows[unknown] = rows[unknown].mean(0)
+    return evened
 
 
 def _kept_only(basis: LowRankKronDecomposed, i: int, diagonal: Tensor) -> Tensor:

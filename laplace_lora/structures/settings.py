@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+TENSORS = ("prior_precision", "prior_mean", "sigma_noise")
 SCALES = ("covariance_scale", "likelihood_temperature")
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor; what it was derived from gets gradients through the copy, too."""
+    if tensor.is_leaf:
+        return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    return tensor.clone()
 
 
 def check_positive(name: str, value: Tensor | float) -> None:
@@ -57,8 +66,13 @@ class Settings:
     @property
     def versions(self) -> list[int]:
         """How often each tensor has been changed in place, as by ``prior_precision.mul_(2)``."""
-        tensors = (self.prior_precision, self.prior_mean, self.sigma_noise)
+        tensors = [getattr(self, name) for name in TENSORS]
         return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+    def own(self) -> Settings:
+        """Return the settings in tensors that no other posterior changes in place."""
+        copies: Any = {name: copied(getattr(self, name)) for name in TENSORS}
+        return replace(self, **copies)
 
     def untuned(self) -> Settings:
         """Return the settings with width, temperature and mean as a fit leaves them."""
@@ -66,6 +80,5 @@ class Settings:
 
     def to(self, device: torch.device) -> Settings:
         """Return the settings on another device."""
-        names = ("prior_precision", "prior_mean", "sigma_noise")
-        moved = {name: getattr(self, name).to(device) for name in names}
+        moved = {name: getattr(self, name).to(device) for name in TENSORS}
         return replace(self, **moved, shift=None if self.shift is None else self.shift.to(device))

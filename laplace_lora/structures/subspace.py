@@ -12,7 +12,7 @@ further direction.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -74,16 +74,6 @@ class Subspace:
         matrix = scale * self.curvature + torch.einsum("t,tij->ij", precisions, self.grams)
         return self.basis.T @ b, self.basis.T @ matrix @ self.basis
 
-    def first(self, m: int) -> Subspace:
-        """Return what the first ``m`` directions say."""
-        return Subspace(
-            self.grams[:, :m, :m],
-            self.curvature[:m, :m],
-            self.gradient[:m],
-            self.displacement[:, :m],
-            self.prior_mean,
-        )
-
     def to(self, device: torch.device) -> Subspace:
         """Return the same on another device."""
         return Subspace(*(getattr(self, field.name).to(device) for field in fields(self)))
@@ -103,6 +93,7 @@ def subspace_from(tensors: Mapping[str, Any]) -> Subspace | None:
     if not any(name.startswith(SUBSPACE) for name in tensors):
         return None
     found = Subspace(*(tensors[f"{SUBSPACE}{name}"] for name in SUBSPACE_TENSORS))
+    found = replace(found, prior_mean=found.prior_mean.clone())  # the settings' may change in place
     count, m = found.displacement.shape
     shapes = found.grams.shape, found.curvature.shape, found.gradient.shape
     if shapes != ((count, m, m), (m, m), (m,)):

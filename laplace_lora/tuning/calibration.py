@@ -191,7 +191,7 @@ def calibrate(
         shift=None if settings.shift is None else settings.shift * float(best[3]),
     )
     report = Calibration(
-        chosen.prior_precision,
+        chosen.prior_precision.detach().clone(),
         scale,
         temperature,
         found.before,

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from laplace_lora.structures.state import Posterior
 
+# Share of the largest singular value that is rounding.
+DEPENDENT = {torch.float64: 1e-10, torch.float32: 1e-6}
 WIDER = (1.0, 30.0, 1000.0)  # factors of the prior precision in the preconditioner
 
 
@@ -27,7 +29,14 @@ def preconditioned(posterior: Posterior, remainder: Tensor, delta: float) -> Ten
 
 
 def orthonormal(directions: Tensor) -> Tensor:
-    """Return directions of the same span, so that no small difference is ever taken."""
-    directions = directions / directions.norm(dim=1, keepdim=True).clamp(min=1e-30)
-    rows: Tensor = torch.linalg.qr(directions.double().T).Q.T
+    """Return directions of the same span, so that no small difference is ever taken.
+
+    Those that depend on others are left out, of which nothing but rounding would be left.
+    """
+    wide = directions.double()
+    wide = wide / wide.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    basis, coordinates = torch.linalg.qr(wide.T)
+    turned, values, _ = torch.linalg.svd(coordinates)
+    count = max(int((values > DEPENDENT[directions.dtype] * values[0]).sum()), 1)
+    rows: Tensor = (basis @ turned[:, :count]).T
     return rows.to(directions)

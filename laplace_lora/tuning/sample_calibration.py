@@ -105,7 +105,7 @@ def calibrate_by_samples(
     scale, temperature = (exponential(value) for value in found.best)
     chosen = replace(settings, covariance_scale=scale, likelihood_temperature=temperature)
     report = Calibration(
-        chosen.prior_precision,
+        chosen.prior_precision.detach().clone(),
         scale,
         temperature,
         found.before,

@@ -9,7 +9,7 @@ from laplace_lora import DiagLoraLLLaplace, FullLoraLLLaplace, KronLoraLLLaplace
 from laplace_lora.likelihoods.base import CONTRASTS
 from laplace_lora.likelihoods.classification import LOGITS
 from laplace_lora.predictive.glm import Predictor
-from support.batches import loader, token_batch
+from support.batches import loader, token_batch, validation
 from support.last_layer import MODELS, PARAMETRIC, PLAIN, by_name, last_layer_logits_model, padded
 from support.models import peft_model
 from support.references import assert_near
@@ -201,3 +201,31 @@ def test_low_rank_sides_on_request():
     assert low.H.blocks[0][1].multiplicity == 14
     assert dense.H.blocks[0][1].multiplicity == 0
     assert not torch.allclose(low(BATCH), dense(BATCH), rtol=1e-9)
+
+
+@pytest.mark.parametrize("change", ["fit", "tune", "calibrate", "temperature", "in place", "load"])
+def test_a_dense_covariance_is_that_of_the_moment(change):
+    """laplace-torch keeps the first one that it was asked for."""
+    model = peft_model("bert")
+    la = FullLoraLLLaplace(model, "classification")
+    la.fit(loader())
+    jacobian = torch.randn(1, 1, la.n_params, dtype=torch.float64)
+    before = la.functional_variance(jacobian)
+    if change == "fit":
+        la.fit(validation())
+    elif change == "tune":
+        la.optimize_prior_precision(method="marglik", correction=False)
+    elif change == "calibrate":
+        la.calibrate(validation())
+    elif change == "temperature":
+        la.temperature = 3.0
+    elif change == "in place":
+        la.prior_precision.mul_(10)
+    else:
+        other = FullLoraLLLaplace(model, "classification", prior_precision=30.0)
+        other.fit(loader())
+        la.load_state_dict(other.state_dict())
+    expected = jacobian @ torch.linalg.inv(la.posterior_precision) @ jacobian.mT
+    assert_near(la.functional_variance(jacobian), expected, 1e-9)
+    assert not torch.allclose(expected, before)
+    assert_near(la.posterior_scale @ la.posterior_scale.T, la.posterior_covariance, 1e-9)

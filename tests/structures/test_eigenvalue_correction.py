@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from laplace_lora import KronLoraLLLaplace, LogitsModel, LoraEF
+from laplace_lora import KronLoraLaplace, KronLoraLLLaplace, LogitsModel, LoraEF
 from laplace_lora.likelihoods import classification
 from laplace_lora.likelihoods import roots as likelihoods
 from laplace_lora.predictive.glm import Predictor
@@ -251,3 +251,18 @@ def test_the_last_layer_may_be_corrected(kwargs, tmp_path):
     assert torch.equal(again(BATCH), la(BATCH))
     plain = fit_corrected(cls=KronLoraLLLaplace, correct=False, **kwargs)
     assert not torch.allclose(plain(BATCH), la(BATCH), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"factor_rank": 4, "low_rank_threshold": 8}])
+def test_batches_and_order_do_not_change_reduced_factors(kwargs):
+    """Their sides have a null space in which the exact block is not zero."""
+    evidences = []
+    for batch_size in (1, 2, 7):
+        backend = {"kfac_approx": "reduce"}
+        model = peft_model("gpt2")
+        la = KronLoraLaplace(
+            model, "classification", eigenvalue_correction=True, backend_kwargs=backend, **kwargs
+        )
+        la.fit(loader(batch_size))
+        evidences.append(float(la.log_marginal_likelihood()))
+    assert evidences == pytest.approx(evidences[:1] * 3, rel=1e-6)

@@ -22,6 +22,7 @@ from support.batches import loader
 from support.models import peft_model
 from support.posteriors import CLASSES, LOW, posterior
 from support.references import assert_near
+from support.subspaces import first
 
 EXACT = [(FullLoraLaplace, {}), (LowRankLoraLaplace, {"rank": 30})]
 ALL = [*CLASSES, (KronLoraLaplace, {"eigenvalue_correction": True}), *EXACT]
@@ -145,11 +146,11 @@ def test_further_directions_tighten_the_bound():
     la = posterior(**LOW)
     la.measure_gradient_term()
     whole = la.state.subspace
-    assert len(whole.gradient) >= 7 + 4  # those of the guide, and one step at least
+    assert len(whole.gradient) > 7  # those of the guide, and one step at least
     for delta in (0.1, 1.0, 50.0):
         values = []
-        for m in (1, 2, 3, 5, 7, 11):
-            values.append(whole.first(m).term(torch.tensor([delta]), 1.0).item())
+        for m in range(1, len(whole.gradient) + 1):
+            values.append(first(whole, m).term(torch.tensor([delta]), 1.0).item())
         assert all(a <= b + 1e-9 for a, b in itertools.pairwise(values))
         assert values[-1] > values[0]
 
