@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DistributedSampler,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
 
 from laplace_lora.acquisition.bait import bait
 from laplace_lora.acquisition.batch_bald import batch_bald
 from laplace_lora.acquisition.joint_samples import joint_samples
-from laplace_lora.data.streams import is_stream
+from laplace_lora.data.order import check_order
 from laplace_lora.display.tables import plain
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.predictive.data_sets import predict
@@ -31,9 +22,6 @@ from laplace_lora.structures.state import Posterior
 SINGLE = {"entropy": "entropy", "bald": "mutual_information"}
 METHODS = (*SINGLE, "batchbald", "bait")
 SAMPLES = 128
-IN_ORDER = (SequentialSampler, BatchSampler)  # the latter by the sampler inside
-LOOKS = 3  # a few random places come in order by chance
-SHUFFLED = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 @dataclass(frozen=True)
@@ -86,7 +74,7 @@ def acquire(
         raise ValueError(f"n must be at least 1, got {n}")
     if n_samples is not None and n_samples < 2:
         raise ValueError(f"n_samples must be at least 2, got {n_samples}")
-    _check_order(pool)
+    check_order(pool, "the pool")
     data = (pool, tokenizer, batch_size)
     if method in SINGLE:
         found = predict(Predictor(posterior), *data, QUADRATURE, n_samples, generator, progress_bar)
@@ -101,49 +89,6 @@ def acquire(
         return Acquisition(*bait(samples, n), method)
     source = seeded(posterior, generator)
     return Acquisition(*batch_bald(samples.log_probabilities(), n, source), method)
-
-
-def _check_order(pool: Any) -> None:
-    """Refuse a loader that reorders its data: places in its order name no examples."""
-    if is_stream(pool):
-        return  # its sampler tells nothing, and has no end
-    for sampler in _samplers(pool):
-        if _reorders(sampler):
-            raise ValueError(
-                f"the pool's loader draws its examples in random order, or in one of its own "
-                f"({type(sampler).__name__}), so their places would name others; make it, or its "
-                "DistributedSampler, with shuffle=False, and without a sampler that sorts"
-            )
-
-
-def _samplers(pool: Any) -> Iterator[Any]:
-    """Yield what may order a loader's examples; accelerate puts batch samplers into others."""
-    yield getattr(pool, "sampler", None)
-    batches = getattr(pool, "batch_sampler", None)
-    while batches is not None:
-        yield batches
-        yield getattr(batches, "sampler", None)
-        batches = getattr(batches, "batch_sampler", None)
-
-
-def _reorders(sampler: Any) -> bool:
-    if sampler is None or type(sampler) in IN_ORDER or hasattr(sampler, "batch_sampler"):
-        return False
-    if isinstance(sampler, DistributedSampler):
-        return getattr(sampler, "shuffle", True)  # by length, it has no such attribute
-    return isinstance(sampler, SHUFFLED) or not _is_seen_in_order(sampler)
-
-
-def _is_seen_in_order(sampler: Any) -> bool:
-    """Return whether a sampler of unknown kind gives its places in rising order, repeatedly."""
-    with torch.random.fork_rng(devices=[]):
-        if iter(sampler) is sampler:
-            return True  # can be iterated over once only
-        for _ in range(LOOKS):
-            drawn = [p for item in sampler for p in (item if isinstance(item, list) else [item])]
-            if drawn != sorted(drawn):
-                return False
-    return True
 
 
 def _check_size(n: int, examples: int) -> None:

@@ -12,6 +12,7 @@ from laplace_lora.commands.rows import Row
 
 TEXTS = ("text", "prompt", "messages", "sentence", "question")
 PAIRS = ("text_pair",)
+SECOND = ("text2", "sentence1", "sentence2", "premise", "hypothesis", "context", "passage")
 COMPLETIONS = ("completion", "answer", "response")
 LABELS = ("label", "labels")
 CHOSEN, REJECTED = "chosen", "rejected"  # of preference pairs, as TRL names them
@@ -45,7 +46,8 @@ def columns_of(rows: Sequence[Row], asked: Columns, known: Columns | None = None
     Rows need not all have the same columns: it is there if one of them has it.
 
     Raises:
-        ValueError: If a column that was asked for, or that of the fit's texts, is missing.
+        ValueError: If a column that was asked for, or that of the fit's texts, is missing, or
+            nobody says which of several columns holds the texts.
     """
     present = present_in(rows)
     for name in (asked.text, asked.pair, asked.completion, asked.label):
@@ -59,6 +61,8 @@ def columns_of(rows: Sequence[Row], asked: Columns, known: Columns | None = None
                     f"the posterior was fitted on the column {name!r}; the data have "
                     f"{_listed(present)}. Name the column by --{role}-field"
                 )
+    elif asked.text is None:
+        _check_one_text(present, asked)
     choices = {"text": TEXTS, "pair": PAIRS, "completion": COMPLETIONS, "label": LABELS}
     found: dict[str, str | None] = {}
     for role, usual in choices.items():
@@ -66,10 +70,22 @@ def columns_of(rows: Sequence[Row], asked: Columns, known: Columns | None = None
         # A second text that the fit did not read would make another input.
         is_new = of_fit is None and role != "pair"
         candidates = usual if known is None or is_new or role == "label" else ()
+        free = [name for name in present if name not in vars(asked).values()]
         found[role] = getattr(asked, role) or next(
-            (name for name in (of_fit, *candidates) if name is not None and name in present), None
+            (name for name in (of_fit, *candidates) if name in free), None
         )
     return Columns(**found)
+
+
+def _check_one_text(present: Sequence[str], asked: Columns) -> None:
+    """Refuse to choose among several columns that may be the texts."""
+    named = vars(asked).values()
+    texts = [name for name in present if name in (*TEXTS, *SECOND) and name not in named]
+    if len(texts) > 1:
+        raise ValueError(
+            f"the data have several columns of texts, {_listed(texts)}; name the one to read by "
+            "--text-field, and that of second texts, if there are any, by --pair-field"
+        )
 
 
 @contextmanager

@@ -229,10 +229,13 @@ class Engine:
             needs_masks: Whether every recorded layer must know which of its tokens are real.
 
         Raises:
-            ValueError: If labels lie outside the classes.
+            ValueError: If labels lie outside the classes, or outputs are probabilities already.
             FloatingPointError: If the loss is not finite.
         """
+        is_first = self.recording.verify and not self.recording.is_verified
         tape, _ = self.recording.tape(x, examples=len(y), needs_masks=needs_masks)
+        if is_first:
+            self.objective.check_values(tape.output)
         loss = self.objective.nll(tape.output, y)
         if not bool(loss.isfinite()):
             raise FloatingPointError(f"the loss is {loss.item()}")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from laplace_lora.data.batches import Batch, batch_labels
 from laplace_lora.data.distributed import together
+from laplace_lora.data.order import check_order
 from laplace_lora.data.pairs import as_pairs, is_pair
 from laplace_lora.evaluation.conformal import conformal_sets
 from laplace_lora.evaluation.report import CalibrationReport
@@ -20,6 +21,7 @@ from laplace_lora.evaluation.risk_control import ANSWERED, answering_threshold, 
 from laplace_lora.evaluation.rows import (
     Predict,
     has_independent_labels,
+    label_key_of,
     model_of,
     predicted_rows,
     reads_pairs,
@@ -46,7 +48,7 @@ def evaluate(
     risk: float | None = None,
     certainty: float = 0.9,
     groups: Sequence[Any] | Tensor | None = None,
-    label_key: str = "labels",
+    label_key: str | None = None,
     bootstrap: int = 200,
     seed: int = 0,
     progress_bar: bool | None = None,
@@ -79,7 +81,7 @@ def evaluate(
         certainty: Probability with which the risk is to hold.
         groups: A label of any kind for each example, in the loader's order; adds a report for
             each group, ``by_group``. Of a token classifier one for each text.
-        label_key: Key of the labels.
+        label_key: Key of the labels; ``None`` for the posterior's ``dict_key_y``, or ``"labels"``.
         bootstrap: Number of resamples behind the standard errors.
         seed: Seed of the resamples.
         progress_bar: Whether to show progress, see `progress`.
@@ -90,7 +92,8 @@ def evaluate(
     Raises:
         ValueError: If a loader is empty, a batch has no labels, labels lie outside the classes, are
             no integers, or none is known, ``predict`` does not return probabilities, ``bootstrap``
-            is below 2, there is not one group for each example, or conformal sets or a risk are
+            is below 2, there is not one group for each example, groups are given with a loader that
+            draws examples in another order, or conformal sets or a risk are
             asked for with too few labels, of anything but classes, or without ``conformal_loader``.
         ImportError: If conformal sets are asked for, and crepes is missing.
     """
@@ -101,12 +104,15 @@ def evaluate(
             check_share(share, value)
     if risk is not None and conformal_loader is None:
         raise ValueError("a risk is kept on labelled data of their own: give `conformal_loader`")
+    if groups is not None:
+        check_order(loader, "the data")
+    key = label_key_of(predict) if label_key is None else label_key
     threshold, independent = None, has_independent_labels(predict)
-    by_example = partial(with_suffixes, label_key=label_key) if reads_pairs(predict) else None
+    by_example = partial(with_suffixes, label_key=key) if reads_pairs(predict) else None
 
     def labels_of(batch: Batch) -> Tensor:
-        pairs = as_pairs(batch, label_key) if is_pair(batch) else batch
-        return batch_labels(pairs, label_key).cpu()
+        pairs = as_pairs(batch, key) if is_pair(batch) else batch
+        return batch_labels(pairs, key).cpu()
 
     with together(loader, ood_loader, conformal_loader, runs=model_of(predict)) as team:
         batches = team.batches(loader, f"Evaluating {name}", progress_bar, by_example)

@@ -54,6 +54,12 @@ def has_independent_labels(predict: Predict) -> bool | None:
     return says
 
 
+def label_key_of(predict: Predict) -> str:
+    """Return the key of the labels in batches, that of the posterior where one predicts."""
+    key: str = getattr(getattr(predict, "__self__", predict), "dict_key_y", "labels")
+    return key
+
+
 def reads_pairs(predict: Predict) -> bool:
     """Return whether what predicts is a reward model, whose examples are pairs."""
     objective = getattr(getattr(predict, "__self__", predict), "objective", None)

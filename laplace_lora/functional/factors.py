@@ -23,6 +23,7 @@ from laplace_lora.display.warning import warn
 from laplace_lora.functional.called_with import mask_notes
 from laplace_lora.functional.running_factors import factor_tensor
 from laplace_lora.functional.selection import selected_maps
+from laplace_lora.likelihoods.label_check import check_logits
 from laplace_lora.likelihoods.roots import sampled_softmax_root, softmax_root
 from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.linalg.factors import map_shared
@@ -126,7 +127,7 @@ def calculate_kronecker_factors(
         masks = ChainMap(known, called_with)
         with gradients_flow(list(model.named_modules())) if sums is None else nullcontext():
             tape = record(run, maps, batch, masks, sums is None, module=model)
-        check_logits(tape.output)
+        check_logits(tape.output, "forward_call")
         if masks.get(MASK_NAMES[0]) is None:
             config = getattr(base, "config", None)
             check_is_masked(batch, config, "Kronecker factors would count it")
@@ -179,19 +180,6 @@ def _summed(
     assert sums is not None
     team.add_up(sums.tensors())
     return sums, int(team.total(n)[0])
-
-
-def check_logits(f: Tensor) -> None:
-    """Refuse outputs that are probabilities already.
-
-    Raises:
-        ValueError: If no entry is negative and every row sums to one.
-    """
-    if bool((f >= 0).all()) and bool(((f.double().sum(-1) - 1).abs() < 1e-3).all()):
-        raise ValueError(
-            "forward_call returned probabilities (rows that sum to one, without negative entries); "
-            "return the logits, before the softmax"
-        )
 
 
 def _columns(f: Tensor, num_samples: int | None) -> Tensor:

@@ -141,6 +141,14 @@ class Likelihood(Protocol):
         """
         return
 
+    def check_values(self, f: Tensor) -> None:
+        """Refuse outputs ``(batch, outputs)`` that are no parameters of the likelihood.
+
+        Raises:
+            ValueError: If they are not.
+        """
+        return
+
     def check_problem(self, problem_type: str | None) -> None:
         """Refuse a model that was trained by another likelihood.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.likelihoods.base import CONTRASTS, Likelihood, Readout, Scoring
+from laplace_lora.likelihoods.label_check import check_logits
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.roots import (
     cross_entropy,
@@ -29,6 +30,11 @@ class Classification(Likelihood):
     name = "classification"
     laplace_name = "classification"
     is_classifier = True
+
+    def check_values(self, f: Tensor) -> None:
+        """Refuse probabilities in the place of logits, see `check_logits`."""
+        if f.shape[-1] > 1:
+            check_logits(f, "the model")
 
     def check_problem(self, problem_type: str | None) -> None:
         """Refuse a model of independent labels, whose softmax means nothing.

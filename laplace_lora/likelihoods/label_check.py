@@ -1,4 +1,4 @@
-"""Refuse labels of other data as a fit refuses its own."""
+"""Refuse labels of other data as a fit does its own, and probabilities in place of logits."""
 
 from __future__ import annotations
 
@@ -34,4 +34,21 @@ def check_labels(
         raise FloatingPointError(
             f"the loss of a batch is {loss.item()}; look for NaN or infinity in its labels or "
             "targets, and remove these examples"
+        )
+
+
+def check_logits(f: Tensor, source: str) -> None:
+    """Refuse outputs that are probabilities already.
+
+    Args:
+        f: Outputs, ``(batch, classes)``.
+        source: What returned them.
+
+    Raises:
+        ValueError: If no entry is negative and every row sums to one.
+    """
+    if bool((f >= 0).all()) and bool(((f.double().sum(-1) - 1).abs() < 1e-3).all()):
+        raise ValueError(
+            f"{source} returned probabilities (rows that sum to one, without negative entries); "
+            "return the logits, before the softmax"
         )

@@ -162,8 +162,9 @@ def forward_mode(
     twin, own = twin_of(model, parameters)
     if twin is None:
         raise NoForwardDerivativeError(
-            "the model is compiled, offloaded, sharded or cannot be copied, and samples by "
-            "forward mode need a copy of its modules; use method='exact'"
+            "the model is compiled, offloaded or sharded, cannot be copied, or a module's forward "
+            "pass was replaced by one that refers to the model; samples by forward mode need a "
+            "copy of its modules; use method='exact'"
         )
     numbers = {id(parameter): index for index, parameter in enumerate(own)}
     names = {numbers[id(p)]: name for name, p in twin.named_parameters() if id(p) in numbers}

@@ -107,14 +107,19 @@ def _has_twin(model: nn.Module) -> bool:
 
 
 def _is_trls_fused_head(module: nn.Module) -> bool:
-    """Return whether TRL has put a forward pass around the class's own, see `_fused_forward`."""
-    function: Any = getattr(vars(module).get("forward"), "__func__", None)
-    code = getattr(function, "__code__", None)
-    if code is None or code.co_name != "_fused_forward":
-        return False
-    inner = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
-    original = inner["original_forward"].cell_contents if "original_forward" in inner else None
-    return getattr(original, "__func__", None) is type(module).forward
+    """Return whether TRL has put a forward pass around the class's own, see `_fused_forward`.
+
+    Every trainer of the same model puts another one around it.
+    """
+    forward, is_fused = vars(module).get("forward"), False
+    while True:
+        function: Any = getattr(forward, "__func__", None)
+        code = getattr(function, "__code__", None)
+        if code is None or code.co_name != "_fused_forward":
+            return is_fused and function is type(module).forward
+        inner = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
+        forward = inner["original_forward"].cell_contents if "original_forward" in inner else None
+        is_fused = True
 
 
 def _holds_modules(function: Any, seen: set[int]) -> bool:

@@ -58,6 +58,7 @@ class SavedLaplace(ServedLaplace):
             RuntimeError: If the adapter is merged, disabled or not active, so that no model would
                 be recognised as the one that was fitted.
         """
+        self._weights_watch.look_again()
         posterior, backend = self.fitted, self._backend_cls.__name__
         if BACKENDS.get(backend) is not self._backend_cls:
             raise TypeError(f"a posterior with the backend {backend} cannot be saved")
@@ -118,7 +119,7 @@ class SavedLaplace(ServedLaplace):
         with in_turn(model):
             la._install(load_state(la.parts, payload, config))
         if config.get(TUNING) is not None:  # earlier versions did not say
-            la._tuning = tuning_from(config[TUNING], la.prior_precision.detach())
+            la._tuning = tuning_from(config[TUNING], la.prior_precision.detach().clone())
         return la
 
     def push_to_hub(

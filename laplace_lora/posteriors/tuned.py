@@ -12,6 +12,7 @@ from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.autocast import in_full_precision
 from laplace_lora.models.forward_mode import NoForwardDerivativeError
 from laplace_lora.posteriors.laplace_loops import LaplaceLoops
+from laplace_lora.posteriors.weights_watch import WeightsWatch
 from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning import leave_one_out
 from laplace_lora.tuning.groups import Structure
@@ -34,6 +35,7 @@ TUNED_ON_TRAINING_DATA = ("loo", "widest")
 class TunedLaplace(LaplaceLoops):
     """Calls of laplace-torch whose work is done by `Tuner`."""
 
+    _weights_watch: WeightsWatch
     _tuning: Tuning | None = None
     _leaves_correction_out = False  # as the fit was told
 
@@ -121,6 +123,7 @@ class TunedLaplace(LaplaceLoops):
                 three times larger or smaller.
         """
         self._check_H_init()
+        self._weights_watch.look_again()
         if self.structure.scalar_only and prior_structure != "scalar":
             raise ValueError(
                 f"a full matrix cannot have prior_structure={prior_structure!r}; use 'scalar', or "
@@ -173,7 +176,7 @@ class TunedLaplace(LaplaceLoops):
                 self.state = self.state.with_settings(settings)
             self._tuning = Tuning(
                 method,
-                self.prior_precision.detach(),
+                self.prior_precision.detach().clone(),
                 reason,
                 report if isinstance(report, LeaveOneOut) else None,
                 report if isinstance(report, Widest) else None,

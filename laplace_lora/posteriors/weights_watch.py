@@ -16,7 +16,12 @@ from torch import Tensor, nn
 from laplace_lora.adapters.buffers import TensorPlace
 from laplace_lora.adapters.frozen_values import frozen_places
 from laplace_lora.adapters.in_use import check_runs
-from laplace_lora.adapters.peft_state import adapter_settings, scalings, tuner_layers
+from laplace_lora.adapters.peft_state import (
+    adapter_parameters,
+    adapter_settings,
+    scalings,
+    tuner_layers,
+)
 from laplace_lora.adapters.selection import listed
 from laplace_lora.data.sharding import is_sharded_tensor, whole
 from laplace_lora.models.last_layer_model import LastLayerModel
@@ -35,6 +40,15 @@ class WeightsWatch:
         self._places: list[TensorPlace] = []
         self._counting: list[nn.Module] = []
         self._layers: list[nn.Module] = []
+        self._beside: list[TensorPlace] = []
+        self._beside_values = torch.zeros(0)
+
+    def look_again(self) -> None:
+        """Compare all values at the next check, those of frozen weights among them.
+
+        Between such checks a frozen weight that is written to through ``.data`` goes unnoticed.
+        """
+        self._seen = None
 
     def check(self, posterior: Posterior) -> None:
         """Refuse weights, buffers or a scaling of the adapter other than those of the fit.
@@ -59,7 +73,8 @@ class WeightsWatch:
         # Batch normalisation moves its statistics behind autograd's back, but counts the batches.
         tensors += [b for module in self._counting for b in module.buffers(recurse=False)]
         seen = (id(posterior.mean), traces(tensors), factors)
-        if seen == self._seen and _hold(pairs):
+        beside = self._values_beside(posterior.mean)
+        if seen == self._seen and _hold(pairs) and torch.equal(beside, self._beside_values):
             return
         now, fitted = _dtype(posterior), posterior.mean.dtype
         if now != fitted:
@@ -101,7 +116,13 @@ class WeightsWatch:
                 "fitted (by `scaling`, `set_scale` or `scale_layer`), so its curvature belongs to "
                 "another function. Fit again, or bring the scaling back"
             )
-        self._seen = seen
+        self._seen, self._beside_values = seen, beside
+
+    def _values_beside(self, like: Tensor) -> Tensor:
+        """Return the adapter's weights that the posterior does not cover, ``(weights,)``."""
+        tensors = [place.tensor for place in self._beside]
+        here = [t.detach().flatten().to(like.device) for t in tensors if t is not None]
+        return torch.cat([like.new_empty(0), *(t for t in here if t.device.type != "meta")])
 
     def _look(self, posterior: Posterior) -> None:
         """Find frozen tensors and adapted layers; once, as predictions wait for it."""
@@ -111,6 +132,8 @@ class WeightsWatch:
             self._places = frozen_places(model, posterior.engine.parameters)
             self._counting = list({p.module: None for p in self._places if p.is_buffer})
             self._layers = tuner_layers(model)
+            trained = adapter_parameters(model)
+            self._beside = [place for place in self._places if id(place.tensor) in trained]
 
 
 def _dtype(posterior: Posterior) -> torch.dtype:

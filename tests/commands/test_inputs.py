@@ -130,6 +130,17 @@ def test_columns_are_those_asked_for_then_the_fit_s_then_the_usual():
         columns_of([row], Columns(label="stars"))
 
 
+@pytest.mark.parametrize("names", [("question", "sentence"), ("sentence", "sentence2")])
+def test_several_columns_of_texts_must_be_told_apart(names):
+    row = {**dict.fromkeys(names, "a"), "answer": "b", "label": 0}
+    with pytest.raises(ValueError, match=rf"several columns of texts, '{names[0]}', '{names[1]}'"):
+        columns_of([row], Columns())
+    assert columns_of([row], Columns(text=names[1])) == Columns(names[1], None, "answer", "label")
+    both = columns_of([row], Columns(pair=names[1]))
+    assert both == Columns(names[0], names[1], "answer", "label")
+    assert columns_of([row], Columns(), Columns(text=names[0])).text == names[0]
+
+
 def test_the_fit_s_second_text_is_neither_left_out_nor_asked_for_in_vain():
     row, known = {"body": "a", "second": "b"}, Columns(text="text", pair="text_pair")
     with pytest.raises(ValueError, match=r"'text_pair'; the data .* by --pair-field"):

@@ -1,6 +1,7 @@
 """What forward mode leaves as it was, what it covers, and what it refuses."""
 
 import threading
+from types import MethodType
 
 import pytest
 import torch
@@ -118,6 +119,27 @@ def test_what_has_no_forward_derivative_is_refused_by_name():
     o_proj.lock = threading.Lock()  # cannot be copied
     with pytest.raises(ValueError, match="cannot be copied"):
         score(la, text_batch(), K)
+
+
+def test_a_head_that_several_trainers_wrapped_is_copied_as_its_own():
+    """TRL's trainers put another forward pass around the model's each time."""
+    la = fitted()
+
+    def scored():
+        return score(la, text_batch(), K, generator=torch.Generator().manual_seed(0)).log_prob
+
+    expected = scored()
+    base = la.logits_model.model.get_base_model()
+    for _ in range(3):
+        base.forward = MethodType(wrapped_by(base.forward), base)
+    assert torch.equal(scored(), expected)
+
+
+def wrapped_by(original_forward):
+    def _fused_forward(self, *args, **kwargs):
+        return original_forward(*args, **kwargs)
+
+    return _fused_forward
 
 
 def test_adapters_on_stacked_weights_are_refused_by_name():

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers import BatchEncoding
 
-from laplace_lora import LogitsModel, LoraGGN
-from support.batches import token_batch
+from laplace_lora import FullLoraLaplace, KronLoraLaplace, LogitsModel, LoraGGN
+from support.batches import loader, token_batch
 from support.models import ARCHITECTURES, TARGETS, VOCABULARY, peft_model
 from support.references import assert_near
 
@@ -170,3 +170,12 @@ def test_any_module_that_returns_a_tensor_will_do():
 def test_logits_of_half_precision_models_are_wide():
     model = peft_model("bert", dtype=torch.float32).to(torch.bfloat16)
     assert LogitsModel(model)(BATCH).dtype == torch.float32
+
+
+def test_probabilities_are_no_logits():
+    for cls in (KronLoraLaplace, FullLoraLaplace):
+        model = LogitsModel(peft_model("bert"), output=lambda out: out.logits.softmax(-1))
+        with pytest.raises(ValueError, match="the model returned probabilities"):
+            cls(model, "classification").fit(loader())
+    model = LogitsModel(peft_model("bert"), output=lambda out: out.logits.softmax(-1))
+    KronLoraLaplace(model, "regression").fit(loader(likelihood="regression"))

@@ -188,3 +188,22 @@ def test_a_state_keeps_the_scaling_of_its_fit(tmp_path):
     assert torch.equal(other(BATCH), la(BATCH))
     other.load_state_dict({key: value for key, value in state.items() if key != "adapter"})
     assert torch.equal(other(BATCH), la(BATCH))
+
+
+def test_what_is_written_through_data_is_noticed_where_it_is_not_covered(tmp_path):
+    """As moving averages of weights are; of the adapter's weights at once."""
+    model = peft_model("bert")
+    la = KronLoraLaplace(model, "classification", modules="lora")
+    la.fit(loader())
+    expected = la(BATCH)
+    head = model.base_model.model.classifier.modules_to_save["default"].weight
+    head.data.mul_(2)
+    with pytest.raises(RuntimeError, match="which the posterior does not cover"):
+        la(BATCH)
+    head.data.div_(2)
+    assert torch.equal(la(BATCH), expected)
+    frozen = model.get_base_model().bert.encoder.layer[0].output.dense.weight
+    frozen.data.mul_(2)
+    for call in (la.optimize_prior_precision, lambda: la.save_pretrained(tmp_path)):
+        with pytest.raises(RuntimeError, match="which the posterior does not cover"):
+            call()

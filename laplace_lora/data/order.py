@@ -1,0 +1,73 @@
+"""Whether a loader gives its examples in the order of its data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from laplace_lora.data.streams import is_stream
+
+IN_ORDER = (SequentialSampler, BatchSampler)  # the latter by the sampler inside
+LOOKS = 3  # a few random places come in order by chance
+SHUFFLED = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+def check_order(loader: Any, data: str) -> None:
+    """Refuse a loader that reorders its data: places in its order name no examples.
+
+    Args:
+        loader: Any iterable of batches.
+        data: What it holds, for the message.
+
+    Raises:
+        ValueError: If it does.
+    """
+    if is_stream(loader):
+        return  # its sampler tells nothing, and has no end
+    for sampler in _samplers(loader):
+        if _reorders(sampler):
+            raise ValueError(
+                f"{data}'s loader draws its examples in random order, or in one of its own "
+                f"({type(sampler).__name__}), so their places would name others; make it, or its "
+                "DistributedSampler, with shuffle=False, and without a sampler that sorts"
+            )
+
+
+def _samplers(loader: Any) -> Iterator[Any]:
+    """Yield what may order a loader's examples; accelerate puts batch samplers into others."""
+    yield getattr(loader, "sampler", None)
+    batches = getattr(loader, "batch_sampler", None)
+    while batches is not None:
+        yield batches
+        yield getattr(batches, "sampler", None)
+        batches = getattr(batches, "batch_sampler", None)
+
+
+def _reorders(sampler: Any) -> bool:
+    if sampler is None or type(sampler) in IN_ORDER or hasattr(sampler, "batch_sampler"):
+        return False
+    if isinstance(sampler, DistributedSampler):
+        return getattr(sampler, "shuffle", True)  # by length, it has no such attribute
+    return isinstance(sampler, SHUFFLED) or not _is_seen_in_order(sampler)
+
+
+def _is_seen_in_order(sampler: Any) -> bool:
+    """Return whether a sampler of unknown kind gives its places in rising order, repeatedly."""
+    with torch.random.fork_rng(devices=[]):
+        if iter(sampler) is sampler:
+            return True  # can be iterated over once only
+        for _ in range(LOOKS):
+            drawn = [p for item in sampler for p in (item if isinstance(item, list) else [item])]
+            if drawn != sorted(drawn):
+                return False
+    return True

@@ -1,0 +1,44 @@
+"""Which labels an evaluation reads, and in which order it may be given groups."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from laplace_lora import KronLoraLaplace
+from laplace_lora.evaluation import MAP, evaluate
+from support.batches import loader
+from support.models import peft_model
+
+
+def relabelled():
+    """Examples whose labels stand under another name, beside others called ``labels``."""
+    data = loader()
+    for row in data.dataset:
+        row["target"] = row["labels"]
+        row["labels"] = (row["labels"] + 1) % 3
+    return data
+
+
+def test_labels_are_those_of_the_posterior():
+    la = KronLoraLaplace(peft_model("bert"), "classification", dict_key_y="target")
+    la.fit(relabelled())
+    truth = torch.stack([row["target"] for row in relabelled().dataset])
+    for predict in (la, la.predict):
+        assert torch.equal(evaluate(predict, relabelled(), bootstrap=2).labels, truth)
+    others = evaluate(la, relabelled(), label_key="labels", bootstrap=2).labels
+    assert torch.equal(others, (truth + 1) % 3)
+    baseline = evaluate(MAP(la.logits_model), relabelled(), bootstrap=2)
+    assert torch.equal(baseline.labels, others)
+
+
+def test_groups_need_the_order_of_the_data():
+    predict, data = MAP(peft_model("bert")), loader().dataset
+    groups = [int(row["labels"]) for row in data]
+    report = evaluate(predict, DataLoader(data, 3), groups=groups, bootstrap=2)
+    assert {g: set(part.labels.tolist()) for g, part in report.by_group.items()} == {
+        g: {g} for g in range(3)
+    }
+    shuffled = DataLoader(data, 3, shuffle=True)
+    with pytest.raises(ValueError, match="data's loader draws its examples in random order"):
+        evaluate(predict, shuffled, groups=groups, bootstrap=2)
+    evaluate(predict, shuffled, bootstrap=2)
