@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from laplace_lora.adapters.start import values_at_start
 from laplace_lora.data.sharding import in_pieces
+from laplace_lora.models.head import last_linear
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.models.twins import in_place, twin_of
 
@@ -20,10 +21,11 @@ def before_adapter(
 ) -> Iterator[tuple[nn.Module, Callable[[], AbstractContextManager[None]]]]:
     """Yield a model in which LoRA is what it starts with, and when it is so.
 
-    The base model answers, with a trained head where there is one, whether the adapter's tensors
-    are trainable or frozen. That is a twin's state, see `twin_of`, and the model itself is not
-    changed. One that cannot have a twin is yielded itself, and is at the start only inside the
-    context that the second value makes.
+    The base model answers, with a trained last layer where there is one, whether the adapter's
+    tensors are trainable or frozen. Other modules that were trained as a whole have learnt the
+    labels, too, and are those that they replaced. That is a twin's state, see `twin_of`, and
+    the model itself is not changed. One that cannot have a twin is yielded itself, and is at the
+    start only inside the context that the second value makes.
 
     Args:
         model: Any module with a LoRA adapter.
@@ -32,7 +34,7 @@ def before_adapter(
         ValueError: If the adapter's start is not known, see `zero_at_start`.
     """
     in_pieces(model.modules())
-    starts = values_at_start(model)
+    starts = values_at_start(model, _head(model))
     changed = [parameter for parameter, _ in starts]
     own = dict.fromkeys([*(p for p in model.parameters() if p.requires_grad), *changed])
     with evaluation_mode(model):
@@ -45,6 +47,13 @@ def before_adapter(
             for parameter, value in starts:
                 copy_of[parameter].copy_(value)
         yield twin, nullcontext
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    try:
+        return last_linear(model, None)
+    except ValueError:
+        return None
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.adapters.start import zero_at_start
+from laplace_lora.adapters.start import trained_biases, zero_at_start
 from laplace_lora.data.distributed import Together, is_sharded
 from laplace_lora.data.subset import Subset
 from laplace_lora.likelihoods.base import OUTPUTS
@@ -179,6 +179,7 @@ def tune(
         rivals=0 if likely is None else columns,
         is_unclear=not width.is_clear,
         is_sharing_unknown=not inputs.is_known,
+        knows_labels=trained_biases(posterior.source),
     )
     settings = replace(
         posterior.settings,

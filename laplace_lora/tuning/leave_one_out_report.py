@@ -31,6 +31,8 @@ class LeaveOneOut:
             not clearly better than none, see `Width`.
         is_sharing_unknown: Whether examples that share an input could not be looked for, as some
             tensors of the batches do not have a row for each example.
+        knows_labels: Whether the base model's own biases were trained, too, so that its
+            linearisation has seen the labels and these NLLs are too low.
     """
 
     prior_precision: float
@@ -45,6 +47,7 @@ class LeaveOneOut:
     rivals: int = 0
     is_unclear: bool = False
     is_sharing_unknown: bool = False
+    knows_labels: bool = False
 
     @property
     def is_widthless(self) -> bool:
@@ -63,6 +66,8 @@ class LeaveOneOut:
             width += ", as wide as is tried and not clearly better, so it gets none"
         elif self.is_widthless:
             width = "no width helps (predictions are those of the mean alone)"
+        if self.knows_labels:
+            width += "; too low, as biases of the base model were trained and know the labels"
         some = f", {self.too_many} with too many for the width" if self.too_many else ""
         shared = f" ({self.sharing} share inputs{some})" if self.sharing else ""
         if self.is_sharing_unknown:
