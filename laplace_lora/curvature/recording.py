@@ -28,7 +28,7 @@ from laplace_lora.models.autocast import as_called
 from laplace_lora.models.expert_layers import experts_as_layers
 from laplace_lora.models.modes import coarsest_dtype, differentiable, eager
 from laplace_lora.models.turns import in_turn
-from laplace_lora.models.unmasked import check_is_masked
+from laplace_lora.models.unmasked import check_is_masked, padding_token
 
 _COVERING = threading.Lock()
 
@@ -138,10 +138,7 @@ class Recording:
                         self._check_masks(tape)
                     if verifies:
                         if tape.examples == 1 and splits_by_example(x, 1):
-                            # A single example hides which dimension counts them.
-                            twice = record(run, maps, doubled(x), examples=2)
-                            if twice.has_rows_apart:
-                                verify_gradients(twice, blocks, self.by_token)
+                            self._verify_twice(run, x)
                         self._verify(tape, blocks, x)
                         self._masks_are_verified = False
                     is_due = self.verify and needs_masks and not self._masks_are_verified
@@ -155,6 +152,18 @@ class Recording:
                     with _COVERING:  # unless another thread has done so meanwhile
                         if self._covered[0] is maps:
                             self.cover_whole(error.maps)
+
+    def _verify_twice(self, run: Any, x: Any) -> None:
+        """Verify a single example beside itself; alone it hides which dimension counts examples."""
+        maps, blocks = self._covered
+        try:
+            twice = record(run, maps, doubled(x), examples=2)
+        except ValueError:
+            if padding_token(getattr(self.model, "config", None)) is not None:
+                raise
+            return  # transformers' decoders classify one text at a time then
+        if twice.has_rows_apart:
+            verify_gradients(twice, blocks, self.by_token)
 
     def _check_masks(self, tape: Tape) -> None:
         """Refuse batches that do not say which tokens are real."""

@@ -115,8 +115,13 @@ def unwrapped(model: M) -> M:
     The first's forward pass is a collective; the second hides which transformer it holds.
 
     Raises:
-        TypeError: If the wrapper has cut the weights to pieces.
+        TypeError: If the wrapper has cut the weights to pieces, or it is no model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"the model must be a PeftModel or another torch module, got {type(model).__name__}; "
+            "of a pipeline it is `.model`, and PeftModel.from_pretrained loads an adapter's folder"
+        )
     if type(model).__name__ == "FullyShardedDataParallel":
         raise TypeError(
             "the model's weights are sharded in one flat tensor (FSDP version 1); shard it with "

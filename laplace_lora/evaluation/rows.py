@@ -122,12 +122,18 @@ def predicted_rows(
 
 def _probabilities(predict: Predict, batch: Batch) -> tuple[Tensor, Tensor | None]:
     """Return probabilities, and mutual information where there is any."""
+    if isinstance(predict, nn.Module):
+        raise TypeError(
+            f"predict is a model ({type(predict).__name__}), whose outputs are no probabilities; "
+            "evaluate MAP(model), a posterior, or a function from a batch to probabilities"
+        )
     with torch.no_grad():
         prediction = predict(model_inputs(batch))
     if isinstance(prediction, UncertainPrediction):
         p, information = prediction.probs, prediction.mutual_information
     else:
         p, information = prediction, None
+    p = torch.as_tensor(p) if hasattr(p, "__array__") else p  # numpy's
     if not isinstance(p, Tensor) or p.ndim not in (2, 3):
         raise ValueError(
             "predict must return class probabilities, (batch, classes), or of tokens (batch, "

@@ -94,6 +94,7 @@ class LogitsModel(nn.Module):
             mask_token_id: Where a masked language model answers, likewise.
 
         Raises:
+            TypeError: If it is no module.
             ValueError: If a `LogitsModel` comes with either of them, and as the constructor.
         """
         model = unwrapped(model)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from laplace_lora.models.narrowing import last_true, one_token
 from laplace_lora.models.thread_hooks import on_input
+from laplace_lora.models.unmasked import padding_token
 
 IDS, MASK, EMBEDDED = "input_ids", "attention_mask", "inputs_embeds"
 
@@ -70,7 +71,7 @@ def last_unpadded(input_ids: Tensor | None, config: Any) -> Tensor | None:
 
     ``None`` for the last of all, which they take where there are no ids.
     """
-    pad = config.get_text_config().pad_token_id
+    pad = padding_token(config)
     return None if pad is None or input_ids is None else last_true(input_ids != pad)
 
 
@@ -87,7 +88,7 @@ def _checked_token(ids: Tensor | None, mask: Any, config: Any) -> Tensor | None:
     if bool((~real.gather(1, position.unsqueeze(1)) & real.any(1, keepdim=True)).any()):
         raise ValueError(
             "the model would classify a text at one of its padding tokens: it looks for the last "
-            f"token other than config.pad_token_id, {config.get_text_config().pad_token_id}, and "
+            f"token other than config.pad_token_id, {padding_token(config)}, and "
             "texts are padded with another; set model.config.pad_token_id = tokenizer.pad_token_id"
         )
     return position

@@ -10,6 +10,20 @@ from torch import Tensor
 IDS, MASK = "input_ids", "attention_mask"
 
 
+def padding_token(config: Any) -> int | None:
+    """Return the number of a model's padding token, ``None`` if its configuration names none.
+
+    Args:
+        config: The transformer's configuration, or ``None``.
+    """
+    token: int | None = getattr(_of_text(config), "pad_token_id", None)
+    return token
+
+
+def _of_text(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def check_is_masked(batch: Any, config: Any, why: str) -> None:
     """Refuse texts without a mask that begin or end with the model's padding token.
 
@@ -25,12 +39,10 @@ def check_is_masked(batch: Any, config: Any, why: str) -> None:
     """
     if not isinstance(batch, Mapping) or batch.get(MASK) is not None:
         return
-    ids = batch.get(IDS)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    pad = getattr(text_config, "pad_token_id", None)
+    ids, pad = batch.get(IDS), padding_token(config)
     if pad is None or not isinstance(ids, Tensor) or ids.ndim < 2 or not ids.numel():
         return
-    ends: Any = getattr(text_config, "eos_token_id", None)
+    ends: Any = getattr(_of_text(config), "eos_token_id", None)
     run = 2 if pad in (ends if isinstance(ends, list) else [ends]) else 1
     if ids.shape[-1] < run:
         return

@@ -158,6 +158,8 @@ class WrappedModel:
             ValueError: If there are none.
         """
         logits = returned if isinstance(returned, Tensor) else getattr(returned, "logits", None)
+        if isinstance(returned, Mapping):
+            logits = returned.get("logits", logits)
         if not isinstance(logits, Tensor):
             raise ValueError(
                 f"{self.name} returned a {type(returned).__name__} without `logits`; give "

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-ROW_DIMS = {"input_ids": 1, "pixel_values": 3, "input_features": 2}  # of one example's tensor
+# Dimensions of one example's tensor.
+ROW_DIMS = {"input_ids": 1, "pixel_values": 3, "input_features": 2, "input_values": 1}
 
 
 def listed(data: Any) -> tuple[str, Any]:
@@ -123,6 +124,9 @@ def batches_of_rows(
         _check_pads(tokenizer)
     order = lengths.argsort(stable=True)
 
+    # Datasets keep texts beside the numbers made of them.
+    rows = [{k: v for k, v in row.items() if not _is_text(v)} for row in rows]
+
     def collated(part: list[Mapping[str, Any]]) -> Any:
         if tokenizer is None:
             tensors = [{k: torch.as_tensor(v) for k, v in row.items()} for row in part]
@@ -196,7 +200,17 @@ def _check_whole(rows: Sequence[Any], texts: Sequence[Any], tokenizer: Any) -> N
         )
 
 
+def _is_text(value: Any) -> bool:
+    first = value[0] if isinstance(value, list | tuple) and value else value
+    return isinstance(first, str)
+
+
 def _check_pads(tokenizer: Any) -> None:
+    if not hasattr(tokenizer, "pad_token"):
+        raise TypeError(
+            f"`tokenizer` must be the model's tokenizer, got {type(tokenizer).__name__}; of a "
+            "pipeline it is `.tokenizer`, and AutoTokenizer.from_pretrained loads one by name"
+        )
     if tokenizer.pad_token is None:
         raise ValueError(
             "the tokenizer has no padding token; set `tokenizer.pad_token = tokenizer.eos_token` "

@@ -46,6 +46,8 @@ def predict_tokens(
     if is_batch(data):
         return _answer(predictor, data)
     kind, items = listed(data)
+    if isinstance(items, Sequence):
+        _check_no_words(items)
     if kind == "batches":
         return _of_batches(predictor, items, progress_bar)
     if kind == "texts":
@@ -85,6 +87,15 @@ def _of_batches(
         local = max((part.mask.shape[1] for part in parts), default=0)
         width = max(team.all_of(local))
         return in_order(TokenClassPredictions, [part.widened(width) for part in parts], team)
+
+
+def _check_no_words(items: Sequence[Any]) -> None:
+    """Refuse lists of words, of which two would be read as a text and its second one."""
+    if any(isinstance(item, list | tuple) and isinstance(item[0], str) for item in items if item):
+        raise TypeError(
+            "a token classifier is given whole texts, and one of them is a list; join its words, "
+            "or give rows, tokenizer(words, is_split_into_words=True)"
+        )
 
 
 def _with_labels(

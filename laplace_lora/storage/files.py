@@ -163,7 +163,8 @@ def _paths(directory: str | os.PathLike[str]) -> dict[str, Path]:
                 f"{paths[TENSORS]} is missing; was save_pretrained called there?"
             )
         return paths
-    if str(directory).count("/") == 1 and not folder.exists():
+    name = str(directory)
+    if name.count("/") == 1 and not name.startswith((".", "~")) and not folder.exists():
         return _from_hub(str(directory))
     raise FileNotFoundError(f"{directory} is neither a folder nor the name of a repository")
 
