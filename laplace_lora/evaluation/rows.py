@@ -122,7 +122,7 @@ def predicted_rows(
 
 def _probabilities(predict: Predict, batch: Batch) -> tuple[Tensor, Tensor | None]:
     """Return probabilities, and mutual information where there is any."""
-    if isinstance(predict, nn.Module):
+    if isinstance(predict, nn.Module) and hasattr(predict, "config"):
         raise TypeError(
             f"predict is a model ({type(predict).__name__}), whose outputs are no probabilities; "
             "evaluate MAP(model), a posterior, or a function from a batch to probabilities"

@@ -47,7 +47,7 @@ def check_logits(f: Tensor, source: str) -> None:
     Raises:
         ValueError: If no entry is negative and every row sums to one.
     """
-    if bool((f >= 0).all()) and bool(((f.double().sum(-1) - 1).abs() < 1e-3).all()):
+    if len(f) and bool((f >= 0).all()) and bool(((f.double().sum(-1) - 1).abs() < 1e-3).all()):
         raise ValueError(
             f"{source} returned probabilities (rows that sum to one, without negative entries); "
             "return the logits, before the softmax"

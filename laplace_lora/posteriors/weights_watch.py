@@ -73,7 +73,7 @@ class WeightsWatch:
         # Batch normalisation moves its statistics behind autograd's back, but counts the batches.
         tensors += [b for module in self._counting for b in module.buffers(recurse=False)]
         seen = (id(posterior.mean), traces(tensors), factors)
-        beside = self._values_beside(posterior.mean)
+        beside = self._values_beside(posterior.mean.device)
         if seen == self._seen and _hold(pairs) and torch.equal(beside, self._beside_values):
             return
         now, fitted = _dtype(posterior), posterior.mean.dtype
@@ -118,11 +118,13 @@ class WeightsWatch:
             )
         self._seen, self._beside_values = seen, beside
 
-    def _values_beside(self, like: Tensor) -> Tensor:
+    def _values_beside(self, device: torch.device) -> Tensor:
         """Return the adapter's weights that the posterior does not cover, ``(weights,)``."""
+        if device.type == "meta":
+            return torch.zeros(0)
         tensors = [place.tensor for place in self._beside]
-        here = [t.detach().flatten().to(like.device) for t in tensors if t is not None]
-        return torch.cat([like.new_empty(0), *(t for t in here if t.device.type != "meta")])
+        here = [t.detach() for t in tensors if t is not None and t.device.type != "meta"]
+        return torch.cat([torch.zeros(0, device=device), *(t.flatten().to(device) for t in here)])
 
     def _look(self, posterior: Posterior) -> None:
         """Find frozen tensors and adapted layers; once, as predictions wait for it."""
