@@ -1,4 +1,7 @@
-"""Whether the gradients that a `Trainer` accumulates are a sum over its steps, or a mean."""
+"""Whether the gradients that a `Trainer` accumulates are a sum over its steps, or a mean.
+
+Steps are those of gradient accumulation, and processes.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,22 @@ class AccumulatedLoss:
         if self._sums is None and self._hook is None:
             self._hook = model.register_forward_hook(self._keep, with_kwargs=True)
 
+    def scale(self, model: nn.Module, args: Any, steps: int) -> float:
+        """Return the factor of a step's gradients that makes them those of the mean loss.
+
+        Args:
+            model: The model that was watched.
+            args: The ``TrainingArguments``.
+            steps: How many accumulation steps there were.
+
+        Raises:
+            ValueError: See `sums`.
+        """
+        number = copies(args)
+        if steps * number == 1 or not self.sums(model):
+            return 1.0
+        return 1 / (steps * (number if args.average_tokens_across_devices else 1))
+
     def sums(self, model: nn.Module) -> bool:
         """Return whether gradients are a sum; called before the first step that uses them.
 
@@ -46,10 +65,10 @@ class AccumulatedLoss:
             if not self._has_loss:
                 raise ValueError(
                     "the trainer computes its loss outside of the model, so it cannot be seen "
-                    "whether the gradients of several accumulation steps are their sum or their "
-                    "mean: give gradient_scale to the callback, 1 for a mean (a loss divided by "
-                    "num_items_in_batch, or by the trainer), 1 / gradient_accumulation_steps for "
-                    "a sum of the steps' means"
+                    "whether the gradients of several accumulation steps or processes are their "
+                    "sum or their mean: give gradient_scale to the callback, 1 for a mean (a loss "
+                    "divided by num_items_in_batch, or by the trainer), 1 / "
+                    "gradient_accumulation_steps for a sum of the steps' means"
                 )
             args, kwargs = self._call or ((), {})
             self._sums = COUNT in kwargs and not _divides(model, args, kwargs)
@@ -67,6 +86,15 @@ class AccumulatedLoss:
     ) -> None:
         self._call, self._has_loss = (args, kwargs), _loss_of(outputs) is not None
         self.stop()
+
+
+def copies(args: Any) -> int:
+    """Return how many copies of the model share a step, by whose number a loss is multiplied.
+
+    Args:
+        args: The ``TrainingArguments``.
+    """
+    return max(int(args.n_gpu), int(args.world_size), 1)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
-from laplace_lora.adaptive.accumulated_loss import COUNT, AccumulatedLoss
+from laplace_lora.adaptive.accumulated_loss import COUNT, AccumulatedLoss, copies
 from laplace_lora.adaptive.allocation import (
     ScoreAllocator,
     adalora_components,
@@ -28,6 +28,7 @@ from laplace_lora.adaptive.scores import (
     SensitivityScore,
 )
 from laplace_lora.adaptive.sensitivity_file import load_sensitivities, save_sensitivities
+from laplace_lora.adaptive.shared_draws import share_draws
 from laplace_lora.adaptive.training_checks import check_parameters, check_settings
 from laplace_lora.display.warning import warn
 
@@ -40,13 +41,14 @@ class IVONCallback(TrainerCallback):
 
     With several accumulation steps transformers leaves the gradients of models whose loss ignores
     the number of items, as most classifiers' does, summed over the steps, not averaged, which
-    would make the curvature too large; they are divided here.
+    would make the curvature too large; they are divided here. With several processes (DDP) such a
+    loss is multiplied by their number, which is undone, and all processes draw the same weights.
 
     Args:
         gradient_scale: Factor of a step's accumulated gradients that makes them those of the mean
             loss; ``None`` to infer it from the model's loss. It must be given with several
-            accumulation steps if the trainer computes its loss outside of the model (an overridden
-            ``compute_loss``, ``compute_loss_func``): 1 if the loss is divided by
+            accumulation steps or processes if the trainer computes its loss outside of the model
+            (an overridden ``compute_loss``, ``compute_loss_func``): 1 if the loss is divided by
             ``num_items_in_batch`` or the trainer divides it by the steps, ``1 /
             gradient_accumulation_steps`` if it is each step's mean and nothing divides it.
     """
@@ -74,6 +76,7 @@ class IVONCallback(TrainerCallback):
         if self._ivon is not None:
             check_settings(args)
             check_parameters(kwargs["model"], self._ivon)
+            share_draws(self._ivon)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -83,7 +86,9 @@ class IVONCallback(TrainerCallback):
         if self._ivon is not None:
             self._ivon.restore()
             self._ivon.draw()
-            if self.gradient_scale is None and args.gradient_accumulation_steps > 1:
+            if self.gradient_scale is None and (
+                args.gradient_accumulation_steps > 1 or copies(args) > 1
+            ):
                 self._loss.watch(kwargs["model"])
 
     def on_substep_end(
@@ -103,11 +108,9 @@ class IVONCallback(TrainerCallback):
         if self._ivon is None:
             return
         scale = self.gradient_scale
-        if scale is None:
-            seen = self._substeps == 1 or _smooths_by_items(args)
-            averages = seen or not self._loss.sums(kwargs["model"])
-            scale = 1.0 if averages else 1 / self._substeps
-        if scale != 1:
+        if scale is None and not _smooths_by_items(args):
+            scale = self._loss.scale(kwargs["model"], args, self._substeps)
+        if scale not in (None, 1):
             for group in self._ivon.param_groups:
                 for p in group["params"]:
                     if p.grad is not None:

@@ -1,0 +1,86 @@
+"""IVON in a `Trainer` over two processes trains as in one."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import SequentialSampler
+from transformers import DataCollatorWithPadding, Trainer
+
+from laplace_lora.adaptive import IVON, IVONCallback
+from support.batches import token_batch
+from support.models import peft_model
+from support.spawned import exit_codes
+from support.texts import word_tokenizer
+from support.trainers import quiet
+
+ALIKE, VARIED = (5,) * 24, tuple(2 + (7 * i) % 9 for i in range(24))
+
+
+class InOrder(Trainer):
+    def _get_train_sampler(self, *args):
+        return SequentialSampler(self.train_dataset)
+
+
+def rows(lengths):
+    batch = token_batch(lengths)
+    return [
+        {"input_ids": batch["input_ids"][n, :length].tolist(), "labels": n % 3}
+        for n, length in enumerate(lengths)
+    ]
+
+
+def trained(folder, batch_size, lengths, dropout, generator=None, steps=1, **options):
+    """Train a tiny BERT; return weights, curvature and momentum."""
+    model = peft_model("bert", dtype=torch.float32)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    betas = {"betas": (0.9, 0.9), "hess_init": 0.5, "clip_radius": 1.0}
+    ivon = IVON(parameters, lr=0.05, ess=24, generator=generator, **betas)
+    settings = {"max_steps": 4, "max_grad_norm": 0, "lr_scheduler_type": "constant", **options}
+    settings |= {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": steps}
+    InOrder(
+        model,
+        quiet(folder, **settings),
+        train_dataset=rows(lengths),
+        data_collator=DataCollatorWithPadding(word_tokenizer()),
+        optimizers=(ivon, None),
+        callbacks=[IVONCallback()],
+    ).train()
+    states = [ivon.state[p] for p in parameters]
+    found = [parameters, *([state[name] for state in states] for name in ("hessian", "momentum"))]
+    return [torch.cat([t.detach().flatten() for t in tensors]) for tensors in found]
+
+
+def worker(rank, port, folder):
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
+    os.environ.update(address, RANK=str(rank), WORLD_SIZE="2", ACCELERATE_USE_CPU="true")
+    torch.set_num_threads(1)
+    gloo = {"ddp_backend": "gloo"}
+    found = {
+        steps: trained(folder, 3 // steps, ALIKE, 0.0, seeded(), steps, **gloo) for steps in (1, 3)
+    }
+    found["dropout"] = trained(folder, 3, VARIED, 0.1, **gloo)
+    torch.save(found, folder / f"{rank}.pt")
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads may outlive the interpreter
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    assert exit_codes(worker, tmp_path) == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for key, of_first in first.items():
+        for ours, theirs in zip(of_first, second[key], strict=True):
+            assert torch.equal(ours, theirs)
+    expected = trained(tmp_path, 6, ALIKE, 0.0, seeded())
+    for steps in (1, 3):
+        for ours, alone in zip(first[steps], expected, strict=True):
+            torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-5)
