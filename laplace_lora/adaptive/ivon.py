@@ -64,7 +64,9 @@ class IVON(WeightPosterior):
         debias: Divide the momentum by ``1 − β₁ᵗ``.
         rescale_lr: Multiply the step size by ``h₀ + δ``.
         betas: Both smoothings, instead of ``beta1`` and ``beta2``.
-        generator: Source of the draws, on the parameters' device.
+        generator: Source of the draws, on the parameters' device. In `DistributedDataParallel` all
+            processes must draw the same: `IVONCallback` sees to it, a loop of your own gives each
+            a generator with the same seed.
 
     Raises:
         TypeError: If ``ess`` is missing, or smoothings are given twice.

@@ -128,8 +128,8 @@ class AnswerPlace:
                 inputs["decoder_input_ids"] = self._start(batch_length(inputs), device)
             mask = inputs.get("decoder_attention_mask")
         if mask is None:
-            if not self.is_encoder_decoder:
-                check_is_masked(inputs, self._config, "the answer would be read after it")
+            why = "the answer would be read after it"
+            check_is_masked(inputs, self._config, why, decoder=self.is_encoder_decoder)
             return None, 0
         if mask.ndim != 2:
             raise ValueError(

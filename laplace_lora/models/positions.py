@@ -105,7 +105,9 @@ class PositionRule:
         real = mask[n] != 0
         bare = {
             key: value[:, real]
-            if isinstance(value, Tensor) and value.shape[:2] == (1, len(real)) and value.ndim == 2
+            if isinstance(value, Tensor)
+            and value.shape[:2] == (1, len(real))
+            and (value.ndim == 2 or key == "inputs_embeds")
             else value
             for key, value in single.items()
         }

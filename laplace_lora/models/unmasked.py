@@ -24,7 +24,7 @@ def _of_text(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def check_is_masked(batch: Any, config: Any, why: str) -> None:
+def check_is_masked(batch: Any, config: Any, why: str, decoder: bool = False) -> None:
     """Refuse texts without a mask that begin or end with the model's padding token.
 
     Where that token also ends texts, as GPT-2's does, one of it is taken for the end of a text.
@@ -33,13 +33,17 @@ def check_is_masked(batch: Any, config: Any, why: str) -> None:
         batch: The model's inputs; what is no mapping with token numbers passes.
         config: The transformer's configuration; ``None`` if it has none.
         why: What goes wrong without a mask.
+        decoder: Look at an encoder-decoder's second text, which the padding token may begin.
 
     Raises:
         ValueError: If there are such texts.
     """
-    if not isinstance(batch, Mapping) or batch.get(MASK) is not None:
+    prefix = "decoder_" if decoder else ""
+    if not isinstance(batch, Mapping) or batch.get(prefix + MASK) is not None:
         return
-    ids, pad = batch.get(IDS), padding_token(config)
+    ids, pad = batch.get(prefix + IDS), padding_token(config)
+    if decoder and isinstance(ids, Tensor):
+        ids = ids[..., 1:]
     if pad is None or not isinstance(ids, Tensor) or ids.ndim < 2 or not ids.numel():
         return
     ends: Any = getattr(_of_text(config), "eos_token_id", None)
@@ -49,7 +53,7 @@ def check_is_masked(batch: Any, config: Any, why: str) -> None:
     is_pad = ids == pad
     if bool((is_pad[..., :run].all(-1) | is_pad[..., -run:].all(-1)).any()):
         raise ValueError(
-            f"texts begin or end with the padding token ({pad}), and no 'attention_mask' says that "
+            f"texts begin or end with the padding token ({pad}), and no '{prefix}{MASK}' says that "
             f"it is padding: {why}. Give the batch the tokenizer's mask, or one of ones if these "
             "tokens are text"
         )

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,6 +34,7 @@ COMPACT = 3  # rounded to half precision, with a shift or without
 VERSIONS = (VERSION, RECENTRED, COMPACT)
 KEY = "laplace_config"  # of the configuration in the header of the tensors
 LITTER = ".tmp"
+NEW = 60  # seconds between making a file and locking it are far fewer
 NEEDED = (
     "class",
     "arguments",
@@ -146,12 +148,16 @@ def _locked(handle: int) -> Any:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove half-written files whose process is gone: nobody holds their lock any more."""
+    """Remove half-written files whose process is gone: nobody holds their lock any more.
+
+    New ones stay, as another process may be about to lock them.
+    """
     for name in (TENSORS, CONFIG):
         for path in folder.glob(f"{name}*{LITTER}") if fcntl is not None else ():
             with suppress(OSError), path.open("rb") as file:
-                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+                if time.time() - path.stat().st_mtime > NEW:
+                    fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
 
 
 def _paths(directory: str | os.PathLike[str]) -> dict[str, Path]:

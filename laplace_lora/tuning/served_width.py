@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.data.batches import model_inputs
 from laplace_lora.data.distributed import Together
 from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.links import QUADRATURE, entropy
@@ -113,10 +114,11 @@ def choose_width(
         return -samples.label_log_probabilities(network, batch, width)
 
     def own_entropy(network: Network, batch: Any, width: float) -> Tensor:
-        return entropy(samples.probabilities(network, batch, width))
+        return entropy(samples.probabilities(network, model_inputs(batch), width))
 
     def linearised(batch: Any) -> Tensor:
-        p = Predictor(posterior)(batch, "glm", False, QUADRATURE, None, False, None, fitting=False)
+        x = model_inputs(batch)
+        p = Predictor(posterior)(x, "glm", False, QUADRATURE, None, False, None, fitting=False)
         assert isinstance(p, Tensor)
         if objective.has_independent_labels:
             p = torch.stack([1 - p, p], dim=-1).flatten(0, 1)

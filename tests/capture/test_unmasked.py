@@ -21,6 +21,10 @@ def unmasked(batch):
     return {key: value for key, value in batch.items() if key != "attention_mask"}
 
 
+def unlabelled(batch):
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
 def one_batch(batch):
     return DataLoader([batch], batch_size=None)
 
@@ -62,6 +66,26 @@ def test_answers_and_continuations():
     for prompts in (batch, batch["input_ids"]):
         with pytest.raises(ValueError, match=PADDED + ".*would be continued as text"):
             generate(la, prompts, max_new_tokens=1)
+
+
+def test_answers_after_padded_prompts_of_a_decoder():
+    model = LogitsModel(peft_model("t5-lm"), TARGETS).eval()
+    prompts = torch.tensor([[PAD, 5, 6], [PAD, 7, PAD]])  # the padding token begins every text
+    batch = {**token_batch((4, 4)), "decoder_input_ids": prompts}
+    with pytest.raises(ValueError, match="it is padding: the answer would be read after it"):
+        model(batch)
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    padded = model({**batch, "decoder_attention_mask": mask})[1]
+    alone = {k: v[1:] for k, v in batch.items()} | {"decoder_input_ids": prompts[1:, :2]}
+    torch.testing.assert_close(padded, model(alone)[0])
+
+
+def test_embeddings_with_padding_on_the_left_are_told_positions():
+    model, batch = peft_model("llama-lm").eval(), unlabelled(token_batch((4, 2, 5), side="left"))
+    embeddings = model.get_base_model().get_input_embeddings()(batch["input_ids"]).detach()
+    inputs = {"inputs_embeds": embeddings, "attention_mask": batch["attention_mask"]}
+    expected = LogitsModel(model, TARGETS).eval()(batch)
+    torch.testing.assert_close(LogitsModel(model, TARGETS).eval()(inputs), expected)
 
 
 def test_a_token_that_also_ends_texts_may_do_so_once():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
+from torch.utils.data import DataLoader
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace, KronLoraLLLaplace
 from laplace_lora.storage.served_adapters import MANIFEST
@@ -449,3 +450,15 @@ def test_starts_that_change_the_base_model_are_refused(start, tmp_path):
     for name in ("first", "second"):
         served.set_adapter(name)
         assert_near(served.eval()(**BATCH).logits, model.eval()(**BATCH).logits, 1e-3)
+
+
+@NO_WIDTH_HELPS
+@pytest.mark.parametrize("criterion", ["nll", "entropy"])
+def test_pairs_of_inputs_and_labels_choose_the_width_of_mappings(criterion, tmp_path):
+    la = posterior(name="bert", **LOW)
+    pairs = [({k: v for k, v in b.items() if k != "labels"}, b["labels"]) for b in validation()]
+    widths = [
+        la.export_adapters(tmp_path / name, k=4, loader=data, criterion=criterion).width.width
+        for name, data in (("maps", validation()), ("pairs", DataLoader(pairs, batch_size=None)))
+    ]
+    assert widths[0] == pytest.approx(widths[1], rel=1e-9)

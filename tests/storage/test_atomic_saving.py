@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import time
 
 import pytest
 import torch
@@ -42,6 +43,11 @@ def die_at(monkeypatch, moment):
         monkeypatch.setattr(os, name, counted(name))
 
 
+def make_old(path):
+    before = time.time() - 2 * files.NEW
+    os.utime(path, (before, before))
+
+
 @pytest.mark.parametrize("moment", [1, 2, 3, 4])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_killed_save_leaves_the_earlier_posterior_or_the_new_one(
@@ -65,6 +71,9 @@ def test_a_killed_save_leaves_the_earlier_posterior_or_the_new_one(
     else:
         again = KronLoraLaplace.from_pretrained(la.logits_model, tmp_path)
         assert torch.equal(again(BATCH), after if moment > 2 else before)
+    la.save_pretrained(tmp_path, precision="exact")
+    assert litter[0].exists()  # as new as this, it might be another process's
+    make_old(litter[0])
     la.save_pretrained(tmp_path, precision="exact")
     assert {path.name for path in tmp_path.iterdir()} == {TENSORS, CONFIG}
 
@@ -96,6 +105,7 @@ def test_readers_beside_a_writer_see_whole_posteriors(tmp_path):
 def test_a_file_that_is_being_written_is_no_litter(tmp_path):
     other = tmp_path / f"{TENSORS}abc.tmp"
     other.write_bytes(b"half")
+    make_old(other)
     with other.open("rb") as file, files._locked(file.fileno()):
         fitted().save_pretrained(tmp_path, precision="exact")
         assert other.exists()
