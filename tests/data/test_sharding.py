@@ -65,7 +65,7 @@ def test_what_sharded_models_cannot_do_is_refused(results):
     for rank, found in enumerate(results):
         refused = found["refusals"]
         assert "give every process all the data, in the same order" in refused["dealt"]
-        assert "sharded or cannot be copied" in refused["sampled"]
+        assert "compiled, offloaded or sharded, cannot be copied" in refused["sampled"]
         said = "ValueError: this example cannot be read"
         other = f"OtherProcessFailed: process 1 failed: {said}"
         assert refused["broken"] == (said if rank else other)
