@@ -61,8 +61,9 @@ def columns_of(rows: Sequence[Row], asked: Columns, known: Columns | None = None
                     f"the posterior was fitted on the column {name!r}; the data have "
                     f"{_listed(present)}. Name the column by --{role}-field"
                 )
-    elif asked.text is None:
-        _check_one_text(present, asked)
+    free = [name for name in present if name not in vars(asked).values()]
+    if known is None and asked.text is None:
+        _check_one_text(free)
     choices = {"text": TEXTS, "pair": PAIRS, "completion": COMPLETIONS, "label": LABELS}
     found: dict[str, str | None] = {}
     for role, usual in choices.items():
@@ -70,17 +71,15 @@ def columns_of(rows: Sequence[Row], asked: Columns, known: Columns | None = None
         # A second text that the fit did not read would make another input.
         is_new = of_fit is None and role != "pair"
         candidates = usual if known is None or is_new or role == "label" else ()
-        free = [name for name in present if name not in vars(asked).values()]
         found[role] = getattr(asked, role) or next(
             (name for name in (of_fit, *candidates) if name in free), None
         )
     return Columns(**found)
 
 
-def _check_one_text(present: Sequence[str], asked: Columns) -> None:
+def _check_one_text(free: Sequence[str]) -> None:
     """Refuse to choose among several columns that may be the texts."""
-    named = vars(asked).values()
-    texts = [name for name in present if name in (*TEXTS, *SECOND) and name not in named]
+    texts = [name for name in free if name in (*TEXTS, *SECOND)]
     if len(texts) > 1:
         raise ValueError(
             f"the data have several columns of texts, {_listed(texts)}; name the one to read by "

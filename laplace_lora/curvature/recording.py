@@ -167,8 +167,8 @@ class Recording:
 
     def _check_masks(self, tape: Tape) -> None:
         """Refuse batches that do not say which tokens are real."""
+        config = getattr(self.model, "config", None)
         for text in passes(tape.batch):
-            config = getattr(self.model, "config", None)
             check_is_masked(text, config, "Kronecker factors would count it")
         check_masks(tape)
 

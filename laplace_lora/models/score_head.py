@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from laplace_lora.models.narrowing import last_true, one_token
 from laplace_lora.models.thread_hooks import on_input
-from laplace_lora.models.unmasked import padding_token
+from laplace_lora.models.unmasked import IDS, MASK, padding_token
 
-IDS, MASK, EMBEDDED = "input_ids", "attention_mask", "inputs_embeds"
+EMBEDDED = "inputs_embeds"
 
 _narrowed: ContextVar[tuple[nn.Module, ...]] = ContextVar("heads that see one token", default=())
 
