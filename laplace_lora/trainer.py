@@ -30,7 +30,7 @@ from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.posteriors.factored import KronLoraLaplace
 from laplace_lora.posteriors.summary import with_known_term
 from laplace_lora.storage.adapter_start import AdapterStart, start_of
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 
 logger = logging.getLogger(__name__)
 START = "start"

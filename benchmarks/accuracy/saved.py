@@ -35,7 +35,7 @@ from laplace_lora.linalg.rounded import orthonormal
 from laplace_lora.linalg.sketch import Factor, LowRankFactor
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.storage.files import TENSORS
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 
 HALF = 2  # bytes of a number
 BATCH = 20

@@ -30,7 +30,7 @@ from benchmarks.harness.report import verdict, write_report
 from benchmarks.harness.timing import CLOCKS, synchronize, time_in_turn
 from laplace_lora import DiagLoraLaplace
 from laplace_lora.generation import generate, score
-from laplace_lora.generation.methods import exact_predictor
+from laplace_lora.generation.next_token import NextTokenPredictor
 
 NAME = "speed.generation"
 AT_MOST = 8.0  # times plain cached generation
@@ -132,7 +132,7 @@ def scorers(
     model: PeftModel, la: DiagLoraLaplace, ids: Tensor, places: list[int]
 ) -> dict[str, Callable[[], Any]]:
     """Return what runs over a text, scores it, and predicts some places of it exactly, by name."""
-    predictor = exact_predictor(la, TOP_K, None, None, None)
+    predictor = NextTokenPredictor(la, TOP_K)
 
     def forward() -> Any:
         with torch.no_grad():

@@ -20,8 +20,8 @@ from torch import Tensor
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.likelihoods.roots import contrast_root
 from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings
-from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning.validation_cache import scoring_of
 
 ZERO_SUM = 1e-5  # of the outputs' coefficients, relative: combinations of contrasts have none

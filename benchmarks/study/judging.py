@@ -18,8 +18,8 @@ from benchmarks.study.trainings import EVALUATION_BATCH, Training, in_order
 from laplace_lora import KronLoraLaplace, LogitsModel
 from laplace_lora.evaluation import MAP
 from laplace_lora.predictive.glm import Predictor
+from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings
-from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
 
 UNIT = torch.ones(1)

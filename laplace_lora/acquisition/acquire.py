@@ -17,7 +17,7 @@ from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.predictive.data_sets import predict
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.linear_samples import seeded
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 
 SINGLE = {"entropy": "entropy", "bald": "mutual_information"}
 METHODS = (*SINGLE, "batchbald", "bait")

@@ -16,7 +16,7 @@ from laplace_lora.predictive.data_sets import is_batch, joined_in_batches
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.inputs import listed
 from laplace_lora.predictive.linear_samples import seeded
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 
 
 @dataclass(frozen=True)

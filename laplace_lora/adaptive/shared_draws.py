@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import distributed as dist
 
 from laplace_lora.adaptive.ivon import IVON
+from laplace_lora.data.distributed import together
 
 
 def share_draws(ivon: IVON) -> None:
@@ -20,9 +20,8 @@ def share_draws(ivon: IVON) -> None:
     """
     if ivon.sync or ivon.generator is not None:
         return
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    device = ivon.param_groups[0]["params"][0].device
-    seed = torch.randint(2**31, (1,), device=device)
-    dist.broadcast(seed, 0)
-    ivon.generator = torch.Generator(device).manual_seed(int(seed))
+    with together(everyone=True) as team:
+        seed, *_ = team.all_of(int(torch.randint(2**31, ())))
+        if team.shared:
+            device = ivon.param_groups[0]["params"][0].device
+            ivon.generator = torch.Generator(device).manual_seed(seed)

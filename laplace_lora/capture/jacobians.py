@@ -6,7 +6,7 @@ all parameters at once: only the maps' output gradients are held in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -83,3 +83,8 @@ def jacobian_blocks(
                 rows = rows.mT
             rows = rows.mT if linear.transposed else rows
         yield rows.reshape(*rows.shape[:2], *block.parameter.shape).to(device)
+
+
+def side_by_side(blocks: Iterable[Tensor]) -> Tensor:
+    """Return all tensors' Jacobians side by side, ``(batch, columns, parameters)``."""
+    return torch.cat([block.flatten(2) for block in blocks], dim=-1)

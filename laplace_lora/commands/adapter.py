@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,12 @@ class Adapter:
     names: list[str]
     is_multilabel: bool
     max_length: int | None
+
+
+def load_asked(adapter: str, options: Mapping[str, Any]) -> Adapter:
+    """Load an adapter as the command line's options say, see `load_adapter`."""
+    names = ("base", "device", "dtype", "load_in_4bit")
+    return load_adapter(adapter, **{name: options[name] for name in names})
 
 
 def load_adapter(

@@ -20,7 +20,7 @@ from laplace_lora.commands.rows import STANDARD, Row, read_rows
 from laplace_lora.display.tables import with_error
 from laplace_lora.evaluation import MAP, CalibrationReport, plot_reports
 from laplace_lora.evaluation import evaluate as scores_of
-from laplace_lora.storage.files import write_whole
+from laplace_lora.storage.whole_files import write_whole
 
 # What of a row there is instead of scores.
 WRITTEN = {

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from laplace_lora.adapters.diagonal_maps import ElementwiseMap, WholeTensor
-from laplace_lora.commands.adapter import HEAD, Adapter, load_adapter
+from laplace_lora.commands.adapter import HEAD, Adapter, load_asked
 from laplace_lora.commands.fitting import new_posterior
 from laplace_lora.commands.inputs import Inputs
 from laplace_lora.commands.names import layer_name
@@ -28,8 +28,7 @@ SHOWN_KINDS = 30
 
 def run(adapter: str, data: str | None, **options: Any) -> None:
     """Print what a fit would do; exit with status 1 if it would not succeed."""
-    names = ("base", "device", "dtype", "load_in_4bit")
-    loaded = load_adapter(adapter, **{n: options[n] for n in names})
+    loaded = load_asked(adapter, options)
     console = Console()
     rows = None if data is None else read_rows(data, options["split"])
     plan = _without_data(loaded, options) if rows is None else plan_fit(loaded, rows, options)

@@ -10,7 +10,7 @@ import click
 import torch
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
-from laplace_lora.commands.adapter import Adapter, load_adapter
+from laplace_lora.commands.adapter import Adapter, load_asked
 from laplace_lora.commands.answers import target_tokens
 from laplace_lora.commands.columns import read_beside
 from laplace_lora.commands.inputs import Inputs
@@ -22,7 +22,8 @@ from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.storage.adapter_start import FILE as START
 from laplace_lora.storage.adapter_start import AdapterStart
-from laplace_lora.storage.files import TENSORS, read_files, write_whole
+from laplace_lora.storage.files import TENSORS, read_files
+from laplace_lora.storage.whole_files import write_whole
 
 CLASSES: dict[str, Any] = {
     "kron": KronLoraLaplace,
@@ -45,8 +46,7 @@ def run(
     folder = _destination(adapter, out, overwrite)
     rows = read_rows(data, options["split"])
     val_rows = None if val is None else read_rows(val)
-    names = ("base", "device", "dtype", "load_in_4bit")
-    loaded = load_adapter(adapter, **{n: options[n] for n in names})
+    loaded = load_asked(adapter, options)
     plan = plan_fit(loaded, rows, options)
     if val_rows is not None and not likelihood_of(plan.likelihood).is_classifier:
         raise ValueError(f"--val: a {plan.likelihood} posterior cannot be calibrated")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import laplace_lora
-from laplace_lora.commands.adapter import HEAD, Adapter, load_adapter
+from laplace_lora.commands.adapter import HEAD, Adapter, load_asked
 from laplace_lora.commands.columns import columns_of
 from laplace_lora.commands.inputs import Inputs
 from laplace_lora.commands.names import class_names
@@ -61,8 +61,7 @@ def open_posterior(adapter: str, rows: Sequence[Row], options: dict[str, Any]) -
     plan = read_plan(folder, config["content"])
     if options.get("load_in_4bit") is None:
         options = {**options, "load_in_4bit": plan is not None and plan.load_in_4bit}
-    names = ("base", "device", "dtype", "load_in_4bit")
-    loaded = load_adapter(adapter, **{name: options[name] for name in names})
+    loaded = load_asked(adapter, options)
     if plan is None:
         plan = _plan_of(config, loaded, rows, options)
     else:

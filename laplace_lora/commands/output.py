@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import click
 
 from laplace_lora.commands.rows import STANDARD
-from laplace_lora.storage.files import new_file
+from laplace_lora.storage.whole_files import whole_file
 
 
 class Write(Protocol):
@@ -70,17 +70,12 @@ def json_lines(out: str) -> Iterator[Write]:
     if out == STANDARD:
         yield lambda row: click.echo(as_json(row))
         return
-    path = Path(out)
-    handle, name = new_file(path)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            yield lambda row: print(as_json(row), file=file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with whole_file(Path(out)) as file:
+
+        def write(row: Mapping[str, Any]) -> None:
+            file.write(f"{as_json(row)}\n".encode())
+
+        yield write
 
 
 def as_json(value: Any, indent: int | None = None) -> str:

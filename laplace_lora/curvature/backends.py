@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from laplace_lora.adapters.maps import Block, LinearMap
 from laplace_lora.adapters.selection import is_trained
-from laplace_lora.capture.jacobians import jacobian_blocks
+from laplace_lora.capture.jacobians import jacobian_blocks, side_by_side
 from laplace_lora.curvature import batch_curvature
-from laplace_lora.curvature.engine import Engine, joined
+from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.kfac_rows import Rows
 from laplace_lora.curvature.kron_protocol import plain_kron
 from laplace_lora.likelihoods.base import Columns
@@ -154,7 +154,7 @@ class LoraCurvature(CurvatureInterface):
         if self.subnetwork_indices is None:
             return batch_curvature.matrix(self.engine, x, y)
         loss, blocks = self.engine.root_blocks(x, y)
-        rows = self._subnetwork(joined(blocks)).flatten(0, 1)
+        rows = self._subnetwork(side_by_side(blocks)).flatten(0, 1)
         return loss, rows.T @ rows
 
     def jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
@@ -172,7 +172,7 @@ class LoraCurvature(CurvatureInterface):
             self.engine.check_outputs_few()
             return super().jacobians(x, enable_backprop=True)
         f, blocks = self.engine.jacobian_blocks(x)
-        return self._subnetwork(joined(blocks)), f
+        return self._subnetwork(side_by_side(blocks)), f
 
     def selected_output_jacobians(
         self, x: Any, outputs: Tensor, enable_backprop: bool = False
@@ -196,7 +196,7 @@ class LoraCurvature(CurvatureInterface):
             return torch.nn.functional.one_hot(chosen, f.shape[-1]).transpose(0, 1).to(f.dtype)
 
         f, blocks = self.engine.jacobian_blocks(x, columns)
-        return self._subnetwork(joined(blocks)), f
+        return self._subnetwork(side_by_side(blocks)), f
 
     def gradients(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return each example's gradient of laplace-torch's ``lossfunc``.
@@ -211,7 +211,7 @@ class LoraCurvature(CurvatureInterface):
         """
         tape, loss = self.engine.forward(x, y)
         columns = self.objective.residual(tape.output, y) / self.factor
-        rows = joined(jacobian_blocks(tape, self.blocks, columns, self.dtype))
+        rows = side_by_side(jacobian_blocks(tape, self.blocks, columns, self.dtype))
         return self._subnetwork(rows)[:, 0], loss / self.factor
 
     def jacobian_blocks(

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.curvature.engine import Engine, joined
+from laplace_lora.capture.jacobians import side_by_side
+from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.kfac import KfacSums
 from laplace_lora.curvature.kron_protocol import LowRankKron
 from laplace_lora.curvature.loss_gradient import LossGradient
@@ -71,7 +72,7 @@ def matrix(
 ) -> tuple[Tensor, Tensor]:
     """Return a batch's summed loss and its exact curvature, ``(parameters, parameters)``."""
     loss, blocks = engine.root_blocks(x, y, gradient)
-    rows = joined(blocks).flatten(0, 1)
+    rows = side_by_side(blocks).flatten(0, 1)
     return loss, rows.T @ rows
 
 

@@ -6,7 +6,7 @@ How one batch is recorded is in `recording`, what is summed over batches in `bat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -250,8 +250,3 @@ class Engine:
         """
         if self.objective.jacobian_refusal is not None:
             raise ValueError(self.objective.jacobian_refusal)
-
-
-def joined(blocks: Iterable[Tensor]) -> Tensor:
-    """Return all tensors' Jacobians side by side, ``(batch, columns, parameters)``."""
-    return torch.cat([block.flatten(2) for block in blocks], dim=-1)

@@ -189,7 +189,7 @@ class MCDropout(MAP):
 
     @contextmanager
     def _dropout_on(self) -> Iterator[None]:
-        # The surrounding `evaluation_mode` restores the modes.
+        # Off again before `evaluation_mode` ends, which restores only what it has switched off.
         for module in self.dropouts:
             module.train()
         try:

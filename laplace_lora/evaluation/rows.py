@@ -38,9 +38,14 @@ OTHERS = (
 Predict = Callable[[Any], Tensor | UncertainPrediction]  # from a batch of any form
 
 
+def _owner(predict: Predict) -> Any:
+    """Return the object whose method predicts, or the function itself."""
+    return getattr(predict, "__self__", predict)
+
+
 def model_of(predict: Predict) -> nn.Module | None:
     """Return the model of the posterior or baseline that predicts, ``None`` if it is neither."""
-    model = getattr(getattr(predict, "__self__", predict), "model", None)
+    model = getattr(_owner(predict), "model", None)
     return model if isinstance(model, nn.Module) else None
 
 
@@ -49,20 +54,20 @@ def has_independent_labels(predict: Predict) -> bool | None:
 
     A posterior's or baseline's likelihood says it, a function does not.
     """
-    objective = getattr(getattr(predict, "__self__", predict), "objective", None)
+    objective = getattr(_owner(predict), "objective", None)
     says: bool | None = getattr(objective, "has_independent_labels", None)
     return says
 
 
 def label_key_of(predict: Predict) -> str:
     """Return the key of the labels in batches, that of the posterior where one predicts."""
-    key: str = getattr(getattr(predict, "__self__", predict), "dict_key_y", "labels")
+    key: str = getattr(_owner(predict), "dict_key_y", "labels")
     return key
 
 
 def reads_pairs(predict: Predict) -> bool:
     """Return whether what predicts is a reward model, whose examples are pairs."""
-    objective = getattr(getattr(predict, "__self__", predict), "objective", None)
+    objective = getattr(_owner(predict), "objective", None)
     if getattr(objective, "name", None) == "classification":  # a baseline's, of a single reward
         return getattr(model_of(predict), "n_outputs", None) == 1
     return bool(getattr(objective, "has_pairs", False))

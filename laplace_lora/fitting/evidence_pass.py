@@ -12,8 +12,9 @@ from torch import Tensor
 
 from laplace_lora.fitting.further_directions import PURPOSE, asked_for, next_directions
 from laplace_lora.fitting.passes import Pass, Sums
+from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import copied
-from laplace_lora.structures.state import Posterior, PosteriorState
+from laplace_lora.structures.state import PosteriorState
 from laplace_lora.structures.subspace import Subspace, spanned
 from laplace_lora.tuning.directions import orthonormal
 from laplace_lora.tuning.same_data import check_same_data

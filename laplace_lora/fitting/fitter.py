@@ -26,7 +26,8 @@ from laplace_lora.fitting.second_pass import corrected
 from laplace_lora.fitting.snapshots import Snapshot
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.storage.fingerprint import check_identity, identity
-from laplace_lora.structures.state import Posterior, PosteriorState
+from laplace_lora.structures.posterior import Posterior
+from laplace_lora.structures.state import PosteriorState
 
 
 class Fitter:
@@ -170,14 +171,14 @@ class Fitter:
     ) -> PosteriorState:
         posterior = self.posterior
         return PosteriorState(
-            posterior.settings.untuned(),
-            posterior.structure.ready(posterior.engine, raw),
-            posterior.current_weights(),
-            tuple(posterior.engine.sizes),
-            loss,
-            n_data,
-            n_outputs,
-            gradient,
+            settings=posterior.settings.untuned(),
+            curvature=posterior.structure.ready(posterior.engine, raw),
+            mean=posterior.current_weights(),
+            sizes=tuple(posterior.engine.sizes),
+            loss=loss,
+            n_data=n_data,
+            n_outputs=n_outputs,
+            loss_gradient=gradient,
             frozen=frozen_values(posterior.source, posterior.engine.parameters),
             adapter=adapter_settings(posterior.source),
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.fitting.passes import Pass, Sums
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.subspace import Subspace
 from laplace_lora.tuning.corrected_evidence import HIGHEST, corrected_precision
 from laplace_lora.tuning.directions import preconditioned

@@ -16,14 +16,14 @@ from laplace_lora.curvature.backends import LoraGGN
 from laplace_lora.data.shares import processes
 from laplace_lora.data.tally import fingerprints
 from laplace_lora.fitting.passes import Pass, Sums
-from laplace_lora.storage.files import write_whole
 from laplace_lora.storage.fingerprint import (
     check_identity,
     exact_fingerprint,
     identity,
     known_identity,
 )
-from laplace_lora.structures.state import Posterior
+from laplace_lora.storage.whole_files import write_whole
+from laplace_lora.structures.posterior import Posterior
 
 DEFAULT_EVERY = 100  # batches
 IDENTITY = "identity"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -107,8 +107,15 @@ def variance(
     s2 = checked_variance(s2).to(device)
     check_ranks(factors, n_lora, n_kfac)
     precision = decomposed(factors, device) + 1 / s2
-    total: Tensor | None = None
-    for i, (name, (input_factor, grad_factor)) in enumerate(factors.items()):
+    parts = _jacobians(inputs, jacobian, factors, n_logits)
+    return precision.covariance(rows.to(device) for rows in parts)
+
+
+def _jacobians(
+    inputs: Batch, jacobian: Mapping[str, Tensor], factors: Factors, n_logits: int
+) -> Iterator[Tensor]:
+    """Yield the Jacobian of each pair of factors, checked, see `variance`."""
+    for name, (input_factor, grad_factor) in factors.items():
         rows = _jacobian_of(name, jacobian)
         if rows.shape[2:] == (len(grad_factor), len(input_factor) - 1):
             bias = _jacobian_of(name, jacobian, "bias")
@@ -119,10 +126,7 @@ def variance(
                 f"the Jacobian of {name!r} has shape {tuple(rows.shape)}; {expected[0]} examples, "
                 f"{n_logits} logits and its factors need {expected}"
             )
-        form = precision.inverse_form(i, rows.to(device))
-        total = form if total is None else total + form
-    assert total is not None  # check_ranks refuses an empty set of factors
-    return total
+        yield rows
 
 
 @in_full_precision

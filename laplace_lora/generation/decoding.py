@@ -11,8 +11,8 @@ from torch import Tensor
 
 from laplace_lora.data.distributed import together
 from laplace_lora.data.loaders import progress
-from laplace_lora.generation.methods import EXACT, SAMPLED, check_method, exact_predictor
-from laplace_lora.generation.next_token import HasPosterior
+from laplace_lora.generation.methods import EXACT, SAMPLED, check_method
+from laplace_lora.generation.next_token import HasPosterior, NextTokenPredictor
 from laplace_lora.generation.prompts import check_text_suffices, left_padded
 from laplace_lora.generation.sampled_predictor import SampledPredictor
 from laplace_lora.generation.selection import Processor, Selection
@@ -108,7 +108,7 @@ def generate(
         steps: Steps
         stack.enter_context(together(runs=la.fitted.source))  # all draw the same tokens
         if method == EXACT:
-            exact = exact_predictor(la, top_k, link_approx, n_samples, generator)
+            exact = NextTokenPredictor(la, top_k, link_approx, n_samples, generator)
             ids, mask = left_padded(inputs, la.fitted.device, la.fitted.source.config)
             check_text_suffices(exact.model, inputs)
             model, steps = exact.model, ExactSteps(exact, ids, mask)

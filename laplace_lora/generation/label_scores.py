@@ -17,7 +17,7 @@ from laplace_lora.likelihoods.links import check_finite
 from laplace_lora.models.forward_mode import forward_mode
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.predictive.sample_set import SampleSet
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 
 Places = tuple[Tensor, Tensor]
 POSITIONS = "position_ids"

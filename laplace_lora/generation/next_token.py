@@ -31,7 +31,8 @@ from laplace_lora.likelihoods.links import (
 from laplace_lora.likelihoods.quadrature import ENTROPY_POINTS, averaged, normal_points
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.models.token_model import TokenModel
-from laplace_lora.structures.state import Posterior
+from laplace_lora.predictive.query import LINK_SAMPLES
+from laplace_lora.structures.posterior import Posterior
 
 LINKS = (QUADRATURE, "mc", "probit")
 WANTED = "wanted_token"  # rides in a batch of texts
@@ -82,8 +83,9 @@ class NextTokenPredictor:
     Args:
         la: A fitted posterior over a causal language model's adapters.
         top_k: Tokens looked at.
-        link_approx: ``"quadrature"``, ``"mc"`` (samples of the logits) or ``"probit"``.
-        n_samples: Samples for ``"mc"``, the same for all positions.
+        link_approx: ``"quadrature"``, the default, ``"mc"`` (samples of the logits) or
+            ``"probit"``.
+        n_samples: Samples for ``"mc"``, the same for all positions; 1000 by default.
         generator: Their source.
 
     Attributes:
@@ -99,10 +101,12 @@ class NextTokenPredictor:
         self,
         la: HasPosterior,
         top_k: int,
-        link_approx: str,
-        n_samples: int,
-        generator: torch.Generator | None,
+        link_approx: str | None = None,
+        n_samples: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
+        link_approx = QUADRATURE if link_approx is None else link_approx
+        n_samples = LINK_SAMPLES if n_samples is None else n_samples
         self.posterior = posterior = la.fitted
         self.model = language_model_of(posterior, top_k)
         vocabulary: Any = self.model.vocabulary_size
@@ -227,7 +231,7 @@ def language_model_of(posterior: Posterior, top_k: int) -> TokenModel:
         ValueError: If ``top_k`` is out of range, or the model is no causal language model with a
             posterior over its adapters.
     """
-    if posterior.model is not posterior.source:
+    if posterior.last_layer is not None:
         raise ValueError(
             "a last-layer posterior covers only the answer tokens; use one over adapter weights, "
             "such as KronLoraLaplace"

@@ -11,7 +11,7 @@ from torch import Tensor
 from laplace_lora.data.distributed import together
 from laplace_lora.data.loaders import progress
 from laplace_lora.generation.label_scores import at_labels, part_of
-from laplace_lora.generation.methods import EXACT, SAMPLED, check_method, exact_predictor
+from laplace_lora.generation.methods import EXACT, SAMPLED, check_method
 from laplace_lora.generation.next_token import HasPosterior, NextToken, NextTokenPredictor
 from laplace_lora.generation.sampled_predictor import SampledPredictor
 from laplace_lora.generation.token_predictions import TokenPredictions
@@ -82,7 +82,7 @@ def score(
     predictor: NextTokenPredictor | SampledPredictor
     if method == EXACT:
         with together(runs=la.fitted.source):
-            predictor = exact_predictor(la, top_k, link_approx, n_samples, generator)
+            predictor = NextTokenPredictor(la, top_k, link_approx, n_samples, generator)
     else:
         predictor = SampledPredictor(
             la, top_k, SAMPLES if n_samples is None else n_samples, generator

@@ -18,14 +18,13 @@ from torch.nn import functional as F
 
 from laplace_lora.likelihoods.quadrature import (
     averaged,
-    binary_log_probabilities,
     check_noise,
     covariance_root,
     log_softmax_at,
-    mean_binary_entropy,
     softmax_log_probabilities,
 )
 from laplace_lora.likelihoods.roots import contrast_matrix
+from laplace_lora.likelihoods.sigmoid import binary_log_probabilities, mean_binary_entropy
 
 QUADRATURE = "quadrature"
 LINKS = (QUADRATURE, "probit", "mc", "bridge", "bridge_norm")

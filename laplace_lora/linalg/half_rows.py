@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-HALF = torch.bfloat16
+BFLOAT16 = torch.bfloat16
 ALIGNED = 8  # columns in 16 bytes; NVIDIA's guide asks for rows of whole 16 bytes on tensor cores
 
 
@@ -24,7 +24,7 @@ def split(matrix: Tensor) -> Tensor:
         Shape ``(n, 2 c)``: rounded, then what the rounding left; the sum is right to 2⁻¹⁷.
     """
     columns = matrix.shape[1]
-    terms = matrix.new_empty(len(matrix), 2 * columns, dtype=HALF)
+    terms = matrix.new_empty(len(matrix), 2 * columns, dtype=BFLOAT16)
     terms[:, :columns].copy_(matrix)
     terms[:, columns:].copy_(matrix - terms[:, :columns])
     return terms
@@ -70,9 +70,9 @@ class HalfRows:
         if rows.dtype != torch.float32 or rows.device.type not in self.devices:
             return rows
         if key in self._exact:
-            return rows.to(HALF) if self._exact[key] else rows
+            return rows.to(BFLOAT16) if self._exact[key] else rows
         # Zeros alone, of a layer that the first batch does not move, show nothing.
-        shown = (rows.to(HALF) == rows).all() & rows.any()
+        shown = (rows.to(BFLOAT16) == rows).all() & rows.any()
         self._asked.setdefault(key, []).append(shown)
         return rows
 

@@ -17,7 +17,7 @@ from laplace_lora.linalg.factors import DenseFactor, DiagonalFactor
 from laplace_lora.linalg.kron import KronFactors
 from laplace_lora.linalg.kron_block import Side
 from laplace_lora.linalg.kron_eigen import KronEigen
-from laplace_lora.linalg.rounded import HALF, check_orthonormal, orthonormal
+from laplace_lora.linalg.rounded import FLOAT16, check_orthonormal, orthonormal
 from laplace_lora.linalg.sketch import Factor, LowRankFactor, sketch_columns
 
 EIGEN = ("vectors", "values", "residual")
@@ -47,7 +47,7 @@ def pack_kron(
                 parts |= {name: getattr(eigen, name) for name in EIGEN}
                 if not exact:
                     parts = {name: parts[name] for name in (*EIGEN, "trace") if name in parts}
-                    parts["vectors"] = eigen.vectors.to(HALF)
+                    parts["vectors"] = eigen.vectors.to(FLOAT16)
             tensors |= {f"{number}.{name}": tensor for name, tensor in parts.items()}
     for i, table in enumerate(decomposed.tables or []):
         tensors[f"{TABLE}.{i}"] = table
@@ -136,7 +136,7 @@ def _unpacked(tensors: Mapping[str, Tensor], number: int, rank: int | None) -> t
             raise ValueError(f"factor {number} is not the diagonal of a sum of squares")
         return DiagonalFactor(sums), DiagonalFactor(sums).decompose()
     eigen = _eigen(tensors, number)
-    if tensors[f"{number}.vectors"].dtype == HALF:
+    if tensors[f"{number}.vectors"].dtype == FLOAT16:
         return _rebuilt(eigen, tensors.get(f"{number}.trace"), number, rank), eigen
     factor: Factor
     if f"{number}.matrix" in tensors:
@@ -168,7 +168,7 @@ def _eigen(tensors: Mapping[str, Tensor], number: int) -> Eigen:
         raise ValueError(f"the tensors of factor {number} do not fit together")
     if bool((values < 0).any()) or bool(residual < 0):
         raise ValueError(f"factor {number} has a negative eigenvalue")
-    if vectors.dtype == HALF:
+    if vectors.dtype == FLOAT16:
         vectors = orthonormal(vectors, values.dtype)
     else:  # with others, variances are those of another matrix
         check_orthonormal(vectors)

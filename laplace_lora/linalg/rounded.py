@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-HALF = torch.float16
+FLOAT16 = torch.float16
 TOP = 15  # float16 ends just below 2¹⁶
 SCALE = "scale"
 ROUNDED = 0.05  # how far inner products of directions may be from those of orthonormal ones
@@ -24,12 +24,12 @@ def rounded(name: str, tensor: Tensor) -> dict[str, Tensor]:
         name: A name.
         tensor: Finite numbers. What has two bytes a number already is kept as it is.
     """
-    if tensor.dtype.itemsize <= HALF.itemsize:
+    if tensor.dtype.itemsize <= FLOAT16.itemsize:
         return {name: tensor}
     largest = tensor.abs().max().double()
     exponent = torch.frexp(largest).exponent - TOP  # of zeros: minus the top, which does no harm
     scale = torch.ldexp(torch.ones_like(largest), exponent)
-    return {name: (tensor / scale.to(tensor.dtype)).to(HALF), f"{name}.{SCALE}": scale}
+    return {name: (tensor / scale.to(tensor.dtype)).to(FLOAT16), f"{name}.{SCALE}": scale}
 
 
 def widened(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
@@ -49,8 +49,8 @@ def widened(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Ten
         return tensor
     if scale.shape != () or not bool(scale > 0):
         raise ValueError(f"the scale of {name!r} is not a positive number")
-    if tensor.dtype != HALF:
-        raise ValueError(f"{name!r} has a scale, and is {tensor.dtype}, not {HALF}")
+    if tensor.dtype != FLOAT16:
+        raise ValueError(f"{name!r} has a scale, and is {tensor.dtype}, not {FLOAT16}")
     return tensor.to(dtype) * scale.to(dtype)
 
 
@@ -68,7 +68,7 @@ def in_working_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[
     def wanted(name: str, tensor: Tensor) -> torch.dtype:
         if name.endswith("trace"):
             return torch.float64
-        return HALF if name.endswith("vectors") and tensor.dtype == HALF else dtype
+        return FLOAT16 if name.endswith("vectors") and tensor.dtype == FLOAT16 else dtype
 
     return {name: tensor.to(wanted(name, tensor)) for name, tensor in tensors.items()}
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from laplace_lora.linalg.eigen import Eigen, check_finite, symmetric_eigen
 from laplace_lora.linalg.factors import DenseFactor, DiagonalFactor, weighted_square_norm
-from laplace_lora.linalg.half_rows import ALIGNED, HALF, product, split
+from laplace_lora.linalg.half_rows import ALIGNED, BFLOAT16, product, split
 
 OVERSAMPLING = 10
 
@@ -95,7 +95,7 @@ class LowRankFactor:
             weight: Of all rows, or of each, ``(n,)``.
         """
         # Tensor cores take rows of bfloat16 as they are; elsewhere wider ones are faster.
-        is_half = rows.is_cuda and rows.dtype == HALF and self.sketch.dtype == torch.float32
+        is_half = rows.is_cuda and rows.dtype == BFLOAT16 and self.sketch.dtype == torch.float32
         if is_half:
             projected = product(rows, _orthonormal_terms(*self.sketch.shape, self.sketch.device))
         else:

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from laplace_lora.models.configs import text_config
+
 ANGLES = "inv_freq"  # how the names of such buffers end
 
 
@@ -22,7 +24,7 @@ def angles_change_at(config: Any) -> int | None:
     Args:
         config: A transformer's configuration, or anything else.
     """
-    return _limit(_of_text(config), "longrope")
+    return _limit(text_config(config), "longrope")
 
 
 def check_lengths(config: Any, inputs: Mapping[str, Any]) -> None:
@@ -35,7 +37,7 @@ def check_lengths(config: Any, inputs: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If it is such a batch.
     """
-    config = _of_text(config)
+    config = text_config(config)
     limits = {kind: _limit(config, kind) for kind in ("longrope", "dynamic")}
     scaled_at = _scaled_at(config)
     if scaled_at is None and not any(limits.values()):
@@ -88,10 +90,6 @@ def own_angles(angles: Mapping[str, Tensor]) -> dict[str, Tensor]:
         angles: Of `angles_of`.
     """
     return {name: b.clone() for name, b in angles.items()}
-
-
-def _of_text(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _limit(config: Any, kind: str) -> int | None:

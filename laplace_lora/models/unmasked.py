@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from laplace_lora.models.configs import text_config
+
 IDS, MASK = "input_ids", "attention_mask"
 
 
@@ -16,12 +18,8 @@ def padding_token(config: Any) -> int | None:
     Args:
         config: The transformer's configuration, or ``None``.
     """
-    token: int | None = getattr(_of_text(config), "pad_token_id", None)
+    token: int | None = getattr(text_config(config), "pad_token_id", None)
     return token
-
-
-def _of_text(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def check_is_masked(batch: Any, config: Any, why: str, decoder: bool = False) -> None:
@@ -46,7 +44,7 @@ def check_is_masked(batch: Any, config: Any, why: str, decoder: bool = False) ->
         ids = ids[..., 1:]
     if pad is None or not isinstance(ids, Tensor) or ids.ndim < 2 or not ids.numel():
         return
-    ends: Any = getattr(_of_text(config), "eos_token_id", None)
+    ends: Any = getattr(text_config(config), "eos_token_id", None)
     run = 2 if pad in (ends if isinstance(ends, list) else [ends]) else 1
     if ids.shape[-1] < run:
         return

@@ -27,7 +27,8 @@ from laplace_lora.posteriors.summary import summary
 from laplace_lora.posteriors.weights_watch import WeightsWatch
 from laplace_lora.storage.adapter_start import AdapterStart
 from laplace_lora.structures.base import Structure
-from laplace_lora.structures.state import Posterior, PosteriorState
+from laplace_lora.structures.posterior import Posterior
+from laplace_lora.structures.state import PosteriorState
 
 Self = TypeVar("Self", bound="LoraLaplace")
 
@@ -145,16 +146,19 @@ class LoraLaplace(FittedLaplace):
             self.state = replace(self.state)  # without what it has computed from them
         if latest is None or latest[0].state is not self.state or latest[1] != key:
             posterior = Posterior(
-                type(self).__name__,
-                self.arguments(),
-                self._predicting_model(),
-                self.logits_model,
-                self.engine,
-                self.objective,
-                self.structure,
-                self.state,
-                *key,
-                self._backend_cls,
+                kind=type(self).__name__,
+                arguments=self.arguments(),
+                model=self._predicting_model(),
+                source=self.logits_model,
+                engine=self.engine,
+                objective=self.objective,
+                structure=self.structure,
+                state=self.state,
+                temperature=self.temperature,
+                label_key=self.dict_key_y,
+                device=self._device,
+                differentiable=self.enable_backprop,
+                backend=self._backend_cls,
             )
             self._latest = latest = (posterior, key, versions)
         return latest[0]

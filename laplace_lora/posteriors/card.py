@@ -8,7 +8,7 @@ from typing import Any
 
 from laplace_lora.posteriors.summary import summary_lines
 from laplace_lora.storage.model_card import Report, draw, section
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 from laplace_lora.tuning.outcome import Tuning
 from laplace_lora.version import __version__
 

@@ -14,8 +14,8 @@ from laplace_lora.linalg.sketch import Factor
 from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.structures.row_curvature import RowCurvature
 from laplace_lora.structures.rows import Rows
+from laplace_lora.structures.settings import expanded
 from laplace_lora.structures.sketched import Sketched, SketchedCurvature
-from laplace_lora.structures.state import expanded
 
 ROW_DTYPES = ("bfloat16", "float32", "float64")
 

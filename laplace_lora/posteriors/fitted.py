@@ -14,7 +14,8 @@ from laplace_lora.fitting.fitter import Fitter
 from laplace_lora.models.autocast import in_full_precision
 from laplace_lora.models.turns import in_turn
 from laplace_lora.posteriors.saved import SavedLaplace
-from laplace_lora.structures.state import Posterior, PosteriorState
+from laplace_lora.structures.posterior import Posterior
+from laplace_lora.structures.state import PosteriorState
 
 
 class FittedLaplace(SavedLaplace):

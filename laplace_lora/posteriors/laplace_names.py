@@ -18,8 +18,9 @@ from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.weight_sampling import sampled_outputs
 from laplace_lora.structures.base import Structure
+from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import check_positive
-from laplace_lora.structures.state import Posterior, PosteriorState
+from laplace_lora.structures.state import PosteriorState
 from laplace_lora.tuning.marginal_likelihood import scatter
 
 T = TypeVar("T")

@@ -15,8 +15,8 @@ from laplace_lora.display.tables import html_table, one_row
 from laplace_lora.display.terminal import terminal_table
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.structures import sizes
+from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.sizes import GIB, MIB
-from laplace_lora.structures.state import Posterior
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,6 +16,7 @@ from laplace_lora.predictive.data_sets import predict
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.linear_samples import AUTO
 from laplace_lora.predictive.predictions import Predictions
+from laplace_lora.predictive.query import Query
 from laplace_lora.predictive.span_data_sets import predict_spans
 from laplace_lora.predictive.span_predictions import SpanPredictions
 from laplace_lora.predictive.spans import SpanPredictor, check_sampled, span_probabilities
@@ -89,12 +90,21 @@ class PredictedLaplace(EvidenceLaplace):
                 (``"auto"`` computes exact moments there).
         """
         posterior = self.fitted
-        options = (pred_type, joint, link_approx, n_samples, diagonal_output, generator, fitting)
+        query = Query(
+            pred_type=pred_type,
+            joint=joint,
+            link_approx=link_approx,
+            n_samples=n_samples,
+            diagonal_output=diagonal_output,
+            generator=generator,
+            fitting=fitting,
+            method=method,
+        )
         if labels_tokens(posterior.objective):
-            return token_probabilities(posterior, x, *options, method)
+            return token_probabilities(posterior, x, query)
         if posterior.objective.has_spans:
-            return span_probabilities(posterior, x, *options, method)
-        return Predictor(posterior)(x, *options, method)
+            return span_probabilities(posterior, x, query)
+        return Predictor(posterior)(x, query)
 
     @in_full_precision
     def reward_difference(self, pairs: Any) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,6 @@ from laplace_lora.data.distributed import is_sharded, together
 from laplace_lora.data.shares import is_main
 from laplace_lora.data.subset import Subset
 from laplace_lora.models.autocast import in_full_precision
-from laplace_lora.models.last_layer_model import LastLayerModel
 from laplace_lora.posteriors.tuned import TunedLaplace
 from laplace_lora.predictive.network_samples import NetworkSamples
 from laplace_lora.storage.served_adapters import check_folder, write_adapters
@@ -95,7 +94,7 @@ class ServedLaplace(TunedLaplace):
                 uncertain as the linearised predictive.
         """
         posterior, target = self.fitted, Path(folder)
-        if isinstance(posterior.model, LastLayerModel):
+        if posterior.last_layer is not None:
             raise ValueError(
                 f"a {posterior.kind} has a head of its own, which no adapter holds; export a "
                 "posterior over the adapter's weights, such as KronLoraLaplace, which covers a "

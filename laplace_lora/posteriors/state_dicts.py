@@ -13,8 +13,9 @@ from torch import Tensor
 
 from laplace_lora.curvature.kron_protocol import LowRankKron
 from laplace_lora.structures.eigenvalue_correction import CorrectedKron
+from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import SCALES, TENSORS, Settings, copied
-from laplace_lora.structures.state import Posterior, PosteriorState
+from laplace_lora.structures.state import PosteriorState
 from laplace_lora.structures.subspace import SUBSPACE, SUBSPACE_TENSORS, subspace_from
 
 SHIFT = "shift"
@@ -76,15 +77,15 @@ def read_state(posterior: Posterior, state_dict: Mapping[str, Any]) -> Posterior
         **{name: state_dict.get(name, 1.0) for name in SCALES},
     )
     return PosteriorState(
-        settings.own(),
-        _curvature(posterior, state_dict),
-        state_dict["mean"],
-        sizes,
-        state_dict["loss"],
-        state_dict["n_data"],
-        state_dict["n_outputs"],
-        state_dict.get("loss_gradient"),
-        subspace_from(state_dict),
+        settings=settings.own(),
+        curvature=_curvature(posterior, state_dict),
+        mean=state_dict["mean"],
+        sizes=sizes,
+        loss=state_dict["loss"],
+        n_data=state_dict["n_data"],
+        n_outputs=state_dict["n_outputs"],
+        loss_gradient=state_dict.get("loss_gradient"),
+        subspace=subspace_from(state_dict),
     )
 
 

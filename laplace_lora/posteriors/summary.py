@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from laplace_lora.display.tables import span
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 from laplace_lora.tuning.outcome import Tuning
 
 SHOWN_LAYERS = 6

@@ -167,21 +167,10 @@ class TunedLaplace(LaplaceLoops):
                 settings = tuner.grid_search(prior_structure, *data, **kwargs)
             elif method == "val_gd":
                 settings = tuner.descent(prior_structure, *data, **kwargs)
-            elif method not in TUNED_ON_TRAINING_DATA:
-                raise ValueError(
-                    "method must be 'auto', 'loo', 'widest', 'marglik', 'gridsearch' or 'val_gd', "
-                    f"got {method!r}"
-                )
             if settings is not None:
                 self.state = self.state.with_settings(settings)
-            self._tuning = Tuning(
-                method,
-                self.prior_precision.detach().clone(),
-                reason,
-                report if isinstance(report, LeaveOneOut) else None,
-                report if isinstance(report, Widest) else None,
-                report if isinstance(report, StructureChoice) else None,
-            )
+            precision = self.prior_precision.detach().clone()
+            self._tuning = Tuning.of(method, precision, reason, report)
             if method == "marglik" and data_of_fit is not None:
                 warn_if_wide(self.fitted, data_of_fit)
             warn_if_noise_is_off(self.fitted)

@@ -24,9 +24,8 @@ from laplace_lora.adapters.peft_state import (
 )
 from laplace_lora.adapters.selection import listed
 from laplace_lora.data.sharding import is_sharded_tensor, whole
-from laplace_lora.models.last_layer_model import LastLayerModel
 from laplace_lora.models.turns import in_turn
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 
 ROUNDING = 1e-5  # relative: adding a number and subtracting it again leaves as much
 
@@ -92,7 +91,7 @@ class WeightsWatch:
         moved = [place for place in places if has_moved(place, posterior.state.frozen)]
         fitted_with, settings = posterior.state.adapter, adapter_settings(posterior.source)
         other = [name for name, then in fitted_with.items() if settings.get(name, then) != then]
-        if (moved or other) and posterior.model is posterior.source:
+        if (moved or other) and posterior.last_layer is None:
             # An adapter that is merged, gone or idle is named first.
             check_runs(posterior.source, posterior.engine.parameters)
         buffers = [place.name for place in moved if place.is_buffer]
@@ -140,10 +139,7 @@ class WeightsWatch:
 
 def _dtype(posterior: Posterior) -> torch.dtype:
     """Return the dtype in which a fit of the model as it is would be."""
-    model: Any = posterior.model
-    if isinstance(model, LastLayerModel):
-        return head_dtype(model.source)
-    return posterior.dtype
+    return posterior.dtype if posterior.last_layer is None else head_dtype(posterior.source)
 
 
 def head_dtype(source: Any) -> torch.dtype:
@@ -169,13 +165,13 @@ def _pairs(posterior: Posterior) -> Iterator[tuple[str, Tensor, Tensor]]:
     engine = posterior.engine
     means = posterior.mean.split(posterior.state.sizes)  # a tensor may have been pruned since
     yield from zip(engine.names, engine.parameters, means, strict=True)
-    model: Any = posterior.model
-    if isinstance(model, LastLayerModel):  # the posterior is over a copy of the transformer's head
-        model.check_adapter()  # another adapter may have another head, or none
-        weight, bias = model.source.head_tensors()
-        yield "last layer", weight, model.head.weight.detach()
+    split = posterior.last_layer
+    if split is not None:
+        split.check_adapter()  # another adapter may have another head, or none
+        weight, bias = posterior.source.head_tensors()
+        yield "last layer", weight, split.head.weight.detach()
         if bias is not None:
-            yield "last layer's bias", bias, model.head.bias.detach()
+            yield "last layer's bias", bias, split.head.bias.detach()
 
 
 @torch.no_grad()

@@ -8,30 +8,29 @@ from functools import lru_cache, partial
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from laplace_lora.data.distributed import Together, together
 from laplace_lora.data.steps import steps
 from laplace_lora.likelihoods.base import Readout, integrated_variables
 from laplace_lora.likelihoods.links import Link, entropies
 from laplace_lora.likelihoods.quadrature import ENTROPY_POINTS, averaged, normal_points
-from laplace_lora.models.forward_mode import NoForwardDerivativeError
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.inputs import batches_of_rows, batches_of_texts, listed
 from laplace_lora.predictive.linear_samples import (
     AUTO,
     SAMPLES,
     LinearSamples,
+    SampledOrExact,
     entropies_of,
-    note_fallback,
     seeded,
     takes_samples,
 )
 from laplace_lora.predictive.predictions import Predictions
-from laplace_lora.structures.state import Posterior
+from laplace_lora.predictive.query import LINK_SAMPLES
+from laplace_lora.structures.posterior import Posterior
 
 T = TypeVar("T")
-LINK_SAMPLES = 1000  # of the "mc" link
 
 
 def predict(
@@ -57,14 +56,17 @@ def predict(
     if takes_samples(posterior, method, link_approx, count, generator):
         samples = LinearSamples(posterior, count, generator)
     links = lru_cache(partial(prediction_link, posterior, link_approx, n_samples, generator))
-    answer = _Answer(predictor, links, samples, falls_back=method == AUTO)
+    answer = _Answer(predictor, links, SampledOrExact(samples, method))
     if is_batch(data):
         return answer(data)
     kind, items = listed(data)
+    # Whole tensors take a pass for each example, of which batches have unequally many.
+    in_step = posterior.engine.recording.uncovered == "error"
+    place = (Predictions, answer, posterior)
     if kind == "batches":
-        return _of_batches(answer, items, progress_bar)
+        return of_batches(*place, items, progress_bar, in_step=in_step)
     order, batches = joined_in_batches(posterior, kind, items, tokenizer, batch_size)
-    return _of_batches(answer, batches, progress_bar)[order.argsort()]
+    return of_batches(*place, batches, progress_bar, in_step=in_step)[order.argsort()]
 
 
 def joined_in_batches(
@@ -119,49 +121,26 @@ class _Answer:
     Args:
         predictor: Exact moments.
         links: From the number of outputs, which choices may have any of, to their link.
-        samples: Samples to use instead.
-        falls_back: Whether exact moments take over if the model cannot carry tangents.
+        choice: Of these or of samples.
     """
 
     def __init__(
         self,
         predictor: Predictor,
         links: Callable[[int], Link],
-        samples: LinearSamples | None,
-        falls_back: bool,
+        choice: SampledOrExact,
     ) -> None:
-        self._predictor, self._links = predictor, links
-        self._samples, self._falls_back = samples, falls_back
-
-    @property
-    def device(self) -> torch.device:
-        """Where the posterior is."""
-        return self._predictor.posterior.device
-
-    @property
-    def model(self) -> nn.Module:
-        """What runs."""
-        return self._predictor.posterior.source
-
-    @property
-    def is_in_step(self) -> bool:
-        """Whether every batch takes equally many passes, as those with whole tensors do not."""
-        return self._predictor.posterior.engine.recording.uncovered == "error"
+        self._predictor, self._links, self._choice = predictor, links, choice
 
     def __call__(self, batch: Any) -> Predictions:
         posterior = self._predictor.posterior
         labels = _labels(posterior, batch)
         x = batch[0] if not isinstance(batch, Mapping) and labels is not None else batch
         readout = posterior.objective.readout(x)
-        if self._samples is not None:
-            try:
-                return _sampled(self._samples, x, readout, labels)
-            except NoForwardDerivativeError as error:
-                if not self._falls_back:
-                    raise
-                note_fallback(error)
-                self._samples = None
-        return self._exact(x, readout, labels)
+        return self._choice(
+            lambda samples: _sampled(samples, x, readout, labels),
+            lambda: self._exact(x, readout, labels),
+        )
 
     def _exact(self, x: Any, readout: Readout, labels: Tensor | None) -> Predictions:
         moments = self._predictor.readout_moments(x, readout)
@@ -175,8 +154,30 @@ class _Answer:
         return Predictions(mean, covariance, probs, total, total - aleatoric, labels)
 
 
-def _of_batches(answer: _Answer, source: Iterable[Any], progress_bar: bool | None) -> Predictions:
-    place: Any = {"device": answer.device, "runs": answer.model, "in_step": answer.is_in_step}
+def of_batches(
+    kind: Callable[..., T],
+    answer: Callable[[Any], T],
+    posterior: Posterior,
+    source: Iterable[Any],
+    progress_bar: bool | None,
+    aligned: Callable[[list[T], Together], list[T]] = lambda parts, team: parts,
+    in_step: bool = False,
+) -> T:
+    """Return the predictions of batches, those of all processes, in the order of the data.
+
+    Args:
+        kind: See `_in_order`.
+        answer: From a batch to its predictions.
+        posterior: A fitted posterior.
+        source: Batches, a loader or a list.
+        progress_bar: Whether to show progress, see `progress`.
+        aligned: Gives the predictions of all batches the shape that they have together.
+        in_step: Whether every batch takes equally many passes, see `together`.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    place: Any = {"device": posterior.device, "runs": posterior.source, "in_step": in_step}
     with together(source, **place) as team:
         parts = []
         for step in steps(team.batches(source, "Predicting", progress_bar), range(0), team):
@@ -184,10 +185,10 @@ def _of_batches(answer: _Answer, source: Iterable[Any], progress_bar: bool | Non
                 answer(step.stand_in)
             if step.batch is not None:
                 parts.append(answer(step.batch))
-        return in_order(Predictions, parts, team)
+        return _in_order(kind, aligned(parts, team), team)
 
 
-def in_order(kind: Callable[..., T], parts: Sequence[T], team: Together) -> T:
+def _in_order(kind: Callable[..., T], parts: Sequence[T], team: Together) -> T:
     """Return the predictions of batches, those of all processes, in the order of the data.
 
     Args:

@@ -17,21 +17,18 @@ from laplace_lora.likelihoods.base import OUTPUTS, Readout
 from laplace_lora.likelihoods.links import Link, gaussian_samples
 from laplace_lora.likelihoods.reward_modeling import DIFFERENCE, NO_PAIRS
 from laplace_lora.models.autocast import as_called
-from laplace_lora.models.forward_mode import NoForwardDerivativeError
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.predictive.linear_samples import (
-    AUTO,
     SAMPLED,
     SAMPLES,
     LinearSamples,
-    note_fallback,
+    SampledOrExact,
     takes_samples,
 )
+from laplace_lora.predictive.query import NETWORKS, Query
 from laplace_lora.predictive.weight_sampling import sampled_outputs
 from laplace_lora.structures.base import Gram
-from laplace_lora.structures.state import Posterior
-
-LINK_SAMPLES = 100  # of the "mc" link, and of weights for pred_type="nn"
+from laplace_lora.structures.posterior import Posterior
 
 
 class Predictor:
@@ -44,54 +41,33 @@ class Predictor:
     def __init__(self, posterior: Posterior) -> None:
         self.posterior = posterior
 
-    def __call__(
-        self,
-        x: Any,
-        pred_type: str,
-        joint: bool,
-        link_approx: str,
-        n_samples: int | None,
-        diagonal_output: bool,
-        generator: torch.Generator | None,
-        fitting: bool,
-        method: str = AUTO,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def __call__(self, x: Any, query: Query) -> Tensor | tuple[Tensor, Tensor]:
         """Return the posterior predictive of a batch, see `LoraLaplace.__call__`."""
-        if pred_type not in ("glm", "nn"):
-            raise ValueError(f"pred_type must be 'glm' or 'nn', got {pred_type!r}")
-        link = Link(link_approx)  # refuses an unknown one
-        if method == SAMPLED and (pred_type == "nn" or joint or diagonal_output):
+        if query.pred_type not in ("glm", "nn"):
+            raise ValueError(f"pred_type must be 'glm' or 'nn', got {query.pred_type!r}")
+        link = Link(query.link_approx)  # refuses an unknown one
+        is_nn = query.pred_type == "nn"
+        if query.method == SAMPLED and (is_nn or query.joint or query.diagonal_output):
             raise ValueError(
                 "method='sampled' samples the linearised logits of each example as they are; "
                 "pred_type='nn', joint and diagonal_output need method='exact'"
             )
-        count = SAMPLES if n_samples is None else n_samples
-        samples = takes_samples(self.posterior, method, link_approx, count, generator)
-        n_samples = LINK_SAMPLES if n_samples is None else n_samples
-        if fitting and self.posterior.objective.has_pairs:
+        samples, count = None, query.samples(SAMPLES)
+        options = (query.method, query.link_approx, count, query.generator)
+        if takes_samples(self.posterior, *options) and not is_nn and not query.diagonal_output:
+            samples = LinearSamples(self.posterior, count, query.generator)
+        if query.fitting and self.posterior.objective.has_pairs:
             x = self._pairs(x)
         # Ignoring covariances between outputs is a question about the logits themselves.
-        contrasts = link.sees_contrasts and not diagonal_output and pred_type == "glm"
-        readout = self.posterior.objective.readout(x, pairs=fitting, contrasts=contrasts)
-        if pred_type == "nn":
-            if readout.is_softmax and link_approx != "mc":
-                raise ValueError("pred_type='nn' samples weights; choose link_approx='mc'")
-            outputs = sampled_outputs(self.posterior, x, n_samples, generator)
-            if readout.is_softmax:
-                return readout.under(outputs).mean(0)
-            return outputs.mean(0), outputs.var(0)
-        if samples and not diagonal_output:
-            try:
-                return LinearSamples(self.posterior, count, generator).probabilities(x, readout)
-            except NoForwardDerivativeError as error:
-                if method == SAMPLED:
-                    raise
-                note_fallback(error)
-        if readout.is_softmax:
-            return self._probabilities(
-                x, readout, link_approx, n_samples, diagonal_output, generator
-            )
-        return self.distribution(x, joint, diagonal_output)
+        contrasts = link.sees_contrasts and not query.diagonal_output and not is_nn
+        readout = self.posterior.objective.readout(x, pairs=query.fitting, contrasts=contrasts)
+        if is_nn:
+            return self._of_networks(x, readout, query)
+        answer = SampledOrExact(samples, query.method)
+        return answer(
+            lambda samples: samples.probabilities(x, readout),
+            lambda: self._exact(x, readout, query),
+        )
 
     def distribution(
         self, x: Any, joint: bool = False, diagonal_output: bool = False
@@ -217,23 +193,28 @@ class Predictor:
             return mean + covariance.diagonal(dim1=1, dim2=2).sqrt() * noise.unsqueeze(1)
         return gaussian_samples(mean, covariance, noise)
 
-    def _probabilities(
-        self,
-        x: Any,
-        readout: Readout,
-        link_approx: str,
-        n_samples: int,
-        diagonal_output: bool,
-        generator: torch.Generator | None,
-    ) -> Tensor:
+    def _of_networks(
+        self, x: Any, readout: Readout, query: Query
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if readout.is_softmax and query.link_approx != "mc":
+            raise ValueError("pred_type='nn' samples weights; choose link_approx='mc'")
+        count = query.samples(NETWORKS)
+        outputs = sampled_outputs(self.posterior, x, count, query.generator)
+        if readout.is_softmax:
+            return readout.under(outputs).mean(0)
+        return outputs.mean(0), outputs.var(0)
+
+    def _exact(self, x: Any, readout: Readout, query: Query) -> Tensor | tuple[Tensor, Tensor]:
+        if not readout.is_softmax:
+            return self.distribution(x, query.joint, query.diagonal_output)
         moments = self.readout_moments(x, readout)
         mean, covariance, relative = readout.of_softmax(*moments)
         noise = None
-        if link_approx == "mc":
+        if query.link_approx == "mc":
             contrasts = mean if relative else mean[:, 1:]
-            noise = self._noise(n_samples, contrasts, generator)
-        link = Link(link_approx, noise)
-        if diagonal_output and link.sees_contrasts:
+            noise = self._noise(query.samples(NETWORKS), contrasts, query.generator)
+        link = Link(query.link_approx, noise)
+        if query.diagonal_output and link.sees_contrasts:
             covariance = torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1))
         return readout.shown(link.log_probabilities(mean, covariance, relative).exp())
 

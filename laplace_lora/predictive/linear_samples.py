@@ -9,7 +9,8 @@ their algebra for each contrast.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,11 +18,13 @@ from torch import Tensor
 from laplace_lora.likelihoods.base import Readout
 from laplace_lora.likelihoods.links import QUADRATURE, entropy
 from laplace_lora.likelihoods.quadrature import averaged
+from laplace_lora.models.forward_mode import NoForwardDerivativeError
 from laplace_lora.predictive.sample_set import SampleSet
 from laplace_lora.predictive.tangents import tangents_along, tangents_are_cheaper
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 AUTO, EXACT, SAMPLED = "auto", "exact", "sampled"
 METHODS = (AUTO, EXACT, SAMPLED)
@@ -89,6 +92,34 @@ class LinearSamples:
         """Return class probabilities of a batch, ``(batch, classes)``, see `Readout.shown`."""
         log_p = averaged(self.log_softmax(*self.tangents(x, readout), readout))
         return readout.shown(log_p.exp())
+
+
+class SampledOrExact:
+    """Samples, and exact moments in their place if the model cannot carry tangents.
+
+    Args:
+        samples: ``None`` if exact moments are wanted from the start.
+        method: ``"sampled"`` allows no exact moments.
+    """
+
+    def __init__(self, samples: LinearSamples | None, method: str) -> None:
+        self._samples, self._method = samples, method
+
+    def __call__(self, sampled: Callable[[LinearSamples], T], exact: Callable[[], T]) -> T:
+        """Return what one of the two returns.
+
+        Raises:
+            NoForwardDerivativeError: If the model cannot carry tangents, and samples are asked for.
+        """
+        if self._samples is not None:
+            try:
+                return sampled(self._samples)
+            except NoForwardDerivativeError as error:
+                if self._method == SAMPLED:
+                    raise
+                logger.info("predicting from exact moments: %s", error)
+                self._samples = None  # for good: the next batch would fail as well
+        return exact()
 
 
 def entropies_of(log_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,8 +199,3 @@ def check_options(
             f"the generator is on {generator.device}, the posterior on {device}; make it with "
             "torch.Generator(device)"
         )
-
-
-def note_fallback(error: Exception) -> None:
-    """Say that exact moments are computed because the model cannot carry tangents."""
-    logger.info("predicting from exact moments: %s", error)

@@ -23,7 +23,7 @@ from laplace_lora.likelihoods.links import check_finite
 from laplace_lora.models.autocast import as_called
 from laplace_lora.models.modes import evaluation_mode, set_weights
 from laplace_lora.models.twins import resampled
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 
 Network: TypeAlias = tuple[nn.Module, list[nn.Parameter]]  # and its tensors to overwrite
 

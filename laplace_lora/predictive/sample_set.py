@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 
 
 class SampleSet:

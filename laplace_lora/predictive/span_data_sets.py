@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from laplace_lora.data.distributed import together
 from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.question_answering import CONTEXT, END, START
-from laplace_lora.predictive.data_sets import in_order, is_batch
+from laplace_lora.predictive.data_sets import is_batch, of_batches
 from laplace_lora.predictive.inputs import (
     batches_of_rows,
     cut_texts,
@@ -41,11 +41,13 @@ def predict_spans(
         ValueError: If they are empty, a context does not fit its row, or see `_questions` and
             `batches_of_rows`.
     """
+    answer = partial(_answer, predictor)
     if is_batch(data):
-        return _answer(predictor, data)
+        return answer(data)
+    place = (SpanPredictions, answer, predictor.posterior)
     kind, items = listed(data)
     if kind == "batches":
-        return _of_batches(predictor, items, progress_bar)
+        return of_batches(*place, items, progress_bar)
     rows = _questions(items, tokenizer) if kind == "texts" else items
     bare = [{k: v for k, v in row.items() if k != CONTEXT} for row in rows]
     order, batches = batches_of_rows(bare, tokenizer, batch_size)
@@ -54,7 +56,7 @@ def predict_spans(
     before = [padding_before(part, batch, tokenizer) for part, batch in pairs]
     names = (START, END, predictor.posterior.label_key)
     placed = [_in_place(*pair, own, names) for pair, own in zip(pairs, before, strict=True)]
-    found = _of_batches(predictor, placed, progress_bar).moved(-torch.cat(before))
+    found = of_batches(*place, placed, progress_bar).moved(-torch.cat(before))
     return found[order.argsort()]
 
 
@@ -143,13 +145,3 @@ def _answer(predictor: SpanPredictor, batch: Any) -> SpanPredictions:
     if not labelled:
         return predictor(batch)
     return predictor(*posterior.split(batch))
-
-
-def _of_batches(
-    predictor: SpanPredictor, source: Iterable[Any], progress_bar: bool | None
-) -> SpanPredictions:
-    posterior = predictor.posterior
-    with together(source, device=posterior.device, runs=posterior.source) as team:
-        batches = team.batches(source, "Predicting", progress_bar)
-        parts = [_answer(predictor, batch) for batch in batches]
-        return in_order(SpanPredictions, parts, team)

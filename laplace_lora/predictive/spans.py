@@ -25,12 +25,12 @@ from laplace_lora.predictive.linear_samples import (
     SAMPLES,
     LinearSamples,
 )
+from laplace_lora.predictive.query import NETWORKS, Query
 from laplace_lora.predictive.span_predictions import SpanPredictions
 from laplace_lora.predictive.weight_sampling import sampled_outputs
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 
 LONGEST = 30  # tokens of an answer, as in transformers' examples for SQuAD
-WEIGHT_SAMPLES = 100  # for pred_type="nn"
 
 
 class SpanPredictor:
@@ -176,33 +176,21 @@ def span_tangents(samples: LinearSamples, x: Mapping[str, Any]) -> tuple[Tensor,
     return mean.unflatten(-1, (2, -1)), tangents.unflatten(-1, (2, -1))
 
 
-def span_probabilities(
-    posterior: Posterior,
-    x: Any,
-    pred_type: str,
-    joint: bool,
-    link_approx: str,
-    n_samples: int | None,
-    diagonal_output: bool,
-    generator: torch.Generator | None,
-    fitting: bool,
-    method: str,
-) -> Tensor:
+def span_probabilities(posterior: Posterior, x: Any, query: Query) -> Tensor:
     """Return probabilities of every token as start and as end, see `LoraLaplace.__call__`.
 
     Returns:
         Shape ``(batch, 2, tokens)``.
     """
-    if joint or diagonal_output or fitting:
+    if query.joint or query.diagonal_output or query.fitting:
         raise ValueError(
             "joint, diagonal_output and fitting mean nothing to question answering; leave them out"
         )
-    if pred_type == "nn" and link_approx == "mc":
-        count = WEIGHT_SAMPLES if n_samples is None else n_samples
-        outputs = sampled_outputs(posterior, x, count, generator)
+    if query.pred_type == "nn" and query.link_approx == "mc":
+        outputs = sampled_outputs(posterior, x, query.samples(NETWORKS), query.generator)
         return outputs.unflatten(-1, (2, -1)).softmax(-1).mean(0)
-    check_sampled(pred_type, link_approx, method)
-    predictor = SpanPredictor(posterior, n_samples, generator)
+    check_sampled(query.pred_type, query.link_approx, query.method)
+    predictor = SpanPredictor(posterior, query.n_samples, query.generator)
     return averaged(predictor.log_probabilities(x)).exp()
 
 

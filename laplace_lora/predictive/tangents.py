@@ -19,7 +19,7 @@ from laplace_lora.models.autocast import as_called
 from laplace_lora.models.forward_mode import forward_mode
 from laplace_lora.models.modes import coarsest_dtype, evaluation_mode
 from laplace_lora.models.tolerances import near
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 
 CROSSOVER = 1.5  # contrasts that cost as much as a direction, see benchmarks/speed/classes.py
 AT_ONCE = 16  # directions
@@ -79,7 +79,7 @@ def tangents_are_cheaper(posterior: Posterior, directions: int) -> bool:
         posterior: A fitted posterior.
         directions: How many.
     """
-    if posterior.differentiable or posterior.model is not posterior.source:
+    if posterior.differentiable or posterior.last_layer is not None:
         return False
     return posterior.objective.n_columns(posterior.state.n_outputs) > CROSSOVER * directions
 

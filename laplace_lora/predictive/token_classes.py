@@ -20,7 +20,6 @@ from laplace_lora.likelihoods.links import QUADRATURE, Link, check_finite, entro
 from laplace_lora.likelihoods.quadrature import averaged
 from laplace_lora.likelihoods.roots import identity_root, standing_apart
 from laplace_lora.likelihoods.token_classification import marked, real_tokens
-from laplace_lora.models.forward_mode import NoForwardDerivativeError
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.predictive.data_sets import prediction_link
 from laplace_lora.predictive.linear_samples import (
@@ -28,15 +27,15 @@ from laplace_lora.predictive.linear_samples import (
     SAMPLED,
     SAMPLES,
     LinearSamples,
+    SampledOrExact,
     check_options,
     entropies_of,
-    note_fallback,
 )
+from laplace_lora.predictive.query import NETWORKS, Query
 from laplace_lora.predictive.token_class_predictions import TokenClassPredictions, at_tokens
 from laplace_lora.predictive.weight_sampling import sampled_outputs
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 
-WEIGHT_SAMPLES = 100  # for pred_type="nn"
 ROOM = 2**27  # numbers of a batch's Jacobians that are in memory at once
 
 
@@ -69,12 +68,12 @@ class TokenClassPredictor:
                 "predictions of tokens cannot be differentiated; leave enable_backprop out"
             )
         self.posterior = posterior
-        self._falls_back = method == AUTO
         self._link: Link = prediction_link(posterior, link_approx, n_samples, generator)
-        self._samples: LinearSamples | None = None
+        samples = None
         if method == SAMPLED or (method == AUTO and link_approx == QUADRATURE):
             count = SAMPLES if n_samples is None else n_samples
-            self._samples = LinearSamples(posterior, count, generator)
+            samples = LinearSamples(posterior, count, generator)
+        self._answer = SampledOrExact(samples, method)
 
     def __call__(self, x: Mapping[str, Any]) -> TokenClassPredictions:
         """Return the predictions of all tokens of a batch but padding.
@@ -88,15 +87,9 @@ class TokenClassPredictor:
         """
         contrasts = self._link.sees_contrasts
         readout = self.posterior.objective.readout(x, contrasts=contrasts)
-        if self._samples is not None:
-            try:
-                return self._sampled(self._samples, x, readout)
-            except NoForwardDerivativeError as error:
-                if not self._falls_back:
-                    raise
-                note_fallback(error)
-                self._samples = None
-        return self._exact(x, readout)
+        return self._answer(
+            lambda samples: self._sampled(samples, x, readout), lambda: self._exact(x, readout)
+        )
 
     def moments(self, x: Mapping[str, Any], readout: Readout) -> tuple[Tensor, Tensor]:
         """Return mean and covariance of functions of each token's outputs, calibrated.
@@ -169,39 +162,28 @@ class TokenClassPredictor:
         return TokenClassPredictions.laid_out(mask, by_map, *values)
 
 
-def token_probabilities(
-    posterior: Posterior,
-    x: Any,
-    pred_type: str,
-    joint: bool,
-    link_approx: str,
-    n_samples: int | None,
-    diagonal_output: bool,
-    generator: torch.Generator | None,
-    fitting: bool,
-    method: str,
-) -> Tensor:
+def token_probabilities(posterior: Posterior, x: Any, query: Query) -> Tensor:
     """Return class probabilities of a batch's tokens, see `LoraLaplace.__call__`.
 
     Returns:
         Shape ``(batch, tokens, classes)``, zeros at padding.
     """
-    if joint or diagonal_output or fitting:
+    if query.joint or query.diagonal_output or query.fitting:
         raise ValueError(
             "joint, diagonal_output and fitting mean nothing to token classifiers; leave them out"
         )
-    if pred_type == "glm":
-        predictor = TokenClassPredictor(posterior, link_approx, n_samples, generator, method)
+    link, source = query.link_approx, query.generator
+    if query.pred_type == "glm":
+        predictor = TokenClassPredictor(posterior, link, query.n_samples, source, query.method)
         return predictor(x).probs
-    if pred_type != "nn" or link_approx != "mc" or method == SAMPLED:
+    if query.pred_type != "nn" or link != "mc" or query.method == SAMPLED:
         raise ValueError(
             "pred_type must be 'glm', or 'nn' with link_approx='mc', which samples weights; got "
-            f"{pred_type!r} with link_approx={link_approx!r} and method={method!r}"
+            f"{query.pred_type!r} with link_approx={link!r} and method={query.method!r}"
         )
     counted = real_tokens(x)
-    count = WEIGHT_SAMPLES if n_samples is None else n_samples
-    outputs = sampled_outputs(posterior, _counting(posterior, x, counted), count, generator)
-    probs = outputs.softmax(-1).mean(0)
+    marks, count = _counting(posterior, x, counted), query.samples(NETWORKS)
+    probs = sampled_outputs(posterior, marks, count, source).softmax(-1).mean(0)
     return at_tokens(counted.to(probs.device), probs)
 
 

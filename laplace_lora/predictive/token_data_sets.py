@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from laplace_lora.data.distributed import together
+from laplace_lora.data.distributed import Together
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.likelihoods.token_classification import class_labels, real_tokens
-from laplace_lora.predictive.data_sets import in_order, is_batch
+from laplace_lora.predictive.data_sets import is_batch, of_batches
 from laplace_lora.predictive.inputs import (
     batches_of_rows,
     batches_of_texts,
@@ -43,23 +44,29 @@ def predict_tokens(
         TypeError: If the data are none of these.
         ValueError: If they are empty, or see `batches_of_texts` and `batches_of_rows`.
     """
+    answer = partial(_answer, predictor)
     if is_batch(data):
-        return _answer(predictor, data)
+        return answer(data)
+
+    def of(batches: Iterable[Any]) -> TokenClassPredictions:
+        place = (TokenClassPredictions, answer, predictor.posterior)
+        return of_batches(*place, batches, progress_bar, aligned=_of_one_width)
+
     kind, items = listed(data)
     if isinstance(items, Sequence):
         _check_no_words(items)
     if kind == "batches":
-        return _of_batches(predictor, items, progress_bar)
+        return of(items)
     if kind == "texts":
         order, batches = batches_of_texts(items, tokenizer, batch_size)
-        return _of_batches(predictor, batches, progress_bar)[order.argsort()]
+        return of(batches)[order.argsort()]
     key = predictor.posterior.label_key
     bare = [{k: v for k, v in row.items() if k != key} for row in items]
     order, batches = batches_of_rows(bare, tokenizer, batch_size)
     parts = [[items[i] for i in part.tolist()] for part in order.split(batch_size)]
     pairs = zip(batches, parts, strict=True)
     labelled = [_with_labels(batch, rows, key, tokenizer) for batch, rows in pairs]
-    return _of_batches(predictor, labelled, progress_bar)[order.argsort()]
+    return of(labelled)[order.argsort()]
 
 
 def _answer(predictor: TokenClassPredictor, batch: Any) -> TokenClassPredictions:
@@ -77,16 +84,13 @@ def _answer(predictor: TokenClassPredictor, batch: Any) -> TokenClassPredictions
     return replace(predictions, labels=labels)
 
 
-def _of_batches(
-    predictor: TokenClassPredictor, source: Iterable[Any], progress_bar: bool | None
-) -> TokenClassPredictions:
-    place = {"device": predictor.posterior.device, "runs": predictor.posterior.source}
-    with together(source, **place) as team:
-        batches = team.batches(source, "Predicting", progress_bar)
-        parts = [_answer(predictor, batch) for batch in batches]
-        local = max((part.mask.shape[1] for part in parts), default=0)
-        width = max(team.all_of(local))
-        return in_order(TokenClassPredictions, [part.widened(width) for part in parts], team)
+def _of_one_width(
+    parts: list[TokenClassPredictions], team: Together
+) -> list[TokenClassPredictions]:
+    """Return the predictions of batches, filled up to the longest text of all processes."""
+    local = max((part.mask.shape[1] for part in parts), default=0)
+    width = max(team.all_of(local))
+    return [part.widened(width) for part in parts]
 
 
 def _check_no_words(items: Sequence[Any]) -> None:

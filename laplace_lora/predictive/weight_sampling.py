@@ -15,7 +15,7 @@ from laplace_lora.models.autocast import as_called
 from laplace_lora.models.last_layer_model import LastLayerModel
 from laplace_lora.models.modes import evaluation_mode, set_weights
 from laplace_lora.models.twins import resampled
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 
 
 @torch.no_grad()
@@ -45,8 +45,8 @@ def sampled_outputs(
     if n_samples < 1:
         raise ValueError(f"pred_type='nn' needs n_samples of at least 1, got {n_samples}")
     model = posterior.model
-    if isinstance(model, LastLayerModel):
-        outputs = _head_outputs(posterior, model, x, n_samples, generator)
+    if posterior.last_layer is not None:
+        outputs = _head_outputs(posterior, posterior.last_layer, x, n_samples, generator)
     else:
         check_runs(model, posterior.engine.parameters)
         outputs = []

@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from laplace_lora.data.sharding import whole
-from laplace_lora.storage.files import write_whole
+from laplace_lora.storage.whole_files import write_whole
 
 FILE = "adapter_start.safetensors"
 

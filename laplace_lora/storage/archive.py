@@ -23,7 +23,6 @@ from laplace_lora.data.distributed import together
 from laplace_lora.data.sharding import is_sharded_model
 from laplace_lora.data.shares import is_main
 from laplace_lora.linalg.rounded import rounded
-from laplace_lora.models.last_layer_model import LastLayerModel
 from laplace_lora.storage.checked import check_diagonals, count, positive, weight_vector
 from laplace_lora.storage.files import COMPACT, CONFIG, RECENTRED, TENSORS, VERSION, write_files
 from laplace_lora.storage.fingerprint import check_identity, identity, trained_tensors
@@ -32,8 +31,9 @@ from laplace_lora.storage.rounding import (
     identity_but_for_rounding,
     rounded_fingerprints,
 )
+from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings
-from laplace_lora.structures.state import Posterior, PosteriorState
+from laplace_lora.structures.state import PosteriorState
 from laplace_lora.structures.subspace import SUBSPACE, SUBSPACE_TENSORS, subspace_from
 
 PREFIX = "curvature."
@@ -117,9 +117,8 @@ def save_posterior(
 
 def _check_runs(posterior: Posterior) -> None:
     """Refuse a model in another state than at the fit: by its identity no model would be found."""
-    model: Any = posterior.model
-    if isinstance(model, LastLayerModel):
-        model.check_adapter()
+    if posterior.last_layer is not None:
+        posterior.last_layer.check_adapter()
     else:
         check_runs(posterior.source, posterior.engine.parameters)
 
@@ -212,15 +211,15 @@ def _state(
         mean = subspace.prior_mean.to(posterior.dtype)
         subspace = replace(subspace, prior_mean=mean).to(posterior.device)
     return PosteriorState(
-        settings,
-        curvature,
-        weights,
-        sizes,
-        loss,
-        n_data,
-        n_outputs,
-        gradient,
-        subspace,
-        frozen_values(posterior.source, posterior.engine.parameters),
-        adapter_settings(posterior.source),
+        settings=settings,
+        curvature=curvature,
+        mean=weights,
+        sizes=sizes,
+        loss=loss,
+        n_data=n_data,
+        n_outputs=n_outputs,
+        loss_gradient=gradient,
+        subspace=subspace,
+        frozen=frozen_values(posterior.source, posterior.engine.parameters),
+        adapter=adapter_settings(posterior.source),
     )

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from laplace_lora.linalg.rounded import widened
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 
 
 def weight_vector(posterior: Posterior, tensors: dict[str, Tensor], name: str) -> Tensor | None:

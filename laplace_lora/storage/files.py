@@ -11,20 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
-import time
 from collections.abc import Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # not on Windows, where an open file cannot be deleted anyway
-    fcntl = None  # type: ignore[assignment]
+from laplace_lora.storage.whole_files import sweep, write_whole
 
 TENSORS = "laplace.safetensors"
 CONFIG = "laplace_config.json"
@@ -33,8 +28,6 @@ RECENTRED = 2  # readers of version 1 would leave the shift out
 COMPACT = 3  # rounded to half precision, with a shift or without
 VERSIONS = (VERSION, RECENTRED, COMPACT)
 KEY = "laplace_config"  # of the configuration in the header of the tensors
-LITTER = ".tmp"
-NEW = 60  # seconds between making a file and locking it are far fewer
 NEEDED = (
     "class",
     "arguments",
@@ -70,7 +63,7 @@ def write_files(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str
         digest.update(part)
     beside = {**content, "tensors": digest.hexdigest()}
     folder.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
+    sweep(folder, (TENSORS, CONFIG))
     write_whole(folder / TENSORS, *payload)
     text = json.dumps({**beside, "checksum": checksum(beside)}, indent=1)
     write_whole(folder / CONFIG, text.encode())
@@ -103,61 +96,6 @@ def read_files(directory: str | os.PathLike[str]) -> tuple[bytes, dict[str, Any]
 def checksum(config: Mapping[str, Any]) -> str:
     """Return the hash of a configuration without its own checksum."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-
-
-def write_whole(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file so that it is either there as a whole or not at all.
-
-    Args:
-        path: The file; written under another name in its folder first.
-        *parts: All of it.
-    """
-    handle, name = new_file(path)
-    try:
-        with os.fdopen(handle, "wb") as file, _locked(file.fileno()):
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def new_file(path: Path) -> tuple[int, str]:
-    """Return the handle and the name of a new file beside another, to be renamed to it.
-
-    Others may read it as they may read any file that is made there; what `tempfile` makes is its
-    owner's alone, whatever the folder's.
-
-    Args:
-        path: The other file.
-    """
-    name = f"{path}.{secrets.token_hex(8)}{LITTER}"
-    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
-    return os.open(name, flags, 0o666), name
-
-
-@contextmanager
-def _locked(handle: int) -> Any:
-    """Hold a lock on a file while it is being written, so that nobody takes it for litter."""
-    if fcntl is not None:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    yield
-
-
-def _sweep(folder: Path) -> None:
-    """Remove half-written files whose process is gone: nobody holds their lock any more.
-
-    New ones stay, as another process may be about to lock them.
-    """
-    for name in (TENSORS, CONFIG):
-        for path in folder.glob(f"{name}*{LITTER}") if fcntl is not None else ():
-            with suppress(OSError), path.open("rb") as file:
-                if time.time() - path.stat().st_mtime > NEW:
-                    fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    path.unlink()
 
 
 def _paths(directory: str | os.PathLike[str]) -> dict[str, Path]:

@@ -19,7 +19,7 @@ from laplace_lora.adapters.peft_state import (
 from laplace_lora.adapters.plain_names import plain_names
 from laplace_lora.adapters.tensor_parts import tensor_parts
 from laplace_lora.data.sharding import in_pieces, whole
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 
 SETTINGS = "adapter_settings"
 IN_USE = "base_in_use"

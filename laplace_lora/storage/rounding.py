@@ -10,7 +10,7 @@ from torch import Tensor
 
 from laplace_lora.display.warning import warn
 from laplace_lora.storage.fingerprint import exact_fingerprint, known_identity, trained_tensors
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 
 ROUNDED = "rounded_weights"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from laplace_lora.capture.jacobians import side_by_side
 from laplace_lora.curvature import batch_curvature
-from laplace_lora.curvature.engine import Engine, joined
+from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.structures.base import Gram, Spectrum
-from laplace_lora.structures.state import expanded
+from laplace_lora.structures.settings import expanded
 from laplace_lora.structures.tensor_sum import TensorSum
 
 
@@ -55,13 +56,13 @@ class DensePrecision:
 
     def covariance(self, jacobians: Iterable[Tensor]) -> Tensor:
         """Return ``J P⁻¹ Jᵀ``, see `Precision`."""
-        rows = joined(jacobians)
+        rows = side_by_side(jacobians)
         return torch.einsum("ncp,pq,nkq->nck", rows, self.inverse, rows)
 
     def gram_blocks(self, jacobians: Iterable[Tensor]) -> Iterator[tuple[int, list[Gram]]]:
         """Yield ``J P⁻¹ Jᵀ`` as a function of a scalar ``δ``, as the first tensor's part."""
         values, vectors = self.eigenpairs
-        rows = joined(jacobians) @ vectors
+        rows = side_by_side(jacobians) @ vectors
         yield 0, [(values, rows.unsqueeze(2) * rows.unsqueeze(1))]
 
     def spectra(self) -> list[Spectrum]:

@@ -13,7 +13,7 @@ from laplace_lora.curvature import batch_curvature
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.structures.base import Gram, Spectrum
-from laplace_lora.structures.state import expanded
+from laplace_lora.structures.settings import expanded
 from laplace_lora.structures.tensor_sum import TensorSum
 
 

@@ -82,3 +82,24 @@ class Settings:
         """Return the settings on another device."""
         moved = {name: getattr(self, name).to(device) for name in TENSORS}
         return replace(self, **moved, shift=None if self.shift is None else self.shift.to(device))
+
+
+def expanded(values: Tensor, sizes: tuple[int, ...] | list[int]) -> Tensor:
+    """Return one value per weight from one in all, one per tensor or one per weight.
+
+    Args:
+        values: ``(1,)``, ``(tensors,)`` or ``(parameters,)``.
+        sizes: Numbers in each tensor.
+
+    Raises:
+        ValueError: If there are as many values as neither.
+    """
+    n = sum(sizes)
+    if len(values) == 1:
+        return values * torch.ones(n, device=values.device, dtype=values.dtype)
+    if len(values) == n:
+        return values
+    if len(values) != len(sizes):
+        raise ValueError(f"{len(values)} values for {len(sizes)} tensors of {n} numbers")
+    pairs = zip(values, sizes, strict=True)
+    return torch.cat([value * torch.ones(size).to(values) for value, size in pairs])

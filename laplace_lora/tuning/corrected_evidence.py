@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import brentq, minimize
 from torch import Tensor
 
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 from laplace_lora.tuning.evidence_curves import CoupledEvidence, EvidenceCurve, SeparateEvidence
 from laplace_lora.tuning.line_search import refined
 
@@ -72,7 +72,7 @@ def corrected_precision(posterior: Posterior, groups: Tensor, tune_noise: bool =
         evidence = scalar_evidence
     else:
         evidence = (CoupledEvidence if coupled else SeparateEvidence)(posterior, groups)
-    return _climbed(evidence, start, noise.log(), bound, tune_noise)
+    return uphill(evidence, start, noise.log(), bound, tune_noise)
 
 
 def _best_scalar(
@@ -114,10 +114,18 @@ def _slope(evidence: EvidenceCurve, log_delta: float, log_noise: Tensor) -> floa
     return float(slope)
 
 
-def _climbed(
+def uphill(
     evidence: EvidenceCurve, start: Tensor, log_noise: Tensor, bound: float, tune_noise: bool
 ) -> Maximum:
-    """Return the maximum uphill of a start of log precisions, or the start if that is better."""
+    """Return the maximum uphill of a start, or the start if that is better.
+
+    Args:
+        evidence: Of some groups.
+        start: Log precision of each, ``(groups,)``.
+        log_noise: Log of the observation noise, where the search starts.
+        bound: Above which an evidence is not credible.
+        tune_noise: Whether to choose the noise as well.
+    """
     count, kept = len(start), Maximum(start.exp(), math.exp(log_noise))
 
     def split(point: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 
 # Share of the largest singular value that is rounding.
 DEPENDENT = {torch.float64: 1e-10, torch.float32: 1e-6}

@@ -4,18 +4,16 @@ For fixed noise the evidence is a sum over groups of tensors with one precision 
 ``−½ [Σ log(1 + e/δ) + δ ‖θ − μ₀‖²]``. Its derivative in ``log δ`` is half of ``γ(δ) − δ ‖θ − μ₀‖²``
 with the effective number of parameters ``γ(δ) = Σ e/(e + δ)`` (MacKay 1992, *Bayesian
 interpolation*), which falls from positive to negative: one root, found by bisection, with no step
-size to choose and no pass through the model. Where the curvature couples the groups, their
-precisions are found together.
+size to choose and no pass through the model. Where the curvature couples the groups, see
+`corrected_evidence`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from laplace_lora.structures.base import Spectrum
@@ -105,69 +103,6 @@ def optimal_noise(
         rising = 2 * loss / noise**2 > observations - gamma
         low, high = (middle, high) if rising else (low, middle)
     return math.exp((low + high) / 2)
-
-
-def optimal_joint_precision(
-    grams: Sequence[Tensor],
-    squares: Tensor,
-    start: float,
-    noise: float,
-    scale: float,
-    likelihood: tuple[float, int] | None = None,
-) -> tuple[Tensor, float]:
-    """Return the evidence's maximum over one precision per group where groups are correlated.
-
-    ``−½ [log det(I + c Σ_g K_g/δ_g) + Σ_g δ_g ‖θ_g − μ₀‖²]`` does not separate into groups; L-BFGS
-    climbs it in ``log δ_g`` from a scalar, with exact gradients ``½ (γ_g − δ_g ‖θ_g − μ₀‖²)``. It
-    may have several maxima: this is the one uphill of the start. A group whose weights stand at
-    the prior mean gets the upper bound, 1e12.
-
-    Args:
-        grams: ``K_g``, the Gram matrix of each group's part of the rows, float64.
-        squares: ``‖θ_g − μ₀‖²``, ``(groups,)``.
-        start: Precision from which all groups start.
-        noise: Observation noise ``σ``; 1 for a classifier.
-        scale: ``c σ²``, one over the temperature.
-        likelihood: Half the sum of squared residuals, and how many there are, to choose the noise
-            as well; ``None`` keeps it.
-
-    Returns:
-        Float64 precisions, ``(groups,)``, and the noise.
-    """
-    norms = squares.double().cpu()
-    low, high = math.log(BOUNDS[0]), math.log(BOUNDS[1])
-
-    def descent(point: Any) -> tuple[float, Any]:
-        deltas = torch.tensor(point[:-1], dtype=torch.float64).exp()
-        c = scale * math.exp(-2 * point[-1])
-        curvature = torch.zeros_like(grams[0])
-        for gram, delta in zip(grams, deltas.tolist(), strict=True):
-            curvature.add_(gram, alpha=c / delta)
-        core = cholesky_beside_one(curvature)
-        inverse = torch.cholesky_inverse(core)
-        shares = [c * (inverse * gram).sum().item() for gram in grams]
-        gamma = torch.tensor(shares, dtype=torch.float64) / deltas
-        value = (core.diagonal().log().sum() + 0.5 * (deltas * norms).sum().to(core)).item()
-        slope = 0.0
-        if likelihood is not None:
-            loss, observations = likelihood
-            value += c * loss + observations * point[-1]
-            slope = observations - 2 * c * loss - gamma.sum().item()
-        return value, [*(0.5 * (deltas * norms - gamma)).tolist(), slope]
-
-    logs = [math.log(start) if norm > 0 else high for norm in norms.tolist()]
-    limits = [(low, high) if norm > 0 else (high, high) for norm in norms.tolist()]
-    span = 6 * math.log(10) if likelihood is not None else 0.0
-    limits.append((math.log(noise) - span, math.log(noise) + span))
-    optimum = minimize(
-        descent,
-        [*logs, math.log(noise)],
-        jac=True,
-        bounds=limits,
-        method="L-BFGS-B",
-        options={"ftol": 1e-13, "gtol": 1e-7, "maxiter": 500},
-    ).x
-    return torch.tensor(optimum[:-1], dtype=torch.float64).exp(), math.exp(optimum[-1])
 
 
 def cholesky_beside_one(curvature: Tensor) -> Tensor:

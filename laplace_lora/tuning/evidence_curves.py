@@ -14,8 +14,8 @@ from torch import Tensor
 from laplace_lora.linalg.row_grams import group_grams
 from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.structures.base import GradientTerm, Spectrum
+from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.row_term import RowTerm
-from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning.evidence import cholesky_beside_one, effective_parameters
 
 

@@ -19,7 +19,7 @@ from laplace_lora.data.distributed import Together
 from laplace_lora.likelihoods.base import Readout
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.models.start import before_adapter
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 from laplace_lora.tuning.linear_model import LinearModel, Mode
 
 

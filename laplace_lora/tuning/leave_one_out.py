@@ -32,8 +32,8 @@ from laplace_lora.likelihoods.base import OUTPUTS
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.read_columns import ReadColumns
 from laplace_lora.predictive.glm import Predictor
+from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings
-from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning.cavity_widths import CavityWidths
 from laplace_lora.tuning.closer_fit import closer_fit
 from laplace_lora.tuning.function_rows import base_rows

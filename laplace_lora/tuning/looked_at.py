@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 from laplace_lora.tuning.recentring import ROWS, columns_of
 
 EXAMPLES = 1000  # of a larger training set, at random

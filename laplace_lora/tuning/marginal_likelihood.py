@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from laplace_lora.display.warning import warn
-from laplace_lora.linalg.row_grams import group_grams
-from laplace_lora.linalg.row_precision import RowPrecision
+from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings
-from laplace_lora.structures.state import Posterior, PosteriorState
-from laplace_lora.tuning.corrected_evidence import corrected_precision
-from laplace_lora.tuning.evidence import (
-    optimal_joint_precision,
-    optimal_noise,
-    optimal_precision,
-)
+from laplace_lora.structures.state import PosteriorState
+from laplace_lora.tuning.corrected_evidence import corrected_precision, uphill
+from laplace_lora.tuning.evidence import optimal_noise, optimal_precision
+from laplace_lora.tuning.evidence_curves import CoupledEvidence
 
 
 def maximise(
@@ -117,20 +114,10 @@ def _separate(posterior: Posterior, groups: Tensor, tune_noise: bool) -> Setting
 
 
 def _joint(posterior: Posterior, groups: Tensor, tune_noise: bool) -> Settings:
-    precision, state = posterior.precision, posterior.state
-    assert isinstance(precision, RowPrecision)
-    count = int(groups.max()) + 1
-    ones = [torch.ones((), dtype=torch.float64)] * len(groups)
-    squares = state.squared_norms
-    precisions, noise = optimal_joint_precision(
-        group_grams(precision.rows, ones, groups.tolist()),
-        squares.new_zeros(count).index_add_(0, groups.to(squares.device), squares),
-        float(posterior.settings.prior_precision),
-        float(posterior.settings.sigma_noise.detach()),
-        1 / posterior.temperature,
-        (state.loss, state.n_data * state.n_outputs) if tune_noise else None,
-    )
+    scalar, noise = posterior.settings.prior_precision, posterior.settings.sigma_noise.detach()
+    start = scalar.double().cpu().log().expand(int(groups.max()) + 1)
+    evidence = CoupledEvidence(posterior.without_gradient_term(), groups)
+    best = uphill(evidence, start, noise.double().cpu().log(), math.inf, tune_noise)
     if tune_noise:
-        posterior = posterior.with_settings(with_noise(posterior, noise))
-    by_tensor = precisions.to(posterior.device)[groups.to(posterior.device)]
-    return with_precisions(posterior, by_tensor, groups)
+        posterior = posterior.with_settings(with_noise(posterior, best.noise))
+    return with_precisions(posterior, best.precisions[groups.cpu()], groups)

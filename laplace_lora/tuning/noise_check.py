@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from laplace_lora.display.warning import warn
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 
 FACTOR = 3.0
 

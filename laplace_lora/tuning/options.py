@@ -21,14 +21,16 @@ def check_options(method: str, given: Iterable[str]) -> None:
     """Refuse arguments that a method would not use.
 
     Args:
-        method: A method of `optimize_prior_precision`; one that is unknown is not looked at.
+        method: A method of `optimize_prior_precision`.
         given: Names of the arguments.
 
     Raises:
         TypeError: If there are any; says which method takes them.
+        ValueError: If the method is unknown.
     """
     if method not in OPTIONS:
-        return
+        *names, last = map(repr, OPTIONS)
+        raise ValueError(f"method must be {', '.join(names)} or {last}, got {method!r}")
     for name in sorted(set(given) - set(OPTIONS[method])):
         takers = [repr(other) for other, names in OPTIONS.items() if name in names]
         of_others = f"; method={' or '.join(takers)} does" if takers else ""

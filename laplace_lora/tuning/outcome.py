@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -31,6 +32,19 @@ class Tuning:
     leave_one_out: LeaveOneOut | None = None
     widest: Widest | None = None
     structure: StructureChoice | None = None
+
+    @classmethod
+    def of(
+        cls,
+        method: str,
+        prior_precision: Tensor,
+        reason: str,
+        report: LeaveOneOut | Widest | StructureChoice | None,
+    ) -> Tuning:
+        """Return a tuning with its method's report, if it has one, in its place."""
+        places = {LeaveOneOut: "leave_one_out", Widest: "widest", StructureChoice: "structure"}
+        reports: dict[str, Any] = {} if report is None else {places[type(report)]: report}
+        return cls(method, prior_precision, reason, **reports)
 
     def __str__(self) -> str:
         report = self.leave_one_out or self.widest

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from laplace_lora.data.distributed import Together
 from laplace_lora.likelihoods.base import Readout
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 from laplace_lora.tuning.function_rows import FunctionRows
 from laplace_lora.tuning.recentring_by_passes import TITLE, mode_by_passes
 from laplace_lora.tuning.same_data import check_same_data

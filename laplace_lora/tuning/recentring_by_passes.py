@@ -18,7 +18,7 @@ from laplace_lora.likelihoods.base import Readout
 from laplace_lora.models.forward_mode import NoForwardDerivativeError
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.predictive.tangents import OtherOutputsError, tangents_along, tangents_are_cheaper
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 from laplace_lora.tuning.directions import orthonormal, preconditioned
 from laplace_lora.tuning.linear_model import LinearModel, Mode
 from laplace_lora.tuning.spanned_model import SpannedModel

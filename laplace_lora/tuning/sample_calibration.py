@@ -17,8 +17,8 @@ from torch import Tensor
 from laplace_lora.likelihoods.base import Readout
 from laplace_lora.likelihoods.quadrature import averaged
 from laplace_lora.predictive.linear_samples import SAMPLES, LinearSamples
+from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings
-from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning.calibration import Calibration
 from laplace_lora.tuning.calibration_error import expected_calibration_error
 from laplace_lora.tuning.calibration_search import Predictions, exponential, search

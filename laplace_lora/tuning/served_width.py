@@ -17,10 +17,11 @@ from torch import Tensor
 from laplace_lora.data.batches import model_inputs
 from laplace_lora.data.distributed import Together
 from laplace_lora.display.warning import warn
-from laplace_lora.likelihoods.links import QUADRATURE, entropy
+from laplace_lora.likelihoods.links import entropy
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.network_samples import Network, NetworkSamples
-from laplace_lora.structures.state import Posterior
+from laplace_lora.predictive.query import Query
+from laplace_lora.structures.posterior import Posterior
 
 CRITERIA = ("nll", "entropy")
 WIDTHS = [4.0**power for power in range(-8, 2)]  # of the covariance
@@ -118,7 +119,7 @@ def choose_width(
 
     def linearised(batch: Any) -> Tensor:
         x = model_inputs(batch)
-        p = Predictor(posterior)(x, "glm", False, QUADRATURE, None, False, None, fitting=False)
+        p = Predictor(posterior)(x, Query())
         assert isinstance(p, Tensor)
         if objective.has_independent_labels:
             p = torch.stack([1 - p, p], dim=-1).flatten(0, 1)

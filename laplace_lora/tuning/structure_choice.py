@@ -8,14 +8,14 @@ range that the data leave it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from laplace_lora.linalg.row_precision import RowPrecision
+from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings
-from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning.evidence_curves import CoupledEvidence, SeparateEvidence
 from laplace_lora.tuning.groups import prior_groups
 from laplace_lora.tuning.marginal_likelihood import first_precision, maximise
@@ -89,8 +89,7 @@ def integrated_evidence(
         correction: Whether to take the gradient term in, where it is known.
     """
     if not correction:  # the curves take the term in where it is known
-        plain = replace(posterior.state, loss_gradient=None, subspace=None)
-        posterior = replace(posterior, state=plain)
+        posterior = posterior.without_gradient_term()
     squares = posterior.state.squared_norms
     groups = groups.to(squares.device)
     deltas = settings.prior_precision.detach().to(squares).expand(len(groups))

@@ -17,8 +17,8 @@ from laplace_lora.likelihoods.question_answering import text_tokens
 from laplace_lora.predictive.linear_samples import LinearSamples
 from laplace_lora.predictive.spans import span_tangents
 from laplace_lora.predictive.token_class_predictions import at_tokens
+from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings
-from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning.calibration import Calibration
 from laplace_lora.tuning.sample_calibration import SampledLabels, calibrate_by_samples, unscaled
 from laplace_lora.tuning.validation_cache import labelled_batches, validation_rows

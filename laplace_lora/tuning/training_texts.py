@@ -18,7 +18,7 @@ from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.predictive.class_scores import class_log_probabilities, span_log_probabilities
 from laplace_lora.predictive.linear_samples import LinearSamples
 from laplace_lora.predictive.sample_set import SampleSet
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 
 TEXTS = 64  # at most, and
 TOKENS = 2048  # read, of at least one text

@@ -12,8 +12,8 @@ from laplace_lora.data.distributed import Together, together
 from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.predictive.glm import Predictor
+from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings, check_positive
-from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning import leave_one_out, widest
 from laplace_lora.tuning.calibration import Calibration, calibrate
 from laplace_lora.tuning.coupled_cache import CoupledCache

@@ -21,7 +21,7 @@ from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.multilabel import MISSING
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.base import Gram
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 
 RESOLUTION = math.log(1.02)
 DECADES = 10

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from laplace_lora.data.distributed import Together
+from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings
-from laplace_lora.structures.state import Posterior
 from laplace_lora.tuning.training_texts import TextLosses, some_texts, text_losses
 
 TOLERANCE = 0.0025  # nats per scored token; held-out texts lose about twice as much

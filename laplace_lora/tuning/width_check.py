@@ -12,7 +12,7 @@ from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.forward_mode import NoForwardDerivativeError
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.structures.state import Posterior
+from laplace_lora.structures.posterior import Posterior
 from laplace_lora.tuning.training_texts import some_texts, text_losses
 from laplace_lora.tuning.validation_cache import scoring_of
 

@@ -167,6 +167,18 @@ def test_any_form_of_pool_gives_the_same_choice(method):
     assert found.to_dict()["method"] == method
 
 
+@pytest.mark.parametrize("method", ["batchbald", "bait"])
+def test_a_generator_draws_other_samples(method):
+    la = posterior(name="bert")
+
+    def scores(*generator):
+        return la.acquire(loader(), 3, method, generator=generator[0] if generator else None).scores
+
+    other = torch.Generator().manual_seed(5)
+    assert torch.equal(scores(), scores()) and torch.equal(scores(), scores(seeded()))
+    assert not torch.equal(scores(), scores(other))
+
+
 def test_single_scores_are_those_of_predict():
     la = posterior(name="bert")
     predictions = la.predict(loader())

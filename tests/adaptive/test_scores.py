@@ -96,12 +96,14 @@ def test_impossible_selections_are_refused():
         best(parts, scores, 2)
 
 
-def test_sensitivity_reproduces_pefts_allocator_at_every_step():
-    model = adalora_model("bert", dtype=torch.float32, init_r=4, target_r=2, total_step=30)
+@pytest.mark.parametrize("betas", [(0.85, 0.85), (0.5, 0.7)])
+def test_sensitivity_reproduces_pefts_allocator_at_every_step(betas):
+    names = {"beta1": betas[0], "beta2": betas[1]}
+    model = adalora_model("bert", dtype=torch.float32, init_r=4, target_r=2, total_step=30, **names)
     adapter, config = "default", model.peft_config["default"]
     inner = model.base_model.model
     stock = RankAllocator(inner, config, adapter)
-    score = SensitivityScore()
+    score = SensitivityScore() if betas == (0.85, 0.85) else SensitivityScore(**names)
     layers = adalora_components(inner, adapter)
     parameters = [p for layer in layers for p in layer.parameters]
     for step in range(12):

@@ -15,7 +15,7 @@ from laplace_lora import (
     LoraGGN,
     LowRankLoraLaplace,
 )
-from laplace_lora.curvature.engine import joined
+from laplace_lora.capture.jacobians import side_by_side
 from support.models import peft_model
 from support.multilabel import (
     explicit_gradient,
@@ -190,4 +190,4 @@ def test_missing_labels_and_labels_of_other_rows_enter_nothing():
     flipped = torch.where(known(BATCH), 1 - y, y)
     assert_near(backend.full(BATCH, flipped)[1], full)
     f, blocks = backend.jacobian_blocks(BATCH)
-    assert f.shape == (7, 3) and joined(blocks).shape[:2] == (7, 3)
+    assert f.shape == (7, 3) and side_by_side(blocks).shape[:2] == (7, 3)

@@ -72,6 +72,15 @@ def test_the_temperature_is_the_best_on_the_validation_set():
         TemperatureScaling(model, [])
 
 
+def test_temperature_scaling_reads_the_labels_under_their_name():
+    model, batch = peft_model("bert"), token_batch(LENGTHS)
+    named = {k: v for k, v in batch.items() if k != "labels"} | {"answer": batch["labels"]}
+    found = TemperatureScaling(model, [named], label_key="answer").temperature
+    assert found == TemperatureScaling(model, [batch]).temperature
+    with pytest.raises(ValueError, match="a batch has no 'labels'"):
+        TemperatureScaling(model, [named])
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float32])
 def test_temperature_scaling_takes_integers_of_any_size_and_no_fractions(dtype):
     model, batch = peft_model("bert"), token_batch(LENGTHS)

@@ -54,6 +54,15 @@ def test_continuations_have_the_predictives_probability(model):
         assert greedy == bool((best.squeeze(-1) == alone.tokens).all())
 
 
+def test_the_seed_is_of_the_samples(model):
+    def values(seed):
+        options = {"n_samples": 8, "batch_size": 2, "seed": seed}
+        other = LaplaceLM(model.posterior, model.tokenizer, **options)
+        return [value for value, _ in other.loglikelihood(instances("loglikelihood", PAIRS))]
+
+    assert values(1) == values(1) != values(0)
+
+
 def test_a_model_that_names_no_length_needs_one(model, monkeypatch):
     monkeypatch.setattr(model.posterior.logits_model, "config", MambaConfig())
     with pytest.raises(ValueError, match="give LaplaceLM `max_length`"):

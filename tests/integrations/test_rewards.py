@@ -48,6 +48,7 @@ def test_beta_trades_mean_for_deviation(la):
         found = reward(prompts=PROMPTS, completions=COMPLETIONS, completion_ids=None)
         assert found == pytest.approx((mean - beta * deviation).tolist())
     assert reward.__name__ == "pessimistic_reward"
+    assert PessimisticReward(la, word_tokenizer(), name="careful").__name__ == "careful"
 
 
 def test_the_best_of_n(la):

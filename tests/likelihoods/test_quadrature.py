@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.quadrature import (
-    binary_log_probabilities,
     covariance_root,
     normal_points,
     softmax_log_probabilities,
 )
+from laplace_lora.likelihoods.sigmoid import binary_log_probabilities
 
 DEVIATIONS = (0.0, 1e-9, 1e-6, 1e-3, 0.1, 1.0, 3.0, 10.0, 25.0, 50.0)
 MEANS = (-50.0, -31.0, -12.0, -7.0, -0.3, 0.0, 0.3, 4.0, 17.0, 50.0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from laplace_lora.linalg.half_rows import HALF, HalfRows, product, split
+from laplace_lora.linalg.half_rows import BFLOAT16, HalfRows, product, split
 from laplace_lora.linalg.sketch import LowRankFactor, _orthonormal_terms, sketch_columns
 
 
@@ -20,10 +20,10 @@ def test_two_terms_hold_a_matrix_to_seventeen_bits():
 
 
 def test_a_product_is_nearly_as_good_as_in_single_precision():
-    rows, matrix = random(300, 50).to(HALF), random(50, 6, seed=1)
+    rows, matrix = random(300, 50).to(BFLOAT16), random(50, 6, seed=1)
     exact = rows.double() @ matrix.double()
     error = (product(rows, split(matrix)) - exact).norm() / exact.norm()
-    rounded = (rows.float() @ matrix.to(HALF).float() - exact).norm() / exact.norm()
+    rounded = (rows.float() @ matrix.to(BFLOAT16).float() - exact).norm() / exact.norm()
     assert error < 1e-5 < 1e-4 < rounded
 
 
@@ -36,7 +36,7 @@ def test_terms_of_a_test_matrix_are_whole_sixteen_bytes_filled_with_zeros(column
 
 
 def test_products_in_two_terms_make_the_same_sketch():
-    rows, rank = random(300, 50).to(HALF), 4
+    rows, rank = random(300, 50).to(BFLOAT16), 4
     factor = LowRankFactor.zeros(50, rank, torch.float32, "cpu")
     factor.update(rows)
     columns = sketch_columns(rank)
@@ -48,13 +48,13 @@ def test_products_in_two_terms_make_the_same_sketch():
 
 def test_rows_are_narrowed_after_a_batch_in_which_they_were_exact():
     half = HalfRows(devices=("cpu",))
-    exact, inexact = random(5, 3).to(HALF).float(), random(5, 3)
+    exact, inexact = random(5, 3).to(BFLOAT16).float(), random(5, 3)
     for _ in range(2):  # of the columns of a batch
         assert half.narrowed(1, exact) is exact
         assert half.narrowed(2, inexact) is inexact
     half.settle()
     narrow = half.narrowed(1, exact)
-    assert narrow.dtype == HALF and torch.equal(narrow.float(), exact)
+    assert narrow.dtype == BFLOAT16 and torch.equal(narrow.float(), exact)
     assert half.narrowed(2, inexact) is inexact
 
 

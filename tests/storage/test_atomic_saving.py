@@ -1,5 +1,6 @@
 """A folder holds a whole posterior at any moment: after a kill, and beside a writer."""
 
+import fcntl
 import json
 import os
 import threading
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
-from laplace_lora.storage import files
+from laplace_lora.storage import files, whole_files
 from laplace_lora.storage.files import CONFIG, TENSORS
 from support.batches import token_batch
 from support.forgery import forge, forge_tensors
@@ -44,7 +45,7 @@ def die_at(monkeypatch, moment):
 
 
 def make_old(path):
-    before = time.time() - 2 * files.NEW
+    before = time.time() - 2 * whole_files.NEW
     os.utime(path, (before, before))
 
 
@@ -106,7 +107,8 @@ def test_a_file_that_is_being_written_is_no_litter(tmp_path):
     other = tmp_path / f"{TENSORS}abc.tmp"
     other.write_bytes(b"half")
     make_old(other)
-    with other.open("rb") as file, files._locked(file.fileno()):
+    with other.open("rb") as file:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX)
         fitted().save_pretrained(tmp_path, precision="exact")
         assert other.exists()
     fitted().save_pretrained(tmp_path, precision="exact")

@@ -15,7 +15,7 @@ from laplace_lora import (
 )
 from laplace_lora.linalg.eigen import Eigen
 from laplace_lora.linalg.factors import DenseFactor
-from laplace_lora.linalg.rounded import HALF, orthonormal, rounded, widened
+from laplace_lora.linalg.rounded import FLOAT16, orthonormal, rounded, widened
 from laplace_lora.linalg.sketch import LowRankFactor
 from laplace_lora.storage.files import CONFIG, TENSORS
 from support.batches import loader, token_batch
@@ -101,7 +101,7 @@ def test_exact_on_request(kind, tmp_path):
     assert packed.keys() == found.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in packed.items())
     assert torch.equal(again.state.loss_gradient, la.state.loss_gradient)
-    assert HALF not in {tensor.dtype for tensor in load_file(tmp_path / TENSORS).values()}
+    assert FLOAT16 not in {tensor.dtype for tensor in load_file(tmp_path / TENSORS).values()}
 
 
 def sizes(la, tmp_path):
@@ -233,7 +233,7 @@ def test_rounding_keeps_three_digits_at_any_magnitude(factor):
 
 def test_directions_are_orthonormal_again():
     exact = torch.linalg.qr(torch.randn(300, 40, dtype=torch.float64))[0]
-    found = orthonormal(exact.to(HALF), torch.float64)
+    found = orthonormal(exact.to(FLOAT16), torch.float64)
     assert_near(found.T @ found, torch.eye(40, dtype=torch.float64), 1e-12)
     close(found, exact, 5e-4)
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace
-from laplace_lora.likelihoods.quadrature import binary_log_probabilities
+from laplace_lora.likelihoods.sigmoid import binary_log_probabilities
 from laplace_lora.tuning.calibration import WIDTHS
 from laplace_lora.tuning.calibration_search import Predictions, search
 from support.batches import loader, split_rows, token_batch, validation

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from laplace_lora.curvature.engine import joined
+from laplace_lora.capture.jacobians import side_by_side
 from laplace_lora.data.distributed import together
 from laplace_lora.likelihoods.base import CONTRASTS
 from laplace_lora.tuning.function_rows import FunctionRows
@@ -33,7 +33,7 @@ def test_the_gram_matrix_is_that_of_all_jacobians(la):
     _, linear, _ = linear_model(la)
     la.model.eval()
     f, blocks = la.engine.jacobian_blocks(token_batch(LENGTHS), CONTRASTS.columns)
-    J = joined(blocks).flatten(0, 1)
+    J = side_by_side(blocks).flatten(0, 1)
     torch.testing.assert_close(linear.gram, J @ J.T)
     torch.testing.assert_close(linear.offset, CONTRASTS.mean(f).detach())
 
@@ -41,7 +41,7 @@ def test_the_gram_matrix_is_that_of_all_jacobians(la):
 def test_a_modes_weights_give_its_functions(la):
     rows, linear, team = linear_model(la)
     mode = linear.mode(0.3)
-    J = joined(la.engine.jacobian_blocks(token_batch(LENGTHS), CONTRASTS.columns)[1])
+    J = side_by_side(la.engine.jacobian_blocks(token_batch(LENGTHS), CONTRASTS.columns)[1])
     moved = linear.offset + J @ rows.weights(mode, team)
     torch.testing.assert_close(moved, mode.outputs)
 

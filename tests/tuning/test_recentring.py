@@ -15,7 +15,7 @@ from laplace_lora import (
     LogitsModel,
     generation,
 )
-from laplace_lora.curvature.engine import joined
+from laplace_lora.capture.jacobians import side_by_side
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.tuning import recentring
 from support.batches import loader, token_batch
@@ -37,7 +37,7 @@ def fitted(cls=KronLoraLaplace, **kwargs):
 def jacobians(la, batch):
     la.model.eval()
     f, blocks = la.engine.jacobian_blocks(batch)
-    return f.detach(), joined(blocks)
+    return f.detach(), side_by_side(blocks)
 
 
 def newton_mode(f, J, y, precision):

@@ -1,0 +1,14 @@
+"""What a model's configuration says of its texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def text_config(config: Any) -> Any:
+    """Return the part of a configuration that is about texts, for models of other inputs as well.
+
+    Args:
+        config: A transformer's configuration, or anything else, which is returned as it is.
+    """
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
