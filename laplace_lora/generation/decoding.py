@@ -27,6 +27,7 @@ from laplace_lora.generation.writing import (
 )
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.models.autocast import in_full_precision
+from laplace_lora.models.rotary import check_same_angles
 from laplace_lora.models.token_model import TOP_K
 
 SAMPLES = 16
@@ -60,8 +61,9 @@ def generate(
         inputs: Prompts: a mapping with ``input_ids`` and, if padded on either side,
             ``attention_mask``; or the token numbers alone, ``(texts, tokens)``.
         max_new_tokens: Where to stop at the latest.
-        top_k: Tokens looked at in each place. Draws are among these; ``"exact"`` generates no
-            others, unless a processor forces them.
+        top_k: Tokens looked at in each place, the MAP's likeliest. ``"exact"`` generates no others,
+            unless a processor forces them; draws of ``"sampled"`` are among as many of the
+            predictive's.
         do_sample: Draw tokens from the predictive among the ``top_k``, instead of taking the
             likeliest.
         link_approx: As of `score`.
@@ -111,6 +113,8 @@ def generate(
             exact = NextTokenPredictor(la, top_k, link_approx, n_samples, generator)
             ids, mask = left_padded(inputs, la.fitted.device, la.fitted.source.config)
             check_text_suffices(exact.model, inputs)
+            width = ids.shape[1]
+            check_same_angles(exact.model.config, width, width + max_new_tokens)
             model, steps = exact.model, ExactSteps(exact, ids, mask)
         else:
             count = SAMPLES if n_samples is None else n_samples

@@ -17,6 +17,7 @@ from laplace_lora.adapters.peft_state import starts_at_tokens
 from laplace_lora.models.autocast import as_called
 from laplace_lora.models.forward_mode import ForwardMode
 from laplace_lora.models.logits_model import wide
+from laplace_lora.models.modes import coarsest_dtype
 from laplace_lora.models.positions import holds_joined_texts, real_positions
 from laplace_lora.models.rotary import angles_change_at, check_lengths
 from laplace_lora.models.tangent_cache import (
@@ -27,6 +28,7 @@ from laplace_lora.models.tangent_cache import (
     carries_tangents,
 )
 from laplace_lora.models.token_model import TokenModel
+from laplace_lora.models.tolerances import near
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,8 @@ class Reading:
         cached: Whether keys and values are kept. They are not if the model's cache is no plain
             attention cache, the model puts tokens of its own before those it is given, as prompt
             tuning does, its adapter must see the whole text, as Activated LoRA, rows hold joined
-            texts, or images stand beside them; then every reading goes over the whole text again.
+            texts, images stand beside them, or padding stands before a text and cached steps count
+            it; then every reading goes over the whole text again.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class Reading:
         self._cache: TangentCache | None = None
         self._before, is_plain = self._tried(ids)
         sees_all = self._are_joined or self._has_images() or starts_at_tokens(forward.model)
-        self._cached = cached and is_plain and not sees_all
+        self._cached = cached and is_plain and not sees_all and self._caches_padding()
 
     def logits(self, columns: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Read the waiting tokens.
@@ -183,7 +186,7 @@ class Reading:
                 values, tangents = self._forward.run(arguments, read)
             else:
                 earlier = cache
-                argument = next(name for name in NAMES if self._model.accepts(name))
+                argument = self._cache_argument()
                 values, tangents = self._forward.run(
                     arguments,
                     read,
@@ -207,6 +210,34 @@ class Reading:
                 value = value[:, first : self._ids.shape[1]]
             inputs[key] = value
         return inputs
+
+    @torch.no_grad()
+    def _caches_padding(self) -> bool:
+        """Return whether a step from the cache is right where padding stands before a text.
+
+        Models that count positions by themselves may do so otherwise with a cache: RoBERTa's
+        decoders count real tokens without one, and padding as well with one.
+        """
+        ids, mask = self._waiting
+        first, n = map(int, (mask != 0).to(torch.uint8).argmax(1).max(0))
+        if self._counts or not first:
+            return True
+        text = ids[n : n + 1, [first - 1, first, min(first + 1, ids.shape[1] - 1)]]
+        real = torch.tensor([[0, 1, 1]], device=ids.device)
+        model, argument = self._forward.model, self._cache_argument()
+        with as_called():
+            whole = model(input_ids=text, attention_mask=real, use_cache=False)
+            start = model(input_ids=text[:, :2], attention_mask=real[:, :2], use_cache=True)
+            cache = {argument: cache_of(start), "use_cache": True}
+            step = model(input_ids=text[:, 2:], attention_mask=real, **cache)
+        is_right = near(step.logits[:, -1], whole.logits[:, -1], coarsest_dtype(model))
+        if not is_right:
+            logger.info("the model's cached steps count padding: every token reads the text anew")
+        return is_right
+
+    def _cache_argument(self) -> str:
+        """Return the name under which the model takes its cache."""
+        return next(name for name in NAMES if self._model.accepts(name))
 
     def _tried(self, ids: Tensor) -> tuple[int, bool]:
         """Return how many tokens the model puts before a text, and whether it can be cached."""

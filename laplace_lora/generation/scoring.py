@@ -18,6 +18,7 @@ from laplace_lora.generation.token_predictions import TokenPredictions
 from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
 from laplace_lora.models.autocast import in_full_precision
 from laplace_lora.models.positions import holds_joined_texts
+from laplace_lora.models.rotary import check_same_angles
 from laplace_lora.models.token_model import TOP_K
 
 SAMPLES = 32
@@ -74,7 +75,8 @@ def score(
             ``top_k`` is no number.
         ValueError: If nothing is scored, labels do not fit the tokens or the vocabulary, an option
             is out of range, the model is no causal language model, or it cannot carry tangents
-            (8-bit weights, compiled or offloaded models), which the exact method does not need.
+            (8-bit weights, compiled or offloaded models), which the exact method does not need; or
+            the exact method meets a posterior whose mean was moved.
         FloatingPointError: If logits are not finite; names the rows.
     """
     _check_batch(batch, top_k)
@@ -100,6 +102,8 @@ def score(
     size = batch_size or len(labels)
     variance = None
     if isinstance(predictor, NextTokenPredictor):
+        first = int(scored.any(0).to(torch.uint8).argmax())
+        check_same_angles(predictor.model.config, first, scored.shape[1])
         predictions, where = _exact(predictor, batch, labels, size, progress_bar)
         variance = predictor.variance({**batch, "labels": labels})
     else:

@@ -123,6 +123,8 @@ class PositionRule:
             errors = [float((logits - truth).abs().max()) for logits in found]
         except RuntimeError:  # inside a transform of torch.func, which has no numbers to compare
             return None
+        if not bool(torch.stack([truth, *found]).isfinite().all()):
+            return None  # NaN is not far from anything
         tells = errors[-1] <= max(errors[0], NEGLIGIBLE * float(truth.abs().max()))
         if not near(found[-1 if tells else 0], truth, dtype()):
             share = min(errors) / float(truth.abs().max())

@@ -74,6 +74,27 @@ def check_lengths(config: Any, inputs: Mapping[str, Any]) -> None:
         )
 
 
+def check_same_angles(config: Any, shortest: int, longest: int) -> None:
+    """Refuse to read a text and its beginnings alike where they have other angles.
+
+    Args:
+        config: The transformer's configuration, or anything else.
+        shortest: Tokens of the shortest beginning that is read by itself.
+        longest: Tokens of the longest text.
+
+    Raises:
+        ValueError: If the model's angles change in between.
+    """
+    limit = angles_change_at(config)
+    if limit is not None and shortest <= limit < longest:
+        raise ValueError(
+            f"tokens after {shortest} and before {longest} others are wanted, and beyond {limit} "
+            "the model has other rotary angles (longrope): exact moments of the tokens and of "
+            f"their sum would be of two functions. Use method='sampled', or texts up to {limit} "
+            "tokens"
+        )
+
+
 def angles_of(model: nn.Module) -> dict[str, Tensor]:
     """Return the angles that a model's passes may write, by name.
 

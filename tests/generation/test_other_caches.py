@@ -4,7 +4,9 @@ import logging
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.func import functional_call, jacrev
+from transformers import RobertaConfig, RobertaForCausalLM
 
 from laplace_lora import DiagLoraLaplace
 from laplace_lora.generation import generate, reading, score
@@ -13,7 +15,8 @@ from support.architectures import TEXT, architecture
 from support.batches import token_batch
 from support.generation import FIELDS, K, seeded
 from support.language import text_batch, text_loader
-from support.models import PAD, VOCABULARY
+from support.models import PAD, VOCABULARY, bert_config, excite
+from support.references import assert_near
 from support.sampled import read_all
 
 STATES = {
@@ -92,3 +95,30 @@ def test_a_model_that_keeps_its_state_in_its_modules_is_refused():
     la.fit(text_loader(2, text_batch((5, 5, 5))))
     with pytest.raises(ValueError, match="cannot be copied"):
         score(la, text_batch((5, 5, 5)), K)
+
+
+def test_cached_steps_that_count_padding_are_not_taken(caplog):
+    """RoBERTa's decoders count positions by themselves, with a cache otherwise than without."""
+    torch.manual_seed(0)
+    base = RobertaForCausalLM(bert_config(RobertaConfig, is_decoder=True, initializer_range=0.5))
+    model = excite(get_peft_model(base, LoraConfig(r=2, target_modules=["query", "value"])))
+    la = DiagLoraLaplace(model.double().eval(), "language_modeling", prior_precision=20.0)
+    la.fit(text_loader(2, text_batch((5, 5, 5))))
+    prompts = token_batch((3, 7, 7), side="left")
+    with caplog.at_level(logging.INFO, logger=reading.__name__):
+        written = generate(la, prompts, 4, K, generator=seeded(), eos_token_id=[])
+        assert "cached steps count padding" in caplog.text
+        caplog.clear()
+        generate(la, token_batch((7, 7)), 2, K, generator=seeded(), eos_token_id=[])
+        assert not caplog.text
+    for n, mask in enumerate(prompts["attention_mask"].bool()):
+        prompt = prompts["input_ids"][n][mask]
+        ids = torch.cat([prompt, written.tokens[n]])[None]
+        labels = ids.clone()
+        labels[:, : len(prompt)] = -100
+        alone = score(la, {"input_ids": ids, "labels": labels}, K, n_samples=16, generator=seeded())
+        assert_near(alone.log_prob[0], written.log_prob[n])
+    long = text_batch((5, 9), (1, 3), side="left")
+    short = text_batch((5, 9), (1, 3))
+    scored = [score(la, batch, K, n_samples=4, generator=seeded()) for batch in (long, short)]
+    assert_near(scored[0].log_prob, scored[1].log_prob)

@@ -13,6 +13,7 @@ from transformers import (
 
 from laplace_lora import KronLoraLaplace, LogitsModel, LoraGGN
 from laplace_lora.evaluation import MAP
+from laplace_lora.models.positions import PositionRule
 from support.batches import loader, rows, token_batch
 from support.models import PAD, TARGETS, base_model, bert_config, excite, peft_model
 from support.references import assert_near, looped_jacobians
@@ -63,6 +64,20 @@ def test_positions_are_tried_outside_of_a_recorded_pass():
     fresh = LogitsModel(model, target_ids=TARGETS).eval()
     jacobians, _ = LoraGGN(fresh, "classification", verify=False).jacobians(batch)
     assert_near(jacobians, looped_jacobians(fresh, batch))
+
+
+def test_nan_settles_nothing_about_positions():
+    """Some models give NaN where padding stands before a text; masks may be changed for them."""
+    rule, mask = PositionRule(True), token_batch((2, 4), side="left")["attention_mask"]
+
+    def run(inputs):
+        padded = bool((inputs["attention_mask"] == 0).any())
+        return torch.full((1, 4, 3), float("nan") if padded else 1.0)
+
+    for _ in range(2):
+        inputs = {"attention_mask": mask}
+        rule.apply(inputs, run, lambda: torch.float64, settles=True)
+        assert inputs["position_ids"].tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
 
 
 def bart():

@@ -179,3 +179,20 @@ def test_jacobians_that_carry_gradients_are_those_of_each_text():
     backend = LoraGGN(wrapped, "classification")
     jacobians, _ = backend.jacobians(batch, enable_backprop=True)
     assert_near(jacobians.detach(), looped_jacobians(wrapped, batch), 1e-5)
+
+
+def test_exact_moments_of_texts_beyond_the_limit_and_before_it_are_refused():
+    la = KronLoraLaplace(phi(), "language_modeling")
+    la.fit(text_loader(2, text_batch((5, 5, 5))))
+    long = text_batch((9, 9), (1, 3))
+    with pytest.raises(ValueError, match=r"beyond 6 .*Use method='sampled'"):
+        score(la, long, K, method="exact")
+    within = text_batch((6, 6), (1, 3))
+    assert score(la, within, K, method="exact").log_prob_variance.isfinite().all()
+    beyond = {**long, "labels": long["labels"].clone()}
+    beyond["labels"][:, :7] = -100  # read after seven tokens and more
+    assert score(la, beyond, K, method="exact").log_prob_variance.isfinite().all()
+    prompts = {"input_ids": long["input_ids"][:, :4]}
+    with pytest.raises(ValueError, match=r"beyond 6 .*Use method='sampled'"):
+        generate(la, prompts, 4, K, method="exact")
+    generate(la, prompts, 2, K, method="exact", eos_token_id=[])
