@@ -55,10 +55,11 @@ def calculate_kronecker_factors(
     """Sum the Kronecker factors of a classifier's generalised Gauss-Newton matrix over a data set.
 
     The block of a module with weight ``(p, q)`` is approximately ``gradient factor ⊗ input
-    factor``. Both equal the factors of `KronLoraLaplace` and depend neither on the batch size nor
-    on padding: *expand* over real tokens, the gradient factor a sum over examples, the input factor
-    a mean. The head of a classifying decoder runs at the one token whose logits count. The model
-    runs in evaluation mode; its modes, gradients and weights stay as they are.
+    factor``. Of modules without a bias both equal the factors of `KronLoraLaplace`, which has a
+    block of its own for each bias. They depend neither on the batch size nor on padding: *expand*
+    over real tokens, the gradient factor a sum over examples, the input factor a mean. The head of
+    a classifying decoder runs at the one token whose logits count. The model runs in evaluation
+    mode; its modes, gradients and weights stay as they are.
 
     Modules that do not run are left out, as the logits do not depend on them.
 
@@ -93,11 +94,13 @@ def calculate_kronecker_factors(
         TypeError: If the keywords are a single string.
         ValueError: If no module is selected, the loader is empty, the logits are not ``(batch,
             classes)`` with two classes or more, or are probabilities; if it is not known which
-            tokens are real.
+            tokens are real, or ``num_samples`` is not positive.
         RuntimeError: If the logits carry no gradient, a linear layer cuts it, a module runs on
             inputs of different shapes, or an adapter is merged or disabled.
         FloatingPointError: If a factor is not finite; names batch and layer.
     """
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     model = unwrapped(model)
     base: Any = model
     if hasattr(base, "get_base_model"):
@@ -186,9 +189,10 @@ def _columns(f: Tensor, num_samples: int | None) -> Tensor:
     if num_samples is None and f.shape[-1] <= EXACT_UP_TO:
         return softmax_root(f)
     if num_samples is None:
+        num_samples = 1
         warn(
             f"forward_call returns {f.shape[-1]} logits per example, so the curvature is a "
             "Monte-Carlo estimate from one label per example; return the answers' logits for an "
             "exact one, or set `num_samples`",
         )
-    return sampled_softmax_root(f, num_samples or 1)
+    return sampled_softmax_root(f, num_samples)

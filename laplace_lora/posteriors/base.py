@@ -31,6 +31,7 @@ from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.state import PosteriorState
 
 Self = TypeVar("Self", bound="LoraLaplace")
+OF_FACTORS = ("factor_rank", "low_rank_threshold", "residual")
 
 
 class LoraLaplace(FittedLaplace):
@@ -66,8 +67,8 @@ class LoraLaplace(FittedLaplace):
 
     Raises:
         ValueError: If nothing is trainable, a trainable tensor is in no linear map, ``modules``
-            matches nothing, the likelihood is unknown or not the model's, or a reward model has
-            several outputs.
+            matches nothing, the likelihood is unknown or not the model's, a reward model has
+            several outputs, or an argument of the backend would have no effect.
         RuntimeError: If an adapter is merged, unloaded or disabled, or several are active.
         TypeError: If the backend is not one of this package's.
     """
@@ -89,6 +90,12 @@ class LoraLaplace(FittedLaplace):
     ) -> None:
         if not (isinstance(backend, type) and issubclass(backend, LoraCurvature)):
             raise TypeError(f"backend must be LoraGGN, LoraEF or a subclass, got {backend!r}")
+        misplaced = set(OF_FACTORS) & set(backend_kwargs or ())
+        if misplaced:
+            raise ValueError(
+                f"{sorted(misplaced)} in backend_kwargs would have no effect; they are arguments "
+                "of KronLoraLaplace and KronLoraLLLaplace themselves"
+            )
         if kwargs.get("damping"):
             raise ValueError("damping is not supported: it would have no effect on the posterior")
         self.modules = modules

@@ -28,6 +28,23 @@ def test_full_and_diagonal_equal_the_explicit_ggn(name):
     assert_near(loss, expected.detach())
 
 
+@pytest.mark.parametrize(
+    ("backend", "options", "message"),
+    [
+        (LoraGGN, {"stochastic": True, "num_samples": 0}, "must be at least 1"),
+        (LoraGGN, {"num_samples": 4}, "are drawn with stochastic=True only"),
+        (LoraEF, {"num_samples": 4}, "LoraEF takes the observed labels"),
+        (LoraEF, {"stochastic": True}, "LoraEF takes the observed labels"),
+        (LoraGGN, {"factor_rank": 2, "residual": "zero"}, r"\['factor_rank', 'residual'\] in"),
+    ],
+)
+def test_arguments_without_effect_are_refused(backend, options, message):
+    with pytest.raises(ValueError, match=message):
+        KronLoraLaplace(
+            peft_model("bert"), "classification", backend=backend, backend_kwargs=options
+        )
+
+
 def test_monte_carlo_fisher_is_unbiased_and_its_samples_count():
     model, batch = logits_model("bert"), token_batch((4, 4))
     y = batch["labels"]

@@ -251,6 +251,9 @@ def test_bad_arguments_are_refused():
         calculate_kronecker_factors(model, call, [batch], target_module_keywords="lora")
     with pytest.raises(ValueError, match="positions must be one of"):
         calculate_kronecker_factors(model, call, [batch], positions="first")
+    for samples in (0, -1):
+        with pytest.raises(ValueError, match="num_samples must be at least 1"):
+            calculate_kronecker_factors(model, call, [batch], num_samples=samples)
     with pytest.raises(ValueError, match="at least two logits"):
         calculate_kronecker_factors(model, lambda m, b: m(b)[:, :1], [batch])
     with pytest.raises(ValueError, match=r"expected \(batch, outputs\)"):
