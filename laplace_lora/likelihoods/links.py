@@ -200,13 +200,18 @@ def bridge(mean: Tensor, covariance: Tensor, normalised: bool) -> Tensor:
     """Match a Dirichlet to the logits (Laplace bridge; Hobbhahn et al. 2022, arXiv:2003.01227).
 
     The logits are first conditioned on summing to zero; ``normalised`` also rescales them by their
-    average variance.
+    average variance. Logits that move together have no variance then: what rounding leaves in its
+    place, of either sign, is raised to its usual size.
     """
-    total = covariance.sum((-2, -1)).unsqueeze(-1)
+    largest = covariance.detach().diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
+    limits = torch.finfo(covariance.dtype)
+    least = 10 * limits.eps * largest + limits.tiny
+    total = torch.maximum(covariance.sum((-2, -1)).unsqueeze(-1), least)
     rows = covariance.sum(-1)
     mean = mean - rows * mean.sum(-1, keepdim=True) / total
     outer = rows.unsqueeze(-1) * covariance.sum(-2).unsqueeze(-2)
     variance = (covariance - outer / total.unsqueeze(-1)).diagonal(dim1=-2, dim2=-1)
+    variance = torch.maximum(variance, least)
     classes = mean.shape[-1]
     if normalised:
         scale = variance.mean(-1, keepdim=True) / math.sqrt(classes / 2)

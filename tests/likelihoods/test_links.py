@@ -78,3 +78,19 @@ def test_several_covariances_of_a_batch_are_as_each_alone(name, shape):
     each = covariance.expand(*shape[:-1], 5, 4, 4).flatten(0, -4)
     alone = torch.stack([link.log_probabilities(mean, one) for one in each])
     torch.testing.assert_close(together, alone.view_as(together))
+
+
+@pytest.mark.parametrize("name", ["bridge", "bridge_norm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logits_that_move_together_have_the_probabilities_of_their_mean(name, dtype):
+    gaps = torch.tensor([0.0, 0.7], dtype=dtype)
+    mean = torch.stack([torch.zeros_like(gaps), gaps], dim=-1)
+    covariance = torch.full((2, 2, 2), 0.3, dtype=dtype)
+    found = links.Link(name).log_probabilities(mean, covariance).exp()
+    assert found[0].tolist() == pytest.approx([0.5, 0.5])
+    if name == "bridge":
+        assert found[1].tolist() == pytest.approx(mean[1].softmax(-1).tolist())
+    else:  # as narrow as it gets, the normalised one is certain
+        assert found[1].tolist() == pytest.approx([0, 1], abs=1e-6)
+    none = links.Link(name).log_probabilities(mean, torch.zeros_like(covariance)).exp()
+    torch.testing.assert_close(none, found)
