@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from torch.utils.data import DataLoader
 
+from laplace_lora.display.warning import warn
 from laplace_lora.posteriors.base import LoraLaplace
 
 
@@ -64,6 +65,10 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             ValueError: If a label is none of the classes', there is not one for each text,
                 ``labels`` do not name each class once, or the posterior is no classifier's.
+
+        Warns:
+            UserWarning: If labels are numbers of which it is not clear whether scikit-learn gave
+                them to the classes.
         """
         self._check_likelihood()
         given = np.asarray(y)
@@ -81,6 +86,12 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
                 raise ValueError(
                     f"labels {unknown} are none of the classes {list(self.labels)}; if "
                     "scikit-learn has numbered the classes, every training fold needs all of them"
+                )
+            elif self._may_be_numbers(given):
+                warn(
+                    f"labels {sorted(set(given.tolist()))} may be classes, or scikit-learn's "
+                    "numbers of classes of which some are missing here; they are taken for "
+                    "classes. Names in the place of numbers (labels=['1', ...]) tell them apart"
                 )
             given = np.asarray([places[label] for label in given.tolist()])
         elif given.dtype.kind not in "biuf":
@@ -104,6 +115,12 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
         self.posterior.fit(loader)
         self.posterior.optimize_prior_precision(train_loader=loader)
         return self
+
+    def _may_be_numbers(self, given: NDArray[Any]) -> bool:
+        """Return whether labels of the classes may be the classes' places in sorted order."""
+        classes, found = set(self.labels or ()), set(given.tolist())
+        numbers = set(range(len(classes)))
+        return classes != numbers and found < numbers and found < classes
 
     def _check_likelihood(self) -> None:
         if self.posterior.objective.name != "classification":

@@ -106,6 +106,18 @@ def test_classes_that_scikit_learn_numbers_are_those_in_sorted_order():
         made.fit(TEXTS, [0, 1, 0, 1, 0, 1])
 
 
+def test_numbers_that_may_be_classes_or_their_places_are_said_to_be_unclear():
+    """A fold of ``cross_val_predict`` without the first class numbers the others from one."""
+    made = LaplaceClassifier(
+        KronLoraLaplace(peft_model("bert"), "classification"), word_tokenizer(), [1, 2, 3]
+    )
+    with pytest.warns(UserWarning, match=r"labels \[1, 2\] may be classes, or scikit-learn's"):
+        made.fit(TEXTS, [1, 2, 1, 2, 1, 2])
+    assert made.classes_.tolist() == [1, 2, 3]
+    made.fit(TEXTS, [1, 2, 3, 2, 1, 2])
+    clone(made).set_params(labels=[0, 1, 2]).fit(TEXTS, [1, 2, 1, 2, 1, 2])
+
+
 def test_every_text_needs_a_label(classifier):
     with pytest.raises(ValueError, match=r"texts do not fit 1 labels"):
         classifier.fit(TEXTS, LABELS[:1])
