@@ -26,8 +26,8 @@ def check_saves_adapters(model: nn.Module) -> None:
 
     Raises:
         TypeError: If it is no `PeftModel`.
-        ValueError: If processes hold it in pieces, or each adapter that is loaded changes the base
-            model.
+        ValueError: If processes hold it in pieces, each adapter that is loaded changes the base
+            model, or PEFT loads only one of its kind.
     """
     inner = unwrapped(model)
     if not isinstance(inner, PeftModel):
@@ -40,7 +40,14 @@ def check_saves_adapters(model: nn.Module) -> None:
             "the model is sharded, and PEFT writes whole adapters; load the posterior around a "
             "whole model and export from there"
         )
-    start = getattr(inner.peft_config[inner.active_adapter], "init_lora_weights", None)
+    settings = inner.peft_config[inner.active_adapter]
+    bias = getattr(settings, "bias", "none")
+    if bias != "none":
+        raise ValueError(
+            f"the adapter was made with bias={bias!r}, and PEFT loads one such adapter at a time, "
+            "so that several cannot be served beside each other; train one with bias='none'"
+        )
+    start = getattr(settings, "init_lora_weights", None)
     if str(start).lower().startswith(BASE_CHANGING):
         raise ValueError(
             f"the adapter was made with init_lora_weights={start!r}, which changes the base model "

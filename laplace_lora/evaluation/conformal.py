@@ -61,7 +61,7 @@ def conformal_sets(
     sets = classifier.predict_set(
         hinge(probs.double().numpy()), confidence=coverage - ROUNDING, smoothing=False
     )
-    return torch.from_numpy(sets).bool()
+    return torch.from_numpy(sets).bool().reshape(probs.shape)
 
 
 def set_metrics(sets: Tensor, labels: Tensor) -> dict[str, float]:

@@ -20,6 +20,7 @@ from laplace_lora.evaluation.report import CalibrationReport
 from laplace_lora.evaluation.risk_control import ANSWERED, answering_threshold, check_share
 from laplace_lora.evaluation.rows import (
     Predict,
+    check_has_classes,
     has_independent_labels,
     label_key_of,
     model_of,
@@ -104,6 +105,7 @@ def evaluate(
             check_share(share, value)
     if risk is not None and conformal_loader is None:
         raise ValueError("a risk is kept on labelled data of their own: give `conformal_loader`")
+    check_has_classes(predict)
     if groups is not None:
         check_order(loader, "the data")
     key = label_key_of(predict) if label_key is None else label_key

@@ -59,6 +59,16 @@ def has_independent_labels(predict: Predict) -> bool | None:
     return says
 
 
+def check_has_classes(predict: Predict) -> None:
+    """Refuse a posterior over answers in a text, which would be asked for labels in vain.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    if getattr(getattr(_owner(predict), "objective", None), "has_spans", False):
+        raise ValueError(f"predict must return class probabilities; {OTHERS}")
+
+
 def label_key_of(predict: Predict) -> str:
     """Return the key of the labels in batches, that of the posterior where one predicts."""
     key: str = getattr(_owner(predict), "dict_key_y", "labels")

@@ -22,6 +22,7 @@ from laplace_lora.posteriors.features_watch import FeaturesWatch
 from laplace_lora.posteriors.last_layer import check_no_name
 
 Self = TypeVar("Self", bound="FunctionalLoraLLLaplace")
+LIKELIHOODS = ("classification", "regression")
 
 
 class _OfFeatures(FeatureExtractor):
@@ -54,8 +55,8 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         **kwargs: laplace-torch's arguments.
 
     Raises:
-        ValueError: If the likelihood is ``"reward_modeling"`` or ``"multilabel"``, or not the
-            model's, or a ``last_layer_name`` is given.
+        ValueError: If the likelihood is neither ``"classification"`` nor ``"regression"``, or not
+            the model's, or a ``last_layer_name`` is given.
     """
 
     _key = ("lora_last_layer", "gp")
@@ -70,12 +71,10 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         **kwargs: Any,
     ) -> None:
         self.objective = likelihood_of(likelihood)
-        if self.objective.has_pairs:
-            raise ValueError("the Gaussian process takes no pairs; use another last-layer class")
-        if self.objective.has_independent_labels:
+        if likelihood not in LIKELIHOODS:
             raise ValueError(
-                "the Gaussian process is laplace-torch's, which knows no independent labels; use "
-                "another last-layer class"
+                f"the Gaussian process is laplace-torch's, of {' or '.join(LIKELIHOODS)}, and the "
+                f"likelihood is {likelihood!r}; use another class"
             )
         backend = kwargs.pop("backend", None)
         check_no_name(kwargs)

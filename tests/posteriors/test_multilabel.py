@@ -227,7 +227,7 @@ def test_labels_that_are_none_are_refused(labels, message):
 
 def test_what_knows_no_independent_labels_refuses_them_by_name():
     model = peft_model("bert")
-    with pytest.raises(ValueError, match="knows no independent labels"):
+    with pytest.raises(ValueError, match="the likelihood is 'multilabel'; use another class"):
         FunctionalLoraLLLaplace(model, "multilabel", 5)
     la = multilabel_posterior()
     options = {"pred_type": "nn", "method": "gridsearch", "val_loader": multilabel_loader()}

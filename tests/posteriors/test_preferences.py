@@ -43,7 +43,7 @@ def test_models_and_calls_that_do_not_fit():
     two = LogitsModel(peft_model("bert", num_labels=1), output=lambda o: o.logits.repeat(1, 2))
     with pytest.raises(ValueError, match="one output, this one 2"):
         KronLoraLaplace(two, "reward_modeling").fit(pair_loader())
-    with pytest.raises(ValueError, match="takes no pairs"):
+    with pytest.raises(ValueError, match="the likelihood is 'reward_modeling'; use another class"):
         FunctionalLoraLLLaplace(peft_model("bert", num_labels=1), "reward_modeling", 3)
     la = reward_posterior()
     with pytest.raises(ValueError, match="pairs are needed here"):

@@ -103,8 +103,9 @@ def test_what_makes_no_sense_is_refused():
             call()
     with pytest.raises(ValueError, match="predictions by samples"):
         la.calibrate(data, link_approx="probit")
-    with pytest.raises(ValueError, match=r"answers in a text are scored by .*span_metrics"):
-        evaluate(la.predict, data)
+    for predict in (la, la.predict):
+        with pytest.raises(ValueError, match=r"answers in a text are scored by .*span_metrics"):
+            evaluate(predict, data)
 
 
 def test_bad_batches_are_refused_and_the_posterior_stays():

@@ -433,6 +433,16 @@ def test_models_that_peft_does_not_write_are_refused_by_name(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_adapters_with_biases_are_refused():
+    """PEFT loads one of them."""
+    lora = LoraConfig(r=2, target_modules=["query"], bias="lora_only", task_type="SEQ_CLS")
+    model = get_peft_model(base_model("bert"), lora).double().eval()
+    la = KronLoraLaplace(model, "classification")
+    la.fit(loader())
+    with pytest.raises(ValueError, match="bias='lora_only', and PEFT loads one such adapter"):
+        la.export_adapters("never-made", k=2, width=1.0)
+
+
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
 def test_starts_that_change_the_base_model_are_refused(start, tmp_path):
     """Two such adapters beside each other take their start from the base weights twice."""
