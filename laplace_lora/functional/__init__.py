@@ -1,7 +1,8 @@
 """The Laplace-LoRA paper's functional interface: factors, evidence and predictive as functions.
 
 Names and arguments follow the bayesian_lora documentation, so that a script changes one import
-line; results equal those of `KronLoraLaplace`. Source: Yang, Robeyns, Wang, Aitchison (2024),
+line; results equal those of `KronLoraLaplace`, but for modules with a bias: here it is the last
+column of its weight, there a block of its own. Source: Yang, Robeyns, Wang, Aitchison (2024),
 arXiv:2308.13111.
 
 A factor is a covariance ``(d, d)``, or if low-rank a root ``R`` of shape ``(d, n_kfac)`` that

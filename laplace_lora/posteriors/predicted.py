@@ -60,7 +60,8 @@ class PredictedLaplace(EvidenceLaplace):
         Args:
             x: Batch that the model takes.
             pred_type: ``"glm"`` (linearised) or ``"nn"`` (sampled weights, ``link_approx="mc"``).
-            joint: For regression, covariances between the examples as well.
+            joint: For regression, covariances between the examples as well; no effect on
+                probabilities, which are of one example each.
             link_approx: ``"quadrature"``, the integral; or laplace-torch's ``"mc"`` (the same from
                 samples), ``"probit"``, ``"bridge"`` or ``"bridge_norm"``.
             n_samples: Samples of the weights, 64 by default; 100 for ``"mc"`` and ``"nn"``.
