@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from laplace_lora.data.batches import on_cpu, one_example, splits_by_example
@@ -9,6 +10,7 @@ from laplace_lora.data.distributed import Together
 from laplace_lora.data.steps import steps
 from laplace_lora.fitting.passes import Pass, Sums
 from laplace_lora.fitting.snapshots import Snapshot
+from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.structures.posterior import Posterior
 
@@ -55,8 +57,8 @@ def accumulate(
             with evaluation_mode(posterior.model):
                 _, sums.state = data_pass.add(None, *posterior.split(lent))
     data_pass.combine(sums.state, team, has_data)
-    sums.loss, n = team.total(sums.loss, sums.n)
-    sums.n = int(n)
+    sums.loss, n, labels = team.total(sums.loss, sums.n, sums.labels)
+    sums.n, sums.labels = int(n), int(labels)
     return sums
 
 
@@ -98,9 +100,10 @@ def _local_sums(
             if earlier is not None and index == 0:
                 # The first batch shows what sums there are; their values are those kept.
                 data_pass.resume(sums.state, earlier[1])
-                sums = Sums(sums.state, earlier[0].loss, earlier[0].n, earlier[0].batches)
+                sums = replace(earlier[0], state=sums.state, labels=earlier[0].n)
                 continue
             sums.loss, sums.n = sums.loss + loss.item(), sums.n + len(y)
+            sums.labels += int((y != IGNORED).sum())
             sums.batches = index + 1
             if snapshot is not None:
                 snapshot.write(sums)

@@ -85,9 +85,9 @@ class Fitter:
     ) -> PosteriorState:
         posterior, structure = self.posterior, self.posterior.structure
         sums = summed(self._first_pass(train_loader))
-        if posterior.objective.rows_are_tokens and sums.loss == 0:
+        if posterior.objective.rows_are_tokens and not sums.labels:
             raise ValueError("no token of the training data has a label that counts: all are -100")
-        if posterior.objective.has_independent_labels and sums.loss == 0:
+        if posterior.objective.has_independent_labels and not sums.labels:
             raise ValueError("no label of the training data is known: all are -100 or NaN")
         raw = structure.finish(posterior.engine, sums.state.curvature, sums.n)
         loss, n, found = sums.loss, sums.n, sums.state.gradient

@@ -99,9 +99,12 @@ class Sums:
         loss: Summed loss.
         n: Number of examples.
         batches: Number of batches.
+        labels: Number of labels that are known, of tokens or of independent labels several an
+            example.
     """
 
     state: Any = None
     loss: float = 0.0
     n: int = 0
     batches: int = 0
+    labels: int = 0

@@ -111,9 +111,10 @@ class RowPrecision:
 
     def solve(self, W: Tensor) -> Tensor:
         """Return ``P⁻¹ W`` for ``W`` of shape ``(n, parameters)``."""
-        scaled = W / self._diagonal()
+        diagonal = self._diagonal().double()  # the prior's part minus the data's, see `covariance`
+        scaled = W / diagonal
         core = self._on_rows(scaled, lambda e: self.scale / (e + self.delta))
-        return (scaled - self._lifted(core) / self._diagonal()) / self.delta
+        return ((scaled - self._lifted(core) / diagonal) / self.delta).to(W.dtype)
 
     def multiply(self, W: Tensor) -> Tensor:
         """Return ``P W`` for ``W`` of shape ``(n, parameters)``."""
@@ -142,17 +143,19 @@ class RowPrecision:
         """
         if exponent not in (1, -1):
             raise ValueError(f"exponent must be 1 or -1, got {exponent}")
-        weights = (self.scale / (self.eigenvalues + self.delta)).sqrt()
-        left = (self.vectors * weights).T.to(self.rows.working_dtype)
+        left = (self.vectors * (self.scale / (self.eigenvalues + self.delta)).sqrt()).T
+        # In float64, as in `covariance`.
         pieces = [
             ((left @ Z) if exponent == -1 else Z).square().sum(0)
             for i in range(len(self.pattern))
-            for _, Z in self.rows.pieces(i)
+            for _, Z in self.rows.pieces(i, torch.float64)
         ]
-        squares, R = torch.cat(pieces), self._diagonal()
+        squares, R = torch.cat(pieces), self._diagonal().double()
         if exponent == 1:
-            return self.delta * R + self.scale * squares
-        return (1 - squares / R) / R / self.delta
+            found = self.delta * R + self.scale * squares
+        else:
+            found = (1 - squares / R) / R / self.delta
+        return found.to(self.rows.working_dtype)
 
     def to_matrix(self, exponent: int = 1) -> Tensor:
         """Return the dense ``P`` or ``P⁻¹``, ``(parameters, parameters)``; for small models.
@@ -198,19 +201,20 @@ class RowPrecision:
         """Return ``W Zᵀ``, ``(n, rows)``."""
         total = W.new_zeros(len(W), len(self.rows))
         for i, part in enumerate(W.split(self.rows.sizes, dim=-1)):
-            for columns, Z in self.rows.pieces(i):
+            for columns, Z in self.rows.pieces(i, W.dtype):
                 total += part[:, columns] @ Z.T
         return total
 
     def _lifted(self, core: Tensor) -> Tensor:
         """Return ``core Z``, ``(n, parameters)``."""
-        pieces = [core.to(Z) @ Z for i in range(len(self.pattern)) for _, Z in self.rows.pieces(i)]
+        tensors = range(len(self.pattern))
+        pieces = [core @ Z for i in tensors for _, Z in self.rows.pieces(i, core.dtype)]
         return torch.cat(pieces, dim=-1)
 
     def _on_rows(self, W: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Return ``W Zᵀ U diag(f(e)) Uᵀ``, ``(n, rows)``."""
         coordinates = self._projected(W).double() @ self.vectors
-        return (coordinates * function(self.eigenvalues)) @ self.vectors.T
+        return ((coordinates * function(self.eigenvalues)) @ self.vectors.T).to(W.dtype)
 
     def _diagonal(self) -> Tensor:
         """Return ``R``'s diagonal, ``(parameters,)``."""

@@ -48,23 +48,33 @@ class EvidenceLaplace(LaplaceNames):
             FloatingPointError: If a classifier's corrected evidence is above zero, which would mean
                 labels with a probability above one: there the quadratic expansion does not hold.
         """
+        before = self.state
         value = super().log_marginal_likelihood(prior_precision, sigma_noise)
         if not correction:
             return value
+        try:
+            return value + self._term(value, train_loader)
+        except BaseException:
+            self.state = before  # with the prior and the noise of then
+            raise
+
+    def _term(self, value: Tensor, train_loader: Any) -> Tensor:
+        """Return the gradient term, see `log_marginal_likelihood`."""
         self.measure_gradient_term(train_loader)
         posterior = self.fitted
         prior = posterior.settings.prior_precision
         if len(prior) not in (1, len(posterior.names)):
             raise ValueError("the gradient term takes one prior precision in all or per tensor")
         assert posterior.gradient_term is not None
-        value = value + posterior.gradient_term.term(prior, posterior.scale).to(value)
-        if posterior.objective.is_classifier and float(value.detach()) > 0:
+        term = posterior.gradient_term.term(prior, posterior.scale).to(value)
+        whole = float((value + term).detach())
+        if posterior.objective.is_classifier and whole > 0:
             raise FloatingPointError(
-                f"the log evidence with its gradient term is {float(value.detach()):.1f} nats, "
-                "above zero: so far from a mode the quadratic expansion does not hold. Take a "
-                "stronger prior (prior_precision), or correction=False"
+                f"the log evidence with its gradient term is {whole:.1f} nats, above zero: so far "
+                "from a mode the quadratic expansion does not hold. Take a stronger prior "
+                "(prior_precision), or correction=False"
             )
-        return value
+        return term
 
     @in_full_precision
     def measure_gradient_term(

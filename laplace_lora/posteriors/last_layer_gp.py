@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
+import torch
 from laplace import FunctionalLLLaplace
 from laplace.curvature import CurvlinopsGGN
 from laplace.utils.feature_extractor import FeatureExtractor
@@ -88,6 +89,7 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         self.model = _OfFeatures(of_features, "1", self.enable_backprop)
         self.features = split.features
         self._watch: FeaturesWatch | None = None
+        self._built_for: tuple[float, ...] = ()
 
     def fit(self, train_loader: DataLoader[Any], progress_bar: bool | None = None) -> None:
         """Fit the process.
@@ -115,6 +117,7 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         batch_size = getattr(train_loader, "batch_size", None) or self.n_subset
         self.loss = 0.0  # laplace-torch adds to that of an earlier fit
         super().fit(DataLoader(data, batch_size=batch_size), progress_bar=progress_bar is True)
+        self._built_for = ()
         self._watch = watch
 
     def log_marginal_likelihood(
@@ -148,6 +151,7 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of a process of the same arguments, at its weights."""
         super().load_state_dict(state_dict)
+        self._built_for = ()
         self._watch = FeaturesWatch(self.features.source)
 
     def __copy__(self: Self) -> Self:
@@ -166,4 +170,10 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
 
     def _glm_predictive_distribution(self, X: Any, joint: bool = False) -> tuple[Tensor, Tensor]:
         self._check_unchanged()
+        # laplace-torch builds it when a prior precision is assigned, and at no other change.
+        noise = float(torch.as_tensor(self.sigma_noise).detach())
+        settings = (*self.prior_precision.detach().tolist(), noise, self.temperature)
+        if settings != self._built_for:
+            self._build_Sigma_inv()
+            self._built_for = settings
         return super()._glm_predictive_distribution(self.features(X), joint)

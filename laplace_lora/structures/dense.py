@@ -21,11 +21,16 @@ from laplace_lora.structures.tensor_sum import TensorSum
 
 @dataclass(frozen=True)
 class DensePrecision:
-    """The dense matrix ``curvature + prior``.
+    """The dense matrix ``P = H + δ R``, with ``H`` the scaled curvature and ``δ R`` the prior.
+
+    ``P⁻¹ = U diag(1/(e + δ)) Uᵀ`` with ``e`` the eigenvalues of ``R^-½ H R^-½`` and ``U`` its
+    eigenvectors times ``R^-½``. A softmax's curvature is singular, and what rounding makes of its
+    zeros, of either sign, counts as zero, see `_positive`. In float64, as far as it is not handed
+    out.
 
     Attributes:
         curvature: Scaled curvature, ``(parameters, parameters)``.
-        prior: Prior precision of each weight.
+        prior: Prior precision of each weight; ``δ`` is the first.
         tensors: Number of trainable tensors.
     """
 
@@ -35,48 +40,51 @@ class DensePrecision:
 
     @cached_property
     def root(self) -> Tensor:
-        """Lower triangular ``L`` with ``L Lᵀ = P⁻¹``: the flipped inverse Cholesky factor."""
-        matrix = self.curvature + torch.diag(self.prior)
-        factor = torch.linalg.cholesky(torch.flip(matrix, (-2, -1)))
-        flipped = torch.flip(factor, (-2, -1)).mT
-        eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-        return torch.linalg.solve_triangular(flipped, eye, upper=False)
+        """Lower triangular ``L`` with ``L Lᵀ = P⁻¹``, float64."""
+        return torch.linalg.cholesky(self.inverse)
 
     @cached_property
     def inverse(self) -> Tensor:
-        """The posterior covariance, ``(parameters, parameters)``."""
-        return self.root @ self.root.T
+        """The posterior covariance, ``(parameters, parameters)``, float64."""
+        if self.curvature.requires_grad or self.prior.requires_grad:
+            # Eigenvectors of equal eigenvalues have no derivative.
+            return torch.linalg.inv(self.curvature.double() + torch.diag(self.prior.double()))
+        values, vectors = self.eigenpairs
+        inverse = (vectors / (values + self.prior[0].double())) @ vectors.T
+        return (inverse + inverse.T) / 2
 
     @cached_property
     def eigenpairs(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues and eigenvectors of the scaled curvature."""
-        values, vectors = torch.linalg.eigh(self.curvature.double())
-        dtype = self.curvature.dtype
-        return values.clamp(min=0).to(dtype), vectors.to(dtype)
+        """The eigenvalues ``e`` and ``U``, float64."""
+        root = (self.prior[0] / self.prior).double().sqrt()
+        values, vectors = torch.linalg.eigh(root.unsqueeze(1) * self.curvature.double() * root)
+        return _positive(values, self.curvature.dtype), root.unsqueeze(1) * vectors
 
     def covariance(self, jacobians: Iterable[Tensor]) -> Tensor:
         """Return ``J P⁻¹ Jᵀ``, see `Precision`."""
         rows = side_by_side(jacobians)
-        return torch.einsum("ncp,pq,nkq->nck", rows, self.inverse, rows)
+        wide = rows.double()
+        return (wide @ self.inverse @ wide.mT).to(rows.dtype)
 
     def gram_blocks(self, jacobians: Iterable[Tensor]) -> Iterator[tuple[int, list[Gram]]]:
-        """Yield ``J P⁻¹ Jᵀ`` as a function of a scalar ``δ``, as the first tensor's part."""
+        """Yield ``J P⁻¹ Jᵀ`` as a function of ``δ``, as the first tensor's part."""
         values, vectors = self.eigenpairs
-        rows = side_by_side(jacobians) @ vectors
-        yield 0, [(values, rows.unsqueeze(2) * rows.unsqueeze(1))]
+        rows = side_by_side(jacobians)
+        onto = (rows.double() @ vectors).to(rows.dtype)
+        yield 0, [(values.to(rows.dtype), onto.unsqueeze(2) * onto.unsqueeze(1))]
 
     def spectra(self) -> list[Spectrum]:
-        """Return the whole matrix's eigenvalues with the first tensor, none with the others."""
+        """Return the whole matrix's ``e`` with the first tensor, none with the others."""
         values, _ = self.eigenpairs
         return [[(values, 1)]] + [[(values.new_zeros(1), 0)]] * (self.tensors - 1)
 
     def root_multiply(self, noise: Tensor) -> Tensor:
         """Return ``L ε`` for ``ε`` of shape ``(n, parameters)``."""
-        return noise @ self.root.T
+        return noise @ self.root.T.to(noise.dtype)
 
     def variance(self) -> Tensor:
         """Return the diagonal of ``P⁻¹``, ``(parameters,)``."""
-        return self.inverse.diagonal()
+        return self.inverse.diagonal().to(self.curvature.dtype)
 
 
 @dataclass(frozen=True)
@@ -140,4 +148,11 @@ class Dense(TensorSum):
         """Return ``log det P − log det P₀``, a float64 scalar."""
         root = expanded(prior, self.sizes).double().rsqrt()
         ratio = scale.double() * root.unsqueeze(1) * curvature.double() * root
-        return torch.logdet(ratio + torch.eye(len(root), dtype=root.dtype, device=root.device))
+        values = _positive(torch.linalg.eigvalsh(ratio), curvature.dtype)
+        return torch.log1p(values).sum()
+
+
+def _positive(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return eigenvalues of a sum in a dtype, zero where they are no more than its rounding."""
+    rounding = len(values) ** 0.5 * torch.finfo(dtype).eps * values.detach().max()
+    return values.where(values > rounding, values.new_zeros(()))

@@ -46,10 +46,12 @@ def maximise(
         if tune_noise:
             posterior = posterior.with_settings(with_noise(posterior, best.noise))
         return with_precisions(posterior, best.precisions[groups.cpu()], groups)
-    if not posterior.structure.couples_groups:
-        return _separate(posterior, groups, tune_noise)
     # The scalar's eigenvalues are needed, for the maximum or as the start of a climb.
     scalar = posterior.with_settings(first_precision(posterior))
+    if posterior.structure.scalar_only:
+        return _separate(scalar, groups, tune_noise)
+    if not posterior.structure.couples_groups:
+        return _separate(posterior, groups, tune_noise)
     coupled = int(groups.max()) > 0
     settings = _separate(scalar, torch.zeros_like(groups), tune_noise and not coupled)
     if not coupled:

@@ -181,9 +181,8 @@ class ValidationCache:
         prior = posterior.prior_by_tensor.tolist()
         group_of = groups.tolist()
         spectra = posterior.precision.spectra()
-        top = max(
-            float(e.max()) / delta for s, delta in zip(spectra, prior, strict=True) for e, _ in s
-        )
+        known = [(e, delta) for s, delta in zip(spectra, prior, strict=True) for e, _ in s]
+        top = max((float(e.max()) / delta for e, delta in known if e.numel()), default=0.0)
         floor = max(top, 1e-30) * 10.0**-DECADES
 
         def bins(e: Tensor) -> Tensor:
@@ -198,7 +197,7 @@ class ValidationCache:
                 sums[group_of[i]][0].index_add_(0, index, times * relative)
                 sums[group_of[i]][1].index_add_(0, index, torch.full_like(relative, times))
         occupied = [total[1] > 0 for total in sums]
-        slots = [used.cumsum(0) - 1 for used in occupied]
+        slots = [_nearest(used) for used in occupied]
         means, labels = [], []
         stored: list[list[Tensor]] = [[] for _ in sums]
         batches = validation_pass(predictor, loader, team, readout, progress_bar, watch, title)
@@ -236,3 +235,16 @@ class ValidationCache:
             for e, M, factor in zip(self.values, self.products, factors, strict=True)
         ]
         return torch.stack(parts).sum(0)
+
+
+def _nearest(used: Tensor) -> Tensor:
+    """Return for each bin which of the used ones is nearest, counted among these.
+
+    Eigenvalues that come in another dtype may be rounded into a bin beside their own.
+    """
+    places, bins = used.nonzero().flatten(), torch.arange(len(used))
+    right = torch.searchsorted(places, bins).clamp(max=max(len(places) - 1, 0))
+    left = (right - 1).clamp(min=0)
+    if not len(places):
+        return right
+    return torch.where(bins - places[left] < places[right] - bins, left, right)

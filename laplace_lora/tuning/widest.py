@@ -101,5 +101,5 @@ def tune(
 
 def _widest(losses: TextLosses) -> int:
     """Return the index of the widest that is within the tolerance, as are all after it."""
-    outside = (losses.nll - losses.nll_map > TOLERANCE).nonzero()
+    outside = (~(losses.nll - losses.nll_map <= TOLERANCE)).nonzero()  # NaN is not within
     return int(outside.max()) + 1 if len(outside) else 0

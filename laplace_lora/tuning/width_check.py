@@ -47,7 +47,7 @@ def warn_if_wide(posterior: Posterior, loader: Iterable[Any]) -> None:
         )
         if not posterior.objective.is_classifier:
             advice = "With few examples that may be right; compare method='gridsearch'"
-    if excess > LIMIT:
+    if not excess <= LIMIT:  # NaN is not within
         warn(
             f"the posterior predicts its training examples worse than the MAP, by {excess:.2f} "
             f"nats: it is too wide, and so will predictions be. {advice}",

@@ -150,3 +150,16 @@ def test_an_interrupted_fit_and_files_keep_it(cls, tmp_path):
     again = cls(peft_model("bert"), "classification")
     again.load_state_dict(la.state_dict())
     assert torch.equal(again.state.loss_gradient, la.state.loss_gradient)
+
+
+@pytest.mark.parametrize(("loss", "columns"), [(5.0, 1), (25.0, 2), (180.0, 2)])
+def test_weights_that_single_and_half_precision_do_not_bear_are_not_taken(loss, columns):
+    """A column of the root is as small as its weight is large."""
+    f, y = torch.tensor([[0.0, loss]]), torch.tensor([0])
+    objective = Classification()
+    root, residual = objective.root(f, y), objective.residual(f, y)
+    found = ResidualColumns(root, residual, objective.residual_weights(root, f, y), 1)
+    assert len(found.columns) == columns
+    weights, sent = found.weights.float(), found.columns.half().float()
+    gradient = torch.einsum("kn,knc->nc", weights, sent)
+    torch.testing.assert_close(gradient, residual[0], rtol=1e-3, atol=1e-3)

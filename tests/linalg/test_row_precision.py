@@ -41,3 +41,7 @@ def test_single_precision_rows_keep_small_variances_under_a_wide_prior(delta):
     for form in (P.covariance([J]), sum((M / (e + delta)).sum(-1) for e, M in grams)):
         assert form.dtype == torch.float32
         assert (form - true).abs().max() < 1e-4
+    single = P.diag(-1), P.solve(torch.eye(300))
+    exact = torch.linalg.inv(Z.double().T @ Z.double() + delta * torch.eye(300).double())
+    assert_near(single[0].double(), exact.diagonal(), 1e-5)
+    assert_near(single[1].double(), exact, 1e-5)

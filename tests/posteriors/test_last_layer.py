@@ -9,6 +9,7 @@ from laplace_lora import DiagLoraLLLaplace, FullLoraLLLaplace, KronLoraLLLaplace
 from laplace_lora.likelihoods.base import CONTRASTS
 from laplace_lora.likelihoods.classification import LOGITS
 from laplace_lora.predictive.glm import Predictor
+from laplace_lora.tuning.validation_cache import ValidationCache
 from support.batches import loader, token_batch, validation
 from support.last_layer import MODELS, PARAMETRIC, PLAIN, by_name, last_layer_logits_model, padded
 from support.models import peft_model
@@ -229,3 +230,39 @@ def test_a_dense_covariance_is_that_of_the_moment(change):
     assert_near(la.functional_variance(jacobian), expected, 1e-9)
     assert not torch.allclose(expected, before)
     assert_near(la.posterior_scale @ la.posterior_scale.T, la.posterior_covariance, 1e-9)
+
+
+@pytest.mark.parametrize("prior", [(50.0, 0.05), (0.05, 50.0)])
+def test_a_matrix_with_a_prior_for_each_tensor_is_searched_under_it(prior):
+    la = FullLoraLLLaplace(peft_model("roberta"), "classification")
+    la.fit(loader())
+    la.prior_precision = torch.tensor(prior).double()
+    predictor, groups = Predictor(la.fitted), torch.zeros(2, dtype=torch.long)
+    cache = ValidationCache(predictor, validation(), groups, CONTRASTS)
+    found = [predictor.readout_moments(batch, CONTRASTS)[1] for batch in validation()]
+    assert_near(cache.covariance(torch.ones(1).double()), torch.cat(found), 1e-4)
+    covariance = la.posterior_covariance
+    assert_near(covariance @ la.posterior_precision, torch.eye(len(covariance)).double())
+    la.optimize_prior_precision(method="marglik", correction=False)
+    tuned = la.prior_precision
+    la.prior_precision = 1.0
+    la.optimize_prior_precision(method="marglik", correction=False)
+    assert_near(tuned, la.prior_precision, 1e-6)
+
+
+@pytest.mark.parametrize("delta", [1.0, 1e-5, 1e-8])
+def test_a_singular_matrix_in_single_precision_bears_a_wide_prior(delta):
+    """Rounding leaves eigenvalues on both sides of zero, which are no curvature."""
+    data = loader(batch_size=20, lengths=(3, 6, 4, 6, 1, 5, 2) * 20)
+    fits = []
+    for dtype in (torch.float32, torch.float64):
+        la = FullLoraLLLaplace(peft_model("roberta", dtype=dtype), "classification")
+        la.fit(data)
+        la.prior_precision = delta
+        fits.append(la)
+    single, double = fits
+    assert_near(single.log_marginal_likelihood().double(), double.log_marginal_likelihood(), 1e-6)
+    assert_near(single(BATCH).double(), double(BATCH), 1e-3)
+    assert bool((single.weight_variance() > 0).all())
+    assert_near(single.weight_variance().double(), double.weight_variance(), 1e-3)
+    assert single.sample(3).isfinite().all()

@@ -182,3 +182,28 @@ def test_a_state_is_for_the_weights_at_which_it_is_loaded():
     change_weight(again.features.source)
     again.load_state_dict(gp.state_dict())
     assert torch.equal(again(BATCH), gp(BATCH))
+
+
+@pytest.mark.filterwarnings("ignore:Using FunctionalLaplace with the diagonal approximation")
+@pytest.mark.parametrize("independent", [False, True])
+def test_predictions_follow_every_setting(independent):
+    """laplace-torch follows an assigned prior precision alone."""
+
+    def process(**kwargs):
+        gp = FunctionalLoraLLLaplace(
+            peft_model("bert"), "regression", 7, independent_outputs=independent, **kwargs
+        )
+        gp.fit(loader(likelihood="regression"))
+        return gp
+
+    gp = process()
+    gp(BATCH)
+    gp.sigma_noise = 0.3
+    assert_near(gp(BATCH)[1], process(sigma_noise=0.3)(BATCH)[1])
+    gp.temperature = 4.0
+    assert_near(gp(BATCH)[1], process(sigma_noise=0.3, temperature=4.0)(BATCH)[1])
+    gp.prior_precision.mul_(20)
+    expected = process(sigma_noise=0.3, temperature=4.0, prior_precision=20.0)(BATCH)[1]
+    assert_near(gp(BATCH)[1], expected)
+    gp.log_marginal_likelihood(sigma_noise=torch.tensor(1.0))
+    assert_near(gp(BATCH)[1], process(temperature=4.0, prior_precision=20.0)(BATCH)[1])

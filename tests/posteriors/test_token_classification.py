@@ -177,3 +177,22 @@ def test_labels_of_another_name_and_on_padding():
     la.fit(DataLoader([rows(other, n) for n in range(3)], batch_size=2))
     assert_near(la.log_marginal_likelihood(), tagged_posterior(**EXACT).log_marginal_likelihood())
     assert torch.equal(la.predict(other).labels[0, 4:], torch.full((4,), IGNORED))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_labels_that_are_learnt_to_the_last_bit_are_labels_all_the_same(dtype):
+    """The loss is then zero, as it is where no token has a label."""
+    model, batch = tagger("bert", dtype).eval(), tagged_batch()
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        head = model.base_model.model.classifier.modules_to_save.default
+        head.weight.mul_(1000)
+        head.bias.mul_(1000)
+        known = batch["labels"] != IGNORED
+        learnt = torch.where(known, model(**inputs).logits.argmax(-1), IGNORED)
+    la = KronLoraLaplace(model, "token_classification")
+    la.fit(tagged_loader(2, {**batch, "labels": learnt}))
+    assert la.loss == 0 and la.n_data == 3
+    nothing = torch.full_like(learnt, IGNORED)
+    with pytest.raises(ValueError, match="no token of the training data has a label that counts"):
+        la.fit(tagged_loader(2, {**batch, "labels": nothing}))

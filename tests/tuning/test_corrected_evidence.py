@@ -52,6 +52,18 @@ def test_a_linear_gaussian_model_has_its_true_evidence_wherever_it_stands(seed, 
     assert_near(la.log_marginal_likelihood(correction=True).double(), true, 1e-9)
 
 
+def test_a_prior_without_a_corrected_evidence_is_not_left_in_place():
+    la = posterior(DiagLoraLaplace)
+    before, value = la.prior_precision, la.log_marginal_likelihood()
+    each = torch.full((la.n_params,), 2.0).double()
+    with pytest.raises(ValueError, match="one prior precision in all or per tensor"):
+        la.log_marginal_likelihood(each, correction=True, train_loader=loader())
+    assert torch.equal(la.prior_precision, before)
+    assert la.log_marginal_likelihood() == value
+    la.log_marginal_likelihood(2 * before)
+    assert torch.equal(la.prior_precision, 2 * before)
+
+
 def full_term(la, delta):
     """``½ bᵀ P⁻¹ b`` with the exact GGN of all weights."""
     rows = FullLoraLaplace(la.logits_model, "classification")

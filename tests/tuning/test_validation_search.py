@@ -6,17 +6,24 @@ import pytest
 import torch
 from laplace import KronLaplace
 from laplace.utils.metrics import RunningNLLMetric
+from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 
-from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LoraGGN
+from laplace_lora import (
+    DiagLoraLaplace,
+    FullLoraLaplace,
+    KronLoraLaplace,
+    LoraGGN,
+    LowRankLoraLaplace,
+)
 from laplace_lora.likelihoods.base import CONTRASTS
 from laplace_lora.likelihoods.classification import LOGITS
 from laplace_lora.likelihoods.links import contrasts_of
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.tuning.groups import STRUCTURES, prior_groups
-from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
-from support.batches import loader, validation
-from support.models import peft_model
+from laplace_lora.tuning.validation_cache import ValidationCache, _nearest, scoring_of
+from support.batches import loader, token_batch, validation
+from support.models import base_model, peft_model
 from support.posteriors import CLASSES, DENSE, LOW, posterior
 from support.references import assert_near, validation_nll
 
@@ -228,3 +235,19 @@ def test_grid_search_works_on_batches_with_labels():
     la = posterior(**LOW)
     la.optimize_prior_precision(method="gridsearch", val_loader=loader(), grid_size=5)
     assert la.prior_precision.item() in torch.logspace(-4, 4, 5).tolist()
+
+
+def test_an_eigenvalue_that_rounding_takes_beside_its_bin_counts_in_the_nearest():
+    used = torch.tensor([False, True, False, False, True, True, False])
+    assert _nearest(used).tolist() == [0, 0, 0, 1, 1, 2, 2]
+
+
+def test_a_curvature_without_directions_can_be_searched():
+    """That of `lora_A` alone, as long as `lora_B` is zero."""
+    base = get_peft_model(base_model("bert"), LoraConfig(r=2, target_modules=["query"])).double()
+    for cls in (FullLoraLaplace, LowRankLoraLaplace):
+        la = cls(base.eval(), "classification", modules="lora_A")
+        la.fit(loader())
+        la.calibrate(validation())
+        la.optimize_prior_precision(method="val_gd", val_loader=validation(), n_steps=2)
+        assert la(token_batch((3, 5))).isfinite().all()

@@ -209,3 +209,10 @@ def test_a_regression_warns_in_closed_form():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_if_wide(la.fitted, data)
+
+
+def test_a_loss_that_is_not_a_number_is_not_within_the_tolerance():
+    nll = torch.tensor([math.nan, math.nan, 1.5, 1.0], dtype=torch.float64)
+    assert widest._widest(training_texts.TextLosses(5, 1.0, nll)) == 3
+    nll[2] = 1.0
+    assert widest._widest(training_texts.TextLosses(5, 1.0, nll)) == 2

@@ -210,6 +210,7 @@ class FunctionalLaplace(BaseLaplace):
     n_subset: int
     independent_outputs: bool
     seed: int
+    def _build_Sigma_inv(self) -> None: ...
     def __init__(
         self,
         model: nn.Module,
