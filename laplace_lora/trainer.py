@@ -167,12 +167,15 @@ class LaplaceCallback(TrainerCallback):
         self.kwargs.pop("prior_mean", None)  # of an earlier model, see the trainer's `model_init`
         if by_default and getattr(self.posterior, "_key", ("lora",))[0] != "lora":
             return  # a last-layer posterior has a head of its own, whose start is not known
+        writes = self.save or not by_default
         try:
             if state.global_step > 0:  # resumed
+                if not writes:
+                    raise FileNotFoundError("what lies in the folder is another run's")
                 start = AdapterStart.from_pretrained(args.output_dir)
             else:
                 start = start_of(self.trainer.model)
-                if args.should_save and (self.save or not by_default):
+                if args.should_save and writes:
                     start.save_pretrained(args.output_dir)
         except (FileNotFoundError, ValueError):
             if not by_default:

@@ -71,8 +71,10 @@ def columns_of(rows: Sequence[Row], asked: Columns, known: Columns | None = None
         # A second text that the fit did not read would make another input.
         is_new = of_fit is None and role != "pair"
         candidates = usual if known is None or is_new or role == "label" else ()
+        of_others = {} if known is None else {**vars(known), role: None}
+        unused = [name for name in candidates if name not in of_others.values()]
         found[role] = getattr(asked, role) or next(
-            (name for name in (of_fit, *candidates) if name in free), None
+            (name for name in (of_fit, *unused) if name in free), None
         )
     return Columns(**found)
 

@@ -17,6 +17,7 @@ from laplace_lora.commands.inputs import Inputs
 from laplace_lora.commands.output import check_folder
 from laplace_lora.commands.plan import PLAN, Plan, plan_text
 from laplace_lora.commands.planning import plan_fit
+from laplace_lora.commands.repository import file_of
 from laplace_lora.commands.rows import read_rows
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.posteriors.base import LoraLaplace
@@ -58,7 +59,7 @@ def run(
             val_loader = inputs.loader(val_rows, options["batch_size"])
     torch.manual_seed(seed)
     la = new_posterior(loaded, plan, options["structure"], options["uncovered"])
-    start_at(la, Path(adapter))
+    start_at(la, adapter)
     la.fit(train_loader)
     warn_if_useless(la, plan)
     # The noise before is 1, whatever the scale of the labels.
@@ -76,16 +77,17 @@ def run(
     click.echo(f"Saved in {folder}")
 
 
-def start_at(la: LoraLaplace, folder: Path) -> None:
+def start_at(la: LoraLaplace, adapter: str) -> None:
     """Put the prior's mean at the weights before training, where they lie beside the adapter.
 
     Args:
         la: A posterior that is not fitted yet.
-        folder: Where the adapter is.
+        adapter: Its folder, or its name on the hub.
     """
-    if not (folder / START).is_file():
+    path = file_of(adapter, START)
+    if path is None:
         return
-    start = AdapterStart.from_pretrained(folder)
+    start = AdapterStart.from_pretrained(path.parent)
     try:
         la.prior_mean = start.vector(la.logits_model.get_submodule("model"), la.params)
     except ValueError as error:

@@ -103,7 +103,13 @@ class Inputs:
         columns = self.plan.columns
         content = text_cell(row, columns.text, number, "text", "--text-field")
         if isinstance(content, list):
+            name = columns.completion
+            after = None if name is None else row.get(name)
             prompt, answer = content[:-1], content[-1:]
+            if after is not None:
+                check_text(after, number, "completion", name)
+                own = [{"role": "assistant", "content": after}] if isinstance(after, str) else after
+                prompt, answer = content, list(own)
             if not prompt or answer[0].get("role") != "assistant":
                 raise ValueError(f"row {number}: the last message is not the assistant's")
         elif columns.completion is None:

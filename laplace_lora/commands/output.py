@@ -39,6 +39,8 @@ def check_writable(out: str, name: str = "--out") -> None:
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else f"lies in {path.parent}, which does not exist"
         raise ValueError(f"{name} {out} {what}; give the name of a file")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{name} {out} is no file; {name} - writes to standard output")
     if path.suffix in (".csv", ".tsv"):
         raise ValueError(f"{name} {out}: results are JSON lines; name the file .jsonl")
     check_folder(path.parent, f"{name} {out}")
@@ -70,7 +72,7 @@ def json_lines(out: str) -> Iterator[Write]:
     if out == STANDARD:
         yield lambda row: click.echo(as_json(row))
         return
-    with whole_file(Path(out)) as file:
+    with whole_file(Path(out).resolve()) as file:  # a link stays one
 
         def write(row: Mapping[str, Any]) -> None:
             file.write(f"{as_json(row)}\n".encode())

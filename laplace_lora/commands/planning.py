@@ -47,6 +47,12 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row], options: dict[str, Any]) -> 
     elif names:
         raise ValueError(f"--labels: a {likelihood} posterior has no classes")
     labels_as = options.get("labels_as")
+    if labels_as is not None and likelihood != "classification":
+        raise ValueError(f"--labels-as: a {likelihood} posterior has no classes to tell apart")
+    if likelihood in ("language_modeling", "reward_modeling"):
+        if options.get("pair_field") is not None:
+            raise ValueError(f"--pair-field: a {likelihood} posterior reads no second text")
+        columns = replace(columns, pair=None)
     if likelihood == "classification":
         _, labels_as = classes_of(label_cells(rows, columns.label), names, labels_as)
     return Plan(

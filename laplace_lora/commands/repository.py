@@ -11,14 +11,24 @@ def file_of(source: str, name: str) -> Path | None:
     Args:
         source: A folder, or the name of a repository, from which the file is downloaded.
         name: Of the file.
+
+    Raises:
+        FileNotFoundError: If the hub, which may have the file, is not reached.
     """
     folder = Path(source)
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(source, name))
+    except LocalEntryNotFoundError:
+        if try_to_load_from_cache(source, name) is _CACHED_NO_EXIST:
+            return None
+        raise FileNotFoundError(
+            f"the hub was not reached, and the repository {source} may have a {name}, which says "
+            "how its data are read; download the repository and give the folder"
+        ) from None
     except EntryNotFoundError:
         return None

@@ -155,7 +155,7 @@ def _of_folder(path: Path, split: str | None) -> list[Row]:
         data = data[names[0] if split is None else split]
     elif split is not None:
         raise ValueError(f"{path} has no splits, and so no {split}")
-    return [dict(row) for row in data]
+    return [dict(row) for row in data.with_format(None)]  # plain values, not tensors
 
 
 @contextmanager

@@ -34,6 +34,11 @@ def check_order(loader: Any, data: str) -> None:
     """
     if is_stream(loader):
         return  # its sampler tells nothing, and has no end
+    if getattr(loader, "num_workers", 0) > 1 and not getattr(loader, "in_order", True):
+        raise ValueError(
+            f"{data}'s loader gives batches as its workers finish them, so their places would name "
+            "others; make it with in_order=True"
+        )
     for sampler in _samplers(loader):
         if _reorders(sampler):
             raise ValueError(

@@ -145,7 +145,8 @@ def _unstacked(batch: Mapping[str, Any], label: str) -> dict[str, Any]:
         )
     pairs: dict[str, Any] = {}
     for name, value in batch.items():
-        if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == 2:
+        is_paired = isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == 2
+        if is_paired and name != label:
             pairs |= {f"{name}{suffix}": value[:, i] for i, suffix in enumerate(SUFFIXES)}
         else:
             pairs[name] = value

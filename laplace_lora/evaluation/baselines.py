@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from laplace_lora.data.batches import Batch, batch_labels, model_inputs
 from laplace_lora.data.distributed import together
+from laplace_lora.data.draws import draws_kept
 from laplace_lora.data.pairs import as_pairs, check_not_stacked
 from laplace_lora.evaluation.rows import reads_pairs
 from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
@@ -180,9 +181,7 @@ class MCDropout(MAP):
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
         """Return class probabilities, ``(batch, classes)``."""
-        device = next(self.model.parameters()).device
-        devices = [device] if device.type != "cpu" else []
-        with evaluation_mode(self.model), torch.random.fork_rng(devices), self._dropout_on():
+        with evaluation_mode(self.model), draws_kept(), self._dropout_on():
             torch.manual_seed(self.seed)
             samples = [self._probabilities(self.model(batch), batch) for _ in range(self.n_samples)]
         return torch.stack(samples).mean(0)

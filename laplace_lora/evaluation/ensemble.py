@@ -56,11 +56,13 @@ class LoraEnsemble(MAP):
     @contextmanager
     def _active_adapter_restored(self) -> Iterator[PeftModel]:
         model: PeftModel = self.model.model
-        active = model.active_adapter
+        active, all_active = model.active_adapter, list(model.active_adapters)
         requires_grad = [p.requires_grad for p in model.parameters()]
         try:
             yield model
         finally:
             model.set_adapter(active)
+            if len(all_active) > 1:
+                model.base_model.set_adapter(all_active)
             for parameter, required in zip(model.parameters(), requires_grad, strict=True):
                 parameter.requires_grad_(required)

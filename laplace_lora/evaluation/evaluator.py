@@ -182,6 +182,7 @@ def _by_group(rows: Rows, groups: Sequence[Any] | Tensor) -> dict[Any, dict[str,
         ValueError: If there is not one group for each example.
     """
     names = groups.tolist() if isinstance(groups, Tensor) else list(groups)
+    names = [n.item() if getattr(n, "ndim", None) == 0 else n for n in names]  # tensors, numpy's
     # Missing ones, which equal nothing, are one group.
     names = [nan if isinstance(name, float) and isnan(name) else name for name in names]
     texts = rows.get(TEXT)

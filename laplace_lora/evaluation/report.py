@@ -132,7 +132,11 @@ class CalibrationReport:
         if self.threshold is not None:
             found["threshold"] = self.threshold
         if self.by_group:
-            found["by_group"] = {str(g): report.to_dict() for g, report in self.by_group.items()}
+            names = [str(group) for group in self.by_group]
+            if len(set(names)) < len(names):  # such as 1 and "1"
+                names = [repr(group) for group in self.by_group]
+            reports = [report.to_dict() for report in self.by_group.values()]
+            found["by_group"] = dict(zip(names, reports, strict=True))
         return found
 
     def to_pandas(self) -> DataFrame:

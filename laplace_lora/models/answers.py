@@ -34,6 +34,7 @@ def checked_target_ids(target_ids: Sequence[int] | Tensor, vocabulary: int) -> T
             "add_special_tokens=False).input_ids`"
         ) from None
     is_integer = not (ids.is_floating_point() or ids.dtype == torch.bool)
+    ids = ids.long() if is_integer else ids
     if ids.ndim != 1 or len(ids) < 2 or not is_integer or len(ids.unique()) != len(ids):
         raise ValueError(message)
     if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from laplace_lora.commands.adapter import HEAD, load_adapter
+from laplace_lora.commands.repository import file_of
 from support.command_line import refused, run
 from support.hub import serving
 from support.on_disk import SIZES, reviews, save_classifier, tokenizer
@@ -186,6 +188,23 @@ def test_adapters_and_posteriors_on_the_hub(adapter, data, tmp_path, monkeypatch
         other.files["me/adapter"] = hub.files["me/adapter"]
         result = run("predict", "me/adapter", "--data", data("test"), "-q")
         assert '"probabilities": {"0": ' in result.stdout
+
+
+def test_a_file_that_may_be_on_a_hub_that_is_not_reached_is_not_taken_for_missing(
+    tmp_path, monkeypatch
+):
+    with serving(monkeypatch, tmp_path / "cache") as hub:
+        hub.create("me/adapter")
+        hub.files["me/adapter"] = {"here.json": b"{}"}
+        assert file_of("me/adapter", "here.json").read_bytes() == b"{}"
+        assert file_of("me/adapter", "gone.json") is None
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert file_of("me/adapter", "here.json").read_bytes() == b"{}"
+    with pytest.raises(FileNotFoundError, match=r"repository me/adapter may have a plan\.json"):
+        file_of("me/adapter", "plan.json")
+    known = huggingface_hub._CACHED_NO_EXIST
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: known)
+    assert file_of("me/adapter", "plan.json") is None
 
 
 def test_a_device_that_is_not_there_is_named(made, data):

@@ -189,6 +189,11 @@ def test_a_regression(adapter, data):
     assert ": regression by" in result.stdout
     message = refused("fit", folder, "--data", data("train"), "--val", data("val"), "--overwrite")
     assert "cannot be calibrated" in message
+    args = ("--data", data("train"), "--labels-as", "numbers", "--overwrite")
+    assert "--labels-as: a regression posterior has no classes" in refused("fit", folder, *args)
+    args = ("--likelihood", "reward_modeling", "--pair-field", "text", "--overwrite")
+    message = refused("fit", folder, "--data", data("train"), *args)
+    assert "--pair-field: a reward_modeling posterior reads no second text" in message
 
 
 @pytest.mark.slow

@@ -84,6 +84,19 @@ def test_a_completion_is_scored_after_its_prompt_and_ends():
     assert found["labels"] == [-100] * 7 + ids("bad [EOS]")
 
 
+@pytest.mark.parametrize("completion", ["bad", [{"role": "assistant", "content": "bad"}]])
+def test_a_completion_follows_the_messages_before_it(completion):
+    """TRL's conversational form, whose prompt may end with either's message."""
+    turn, said = {"role": "user", "content": "the"}, {"role": "assistant", "content": "film was"}
+    model = inputs("language_modeling", CAUSAL, chat=True)
+    for prompt in ([turn], [turn, said]):
+        found = model.scored({"text": prompt, "completion": completion}, 1)
+        assert found["labels"][-2:] == ids("bad [EOS]")
+        assert set(found["labels"][:-2]) == {-100}
+        whole = [*prompt, {"role": "assistant", "content": "bad"}]
+        assert found["input_ids"] == model.scored({"text": whole}, 1)["input_ids"]
+
+
 def test_whole_texts_are_scored_where_there_is_no_completion():
     found = inputs("language_modeling", CAUSAL, columns=Columns(text="text"))
     assert found.scored({"text": "the film"}, 1)["labels"] == ids("the film")
@@ -142,6 +155,8 @@ def test_several_columns_of_texts_must_be_told_apart(names):
 
 
 def test_the_fit_s_second_text_is_neither_left_out_nor_asked_for_in_vain():
+    answers = Columns(text="response")  # which is a usual name of completions
+    assert columns_of([{"response": "a"}], Columns(), answers) == Columns(text="response")
     row, known = {"body": "a", "second": "b"}, Columns(text="text", pair="text_pair")
     with pytest.raises(ValueError, match=r"'text_pair'; the data .* by --pair-field"):
         columns_of([row], Columns(text="body"), known)

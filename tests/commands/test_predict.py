@@ -137,6 +137,17 @@ def test_bad_arguments_are_refused_before_the_model_is_loaded(tmp_path, data):
         assert message in refused("predict", "no-adapter", "--data", data("test"), *args)
 
 
+def test_results_go_through_a_link_and_not_into_a_pipe(fitted, data, tmp_path):
+    target, link, pipe = (tmp_path / name for name in ("target.jsonl", "link.jsonl", "pipe"))
+    link.symlink_to(target)
+    run("predict", fitted, "--data", data("test"), "--out", link, "-q")
+    assert link.is_symlink() and len(target.read_text().splitlines()) == 20
+    os.mkfifo(pipe)
+    args = ("predict", "no-adapter", "--data", data("test"), "--out", pipe)
+    assert "is no file; --out - writes to standard output" in refused(*args)
+    assert pipe.is_fifo()
+
+
 @pytest.mark.parametrize("command", ["predict", "fit"])
 def test_where_nothing_can_be_written_is_known_before_any_work(
     adapter, tmp_path, data, monkeypatch, command

@@ -96,6 +96,9 @@ def test_data_set_folders(tmp_path):
     data.save_to_disk(single)
     datasets.DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(several)
     assert read_rows(str(single)) == ROWS
+    tensors = datasets.Dataset.from_list([{"text": "a", "label": 1}]).with_format("torch")
+    tensors.save_to_disk(tmp_path / "tensors")
+    assert read_rows(str(tmp_path / "tensors")) == [{"text": "a", "label": 1}]
     assert read_rows(str(several), "test") == ROWS[1:] == read_rows(f"{several}:test")
     with pytest.raises(ValueError, match="and no val"):
         read_rows(f"{several}:val")

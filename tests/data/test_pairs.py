@@ -169,3 +169,11 @@ def test_evaluations_read_pairs_in_every_form():
             assert torch.equal(report.labels, reference.labels)
         scaled = TemperatureScaling(model, [form])
         assert scaled.temperature == pytest.approx(expected.temperature, rel=1e-6)
+
+
+def test_stacked_pairs_with_a_label_for_each_text_are_refused():
+    texts = {"input_ids": torch.ones(3, 2, 4, dtype=torch.long)}
+    preferred = torch.tensor([[1, 0], [0, 1], [1, 0]])
+    with pytest.raises(ValueError, match="labels of 3 pairs must be 3 values"):
+        as_pairs({**texts, "labels": preferred})
+    assert as_pairs({**texts, "labels": preferred[:, 1]})["labels"].tolist() == [0, 1, 0]

@@ -214,6 +214,15 @@ def test_an_ensemble_restores_the_active_adapter_after_an_error():
     assert model.active_adapter == "second"
 
 
+def test_an_ensemble_leaves_several_active_adapters_active():
+    lora = LoraConfig(r=2, target_modules=["query"])  # PEFT has one trained head at a time
+    model = get_peft_model(base_model("bert"), lora).double()
+    model.add_adapter("second", lora)
+    model.base_model.set_adapter(["default", "second"])
+    LoraEnsemble(model)(BATCH)
+    assert list(model.active_adapters) == ["default", "second"]
+
+
 @pytest.mark.parametrize("names", [None, ["default"], ["default", "third"]])
 def test_an_ensemble_of_fewer_than_two_is_refused(names):
     model = ensemble_model() if names and "third" in names else peft_model("bert")

@@ -1,5 +1,7 @@
 """Which labels an evaluation reads, and in which order it may be given groups."""
 
+import math
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -42,3 +44,16 @@ def test_groups_need_the_order_of_the_data():
     with pytest.raises(ValueError, match="data's loader draws its examples in random order"):
         evaluate(predict, shuffled, groups=groups, bootstrap=2)
     evaluate(predict, shuffled, bootstrap=2)
+    hasty = DataLoader(data, 3, num_workers=2, in_order=False)
+    with pytest.raises(ValueError, match="as its workers finish them"):
+        evaluate(predict, hasty, groups=groups, bootstrap=2)
+
+
+def test_groups_are_told_by_their_values():
+    predict, data = MAP(peft_model("bert")), loader().dataset
+    names = [1, "1", 1, "1", 1, 1, "1"][: len(data)]
+    report = evaluate(predict, DataLoader(data, 3), groups=names, bootstrap=2)
+    assert list(report.to_dict()["by_group"]) == ["1", "'1'"]
+    tensors = [torch.tensor(float(name) if name == 1 else math.nan) for name in names]
+    report = evaluate(predict, DataLoader(data, 3), groups=tensors, bootstrap=2)
+    assert len(report.by_group) == 2 and 1.0 in report.by_group

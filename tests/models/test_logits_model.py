@@ -136,6 +136,13 @@ def test_target_ids_must_be_different_tokens_of_the_vocabulary(target_ids, messa
         LogitsModel(peft_model("llama-lm"), target_ids=target_ids)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16])
+def test_target_ids_may_be_integers_of_any_size(dtype):
+    model, batch = peft_model("llama-lm").eval(), token_batch((3, 5))
+    expected = LogitsModel(model, target_ids=TARGETS)(batch)
+    assert torch.equal(LogitsModel(model, torch.tensor(TARGETS).to(dtype))(batch), expected)
+
+
 def test_target_ids_need_a_vocabulary_and_exclude_an_output():
     with pytest.raises(ValueError, match="has no vocabulary"):
         LogitsModel(peft_model("bert"), target_ids=TARGETS)

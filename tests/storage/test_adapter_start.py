@@ -182,3 +182,16 @@ def test_nothing_is_written_where_nothing_is_saved(tmp_path):
     trainer.train()
     assert callback.la.prior_mean.any()
     assert not (tmp_path / FILE).exists()
+
+
+def test_another_runs_start_is_not_taken_where_nothing_is_saved(tmp_path):
+    model = peft_model("bert", dtype=torch.float32)
+    trainer = trainer_on(tmp_path, model)
+    trainer.train()
+    other = {name: torch.ones_like(t) for name, t in start_of(model).tensors.items()}
+    AdapterStart(other).save_pretrained(tmp_path)
+    resumed = trainer_on(tmp_path, model, steps=3)
+    callback = LaplaceCallback(resumed, save=False, strict=True)
+    resumed.add_callback(callback)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert not callback.la.prior_mean.any()
