@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from laplace_lora.adapters.peft_state import check_has_adapter
 from laplace_lora.adapters.selection import trainable_only
-from laplace_lora.curvature.backends import LoraCurvature, LoraGGN
+from laplace_lora.curvature.backend import LoraCurvature
+from laplace_lora.curvature.backends import LoraGGN
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.logits_model import LogitsModel

@@ -13,7 +13,8 @@ from torch import nn
 
 from laplace_lora.adapters.frozen_values import frozen_values
 from laplace_lora.adapters.peft_state import adapter_settings
-from laplace_lora.curvature.backends import LoraCurvature, LoraEF, LoraGGN
+from laplace_lora.curvature.backend import LoraCurvature
+from laplace_lora.curvature.backends import LoraEF, LoraGGN
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.models.turns import in_turn
 from laplace_lora.posteriors.card import card_section
