@@ -21,7 +21,7 @@ def share_draws(ivon: IVON) -> None:
     if ivon.sync or ivon.generator is not None:
         return
     with together(everyone=True) as team:
-        seed, *_ = team.all_of(int(torch.randint(2**31, ())))
         if team.shared:
+            seed, *_ = team.all_of(int(torch.randint(2**31, ())))
             device = ivon.param_groups[0]["params"][0].device
             ivon.generator = torch.Generator(device).manual_seed(seed)

@@ -43,6 +43,11 @@ def _owner(predict: Predict) -> Any:
     return getattr(predict, "__self__", predict)
 
 
+def _objective_of(predict: Predict) -> Any:
+    """Return the likelihood of the posterior or baseline that predicts, ``None`` of a function."""
+    return getattr(_owner(predict), "objective", None)
+
+
 def model_of(predict: Predict) -> nn.Module | None:
     """Return the model of the posterior or baseline that predicts, ``None`` if it is neither."""
     model = getattr(_owner(predict), "model", None)
@@ -54,8 +59,7 @@ def has_independent_labels(predict: Predict) -> bool | None:
 
     A posterior's or baseline's likelihood says it, a function does not.
     """
-    objective = getattr(_owner(predict), "objective", None)
-    says: bool | None = getattr(objective, "has_independent_labels", None)
+    says: bool | None = getattr(_objective_of(predict), "has_independent_labels", None)
     return says
 
 
@@ -65,7 +69,7 @@ def check_has_classes(predict: Predict) -> None:
     Raises:
         ValueError: If it is one.
     """
-    if getattr(getattr(_owner(predict), "objective", None), "has_spans", False):
+    if getattr(_objective_of(predict), "has_spans", False):
         raise ValueError(f"predict must return class probabilities; {OTHERS}")
 
 
@@ -77,7 +81,7 @@ def label_key_of(predict: Predict) -> str:
 
 def reads_pairs(predict: Predict) -> bool:
     """Return whether what predicts is a reward model, whose examples are pairs."""
-    objective = getattr(_owner(predict), "objective", None)
+    objective = _objective_of(predict)
     if getattr(objective, "name", None) == "classification":  # a baseline's, of a single reward
         return getattr(model_of(predict), "n_outputs", None) == 1
     return bool(getattr(objective, "has_pairs", False))

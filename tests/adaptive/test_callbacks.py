@@ -15,6 +15,7 @@ from laplace_lora.adaptive import (
     SensitivityScore,
 )
 from laplace_lora.adaptive.sensitivity_file import STATE_FILE
+from laplace_lora.adaptive.shared_draws import share_draws
 from support.adalora import kept, layers_of, tiny_adalora
 from support.batches import rows, token_batch
 from support.models import base_model, peft_model
@@ -301,3 +302,10 @@ def test_a_best_checkpoint_without_its_curvature_is_pointed_out(tmp_path):
         best_of(tmp_path, save_only_model=True)
     with pytest.warns(UserWarning, match=r"curvature is that of step 16.*does not hold"):
         best_of(tmp_path, torch.bfloat16)
+
+
+def test_a_process_alone_draws_nothing_to_share():
+    ivon = ivon_of(peft_model("bert"))
+    before = torch.random.get_rng_state()
+    share_draws(ivon)
+    assert torch.equal(torch.random.get_rng_state(), before) and ivon.generator is None
