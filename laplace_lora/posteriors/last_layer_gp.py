@@ -117,7 +117,6 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         batch_size = getattr(train_loader, "batch_size", None) or self.n_subset
         self.loss = 0.0  # laplace-torch adds to that of an earlier fit
         super().fit(DataLoader(data, batch_size=batch_size), progress_bar=progress_bar is True)
-        self._built_for = ()
         self._watch = watch
 
     def log_marginal_likelihood(
@@ -171,9 +170,14 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
     def _glm_predictive_distribution(self, X: Any, joint: bool = False) -> tuple[Tensor, Tensor]:
         self._check_unchanged()
         # laplace-torch builds it when a prior precision is assigned, and at no other change.
-        noise = float(torch.as_tensor(self.sigma_noise).detach())
-        settings = (*self.prior_precision.detach().tolist(), noise, self.temperature)
-        if settings != self._built_for:
+        if self._built_for != self._values():
             self._build_Sigma_inv()
-            self._built_for = settings
         return super()._glm_predictive_distribution(self.features(X), joint)
+
+    def _build_Sigma_inv(self) -> None:
+        super()._build_Sigma_inv()
+        self._built_for = self._values()
+
+    def _values(self) -> tuple[float, ...]:
+        noise = float(torch.as_tensor(self.sigma_noise).detach())
+        return (*self.prior_precision.detach().tolist(), noise, self.temperature)

@@ -207,3 +207,18 @@ def test_predictions_follow_every_setting(independent):
     assert_near(gp(BATCH)[1], expected)
     gp.log_marginal_likelihood(sigma_noise=torch.tensor(1.0))
     assert_near(gp(BATCH)[1], process(temperature=4.0, prior_precision=20.0)(BATCH)[1])
+
+
+def test_its_matrix_is_factorised_once_for_each_setting(monkeypatch):
+    gp = process()
+    builds = []
+    build = torch.linalg.cholesky
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda x: builds.append(x) or build(x))
+    gp.fit(loader())
+    gp(BATCH)
+    gp(BATCH)
+    assert len(builds) == 1
+    gp.prior_precision.mul_(2)
+    gp(BATCH)
+    gp(BATCH)
+    assert len(builds) == 2
