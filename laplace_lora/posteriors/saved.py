@@ -64,8 +64,7 @@ class SavedLaplace(ServedLaplace):
         if BACKENDS.get(backend) is not self._backend_cls:
             raise TypeError(f"a posterior with the backend {backend} cannot be saved")
         with in_turn(self.logits_model):
-            tuning = None if self.tuning is None else record_of(self.tuning)
-            save_posterior(posterior, Path(save_directory), backend, precision, tuning)
+            save_posterior(posterior, Path(save_directory), backend, precision, self._record())
 
     @classmethod
     def from_pretrained(
@@ -119,8 +118,7 @@ class SavedLaplace(ServedLaplace):
             raise ValueError(f"{CONFIG} describes no posterior: {error!r}") from None
         with in_turn(model):
             la._install(load_state(la.parts, payload, config))
-        if config.get(TUNING) is not None:  # earlier versions did not say
-            la._tuning = tuning_from(config[TUNING], la.prior_precision.detach().clone())
+        la._recall(config.get(TUNING))
         return la
 
     def push_to_hub(
@@ -161,7 +159,8 @@ class SavedLaplace(ServedLaplace):
         posterior = self.fitted
         state = posterior.state
         at_fit = {BUFFERS: dict(state.frozen), ADAPTER: dict(state.adapter)}
-        return {**super().state_dict(), **state_entries(posterior), **at_fit}
+        tuning = {TUNING: self._record()}
+        return {**super().state_dict(), **state_entries(posterior), **at_fit, **tuning}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of a posterior of the same class and arguments, at its weights.
@@ -176,6 +175,7 @@ class SavedLaplace(ServedLaplace):
             adapter = adapter_settings(self.logits_model)
         state = read_state(self.parts, state_dict)
         self._install(replace(state, frozen=frozen, adapter=adapter))
+        self._recall(state_dict.get(TUNING))
         self.temperature = state_dict["temperature"]
         self.enable_backprop = state_dict["enable_backprop"]
 
@@ -190,6 +190,14 @@ class SavedLaplace(ServedLaplace):
 
     def _install(self, state: PosteriorState) -> None:
         raise NotImplementedError
+
+    def _record(self) -> dict[str, Any] | None:
+        return None if self.tuning is None else record_of(self.tuning)
+
+    def _recall(self, record: Mapping[str, Any] | None) -> None:
+        """Take over what `_record` said; earlier versions said nothing."""
+        if record is not None:
+            self._tuning = tuning_from(record, self.prior_precision.detach().clone())
 
 
 def _check_not_restored(options: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:

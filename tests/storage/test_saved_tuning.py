@@ -110,3 +110,17 @@ def test_a_record_must_be_one(tmp_path):
     forge(tmp_path, tuning="loo")
     with pytest.raises(ValueError, match="tuning is 'loo'"):
         KronLoraLaplace.from_pretrained(la.logits_model, tmp_path)
+
+
+def test_a_state_dictionary_says_so_too():
+    la = fitted(**LOW)
+    other = KronLoraLaplace(la.logits_model, "classification", **LOW)
+    state = la.state_dict()
+    other.load_state_dict(state)
+    assert_same(other, la)
+    del state["tuning"]  # that of an earlier version
+    other.load_state_dict(state)
+    assert other.tuning is None
+    la.prior_precision = 2 * la.prior_precision
+    other.load_state_dict(la.state_dict())
+    assert other.tuning is None
