@@ -13,12 +13,13 @@ from laplace_lora.data.distributed import check_same_data
 from laplace_lora.data.pairs import is_pair, passes
 from laplace_lora.data.sharding import refuse_tensor_parallel, unwrapped
 from laplace_lora.models.answers import AnswerPlace, checked_target_ids
+from laplace_lora.models.batch_checks import CHOOSING
 from laplace_lora.models.head import head_tensors, last_linear, n_rows, seen_by_head
 from laplace_lora.models.modes import coarsest_dtype, device_of
 from laplace_lora.models.narrowing import at_position, one_token, rows_only
 from laplace_lora.models.positions import PositionRule
 from laplace_lora.models.score_head import score_head_narrowed
-from laplace_lora.models.wrapped_model import CHOOSING, WrappedModel, only_tensor, usable
+from laplace_lora.models.wrapped_model import WrappedModel
 
 
 class LogitsModel(nn.Module):
@@ -165,7 +166,7 @@ class LogitsModel(nn.Module):
         if isinstance(batch, Mapping):
             logits = self._from_mapping(self._wrapped.inputs(batch))
         else:
-            logits = self._logits(self.model(usable(only_tensor(batch), self.device)))
+            logits = self._logits(self.model(self._wrapped.tensor(batch)))
         return wide(logits.to(self.device))  # a model may be spread over devices
 
     def own_logits(self, batch: Mapping[str, Any] | Tensor) -> Tensor | None:

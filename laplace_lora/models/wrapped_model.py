@@ -11,14 +11,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from laplace_lora.data.batches import is_empty
+from laplace_lora.models.batch_checks import check_mapping, check_tensor
 from laplace_lora.models.head import n_rows
 from laplace_lora.models.modes import device_of
 from laplace_lora.models.rotary import check_lengths
 from laplace_lora.models.turns import in_turn
-
-TOKENS = ("input_ids", "attention_mask")
-CHOOSING = "ForMultipleChoice"  # how transformers' names of such models end
 
 
 class WrappedModel:
@@ -58,45 +55,33 @@ class WrappedModel:
         """Whether positions may be given; PEFT drops them where it puts a prompt before a text."""
         return "position_ids" in self.arguments and not self.has_prompt
 
+    @property
+    def is_strict(self) -> bool:
+        """Whether it is one of transformers' models; others may take what they like."""
+        return hasattr(self.config, "model_type")
+
+    def tensor(self, batch: Any) -> Tensor:
+        """Return a batch that is a tensor, on the model's device.
+
+        Args:
+            batch: What is no mapping.
+
+        Raises:
+            TypeError: If it is no tensor either.
+            ValueError: If it has no batch dimension, see `check_tensor`.
+        """
+        check_tensor(batch, self.is_strict)
+        return usable(batch, device_of(self.model))
+
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the model takes of a batch, on its device.
 
         Raises:
-            TypeError: If tokens are lists or arrays.
-            ValueError: If there are none, or no batch of them, a multiple-choice model gets
-                anything but choices, or texts change each other's logits by their lengths, see
+            TypeError: See `check_mapping`.
+            ValueError: See there, too; or if texts change each other's logits by their lengths, see
                 `check_lengths`.
         """
-        for key in TOKENS:
-            tokens = batch.get(key)
-            if isinstance(tokens, Tensor) and not tokens.numel():
-                raise ValueError(
-                    f"{key!r} of the batch has the shape {tuple(tokens.shape)}: there is nothing "
-                    "that the model could read; leave such batches out"
-                )
-            if not isinstance(tokens, Tensor | None):
-                raise TypeError(
-                    f"{key!r} of the batch is a {type(batch[key]).__name__}, no tensor; tokenize "
-                    "with padding=True, return_tensors='pt', or give the texts to "
-                    "la.predict(texts, tokenizer)"
-                )
-            if isinstance(tokens, Tensor) and tokens.ndim != 3 and self.name.endswith(CHOOSING):
-                raise ValueError(
-                    f"{key!r} of the batch has the shape {tuple(tokens.shape)}, and {self.name} "
-                    "takes (questions, choices, tokens): tokenize a question with each of its "
-                    "choices, and give batches of questions, as transformers' "
-                    "DataCollatorForMultipleChoice makes them"
-                )
-            # Other models than transformers' may take what they like.
-            is_strict = hasattr(self.config, "model_type")
-            if isinstance(tokens, Tensor) and tokens.ndim == 1 and is_strict:
-                raise ValueError(
-                    f"{key!r} of the batch has the shape {tuple(tokens.shape)}, without a batch "
-                    "dimension: give a batch of one, as by tensor.unsqueeze(0), or rows as a list "
-                    "to la.predict(rows)"
-                )
-        if is_empty(batch):
-            raise ValueError("the batch has no examples; leave such batches out")
+        check_mapping(batch, self.name, self.is_strict)
         device = device_of(self.model)
         inputs = {
             key: usable(value, device) if isinstance(value, Tensor) else value
@@ -208,27 +193,6 @@ def _places(model: nn.Module) -> int | None:
             before = -1 if table.padding_idx is None else table.padding_idx
             places.append(table.num_embeddings - getattr(table, "offset", before + 1))
     return min(places, default=None)
-
-
-def only_tensor(batch: Any) -> Tensor:
-    """Return a batch that is a tensor.
-
-    Args:
-        batch: What is no mapping.
-
-    Raises:
-        TypeError: If it is no tensor either.
-    """
-    if isinstance(batch, Tensor):
-        return batch
-    is_text = isinstance(batch, str) or (
-        isinstance(batch, list | tuple) and bool(batch) and isinstance(batch[0], str)
-    )
-    raise TypeError(
-        f"the model takes a mapping of tensors or a tensor, got {type(batch).__name__}; "
-        + ("texts go" if is_text else "texts, rows of a data set, pairs and loaders go")
-        + " to la.predict(texts, tokenizer)"
-    )
 
 
 def usable(x: Tensor, device: torch.device) -> Tensor:

@@ -132,8 +132,17 @@ def test_a_row_without_its_batch_dimension_is_named(name):
     for call in (la, la.predict, la.logits_model, lambda x: la(x, method="sampled")):
         with pytest.raises(ValueError, match=r"shape \(5,\), without a batch dimension"):
             call(row)
+        if call != la.predict:
+            with pytest.raises(ValueError, match=r"the tensor.* without a batch dimension"):
+                call(row["input_ids"])
     alone = {k: v.unsqueeze(0) for k, v in row.items()}
     assert_near(la.predict([row]).probs, la(alone))
+
+
+@pytest.mark.parametrize(("batch", "named"), [({"text": ["a b"]}, "'text'"), ({}, "nothing")])
+def test_a_batch_without_tensors_is_named(la, batch, named):
+    with pytest.raises(TypeError, match=f"no tensors, but {named}; tokenize with padding=True"):
+        la(batch)
 
 
 def test_samples_are_the_same_at_every_call(la):

@@ -1,0 +1,90 @@
+"""Batches that a model cannot read, refused before it fails at them by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from laplace_lora.data.batches import is_empty
+
+TOKENS = ("input_ids", "attention_mask")
+CHOOSING = "ForMultipleChoice"  # how transformers' names of such models end
+TOKENIZE = (
+    "tokenize with padding=True, return_tensors='pt', or give the texts to "
+    "la.predict(texts, tokenizer)"
+)
+
+
+def check_mapping(batch: Mapping[str, Any], model: str, is_strict: bool) -> None:
+    """Refuse a mapping that is no batch for a model.
+
+    Args:
+        batch: What a collator made.
+        model: The model's class.
+        is_strict: Whether it is one of transformers' models; others may take what they like.
+
+    Raises:
+        TypeError: If tokens are lists or arrays, or there are no tensors at all.
+        ValueError: If there are no examples, no tokens or no batch of them, or a multiple-choice
+            model gets anything but choices.
+    """
+    for key in TOKENS:
+        tokens = batch.get(key)
+        if not isinstance(tokens, Tensor | None):
+            raise TypeError(
+                f"{key!r} of the batch is a {type(tokens).__name__}, no tensor; {TOKENIZE}"
+            )
+        if tokens is None:
+            continue
+        if not tokens.numel():
+            raise ValueError(
+                f"{key!r} of the batch has the shape {tuple(tokens.shape)}: there is nothing that "
+                "the model could read; leave such batches out"
+            )
+        if tokens.ndim != 3 and model.endswith(CHOOSING):
+            raise ValueError(
+                f"{key!r} of the batch has the shape {tuple(tokens.shape)}, and {model} takes "
+                "(questions, choices, tokens): tokenize a question with each of its choices, and "
+                "give batches of questions, as transformers' DataCollatorForMultipleChoice makes "
+                "them"
+            )
+        _check_dimensions(repr(key), tokens, is_strict)
+    if is_strict and not any(isinstance(value, Tensor) for value in batch.values()):
+        held = ", ".join(map(repr, batch)) or "nothing"
+        raise TypeError(f"the batch has no tensors, but {held}; {TOKENIZE}")
+    if is_empty(batch):
+        raise ValueError("the batch has no examples; leave such batches out")
+
+
+def check_tensor(batch: Any, is_strict: bool) -> None:
+    """Refuse what is neither a mapping nor a tensor with a row per example.
+
+    Args:
+        batch: What is no mapping.
+        is_strict: As of `check_mapping`.
+
+    Raises:
+        TypeError: If it is no tensor.
+        ValueError: If it has no batch dimension.
+    """
+    if isinstance(batch, Tensor):
+        _check_dimensions("the tensor", batch, is_strict)
+        return
+    is_text = isinstance(batch, str) or (
+        isinstance(batch, list | tuple) and bool(batch) and isinstance(batch[0], str)
+    )
+    raise TypeError(
+        f"the model takes a mapping of tensors or a tensor, got {type(batch).__name__}; "
+        + ("texts go" if is_text else "texts, rows of a data set, pairs and loaders go")
+        + " to la.predict(texts, tokenizer)"
+    )
+
+
+def _check_dimensions(name: str, tensor: Tensor, is_strict: bool) -> None:
+    if tensor.ndim == 1 and is_strict:
+        raise ValueError(
+            f"{name} of the batch has the shape {tuple(tensor.shape)}, without a batch dimension: "
+            "give a batch of one, as by tensor.unsqueeze(0), or rows as a list to la.predict(rows)"
+        )
