@@ -141,14 +141,17 @@ def is_empty(batch: Batch) -> bool:
 
 def _examples(batch: Batch, which: slice | list[int]) -> Batch:
     if isinstance(batch, Mapping):
-        size = batch_length(batch)
-        return {
-            key: _taken(value, which) if _has_rows(value, size) else value
-            for key, value in batch.items()
-        }
+        return _rows_of(batch, which, batch_length(batch))
     if isinstance(batch, Tensor):
         return batch[which]
     return [_examples(part, which) for part in batch]
+
+
+def _rows_of(value: Any, which: slice | list[int], size: int) -> Any:
+    """Return some of the rows of whatever has ``size``, in a mapping of its values."""
+    if isinstance(value, Mapping):
+        return {key: _rows_of(part, which, size) for key, part in value.items()}
+    return _taken(value, which) if _has_rows(value, size) else value
 
 
 def _has_rows(value: Any, size: int) -> bool:

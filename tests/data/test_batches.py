@@ -26,6 +26,16 @@ def test_a_scalar_stays_as_it_is(kind):
         assert len(taken["input_ids"]) == len(taken["labels"]) == 2
 
 
+def test_a_mapping_in_a_batch_gives_rows_too():
+    """With as many keys as there are examples, it has their number of entries."""
+    table = {"height": torch.arange(3), "width": [5, 6, 7], "unit": "px"}
+    batch = {"sizes": table, **token_batch((3, 6, 4))}
+    assert first_examples(batch, 2)["sizes"]["height"].tolist() == [0, 1]
+    taken = some_examples(batch, [2, 0])["sizes"]
+    assert taken["height"].tolist() == [2, 0]
+    assert taken["width"] == [7, 5] and taken["unit"] == "px"
+
+
 def test_a_fit_takes_scalars():
     """A Trainer's collator may count the batch's tokens."""
 
