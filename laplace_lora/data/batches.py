@@ -141,7 +141,8 @@ def is_empty(batch: Batch) -> bool:
 
 def _examples(batch: Batch, which: slice | list[int]) -> Batch:
     if isinstance(batch, Mapping):
-        return _rows_of(batch, which, batch_length(batch))
+        rows: dict[str, Any] = _rows_of(batch, which, batch_length(batch))
+        return rows
     if isinstance(batch, Tensor):
         return batch[which]
     return [_examples(part, which) for part in batch]
