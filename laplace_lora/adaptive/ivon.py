@@ -57,7 +57,8 @@ class IVON(WeightPosterior):
         weight_decay: Prior precision ``δ > 0`` over ``ess``.
         mc_samples: Draws per step, of a step with a closure.
         hess_approx: Estimate of the curvature: ``"price"``, the reparameterised gradient of
-            Algorithm 1, or ``"gradsq"``, the squared gradient.
+            Algorithm 1, or ``"gradsq"``, the squared gradient of a batch's mean loss, as in
+            ivon-opt, which is some ``ess`` over the batch's size times the curvature.
         clip_radius: Bound ``ξ`` on each weight's step, before ``lr``.
         sync: Average over processes what each collected at draws of its own, for models that are
             not in `DistributedDataParallel`. All processes must step together.
@@ -72,6 +73,8 @@ class IVON(WeightPosterior):
         TypeError: If ``ess`` is missing, or smoothings are given twice.
         ValueError: If an argument, or an option of a group, is out of range.
     """
+
+    OWN = (*WeightPosterior.OWN, "mc_samples", "hess_approx", "sync", "generator")
 
     def __init__(
         self,
@@ -195,7 +198,8 @@ class IVON(WeightPosterior):
 
         The trained loss must be transformers': the cross-entropy's mean over examples, or the
         squared error's over examples and outputs. The latter's widths are those of a noise with
-        half as much variance as there are outputs, ``sigma_noise``'s default here.
+        half as much variance as there are outputs, ``sigma_noise``'s default here. IVON's curvature
+        may be negative; a posterior's is zero there, so that any prior goes with it.
 
         Args:
             model: The trained model, see `DiagLoraLaplace`.
@@ -205,9 +209,19 @@ class IVON(WeightPosterior):
             **kwargs: Arguments of `DiagLoraLaplace`.
 
         Raises:
-            ValueError: If the likelihood is another, or the optimiser does not hold one of the
-                model's trainable tensors.
+            ValueError: If the likelihood is another, the optimiser does not hold one of the model's
+                trainable tensors, or its curvature is not that of the data: it is of
+                ``hess_approx="gradsq"``, or of a loss with AdaLoRA's penalty.
+
+        Warns:
+            UserWarning: If curvatures are negative.
         """
+        if self.hess_approx == "gradsq":
+            raise ValueError(
+                "hess_approx='gradsq' estimates some N / batch size times the curvature, so the "
+                "posterior would be far too narrow; train with hess_approx='price', or fit a "
+                "DiagLoraLaplace"
+            )
         self.restore()
         groups = {p: group for group, p in self.trainable()}
         curvatures = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ class WeightPosterior(Optimizer):
 
     generator: torch.Generator | None
     hess_approx: str = "price"
+    OWN: ClassVar[tuple[str, ...]] = ("collected", "_means", "_warned", "_in_step")
     # With this, a gradient scaler leaves it to the step to unscale and to skip, see `overflows`.
     _step_supports_amp_scaling = True
 
@@ -56,6 +57,11 @@ class WeightPosterior(Optimizer):
         self._means: list[tuple[nn.Parameter, Tensor, Tensor]] | None = None
         self._warned = False
         self._in_step = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs; torch's optimisers leave out all attributes of their own."""
+        own = {name: getattr(self, name) for name in self.OWN}
+        return {**super().__getstate__(), **own}
 
     @property
     def is_drawn(self) -> bool:
@@ -131,6 +137,8 @@ class WeightPosterior(Optimizer):
     def overflows(self) -> bool:
         """Take the factor of a ``torch.amp.GradScaler`` in whose step this is out of the sums.
 
+        And out of the parameters' gradients, which scores may read after the step.
+
         Returns:
             Whether they were not finite, and are gone.
 
@@ -148,6 +156,8 @@ class WeightPosterior(Optimizer):
                 sums.gradients = sums.gradients * factor
                 squared = self.hess_approx == "gradsq"
                 sums.products = sums.products * (factor.square() if squared else factor)
+                if p.grad is not None:
+                    p.grad.mul_(1 / scale.to(p.grad))
             elif p.grad is not None and not _same(sums.gradients, p.grad):
                 raise RuntimeError(
                     "GradScaler.unscale_ was called after gradients were collected; call it inside "

@@ -132,6 +132,8 @@ class Fitter:
         self, raw: Any, n_data: int, train_loader: Iterable[Any] | None = None
     ) -> PosteriorState:
         """Return the state with a curvature from elsewhere, see `LoraLaplace.adopt`."""
+        if isinstance(raw, Tensor) and bool(((raw if raw.ndim == 1 else raw.diagonal()) < 0).any()):
+            raise ValueError("the curvature has negative entries on its diagonal")
         posterior = self.posterior
         loss, outputs = math.nan, getattr(posterior.model, "n_outputs", None)
         if train_loader is not None:

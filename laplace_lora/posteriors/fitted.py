@@ -86,7 +86,8 @@ class FittedLaplace(SavedLaplace):
                 is not a number.
 
         Raises:
-            ValueError: If there is no loader and the model does not say how many outputs it has.
+            ValueError: If the curvature's diagonal has negative entries, or there is no loader and
+                the model does not say how many outputs it has.
         """
         self._install(Fitter(self.parts).adopt(curvature, n_data, train_loader))
 

@@ -182,18 +182,15 @@ class ValidationCache:
         group_of = groups.tolist()
         spectra = posterior.precision.spectra()
         known = [(e, delta) for s, delta in zip(spectra, prior, strict=True) for e, _ in s]
-        top = max((float(e.abs().max()) / delta for e, delta in known if e.numel()), default=0.0)
+        top = max((float(e.max()) / delta for e, delta in known if e.numel()), default=0.0)
         floor = max(top, 1e-30) * 10.0**-DECADES
-
         last = round(math.log(max(top, floor) / floor) / RESOLUTION)
 
         def bins(e: Tensor) -> Tensor:
-            size = ((e.double().abs().clamp(min=floor) / floor).log() / RESOLUTION).round()
-            index = size.long().clamp(max=last)
-            return torch.where(e < -floor, last + 1 + index, index)  # as IVON's curvatures may be
+            index = ((e.double().clamp(min=floor) / floor).log() / RESOLUTION).round()
+            return index.long().clamp(max=last)
 
-        shape = (2, 2 * last + 2)
-        sums = [torch.zeros(shape, dtype=torch.float64) for _ in range(max(group_of) + 1)]
+        sums = [torch.zeros(2, last + 1, dtype=torch.float64) for _ in range(max(group_of) + 1)]
         for i, spectrum in enumerate(spectra):
             for e, times in spectrum:
                 relative = (e.flatten() / prior[i]).double().cpu()
@@ -206,8 +203,8 @@ class ValidationCache:
         stored: list[list[Tensor]] = [[] for _ in sums]
         batches = validation_pass(predictor, loader, team, readout, progress_bar, watch, title)
         for mean, y, blocks in batches:
-            each = (len(mean), mean.shape[1], mean.shape[1])
-            parts = [mean.new_zeros(*each, int(used.sum())) for used in occupied]
+            shape = (len(mean), mean.shape[1], mean.shape[1])
+            parts = [mean.new_zeros(*shape, int(used.sum())) for used in occupied]
             for i, grams in blocks:
                 for e, M in grams:
                     slot = slots[group_of[i]].to(e.device)[bins(e / prior[i])]

@@ -80,3 +80,16 @@ def test_a_loaded_state_forgets_what_was_collected():
     ivon.load_state_dict(state)
     with pytest.raises(RuntimeError, match="no gradient was computed"):
         ivon.step()
+
+
+def test_gradients_are_unscaled_for_scores():
+    """Sensitivities are read after the step."""
+    gradients = []
+    for scaled in (False, True):
+        w, ivon, loss = regression()
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+        with ivon.sampled_params(train=True):
+            scaler.scale(loss()).backward()
+        scaler.step(ivon)
+        gradients.append(w.grad)
+    assert_near(gradients[1], gradients[0], 1e-6)

@@ -1,5 +1,6 @@
 """IVON: its fixed points, its posterior, and that it leaves the model as it should."""
 
+import copy
 import math
 import warnings
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from laplace_lora import DiagLoraLaplace
 from laplace_lora.adaptive import IVON
 from support.batches import loader, split_rows, token_batch
-from support.models import peft_model
+from support.models import adalora_model, peft_model
 from support.references import assert_near
 
 
@@ -426,3 +427,43 @@ def test_quantiles_of_more_weights_than_single_precision_counts():
     weight = torch.nn.Parameter(torch.zeros(2**24 + 4))
     optimizer = IVON([weight], ess=10)
     assert_near(optimizer.curvature_change(), torch.ones(7))
+
+
+def test_negative_curvature_is_zero_in_a_laplace_posterior(tmp_path):
+    """Of IVON's curvature only the sum with the prior is positive."""
+    model, optimizer = model_and_optimizer(weight_decay=0.05)
+    p = next(iter(optimizer.trainable()))[1]
+    state = optimizer.weight_state(optimizer.param_groups[0], p)
+    state["hessian"].view(-1)[:3] = -0.01
+    share = 3 / sum(p.numel() for _, p in optimizer.trainable())
+    with pytest.warns(UserWarning, match=f"curvature of {share:.2%} of the weights is negative"):
+        la = optimizer.to_laplace(model, "classification", loader())
+    assert int((la.H == 0).sum()) == 3
+    la.save_pretrained(tmp_path)
+    DiagLoraLaplace.from_pretrained(model, tmp_path)
+    la.optimize_prior_precision("glm", "gridsearch", val_loader=loader())
+    assert la.log_marginal_likelihood().isfinite() and la(token_batch((4, 2))).isfinite().all()
+    with pytest.raises(ValueError, match="negative entries on its diagonal"):
+        la.adopt(la.H - 1, 50)
+
+
+def test_curvature_that_is_not_the_datas_is_refused():
+    model, optimizer = model_and_optimizer(hess_approx="gradsq")
+    with pytest.raises(ValueError, match="hess_approx='gradsq' estimates some N / batch size"):
+        optimizer.to_laplace(model, "classification")
+    model = adalora_model("bert")
+    optimizer = IVON(model.parameters(), ess=50)
+    with pytest.raises(ValueError, match=r"trained with orth_reg_weight=0\.5"):
+        optimizer.to_laplace(model, "classification")
+    model.peft_config["default"].orth_reg_weight = 0
+    assert optimizer.to_laplace(model, "classification").n_data == 50
+
+
+def test_a_copy_goes_on_by_itself():
+    model, optimizer = model_and_optimizer(betas=(0.9, 0.9))
+    trained(model, optimizer, 1)
+    other, copied = copy.deepcopy((model, optimizer))
+    for each in (other, model):
+        trained(each, copied if each is other else optimizer, 2)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b) and a is not b

@@ -251,15 +251,3 @@ def test_a_curvature_without_directions_can_be_searched():
         la.calibrate(validation())
         la.optimize_prior_precision(method="val_gd", val_loader=validation(), n_steps=2)
         assert la(token_batch((3, 5))).isfinite().all()
-
-
-def test_negative_curvature_of_single_weights_is_not_averaged_away():
-    """IVON's is, where its steps are large; the precision is positive all the same."""
-    la = posterior(DiagLoraLaplace, name="bert")
-    generator = torch.Generator().manual_seed(0)
-    curvature = torch.rand(la.n_params, generator=generator).double() * 4 - 0.5
-    la.adopt(curvature, 7)
-    predictor, groups = Predictor(la.fitted), torch.zeros(la.n_layers, dtype=torch.long)
-    cache = ValidationCache(predictor, validation(), groups, CONTRASTS)
-    found = [predictor.readout_moments(batch, CONTRASTS)[1] for batch in validation()]
-    assert_near(cache.covariance(torch.ones(1).double()), torch.cat(found), 1e-3)
