@@ -1,6 +1,6 @@
-"""Whether the gradients that a `Trainer` accumulates are a sum over its steps, or a mean.
+"""What a `Trainer` makes of a model's loss: by which factor its accumulated gradients are off.
 
-Steps are those of gradient accumulation, and processes.
+They accumulate over the micro-batches of a step, and over processes.
 """
 
 from __future__ import annotations
@@ -18,62 +18,56 @@ COUNT = "num_items_in_batch"
 
 
 class AccumulatedLoss:
-    """Finds out from a model's own loss whether accumulated gradients are a sum.
+    """Finds the factor that makes a step's accumulated gradients those of the mean loss.
 
-    A `Trainer` that gives a model the number of items of all accumulation steps relies on its loss
-    to divide by it, and many models, most with a head, take the number and ignore it.
+    The gradient that reaches a model's own loss says what the trainer divides or multiplies it by,
+    whoever decides about that. A `Trainer` that gives a model the number of items of all
+    micro-batches relies on its loss to divide by it, and many models, most with a head, take the
+    number and ignore it: whether they do is tried out once.
     """
 
     def __init__(self) -> None:
-        self._sums: bool | None = None
-        self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-        self._has_loss = False
+        self._divides: bool | None = None
+        self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._weight: Tensor | None = None
         self._hook: RemovableHandle | None = None
 
     def watch(self, model: nn.Module) -> None:
-        """Keep the next call of a model, if nothing is known yet."""
-        if self._sums is None and self._hook is None:
-            self._hook = model.register_forward_hook(self._keep, with_kwargs=True)
+        """Look at a model's next loss: what reaches it in the backward pass."""
+        self.stop()
+        self._weight = None
+        self._hook = model.register_forward_hook(self._keep, with_kwargs=True)
 
-    def scale(self, model: nn.Module, args: Any, steps: int) -> float:
+    def scale(self, model: nn.Module, args: Any, steps: int, loss_scale: float = 1.0) -> float:
         """Return the factor of a step's gradients that makes them those of the mean loss.
 
         Args:
             model: The model that was watched.
             args: The ``TrainingArguments``.
-            steps: How many accumulation steps there were.
+            steps: How many micro-batches there were.
+            loss_scale: A gradient scaler's factor.
 
         Raises:
-            ValueError: See `sums`.
-        """
-        number = copies(args)
-        if steps * number == 1 or not self.sums(model):
-            return 1.0
-        return 1 / (steps * (number if args.average_tokens_across_devices else 1))
-
-    def sums(self, model: nn.Module) -> bool:
-        """Return whether gradients are a sum; called before the first step that uses them.
-
-        Args:
-            model: The model that was watched.
-
-        Raises:
-            ValueError: If the model did not compute the loss, which then tells nothing.
+            ValueError: If the trainer's loss is not made of the model's.
         """
         self.stop()
-        if self._sums is None:
-            if not self._has_loss:
-                raise ValueError(
-                    "the trainer computes its loss outside of the model, so it cannot be seen "
-                    "whether the gradients of several accumulation steps or processes are their "
-                    "sum or their mean: give gradient_scale to the callback, 1 for a mean (a loss "
-                    "divided by num_items_in_batch, or by the trainer), 1 / "
-                    "gradient_accumulation_steps for a sum of the steps' means"
-                )
-            args, kwargs = self._call or ((), {})
-            self._sums = COUNT in kwargs and not _divides(model, args, kwargs)
-            self._call = None
-        return self._sums
+        if steps * copies(args) == 1:
+            return 1.0
+        if self._weight is None or not float(self._weight):
+            raise ValueError(
+                "the trainer computes its loss outside of the model, so it cannot be seen whether "
+                "the gradients of several accumulation steps or processes are their sum or their "
+                "mean: give gradient_scale to the callback, 1 for a mean (a loss divided by "
+                "num_items_in_batch, or by the trainer), 1 / gradient_accumulation_steps for a sum "
+                "of the steps' means"
+            )
+        if self._divides is None:
+            inputs, options = self._call
+            self._divides = COUNT in options and _divides(model, inputs, options)
+        self._call = ((), {})
+        # Copies in one process share a loss, of which each gets its part.
+        weight = float(self._weight) / loss_scale * max(int(args.n_gpu), 1)
+        return (copies(args) if self._divides else 1 / steps) / weight
 
     def stop(self) -> None:
         """Watch no longer."""
@@ -84,8 +78,15 @@ class AccumulatedLoss:
     def _keep(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
     ) -> None:
-        self._call, self._has_loss = (args, kwargs), _loss_of(outputs) is not None
         self.stop()
+        loss = _loss_of(outputs)
+        if loss is not None and loss.requires_grad:
+            loss.register_hook(self._reached)
+            if self._divides is None:
+                self._call = (args, kwargs)
+
+    def _reached(self, gradient: Tensor) -> None:
+        self._weight = gradient.detach()
 
 
 def copies(args: Any) -> int:

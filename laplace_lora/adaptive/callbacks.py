@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import AdaLoraConfig, PeftModel
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
@@ -41,15 +41,15 @@ class IVONCallback(TrainerCallback):
 
     With several accumulation steps transformers leaves the gradients of models whose loss ignores
     the number of items, as most classifiers' does, summed over the steps, not averaged, which
-    would make the curvature too large; they are divided here. With several processes (DDP) such a
-    loss is multiplied by their number, which is undone, and all processes draw the same weights.
+    would make the curvature too large; with several processes (DDP) it multiplies them by the
+    processes' number. Both are undone, and all processes draw the same weights.
 
     Args:
         gradient_scale: Factor of a step's accumulated gradients that makes them those of the mean
-            loss; ``None`` to infer it from the model's loss. It must be given with several
-            accumulation steps or processes if the trainer computes its loss outside of the model
-            (an overridden ``compute_loss``, ``compute_loss_func``): 1 if the loss is divided by
-            ``num_items_in_batch`` or the trainer divides it by the steps, ``1 /
+            loss; ``None`` to infer it from the gradient that reaches the model's loss. It must be
+            given with several accumulation steps or processes if the trainer computes its loss
+            outside of the model (an overridden ``compute_loss``, ``compute_loss_func``): 1 if the
+            loss is divided by ``num_items_in_batch`` or the trainer divides it by the steps, ``1 /
             gradient_accumulation_steps`` if it is each step's mean and nothing divides it.
     """
 
@@ -109,7 +109,9 @@ class IVONCallback(TrainerCallback):
             return
         scale = self.gradient_scale
         if scale is None and not _smooths_by_items(args):
-            scale = self._loss.scale(kwargs["model"], args, self._substeps)
+            scaler = getattr(kwargs.get("optimizer"), "scaler", None)  # accelerate's
+            factor = 1.0 if scaler is None else scaler.get_scale()
+            scale = self._loss.scale(kwargs["model"], args, self._substeps, factor)
         if scale not in (None, 1):
             for group in self._ivon.param_groups:
                 for p in group["params"]:
@@ -141,7 +143,8 @@ class AdaLoraCallback(IVONCallback):
 
     Args:
         score: Importance of the triplets: a score, the name of a criterion on the posterior of
-            the trainer's IVON, or ``"sensitivity"``.
+            the trainer's IVON, or ``"sensitivity"``, with the smoothings of the adapter's
+            configuration.
         gradient_scale: As in `IVONCallback`.
     """
 
@@ -178,7 +181,7 @@ class AdaLoraCallback(IVONCallback):
                 f"tfinal={config.tfinal}), but training ends after {state.max_steps} steps; set "
                 f"total_step to {state.max_steps}"
             )
-        score = self._resolved(optimizer)
+        score = self._resolved(optimizer, config)
         self._allocator = set_importance_score(model, score)
         self._final = config.rank_pattern = None
         if state.global_step > final_step:
@@ -228,11 +231,11 @@ class AdaLoraCallback(IVONCallback):
                 self._final = left
         config.rank_pattern = self._final
 
-    def _resolved(self, optimizer: Optimizer | None) -> ImportanceScore:
+    def _resolved(self, optimizer: Optimizer | None, config: AdaLoraConfig) -> ImportanceScore:
         if not isinstance(self.score, str):
             return self.score
         if self.score == "sensitivity":
-            return SensitivityScore()
+            return SensitivityScore(config.beta1, config.beta2)
         ivon = ivon_of(optimizer)
         if ivon is None:
             raise ValueError(

@@ -83,11 +83,14 @@ class SensitivityScore:
 
     @torch.no_grad()
     def observe(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Update the averages; those of weights without a gradient stay as they are."""
+        """Update the averages; those of weights without a gradient stay as they are.
+
+        A tensor whose gradient is not finite, as of a step that a gradient scaler skips, has none.
+        """
         for p in parameters:
             if p not in self.averages:
                 self.averages[p] = (torch.zeros_like(p), torch.zeros_like(p))
-            if p.grad is None:
+            if p.grad is None or not bool(p.grad.isfinite().all()):
                 continue
             mean, deviation = self.averages[p]
             sensitivity = (p * p.grad).abs_()

@@ -119,6 +119,41 @@ def test_a_loss_outside_of_the_model_needs_a_scale(tmp_path):
         assert torch.allclose(one, several, rtol=1e-4, atol=1e-7)
 
 
+class OwnLossBesideTheModels(OwnLoss):
+    """Leaves the labels to the model as well, whose loss is then not what is trained."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        return super().compute_loss(model, dict(inputs), return_outputs)
+
+
+class MoreThanTheModels(Trainer):
+    """Adds a term to the model's own loss, each step's mean."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        outputs = model(**inputs)
+        loss = outputs.loss + 0.1 * outputs.logits.square().mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+class Divided(Trainer):
+    """Has the trainer divide by the steps, whatever the model takes."""
+
+    loss_is_scaled_for_ga = False
+
+
+def test_a_loss_beside_the_models_needs_a_scale(tmp_path):
+    with pytest.raises(ValueError, match="give gradient_scale to the callback"):
+        collected("classes", tmp_path, 1, 4, OwnLossBesideTheModels)
+
+
+@pytest.mark.parametrize("make", [MoreThanTheModels, Divided])
+@pytest.mark.parametrize("name", ["classes", "texts"])
+def test_what_a_trainer_makes_of_the_models_loss_is_seen(make, name, tmp_path):
+    large = collected(name, tmp_path, 4, 1, make)
+    for one, several in zip(large, collected(name, tmp_path, 1, 4, make), strict=True):
+        assert torch.allclose(one, several, rtol=1e-4, atol=1e-7)
+
+
 def test_smoothed_labels_are_averaged_where_the_trainer_counts_items(tmp_path, monkeypatch):
     smoothing = {"label_smoothing_factor": 0.1}
     monkeypatch.setattr(callbacks, "_smooths_by_items", lambda args: False)

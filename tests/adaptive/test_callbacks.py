@@ -309,3 +309,9 @@ def test_a_process_alone_draws_nothing_to_share():
     before = torch.random.get_rng_state()
     share_draws(ivon)
     assert torch.equal(torch.random.get_rng_state(), before) and ivon.generator is None
+
+
+def test_sensitivities_have_the_smoothings_of_the_configuration(tmp_path):
+    model, callback = tiny_adalora(beta1=0.2, beta2=0.4), AdaLoraCallback()
+    trainer(model, tmp_path, [callback]).train()
+    assert (callback._allocator.score.beta1, callback._allocator.score.beta2) == (0.2, 0.4)

@@ -194,3 +194,23 @@ def test_a_score_of_ones_own_needs_no_base_class():
     allocator.mask_to_budget(model.base_model.model, 3)
     assert [int((layer.E != 0).sum()) for layer in layers] == [0, 3, 0, 0]
     model(**token_batch((3, 3)))
+
+
+def test_a_step_that_is_skipped_leaves_no_trace():
+    """A gradient scaler's first steps overflow, and are skipped."""
+    parts, _ = planted()
+    parameters = [p for c in parts for p in c.parameters]
+    scores = []
+    for overflows in (False, True):
+        score = SensitivityScore()
+        for step in range(4):
+            for p in parameters:
+                p.grad = torch.full_like(p, step + 1.0)
+            score.observe(parameters)
+            if overflows:
+                parameters[0].grad[0] = torch.inf
+                for p in parameters[1:]:
+                    p.grad = torch.full_like(p, torch.nan)
+                score.observe(parameters)
+        scores.append(torch.cat(score.scores(parts)))
+    assert torch.equal(*scores)
