@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
@@ -47,8 +48,8 @@ def check_saves_adapters(model: nn.Module) -> None:
             f"the adapter was made with bias={bias!r}, and PEFT loads one such adapter at a time, "
             "so that several cannot be served beside each other; train one with bias='none'"
         )
-    start = getattr(settings, "init_lora_weights", None)
-    if str(start).lower().startswith(BASE_CHANGING):
+    start = base_changing_start(settings)
+    if start is not None:
         raise ValueError(
             f"the adapter was made with init_lora_weights={start!r}, which changes the base model "
             "for every adapter that is loaded, so that several would answer wrongly; convert the "
@@ -56,6 +57,16 @@ def check_saves_adapters(model: nn.Module) -> None:
             "and fit a posterior on that, or save the base model as it is now, set "
             "peft_config[...].init_lora_weights = True, and serve with that base model"
         )
+
+
+def base_changing_start(settings: Any) -> str | None:
+    """Return an adapter's start if loading it changes the base model, see `BASE_CHANGING`.
+
+    Args:
+        settings: The adapter's configuration.
+    """
+    start = str(getattr(settings, "init_lora_weights", None))
+    return start if start.lower().startswith(BASE_CHANGING) else None
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:

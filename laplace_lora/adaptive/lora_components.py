@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from laplace_lora.adapters.peft_files import base_changing_start
 from laplace_lora.adaptive.scores import Components
 from laplace_lora.adaptive.shrinking import shrink
 
@@ -24,8 +25,16 @@ def lora_components(peft_model: PeftModel, adapter: str) -> list[Components]:
 
     Raises:
         TypeError: If there are none.
-        ValueError: If a layer cannot have fewer; names it.
+        ValueError: If a layer cannot have fewer; names it. Or if PEFT computes from the ranks what
+            it subtracts from the base model when it loads the adapter.
     """
+    start = base_changing_start(peft_model.peft_config[adapter])
+    if start is not None:
+        raise ValueError(
+            f"the adapter was made with init_lora_weights={start!r}, and PEFT would subtract "
+            "another start from the base model for other ranks; convert the adapter to plain LoRA "
+            "(save_pretrained with path_initial_model_for_weight_conversion) and prune that"
+        )
     layers = []
     for name, module in peft_model.base_model.model.named_modules():
         if not isinstance(module, LoraLayer) or isinstance(module, AdaLoraLayer):
@@ -82,6 +91,7 @@ def describe_layers(peft_model: PeftModel, adapter: str) -> None:
     config, layers = peft_model.peft_config[adapter], _layers_of(peft_model, adapter)
     config.target_modules = set(layers)
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    config.init_lora_weights = True  # other starts are not to be had for every rank
     config.rank_pattern = {name: layer.r[adapter] for name, layer in layers.items()}
     config.alpha_pattern = {name: layer.lora_alpha[adapter] for name, layer in layers.items()}
 

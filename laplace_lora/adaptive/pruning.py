@@ -61,7 +61,8 @@ def prune_adapter(
         TypeError: If the model has neither a LoRA nor an AdaLoRA adapter.
         ValueError: If the target is negative or above the current ranks, no LoRA adapter would be
             left, the posterior does not cover the adapter, the adapter has a bias, DoRA magnitudes
-            or experts, or an optimiser is given beside an `IVON`.
+            or experts, or a start that PEFT subtracts from the base model, such as PiSSA's, or an
+            optimiser is given beside an `IVON`.
         FloatingPointError: If a score is not finite; names the layer.
         RuntimeError: If an adapter is merged or disabled, several are active, or the weights of an
             `IVON` are drawn.

@@ -311,3 +311,21 @@ def test_drawn_weights_are_not_pruned():
     with ivon.sampled_params(), pytest.raises(RuntimeError, match="restore"):
         remove_pruned_triplets(adalora, ivon)
     assert list(remove_pruned_triplets(adalora, ivon).values()) == [0, 1, 3, 4]
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_depends_on_the_ranks_is_not_pruned(start):
+    """PEFT would subtract another one from the base model."""
+    config = adapter_config("bert", init_lora_weights=start)
+    model = get_peft_model(base_model("bert").float(), config)
+    with pytest.raises(ValueError, match=f"init_lora_weights='{start}', and PEFT would subtract"):
+        prune_adapter(model, fitted(model), 1)
+
+
+def test_an_orthogonal_start_is_no_obstacle_to_an_odd_rank(tmp_path):
+    model = peft_model("bert", r=4, init_lora_weights="orthogonal").eval()
+    prune_adapter(model, fitted(model), 2.75)
+    assert any(rank % 2 for rank in model.peft_config["default"].rank_pattern.values())
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base_model("bert").double(), tmp_path)
+    assert_near(logits(again), logits(model), 1e-12)
