@@ -30,6 +30,7 @@ from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.models.modes import evaluation_mode
 
 LIKELIHOODS = ("classification", "multilabel")
+SAMPLER = "lora_monteclora_sampler"
 
 
 class MAP:
@@ -163,7 +164,8 @@ class MCDropout(MAP):
         **kwargs: Arguments of `MAP`.
 
     Raises:
-        ValueError: If the active adapter has no dropout.
+        ValueError: If the active adapter has no dropout, or is MonteCLoRA's, which draws weights
+            wherever it applies it.
     """
 
     def __init__(self, model: nn.Module, n_samples: int = 20, seed: int = 0, **kwargs: Any) -> None:
@@ -175,8 +177,15 @@ class MCDropout(MAP):
             if isinstance(module, nn.Dropout) and ".lora_dropout." in name and module.p > 0
         ]
         dropouts = set(self.dropouts)
-        if not any(_active_dropouts(module) & dropouts for module in self.model.modules()):
+        layers = [m for m in self.model.modules() if _active_dropouts(m) & dropouts]
+        if not layers:
             raise ValueError("the adapter was made without dropout, so there is nothing to sample")
+        if any(hasattr(layer, SAMPLER) for layer in layers):
+            raise ValueError(
+                "the adapter is MonteCLoRA's, which draws weights wherever it applies its dropout"
+            )
+        # Variants of LoRA, such as DoRA, ask the layer whether it trains, not its dropout.
+        self._layers = [layer for layer in layers if _active_variants(layer)]
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
@@ -189,13 +198,14 @@ class MCDropout(MAP):
     @contextmanager
     def _dropout_on(self) -> Iterator[None]:
         # Off again before `evaluation_mode` ends, which restores only what it has switched off.
-        for module in self.dropouts:
-            module.train()
+        modules: list[nn.Module] = [*self.dropouts, *self._layers]
+        for module in modules:
+            module.training = True  # not what is inside, see `train`
         try:
             yield
         finally:
-            for module in self.dropouts:
-                module.eval()
+            for module in modules:
+                module.training = False
 
 
 def _active_dropouts(layer: nn.Module) -> set[nn.Module]:
@@ -203,6 +213,12 @@ def _active_dropouts(layer: nn.Module) -> set[nn.Module]:
     if not isinstance(layer, LoraLayer):
         return set()
     return {layer.lora_dropout[a] for a in layer.active_adapters if a in layer.lora_dropout}
+
+
+def _active_variants(layer: nn.Module) -> set[str]:
+    """Return the active adapters of a LoRA layer that are of a variant."""
+    variants: Any = getattr(layer, "lora_variant", {})
+    return {a for a in layer.active_adapters if a in variants}  # type: ignore[union-attr]
 
 
 def likelihood_name(model: LogitsModel) -> str:

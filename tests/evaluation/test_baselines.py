@@ -167,6 +167,21 @@ def test_dropout_of_the_adapter_alone_is_sampled():
     assert (many[0] - many[1]).norm() < (few[0] - few[1]).norm()
 
 
+def test_variants_that_ask_the_layer_are_sampled():
+    """DoRA's dropout is on where the layer trains."""
+    model = peft_model("bert", use_dora=True)
+    before = state(model)
+    assert (MCDropout(model, n_samples=3)(BATCH) - MAP(model)(BATCH)).abs().max() > 1e-5
+    assert state(model) == before
+
+
+def test_monteclora_draws_weights_beside_its_dropout():
+    model = peft_model("bert")
+    next(m for m in model.modules() if hasattr(m, "lora_A")).lora_monteclora_sampler = {}
+    with pytest.raises(ValueError, match="MonteCLoRA's, which draws weights"):
+        MCDropout(model)
+
+
 def test_dropout_is_off_again_after_an_error():
     model = peft_model("bert").train()
     before = state(model)
