@@ -189,6 +189,25 @@ def test_the_likelihood_is_what_the_trainer_trains(
     assert LaplaceCallback(trainer, **options).likelihood == likelihood
 
 
+class Weighted(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        return super().compute_loss(model, inputs, return_outputs, **kwargs)
+
+
+@pytest.mark.parametrize("own", ["compute_loss_func", "Weighted.compute_loss", "label_smoothing"])
+def test_a_loss_of_the_trainers_own_is_pointed_out(tmp_path, own):
+    trainer = trainer_of(peft_model("bert", dtype=torch.float32), tmp_path)
+    if own == "compute_loss_func":
+        trainer.compute_loss_func = lambda *args, **kwargs: None
+    elif own == "label_smoothing":
+        trainer.args.label_smoothing_factor = 0.1
+    else:
+        trainer.__class__ = Weighted
+    with pytest.warns(UserWarning, match=f"loss is its own .{own}.*plain 'classification'"):
+        LaplaceCallback(trainer)
+    LaplaceCallback(trainer, "classification")
+
+
 def test_texts_are_fitted_but_not_scored(tmp_path):
     texts = [{**row, "labels": row["input_ids"]} for row in examples(6)]
     model = peft_model("llama-lm", dtype=torch.float32)

@@ -8,6 +8,7 @@ from typing import Any
 from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
 
 TASKS = {"RewardTrainer": "reward_modeling", "SFTTrainer": "language_modeling"}  # TRL's
+LIBRARIES = ("transformers", "trl")
 
 
 def implied_likelihood(trainer: Any, options: Mapping[str, Any]) -> str:
@@ -47,3 +48,20 @@ def implied_likelihood(trainer: Any, options: Mapping[str, Any]) -> str:
     ):
         return "regression"
     return "classification"
+
+
+def own_loss(trainer: Any) -> str | None:
+    """Return what makes a trainer's loss another than its model's, ``None`` if nothing is known to.
+
+    Args:
+        trainer: The trainer.
+    """
+    if getattr(trainer, "compute_loss_func", None) is not None:
+        return "compute_loss_func"
+    for kind in type(trainer).__mro__:
+        if "compute_loss" in vars(kind):
+            is_known = kind.__module__.partition(".")[0] in LIBRARIES
+            if not is_known:
+                return f"{kind.__name__}.compute_loss"
+            break
+    return "label_smoothing_factor" if trainer.args.label_smoothing_factor else None
