@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from laplace_lora.likelihoods.links import Link
-from laplace_lora.likelihoods.roots import contrast_root, several_logits
+from laplace_lora.likelihoods.roots import anchored_matrix, contrast_root, several_logits
 
 Columns = Callable[[Tensor], Tensor]
 
@@ -83,6 +83,11 @@ class Readout:
 OUTPUTS = Readout(None, lambda f: f, is_softmax=False)
 CONTRASTS = Readout(
     contrast_root, lambda f: several_logits(f)[:, 1:] - f[:, :1], is_softmax=True, relative=True
+)
+ANCHORED = Readout(
+    lambda f: anchored_matrix(f).unsqueeze(1).repeat(1, len(f), 1),
+    lambda f: f @ anchored_matrix(f).T,
+    is_softmax=False,
 )
 
 

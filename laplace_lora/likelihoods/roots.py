@@ -66,6 +66,20 @@ def contrast_root(f: Tensor) -> Tensor:
     return contrast_matrix(several_logits(f)).unsqueeze(1).repeat(1, len(f), 1)
 
 
+def anchored_matrix(f: Tensor) -> Tensor:
+    """Return the first logit and the contrasts to it, ``(outputs, outputs)``: all the logits say.
+
+    Args:
+        f: Logits, shape ``(…, outputs)``; tells size, dtype and device.
+
+    Raises:
+        ValueError: If there are fewer than two outputs.
+    """
+    matrix = torch.eye(several_logits(f).shape[-1], dtype=f.dtype, device=f.device)
+    matrix[1:, 0] = -1
+    return matrix
+
+
 def softmax_root(f: Tensor) -> Tensor:
     """Return the exact root of the output Hessian of a softmax, with the fewest columns.
 

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from laplace_lora.data.distributed import Together, together
 from laplace_lora.data.steps import steps
-from laplace_lora.likelihoods.base import Readout, integrated_variables
+from laplace_lora.likelihoods.base import ANCHORED, Readout, integrated_variables
+from laplace_lora.likelihoods.classification import LOGITS
 from laplace_lora.likelihoods.links import Link, entropies
 from laplace_lora.likelihoods.quadrature import ENTROPY_POINTS, averaged, normal_points
+from laplace_lora.likelihoods.roots import anchored_matrix
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.inputs import batches_of_rows, batches_of_texts, listed
 from laplace_lora.predictive.linear_samples import (
@@ -143,8 +145,9 @@ class _Answer:
         )
 
     def _exact(self, x: Any, readout: Readout, labels: Tensor | None) -> Predictions:
-        moments = self._predictor.readout_moments(x, readout)
-        mean, covariance = (moment.detach() for moment in moments)
+        if readout is LOGITS:
+            return self._of_logits(x, labels)
+        mean, covariance = self._moments(x, readout)
         if not readout.is_softmax:
             return Predictions(mean, covariance, labels=labels)
         link = self._links(mean.shape[1] + readout.relative)
@@ -152,6 +155,26 @@ class _Answer:
         probs = readout.shown(link.log_probabilities(logits, spread, relative).exp())
         total, aleatoric = entropies(logits, spread, link.noise, relative)
         return Predictions(mean, covariance, probs, total, total - aleatoric, labels)
+
+    def _of_logits(self, x: Any, labels: Tensor | None) -> Predictions:
+        """Return predictions from contrasts that are differentiated as such.
+
+        The variance that all logits share may be so much larger that its rounding errors would
+        hide theirs.
+        """
+        mean, covariance = self._moments(x, ANCHORED)
+        contrasts, spread = mean[:, 1:], covariance[:, 1:, 1:]
+        back = anchored_matrix(mean).inverse()
+        mean, covariance = mean @ back.T, back @ covariance @ back.T
+        link = self._links(mean.shape[1])
+        seen = (contrasts, spread, True) if link.sees_contrasts else (mean, covariance)
+        total, aleatoric = entropies(contrasts, spread, link.noise, relative=True)
+        probs = link.log_probabilities(*seen).exp()
+        return Predictions(mean, covariance, probs, total, total - aleatoric, labels)
+
+    def _moments(self, x: Any, readout: Readout) -> tuple[Tensor, Tensor]:
+        mean, covariance = self._predictor.readout_moments(x, readout)
+        return mean.detach(), covariance.detach()
 
 
 def of_batches(

@@ -142,3 +142,18 @@ def test_an_unfitted_posterior_is_refused():
         quiet(posterior(fit=False), loader())
     with pytest.raises(ValueError, match="link_approx"):
         quiet(posterior(), loader(), link_approx="logit")
+
+
+def test_what_all_logits_share_hides_no_contrast():
+    """Of a trained head its variance has no bound but the prior's: here some 37000 beside 10."""
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        model = peft_model("bert", dtype=dtype)
+        la = KronLoraLaplace(model, "classification", prior_precision=1e-5)
+        la.fit(loader())
+        found[dtype] = la.predict(token_batch((4, 2, 5)))
+    single, double = found.values()
+    assert double.covariance[0].diagonal().min() > 1e4
+    assert (single.probs - double.probs).abs().max() < 6e-6
+    assert_near(single.mutual_information.double(), double.mutual_information, 1e-4)
+    assert_near(single.covariance.double(), double.covariance, 1e-5)
