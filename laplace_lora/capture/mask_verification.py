@@ -19,6 +19,8 @@ from laplace_lora.capture.tape import Tape
 from laplace_lora.data.batches import Batch, one_example, splits_by_example
 
 NEGLIGIBLE = 1e-6  # of a layer's largest gradient; padding that nobody reads has none
+FAR = 0.05  # of a token's length, from its likeness in another batch; half precision rounds
+NEARER = 0.1  # how much nearer another token must be to be the likeness
 
 
 def verify_masks(
@@ -39,28 +41,58 @@ def verify_masks(
         Whether the batch has padding, without which there is nothing to verify.
 
     Raises:
-        MisfitError: If a layer sees as many tokens when the padding is gone; names its tensors.
+        MisfitError: If a layer sees as many tokens when the padding is gone, or sees tokens where
+            the mask has padding, as in a text that it reads backwards; names its tensors.
     """
     masks = {i: mask for i in range(len(tape.inputs)) if (mask := tape.mask(i)) is not None}
     if not masks or not splits_by_example(tape.batch, tape.examples):
         return bool(masks)
     suspects = _read_at_padding(tape, blocks, masks)
-    single = one_example(tape.batch, chosen_examples(tape.batch, tape.examples)[-1])
+    n = chosen_examples(tape.batch, tape.examples)[-1]
+    single = one_example(tape.batch, n)
     bare = without_padding(single)
     if not suspects or bare is single:
         return True
     alone = record_alone(bare)
-    wrong = [i for i in suspects if alone.inputs[i].shape[1] == tape.inputs[i].shape[1]]
-    if wrong:
-        names = listed([block.name for block in blocks if block.map in wrong])
-        raise MisfitError(
-            f"{names}: the layer sees as many tokens as the batch's attention mask has, but not "
-            "the same ones, as their number is the same without padding. Which of them are real "
-            "is unknown; freeze these tensors first, or give them a diagonal block with "
-            "uncovered='diag'; verify=False switches this check off",
-            wrong,
-        )
+    for wrong, reason in (
+        (
+            [i for i in suspects if alone.inputs[i].shape[1] == tape.inputs[i].shape[1]],
+            "their number is the same without padding",
+        ),
+        (
+            [i for i in suspects if _are_at_padding(alone.inputs[i][0], tape, i, n, masks[i])],
+            "a text's tokens stand where the mask has padding",
+        ),
+    ):
+        if wrong:
+            names = listed([block.name for block in blocks if block.map in wrong])
+            raise MisfitError(
+                f"{names}: the layer sees as many tokens as the batch's attention mask has, but "
+                f"not the same ones, as {reason}. Which of them are real is unknown; freeze these "
+                "tensors first, or give them a diagonal block with uncovered='diag'; verify=False "
+                "switches this check off",
+                wrong,
+            )
     return True
+
+
+def _are_at_padding(tokens: Tensor, tape: Tape, i: int, n: int, mask: Tensor) -> bool:
+    """Return whether what a layer sees of a text alone stands at padding within the batch.
+
+    Args:
+        tokens: What it sees of the text alone, ``(tokens, d)``.
+        tape: The recorded pass.
+        i: The layer's map.
+        n: The text's place in the batch.
+        mask: Which tokens of the batch are real.
+    """
+    rows, is_real = tape.inputs[i][n], mask[n]
+    if tokens.ndim != 2 or rows.ndim != 2 or bool(is_real.all()):
+        return False
+    apart = torch.cdist(tokens.float(), rows.float())
+    from_real, from_padding = (apart[:, part].amin(1) for part in (is_real, ~is_real))
+    is_far = from_real > FAR * rows.float().norm(dim=1).mean()
+    return bool((is_far & (from_padding < NEARER * from_real)).any())
 
 
 def _read_at_padding(tape: Tape, blocks: Sequence[Block], masks: dict[int, Tensor]) -> list[int]:

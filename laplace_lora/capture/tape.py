@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge
 from laplace_lora.adapters.maps import Call, LinearMap
 from laplace_lora.capture.output_gradients import OutputGradient
 from laplace_lora.capture.padding import Padding
+from laplace_lora.capture.parameter_hooks import without_hooks
 from laplace_lora.data.batches import Batch
 from laplace_lora.data.examples import Examples
 from laplace_lora.data.masks import joined_masks
@@ -203,7 +204,7 @@ class Tape:
             for i, gradients in enumerate(self._gradients)
             for call, gradient in enumerate(gradients)
         )
-        with OutputGradient.watched(receivers):
+        with OutputGradient.watched(receivers), without_hooks(parameters or ()):
             for column in range(len(columns)):
                 found = torch.autograd.grad(
                     self._output,

@@ -63,6 +63,9 @@ def verify_gradients(tape: Tape, blocks: Sequence[Block], by_token: bool = False
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(columns[0, rows].shape, generator=generator, dtype=torch.float64)
     columns[0, rows] = noise.to(columns)
+    of_map: dict[int, list[int]] = {}
+    for k, block in enumerate(recorded):
+        of_map.setdefault(block.map, []).append(k)
     captured: dict[int, _Captured] = {}
     whole: dict[int, Tensor] = {}
 
@@ -70,16 +73,14 @@ def verify_gradients(tape: Tape, blocks: Sequence[Block], by_token: bool = False
         others = max(_largest(grad[:n]), _largest(grad[n + 1 :]))
         own = _largest(grad[n : n + 1])
         share = others / own if own else others
-        for k, block in enumerate(recorded):
-            if block.map == i:
-                x = tape.inputs[i]
-                gradient = _assembled(tape, block, x[n : n + 1], grad[n : n + 1])
-                captured[k] = _Captured(gradient, share)
+        for k in of_map.get(i, ()):
+            x = tape.inputs[i]
+            gradient = _assembled(tape, recorded[k], x[n : n + 1], grad[n : n + 1])
+            captured[k] = _Captured(gradient, share)
 
     def visit_whole(column: int, i: int, grad: Tensor) -> None:
-        for k, block in enumerate(recorded):
-            if block.map == i:
-                whole[k] = _assembled(tape, block, tape.inputs[i], grad)
+        for k in of_map.get(i, ()):
+            whole[k] = _assembled(tape, recorded[k], tape.inputs[i], grad)
 
     parameters = [block.parameter for block in recorded]
     truths = tape.backward(columns, visit, parameters)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from laplace_lora.capture.parameter_hooks import without_hooks
 from laplace_lora.capture.tape import Tape
 
 
@@ -45,13 +46,14 @@ def whole_gradients(tape: Tape, columns: Tensor) -> Iterator[tuple[int, Tensor]]
         gradients: list[list[Tensor]] = [[] for _ in parameters]
         # Of an example that takes another way through the model, an expert's weights say nothing.
         for column in range(len(columns)) if alone.requires_grad else ():
-            grads = torch.autograd.grad(
-                alone,
-                parameters,
-                columns[column, rows].to(alone.dtype),
-                retain_graph=column + 1 < len(columns),
-                allow_unused=True,
-            )
+            with without_hooks(parameters):
+                grads = torch.autograd.grad(
+                    alone,
+                    parameters,
+                    columns[column, rows].to(alone.dtype),
+                    retain_graph=column + 1 < len(columns),
+                    allow_unused=True,
+                )
             for stored, p, grad in zip(gradients, parameters, grads, strict=True):
                 stored.append(torch.zeros_like(p) if grad is None else grad)
         for i, (stored, p) in enumerate(zip(gradients, parameters, strict=True)):

@@ -65,6 +65,7 @@ class Recording:
         self.verify = verify
         self.by_token = by_token
         self.is_verified = False
+        self._together = False  # by a batch of several examples
         self._masks_are_verified = False  # by a batch with padding, which may not be the first
         in_pieces(model.modules())
         self._covered = trainable_maps(trained, uncovered)
@@ -130,7 +131,7 @@ class Recording:
         ):
             while True:
                 maps, blocks = self._covered
-                verifies = self.verify and not self.is_verified and function is None
+                verifies = self.verify and function is None and self._is_due(x)
                 try:
                     with gradients_flow(named) if verifies else nullcontext():
                         tape = record(run, maps, x, examples=examples)
@@ -152,6 +153,13 @@ class Recording:
                     with _COVERING:  # unless another thread has done so meanwhile
                         if self._covered[0] is maps:
                             self.cover_whole(error.maps)
+
+    def _is_due(self, x: Any) -> bool:
+        """Return whether a batch is to be verified: the first, and the first of several examples.
+
+        Layers that mix examples show it in the latter alone.
+        """
+        return not self.is_verified or not (self._together or splits_by_example(x, 1))
 
     def _verify_twice(self, run: Any, x: Any) -> None:
         """Verify a single example beside itself; alone it hides which dimension counts examples."""
@@ -180,4 +188,5 @@ class Recording:
         if not self.model.training:  # with dropout no two passes agree
             shape = (tape.examples, coarsest_dtype(self.model), self.by_token)
             verify_outputs(self.model, x, tape.output, *shape)
+        self._together = tape.examples > 1 or not splits_by_example(x, 1)
         self.is_verified = True

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from laplace_lora import KronLoraLaplace, LogitsModel
-from support.batches import split_rows, token_batch
+from support.batches import loader, split_rows, token_batch
 from support.models import bert_config, excite
 from support.references import assert_near, explicit_ggn
 
@@ -124,3 +124,33 @@ def test_padded_patches_of_images_do_not_count():
         la.fit(DataLoader(examples, batch_size=batch_size))
         found.append([factor.matrix for factors in la.curvature.kfacs for factor in factors])
     assert_near(found[1], found[0])
+
+
+class BothWays(torch.nn.Module):
+    """Reads a text forwards and backwards in time; padding changes nothing."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(50, 8)
+        self.ahead, self.back = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        self.head = torch.nn.Linear(8, 3)
+
+    def forward(self, input_ids, attention_mask):
+        real = attention_mask.unsqueeze(-1)
+        x = self.embed(input_ids) * real
+        ahead = (self.ahead(x) * real).cumsum(1).tanh()
+        back = (self.back(x.flip(1)) * real.flip(1)).cumsum(1).tanh().flip(1)
+        return self.head(((ahead + back) * real).sum(1) / real.sum(1))
+
+
+def test_a_text_that_is_read_backwards_has_its_padding_elsewhere():
+    model = adapted(BothWays(), ["ahead", "back"])
+    with pytest.raises(RuntimeError, match="stand where the mask has padding") as error:
+        KronLoraLaplace(model, "classification").fit(loader(batch_size=3))
+    assert "back" in str(error.value) and "ahead" not in str(error.value)
+    la = KronLoraLaplace(model, "classification", uncovered="diag", factor_rank=None)
+    la.fit(loader(batch_size=3))
+    whole = KronLoraLaplace(model, "classification", uncovered="diag", factor_rank=None)
+    whole.fit(loader(batch_size=1))  # without padding
+    assert_near(la(token_batch((4, 2))), whole(token_batch((4, 2))))

@@ -111,9 +111,31 @@ def test_batch_norms_without_running_statistics_are_refused():
         DiagLoraLaplace(net, "classification").fit(rows_loader(X))
 
 
-def rows_loader(x):
+def rows_loader(x, batches=None):
     data = torch.utils.data.TensorDataset(x, torch.arange(len(x)) % 3)
-    return torch.utils.data.DataLoader(data, batch_size=len(x))
+    return torch.utils.data.DataLoader(data, batch_sampler=batches or [list(range(len(x)))])
+
+
+@pytest.mark.parametrize("place", ["fit", "prediction"])
+def test_the_first_batch_of_several_examples_is_verified_too(place):
+    """A model that mixes its examples mixes none of a single one with others."""
+    net = Net(centred).eval()
+    la = DiagLoraLaplace(net, "classification")
+    la.fit(rows_loader(X, [[0], [1]]))
+    with pytest.raises(RuntimeError, match=r"mixes the examples|show.* at others"):
+        la(X) if place == "prediction" else la.fit(rows_loader(X, [[0], [1, 2]]))
+
+
+def test_single_examples_are_verified_once(monkeypatch):
+    calls = []
+    check = "laplace_lora.curvature.recording.verify_outputs"
+    monkeypatch.setattr(check, lambda *args: calls.append(1))
+    la = KronLoraLaplace(peft_model("bert"), "classification")
+    la.fit(loader(batch_size=1))
+    assert len(calls) == 1
+    la(BATCH)
+    la(BATCH)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("tokens", [4, 6])

@@ -58,3 +58,23 @@ def test_tensors_that_no_output_depends_on_are_named():
     backend = LoraGGN(model, "classification", uncovered="diag")
     with pytest.raises(RuntimeError, match=r"depend on none of .*out_proj.lora_A.*Adapt other"):
         backend.jacobians(torch.randn(4, 5, 8))
+
+
+def test_hooks_that_steer_a_training_are_no_derivative():
+    """PEFT's OSF and CPT register them on their tensors."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return self.scale * x
+
+    net, x = Scaled(), torch.randn(4, 3)
+    backend = LoraGGN(net, "classification", uncovered="diag")
+    expected, _ = backend.jacobians(x)
+    net.scale.register_hook(torch.zeros_like)
+    assert torch.equal(backend.jacobians(x)[0], expected)
+    net(x).sum().backward()
+    assert not net.scale.grad.any()
