@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 def activate_adapter(model: nn.Module) -> None:
     """Make the active adapter of a `PeftModel` loaded for inference trainable.
 
-    Does nothing if any tensor is trainable already, other than prompts that were loaded.
+    Does nothing if any tensor is trainable already, other than what PEFT leaves so when it loads.
 
     Args:
         model: Any module; only a `PeftModel` is changed.
@@ -23,8 +23,8 @@ def activate_adapter(model: nn.Module) -> None:
     freeze_untrainable(model)
     if not isinstance(model, PeftModel):
         return
-    prompts = _loaded_prompts(model)
-    if any(p.requires_grad and id(p) not in prompts for p in model.parameters()):
+    left = _left_trainable(model)
+    if any(p.requires_grad and id(p) not in left for p in model.parameters()):
         return
     adapters = list(model.active_adapters)
     if len(adapters) != 1:
@@ -39,15 +39,19 @@ def activate_adapter(model: nn.Module) -> None:
     logger.info("made the %d tensors of adapter %r trainable", count, adapters[0])
 
 
-def _loaded_prompts(model: PeftModel) -> set[int]:
-    """Return the ``id`` of each tensor of the active prompts, if they were loaded for inference.
+def _left_trainable(model: PeftModel) -> set[int]:
+    """Return the ``id`` of each tensor that PEFT leaves trainable where it loads for inference.
 
-    PEFT leaves these trainable, and freezes the head that was trained with them.
+    Those of prompts and of SHADOW's own small model; what was trained with them is frozen.
     """
-    encoders, name = getattr(model, "prompt_encoder", {}), model.active_adapter
-    if name not in encoders or not model.peft_config[name].inference_mode:
+    name = model.active_adapter
+    if not model.peft_config[name].inference_mode:
         return set()
-    return {id(p) for p in encoders[name].parameters()}
+    holders = (
+        getattr(model, "prompt_encoder", {}),
+        getattr(model.base_model, "shadow_backbone", {}),
+    )
+    return {id(p) for holder in holders if name in holder for p in holder[name].parameters()}
 
 
 def freeze_untrainable(model: nn.Module) -> None:

@@ -107,11 +107,17 @@ def check_adapters(modules: Iterable[tuple[str, nn.Module]]) -> None:
         modules: The modules of a model, by name.
 
     Raises:
-        RuntimeError: If an adapter is merged or disabled, or several are active.
+        RuntimeError: If an adapter is merged or disabled, several are active, or Arrow chooses
+            among several.
     """
     for name, layer in modules:
         if not isinstance(layer, BaseTunerLayer):
             continue
+        if getattr(layer, "lora_arrow", None):
+            raise RuntimeError(
+                f"Arrow mixes several adapters by the text in {name!r}, none of which is the one "
+                "to fit; load one of them by itself"
+            )
         if layer.merged:
             raise RuntimeError(
                 f"adapters {layer.merged_adapters} are merged into {name!r}; call "

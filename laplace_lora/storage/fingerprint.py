@@ -140,6 +140,9 @@ def check_identity(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         if name in (BUFFERS, SETTINGS) and name not in saved:
             continue  # files of earlier versions do not have them
         if saved[name] != found[name]:
+            if name == "weights" and any("delta_embedding" in n for n in saved["parameters"]):
+                reason = "PEFT saves CPT's embeddings with their trained change added; fit the "
+                reason += "loaded model"
             raise ValueError(reason)
 
 

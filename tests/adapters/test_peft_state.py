@@ -1,10 +1,12 @@
 """Merged, disabled and several active adapters are refused."""
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import ArrowConfig, create_arrow_model
 
 from laplace_lora import KronLoraLaplace, KronLoraLLLaplace
 from support.batches import loader, token_batch
-from support.models import TARGETS, adapter_config, peft_model
+from support.models import TARGETS, adapter_config, base_model, peft_model
 
 BATCH = token_batch((4, 2), seed=9)
 
@@ -44,3 +46,15 @@ def test_two_active_adapters_are_refused():
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(RuntimeError, match="active together"):
         KronLoraLaplace(model, "classification", target_ids=TARGETS)
+
+
+def test_adapters_that_arrow_mixes_are_refused(tmp_path):
+    for name in ("one", "two"):
+        config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        get_peft_model(base_model("llama-lm"), config).save_pretrained(tmp_path / name)
+    places = [str(tmp_path / name) for name in ("one", "two")]
+    mixed = create_arrow_model(base_model("llama-lm"), places, ArrowConfig(top_k=2))
+    for uncovered in ("error", "diag"):
+        with pytest.raises((RuntimeError, ValueError), match="Arrow mixes several adapters"):
+            la = KronLoraLaplace(mixed, "classification", target_ids=TARGETS, uncovered=uncovered)
+            la.fit(loader())

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftType, get_peft_model
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from laplace_lora import DiagLoraLaplace
+from support.batches import loader
 from support.models import TARGETS, base_model, excite
+from support.references import assert_near
 from support.sweep import alone, answers, logits, outcome, texts, unpadded
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -166,3 +169,22 @@ def test_tuners(name, model, tmp_path):
 
 def started(batch, n):
     return {**unpadded(batch, n), "decoder_input_ids": torch.zeros(1, 1, dtype=torch.long)}
+
+
+@pytest.mark.parametrize("name", ["SHADOW", "CPT"])
+def test_what_loading_leaves_of_a_posterior(name, tmp_path):
+    """PEFT freezes what ties SHADOW's small model to the layers, and saves other CPT embeddings."""
+    if not hasattr(PeftType, name):
+        pytest.skip(f"the installed PEFT has no {name}")
+    model = built(name, "llama-lm", tmp_path)
+    la = DiagLoraLaplace(model, "classification", target_ids=TARGETS, uncovered="diag")
+    la.fit(loader())
+    model.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
+    loaded = PeftModel.from_pretrained(base_model("llama-lm", use_cache=False), tmp_path).double()
+    if name == "CPT":
+        with pytest.raises(ValueError, match="PEFT saves CPT's embeddings with their trained"):
+            DiagLoraLaplace.from_pretrained(loaded, tmp_path)
+        return
+    again = DiagLoraLaplace.from_pretrained(loaded, tmp_path)
+    assert_near(again(texts()), la(texts()))
