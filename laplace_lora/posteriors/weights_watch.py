@@ -184,9 +184,13 @@ def _hold(pairs: Sequence[tuple[str, Tensor, Tensor]]) -> bool:
     device = pairs[0][2].device
     if device.type == "meta" or any(is_sharded_tensor(now) for _, now, _ in pairs):
         return True
-    now = torch.cat([tensor.detach().to(device).flatten() for _, tensor, _ in pairs])
-    then = torch.cat([tensor.detach().to(device).flatten() for _, _, tensor in pairs])
-    return now.shape == then.shape and torch.equal(now, then.to(now.dtype))
+    if any(now.numel() != then.numel() for _, now, then in pairs):
+        return False
+    are_equal = [
+        (now.to(device).flatten() == then.to(device, now.dtype).flatten()).all()
+        for _, now, then in pairs
+    ]
+    return bool(torch.stack(are_equal).all())  # an accelerator is waited for once
 
 
 def has_moved(place: TensorPlace, fitted: Mapping[str, Tensor]) -> bool:

@@ -76,6 +76,9 @@ class SeparateEvidence:
         self._squares = posterior.state.squared_norms
         self._groups = groups.to(self._squares.device)
         self._gain = posterior.gradient_term
+        if int(groups.max()) == 0:  # large models have hundreds of tensors
+            self._spectra = [_joined(self._spectra)]
+            self._squares, self._groups = self._squares.sum().reshape(1), self._groups[:1]
 
     def __call__(self, logs: Tensor, log_noise: Tensor) -> Tensor:
         """Return the log evidence, see `EvidenceCurve`."""
@@ -178,3 +181,12 @@ def relative_evidence(
     if gain is None:
         return value
     return value + gain.term(precisions if len(precisions) == 1 else deltas, scale)
+
+
+def _joined(spectra: list[Spectrum]) -> Spectrum:
+    """Return the eigenvalues of several tensors as those of one."""
+    found: dict[int, list[Tensor]] = {}
+    for spectrum in spectra:
+        for e, times in spectrum:
+            found.setdefault(times, []).append(e.double().flatten())
+    return [(torch.cat(parts), times) for times, parts in found.items()]
