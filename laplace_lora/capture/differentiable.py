@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace_lora.likelihoods.links import check_finite
 from laplace_lora.models.rotary import angles_of, own_angles
@@ -34,7 +35,8 @@ def differentiable_jacobians(model: nn.Module, x: Any) -> tuple[Tensor, Tensor]:
         return f, f
 
     # On a twin, as a functional call replaces the tensors of its modules.
-    with resampled(model, []) as (twin, _):
+    # Fused attention has no derivative of its derivative.
+    with resampled(model, []) as (twin, _), sdpa_kernel(SDPBackend.MATH):
         jacobians, f = torch.func.jacrev(outputs, has_aux=True)(weights)
     check_finite(f)
     parts = [jacobians[k].flatten(start_dim=-p.ndim) for k, p in weights.items()]

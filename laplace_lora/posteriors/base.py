@@ -97,6 +97,12 @@ class LoraLaplace(FittedLaplace):
                 f"{sorted(misplaced)} in backend_kwargs would have no effect; they are arguments "
                 "of KronLoraLaplace and KronLoraLLLaplace themselves"
             )
+        if kwargs.pop("asdl_fisher_kwargs", None):
+            raise ValueError(
+                "asdl_fisher_kwargs would have no effect; give the backend's arguments, such as "
+                "kfac_approx, as backend_kwargs"
+            )
+        likelihood = str(getattr(likelihood, "value", likelihood))  # laplace-torch's enumeration
         if kwargs.get("damping"):
             raise ValueError("damping is not supported: it would have no effect on the posterior")
         self.modules = modules

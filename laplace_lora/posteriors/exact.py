@@ -12,6 +12,7 @@ from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.linalg.row_storage import STORAGES, RowStorage
 from laplace_lora.linalg.sketch import Factor
 from laplace_lora.posteriors.base import LoraLaplace
+from laplace_lora.structures.posterior import check_no_gradient
 from laplace_lora.structures.row_curvature import RowCurvature
 from laplace_lora.structures.rows import Rows
 from laplace_lora.structures.settings import expanded
@@ -55,12 +56,25 @@ class RowLaplace(LoraLaplace):
         return self.log_det_ratio + prior.double().log().sum()
 
     def square_norm(self, value: Tensor) -> Tensor:
-        """Return ``(θ − θ_MAP)ᵀ P (θ − θ_MAP)`` of a weight vector, a scalar."""
+        """Return ``(θ − θ_MAP)ᵀ P (θ − θ_MAP)`` of a weight vector, a scalar.
+
+        With gradients by prior precision and noise.
+        """
         gap = value - self.mean
-        return gap @ self.posterior_precision.multiply(gap.unsqueeze(0))[0]
+        norm = gap @ self.posterior_precision.multiply(gap.unsqueeze(0))[0]
+        of_prior = gap.detach().square() @ expanded(self.prior_precision, self.engine.sizes)
+        of_curvature = (norm - of_prior).detach() * self._H_factor / self._H_factor.detach()
+        slopes = of_prior + of_curvature
+        total: Tensor = norm + (slopes - slopes.detach())
+        return total
 
     def functional_variance(self, Js: Tensor) -> Tensor:
-        """Return ``J P⁻¹ Jᵀ`` for ``J`` of shape ``(batch, outputs, parameters)``."""
+        """Return ``J P⁻¹ Jᵀ`` for ``J`` of shape ``(batch, outputs, parameters)``.
+
+        Raises:
+            RuntimeError: If prior precision or noise ask for gradients, which it has none by.
+        """
+        check_no_gradient(self.fitted)
         return self.posterior_precision.covariance(Js.split(self.rows.sizes, dim=-1))
 
     def functional_covariance(self, Js: Tensor) -> Tensor:

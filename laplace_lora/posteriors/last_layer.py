@@ -22,11 +22,15 @@ from laplace_lora.structures.kron import Kron
 
 
 def check_no_name(kwargs: dict[str, Any]) -> None:
-    """Refuse laplace-torch's argument for the name of the last layer.
+    """Refuse laplace-torch's arguments about where the last layer is, and what it sees.
 
     Raises:
         ValueError: If there is one.
     """
+    if kwargs.pop("feature_reduction", None) is not None:
+        raise ValueError(
+            "feature_reduction would have no effect: the last layer sees what the model gives it"
+        )
     if kwargs.pop("last_layer_name", None) is not None:
         raise ValueError(
             "the last layer is found by itself: the model's last linear layer, or the answers' "

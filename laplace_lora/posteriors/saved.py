@@ -165,6 +165,8 @@ class SavedLaplace(ServedLaplace):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of a posterior of the same class and arguments, at its weights.
 
+        With its ``temperature`` and ``enable_backprop``, whatever the constructor was given.
+
         Raises:
             ValueError: If the state is of another class, likelihood or number of weights.
         """

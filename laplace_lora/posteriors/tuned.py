@@ -129,6 +129,7 @@ class TunedLaplace(LaplaceLoops):
                 f"a full matrix cannot have prior_structure={prior_structure!r}; use 'scalar', or "
                 "a Kron or diagonal posterior"
             )
+        method = str(getattr(method, "value", method))  # laplace-torch's enumeration
         check_options(method, kwargs)
         by_laplace_torch = bool(kwargs) or prior_structure == "diag"
         check_evidence_options(method, tune_sigma_noise, correction, by_laplace_torch)

@@ -28,7 +28,7 @@ from laplace_lora.predictive.linear_samples import (
 from laplace_lora.predictive.query import NETWORKS, Query
 from laplace_lora.predictive.weight_sampling import sampled_outputs
 from laplace_lora.structures.base import Gram
-from laplace_lora.structures.posterior import Posterior
+from laplace_lora.structures.posterior import Posterior, check_no_gradient
 
 
 class Predictor:
@@ -223,6 +223,7 @@ class Predictor:
         self, x: Any, readout: Readout, joint: bool
     ) -> tuple[Tensor, Tensor]:
         posterior = self.posterior
+        check_no_gradient(posterior)
         with evaluation_mode(posterior.model):
             f, jacobians = posterior.engine.differentiable_jacobians(x)
             if readout.columns is not None:

@@ -174,3 +174,21 @@ class Posterior:
         size = (n_samples, len(self.mean))
         noise = torch.randn(size, dtype=self.dtype, device=self.device, generator=generator)
         return self.centre.reshape(1, -1) + self.precision.root_multiply(noise)
+
+
+def check_no_gradient(posterior: Posterior) -> None:
+    """Refuse variances that would lack gradients by prior precision and noise that ask for them.
+
+    Args:
+        posterior: A fitted posterior.
+
+    Raises:
+        RuntimeError: If its structure keeps rows, whose eigenpairs are computed without gradients.
+    """
+    settings = posterior.settings
+    asks = settings.prior_precision.requires_grad or settings.sigma_noise.requires_grad
+    if asks and posterior.structure.couples_groups and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"the variances of a {posterior.kind} have no gradients by prior precision and noise, "
+            "and these ask for some; detach them, or use KronLoraLaplace"
+        )

@@ -72,7 +72,7 @@ def _excess_of_examples(posterior: Posterior, loader: Iterable[Any]) -> float:
             x, y = posterior.split(batch)
             mean, wide = predictor.readout_moments(x, scoring.readout)
             losses = [scoring.nll(mean, each, y) for each in (wide, torch.zeros_like(wide))]
-            excess += float((losses[0] - losses[1]).double().sum())
+            excess += float((losses[0] - losses[1]).detach().double().sum())
             seen += len(y)
         excess, seen = team.total(excess, seen)
     return excess / max(seen, 1)

@@ -214,3 +214,32 @@ def test_moving_to_a_device_moves_everything(cls, kwargs):
     tensors += la.curvature.tensors()
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert la.rows.device.type == "meta"
+
+
+@pytest.mark.parametrize("cls,kwargs", BOTH)
+def test_densities_have_gradients_by_prior_and_noise(cls, kwargs):
+    model = LogitsModel(peft_model("bert", num_labels=3))
+    theirs = FullLaplace(model, "regression", backend=LoraGGN, sigma_noise=0.6)
+    ours = cls(model, "regression", sigma_noise=0.6, **kwargs)
+    vector = torch.randn(ours.n_params, dtype=torch.float64)
+    slopes = []
+    for la in (ours, theirs):
+        la.fit(loader(likelihood="regression"))
+        la.sigma_noise = torch.tensor(0.6).double().requires_grad_()
+        la.prior_precision = torch.tensor([2.0]).double().requires_grad_()
+        variables = [la.prior_precision, la.sigma_noise]
+        slopes.append(torch.autograd.grad(la.log_prob(vector).sum(), variables))
+    assert_near(list(slopes[0]), list(slopes[1]), 1e-5)
+
+
+def test_variances_without_gradients_by_the_prior_are_refused():
+    """Those of rows have none, which would be missing in a sum without a word."""
+    la = exact_posterior(enable_backprop=True)
+    J = torch.randn(2, 3, la.n_params, dtype=torch.float64)
+    expected = la.functional_variance(J)
+    la.prior_precision = la.prior_precision.requires_grad_()
+    for ask in (la.functional_variance, la.functional_covariance, lambda _: la(NEW_BATCH)):
+        with pytest.raises(RuntimeError, match="have no gradients by prior precision and noise"):
+            ask(J)
+    with torch.no_grad():
+        assert torch.equal(la.functional_variance(J), expected)

@@ -148,6 +148,7 @@ def test_arguments_out_of_range():
         ({"factor_rank": 0}, "factor_rank must be positive"),
         ({"residual": "some"}, "residual must be one of"),
         ({"damping": True}, "damping is not supported"),
+        ({"asdl_fisher_kwargs": {"kfac_approx": "reduce"}}, "asdl_fisher_kwargs would have no"),
         ({"backend_kwargs": {"kfac_approx": "exact"}}, "kfac_approx must be one of"),
         ({"target_ids": [1, 2]}, "LogitsModel already"),
     ):

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from laplace import Likelihood
+from laplace.utils.enums import TuningMethod
 from torch.utils.data import DataLoader
 
 from laplace_lora import (
@@ -99,6 +101,19 @@ def test_answers_that_are_no_tokens(ids):
 def test_a_last_layer_is_not_named():
     with pytest.raises(ValueError, match="leave `last_layer_name` out"):
         KronLoraLLLaplace(peft_model("bert"), "classification", last_layer_name="classifier")
+
+
+def test_a_last_layer_reduces_no_features():
+    with pytest.raises(ValueError, match="feature_reduction would have no effect"):
+        KronLoraLLLaplace(peft_model("bert"), "classification", feature_reduction="average")
+
+
+def test_laplace_torchs_enumerations_are_names():
+    la = KronLoraLaplace(peft_model("bert"), Likelihood.CLASSIFICATION)
+    la.fit(loader())
+    la.optimize_prior_precision(method=TuningMethod.GRIDSEARCH, val_loader=loader())
+    assert type(la.likelihood) is str and type(la.tuning.method) is str
+    assert "classification" in repr(la) and str(la.tuning).startswith("gridsearch")
 
 
 def test_tuples_instead_of_outputs():

@@ -120,6 +120,23 @@ def test_gradients_flow_through_the_predictive_on_request():
         la(x, pred_type="nn", link_approx="mc")
 
 
+def test_predictions_of_fused_attention_are_differentiable():
+    """It has no derivative of its derivative."""
+    gradients = []
+    for attention in ("sdpa", "eager"):
+        model = peft_model("bert")
+        model.get_base_model().set_attn_implementation(attention)
+        la = KronLoraLaplace(model, "classification", enable_backprop=True, **DENSE)
+        la.fit(loader())
+        batch = token_batch((4, 2))
+        embeddings = model.get_input_embeddings()(batch.pop("input_ids")).detach()
+        embeddings.requires_grad_()
+        p = la({**batch, "inputs_embeds": embeddings})
+        gradients += torch.autograd.grad(p[:, 0].sum(), embeddings)
+    assert gradients[0].any()
+    assert_near(*gradients, 1e-5)
+
+
 def test_options_that_mean_nothing_are_refused():
     la = posterior(**LOW)
     with pytest.raises(ValueError, match="'glm' or 'nn'"):
