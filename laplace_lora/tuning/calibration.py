@@ -23,10 +23,9 @@ from laplace_lora.display.plots import change_figure
 from laplace_lora.display.tables import html_table, one_row, plain, span
 from laplace_lora.display.terminal import terminal_table
 from laplace_lora.likelihoods.base import Scoring
-from laplace_lora.likelihoods.multilabel import pooled
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.settings import Settings
-from laplace_lora.tuning.calibration_error import expected_calibration_error
+from laplace_lora.tuning.cached_rows import CachedRows
 from laplace_lora.tuning.calibration_search import Predictions, exponential, search
 from laplace_lora.tuning.validation_cache import ValidationCache, validation_rows
 
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 WIDTHS = (2.0, 1.0, 0.7, 1.0)  # of the priors: log factor, log scale, log temperature, step
+SEARCHED = 4096  # rows at most; of more, random ones, which leave as little open
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def calibrate(
     Their logarithms have priors around their present values, with widths of 2, 1 and 0.7; the last
     number is a multiple of the present shift, with a width of 1. Chosen is the point whose
     predictions are nearest to the average over the numbers' posterior; every candidate sees the
-    same samples.
+    same samples. Of many rows some are searched, and all are scored.
 
     Args:
         predictor: Of a fitted classifier's posterior; its present settings are the start.
@@ -156,32 +156,15 @@ def calibrate(
     if settings.shift is not None:
         centre = validation_rows(team, unmoved=unmoved)["unmoved"]
         start = (*start, 1.0)
-    moved = cache.mean - centre
-
-    def moments(point: Any) -> tuple[Tensor, Tensor]:
-        factor, scale, temperature = (exponential(value) for value in point[:3])
-        mean = cache.mean if len(point) == 3 else centre + point[3] * moved
-        covariance = cache.covariance(cache.mean.new_tensor([factor]))
-        return mean / temperature, covariance * (scale / temperature**2)
-
-    def losses(point: Any) -> Tensor:
-        return scoring.nll(*moments(point), cache.y)
-
-    def probabilities(point: Any) -> Tensor:
-        mean, covariance = moments(point)
-        ((p,),) = scoring.metric_arguments(mean, covariance.unsqueeze(0))
-        return p
-
-    def ece(point: Any) -> float:
-        return expected_calibration_error(*pooled(probabilities(point), cache.y))
-
-    def events(point: Any) -> Tensor:
-        p = probabilities(point)  # of labels that do not exclude each other, or of classes
-        return p if cache.y.ndim == 1 else torch.stack([1 - p, p], dim=-1)
-
-    rows = torch.arange(len(cache.y), device=cache.y.device)
-    found = search(Predictions(losses, events), start, WIDTHS[: len(start)], rows)
-    best = found.best
+    rows = CachedRows(cache, centre, scoring)
+    part = rows.some(SEARCHED)
+    groups = torch.arange(len(part.cache.y), device=part.cache.y.device)
+    found = search(Predictions(part.losses, part.events), start, WIDTHS[: len(start)], groups)
+    best, before, after = found.best, found.before, found.after
+    if part is not rows:
+        before, after = (float(rows.losses(point).double().mean()) for point in (start, best))
+    if not after < before:
+        best, after = start, before
     factor, scale, temperature = (exponential(value) for value in best[:3])
     chosen = replace(
         settings,
@@ -194,10 +177,10 @@ def calibrate(
         chosen.prior_precision.detach().clone(),
         scale,
         temperature,
-        found.before,
-        found.after,
+        before,
+        after,
         found.cross_fitted,
-        ece(start),
-        ece(best),
+        rows.ece(start),
+        rows.ece(best),
     )
     return chosen, report

@@ -6,6 +6,7 @@ and products ``M``.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -221,6 +222,13 @@ class ValidationCache:
             (total[0, used] / total[1, used]).to(self.mean)
             for total, used in zip(sums, occupied, strict=True)
         ]
+
+    def some(self, which: Tensor) -> ValidationCache:
+        """Return the moments of some of the rows, by their places."""
+        part = copy.copy(self)
+        part.mean, part.y = self.mean[which], self.y[which]
+        part.products = [products[which] for products in self.products]
+        return part
 
     def covariance(self, factors: Tensor) -> Tensor:
         """Return the covariance with each group's prior precision multiplied by a factor.

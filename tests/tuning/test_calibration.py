@@ -247,3 +247,27 @@ def test_a_width_that_labels_speak_against_goes():
     assert float(la.prior_precision) / la.covariance_scale > 100 * 1e-2
     assert la.likelihood_temperature < 0.2
     assert result.nll_after < 0.3 * result.nll_before
+
+
+def test_of_many_rows_some_are_searched_and_all_are_scored(monkeypatch):
+    searched = []
+
+    def counted(predictions, start, widths, groups):
+        searched.append(len(groups))
+        return search(predictions, start, widths, groups)
+
+    monkeypatch.setattr("laplace_lora.tuning.calibration.search", counted)
+    la = posterior(**LOW)
+    la.prior_precision = 0.05
+    data = many(12)
+    before = validation_nll(la)
+    whole = posterior(**LOW)
+    whole.prior_precision = 0.05
+    expected = whole.calibrate(data)
+    monkeypatch.setattr("laplace_lora.tuning.calibration.SEARCHED", 20)
+    result = la.calibrate(data)
+    assert searched[0] > searched[1] == 20
+    assert result.nll_before == pytest.approx(before, rel=1e-3)
+    assert result.nll_after == pytest.approx(validation_nll(la), rel=1e-3)
+    assert result.nll_after < result.nll_before
+    assert expected.nll_after <= result.nll_after + 1e-3
