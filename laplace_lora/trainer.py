@@ -20,10 +20,9 @@ from laplace_lora.data.trainer_loaders import (
     whole_test_loader,
     whole_training_loader,
 )
-from laplace_lora.display.warning import warn
 from laplace_lora.evaluation.beside_map import scores_beside_map
 from laplace_lora.likelihoods.base import labels_tokens
-from laplace_lora.likelihoods.implied import implied_likelihood, own_loss
+from laplace_lora.likelihoods.implied import implied_likelihood, point_out_own_loss
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.modes import evaluation_mode
@@ -102,13 +101,8 @@ class LaplaceCallback(TrainerCallback):
     ) -> None:
         self.trainer = trainer
         self.likelihood = implied_likelihood(trainer, kwargs) if likelihood is None else likelihood
-        own = own_loss(trainer) if likelihood is None else None
-        if own is not None:
-            warn(
-                f"the trainer's loss is its own ({own}), and the posterior will be that of a plain "
-                f"{self.likelihood!r}, whose curvature is another where classes are weighted or "
-                f"labels smoothed; give likelihood={self.likelihood!r} if that is meant"
-            )
+        if likelihood is None:
+            point_out_own_loss(trainer, self.likelihood, kwargs)
         self._objective = likelihood_of(self.likelihood)
         self.posterior = posterior
         self.save = save

@@ -80,6 +80,7 @@ class SensitivityScore:
             raise ValueError(f"beta1 and beta2 must lie between 0 and 1, got {beta1} and {beta2}")
         self.beta1, self.beta2 = beta1, beta2
         self.averages: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
+        self._overflown: set[nn.Parameter] = set()
 
     @torch.no_grad()
     def observe(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -90,7 +91,10 @@ class SensitivityScore:
         for p in parameters:
             if p not in self.averages:
                 self.averages[p] = (torch.zeros_like(p), torch.zeros_like(p))
-            if p.grad is None or not bool(p.grad.isfinite().all()):
+            if p.grad is None:
+                continue
+            if not bool(p.grad.isfinite().all()):
+                self._overflown.add(p)
                 continue
             mean, deviation = self.averages[p]
             sensitivity = (p * p.grad).abs_()
@@ -101,6 +105,8 @@ class SensitivityScore:
     def scores(self, components: list[Components]) -> list[Tensor]:
         """Return the score of each component of each layer, ``(r,)``.
 
+        Not a number where weights are not finite, or none of their gradients was.
+
         Raises:
             RuntimeError: If no step was observed.
         """
@@ -109,13 +115,15 @@ class SensitivityScore:
 
         def elements(p: nn.Parameter) -> Tensor:
             mean, deviation = self.averages[p]
-            return mean * deviation
+            never = p in self._overflown and not bool(mean.any())
+            is_known = p.detach().isfinite() & (not never)
+            return (mean * deviation).masked_fill(~is_known, torch.nan)
 
         return [_component_scores(c, elements, values_only=False) for c in components]
 
     def reset(self) -> None:
         """Forget the averages."""
-        self.averages = {}
+        self.averages, self._overflown = {}, set()
 
 
 class PosteriorScore:

@@ -162,15 +162,15 @@ class LoraCurvature(CurvatureInterface):
 
         Args:
             x: Batch that the model takes.
-            enable_backprop: Whether gradients flow through the result; then laplace-torch's own
-                `torch.func.jacrev` is used, at its price.
+            enable_backprop: Whether gradients flow through the result, at the price of
+                `torch.func.jacrev`.
 
         Returns:
             Jacobians ``(batch, outputs, parameters)`` and outputs ``(batch, outputs)``.
         """
         if enable_backprop:
-            self.engine.check_outputs_few()
-            return super().jacobians(x, enable_backprop=True)
+            f, jacobians = self.engine.differentiable_jacobians(x)
+            return self._subnetwork(jacobians), f
         f, blocks = self.engine.jacobian_blocks(x)
         return self._subnetwork(side_by_side(blocks)), f
 

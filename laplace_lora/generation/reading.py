@@ -45,7 +45,8 @@ class Reading:
         inputs: The first tokens: ``input_ids``, and whatever else the model takes.
         cached: Whether keys and values are kept. They are not if the model's cache is no plain
             attention cache, the model puts tokens of its own before those it is given, as prompt
-            tuning does, its adapter must see the whole text, as Activated LoRA, rows hold joined
+            tuning does, or a prefix in the place of a cache, as prefix tuning with transformers
+            before 5.24, its adapter must see the whole text, as Activated LoRA, rows hold joined
             texts, images stand beside them, or padding stands before a text and cached steps count
             it; then every reading goes over the whole text again.
     """
@@ -78,6 +79,9 @@ class Reading:
         self._cache: TangentCache | None = None
         self._before, is_plain = self._tried(ids)
         sees_all = self._are_joined or self._has_images() or starts_at_tokens(forward.model)
+        # PEFT puts its prefixes in the place of any `past_key_values`; since 5.24 it is `cache`.
+        if is_plain and model.has_prompt and self._cache_argument() == "past_key_values":
+            sees_all = True
         self._cached = cached and is_plain and not sees_all and self._caches_padding()
 
     def logits(self, columns: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
 
 TASKS = {"RewardTrainer": "reward_modeling", "SFTTrainer": "language_modeling"}  # TRL's
@@ -50,12 +51,26 @@ def implied_likelihood(trainer: Any, options: Mapping[str, Any]) -> str:
     return "classification"
 
 
-def own_loss(trainer: Any) -> str | None:
-    """Return what makes a trainer's loss another than its model's, ``None`` if nothing is known to.
+def point_out_own_loss(trainer: Any, likelihood: str, options: Mapping[str, Any]) -> None:
+    """Warn where a trainer's loss is another than that of the likelihood that its model implies.
 
     Args:
         trainer: The trainer.
+        likelihood: See `implied_likelihood`.
+        options: Arguments of the posterior. Answers by tokens have to be trained by a loss of one's
+            own.
     """
+    own = _own_loss(trainer)
+    if own is not None and options.get("target_ids") is None:
+        warn(
+            f"the trainer's loss is its own ({own}), and the posterior will be that of a plain "
+            f"{likelihood!r}, whose curvature is another where classes are weighted or labels "
+            f"smoothed; give likelihood={likelihood!r} if that is meant"
+        )
+
+
+def _own_loss(trainer: Any) -> str | None:
+    """Return what makes a loss another than the model's, ``None`` if nothing is known to."""
     if getattr(trainer, "compute_loss_func", None) is not None:
         return "compute_loss_func"
     for kind in type(trainer).__mro__:

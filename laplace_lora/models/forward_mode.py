@@ -61,7 +61,6 @@ class ForwardMode(nn.Module):
         own = dict(model.named_parameters())
         self._weights = {name: own[name].detach() for name in names}
         self._directions = dict(zip(names, directions, strict=True))
-        self._angles = angles_of(model)
         # As Falcon does, whatever it is told; torch's other kernels have no forward derivative.
         configs: Any = (getattr(module, "config", None) for module in model.modules())
         self._calls_sdpa = any(getattr(c, "_attn_implementation", "") == "sdpa" for c in configs)
@@ -102,10 +101,11 @@ class ForwardMode(nn.Module):
             NoForwardDerivativeError: If an operation of the model has none; names it.
         """
         carried, tangents = carried or {}, tangents or {}
+        angles = angles_of(self.model)  # the last pass may have made two of them one tensor
 
         def output(weights: dict[str, Tensor], carried: dict[str, Tensor]) -> dict[str, Tensor]:
             placed = {} if place is None else place(carried)
-            tensors = {**weights, **own_angles(self._angles)}
+            tensors = {**weights, **own_angles(angles)}
             return read(functional_call(self.model, tensors, (), {**arguments, **placed}))
 
         def along(

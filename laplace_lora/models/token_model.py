@@ -69,6 +69,11 @@ class TokenModel(LogitsModel):
         """Token that fills up texts; 0 if the model's configuration does not say."""
         return self._special_token("pad_token_id") or 0
 
+    @property
+    def has_prompt(self) -> bool:
+        """Whether PEFT puts a prompt before a text, tokens or keys and values."""
+        return self._wrapped.has_prompt
+
     def accepts(self, argument: str) -> bool:
         """Return whether the transformer's forward pass takes an argument of this name."""
         return argument in self._wrapped.arguments

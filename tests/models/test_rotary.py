@@ -197,3 +197,23 @@ def test_exact_moments_of_texts_beyond_the_limit_and_before_it_are_refused():
     with pytest.raises(ValueError, match=r"beyond 6 .*Use method='sampled'"):
         generate(la, prompts, 4, K, method="exact")
     generate(la, prompts, 2, K, method="exact", eos_token_id=[])
+
+
+def test_what_was_read_before_changes_no_sample_and_no_jacobian():
+    """A longer text's angles are written into the model, where those of short ones were."""
+    model = dynamic_llama()
+    la = KronLoraLaplace(model, "language_modeling", prior_precision=20.0)
+    la.fit(text_loader(3, text_batch((4, 5, 4))))
+    texts, classifier = text_batch((4, 5, 3)), LogitsModel(model, target_ids=TARGETS).eval()
+    batch = token_batch((4, 5, 3))
+    backend = LoraGGN(classifier, "classification")
+    expected = score(la, texts, K, n_samples=16, generator=seeded())
+    logits, jacobians = classifier(batch), backend.jacobians(batch, enable_backprop=True)[0]
+    longer = torch.arange(9)[None] % VOCABULARY
+    for _ in range(2):
+        model(input_ids=longer)
+        found = score(la, texts, K, n_samples=16, generator=seeded())
+        assert_near(found.log_prob, expected.log_prob)
+        model(input_ids=longer)
+        assert_near(backend.jacobians(batch, enable_backprop=True)[0], jacobians)
+        assert_near(classifier(batch), logits)
