@@ -31,4 +31,5 @@ def pytest_collection_modifyitems(config, items):
 def in_double(monkeypatch):
     """Let norms and softmaxes, which models compute in float32, be computed in float64."""
     monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch, "float", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
