@@ -14,7 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from laplace_lora.likelihoods.links import Link
-from laplace_lora.likelihoods.roots import anchored_matrix, contrast_root, several_logits
+from laplace_lora.likelihoods.roots import (
+    anchored_matrix,
+    contrast_root,
+    for_each_example,
+    several_logits,
+)
 
 Columns = Callable[[Tensor], Tensor]
 
@@ -85,7 +90,7 @@ CONTRASTS = Readout(
     contrast_root, lambda f: several_logits(f)[:, 1:] - f[:, :1], is_softmax=True, relative=True
 )
 ANCHORED = Readout(
-    lambda f: anchored_matrix(f).unsqueeze(1).repeat(1, len(f), 1),
+    lambda f: for_each_example(anchored_matrix(f), f),
     lambda f: f @ anchored_matrix(f).T,
     is_softmax=False,
 )

@@ -73,10 +73,7 @@ def _own_loss(trainer: Any) -> str | None:
     """Return what makes a loss another than the model's, ``None`` if nothing is known to."""
     if getattr(trainer, "compute_loss_func", None) is not None:
         return "compute_loss_func"
-    for kind in type(trainer).__mro__:
-        if "compute_loss" in vars(kind):
-            is_known = kind.__module__.partition(".")[0] in LIBRARIES
-            if not is_known:
-                return f"{kind.__name__}.compute_loss"
-            break
+    owner = next((kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind)), None)
+    if owner is not None and owner.__module__.partition(".")[0] not in LIBRARIES:
+        return f"{owner.__name__}.compute_loss"
     return "label_smoothing_factor" if trainer.args.label_smoothing_factor else None

@@ -63,7 +63,7 @@ def contrast_root(f: Tensor) -> Tensor:
     Raises:
         ValueError: If there are fewer than two outputs.
     """
-    return contrast_matrix(several_logits(f)).unsqueeze(1).repeat(1, len(f), 1)
+    return for_each_example(contrast_matrix(several_logits(f)), f)
 
 
 def anchored_matrix(f: Tensor) -> Tensor:
@@ -78,6 +78,16 @@ def anchored_matrix(f: Tensor) -> Tensor:
     matrix = torch.eye(several_logits(f).shape[-1], dtype=f.dtype, device=f.device)
     matrix[1:, 0] = -1
     return matrix
+
+
+def for_each_example(matrix: Tensor, f: Tensor) -> Tensor:
+    """Return rows ``(columns, outputs)`` as columns of each example, ``(columns, batch, outputs)``.
+
+    Args:
+        matrix: The rows, the same for all examples.
+        f: Outputs, shape ``(batch, outputs)``.
+    """
+    return matrix.unsqueeze(1).repeat(1, len(f), 1)
 
 
 def softmax_root(f: Tensor) -> Tensor:

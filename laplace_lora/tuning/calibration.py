@@ -163,8 +163,8 @@ def calibrate(
     best, before, after = found.best, found.before, found.after
     if part is not rows:
         before, after = (float(rows.losses(point).double().mean()) for point in (start, best))
-    if not after < before:
-        best, after = start, before
+        if not after < before:
+            best, after = start, before
     factor, scale, temperature = (exponential(value) for value in best[:3])
     chosen = replace(
         settings,
