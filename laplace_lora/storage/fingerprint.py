@@ -124,9 +124,14 @@ def check_identity(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         raise ValueError(
             f"the posterior covers other tensors than the model trains (e.g. {example!r}); {advice}"
         )
+    weights = (
+        "the weights are not those that the posterior was fitted at; load the adapter that was "
+        "saved with it, in the dtype of the fit, float32 or bfloat16"
+    )
+    if any("delta_embedding" in name for name in saved["parameters"]):
+        weights = "PEFT saves CPT's embeddings with their trained change added; fit the loaded model"
     reasons = {
-        "weights": "the weights are not those that the posterior was fitted at; load the adapter "
-        "that was saved with it, in the dtype of the fit, float32 or bfloat16",
+        "weights": weights,
         "adapter": "other trained weights of the adapter have changed since the posterior was "
         "fitted",
         _base_key(saved): "the base model differs from the one that the posterior was fitted on",
@@ -140,9 +145,6 @@ def check_identity(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         if name in (BUFFERS, SETTINGS) and name not in saved:
             continue  # files of earlier versions do not have them
         if saved[name] != found[name]:
-            if name == "weights" and any("delta_embedding" in n for n in saved["parameters"]):
-                reason = "PEFT saves CPT's embeddings with their trained change added; fit the "
-                reason += "loaded model"
             raise ValueError(reason)
 
 
