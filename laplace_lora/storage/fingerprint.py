@@ -129,7 +129,9 @@ def check_identity(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         "saved with it, in the dtype of the fit, float32 or bfloat16"
     )
     if any("delta_embedding" in name for name in saved["parameters"]):
-        weights = "PEFT saves CPT's embeddings with their trained change added; fit the loaded model"
+        weights = (
+            "PEFT saves CPT's embeddings with their trained change added; fit the loaded model"
+        )
     reasons = {
         "weights": weights,
         "adapter": "other trained weights of the adapter have changed since the posterior was "
