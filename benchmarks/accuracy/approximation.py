@@ -124,15 +124,15 @@ def linked(link: str, mean: Tensor, covariance: Tensor) -> Tensor:
 def exact_covariances(task: Task, exact: Any, precisions: list[float]) -> list[Tensor]:
     """Return the exact posterior's test covariances at several prior precisions, in one pass."""
     covariances: list[list[Tensor]] = [[] for _ in precisions]
+
+    def variances(_: int, e: Tensor) -> Tensor:
+        return 1 / (e.unsqueeze(1) + torch.tensor(precisions).to(e))
+
     for batch in task.loader("test", EVALUATION_BATCH):
-        _, blocks = Predictor(exact.fitted).gram_blocks(batch, LOGITS)
-        sums: list[Any] = [0.0] * len(precisions)
-        for _, grams in blocks:
-            for e, products in grams:
-                for i, delta in enumerate(precisions):
-                    sums[i] = sums[i] + products @ (1 / (e + delta))
-        for parts, total in zip(covariances, sums, strict=True):
-            parts.append(total.cpu())
+        _, forms = Predictor(exact.fitted).forms(batch, LOGITS, variances)
+        total = torch.stack([form for _, form in forms]).sum(0)
+        for parts, covariance in zip(covariances, total.unbind(-1), strict=True):
+            parts.append(covariance.cpu())
     return [torch.cat(parts) for parts in covariances]
 
 

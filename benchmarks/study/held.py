@@ -145,14 +145,14 @@ class TestRows:
         if not together:
             return [self._covariance(p) for p in posteriors]
         priors = torch.stack([p.prior_by_tensor for p in together])
-        grams = together[0].precision.gram_blocks  # the prior precision is left open
+
+        def variances(i: int, e: Tensor) -> Tensor:
+            return 1 / (e.unsqueeze(1) + priors[:, i].to(e))
+
         parts = []
         for rows in self.jacobians:
-            total: Any = 0.0
-            for i, pairs in grams(self._of(rows, la)):
-                for e, M in pairs:
-                    total = total + M @ (1 / (e.unsqueeze(1) + priors[:, i].to(e)))
-            parts.append(total)
+            forms = together[0].precision.forms(self._of(rows, la), variances)
+            parts.append(torch.stack([form for _, form in forms]).sum(0))
         found = iter(torch.cat(parts).unbind(-1))
         return [next(found) if _is_sum(p) else self._covariance(p) for p in posteriors]
 

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from laplace_lora.linalg.eigen import DiagonalEigen, Eigen
-from laplace_lora.linalg.row_products import products_of_rows
+from laplace_lora.linalg.row_products import products_of_rows, weighted_products
 
 Side = Eigen | DiagonalEigen
-Gram = tuple[Tensor, Tensor]
 Function = Callable[[Tensor], Tensor]  # of eigenvalues
 
 
@@ -86,28 +85,26 @@ class KronBlock:
         ]
         return sum(forms[1:], forms[0])
 
-    def grams(self, W: Tensor) -> list[Gram]:
-        """Return ``W (block + δ)⁻¹ Wᵀ`` for a batch of rows as a function of ``δ``.
+    def forms(self, W: Tensor, functions: Function) -> Tensor:
+        """Return ``W f(block) Wᵀ`` for a batch of rows and several functions ``f``.
 
         Args:
             W: Shape ``(batch, outputs, *shape of the parameter)``.
+            functions: From eigenvalues, ``(K,)``, to their values, ``(K, functions)``.
 
         Returns:
-            Pairs of eigenvalues, ``(K,)``, and products ``M``, ``(batch, outputs, outputs, K)``;
-            the form is ``Σ_k M_k / (e_k + δ)`` summed over the pairs.
+            Shape ``(batch, outputs, outputs, functions)``.
         """
-        result = []
+        forms = []
         for piece, e in self.pieces(W.reshape(*W.shape[:2], *self.shape)):
-            # Of directions that share an eigenvalue only the sum of the products is needed.
-            summed = "ab" if e.numel() == 1 else "b" if e.shape[1] == 1 else "a"
             if e.shape == piece.shape[-2:]:
-                flat = piece.flatten(2)
-                products = flat.unsqueeze(2) * flat.unsqueeze(1)
-            else:
-                remaining = "ab".translate({ord(letter): None for letter in summed})
-                products = torch.einsum(f"ncab,nkab->nck{remaining}", piece, piece)
-            result.append((e.flatten(), products.reshape(*products.shape[:3], -1)))
-        return result
+                forms.append(weighted_products(piece.flatten(2), e.flatten(), functions))
+                continue
+            # Of directions that share an eigenvalue only the sum of the products is needed.
+            kept = "" if e.numel() == 1 else "a" if e.shape[1] == 1 else "b"
+            products = torch.einsum(f"ncab,nkab->nck{kept}", piece, piece)
+            forms.append(products.reshape(*products.shape[:3], -1) @ functions(e.flatten()))
+        return sum(forms[1:], forms[0])
 
     def gram_diagonal(self, W: Tensor) -> Tensor:
         """Return the diagonal of ``Wᵀ W`` in this eigenbasis, ``Σ (uᵀ W v)²``.

@@ -7,6 +7,7 @@ eigendecomposition serves every ``δ``. Nothing ``d × d`` is formed on a low-ra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from laplace_lora.linalg.eigen import Eigen
 from laplace_lora.linalg.factors import map_shared
-from laplace_lora.linalg.kron_block import Function, Gram, KronBlock, Side
+from laplace_lora.linalg.kron_block import Function, KronBlock, Side
 
 Self = TypeVar("Self", bound="KronEigen")
 
@@ -122,10 +123,12 @@ class KronEigen:
         assert total is not None  # there is a Jacobian for each of the blocks
         return total
 
-    def gram_blocks(self, jacobians: Iterable[Tensor]) -> Iterator[tuple[int, list[Gram]]]:
-        """Yield each tensor's part of ``J P⁻¹ Jᵀ`` as a function of ``δ``, see `KronBlock`."""
+    def forms(
+        self, jacobians: Iterable[Tensor], functions: Callable[[int, Tensor], Tensor]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield each tensor's part of ``J f(P) Jᵀ`` for several functions, see `KronBlock`."""
         for i, jacobian in enumerate(jacobians):
-            yield i, self.block(i).grams(jacobian)
+            yield i, self.block(i).forms(jacobian, partial(functions, i))
 
     def root_multiply(self, noise: Tensor) -> Tensor:
         """Return ``P^-½ ε`` for ``ε`` of shape ``(n, parameters)``."""

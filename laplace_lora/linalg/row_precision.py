@@ -9,14 +9,15 @@ every ``δ``. All products are computed tensor by tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from laplace_lora.linalg.row_products import weighted_products
 from laplace_lora.linalg.row_storage import RowStorage
 
-Gram = tuple[Tensor, Tensor]
 Spectrum = list[tuple[Tensor, int]]
 
 
@@ -71,26 +72,27 @@ class RowPrecision:
         form = (prior - weighted @ projected.mT) / self.delta
         return form.to(self.rows.working_dtype)
 
-    def gram_blocks(self, jacobians: Iterable[Tensor]) -> Iterator[tuple[int, list[Gram]]]:
-        """Yield ``J P⁻¹ Jᵀ`` as a function of ``δ``, as the first tensor's part.
+    def forms(
+        self, jacobians: Iterable[Tensor], functions: Callable[[int, Tensor], Tensor]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield ``J f(H) Jᵀ`` for several functions, as the first tensor's part.
 
         Args:
             jacobians: Of each tensor in turn, ``(batch, outputs, *shape)``.
+            functions: From 0 and eigenvalues ``(K,)`` to the functions' values, ``(K,
+                functions)``.
 
         Yields:
-            0, and pairs of eigenvalues ``e``, ``(K,)``, and products ``M``, ``(batch, outputs,
-            outputs, K)``; the form is ``Σ_k M_k / (e_k + δ)`` summed over the pairs.
+            0, and ``(batch, outputs, outputs, functions)``.
         """
         dtype = self.rows.working_dtype
         prior, projected = self._moments(jacobians)
         unit = projected / self.values.sqrt()
-        products = unit.unsqueeze(2) * unit.unsqueeze(1)
-        pairs = [(self.eigenvalues.to(dtype), products.to(dtype))]
+        form = weighted_products(unit, self.eigenvalues, partial(functions, 0))
         if self.multiplicity:
-            remainder = (prior - products.sum(-1)).unsqueeze(-1)
-            zero = torch.zeros(1, dtype=dtype, device=remainder.device)
-            pairs.append((zero, remainder.to(dtype)))
-        yield 0, pairs
+            undetermined = functions(0, self.eigenvalues.new_zeros(1))
+            form = form + (prior - unit @ unit.mT).unsqueeze(-1) * undetermined
+        yield 0, form.to(dtype)
 
     def spectra(self) -> list[Spectrum]:
         """Return the whole matrix's eigenvalues for the first tensor, none for the others."""

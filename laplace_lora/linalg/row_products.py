@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor
 
 TILE = 64  # rows and columns that an accelerator multiplies at the price of fewer
+FEW = 4  # rows, for which forming their products is cheaper than a product for each function
+AT_ONCE = 2**20  # products
 
 
 def products_of_rows(left: Tensor, right: Tensor) -> Tensor:
@@ -40,6 +46,38 @@ def grouped_products(left: Tensor, right: Tensor, together: int) -> Tensor:
     products = left.reshape(groups) @ right.reshape(groups).mT
     split: Tensor = products.unflatten(2, (together, rows)).unflatten(1, (together, rows))
     return split.diagonal(dim1=1, dim2=3).movedim(-1, 1).reshape(batch, rows, rows)
+
+
+def weighted_products(rows: Tensor, e: Tensor, functions: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return ``rows diag(f(e)) rowsᵀ`` for each example and several functions ``f``.
+
+    Args:
+        rows: Shape ``(batch, rows, length)``.
+        e: Shape ``(length,)``.
+        functions: From some entries of ``e``, ``(K,)``, to values, ``(K, functions)``. Functions
+            that are zero but for a range of ``e`` cost little.
+
+    Returns:
+        Shape ``(batch, rows, rows, functions)``.
+    """
+    batch, count, _ = rows.shape
+    if count > FEW:
+        order = e.argsort()
+        rows, values = rows[..., order], functions(e[order])
+        return torch.stack([_weighted(rows, weights) for weights in values.T.contiguous()], -1)
+    step = max(AT_ONCE // (batch * count**2), 1)
+    total: Any = 0.0
+    for part, some in zip(rows.split(step, -1), e.split(step), strict=True):
+        total = total + (part.unsqueeze(2) * part.unsqueeze(1)) @ functions(some)
+    result: Tensor = total
+    return result
+
+
+def _weighted(rows: Tensor, weights: Tensor) -> Tensor:
+    where = weights.nonzero()
+    start, stop = (int(where[0]), int(where[-1]) + 1) if len(where) else (0, 0)
+    part = rows[..., start:stop]
+    return products_of_rows(part * weights[start:stop], part)
 
 
 def _divisor(number: int, at_most: int) -> int:

@@ -27,7 +27,7 @@ from laplace_lora.predictive.linear_samples import (
 )
 from laplace_lora.predictive.query import NETWORKS, Query
 from laplace_lora.predictive.weight_sampling import sampled_outputs
-from laplace_lora.structures.base import Gram
+from laplace_lora.structures.base import Functions
 from laplace_lora.structures.posterior import Posterior, check_no_gradient
 
 
@@ -126,23 +126,24 @@ class Predictor:
             raise ValueError(NO_PAIRS)
         return self.posterior.by_example(batch)
 
-    def gram_blocks(
-        self, x: Any, readout: Readout
-    ) -> tuple[Tensor, Iterator[tuple[int, list[Gram]]]]:
-        """Return functions of the outputs, and their covariance as a function of the prior.
+    def forms(
+        self, x: Any, readout: Readout, functions: Functions
+    ) -> tuple[Tensor, Iterator[tuple[int, Tensor]]]:
+        """Return functions of the outputs, and their covariance under any prior.
 
-        One pass serves every prior precision: the covariance is the sum of ``M_k / (e_k + δ_i)``
-        over the grams of all tensors ``i``, before ``covariance_scale``.
+        One pass serves every prior precision, see `Precision`; ``covariance_scale`` is left out.
 
         Args:
             x: Batch that the model takes.
-            readout: The functions.
+            readout: The functions of the outputs.
+            functions: Those of the curvature's eigenvalues.
 
         Returns:
-            Mean ``(batch, columns)``, and an iterator over ``(i, grams)``, see `Precision`.
+            Mean ``(batch, columns)``, and an iterator over tensors' indices and forms ``(batch,
+            columns, columns, functions)``.
         """
         mean, jacobians = self.readout_jacobians(x, readout)
-        return mean, self.posterior.precision.gram_blocks(jacobians)
+        return mean, self.posterior.precision.forms(jacobians, functions)
 
     def readout_jacobians(self, x: Any, readout: Readout) -> tuple[Tensor, Iterable[Tensor]]:
         """Return functions of the outputs, ``(batch, columns)``, and their Jacobians by tensor.

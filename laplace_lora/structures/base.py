@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.loss_gradient import LossGradient
 
-Gram = tuple[Tensor, Tensor]
+Functions = Callable[[int, Tensor], Tensor]  # of a tensor, by its index, and its eigenvalues
 Spectrum = list[tuple[Tensor, int]]
 Sums = TypeVar("Sums")
 Curvature = TypeVar("Curvature")
@@ -30,11 +30,20 @@ class Precision(Protocol):
         """
         ...
 
-    def gram_blocks(self, jacobians: Iterable[Tensor]) -> Iterator[tuple[int, list[Gram]]]:
-        """Yield tensors' parts of ``J P⁻¹ Jᵀ`` as functions of the prior precision ``δ``.
+    def forms(
+        self, jacobians: Iterable[Tensor], functions: Functions
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield tensors' parts of ``J f(H) Jᵀ`` for several functions ``f`` of the curvature.
 
-        A part is a list of eigenvalues ``e``, ``(K,)``, and products ``M``, ``(batch, outputs,
-        outputs, K)``, with the value ``Σ_k M_k / (e_k + δ)`` summed over the list.
+        With ``f(e) = 1 / (e + δ)`` their sum is the covariance under a prior precision ``δ``.
+
+        Args:
+            jacobians: Of each tensor in turn, ``(batch, outputs, *shape)``.
+            functions: From a tensor's index and eigenvalues, ``(K,)``, to the functions' values,
+                ``(K, functions)``.
+
+        Yields:
+            Indices of tensors, and ``(batch, outputs, outputs, functions)``.
         """
         ...
 

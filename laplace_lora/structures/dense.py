@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,8 @@ from laplace_lora.capture.jacobians import side_by_side
 from laplace_lora.curvature import batch_curvature
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.loss_gradient import LossGradient
-from laplace_lora.structures.base import Gram, Spectrum
+from laplace_lora.linalg.row_products import weighted_products
+from laplace_lora.structures.base import Functions, Spectrum
 from laplace_lora.structures.settings import expanded
 from laplace_lora.structures.tensor_sum import TensorSum
 
@@ -66,12 +67,14 @@ class DensePrecision:
         wide = rows.double()
         return (wide @ self.inverse @ wide.mT).to(rows.dtype)
 
-    def gram_blocks(self, jacobians: Iterable[Tensor]) -> Iterator[tuple[int, list[Gram]]]:
-        """Yield ``J P⁻¹ Jᵀ`` as a function of ``δ``, as the first tensor's part."""
+    def forms(
+        self, jacobians: Iterable[Tensor], functions: Functions
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield ``J f(H) Jᵀ`` as the first tensor's part, see `Precision`."""
         values, vectors = self.eigenpairs
         rows = side_by_side(jacobians)
         onto = (rows.double() @ vectors).to(rows.dtype)
-        yield 0, [(values.to(rows.dtype), onto.unsqueeze(2) * onto.unsqueeze(1))]
+        yield 0, weighted_products(onto, values.to(rows.dtype), partial(functions, 0))
 
     def spectra(self) -> list[Spectrum]:
         """Return the whole matrix's ``e`` with the first tensor, none with the others."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from laplace_lora.curvature import batch_curvature
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.loss_gradient import LossGradient
-from laplace_lora.structures.base import Gram, Spectrum
+from laplace_lora.linalg.row_products import weighted_products
+from laplace_lora.structures.base import Functions, Spectrum
 from laplace_lora.structures.settings import expanded
 from laplace_lora.structures.tensor_sum import TensorSum
 
@@ -46,12 +48,13 @@ class DiagonalPrecision:
         result: Tensor = total
         return result
 
-    def gram_blocks(self, jacobians: Iterable[Tensor]) -> Iterator[tuple[int, list[Gram]]]:
-        """Yield each tensor's part of ``J P⁻¹ Jᵀ`` as a function of ``δ``, see `Precision`."""
+    def forms(
+        self, jacobians: Iterable[Tensor], functions: Functions
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield each tensor's part of ``J f(H) Jᵀ``, see `Precision`."""
         curvature = self.curvature.split(self.sizes)
         for i, jacobian in enumerate(jacobians):
-            rows = jacobian.flatten(2)
-            yield i, [(curvature[i], rows.unsqueeze(2) * rows.unsqueeze(1))]
+            yield i, weighted_products(jacobian.flatten(2), curvature[i], partial(functions, i))
 
     def spectra(self) -> list[Spectrum]:
         """Return each tensor's curvature eigenvalues: its entries."""

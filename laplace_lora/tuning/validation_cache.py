@@ -1,13 +1,12 @@
 """One pass over a validation set, kept so that any prior can be scored afterwards.
 
-The logits' covariance is ``Σ_k M_k / (e_k + δ)``; a `ValidationCache` keeps the eigenvalues ``e``
-and products ``M``.
+The logits' covariance is ``Σ_k M_k / (e_k + δ)``; a `ValidationCache` keeps what the products ``M``
+come to at a few eigenvalues, see `SpectrumNodes`.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, Protocol
@@ -20,12 +19,11 @@ from laplace_lora.likelihoods.base import Readout, Scoring, integrated_variables
 from laplace_lora.likelihoods.label_check import check_labels
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.multilabel import MISSING
+from laplace_lora.linalg.spectrum_nodes import SpectrumNodes
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.structures.base import Gram
+from laplace_lora.structures.base import Functions
 from laplace_lora.structures.posterior import Posterior
 
-RESOLUTION = math.log(1.02)
-DECADES = 10
 TUNING_POINTS = 256  # of the quadrature, for hundreds of candidates in turn
 VALIDATION = "Evaluating validation set"  # title of the progress bar
 
@@ -122,11 +120,12 @@ def validation_pass(
     loader: Any,
     team: Together,
     readout: Readout,
+    functions: Functions,
     progress_bar: bool | None,
     watch: Callable[[Any, Tensor], None] | None = None,
     title: str = VALIDATION,
-) -> Iterator[tuple[Tensor, Tensor, Iterator[tuple[int, list[Gram]]]]]:
-    """Yield functions of the outputs, labels and gram blocks of each batch, see `gram_blocks`.
+) -> Iterator[tuple[Tensor, Tensor, Iterator[tuple[int, Tensor]]]]:
+    """Yield functions of the outputs, labels and forms of each batch, see `Predictor.forms`.
 
     Raises:
         ValueError: If there is no loader, a batch has no labels, or see `check_labels`.
@@ -135,17 +134,16 @@ def validation_pass(
     for x, y in labelled_batches(predictor.posterior, loader, team, progress_bar, title):
         if watch is not None:
             watch(x, y)
-        mean, blocks = predictor.gram_blocks(x, readout)
+        mean, forms = predictor.forms(x, readout, functions)
         check_labels(predictor.posterior.objective, mean, y, readout)
-        yield mean, y, blocks
+        yield mean, y, forms
 
 
 class ValidationCache:
     """Moments of a validation set as a function of factors ``a`` on the groups' prior precisions.
 
-    Eigenvalues (relative to the prior of their tensor) within 2 % of each other are merged, and so
-    are those below 1e-10 of the largest: a covariance is exact to 1 %, in practice to 1e-4, and its
-    memory does not grow with the number of parameters.
+    Eigenvalues (relative to the prior of their tensor) are shared out between fixed ones, so that a
+    covariance is exact to 1e-5, and its memory does not grow with the number of parameters.
 
     Args:
         predictor: Of a fitted posterior.
@@ -160,8 +158,8 @@ class ValidationCache:
     Attributes:
         mean: Mean logits, ``(examples, outputs)``.
         y: Labels or targets.
-        values: Merged relative eigenvalues of each group, ``(bins,)``.
-        products: What they carry, ``(examples, outputs, outputs, bins)`` for each group.
+        values: Relative eigenvalues, ``(nodes,)``.
+        products: What they carry, ``(examples, pairs of outputs, nodes)`` for each group.
 
     Raises:
         ValueError: If there is no loader, it is empty, or a batch has no labels.
@@ -181,47 +179,29 @@ class ValidationCache:
         posterior = predictor.posterior
         prior = posterior.prior_by_tensor.tolist()
         group_of = groups.tolist()
-        spectra = posterior.precision.spectra()
-        known = [(e, delta) for s, delta in zip(spectra, prior, strict=True) for e, _ in s]
-        top = max((float(e.max()) / delta for e, delta in known if e.numel()), default=0.0)
-        floor = max(top, 1e-30) * 10.0**-DECADES
-        last = round(math.log(max(top, floor) / floor) / RESOLUTION)
+        spectra = zip(posterior.precision.spectra(), prior, strict=True)
+        nodes = SpectrumNodes.covering(e / delta for s, delta in spectra for e, times in s if times)
 
-        def bins(e: Tensor) -> Tensor:
-            index = ((e.double().clamp(min=floor) / floor).log() / RESOLUTION).round()
-            return index.long().clamp(max=last)
+        def shares(i: int, e: Tensor) -> Tensor:
+            return nodes.shares(e / prior[i]) / prior[i]
 
-        sums = [torch.zeros(2, last + 1, dtype=torch.float64) for _ in range(max(group_of) + 1)]
-        for i, spectrum in enumerate(spectra):
-            for e, times in spectrum:
-                relative = (e.flatten() / prior[i]).double().cpu()
-                index = bins(relative)
-                sums[group_of[i]][0].index_add_(0, index, times * relative)
-                sums[group_of[i]][1].index_add_(0, index, torch.full_like(relative, times))
-        occupied = [total[1] > 0 for total in sums]
-        slots = [_nearest(used) for used in occupied]
         means, labels = [], []
-        stored: list[list[Tensor]] = [[] for _ in sums]
-        batches = validation_pass(predictor, loader, team, readout, progress_bar, watch, title)
-        for mean, y, blocks in batches:
-            shape = (len(mean), mean.shape[1], mean.shape[1])
-            parts = [mean.new_zeros(*shape, int(used.sum())) for used in occupied]
-            for i, grams in blocks:
-                for e, M in grams:
-                    slot = slots[group_of[i]].to(e.device)[bins(e / prior[i])]
-                    parts[group_of[i]].index_add_(-1, slot, M / prior[i])
+        stored: list[list[Tensor]] = [[] for _ in range(max(group_of) + 1)]
+        options = (readout, shares, progress_bar, watch, title)
+        for mean, y, forms in validation_pass(predictor, loader, team, *options):
+            pairs = _pairs(mean)
+            sums: list[Any] = [0.0] * len(stored)
+            for i, form in forms:
+                sums[group_of[i]] = sums[group_of[i]] + form
             means.append(mean)
             labels.append(y)
-            for group, part in zip(stored, parts, strict=True):
-                group.append(part)
+            for group, total in zip(stored, sums, strict=True):
+                group.append(total[:, pairs[0], pairs[1]])
         products = {f"products{i}": group for i, group in enumerate(stored)}
         rows = validation_rows(team, mean=means, y=labels, **products)
         self.mean, self.y = rows["mean"], rows["y"]
         self.products = [rows[name] for name in products]
-        self.values = [
-            (total[0, used] / total[1, used]).to(self.mean)
-            for total, used in zip(sums, occupied, strict=True)
-        ]
+        self.values = nodes.values.to(self.mean)
 
     def some(self, which: Tensor) -> ValidationCache:
         """Return the moments of some of the rows, by their places."""
@@ -240,20 +220,17 @@ class ValidationCache:
             Shape ``(examples, outputs, outputs)``.
         """
         parts = [
-            M @ (1 / (e + factor))
-            for e, M, factor in zip(self.values, self.products, factors, strict=True)
+            products @ (1 / (self.values + factor))
+            for products, factor in zip(self.products, factors, strict=True)
         ]
-        return torch.stack(parts).sum(0)
+        pairs, total = _pairs(self.mean), torch.stack(parts).sum(0)
+        square = total.new_zeros(*self.mean.shape, self.mean.shape[1])
+        square[:, pairs[0], pairs[1]] = total
+        square[:, pairs[1], pairs[0]] = total
+        return square
 
 
-def _nearest(used: Tensor) -> Tensor:
-    """Return for each bin which of the used ones is nearest, counted among these.
-
-    Eigenvalues that come in another dtype may be rounded into a bin beside their own.
-    """
-    places, bins = used.nonzero().flatten(), torch.arange(len(used))
-    right = torch.searchsorted(places, bins).clamp(max=max(len(places) - 1, 0))
-    left = (right - 1).clamp(min=0)
-    if not len(places):
-        return right
-    return torch.where(bins - places[left] < places[right] - bins, left, right)
+def _pairs(mean: Tensor) -> Tensor:
+    """Return the pairs of columns of which a covariance is, ``(2, pairs)``."""
+    columns = mean.shape[1]
+    return torch.triu_indices(columns, columns, device=mean.device)

@@ -1,7 +1,7 @@
 """Tune a prior on a validation set from one pass over it.
 
-All that a prior precision changes is the covariance ``Σ_k M_k / (e_k + δ)`` of the logits, so the
-eigenvalues and products of one pass serve a whole grid, or a descent.
+All that a prior precision changes is the covariance ``Σ_k M_k / (e_k + δ)`` of the logits, so one
+pass serves a whole grid, or a descent.
 """
 
 from __future__ import annotations
@@ -54,13 +54,15 @@ def grid_search(
     tally = _tally(loss, len(grid), scoring, team)
     posterior = predictor.posterior
     grid = grid.to(device=posterior.device, dtype=posterior.dtype)
-    batches = validation_pass(predictor, loader, team, scoring.readout, progress_bar)
-    for mean, y, blocks in batches:
+
+    def variances(_: int, e: Tensor) -> Tensor:
+        return 1 / (e.unsqueeze(1) + grid)
+
+    batches = validation_pass(predictor, loader, team, scoring.readout, variances, progress_bar)
+    for mean, y, forms in batches:
         covariance = mean.new_zeros(len(grid), len(mean), mean.shape[1], mean.shape[1])
-        for _, grams in blocks:
-            for e, products in grams:
-                weights = 1 / (e.unsqueeze(1) + grid)
-                covariance += (products @ weights).movedim(-1, 0)
+        for _, form in forms:
+            covariance += form.movedim(-1, 0)
         tally.update(mean, covariance, y)
     losses = tally.compute(team)
     if not bool(losses.isfinite().any()):

@@ -37,8 +37,8 @@ def test_single_precision_rows_keep_small_variances_under_a_wide_prior(delta):
         Z.double().T @ Z.double() + delta * torch.eye(300).double(), J.double().mT
     )
     assert float(true.max()) < 1.01
-    ((_, grams),) = P.gram_blocks([J])
-    for form in (P.covariance([J]), sum((M / (e + delta)).sum(-1) for e, M in grams)):
+    ((_, forms),) = P.forms([J], lambda _, e: (1 / (e + delta)).unsqueeze(1))
+    for form in (P.covariance([J]), forms.squeeze(-1)):
         assert form.dtype == torch.float32
         assert (form - true).abs().max() < 1e-4
     single = P.diag(-1), P.solve(torch.eye(300))

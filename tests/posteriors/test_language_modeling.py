@@ -78,7 +78,7 @@ def test_what_makes_no_sense_is_refused(monkeypatch):
         la.backend.jacobians(batch)
     for readout in (LOGITS, CONTRASTS):
         with pytest.raises(ValueError, match=r"laplace_lora\.generation"):
-            Predictor(la.fitted).gram_blocks(batch, readout)
+            Predictor(la.fitted).forms(batch, readout, lambda _, e: e.unsqueeze(1))
     with pytest.raises(ValueError, match=r"laplace_lora\.generation"):
         la.backend.jacobians(batch, enable_backprop=True)
     with pytest.raises(ValueError, match=r"laplace_lora\.generation"):

@@ -115,13 +115,15 @@ def test_one_pass_grid_of_the_head(cls):
     rows = torch.tensor([[-1.0, 1, 0], [-1, 0, 1]], dtype=torch.float64)
     for readout, functions in ((LOGITS, torch.eye(3).double()), (CONTRASTS, rows)):
         la.prior_precision = 1.0
-        mean, blocks = Predictor(la.fitted).gram_blocks(batch, readout)
-        grams = [gram for _, pairs in blocks for gram in pairs]
-        for delta in (0.01, 1.0, 30.0):
+        grid = torch.tensor([0.01, 1.0, 30.0]).double()
+        variances = lambda _, e: 1 / (e.unsqueeze(1) + grid)  # noqa: B023, E731
+        mean, forms = Predictor(la.fitted).forms(batch, readout, variances)
+        found = sum(form for _, form in forms)
+        for i, delta in enumerate(grid.tolist()):
             la.prior_precision = delta
             expected_mean, expected = la._glm_predictive_distribution(batch)
             covariance = functions @ expected @ functions.T
-            assert_near(sum((M / (e + delta)).sum(-1) for e, M in grams), covariance)
+            assert_near(found[..., i], covariance)
             assert_near(mean, expected_mean @ functions.T)
 
 

@@ -170,8 +170,9 @@ def test_everything_follows_from_the_matrix(kwargs):
     J = torch.cat([rows.flatten(2) for rows in explicit_jacobians(la.model, BATCH)], -1)
     moments = J @ covariance @ J.mT
     assert_near(la._glm_predictive_distribution(BATCH)[1], moments)
-    _, grams = Predictor(la.fitted).gram_blocks(BATCH, classification.LOGITS)
-    assert_near(sum((M / (e + 0.7)).sum(-1) for _, pairs in grams for e, M in pairs), moments)
+    variances = lambda _, e: 1 / (e.unsqueeze(1) + 0.7)  # noqa: E731
+    _, forms = Predictor(la.fitted).forms(BATCH, classification.LOGITS, variances)
+    assert_near(sum(form for _, form in forms).squeeze(-1), moments)
     noise = torch.randn(5, la.n_params, dtype=torch.float64)
     root = la.posterior_precision.bmm(noise, exponent=-0.5)
     assert_near(root @ matrix @ root.T, noise @ noise.T)

@@ -21,7 +21,7 @@ from laplace_lora.likelihoods.classification import LOGITS
 from laplace_lora.likelihoods.links import contrasts_of
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.tuning.groups import STRUCTURES, prior_groups
-from laplace_lora.tuning.validation_cache import ValidationCache, _nearest, scoring_of
+from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
 from support.batches import loader, token_batch, validation
 from support.models import base_model, peft_model
 from support.posteriors import CLASSES, DENSE, LOW, posterior
@@ -235,11 +235,6 @@ def test_grid_search_works_on_batches_with_labels():
     la = posterior(**LOW)
     la.optimize_prior_precision(method="gridsearch", val_loader=loader(), grid_size=5)
     assert la.prior_precision.item() in torch.logspace(-4, 4, 5).tolist()
-
-
-def test_an_eigenvalue_that_rounding_takes_beside_its_bin_counts_in_the_nearest():
-    used = torch.tensor([False, True, False, False, True, True, False])
-    assert _nearest(used).tolist() == [0, 0, 0, 1, 1, 2, 2]
 
 
 def test_a_curvature_without_directions_can_be_searched():
