@@ -9,7 +9,7 @@ new data. The posterior's width at each example is added to them, and the prior 
 best leave-one-out likelihood is chosen, see `best_width`.
 
 An example that shares an input with others, as preference pairs do a text, is left out together
-with them. Where there are too many classes it is told apart from the likeliest alone.
+with them. Where there are too many classes its own is told apart from some, see `Rivals`.
 
 Where the base model's leave-one-out predictions get better when it is fitted more closely, training
 stopped too early: the posterior's mean is moved until it fits the labels as closely as is best, see
@@ -28,7 +28,6 @@ from torch import Tensor
 from laplace_lora.adapters.start import trained_biases, zero_at_start
 from laplace_lora.data.distributed import Together, is_sharded
 from laplace_lora.data.subset import Subset
-from laplace_lora.likelihoods.base import OUTPUTS
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.read_columns import ReadColumns
 from laplace_lora.predictive.glm import Predictor
@@ -38,11 +37,11 @@ from laplace_lora.tuning.cavity_widths import CavityWidths
 from laplace_lora.tuning.closer_fit import closer_fit
 from laplace_lora.tuning.function_rows import base_rows
 from laplace_lora.tuning.leave_one_out_report import LeaveOneOut
-from laplace_lora.tuning.likely_classes import LikelyClasses
 from laplace_lora.tuning.linear_model import Mode
 from laplace_lora.tuning.looked_at import columns_looked_at, examples_looked_at, is_enough
 from laplace_lora.tuning.marginal_likelihood import first_precision
 from laplace_lora.tuning.recentring import BYTES, columns_of, recentred
+from laplace_lora.tuning.rivals import Rivals
 from laplace_lora.tuning.same_data import check_same_data
 from laplace_lora.tuning.shared_inputs import SharedInputs
 from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
@@ -110,8 +109,9 @@ def tune(
     groups = torch.zeros(len(posterior.names), dtype=torch.long)
     scalar = posterior.with_settings(first_precision(posterior))
     count, columns = examples_looked_at(posterior), columns_looked_at(posterior)
-    likely = LikelyClasses(columns) if columns < columns_of(posterior) else None
-    readout = scoring.readout if likely is None else likely.readout
+    n_outputs = posterior.state.n_outputs
+    rivals = Rivals(n_outputs, columns) if columns < columns_of(posterior) else None
+    readout = scoring.readout if rivals is None else rivals.readout
     subset = None if count == n_data else Subset(loader, n_data, count, posterior.by_example)
     numbers = BYTES / (4 * count * columns)
     is_exact = posterior.structure.couples_groups  # its curvature is a sum over examples
@@ -120,18 +120,18 @@ def tune(
     with base_rows(posterior, readout, numbers) as rows:
 
         def watch(x: Any, y: Tensor) -> None:
-            if likely is not None:
-                likely.choose(predictor.unmoved_mean(x, OUTPUTS), y)
+            if rivals is not None:
+                rivals.draw(y)
             rows.add(x, y)
             inputs.add(x, y)
 
         options = (groups, readout, progress_bar, watch, team, "Leaving each example out")
         cache = ValidationCache(predictor, subset or loader, *options)
     seen = len(cache.y) if subset is None else subset.seen
-    labels = cache.y if likely is None else torch.zeros_like(cache.y)
+    labels = cache.y if rivals is None else torch.zeros_like(cache.y)
     linear, outputs = rows.linear_model(labels, team), cache.mean.double()
     nll = linear.nll(outputs)
-    is_whole = subset is None and likely is None
+    is_whole = subset is None and rivals is None
     loss = nll / float(posterior.scale.detach()) if is_whole else None
     check_same_data(posterior.state, seen, loss, "leave-one-out")
     companions = inputs.companions(team)
@@ -154,7 +154,7 @@ def tune(
     widths = None
     if is_exact:
         root = linear.root(outputs).to(cache.mean)
-        of_widths = companions if likely is None else {}
+        of_widths = companions if rivals is None else {}
         widths = CavityWidths(predictor, readout, root, inputs, of_widths, team)
 
     def losses(log_precision: float) -> Tensor:
@@ -176,7 +176,7 @@ def tune(
         recentring=None if moved is None else moved[1],
         sharing=len(companions),
         too_many=0 if widths is None else widths.too_many,
-        rivals=0 if likely is None else columns,
+        rivals=0 if rivals is None else columns,
         is_unclear=not width.is_clear,
         is_sharing_unknown=not inputs.is_known,
         knows_labels=trained_biases(posterior.source),

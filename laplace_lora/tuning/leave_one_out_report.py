@@ -26,7 +26,7 @@ class LeaveOneOut:
             out together with them.
         too_many: How many of these share texts with so many pairs that the width leaves out their
             own curvature alone, see `CavityWidths`.
-        rivals: How many other classes an example was told apart from, its likeliest; 0 for all.
+        rivals: How many other classes an example was told apart from, drawn at random; 0 for all.
         is_unclear: Whether the posterior gets no width, since the best was as wide as is tried and
             not clearly better than none, see `Width`.
         is_sharing_unknown: Whether examples that share an input could not be looked for, as some
@@ -76,7 +76,7 @@ class LeaveOneOut:
                 "hide them)"
             )
         if self.rivals:
-            shared += f" among their {self.rivals + 1} likeliest classes"
+            shared += f", told apart from {self.rivals} random classes each"
         return (
             f"leave-one-out of {self.examples} examples{shared}: {moved}prior precision "
             f"{self.prior_precision:.3g}, {width}"

@@ -154,6 +154,19 @@ class LinearModel:
         root = self.likelihood.root(self._lift(outputs), self.labels)
         return math.sqrt(self.scale) * root.transpose(0, 1)[:, :, int(self.relative) :]
 
+    def curved(self, outputs: Tensor, rows: Tensor) -> Tensor:
+        """Return the products of the examples' curvatures with rows, ``(N, c, m)``.
+
+        Nothing of the size of a root is formed.
+        """
+
+        def product(along: Tensor) -> Tensor:
+            result: Tensor = torch.func.jvp(self.residual, (outputs,), (along,))[1]
+            return result
+
+        products: Tensor = torch.vmap(product, -1, -1)(rows)
+        return products
+
     def _lift(self, outputs: Tensor) -> Tensor:
         return F.pad(outputs, (1, 0)) if self.relative else outputs
 

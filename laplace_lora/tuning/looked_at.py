@@ -17,7 +17,7 @@ def examples_looked_at(posterior: Posterior) -> int:
 
 
 def columns_looked_at(posterior: Posterior) -> int:
-    """Return how many functions of an example's outputs are looked at, see `LikelyClasses`."""
+    """Return how many functions of an example's outputs are looked at, see `Rivals`."""
     objective, columns = posterior.objective, columns_of(posterior)
     is_softmax = objective.is_classifier and not objective.has_independent_labels
     leaves_enough = ROWS // columns >= min(posterior.state.n_data, FEWEST)

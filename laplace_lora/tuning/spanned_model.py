@@ -44,8 +44,8 @@ class SpannedModel:
 
         def step_from(x: Tensor, outputs: Tensor) -> Tensor:
             gradient = flat.T @ self.functions.residual(outputs).flatten() + precision * x
-            curved = (self.functions.root(outputs) @ self.rows).flatten(0, 1)
-            matrix = curved.T @ curved + precision * torch.eye(size).to(flat)
+            curved = self.functions.curved(outputs, self.rows).flatten(0, 1)
+            matrix = flat.T @ curved + precision * torch.eye(size).to(flat)
             return -torch.linalg.solve(matrix, gradient)
 
         x, outputs, nll = descend(x, at, step_from, STEPS)
@@ -57,5 +57,5 @@ class SpannedModel:
         Args:
             nll: Summed negative log likelihood; the nearest is taken where no precision reaches it.
         """
-        curved = self.functions.root(self.functions.offset) @ self.rows
-        return along_path(self.mode, nll, float(curved.square().sum()) / self.rows.shape[-1])
+        curved = self.functions.curved(self.functions.offset, self.rows)
+        return along_path(self.mode, nll, float((self.rows * curved).sum()) / self.rows.shape[-1])

@@ -114,3 +114,12 @@ def test_cavity_undoes_an_examples_own_curvature():
     before = before @ before.mT
     marginal = torch.linalg.inv(torch.linalg.inv(before) + root.mT @ root)
     torch.testing.assert_close(without_own(marginal, root), before)
+
+
+@pytest.mark.parametrize("make", [classes, regression])
+def test_curved_rows_are_those_of_the_root(make):
+    _, model = make()
+    outputs = model.offset + 0.3
+    rows = torch.randn(*outputs.shape, 5, dtype=torch.float64)
+    root = model.root(outputs)
+    torch.testing.assert_close(model.curved(outputs, rows), root.mT @ (root @ rows))
