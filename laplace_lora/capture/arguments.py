@@ -8,6 +8,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from laplace_lora.data.sharding import unwrapped
+
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -26,7 +28,7 @@ class Signature:
     def __init__(self, module: nn.Module) -> None:
         parameters = _parameters(module)
         while _takes_any(parameters) and hasattr(module, "get_base_model"):
-            module = cast(Any, module).get_base_model()
+            module = unwrapped(cast(Any, module).get_base_model())
             parameters = _parameters(module)
         self.names = [name for name, p in parameters.items() if p.kind in POSITIONAL]
 

@@ -15,8 +15,12 @@ from torch import Tensor
 from laplace_lora.data.batches import one_example, splits_by_example
 from laplace_lora.data.pairs import passes
 from laplace_lora.display.warning import warn
+from laplace_lora.likelihoods.language_modeling import IGNORED
+from laplace_lora.models.positions import holds_joined_texts
 from laplace_lora.models.tolerances import near
 
+JOINED = {"input_ids", "position_ids", "labels", "token_type_ids"}  # of texts in one row
+IMAGES = {"pixel_values", "pixel_values_videos"}
 OWN = "own_logits"  # of a model that says how its transformer answers by itself
 
 
@@ -43,14 +47,17 @@ def verify_outputs(
         dtype: The coarsest in which the model computes.
         by_token: Whether an example has a row of the output for each of its tokens that counts.
 
-    Warns if the model itself answers otherwise without an example's padding.
+    Warns if the model itself answers otherwise without an example's padding, or without the texts
+    that are joined with one in its row.
 
     Raises:
         RuntimeError: If the outputs differ.
     """
     own = _own_logits(model)
     with torch.no_grad():
-        if not splits_by_example(batch, examples):
+        if by_token:
+            _warn_if_joined_texts_meet(own, batch, dtype)
+        if not splits_by_example(batch, examples) or not _can_be_divided(model, batch):
             whole = own(batch)
             if whole is not None and not near(whole, output, dtype):
                 raise RuntimeError(_positions(whole, output))
@@ -67,6 +74,11 @@ def verify_outputs(
             ours = model(single)
             expected = output[rows][: len(ours)]
             if not near(ours, expected, dtype):
+                if not near(model(single), ours, dtype):
+                    raise RuntimeError(
+                        "the model's outputs are random: the same example has others each time "
+                        f"({_distance(model(single), ours)}); switch off what it draws at random"
+                    )
                 raise RuntimeError(
                     f"the model mixes the examples of a batch: alone, example {n} has other "
                     f"outputs ({_distance(ours, expected)}), so they depend on the batch. "
@@ -78,6 +90,41 @@ def verify_outputs(
             bare = own(without_padding(single))
             if bare is not None and not near(bare, expected, dtype):
                 raise RuntimeError(_positions(alone, expected))
+
+
+def _can_be_divided(model: Any, batch: Any) -> bool:
+    """Return whether images that are as many as texts are one of each text's, by trying the first.
+
+    Two of one text and none of another are as many.
+    """
+    if not isinstance(batch, Mapping) or not IMAGES & batch.keys() or "input_ids" not in batch:
+        return True
+    try:
+        model(one_example(batch, 0))
+    except (IndexError, RuntimeError, ValueError):
+        return False  # the batch itself has run
+    return True
+
+
+def _warn_if_joined_texts_meet(
+    own: Callable[[Any], Tensor | None], batch: Any, dtype: torch.dtype
+) -> None:
+    """Warn where a text has other logits alone than behind the texts that share its row."""
+    texts = {key: value[:1] for key, value in batch.items() if key in JOINED}
+    if not holds_joined_texts(texts):
+        return
+    starts = (texts["position_ids"][0].diff() != 1).nonzero().flatten() + 1
+    last = {key: value[:, int(starts[-1]) :].clone() for key, value in texts.items()}
+    last["labels"][:, 0] = IGNORED
+    together, alone = own(texts), own(last)
+    if together is None or alone is None or not len(alone):
+        return
+    if not near(together[-len(alone) :], alone, dtype):
+        warn(
+            "the model reads the texts that are joined in one row together: alone, one has other "
+            f"logits ({_distance(together[-len(alone) :], alone)}). Trained with kernels that keep "
+            "such texts apart it is another function here; pad the texts instead"
+        )
 
 
 def _warn_if_padding_counts(
@@ -93,7 +140,8 @@ def _warn_if_padding_counts(
             "the model itself answers a padded text otherwise than the text alone "
             f"({_distance(answer, alone)}), so numbers depend on the batch size. Models with "
             "learnt positions count padding before a text: pad on the right, or give the batches "
-            "`position_ids`. Classifiers with prompts before the text read the last token of all"
+            "`position_ids`. Classifiers with prompts before the text, or given `inputs_embeds`, "
+            "read the last token of all: pad on the left"
         )
 
 

@@ -82,7 +82,7 @@ def record(
     _check_output(output, any(calls), whole)
     rows = Examples(len(output) if examples is None else examples, passes(batch))
     _check_calls(recorded, calls, rows, texts)
-    return Tape(maps, padding, calls, output, sources, _rerun(model, batch), rows)
+    return Tape(maps, padding, calls, output, sources, _rerun(model, batch, rows.count), rows)
 
 
 @contextmanager
@@ -201,7 +201,7 @@ def check_masks(tape: Tape) -> None:
         )
 
 
-def _rerun(model: Callable[[Any], Tensor], batch: Batch) -> Callable[[int], Tensor]:
+def _rerun(model: Callable[[Any], Tensor], batch: Batch, examples: int) -> Callable[[int], Tensor]:
     """Return the model's output for one example of a batch, in the mode that it is in now."""
     # Whole tensors may be rerun after the caller has put the model back into training mode.
     was_training = getattr(model, "training", True)
@@ -210,6 +210,15 @@ def _rerun(model: Callable[[Any], Tensor], batch: Batch) -> Callable[[int], Tens
     def rerun(n: int) -> Tensor:
         mode = nullcontext() if was_training else evaluation_mode(cast(nn.Module, model))
         with mode:
-            return model(one_example(batch, n))
+            if examples == 1:
+                return model(batch)
+            try:
+                return model(one_example(batch, n))
+            except (IndexError, RuntimeError, ValueError) as error:
+                raise RuntimeError(
+                    f"example {n} of a batch cannot be run without the others ({error}); where "
+                    "images or other inputs do not have one row for each example, give batches of "
+                    "one example (batch_size=1)"
+                ) from error
 
     return rerun

@@ -104,7 +104,7 @@ def calculate_kronecker_factors(
     model = unwrapped(model)
     base: Any = model
     if hasattr(base, "get_base_model"):
-        base = base.get_base_model()
+        base = unwrapped(base.get_base_model())
     check_adapters(model.named_modules())
     selected = selected_maps(model, target_module_keywords, exclude_bias, match)
     with_bias = {linear.name: has_bias for linear, has_bias in selected}

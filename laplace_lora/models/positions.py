@@ -23,7 +23,7 @@ NEGLIGIBLE = 1e-4  # of the largest logit: rounding, not another position
 
 def real_positions(mask: Tensor) -> Tensor:
     """Return positions that count real tokens only, ``(batch, tokens)``."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
+    return ((mask != 0).cumsum(-1) - 1).clamp(min=0)
 
 
 def holds_joined_texts(inputs: Mapping[str, Any]) -> bool:

@@ -6,8 +6,9 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
-from peft import PeftModel
 from torch import nn
+
+from laplace_lora.models.wrapped_model import base_of
 
 LABELS = "labels"  # which `WrappedModel.inputs` leaves out
 
@@ -23,7 +24,7 @@ class ReadColumns:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        base: Any = base_of(model)
         own = inspect.signature(base.forward).parameters
         self._own = set(own)
         self._named = self._own | set(inspect.signature(model.forward).parameters)

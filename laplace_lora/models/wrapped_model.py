@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,11 +12,14 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from laplace_lora.data.sharding import unwrapped
 from laplace_lora.models.batch_checks import check_mapping, check_tensor
 from laplace_lora.models.head import n_rows
 from laplace_lora.models.modes import device_of
 from laplace_lora.models.rotary import check_lengths
 from laplace_lora.models.turns import in_turn
+
+OF_IMAGES = re.compile("vision|visual|image|audio")  # towers, whose positions are no text's
 
 
 class WrappedModel:
@@ -28,14 +32,14 @@ class WrappedModel:
 
     Attributes:
         model: As given.
-        base: The model without PEFT's wrapper.
+        base: The model without PEFT's wrapper, or `torch.compile`'s.
         config: Its configuration, ``None`` if it has none.
         arguments: What its forward pass takes, by name.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.base: Any = base_of(model)
         self.config: Any = getattr(self.base, "config", None)
         self.arguments = frozenset(inspect.signature(self.base.forward).parameters)
 
@@ -184,10 +188,17 @@ class WrappedModel:
         return any(b.ndim and b.shape[-1] == vocabulary for _, b in buffers)
 
 
+def base_of(model: nn.Module) -> nn.Module:
+    """Return a model without PEFT's wrapper; not compiled, if it was before PEFT wrapped it."""
+    return unwrapped(model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
 def _places(model: nn.Module) -> int | None:
     """Return for how many tokens a model has learnt positions, ``None`` if they are not learnt."""
     places = []
     for name, table in model.named_modules():
+        if OF_IMAGES.search(name):
+            continue
         if isinstance(table, nn.Embedding) and ("position" in name or name.endswith("wpe")):
             # RoBERTa counts from behind its padding, OPT and BART from an offset.
             before = -1 if table.padding_idx is None else table.padding_idx

@@ -14,7 +14,7 @@ from laplace_lora.data.distributed import Together, together
 from laplace_lora.data.steps import steps
 from laplace_lora.likelihoods.base import ANCHORED, Readout, integrated_variables
 from laplace_lora.likelihoods.classification import LOGITS
-from laplace_lora.likelihoods.links import Link, entropies
+from laplace_lora.likelihoods.links import Link, entropies, entropies_of
 from laplace_lora.likelihoods.quadrature import ENTROPY_POINTS, averaged, normal_points
 from laplace_lora.likelihoods.roots import anchored_matrix
 from laplace_lora.predictive.glm import Predictor
@@ -24,7 +24,6 @@ from laplace_lora.predictive.linear_samples import (
     SAMPLES,
     LinearSamples,
     SampledOrExact,
-    entropies_of,
     seeded,
     takes_samples,
 )
@@ -153,8 +152,8 @@ class _Answer:
         link = self._links(mean.shape[1] + readout.relative)
         logits, spread, relative = readout.of_softmax(mean, covariance)
         probs = readout.shown(link.log_probabilities(logits, spread, relative).exp())
-        total, aleatoric = entropies(logits, spread, link.noise, relative)
-        return Predictions(mean, covariance, probs, total, total - aleatoric, labels)
+        total, information = entropies(logits, spread, link.noise, relative)
+        return Predictions(mean, covariance, probs, total, information, labels)
 
     def _of_logits(self, x: Any, labels: Tensor | None) -> Predictions:
         """Return predictions from contrasts that are differentiated as such.
@@ -168,9 +167,9 @@ class _Answer:
         mean, covariance = mean @ back.T, back @ covariance @ back.T
         link = self._links(mean.shape[1])
         seen = (contrasts, spread, True) if link.sees_contrasts else (mean, covariance)
-        total, aleatoric = entropies(contrasts, spread, link.noise, relative=True)
+        total, information = entropies(contrasts, spread, link.noise, relative=True)
         probs = link.log_probabilities(*seen).exp()
-        return Predictions(mean, covariance, probs, total, total - aleatoric, labels)
+        return Predictions(mean, covariance, probs, total, information, labels)
 
     def _moments(self, x: Any, readout: Readout) -> tuple[Tensor, Tensor]:
         mean, covariance = self._predictor.readout_moments(x, readout)
@@ -236,10 +235,10 @@ def _sampled(
 ) -> Predictions:
     mean, tangents = samples.tangents(x, readout)
     log_p = samples.log_softmax(mean, tangents, readout)
-    total, aleatoric = entropies_of(log_p)
+    total, information = entropies_of(log_p)
     covariance = torch.einsum("kni,knj->nij", tangents, tangents) / len(tangents)
     probs = readout.shown(averaged(log_p).exp())
-    return Predictions(mean, covariance, probs, total, total - aleatoric, labels)
+    return Predictions(mean, covariance, probs, total, information, labels)
 
 
 def is_batch(data: Any) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.likelihoods.base import Readout
-from laplace_lora.likelihoods.links import QUADRATURE, entropy
+from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.likelihoods.quadrature import averaged
 from laplace_lora.models.forward_mode import NoForwardDerivativeError
 from laplace_lora.predictive.sample_set import SampleSet
@@ -120,18 +120,6 @@ class SampledOrExact:
                 logger.info("predicting from exact moments: %s", error)
                 self._samples = None  # for good: the next batch would fail as well
         return exact()
-
-
-def entropies_of(log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the entropy of the averaged probabilities and the average entropy, in nats.
-
-    The second is never above the first, not even by rounding.
-
-    Args:
-        log_p: Log probabilities under each sample, ``(samples, …, classes)``.
-    """
-    total = entropy(averaged(log_p).exp())
-    return total, entropy(log_p.exp()).mean(0).minimum(total)
 
 
 def seeded(posterior: Posterior, generator: torch.Generator | None) -> torch.Generator:

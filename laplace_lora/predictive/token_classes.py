@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from laplace_lora.likelihoods.base import Readout
 from laplace_lora.likelihoods.language_modeling import IGNORED
-from laplace_lora.likelihoods.links import QUADRATURE, Link, check_finite, entropies
+from laplace_lora.likelihoods.links import QUADRATURE, Link, check_finite, entropies, entropies_of
 from laplace_lora.likelihoods.quadrature import averaged
 from laplace_lora.likelihoods.roots import identity_root, standing_apart
 from laplace_lora.likelihoods.token_classification import marked, real_tokens
@@ -29,7 +29,6 @@ from laplace_lora.predictive.linear_samples import (
     LinearSamples,
     SampledOrExact,
     check_options,
-    entropies_of,
 )
 from laplace_lora.predictive.query import NETWORKS, Query
 from laplace_lora.predictive.token_class_predictions import TokenClassPredictions, at_tokens
@@ -142,17 +141,17 @@ class TokenClassPredictor:
         mean, covariance = (moment.detach() for moment in self.moments(x, readout))
         link, relative = self._link, readout.relative
         probs = link.log_probabilities(mean, covariance, relative).exp()
-        total, aleatoric = entropies(mean, covariance, link.noise, relative)
-        return self._laid_out(x, readout, mean, probs, total, total - aleatoric)
+        total, information = entropies(mean, covariance, link.noise, relative)
+        return self._laid_out(x, readout, mean, probs, total, information)
 
     def _sampled(
         self, samples: LinearSamples, x: Mapping[str, Any], readout: Readout
     ) -> TokenClassPredictions:
         mean, tangents = samples.tangents(_counting(self.posterior, x, real_tokens(x)), readout)
         log_p = samples.log_softmax(mean, tangents, readout)
-        total, aleatoric = entropies_of(log_p)
+        total, information = entropies_of(log_p)
         probs = averaged(log_p).exp()
-        return self._laid_out(x, readout, mean, probs, total, total - aleatoric)
+        return self._laid_out(x, readout, mean, probs, total, information)
 
     def _laid_out(
         self, x: Mapping[str, Any], readout: Readout, mean: Tensor, *values: Tensor

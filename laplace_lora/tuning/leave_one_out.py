@@ -112,6 +112,7 @@ def tune(
     n_outputs = posterior.state.n_outputs
     rivals = Rivals(n_outputs, columns) if columns < columns_of(posterior) else None
     readout = scoring.readout if rivals is None else rivals.readout
+    n_rivals = 0 if rivals is None else columns
     subset = None if count == n_data else Subset(loader, n_data, count, posterior.by_example)
     numbers = BYTES / (4 * count * columns)
     is_exact = posterior.structure.couples_groups  # its curvature is a sum over examples
@@ -148,7 +149,8 @@ def tune(
         closer = closer_fit(linear, mode, without, narrow, companions)
         if closer is not mode:
             closest = posterior.temperature * closer.nll / len(cache.y)
-            moved = recentred(posterior, loader, team, scoring.readout, progress_bar, closest)
+            whole = (posterior, loader, team, scoring.readout, progress_bar, closest)
+            moved = recentred(*whole, rivals=n_rivals)
             mode = closer
     mean = without(mode)
     widths = None
@@ -176,7 +178,7 @@ def tune(
         recentring=None if moved is None else moved[1],
         sharing=len(companions),
         too_many=0 if widths is None else widths.too_many,
-        rivals=0 if rivals is None else columns,
+        rivals=n_rivals,
         is_unclear=not width.is_clear,
         is_sharing_unknown=not inputs.is_known,
         knows_labels=trained_biases(posterior.source),

@@ -23,6 +23,9 @@ STEPS = 100
 DECADES = (8, -10)  # of precisions tried, around the Gram matrix's mean diagonal
 
 
+Loss = Callable[[Tensor], float]  # of functions (N, c)
+
+
 @dataclass(frozen=True)
 class Mode:
     """The most probable functions of a linear model.
@@ -94,12 +97,13 @@ class LinearModel:
         alpha, outputs, nll = descend(alpha, at, step_from, STEPS)
         return Mode(precision, alpha.view_as(self.offset), outputs, nll)
 
-    def fitted_like(self, nll: float) -> Mode:
+    def fitted_like(self, nll: float, loss: Loss | None = None) -> Mode:
         """Return the mode at the precision at which the training loss has a given value.
 
         Args:
             nll: Summed negative log likelihood; where no precision reaches it, the nearest is
                 taken.
+            loss: From functions to what is to have this value, if it is not the model's own.
 
         Raises:
             ValueError: If no weight changes the functions.
@@ -107,7 +111,7 @@ class LinearModel:
         unit = float(self.gram.diagonal().mean())
         if unit == 0:
             raise ValueError("no weight changes the outputs of the linearised base model")
-        return along_path(self.mode, nll, unit)
+        return along_path(self.mode, nll, unit, loss)
 
     def leave_one_out(
         self, mode: Mode, companions: Mapping[int, Sequence[int]] | None = None
@@ -181,28 +185,35 @@ class LinearModel:
         return torch.linalg.cholesky(inner)
 
 
-def along_path(mode_at: Callable[..., Mode], nll: float, unit: float) -> Mode:
+def along_path(
+    mode_at: Callable[..., Mode], nll: float, unit: float, loss: Loss | None = None
+) -> Mode:
     """Return the mode at the precision at which the training loss has a given value.
 
     Args:
         mode_at: From a precision, and a mode to start from, to the mode.
         nll: Summed negative log likelihood; the nearest is taken where no precision reaches it.
         unit: A precision of the curvature's size.
+        loss: From functions to the training loss, if it is not the negative log likelihood.
     """
+
+    def loss_of(mode: Mode) -> float:
+        return mode.nll if loss is None else loss(mode.outputs)
+
     high, low = (unit * 10.0**power for power in DECADES)
     mode = mode_at(high)
-    if mode.nll <= nll:
+    if loss_of(mode) <= nll:
         return mode
-    while mode.nll > nll and mode.precision / 10 >= low:
+    while loss_of(mode) > nll and mode.precision / 10 >= low:
         mode, above = mode_at(mode.precision / 10, mode), mode
-    if mode.nll > nll:
+    if loss_of(mode) > nll:
         return mode
     latest = mode
 
     def excess(log_precision: float) -> float:
         nonlocal latest
         latest = mode_at(math.exp(log_precision), latest)
-        return math.log(max(latest.nll, 1e-300) / max(nll, 1e-300))
+        return math.log(max(loss_of(latest), 1e-300) / max(nll, 1e-300))
 
     root = brentq(excess, math.log(mode.precision), math.log(above.precision), xtol=0.02)
     return mode_at(math.exp(root), latest)

@@ -21,6 +21,7 @@ from laplace_lora.likelihoods.base import Readout
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.tuning.function_rows import FunctionRows
 from laplace_lora.tuning.recentring_by_passes import TITLE, mode_by_passes
+from laplace_lora.tuning.rivals import loss_among
 from laplace_lora.tuning.same_data import check_same_data
 from laplace_lora.tuning.validation_cache import labelled_batches, validation_rows
 
@@ -72,6 +73,7 @@ def recentred(
     progress_bar: bool | None,
     nll: float | None = None,
     precision: float | None = None,
+    rivals: int = 0,
 ) -> tuple[Tensor, Recentring]:
     """Return how far the linearised model's mode is from the trained weights.
 
@@ -87,6 +89,7 @@ def recentred(
         progress_bar: Whether to show progress, see `progress`.
         nll: Mean training NLL that the mode is to have, in nats; or
         precision: prior precision.
+        rivals: Of how many other classes the labels are told apart in ``nll``; 0 for all.
 
     Returns:
         The shift ``(parameters,)``, and what it does.
@@ -99,7 +102,7 @@ def recentred(
     scale = float(posterior.scale.detach())
     tempered = None if nll is None else nll / temperature
     if not keeps_jacobians(posterior):
-        options = (posterior, loader, team, readout, progress_bar, tempered, precision)
+        options = (posterior, loader, team, readout, progress_bar, tempered, precision, rivals)
         shift, near, before, seen = mode_by_passes(*options)
         check_same_data(posterior.state, seen, before / scale, "recentring")
         unit = temperature / seen
@@ -115,7 +118,7 @@ def recentred(
     check_same_data(posterior.state, len(y), before / scale, "recentring")
     if precision is None:
         assert tempered is not None
-        mode = linear.fitted_like(n * tempered)
+        mode = linear.fitted_like(n * tempered, loss_among(linear, rivals))
     else:
         mode = linear.mode(precision)
     unit = temperature / n

@@ -21,6 +21,7 @@ from laplace_lora.predictive.tangents import OtherOutputsError, tangents_along, 
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.tuning.directions import orthonormal, preconditioned
 from laplace_lora.tuning.linear_model import LinearModel, Mode
+from laplace_lora.tuning.rivals import loss_among
 from laplace_lora.tuning.spanned_model import SpannedModel
 from laplace_lora.tuning.validation_cache import labelled_batches, validation_rows
 
@@ -38,6 +39,7 @@ def mode_by_passes(
     progress_bar: bool | None,
     nll: float | None = None,
     precision: float | None = None,
+    rivals: int = 0,
 ) -> tuple[Tensor, Mode, float, int]:
     """Return how far the linearised model's mode is from the trained weights, nearly.
 
@@ -52,6 +54,7 @@ def mode_by_passes(
         progress_bar: Whether to show progress, see `progress`.
         nll: Mean training NLL that the mode is to have, in nats divided by the temperature; or
         precision: prior precision.
+        rivals: Of how many other classes the labels are told apart in ``nll``; 0 for all.
 
     Returns:
         The shift ``(parameters,)``, the mode, the summed NLL at the trained weights in the same
@@ -72,7 +75,7 @@ def mode_by_passes(
         n, passes = len(model.rows), passes + 1
         if precision is None:
             assert nll is not None
-            mode = model.fitted_like(n * nll)
+            mode = model.fitted_like(n * nll, loss_among(model.functions, rivals))
         else:
             mode = model.mode(precision)
         shift = mode.coefficients.to(directions) @ directions

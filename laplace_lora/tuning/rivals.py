@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from laplace_lora.likelihoods.base import Readout
+from laplace_lora.tuning.linear_model import LinearModel, Loss
 
 SEED = 0
 
@@ -49,5 +51,26 @@ class Rivals:
         return logits[:, 1:] - logits[:, :1]
 
     def _columns(self, outputs: Tensor) -> Tensor:
-        one_hot = torch.nn.functional.one_hot(self._chosen, outputs.shape[-1]).to(outputs)
+        one_hot = F.one_hot(self._chosen, outputs.shape[-1]).to(outputs)
         return (one_hot[:, 1:] - one_hot[:, :1]).transpose(0, 1)
+
+
+def loss_among(functions: LinearModel, count: int) -> Loss:
+    """Return the summed loss of labels that are told apart from rivals alone, in a model's unit.
+
+    Args:
+        functions: Contrasts of all classes to the first, of labelled examples.
+        count: How many rivals an example has; 0 for all.
+    """
+    if not count:
+        return functions.nll
+    rivals = Rivals(functions.offset.shape[1] + 1, count)
+    rivals.draw(functions.labels)
+    first = torch.zeros_like(functions.labels)
+
+    def loss(outputs: Tensor) -> float:
+        contrasts = rivals.readout.mean(F.pad(outputs, (1, 0)))
+        log_p = rivals.readout.log_softmax(contrasts)
+        return functions.scale * float(F.nll_loss(log_p, first, reduction="sum"))
+
+    return loss

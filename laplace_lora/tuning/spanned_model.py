@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from laplace_lora.tuning.linear_model import LinearModel, Mode, along_path
+from laplace_lora.tuning.linear_model import LinearModel, Loss, Mode, along_path
 from laplace_lora.tuning.newton import descend
 
 STEPS = 50
@@ -51,11 +51,13 @@ class SpannedModel:
         x, outputs, nll = descend(x, at, step_from, STEPS)
         return Mode(precision, x, outputs, nll)
 
-    def fitted_like(self, nll: float) -> Mode:
+    def fitted_like(self, nll: float, loss: Loss | None = None) -> Mode:
         """Return the mode at the precision at which the training loss has a given value.
 
         Args:
             nll: Summed negative log likelihood; the nearest is taken where no precision reaches it.
+            loss: From functions to what is to have this value, if it is not the model's own.
         """
         curved = self.functions.curved(self.functions.offset, self.rows)
-        return along_path(self.mode, nll, float((self.rows * curved).sum()) / self.rows.shape[-1])
+        unit = float((self.rows * curved).sum()) / self.rows.shape[-1]
+        return along_path(self.mode, nll, unit, loss)

@@ -101,6 +101,31 @@ def test_a_model_that_mixes_its_examples_is_refused(use, uncovered):
         LoraGGN(net, "classification", uncovered=uncovered).jacobians(X)
 
 
+def barely_mixed(layer, x):
+    """Outputs are 0.2 % off in a batch, and gradients as much as outputs are small."""
+    h = layer(x)
+    return h + 2e-3 * h.mean(0)
+
+
+def test_single_precision_is_no_excuse_for_mixing_examples():
+    net = Net(barely_mixed).float().eval()
+    silently(net, X.float())
+    with pytest.raises(RuntimeError, match=r"mixes the examples|show.* at others"):
+        LoraGGN(net, "classification").jacobians(X.float())
+
+
+def drawn(layer, x):
+    """As attention does that samples keys in evaluation mode."""
+    return F.dropout(layer(x), 0.5, training=True)
+
+
+def test_a_model_that_draws_at_random_is_called_so():
+    net = Net(drawn).eval()
+    silently(net, X)
+    with pytest.raises(RuntimeError, match="outputs are random: the same example has others"):
+        LoraGGN(net, "classification").jacobians(X)
+
+
 def test_batch_norms_without_running_statistics_are_refused():
     torch.manual_seed(0)
     net = nn.Sequential(

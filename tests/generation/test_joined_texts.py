@@ -2,14 +2,27 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import OPTConfig, OPTForCausalLM
 
+from laplace_lora import KronLoraLaplace
 from laplace_lora.generation import score
 from laplace_lora.generation.label_scores import part_of
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from support.batches import rows
 from support.generation import FIELDS, K, seeded
 from support.language import language_posterior, text_batch, text_loader
+from support.models import excite
 
+OPT = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "word_embed_proj_dim": 16,
+    "ffn_dim": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+}
 NAMES = tuple(name for name in FIELDS if name != "log_prob_variance")
 
 
@@ -39,6 +52,20 @@ def test_they_are_scored_as_they_are_alone(method, groups):
             one = torch.cat([getattr(alone, name)[n][alone.mask[n]] for n in group])
             theirs = getattr(together, name)[row][together.mask[row]]
             torch.testing.assert_close(theirs, one, atol=1e-8, rtol=1e-8)
+
+
+def test_texts_that_the_model_reads_together_are_pointed_out():
+    """OPT numbers tokens by itself, and looks at all of a row."""
+    config = OPTConfig(**OPT)
+    torch.manual_seed(0)
+    base = OPTForCausalLM(config)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = excite(get_peft_model(base, lora)).double().eval()
+    batch = joined(text_batch((4, 6, 3)), [(0, 1, 2)])
+    la = KronLoraLaplace(model, "language_modeling")
+    with pytest.warns(UserWarning, match="joined in one row together: alone, one has other logits"):
+        la.fit(text_loader(1, batch))
+    language_posterior(fit=False).fit(text_loader(1, batch))  # without a word
 
 
 def test_tuning_reads_them_as_the_fit_does():

@@ -7,6 +7,7 @@ passes. All linear layers are adapted, unlike in common use, to meet as many of 
 import pytest
 import torch
 
+from laplace_lora import LogitsModel, LoraGGN
 from support.architectures import (
     IMAGE,
     POOLED,
@@ -20,6 +21,7 @@ from support.architectures import (
     architecture,
 )
 from support.models import TARGETS
+from support.references import assert_near
 from support.sweep import alone, answers, logits, outcome, texts, unpadded
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -393,6 +395,33 @@ def questions(kind, image_tokens, side):
     if kind in ("gemma3", "paligemma"):
         batch["token_type_ids"] = is_image.long()
     return {**batch, "pixel_values": noise(3, 16, 16)}
+
+
+def test_images_that_are_not_one_of_each_text_are_not_divided():
+    """Two of the first text and none of the second are as many images as texts."""
+    image_tokens, config = VISION_LANGUAGE["llava"]
+    config = {**config, "image_token_id": IMAGE_TOKEN, "image_token_index": IMAGE_TOKEN}
+    options = {"target": r".*language_model.*q_proj"}
+    model = built("vision-language", "llava", config, **options)
+    asked = [[5, *[IMAGE_TOKEN] * image_tokens * n, 6] for n in (2, 0)]
+    width = max(map(len, asked))
+    ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in asked])
+    batch = {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "pixel_values": noise(3, 16, 16)[:2],
+    }
+    wrapped = LogitsModel(model, target_ids=TARGETS).eval()
+    jacobians, _ = LoraGGN(wrapped, "classification").jacobians(batch)
+    first = {k: v[:1] if k != "pixel_values" else v for k, v in batch.items()}
+    second = {k: v[1:, :2] for k, v in batch.items() if k != "pixel_values"}
+    for n, text in enumerate((first, second)):
+        expected, _ = LoraGGN(wrapped, "classification").jacobians(text)
+        assert_near(jacobians[n], expected[0])
+    tower = built("vision-language", "llava", config, target=r".*(vision_tower.*q_proj|lm_head)")
+    wrapped = LogitsModel(tower, target_ids=TARGETS).eval()
+    with pytest.raises(RuntimeError, match=r"without the others .*batches of one example"):
+        LoraGGN(wrapped, "classification", uncovered="diag").jacobians(batch)
 
 
 def question_alone(batch, n):

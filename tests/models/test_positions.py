@@ -13,7 +13,7 @@ from transformers import (
 
 from laplace_lora import KronLoraLaplace, LogitsModel, LoraGGN
 from laplace_lora.evaluation import MAP
-from laplace_lora.models.positions import PositionRule
+from laplace_lora.models.positions import PositionRule, real_positions
 from support.batches import loader, rows, token_batch
 from support.models import PAD, TARGETS, base_model, bert_config, excite, peft_model
 from support.references import assert_near, looped_jacobians
@@ -55,6 +55,19 @@ def test_answers_are_those_of_each_text_alone(name, side, pad_to):
     wrapped = LogitsModel(model, target_ids=TARGETS).eval()
     assert_near(wrapped(batch), after_last(model, batch))
     LoraGGN(wrapped, "classification").jacobians(batch)  # verified on the way
+
+
+@pytest.mark.parametrize("real", [2, 1.0, True])
+def test_masks_may_say_with_any_number_that_a_token_is_real(real):
+    model = peft_model("gpt2-lm").eval()
+    batch = token_batch(LENGTHS, side="left")
+    mask = batch["attention_mask"]
+    expected = after_last(model, batch)
+    wrapped = LogitsModel(model, target_ids=TARGETS).eval()
+    wrapped(batch)  # settles that it must be told positions
+    batch["attention_mask"] = mask.bool() if real is True else mask * real
+    assert_near(wrapped(batch).detach(), expected)
+    assert torch.equal(real_positions(batch["attention_mask"]), real_positions(mask))
 
 
 def test_positions_are_tried_outside_of_a_recorded_pass():

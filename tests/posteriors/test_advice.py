@@ -11,7 +11,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace
 from laplace_lora.capture import padding
 from support.batches import loader, token_batch
-from support.models import base_model, excite, peft_model
+from support.models import adapter_config, base_model, excite, peft_model
 from support.posteriors import fitted, posterior
 from support.references import assert_near
 
@@ -92,6 +92,28 @@ def test_a_compiled_wrapper_is_looked_through():
     la = KronLoraLaplace(torch.compile(peft_model("llama"), backend="eager"), "classification")
     la.fit(loader())
     assert_near(la(BATCH), expected, 1e-12)
+
+
+def test_a_base_model_compiled_before_peft_is_looked_through():
+    expected = posterior(name="llama")(BATCH)
+    base = torch.compile(base_model("llama"), backend="eager")
+    model = excite(get_peft_model(base, adapter_config("llama"))).double()
+    la = KronLoraLaplace(model, "classification")
+    la.fit(loader())
+    assert_near(la(BATCH), expected, 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of what it does itself
+def test_a_forward_pass_that_was_compiled_by_itself_answers_as_it_did():
+    expected = posterior(name="llama")(BATCH)
+    model = peft_model("llama").eval()
+    inner = model.get_base_model().model
+    compiled = inner.forward = torch.compile(inner.forward, backend="eager")
+    model(**{key: value for key, value in BATCH.items() if key != "labels"})
+    la = KronLoraLaplace(model, "classification")
+    la.fit(loader())
+    assert_near(la(BATCH), expected, 1e-12)
+    assert inner.forward is compiled
 
 
 def speech():

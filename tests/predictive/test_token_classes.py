@@ -69,9 +69,9 @@ def test_exact_probabilities_are_the_integral_over_the_contrasts(name):
     predictions = la.predict(X, method="exact")
     assert_near(predictions.probs, probs)
     points = normal_points(ENTROPY_POINTS, 2).double()
-    total, aleatoric = entropies(mean, covariance, points, relative=True)
+    total, information = entropies(mean, covariance, points, relative=True)
     assert_near(predictions.entropy[REAL], total)
-    assert_near(predictions.aleatoric[REAL], aleatoric)
+    assert_near(predictions.aleatoric[REAL], total - information)
     assert_near(predictions.map_probs[REAL], la.model(X).detach().softmax(-1))
 
 

@@ -13,7 +13,7 @@ from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.tuning import leave_one_out, looked_at
 from laplace_lora.tuning.linear_model import LinearModel, without_own
-from laplace_lora.tuning.rivals import Rivals
+from laplace_lora.tuning.rivals import Rivals, loss_among
 from laplace_lora.tuning.validation_cache import scoring_of
 from support.batches import loader, rows, split_rows, token_batch
 from support.posteriors import posterior
@@ -157,4 +157,29 @@ def test_labels_that_say_nothing_about_texts_are_not_learnt():
     for nll in (2.3, 2.0, 1.5):
         mode = linear.fitted_like(120 * nll)
         left_out = linear.leave_one_out(mode)[0]
-        assert linear.nll(left_out) / 120 > math.log(11) - 0.03  # below by 0.06 to 0.6 with the likeliest
+        assert (
+            linear.nll(left_out) / 120 > math.log(11) - 0.03
+        )  # below by 0.06 to 0.6 with the likeliest
+
+
+def test_a_mode_is_fitted_to_what_is_lost_among_rivals():
+    """A loss among some classes is smaller than that among all, which the mean is moved by."""
+    generator = torch.Generator().manual_seed(0)
+    J = torch.randn(30 * 4, 90, generator=generator).double()
+    offset = torch.randn(30, 4, generator=generator).double()
+    y = torch.randint(5, (30,), generator=generator)
+    linear = LinearModel(J @ J.T, offset, y, likelihood_of("classification"), True, 0.7)
+    rivals = Rivals(5, 2)
+    rivals.draw(y)
+
+    def among(outputs):
+        logits = F.pad(outputs, (1, 0)).gather(1, rivals._chosen)
+        return 0.7 * float(F.cross_entropy(logits, torch.zeros_like(y), reduction="sum"))
+
+    target = 0.6 * among(offset)
+    mode = linear.fitted_like(target, loss_among(linear, 2))
+    assert among(mode.outputs) == pytest.approx(target, rel=0.02)
+    assert mode.nll > 1.1 * target
+    assert linear.fitted_like(target).precision < 0.9 * mode.precision
+    assert loss_among(linear, 0)(offset) == pytest.approx(linear.nll(offset))
+    assert loss_among(linear, 4)(offset) == pytest.approx(linear.nll(offset))
