@@ -84,21 +84,21 @@ class SpanPredictor:
         """
         real = text_tokens(x)
         log_p, own = self.log_probabilities(x), self._by_map(x)
-        starts, ends = log_p.exp().unbind(2)
+        starts, ends = log_p.double().exp().unbind(2)  # else information would be rounding errors
         pairs = torch.einsum("kni,knj->nij", starts, ends) / len(log_p)
+        aleatoric = (entropy(starts) + entropy(ends)).mean(0)
+        information = (entropy(pairs.flatten(1)) - aleatoric).clamp(min=0).to(log_p.dtype)
         by_map = own[:, 0].exp().unsqueeze(2) * own[:, 1].exp().unsqueeze(1)
         none = real.to(torch.uint8).argmax(1).to(pairs.device)
         allowed = _allowed(x, real).to(pairs.device)
         found = {
             prefix + name: value
-            for prefix, p in (("", pairs), ("map_", by_map))
+            for prefix, p in (("", pairs.to(log_p.dtype)), ("map_", by_map))
             for name, value in _best(p, allowed, none).items()
         }
         if labels is not None:
             found["label_prob"] = _of_labels(log_p, labels)
             found["map_label_prob"] = _of_labels(own.unsqueeze(0), labels)
-        aleatoric = (entropy(starts) + entropy(ends)).mean(0)
-        information = (found["entropy"] - aleatoric).clamp(min=0)
         return SpanPredictions(none=none, mutual_information=information, labels=labels, **found)
 
     def _by_map(self, x: Mapping[str, Any]) -> Tensor:
