@@ -11,10 +11,9 @@ from transformers import Trainer, default_data_collator
 
 from laplace_lora import KronLoraLaplace, LaplaceCallback
 from laplace_lora.adaptive import AdaLoraCallback, remove_pruned_triplets
-from laplace_lora.likelihoods.implied import implied_likelihood
 from support.adalora import tiny_adalora
 from support.batches import loader, token_batch
-from support.models import TARGETS, base_model, peft_model
+from support.models import base_model, peft_model
 from support.references import assert_near
 from test_trainer import examples, trainer_of
 
@@ -161,51 +160,8 @@ def test_several_evaluation_sets_are_scored_by_name(tmp_path):
     assert {"eval_one_laplace_nll", "eval_two_map_ece"} <= logged
 
 
-class RewardTrainer(Trainer):
-    pass
-
-
 class SFTTrainer(Trainer):
     pass
-
-
-@pytest.mark.parametrize(
-    ("kind", "name", "labels", "options", "likelihood"),
-    [
-        (Trainer, "bert", 3, {}, "classification"),
-        (Trainer, "bert", 1, {}, "regression"),
-        (RewardTrainer, "bert", 1, {}, "reward_modeling"),
-        (SFTTrainer, "llama-lm", 3, {}, "language_modeling"),
-        (Trainer, "gpt2-lm", 3, {}, "language_modeling"),
-        (Trainer, "llama-lm", 3, {"target_ids": TARGETS}, "classification"),
-    ],
-)
-def test_the_likelihood_is_what_the_trainer_trains(
-    tmp_path, kind, name, labels, options, likelihood
-):
-    plain = trainer_of(peft_model(name, num_labels=labels, dtype=torch.float32), tmp_path)
-    trainer = kind(plain.model, plain.args, train_dataset=examples(4))
-    assert implied_likelihood(trainer, options) == likelihood
-    assert LaplaceCallback(trainer, **options).likelihood == likelihood
-
-
-class Weighted(Trainer):
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        return super().compute_loss(model, inputs, return_outputs, **kwargs)
-
-
-@pytest.mark.parametrize("own", ["compute_loss_func", "Weighted.compute_loss", "label_smoothing"])
-def test_a_loss_of_the_trainers_own_is_pointed_out(tmp_path, own):
-    trainer = trainer_of(peft_model("bert", dtype=torch.float32), tmp_path)
-    if own == "compute_loss_func":
-        trainer.compute_loss_func = lambda *args, **kwargs: None
-    elif own == "label_smoothing":
-        trainer.args.label_smoothing_factor = 0.1
-    else:
-        trainer.__class__ = Weighted
-    with pytest.warns(UserWarning, match=f"loss is its own .{own}.*plain 'classification'"):
-        LaplaceCallback(trainer)
-    LaplaceCallback(trainer, "classification")
 
 
 def test_texts_are_fitted_but_not_scored(tmp_path):

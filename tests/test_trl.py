@@ -158,6 +158,18 @@ def test_supervised_fine_tuning(tmp_path, kind, options, examples):
     assert KronLoraLaplace.from_pretrained(trainer.model, tmp_path).n_data == examples
 
 
+def test_arguments_that_change_the_loss_are_pointed_out(tmp_path):
+    for trainer, own in (
+        (sft_trainer(tmp_path, texts("text"), bf16=False, loss_type="dft"), "loss_type='dft'"),
+        (
+            reward_trainer(tmp_path, preferences(), center_rewards_coefficient=0.01),
+            "center_rewards_coefficient",
+        ),
+    ):
+        with pytest.warns(UserWarning, match=f"loss is its own .{own}"):
+            LaplaceCallback(trainer)
+
+
 def test_texts_without_labels_of_their_own_need_their_likelihood(tmp_path):
     trainer = sft_trainer(tmp_path, texts("text"))
     trainer.add_callback(LaplaceCallback(trainer, "classification"))

@@ -9,7 +9,7 @@ from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
 
 TASKS = {"RewardTrainer": "reward_modeling", "SFTTrainer": "language_modeling"}  # TRL's
-LIBRARIES = ("transformers", "trl")
+PLAIN = (None, "nll", "chunked_nll")  # what TRL calls the loss of a language model
 
 
 def implied_likelihood(trainer: Any, options: Mapping[str, Any]) -> str:
@@ -64,8 +64,8 @@ def point_out_own_loss(trainer: Any, likelihood: str, options: Mapping[str, Any]
     if own is not None and options.get("target_ids") is None:
         warn(
             f"the trainer's loss is its own ({own}), and the posterior will be that of a plain "
-            f"{likelihood!r}, whose curvature is another where classes are weighted or labels "
-            f"smoothed; give likelihood={likelihood!r} if that is meant"
+            f"{likelihood!r}, whose curvature is another wherever the losses differ, as with "
+            f"weighted classes or smoothed labels; give likelihood={likelihood!r} if that is meant"
         )
 
 
@@ -74,6 +74,23 @@ def _own_loss(trainer: Any) -> str | None:
     if getattr(trainer, "compute_loss_func", None) is not None:
         return "compute_loss_func"
     owner = next((kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind)), None)
-    if owner is not None and owner.__module__.partition(".")[0] not in LIBRARIES:
+    if owner is not None and not _is_plain(owner):
         return f"{owner.__name__}.compute_loss"
-    return "label_smoothing_factor" if trainer.args.label_smoothing_factor else None
+    return _own_argument(trainer)
+
+
+def _is_plain(owner: type) -> bool:
+    """Return whether a class's ``compute_loss`` is known, but for what arguments make of it."""
+    library = owner.__module__.partition(".")[0]
+    # TRL distils by heirs of its SFTTrainer.
+    return library == "transformers" or (library == "trl" and owner.__name__ in TASKS)
+
+
+def _own_argument(trainer: Any) -> str | None:
+    """Return the training argument that makes a loss another, ``None`` if none does."""
+    args, names = trainer.args, {kind.__name__ for kind in type(trainer).__mro__}
+    if "SFTTrainer" in names and (loss := getattr(args, "loss_type", None)) not in PLAIN:
+        return f"loss_type={loss!r}"
+    if "RewardTrainer" in names and getattr(args, "center_rewards_coefficient", None):
+        return "center_rewards_coefficient"
+    return "label_smoothing_factor" if args.label_smoothing_factor else None
