@@ -14,6 +14,7 @@ import transformers
 from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights
 
+from laplace_lora.commands.lengths import check_length, longest_input
 from laplace_lora.commands.repository import file_of
 
 HEADS = (".score.weight", ".classifier.weight", ".out_proj.weight")  # the last layer, by its ending
@@ -23,7 +24,6 @@ AUTO = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }
 HEAD, CAUSAL, SEQ2SEQ = "head", "causal", "encoder-decoder"
-UNLIMITED = 1_000_000  # tokenizers without a limit say a huge number
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,15 @@ class Adapter:
 
 
 def load_asked(adapter: str, options: Mapping[str, Any]) -> Adapter:
-    """Load an adapter as the command line's options say, see `load_adapter`."""
+    """Load an adapter as the command line's options say, see `load_adapter`.
+
+    Raises:
+        ValueError: If the model takes no inputs as long as asked, or `load_adapter` raises it.
+    """
     names = ("base", "device", "dtype", "load_in_4bit")
-    return load_adapter(adapter, **{name: options[name] for name in names})
+    loaded = load_adapter(adapter, **{name: options[name] for name in names})
+    check_length(options.get("max_length"), loaded.model.get_base_model())
+    return loaded
 
 
 def load_adapter(
@@ -119,7 +125,7 @@ def load_adapter(
         model.config.num_labels if kind == HEAD else 0,
         [] if plain else names,
         getattr(model.config, "problem_type", None) == "multi_label_classification",
-        _limit(tokenizer, model.config),
+        longest_input(tokenizer, model),
     )
 
 
@@ -236,9 +242,3 @@ def _with_adapter(model: Any, adapter: str) -> PeftModel:
             raise ValueError(
                 f"{adapter} does not fit the base model {model.config._name_or_path}: {error}"
             ) from None
-
-
-def _limit(tokenizer: Any, config: Any) -> int | None:
-    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
-    known = [n for n in limits if isinstance(n, int) and 0 < n < UNLIMITED]
-    return min(known) if known else None
