@@ -37,7 +37,7 @@ class Adapter:
             ``"encoder-decoder"`` for a language model.
         outputs: Outputs of a head; 0 for a language model.
         names: Names of a head's classes, if the configuration has any.
-        is_multilabel: Whether the configuration says that classes do not exclude each other.
+        problem_type: What the configuration says a head is trained for; ``None`` for nothing.
         max_length: Tokens that tokenizer and model take; ``None`` for no limit.
     """
 
@@ -46,7 +46,7 @@ class Adapter:
     kind: str
     outputs: int
     names: list[str]
-    is_multilabel: bool
+    problem_type: str | None
     max_length: int | None
 
 
@@ -124,7 +124,7 @@ def load_adapter(
         kind,
         model.config.num_labels if kind == HEAD else 0,
         [] if plain else names,
-        getattr(model.config, "problem_type", None) == "multi_label_classification",
+        getattr(model.config, "problem_type", None),
         longest_input(tokenizer, model),
     )
 

@@ -18,7 +18,7 @@ from laplace_lora.commands.fitting import new_posterior
 from laplace_lora.commands.inputs import Inputs
 from laplace_lora.commands.names import layer_name
 from laplace_lora.commands.plan import Plan
-from laplace_lora.commands.planning import plan_fit
+from laplace_lora.commands.planning import likelihood_of_head, plan_fit
 from laplace_lora.commands.rows import read_rows
 from laplace_lora.posteriors.base import LoraLaplace
 
@@ -60,7 +60,7 @@ def _without_data(adapter: Adapter, options: dict[str, Any]) -> Plan:
     if options["likelihood"] is not None:
         return Plan(options["likelihood"])
     if adapter.kind == HEAD:
-        return Plan("classification" if adapter.outputs > 1 else "regression")
+        return Plan(likelihood_of_head(adapter))
     return Plan("language_modeling")
 
 

@@ -222,6 +222,14 @@ def _numbers(label: Any, number: int, outputs: int) -> float | list[float]:
     if not all(map(math.isfinite, found)):
         raise ValueError(f"row {number} has the label {label!r}; expected finite numbers")
     if len(found) != outputs:
-        what = "a number" if outputs == 1 else f"a list of {outputs} numbers"
-        raise ValueError(f"row {number} has the label {label!r}; expected {what}")
+        raise ValueError(f"row {number} has the label {label!r}; expected {_targets(outputs)}")
     return found if outputs > 1 else found[0]
+
+
+def _targets(outputs: int) -> str:
+    if outputs == 1:
+        return "a number"
+    return (
+        f"a list of {outputs} numbers, the targets of a regression, as model or options say; for "
+        "classes say --likelihood classification or multilabel"
+    )

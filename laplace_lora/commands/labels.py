@@ -40,7 +40,7 @@ def classes_of(
             raise ValueError(
                 f"row {row} has the label {label!r}; expected one of "
                 f"{', '.join(map(repr, names))}, or a number from 0 to {len(names) - 1}. --labels "
-                "names the classes in the order of the model's outputs"
+                f"names the classes in the order of the model's outputs{if_numbers(label, names)}"
             )
     whole = {
         way: [i for i in classes if i is not None]
@@ -73,6 +73,19 @@ def classes_of(
         f"class {whole[NAMES][row]}, and the number of {names[whole[NUMBERS][row]]!r}. Say which "
         f"by {OPTION} names or {OPTION} numbers"
     )
+
+
+def if_numbers(label: Any, names: Sequence[str]) -> str:
+    """Return what to do if a label that was refused is a regression's target, as an error ends.
+
+    Args:
+        label: The label.
+        names: Of the classes that it was taken for, one for each output.
+    """
+    values = label if isinstance(label, list) and len(label) == len(names) else [None]
+    if not all(isinstance(value, int | float) for value in values):
+        return ""
+    return "; if these numbers are a regression's targets, say --likelihood regression"
 
 
 def _named(labels: Sequence[Any], names: Sequence[str]) -> list[int | None]:

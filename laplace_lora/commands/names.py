@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from laplace_lora.commands.labels import if_numbers
+
 
 def applying(labels: Any, names: Sequence[str], number: int) -> list[float]:
     """Return 1 for each class that applies, 0 for the others.
@@ -28,7 +30,7 @@ def applying(labels: Any, names: Sequence[str], number: int) -> list[float]:
             return [float(label) for label in labels]
     raise ValueError(
         f"row {number} has the label {labels!r}; expected a list of those that apply, of "
-        f"{', '.join(map(repr, names))}, or one 0 or 1 for each of them"
+        f"{', '.join(map(repr, names))}, or one 0 or 1 for each of them{if_numbers(labels, names)}"
     )
 
 

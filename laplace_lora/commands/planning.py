@@ -13,8 +13,14 @@ from laplace_lora.commands.labels import classes_of
 from laplace_lora.commands.names import class_names
 from laplace_lora.commands.plan import Plan
 from laplace_lora.commands.rows import Row
+from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
 
 WITH_CLASSES = ("classification", "multilabel")
+PROBLEMS: dict[str | None, str] = {  # as Hugging Face's configurations call them
+    "regression": "regression",
+    "single_label_classification": "classification",
+    MULTILABEL_PROBLEM: "multilabel",
+}
 
 
 def asked_columns(options: dict[str, Any]) -> Columns:
@@ -97,10 +103,10 @@ def _likelihood(
         if targets:
             raise ValueError("--target is for language models; this model has a head of its own")
         several = adapter.outputs > 1
-        default = "classification" if several else "regression"
+        default = likelihood_of_head(adapter)
         label = columns.label
         has_lists = label is not None and any(isinstance(row.get(label), list) for row in rows)
-        if adapter.is_multilabel or (several and has_lists):
+        if several and has_lists and adapter.problem_type not in PROBLEMS:
             default = "multilabel"
         if not several and is_preference(rows):
             default = "reward_modeling"
@@ -123,6 +129,13 @@ def _likelihood(
             f"--likelihood {asked} does not fit this model; possible: {', '.join(possible)}{hint}"
         )
     return asked or default
+
+
+def likelihood_of_head(adapter: Adapter) -> str:
+    """Return the likelihood of a model with a head, by its configuration and its outputs."""
+    if adapter.outputs == 1 and adapter.problem_type != MULTILABEL_PROBLEM:
+        return "regression"
+    return PROBLEMS.get(adapter.problem_type, "classification")
 
 
 def uses_chat(adapter: Adapter, columns: Columns, likelihood: str, asked: bool | None) -> bool:

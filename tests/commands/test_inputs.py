@@ -14,7 +14,7 @@ TEXT = Columns(text="text", pair="text_pair", completion="completion", label="la
 
 
 def inputs(likelihood="classification", kind=HEAD, chat=False, columns=TEXT, **plan):
-    adapter = Adapter(None, tokenizer(chat), kind, 2, [], False, 24)
+    adapter = Adapter(None, tokenizer(chat), kind, 2, [], None, 24)
     return Inputs(adapter, Plan(likelihood, columns, ["bad", "good"], chat=chat, **plan))
 
 
@@ -53,7 +53,7 @@ def test_half_a_character_is_named_with_its_row():
 
 @pytest.mark.parametrize("label", ["nan", float("inf"), [float("nan")]])
 def test_a_regression_s_label_is_finite(label):
-    one = Adapter(None, tokenizer(), HEAD, 1, [], False, 24)
+    one = Adapter(None, tokenizer(), HEAD, 1, [], None, 24)
     regression = Inputs(one, Plan("regression", TEXT))
     with pytest.raises(ValueError, match=r"row 1 has the label .* expected finite numbers"):
         regression.labelled([{"text": "the film", "label": label}])
