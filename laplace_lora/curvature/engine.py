@@ -20,6 +20,7 @@ from laplace_lora.curvature.kfac_rows import Rows
 from laplace_lora.curvature.loss_gradient import LossGradient, ResidualColumns
 from laplace_lora.curvature.recording import Recording
 from laplace_lora.likelihoods.base import Columns, Likelihood
+from laplace_lora.likelihoods.label_check import check_loss
 from laplace_lora.likelihoods.links import check_finite
 from laplace_lora.likelihoods.roots import identity_root
 from laplace_lora.models.modes import device_of
@@ -237,8 +238,7 @@ class Engine:
         if is_first:
             self.objective.check_values(tape.output)
         loss = self.objective.nll(tape.output, y)
-        if not bool(loss.isfinite()):
-            raise FloatingPointError(f"the loss is {loss.item()}")
+        check_loss(loss, y)
         self.n_outputs = tape.output.shape[-1]
         return tape, loss
 

@@ -58,8 +58,12 @@ class Classification(Likelihood):
         return x, y if y.is_floating_point() else y.long()
 
     def nll(self, f: Tensor, y: Tensor) -> Tensor:
-        """Return the cross entropy, summed over the batch, see `cross_entropy`."""
-        return cross_entropy(f, y)
+        """Return the cross entropy, summed over the batch, see `cross_entropy`.
+
+        Raises:
+            ValueError: If there are fewer than two outputs, or labels are no classes.
+        """
+        return cross_entropy(several_logits(f), y)
 
     def root(self, f: Tensor, y: Tensor) -> Tensor:
         """Return the exact root, ``(outputs − 1, batch, outputs)``, see `softmax_root`."""

@@ -1,4 +1,4 @@
-"""Refuse labels of other data as a fit does its own, and probabilities in place of logits."""
+"""Refuse labels that a model cannot have, losses that are none, and probabilities as logits."""
 
 from __future__ import annotations
 
@@ -30,11 +30,35 @@ def check_labels(
         y = torch.zeros_like(y)
     # A softmax does not see what contrasts leave out, so a first class at zero has the same loss.
     loss = likelihood.nll(F.pad(values, (1, 0)) if readout.relative else values, y)
-    if not bool(loss.isfinite()):
+    check_loss(loss, y, "the loss of a batch")
+
+
+def check_loss(loss: Tensor, y: Tensor, what: str = "the loss") -> None:
+    """Refuse a loss that is not finite, and say where that comes from.
+
+    Args:
+        loss: Summed over a batch.
+        y: The batch's labels.
+        what: What the error calls the loss.
+
+    Raises:
+        FloatingPointError: If it is not finite; names the rows whose labels are to blame.
+    """
+    if bool(loss.isfinite()):
+        return
+    rows = (~y.isfinite()).flatten(1).any(1) if y.ndim > 1 else ~y.isfinite()
+    bad = rows.nonzero().flatten().tolist()
+    if bad:
+        listed = str(bad[:5]) if len(bad) <= 5 else f"{str(bad[:5])[:-1]}, ...]"
         raise FloatingPointError(
-            f"the loss of a batch is {loss.item()}; look for NaN or infinity in its labels or "
-            "targets, and remove these examples"
+            f"{what} is {loss.item()}: labels are NaN or infinite at rows {listed} of the batch; "
+            "correct these labels, or remove the examples"
         )
+    raise FloatingPointError(
+        f"{what} is {loss.item()}, and its labels are finite; look for NaN or infinity in the "
+        "batch's inputs and in the model's weights and outputs (float16 overflows where bfloat16 "
+        "and float32 do not)"
+    )
 
 
 def check_logits(f: Tensor, source: str) -> None:

@@ -45,8 +45,9 @@ def several_logits(f: Tensor) -> Tensor:
     if f.shape[-1] < 2:
         raise ValueError(
             "classification needs at least two logits per example, got one; a model with a single "
-            "output is a regression model or needs an `output` callable that makes two logits, "
-            "and a question with a single choice has nothing to choose"
+            "output has likelihood='regression', or 'multilabel' for a label that applies or not, "
+            "or needs an `output` callable that makes two logits; and a question with a single "
+            "choice has nothing to choose"
         )
     return f
 

@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from laplace_lora import KronLoraLaplace, LogitsModel
 from support.batches import loader, token_batch
+from support.models import peft_model
 from support.posteriors import CLASSES, LOW, posterior
 from support.references import assert_near
 
@@ -52,6 +53,44 @@ def test_bad_batches(cls, kwargs, changes, error, match):
     fails_without_harm(posterior(cls, **kwargs), spoiled(**changes), error, match)
 
 
+@pytest.mark.parametrize(
+    ("bad", "rows"),
+    [
+        ({3: torch.nan}, r"\[1\]"),
+        ({2: torch.inf, 3: torch.nan}, r"\[0, 1\]"),
+    ],
+)
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_targets_that_are_not_finite_are_named_by_their_rows(bad, rows, outputs):
+    data = loader().dataset
+    for i, row in enumerate(data):
+        row["labels"] = torch.full((outputs,), bad.get(i, 0.5))
+        row["labels"][:-1] = 0.5
+    la = KronLoraLaplace(peft_model("bert", num_labels=outputs), "regression")
+    match = rf"batch 1 of .* the loss is .* labels are NaN or infinite at rows {rows} of the batch;"
+    with pytest.raises(FloatingPointError, match=match):
+        la.fit(DataLoader(data, batch_size=2))
+    single = [{**row, "labels": row["labels"][-1]} for row in data]  # without a dimension
+    if outputs == 1:
+        with pytest.raises(FloatingPointError, match=match):
+            la.fit(DataLoader(single, batch_size=2))
+
+
+def test_many_targets_that_are_not_finite_are_not_all_listed():
+    data = [{**row, "labels": torch.tensor(torch.nan)} for row in loader().dataset]
+    la = KronLoraLaplace(peft_model("bert", num_labels=1), "regression")
+    with pytest.raises(FloatingPointError, match=r"at rows \[0, 1, 2, 3, 4, \.\.\.\] of the batch"):
+        la.fit(DataLoader(data, batch_size=len(data)))
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_single_output_is_no_classifier(label):
+    data = [{**row, "labels": torch.tensor(label)} for row in loader().dataset]
+    la = KronLoraLaplace(peft_model("bert", num_labels=1), "classification")
+    with pytest.raises(ValueError, match="single output has likelihood='regression', or 'multi"):
+        la.fit(DataLoader(data, batch_size=2))
+
+
 @pytest.mark.parametrize("cls,kwargs", CLASSES)
 def test_a_loss_that_is_not_finite_names_the_batch(cls, kwargs):
     la = posterior(cls, **kwargs)
@@ -66,7 +105,8 @@ def test_a_loss_that_is_not_finite_names_the_batch(cls, kwargs):
 
     before = la(BATCH)
     la.model.model.forward = poisoned
-    with pytest.raises(FloatingPointError, match="batch 1 of the training data: the loss is nan"):
+    match = "batch 1 of the training data: the loss is nan, and its labels are finite"
+    with pytest.raises(FloatingPointError, match=match):
         la.fit(loader())
     del la.model.model.forward
     torch.testing.assert_close(la(BATCH), before, rtol=0, atol=0)

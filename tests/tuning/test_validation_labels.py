@@ -47,7 +47,8 @@ def test_targets_are_not_broadcast_to_several_outputs():
 def test_targets_that_are_not_finite_are_refused():
     la, batch, targets = regression()
     targets[3, 1] = torch.nan  # in the second batch
-    refused(la, labelled(batch, targets), FloatingPointError, "loss of a batch is nan", TUNING)
+    match = r"loss of a batch is nan: labels are NaN or infinite at rows \[0\] of the batch"
+    refused(la, labelled(batch, targets), FloatingPointError, match, TUNING)
 
 
 @pytest.mark.parametrize("structure", ["scalar", "matrix"])
