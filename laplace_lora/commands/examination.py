@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from laplace_lora.commands.names import layer_name
 from laplace_lora.commands.plan import Plan
 from laplace_lora.commands.planning import likelihood_of_head, plan_fit
 from laplace_lora.commands.rows import read_rows
+from laplace_lora.commands.timing import fit_time, tuning_time
 from laplace_lora.posteriors.base import LoraLaplace
 
 NOT_WELL = 1  # exit status
@@ -100,15 +100,10 @@ def _print_costs(
     console.print(estimate)
     if not estimate.fits:
         return [str(estimate)]
-    step = max(len(examples) // (2 * batch_size), 1)
-    some = examples[::step][: 2 * batch_size]  # of the lengths that there are
-    seconds = [_seconds(la, some[: n * batch_size], loader, batch_size) for n in (1, 2)]
-    per_batch = max(seconds[1] - seconds[0], 0.0)
-    batches = -(-len(examples) // batch_size)
-    total = seconds[0] + per_batch * (batches - 1)
+    time, batches = fit_time(la, loader, batch_size), -(-len(examples) // batch_size)
     click.echo(
-        f"A fit of {len(examples)} rows in {batches} batches takes about {total:.0f} s "
-        f"({per_batch:.2f} s a batch); tuning reads the data, or 1000 rows of them, once more."
+        f"A fit of {len(examples)} rows in {batches} batches takes about {time.total:.0f} s "
+        f"({time.per_batch:.2f} s a batch). {tuning_time(la)}"
     )
     return []
 
@@ -121,9 +116,3 @@ def _length(example: dict[str, Any]) -> int:
 def _first(examples: Sequence[Any], loader: DataLoader[Any]) -> Any:
     assert loader.collate_fn is not None
     return loader.collate_fn(list(examples))
-
-
-def _seconds(la: LoraLaplace, examples: Any, loader: DataLoader[Any], batch_size: int) -> float:
-    start = time.perf_counter()
-    la.fit(DataLoader(examples, batch_size, collate_fn=loader.collate_fn), progress_bar=False)
-    return time.perf_counter() - start
