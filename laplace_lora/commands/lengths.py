@@ -6,35 +6,17 @@ from typing import Any
 
 from torch import nn
 
+from laplace_lora.models.wrapped_model import places_of
+
 UNLIMITED = 1_000_000  # tokenizers without a limit say a huge number
-TABLES = ("position_embeddings", "embed_positions", "positions_embed", "wpe")
 
 
 def longest_input(tokenizer: Any, model: nn.Module) -> int | None:
     """Return how many tokens tokenizer and model take, ``None`` for no limit."""
     declared = getattr(model.config, "max_position_embeddings", None)
-    limits = [tokenizer.model_max_length, declared, positions(model)]
+    limits = [tokenizer.model_max_length, declared, places_of(model)]
     known = [n for n in limits if isinstance(n, int) and 0 < n < UNLIMITED]
     return min(known) if known else None
-
-
-def positions(model: nn.Module) -> int | None:
-    """Return for how many tokens a model has a position, ``None`` if it has no table of them.
-
-    A model that computes its positions, as by rotations, declares a length that is no limit.
-    """
-    declared = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if not isinstance(declared, int):
-        return None
-    tables = [
-        module
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in TABLES and isinstance(module, nn.Embedding)
-    ]
-    if not tables:
-        return None
-    # RoBERTa and its like count positions from the one after the padding's.
-    return min(declared - (0 if t.padding_idx is None else t.padding_idx + 1) for t in tables)
 
 
 def check_length(asked: int | None, model: nn.Module) -> None:
@@ -47,7 +29,7 @@ def check_length(asked: int | None, model: nn.Module) -> None:
     Raises:
         ValueError: If the model has fewer positions.
     """
-    limit = positions(model)
+    limit = places_of(model)
     if asked is not None and limit is not None and asked > limit:
         raise ValueError(
             f"--max-length {asked}: the model has positions for {limit} tokens; give {limit} or "

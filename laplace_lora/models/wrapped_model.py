@@ -123,7 +123,7 @@ class WrappedModel:
         try:
             yield
         except (IndexError, RuntimeError) as error:
-            limit = _places(self.base)
+            limit = places_of(self.base)
             if limit is None or tokens <= limit:
                 raise
             raise ValueError(
@@ -193,7 +193,7 @@ def base_of(model: nn.Module) -> nn.Module:
     return unwrapped(model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
-def _places(model: nn.Module) -> int | None:
+def places_of(model: nn.Module) -> int | None:
     """Return for how many tokens a model has learnt positions, ``None`` if they are not learnt."""
     places = []
     for name, table in model.named_modules():

@@ -18,7 +18,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from laplace_lora.commands.lengths import check_length, longest_input, positions
+from laplace_lora.commands.lengths import check_length, longest_input
+from laplace_lora.models.wrapped_model import places_of
 from support.command_line import refused, run
 from support.on_disk import SIZES, tokenizer
 
@@ -44,7 +45,7 @@ MODELS = {
 def test_the_limit_is_where_the_model_fails(case):
     make, expected = MODELS[case]
     model = make().eval()
-    assert positions(model) == expected
+    assert places_of(model) == expected
     words = tokenizer()
     words.model_max_length = int(1e30)
     longest = longest_input(words, model)

@@ -14,7 +14,7 @@ from transformers import (
 from laplace_lora import KronLoraLaplace, LogitsModel, LoraGGN
 from laplace_lora.evaluation import MAP
 from laplace_lora.models.positions import PositionRule, real_positions
-from laplace_lora.models.wrapped_model import _places
+from laplace_lora.models.wrapped_model import places_of
 from support.batches import loader, rows, token_batch
 from support.models import PAD, TARGETS, base_model, bert_config, excite, peft_model
 from support.references import assert_near, looped_jacobians
@@ -235,5 +235,5 @@ def test_other_errors_of_a_model_are_its_own(monkeypatch):
 
 def test_an_images_positions_are_no_limit_of_a_text():
     tower = torch.nn.ModuleDict({"position_embedding": torch.nn.Embedding(17, 4)})
-    assert _places(torch.nn.ModuleDict({"vision_tower": tower})) is None
-    assert _places(torch.nn.ModuleDict({"decoder": tower})) == 17
+    assert places_of(torch.nn.ModuleDict({"vision_tower": tower})) is None
+    assert places_of(torch.nn.ModuleDict({"decoder": tower})) == 17
