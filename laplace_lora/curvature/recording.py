@@ -25,8 +25,9 @@ from laplace_lora.data.batches import doubled, splits_by_example
 from laplace_lora.data.pairs import passes
 from laplace_lora.data.sharding import in_pieces
 from laplace_lora.models.autocast import as_called
+from laplace_lora.models.compiled import eager
 from laplace_lora.models.expert_layers import experts_as_layers
-from laplace_lora.models.modes import coarsest_dtype, differentiable, eager
+from laplace_lora.models.modes import coarsest_dtype, differentiable
 from laplace_lora.models.turns import in_turn
 from laplace_lora.models.unmasked import check_is_masked, padding_token
 

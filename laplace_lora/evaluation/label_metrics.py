@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_average_precision
 
 from laplace_lora.evaluation.metrics import METRICS
-from laplace_lora.likelihoods.links import entropy
+from laplace_lora.likelihoods.information import entropy
 from laplace_lora.likelihoods.multilabel import MISSING, known_labels, pooled
 from laplace_lora.tuning.calibration_error import binary_expected_calibration_error
 

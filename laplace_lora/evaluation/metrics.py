@@ -15,7 +15,7 @@ from torchmetrics.functional.classification import (
     multiclass_accuracy,
 )
 
-from laplace_lora.likelihoods import links
+from laplace_lora.likelihoods import information
 from laplace_lora.tuning.calibration_error import BINS, expected_calibration_error
 
 COVERAGES = (0.5, 0.8, 0.9)
@@ -128,7 +128,7 @@ def accuracy_at(coverage: float) -> Callable[[Tensor, Tensor], float]:
 
 def entropy(p: Tensor) -> Tensor:
     """Return the entropy of each row in nats, ``(examples,)``, in float64."""
-    return links.entropy(p.double())
+    return information.entropy(p.double())
 
 
 def ood_auroc(inside: Tensor, outside: Tensor) -> float:

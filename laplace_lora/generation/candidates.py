@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from laplace_lora.likelihoods.links import entropy
+from laplace_lora.likelihoods.information import entropy
 
 
 def class_logits(logits: Tensor, candidates: Tensor) -> Tensor:

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from laplace_lora.generation.candidates import candidates_of, class_logits, tail_entropy
+from laplace_lora.likelihoods.information import entropies_of, entropy
 from laplace_lora.likelihoods.links import (
     QUADRATURE,
     Link,
     check_finite,
     contrasts_of,
-    entropy,
     probit,
     sampled_log_softmax,
 )
@@ -196,14 +196,16 @@ class NextTokenPredictor:
         if self.link_approx == "probit":
             log_p = average = probit(mean, covariance)
             total = self._entropy(average, inside)
-            information = _second_order_information(p_map.exp(), covariance).minimum(total)
+            information = (
+                _second_order_information(p_map.exp(), covariance).clamp(min=0).minimum(total)
+            )
         else:
             samples = sampled_log_softmax(*contrasts_of(mean, covariance), self._noise)
             log_p = average = averaged(samples)
             if self.link_approx == QUADRATURE:
                 log_p = Link(QUADRATURE).log_probabilities(mean, covariance)
             total = self._entropy(average, inside)
-            information = entropy(average.exp()) - entropy(samples.exp()).mean(0)
+            _, information = entropies_of(samples)
         return NextToken(
             candidates,
             mean[:, :k],
@@ -211,7 +213,7 @@ class NextTokenPredictor:
             p_map[:, :k],
             log_p[:, :k],
             total,
-            information.clamp(min=0),
+            information,
             log_p[:, k:].exp().sum(-1),
         )
 

@@ -20,7 +20,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from laplace_lora.models.modes import Holders
+from laplace_lora.models.holders import Holders
 from laplace_lora.models.tolerances import near
 
 WRAPPERS = "_laplace_lora_wrappers"  # where experts keep PEFT's layers meanwhile

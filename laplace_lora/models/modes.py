@@ -1,87 +1,18 @@
-"""Context managers that temporarily change a model and always restore it.
-
-Several threads may hold the same change at once: it is made by the first and undone by the last.
-"""
+"""Context managers that temporarily change a model and always restore it."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, Generic, TypeVar
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.lora import dora
 from torch import Tensor, nn
 
 from laplace_lora.data.sharding import write_values
+from laplace_lora.models.holders import Holders
 from laplace_lora.models.turns import in_turn
-
-T = TypeVar("T")
-_EVERY: list[Holders[Any]] = []
-COMPILED = "_laplace_lora_compiled"  # where a module keeps its compiled call meanwhile
-
-
-class Holders(Generic[T]):
-    """Objects that one or more threads hold in a changed state.
-
-    Args:
-        change: Changes an object.
-        undo: Changes it back.
-    """
-
-    def __init__(self, change: Callable[[T], None], undo: Callable[[T], None]) -> None:
-        self._change, self._undo = change, undo
-        self._lock = threading.RLock()
-        self._held: dict[int, tuple[T, int]] = {}
-        _EVERY.append(self)
-
-    @contextmanager
-    def hold(self, objects: Sequence[T], needs_change: Callable[[T], bool]) -> Iterator[None]:
-        """Hold those objects that need the change, or that another thread has changed already."""
-        taken: list[T] = []
-        try:
-            with self._lock:
-                for item in objects:
-                    holders = self._held.get(id(item), (item, 0))[1]
-                    if holders == 0 and not needs_change(item):
-                        continue
-                    if holders == 0:
-                        self._change(item)
-                    self._held[id(item)] = (item, holders + 1)
-                    taken.append(item)
-            yield
-        finally:
-            with self._lock:
-                for item in taken:
-                    holders = self._held.pop(id(item))[1] - 1
-                    if holders:
-                        self._held[id(item)] = (item, holders)
-                    else:
-                        self._undo(item)
-
-    @contextmanager
-    def undone_in(self, copies: Mapping[int, Any]) -> Iterator[None]:
-        """Let nothing change while objects are copied; what has is undone in the copies.
-
-        Args:
-            copies: By the originals' ``id``, as `copy.deepcopy` fills its ``memo``.
-        """
-        with self._lock:
-            yield
-            for original, _ in self._held.values():
-                twin = copies.get(id(original), original)
-                if twin is not original:
-                    self._undo(twin)
-
-
-@contextmanager
-def undone_in(copies: Mapping[int, Any]) -> Iterator[None]:
-    """Let copies be made as if no thread held any of the originals, see `Holders.undone_in`."""
-    with ExitStack() as stack:
-        for holders in _EVERY:
-            stack.enter_context(holders.undone_in(copies))
-        yield
 
 
 def _switched(name: str, value: bool) -> Holders[Any]:
@@ -89,39 +20,6 @@ def _switched(name: str, value: bool) -> Holders[Any]:
     return Holders(lambda x: setattr(x, name, value), lambda x: setattr(x, name, not value))
 
 
-def _decompile(module: Any) -> None:
-    if _is_wrapper(module):
-        vars(module)[COMPILED] = module.forward
-        object.__setattr__(module, "forward", module._orig_mod.__call__)
-    elif _has_compiled_pass(module):
-        vars(module)[COMPILED] = module.forward
-        module.forward = module.forward._torchdynamo_orig_callable
-    else:
-        vars(module)[COMPILED] = module._compiled_call_impl
-        module._compiled_call_impl = None
-
-
-def _recompile(module: Any) -> None:
-    compiled = vars(module).pop(COMPILED)
-    if _is_wrapper(module):
-        object.__setattr__(module, "forward", compiled)
-    elif "forward" in vars(module):
-        module.forward = compiled
-    else:
-        module._compiled_call_impl = compiled
-
-
-def _is_wrapper(module: nn.Module) -> bool:
-    """Return whether a module is what ``torch.compile`` returns."""
-    return type(module).__name__ == "OptimizedModule"
-
-
-def _has_compiled_pass(module: nn.Module) -> bool:
-    """Return whether a module's forward pass was compiled by itself, and assigned to it."""
-    return hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
-
-
-_EAGER = Holders[nn.Module](_decompile, _recompile)
 _EVALUATING = _switched("training", False)
 _DIFFERENTIABLE = _switched("training", True)
 _UNCACHED = _switched("ENABLE_DORA_CACHING", False)
@@ -199,24 +97,6 @@ def differentiable(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 def _is_four_bit(module: nn.Module) -> bool:
     return type(module).__name__ == "Linear4bit"
-
-
-@contextmanager
-def eager(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Run compiled modules as they were written, temporarily.
-
-    Compiled code does not look for hooks that were registered after it was made.
-
-    Args:
-        modules: All modules of the model.
-    """
-
-    def is_compiled(module: nn.Module) -> bool:
-        called = getattr(module, "_compiled_call_impl", None) is not None
-        return _is_wrapper(module) or _has_compiled_pass(module) or called
-
-    with _EAGER.hold(modules, is_compiled):
-        yield
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any, NoReturn, TypeVar
 from laplace.utils.feature_extractor import FeatureExtractor
 from torch import Tensor, nn
 
-from laplace_lora.models.modes import undone_in
+from laplace_lora.models.holders import undone_in
 from laplace_lora.models.thread_hooks import STRUCTURE, remove_copied
 from laplace_lora.models.turns import in_turn
 

@@ -14,7 +14,8 @@ from laplace_lora.data.distributed import Together, together
 from laplace_lora.data.steps import steps
 from laplace_lora.likelihoods.base import ANCHORED, Readout, integrated_variables
 from laplace_lora.likelihoods.classification import LOGITS
-from laplace_lora.likelihoods.links import Link, entropies, entropies_of
+from laplace_lora.likelihoods.information import entropies, entropies_of
+from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.quadrature import ENTROPY_POINTS, averaged, normal_points
 from laplace_lora.likelihoods.roots import anchored_matrix
 from laplace_lora.predictive.glm import Predictor

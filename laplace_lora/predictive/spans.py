@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from laplace_lora.likelihoods.classification import LOGITS
-from laplace_lora.likelihoods.links import QUADRATURE, entropy
+from laplace_lora.likelihoods.information import entropy
+from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.likelihoods.quadrature import averaged
 from laplace_lora.likelihoods.question_answering import CONTEXT, text_tokens
 from laplace_lora.models.autocast import as_called

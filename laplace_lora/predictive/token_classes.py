@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from laplace_lora.likelihoods.base import Readout
+from laplace_lora.likelihoods.information import entropies, entropies_of
 from laplace_lora.likelihoods.language_modeling import IGNORED
-from laplace_lora.likelihoods.links import QUADRATURE, Link, check_finite, entropies, entropies_of
+from laplace_lora.likelihoods.links import QUADRATURE, Link, check_finite
 from laplace_lora.likelihoods.quadrature import averaged
 from laplace_lora.likelihoods.roots import identity_root, standing_apart
 from laplace_lora.likelihoods.token_classification import marked, real_tokens

@@ -17,7 +17,7 @@ from torch import Tensor
 from laplace_lora.data.batches import model_inputs
 from laplace_lora.data.distributed import Together
 from laplace_lora.display.warning import warn
-from laplace_lora.likelihoods.links import entropy
+from laplace_lora.likelihoods.information import entropy
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.network_samples import Network, NetworkSamples
 from laplace_lora.predictive.query import Query

@@ -19,7 +19,7 @@ from laplace_lora.evaluation.metrics import (
     ood_fpr95,
     risk_coverage,
 )
-from laplace_lora.likelihoods.links import entropy
+from laplace_lora.likelihoods.information import entropy
 
 P = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.4, 0.6], [0.55, 0.45]])
 Y = torch.tensor([0, 1, 1, 1, 0])  # the second is wrong

@@ -8,7 +8,8 @@ import torch
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
 from laplace_lora.likelihoods.base import CONTRASTS
 from laplace_lora.likelihoods.classification import LOGITS
-from laplace_lora.likelihoods.links import Link, entropies
+from laplace_lora.likelihoods.information import entropies
+from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.quadrature import ENTROPY_POINTS, normal_points
 from laplace_lora.predictive import token_classes
 from laplace_lora.predictive.linear_samples import LinearSamples
