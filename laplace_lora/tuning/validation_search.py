@@ -16,6 +16,7 @@ from torchmetrics import Metric
 
 from laplace_lora.data.distributed import ALONE, Together
 from laplace_lora.likelihoods.base import Scoring
+from laplace_lora.linalg.spectrum_nodes import SpectrumNodes
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.tuning.validation_cache import Cache, validation_pass, validation_rows
 
@@ -54,16 +55,19 @@ def grid_search(
     tally = _tally(loss, len(grid), scoring, team)
     posterior = predictor.posterior
     grid = grid.to(device=posterior.device, dtype=posterior.dtype)
+    spectra = posterior.precision.spectra()
+    nodes = SpectrumNodes.covering(e for s in spectra for e, times in s if times)
+    variances = 1 / (nodes.values.to(grid).unsqueeze(1) + grid)
 
-    def variances(_: int, e: Tensor) -> Tensor:
-        return 1 / (e.unsqueeze(1) + grid)
+    def shares(_: int, e: Tensor) -> Tensor:
+        return nodes.shares(e)
 
-    batches = validation_pass(predictor, loader, team, scoring.readout, variances, progress_bar)
+    batches = validation_pass(predictor, loader, team, scoring.readout, shares, progress_bar)
     for mean, y, forms in batches:
-        covariance = mean.new_zeros(len(grid), len(mean), mean.shape[1], mean.shape[1])
+        total: Any = 0.0
         for _, form in forms:
-            covariance += form.movedim(-1, 0)
-        tally.update(mean, covariance, y)
+            total = total + form
+        tally.update(mean, (total @ variances).movedim(-1, 0), y)
     losses = tally.compute(team)
     if not bool(losses.isfinite().any()):
         raise FloatingPointError(
