@@ -2,9 +2,8 @@
 
 The quickstart's encoder learns which module a docstring is from, see `docstrings`: stopped early,
 long and longer. One K-FAC posterior from sampled labels (``num_samples=1``) is tuned by
-leave-one-out among an example's likeliest classes, the default, and by the marginal likelihood,
-which was the default for more than 31 classes before. Temperature scaling of the MAP reads 200
-labels of its own.
+leave-one-out among some of the classes, the default, and by the marginal likelihood, which was the
+default for more than 31 classes before. Temperature scaling of the MAP reads 200 labels of its own.
 
     python -m benchmarks.study.many_classes --out OUT
 
