@@ -72,7 +72,11 @@ def corrected_precision(posterior: Posterior, groups: Tensor, tune_noise: bool =
         evidence = scalar_evidence
     else:
         evidence = (CoupledEvidence if coupled else SeparateEvidence)(posterior, groups)
-    return uphill(evidence, start, noise.log(), bound, tune_noise)
+    # Below, the rounding of loss / σ² is no plateau any more, and would be climbed.
+    loss = float(posterior.state.loss) / posterior.temperature
+    rounded = loss * torch.finfo(posterior.dtype).eps / PLATEAU
+    lowest = 0.5 * math.log(rounded) if rounded > 0 else -math.inf
+    return uphill(evidence, start, noise.log(), bound, tune_noise, lowest)
 
 
 def _best_scalar(
@@ -115,7 +119,12 @@ def _slope(evidence: EvidenceCurve, log_delta: float, log_noise: Tensor) -> floa
 
 
 def uphill(
-    evidence: EvidenceCurve, start: Tensor, log_noise: Tensor, bound: float, tune_noise: bool
+    evidence: EvidenceCurve,
+    start: Tensor,
+    log_noise: Tensor,
+    bound: float,
+    tune_noise: bool,
+    lowest: float = -math.inf,
 ) -> Maximum:
     """Return the maximum uphill of a start, or the start if that is better.
 
@@ -125,6 +134,7 @@ def uphill(
         log_noise: Log of the observation noise, where the search starts.
         bound: Above which an evidence is not credible.
         tune_noise: Whether to choose the noise as well.
+        lowest: Log of the smallest noise that is tried.
     """
     count, kept = len(start), Maximum(start.exp(), math.exp(log_noise))
 
@@ -141,7 +151,8 @@ def uphill(
     first = torch.cat([start, log_noise.reshape(1)])[: count + tune_noise]
     limits = [(LOW, HIGH)] * count
     if tune_noise:
-        limits.append((float(log_noise) - NOISE_RANGE, float(log_noise) + NOISE_RANGE))
+        low = min(max(float(log_noise) - NOISE_RANGE, lowest), float(log_noise))
+        limits.append((low, float(log_noise) + NOISE_RANGE))
     found = minimize(
         descent,
         first.tolist(),

@@ -9,7 +9,8 @@ new data. The posterior's width at each example is added to them, and the prior 
 best leave-one-out likelihood is chosen, see `best_width`.
 
 An example that shares an input with others, as preference pairs do a text, is left out together
-with them. Where there are too many classes its own is told apart from some, see `Rivals`.
+with them, unless inputs come again and again with other labels. Where there are too many classes
+its own is told apart from some, see `Rivals`.
 
 Where the base model's leave-one-out predictions get better when it is fitted more closely, training
 stopped too early: the posterior's mean is moved until it fits the labels as closely as is best, see
@@ -46,6 +47,10 @@ from laplace_lora.tuning.same_data import check_same_data
 from laplace_lora.tuning.shared_inputs import SharedInputs
 from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
 from laplace_lora.tuning.width_choice import best_width
+
+# Of the examples: where inputs come again and again, with labels of their own, new data will be of
+# the same inputs. What is known of others, all copies left out, says nothing about these.
+CONTRADICTED = 0.25
 
 
 def why_not(posterior: Posterior, loader: Any) -> str | None:
@@ -152,6 +157,8 @@ def tune(
             whole = (posterior, loader, team, scoring.readout, progress_bar, closest)
             moved = recentred(*whole, rivals=n_rivals)
             mode = closer
+    if inputs.contradicted(cache.y) > CONTRADICTED * len(cache.y):
+        companions = {}
     mean = without(mode)
     widths = None
     if is_exact:

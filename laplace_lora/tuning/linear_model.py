@@ -226,12 +226,14 @@ def without_own(marginal: Tensor, root: Tensor) -> Tensor:
         marginal: Covariances with it, ``(N, c, c)``.
         root: Roots ``R`` of the curvatures ``Rᵀ R``, ``(N, k, c)``.
     """
-    # Woodbury, as a sum of positive matrices: rounding cannot make it anything else.
+    # Woodbury, as a sum of positive matrices: rounding cannot make it anything else. In float64, as
+    # eigenvectors of equal rows, which copies of a text have, may be NaN in float32.
+    dtype, marginal, root = marginal.dtype, marginal.double(), root.double()
     spread = root @ marginal
     inner, vectors = torch.linalg.eigh(spread @ root.mT)
-    share = inner.clamp(0, 1 - 10 * torch.finfo(inner.dtype).eps)
+    share = inner.clamp(0, 1 - 10 * torch.finfo(dtype).eps)
     columns = spread.mT @ vectors
-    return marginal + (columns / (1 - share).unsqueeze(-2)) @ columns.mT
+    return (marginal + (columns / (1 - share).unsqueeze(-2)) @ columns.mT).to(dtype)
 
 
 def owners_of_sets(companions: Mapping[int, Sequence[int]]) -> dict[tuple[int, ...], list[int]]:

@@ -90,6 +90,17 @@ class SharedInputs:
                 found[i] = sorted({i, *others})
         return found
 
+    def contradicted(self, labels: Tensor) -> int:
+        """Return how many examples have an input that comes with another label as well.
+
+        Args:
+            labels: Of the examples of all processes, once `companions` has been asked for.
+        """
+        met: dict[Key, set[str]] = defaultdict(set)
+        for key, label in zip(self.keys, labels.tolist(), strict=False):
+            met[key].add(str(label))
+        return sum(len(met[key]) > 1 for key in self.keys)
+
     def _read_of(self, x: Mapping[str, Any]) -> dict[str, Any]:
         """Return what the model reads of a batch, under the batch's names."""
         names = {name: plain_name(name) for name in x if name != self.label_key}

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,8 @@ from laplace_lora import (
     LoraEF,
     LowRankLoraLaplace,
 )
+from laplace_lora.tuning import corrected_evidence
+from laplace_lora.tuning.corrected_evidence import uphill
 from laplace_lora.tuning.evidence_curves import CoupledEvidence
 from laplace_lora.tuning.groups import prior_groups
 from support.batches import loader
@@ -366,3 +369,20 @@ def test_an_evidence_without_a_credible_maximum_says_so(structure):
     with pytest.warns(UserWarning, match="no maximum where it is credible.*The border is taken"):
         la.optimize_prior_precision(method="marglik", prior_structure=structure)
     assert la.log_marginal_likelihood(correction=True) <= 0
+
+
+def test_noise_is_not_sought_where_rounding_is_all_there_is(monkeypatch):
+    """In float32 a regression's evidence rose by a million nats on the way to no noise at all."""
+    net, X, y, _ = linear_regression(0)
+    la = FullLoraLaplace(net.float(), "regression")
+    la.fit(DataLoader(TensorDataset(X.float(), y.float()), batch_size=5))
+
+    def rising(evidence, start, log_noise, bound, tune_noise, lowest):
+        return uphill(lambda _, log_sigma: -log_sigma, start, log_noise, bound, True, lowest)
+
+    monkeypatch.setattr(corrected_evidence, "uphill", rising)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        la.optimize_prior_precision(tune_sigma_noise=True)
+    rounding = la.fitted.state.loss * torch.finfo(torch.float32).eps / float(la.sigma_noise) ** 2
+    assert float(rounding) == pytest.approx(corrected_evidence.PLATEAU, rel=1e-3)

@@ -123,3 +123,13 @@ def test_curved_rows_are_those_of_the_root(make):
     rows = torch.randn(*outputs.shape, 5, dtype=torch.float64)
     root = model.root(outputs)
     torch.testing.assert_close(model.curved(outputs, rows), root.mT @ (root @ rows))
+
+
+def test_copies_in_single_precision_have_a_cavity():
+    """LAPACK's eigenvectors of matrices of equal entries are NaN in float32 now and then."""
+    generator = torch.Generator().manual_seed(0)
+    marginal = torch.rand(2000, 1, 1, generator=generator)
+    root = 0.1 * torch.rand(2000, 1, 1, generator=generator).expand(2000, 12, 1)
+    single = without_own(marginal, root)
+    exact = 1 / (1 / marginal.double() - root.double().square().sum(1, keepdim=True))
+    torch.testing.assert_close(single, exact.float(), rtol=1e-5, atol=0)

@@ -190,3 +190,23 @@ def test_pairs_of_a_reward_model_are_left_out_with_those_that_share_a_text():
     la.fit(DataLoader(pairs, batch_size=2))
     la.optimize_prior_precision()
     assert la.tuning.leave_one_out.sharing == len(pairs) == 6
+
+
+def test_inputs_that_come_with_several_labels_are_counted():
+    inputs = SharedInputs("labels")
+    y = torch.tensor([0, 1, 0, 2, 1])
+    inputs.add(texts([[5, 6], [7], [5, 6], [5, 6], [7]], 3), y)
+    inputs.companions(ALONE)
+    assert inputs.contradicted(y) == 3
+    assert inputs.contradicted(torch.zeros(5)) == 0
+
+
+@pytest.mark.parametrize("agree", [True, False])
+def test_texts_that_come_again_and_again_are_drawn_again(agree):
+    """Left out with all their copies, they would say what is known of other texts."""
+    few = split_rows(token_batch((3, 6, 4)))
+    data = [{**few[i % 3], "labels": torch.tensor((i if agree else i // 3) % 3)} for i in range(12)]
+    la = posterior(name="bert", fit=False)
+    la.fit(DataLoader(data, batch_size=4))
+    la.optimize_prior_precision()
+    assert la.tuning.leave_one_out.sharing == (12 if agree else 0)
