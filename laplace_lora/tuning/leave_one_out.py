@@ -143,8 +143,8 @@ def tune(
     companions = inputs.companions(team)
     nothing = cache.mean.new_zeros(*cache.mean.shape, cache.mean.shape[-1])
 
-    def without(mode: Mode) -> Tensor:
-        return linear.leave_one_out(mode, companions)[0].to(cache.mean)
+    def without(mode: Mode, together: dict[int, list[int]] = companions) -> Tensor:
+        return linear.leave_one_out(mode, together)[0].to(cache.mean)
 
     def narrow(mean: Tensor) -> Tensor:
         return scoring.nll(mean, nothing, labels).double()
@@ -157,13 +157,13 @@ def tune(
             whole = (posterior, loader, team, scoring.readout, progress_bar, closest)
             moved = recentred(*whole, rivals=n_rivals)
             mode = closer
-    if inputs.contradicted(cache.y) > CONTRADICTED * len(cache.y):
-        companions = {}
-    mean = without(mode)
+    drawn_again = inputs.contradicted(cache.y) > CONTRADICTED * len(cache.y)
+    left_out_with = {} if drawn_again else companions
+    mean = without(mode, left_out_with)
     widths = None
     if is_exact:
         root = linear.root(outputs).to(cache.mean)
-        of_widths = companions if rivals is None else {}
+        of_widths = left_out_with if rivals is None else {}
         widths = CavityWidths(predictor, readout, root, inputs, of_widths, team)
 
     def losses(log_precision: float) -> Tensor:
@@ -174,7 +174,7 @@ def tune(
             covariance = widths.without(covariance, delta)
         return scoring.nll(mean, covariance, labels).double()
 
-    width = best_width(losses, narrow(mean), companions)
+    width = best_width(losses, narrow(mean), left_out_with)
     report = LeaveOneOut(
         prior_precision=width.prior_precision,
         nll_map=width.nll + width.gain,
@@ -183,7 +183,7 @@ def tune(
         base_precision=mode.precision,
         examples=len(labels),
         recentring=None if moved is None else moved[1],
-        sharing=len(companions),
+        sharing=len(left_out_with),
         too_many=0 if widths is None else widths.too_many,
         rivals=n_rivals,
         is_unclear=not width.is_clear,
