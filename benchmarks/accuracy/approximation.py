@@ -22,6 +22,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def exact_covariances(task: Task, exact: Any, precisions: list[float]) -> list[T
 
     for batch in task.loader("test", EVALUATION_BATCH):
         _, forms = Predictor(exact.fitted).forms(batch, LOGITS, variances)
-        total = torch.stack([form for _, form in forms]).sum(0)
+        total = reduce(torch.add, (form for _, form in forms))
         for parts, covariance in zip(covariances, total.unbind(-1), strict=True):
             parts.append(covariance.cpu())
     return [torch.cat(parts) for parts in covariances]

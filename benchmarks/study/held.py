@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -152,7 +153,7 @@ class TestRows:
         parts = []
         for rows in self.jacobians:
             forms = together[0].precision.forms(self._of(rows, la), variances)
-            parts.append(torch.stack([form for _, form in forms]).sum(0))
+            parts.append(reduce(torch.add, (form for _, form in forms)))
         found = iter(torch.cat(parts).unbind(-1))
         return [next(found) if _is_sum(p) else self._covariance(p) for p in posteriors]
 

@@ -10,39 +10,37 @@ from torch import nn
 
 from laplace_lora.models.holders import Holders
 
-COMPILED = "_laplace_lora_compiled"  # where a module keeps its compiled call meanwhile
+COMPILED = "_laplace_lora_compiled"  # where a module keeps what is compiled meanwhile
+
+
+def _compiled_part(module: Any) -> tuple[str, Any] | None:
+    """Return the attribute by which a module is compiled, and what it is as it was written."""
+    if type(module).__name__ == "OptimizedModule":  # what `torch.compile` returns
+        return "forward", module._orig_mod.__call__
+    assigned = vars(module).get("forward")
+    if hasattr(assigned, "_torchdynamo_orig_callable"):
+        return "forward", assigned._torchdynamo_orig_callable
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return "_compiled_call_impl", None
+    return None
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether a module runs compiled, by whichever of torch's ways."""
+    return _compiled_part(module) is not None
 
 
 def _decompile(module: Any) -> None:
-    if _is_wrapper(module):
-        vars(module)[COMPILED] = module.forward
-        object.__setattr__(module, "forward", module._orig_mod.__call__)
-    elif _has_compiled_pass(module):
-        vars(module)[COMPILED] = module.forward
-        module.forward = module.forward._torchdynamo_orig_callable
-    else:
-        vars(module)[COMPILED] = module._compiled_call_impl
-        module._compiled_call_impl = None
+    part = _compiled_part(module)
+    assert part is not None
+    name, written = part
+    vars(module)[COMPILED] = name, getattr(module, name)
+    object.__setattr__(module, name, written)
 
 
 def _recompile(module: Any) -> None:
-    compiled = vars(module).pop(COMPILED)
-    if _is_wrapper(module):
-        object.__setattr__(module, "forward", compiled)
-    elif "forward" in vars(module):
-        module.forward = compiled
-    else:
-        module._compiled_call_impl = compiled
-
-
-def _is_wrapper(module: nn.Module) -> bool:
-    """Return whether a module is what ``torch.compile`` returns."""
-    return type(module).__name__ == "OptimizedModule"
-
-
-def _has_compiled_pass(module: nn.Module) -> bool:
-    """Return whether a module's forward pass was compiled by itself, and assigned to it."""
-    return hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+    name, compiled = vars(module).pop(COMPILED)
+    object.__setattr__(module, name, compiled)
 
 
 _EAGER = Holders[nn.Module](_decompile, _recompile)
@@ -57,10 +55,5 @@ def eager(modules: Sequence[nn.Module]) -> Iterator[None]:
     Args:
         modules: All modules of the model.
     """
-
-    def is_compiled(module: nn.Module) -> bool:
-        called = getattr(module, "_compiled_call_impl", None) is not None
-        return _is_wrapper(module) or _has_compiled_pass(module) or called
-
     with _EAGER.hold(modules, is_compiled):
         yield

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from laplace_lora.data.sharding import gathered_anew, is_sharded_model
+from laplace_lora.models.compiled import is_compiled
 from laplace_lora.models.modes import weights_kept
 from laplace_lora.models.thread_hooks import STRUCTURE
 from laplace_lora.models.turns import in_turn
@@ -95,8 +96,7 @@ def _twin_of(
 
 def _has_twin(model: nn.Module) -> bool:
     for module in model.modules():
-        compiled = type(module).__name__ == "OptimizedModule" or module._compiled_call_impl
-        if compiled or getattr(getattr(module, "_hf_hook", None), "offload", False):
+        if is_compiled(module) or getattr(getattr(module, "_hf_hook", None), "offload", False):
             return False
         # A copy's forward pass would run the modules that are in the closure: the model's own.
         is_changed = "forward" in vars(module) and not _is_trls_fused_head(module)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from laplace_lora.display.tables import span
+from laplace_lora.models.wrapped_model import base_of
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.tuning.outcome import Tuning
 
@@ -48,8 +48,7 @@ def summary_lines(
         lines["data"] = (
             f"{state.n_data} examples, mean training loss {state.loss / state.n_data:.4g}"
         )
-    model: Any = posterior.source.model
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(posterior.source.model)
     outputs = f", {state.n_outputs} outputs" if state.is_fitted else ""
     title = f"{posterior.kind}: {posterior.objective.name} by {type(base).__name__}{outputs}"
     return title, lines

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import reduce
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -64,9 +65,7 @@ def grid_search(
 
     batches = validation_pass(predictor, loader, team, scoring.readout, shares, progress_bar)
     for mean, y, forms in batches:
-        total: Any = 0.0
-        for _, form in forms:
-            total = total + form
+        total = reduce(torch.add, (form for _, form in forms))
         tally.update(mean, (total @ variances).movedim(-1, 0), y)
     losses = tally.compute(team)
     if not bool(losses.isfinite().any()):
