@@ -171,13 +171,11 @@ def test_regression_gives_moments(tmp_path):
     trainer.add_callback(callback)
     trainer.train()
     assert float(callback.la.sigma_noise) > 3
-    corrected = callback.la.log_marginal_likelihood(correction=True)
+    assert callback.la.tuning.method == "loo"
     mean, covariance = callback.predict(data)
     assert mean.shape == (6, 3) and covariance.shape == (6, 3, 3)
     logged = {k: v for entry in trainer.state.log_history for k, v in entry.items()}
     assert "laplace_log_marginal_likelihood" in logged and "eval_laplace_nll" not in logged
-    found = logged["laplace_corrected_log_marginal_likelihood"]
-    assert found == pytest.approx(float(corrected), abs=1e-3)
 
 
 def test_a_given_noise_stays(tmp_path):

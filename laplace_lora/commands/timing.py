@@ -92,16 +92,11 @@ def tuning_time(la: LoraLaplace) -> str:
     Args:
         la: The posterior.
     """
-    objective = la.objective
-    if objective.jacobian_refusal is not None:
+    if la.objective.jacobian_refusal is not None:
         return "Tuning then looks at 64 of the texts, and 2048 tokens, at most."
-    if not objective.is_classifier:
-        return (
-            "Tuning then reads the rows up to nine times more, for the evidence's gradient term, "
-            "with as many backward passes as the fit."
-        )
     return (
         "Tuning then takes as long again or longer: leave-one-out differentiates the rows, or at "
         "most 1000 of them, at the base model and at the adapter, by a backward pass for each "
-        "class. Where it moves the posterior's mean, up to five passes over all rows follow."
+        "class or output. Where it moves the posterior's mean, up to five passes over all rows "
+        "follow."
     )

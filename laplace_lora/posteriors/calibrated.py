@@ -71,7 +71,8 @@ class CalibratedLaplace(PredictedLaplace):
     ) -> Calibration:
         """Choose prior, width and temperature of a classifier's predictive on a validation set.
 
-        And how far a recentred mean is moved. What few labels leave open is averaged over, see
+        Of a regression's: prior, width and observation noise. And how far a recentred mean is
+        moved. What few labels leave open is averaged over, see
         `tuning.calibration`.
         One pass over the data; afterwards ``la(batch)`` uses what was chosen. Calibrate for the
         link that you will predict with.
@@ -84,11 +85,13 @@ class CalibratedLaplace(PredictedLaplace):
             progress_bar: Whether to show progress, see `progress`.
 
         Returns:
-            The values chosen, and validation NLL and ECE before and after; NLL is never worse.
+            The values chosen, and validation NLL and calibration error before and after; NLL is
+            never worse.
 
         Raises:
             AttributeError: If the posterior has not been fitted.
-            ValueError: If it is not a classifier's, or the loader is empty or without labels.
+            ValueError: If it is neither a classifier's nor a regression's, or the loader is empty
+                or without labels.
         """
         options = (link_approx, n_samples, generator, progress_bar)
         settings, report = Tuner(self.fitted).calibrate(val_loader, *options)

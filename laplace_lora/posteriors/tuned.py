@@ -74,9 +74,9 @@ class TunedLaplace(LaplaceLoops):
           ``"marglik"``.
         * ``"loo"``: the best leave-one-out likelihood of the training labels, in one pass over the
           training data: those of the fit, as long as this process keeps them, or
-          ``train_loader``, a random thousand of them where they are many. For classifiers and
-          reward models. Moves the posterior's mean where training stopped too early, see
-          `recentre`.
+          ``train_loader``, a random thousand of them where they are many. For classifiers,
+          regressions and reward models. Moves the posterior's mean where training stopped too
+          early, see `recentre`.
         * ``"widest"``: for models of tokens, the prior of the plain evidence with its covariance
           scaled down until some training texts are predicted at most 0.0025 nats per token worse
           than by the MAP, see `widest`.
@@ -100,7 +100,8 @@ class TunedLaplace(LaplaceLoops):
                 data, if not those of the fit in this process.
             link_approx: Link of the predictive that is scored.
             n_samples: Samples for ``"mc"``, common to all priors compared.
-            tune_sigma_noise: For ``"marglik"`` of a regression: also the observation noise.
+            tune_sigma_noise: For ``"loo"`` and ``"marglik"`` of a regression: also the
+                observation noise.
             correction: For ``"marglik"``: take in the gradient term that the evidence has because
                 trained weights are no mode of the prior; measured in passes over the training data
                 the first time. ``None`` does where it can, and warns where it cannot.
@@ -133,6 +134,8 @@ class TunedLaplace(LaplaceLoops):
         check_options(method, kwargs)
         by_laplace_torch = bool(kwargs) or prior_structure == "diag"
         check_evidence_options(method, tune_sigma_noise, correction, by_laplace_torch)
+        if tune_sigma_noise and not self.fitted.objective.has_noise:
+            raise ValueError("only a regression has observation noise to tune")
         check_no_validation(method, val_loader)
         before, tuning_before = self.state, self._tuning
         uncalibrated = before.with_settings(before.settings.untuned())
@@ -144,9 +147,9 @@ class TunedLaplace(LaplaceLoops):
             report: LeaveOneOut | Widest | StructureChoice | None = None
             reason = ""
             data_of_fit = self._train_loader if train_loader is None else train_loader
-            options = (data_of_fit, progress_bar, recentre)
+            options = (data_of_fit, progress_bar, recentre, tune_sigma_noise)
             if method == "auto":
-                others = bool(kwargs) or tune_sigma_noise or correction is not None
+                others = bool(kwargs) or correction is not None
                 method, reason, found = self._by_default(prior_structure, others, *options)
                 settings, report = found or (None, None)
                 if self.fitted.objective.predicts_tokens:  # nor does it help these
@@ -189,6 +192,7 @@ class TunedLaplace(LaplaceLoops):
         train_loader: Any,
         progress_bar: bool | None,
         recentre: bool,
+        tune_noise: bool,
     ) -> tuple[str, str, tuple[Settings, LeaveOneOut | Widest] | None]:
         """Return the method of ``"auto"``, why it is no better one, and what that found."""
         posterior = self.fitted
@@ -203,7 +207,7 @@ class TunedLaplace(LaplaceLoops):
             reason = leave_one_out.why_not(posterior, train_loader) or ""
         if not reason:
             try:
-                options = (structure, train_loader, progress_bar, recentre)
+                options = (structure, train_loader, progress_bar, recentre, tune_noise)
                 return method, "", Tuner(posterior).by_training_data(method, *options)
             except (ValueError, OtherProcessFailed) as error:  # in its pass over the data
                 kinds = ("ValueError", NoForwardDerivativeError.__name__)

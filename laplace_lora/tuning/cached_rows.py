@@ -34,11 +34,9 @@ class CachedRows:
 
     def some(self, count: int) -> CachedRows:
         """Return random rows, the same at every call; all of them if there are no more."""
-        if len(self.cache.y) <= count:
+        which = random_rows(self.cache.y, count)
+        if which is None:
             return self
-        generator = torch.Generator().manual_seed(0)
-        which = torch.randperm(len(self.cache.y), generator=generator)[:count].sort().values
-        which = which.to(self.cache.y.device)
         return CachedRows(self.cache.some(which), self.centre[which], self.scoring)
 
     def losses(self, point: Any) -> Tensor:
@@ -56,9 +54,7 @@ class CachedRows:
 
     def _moments(self, point: Any) -> tuple[Tensor, Tensor]:
         factor, scale, temperature = (exponential(value) for value in point[:3])
-        mean = self.cache.mean
-        if len(point) > 3:
-            mean = self.centre + point[3] * (mean - self.centre)
+        mean = stepped(self.cache.mean, self.centre, point)
         covariance = self.cache.covariance(mean.new_tensor([factor]))
         return mean / temperature, covariance * (scale / temperature**2)
 
@@ -66,3 +62,22 @@ class CachedRows:
         mean, covariance = self._moments(point)
         ((p,),) = self.scoring.metric_arguments(mean, covariance.unsqueeze(0))
         return p
+
+
+def random_rows(y: Tensor, count: int) -> Tensor | None:
+    """Return the places of random rows, the same at every call; ``None`` if there are no more."""
+    if len(y) <= count:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    return torch.randperm(len(y), generator=generator)[:count].sort().values.to(y.device)
+
+
+def stepped(mean: Tensor, centre: Tensor, point: Any) -> Tensor:
+    """Return means under a point's multiple of the posterior's shift, if it has one.
+
+    Args:
+        mean: Under the present shift.
+        centre: Without it.
+        point: All the values that are calibrated; the multiple is the fourth.
+    """
+    return centre + point[3] * (mean - centre) if len(point) > 3 else mean

@@ -1,10 +1,10 @@
-"""Calibrating a classifier's posterior on a validation set.
+"""Calibrating a classifier's or a regression's posterior on a validation set.
 
 Three numbers, chosen together on the validation NLL from one cached pass: a factor of the prior
-precision, a scale of the predictive covariance and a temperature of the likelihood; of a recentred
-posterior a fourth, how far its mean has moved. Fifty labels fit three numbers all too well, so each
-has a Gaussian prior around its present value, and what labels leave open is averaged over, see
-`calibration_search`.
+precision, a scale of the predictive covariance and a temperature of the likelihood, or a
+regression's observation noise; of a recentred posterior a fourth, how far its mean has moved. Fifty
+labels fit three numbers all too well, so each has a Gaussian prior around its present value, and
+what labels leave open is averaged over, see `calibration_search`.
 Marginal likelihood can miss the width of a posterior severalfold where the model is misspecified; a
 few hundred labels correct that.
 """
@@ -26,6 +26,7 @@ from laplace_lora.likelihoods.base import Scoring
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning.cached_rows import CachedRows
+from laplace_lora.tuning.cached_targets import CachedTargets
 from laplace_lora.tuning.calibration_search import Predictions, exponential, search
 from laplace_lora.tuning.validation_cache import ValidationCache, validation_rows
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from rich.console import RenderableType
 
-WIDTHS = (2.0, 1.0, 0.7, 1.0)  # of the priors: log factor, log scale, log temperature, step
+WIDTHS = (2.0, 1.0, 0.7, 1.0)  # of the priors: log factor, scale, temperature or noise; step
 SEARCHED = 4096  # rows at most; of more, random ones, which leave as little open
 
 
@@ -50,8 +51,10 @@ class Calibration:
         nll_after: And after; on the rows that the choice was made from.
         nll_cross_fitted: After, each fifth of the rows under the values chosen from the others:
             what to expect on new data.
-        ece_before: Expected calibration error before, 15 equal-width bins, a fraction.
+        ece_before: Expected calibration error before, 15 equal-width bins, a fraction; of a
+            regression how far the shares of targets below quantiles are from the quantiles' levels.
         ece_after: And after.
+        sigma_noise: Standard deviation of a regression's observation noise; ``None`` of others.
     """
 
     prior_precision: Tensor
@@ -62,6 +65,7 @@ class Calibration:
     nll_cross_fitted: float
     ece_before: float
     ece_after: float
+    sigma_noise: float | None = None
 
     def __str__(self) -> str:
         return (
@@ -112,16 +116,19 @@ class Calibration:
         }
 
     def _chosen(self) -> str:
+        last = f"likelihood temperature {self.likelihood_temperature:.3g}"
+        if self.sigma_noise is not None:
+            last = f"observation noise {self.sigma_noise:.3g}"
         return (
             f"prior precision {span(self.prior_precision, 3)}, covariance scale "
-            f"{self.covariance_scale:.3g}, likelihood temperature {self.likelihood_temperature:.3g}"
+            f"{self.covariance_scale:.3g}, {last}"
         )
 
 
 def calibrate(
     predictor: Predictor, loader: Any, team: Together, scoring: Scoring, progress_bar: bool | None
 ) -> tuple[Settings, Calibration]:
-    """Choose prior factor, covariance scale and likelihood temperature.
+    """Choose prior factor, covariance scale, and likelihood temperature or observation noise.
 
     Their logarithms have priors around their present values, with widths of 2, 1 and 0.7; the last
     number is a multiple of the present shift, with a width of 1. Chosen is the point whose
@@ -129,7 +136,8 @@ def calibrate(
     same samples. Of many rows some are searched, and all are scored.
 
     Args:
-        predictor: Of a fitted classifier's posterior; its present settings are the start.
+        predictor: Of a fitted posterior, a classifier's or a regression's; its present settings are
+            the start.
         loader: Validation batches with labels.
         team: The processes that share the loader.
         scoring: How predictions are scored.
@@ -152,11 +160,15 @@ def calibrate(
 
     cache = ValidationCache(predictor, loader, groups, scoring.readout, progress_bar, watch, team)
     centre, here = cache.mean, (0.0, math.log(settings.covariance_scale))
+    has_noise = posterior.objective.has_noise
     start: tuple[float, ...] = (*here, math.log(settings.likelihood_temperature))
     if settings.shift is not None:
         centre = validation_rows(team, unmoved=unmoved)["unmoved"]
         start = (*start, 1.0)
-    rows = CachedRows(cache, centre, scoring)
+    noise = float(settings.sigma_noise.detach())
+    rows: CachedRows | CachedTargets = CachedRows(cache, centre, scoring)
+    if has_noise:
+        rows = CachedTargets(cache, centre, noise, start)
     part = rows.some(SEARCHED)
     groups = torch.arange(len(part.cache.y), device=part.cache.y.device)
     found = search(Predictions(part.losses, part.events), start, WIDTHS[: len(start)], groups)
@@ -165,10 +177,12 @@ def calibrate(
         before, after = (float(rows.losses(point).double().mean()) for point in (start, best))
         if not after < before:
             best, after = start, before
-    factor, scale, temperature = (exponential(value) for value in best[:3])
+    factor, scale, third = (exponential(value) for value in best[:3])
+    noise, temperature = (noise * third, 1.0) if has_noise else (noise, third)
     chosen = replace(
         settings,
         prior_precision=settings.prior_precision * factor,
+        sigma_noise=settings.sigma_noise.new_tensor(noise),
         covariance_scale=scale,
         likelihood_temperature=temperature,
         shift=None if settings.shift is None else settings.shift * float(best[3]),
@@ -182,5 +196,6 @@ def calibrate(
         found.cross_fitted,
         rows.ece(start),
         rows.ece(best),
+        noise if has_noise else None,
     )
     return chosen, report

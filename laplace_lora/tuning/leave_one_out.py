@@ -40,7 +40,8 @@ from laplace_lora.tuning.function_rows import base_rows
 from laplace_lora.tuning.leave_one_out_report import LeaveOneOut
 from laplace_lora.tuning.linear_model import Mode
 from laplace_lora.tuning.looked_at import columns_looked_at, examples_looked_at, is_enough
-from laplace_lora.tuning.marginal_likelihood import first_precision
+from laplace_lora.tuning.marginal_likelihood import first_precision, with_noise
+from laplace_lora.tuning.profiled_noise import ProfiledNoise, at_residual_noise
 from laplace_lora.tuning.recentring import BYTES, columns_of, recentred
 from laplace_lora.tuning.rivals import Rivals
 from laplace_lora.tuning.same_data import check_same_data
@@ -64,8 +65,6 @@ def why_not(posterior: Posterior, loader: Any) -> str | None:
         The reason, ``None`` where there is none.
     """
     objective, state = posterior.objective, posterior.state
-    if not objective.is_classifier:
-        return f"a {objective.name} posterior has no class probabilities"
     if objective.jacobian_refusal is not None:
         return objective.jacobian_refusal
     if loader is None:
@@ -87,8 +86,9 @@ def tune(
     team: Together,
     progress_bar: bool | None,
     recentre: bool = True,
+    tune_noise: bool = False,
 ) -> tuple[Settings, LeaveOneOut]:
-    """Choose a scalar prior precision by leave-one-out, and the posterior's mean.
+    """Choose a scalar prior precision by leave-one-out, the posterior's mean, and its noise.
 
     Iterates once over the data: the Jacobians at the base model, and those at the trained weights.
     Of more than `ROWS` examples times contrasts a random subset is looked at. Iterates
@@ -100,6 +100,7 @@ def tune(
         team: The processes that share the loader.
         progress_bar: Whether to show progress, see `progress`.
         recentre: Move the posterior's mean where training stopped too early, see the module.
+        tune_noise: Whether to choose a regression's observation noise as well.
 
     Returns:
         The settings, and what they promise.
@@ -109,6 +110,8 @@ def tune(
             fit.
     """
     posterior.engine.check_outputs_few()
+    if tune_noise:
+        posterior = at_residual_noise(posterior)
     scoring = scoring_of(posterior, QUADRATURE, 0)
     n_data = posterior.state.n_data
     groups = torch.zeros(len(posterior.names), dtype=torch.long)
@@ -166,17 +169,27 @@ def tune(
         of_widths = left_out_with if rivals is None else {}
         widths = CavityWidths(predictor, readout, root, inputs, of_widths, team)
 
-    def losses(log_precision: float) -> Tensor:
+    def covariance_at(log_precision: float) -> Tensor:
         delta = math.exp(log_precision)
         factor = delta / float(scalar.settings.prior_precision)
         covariance = cache.covariance(cache.mean.new_tensor([factor]))
-        if widths is not None:
-            covariance = widths.without(covariance, delta)
+        return covariance if widths is None else widths.without(covariance, delta)
+
+    noise = float(posterior.settings.sigma_noise.detach())
+    profile = ProfiledNoise(noise, mean, labels) if tune_noise else None
+
+    def losses(covariance: Tensor) -> Tensor:
+        if profile is not None:
+            return profile.losses(covariance)
         return scoring.nll(mean, covariance, labels).double()
 
-    width = best_width(losses, narrow(mean), left_out_with)
+    width = best_width(lambda at: losses(covariance_at(at)), losses(nothing), left_out_with)
+    precision = width.prior_precision
+    if profile is not None:
+        factor = profile.factor(covariance_at(math.log(precision)))
+        precision, noise = precision / factor, noise * math.sqrt(factor)
     report = LeaveOneOut(
-        prior_precision=width.prior_precision,
+        prior_precision=precision,
         nll_map=width.nll + width.gain,
         nll=width.nll,
         standard_error=width.standard_error,
@@ -189,10 +202,11 @@ def tune(
         is_unclear=not width.is_clear,
         is_sharing_unknown=not inputs.is_known,
         knows_labels=trained_biases(posterior.source),
+        noise=noise if tune_noise else None,
     )
     settings = replace(
-        posterior.settings,
-        prior_precision=scalar.settings.prior_precision.new_tensor([width.prior_precision]),
+        with_noise(posterior, noise) if tune_noise else posterior.settings,
+        prior_precision=scalar.settings.prior_precision.new_tensor([precision]),
         shift=None if moved is None else moved[0],
     )
     return settings, report

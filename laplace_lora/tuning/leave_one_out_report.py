@@ -33,6 +33,7 @@ class LeaveOneOut:
             tensors of the batches do not have a row for each example.
         knows_labels: Whether the base model's own biases were trained, too, so that its
             linearisation has seen the labels and these NLLs are too low.
+        noise: Standard deviation of a regression's observation noise, where it was tuned as well.
     """
 
     prior_precision: float
@@ -48,6 +49,7 @@ class LeaveOneOut:
     is_unclear: bool = False
     is_sharing_unknown: bool = False
     knows_labels: bool = False
+    noise: float | None = None
 
     @property
     def is_widthless(self) -> bool:
@@ -77,7 +79,8 @@ class LeaveOneOut:
             )
         if self.rivals:
             shared += f", told apart from {self.rivals} random classes each"
+        noise = "" if self.noise is None else f" and observation noise {self.noise:.3g}"
         return (
             f"leave-one-out of {self.examples} examples{shared}: {moved}prior precision "
-            f"{self.prior_precision:.3g}, {width}"
+            f"{self.prior_precision:.3g}{noise}, {width}"
         )

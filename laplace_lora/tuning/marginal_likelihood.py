@@ -28,14 +28,9 @@ def maximise(
         tune_noise: Whether to choose the observation noise as well.
         correction: Whether to take the gradient term in, where it is known.
 
-    Raises:
-        ValueError: If there is no observation noise to tune.
-
     Warns:
         UserWarning: If the evidence has no maximum where it is credible.
     """
-    if tune_noise and not posterior.objective.has_noise:
-        raise ValueError("only a regression has observation noise to tune")
     if correction and posterior.gradient_term is not None:
         start = posterior.with_settings(first_precision(posterior))
         if tune_noise:  # the search starts where the plain evidence is largest

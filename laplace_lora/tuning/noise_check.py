@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from laplace_lora.display.warning import warn
 from laplace_lora.structures.posterior import Posterior
+from laplace_lora.tuning.profiled_noise import residual_deviation
 
 FACTOR = 3.0
 
@@ -16,10 +15,9 @@ def warn_if_noise_is_off(posterior: Posterior) -> None:
     Args:
         posterior: A fitted posterior.
     """
-    state = posterior.state
     if not posterior.objective.has_noise or float(posterior.settings.sigma_noise.detach()) != 1:
         return
-    residual = math.sqrt(2 * state.loss / max(state.n_data * state.n_outputs, 1))
+    residual = residual_deviation(posterior.state)
     if residual > FACTOR or residual < 1 / FACTOR:  # never of a loss that is not known
         width = "narrow" if residual > 1 else "wide"
         warn(

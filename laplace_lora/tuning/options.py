@@ -41,7 +41,7 @@ def check_options(method: str, given: Iterable[str]) -> None:
 def check_evidence_options(
     method: str, tune_noise: bool, correction: bool | None, by_laplace_torch: bool
 ) -> None:
-    """Refuse what only our maximum of the marginal likelihood takes, where another method runs.
+    """Refuse what another method, or laplace-torch's own loop, would ignore.
 
     Args:
         method: As of `check_options`.
@@ -52,17 +52,18 @@ def check_evidence_options(
     Raises:
         ValueError: If one of them would have no effect.
     """
-    if not (tune_noise or correction):
-        return
-    argument = "tune_sigma_noise=True" if tune_noise else "correction=True"
-    if method not in ("auto", "marglik"):
-        raise ValueError(f"{argument} belongs to method='marglik'; got method={method!r}")
-    if by_laplace_torch:
-        names = ", ".join(repr(name) for name in MARGLIK)
-        raise ValueError(
-            f"{argument} does not go together with {names} or prior_structure='diag', for "
-            "which laplace-torch's own loop tunes the prior precision alone"
-        )
+    takers = {"correction=True": ("marglik",), "tune_sigma_noise=True": ("loo", "marglik")}
+    given = {"correction=True": correction, "tune_sigma_noise=True": tune_noise}
+    for argument in (name for name, value in given.items() if value):
+        if method not in ("auto", *takers[argument]):
+            methods = " or ".join(f"method={taker!r}" for taker in takers[argument])
+            raise ValueError(f"{argument} belongs to {methods}; got method={method!r}")
+        if by_laplace_torch:
+            names = ", ".join(repr(name) for name in MARGLIK)
+            raise ValueError(
+                f"{argument} does not go together with {names} or prior_structure='diag', for "
+                "which laplace-torch's own loop tunes the prior precision alone"
+            )
 
 
 def check_no_validation(method: str, val_loader: Any) -> None:

@@ -57,12 +57,16 @@ def _read(kind: type[T], values: Any, name: str) -> T:
     read: dict[str, Any] = {}
     for field in fields(kind):  # type: ignore[arg-type]
         value = values.get(field.name, field.default)
-        if field.type == f"{REPORTS.get(field.name, Any).__name__} | None":
-            inner = REPORTS[field.name]
-            read[field.name] = None if value is None else _read(inner, value, field.name)
+        expected = str(field.type).removesuffix(" | None")
+        if value is None and expected != field.type:
+            read[field.name] = None
             continue
-        is_right = type(value).__name__ == field.type
-        if field.type == "dict[str, float]":
+        inner = REPORTS.get(field.name)
+        if inner is not None and inner.__name__ == expected:
+            read[field.name] = _read(inner, value, field.name)
+            continue
+        is_right = type(value).__name__ == expected
+        if expected == "dict[str, float]":
             is_right = isinstance(value, dict) and all(type(v) is float for v in value.values())
         if not is_right:
             raise ValueError(f"{field.name} of {name} is {value!r}")

@@ -57,8 +57,7 @@ class Tuner:
             The settings, and for ``"auto"`` what was chosen.
 
         Raises:
-            ValueError: If the structure is unknown, there is no noise to tune, or see
-                `choose_structure`.
+            ValueError: If the structure is unknown, or see `choose_structure`.
         """
         if structure == AUTO:
             if tune_noise:
@@ -76,6 +75,7 @@ class Tuner:
         train_loader: Any,
         progress_bar: bool | None,
         recentre: bool = True,
+        tune_noise: bool = False,
     ) -> tuple[Settings, LeaveOneOut]:
         """Return the settings with the best leave-one-out likelihood, and what they promise.
 
@@ -84,6 +84,7 @@ class Tuner:
             train_loader: The training data of the fit.
             progress_bar: Whether to show progress, see `progress`.
             recentre: Move the posterior's mean where training stopped too early.
+            tune_noise: Whether to choose a regression's noise as well.
 
         Raises:
             ValueError: If the structure is not a scalar, the loader is missing or not that of the
@@ -92,7 +93,8 @@ class Tuner:
         _check_scalar("leave-one-out", structure)
         check_at_hand(train_loader, "leave-one-out")
         with self._together(train_loader) as team:
-            return leave_one_out.tune(self.posterior, train_loader, team, progress_bar, recentre)
+            options = (train_loader, team, progress_bar, recentre, tune_noise)
+            return leave_one_out.tune(self.posterior, *options)
 
     def widest(
         self, structure: Structure, train_loader: Any, progress_bar: bool | None
@@ -120,10 +122,11 @@ class Tuner:
         train_loader: Any,
         progress_bar: bool | None,
         recentre: bool,
+        tune_noise: bool = False,
     ) -> tuple[Settings, LeaveOneOut | Widest]:
         """Return what `leave_one_out`, by its short name ``"loo"``, or `widest` returns."""
         if method == "loo":
-            return self.leave_one_out(structure, train_loader, progress_bar, recentre)
+            return self.leave_one_out(structure, train_loader, progress_bar, recentre, tune_noise)
         return self.widest(structure, train_loader, progress_bar)
 
     def recentre(
@@ -220,11 +223,11 @@ class Tuner:
     ) -> tuple[Settings, Calibration]:
         """Return calibrated settings, and what they changed, see `calibrate`."""
         objective = self.posterior.objective
-        if not objective.is_classifier:
-            method = "widest" if objective.predicts_tokens else "marglik"
+        if not (objective.is_classifier or objective.has_noise):
+            method = "widest" if objective.predicts_tokens else "loo"
             raise ValueError(
-                f"calibrate needs a classifier; tune a {objective.name} posterior by "
-                f"optimize_prior_precision(method={method!r})"
+                f"calibrate needs a classifier or a regression; tune a {objective.name} posterior "
+                f"by optimize_prior_precision(method={method!r})"
             )
         if labels_tokens(objective) or objective.has_spans:
             if link != QUADRATURE:

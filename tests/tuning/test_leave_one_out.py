@@ -116,15 +116,6 @@ def test_preference_pairs():
     assert la.tuning.method == "loo"
 
 
-def test_regression_when_asked_for():
-    la = KronLoraLaplace(peft_model("bert", dtype=torch.float64), "regression", sigma_noise=0.5)
-    la.fit(loader(lengths=LENGTHS, likelihood="regression"))
-    la.optimize_prior_precision()
-    assert (la.tuning.method, "no class probabilities" in la.tuning.reason) == ("marglik", True)
-    la.optimize_prior_precision(method="loo")
-    assert la.tuning.leave_one_out.nll <= la.tuning.leave_one_out.nll_map + 1e-9
-
-
 def test_the_model_and_the_random_state_stay():
     la = fitted()
     before = {k: v.clone() for k, v in la.model.state_dict().items()}
