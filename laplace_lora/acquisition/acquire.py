@@ -68,7 +68,8 @@ def acquire(
     if posterior.objective.name != "classification":
         raise ValueError(
             "acquire() chooses by what labels tell about the weights of a classifier; it does not "
-            f"support likelihood={posterior.objective.name!r}"
+            f"support likelihood={posterior.objective.name!r}. predict(), of a language model "
+            "generation.score, says how uncertain each example is: sort the pool by that"
         )
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")

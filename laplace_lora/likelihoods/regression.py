@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from laplace_lora.likelihoods.base import OUTPUTS, Likelihood, Readout, Scoring
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.roots import identity_root
 from laplace_lora.likelihoods.splitting import split_mapping_or_pair
+from laplace_lora.linalg.cholesky import shifted_cholesky
 
 
 class Regression(Likelihood):
@@ -86,11 +88,27 @@ class GaussianScoring:
 
     def nll(self, mean: Tensor, covariance: Tensor, y: Tensor) -> Tensor:
         """Return each example's negative log likelihood in nats, ``(…, batch)``."""
-        eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
-        total = covariance + self.noise**2 * eye
-        log_prob: Tensor = torch.distributions.MultivariateNormal(mean, total).log_prob(y)
-        return -log_prob
+        squares, log_dets = whitened(y - mean, covariance, self.noise)
+        return 0.5 * (squares + log_dets + mean.shape[-1] * math.log(2 * math.pi))
 
     def metric_arguments(self, mean: Tensor, covariance: Tensor) -> list[tuple[Tensor, ...]]:
         """Return mean and covariance for each covariance of a grid."""
         return [(mean, matrix) for matrix in covariance]
+
+
+def whitened(residual: Tensor, covariance: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+    """Return ``rᵀ Σ⁻¹ r`` and ``log det Σ`` of residuals, with ``Σ = covariance + noise² I``.
+
+    Args:
+        residual: ``r``, ``(batch, outputs)``.
+        covariance: Without the noise, ``(…, batch, outputs, outputs)``.
+        noise: Standard deviation of the observation noise.
+
+    Returns:
+        Both ``(…, batch)``.
+    """
+    eye = torch.eye(residual.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    root = shifted_cholesky(covariance + noise**2 * eye)
+    columns = residual.to(covariance).expand(covariance.shape[:-1]).unsqueeze(-1)
+    white = torch.linalg.solve_triangular(root, columns, upper=False).squeeze(-1)
+    return white.square().sum(-1), 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,17 +17,14 @@ from laplace_lora.posteriors.weights_watch import WeightsWatch
 from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning import leave_one_out
 from laplace_lora.tuning.groups import Structure
-from laplace_lora.tuning.leave_one_out_report import LeaveOneOut
 from laplace_lora.tuning.noise_check import warn_if_noise_is_off
 from laplace_lora.tuning.options import (
     check_evidence_options,
     check_no_validation,
     check_options,
 )
-from laplace_lora.tuning.outcome import Tuning
-from laplace_lora.tuning.structure_choice import StructureChoice
+from laplace_lora.tuning.outcome import Report, Tuning
 from laplace_lora.tuning.tuner import Tuner
-from laplace_lora.tuning.widest import Widest
 from laplace_lora.tuning.width_check import warn_if_wide
 
 TUNED_ON_TRAINING_DATA = ("loo", "widest")
@@ -144,26 +142,27 @@ class TunedLaplace(LaplaceLoops):
             self.state = uncalibrated
             tuner = Tuner(self.fitted)
             settings: Settings | None = None
-            report: LeaveOneOut | Widest | StructureChoice | None = None
+            reports: Sequence[Report] = ()
             reason = ""
             data_of_fit = self._train_loader if train_loader is None else train_loader
             options = (data_of_fit, progress_bar, recentre, tune_sigma_noise)
             if method == "auto":
                 others = bool(kwargs) or correction is not None
                 method, reason, found = self._by_default(prior_structure, others, *options)
-                settings, report = found or (None, None)
+                settings, reports = found or (None, ())
                 if self.fitted.objective.predicts_tokens:  # nor does it help these
                     correction = correction or False
             elif method in TUNED_ON_TRAINING_DATA:
-                settings, report = tuner.by_training_data(method, prior_structure, *options)
+                settings, reports = tuner.by_training_data(method, prior_structure, *options)
             if method == "marglik":
                 if by_laplace_torch:
                     self._laplace_marglik(prior_structure, kwargs)
                 else:
                     corrected = self._measures_term(correction, data_of_fit, progress_bar)
-                    settings, report = Tuner(self.fitted).marginal_likelihood(
+                    settings, choice = Tuner(self.fitted).marginal_likelihood(
                         prior_structure, tune_sigma_noise, corrected
                     )
+                    reports = () if choice is None else (choice,)
             elif method == "gridsearch" and pred_type == "nn":
                 self.fitted.engine.check_outputs_few()
                 self._laplace_grid(val_loader, n_samples, kwargs)
@@ -174,7 +173,7 @@ class TunedLaplace(LaplaceLoops):
             if settings is not None:
                 self.state = self.state.with_settings(settings)
             precision = self.prior_precision.detach().clone()
-            self._tuning = Tuning.of(method, precision, reason, report)
+            self._tuning = Tuning.of(method, precision, reason, *reports)
             if method == "marglik" and data_of_fit is not None:
                 warn_if_wide(self.fitted, data_of_fit)
             warn_if_noise_is_off(self.fitted)
@@ -193,7 +192,7 @@ class TunedLaplace(LaplaceLoops):
         progress_bar: bool | None,
         recentre: bool,
         tune_noise: bool,
-    ) -> tuple[str, str, tuple[Settings, LeaveOneOut | Widest] | None]:
+    ) -> tuple[str, str, tuple[Settings, Sequence[Report]] | None]:
         """Return the method of ``"auto"``, why it is no better one, and what that found."""
         posterior = self.fitted
         texts = posterior.objective.jacobian_refusal is not None

@@ -103,17 +103,3 @@ def optimal_noise(
         rising = 2 * loss / noise**2 > observations - gamma
         low, high = (middle, high) if rising else (low, middle)
     return math.exp((low + high) / 2)
-
-
-def cholesky_beside_one(curvature: Tensor) -> Tensor:
-    """Return the Cholesky factor of ``I + curvature``.
-
-    Tiny precisions magnify the rounding errors of Gram matrices, which may then be indefinite.
-    """
-    eye = torch.eye(len(curvature), dtype=curvature.dtype, device=curvature.device)
-    core, failed = torch.linalg.cholesky_ex(eye + curvature)
-    shift = torch.finfo(torch.float32).eps * curvature.detach().diagonal().sum()
-    while failed:
-        core, failed = torch.linalg.cholesky_ex((1 + shift) * eye + curvature)
-        shift = 10 * shift
-    return core

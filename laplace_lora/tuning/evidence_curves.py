@@ -11,12 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from laplace_lora.linalg.cholesky import shifted_cholesky
 from laplace_lora.linalg.row_grams import group_grams
 from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.structures.base import GradientTerm, Spectrum
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.row_term import RowTerm
-from laplace_lora.tuning.evidence import cholesky_beside_one, effective_parameters
+from laplace_lora.tuning.evidence import effective_parameters
 
 
 class EvidenceCurve(Protocol):
@@ -133,7 +134,7 @@ class CoupledEvidence:
         scale = self._likelihood.scale(log_noise)
         c, deltas = scale.to(self._grams), logs.exp().to(self._grams)
         curvature = c * torch.einsum("g,gnm->nm", 1 / deltas, self._grams)
-        core = cholesky_beside_one(curvature)
+        core = shifted_cholesky(_identity(curvature) + curvature)
         relative = -core.diagonal().log().sum()
         if isinstance(self._gain, RowTerm):
             gap, square = self._gain.misfit
@@ -149,7 +150,8 @@ class CoupledEvidence:
     def effective(self, logs: Tensor, log_noise: Tensor) -> Tensor:
         """Return how many directions of each group the data determine, see `EvidenceCurve`."""
         weights = self._likelihood.scale(log_noise).to(self._grams) / logs.exp().to(self._grams)
-        core = cholesky_beside_one(torch.einsum("g,gnm->nm", weights, self._grams))
+        curvature = torch.einsum("g,gnm->nm", weights, self._grams)
+        core = shifted_cholesky(_identity(curvature) + curvature)
         return weights * torch.einsum("nm,gnm->g", torch.cholesky_inverse(core), self._grams)
 
 
@@ -190,3 +192,7 @@ def _joined(spectra: list[Spectrum]) -> Spectrum:
         for e, times in spectrum:
             found.setdefault(times, []).append(e.double().flatten())
     return [(torch.cat(parts), times) for times, parts in found.items()]
+
+
+def _identity(matrix: Tensor) -> Tensor:
+    return torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)

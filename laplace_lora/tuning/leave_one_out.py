@@ -45,7 +45,9 @@ from laplace_lora.tuning.profiled_noise import ProfiledNoise, at_residual_noise
 from laplace_lora.tuning.recentring import BYTES, columns_of, recentred
 from laplace_lora.tuning.rivals import Rivals
 from laplace_lora.tuning.same_data import check_same_data
+from laplace_lora.tuning.share_check import warn_if_shares_differ
 from laplace_lora.tuning.shared_inputs import SharedInputs
+from laplace_lora.tuning.unseen_labels import unseen_labels, with_unseen
 from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
 from laplace_lora.tuning.width_choice import best_width
 
@@ -149,16 +151,21 @@ def tune(
     def without(mode: Mode, together: dict[int, list[int]] = companions) -> Tensor:
         return linear.leave_one_out(mode, together)[0].to(cache.mean)
 
-    def narrow(mean: Tensor) -> Tensor:
+    def narrow(mean: Tensor, labels: Tensor) -> Tensor:
         return scoring.nll(mean, nothing, labels).double()
 
     mode, moved = linear.fitted_like(nll), None
     if recentre:
-        closer = closer_fit(linear, mode, without, narrow, companions)
+        classes = cache.mean.shape[1] + 1
+        unseen = [] if rivals else unseen_labels(posterior.objective, labels, classes)
+        charged = with_unseen(narrow, labels, unseen)
+        closer = closer_fit(linear, mode, without, charged, companions)
         if closer is not mode:
             closest = posterior.temperature * closer.nll / len(cache.y)
             whole = (posterior, loader, team, scoring.readout, progress_bar, closest)
             moved = recentred(*whole, rivals=n_rivals)
+            if rivals is None and posterior.objective.is_classifier:
+                warn_if_shares_differ(scoring, cache.mean, labels)
             mode = closer
     drawn_again = inputs.contradicted(cache.y) > CONTRADICTED * len(cache.y)
     left_out_with = {} if drawn_again else companions
@@ -183,7 +190,9 @@ def tune(
             return profile.losses(covariance)
         return scoring.nll(mean, covariance, labels).double()
 
-    width = best_width(lambda at: losses(covariance_at(at)), losses(nothing), left_out_with)
+    width = best_width(
+        lambda at: losses(covariance_at(at)), losses(nothing), left_out_with, narrow=tune_noise
+    )
     precision = width.prior_precision
     if profile is not None:
         factor = profile.factor(covariance_at(math.log(precision)))

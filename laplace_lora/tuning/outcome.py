@@ -12,6 +12,8 @@ from laplace_lora.tuning.leave_one_out_report import LeaveOneOut
 from laplace_lora.tuning.structure_choice import StructureChoice
 from laplace_lora.tuning.widest import Widest
 
+Report = LeaveOneOut | Widest | StructureChoice
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -39,17 +41,17 @@ class Tuning:
         method: str,
         prior_precision: Tensor,
         reason: str,
-        report: LeaveOneOut | Widest | StructureChoice | None,
+        *reports: Report,
     ) -> Tuning:
-        """Return a tuning with its method's report, if it has one, in its place."""
+        """Return a tuning with its method's reports, each in its place."""
         places = {LeaveOneOut: "leave_one_out", Widest: "widest", StructureChoice: "structure"}
-        reports: dict[str, Any] = {} if report is None else {places[type(report)]: report}
-        return cls(method, prior_precision, reason, **reports)
+        placed: dict[str, Any] = {places[type(report)]: report for report in reports}
+        return cls(method, prior_precision, reason, **placed)
 
     def __str__(self) -> str:
         report = self.leave_one_out or self.widest
-        if report is not None:
-            return str(report)
-        why = f" (not the default: {self.reason})" if self.reason else ""
         structure = f", {self.structure}" if self.structure else ""
+        if report is not None:
+            return f"{report}{structure}"
+        why = f" (not the default: {self.reason})" if self.reason else ""
         return f"{self.method}: prior precision {span(self.prior_precision, 3)}{structure}{why}"

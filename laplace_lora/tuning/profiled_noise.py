@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from laplace_lora.likelihoods.regression import whitened
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.state import PosteriorState
 from laplace_lora.tuning.marginal_likelihood import with_noise
@@ -68,12 +68,7 @@ class ProfiledNoise:
         return self._factor(self._whitened(covariance)[0])
 
     def _whitened(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
-        """Return squared residuals in units of their covariance, and its log determinant."""
-        eye = torch.eye(covariance.shape[-1], dtype=torch.float64, device=covariance.device)
-        root = torch.linalg.cholesky(covariance.double() + self.noise**2 * eye)
-        residual = (self.targets - self.mean).double().unsqueeze(-1)
-        white = torch.linalg.solve_triangular(root, residual, upper=False).squeeze(-1)
-        return white.square().sum(-1), 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return whitened(self.targets - self.mean, covariance.double(), self.noise)
 
     def _factor(self, squares: Tensor) -> float:
         return max(float(squares.mean()) / self.mean.shape[-1], SMALLEST)

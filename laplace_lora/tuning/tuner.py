@@ -20,6 +20,7 @@ from laplace_lora.tuning.coupled_cache import CoupledCache
 from laplace_lora.tuning.groups import Structure, prior_groups
 from laplace_lora.tuning.leave_one_out_report import LeaveOneOut
 from laplace_lora.tuning.marginal_likelihood import first_precision, maximise, with_precisions
+from laplace_lora.tuning.outcome import Report
 from laplace_lora.tuning.recentring import Recentring, recentred
 from laplace_lora.tuning.same_data import check_at_hand
 from laplace_lora.tuning.structure_choice import AUTO, StructureChoice, choose_structure
@@ -98,8 +99,10 @@ class Tuner:
 
     def widest(
         self, structure: Structure, train_loader: Any, progress_bar: bool | None
-    ) -> tuple[Settings, Widest]:
+    ) -> tuple[Settings, Widest, StructureChoice | None]:
         """Return the settings of the evidence with a width that training texts bear, see `widest`.
+
+        And what training texts say, and the evidence if it chose the prior's structure.
 
         Args:
             structure: Which tensors share a prior precision, see `prior_groups`.
@@ -110,10 +113,10 @@ class Tuner:
             ValueError: If the loader is missing, or see `widest.tune`.
         """
         check_at_hand(train_loader, "method='widest'")
-        settings, _ = self.marginal_likelihood(structure, False, correction=False)
+        settings, choice = self.marginal_likelihood(structure, False, correction=False)
         posterior = self.posterior.with_settings(settings)
         with self._together(train_loader) as team:
-            return widest.tune(posterior, train_loader, team, progress_bar)
+            return *widest.tune(posterior, train_loader, team, progress_bar), choice
 
     def by_training_data(
         self,
@@ -123,11 +126,14 @@ class Tuner:
         progress_bar: bool | None,
         recentre: bool,
         tune_noise: bool = False,
-    ) -> tuple[Settings, LeaveOneOut | Widest]:
-        """Return what `leave_one_out`, by its short name ``"loo"``, or `widest` returns."""
+    ) -> tuple[Settings, list[Report]]:
+        """Return settings and reports of `leave_one_out`, or ``"loo"`` for short, or `widest`."""
+        data = (structure, train_loader, progress_bar)
         if method == "loo":
-            return self.leave_one_out(structure, train_loader, progress_bar, recentre, tune_noise)
-        return self.widest(structure, train_loader, progress_bar)
+            settings, left_out = self.leave_one_out(*data, recentre, tune_noise)
+            return settings, [left_out]
+        settings, texts, choice = self.widest(*data)
+        return settings, [texts] if choice is None else [texts, choice]
 
     def recentre(
         self,

@@ -13,6 +13,7 @@ from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.forward_mode import NoForwardDerivativeError
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.posterior import Posterior
+from laplace_lora.tuning.leave_one_out import why_not
 from laplace_lora.tuning.training_texts import some_texts, text_losses
 from laplace_lora.tuning.validation_cache import scoring_of
 
@@ -42,11 +43,10 @@ def warn_if_wide(posterior: Posterior, loader: Iterable[Any]) -> None:
             return
     else:
         excess = _excess_of_examples(posterior, loader)
-        advice = (
-            "Tune by method='loo', or with validation labels (`calibrate`, method='gridsearch')"
-        )
-        if not posterior.objective.is_classifier:
-            advice = "With few examples that may be right; compare method='gridsearch'"
+        calibrates = posterior.objective.is_classifier or posterior.objective.has_noise
+        others = "`calibrate`, method='gridsearch'" if calibrates else "method='gridsearch'"
+        without = "" if why_not(posterior, loader) else "by method='loo', or "
+        advice = f"Tune {without}with validation labels ({others})"
     if not excess <= LIMIT:  # NaN is not within
         warn(
             f"the posterior predicts its training examples worse than the MAP, by {excess:.2f} "

@@ -3,6 +3,11 @@
 Of a task at chance the best width is often the widest that is tried, or as good as it. It drowns
 the mean, and the shape of the covariance alone decides for a class; on shifted inputs no width is
 better. So such a width must be clearly better than none, or the posterior has none.
+
+A regression's width and its noise explain the same errors, and a wide posterior with little noise
+may look as good as the noise alone. So the narrowest is taken that is within a standard error of
+the best (the one-standard-error rule; Breiman, Friedman, Olshen and Stone 1984, *Classification and
+regression trees*, section 3.4).
 """
 
 from __future__ import annotations
@@ -28,10 +33,10 @@ class Width:
 
     Attributes:
         prior_precision: The choice; the largest of `GRID` where the best is not clear.
-        nll: Mean loss with the best width, in nats.
+        nll: Mean loss with the chosen width, in nats; with the best where that is not clear.
         gain: By how much it is lower than without any.
         standard_error: Of the gain; NaN of a single example.
-        is_clear: Whether the best width is better than the widest, or better than none by more
+        is_clear: Whether that width is better than the widest, or better than none by more
             than the standard error.
     """
 
@@ -46,6 +51,7 @@ def best_width(
     losses: Callable[[float], Tensor],
     bare: Tensor,
     companions: Mapping[int, Sequence[int]] | None = None,
+    narrow: bool = False,
 ) -> Width:
     """Return the prior precision with the lowest mean loss.
 
@@ -53,6 +59,7 @@ def best_width(
         losses: From the logarithm of a prior precision to every example's loss, ``(examples,)``.
         bare: The losses without any width.
         companions: Examples that share an input with others, see `SharedInputs.companions`.
+        narrow: Take the largest precision whose loss is within a standard error of that.
     """
 
     def mean_loss(log_precision: float) -> float:
@@ -62,7 +69,19 @@ def best_width(
     found = [mean_loss(point) for point in points]
     best = refined(mean_loss, points, found, 1e-3)
     wide = losses(best)
+    if narrow:
+        trials = ((point, losses(point)) for point in reversed(points))
+        as_good = (trial for trial in trials if _are_as_good(trial[1], wide, companions))
+        best, wide = next(as_good, (best, wide))
     nll, gain = float(wide.mean()), float((bare - wide).mean())
     error = standard_error(bare - wide, companions)
     is_clear = found[0] - nll > FLAT or gain > CLEAR * error
     return Width(math.exp(best if is_clear else points[-1]), nll, gain, error, is_clear)
+
+
+def _are_as_good(
+    losses: Tensor, best: Tensor, companions: Mapping[int, Sequence[int]] | None
+) -> bool:
+    """Return whether losses are worse than the best by no more than a standard error."""
+    excess = losses - best
+    return float(excess.mean()) <= standard_error(excess, companions)

@@ -45,11 +45,13 @@ def test_the_structure_that_the_evidence_chose(tmp_path):
     assert_same(saved(la, tmp_path), la)
 
 
-def test_the_width_of_a_language_model(tmp_path):
+@pytest.mark.parametrize("structure", ["scalar", "auto"])
+def test_the_width_of_a_language_model(tmp_path, structure):
     la = KronLoraLaplace(peft_model("llama-lm"), "language_modeling", **LOW)
     la.fit(text_loader())
-    la.optimize_prior_precision()
+    la.optimize_prior_precision(prior_structure=structure)
     assert la.tuning.widest is not None
+    assert ("by log evidence" in str(la.tuning)) == (structure == "auto")
     assert_same(saved(la, tmp_path), la)
 
 

@@ -22,8 +22,14 @@ def fitted(scale, **kwargs):
 def test_residuals_of_another_scale_are_pointed_out(factor, width):
     la = fitted(1.0)
     la.state = replace(la.state, loss=factor * la.state.loss)
-    with pytest.warns(UserWarning, match=f"is {width}. Give tune_sigma_noise=True"):
+    with pytest.warns(UserWarning, match=f"are {width}. Give tune_sigma_noise=True"):
         la.optimize_prior_precision(correction=False)  # with it, other data are noticed first
+
+
+def test_a_noise_far_below_the_residuals_is_pointed_out():
+    with pytest.warns(UserWarning, match=r"noise is 0\.1, .* are too narrow\. .* method='loo'"):
+        fitted(1.0, sigma_noise=0.1).optimize_prior_precision()
+    fitted(1.0, sigma_noise=9.0).optimize_prior_precision()  # may be known; warnings are errors
 
 
 @pytest.mark.slow

@@ -68,8 +68,18 @@ def test_regressions_too(monkeypatch):
     la = KronLoraLaplace(peft_model("bert"), "regression")
     la.fit(loader(likelihood="regression"))
     monkeypatch.setattr("laplace_lora.tuning.width_check.LIMIT", -10.0)
-    with pytest.warns(UserWarning, match="With few examples that may be right"):
+    with pytest.warns(
+        UserWarning, match=r"Tune by method='loo', or with validation labels \(`calibrate`, method"
+    ):
         la.optimize_prior_precision(method="marglik", correction=False)
+
+
+def test_no_advice_that_would_be_refused(monkeypatch):
+    la = memorised()
+    monkeypatch.setattr("laplace_lora.tuning.width_check.LIMIT", -10.0)
+    monkeypatch.setattr("laplace_lora.tuning.width_check.why_not", lambda *_: "it is not possible")
+    with pytest.warns(UserWarning, match="will predictions be. Tune with validation labels"):
+        la.optimize_prior_precision(method="marglik")
 
 
 def test_an_interruption_of_the_check_leaves_settings_as_they_were(monkeypatch):

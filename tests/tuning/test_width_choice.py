@@ -70,3 +70,24 @@ def test_a_single_example_has_no_standard_error():
 
         width = best_width(of, BARE[:1])
         assert math.isnan(width.standard_error) and width.is_clear is is_clear
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0, 2.0])
+def test_the_narrowest_within_a_standard_error_of_the_best(noise):
+    """Losses differ between examples in proportion to the distance from the best width."""
+    place = 3.0
+
+    def of(log_precision):
+        away = log_precision - place
+        return 0.02 * away**2 + noise * away * SIGNS
+
+    narrow, best = best_width(of, BARE, narrow=True), best_width(of, BARE)
+    assert math.log(best.prior_precision) == pytest.approx(place, abs=2e-3)
+    limit = place + noise * ERROR / 0.02  # where the excess is a standard error
+    step = math.log(float(GRID[1] / GRID[0]))
+    assert limit - step < math.log(narrow.prior_precision) <= limit + 2e-3
+    assert narrow.nll == pytest.approx(float(of(math.log(narrow.prior_precision)).mean()))
+    single = best_width(lambda at: of(at)[:1], BARE[:1], narrow=True)
+    assert single.prior_precision == pytest.approx(
+        best_width(lambda at: of(at)[:1], BARE[:1]).prior_precision
+    )
