@@ -35,7 +35,7 @@ def fit(**options: Any) -> None:
 
     Give the data that the adapter was trained on, in the same form. Of a regression the observation
     noise is tuned as well. With --val, labelled data that training has not seen, the posterior's
-    width and temperature are then calibrated on them.
+    width and temperature, or a regression's noise, are then calibrated on them.
 
     What the model is, and the columns that it needs:
       a classifier               text [text_pair] label

@@ -49,7 +49,7 @@ def run(
     val_rows = None if val is None else read_rows(val)
     loaded = load_asked(adapter, options)
     plan = plan_fit(loaded, rows, options)
-    if val_rows is not None and not likelihood_of(plan.likelihood).is_classifier:
+    if val_rows is not None and not likelihood_of(plan.likelihood).can_be_calibrated:
         raise ValueError(f"--val: a {plan.likelihood} posterior cannot be calibrated")
     inputs = Inputs(loaded, plan)
     train_loader = inputs.loader(rows, options["batch_size"])

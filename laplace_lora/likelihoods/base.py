@@ -143,6 +143,11 @@ class Likelihood(Protocol):
     has_spans: bool = False
     jacobian_refusal: str | None = None
 
+    @property
+    def can_be_calibrated(self) -> bool:
+        """Whether held-out labels can choose the width, and temperature or noise."""
+        return self.is_classifier or self.has_noise
+
     def check_outputs(self, outputs: int | None) -> None:
         """Refuse a model with a number of outputs that the likelihood cannot have.
 

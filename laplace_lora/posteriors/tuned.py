@@ -176,7 +176,8 @@ class TunedLaplace(LaplaceLoops):
             self._tuning = Tuning.of(method, precision, reason, *reports)
             if method == "marglik" and data_of_fit is not None:
                 warn_if_wide(self.fitted, data_of_fit)
-            warn_if_noise_is_off(self.fitted)
+            if not (tune_sigma_noise and method == "loo"):  # which knows of no better one
+                warn_if_noise_is_off(self.fitted)
         except BaseException:
             self.state = before  # laplace-torch's own loops write while they search
             self._tuning = tuning_before

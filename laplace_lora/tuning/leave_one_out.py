@@ -164,8 +164,8 @@ def tune(
             closest = posterior.temperature * closer.nll / len(cache.y)
             whole = (posterior, loader, team, scoring.readout, progress_bar, closest)
             moved = recentred(*whole, rivals=n_rivals)
-            if rivals is None and posterior.objective.is_classifier:
-                warn_if_shares_differ(scoring, cache.mean, labels)
+            if rivals is None:
+                warn_if_shares_differ(posterior.objective, scoring, cache.mean, labels)
             mode = closer
     drawn_again = inputs.contradicted(cache.y) > CONTRADICTED * len(cache.y)
     left_out_with = {} if drawn_again else companions

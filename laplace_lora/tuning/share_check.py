@@ -6,24 +6,29 @@ import torch
 from torch import Tensor
 
 from laplace_lora.display.warning import warn
-from laplace_lora.likelihoods.base import Scoring
+from laplace_lora.likelihoods.base import Likelihood, Scoring
 from laplace_lora.likelihoods.multilabel import MISSING
 
 APART = 0.1  # mean probability of a class from its share of the labels, at least
 CLEAR = 2.0  # and by how many standard errors of labels drawn with that probability
 
 
-def warn_if_shares_differ(scoring: Scoring, functions: Tensor, labels: Tensor) -> None:
+def warn_if_shares_differ(
+    objective: Likelihood, scoring: Scoring, functions: Tensor, labels: Tensor
+) -> None:
     """Warn if a model gives a class much more or less probability than it has examples.
 
     A plain likelihood that is fitted at all soon has the shares right, and one with class weights
     never does. The linearised model's mode is that of the plain likelihood.
 
     Args:
-        scoring: Of a classifier.
+        objective: The likelihood; of preference pairs the first is always chosen.
+        scoring: How its predictions are scored.
         functions: Of its training examples, ``(N, columns)``.
         labels: Of the examples, ``(N,)``; of independent labels ``(N, labels)``.
     """
+    if not objective.is_classifier or objective.has_pairs:
+        return
     nothing = functions.new_zeros(1, *functions.shape, functions.shape[-1])
     ((p,),) = scoring.metric_arguments(functions, nothing)
     is_known = labels != MISSING

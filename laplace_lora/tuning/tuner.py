@@ -229,11 +229,10 @@ class Tuner:
     ) -> tuple[Settings, Calibration]:
         """Return calibrated settings, and what they changed, see `calibrate`."""
         objective = self.posterior.objective
-        if not (objective.is_classifier or objective.has_noise):
-            method = "widest" if objective.predicts_tokens else "loo"
+        if not objective.can_be_calibrated:
             raise ValueError(
                 f"calibrate needs a classifier or a regression; tune a {objective.name} posterior "
-                f"by optimize_prior_precision(method={method!r})"
+                "by optimize_prior_precision(method='widest')"
             )
         if labels_tokens(objective) or objective.has_spans:
             if link != QUADRATURE:

@@ -43,8 +43,9 @@ def warn_if_wide(posterior: Posterior, loader: Iterable[Any]) -> None:
             return
     else:
         excess = _excess_of_examples(posterior, loader)
-        calibrates = posterior.objective.is_classifier or posterior.objective.has_noise
-        others = "`calibrate`, method='gridsearch'" if calibrates else "method='gridsearch'"
+        others = "method='gridsearch'"
+        if posterior.objective.can_be_calibrated:
+            others = f"`calibrate`, {others}"
         without = "" if why_not(posterior, loader) else "by method='loo', or "
         advice = f"Tune {without}with validation labels ({others})"
     if not excess <= LIMIT:  # NaN is not within

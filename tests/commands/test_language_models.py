@@ -173,3 +173,9 @@ def test_data_for_texts(adapter, data, tmp_path):
     assert json.loads((folder / PLAN).read_text())["chat"] is False
     message = refused("fit", folder, "--data", only_text, "--chat", "--overwrite")
     assert "needs to know the answer" in message
+
+
+def test_language_models_are_not_calibrated(adapter, data):
+    texts = data("train", lambda row: {"prompt": row["text"], "completion": " good"})
+    message = refused("fit", adapter("decoder"), "--data", texts, "--val", texts)
+    assert "--val: a language_modeling posterior cannot be calibrated" in message

@@ -13,10 +13,11 @@ N = 1000
 
 
 def warned(likelihood, functions, labels):
-    scoring = likelihood_of(likelihood).scoring(Link("quadrature"), 1.0)
+    objective = likelihood_of(likelihood)
+    scoring = objective.scoring(Link("quadrature"), 1.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warn_if_shares_differ(scoring, functions, labels)
+        warn_if_shares_differ(objective, scoring, functions, labels)
     return "".join(str(each.message) for each in caught)
 
 
@@ -37,6 +38,12 @@ def test_few_examples_may_differ_by_chance():
     contrast = torch.zeros(4, 1).double()  # half and half, for a quarter
     assert not warned("classification", contrast, labels)
     assert warned("classification", contrast.repeat(50, 1), labels.repeat(50))
+
+
+def test_pairs_and_targets_have_no_shares():
+    far = torch.full((N, 1), 0.1).double()
+    assert not warned("reward_modeling", far, torch.zeros(N).long())
+    assert not warned("regression", far, far)
 
 
 def test_unknown_labels_do_not_count():
