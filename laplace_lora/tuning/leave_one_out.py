@@ -72,7 +72,7 @@ def why_not(posterior: Posterior, loader: Any) -> str | None:
     if loader is None:
         return "the training data are not at hand"
     if not is_enough(posterior):
-        return f"{state.n_outputs} labels are too many"
+        return f"{state.n_outputs} outputs are too many"
     if examples_looked_at(posterior) < state.n_data and is_sharded(loader):
         return f"processes share more training examples than {examples_looked_at(posterior)}"
     try:

@@ -38,7 +38,7 @@ def test_it_fits_tunes_and_comes_back_from_a_file(tmp_path):
     assert la.log_marginal_likelihood(correction=True).isfinite()
     la.optimize_prior_precision()
     assert la.tuning.widest.nll <= la.tuning.widest.nll_map + 0.0025
-    assert "question_answering by BertForQuestionAnswering" in str(la)
+    assert "question_answering by BertForQuestionAnswering\n" in str(la)
     la.calibrate(question_loader(3, VALIDATION))
     la.save_pretrained(tmp_path, precision="exact")
     again = KronLoraLaplace.from_pretrained(la.model.model, tmp_path)

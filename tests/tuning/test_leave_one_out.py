@@ -387,7 +387,7 @@ def test_of_many_examples_some_are_looked_at(monkeypatch):
     assert la.tuning.leave_one_out.nll != pytest.approx(whole.tuning.leave_one_out.nll, rel=1e-3)
     monkeypatch.setattr("laplace_lora.tuning.looked_at.FEWEST", 10)
     la.optimize_prior_precision()
-    assert "labels are too many" in la.tuning.reason
+    assert "outputs are too many" in la.tuning.reason
 
 
 def test_it_says_where_no_width_helps():
