@@ -49,7 +49,7 @@ from laplace_lora.tuning.share_check import warn_if_shares_differ
 from laplace_lora.tuning.shared_inputs import SharedInputs
 from laplace_lora.tuning.unseen_labels import unseen_labels, with_unseen
 from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
-from laplace_lora.tuning.width_choice import best_width
+from laplace_lora.tuning.width_choice import NONE, best_width
 
 # Of the examples: where inputs come again and again, with labels of their own, new data will be of
 # the same inputs. What is known of others, all copies left out, says nothing about these.
@@ -196,7 +196,8 @@ def tune(
     precision = width.prior_precision
     if profile is not None:
         factor = profile.factor(covariance_at(math.log(precision)))
-        precision, noise = precision / factor, noise * math.sqrt(factor)
+        noise *= math.sqrt(factor)
+        precision = precision if precision > NONE else min(precision / factor, NONE)
     report = LeaveOneOut(
         prior_precision=precision,
         nll_map=width.nll + width.gain,

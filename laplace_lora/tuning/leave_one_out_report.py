@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from laplace_lora.tuning.recentring import Recentring
-from laplace_lora.tuning.width_choice import GRID
+from laplace_lora.tuning.width_choice import NONE
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class LeaveOneOut:
     @property
     def is_widthless(self) -> bool:
         """Whether no width helps: the largest precision there is, and the MAP's predictions."""
-        return self.prior_precision > 0.9 * float(GRID[-1])
+        return self.prior_precision > NONE
 
     def __str__(self) -> str:
         moved = "" if self.recentring is None else f"{self.recentring}; "

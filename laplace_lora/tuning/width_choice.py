@@ -23,6 +23,7 @@ from laplace_lora.tuning.line_search import refined
 from laplace_lora.tuning.shared_inputs import standard_error
 
 GRID = torch.logspace(-4, 8, 49, dtype=torch.float64)  # prior precisions
+NONE = 0.9 * float(GRID[-1])  # larger ones are no width
 FLAT = 1e-3  # nats; the widest is as good if it is worse by no more
 CLEAR = 1.0  # standard errors by which such a width must be better than none
 

@@ -19,10 +19,11 @@ from laplace_lora.models import twins
 from laplace_lora.models.start import before_adapter
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.tuning.closer_fit import closer_fit
-from laplace_lora.tuning.leave_one_out_report import GRID, LeaveOneOut
+from laplace_lora.tuning.leave_one_out_report import LeaveOneOut
 from laplace_lora.tuning.linear_model import LinearModel, without_own
 from laplace_lora.tuning.shared_inputs import standard_error
 from laplace_lora.tuning.validation_cache import scoring_of
+from laplace_lora.tuning.width_choice import GRID
 from support.batches import loader, token_batch
 from support.models import adalora_model, bert_config, peft_model
 from support.posteriors import EVERY_CLASS, posterior

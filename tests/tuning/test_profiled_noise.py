@@ -124,6 +124,11 @@ def test_the_noise_before_does_not_matter(cls):
     assert "observation noise" in str(reference.tuning)
 
 
+def test_no_width_is_said_to_be_none():
+    report = tuned().tuning.leave_one_out  # so few examples ask for none
+    assert report.is_widthless and "no width helps" in str(report)
+
+
 def test_a_noise_that_is_given_stays():
     la = fitted(sigma_noise=0.5)
     la.optimize_prior_precision()
