@@ -7,8 +7,7 @@ unchanged.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,13 +18,14 @@ from torch import Tensor, nn
 
 from laplace_lora.data.batches import Batch, batch_labels, model_inputs
 from laplace_lora.data.distributed import together
-from laplace_lora.data.draws import draws_kept
 from laplace_lora.data.pairs import as_pairs, check_not_stacked
 from laplace_lora.evaluation.rows import reads_pairs
+from laplace_lora.evaluation.sampled_dropout import dropout_on
 from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.likelihoods.token_classification import class_labels
+from laplace_lora.models.compiled import eager
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.models.modes import evaluation_mode
 
@@ -153,14 +153,14 @@ class TemperatureScaling(MAP):
 class MCDropout(MAP):
     """Average over the adapter's dropout masks (Gal and Ghahramani 2016, arXiv:1506.02142).
 
-    Only LoRA's own dropout is on. The base model's dropout stays off, whether or not it was on in
-    training.
+    Only LoRA's own dropout is on, and only in the thread that asks. The base model's dropout stays
+    off, whether or not it was on in training, that which its attentions apply themselves included.
 
     Args:
         model: A `PeftModel` or a `LogitsModel`.
         n_samples: Forward passes per batch.
-        seed: Seed of the dropout masks, set anew for every batch; torch's global generators are
-            left alone.
+        seed: Of the dropout masks, the same for every batch and in all threads; torch's global
+            generators are left alone.
         **kwargs: Arguments of `MAP`.
 
     Raises:
@@ -184,28 +184,20 @@ class MCDropout(MAP):
             raise ValueError(
                 "the adapter is MonteCLoRA's, which draws weights wherever it applies its dropout"
             )
-        # Variants of LoRA, such as DoRA, ask the layer whether it trains, not its dropout.
-        self._layers = [layer for layer in layers if _active_variants(layer)]
+        self._layers = layers
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
         """Return class probabilities, ``(batch, classes)``."""
-        with evaluation_mode(self.model), draws_kept(), self._dropout_on():
-            torch.manual_seed(self.seed)
+        # Variants of LoRA, such as DoRA, ask the layer whether it trains, not its dropout.
+        asked = {m: _active_dropouts(m) for m in self._layers if _active_variants(m)}
+        with (
+            evaluation_mode(self.model),
+            eager(list(self.model.modules())),
+            dropout_on(self.dropouts, asked, self.seed),
+        ):
             samples = [self._probabilities(self.model(batch), batch) for _ in range(self.n_samples)]
         return torch.stack(samples).mean(0)
-
-    @contextmanager
-    def _dropout_on(self) -> Iterator[None]:
-        # Off again before `evaluation_mode` ends, which restores only what it has switched off.
-        modules: list[nn.Module] = [*self.dropouts, *self._layers]
-        for module in modules:
-            module.training = True  # not what is inside, see `train`
-        try:
-            yield
-        finally:
-            for module in modules:
-                module.training = False
 
 
 def _active_dropouts(layer: nn.Module) -> set[nn.Module]:
