@@ -34,11 +34,12 @@ def trainable_only(model: nn.Module, modules: str | Sequence[str] | None) -> Ite
             f"modules={modules!r} matches no trainable module; there are "
             f"{listed(sorted(set(owners.values())))}"
         )
-    token = _LEFT_OUT.set(frozenset(map(id, others)))
+    before = _LEFT_OUT.get()
     try:
+        _LEFT_OUT.set(frozenset(map(id, others)))
         yield
     finally:
-        _LEFT_OUT.reset(token)
+        _LEFT_OUT.set(before)
 
 
 def is_trained(parameter: nn.Parameter) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_lora.adapters.selection import listed
-from laplace_lora.models.thread_hooks import Handle, on_output
+from laplace_lora.models.thread_hooks import own_hooks
 
 
 @contextmanager
@@ -29,7 +29,6 @@ def gradients_flow(named: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
         RuntimeError: If there are any; names them.
     """
     cut: dict[str, nn.Module] = {}
-    handles: list[Handle] = []
 
     def note(
         name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -40,14 +39,11 @@ def gradients_flow(named: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
         if x.requires_grad and not output.requires_grad:
             cut[name] = module
 
-    try:
+    with own_hooks() as hooks:
         for name, module in named:
             if hasattr(module, "in_features") and hasattr(module, "out_features"):
-                handles.append(on_output(module, partial(note, name, module), first=True))
+                hooks.on_output(module, partial(note, name, module), first=True)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
     if cut:
         kinds = sorted({_kind(module) for module in cut.values()})
         raise RuntimeError(

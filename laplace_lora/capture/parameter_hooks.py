@@ -15,12 +15,19 @@ def without_hooks(tensors: Sequence[Any]) -> Iterator[None]:
 
     They steer a training. The model's derivative is what it is without them.
     """
-    hooked = [p for p in tensors if isinstance(p, Tensor) and p._backward_hooks]
-    hooks = [p._backward_hooks for p in hooked]
-    for p in hooked:
-        p._backward_hooks = None
+    hooked: list[Any] = [p for p in tensors if isinstance(p, Tensor) and p._backward_hooks]
+    hooks = [(p, p._backward_hooks) for p in hooked]
+
+    def put_back() -> None:
+        for p, own in hooks:
+            p._backward_hooks = own
+
     try:
+        for p in hooked:
+            p._backward_hooks = None
         yield
     finally:
-        for p, own in zip(hooked, hooks, strict=True):
-            p._backward_hooks = own
+        try:
+            put_back()
+        finally:
+            put_back()  # for an interrupt of the first

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from laplace_lora.capture.arguments import Signature
 from laplace_lora.data.masks import Place
-from laplace_lora.models.thread_hooks import Handle, on_input, on_output
+from laplace_lora.models.thread_hooks import OwnHooks
 
 # What transformers' decoders, their layers and their attentions call an encoder's output.
 STATES = ("encoder_hidden_states", "key_value_states")
@@ -23,41 +23,32 @@ class Places:
     keys and values of cross-attention. All other layers of the decoder, and those that run after
     it, stand at the decoder's. Shapes say nothing: both may be padded to the same length.
 
-    Hooks follow the model's calls in the current thread until `remove`.
-
     Args:
         model: The model, or anything else, of whose places nothing is known.
         layers: The layers that will be asked about.
+        hooks: Gets those that follow the model's calls.
     """
 
-    def __init__(self, model: object, layers: Iterable[nn.Module]) -> None:
+    def __init__(self, model: object, layers: Iterable[nn.Module], hooks: OwnHooks) -> None:
         self._states: list[Tensor] = []
         self._running: Place | None = None  # by whichever of the two began last
         self._inside = 0  # modules now running whose input is the encoder's output
-        self._handles: list[Handle] = []
         found = stacks(model)
         if found is None:
             return
         whole, encoder, decoder = found
-        self._handles += [
-            on_input(whole, self._begin),
-            on_output(whole, self._end),
-            on_input(encoder, self._begin_encoder),
-            on_output(encoder, self._end_encoder),
-        ]
+        hooks.on_input(whole, self._begin)
+        hooks.on_output(whole, self._end)
+        hooks.on_input(encoder, self._begin_encoder)
+        hooks.on_output(encoder, self._end_encoder)
         for module in {decoder, *_ancestors(whole, layers)} - {whole, *encoder.modules()}:
-            self._follow(module, is_decoder=module is decoder)
+            self._follow(module, hooks, is_decoder=module is decoder)
 
     def of(self, x: object) -> Place | None:
         """Return where a layer of this input stands that is running now; ``None`` if unknown."""
         if self._running == "encoder" or self._inside or self._is_encoded(x):
             return "encoder"
         return self._running
-
-    def remove(self) -> None:
-        """Remove the hooks."""
-        while self._handles:
-            self._handles.pop().remove()
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._states, self._running, self._inside = [], None, 0
@@ -72,7 +63,7 @@ class Places:
         self._running = None
         self._note(output if isinstance(output, Tensor) else output[0])
 
-    def _follow(self, module: nn.Module, is_decoder: bool) -> None:
+    def _follow(self, module: nn.Module, hooks: OwnHooks, is_decoder: bool) -> None:
         signature = Signature(module)
         encoded: list[bool] = []  # of the calls now running
 
@@ -89,7 +80,8 @@ class Places:
         def ends(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             self._inside -= encoded.pop()
 
-        self._handles += [on_input(module, begins), on_output(module, ends)]
+        hooks.on_input(module, begins)
+        hooks.on_output(module, ends)
 
     def _note(self, states: object) -> None:
         if isinstance(states, Tensor) and not self._is_encoded(states):

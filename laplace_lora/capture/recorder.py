@@ -23,7 +23,7 @@ from laplace_lora.data.examples import Examples
 from laplace_lora.data.masks import Place
 from laplace_lora.data.pairs import passes
 from laplace_lora.models.modes import evaluation_mode
-from laplace_lora.models.thread_hooks import Handle, on_input, on_output
+from laplace_lora.models.thread_hooks import own_hooks
 
 
 class MisfitError(RuntimeError):
@@ -90,7 +90,6 @@ def _listening(
     maps: Sequence[LinearMap], model: object
 ) -> Iterator[tuple[list[list[Call]], dict[int, list[Address]]]]:
     """Yield the calls of each map, and where the inputs of their layers lie; filled by hooks."""
-    places = Places(model, [linear.module for linear in maps])
     calls: list[list[Call]] = [[] for _ in maps]
     sources: dict[int, list[Address]] = {}
 
@@ -112,18 +111,14 @@ def _listening(
 
         return note
 
-    handles: list[Handle] = []
-    try:
+    with own_hooks() as hooks:
+        places = Places(model, [linear.module for linear in maps], hooks)
         for linear, seen in zip(maps, calls, strict=True):
             # Before the user's own hooks, which may replace the output.
-            handles.append(on_output(linear.module, note_call(linear, seen), first=True))
+            hooks.on_output(linear.module, note_call(linear, seen), first=True)
         for layer in {linear.layer for linear in maps if linear.layer is not None}:
-            handles.append(on_input(layer, note_source(layer)))
+            hooks.on_input(layer, note_source(layer))
         yield calls, sources
-    finally:
-        for handle in handles:
-            handle.remove()
-        places.remove()
 
 
 def _source(args: tuple[Any, ...]) -> GradientEdge | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_lora.models.thread_hooks import Handle, on_output
+from laplace_lora.models.thread_hooks import own_hooks
 
 
 class _Masks:
@@ -72,14 +72,10 @@ def dropout_on(
 
         return run
 
-    handles: list[Handle] = []
-    try:
+    with own_hooks() as hooks:
         # Before the user's own hooks, which see what they see in training.
         for dropout in dropouts:
-            handles.append(on_output(dropout, dropped(dropout), first=True))
+            hooks.on_output(dropout, dropped(dropout), first=True)
         for layer in asked:
-            handles.append(on_output(layer, trained(layer), first=True))
+            hooks.on_output(layer, trained(layer), first=True)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

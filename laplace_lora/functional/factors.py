@@ -30,7 +30,7 @@ from laplace_lora.linalg.factors import map_shared
 from laplace_lora.models.autocast import as_called, in_full_precision
 from laplace_lora.models.modes import evaluation_mode, gradients_needed
 from laplace_lora.models.score_head import score_head_narrowed
-from laplace_lora.models.thread_hooks import on_input
+from laplace_lora.models.thread_hooks import own_hooks
 from laplace_lora.models.unmasked import check_is_masked
 
 EXACT_UP_TO = 256  # outputs; beyond it one backward pass per output is too many
@@ -142,16 +142,14 @@ def calculate_kronecker_factors(
         sums.update(tape, _columns(tape.output, num_samples))
         return sums, len(tape.output)
 
-    handle = on_input(model, note)
-    try:
-        with (
-            together(loader, runs=model) as team,
-            evaluation_mode(model),
-            gradients_needed(weights),
-        ):
-            sums, n = _summed(added, loader, team, use_tqdm)
-    finally:
-        handle.remove()
+    with (
+        own_hooks() as hooks,
+        together(loader, runs=model) as team,
+        evaluation_mode(model),
+        gradients_needed(weights),
+    ):
+        hooks.on_input(model, note)
+        sums, n = _summed(added, loader, team, use_tqdm)
     tensors = map_shared([list(pair) for pair in sums.covariances(n)], factor_tensor)
     return {linear.name: (x, g) for linear, (x, g) in zip(maps, tensors, strict=True)}
 

@@ -20,16 +20,20 @@ from laplace_lora.functional.called_with import ModelCalls
 from laplace_lora.functional.running_factors import RunningFactor, running
 from laplace_lora.functional.selection import selected_maps
 from laplace_lora.models.autocast import in_full_precision
+from laplace_lora.models.thread_hooks import OwnHooks
 
 
-class Hooks(list[RemovableHandle | Places]):
+class Hooks(list[RemovableHandle | OwnHooks]):
     """Handles of registered hooks; as a context manager it always removes them on exit."""
 
     def __enter__(self) -> Hooks:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        remove_hooks(self)
+        try:
+            remove_hooks(self)
+        finally:
+            remove_hooks(self)  # for an interrupt of the first
 
 
 def save_input_hook(
@@ -165,8 +169,9 @@ def register_hooks(
     if present:
         raise ValueError(f"the dictionaries already hold {present[0]!r}; pass empty ones")
     hooks = Hooks()
-    places = Places(unwrapped(model), [linear.module for linear, _ in selected])
-    hooks.append(places)
+    own = OwnHooks()
+    hooks.append(own)
+    places = Places(unwrapped(model), [linear.module for linear, _ in selected], own)
     calls = ModelCalls(model) if masks is None else None
     hooks += [] if calls is None else calls.register()
     known = masks if calls is None else calls.masks
@@ -182,10 +187,11 @@ def register_hooks(
     return hooks
 
 
-def remove_hooks(hooks: list[RemovableHandle | Places]) -> None:
+def remove_hooks(hooks: list[RemovableHandle | OwnHooks]) -> None:
     """Remove hooks from their modules and empty the list."""
-    while hooks:
-        hooks.pop().remove()
+    for hook in hooks:
+        hook.remove()
+    hooks.clear()
 
 
 def _runs_again() -> bool:

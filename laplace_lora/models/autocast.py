@@ -38,14 +38,15 @@ def in_full_precision(function: Callable[P, T]) -> Callable[P, T]:
         )
         if not active:
             return function(*args, **kwargs)
-        token = _CALLER.set(active)
+        before = _CALLER.get()
         try:
+            _CALLER.set(active)
             with ExitStack() as stack:
                 for device, _ in active:
                     stack.enter_context(torch.autocast(device, enabled=False))
                 return function(*args, **kwargs)
         finally:
-            _CALLER.reset(token)
+            _CALLER.set(before)
 
     return wrapped
 

@@ -39,8 +39,10 @@ def _decompile(module: Any) -> None:
 
 
 def _recompile(module: Any) -> None:
-    name, compiled = vars(module).pop(COMPILED)
-    object.__setattr__(module, name, compiled)
+    if COMPILED in vars(module):
+        name, compiled = vars(module)[COMPILED]
+        object.__setattr__(module, name, compiled)
+        del vars(module)[COMPILED]
 
 
 _EAGER = Holders[nn.Module](_decompile, _recompile)

@@ -40,7 +40,7 @@ def experts_as_layers(modules: Iterable[nn.Module]) -> Iterator[None]:
     found = adapted_experts(modules)
     for experts, by_name in found.items():
         vars(experts)[WRAPPERS] = by_name
-    with _AS_LAYERS.hold(list(found), lambda experts: True):
+    with _AS_LAYERS.hold(list(found), lambda experts: not _is_changed(experts)):
         yield
 
 
@@ -96,9 +96,14 @@ def _change(experts: Any) -> None:
     experts.forward = forward
 
 
+def _is_changed(experts: Any) -> bool:
+    return getattr(vars(experts).get("forward"), "__module__", None) == __name__
+
+
 def _undo(experts: Any) -> None:
-    del experts.forward
-    del vars(experts)[WRAPPERS]
+    if _is_changed(experts):
+        del experts.forward
+    vars(experts).pop(WRAPPERS, None)
 
 
 _AS_LAYERS = Holders[nn.Module](_change, _undo)

@@ -7,7 +7,7 @@ from typing import Any
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from laplace_lora.models.thread_hooks import on_output
+from laplace_lora.models.thread_hooks import own_hooks
 
 
 def n_rows(head: Any) -> int:
@@ -94,11 +94,9 @@ def seen_by_head(head: nn.Module, model: nn.Module, batch: Any) -> tuple[Tensor,
         RuntimeError: If the head did not run once per example.
     """
     seen: list[Tensor] = []
-    hook = on_output(head, lambda args, kwargs, out: seen.append(args[0]))
-    try:
+    with own_hooks() as hooks:
+        hooks.on_output(head, lambda args, kwargs, out: seen.append(args[0]))
         logits = model(batch)
-    finally:
-        hook.remove()
     if len(seen) != 1 or seen[0].numel() != len(logits) * seen[0].shape[-1]:
         raise RuntimeError(
             "the last linear layer did not run once per example: "

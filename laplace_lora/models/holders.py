@@ -19,38 +19,45 @@ class Holders(Generic[T]):
 
     Args:
         change: Changes an object.
-        undo: Changes it back.
+        undo: Changes it back; does nothing to an object that is not changed.
     """
 
     def __init__(self, change: Callable[[T], None], undo: Callable[[T], None]) -> None:
         self._change, self._undo = change, undo
         self._lock = threading.RLock()
-        self._held: dict[int, tuple[T, int]] = {}
+        self._held: dict[int, tuple[T, frozenset[object]]] = {}  # objects, and by whom
         _EVERY.append(self)
 
     @contextmanager
     def hold(self, objects: Sequence[T], needs_change: Callable[[T], bool]) -> Iterator[None]:
         """Hold those objects that need the change, or that another thread has changed already."""
-        taken: list[T] = []
+        holder = object()
         try:
             with self._lock:
                 for item in objects:
-                    holders = self._held.get(id(item), (item, 0))[1]
-                    if holders == 0 and not needs_change(item):
-                        continue
-                    if holders == 0:
+                    needs = needs_change(item)
+                    if needs or id(item) in self._held:
+                        holders = self._held.get(id(item), (item, frozenset()))[1]
+                        self._held[id(item)] = (item, holders | {holder})
+                    if needs:  # whoever holds it: the user may have changed it back
                         self._change(item)
-                    self._held[id(item)] = (item, holders + 1)
-                    taken.append(item)
             yield
         finally:
-            with self._lock:
-                for item in taken:
-                    holders = self._held.pop(id(item))[1] - 1
-                    if holders:
-                        self._held[id(item)] = (item, holders)
-                    else:
-                        self._undo(item)
+            # Twice: an interrupt can break one of the two, and each is able to finish the other's
+            # work, as what is held is noted before it is changed, until after it is changed back.
+            try:
+                self._release(holder)
+            finally:
+                self._release(holder)
+
+    def _release(self, holder: object) -> None:
+        with self._lock:
+            for item, holders in list(self._held.values()):
+                if holders == {holder}:
+                    self._undo(item)
+                    del self._held[id(item)]
+                elif holder in holders:
+                    self._held[id(item)] = (item, holders - {holder})
 
     @contextmanager
     def undone_in(self, copies: Mapping[int, Any]) -> Iterator[None]:

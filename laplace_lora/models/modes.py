@@ -110,13 +110,22 @@ def gradients_needed(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 @contextmanager
 def weights_kept(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Let the weights be overwritten; they come back to the bit afterwards."""
-    kept = [parameter.detach().clone() for parameter in parameters]
+    kept = [(parameter, parameter.detach().clone()) for parameter in parameters]
+
+    @torch.no_grad()
+    def write_back() -> None:
+        while kept:
+            parameter, value = kept[-1]
+            parameter.copy_(value)
+            kept.pop()
+
     try:
         yield
     finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, kept, strict=True):
-                parameter.copy_(value)
+        try:
+            write_back()
+        finally:
+            write_back()  # for an interrupt of the first
 
 
 @torch.no_grad()

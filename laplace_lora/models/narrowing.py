@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from laplace_lora.data.sharding import is_sharded_tensor
-from laplace_lora.models.thread_hooks import STRUCTURE, on_input, on_output
+from laplace_lora.models.thread_hooks import STRUCTURE, own_hooks
 
 
 def last_true(mask: Tensor) -> Tensor:
@@ -73,14 +73,11 @@ def one_token(
     def widen(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         return output.expand(-1, seen, -1)
 
-    handles = [on_input(head, narrow)]
-    if keep_length:
-        handles.append(on_output(head, widen))
-    try:
+    with own_hooks() as hooks:
+        hooks.on_input(head, narrow)
+        if keep_length:
+            hooks.on_output(head, widen)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -104,11 +101,9 @@ def at_tokens(
         at = tokens.to(hidden.device) + (0 if length is None else hidden.shape[1] - length)
         return (hidden[rows.to(hidden.device), at].unsqueeze(1), *args[1:]), kwargs
 
-    handle = on_input(head, narrow)
-    try:
+    with own_hooks() as hooks:
+        hooks.on_input(head, narrow)
         yield True
-    finally:
-        handle.remove()
 
 
 class _RowsByThread:
@@ -137,18 +132,26 @@ def rows_only(head: nn.Module, ids: Tensor) -> Iterator[bool]:
     ids = ids.to(head.weight.device)
     rows = head.weight[ids], None if head.bias is None else head.bias[ids]
     thread = threading.get_ident()
-    with STRUCTURE:
-        forward = vars(head).setdefault("forward", _RowsByThread(head))
-        narrowed = isinstance(forward, _RowsByThread) and thread not in forward.rows
-        if narrowed:
-            forward.rows[thread] = rows
-    if not narrowed:
-        yield False
-        return
-    try:
-        yield True
-    finally:
+    forward: Any = None
+    narrowed = False
+
+    def release() -> None:
         with STRUCTURE:
-            del forward.rows[thread]
-            if not forward.rows:
-                del head.forward
+            if narrowed:
+                forward.rows.pop(thread, None)
+                if not forward.rows and vars(head).get("forward") is forward:
+                    del vars(head)["forward"]
+
+    try:
+        with STRUCTURE:
+            forward = vars(head).get("forward", _RowsByThread(head))
+            narrowed = isinstance(forward, _RowsByThread) and thread not in forward.rows
+            if narrowed:
+                forward.rows[thread] = rows
+                vars(head)["forward"] = forward
+        yield narrowed
+    finally:
+        try:
+            release()
+        finally:
+            release()  # for an interrupt of the first

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from laplace_lora.models.narrowing import last_true, one_token
-from laplace_lora.models.thread_hooks import on_input
+from laplace_lora.models.thread_hooks import own_hooks
 from laplace_lora.models.unmasked import IDS, MASK, padding_token
 
 EMBEDDED = "inputs_embeds"
@@ -56,14 +56,14 @@ def score_head_narrowed(base: Any, inputs: Any) -> Iterator[None]:
             note((), inputs)
         return picked[0]
 
-    handle = on_input(base, note)
-    token = _narrowed.set((*_narrowed.get(), head))
+    before = _narrowed.get()
     try:
-        with one_token(head, position, keep_length=True):
+        _narrowed.set((*before, head))
+        with own_hooks() as hooks, one_token(head, position, keep_length=True):
+            hooks.on_input(base, note)
             yield
     finally:
-        _narrowed.reset(token)
-        handle.remove()
+        _narrowed.set(before)
 
 
 def last_unpadded(input_ids: Tensor | None, config: Any) -> Tensor | None:

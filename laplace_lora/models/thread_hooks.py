@@ -21,44 +21,103 @@ _SUSPENDED = threading.local()
 
 
 class _Own:
-    """A hook that runs what it is given in one thread, until it is stopped.
+    """A registered hook: runs an action in one thread, for as long as there is the action.
 
     A copy of its module has the same hook, which then must not act for good.
 
     Args:
-        hook: From arguments to others, or to ``None``.
+        actions: Those of hooks that are removed together; each from arguments to others, or to
+            ``None``.
+        number: The action's.
     """
 
-    def __init__(self, hook: Callable[..., Any]) -> None:
-        self._hook: Callable[..., Any] | None = hook
+    def __init__(self, actions: dict[int, Callable[..., Any]], number: int) -> None:
+        self._actions, self._number = actions, number
         self._owner = threading.get_ident()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
         # torch asks whether a hook takes keywords when it calls it. By then another thread may have
         # removed its hook, and the call comes without: hence `rest`.
-        if self._hook is None or not _acts_for(self._owner):
+        action = self._actions.get(self._number)
+        if action is None or not _acts_for(self._owner):
             return None
-        return self._hook(args, *rest)
+        return action(args, *rest)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Own:
         return self
 
-    def stop(self) -> None:
-        """Do nothing from now on, and keep nothing in memory."""
-        self._hook = None
 
+class OwnHooks:
+    """Hooks for forward passes of the current thread, which are removed together."""
 
-class Handle:
-    """A registered hook, which can be removed."""
+    def __init__(self) -> None:
+        self._actions: dict[int, Callable[..., Any]] = {}
+        self._handles: list[RemovableHandle] = []
 
-    def __init__(self, own: _Own, handle: RemovableHandle) -> None:
-        self._own, self._handle = own, handle
+    def on_input(
+        self,
+        module: nn.Module,
+        hook: Callable[
+            [tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None
+        ],
+    ) -> None:
+        """Register a pre-hook.
+
+        Args:
+            module: Any module.
+            hook: From positional and keyword arguments to others, or to ``None`` to keep them.
+        """
+        with STRUCTURE:
+            own = self._own(hook)
+            self._handles.append(module.register_forward_pre_hook(own, with_kwargs=True))
+
+    def on_output(
+        self,
+        module: nn.Module,
+        hook: Callable[[tuple[Any, ...], dict[str, Any], Any], Any],
+        first: bool = False,
+    ) -> None:
+        """Register a forward hook.
+
+        Args:
+            module: Any module.
+            hook: From arguments, keyword arguments and output to another output, or to ``None`` to
+                keep it.
+            first: Before all hooks of the module, which may replace its output.
+        """
+        with STRUCTURE:
+            own = self._own(hook)
+            handle = module.register_forward_hook(own, with_kwargs=True, prepend=first)
+            self._handles.append(handle)
 
     def remove(self) -> None:
-        """Remove the hook from its module."""
-        self._own.stop()
+        """Remove the hooks from their modules; does nothing if that is done."""
+        # One step takes all actions away: a hook that an interrupt leaves behind does nothing, and
+        # keeps nothing in memory.
+        self._actions.clear()
         with STRUCTURE:
-            self._handle.remove()
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
+
+    def _own(self, action: Callable[..., Any]) -> _Own:
+        number = len(self._actions)
+        self._actions[number] = action
+        return _Own(self._actions, number)
+
+
+@contextmanager
+def own_hooks() -> Iterator[OwnHooks]:
+    """Yield hooks of the current thread that are removed after this block."""
+    hooks = OwnHooks()
+    try:
+        yield hooks
+    finally:
+        # Twice, as everywhere a shared object is put back: an interrupt can break one of the two.
+        try:
+            hooks.remove()
+        finally:
+            hooks.remove()
 
 
 def remove_copied(modules: Iterable[nn.Module]) -> None:
@@ -87,38 +146,3 @@ def hooks_suspended() -> Iterator[None]:
 
 def _acts_for(owner: int) -> bool:
     return threading.get_ident() == owner and not getattr(_SUSPENDED, "yes", False)
-
-
-def on_input(
-    module: nn.Module,
-    hook: Callable[
-        [tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None
-    ],
-) -> Handle:
-    """Register a pre-hook for forward passes of the current thread.
-
-    Args:
-        module: Any module.
-        hook: From positional and keyword arguments to others, or to ``None`` to keep them.
-    """
-    own = _Own(hook)
-    with STRUCTURE:
-        return Handle(own, module.register_forward_pre_hook(own, with_kwargs=True))
-
-
-def on_output(
-    module: nn.Module,
-    hook: Callable[[tuple[Any, ...], dict[str, Any], Any], Any],
-    first: bool = False,
-) -> Handle:
-    """Register a forward hook for forward passes of the current thread.
-
-    Args:
-        module: Any module.
-        hook: From arguments, keyword arguments and output to another output, or to ``None`` to keep
-            it.
-        first: Before all hooks of the module, which may replace its output.
-    """
-    own = _Own(hook)
-    with STRUCTURE:
-        return Handle(own, module.register_forward_hook(own, with_kwargs=True, prepend=first))

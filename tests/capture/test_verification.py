@@ -21,11 +21,10 @@ from transformers import (
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LogitsModel, LoraGGN
 from laplace_lora.adapters import discovery
-from laplace_lora.capture import recorder
 from laplace_lora.models import score_head
 from laplace_lora.models.narrowing import last_true
 from laplace_lora.models.positions import PositionRule, real_positions
-from laplace_lora.models.thread_hooks import on_output
+from laplace_lora.models.thread_hooks import OwnHooks
 from support.batches import loader, token_batch
 from support.models import TARGETS, base_model, bert_config, excite, llama_config, peft_model
 from support.references import assert_near, looped_jacobians
@@ -197,7 +196,8 @@ def test_a_replaced_output_is_noticed_without_its_fix(monkeypatch):
     lora_B = model.get_submodule("base_model.model.first.lora_B.default")
     lora_B.register_forward_hook(lambda module, args, output: torch.sin(output) * 3.0)
     LoraGGN(model, "classification").jacobians(X)
-    monkeypatch.setattr(recorder, "on_output", lambda m, hook, first: on_output(m, hook))
+    on_output = OwnHooks.on_output
+    monkeypatch.setattr(OwnHooks, "on_output", lambda own, m, hook, first: on_output(own, m, hook))
     silently(model, X)
     with pytest.raises(RuntimeError, match=r"lora_B.*is not autograd's"):
         LoraGGN(model, "classification").jacobians(X)
