@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
-from laplace_lora import LogitsModel
+from laplace_lora import KronLoraLaplace, LogitsModel
 from laplace_lora.evaluation import (
     MAP,
     LoraEnsemble,
@@ -22,6 +22,7 @@ from support.batches import LENGTHS, loader, token_batch
 from support.models import TARGETS, base_model, excite, peft_model
 from support.preferences import half_of, pair_batch
 from support.references import assert_near
+from support.threads import in_threads
 from support.tokens import tagged_batch, tagged_loader, tagger
 
 BATCH = token_batch((3, 5, 4))
@@ -236,6 +237,38 @@ def test_an_ensemble_leaves_several_active_adapters_active():
     model.base_model.set_adapter(["default", "second"])
     LoraEnsemble(model)(BATCH)
     assert list(model.active_adapters) == ["default", "second"]
+
+
+def test_an_ensemble_switches_adapters_for_no_other_thread():
+    model = ensemble_model().eval()
+    la = KronLoraLaplace(model, "classification")
+    la.fit(loader())
+    ensemble, before = LoraEnsemble(la.logits_model), state(model)
+    jobs = [lambda: ensemble(BATCH), lambda: ensemble(BATCH), lambda: la(BATCH).detach()]
+    expected = [job() for job in jobs]
+    results, errors = in_threads(jobs)
+    assert not errors, errors[0]
+    for mine, alone in zip(results, expected, strict=True):
+        assert all(torch.equal(result, alone) for result in mine)
+    assert state(model) == before and model.active_adapter == "second"
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of what it does itself
+def test_adapters_of_a_model_without_a_twin_are_switched_in_place():
+    model = ensemble_model()
+    expected, before = LoraEnsemble(model)(BATCH), state(model)
+    model.base_model.model.bert.encoder.compile(backend="eager")
+    assert_near(LoraEnsemble(model)(BATCH), expected)
+    assert state(model) == before and model.active_adapter == "second"
+
+
+def test_an_ensemble_refuses_merged_adapters():
+    """PEFT would take them out of the base model, for good."""
+    model = ensemble_model()
+    ensemble = LoraEnsemble(model)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged into the base model; unmerge"):
+        ensemble(BATCH)
 
 
 @pytest.mark.parametrize("names", [None, ["default"], ["default", "third"]])
