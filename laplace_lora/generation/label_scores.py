@@ -84,10 +84,15 @@ def at_labels(
     scored = labels != IGNORED
     columns = scored.any(0).nonzero().squeeze(1) - 1
     for read, logits, tangents in reading.logits(columns):
-        texts, at = scored[:, read + 1].nonzero(as_tuple=True)
-        found = logits[texts, at]
-        check_finite(found, texts if rows is None else rows[texts])
-        yield (texts, read[at] + 1), found, tangents[:, texts, at]
+        wanted = scored[:, read + 1]
+        texts, at = wanted.nonzero(as_tuple=True)
+        # Over a vocabulary they are large: they are copied, and outlive a step, only if they must.
+        logits, tangents = logits.flatten(0, 1), tangents.flatten(1, 2)
+        if not bool(wanted.all()):
+            logits, tangents = logits[wanted.flatten()], tangents[:, wanted.flatten()]
+        check_finite(logits, texts if rows is None else rows[texts])
+        yield (texts, read[at] + 1), logits, tangents
+        del logits, tangents
 
 
 def part_of(batch: Mapping[str, Any], rows: Tensor, end: int) -> dict[str, Any]:

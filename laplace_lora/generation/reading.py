@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from laplace_lora.adapters.peft_state import starts_at_tokens
+from laplace_lora.generation.late_head import LateHead
 from laplace_lora.models.autocast import as_called
+from laplace_lora.models.cache_steps import is_right_beside_padding
 from laplace_lora.models.forward_mode import ForwardMode
 from laplace_lora.models.logits_model import wide
-from laplace_lora.models.modes import coarsest_dtype
 from laplace_lora.models.positions import holds_joined_texts, real_positions
 from laplace_lora.models.rotary import angles_change_at, check_lengths
 from laplace_lora.models.tangent_cache import (
@@ -28,7 +29,6 @@ from laplace_lora.models.tangent_cache import (
     carries_tangents,
 )
 from laplace_lora.models.token_model import TokenModel
-from laplace_lora.models.tolerances import near
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +73,9 @@ class Reading:
         self._are_joined = holds_joined_texts(inputs)
         self._counts = model.needs_positions(inputs)
         self._turn = angles_change_at(model.config)
-        self._room = max(
-            1, ROOM // (forward.n_directions * len(ids) * int(model.vocabulary_size or 1))
-        )
+        column = forward.n_directions * len(ids) * int(model.vocabulary_size or 1)
+        self._room = max(1, ROOM // column)
+        self._at_once = min(self._room, PIECE)
         self._cache: TangentCache | None = None
         self._before, is_plain = self._tried(ids)
         sees_all = self._are_joined or self._has_images() or starts_at_tokens(forward.model)
@@ -109,11 +109,13 @@ class Reading:
             start += length
             if self._cache is not None:
                 self._cache = self._cache.with_room(length, ids.shape[1])
-            # The cache needs the pass, wanted or not.
-            kept = chosen if len(chosen) else torch.tensor([start - 1], device=chosen.device)
-            values, tangents = self._run(length, kept)
-            if len(chosen):
-                yield chosen, values, tangents
+            computed = len(chosen) if self._model.accepts("logits_to_keep") else length
+            if len(chosen) and computed > self._at_once and not self._cached:
+                yield from self._run_in_parts(chosen)
+            elif len(chosen):
+                yield chosen, *self._run(length, chosen)
+            else:  # the cache needs the pass
+                self._run(length, torch.tensor([start - 1], device=chosen.device))
         self._waiting = ids, mask
 
     def last_logits(self) -> tuple[Tensor, Tensor]:
@@ -161,25 +163,18 @@ class Reading:
         """Run the network over the last tokens, or all, and return logits and tangents."""
         width = self._ids.shape[1]
         first = 0 if self._cache is None else width - length
-        columns = columns - first
-        arguments = self._pieces(first)
-        if not self._are_joined:
-            arguments["attention_mask"] = self._mask
-        check_lengths(self._model.config, arguments)
-        if self._model.accepts("use_cache"):
-            arguments["use_cache"] = self._cached
-        if self._counts:
-            arguments["position_ids"] = real_positions(self._mask)[:, first:]
+        columns = columns - first + self._before
+        arguments = self._arguments(first)
         narrowed = self._model.accepts("logits_to_keep")
         if narrowed:
-            arguments["logits_to_keep"] = columns + self._before
+            arguments["logits_to_keep"] = columns
         left: Any = None
         cache = self._cache
 
         def read(returned: Any) -> dict[str, Tensor]:
             nonlocal left
             logits = returned.logits
-            found = {"logits": wide(logits if narrowed else logits[:, columns + self._before])}
+            found = {"logits": wide(logits if narrowed else logits[:, columns])}
             if self._cached:
                 left = cache_of(returned)
                 found.update(cached_tensors(left) if cache is None else {})
@@ -205,36 +200,47 @@ class Reading:
             self._cache = cache.appended(left, length)
         return logits
 
-    def _pieces(self, first: int) -> dict[str, Any]:
+    def _run_in_parts(self, columns: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Run the network over all tokens, and the head over some of the columns at a time."""
+        width = self._ids.shape[1]
+        alone: dict[str, Any] = {"input_ids": self._ids[:1, :1]}
+        if self._model.accepts("use_cache"):
+            alone["use_cache"] = False
+        arguments, at = self._arguments(0), columns + self._before
+        with self._model.refusing_long_texts(width):
+            head = LateHead(self._forward, arguments, alone, at, self._before + width)
+        if not head.is_right:
+            yield columns, *self._run(width, columns)
+            return
+        for first in range(0, len(columns), self._at_once):
+            part = slice(first, first + self._at_once)
+            yield columns[part], *head.logits(part)
+
+    def _arguments(self, first: int) -> dict[str, Any]:
         """Return the tokens from one on, and what else the model takes beside them."""
         whole = (len(self._ids), self._width)
-        inputs = {"input_ids": self._ids[:, first:]}
+        arguments: dict[str, Any] = {"input_ids": self._ids[:, first:]}
         for key, value in self._others.items():
             if isinstance(value, Tensor) and value.shape[:2] == whole:
                 value = value[:, first : self._ids.shape[1]]
-            inputs[key] = value
-        return inputs
+            arguments[key] = value
+        if not self._are_joined:
+            arguments["attention_mask"] = self._mask
+        check_lengths(self._model.config, arguments)
+        if self._model.accepts("use_cache"):
+            arguments["use_cache"] = self._cached
+        if self._counts:
+            arguments["position_ids"] = real_positions(self._mask)[:, first:]
+        return arguments
 
-    @torch.no_grad()
     def _caches_padding(self) -> bool:
-        """Return whether a step from the cache is right where padding stands before a text.
-
-        Models that count positions by themselves may do so otherwise with a cache: RoBERTa's
-        decoders count real tokens without one, and padding as well with one.
-        """
+        """Return whether a step from the cache is right where padding stands before a text."""
         ids, mask = self._waiting
         first, n = map(int, (mask != 0).to(torch.uint8).argmax(1).max(0))
         if self._counts or not first:
             return True
         text = ids[n : n + 1, [first - 1, first, min(first + 1, ids.shape[1] - 1)]]
-        real = torch.tensor([[0, 1, 1]], device=ids.device)
-        model, argument = self._forward.model, self._cache_argument()
-        with as_called():
-            whole = model(input_ids=text, attention_mask=real, use_cache=False)
-            start = model(input_ids=text[:, :2], attention_mask=real[:, :2], use_cache=True)
-            cache = {argument: cache_of(start), "use_cache": True}
-            step = model(input_ids=text[:, 2:], attention_mask=real, **cache)
-        is_right = near(step.logits[:, -1], whole.logits[:, -1], coarsest_dtype(model))
+        is_right = is_right_beside_padding(self._forward.model, text, self._cache_argument())
         if not is_right:
             logger.info("the model's cached steps count padding: every token reads the text anew")
         return is_right

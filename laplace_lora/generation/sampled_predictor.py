@@ -69,11 +69,10 @@ class SampledPredictor:
 
         Args:
             logits: At the MAP, ``(places, vocabulary)``.
-            tangents: ``(directions, places, vocabulary)``.
+            tangents: ``(directions, places, vocabulary)``; may be overwritten.
         """
-        temperature, dtype = (
-            self._posterior.settings.likelihood_temperature,
-            self._posterior.dtype,
-        )
-        logits, tangents = (x.to(dtype) / temperature for x in (logits, tangents))
+        logits, tangents = (x.to(self._posterior.dtype) for x in (logits, tangents))
+        temperature = self._posterior.settings.likelihood_temperature
+        if temperature != 1:
+            logits, tangents = logits / temperature, tangents.contiguous().div_(temperature)
         return SampledToken(logits, *self._samples.centred(logits, tangents), self._samples)

@@ -175,6 +175,7 @@ def _sampled(
                 token = predictor.token(logits, tangents)
                 predictions.append(token.of(wanted[rows, places], top_k))
                 where.append((texts[rows], places))
+                del logits, tangents, token  # before the next ones are there
     return predictions, where
 
 
