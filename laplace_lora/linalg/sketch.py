@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from laplace_lora.linalg.eigen import Eigen, check_finite, symmetric_eigen
 from laplace_lora.linalg.factors import DenseFactor, DiagonalFactor, weighted_square_norm
-from laplace_lora.linalg.half_rows import ALIGNED, BFLOAT16, product, split
+from laplace_lora.linalg.half_rows import BFLOAT16, product, split
+from laplace_lora.linalg.sketch_basis import sketch_basis, sketch_basis_terms
 
 OVERSAMPLING = 10
 
@@ -33,6 +31,7 @@ class LowRankFactor:
         self.sketch = sketch
         self.trace = trace
         self.rank = rank
+        self._basis: dict[bool, Tensor] = {}  # held from the first rows to the decomposition
 
     @classmethod
     def zeros(
@@ -61,7 +60,7 @@ class LowRankFactor:
         """
         d, rank = eigen.vectors.shape
         vectors, values = eigen.vectors.double(), eigen.values.double()
-        test = _orthonormal(d, sketch_columns(rank), torch.float64, vectors.device)
+        test = sketch_basis(d, sketch_columns(rank), torch.float64, vectors.device)
         rest = (trace - values.sum()).clamp(min=0) / (d - rank)
         sketch = vectors @ ((values - rest).unsqueeze(1) * (vectors.T @ test)) + rest * test
         return cls(sketch.to(eigen.values.dtype), trace, rank)
@@ -78,7 +77,7 @@ class LowRankFactor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, without ``Ω``, which all factors of the same size share."""
+        """Bytes held, without ``Ω``, which all factors of the same size share for a while."""
         return self.sketch.nbytes + self.trace.nbytes
 
     def tensors(self) -> list[Tensor]:
@@ -97,7 +96,7 @@ class LowRankFactor:
         # Tensor cores take rows of bfloat16 as they are; elsewhere wider ones are faster.
         is_half = rows.is_cuda and rows.dtype == BFLOAT16 and self.sketch.dtype == torch.float32
         if is_half:
-            projected = product(rows, _orthonormal_terms(*self.sketch.shape, self.sketch.device))
+            projected = product(rows, self._test_matrix(in_terms=True))
         else:
             rows = rows.to(self.sketch.dtype)
             projected = rows @ self._test_matrix()
@@ -158,6 +157,7 @@ class LowRankFactor:
         check_finite(self.sketch)
         dtype, d = self.sketch.dtype, self.d
         sketch, test = self.sketch.double(), self._test_matrix().double()
+        self._basis = {}
         norm = torch.linalg.matrix_norm(sketch)
         if norm == 0:
             values, vectors = sketch.new_zeros(self.rank), test[:, : self.rank]
@@ -177,8 +177,16 @@ class LowRankFactor:
             missing = torch.zeros_like(missing)
         return Eigen(vectors.to(dtype).contiguous(), values.to(dtype), missing.to(dtype))
 
-    def _test_matrix(self) -> Tensor:
-        return _orthonormal(*self.sketch.shape, self.sketch.dtype, self.sketch.device)
+    def _test_matrix(self, in_terms: bool = False) -> Tensor:
+        """Return ``Ω``, as two terms of bfloat16 if so asked."""
+        if in_terms not in self._basis:
+            (d, l), device = self.sketch.shape, self.sketch.device
+            self._basis[in_terms] = (
+                sketch_basis_terms(d, l, device)
+                if in_terms
+                else sketch_basis(d, l, self.sketch.dtype, device)
+            )
+        return self._basis[in_terms]
 
 
 Factor = DenseFactor | LowRankFactor | DiagonalFactor
@@ -187,16 +195,6 @@ Factor = DenseFactor | LowRankFactor | DiagonalFactor
 def sketch_columns(rank: int) -> int:
     """Return the number of columns of a sketch that yields ``rank`` eigenpairs."""
     return 2 * rank + OVERSAMPLING
-
-
-@lru_cache(maxsize=64)
-def _orthonormal(d: int, l: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(d * 1_000_003 + l)
-    gaussian = torch.randn(d, l, dtype=torch.float64, generator=generator)
-    q, r = torch.linalg.qr(gaussian)
-    # The signs of a QR factorisation depend on the library; sketches must agree across machines.
-    signed: Tensor = q * r.diagonal().sign()
-    return signed.to(device=device, dtype=dtype)
 
 
 def _leading(root: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -216,9 +214,3 @@ def _leading(root: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
     values, inner = symmetric_eigen(root.T @ root)
     values, inner = values.flip(0)[:rank], inner.flip(1)[:, :rank]
     return values, root @ (inner / values.sqrt())
-
-
-@lru_cache(maxsize=64)
-def _orthonormal_terms(d: int, l: int, device: torch.device) -> Tensor:
-    """Return `_orthonormal`, filled up with columns of zeros, split for rows of bfloat16."""
-    return split(F.pad(_orthonormal(d, l, torch.float32, device), (0, -l % ALIGNED)))

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from laplace_lora.linalg.half_rows import BFLOAT16, HalfRows, product, split
-from laplace_lora.linalg.sketch import LowRankFactor, _orthonormal_terms, sketch_columns
+from laplace_lora.linalg.sketch import LowRankFactor, sketch_columns
+from laplace_lora.linalg.sketch_basis import sketch_basis_terms
 
 
 def random(*shape, seed=0):
@@ -29,7 +30,7 @@ def test_a_product_is_nearly_as_good_as_in_single_precision():
 
 @pytest.mark.parametrize("columns", [12, 16, 138])
 def test_terms_of_a_test_matrix_are_whole_sixteen_bytes_filled_with_zeros(columns):
-    terms = _orthonormal_terms(150, columns, torch.device("cpu"))
+    terms = sketch_basis_terms(150, columns, torch.device("cpu"))
     assert terms.is_contiguous() and terms.shape[1] * terms.element_size() % 32 == 0
     rounded, rest = terms.chunk(2, dim=1)
     assert rounded.count_nonzero() == 150 * columns and rest[:, columns:].count_nonzero() == 0
@@ -40,7 +41,7 @@ def test_products_in_two_terms_make_the_same_sketch():
     factor = LowRankFactor.zeros(50, rank, torch.float32, "cpu")
     factor.update(rows)
     columns = sketch_columns(rank)
-    projected = product(rows, _orthonormal_terms(50, columns, rows.device))
+    projected = product(rows, sketch_basis_terms(50, columns, rows.device))
     padded = product(rows.T, split(projected))
     assert padded.shape[1] > columns and padded[:, columns:].count_nonzero() == 0
     assert (padded[:, :columns] - factor.sketch).norm() < 1e-5 * factor.sketch.norm()

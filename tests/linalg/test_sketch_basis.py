@@ -1,0 +1,50 @@
+"""Test matrices are the same wherever they are made, and are not kept for nothing."""
+
+import weakref
+
+import pytest
+import torch
+
+from laplace_lora.linalg import sketch_basis as module
+from laplace_lora.linalg.sketch import LowRankFactor
+from laplace_lora.linalg.sketch_basis import sketch_basis
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def without_room(monkeypatch):
+    monkeypatch.setattr(module, "_SHARED", module._Shared(0))
+
+
+def test_a_matrix_depends_on_its_size_alone(without_room):
+    torch.manual_seed(1)
+    first = sketch_basis(60, 26, torch.float64, CPU).clone()
+    torch.manual_seed(2)
+    second = sketch_basis(60, 26, torch.float64, CPU)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first.T @ first, torch.eye(26).double())
+
+
+def test_sketches_share_a_large_matrix_until_they_are_decomposed(without_room):
+    factors = [LowRankFactor.zeros(60, 8, torch.float32, "cpu") for _ in range(2)]
+    for factor in factors:
+        factor.update(torch.randn(5, 60))
+    one, other = (factor._test_matrix() for factor in factors)
+    assert one is other
+    alive = weakref.ref(one)
+    del one, other
+    factors[0].decompose()
+    assert alive() is not None
+    factors[1].decompose()
+    assert alive() is None
+
+
+def test_small_matrices_are_kept_up_to_some_bytes(monkeypatch):
+    size = sketch_basis(60, 26, torch.float64, CPU).nbytes
+    monkeypatch.setattr(module, "_SHARED", module._Shared(2 * size + 1000))
+    made = [weakref.ref(sketch_basis(d, 26, torch.float64, CPU)) for d in (60, 61)]
+    assert all(matrix() is not None for matrix in made)
+    sketch_basis(60, 26, torch.float64, CPU)  # the latest used
+    sketch_basis(59, 26, torch.float64, CPU)
+    assert [matrix() is None for matrix in made] == [False, True]
