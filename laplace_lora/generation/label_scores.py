@@ -20,6 +20,7 @@ from laplace_lora.predictive.sample_set import SampleSet
 from laplace_lora.structures.posterior import Posterior
 
 Places = tuple[Tensor, Tensor]
+MODERATE = 40.0  # a logarithm up to which a sum of exponentials loses nothing
 POSITIONS = "position_ids"
 # Of joined texts, by collators of TRL and transformers; attention derives them from positions.
 BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -53,14 +54,15 @@ def label_log_probabilities(
         forward_mode(model.model, posterior.engine.parameters, samples.directions) as forward,
     ):
         for places, logits, tangents in at_labels(Reading(model, forward, batch), labels):
-            f, slopes = (x.to(posterior.dtype) / temperature for x in (logits, tangents))
+            f, slopes = logits.to(posterior.dtype), tangents.to(posterior.dtype)
+            del logits, tangents  # before the next ones are there
             token = labels[places].unsqueeze(1)
-            by_map[places] = _log_probability(f, token)
+            by_map[places] = (f / temperature).log_softmax(1).gather(1, token).squeeze(1)
             f, slopes = samples.centred(f, slopes)
+            log_p = (f / temperature).log_softmax(1)
             for row, width in zip(predictive, scales.sqrt().tolist(), strict=True):
-                outputs = samples.each_output(f, width * slopes)
-                average = torch.stack([_log_probability(g, token) for g in outputs]).logsumexp(0)
-                row[places] = average - math.log(samples.n_samples)
+                row[places] = _predictive(samples, log_p, slopes, width / temperature, token)
+            del f, slopes, log_p
     return by_map, predictive
 
 
@@ -122,5 +124,25 @@ def part_of(batch: Mapping[str, Any], rows: Tensor, end: int) -> dict[str, Any]:
     return part
 
 
-def _log_probability(logits: Tensor, token: Tensor) -> Tensor:
-    return (logits.gather(1, token) - logits.logsumexp(1, keepdim=True)).squeeze(1)
+def _predictive(
+    samples: SampleSet, log_p: Tensor, slopes: Tensor, width: float, token: Tensor
+) -> Tensor:
+    """Return the log of tokens' probabilities, averaged over samples, ``(k,)``.
+
+    Args:
+        samples: What the directions stand for.
+        log_p: Log probabilities at the posterior's mean, ``(k, vocabulary)``.
+        slopes: Change of the logits along each direction, ``(directions, k, vocabulary)``.
+        width: Of the samples.
+        token: One in each place, ``(k, 1)``.
+    """
+    own, totals = [], []
+    for f in samples.each_output(log_p, slopes, width):
+        own.append(f.gather(1, token))
+        # Not `logsumexp`, most of whose time the maximum takes: of no change the sum is one.
+        totals.append(f.exp_().sum(1, keepdim=True).log())
+    found = torch.stack(totals)
+    if not bool((found.abs() < MODERATE).all()):
+        each = samples.each_output(log_p, slopes, width)
+        found = torch.stack([f.logsumexp(1, keepdim=True) for f in each])
+    return (torch.stack(own) - found).logsumexp(0).squeeze(1) - math.log(samples.n_samples)

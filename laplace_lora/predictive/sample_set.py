@@ -67,12 +67,21 @@ class SampleSet:
             mean: Outputs at the posterior's mean.
             tangents: Their change along each direction, ``(directions, …)``, see `centred`.
         """
-        return torch.stack(list(self.each_output(mean, tangents)))
+        return torch.stack([mean + sign * tangent for tangent, sign in self._signed(tangents)])
 
-    def each_output(self, mean: Tensor, tangents: Tensor) -> Iterator[Tensor]:
-        """Yield one sample's outputs after the other, see `outputs`; they may be overwritten."""
-        for tangent in tangents:
-            yield mean + tangent
-        if self.antithetic:
-            for tangent in tangents[: self.n_samples - len(tangents)]:
-                yield mean - tangent
+    def each_output(self, mean: Tensor, tangents: Tensor, width: float = 1.0) -> Iterator[Tensor]:
+        """Yield one sample's outputs after the other, see `outputs`, all in the same memory.
+
+        Args:
+            mean: Outputs at the posterior's mean.
+            tangents: Their change along each direction.
+            width: Of the samples, a factor of the tangents.
+        """
+        memory = torch.empty_like(mean)
+        for tangent, sign in self._signed(tangents):
+            yield torch.add(mean, tangent, alpha=sign * width, out=memory)
+
+    def _signed(self, tangents: Tensor) -> list[tuple[Tensor, int]]:
+        """Return the tangent and the sign of each sample."""
+        partners = tangents[: self.n_samples - len(tangents)] if self.antithetic else tangents[:0]
+        return [*((tangent, 1) for tangent in tangents), *((tangent, -1) for tangent in partners)]

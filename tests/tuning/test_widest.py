@@ -75,12 +75,12 @@ def losses_by_loops(la, scales):
             tokens += 1
             own -= float(mean[place - 1].log_softmax(-1)[label])
             for i, scale in enumerate(scales):
-                p = []
+                log_p = []
                 for sign in (1, -1):
                     for direction in directions:
                         logits = mean[place - 1] + sign * scale**0.5 * J[place - 1] @ direction
-                        p.append(float(logits.log_softmax(-1)[label].exp()))
-                sampled[i] -= math.log(sum(p) / len(p))
+                        log_p.append(logits.log_softmax(-1)[label])
+                sampled[i] -= float(torch.stack(log_p).logsumexp(0)) - math.log(len(log_p))
     return own / tokens, sampled / tokens
 
 
@@ -106,6 +106,17 @@ def test_the_choice_is_that_of_an_explicit_search(cls, kwargs):
     assert chosen == pytest.approx(fine[j])
     assert report.nll == pytest.approx(float(nll[j]), rel=1e-5)
     assert report.nll <= report.nll_map + widest.TOLERANCE
+
+
+def test_losses_of_very_wide_posteriors_are_finite_and_right():
+    la = trained()
+    scales = torch.tensor([1e12, 1e4, 1.0], dtype=torch.float64)
+    texts = training_texts.some_texts(la.fitted, la._train_loader)
+    losses = training_texts.text_losses(la.fitted, texts, scales, ALONE)
+    own, nll = losses_by_loops(la, scales.tolist())
+    assert nll[0] > 1e3
+    assert losses.nll_map == pytest.approx(own, rel=1e-5)
+    torch.testing.assert_close(losses.nll, nll, rtol=1e-4, atol=0)
 
 
 def test_a_narrow_posterior_stays_as_it_is():
