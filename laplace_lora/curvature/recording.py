@@ -24,6 +24,7 @@ from laplace_lora.capture.verification import verify_gradients
 from laplace_lora.data.batches import doubled, splits_by_example
 from laplace_lora.data.pairs import passes
 from laplace_lora.data.sharding import in_pieces
+from laplace_lora.linalg.finite import all_finite
 from laplace_lora.models.autocast import as_called
 from laplace_lora.models.compiled import eager
 from laplace_lora.models.expert_layers import experts_as_layers
@@ -144,7 +145,7 @@ class Recording:
                         self._verify(tape, blocks, x)
                         self._masks_are_verified = False
                     is_due = self.verify and needs_masks and not self._masks_are_verified
-                    if is_due and bool(tape.output.isfinite().all()):
+                    if is_due and all_finite(tape.output):
                         alone = partial(record, run, maps, examples=1)
                         self._masks_are_verified = verify_masks(tape, blocks, alone)
                     return tape, blocks
@@ -183,7 +184,7 @@ class Recording:
 
     def _verify(self, tape: Tape, blocks: Sequence[Block], x: Any) -> None:
         """Verify a recorded pass, see `capture.verification`."""
-        if not bool(tape.output.isfinite().all()):
+        if not all_finite(tape.output):
             return  # refused for that by whoever asked
         verify_gradients(tape, blocks, self.by_token)
         if not self.model.training:  # with dropout no two passes agree

@@ -24,6 +24,7 @@ from laplace_lora.likelihoods.quadrature import (
     softmax_log_probabilities,
 )
 from laplace_lora.likelihoods.roots import contrast_matrix
+from laplace_lora.linalg.finite import all_finite
 
 QUADRATURE = "quadrature"
 LINKS = (QUADRATURE, "probit", "mc", "bridge", "bridge_norm")
@@ -183,11 +184,11 @@ def check_finite(f: Tensor, rows: Tensor | None = None) -> None:
     Raises:
         FloatingPointError: If some are not finite; names the rows.
     """
-    bad = ~f.detach().isfinite().flatten(1).all(1)
-    if bool(bad.any()):
-        places = bad.nonzero().flatten()
-        named = places if rows is None else rows.to(places.device)[places].unique()
-        raise FloatingPointError(
-            f"the model's outputs are not finite at rows {named.tolist()} of the batch; "
-            "look for NaN or infinity in these rows' inputs"
-        )
+    if all_finite(f):
+        return
+    places = (~f.detach().isfinite().flatten(1).all(1)).nonzero().flatten()
+    named = places if rows is None else rows.to(places.device)[places].unique()
+    raise FloatingPointError(
+        f"the model's outputs are not finite at rows {named.tolist()} of the batch; "
+        "look for NaN or infinity in these rows' inputs"
+    )

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from laplace_lora.likelihoods.drawing import drawn_labels
+
 
 def identity_root(f: Tensor) -> Tensor:
     """Return one column per output: the rows of the identity, the root of a unit Gaussian's ``Λ``.
@@ -128,7 +130,7 @@ def sampled_softmax_root(f: Tensor, num_samples: int) -> Tensor:
         Columns ``(num_samples, batch, outputs)``, scaled by ``1/√num_samples``.
     """
     p = F.softmax(f, dim=-1)
-    labels = torch.multinomial(p, num_samples, replacement=True).T.unsqueeze(-1)
+    labels = drawn_labels(p, num_samples).T.unsqueeze(-1)
     # One sample of a whole vocabulary is neither copied nor divided by 1.
     columns = p.unsqueeze(0) if num_samples == 1 else p.repeat(num_samples, 1, 1)
     columns.scatter_add_(-1, labels, columns.new_full(labels.shape, -1))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from laplace_lora.linalg.finite import all_finite
+
 LARGE = 1024  # a side from which on an accelerator may be the quicker one
 
 
@@ -139,7 +141,7 @@ def check_finite(tensor: Tensor) -> None:
     Raises:
         FloatingPointError: If any value is infinite or not a number.
     """
-    if not tensor.isfinite().all():
+    if not all_finite(tensor):
         raise FloatingPointError("a curvature factor holds values that are not finite")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.loss_gradient import LossGradient
+from laplace_lora.linalg.finite import all_finite
 from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.linalg.row_storage import RowStorage, free_space, packed_rows, unpack_rows
 from laplace_lora.structures import sizes as memory
@@ -221,6 +222,6 @@ def checked_rows(engine: Engine, i: int, block: Tensor) -> Tensor:
     Raises:
         FloatingPointError: If they are not finite; names the tensor.
     """
-    if not bool(block.isfinite().all()):
+    if not all_finite(block):
         raise FloatingPointError(f"the curvature of {engine.names[i]!r} is not finite")
     return block.flatten(2).flatten(0, 1)

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LoraEF
+from laplace_lora.likelihoods import roots
 from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
 from support.batches import rows
 from support.language import EXACT, LENGTHS, language_posterior, text_batch, text_loader, token_ggn
@@ -73,13 +74,13 @@ def recorded(la, example):
 def test_factors_equal_a_loop_over_examples_and_tokens(name, monkeypatch):
     """Given the labels that were drawn."""
     samples, drawn = 2, []
-    draw = torch.multinomial
+    draw = roots.drawn_labels
 
-    def noted(p, num_samples, replacement):
-        drawn.extend(draw(p, num_samples, replacement=replacement))
+    def noted(p, num_samples):
+        drawn.extend(draw(p, num_samples))
         return torch.stack(drawn)
 
-    monkeypatch.setattr(torch, "multinomial", noted)
+    monkeypatch.setattr(roots, "drawn_labels", noted)
     la = language_posterior(name=name, fit=False, backend_kwargs={"num_samples": samples}, **DENSE)
     batch = text_batch(pad_to=7)
     la.fit(text_loader(3, batch), evidence_correction=False)
@@ -105,8 +106,8 @@ def test_factors_equal_a_loop_over_examples_and_tokens(name, monkeypatch):
 @pytest.mark.parametrize("kind", ["exact", "empirical", "drawn"])
 def test_the_fit_does_not_depend_on_batches_and_padding(cls, kind, monkeypatch):
     if kind == "drawn":  # as if chance always chose the third most likely token
-        third = lambda p, samples, replacement: p.topk(3).indices[:, -1:]  # noqa: E731
-        monkeypatch.setattr(torch, "multinomial", third)
+        third = lambda p, samples: p.topk(3).indices[:, -1:]  # noqa: E731
+        monkeypatch.setattr(roots, "drawn_labels", third)
     options = {"exact": EXACT, "empirical": {"backend": LoraEF}, "drawn": {}}[kind]
     evidence = []
     padded = text_batch(pad_to=8, side="left")
