@@ -15,7 +15,7 @@ from laplace_lora.models.autocast import as_called
 from laplace_lora.models.forward_mode import ForwardMode
 from laplace_lora.models.logits_model import wide
 from laplace_lora.models.modes import coarsest_dtype
-from laplace_lora.models.thread_hooks import on_input
+from laplace_lora.models.thread_hooks import own_hooks
 from laplace_lora.models.tolerances import near
 from laplace_lora.models.wrapped_model import base_of
 
@@ -62,12 +62,9 @@ class LateHead:
             found = {"hidden": seen[0]} if seen else {}
             return {**found, "last": wide(returned.logits[:, -1:])}
 
-        handle = on_input(self._head, narrow)
-        try:
-            with as_called():
-                self._values, self._tangents = forward.run(arguments, read)
-        finally:
-            handle.remove()
+        with own_hooks() as hooks, as_called():
+            hooks.on_input(self._head, narrow)
+            self._values, self._tangents = forward.run(arguments, read)
         own = self._values.pop("last"), self._tangents.pop("last")
         dtype = coarsest_dtype(forward.model)
         self.is_right = len(seen) == 1 and all(
@@ -94,16 +91,13 @@ class LateHead:
             given.update(tensors)
             return {}
 
-        handle = on_input(self._head, replace)
-        try:
-            with as_called():
-                values, tangents = self._forward.run(
-                    self._alone,
-                    lambda returned: {"logits": wide(returned.logits)},
-                    place,
-                    {"hidden": self._values["hidden"][:, part]},
-                    {"hidden": self._tangents["hidden"][:, :, part]},
-                )
-        finally:
-            handle.remove()
+        with own_hooks() as hooks, as_called():
+            hooks.on_input(self._head, replace)
+            values, tangents = self._forward.run(
+                self._alone,
+                lambda returned: {"logits": wide(returned.logits)},
+                place,
+                {"hidden": self._values["hidden"][:, part]},
+                {"hidden": self._tangents["hidden"][:, :, part]},
+            )
         return values["logits"], tangents["logits"]
