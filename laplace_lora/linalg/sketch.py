@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from laplace_lora.linalg.eigen import Eigen, check_finite, symmetric_eigen
+from laplace_lora.linalg.eigen import Eigen, check_finite
 from laplace_lora.linalg.factors import DenseFactor, DiagonalFactor, weighted_square_norm
 from laplace_lora.linalg.half_rows import BFLOAT16, product, split
+from laplace_lora.linalg.nystrom import leading_eigenpairs
 from laplace_lora.linalg.sketch_basis import sketch_basis, sketch_basis_terms
 
 OVERSAMPLING = 10
@@ -142,12 +143,7 @@ class LowRankFactor:
         return LowRankFactor(self.sketch.to(device), self.trace.to(device), self.rank)
 
     def decompose(self, residual: str = "isotropic") -> Eigen:
-        """Return the ``rank`` leading eigenpairs by a stabilised Nyström approximation.
-
-        Source: Tropp et al. (2017), arXiv:1706.05736, Algorithm 3. The shift is of the size of the
-        rounding errors in ``Y`` and grows until ``Ωᵀ Y`` is numerically positive definite. Not
-        √d times larger, as theirs, which computes in the sketch's own precision: eigenvalues below
-        the shift are lost.
+        """Return the ``rank`` leading eigenpairs of the sum, see `leading_eigenpairs`.
 
         Args:
             residual: ``"isotropic"`` spreads the trace that the eigenpairs miss evenly over the
@@ -155,27 +151,13 @@ class LowRankFactor:
                 arXiv:2308.13111, do.
         """
         check_finite(self.sketch)
-        dtype, d = self.sketch.dtype, self.d
-        sketch, test = self.sketch.double(), self._test_matrix().double()
+        dtype, test = self.sketch.dtype, self._test_matrix()
         self._basis = {}
-        norm = torch.linalg.matrix_norm(sketch)
-        if norm == 0:
-            values, vectors = sketch.new_zeros(self.rank), test[:, : self.rank]
-        else:
-            shift = torch.finfo(dtype).eps * norm
-            core, failed = None, 1
-            while failed:
-                shifted = sketch + shift * test
-                gram = test.T @ shifted
-                core, failed = torch.linalg.cholesky_ex((gram + gram.T) / 2)
-                shift = shift if not failed else 10 * shift
-            root = torch.linalg.solve_triangular(core, shifted.T, upper=False).T
-            values, vectors = _leading(root, self.rank, dtype)
-            values = (values - shift).clamp(min=0)
-        missing = (self.trace - values.sum()).clamp(min=0) / (d - self.rank)
+        values, vectors = leading_eigenpairs(self.sketch, test, self.rank)
+        missing = (self.trace - values.sum()).clamp(min=0) / (self.d - self.rank)
         if residual == "zero":
             missing = torch.zeros_like(missing)
-        return Eigen(vectors.to(dtype).contiguous(), values.to(dtype), missing.to(dtype))
+        return Eigen(vectors, values.to(dtype), missing.to(dtype))
 
     def _test_matrix(self, in_terms: bool = False) -> Tensor:
         """Return ``Ω``, as two terms of bfloat16 if so asked."""
@@ -195,22 +177,3 @@ Factor = DenseFactor | LowRankFactor | DiagonalFactor
 def sketch_columns(rank: int) -> int:
     """Return the number of columns of a sketch that yields ``rank`` eigenpairs."""
     return 2 * rank + OVERSAMPLING
-
-
-def _leading(root: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the leading eigenvalues and eigenvectors of ``root rootᵀ``, by falling eigenvalue.
-
-    Args:
-        root: Shape ``(d, l)``, float64.
-        rank: How many.
-        dtype: Of the sums; the shift that their rounding errors ask for is in ``root``.
-    """
-    if dtype == torch.float64:
-        basis, triangular = torch.linalg.qr(root)
-        left, singular, _ = torch.linalg.svd(triangular, full_matrices=False)
-        return singular[:rank].square(), basis @ left[:, :rank]
-    # The shift bounds the condition of the Gram matrix, so that its eigenvectors are good enough,
-    # and quicker to get.
-    values, inner = symmetric_eigen(root.T @ root)
-    values, inner = values.flip(0)[:rank], inner.flip(1)[:, :rank]
-    return values, root @ (inner / values.sqrt())

@@ -115,10 +115,9 @@ class Sketched(Structure[Factor, Factor, SketchedCurvature]):
         eigen = raw.decompose("zero")
         values, order = eigen.values.sort(descending=True)
         values, order = values[: self.rank], order[: self.rank]
-        rows = self._no_rows(engine)
-        directions = (eigen.vectors[:, order] * values.sqrt()).T
-        for i, part in enumerate(directions.split(self.sizes, dim=1)):
-            rows.append(i, part)
+        rows, roots = self._no_rows(engine), values.sqrt()
+        for i, part in enumerate(eigen.vectors.split(self.sizes)):
+            rows.append(i, (part[:, order] * roots).T)
         return self._curvature(raw, rows, values)
 
     def _no_rows(self, engine: Engine) -> RowStorage:
@@ -193,7 +192,7 @@ class Sketched(Structure[Factor, Factor, SketchedCurvature]):
         return SketchedCurvature(curvature.sketch.to(device), directions, curvature.truncation)
 
     def size(self, engine: Engine, curvature: SketchedCurvature | None) -> int:
-        """Return how many numbers sketch, test matrix and directions hold."""
+        """Return how many numbers sketch, test matrix and directions hold in a fit."""
         n = sum(self.sizes)
         return n * (2 * min(sketch_columns(self.rank), n) + self.rank)
 

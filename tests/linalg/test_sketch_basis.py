@@ -5,9 +5,11 @@ import weakref
 import pytest
 import torch
 
+from laplace_lora.linalg import nystrom
 from laplace_lora.linalg import sketch_basis as module
 from laplace_lora.linalg.sketch import LowRankFactor
 from laplace_lora.linalg.sketch_basis import sketch_basis
+from support.peak import peak_of
 
 CPU = torch.device("cpu")
 
@@ -48,3 +50,38 @@ def test_small_matrices_are_kept_up_to_some_bytes(monkeypatch):
     sketch_basis(60, 26, torch.float64, CPU)  # the latest used
     sketch_basis(59, 26, torch.float64, CPU)
     assert [matrix() is None for matrix in made] == [False, True]
+
+
+def test_a_large_matrix_is_made_in_pieces(monkeypatch):
+    """To the rounding of double precision it is the one that is made at once."""
+    whole = sketch_basis(5003, 27, torch.float64, CPU)
+    monkeypatch.setattr(module, "LARGE", 0)
+    monkeypatch.setattr(module, "_SHARED", module._Shared(0))
+    assert len(list(module._gaussian(5003, 27))) == 2
+    torch.testing.assert_close(
+        sketch_basis(5003, 27, torch.float64, CPU), whole, atol=1e-15, rtol=0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pieces_of_a_sketch_decompose_as_the_whole(dtype, monkeypatch):
+    torch.manual_seed(0)
+    factor = LowRankFactor.zeros(900, 20, dtype, "cpu")
+    factor.update(torch.randn(40, 900) * 0.8 ** torch.arange(40.0).unsqueeze(1))
+    whole = factor.decompose()
+    monkeypatch.setattr(nystrom, "PIECE", 100)
+    pieces = factor.decompose()
+    torch.testing.assert_close(pieces.values, whole.values)
+    torch.testing.assert_close(pieces.residual, whole.residual, rtol=1e-4, atol=1e-8)
+    signs = (pieces.vectors * whole.vectors).sum(0).sign()
+    torch.testing.assert_close(pieces.vectors * signs, whole.vectors, atol=1e-4, rtol=0)
+
+
+def test_a_sketch_needs_twice_its_memory_and_its_eigenpairs(without_room):
+    factor = LowRankFactor.zeros(20_000, 30, torch.float32, "cpu")
+
+    def fit():
+        factor.update(torch.randn(4, 20_000))
+        return factor.decompose()
+
+    assert peak_of(fit) < 2.5 * factor.sketch.nbytes  # beside the sketch itself
