@@ -36,6 +36,11 @@ PIECE = 128  # tokens read at once: attention's tangents grow with their square
 ROOM = 2**27  # numbers: tangents of the logits that are in memory at once
 
 
+def columns_at_once(directions: int, texts: int, vocabulary: int) -> int:
+    """Return at how many tokens of each text the logits' tangents are in memory at once."""
+    return min(PIECE, max(1, ROOM // (directions * texts * vocabulary)))
+
+
 class Reading:
     """A batch of texts that is being read.
 
@@ -73,9 +78,9 @@ class Reading:
         self._are_joined = holds_joined_texts(inputs)
         self._counts = model.needs_positions(inputs)
         self._turn = angles_change_at(model.config)
-        column = forward.n_directions * len(ids) * int(model.vocabulary_size or 1)
-        self._room = max(1, ROOM // column)
-        self._at_once = min(self._room, PIECE)
+        self._at_once = columns_at_once(
+            forward.n_directions, len(ids), int(model.vocabulary_size or 1)
+        )
         self._cache: TangentCache | None = None
         self._before, is_plain = self._tried(ids)
         sees_all = self._are_joined or self._has_images() or starts_at_tokens(forward.model)
@@ -156,7 +161,7 @@ class Reading:
         if not self._cached:
             return waiting
         ahead = columns[columns >= 0]
-        limit = int(ahead[self._room]) if len(ahead) > self._room else waiting
+        limit = int(ahead[self._at_once]) if len(ahead) > self._at_once else waiting
         return min(limit, waiting, PIECE)
 
     def _run(self, length: int, columns: Tensor) -> tuple[Tensor, Tensor]:

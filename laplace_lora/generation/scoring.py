@@ -13,6 +13,7 @@ from laplace_lora.data.loaders import progress
 from laplace_lora.generation.label_scores import at_labels, part_of
 from laplace_lora.generation.methods import EXACT, SAMPLED, check_method
 from laplace_lora.generation.next_token import HasPosterior, NextToken, NextTokenPredictor
+from laplace_lora.generation.reading import columns_at_once
 from laplace_lora.generation.sampled_predictor import SampledPredictor
 from laplace_lora.generation.token_predictions import TokenPredictions
 from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
@@ -117,6 +118,20 @@ def score(
         predictor.model.pad_token,
         variance,
     )
+
+
+def scoring_bytes(labels: Tensor, logits: Tensor) -> int:
+    """Return about how many bytes `score` takes over the vocabulary, at its defaults.
+
+    Args:
+        labels: The labels that count, ``(texts, tokens)``.
+        logits: Of any tokens, ``(k, vocabulary)``; tell size and dtype.
+    """
+    directions, (texts, _), vocabulary = SAMPLES // 2, labels.shape, logits.shape[-1]
+    wanted = int((labels != IGNORED).any(0).sum())
+    columns = min(wanted, columns_at_once(directions, texts, vocabulary))
+    # Beside the tangents: logits, a sample, its exponentials, and four of the predictive.
+    return (directions + 6) * columns * texts * vocabulary * logits.element_size()
 
 
 def _check_batch(batch: Any, top_k: Any) -> None:

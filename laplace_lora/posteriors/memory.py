@@ -13,6 +13,8 @@ from laplace_lora.data.batches import batch_length, first_examples, splits_by_ex
 from laplace_lora.display.plots import parts_figure
 from laplace_lora.display.tables import html_table, one_row
 from laplace_lora.display.terminal import terminal_table
+from laplace_lora.generation.scoring import scoring_bytes
+from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.models.modes import evaluation_mode
 from laplace_lora.structures import sizes
 from laplace_lora.structures.posterior import Posterior
@@ -33,8 +35,10 @@ class MemoryEstimate:
         activations: What one forward pass on the batch keeps for the backward passes.
         curvature: What the posterior holds after the fit: sums, and for Kronecker factors their
             eigenpairs. Inputs that maps share count once a map, so this is an upper bound.
-        jacobian: The largest Jacobian of one tensor in a prediction, with its workspace.
-        fit_jacobian: The same of a fit, zero where it needs none.
+        jacobian: The largest Jacobian of one tensor in a prediction, with its workspace; or what
+            scoring a language model's texts holds over the vocabulary, see `score`.
+        fit_jacobian: The same of a fit, zero where it needs none; or logits, their softmax and
+            their gradients over the vocabulary, with one label drawn for each token.
         available: Free memory of the device.
         advice: What to do if the curvature alone is too large.
     """
@@ -82,7 +86,7 @@ class MemoryEstimate:
             name: {
                 "curvature": self.curvature / size,
                 "activations": self.activations / size,
-                "Jacobian": jacobian / size,
+                "derivatives": jacobian / size,
             }
             for name, jacobian in jacobians.items()
         }
@@ -114,7 +118,7 @@ class MemoryEstimate:
         text = (
             f"batch of {self.batch_size}: fit {self.fit / GIB:.2f} GiB, predict "
             f"{self.predict / GIB:.2f} GiB beyond the model (curvature {self.curvature / GIB:.2f}, "
-            f"activations {self.activations / GIB:.2f}, Jacobian {self.jacobian / GIB:.2f}); "
+            f"activations {self.activations / GIB:.2f}, derivatives {self.jacobian / GIB:.2f}); "
             f"{self.available / GIB:.2f} GiB are free"
         )
         if self.fits:
@@ -122,7 +126,8 @@ class MemoryEstimate:
         left = self.available - self.curvature
         if left <= 0:
             return f"{text}. The curvature alone is too large: {self.advice}"
-        size = self.batch_size * left // (self.activations + self.jacobian)
+        derivatives = max(self.jacobian, self.fit_jacobian)
+        size = self.batch_size * left // (self.activations + derivatives)
         advice = (
             f"use batches of {size}" if size >= 1 else "shorten the inputs or cover fewer layers"
         )
@@ -164,11 +169,16 @@ def estimate_memory(
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):
         splits = splits_by_example(batch)
-        outputs = model(first_examples(batch, 1) if splits else batch).shape[-1]
-    outputs = getattr(model, "predicted_outputs", outputs)
+        logits = model(first_examples(batch, 1) if splits else batch)
+    outputs = getattr(model, "predicted_outputs", logits.shape[-1])
     recorded = sum(n for pointer, n in saved.items() if pointer not in weights)
     activations = recorded * size if splits else recorded
     jacobian = 2 * engine.dtype.itemsize * size * outputs * max(engine.sizes)
+    fit_jacobian = jacobian if structure.fits_by_jacobians else 0
+    if posterior.objective.predicts_tokens:
+        _, labels = posterior.split(batch)
+        jacobian = max(jacobian, scoring_bytes(labels, logits))
+        fit_jacobian += _fit_bytes(posterior, labels, logits)
     columns = posterior.objective.n_columns(outputs)
     examples = n_examples or posterior.state.n_data
     return MemoryEstimate(
@@ -176,7 +186,22 @@ def estimate_memory(
         activations=activations,
         curvature=structure.nbytes(engine, examples, columns),
         jacobian=jacobian,
-        fit_jacobian=jacobian if structure.fits_by_jacobians else 0,
+        fit_jacobian=fit_jacobian,
         available=sizes.available(posterior.device),
         advice=structure.advice,
     )
+
+
+def _fit_bytes(posterior: Posterior, labels: Tensor, logits: Tensor) -> int:
+    """Return about how many bytes a language model's fit takes over the vocabulary.
+
+    Args:
+        posterior: A language model's.
+        labels: The labels that count, ``(texts, tokens)``.
+        logits: Of any tokens, ``(k, vocabulary)``; tell size and dtype.
+    """
+    scored, vocabulary = labels != IGNORED, logits.shape[-1]
+    columns = 1
+    if not posterior.engine.estimates:  # the exact root: every token has its own
+        columns = int(scored.sum(1).max()) * posterior.objective.n_columns(vocabulary)
+    return (3 + columns) * int(scored.sum()) * vocabulary * logits.element_size()

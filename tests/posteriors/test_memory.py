@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from laplace_lora import (
     DiagLoraLaplace,
@@ -13,12 +15,15 @@ from laplace_lora import (
     LogitsModel,
     LowRankLoraLaplace,
 )
+from laplace_lora.generation import score
 from laplace_lora.linalg import row_storage
 from laplace_lora.structures import rows
 from laplace_lora.structures import sizes as memory
 from support.batches import LENGTHS, loader, token_batch
 from support.exact_posteriors import ENOUGH, NEW_BATCH, exact_posterior
-from support.models import peft_model
+from support.language import EXACT, language_posterior, text_batch, text_loader
+from support.models import TINY, VOCABULARY, excite, peft_model
+from support.peak import peak_of
 from support.posteriors import DENSE, LOW
 from support.preferences import CHOSEN, pair_batch, reward_posterior, texts
 
@@ -123,3 +128,42 @@ def test_memory_is_estimated_for_pairs():
     both = la.estimate_memory(pair_batch(pad_to=(8, 8)))
     one = la.estimate_memory(texts(CHOSEN, 0, 8))
     assert both.activations > 1.5 * one.activations
+
+
+def adapted(cls, rank, **sizes):
+    """A model of Llama's kind with other sizes than the tiny one's."""
+    torch.manual_seed(0)
+    base = cls(LlamaConfig(**{**TINY, **sizes}, max_position_embeddings=64))
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return excite(get_peft_model(base, LoraConfig(r=rank, target_modules=targets))).eval()
+
+
+@pytest.mark.parametrize("lengths", [(40,), (12, 9, 12)])
+def test_a_language_models_estimate_is_what_is_taken(lengths):
+    model = adapted(LlamaForCausalLM, 2, vocab_size=20_000)
+    la = KronLoraLaplace(model, "language_modeling", prior_precision=1e3)
+    batch = text_batch(lengths, (1,) * len(lengths))
+    estimate = la.estimate_memory(batch)
+    fitted = peak_of(lambda: la.fit(text_loader(len(lengths), batch)))
+    assert fitted / 2 < estimate.fit < 2 * fitted
+    scored = peak_of(lambda: score(la, batch))
+    assert scored / 2 < estimate.predict < 2 * scored
+
+
+def test_the_exact_curvature_of_a_language_model_has_columns_for_each_token():
+    la = language_posterior(fit=False, **EXACT)
+    drawn = language_posterior(fit=False)
+    batch = text_batch()
+    exact, sampled = (x.estimate_memory(batch).fit_jacobian for x in (la, drawn))
+    columns = 3 * (VOCABULARY - 1)  # of three scored tokens at most
+    assert exact == sampled * (3 + columns) / 4 > 0
+
+
+def test_a_sketchs_estimate_is_what_a_fit_takes():
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_labels": 3}
+    model = adapted(LlamaForSequenceClassification, 32, **sizes)
+    la = LowRankLoraLaplace(model, "classification", rank=40)
+    estimate = la.estimate_memory(BATCH)
+    assert estimate.fit > 10 * 2**20
+    fitted = peak_of(lambda: la.fit(loader()))
+    assert fitted / 2 < estimate.fit < 2 * fitted
