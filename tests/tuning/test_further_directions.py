@@ -80,6 +80,7 @@ def test_the_prior_is_then_that_of_the_exact_term(cls, kwargs):
     assert delta == pytest.approx(grid[best], rel=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:the observation noise is")  # the model is not fitted
 @pytest.mark.parametrize("seed", range(4))
 def test_a_linear_gaussian_model_has_its_true_evidence_with_kronecker_factors(seed, monkeypatch):
     """Of one output without a bias, Kronecker factors are the curvature itself."""
