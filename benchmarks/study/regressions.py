@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 from torch.utils.data import DataLoader
-from transformers import get_linear_schedule_with_warmup, set_seed
+from transformers import set_seed
 
 from benchmarks.harness.arguments import RESULTS, plain_parser, prepare
 from benchmarks.harness.report import mean_and_error, write_report
+from benchmarks.study.many_classes import BATCH, train
 from examples import support
 from laplace_lora import FullLoraLaplace, KronLoraLaplace
 
@@ -37,7 +38,6 @@ EPOCHS = {"short": 8, "long": 20}
 SEEDS = (1, 2, 3)
 SIZES = {"train": 120, "val": 100, "test": 200}
 RATE = 1e-3
-BATCH = 16
 MAX_TOKENS = 48
 NOISE = 0.5  # of the sentiments
 POSTERIORS = {"K-FAC": KronLoraLaplace, "exact": FullLoraLaplace}
@@ -83,11 +83,7 @@ def figures(rows: list[dict[str, Any]], epochs: int, seed: int) -> dict[str, Any
         encoded = support.encode(rows[start : start + size], tokenizer, MAX_TOKENS)
         loaders[split] = DataLoader(encoded, BATCH, collate_fn=collate)
         start += size
-    shuffled = DataLoader(loaders["train"].dataset, BATCH, shuffle=True, collate_fn=collate)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
-    steps = epochs * len(shuffled)
-    schedule = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
-    support.train(model, shuffled, epochs, optimizer, schedule, progress=None)
+    train(model, loaders["train"], epochs, RATE)
     found: dict[str, Any] = {}
     for name, cls in POSTERIORS.items():
         la = cls(model, "regression")
