@@ -39,7 +39,8 @@ def warn_if_shares_differ(
     counts = known.sum(0).clamp(min=1)
     given, shares = (p * known).sum(0) / counts, (labels * known).sum(0) / counts
     chance = CLEAR * (given * (1 - given) / counts).sqrt()
-    excess = (given - shares).abs() - chance.clamp(min=APART)
+    is_met = (shares > 0) & (shares < 1)  # others have no weights that tell
+    excess = ((given - shares).abs() - chance.clamp(min=APART)).masked_fill(~is_met, 0)
     worst = int(excess.argmax())
     if float(excess[worst]) > 0:
         warn(

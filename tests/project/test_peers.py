@@ -96,6 +96,7 @@ def test_ensembles_have_further_members(peers):
     assert [each.name for each in further] == ["encoder-sst2-long-3", "encoder-sst2-long-4"]
 
 
+@pytest.mark.filterwarnings("ignore:the posterior's mean is moved")  # as little is learnt
 def test_methods_are_computed_once(peers, monkeypatch, tmp_path, capsys):
     from benchmarks.study.bench import METHODS
     from benchmarks.study.tasks import Task

@@ -2,6 +2,8 @@
 
 import sys
 
+import torch
+
 
 class Interruption(Exception):
     """Stands for a power cut."""
@@ -59,7 +61,7 @@ def interrupted_at(step, job):
             if count == step:
                 raise KeyboardInterrupt  # Python calls this function no more
 
-    before = sys.getprofile()
+    before, with_gradients = sys.getprofile(), torch.is_grad_enabled()
     sys.setprofile(look)
     try:
         job()
@@ -67,4 +69,5 @@ def interrupted_at(step, job):
         pass
     finally:
         sys.setprofile(before)
+        torch.set_grad_enabled(with_gradients)  # torch's own contexts do not survive it
     return count >= step
