@@ -5,7 +5,8 @@ from torch.profiler import ProfilerActivity, profile
 
 def peak_of(function):
     """Return the most bytes of tensors that a function held at once, beyond those before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    options = {"profile_memory": True, "acc_events": True}  # torch 2.11 warns without the latter
+    with profile(activities=[ProfilerActivity.CPU], **options) as profiler:
         kept = function()
     events = profiler.profiler.kineto_results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
