@@ -12,24 +12,22 @@ What is finished is kept in ``many-classes`` in ``--out``, and not computed agai
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
-from transformers import get_linear_schedule_with_warmup, set_seed
+from transformers import set_seed
 
-from benchmarks.harness.arguments import RESULTS, plain_parser, prepare
+from benchmarks.harness.arguments import prepare
 from benchmarks.harness.report import mean_and_error, write_report
 from benchmarks.study import docstrings
+from benchmarks.study.small_trainings import figures_parser, split_loaders, train
 from examples import support
 from laplace_lora import KronLoraLaplace, LogitsModel
 from laplace_lora.evaluation import MAP, TemperatureScaling
@@ -38,7 +36,6 @@ TRAININGS = {"early": (16, 1e-3), "long": (16, 4e-3), "longer": (40, 4e-3)}  # e
 SEEDS = (0, 1, 2)
 SIZES = {"train": 700, "val": 200, "test": 200}
 LAYERS = [4, 5]  # with adapters on query and value, the last two of six
-BATCH = 16
 MAX_TOKENS = 32
 OPTIONS: dict[str, Any] = {"backend_kwargs": {"stochastic": True, "num_samples": 1}}
 WAYS: dict[str, dict[str, Any]] = {
@@ -57,12 +54,7 @@ def figures(training: str, seed: int) -> dict[str, Any]:
         task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=0.1, layers_to_transform=LAYERS
     )
     model = get_peft_model(base, config)
-    loaders, start = {}, 0
-    for split, size in SIZES.items():
-        encoded = support.encode(rows[start : start + size], tokenizer, MAX_TOKENS)
-        collate = support.DataCollatorWithPadding(tokenizer)
-        loaders[split] = DataLoader(encoded, BATCH, collate_fn=collate)
-        start += size
+    loaders = split_loaders(rows, SIZES, tokenizer, MAX_TOKENS)
     loss = train(model, loaders["train"], *TRAININGS[training])
     print(training, seed, "trained", loss, flush=True)
     logits = LogitsModel(model)
@@ -82,20 +74,6 @@ def figures(training: str, seed: int) -> dict[str, Any]:
         seconds = time.process_time() - started
         found[name] = {"seconds": seconds, "tuning": str(la.tuning), **judged(la, loaders["test"])}
     return found
-
-
-def train(model: PeftModel, loader: DataLoader, epochs: int, rate: float) -> float:
-    """Fine-tune with AdamW; return the last training loss."""
-    shuffled = DataLoader(loader.dataset, BATCH, shuffle=True, collate_fn=loader.collate_fn)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=rate)
-    steps = epochs * len(shuffled)
-    schedule = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
-    loss = support.train(
-        model, shuffled, epochs, optimizer, schedule, lambda x: model(**x).loss, progress=None
-    )
-    model.eval()
-    return loss
 
 
 def judged(method: Probabilities, loader: Iterable[Any]) -> dict[str, float]:
@@ -124,13 +102,7 @@ def rows_of(found: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    parser = plain_parser(__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS / "study", help="folder of figures")
-    parser.add_argument("--only", nargs="+", default=[""], help="such as long or short-0")
-    parser.add_argument("--report", action="store_true", help="only report what is finished")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
-    parser.set_defaults(repeats=1, seed=0, device="cpu")
-    args: argparse.Namespace = parser.parse_args()
+    args = figures_parser(__doc__, "long or early-0").parse_args()
     prepare(args)
     folder, found = args.out / "many-classes", {}
     folder.mkdir(parents=True, exist_ok=True)

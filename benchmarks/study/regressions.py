@@ -14,7 +14,6 @@ What is finished is kept in ``regressions`` in ``--out``, and not computed again
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import time
@@ -28,9 +27,9 @@ from torch.distributions import Normal
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
-from benchmarks.harness.arguments import RESULTS, plain_parser, prepare
+from benchmarks.harness.arguments import prepare
 from benchmarks.harness.report import mean_and_error, write_report
-from benchmarks.study.many_classes import BATCH, train
+from benchmarks.study.small_trainings import figures_parser, split_loaders, train
 from examples import support
 from laplace_lora import FullLoraLaplace, KronLoraLaplace
 
@@ -77,12 +76,7 @@ def figures(rows: list[dict[str, Any]], epochs: int, seed: int) -> dict[str, Any
     random.Random(seed).shuffle(rows)
     set_seed(seed)
     model, tokenizer = support.load_model(support.encoder_path(), 1, "cpu", lora_dropout=0.1)
-    collate = support.DataCollatorWithPadding(tokenizer)
-    loaders, start = {}, 0
-    for split, size in SIZES.items():
-        encoded = support.encode(rows[start : start + size], tokenizer, MAX_TOKENS)
-        loaders[split] = DataLoader(encoded, BATCH, collate_fn=collate)
-        start += size
+    loaders = split_loaders(rows, SIZES, tokenizer, MAX_TOKENS)
     train(model, loaders["train"], epochs, RATE)
     found: dict[str, Any] = {}
     for name, cls in POSTERIORS.items():
@@ -149,14 +143,9 @@ def rows_of(found: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    parser = plain_parser(__doc__)
+    parser = figures_parser(__doc__, "diabetes-long")
     parser.add_argument("--data", type=Path, help="folder with the tasks' folders")
-    parser.add_argument("--out", type=Path, default=RESULTS / "study", help="folder of figures")
-    parser.add_argument("--only", nargs="+", default=[""], help="such as diabetes-long")
-    parser.add_argument("--report", action="store_true", help="only report what is finished")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
-    parser.set_defaults(repeats=1, seed=0, device="cpu")
-    args: argparse.Namespace = parser.parse_args()
+    args = parser.parse_args()
     prepare(args)
     folder, found = args.out / "regressions", {}
     folder.mkdir(parents=True, exist_ok=True)
