@@ -32,7 +32,6 @@ def warn_if_wide(posterior: Posterior, loader: Iterable[Any]) -> None:
         loader: Its training data.
     """
     if posterior.objective.jacobian_refusal is not None:
-        advice = "Tune by method='widest'"
         try:
             excess = _excess_of_texts(posterior, loader)
         except NoForwardDerivativeError:
@@ -43,16 +42,22 @@ def warn_if_wide(posterior: Posterior, loader: Iterable[Any]) -> None:
             return
     else:
         excess = _excess_of_examples(posterior, loader)
-        others = "method='gridsearch'"
-        if posterior.objective.can_be_calibrated:
-            others = f"`calibrate`, {others}"
-        without = "" if why_not(posterior, loader) else "by method='loo', or "
-        advice = f"Tune {without}with validation labels ({others})"
     if not excess <= LIMIT:  # NaN is not within
         warn(
             f"the posterior predicts its training examples worse than the MAP, by {excess:.2f} "
-            f"nats: it is too wide, and so will predictions be. {advice}",
+            f"nats: it is too wide, and so will predictions be. "
+            f"{_advice(posterior, loader)}",
         )
+
+
+def _advice(posterior: Posterior, loader: Iterable[Any]) -> str:
+    if posterior.objective.jacobian_refusal is not None:
+        return "Tune by method='widest'"
+    others = "method='gridsearch'"
+    if posterior.objective.can_be_calibrated:
+        others = f"`calibrate`, {others}"
+    without = "" if why_not(posterior, loader) else "by method='loo', or "
+    return f"Tune {without}with validation labels ({others})"
 
 
 def _excess_of_texts(posterior: Posterior, loader: Iterable[Any]) -> float:
