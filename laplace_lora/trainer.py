@@ -25,7 +25,7 @@ from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.implied import implied_likelihood, point_out_own_loss
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.likelihoods.registry import likelihood_of
-from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.posteriors.factored import KronLoraLaplace
 from laplace_lora.posteriors.summary import with_known_term

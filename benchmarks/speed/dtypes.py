@@ -25,7 +25,7 @@ from benchmarks.harness.report import cost_cells, write_report
 from benchmarks.harness.timing import Run, ratio, time_in_turn
 from laplace_lora import KronLoraLaplace
 from laplace_lora.curvature.batch_curvature import add_factors
-from laplace_lora.models.autocast import in_full_precision
+from laplace_lora.models.changes.autocast import in_full_precision
 
 NAME = "speed.dtypes"
 BARE = "bare"

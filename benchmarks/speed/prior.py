@@ -25,8 +25,8 @@ from benchmarks.harness.report import verdict, write_report
 from benchmarks.harness.timing import ratio, time_in_turn
 from laplace_lora import KronLoraLaplace
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.tuning.validation_cache import scoring_of
-from laplace_lora.tuning.validation_search import grid_search
+from laplace_lora.tuning.validation.cache import scoring_of
+from laplace_lora.tuning.validation.search import grid_search
 
 AT_MOST = 1.5  # times one predictive pass
 CLOSE = 1e-5  # losses of the two searches

@@ -39,8 +39,8 @@ from benchmarks.study.trainings import EVALUATION_BATCH, Training, checkpoint_pa
 from laplace_lora import FullLoraLaplace, KronLoraLaplace, LogitsModel, start_of
 from laplace_lora.data.distributed import ALONE
 from laplace_lora.structures.settings import Settings
-from laplace_lora.tuning.function_rows import FunctionRows
-from laplace_lora.tuning.validation_cache import scoring_of
+from laplace_lora.tuning.left_out.function_rows import FunctionRows
+from laplace_lora.tuning.validation.cache import scoring_of
 
 STRUCTURES: dict[str, tuple[Any, dict[str, Any]]] = {
     "K-FAC": (KronLoraLaplace, {}),

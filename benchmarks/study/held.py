@@ -20,10 +20,10 @@ from torch import Tensor
 
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.likelihoods.roots import contrast_root
-from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings
-from laplace_lora.tuning.validation_cache import scoring_of
+from laplace_lora.tuning.validation.cache import scoring_of
 
 ZERO_SUM = 1e-5  # of the outputs' coefficients, relative: combinations of contrasts have none
 

@@ -20,7 +20,7 @@ from laplace_lora.evaluation import MAP
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings
-from laplace_lora.tuning.validation_cache import ValidationCache, scoring_of
+from laplace_lora.tuning.validation.cache import ValidationCache, scoring_of
 
 UNIT = torch.ones(1)
 FIT_BATCH = 8

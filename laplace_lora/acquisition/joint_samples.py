@@ -11,7 +11,7 @@ from torch import Tensor
 
 from laplace_lora.data.distributed import together
 from laplace_lora.likelihoods.base import Readout
-from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.predictive.data_sets import is_batch, joined_in_batches
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.inputs import listed

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace_lora.likelihoods.links import check_finite
-from laplace_lora.models.rotary import angles_of, own_angles
-from laplace_lora.models.twins import resampled
+from laplace_lora.models.changes.twins import resampled
+from laplace_lora.models.inputs.rotary import angles_of, own_angles
 
 
 @torch.enable_grad()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_lora.adapters.selection import listed
-from laplace_lora.models.thread_hooks import own_hooks
+from laplace_lora.models.changes.thread_hooks import own_hooks
 
 
 @contextmanager

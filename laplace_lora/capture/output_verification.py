@@ -16,7 +16,7 @@ from laplace_lora.data.batches import one_example, splits_by_example
 from laplace_lora.data.pairs import passes
 from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.language_modeling import IGNORED
-from laplace_lora.models.positions import holds_joined_texts
+from laplace_lora.models.inputs.positions import holds_joined_texts
 from laplace_lora.models.tolerances import near
 
 JOINED = {"input_ids", "position_ids", "labels", "token_type_ids"}  # of texts in one row

@@ -12,7 +12,7 @@ from laplace_lora.adapters.maps import Call
 from laplace_lora.data.batches import Batch
 from laplace_lora.data.masks import Place, token_mask
 from laplace_lora.data.pairs import passes
-from laplace_lora.models.frames import frame_masks
+from laplace_lora.models.inputs.frames import frame_masks
 
 
 class Padding:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from laplace_lora.capture.arguments import Signature
 from laplace_lora.data.masks import Place
-from laplace_lora.models.thread_hooks import OwnHooks
+from laplace_lora.models.changes.thread_hooks import OwnHooks
 
 # What transformers' decoders, their layers and their attentions call an encoder's output.
 STATES = ("encoder_hidden_states", "key_value_states")

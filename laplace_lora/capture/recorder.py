@@ -22,8 +22,8 @@ from laplace_lora.data.batches import Batch, one_example
 from laplace_lora.data.examples import Examples
 from laplace_lora.data.masks import Place
 from laplace_lora.data.pairs import passes
-from laplace_lora.models.modes import evaluation_mode
-from laplace_lora.models.thread_hooks import own_hooks
+from laplace_lora.models.changes.modes import evaluation_mode
+from laplace_lora.models.changes.thread_hooks import own_hooks
 
 
 class MisfitError(RuntimeError):

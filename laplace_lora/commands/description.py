@@ -15,8 +15,8 @@ from rich.text import Text
 from safetensors.torch import load
 from torch import Tensor
 
-from laplace_lora.commands.names import layer_name
-from laplace_lora.commands.plan import read_plan
+from laplace_lora.commands.reading.names import layer_name
+from laplace_lora.commands.reading.plan import read_plan
 from laplace_lora.display.tables import short, span
 from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.storage.files import read_files

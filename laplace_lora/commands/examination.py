@@ -12,13 +12,13 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from laplace_lora.adapters.diagonal_maps import ElementwiseMap, WholeTensor
-from laplace_lora.commands.adapter import HEAD, Adapter, load_asked
 from laplace_lora.commands.fitting import new_posterior
-from laplace_lora.commands.inputs import Inputs
-from laplace_lora.commands.names import layer_name
-from laplace_lora.commands.plan import Plan
-from laplace_lora.commands.planning import likelihood_of_head, plan_fit
-from laplace_lora.commands.rows import read_rows
+from laplace_lora.commands.reading.adapter import HEAD, Adapter, load_asked
+from laplace_lora.commands.reading.inputs import Inputs
+from laplace_lora.commands.reading.names import layer_name
+from laplace_lora.commands.reading.plan import Plan
+from laplace_lora.commands.reading.planning import likelihood_of_head, plan_fit
+from laplace_lora.commands.reading.rows import read_rows
 from laplace_lora.commands.timing import fit_time, tuning_time
 from laplace_lora.posteriors.base import LoraLaplace
 

@@ -10,15 +10,15 @@ import click
 import torch
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
-from laplace_lora.commands.adapter import Adapter, load_asked
-from laplace_lora.commands.answers import target_tokens
-from laplace_lora.commands.columns import read_beside
-from laplace_lora.commands.inputs import Inputs
 from laplace_lora.commands.output import check_folder
-from laplace_lora.commands.plan import PLAN, Plan, plan_text
-from laplace_lora.commands.planning import plan_fit
-from laplace_lora.commands.repository import file_of
-from laplace_lora.commands.rows import read_rows
+from laplace_lora.commands.reading.adapter import Adapter, load_asked
+from laplace_lora.commands.reading.answers import target_tokens
+from laplace_lora.commands.reading.columns import read_beside
+from laplace_lora.commands.reading.inputs import Inputs
+from laplace_lora.commands.reading.plan import PLAN, Plan, plan_text
+from laplace_lora.commands.reading.planning import plan_fit
+from laplace_lora.commands.reading.repository import file_of
+from laplace_lora.commands.reading.rows import read_rows
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.storage.adapter_start import FILE as START

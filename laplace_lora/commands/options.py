@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from laplace_lora.commands.base import Values
-from laplace_lora.commands.labels import FORMS
+from laplace_lora.commands.reading.labels import FORMS
 
 F = TypeVar("F", bound=Callable[..., Any])
 

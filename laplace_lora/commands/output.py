@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import click
 
-from laplace_lora.commands.rows import STANDARD
+from laplace_lora.commands.reading.rows import STANDARD
 from laplace_lora.storage.whole_files import whole_file
 
 

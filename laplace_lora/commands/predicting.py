@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from laplace_lora.commands.columns import CHOSEN, REJECTED, is_preference, present_in
-from laplace_lora.commands.opened import Opened, open_posterior
 from laplace_lora.commands.output import check_writable, json_lines
-from laplace_lora.commands.rows import Row, read_rows
+from laplace_lora.commands.reading.columns import CHOSEN, REJECTED, is_preference, present_in
+from laplace_lora.commands.reading.opened import Opened, open_posterior
+from laplace_lora.commands.reading.rows import Row, read_rows
 from laplace_lora.predictive.predictions import Predictions
 
 # What results are called, by likelihood where they are moments.

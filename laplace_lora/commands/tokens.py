@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import DataCollatorForSeq2Seq
 
-from laplace_lora.commands.adapter import CAUSAL
-from laplace_lora.commands.opened import Opened, open_posterior
 from laplace_lora.commands.output import check_writable, json_lines
-from laplace_lora.commands.rows import Row, read_rows
+from laplace_lora.commands.reading.adapter import CAUSAL
+from laplace_lora.commands.reading.opened import Opened, open_posterior
+from laplace_lora.commands.reading.rows import Row, read_rows
 from laplace_lora.data.loaders import progress
 from laplace_lora.generation import TokenPredictions
 from laplace_lora.generation import generate as write_texts

@@ -23,7 +23,7 @@ from laplace_lora.likelihoods.base import Columns, Likelihood
 from laplace_lora.likelihoods.label_check import check_loss
 from laplace_lora.likelihoods.links import check_finite
 from laplace_lora.likelihoods.roots import identity_root
-from laplace_lora.models.modes import device_of
+from laplace_lora.models.changes.modes import device_of
 
 Root = Callable[[Tensor, Tensor], Tensor]
 

@@ -25,12 +25,12 @@ from laplace_lora.data.batches import doubled, splits_by_example
 from laplace_lora.data.pairs import passes
 from laplace_lora.data.sharding import in_pieces
 from laplace_lora.linalg.finite import all_finite
-from laplace_lora.models.autocast import as_called
-from laplace_lora.models.compiled import eager
-from laplace_lora.models.expert_layers import experts_as_layers
-from laplace_lora.models.modes import coarsest_dtype, differentiable
-from laplace_lora.models.turns import in_turn
-from laplace_lora.models.unmasked import check_is_masked, padding_token
+from laplace_lora.models.changes.autocast import as_called
+from laplace_lora.models.changes.compiled import eager
+from laplace_lora.models.changes.expert_layers import experts_as_layers
+from laplace_lora.models.changes.modes import coarsest_dtype, differentiable
+from laplace_lora.models.changes.turns import in_turn
+from laplace_lora.models.inputs.unmasked import check_is_masked, padding_token
 
 _COVERING = threading.Lock()
 

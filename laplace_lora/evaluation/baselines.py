@@ -25,9 +25,9 @@ from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.likelihoods.token_classification import class_labels
-from laplace_lora.models.compiled import eager
+from laplace_lora.models.changes.compiled import eager
+from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.models.logits_model import LogitsModel
-from laplace_lora.models.modes import evaluation_mode
 
 LIKELIHOODS = ("classification", "multilabel")
 SAMPLER = "lora_monteclora_sampler"

@@ -13,7 +13,7 @@ from laplace_lora.evaluation.spans import span_metrics
 from laplace_lora.evaluation.token_rows import by_token, same_width
 from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.multilabel import pooled
-from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.posteriors.base import LoraLaplace
 
 

@@ -14,8 +14,8 @@ from laplace_lora.data.batches import Batch
 from laplace_lora.data.pairs import check_not_stacked
 from laplace_lora.evaluation.baselines import MAP
 from laplace_lora.evaluation.rows import reads_pairs
-from laplace_lora.models.modes import evaluation_mode
-from laplace_lora.models.twins import resampled
+from laplace_lora.models.changes.modes import evaluation_mode
+from laplace_lora.models.changes.twins import resampled
 
 
 class LoraEnsemble(MAP):

@@ -15,7 +15,7 @@ from torchmetrics.functional.classification import binary_average_precision
 from laplace_lora.evaluation.metrics import METRICS
 from laplace_lora.likelihoods.information import entropy
 from laplace_lora.likelihoods.multilabel import MISSING, known_labels, pooled
-from laplace_lora.tuning.calibration_error import binary_expected_calibration_error
+from laplace_lora.tuning.validation.calibration_error import binary_expected_calibration_error
 
 Metric = Callable[[Tensor, Tensor], float]
 

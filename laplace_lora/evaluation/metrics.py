@@ -16,7 +16,7 @@ from torchmetrics.functional.classification import (
 )
 
 from laplace_lora.likelihoods import information
-from laplace_lora.tuning.calibration_error import BINS, expected_calibration_error
+from laplace_lora.tuning.validation.calibration_error import BINS, expected_calibration_error
 
 COVERAGES = (0.5, 0.8, 0.9)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from laplace_lora.display.plots import BAR, GAP, LINE, new_figure
 from laplace_lora.evaluation.metrics import risk_coverage
-from laplace_lora.tuning.calibration_error import BINS
+from laplace_lora.tuning.validation.calibration_error import BINS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ from laplace_lora.data.batches import Batch, model_inputs
 from laplace_lora.data.distributed import Together
 from laplace_lora.data.pairs import as_pairs, is_pair, is_stacked
 from laplace_lora.evaluation.token_rows import by_token, same_width
-from laplace_lora.tuning.calibration_error import ROUNDING, are_fractions
+from laplace_lora.tuning.validation.calibration_error import ROUNDING, are_fractions
 
 
 @runtime_checkable

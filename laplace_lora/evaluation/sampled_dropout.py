@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_lora.models.thread_hooks import own_hooks
+from laplace_lora.models.changes.thread_hooks import own_hooks
 
 
 class _Masks:

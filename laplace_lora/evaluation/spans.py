@@ -7,7 +7,7 @@ from torch import Tensor
 
 from laplace_lora.evaluation.metrics import risks
 from laplace_lora.predictive.span_predictions import SpanPredictions
-from laplace_lora.tuning.calibration_error import binary_expected_calibration_error
+from laplace_lora.tuning.validation.calibration_error import binary_expected_calibration_error
 
 SMALLEST = torch.finfo(torch.float64).tiny  # so that the NLL is finite, as of classes
 

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from laplace_lora.data.batches import Batch, model_inputs
 from laplace_lora.data.distributed import together
 from laplace_lora.evaluation.baselines import MAP
-from laplace_lora.models.modes import evaluation_mode, set_weights
-from laplace_lora.models.twins import resampled
+from laplace_lora.models.changes.modes import evaluation_mode, set_weights
+from laplace_lora.models.changes.twins import resampled
 
 SHARE_PER_EXAMPLE = 0.003  # of the authors' code, with the adapters that were trained plainly
 

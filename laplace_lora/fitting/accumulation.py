@@ -11,7 +11,7 @@ from laplace_lora.data.steps import steps
 from laplace_lora.fitting.passes import Pass, Sums
 from laplace_lora.fitting.snapshots import Snapshot
 from laplace_lora.likelihoods.language_modeling import IGNORED
-from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.structures.posterior import Posterior
 
 EMPTY = "the training loader is empty, or a stream that can be read only once has been read"

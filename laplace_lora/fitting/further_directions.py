@@ -17,9 +17,9 @@ from torch import Tensor
 from laplace_lora.fitting.passes import Pass, Sums
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.subspace import Subspace
-from laplace_lora.tuning.corrected_evidence import HIGHEST, corrected_precision
 from laplace_lora.tuning.directions import preconditioned
-from laplace_lora.tuning.marginal_likelihood import first_precision
+from laplace_lora.tuning.evidence.corrected import HIGHEST, corrected_precision
+from laplace_lora.tuning.evidence.marginal_likelihood import first_precision
 from laplace_lora.tuning.same_data import check_same_data
 
 PURPOSE = "the evidence's gradient term"

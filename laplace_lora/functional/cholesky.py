@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from laplace_lora.models.autocast import in_full_precision
+from laplace_lora.models.changes.autocast import in_full_precision
 
 GROWTH = 1.1  # of the stabilising terms from one attempt to the next
 ASYMMETRY = 0.01  # of a covariance that was summed or stored in half precision

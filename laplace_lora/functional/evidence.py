@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from laplace_lora.data.sharding import unwrapped
 from laplace_lora.functional.factor_cache import Factors, check_ranks, checked_variance, decomposed
-from laplace_lora.models.autocast import in_full_precision
+from laplace_lora.models.changes.autocast import in_full_precision
 
 
 @in_full_precision

@@ -27,11 +27,11 @@ from laplace_lora.likelihoods.label_check import check_logits
 from laplace_lora.likelihoods.roots import sampled_softmax_root, softmax_root
 from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.linalg.factors import map_shared
-from laplace_lora.models.autocast import as_called, in_full_precision
-from laplace_lora.models.modes import evaluation_mode, gradients_needed
+from laplace_lora.models.changes.autocast import as_called, in_full_precision
+from laplace_lora.models.changes.modes import evaluation_mode, gradients_needed
+from laplace_lora.models.changes.thread_hooks import own_hooks
+from laplace_lora.models.inputs.unmasked import check_is_masked
 from laplace_lora.models.score_head import score_head_narrowed
-from laplace_lora.models.thread_hooks import own_hooks
-from laplace_lora.models.unmasked import check_is_masked
 
 EXACT_UP_TO = 256  # outputs; beyond it one backward pass per output is too many
 

@@ -19,8 +19,8 @@ from laplace_lora.data.sharding import unwrapped
 from laplace_lora.functional.called_with import ModelCalls
 from laplace_lora.functional.running_factors import RunningFactor, running
 from laplace_lora.functional.selection import selected_maps
-from laplace_lora.models.autocast import in_full_precision
-from laplace_lora.models.thread_hooks import OwnHooks
+from laplace_lora.models.changes.autocast import in_full_precision
+from laplace_lora.models.changes.thread_hooks import OwnHooks
 
 
 class Hooks(list[RemovableHandle | OwnHooks]):

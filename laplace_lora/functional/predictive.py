@@ -18,9 +18,9 @@ from laplace_lora.data.sharding import unwrapped
 from laplace_lora.functional.factor_cache import Factors, check_ranks, checked_variance, decomposed
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.roots import identity_root
-from laplace_lora.models.autocast import as_called, in_full_precision
+from laplace_lora.models.changes.autocast import as_called, in_full_precision
+from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.models.logits_model import LogitsModel
-from laplace_lora.models.modes import evaluation_mode
 
 
 @in_full_precision

@@ -10,7 +10,7 @@ from torch import Tensor
 from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.linalg.factors import DenseFactor
 from laplace_lora.linalg.sketch import Factor
-from laplace_lora.models.autocast import in_full_precision
+from laplace_lora.models.changes.autocast import in_full_precision
 
 
 @in_full_precision

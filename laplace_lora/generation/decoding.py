@@ -26,8 +26,8 @@ from laplace_lora.generation.writing import (
     write,
 )
 from laplace_lora.likelihoods.language_modeling import IGNORED
-from laplace_lora.models.autocast import in_full_precision
-from laplace_lora.models.rotary import check_same_angles
+from laplace_lora.models.changes.autocast import in_full_precision
+from laplace_lora.models.inputs.rotary import check_same_angles
 from laplace_lora.models.token_model import TOP_K
 
 SAMPLES = 16

@@ -14,8 +14,8 @@ from laplace_lora.generation.next_token import language_model_of
 from laplace_lora.generation.reading import Reading
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.likelihoods.links import check_finite
-from laplace_lora.models.forward_mode import forward_mode
-from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.models.changes.modes import evaluation_mode
+from laplace_lora.models.tangents.forward_mode import forward_mode
 from laplace_lora.predictive.sample_set import SampleSet
 from laplace_lora.structures.posterior import Posterior
 

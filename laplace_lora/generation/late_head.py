@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from laplace_lora.models.autocast import as_called
-from laplace_lora.models.forward_mode import ForwardMode
+from laplace_lora.models.changes.autocast import as_called
+from laplace_lora.models.changes.modes import coarsest_dtype
+from laplace_lora.models.changes.thread_hooks import own_hooks
 from laplace_lora.models.logits_model import wide
-from laplace_lora.models.modes import coarsest_dtype
-from laplace_lora.models.thread_hooks import own_hooks
+from laplace_lora.models.tangents.forward_mode import ForwardMode
 from laplace_lora.models.tolerances import near
 from laplace_lora.models.wrapped_model import base_of
 

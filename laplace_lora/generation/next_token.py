@@ -29,7 +29,7 @@ from laplace_lora.likelihoods.links import (
     sampled_log_softmax,
 )
 from laplace_lora.likelihoods.quadrature import ENTROPY_POINTS, averaged, normal_points
-from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.models.token_model import TokenModel
 from laplace_lora.predictive.query import LINK_SAMPLES
 from laplace_lora.structures.posterior import Posterior

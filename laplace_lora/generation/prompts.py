@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.models.autocast import as_called
-from laplace_lora.models.modes import coarsest_dtype, evaluation_mode
+from laplace_lora.models.changes.autocast import as_called
+from laplace_lora.models.changes.modes import coarsest_dtype, evaluation_mode
+from laplace_lora.models.inputs.unmasked import check_is_masked
 from laplace_lora.models.token_model import TokenModel
 from laplace_lora.models.tolerances import near
-from laplace_lora.models.unmasked import check_is_masked
 
 TEXT = ("input_ids", "attention_mask")
 UNREAD = (*TEXT, "labels")  # need no look

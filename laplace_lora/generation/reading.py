@@ -15,13 +15,13 @@ from torch import Tensor
 
 from laplace_lora.adapters.peft_state import starts_at_tokens
 from laplace_lora.generation.late_head import LateHead
-from laplace_lora.models.autocast import as_called
-from laplace_lora.models.cache_steps import is_right_beside_padding
-from laplace_lora.models.forward_mode import ForwardMode
+from laplace_lora.models.changes.autocast import as_called
+from laplace_lora.models.inputs.positions import holds_joined_texts, real_positions
+from laplace_lora.models.inputs.rotary import angles_change_at, check_lengths
 from laplace_lora.models.logits_model import wide
-from laplace_lora.models.positions import holds_joined_texts, real_positions
-from laplace_lora.models.rotary import angles_change_at, check_lengths
-from laplace_lora.models.tangent_cache import (
+from laplace_lora.models.tangents.cache_steps import is_right_beside_padding
+from laplace_lora.models.tangents.forward_mode import ForwardMode
+from laplace_lora.models.tangents.tangent_cache import (
     NAMES,
     TangentCache,
     cache_of,

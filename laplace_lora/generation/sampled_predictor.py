@@ -16,8 +16,8 @@ from torch import Tensor
 from laplace_lora.generation.next_token import HasPosterior, language_model_of
 from laplace_lora.generation.reading import Reading
 from laplace_lora.generation.sampled_token import SampledToken
-from laplace_lora.models.forward_mode import forward_mode
-from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.models.changes.modes import evaluation_mode
+from laplace_lora.models.tangents.forward_mode import forward_mode
 from laplace_lora.predictive.sample_set import SampleSet
 
 

@@ -17,9 +17,9 @@ from laplace_lora.generation.reading import columns_at_once
 from laplace_lora.generation.sampled_predictor import SampledPredictor
 from laplace_lora.generation.token_predictions import TokenPredictions
 from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
-from laplace_lora.models.autocast import in_full_precision
-from laplace_lora.models.positions import holds_joined_texts
-from laplace_lora.models.rotary import check_same_angles
+from laplace_lora.models.changes.autocast import in_full_precision
+from laplace_lora.models.inputs.positions import holds_joined_texts
+from laplace_lora.models.inputs.rotary import check_same_angles
 from laplace_lora.models.token_model import TOP_K
 
 SAMPLES = 32

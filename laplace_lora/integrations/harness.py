@@ -15,7 +15,7 @@ from torch import Tensor
 from laplace_lora.generation import generate, score
 from laplace_lora.generation.scoring import SAMPLES
 from laplace_lora.likelihoods.language_modeling import IGNORED
-from laplace_lora.models.forward_mode import NoForwardDerivativeError
+from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
 from laplace_lora.posteriors.base import LoraLaplace
 
 # How tasks call the longest continuation, as the harness orders them, and what it is by default.

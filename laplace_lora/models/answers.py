@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from laplace_lora.data.batches import batch_length
-from laplace_lora.models.narrowing import last_true
-from laplace_lora.models.unmasked import check_is_masked
+from laplace_lora.models.changes.narrowing import last_true
+from laplace_lora.models.inputs.unmasked import check_is_masked
 
 
 def checked_target_ids(target_ids: Sequence[int] | Tensor, vocabulary: int) -> Tensor:

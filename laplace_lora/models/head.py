@@ -7,7 +7,7 @@ from typing import Any
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from laplace_lora.models.thread_hooks import own_hooks
+from laplace_lora.models.changes.thread_hooks import own_hooks
 
 
 def n_rows(head: Any) -> int:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from laplace_lora.adapters.in_use import check_runs
 from laplace_lora.adapters.peft_state import adapter_parameters
 from laplace_lora.data.pairs import passes
-from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.models.changes.modes import evaluation_mode
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}  # of logits; coarser dtypes get 0.05
 

@@ -13,11 +13,11 @@ from laplace_lora.data.distributed import check_same_data
 from laplace_lora.data.pairs import is_pair, passes
 from laplace_lora.data.sharding import refuse_tensor_parallel, unwrapped
 from laplace_lora.models.answers import AnswerPlace, checked_target_ids
-from laplace_lora.models.batch_checks import CHOOSING
+from laplace_lora.models.changes.modes import coarsest_dtype, device_of
+from laplace_lora.models.changes.narrowing import at_position, one_token, rows_only
 from laplace_lora.models.head import head_tensors, last_linear, n_rows, seen_by_head
-from laplace_lora.models.modes import coarsest_dtype, device_of
-from laplace_lora.models.narrowing import at_position, one_token, rows_only
-from laplace_lora.models.positions import PositionRule
+from laplace_lora.models.inputs.batch_checks import CHOOSING
+from laplace_lora.models.inputs.positions import PositionRule
 from laplace_lora.models.score_head import score_head_narrowed
 from laplace_lora.models.wrapped_model import WrappedModel
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from laplace_lora.models.narrowing import last_true, one_token
-from laplace_lora.models.thread_hooks import own_hooks
-from laplace_lora.models.unmasked import IDS, MASK, padding_token
+from laplace_lora.models.changes.narrowing import last_true, one_token
+from laplace_lora.models.changes.thread_hooks import own_hooks
+from laplace_lora.models.inputs.unmasked import IDS, MASK, padding_token
 
 EMBEDDED = "inputs_embeds"
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from laplace_lora.adapters.start import values_at_start
 from laplace_lora.data.sharding import in_pieces
+from laplace_lora.models.changes.modes import evaluation_mode
+from laplace_lora.models.changes.twins import in_place, twin_of
 from laplace_lora.models.head import last_linear
-from laplace_lora.models.modes import evaluation_mode
-from laplace_lora.models.twins import in_place, twin_of
 
 
 @contextmanager

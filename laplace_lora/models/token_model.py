@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
+from laplace_lora.models.changes.modes import coarsest_dtype
+from laplace_lora.models.changes.narrowing import at_tokens, last_true
 from laplace_lora.models.logits_model import LogitsModel, wide
-from laplace_lora.models.modes import coarsest_dtype
-from laplace_lora.models.narrowing import at_tokens, last_true
 from laplace_lora.models.tolerances import near
 
 TEXT = {"input_ids", "attention_mask", "labels", "position_ids", "token_type_ids"}

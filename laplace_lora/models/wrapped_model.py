@@ -13,11 +13,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from laplace_lora.data.sharding import unwrapped
-from laplace_lora.models.batch_checks import check_mapping, check_tensor
+from laplace_lora.models.changes.modes import device_of
+from laplace_lora.models.changes.turns import in_turn
 from laplace_lora.models.head import n_rows
-from laplace_lora.models.modes import device_of
-from laplace_lora.models.rotary import check_lengths
-from laplace_lora.models.turns import in_turn
+from laplace_lora.models.inputs.batch_checks import check_mapping, check_tensor
+from laplace_lora.models.inputs.rotary import check_lengths
 
 OF_IMAGES = re.compile("vision|visual|image|audio")  # towers, whose positions are no text's
 

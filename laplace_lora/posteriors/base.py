@@ -19,8 +19,8 @@ from laplace_lora.curvature.backend import LoraCurvature
 from laplace_lora.curvature.backends import LoraGGN
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.likelihoods.registry import likelihood_of
+from laplace_lora.models.changes.turns import in_turn
 from laplace_lora.models.logits_model import LogitsModel
-from laplace_lora.models.turns import in_turn
 from laplace_lora.models.wrapping import wrapped
 from laplace_lora.posteriors.fitted import FittedLaplace
 from laplace_lora.posteriors.memory import MemoryEstimate, estimate_memory

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from laplace_lora.likelihoods.links import QUADRATURE
-from laplace_lora.models.autocast import in_full_precision
+from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.posteriors.predicted import PredictedLaplace
 from laplace_lora.structures.state import PosteriorState
-from laplace_lora.tuning.calibration import Calibration
-from laplace_lora.tuning.recentring import Recentring
+from laplace_lora.tuning.left_out.recentring import Recentring
 from laplace_lora.tuning.tuner import Tuner
+from laplace_lora.tuning.validation.calibration import Calibration
 
 
 class CalibratedLaplace(PredictedLaplace):

@@ -8,9 +8,9 @@ from typing import Any, NoReturn, TypeVar
 from laplace.utils.feature_extractor import FeatureExtractor
 from torch import Tensor, nn
 
-from laplace_lora.models.holders import undone_in
-from laplace_lora.models.thread_hooks import STRUCTURE, remove_copied
-from laplace_lora.models.turns import in_turn
+from laplace_lora.models.changes.holders import undone_in
+from laplace_lora.models.changes.thread_hooks import STRUCTURE, remove_copied
+from laplace_lora.models.changes.turns import in_turn
 
 T = TypeVar("T")
 

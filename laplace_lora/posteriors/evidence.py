@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.fitting.fitter import Fitter
-from laplace_lora.models.autocast import in_full_precision
+from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.posteriors.laplace_names import LaplaceNames
 
 

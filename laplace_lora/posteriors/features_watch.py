@@ -11,7 +11,7 @@ from typing import Any
 from laplace_lora.adapters.frozen_values import frozen_places
 from laplace_lora.adapters.peft_state import adapter_settings
 from laplace_lora.adapters.selection import listed
-from laplace_lora.models.turns import in_turn
+from laplace_lora.models.changes.turns import in_turn
 from laplace_lora.posteriors.weights_watch import has_moved, head_dtype, traces
 
 

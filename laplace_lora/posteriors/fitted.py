@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from laplace_lora.data.chained import chained
 from laplace_lora.fitting.fitter import Fitter
-from laplace_lora.models.autocast import in_full_precision
-from laplace_lora.models.turns import in_turn
+from laplace_lora.models.changes.autocast import in_full_precision
+from laplace_lora.models.changes.turns import in_turn
 from laplace_lora.posteriors.saved import SavedLaplace
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.state import PosteriorState

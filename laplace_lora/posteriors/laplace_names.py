@@ -21,7 +21,7 @@ from laplace_lora.structures.base import Structure
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import check_positive
 from laplace_lora.structures.state import PosteriorState
-from laplace_lora.tuning.marginal_likelihood import scatter
+from laplace_lora.tuning.evidence.marginal_likelihood import scatter
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from laplace_lora.display.tables import html_table, one_row
 from laplace_lora.display.terminal import terminal_table
 from laplace_lora.generation.scoring import scoring_bytes
 from laplace_lora.likelihoods.language_modeling import IGNORED
-from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.structures import sizes
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.sizes import GIB, MIB

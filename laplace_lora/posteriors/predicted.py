@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from laplace_lora.acquisition.acquire import Acquisition, acquire
 from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.links import QUADRATURE
-from laplace_lora.models.autocast import in_full_precision
+from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.posteriors.evidence import EvidenceLaplace
 from laplace_lora.predictive.data_sets import predict
 from laplace_lora.predictive.glm import Predictor

@@ -15,8 +15,8 @@ from laplace_lora.adapters.frozen_values import frozen_values
 from laplace_lora.adapters.peft_state import adapter_settings
 from laplace_lora.curvature.backend import LoraCurvature
 from laplace_lora.curvature.backends import LoraEF, LoraGGN
+from laplace_lora.models.changes.turns import in_turn
 from laplace_lora.models.logits_model import LogitsModel
-from laplace_lora.models.turns import in_turn
 from laplace_lora.posteriors.card import card_section
 from laplace_lora.posteriors.copies import deep_copy, refuse_pickling, shallow_copy
 from laplace_lora.posteriors.served import ServedLaplace

@@ -11,12 +11,12 @@ from laplace_lora.adapters.peft_files import check_saves_adapters
 from laplace_lora.data.distributed import is_sharded, together
 from laplace_lora.data.shares import is_main
 from laplace_lora.data.subset import Subset
-from laplace_lora.models.autocast import in_full_precision
+from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.posteriors.tuned import TunedLaplace
 from laplace_lora.predictive.network_samples import NetworkSamples
 from laplace_lora.storage.served_adapters import check_folder, write_adapters
 from laplace_lora.structures.settings import check_positive
-from laplace_lora.tuning.served_width import ServedWidth, choose_width
+from laplace_lora.tuning.texts.served_width import ServedWidth, choose_width
 
 EXAMPLES = 256  # of the training data, at most
 ADVICE = (

@@ -10,13 +10,13 @@ import torch
 from laplace_lora.data.distributed import OtherProcessFailed
 from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.links import QUADRATURE
-from laplace_lora.models.autocast import in_full_precision
-from laplace_lora.models.forward_mode import NoForwardDerivativeError
+from laplace_lora.models.changes.autocast import in_full_precision
+from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
 from laplace_lora.posteriors.laplace_loops import LaplaceLoops
 from laplace_lora.posteriors.weights_watch import WeightsWatch
 from laplace_lora.structures.settings import Settings
-from laplace_lora.tuning import leave_one_out
 from laplace_lora.tuning.groups import Structure
+from laplace_lora.tuning.left_out import leave_one_out
 from laplace_lora.tuning.noise_check import warn_if_noise_is_off
 from laplace_lora.tuning.options import (
     check_evidence_options,

@@ -24,7 +24,7 @@ from laplace_lora.adapters.peft_state import (
 )
 from laplace_lora.adapters.selection import listed
 from laplace_lora.data.sharding import is_sharded_tensor, whole
-from laplace_lora.models.turns import in_turn
+from laplace_lora.models.changes.turns import in_turn
 from laplace_lora.structures.posterior import Posterior
 
 ROUNDING = 1e-5  # relative: adding a number and subtracting it again leaves as much

@@ -16,8 +16,8 @@ from laplace_lora.data.pairs import is_pair
 from laplace_lora.likelihoods.base import OUTPUTS, Readout
 from laplace_lora.likelihoods.links import Link, gaussian_samples
 from laplace_lora.likelihoods.reward_modeling import DIFFERENCE, NO_PAIRS
-from laplace_lora.models.autocast import as_called
-from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.models.changes.autocast import as_called
+from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.predictive.linear_samples import (
     SAMPLED,
     SAMPLES,

@@ -18,7 +18,7 @@ from torch import Tensor
 from laplace_lora.likelihoods.base import Readout
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.likelihoods.quadrature import averaged
-from laplace_lora.models.forward_mode import NoForwardDerivativeError
+from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
 from laplace_lora.predictive.sample_set import SampleSet
 from laplace_lora.predictive.tangents import tangents_along, tangents_are_cheaper
 from laplace_lora.structures.posterior import Posterior

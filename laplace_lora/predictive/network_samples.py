@@ -20,9 +20,9 @@ from laplace_lora.adapters.in_use import check_runs
 from laplace_lora.likelihoods.label_check import check_labels
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.likelihoods.links import check_finite
-from laplace_lora.models.autocast import as_called
-from laplace_lora.models.modes import evaluation_mode, set_weights
-from laplace_lora.models.twins import resampled
+from laplace_lora.models.changes.autocast import as_called
+from laplace_lora.models.changes.modes import evaluation_mode, set_weights
+from laplace_lora.models.changes.twins import resampled
 from laplace_lora.structures.posterior import Posterior
 
 Network: TypeAlias = tuple[nn.Module, list[nn.Parameter]]  # and its tensors to overwrite

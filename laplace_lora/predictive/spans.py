@@ -18,8 +18,8 @@ from laplace_lora.likelihoods.information import entropy
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.likelihoods.quadrature import averaged
 from laplace_lora.likelihoods.question_answering import CONTEXT, text_tokens
-from laplace_lora.models.autocast import as_called
-from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.models.changes.autocast import as_called
+from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.predictive.linear_samples import (
     AUTO,
     SAMPLED,

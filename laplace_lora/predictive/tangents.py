@@ -15,9 +15,9 @@ from torch import Tensor
 from laplace_lora.data.pairs import passes
 from laplace_lora.likelihoods.base import Readout
 from laplace_lora.likelihoods.links import check_finite
-from laplace_lora.models.autocast import as_called
-from laplace_lora.models.forward_mode import forward_mode
-from laplace_lora.models.modes import coarsest_dtype, evaluation_mode
+from laplace_lora.models.changes.autocast import as_called
+from laplace_lora.models.changes.modes import coarsest_dtype, evaluation_mode
+from laplace_lora.models.tangents.forward_mode import forward_mode
 from laplace_lora.models.tolerances import near
 from laplace_lora.structures.posterior import Posterior
 

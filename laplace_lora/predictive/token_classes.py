@@ -21,7 +21,7 @@ from laplace_lora.likelihoods.links import QUADRATURE, Link, check_finite
 from laplace_lora.likelihoods.quadrature import averaged
 from laplace_lora.likelihoods.roots import identity_root, standing_apart
 from laplace_lora.likelihoods.token_classification import marked, real_tokens
-from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.predictive.data_sets import prediction_link
 from laplace_lora.predictive.linear_samples import (
     AUTO,

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from laplace_lora.adapters.in_use import check_runs
 from laplace_lora.data.pairs import passes
 from laplace_lora.likelihoods.links import check_finite
-from laplace_lora.models.autocast import as_called
+from laplace_lora.models.changes.autocast import as_called
+from laplace_lora.models.changes.modes import evaluation_mode, set_weights
+from laplace_lora.models.changes.twins import resampled
 from laplace_lora.models.last_layer_model import LastLayerModel
-from laplace_lora.models.modes import evaluation_mode, set_weights
-from laplace_lora.models.twins import resampled
 from laplace_lora.structures.posterior import Posterior
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from laplace_lora.adapters.peft_files import WEIGHTS, save_adapter
-from laplace_lora.models.modes import set_weights
+from laplace_lora.models.changes.modes import set_weights
 
 MANIFEST = "laplace_adapters.json"
 VERSION = 1

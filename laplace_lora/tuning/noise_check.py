@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from laplace_lora.display.warning import warn
 from laplace_lora.structures.posterior import Posterior
-from laplace_lora.tuning.profiled_noise import residual_deviation
+from laplace_lora.tuning.left_out.profiled_noise import residual_deviation
 
 FACTOR = 3.0
 

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from laplace_lora.display.tables import span
-from laplace_lora.tuning.leave_one_out_report import LeaveOneOut
-from laplace_lora.tuning.structure_choice import StructureChoice
-from laplace_lora.tuning.widest import Widest
+from laplace_lora.tuning.evidence.structure_choice import StructureChoice
+from laplace_lora.tuning.left_out.report import LeaveOneOut
+from laplace_lora.tuning.texts.widest import Widest
 
 Report = LeaveOneOut | Widest | StructureChoice
 

@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from laplace_lora.tuning.leave_one_out_report import LeaveOneOut
+from laplace_lora.tuning.evidence.structure_choice import StructureChoice
+from laplace_lora.tuning.left_out.recentring import Recentring
+from laplace_lora.tuning.left_out.report import LeaveOneOut
 from laplace_lora.tuning.outcome import Tuning
-from laplace_lora.tuning.recentring import Recentring
-from laplace_lora.tuning.structure_choice import StructureChoice
-from laplace_lora.tuning.widest import Widest
+from laplace_lora.tuning.texts.widest import Widest
 
 PRECISION = "prior_precision"  # which a file holds anyway
 REPORTS: dict[str, type[Any]] = {

@@ -14,20 +14,25 @@ from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings, check_positive
-from laplace_lora.tuning import leave_one_out, widest
-from laplace_lora.tuning.calibration import Calibration, calibrate
-from laplace_lora.tuning.coupled_cache import CoupledCache
+from laplace_lora.tuning.evidence.marginal_likelihood import (
+    first_precision,
+    maximise,
+    with_precisions,
+)
+from laplace_lora.tuning.evidence.structure_choice import AUTO, StructureChoice, choose_structure
 from laplace_lora.tuning.groups import Structure, prior_groups
-from laplace_lora.tuning.leave_one_out_report import LeaveOneOut
-from laplace_lora.tuning.marginal_likelihood import first_precision, maximise, with_precisions
+from laplace_lora.tuning.left_out import leave_one_out
+from laplace_lora.tuning.left_out.recentring import Recentring, recentred
+from laplace_lora.tuning.left_out.report import LeaveOneOut
 from laplace_lora.tuning.outcome import Report
-from laplace_lora.tuning.recentring import Recentring, recentred
 from laplace_lora.tuning.same_data import check_at_hand
-from laplace_lora.tuning.structure_choice import AUTO, StructureChoice, choose_structure
-from laplace_lora.tuning.token_calibration import calibrate_tokens
-from laplace_lora.tuning.validation_cache import Cache, ValidationCache, scoring_of
-from laplace_lora.tuning.validation_search import Loss, descend, grid_search
-from laplace_lora.tuning.widest import Widest
+from laplace_lora.tuning.texts import widest
+from laplace_lora.tuning.texts.widest import Widest
+from laplace_lora.tuning.validation.cache import Cache, ValidationCache, scoring_of
+from laplace_lora.tuning.validation.calibration import Calibration, calibrate
+from laplace_lora.tuning.validation.coupled_cache import CoupledCache
+from laplace_lora.tuning.validation.search import Loss, descend, grid_search
+from laplace_lora.tuning.validation.token_calibration import calibrate_tokens
 
 
 class Tuner:

@@ -10,12 +10,12 @@ import torch
 from laplace_lora.data.distributed import OtherProcessFailed, together
 from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.links import QUADRATURE
-from laplace_lora.models.forward_mode import NoForwardDerivativeError
+from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.posterior import Posterior
-from laplace_lora.tuning.leave_one_out import why_not
-from laplace_lora.tuning.training_texts import some_texts, text_losses
-from laplace_lora.tuning.validation_cache import scoring_of
+from laplace_lora.tuning.left_out.leave_one_out import why_not
+from laplace_lora.tuning.texts.training_texts import some_texts, text_losses
+from laplace_lora.tuning.validation.cache import scoring_of
 
 EXAMPLES = 128
 LIMIT = 0.1  # nats

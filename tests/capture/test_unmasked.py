@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LogitsModel
 from laplace_lora.generation import generate
-from laplace_lora.models.unmasked import check_is_masked
+from laplace_lora.models.inputs.unmasked import check_is_masked
 from support.batches import token_batch
 from support.functional import adapters_only, factors_of
 from support.language import language_posterior

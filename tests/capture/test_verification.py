@@ -22,9 +22,9 @@ from transformers import (
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LogitsModel, LoraGGN
 from laplace_lora.adapters import discovery
 from laplace_lora.models import score_head
-from laplace_lora.models.narrowing import last_true
-from laplace_lora.models.positions import PositionRule, real_positions
-from laplace_lora.models.thread_hooks import OwnHooks
+from laplace_lora.models.changes.narrowing import last_true
+from laplace_lora.models.changes.thread_hooks import OwnHooks
+from laplace_lora.models.inputs.positions import PositionRule, real_positions
 from support.batches import loader, token_batch
 from support.models import TARGETS, base_model, bert_config, excite, llama_config, peft_model
 from support.references import assert_near, looped_jacobians

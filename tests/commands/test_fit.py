@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 from transformers import BertForSequenceClassification, DataCollatorWithPadding
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
-from laplace_lora.commands.adapter import load_adapter
-from laplace_lora.commands.plan import PLAN
+from laplace_lora.commands.reading.adapter import load_adapter
+from laplace_lora.commands.reading.plan import PLAN
 from laplace_lora.storage.adapter_start import FILE as START
 from laplace_lora.storage.adapter_start import AdapterStart
 from laplace_lora.storage.files import CONFIG, TENSORS

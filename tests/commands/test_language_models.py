@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from laplace_lora import KronLoraLaplace
-from laplace_lora.commands.plan import PLAN
+from laplace_lora.commands.reading.plan import PLAN
 from laplace_lora.generation import score
 from support.command_line import refused, run
 from support.on_disk import reviews, write_json_lines

@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification
 
-from laplace_lora.commands.adapter import load_adapter
-from laplace_lora.commands.plan import PLAN
+from laplace_lora.commands.reading.adapter import load_adapter
+from laplace_lora.commands.reading.plan import PLAN
 from laplace_lora.evaluation.metrics import METRICS
 from laplace_lora.storage.files import TENSORS
 from support.command_line import refused, run

@@ -16,7 +16,7 @@ from laplace_lora import (
 from laplace_lora.curvature.loss_gradient import ResidualColumns
 from laplace_lora.likelihoods.classification import Classification
 from laplace_lora.likelihoods.roots import softmax_residual, softmax_root
-from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.models.changes.modes import evaluation_mode
 from support.batches import loader
 from support.interruptions import Interrupted, Interruption
 from support.language import language_posterior, text_loader

@@ -9,7 +9,7 @@ from peft import CPTConfig, LoraConfig, get_peft_model
 
 from laplace_lora import DiagLoraLaplace
 from laplace_lora.generation import generate, score
-from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.predictive.sample_set import SampleSet
 from support.architectures import TEXT, architecture
 from support.batches import token_batch

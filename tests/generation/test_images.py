@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from laplace_lora import KronLoraLaplace
 from laplace_lora.generation import generate, reading, score
 from laplace_lora.likelihoods.language_modeling import IGNORED
-from laplace_lora.tuning import training_texts
+from laplace_lora.tuning.texts import training_texts
 from support.generation import K, seeded
 from support.language import EXACT
 from support.vision import VISION, question, vision_model

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace
 from laplace_lora.generation import reading, score
 from laplace_lora.generation.sampled_predictor import SampledPredictor
-from laplace_lora.models.forward_mode import ForwardMode
+from laplace_lora.models.tangents.forward_mode import ForwardMode
 from support.generation import FIELDS, K, seeded
 from support.language import text_batch, text_loader
 from support.models import TINY, base_model, excite

@@ -7,7 +7,7 @@ from laplace_lora import (
     DiagLoraLaplace,
 )
 from laplace_lora.generation import generate, reading, score
-from laplace_lora.models import tangent_cache
+from laplace_lora.models.tangents import tangent_cache
 from laplace_lora.predictive.sample_set import SampleSet
 from support.batches import token_batch
 from support.generation import FIELDS, K, seeded

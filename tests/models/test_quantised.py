@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig
 from laplace_lora import DiagLoraLaplace, FullLoraLLLaplace, KronLoraLaplace, LogitsModel
 from laplace_lora.adapters.discovery import linear_maps
 from laplace_lora.generation import generate, score
-from laplace_lora.models.modes import evaluation_mode
+from laplace_lora.models.changes.modes import evaluation_mode
 from support.batches import loader, token_batch
 from support.language import text_batch, text_loader
 from support.models import ARCHITECTURES, TARGETS, adapter_config, base_model, excite

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from laplace_lora import KronLoraLaplace, KronLoraLLLaplace, LogitsModel
-from laplace_lora.models.modes import evaluation_mode
-from laplace_lora.models.narrowing import one_token, rows_only
+from laplace_lora.models.changes.modes import evaluation_mode
+from laplace_lora.models.changes.narrowing import one_token, rows_only
 from support.batches import loader, token_batch
 from support.models import TARGETS, peft_model
 

@@ -9,7 +9,7 @@ from laplace_lora import DiagLoraLLLaplace, FullLoraLLLaplace, KronLoraLLLaplace
 from laplace_lora.likelihoods.base import CONTRASTS
 from laplace_lora.likelihoods.classification import LOGITS
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.tuning.validation_cache import ValidationCache
+from laplace_lora.tuning.validation.cache import ValidationCache
 from support.batches import loader, token_batch, validation
 from support.last_layer import MODELS, PARAMETRIC, PLAIN, by_name, last_layer_logits_model, padded
 from support.models import peft_model

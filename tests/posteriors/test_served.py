@@ -173,7 +173,7 @@ def unchanged(la, before):
 def test_the_model_is_as_it_was(has_twin, tmp_path, monkeypatch):
     """Compiled and offloaded models have no twin: their own weights are overwritten meanwhile."""
     if not has_twin:
-        monkeypatch.setattr("laplace_lora.models.twins._has_twin", lambda model: False)
+        monkeypatch.setattr("laplace_lora.models.changes.twins._has_twin", lambda model: False)
     la = fitted()
     la.logits_model.model.train()
     before = snapshot(la)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace
-from laplace_lora.models.turns import changes_while_it_runs
+from laplace_lora.models.changes.turns import changes_while_it_runs
 from support.batches import loader, token_batch
 from support.experts import experts_model
 from support.models import TARGETS, excite, peft_model

@@ -14,8 +14,8 @@ from laplace_lora import (
 from laplace_lora.evaluation import evaluate
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.models.token_classifier import TokenClassifier
-from laplace_lora.tuning import sample_calibration
-from laplace_lora.tuning.calibration_search import Found
+from laplace_lora.tuning.validation import sample_calibration
+from laplace_lora.tuning.validation.calibration_search import Found
 from support.batches import rows
 from support.models import peft_model
 from support.references import assert_near

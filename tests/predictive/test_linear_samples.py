@@ -15,7 +15,7 @@ from laplace_lora import (
 from laplace_lora.evaluation import evaluate
 from laplace_lora.likelihoods.classification import LOGITS
 from laplace_lora.likelihoods.information import entropies_of
-from laplace_lora.models.forward_mode import ForwardMode
+from laplace_lora.models.tangents.forward_mode import ForwardMode
 from laplace_lora.predictive import linear_samples
 from laplace_lora.predictive import tangents as in_forward_mode
 from laplace_lora.predictive.glm import Predictor

@@ -102,7 +102,7 @@ def test_methods_are_computed_once(peers, monkeypatch, tmp_path, capsys):
     from benchmarks.study.tasks import Task
 
     # Of 40 rows no gain by a width is clear, and posteriors without any would be alike.
-    monkeypatch.setattr("laplace_lora.tuning.width_choice.CLEAR", -100.0)
+    monkeypatch.setattr("laplace_lora.tuning.left_out.width_choice.CLEAR", -100.0)
     batch = token_batch([1 + n % 6 for n in range(240)])
     model = peft_model("bert")
     learnt = torch.arange(240) % 3 > 0

@@ -7,7 +7,7 @@ import torch
 
 from laplace_lora import KronLoraLaplace
 from laplace_lora.storage.files import CONFIG
-from laplace_lora.tuning import leave_one_out
+from laplace_lora.tuning.left_out import leave_one_out
 from support.forgery import forge
 from support.language import text_loader
 from support.models import peft_model

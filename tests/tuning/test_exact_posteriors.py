@@ -7,8 +7,8 @@ from laplace_lora.likelihoods.base import CONTRASTS
 from laplace_lora.likelihoods.classification import LOGITS
 from laplace_lora.likelihoods.links import contrasts_of
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.tuning.coupled_cache import CoupledCache
-from laplace_lora.tuning.validation_cache import ValidationCache
+from laplace_lora.tuning.validation.cache import ValidationCache
+from laplace_lora.tuning.validation.coupled_cache import CoupledCache
 from support.batches import loader
 from support.exact_posteriors import BOTH, LAYERS, NEW_BATCH, exact_posterior
 from support.references import assert_near

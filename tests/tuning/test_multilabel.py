@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from laplace_lora.likelihoods.registry import likelihood_of
-from laplace_lora.tuning.linear_model import LinearModel
+from laplace_lora.tuning.left_out.linear_model import LinearModel
 from support.batches import rows
 from support.multilabel import multilabel_batch, multilabel_posterior
 from support.references import assert_near

@@ -7,8 +7,8 @@ from torch.utils.data import DataLoader
 from laplace_lora import DiagLoraLaplace
 from laplace_lora.likelihoods.links import Link, gaussian_samples
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.tuning.validation_cache import scoring_of
-from laplace_lora.tuning.validation_search import grid_search
+from laplace_lora.tuning.validation.cache import scoring_of
+from laplace_lora.tuning.validation.search import grid_search
 from support.references import assert_near
 from support.rows_apart import CHOICES, choice_batch, model_of
 

@@ -13,8 +13,8 @@ from laplace_lora import (
     LowRankLoraLaplace,
 )
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.tuning.validation_cache import scoring_of
-from laplace_lora.tuning.validation_search import grid_search
+from laplace_lora.tuning.validation.cache import scoring_of
+from laplace_lora.tuning.validation.search import grid_search
 from support.posteriors import DENSE, LOW
 from support.preferences import pair_batch, pair_loader, reward_posterior
 from support.references import assert_near

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace
-from laplace_lora.tuning import recentring
+from laplace_lora.tuning.left_out import recentring
 from support.batches import LENGTHS, loader
 from support.models import peft_model
 from support.posteriors import LOW, posterior

@@ -1,0 +1,235 @@
+"""From rows of data to the model's inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
+
+from laplace_lora.commands.reading.adapter import HEAD, Adapter
+from laplace_lora.commands.reading.columns import (
+    CHOSEN,
+    REJECTED,
+    check_text,
+    label_cells,
+    text_cell,
+)
+from laplace_lora.commands.reading.labels import classes_of
+from laplace_lora.commands.reading.names import applying
+from laplace_lora.commands.reading.plan import Plan
+from laplace_lora.commands.reading.rows import Row
+
+IGNORED = -100
+Example = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tokenizes rows as a plan says.
+
+    Attributes:
+        adapter: The model and its tokenizer.
+        plan: How rows are read.
+    """
+
+    adapter: Adapter
+    plan: Plan
+
+    def loader(self, rows: Sequence[Row], batch_size: int) -> DataLoader[Any]:
+        """Return batches with labels, in the order of the rows.
+
+        Raises:
+            ValueError: If a row lacks a text or a label, or does not fit the model.
+        """
+        tokenizer, likelihood = self.adapter.tokenizer, self.plan.likelihood
+        collate: Any
+        if likelihood == "reward_modeling":
+            examples = [self.preference(row, n) for n, row in enumerate(rows, start=1)]
+            collate = PairCollator(DataCollatorWithPadding(tokenizer))
+        elif likelihood == "language_modeling":
+            examples = [self.scored(row, n) for n, row in enumerate(rows, start=1)]
+            collate = DataCollatorForSeq2Seq(tokenizer)
+        else:
+            examples = self.labelled(rows)
+            collate = DataCollatorWithPadding(tokenizer)
+        data: Any = examples
+        return DataLoader(data, batch_size, collate_fn=collate)
+
+    def labelled(self, rows: Sequence[Row]) -> list[Example]:
+        """Return texts with their labels, which are all read in the same way."""
+        examples = [self.text(row, n) for n, row in enumerate(rows, start=1)]
+        values = self._labels(label_cells(rows, self.plan.columns.label))
+        return [{**x, "labels": y} for x, y in zip(examples, values, strict=True)]
+
+    def _labels(self, labels: Sequence[Any]) -> list[Any]:
+        if self.plan.likelihood == "multilabel":
+            return [applying(y, self.plan.names, n) for n, y in enumerate(labels, start=1)]
+        if self.plan.likelihood == "regression":
+            outputs = self.adapter.outputs
+            return [_numbers(y, n, outputs) for n, y in enumerate(labels, start=1)]
+        return list(classes_of(labels, self.plan.names, self.plan.labels_as)[0])
+
+    def text(self, row: Row, number: int) -> Example:
+        """Return a text, the prompt that an answer follows, or for a reward model both."""
+        columns = self.plan.columns
+        content = text_cell(row, columns.text, number, "text", "--text-field")
+        if self.plan.likelihood == "reward_modeling" and columns.completion is not None:
+            answer = text_cell(row, columns.completion, number, "completion", "that name")
+            content = self._after(content, answer, number)
+        second = row.get(columns.pair) if columns.pair is not None else None
+        if second == "":  # all that a table can say of a text that is not there
+            second = None
+        if second is not None:
+            check_text(second, number, "second text", columns.pair)
+        return self._cut(content, second, number)
+
+    def preference(self, row: Row, number: int) -> Example:
+        """Return both texts of a preference pair, each with its prompt if there is one."""
+        halves = {}
+        for name in (CHOSEN, REJECTED):
+            content = text_cell(row, name, number, f"{name} text", "that name")
+            if self.plan.columns.text is not None:
+                prompt = text_cell(row, self.plan.columns.text, number, "prompt", "--text-field")
+                content = self._after(prompt, content, number)
+            halves[name] = self._cut(content, None, number)
+        return halves
+
+    def scored(self, row: Row, number: int) -> Example:
+        """Return a whole text, with labels where a language model is scored: after the prompt."""
+        columns = self.plan.columns
+        content = text_cell(row, columns.text, number, "text", "--text-field")
+        if isinstance(content, list):
+            name = columns.completion
+            after = None if name is None else row.get(name)
+            prompt, answer = content[:-1], content[-1:]
+            if after is not None:
+                check_text(after, number, "completion", name)
+                own = [{"role": "assistant", "content": after}] if isinstance(after, str) else after
+                prompt, answer = content, list(own)
+            if not prompt or answer[0].get("role") != "assistant":
+                raise ValueError(f"row {number}: the last message is not the assistant's")
+        elif columns.completion is None:
+            if self.plan.chat:
+                raise ValueError(
+                    "a chat template needs to know the answer: name its column by "
+                    "--completion-field, or give messages; --no-chat scores plain texts"
+                )
+            whole = self._tokens(content, None, False)["input_ids"]
+            return self._checked(whole, list(whole), number)
+        else:
+            answer = text_cell(row, columns.completion, number, "completion", "--completion-field")
+            prompt = content
+            if self.plan.chat:
+                prompt = [{"role": "user", "content": content}]
+                answer = [{"role": "assistant", "content": answer}]
+        start = self._tokens(prompt, None, True)["input_ids"]
+        if isinstance(prompt, list):
+            whole = self._tokens(prompt + answer, None, False)["input_ids"]
+        else:
+            whole = self._tokens(prompt + answer, None, False)["input_ids"]
+            end = self.adapter.tokenizer.eos_token_id
+            if end is not None and whole[-1] != end:
+                whole = [*whole, end]
+        if whole[: len(start)] != start or len(whole) == len(start):
+            raise ValueError(
+                f"row {number}: prompt and answer together do not begin with the prompt's tokens, "
+                "so which tokens are the answer's cannot be told; begin the answer, not end the "
+                "prompt, with a space"
+            )
+        return self._checked(whole, [IGNORED] * len(start) + whole[len(start) :], number)
+
+    def _after(self, prompt: Any, answer: Any, number: int) -> Any:
+        """Return a prompt and the answer to it, as one text or one list of messages."""
+        if isinstance(prompt, list) != isinstance(answer, list):
+            raise ValueError(f"row {number}: prompt and answers must both be texts, or messages")
+        if self.plan.chat and isinstance(prompt, str):
+            return [
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": answer},
+            ]
+        return prompt + answer
+
+    def _cut(self, content: Any, second: str | None, number: int) -> Example:
+        """Return an input; one that is too long is cut for a head, and refused for an answer."""
+        is_head = self.adapter.kind == HEAD
+        found = self._tokens(content, second, not is_head)
+        limit, length = self.plan.max_length, len(found["input_ids"])
+        if not length:
+            raise ValueError(f"row {number} has no tokens")
+        if limit is None or length <= limit:
+            return found
+        if not is_head or isinstance(content, list) or self.plan.chat:
+            raise ValueError(self._too_long(number, length))
+        return dict(self.adapter.tokenizer(content, second, truncation=True, max_length=limit))
+
+    def _tokens(self, content: Any, second: str | None, asks: bool) -> Example:
+        """Return a text's tokens, through the chat template where the plan says so."""
+        tokenizer = self.adapter.tokenizer
+        if isinstance(content, str) and self.plan.chat:
+            if second is not None:
+                raise ValueError("a chat template takes one text, not two; --no-chat takes both")
+            content = [{"role": "user", "content": content}]
+        if isinstance(content, str):
+            return dict(tokenizer(content, second))
+        if tokenizer.chat_template is None:
+            raise ValueError("the data are messages, but the tokenizer has no chat template")
+        options = {"add_generation_prompt": asks, "tokenize": True, "return_dict": True}
+        return dict(tokenizer.apply_chat_template(content, **options))
+
+    def _checked(self, ids: list[int], labels: list[int], number: int) -> Example:
+        limit = self.plan.max_length
+        if limit is not None and len(ids) > limit:
+            raise ValueError(self._too_long(number, len(ids)))
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+    def _too_long(self, number: int, length: int) -> str:
+        return (
+            f"row {number} has {length} tokens, more than {self.plan.max_length}; cutting it would "
+            "change the question. Shorten it, leave it out, or raise --max-length"
+        )
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Pads preference pairs, under the names of TRL's reward trainer.
+
+    Attributes:
+        pad: Pads single texts.
+    """
+
+    pad: DataCollatorWithPadding
+
+    def __call__(self, pairs: Sequence[Example]) -> dict[str, Any]:
+        """Return ``input_ids_chosen``, ``attention_mask_chosen``, and so on."""
+        batch: dict[str, Any] = {}
+        for half in (CHOSEN, REJECTED):
+            padded = self.pad([pair[half] for pair in pairs])
+            batch |= {f"{name}_{half}": value for name, value in padded.items()}
+        return batch
+
+
+def _numbers(label: Any, number: int, outputs: int) -> float | list[float]:
+    """Return a regression's target: a number, or a list of them for several outputs."""
+    values = label if isinstance(label, list) else [label]
+    try:
+        found = [float(value) for value in values]
+    except (TypeError, ValueError):
+        raise ValueError(f"row {number} has the label {label!r}, no number") from None
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"row {number} has the label {label!r}; expected finite numbers")
+    if len(found) != outputs:
+        raise ValueError(f"row {number} has the label {label!r}; expected {_targets(outputs)}")
+    return found if outputs > 1 else found[0]
+
+
+def _targets(outputs: int) -> str:
+    if outputs == 1:
+        return "a number"
+    return (
+        f"a list of {outputs} numbers, the targets of a regression, as model or options say; for "
+        "classes say --likelihood classification or multilabel"
+    )

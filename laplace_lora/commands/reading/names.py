@@ -1,0 +1,73 @@
+"""Names of classes, and which of them apply; names of tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from laplace_lora.commands.reading.labels import if_numbers
+
+
+def applying(labels: Any, names: Sequence[str], number: int) -> list[float]:
+    """Return 1 for each class that applies, 0 for the others.
+
+    Args:
+        labels: A list of their names, or of 0 and 1 for each class, -100 where that is not known;
+            of a single class also without the list.
+        names: Names of the classes, in the order of the model's outputs.
+        number: The row's, from 1.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if len(names) == 1 and not isinstance(labels, list):
+        labels = [_number(labels)]
+    if isinstance(labels, list):
+        if all(label in names for label in labels):
+            return [float(name in labels) for name in names]
+        if len(labels) == len(names) and all(label in (0, 1, -100) for label in labels):
+            return [float(label) for label in labels]
+    raise ValueError(
+        f"row {number} has the label {labels!r}; expected a list of those that apply, of "
+        f"{', '.join(map(repr, names))}, or one 0 or 1 for each of them{if_numbers(labels, names)}"
+    )
+
+
+def _number(label: Any) -> Any:
+    """Return a label as a number if it is one, as a table without types has words for them."""
+    try:
+        return float(label)
+    except (TypeError, ValueError):
+        return label
+
+
+def class_names(given: Sequence[str], of_model: Sequence[str], outputs: int) -> list[str]:
+    """Return the names of a model's classes: those given, the model's own, or numbers.
+
+    Args:
+        given: By the user; may be empty.
+        of_model: In the model's configuration; may be empty.
+        outputs: Number of classes.
+
+    Raises:
+        ValueError: If not as many names are given as there are classes, or two are the same: their
+            probabilities would be under one name.
+    """
+    if given and len(given) != outputs:
+        raise ValueError(f"--labels names {len(given)} classes, the model has {outputs}")
+    names = list(given or of_model or map(str, range(outputs)))
+    if len(set(names)) < len(names):
+        who = "--labels names" if given else "the model names"
+        hint = "" if given else "; give each a name of its own by --labels"
+        raise ValueError(f"{who} a class twice: {', '.join(map(repr, names))}{hint}")
+    return names
+
+
+def layer_name(tensor: str) -> str:
+    """Return a tensor's name with a star for each number of a layer.
+
+    What this library and PEFT put around the model's own names is left out.
+    """
+    bare = tensor.removeprefix("model.").removeprefix("base_model.model.")
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", bare).replace(".default", "")

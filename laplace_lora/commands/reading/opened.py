@@ -1,0 +1,106 @@
+"""Open what is on disk: an adapter, the posterior beside it, and how its data are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import laplace_lora
+from laplace_lora.commands.reading.adapter import HEAD, Adapter, load_asked
+from laplace_lora.commands.reading.columns import columns_of
+from laplace_lora.commands.reading.inputs import Inputs
+from laplace_lora.commands.reading.names import class_names
+from laplace_lora.commands.reading.plan import Plan, read_plan
+from laplace_lora.commands.reading.planning import (
+    WITH_CLASSES,
+    asked_columns,
+    plan_again,
+    uses_chat,
+)
+from laplace_lora.commands.reading.rows import Row
+from laplace_lora.posteriors.base import LoraLaplace
+from laplace_lora.storage.files import TENSORS, read_files
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A posterior that can be asked.
+
+    Attributes:
+        la: The posterior.
+        adapter: Its model and tokenizer.
+        plan: How rows are read.
+    """
+
+    la: LoraLaplace
+    adapter: Adapter
+    plan: Plan
+
+    @property
+    def inputs(self) -> Inputs:
+        """From rows to the model's inputs."""
+        return Inputs(self.adapter, self.plan)
+
+
+def open_posterior(adapter: str, rows: Sequence[Row], options: dict[str, Any]) -> Opened:
+    """Load an adapter and its posterior.
+
+    Args:
+        adapter: Folder or name of the adapter.
+        rows: Data to be read.
+        options: Of the command line.
+
+    Raises:
+        FileNotFoundError: If there is no posterior.
+        ValueError: If model, posterior and data do not go together.
+    """
+    folder = options.get("posterior") or adapter
+    if Path(folder).is_dir() and not (Path(folder) / TENSORS).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no posterior ({TENSORS}): make one by `laplace-lora fit`, or say "
+            "where it is by --posterior"
+        )
+    _, config = read_files(folder)
+    plan = read_plan(folder, config["content"])
+    if options.get("load_in_4bit") is None:
+        options = {**options, "load_in_4bit": plan is not None and plan.load_in_4bit}
+    loaded = load_asked(adapter, options)
+    if plan is None:
+        plan = _plan_of(config, loaded, rows, options)
+    else:
+        plan = plan_again(plan, rows, options)
+    la = getattr(laplace_lora, config["class"]).from_pretrained(loaded.model, folder)
+    return Opened(la, loaded, plan)
+
+
+def _plan_of(
+    config: dict[str, Any], adapter: Adapter, rows: Sequence[Row], options: dict[str, Any]
+) -> Plan:
+    """Return a plan for a posterior that was saved from Python."""
+    likelihood = config["arguments"]["likelihood"]
+    targets = config["arguments"]["target_ids"]
+    columns = columns_of(rows, asked_columns(options))
+    given = list(options.get("labels") or ())
+    names: list[str] = []
+    if targets is not None:
+        tokens = [adapter.tokenizer.decode([token]) for token in targets]
+        names = class_names(given, tokens, len(targets))
+    elif likelihood in WITH_CLASSES:
+        names = class_names(given, adapter.names, adapter.outputs)
+    if options.get("chat") is None and adapter.kind != HEAD and adapter.tokenizer.chat_template:
+        raise ValueError(
+            "the posterior was saved without laplace_data.json, which says whether its texts went "
+            "through the tokenizer's chat template; give --chat or --no-chat"
+        )
+    return Plan(
+        likelihood,
+        columns,
+        names,
+        targets is not None,
+        uses_chat(adapter, columns, likelihood, options.get("chat")),
+        options.get("max_length") or adapter.max_length,
+        bool(options.get("load_in_4bit")),
+        options.get("labels_as"),
+    )

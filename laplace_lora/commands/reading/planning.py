@@ -1,0 +1,161 @@
+"""Make the plan of how rows are read, from options, adapter and data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
+from laplace_lora.commands.reading.answers import target_tokens
+from laplace_lora.commands.reading.columns import Columns, columns_of, is_preference, label_cells
+from laplace_lora.commands.reading.labels import classes_of
+from laplace_lora.commands.reading.names import class_names
+from laplace_lora.commands.reading.plan import Plan
+from laplace_lora.commands.reading.rows import Row
+from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
+
+WITH_CLASSES = ("classification", "multilabel")
+PROBLEMS: dict[str | None, str] = {  # as Hugging Face's configurations call them
+    "regression": "regression",
+    "single_label_classification": "classification",
+    MULTILABEL_PROBLEM: "multilabel",
+}
+
+
+def asked_columns(options: dict[str, Any]) -> Columns:
+    """Return the columns that options name."""
+    roles = ("text", "pair", "completion", "label")
+    return Columns(**{role: options.get(f"{role}_field") for role in roles})
+
+
+def plan_fit(adapter: Adapter, rows: Sequence[Row], options: dict[str, Any]) -> Plan:
+    """Return how a fit reads its rows.
+
+    Args:
+        adapter: The model.
+        rows: The training data.
+        options: Of the command line.
+
+    Raises:
+        ValueError: If model, answers and data do not go together.
+    """
+    columns = columns_of(rows, asked_columns(options))
+    likelihood = _likelihood(adapter, rows, columns, options)
+    targets, names = list(options.get("targets") or ()), list(options.get("labels") or ())
+    if targets:
+        if names:
+            raise ValueError("--target names the classes already; leave --labels out")
+        target_tokens(targets, adapter.tokenizer)  # refuses what are none
+        names = targets
+    elif likelihood in WITH_CLASSES:
+        names = class_names(names, adapter.names, adapter.outputs)
+    elif names:
+        raise ValueError(f"--labels: a {likelihood} posterior has no classes")
+    labels_as = options.get("labels_as")
+    if labels_as is not None and likelihood != "classification":
+        raise ValueError(f"--labels-as: a {likelihood} posterior has no classes to tell apart")
+    if likelihood in ("language_modeling", "reward_modeling"):
+        if options.get("pair_field") is not None:
+            raise ValueError(f"--pair-field: a {likelihood} posterior reads no second text")
+        columns = replace(columns, pair=None)
+    if likelihood == "classification":
+        _, labels_as = classes_of(label_cells(rows, columns.label), names, labels_as)
+    return Plan(
+        likelihood,
+        columns,
+        names,
+        bool(targets),
+        uses_chat(adapter, columns, likelihood, options.get("chat")),
+        options.get("max_length") or adapter.max_length,
+        bool(options.get("load_in_4bit")),
+        labels_as,
+    )
+
+
+def plan_again(plan: Plan, rows: Sequence[Row], options: dict[str, Any]) -> Plan:
+    """Return how another command reads its rows: as the fit did, but for what options say.
+
+    Raises:
+        ValueError: If a column is missing, the number of names is another, or two are the same.
+    """
+    columns = columns_of(rows, asked_columns(options), plan.columns)
+    names = class_names(options.get("labels") or (), plan.names, len(plan.names))
+    chat = plan.chat if options.get("chat") is None else bool(options["chat"])
+    limit = options.get("max_length") or plan.max_length
+    return replace(
+        plan,
+        columns=columns,
+        names=names,
+        chat=chat,
+        max_length=limit,
+        labels_as=options.get("labels_as") or plan.labels_as,
+    )
+
+
+def _likelihood(
+    adapter: Adapter, rows: Sequence[Row], columns: Columns, options: dict[str, Any]
+) -> str:
+    """Return the likelihood that is asked for, or that fits model and data."""
+    asked, targets = options.get("likelihood"), options.get("targets")
+    possible: tuple[str, ...]
+    if adapter.kind == HEAD:
+        if targets:
+            raise ValueError("--target is for language models; this model has a head of its own")
+        several = adapter.outputs > 1
+        default = likelihood_of_head(adapter)
+        label = columns.label
+        has_lists = label is not None and any(isinstance(row.get(label), list) for row in rows)
+        if several and has_lists and adapter.problem_type not in PROBLEMS:
+            default = "multilabel"
+        if not several and is_preference(rows):
+            default = "reward_modeling"
+        possible = (
+            ("classification", "multilabel", "regression")
+            if several
+            else ("multilabel", "regression", "reward_modeling")
+        )
+    elif targets:
+        default, possible = "classification", ("classification",)
+    elif adapter.kind == CAUSAL:
+        default, possible = "language_modeling", ("language_modeling",)
+    else:
+        raise ValueError("an encoder-decoder needs --target: its answers, one token each")
+    if asked is not None and asked not in possible:
+        hint = ""
+        if asked == "classification" and adapter.kind == CAUSAL:
+            hint = '; name the answers by --target " yes" " no"'
+        raise ValueError(
+            f"--likelihood {asked} does not fit this model; possible: {', '.join(possible)}{hint}"
+        )
+    return asked or default
+
+
+def likelihood_of_head(adapter: Adapter) -> str:
+    """Return the likelihood of a model with a head, by its configuration and its outputs."""
+    if adapter.outputs == 1 and adapter.problem_type != MULTILABEL_PROBLEM:
+        return "regression"
+    return PROBLEMS.get(adapter.problem_type, "classification")
+
+
+def uses_chat(adapter: Adapter, columns: Columns, likelihood: str, asked: bool | None) -> bool:
+    """Return whether texts go through the chat template; messages always do.
+
+    Args:
+        adapter: The model.
+        columns: Of the data.
+        likelihood: Of the posterior.
+        asked: What the user says; ``None`` for the default.
+
+    Raises:
+        ValueError: If it is asked for, and there is none.
+    """
+    has_template = adapter.tokenizer.chat_template is not None
+    if asked and not has_template:
+        raise ValueError("--chat: the tokenizer has no chat template")
+    if asked is not None:
+        return asked
+    if adapter.kind == HEAD or not has_template or columns.pair is not None:
+        return False
+    # Plain texts without an answer are scored as they are.
+    return likelihood != "language_modeling" or columns.completion is not None

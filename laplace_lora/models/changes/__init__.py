@@ -1,0 +1,1 @@
+"""Temporary changes to a model, which are undone whatever happens."""

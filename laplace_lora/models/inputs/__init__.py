@@ -1,0 +1,1 @@
+"""What a model reads of its batch: lengths, positions and padding."""

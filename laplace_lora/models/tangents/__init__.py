@@ -1,0 +1,1 @@
+"""Directional derivatives of a model, beside its values."""

@@ -1,0 +1,1 @@
+"""Prior and noise by the marginal likelihood of the training data."""

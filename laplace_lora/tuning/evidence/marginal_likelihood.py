@@ -1,0 +1,120 @@
+"""Prior and noise at the maximum of the marginal likelihood, from eigenvalues alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from laplace_lora.display.warning import warn
+from laplace_lora.structures.posterior import Posterior
+from laplace_lora.structures.settings import Settings
+from laplace_lora.structures.state import PosteriorState
+from laplace_lora.tuning.evidence.corrected import corrected_precision, uphill
+from laplace_lora.tuning.evidence.curves import CoupledEvidence
+from laplace_lora.tuning.evidence.optimum import optimal_noise, optimal_precision
+
+
+def maximise(
+    posterior: Posterior, groups: Tensor, tune_noise: bool, correction: bool = True
+) -> Settings:
+    """Return the settings at which the log marginal likelihood is largest.
+
+    Args:
+        posterior: A fitted posterior.
+        groups: Group of each trainable tensor, ``(tensors,)``.
+        tune_noise: Whether to choose the observation noise as well.
+        correction: Whether to take the gradient term in, where it is known.
+
+    Warns:
+        UserWarning: If the evidence has no maximum where it is credible.
+    """
+    if correction and posterior.gradient_term is not None:
+        start = posterior.with_settings(first_precision(posterior))
+        if tune_noise:  # the search starts where the plain evidence is largest
+            start = start.with_settings(_separate(start, torch.zeros_like(groups), True))
+        best = corrected_precision(start, groups, tune_noise)
+        if best.objection:
+            warn(best.objection)
+        if tune_noise:
+            posterior = posterior.with_settings(with_noise(posterior, best.noise))
+        return with_precisions(posterior, best.precisions[groups.cpu()], groups)
+    # The scalar's eigenvalues are needed, for the maximum or as the start of a climb.
+    scalar = posterior.with_settings(first_precision(posterior))
+    if posterior.structure.scalar_only:
+        return _separate(scalar, groups, tune_noise)
+    if not posterior.structure.couples_groups:
+        return _separate(posterior, groups, tune_noise)
+    coupled = int(groups.max()) > 0
+    settings = _separate(scalar, torch.zeros_like(groups), tune_noise and not coupled)
+    if not coupled:
+        return settings
+    return _joint(posterior.with_settings(settings), groups, tune_noise)
+
+
+def scatter(state: PosteriorState) -> Tensor:
+    """Return ``(θ − μ₀)ᵀ P₀ (θ − μ₀)`` of a fitted state, a float64 scalar."""
+    prior = state.settings.prior_precision.double()
+    if len(prior) in (1, len(state.sizes)):
+        return (prior * state.squared_norms).sum()
+    assert state.mean is not None
+    return ((state.mean - state.settings.prior_mean).double().square() * prior).sum()
+
+
+def first_precision(posterior: Posterior) -> Settings:
+    """Return the settings with the first tensor's prior precision for all."""
+    prior = posterior.settings.prior_precision
+    return replace(posterior.settings, prior_precision=prior[:1].detach())
+
+
+def with_precisions(posterior: Posterior, precisions: Tensor, groups: Tensor) -> Settings:
+    """Return the settings with other prior precisions, a scalar where they are all one.
+
+    Args:
+        posterior: A fitted posterior.
+        precisions: Prior precision of each tensor, ``(tensors,)``.
+        groups: Group of each tensor.
+    """
+    is_scalar = int(groups.max()) == 0 and bool((precisions == precisions[0]).all())
+    prior = (precisions[:1] if is_scalar else precisions).to(posterior.device, posterior.dtype)
+    return replace(posterior.settings, prior_precision=prior)
+
+
+def with_noise(posterior: Posterior, noise: float) -> Settings:
+    """Return the settings with another observation noise."""
+    sigma = torch.as_tensor(noise, device=posterior.device, dtype=posterior.dtype)
+    return replace(posterior.settings, sigma_noise=sigma)
+
+
+def _separate(posterior: Posterior, groups: Tensor, tune_noise: bool) -> Settings:
+    groups = groups.to(posterior.device)
+    squares = posterior.state.squared_norms
+    if tune_noise:
+        state, sigma = posterior.state, posterior.settings.sigma_noise.detach()
+        at_unit_noise = [
+            [(e * sigma.square(), times) for e, times in spectrum]
+            for spectrum in posterior.precision.spectra()
+        ]
+        noise = optimal_noise(
+            lambda noise: [[(e / noise**2, n) for e, n in s] for s in at_unit_noise],
+            squares,
+            groups,
+            state.loss / posterior.temperature,
+            state.n_data * state.n_outputs,
+            float(sigma),
+        )
+        posterior = posterior.with_settings(with_noise(posterior, noise))
+    spectra = posterior.precision.spectra()
+    return with_precisions(posterior, optimal_precision(spectra, squares, groups)[groups], groups)
+
+
+def _joint(posterior: Posterior, groups: Tensor, tune_noise: bool) -> Settings:
+    scalar, noise = posterior.settings.prior_precision, posterior.settings.sigma_noise.detach()
+    start = scalar.double().cpu().log().expand(int(groups.max()) + 1)
+    evidence = CoupledEvidence(posterior.without_gradient_term(), groups)
+    best = uphill(evidence, start, noise.double().cpu().log(), math.inf, tune_noise)
+    if tune_noise:
+        posterior = posterior.with_settings(with_noise(posterior, best.noise))
+    return with_precisions(posterior, best.precisions[groups.cpu()], groups)

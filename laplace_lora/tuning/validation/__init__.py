@@ -1,0 +1,1 @@
+"""Prior, width and temperature by labels that the fit has not seen."""

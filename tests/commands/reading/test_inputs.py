@@ -1,0 +1,242 @@
+"""Rows become the inputs that their plan says, or are refused by their number."""
+
+import pytest
+
+from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
+from laplace_lora.commands.reading.columns import Columns, columns_of, is_preference
+from laplace_lora.commands.reading.inputs import Inputs
+from laplace_lora.commands.reading.labels import classes_of
+from laplace_lora.commands.reading.names import applying
+from laplace_lora.commands.reading.plan import Plan
+from support.on_disk import WORDS, tokenizer
+
+TEXT = Columns(text="text", pair="text_pair", completion="completion", label="label")
+
+
+def inputs(likelihood="classification", kind=HEAD, chat=False, columns=TEXT, **plan):
+    adapter = Adapter(None, tokenizer(chat), kind, 2, [], None, 24)
+    return Inputs(adapter, Plan(likelihood, columns, ["bad", "good"], chat=chat, **plan))
+
+
+def ids(text):
+    return [WORDS.index(word) for word in text.split()]
+
+
+def test_a_second_text_belongs_to_the_input():
+    row = {"text": "the film", "text_pair": "was bad", "label": "good"}
+    (found,) = inputs().labelled([row])
+    assert found["input_ids"] == tokenizer()("the film", "was bad")["input_ids"]
+    assert found["labels"] == 1
+    alone = inputs(columns=Columns(text="text")).text(row, 1)
+    assert alone["input_ids"] == ids("the film")
+    with pytest.raises(ValueError, match="takes one text, not two"):
+        inputs(chat=True).text(row, 1)
+
+
+def test_an_empty_second_text_is_none():
+    """A table's empty cell, which a tokenizer would end like a text."""
+    from tokenizers.processors import TemplateProcessing
+
+    pairs = inputs()
+    pairs.adapter.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A [EOS]", pair="$A [EOS] $B [EOS]", special_tokens=[("[EOS]", 2)]
+    )
+    found = [pairs.text({"text": "the film", "text_pair": x}, 1) for x in ("", None, "bad")]
+    assert [x["input_ids"] for x in found[:2]] == [ids("the film [EOS]")] * 2
+    assert found[2]["input_ids"] == ids("the film [EOS] bad [EOS]")
+
+
+def test_half_a_character_is_named_with_its_row():
+    with pytest.raises(ValueError, match=r"row 2: its column 'text' holds half of a character"):
+        inputs().text({"text": "the \ud83d film"}, 2)
+
+
+@pytest.mark.parametrize("label", ["nan", float("inf"), [float("nan")]])
+def test_a_regression_s_label_is_finite(label):
+    one = Adapter(None, tokenizer(), HEAD, 1, [], None, 24)
+    regression = Inputs(one, Plan("regression", TEXT))
+    with pytest.raises(ValueError, match=r"row 1 has the label .* expected finite numbers"):
+        regression.labelled([{"text": "the film", "label": label}])
+
+
+@pytest.mark.parametrize("value", [42, 4.2, True, ["the film"], {"role": "user"}])
+def test_what_is_neither_text_nor_messages_is_refused_as_such(value):
+    row = {"text": value, "text_pair": value, "completion": value, "chosen": value}
+    both, plain = inputs("language_modeling", CAUSAL), inputs("reward_modeling", columns=Columns())
+    for call in (
+        lambda: inputs().text(row, 3),
+        lambda: inputs().text({**row, "text": "the film"}, 3),
+        lambda: both.scored(row, 3),
+        lambda: both.scored({**row, "text": "the film"}, 3),
+        lambda: plain.preference({**row, "rejected": "was"}, 3),
+    ):
+        with pytest.raises(ValueError, match=r"row 3: its column .* neither a text nor a list of"):
+            call()
+
+
+def test_a_completion_is_scored_after_its_prompt_and_ends():
+    row = {"text": "the film was", "completion": " bad"}
+    found = inputs("language_modeling", CAUSAL).scored(row, 1)
+    assert found["input_ids"] == ids("the film was bad [EOS]")
+    assert found["labels"] == [-100] * 3 + ids("bad [EOS]")
+    found = inputs("language_modeling", CAUSAL, chat=True).scored(row, 1)
+    assert found["input_ids"] == ids("user : the film was assistant : bad [EOS]".replace("  ", " "))
+    assert found["labels"] == [-100] * 7 + ids("bad [EOS]")
+
+
+@pytest.mark.parametrize("completion", ["bad", [{"role": "assistant", "content": "bad"}]])
+def test_a_completion_follows_the_messages_before_it(completion):
+    """TRL's conversational form, whose prompt may end with either's message."""
+    turn, said = {"role": "user", "content": "the"}, {"role": "assistant", "content": "film was"}
+    model = inputs("language_modeling", CAUSAL, chat=True)
+    for prompt in ([turn], [turn, said]):
+        found = model.scored({"text": prompt, "completion": completion}, 1)
+        assert found["labels"][-2:] == ids("bad [EOS]")
+        assert set(found["labels"][:-2]) == {-100}
+        whole = [*prompt, {"role": "assistant", "content": "bad"}]
+        assert found["input_ids"] == model.scored({"text": whole}, 1)["input_ids"]
+
+
+def test_whole_texts_are_scored_where_there_is_no_completion():
+    found = inputs("language_modeling", CAUSAL, columns=Columns(text="text"))
+    assert found.scored({"text": "the film"}, 1)["labels"] == ids("the film")
+
+
+def test_a_prompt_that_melts_into_its_answer_is_refused():
+    row = {"text": "the fi", "completion": "lm was"}
+    with pytest.raises(ValueError, match="row 7: prompt and answer together do not begin"):
+        inputs("language_modeling", CAUSAL).scored(row, 7)
+
+
+def test_preferences_take_their_prompt():
+    row = {"text": "the film ", "chosen": "was good", "rejected": "was bad"}
+    columns = Columns(text="text")
+    found = inputs("reward_modeling", columns=columns).preference(row, 1)
+    assert found["chosen"]["input_ids"] == ids("the film was good")
+    assert found["rejected"]["input_ids"] == ids("the film was bad")
+    asked = inputs("reward_modeling", columns=columns, chat=True).preference(row, 1)
+    assert asked["chosen"]["input_ids"] == ids("user : the film assistant : was good [EOS]")
+    messages = {**row, "chosen": [{"role": "assistant", "content": "good"}]}
+    with pytest.raises(ValueError, match="row 2: prompt and answers must both be texts"):
+        inputs("reward_modeling", columns=columns).preference(messages, 2)
+    single = inputs("reward_modeling").text({"text": "the film ", "completion": "was good"}, 1)
+    assert single == found["chosen"]
+
+
+@pytest.mark.parametrize("call", ["text", "scored"])
+def test_inputs_that_are_too_long_or_empty(call):
+    long = {"text": "the film was good " * 9, "completion": " bad"}
+    with pytest.raises(ValueError, match=r"row 3 has 3\d tokens, more than 24"):
+        getattr(inputs("language_modeling", CAUSAL, max_length=24), call)(long, 3)
+    if call == "text":
+        with pytest.raises(ValueError, match="row 4 has no tokens"):
+            inputs().text({"text": " "}, 4)
+
+
+def test_columns_are_those_asked_for_then_the_fit_s_then_the_usual():
+    row = {"sentence": "a", "review": "b", "text_pair": "c", "label": 1}
+    assert columns_of([row], Columns()) == Columns("sentence", "text_pair", None, "label")
+    assert columns_of([row], Columns(text="review")).text == "review"
+    known = Columns(text="review", label="stars")
+    assert columns_of([row], Columns(), known) == Columns("review", None, None, "label")
+    with pytest.raises(ValueError, match="no column 'stars'; the data have 'sentence', 'review'"):
+        columns_of([row], Columns(label="stars"))
+
+
+@pytest.mark.parametrize("names", [("question", "sentence"), ("sentence", "sentence2")])
+def test_several_columns_of_texts_must_be_told_apart(names):
+    row = {**dict.fromkeys(names, "a"), "answer": "b", "label": 0}
+    with pytest.raises(ValueError, match=rf"several columns of texts, '{names[0]}', '{names[1]}'"):
+        columns_of([row], Columns())
+    assert columns_of([row], Columns(text=names[1])) == Columns(names[1], None, "answer", "label")
+    both = columns_of([row], Columns(pair=names[1]))
+    assert both == Columns(names[0], names[1], "answer", "label")
+    assert columns_of([row], Columns(), Columns(text=names[0])).text == names[0]
+
+
+def test_the_fit_s_second_text_is_neither_left_out_nor_asked_for_in_vain():
+    answers = Columns(text="response")  # which is a usual name of completions
+    assert columns_of([{"response": "a"}], Columns(), answers) == Columns(text="response")
+    row, known = {"body": "a", "second": "b"}, Columns(text="text", pair="text_pair")
+    with pytest.raises(ValueError, match=r"'text_pair'; the data .* by --pair-field"):
+        columns_of([row], Columns(text="body"), known)
+    assert columns_of([row], Columns(text="body", pair="second"), known).pair == "second"
+    named = {"text": "a", "second": "b"}
+    assert columns_of([named], Columns(pair="second"), known) == Columns("text", "second")
+    with pytest.raises(ValueError, match=r"'text'; the data .* by --text-field"):
+        columns_of([row], Columns(pair="second"), known)
+
+
+def test_a_column_is_there_if_any_row_has_it():
+    row, full = {"text": "the film", "label": 0}, {"text": "a", "text_pair": "b", "completion": "c"}
+    assert columns_of([row, full], Columns()) == TEXT
+    assert columns_of([row, full], Columns(), TEXT) == TEXT
+    assert columns_of([row, full], Columns(text="completion")).text == "completion"
+    assert is_preference([{"prompt": "a"}, {"chosen": "b", "rejected": "c"}])
+    first, second = ({**r, "label": 0} for r in ({"text": "the film"}, {**full, "text": "was"}))
+    plain, paired = inputs().labelled([first, second])
+    assert plain["input_ids"] == tokenizer()("the film")["input_ids"]
+    assert paired["input_ids"] == tokenizer()("was", "b")["input_ids"]
+    with pytest.raises(ValueError, match="row 2 has no label: its column 'label' is missing"):
+        inputs().labelled([row, full])
+    with pytest.raises(ValueError, match="row 1 has no completion: its column 'completion' is mis"):
+        inputs("language_modeling", CAUSAL).scored(row, 1)
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "form", "expected"),
+    [
+        (["bad", "good"], [0, 1, "1"], None, ([0, 1, 1], "numbers")),
+        ([" yes", " no"], ["no", " yes"], None, ([1, 0], "names")),
+        (["1", "2"], [0, 1, 0], None, ([0, 1, 0], "numbers")),
+        (["1", "2"], [1, 2, 1], None, ([0, 1, 0], "names")),
+        (["1", "2", "3"], ["0", "1", "2"], None, ([0, 1, 2], "numbers")),
+        (["1", "2", "3"], ["1", "2"], "names", ([0, 1], "names")),
+        (["1", "2", "3"], ["1", "2"], "numbers", ([1, 2], "numbers")),
+        (["0", "1", "x"], ["0", 1], None, ([0, 1], None)),
+        (["bad", "good"], ["good", "bad"], "numbers", ([1, 0], "names")),
+        (["bad", "good"], [0.0, "1.0", 1], None, ([0, 1, 1], "numbers")),
+        (["1.0", "2.0", "3.0"], [1.0, "2.0"], None, ([0, 1], "names")),
+    ],
+)
+def test_the_labels_of_a_file_are_all_names_or_all_numbers(names, labels, form, expected):
+    assert classes_of(labels, names, form) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "form", "message"),
+    [
+        (["a", "b"], [0.0, 0.5], None, "row 2 has the label 0.5"),
+        (["a", "b"], ["a", "-1"], None, "row 2 has the label '-1'"),
+        (["a", "b"], ["a", 1], None, "row 1 has 'a', only a name, and row 2 has 1, only a number"),
+        (["1", "2", "3"], [0, 3], None, "row 2 has 3, only a name, and row 1 has 0, only a number"),
+        (["1", "2", "3"], [1, 2], None, "1 in row 1 is the name of class 0, and the number of '2'"),
+        (["1", "2", "3"], [1, 0], "names", "row 2 has 0, which is none of the names"),
+        (["1", "2", "3"], [1, 3], "numbers", "row 2 has 3, which is none of the numbers"),
+    ],
+)
+def test_labels_that_may_be_misread_are_refused(names, labels, form, message):
+    with pytest.raises(ValueError, match=message):
+        classes_of(labels, names, form)
+
+
+def test_labels_that_do_not_exclude_each_other():
+    assert applying(["b"], ["a", "b"], 1) == [0.0, 1.0] == applying([0, 1], ["a", "b"], 1)
+    assert applying([], ["a", "b"], 1) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["0", "1", "good"])
+def test_a_single_label_may_stand_without_a_list(name):
+    """It applies or not, whatever the class is called."""
+    for label, expected in (
+        (0, 0.0),
+        (1, 1.0),
+        (True, 1.0),
+        ("0", 0.0),
+        ("1 ", 1.0),
+        (-100, -100.0),
+    ):
+        assert applying(label, [name], 1) == [expected]
+    assert applying("good", ["good"], 1) == [1.0]
+    with pytest.raises(ValueError, match="row 3 has the label"):
+        applying("bad", [name], 3)

@@ -1,0 +1,80 @@
+"""Inputs are no longer than the model has positions for, and no shorter than it takes."""
+
+import pytest
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from laplace_lora.commands.reading.lengths import check_length, longest_input
+from laplace_lora.models.wrapped_model import places_of
+from support.command_line import refused, run
+from support.on_disk import SIZES, tokenizer
+
+GPT = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 16, "n_positions": 24}
+T5 = {"d_model": 8, "d_ff": 8, "d_kv": 4, "num_layers": 1, "num_heads": 2, "vocab_size": 16}
+OPT = {**SIZES, "ffn_dim": 32, "word_embed_proj_dim": 16}
+RELATIVE = {**SIZES, "relative_attention": True, "position_biased_input": False}
+MODELS = {
+    "table": (lambda: BertForSequenceClassification(BertConfig(**SIZES)), 24),
+    "of GPT-2": (lambda: GPT2ForSequenceClassification(GPT2Config(**GPT)), 24),
+    "after two rows": (lambda: OPTForCausalLM(OPTConfig(**OPT)), 24),
+    "after the padding": (
+        lambda: RobertaForSequenceClassification(RobertaConfig(**{**SIZES, "pad_token_id": 1})),
+        22,
+    ),
+    "rotations": (lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), None),
+    "relative": (lambda: DebertaV2ForSequenceClassification(DebertaV2Config(**RELATIVE)), None),
+    "not declared": (lambda: T5ForConditionalGeneration(T5Config(**T5)), None),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_the_limit_is_where_the_model_fails(case):
+    make, expected = MODELS[case]
+    model = make().eval()
+    assert places_of(model) == expected
+    words = tokenizer()
+    words.model_max_length = int(1e30)
+    longest = longest_input(words, model)
+    assert longest == {"rotations": 24, "relative": 24}.get(case, expected)
+
+    def run_on(length):
+        inputs = words(" ".join(["film"] * length), return_tensors="pt")
+        more = {"decoder_input_ids": inputs["input_ids"][:, :1]} if case == "not declared" else {}
+        model(**inputs, **more)
+
+    run_on(expected or 30)
+    check_length(expected, model)
+    check_length(None, model)
+    if expected is None:
+        check_length(10**6, model)
+        return
+    with pytest.raises((IndexError, RuntimeError, ValueError)):
+        run_on(expected + 1)
+    with pytest.raises(ValueError, match=f"positions for {expected} tokens; give {expected} or"):
+        check_length(expected + 1, model)
+
+
+@pytest.mark.parametrize("command", ["fit", "doctor"])
+def test_a_longer_input_is_refused_before_any_is_read(made, data, command):
+    args = (command, made("classifier"), "--data", data("train"), "--max-length")
+    message = refused(*args, 25)
+    assert "--max-length 25: the model has positions for 24 tokens" in message
+
+
+def test_a_model_without_a_table_takes_any_length(made, data):
+    args = ("--target", "bad", "good", "--max-length", 32)
+    run("doctor", made("decoder"), "--data", data("train"), *args)

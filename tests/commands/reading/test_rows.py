@@ -1,0 +1,134 @@
+"""Rows are read from every kind of data, and bad lines are named."""
+
+import gzip
+import io
+import sys
+
+import pytest
+
+from laplace_lora.commands.reading.rows import read_rows
+from support.command_line import refused
+from support.on_disk import write_table
+
+ROWS = [{"text": "a, b", "label": "1"}, {"text": 'the "film"\nwas', "label": "0"}]
+
+
+def test_json_lines_skip_empty_lines(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "ü", "label": 1}\n\n{"text": "b"}\n', encoding="utf-8")
+    assert read_rows(str(path)) == [{"text": "ü", "label": 1}, {"text": "b"}]
+
+
+def test_standard_input_is_read_as_files_are(monkeypatch):
+    """In UTF-8 with or without a byte order mark, whatever the terminal's encoding."""
+    content = '\ufeff{"text": "ü"}\r\n'.encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="latin-1"))
+    assert read_rows("-") == [{"text": "ü"}]
+    assert not sys.stdin.buffer.closed
+
+
+def test_columns_without_a_name_may_be_several(tmp_path):
+    (tmp_path / "x.csv").write_text("text,,\na,,\n")  # as spreadsheets leave them
+    assert read_rows(str(tmp_path / "x.csv")) == [{"text": "a", "": ""}]
+
+
+def test_json_lines_may_be_compressed(tmp_path):
+    path = tmp_path / "x.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.write('{"text": "a"}\n')
+    assert read_rows(str(path)) == [{"text": "a"}]
+
+
+def test_tables_keep_quoted_commas_and_lines(tmp_path):
+    path = write_table(tmp_path / "x.csv", ROWS)
+    assert read_rows(str(path)) == ROWS
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as spreadsheets save it
+    assert read_rows(str(path)) == ROWS
+    (tmp_path / "x.tsv").write_text("text\tlabel\na, b\t1\n")
+    assert read_rows(str(tmp_path / "x.tsv")) == ROWS[:1]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.jsonl", '{"text": 1}\n{oops\n', "line 2: expected a JSON object, .* got {oops"),
+        ("x.jsonl", "[1]\n", "line 1: expected a JSON object"),
+        ("x.jsonl", "42\n", 'line 1: expected a JSON object, such as {"text": "..."}, got 42'),
+        ("x.jsonl", "\n", "has no rows"),
+        ("x.jsonl", "text,label\n", "line 1: expected a JSON object, .* got text,label"),
+        ("x.csv", "text,label\na,b,c\n", "line 2: expected 2 columns"),
+        ("x.csv", "text,label\na\n", "line 2: expected 2 columns"),
+        ("x.csv", 'text,label\n"a\n', "line 1: unexpected end of data"),
+        ("x.csv", "text,label,label\na,0,1\n", "has 2 columns 'label'"),
+        ("x.parquet", "", "expected a file in .jsonl"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_rows(str(path))
+
+
+def test_files_that_are_not_read_to_their_end_are_named(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_bytes("text\nschön\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"x\.csv is not in UTF-8: .*0xf6; save it as UTF-8"):
+        read_rows(str(path))
+    content = gzip.compress(b'{"text": "a"}\n' * 99)
+    for name, part in (("cut", content[:-9]), ("plain", b'{"text": "a"}\n')):
+        path = tmp_path / f"{name}.jsonl.gz"
+        path.write_bytes(part)
+        with pytest.raises(ValueError, match=f"{name}.jsonl.gz is no whole gzip file"):
+            read_rows(str(path))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_rows(str(tmp_path / "gone.json"))
+    assert "gone.jsonl" in refused("predict", "anything", "--data", tmp_path / "gone.jsonl")
+
+
+def test_data_set_folders(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    single, several = tmp_path / "single", tmp_path / "several"
+    data = datasets.Dataset.from_list(ROWS)
+    data.save_to_disk(single)
+    datasets.DatasetDict({"train": data, "test": data.select([1])}).save_to_disk(several)
+    assert read_rows(str(single)) == ROWS
+    tensors = datasets.Dataset.from_list([{"text": "a", "label": 1}]).with_format("torch")
+    tensors.save_to_disk(tmp_path / "tensors")
+    assert read_rows(str(tmp_path / "tensors")) == [{"text": "a", "label": 1}]
+    assert read_rows(str(several), "test") == ROWS[1:] == read_rows(f"{several}:test")
+    with pytest.raises(ValueError, match="and no val"):
+        read_rows(f"{several}:val")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_rows(f"{tmp_path}/gone:val")
+    with pytest.raises(ValueError, match="train, test; choose one"):
+        read_rows(str(several))
+    with pytest.raises(ValueError, match="train, test, and no val"):
+        read_rows(str(several), "val")
+    with pytest.raises(ValueError, match="has no splits"):
+        read_rows(str(single), "val")
+    with pytest.raises(ValueError, match="no data set folder"):
+        read_rows("-", "val")
+
+
+def test_files_as_on_the_hub_are_read_quietly_if_asked(tmp_path, monkeypatch, capfd):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("LAPLACE_LORA_PROGRESS", "0")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for name, rows in (("train", ROWS), ("validation", ROWS[1:])):
+        write_table(folder / f"{name}.csv", rows)
+    found = read_rows(f"{folder}:validation")
+    assert [str(value) for value in found[0].values()] == list(ROWS[1].values())
+    assert "examples/s" not in capfd.readouterr().err
+    assert not datasets.are_progress_bars_disabled()
+
+
+def test_without_datasets_a_folder_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="pip install datasets"):
+        read_rows(str(tmp_path))
