@@ -8,7 +8,7 @@ from laplace_lora import FullLoraLaplace
 from laplace_lora.data.distributed import ALONE
 from laplace_lora.likelihoods.base import CONTRASTS
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.tuning.left_out import cavity_widths, leave_one_out
+from laplace_lora.tuning.left_out import cavity_widths, examples
 from laplace_lora.tuning.left_out.cavity_widths import CavityWidths
 from laplace_lora.tuning.left_out.shared_inputs import SharedInputs
 from support.batches import split_rows, token_batch
@@ -109,7 +109,7 @@ def test_leave_one_out_takes_these_widths(make, data, monkeypatch):
         return seen[-1][1]
 
     monkeypatch.setattr(CavityWidths, "without", watched)
-    monkeypatch.setattr(leave_one_out, "CONTRADICTED", 1.0)  # the copies' labels are at random
+    monkeypatch.setattr(examples, "CONTRADICTED", 1.0)  # the copies' labels are at random
     la.optimize_prior_precision(recentre=False)
     delta, found = next(pair for pair in seen if pair[0] > 0.1)
     _, _, companions = cavities(la, rows)

@@ -1,0 +1,41 @@
+"""The covariances of training examples' functions that their own labels have not narrowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from laplace_lora.data.distributed import Together
+from laplace_lora.tuning.left_out.cavity_widths import CavityWidths
+from laplace_lora.tuning.left_out.examples import Examples
+
+
+class Covariances:
+    """Covariances of the examples' functions under any precision, without what each has taught.
+
+    Args:
+        examples: What is known of them.
+        team: The processes that share them.
+
+    Attributes:
+        too_many: See `CavityWidths`.
+    """
+
+    def __init__(self, examples: Examples, team: Together) -> None:
+        self.cache, self.predictor = examples.cache, examples.predictor
+        self.first_precision = float(examples.first_precision)
+        self.too_many = 0
+        self._without: Callable[[Tensor, float], Tensor] = lambda covariance, _: covariance
+        if self.predictor.posterior.structure.couples_groups:  # a sum over examples
+            mean = self.cache.mean
+            root = examples.linear.root(mean.double()).to(mean)
+            together = examples.left_out_together if examples.rivals is None else {}
+            known = (examples.readout, root, examples.inputs, together, team)
+            widths = CavityWidths(self.predictor, *known)
+            self.too_many, self._without = widths.too_many, widths.without
+
+    def __call__(self, precision: float) -> Tensor:
+        """Return the covariances under a prior precision, ``(N, c, c)``."""
+        factor = self.cache.mean.new_tensor([precision / self.first_precision])
+        return self._without(self.cache.covariance(factor), precision)
