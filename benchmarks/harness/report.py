@@ -62,7 +62,13 @@ def write_report(
         args: The benchmark's arguments; ``args.out`` is the folder.
         tables: Rows by heading.
         raw: Whatever the tables were computed from; must be JSON.
+
+    Raises:
+        SystemExit: If a table has no rows; nothing is written.
     """
+    empty = [heading for heading, rows in tables.items() if not rows]
+    if empty:
+        raise SystemExit(f"no figures in {args.out} for: {', '.join(empty)}")
     command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
     args.out.mkdir(parents=True, exist_ok=True)
     machine = {
