@@ -71,8 +71,9 @@ def acquire(
             f"support likelihood={posterior.objective.name!r}. predict(), of a language model "
             "generation.score, says how uncertain each example is: sort the pool by that"
         )
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    if n != int(n) or n < 1:
+        raise ValueError(f"n must be a whole number, at least 1; got {n}")
+    n = int(n)
     if n_samples is not None and n_samples < 2:
         raise ValueError(f"n_samples must be at least 2, got {n_samples}")
     check_order(pool, "the pool")

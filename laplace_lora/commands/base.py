@@ -95,7 +95,7 @@ def spread(args: Sequence[str], names: set[str]) -> list[str]:
     for i, word in enumerate(args):
         if word == "--":
             return [*spread, *args[i:]]
-        if word.startswith("-") and word != "-":
+        if word.startswith("-") and word != "-" and not _is_number(word):
             option, has_value = (word if word in names else None), False
         elif option is not None:
             if has_value:
@@ -103,6 +103,14 @@ def spread(args: Sequence[str], names: set[str]) -> list[str]:
             has_value = True
         spread.append(word)
     return spread
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 @contextmanager

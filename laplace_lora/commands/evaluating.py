@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from laplace_lora.commands.output import as_json, check_writable
+from laplace_lora.commands.output import as_json, check_writable, packed
 from laplace_lora.commands.reading.columns import cell, present_in, read_beside
 from laplace_lora.commands.reading.opened import Opened, open_posterior
 from laplace_lora.commands.reading.planning import WITH_CLASSES
@@ -85,20 +85,27 @@ def run(
     reports = [scores_of(method, loader, name=name, **given) for name, method in methods.items()]
     content = as_json([report.to_dict() for report in reports], indent=1)
     if out is not None and out != STANDARD:
-        write_whole(Path(out), content.encode())
+        write_whole(Path(out), packed(content.encode(), out))
     if plot is not None:
         _write_picture(reports, Path(plot))
     if out == STANDARD:
-        click.echo(content)
+        click.echo(content.encode())
         return
     console = Console()
     console.print(_table(reports, "all rows"))
     for report in reports if risk is not None else ():
-        click.echo(f"{report.name}: answer where a probability is above {report.threshold:.4f}")
+        click.echo(f"{report.name}: {_rule(report.threshold)}")
     for group in reports[0].by_group:
         parts = [report.by_group[group] for report in reports]
         named = [replace(part, name=r.name) for part, r in zip(parts, reports, strict=True)]
         console.print(_table(named, f"{group_field} {group}"))
+
+
+def _rule(threshold: float | None) -> str:
+    """Return when to answer, with all digits: what was shown holds for this threshold alone."""
+    if threshold is None or threshold >= 1:
+        return "answer nothing; no threshold could be shown to keep the risk"
+    return f"answer where a probability is above {threshold!r}"
 
 
 def _groups(rows: list[Row], name: str) -> list[str]:

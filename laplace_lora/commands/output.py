@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,8 @@ import click
 
 from laplace_lora.commands.reading.rows import STANDARD
 from laplace_lora.storage.whole_files import whole_file
+
+TABLES = (".csv", ".tsv", ".parquet", ".xlsx")
 
 
 class Write(Protocol):
@@ -41,8 +44,8 @@ def check_writable(out: str, name: str = "--out") -> None:
         raise ValueError(f"{name} {out} {what}; give the name of a file")
     if path.exists() and not path.is_file():
         raise ValueError(f"{name} {out} is no file; {name} - writes to standard output")
-    if path.suffix in (".csv", ".tsv"):
-        raise ValueError(f"{name} {out}: results are JSON lines; name the file .jsonl")
+    if path.suffix in TABLES:
+        raise ValueError(f"{name} {out}: results are JSON; name the file .json or .jsonl")
     check_folder(path.parent, f"{name} {out}")
 
 
@@ -69,15 +72,28 @@ def json_lines(out: str) -> Iterator[Write]:
     Args:
         out: The file, or ``-`` for standard output, where rows appear as they come.
     """
-    if out == STANDARD:
-        yield lambda row: click.echo(as_json(row))
+    if out == STANDARD:  # bytes, as a console may have an encoding of its own
+        yield lambda row: click.echo(as_json(row).encode())
         return
-    with whole_file(Path(out).resolve()) as file:  # a link stays one
+    with ExitStack() as stack:
+        file: Any = stack.enter_context(whole_file(Path(out).resolve()))  # a link stays one
+        if is_packed(out):
+            file = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=file))
 
         def write(row: Mapping[str, Any]) -> None:
             file.write(f"{as_json(row)}\n".encode())
 
         yield write
+
+
+def is_packed(out: str) -> bool:
+    """Return whether a file's name says that it is compressed."""
+    return Path(out).suffix == ".gz"
+
+
+def packed(content: bytes, out: str) -> bytes:
+    """Return a file's content, compressed where its name says so."""
+    return gzip.compress(content) if is_packed(out) else content
 
 
 def as_json(value: Any, indent: int | None = None) -> str:

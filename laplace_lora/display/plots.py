@@ -52,6 +52,8 @@ def uncertainty_figure(
     figure = new_figure(8.4, 3.2)
     parts, spread = figure.subplots(1, 2)
     order = entropy.argsort(descending=True)
+    if len(order) == 1:  # from side to side
+        order = order.repeat(2)
     places = torch.linspace(0, 1, len(order)).tolist()
     epistemic = mutual_information[order].clamp(min=0)
     layers = [(entropy[order] - epistemic).clamp(min=0).tolist(), epistemic.tolist()]

@@ -164,13 +164,13 @@ class MCDropout(MAP):
         **kwargs: Arguments of `MAP`.
 
     Raises:
-        ValueError: If the active adapter has no dropout, or is MonteCLoRA's, which draws weights
-            wherever it applies it.
+        ValueError: If there are no samples, the active adapter has no dropout, or it is
+            MonteCLoRA's, which draws weights wherever it applies it.
     """
 
     def __init__(self, model: nn.Module, n_samples: int = 20, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
-        self.n_samples, self.seed = n_samples, seed
+        self.n_samples, self.seed = check_samples(n_samples), seed
         self.dropouts = [
             module
             for name, module in self.model.named_modules()
@@ -198,6 +198,17 @@ class MCDropout(MAP):
         ):
             samples = [self._probabilities(self.model(batch), batch) for _ in range(self.n_samples)]
         return torch.stack(samples).mean(0)
+
+
+def check_samples(n_samples: int) -> int:
+    """Return how many samples to average over.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+    return n_samples
 
 
 def _active_dropouts(layer: nn.Module) -> set[nn.Module]:

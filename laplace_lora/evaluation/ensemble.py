@@ -32,7 +32,7 @@ class LoraEnsemble(MAP):
         **kwargs: Arguments of `MAP`.
 
     Raises:
-        ValueError: If there are fewer than two members, or one is not loaded.
+        ValueError: If there are fewer than two members, one is not loaded, or comes twice.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class LoraEnsemble(MAP):
         loaded = list(peft_model.peft_config) if isinstance(peft_model, PeftModel) else []
         self.adapters = loaded if adapters is None else list(adapters)
         missing = sorted(set(self.adapters) - set(loaded))
-        if missing or len(self.adapters) < 2:
+        if missing or len(self.adapters) < 2 or len(set(self.adapters)) < len(self.adapters):
             raise ValueError(
-                f"an ensemble needs two adapters or more, all loaded: asked for {self.adapters}, "
-                f"loaded are {loaded}; add others with `model.load_adapter`"
+                f"an ensemble needs two different adapters or more, all loaded: asked for "
+                f"{self.adapters}, loaded are {loaded}; add others with `model.load_adapter`"
             )
 
     @torch.no_grad()

@@ -24,7 +24,12 @@ ece = expected_calibration_error
 
 
 def accuracy(p: Tensor, y: Tensor) -> float:
-    """Return the share of examples whose most probable class is correct."""
+    """Return the share of examples whose most probable class is correct.
+
+    Raises:
+        ValueError: If probabilities are NaN, as of all metrics that need the most probable class.
+    """
+    check_numbers(p)
     return float(multiclass_accuracy(p, y, p.shape[1], average="micro"))
 
 
@@ -169,7 +174,18 @@ METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
 }
 
 
+def check_numbers(p: Tensor) -> None:
+    """Refuse probabilities that are not numbers, of which one would count as the largest.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    if bool(p.isnan().any()):
+        raise ValueError("probabilities that are not numbers (NaN) have no most probable class")
+
+
 def _correct(p: Tensor, y: Tensor) -> Tensor:
+    check_numbers(p)
     return (p.argmax(-1) == y).double()
 
 

@@ -109,14 +109,14 @@ def _reliability(axis: Axes, report: Report) -> None:
 def _histogram(axis: Axes, report: Report) -> None:
     confidence = report.pooled[0].max(-1).values
     edges = [i / BINS for i in range(BINS + 1)]
-    axis.hist(confidence.tolist(), edges, color=BAR, rwidth=0.92)
+    counts, _, _ = axis.hist(confidence.tolist(), edges, color=BAR, rwidth=0.92)
     mean = confidence.mean().item()
     axis.axvline(mean, color=GAP, linewidth=1.5, label=f"mean confidence {mean:.3f}")
     accuracy = report["accuracy"]
     axis.axvline(
         accuracy, color=LINE, linewidth=1.5, linestyle="--", label=f"accuracy {accuracy:.3f}"
     )
-    axis.set(xlim=(0, 1), ylabel="examples")
+    axis.set(xlim=(0, 1), ylim=(0, 1.35 * max(counts)), ylabel="examples")  # as above
     _title(axis, report, "NLL")
     axis.legend(fontsize=7, loc="upper left", framealpha=0.9)
 

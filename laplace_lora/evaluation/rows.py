@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -39,7 +40,9 @@ Predict = Callable[[Any], Tensor | UncertainPrediction]  # from a batch of any f
 
 
 def _owner(predict: Predict) -> Any:
-    """Return the object whose method predicts, or the function itself."""
+    """Return the object whose method predicts, whatever arguments it is given, or the function."""
+    while isinstance(predict, partial):
+        predict = predict.func
     return getattr(predict, "__self__", predict)
 
 

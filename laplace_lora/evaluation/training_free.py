@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from laplace_lora.data.batches import Batch, model_inputs
 from laplace_lora.data.distributed import together
-from laplace_lora.evaluation.baselines import MAP
+from laplace_lora.evaluation.baselines import MAP, check_samples
 from laplace_lora.models.changes.modes import evaluation_mode, set_weights
 from laplace_lora.models.changes.twins import resampled
 
@@ -63,8 +63,9 @@ class TrainingFreeBayes(MAP):
         width: ``σ``, the standard deviation of the noise.
 
     Raises:
-        ValueError: If the loader is empty, the model's labels are independent, the adapter is no
-            LoRA on linear layers, or is as it was made, with ``lora_B`` zero.
+        ValueError: If there are no samples, the loader is empty, the model's labels are
+            independent, the adapter is no LoRA on linear layers, or is as it was made, with
+            ``lora_B`` zero.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class TrainingFreeBayes(MAP):
                 "training-free Bayes keeps the model's own classes, and independent labels have "
                 "none; compare with TemperatureScaling or MCDropout"
             )
-        self.n_samples, self.seed, self.width = n_samples, seed, 0.0
+        self.n_samples, self.seed, self.width = check_samples(n_samples), seed, 0.0
         self._layers = _layers_of(self.model)
         with together(anchor_loader, runs=self.model) as team:
             batches = team.batches(anchor_loader, "Reading the anchor set")

@@ -238,8 +238,10 @@ def test_what_cannot_be_chosen_is_refused():
     for method in ("bald", "bait"):
         with pytest.raises(ValueError, match="the pool has 7"):
             la.acquire(loader(), 8, method)
-    with pytest.raises(ValueError, match="at least 1"):
-        la.acquire(loader(), 0)
+    for n in (0, 1.5):
+        with pytest.raises(ValueError, match="a whole number, at least 1"):
+            la.acquire(loader(), n)
+    assert len(la.acquire(loader(), 2.0)) == 2
     with pytest.raises(ValueError, match="n_samples must be at least 2"):
         la.acquire(loader(), 1, n_samples=1)
     with pytest.raises(ValueError, match="empty"):

@@ -125,6 +125,22 @@ def test_errors_are_one_line(monkeypatch, error, text):
     assert text in refused("break")
 
 
+def test_negative_numbers_are_values():
+    words = ["fit", "--labels", "-1", "0", "-2.5", "--seed", "1"]
+    wanted = ["fit", "--labels", "-1", "--labels", "0", "--labels", "-2.5", "--seed", "1"]
+    assert base.spread(words, {"--labels"}) == wanted
+
+
+def test_standard_output_is_utf_8_whatever_the_console_has():
+    code = (
+        "from laplace_lora.commands.output import json_lines\n"
+        "with json_lines('-') as write: write({'text': 'é🙂'})"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    written = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert written.stdout.decode("utf-8").strip() == '{"text": "é🙂"}', written.stderr
+
+
 def test_several_values_end_at_the_next_option():
     names = {"--target", "--labels"}
     words = ["x", "--target", " yes", " no", "-q", "y", "--labels", "a", "b", "--", "c"]

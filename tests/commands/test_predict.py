@@ -1,6 +1,7 @@
 """``laplace-lora predict`` and ``evaluate``: rows in their order, read as in the fit."""
 
 import datetime
+import gzip
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import torch
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification
 
+from laplace_lora.commands.evaluating import _rule
 from laplace_lora.commands.reading.adapter import load_adapter
 from laplace_lora.commands.reading.plan import PLAN
 from laplace_lora.evaluation.metrics import METRICS
@@ -130,7 +132,7 @@ def test_bad_arguments_are_refused_before_the_model_is_loaded(tmp_path, data):
     cases = {
         ("--out", tmp_path): "is a folder",
         ("--out", tmp_path / "gone" / "y.jsonl"): "does not exist",
-        ("--out", tmp_path / "y.csv"): "name the file .jsonl",
+        ("--out", tmp_path / "y.csv"): "name the file .json or .jsonl",
         ("--keep", "key"): "the data have 'id', 'text', 'label'",
     }
     for args, message in cases.items():
@@ -326,7 +328,7 @@ def test_evaluate_makes_sets_keeps_a_risk_and_scores_groups(fitted, data, tmp_pa
     result = run(*args, "--apart", apart, "--risk", 0.3, "--coverage", 0.8)
     _, report = json.loads(out.read_text())
     assert {"coverage", "set size", "answered"} <= set(report["values"])
-    line = f"Laplace: answer where a probability is above {report['threshold']:.4f}"
+    line = f"Laplace: answer where a probability is above {report['threshold']!r}\n"
     assert line in result.stdout and "thing film" in result.stdout
     groups = {name: part["examples"] for name, part in report["by_group"].items()}
     assert sum(groups.values()) == 40 and set(groups) == {"film", "meal"}
@@ -339,6 +341,25 @@ def test_evaluate_makes_sets_keeps_a_risk_and_scores_groups(fitted, data, tmp_pa
     assert "no column for the group" in refused(
         "evaluate", fitted, "--data", test, "-q", "--group-field", "kind"
     )
+
+
+def test_a_threshold_is_shown_with_all_digits():
+    """Rounded it would let examples through for which nothing has been shown."""
+    assert str(0.9784300923347473) in _rule(0.9784300923347473)
+    for none in (None, 1.0):
+        assert "answer nothing" in _rule(none)
+
+
+def test_results_may_be_packed(fitted, data, tmp_path):
+    args, plain = ("--data", data("test"), "-q", "--out"), tmp_path / "y.jsonl"
+    for command, out in (("predict", plain), ("evaluate", tmp_path / "y.json")):
+        run(command, fitted, *args, out)
+        run(command, fitted, *args, f"{out}.gz")
+        assert gzip.decompress(Path(f"{out}.gz").read_bytes()) == out.read_bytes()
+    rows = [json.loads(line) for line in run("predict", fitted, *args, "-").stdout.splitlines()]
+    again = run("predict", fitted, "--data", f"{plain}.gz", "--text-field", "prediction", "-q")
+    assert len(again.stdout.splitlines()) == len(rows)
+    assert "results are JSON; name the file" in refused("predict", fitted, *args, "y.parquet")
 
 
 @pytest.mark.slow

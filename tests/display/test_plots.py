@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from laplace_lora.display.plots import texts_figure
+from laplace_lora.display.plots import texts_figure, uncertainty_figure
 from laplace_lora.evaluation import evaluate
 from laplace_lora.generation import score
 from laplace_lora.predictive.predictions import Predictions
@@ -44,6 +44,13 @@ def test_predictions_of_classes():
     )
     _, spread = drawn(unlabelled.plot())
     assert spread.get_legend() is None and sum(heights(spread)) == len(found)
+
+
+def test_a_single_prediction_is_drawn_from_side_to_side():
+    found = fitted().predict(validation())
+    parts, _ = drawn(uncertainty_figure(found.entropy[:1], found.mutual_information[:1]))
+    corners = parts.collections[1].get_paths()[0].vertices
+    assert {float(x) for x in corners[:, 0]} == {0.0, 1.0}
 
 
 def test_predictions_of_independent_labels_count_in_all():

@@ -13,6 +13,7 @@ from laplace_lora.evaluation import (
     LoraEnsemble,
     MCDropout,
     TemperatureScaling,
+    TrainingFreeBayes,
     diagonal_laplace,
     evaluate,
     last_layer_laplace,
@@ -183,6 +184,14 @@ def test_monteclora_draws_weights_beside_its_dropout():
         MCDropout(model)
 
 
+def test_no_samples_are_refused():
+    model = peft_model("bert")
+    with pytest.raises(ValueError, match="n_samples must be at least 1, got 0"):
+        MCDropout(model, n_samples=0)
+    with pytest.raises(ValueError, match="n_samples must be at least 1, got 0"):
+        TrainingFreeBayes(model, [BATCH], n_samples=0)
+
+
 def test_dropout_is_off_again_after_an_error():
     model = peft_model("bert").train()
     before = state(model)
@@ -271,10 +280,10 @@ def test_an_ensemble_refuses_merged_adapters():
         ensemble(BATCH)
 
 
-@pytest.mark.parametrize("names", [None, ["default"], ["default", "third"]])
+@pytest.mark.parametrize("names", [None, ["default"], ["default", "third"], ["default", "default"]])
 def test_an_ensemble_of_fewer_than_two_is_refused(names):
     model = ensemble_model() if names and "third" in names else peft_model("bert")
-    with pytest.raises(ValueError, match="two adapters or more"):
+    with pytest.raises(ValueError, match="two different adapters or more"):
         LoraEnsemble(model, names)
 
 

@@ -1,6 +1,7 @@
 """Which labels an evaluation reads, and in which order it may be given groups."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ def test_labels_are_those_of_the_posterior():
     la = KronLoraLaplace(peft_model("bert"), "classification", dict_key_y="target")
     la.fit(relabelled())
     truth = torch.stack([row["target"] for row in relabelled().dataset])
-    for predict in (la, la.predict):
+    quietly = partial(la.predict, progress_bar=False)
+    for predict in (la, la.predict, quietly, partial(quietly, link_approx="probit")):
         assert torch.equal(evaluate(predict, relabelled(), bootstrap=2).labels, truth)
     others = evaluate(la, relabelled(), label_key="labels", bootstrap=2).labels
     assert torch.equal(others, (truth + 1) % 3)

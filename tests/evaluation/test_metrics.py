@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from laplace_lora.evaluation.metrics import (
+    METRICS,
     accuracy,
     accuracy_at,
     adaptive_ece,
@@ -30,6 +31,12 @@ def test_accuracy_nll_and_brier_by_hand():
     assert nll(P, Y) == pytest.approx(-sum(map(math.log, [0.9, 0.2, 0.7, 0.6, 0.55])) / 5)
     squares = [2 * 0.01, 2 * 0.64, 2 * 0.09, 2 * 0.16, 2 * 0.2025]
     assert brier(P, Y) == pytest.approx(sum(squares) / 5)
+
+
+@pytest.mark.parametrize("name", ["accuracy", "adaptive ECE", "debiased CE", "AURC"])
+def test_what_is_no_number_is_no_most_probable_class(name):
+    with pytest.raises(ValueError, match=r"not numbers \(NaN\)"):
+        METRICS[name](torch.tensor([[math.nan, 0.5], [0.5, 0.5]]), torch.tensor([0, 1]))
 
 
 def test_nll_of_an_excluded_label_is_finite():

@@ -202,6 +202,8 @@ def test_pictures_have_labels_counts_and_a_row_a_report(tmp_path):
     assert right.get_xlabel() == "coverage" and "error rate" in right.get_ylabel()
     assert sorted(text.get_text() for text in left.texts) == ["1"] * 5
     assert "ECE 0.410" in left.get_title()
+    tallest = max(bar.get_height() for bar in middle.patches)
+    assert middle.get_ylim()[1] > 1.3 * tallest  # the legend covers no bar
     figure.savefig(tmp_path / "report.png")
     assert (tmp_path / "report.png").stat().st_size > 10_000
     assert len(plot_reports([report, report]).axes) == 6
