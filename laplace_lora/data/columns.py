@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from laplace_lora.data.inapplicable import InapplicableError
+
 Columns = dict[str, Tensor]
 
 
@@ -40,7 +42,7 @@ def in_order(reports: Sequence[tuple[Columns, Tensor]]) -> Columns:
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     shapes = list(dict.fromkeys(tuple(part.shape[1:]) for part in parts))
     if len(shapes) > 1:
-        raise ValueError(
+        raise InapplicableError(
             f"the rows of batches have different shapes, {shapes[:3]}, as with different numbers "
             "of outputs or choices, and cannot be joined in one table; take the batches of each "
             "shape by themselves"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from laplace_lora.data.distributed import OtherProcessFailed
+from laplace_lora.data.inapplicable import InapplicableError
 from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.changes.autocast import in_full_precision
@@ -28,6 +29,7 @@ from laplace_lora.tuning.tuner import Tuner
 from laplace_lora.tuning.width_check import warn_if_wide
 
 TUNED_ON_TRAINING_DATA = ("loo", "widest")
+INAPPLICABLE = {InapplicableError.__name__, NoForwardDerivativeError.__name__}
 
 
 class TunedLaplace(LaplaceLoops):
@@ -69,7 +71,7 @@ class TunedLaplace(LaplaceLoops):
 
         * ``"auto"``: for language models and token classifiers ``"widest"``, for others ``"loo"``
           where a scalar is asked for and `leave_one_out.why_not` has no objection; otherwise
-          ``"marglik"``.
+          ``"marglik"``, and with a warning where the fit's loader does not give its data again.
         * ``"loo"``: the best leave-one-out likelihood of the training labels, in one pass over the
           training data: those of the fit, as long as this process keeps them, or
           ``train_loader``, a random thousand of them where they are many. For classifiers,
@@ -144,11 +146,14 @@ class TunedLaplace(LaplaceLoops):
             settings: Settings | None = None
             reports: Sequence[Report] = ()
             reason = ""
-            data_of_fit = self._train_loader if train_loader is None else train_loader
+            is_given = train_loader is not None
+            data_of_fit = train_loader if is_given else self._train_loader
             options = (data_of_fit, progress_bar, recentre, tune_sigma_noise)
             if method == "auto":
                 others = bool(kwargs) or correction is not None
-                method, reason, found = self._by_default(prior_structure, others, *options)
+                method, reason, found = self._by_default(
+                    prior_structure, others, is_given, *options
+                )
                 settings, reports = found or (None, ())
                 if self.fitted.objective.predicts_tokens:  # nor does it help these
                     correction = correction or False
@@ -189,12 +194,16 @@ class TunedLaplace(LaplaceLoops):
         self,
         structure: Structure,
         has_others: bool,
+        is_given: bool,
         train_loader: Any,
         progress_bar: bool | None,
         recentre: bool,
         tune_noise: bool,
     ) -> tuple[str, str, tuple[Settings, Sequence[Report]] | None]:
-        """Return the method of ``"auto"``, why it is no better one, and what that found."""
+        """Return the method of ``"auto"``, why it is no better one, and what that found.
+
+        Data that were given must be those of the fit; a loader of the fit may not give them again.
+        """
         posterior = self.fitted
         texts = posterior.objective.jacobian_refusal is not None
         method = "widest" if texts else "loo"
@@ -210,9 +219,14 @@ class TunedLaplace(LaplaceLoops):
                 options = (structure, train_loader, progress_bar, recentre, tune_noise)
                 return method, "", Tuner(posterior).by_training_data(method, *options)
             except (ValueError, OtherProcessFailed) as error:  # in its pass over the data
-                kinds = ("ValueError", NoForwardDerivativeError.__name__)
-                if isinstance(error, OtherProcessFailed) and error.kind not in kinds:
-                    raise
+                kinds = [c.__name__ for c in type(error).__mro__]
+                if isinstance(error, OtherProcessFailed):
+                    kinds = [error.kind]
+                if INAPPLICABLE.isdisjoint(kinds):
+                    if is_given or ValueError.__name__ not in kinds:
+                        raise
+                    if not texts:
+                        warn(f"the prior is tuned by the marginal likelihood: {error}")
                 reason = str(error)
         if texts and not has_others:
             warn(

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace_lora.adapters.grouped_attention import differentiable_attention
 from laplace_lora.adapters.in_use import check_runs
+from laplace_lora.data.inapplicable import InapplicableError
 from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.models.changes.twins import twin_of
 from laplace_lora.models.inputs.rotary import angles_of, own_angles
@@ -40,7 +41,7 @@ GROUPED = "grouped_mm"
 _LEVELS = threading.RLock()
 
 
-class NoForwardDerivativeError(ValueError):
+class NoForwardDerivativeError(InapplicableError):
     """A model, or one of its operations, cannot carry tangents."""
 
 

@@ -16,6 +16,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 from torch.nn import functional as F
 
+from laplace_lora.data.inapplicable import InapplicableError
 from laplace_lora.likelihoods.base import Likelihood
 from laplace_lora.tuning.left_out.newton import descend
 
@@ -106,11 +107,11 @@ class LinearModel:
             loss: From functions to what is to have this value, if it is not the model's own.
 
         Raises:
-            ValueError: If no weight changes the functions.
+            InapplicableError: If no weight changes the functions.
         """
         unit = float(self.gram.diagonal().mean())
         if unit == 0:
-            raise ValueError("no weight changes the outputs of the linearised base model")
+            raise InapplicableError("no weight changes the outputs of the linearised base model")
         return along_path(self.mode, nll, unit, loss)
 
     def leave_one_out(

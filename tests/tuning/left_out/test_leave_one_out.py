@@ -206,6 +206,22 @@ def test_data_of_another_fit_are_refused():
         la.optimize_prior_precision(method="loo", train_loader=loader())
 
 
+@pytest.mark.parametrize("structure", [KronLoraLaplace, FullLoraLaplace])
+def test_the_default_takes_no_other_data_either(tmp_path, structure):
+    """The marginal likelihood, which needs none, would be another prior without a word."""
+    la = structure(LogitsModel(peft_model("bert")), "classification")
+    la.fit(loader())
+    la.save_pretrained(tmp_path)
+    again = structure.from_pretrained(la.logits_model, tmp_path)
+    with pytest.raises(ValueError, match="12 examples, the fit saw 7"):
+        again.optimize_prior_precision(train_loader=loader(lengths=LENGTHS))
+    batch = token_batch(LENGTHS)
+    for labels, message in ((batch["labels"].float(), "integer"), (9 + batch["labels"], "0..2")):
+        with pytest.raises(ValueError, match=message):
+            again.optimize_prior_precision(train_loader=[{**batch, "labels": labels}])
+    assert again.tuning is None
+
+
 def test_the_default_goes_on_where_the_data_are_used_up():
     class Stream(DataLoader):
         is_used_up = False
