@@ -121,7 +121,8 @@ class LaplaceCallback(TrainerCallback):
         Raises:
             ValueError: If the model does not fit the likelihood, a loader is empty, without labels
                 or with labels out of range, or the trainer has an `AdaLoraCallback`, too.
-            TypeError: If a batch is neither mapping nor pair.
+            TypeError: If a batch is neither mapping nor pair, or the posterior's class has no
+                `predict`, as `FunctionalLoraLLLaplace`.
         """
         self.la = None
         if any(isinstance(c, AdaLoraCallback) for c in self.trainer.callback_handler.callbacks):
@@ -133,7 +134,13 @@ class LaplaceCallback(TrainerCallback):
         self._keep_start(args, state)
         # Data sets and collators draw numbers; training is to see those it would have seen.
         with together(everyone=True), draws_kept():
-            posterior = self.posterior(self.trainer.model, self.likelihood, **self.kwargs).parts
+            made = self.posterior(self.trainer.model, self.likelihood, **self.kwargs)
+            if not isinstance(made, LoraLaplace):
+                raise TypeError(
+                    f"a {type(made).__name__} cannot be fitted by LaplaceCallback; take one of the "
+                    "posteriors with `predict` and `save_pretrained`, such as KronLoraLaplace"
+                )
+            posterior = made.parts
             training = {"training": self.trainer.get_train_dataloader()}
             loaders = training | whole_evaluation_loaders(self.trainer)
             for name, loader in loaders.items():

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import Trainer, default_data_collator
 
-from laplace_lora import KronLoraLaplace, LaplaceCallback
+from laplace_lora import FunctionalLoraLLLaplace, KronLoraLaplace, LaplaceCallback
 from laplace_lora.adaptive import AdaLoraCallback, remove_pruned_triplets
 from support.adalora import tiny_adalora
 from support.batches import loader, token_batch
@@ -54,6 +54,14 @@ def test_a_training_set_smaller_than_a_batch_that_is_dropped(tmp_path):
     trainer.train_dataset = examples(3)
     with pytest.raises(ValueError, match="fewer than a batch with dataloader_drop_last"):
         callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
+def test_a_posterior_without_predictions_is_refused_before_the_first_step(tmp_path):
+    kind = {"posterior": FunctionalLoraLLLaplace, "n_subset": 4}
+    trainer, _ = trainer_with_callback(tmp_path, callback=kind)
+    with pytest.raises(TypeError, match="a FunctionalLoraLLLaplace cannot be fitted by"):
+        trainer.train()
+    assert steps(trainer) == 0
 
 
 def test_a_model_that_does_not_fit_the_likelihood(tmp_path):
