@@ -7,17 +7,14 @@ from typing import Any
 
 import torch
 
-from laplace_lora.data.distributed import OtherProcessFailed
-from laplace_lora.data.inapplicable import InapplicableError
 from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.changes.autocast import in_full_precision
-from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
 from laplace_lora.posteriors.laplace_loops import LaplaceLoops
 from laplace_lora.posteriors.weights_watch import WeightsWatch
 from laplace_lora.structures.settings import Settings
+from laplace_lora.tuning.default_way import Request, by_default, by_training_data
 from laplace_lora.tuning.groups import Structure
-from laplace_lora.tuning.left_out import leave_one_out
 from laplace_lora.tuning.noise_check import warn_if_noise_is_off
 from laplace_lora.tuning.options import (
     check_evidence_options,
@@ -29,7 +26,6 @@ from laplace_lora.tuning.tuner import Tuner
 from laplace_lora.tuning.width_check import warn_if_wide
 
 TUNED_ON_TRAINING_DATA = ("loo", "widest")
-INAPPLICABLE = {InapplicableError.__name__, NoForwardDerivativeError.__name__}
 
 
 class TunedLaplace(LaplaceLoops):
@@ -146,19 +142,23 @@ class TunedLaplace(LaplaceLoops):
             settings: Settings | None = None
             reports: Sequence[Report] = ()
             reason = ""
-            is_given = train_loader is not None
-            data_of_fit = train_loader if is_given else self._train_loader
-            options = (data_of_fit, progress_bar, recentre, tune_sigma_noise)
+            data_of_fit = self._train_loader if train_loader is None else train_loader
+            request = Request(
+                prior_structure,
+                data_of_fit,
+                train_loader is not None,
+                progress_bar,
+                recentre,
+                tune_sigma_noise,
+            )
             if method == "auto":
                 others = bool(kwargs) or correction is not None
-                method, reason, found = self._by_default(
-                    prior_structure, others, is_given, *options
-                )
+                method, reason, found = by_default(tuner, request, others)
                 settings, reports = found or (None, ())
                 if self.fitted.objective.predicts_tokens:  # nor does it help these
                     correction = correction or False
             elif method in TUNED_ON_TRAINING_DATA:
-                settings, reports = tuner.by_training_data(method, prior_structure, *options)
+                settings, reports = by_training_data(tuner, method, request)
             if method == "marglik":
                 if by_laplace_torch:
                     self._laplace_marglik(prior_structure, kwargs)
@@ -189,51 +189,6 @@ class TunedLaplace(LaplaceLoops):
             raise
         if verbose:
             print(self.tuning)
-
-    def _by_default(
-        self,
-        structure: Structure,
-        has_others: bool,
-        is_given: bool,
-        train_loader: Any,
-        progress_bar: bool | None,
-        recentre: bool,
-        tune_noise: bool,
-    ) -> tuple[str, str, tuple[Settings, Sequence[Report]] | None]:
-        """Return the method of ``"auto"``, why it is no better one, and what that found.
-
-        Data that were given must be those of the fit; a loader of the fit may not give them again.
-        """
-        posterior = self.fitted
-        texts = posterior.objective.jacobian_refusal is not None
-        method = "widest" if texts else "loo"
-        reason = "arguments of other methods are given" if has_others else ""
-        if not reason and structure != "scalar" and not texts:
-            reason = "the prior is no scalar"
-        if not reason and texts and train_loader is None:
-            reason = "the training data are not at hand"
-        if not reason and not texts:
-            reason = leave_one_out.why_not(posterior, train_loader) or ""
-        if not reason:
-            try:
-                options = (structure, train_loader, progress_bar, recentre, tune_noise)
-                return method, "", Tuner(posterior).by_training_data(method, *options)
-            except (ValueError, OtherProcessFailed) as error:  # in its pass over the data
-                kinds = [c.__name__ for c in type(error).__mro__]
-                if isinstance(error, OtherProcessFailed):
-                    kinds = [error.kind]
-                if INAPPLICABLE.isdisjoint(kinds):
-                    if is_given or ValueError.__name__ not in kinds:
-                        raise
-                    if not texts:
-                        warn(f"the prior is tuned by the marginal likelihood: {error}")
-                reason = str(error)
-        if texts and not has_others:
-            warn(
-                "the prior is tuned by the marginal likelihood, which makes the posterior of a "
-                f"model of tokens far too wide: {reason}",
-            )
-        return "marglik", reason, None
 
     def _measures_term(
         self, correction: bool | None, train_loader: Any, progress_bar: bool | None

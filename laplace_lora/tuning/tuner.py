@@ -24,7 +24,6 @@ from laplace_lora.tuning.groups import Structure, prior_groups
 from laplace_lora.tuning.left_out import leave_one_out
 from laplace_lora.tuning.left_out.recentring import Recentring, recentred
 from laplace_lora.tuning.left_out.report import LeaveOneOut
-from laplace_lora.tuning.outcome import Report
 from laplace_lora.tuning.same_data import check_at_hand
 from laplace_lora.tuning.texts import widest
 from laplace_lora.tuning.texts.widest import Widest
@@ -122,23 +121,6 @@ class Tuner:
         posterior = self.posterior.with_settings(settings)
         with self._together(train_loader) as team:
             return *widest.tune(posterior, train_loader, team, progress_bar), choice
-
-    def by_training_data(
-        self,
-        method: str,
-        structure: Structure,
-        train_loader: Any,
-        progress_bar: bool | None,
-        recentre: bool,
-        tune_noise: bool = False,
-    ) -> tuple[Settings, list[Report]]:
-        """Return settings and reports of `leave_one_out`, or ``"loo"`` for short, or `widest`."""
-        data = (structure, train_loader, progress_bar)
-        if method == "loo":
-            settings, left_out = self.leave_one_out(*data, recentre, tune_noise)
-            return settings, [left_out]
-        settings, texts, choice = self.widest(*data)
-        return settings, [texts] if choice is None else [texts, choice]
 
     def recentre(
         self,
