@@ -31,7 +31,7 @@ def run(adapter: str, data: str, out: str, keep: Sequence[str], **options: Any) 
     for name in keep:
         if name not in present:
             raise ValueError(f"--keep {name}: the data have {', '.join(map(repr, present))}")
-    opened = open_posterior(adapter, rows, options)
+    opened = open_posterior(adapter, rows, options, "reward_modeling")
     if opened.plan.likelihood == "language_modeling":
         raise ValueError(
             f"the posterior is over texts: `laplace-lora score {adapter}` says which tokens it is "

@@ -28,7 +28,7 @@ def run_score(
     **options: Any,
 ) -> None:
     """Score the tokens of rows."""
-    opened, rows = _opened(adapter, data, out, options)
+    opened, rows = _opened(adapter, data, out, options, "language_modeling")
     examples = [opened.inputs.scored(row, n) for n, row in enumerate(rows, start=1)]
     collate = DataCollatorForSeq2Seq(opened.adapter.tokenizer)
 
@@ -76,10 +76,12 @@ def run_generate(
     _write(opened, len(rows), options["batch_size"], out, answer, "Writing")
 
 
-def _opened(adapter: str, data: str, out: str, options: dict[str, Any]) -> tuple[Opened, list[Row]]:
+def _opened(
+    adapter: str, data: str, out: str, options: dict[str, Any], completes: str | None = None
+) -> tuple[Opened, list[Row]]:
     check_writable(out)
     rows = read_rows(data, options["split"])
-    opened = open_posterior(adapter, rows, options)
+    opened = open_posterior(adapter, rows, options, completes)
     if opened.adapter.kind != CAUSAL:
         raise ValueError(
             "tokens are scored and written by causal language models; for others there is "

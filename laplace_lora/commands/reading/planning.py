@@ -9,6 +9,7 @@ from typing import Any
 from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
 from laplace_lora.commands.reading.answers import target_tokens
 from laplace_lora.commands.reading.columns import Columns, columns_of, is_preference, label_cells
+from laplace_lora.commands.reading.completions import completion_column
 from laplace_lora.commands.reading.labels import classes_of
 from laplace_lora.commands.reading.names import class_names
 from laplace_lora.commands.reading.plan import Plan
@@ -40,8 +41,11 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row], options: dict[str, Any]) -> 
     Raises:
         ValueError: If model, answers and data do not go together.
     """
-    columns = columns_of(rows, asked_columns(options))
+    asked = asked_columns(options)
+    columns = columns_of(rows, asked)
     likelihood = _likelihood(adapter, rows, columns, options)
+    completion = completion_column(rows, columns, asked, likelihood)
+    columns = replace(columns, completion=completion)
     targets, names = list(options.get("targets") or ()), list(options.get("labels") or ())
     if targets:
         if names:
@@ -73,19 +77,31 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row], options: dict[str, Any]) -> 
     )
 
 
-def plan_again(plan: Plan, rows: Sequence[Row], options: dict[str, Any]) -> Plan:
+def plan_again(
+    plan: Plan, rows: Sequence[Row], options: dict[str, Any], completes: str | None = None
+) -> Plan:
     """Return how another command reads its rows: as the fit did, but for what options say.
 
+    Args:
+        plan: Of the fit.
+        rows: The data.
+        options: Of the command line.
+        completes: The likelihood whose completions the command reads; ``None`` for no likelihood.
+
     Raises:
-        ValueError: If a column is missing, the number of names is another, or two are the same.
+        ValueError: If a column is missing or has no effect, the number of names is another, or two
+            are the same.
     """
-    columns = columns_of(rows, asked_columns(options), plan.columns)
+    asked, known = asked_columns(options), plan.columns
+    columns = columns_of(rows, asked, known)
+    is_needed = plan.likelihood == completes
+    completion = completion_column(rows, columns, asked, plan.likelihood, known, is_needed)
     names = class_names(options.get("labels") or (), plan.names, len(plan.names))
     chat = plan.chat if options.get("chat") is None else bool(options["chat"])
     limit = options.get("max_length") or plan.max_length
     return replace(
         plan,
-        columns=columns,
+        columns=replace(columns, completion=completion),
         names=names,
         chat=chat,
         max_length=limit,
