@@ -8,6 +8,7 @@ from laplace_lora.commands.reading.columns import Columns, is_preference, listed
 from laplace_lora.commands.reading.rows import Row
 
 COMPLETIONS = ("completion", "answer", "response")
+WHOLE = ("text", "sentence", "messages")  # of which nothing that follows is expected
 OPTION = "--completion-field"
 
 
@@ -21,8 +22,8 @@ def completion_column(
 ) -> str | None:
     """Return the column of completions, ``None`` where none is read.
 
-    Without it a prompt would be taken for the whole text. A text column other than the fit's holds
-    whole texts, if nothing says that something follows them.
+    Without it a prompt would be taken for the whole text. Whole texts of a fit remain whole beside
+    any column. A text column other than the fit's is read as in a fit.
 
     Args:
         rows: At least one.
@@ -30,11 +31,11 @@ def completion_column(
         asked: Columns named in options.
         likelihood: Of the posterior.
         known: Columns that the posterior was fitted with.
-        is_needed: Whether the command reads completions where the fit's texts had prompts.
+        is_needed: Whether the command reads completions.
 
     Raises:
-        ValueError: If the completions of the fit's prompts are not found, or one is asked for and
-            has no effect.
+        ValueError: If the completions of the fit's prompts are not found, texts may be whole or
+            prompts, or a column is asked for and has no effect.
     """
     is_reward = likelihood == "reward_modeling"
     if likelihood != "language_modeling" and (not is_reward or is_preference(rows)):
@@ -47,13 +48,13 @@ def completion_column(
     present = present_in(rows)
     free = [name for name in present if name not in vars(columns).values()]
     usual = [name for name in COMPLETIONS if name in free]
-    if known is None:
-        return next(iter(usual), None)
+    known = known or Columns()
     if known.completion in free:
         return known.completion
-    followed = known.text is not None if is_reward else known.completion is not None
-    if not followed or asked.text not in (None, known.text):
-        return next(iter(usual), None)
+    if known.text is None or asked.text not in (None, known.text):
+        return _new(usual, columns.text, asked.text, is_needed)
+    if known.completion is None and not is_reward:
+        return None
     if len(usual) == 1:
         return usual[0]
     if is_needed:
@@ -63,3 +64,15 @@ def completion_column(
             "or a column of whole texts by --text-field"
         )
     return None
+
+
+def _new(usual: Sequence[str], text: str | None, asked: str | None, is_needed: bool) -> str | None:
+    """Return the first column with a usual name, if it may follow the texts."""
+    if not usual or text not in WHOLE:
+        return next(iter(usual), None)
+    if asked is not None or not is_needed:
+        return None
+    raise ValueError(
+        f"the column {text!r} may be whole texts, or what {usual[0]!r} follows: say --text-field "
+        f"{text} for whole texts, {OPTION} {usual[0]} for the others"
+    )

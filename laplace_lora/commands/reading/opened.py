@@ -72,7 +72,7 @@ def open_posterior(
         options = {**options, "load_in_4bit": plan is not None and plan.load_in_4bit}
     loaded = load_asked(adapter, options)
     if plan is None:
-        plan = _plan_of(config, loaded, rows, options)
+        plan = _plan_of(config, loaded, rows, options, completes)
     else:
         plan = plan_again(plan, rows, options, completes)
     la = getattr(laplace_lora, config["class"]).from_pretrained(loaded.model, folder)
@@ -80,14 +80,19 @@ def open_posterior(
 
 
 def _plan_of(
-    config: dict[str, Any], adapter: Adapter, rows: Sequence[Row], options: dict[str, Any]
+    config: dict[str, Any],
+    adapter: Adapter,
+    rows: Sequence[Row],
+    options: dict[str, Any],
+    completes: str | None,
 ) -> Plan:
     """Return a plan for a posterior that was saved from Python."""
     likelihood = config["arguments"]["likelihood"]
     targets = config["arguments"]["target_ids"]
     asked = asked_columns(options)
     columns = columns_of(rows, asked)
-    completion = completion_column(rows, columns, asked, likelihood)
+    is_needed = likelihood == completes
+    completion = completion_column(rows, columns, asked, likelihood, is_needed=is_needed)
     columns = replace(columns, completion=completion)
     given = list(options.get("labels") or ())
     names: list[str] = []

@@ -31,8 +31,30 @@ def test_the_fit_s_column_comes_before_another_that_is_the_only_one():
     several = {"prompt": "a", "answer": "b", "response": "c"}
     assert found({**several, "completion": "d"}, known=ASKED) == "completion"
     assert found(several, known=Columns("prompt", completion="response")) == "response"
-    assert found({"response": "a"}, known=Columns("response")) is None
     assert found({**several, "own": "d"}, known=ASKED, asked=Columns(completion="own")) == "own"
+
+
+def test_whole_texts_of_a_fit_are_whole_beside_any_column():
+    for text in ("text", "messages", "prompt", "response"):
+        assert found({text: "a", "answer": "b"}, known=Columns(text)) is None
+        named = Columns(completion="answer")
+        assert found({text: "a", "answer": "b"}, known=Columns(text), asked=named) == "answer"
+    other = {"text": "a", "prompt": "b", "answer": "c"}  # is read as in a fit
+    assert found(other, known=Columns("text"), asked=Columns("prompt")) == "answer"
+    assert found(other, known=Columns("prompt"), asked=Columns("text")) is None
+
+
+@pytest.mark.parametrize("text", ["text", "sentence", "messages"])
+def test_whether_texts_are_whole_is_said_where_it_is_not_clear(text):
+    row = {text: "a", "answer": "b"}
+    for likelihood, known in ((TEXTS, None), (PAIRS, Columns())):
+        with pytest.raises(ValueError, match=rf"'{text}' may .* --text-field {text} for whole"):
+            found(row, likelihood, known)
+        assert found(row, likelihood, known, Columns(text)) is None
+        assert found(row, likelihood, known, Columns(completion="answer")) == "answer"
+        assert found(row, likelihood, known, is_needed=False) is None
+    assert found({"question": "a", "answer": "b"}) == "answer"
+    assert found({text: "a"}) is None
 
 
 @pytest.mark.parametrize("names", [("output",), ("answer", "response"), ()])
@@ -71,6 +93,23 @@ def test_score_finds_or_refuses_the_texts_after_prompts(adapter, tmp_path):
     run("generate", folder, "--data", file("output"), "--max-new-tokens", 1, "--top-k", 4, "-q")
     message = refused("predict", folder, "--data", file("output"))
     assert "laplace-lora score" in message
+
+
+def test_a_column_beside_whole_texts_changes_nothing(adapter, tmp_path):
+    plain = [{"text": row["text"]} for row in reviews(24, 0)]
+    more = [{**row, "response": " good"} for row in plain]
+    texts, beside = (
+        write_json_lines(tmp_path / f"{name}.jsonl", rows)
+        for name, rows in (("texts", plain), ("beside", more))
+    )
+    folder = adapter("decoder")
+    message = refused("fit", folder, "--data", beside, "-q")
+    assert "say --text-field text for whole texts, --completion-field response for" in message
+    run("fit", folder, "--data", beside, "--text-field", "text", "-q")
+    args = ("score", folder, "--top-k", 4, "-q", "--data")
+    expected = run(*args, texts).stdout
+    assert len(json.loads(expected.splitlines()[0])["tokens"]) == 3
+    assert run(*args, beside).stdout == expected
 
 
 def test_single_rewards_are_of_texts_after_prompts(adapter, tmp_path):
