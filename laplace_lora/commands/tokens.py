@@ -34,7 +34,7 @@ def run_score(
 
     def answer(part: Sequence[int]) -> TokenPredictions:
         batch = collate([examples[i] for i in part])
-        source = _generator(opened, seed)
+        source = _generator(opened, seed)  # all rows have the same samples of the weights
         return score_texts(
             opened.la, batch, top_k, n_samples=n_samples, generator=source, progress_bar=False
         )
@@ -57,9 +57,11 @@ def run_generate(
     """Continue the prompts of rows."""
     opened, rows = _opened(adapter, data, out, options)
     prompts = [opened.inputs.text(row, n) for n, row in enumerate(rows, start=1)]
-    tokenizer = opened.adapter.tokenizer
+    tokenizer, source = opened.adapter.tokenizer, _generator(opened, seed)
 
     def answer(part: Sequence[int]) -> TokenPredictions:
+        if not do_sample:
+            source.manual_seed(seed)  # all rows have the same samples of the weights
         batch = tokenizer.pad([prompts[i] for i in part], return_tensors="pt")
         return write_texts(
             opened.la,
@@ -68,7 +70,7 @@ def run_generate(
             top_k,
             do_sample,
             n_samples=n_samples,
-            generator=_generator(opened, seed),
+            generator=source,
             stop_above=stop_above,
             progress_bar=False,
         )
@@ -91,7 +93,7 @@ def _opened(
 
 
 def _generator(opened: Opened, seed: int) -> torch.Generator:
-    """Return the source of the samples, the same for each batch."""
+    """Return the source of the samples."""
     return torch.Generator(opened.la.fitted.device).manual_seed(seed)
 
 

@@ -141,6 +141,16 @@ def test_generate_writes_and_stops(writer, tmp_path):
     assert len(set(drawn)) > 1
 
 
+def test_equal_prompts_are_continued_differently_in_different_batches(writer, tmp_path):
+    path = write_json_lines(tmp_path / "x.jsonl", [{"prompt": "the film"}] * 6)
+    args = ("generate", writer, "--data", path, "--max-new-tokens", 3, "--top-k", 9, "-q")
+    args = (*args, "--batch-size", 1)
+    drawn = run(*args, "--do-sample").stdout
+    texts = [json.loads(line)["text"] for line in drawn.splitlines()]
+    assert len(set(texts)) > 3 and run(*args, "--do-sample").stdout == drawn
+    assert len(set(run(*args).stdout.splitlines())) == 1
+
+
 def test_conversations_are_scored_in_the_last_message(adapter, data):
     def conversation(row):
         *words, last = row["text"].split()
