@@ -16,6 +16,15 @@ from laplace_lora.data.loaders import progress
 from laplace_lora.generation import TokenPredictions
 from laplace_lora.generation import generate as write_texts
 from laplace_lora.generation import score as score_texts
+from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
+
+# The result of a text without a scored token, as beside others: one token has none before it.
+NOTHING: dict[str, Any] = {
+    "text": "",
+    **dict.fromkeys(("log_prob", "map_log_prob", "log_prob_variance", "mutual_information"), 0.0),
+    "stopped": False,
+    "tokens": [],
+}
 
 
 def run_score(
@@ -32,8 +41,10 @@ def run_score(
     examples = [opened.inputs.scored(row, n) for n, row in enumerate(rows, start=1)]
     collate = DataCollatorForSeq2Seq(opened.adapter.tokenizer)
 
-    def answer(part: Sequence[int]) -> TokenPredictions:
+    def answer(part: Sequence[int]) -> TokenPredictions | None:
         batch = collate([examples[i] for i in part])
+        if bool((token_labels(batch, batch["labels"]) == IGNORED).all()):
+            return None
         source = _generator(opened, seed)  # all rows have the same samples of the weights
         return score_texts(
             opened.la, batch, top_k, n_samples=n_samples, generator=source, progress_bar=False
@@ -102,12 +113,16 @@ def _write(
     count: int,
     batch_size: int,
     out: str,
-    answer: Callable[[Sequence[int]], TokenPredictions],
+    answer: Callable[[Sequence[int]], TokenPredictions | None],
     title: str,
 ) -> None:
-    """Write a row for each text, batch by batch."""
+    """Write a row for each text, batch by batch; `NOTHING` where there is no answer."""
     parts = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
     with json_lines(out) as write:
         for part in progress(parts, None, title):
-            for text in answer(part).to_dict(opened.adapter.tokenizer)["texts"]:
+            found = answer(part)
+            texts = [NOTHING] * len(part)
+            if found is not None:
+                texts = found.to_dict(opened.adapter.tokenizer)["texts"]
+            for text in texts:
                 write(text)

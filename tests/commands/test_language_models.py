@@ -127,6 +127,19 @@ def test_texts_without_prompts_are_scored_whole(writer, data):
     assert first["text"] == reviews(20, 2)[0]["text"].partition(" ")[2]  # nothing before the first
 
 
+def test_a_text_of_one_token_has_an_empty_result_in_any_batch(writer, tmp_path):
+    rows = [{"text": text} for text in ("the film was good", "the", "film")]
+    path = write_json_lines(tmp_path / "x.jsonl", rows)
+    args = ("score", writer, "--data", path, "--text-field", "text", "--top-k", 4, "-q")
+    together, alone = (
+        [json.loads(line) for line in run(*args, "--batch-size", size).stdout.splitlines()]
+        for size in (3, 1)
+    )
+    assert [len(row["tokens"]) for row in alone] == [3, 0, 0]
+    assert alone[1:] == together[1:] and list(alone[1]) == list(alone[0])
+    assert alone[0]["log_prob"] == pytest.approx(together[0]["log_prob"], rel=1e-4)
+
+
 def test_generate_writes_and_stops(writer, tmp_path):
     out = tmp_path / "written.jsonl"
     path = write_json_lines(tmp_path / "x.jsonl", [{"prompt": "the film was"}] * 3)
