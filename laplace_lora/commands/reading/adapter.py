@@ -14,6 +14,7 @@ import transformers
 from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights
 
+from laplace_lora.commands.reading.four_bits import four_bits, unquantised
 from laplace_lora.commands.reading.lengths import check_length, longest_input
 from laplace_lora.commands.reading.repository import file_of
 
@@ -109,7 +110,9 @@ def load_adapter(
         options["num_labels"] = outputs
         options["ignore_mismatched_sizes"] = True  # a head of the base that the adapter replaces
     if load_in_4bit:
-        options |= _four_bits(where)
+        options |= four_bits(
+            where, unquantised(getattr(config, "modules_to_save", None), loader, source)
+        )
     model, report = loader.from_pretrained(source, **options)
     tokenizer = _tokenizer(adapter, source, model, saved, kind == HEAD)
     _check_no_random_weights(report, saved, adapter, source)
@@ -167,18 +170,6 @@ def _head_outputs(saved: dict[str, torch.Tensor]) -> int | None:
     """Return how many outputs the head has that is saved with an adapter."""
     heads = [t for name, t in saved.items() if name.endswith(HEADS) and "lora_" not in name]
     return len(heads[-1]) if heads else None
-
-
-def _four_bits(device: str) -> dict[str, Any]:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise ImportError("--load-in-4bit requires `pip install bitsandbytes`") from None
-    compute = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
-    )
-    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def _tokenizer(
