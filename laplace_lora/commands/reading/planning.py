@@ -30,21 +30,21 @@ def asked_columns(options: dict[str, Any]) -> Columns:
     return Columns(**{role: options.get(f"{role}_field") for role in roles})
 
 
-def plan_fit(adapter: Adapter, rows: Sequence[Row], options: dict[str, Any]) -> Plan:
+def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, Any]) -> Plan:
     """Return how a fit reads its rows.
 
     Args:
         adapter: The model.
-        rows: The training data.
+        rows: The training data; ``None`` for what the model and options alone say.
         options: Of the command line.
 
     Raises:
         ValueError: If model, answers and data do not go together.
     """
     asked = asked_columns(options)
-    columns = columns_of(rows, asked)
-    likelihood = _likelihood(adapter, rows, columns, options)
-    completion = completion_column(rows, columns, asked, likelihood)
+    columns, given = (asked, ()) if rows is None else (columns_of(rows, asked), rows)
+    likelihood = _likelihood(adapter, given, columns, options)
+    completion = completion_column(given, columns, asked, likelihood)
     columns = replace(columns, completion=completion)
     targets, names = list(options.get("targets") or ()), list(options.get("labels") or ())
     if targets:
@@ -63,7 +63,7 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row], options: dict[str, Any]) -> 
         if options.get("pair_field") is not None:
             raise ValueError(f"--pair-field: a {likelihood} posterior reads no second text")
         columns = replace(columns, pair=None)
-    if likelihood == "classification":
+    if likelihood == "classification" and rows is not None:
         _, labels_as = classes_of(label_cells(rows, columns.label), names, labels_as)
     return Plan(
         likelihood,
@@ -119,7 +119,7 @@ def _likelihood(
         if targets:
             raise ValueError("--target is for language models; this model has a head of its own")
         several = adapter.outputs > 1
-        default = likelihood_of_head(adapter)
+        default = _likelihood_of_head(adapter)
         label = columns.label
         has_lists = label is not None and any(isinstance(row.get(label), list) for row in rows)
         if several and has_lists and adapter.problem_type not in PROBLEMS:
@@ -147,7 +147,7 @@ def _likelihood(
     return asked or default
 
 
-def likelihood_of_head(adapter: Adapter) -> str:
+def _likelihood_of_head(adapter: Adapter) -> str:
     """Return the likelihood of a model with a head, by its configuration and its outputs."""
     if adapter.outputs == 1 and adapter.problem_type != MULTILABEL_PROBLEM:
         return "regression"
