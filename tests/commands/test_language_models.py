@@ -68,6 +68,9 @@ def test_messages_are_prompts(adapter, data):
     plain = adapter("decoder")
     refusal = refused("fit", plain, "--data", data("train", message), *ANSWERS)
     assert "the tokenizer has no chat template" in refusal
+    run("fit", plain, "--data", data("train", asked), *ANSWERS, "-q")
+    refusal = refused("predict", plain, "--data", data("test", asked), "--chat")
+    assert "--chat: the tokenizer has no chat template" in refusal
 
 
 def test_answers_must_be_single_known_tokens(adapter, data):

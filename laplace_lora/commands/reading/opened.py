@@ -74,7 +74,7 @@ def open_posterior(
     if plan is None:
         plan = _plan_of(config, loaded, rows, options, completes)
     else:
-        plan = plan_again(plan, rows, options, completes)
+        plan = plan_again(loaded, plan, rows, options, completes)
     la = getattr(laplace_lora, config["class"]).from_pretrained(loaded.model, folder)
     return Opened(la, loaded, plan)
 

@@ -78,26 +78,33 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, An
 
 
 def plan_again(
-    plan: Plan, rows: Sequence[Row], options: dict[str, Any], completes: str | None = None
+    adapter: Adapter,
+    plan: Plan,
+    rows: Sequence[Row],
+    options: dict[str, Any],
+    completes: str | None = None,
 ) -> Plan:
     """Return how another command reads its rows: as the fit did, but for what options say.
 
     Args:
+        adapter: The model.
         plan: Of the fit.
         rows: The data.
         options: Of the command line.
         completes: The likelihood whose completions the command reads; ``None`` for no likelihood.
 
     Raises:
-        ValueError: If a column is missing or has no effect, the number of names is another, or two
-            are the same.
+        ValueError: If a column is missing or has no effect, the number of names is another, two
+            are the same, or a chat template is asked for and missing.
     """
     asked, known = asked_columns(options), plan.columns
     columns = columns_of(rows, asked, known)
     is_needed = plan.likelihood == completes
     completion = completion_column(rows, columns, asked, plan.likelihood, known, is_needed)
     names = class_names(options.get("labels") or (), plan.names, len(plan.names))
-    chat = plan.chat if options.get("chat") is None else bool(options["chat"])
+    chat = plan.chat
+    if options.get("chat") is not None:
+        chat = uses_chat(adapter, columns, plan.likelihood, options["chat"])
     limit = options.get("max_length") or plan.max_length
     return replace(
         plan,
