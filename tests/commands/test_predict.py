@@ -346,7 +346,9 @@ def test_evaluate_makes_sets_keeps_a_risk_and_scores_groups(fitted, data, tmp_pa
     _, wider = json.loads(out.read_text())
     assert wider["values"]["set size"] > report["values"]["set size"]
     assert "answered" not in wider["values"]
-    assert "give them by --apart" in refused(*args, "--risk", 0.3)
+    for option in ("--risk", "--coverage"):
+        message = refused(*args, option, 0.3)
+        assert f"{option} is" in message and "give them by --apart" in message
     assert "not in the range" in refused(*args, "--risk", 3, status=2)
     assert "no column for the group" in refused(
         "evaluate", fitted, "--data", test, "-q", "--group-field", "kind"
