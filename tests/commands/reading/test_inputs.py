@@ -195,6 +195,7 @@ def test_a_column_is_there_if_any_row_has_it():
         (["1", "2", "3"], ["1", "2"], "numbers", ([1, 2], "numbers")),
         (["0", "1", "x"], ["0", 1], None, ([0, 1], None)),
         (["bad", "good"], ["good", "bad"], "numbers", ([1, 0], "names")),
+        (["bad", "good"], [1, 0], "names", ([1, 0], "numbers")),
         (["bad", "good"], [0.0, "1.0", 1], None, ([0, 1, 1], "numbers")),
         (["1.0", "2.0", "3.0"], [1.0, "2.0"], None, ([0, 1], "names")),
     ],
@@ -213,6 +214,9 @@ def test_the_labels_of_a_file_are_all_names_or_all_numbers(names, labels, form, 
         (["1", "2", "3"], [1, 2], None, "1 in row 1 is the name of class 0, and the number of '2'"),
         (["1", "2", "3"], [1, 0], "names", "row 2 has 0, which is none of the names"),
         (["1", "2", "3"], [1, 3], "numbers", "row 2 has 3, which is none of the numbers"),
+        (["1", "2", "3"], [3, 3], "numbers", "row 1 has 3, which is none of the numbers"),
+        (["1", "2", "3"], [0, 0], "names", "row 1 has 0, which is none of the names"),
+        (["-1", "0", "1"], [-1, -1], "numbers", "row 1 has -1, which is none of the numbers"),
     ],
 )
 def test_labels_that_may_be_misread_are_refused(names, labels, form, message):
