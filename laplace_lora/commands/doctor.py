@@ -25,9 +25,10 @@ from laplace_lora.commands.options import (
 def doctor(**options: Any) -> None:
     """Say what a fit would do, before it: what is covered, what is refused, memory and time.
 
-    Takes the options of `fit`. Without --data only the model is examined. With it the rows are
-    read, memory is estimated from one forward pass, and time from ten batches. Nothing is written.
-    Ends with status 1 if a fit would be refused or would not fit in memory.
+    Takes the options of `fit`, but for --val, --out, --overwrite and --seed. Without --data only
+    the model is examined. With it the rows are read, memory is estimated from one forward pass, and
+    time from ten batches. Nothing is written. Ends with status 1 if a fit would be refused or would
+    not fit in memory.
 
     Examples:
       laplace-lora doctor my-adapter

@@ -32,9 +32,7 @@ from laplace_lora.commands.options import (
 @click.option(
     "--coverage",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.9,
-    show_default=True,
-    help="Share of the sets that are to hold the label.",
+    help="Share of the sets of --apart that are to hold the label.  [default: 0.9]",
 )
 @click.option(
     "--risk",

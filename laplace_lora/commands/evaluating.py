@@ -39,13 +39,15 @@ def run(
     plot: str | None,
     group_field: str | None,
     apart: str | None,
-    coverage: float,
+    coverage: float | None,
     risk: float | None,
     **options: Any,
 ) -> None:
     """Score MAP and posterior on the same rows."""
     if risk is not None and apart is None:
         raise ValueError("--risk is kept on labelled data of their own: give them by --apart")
+    if coverage is not None and apart is None:
+        raise ValueError("--coverage is that of sets from labelled data: give them by --apart")
     if plot is not None and Path(plot).suffix not in PICTURES:
         raise ValueError(f"--plot {plot}: expected a file in {', '.join(PICTURES)}")
     for name, value in (("--out", out), ("--plot", plot)):
@@ -78,10 +80,11 @@ def run(
     given: dict[str, Any] = {
         "ood_loader": other,
         "conformal_loader": own,
-        "coverage": coverage,
         "risk": risk,
         "groups": groups,
     }
+    if coverage is not None:
+        given["coverage"] = coverage
     reports = [scores_of(method, loader, name=name, **given) for name, method in methods.items()]
     content = as_json([report.to_dict() for report in reports], indent=1)
     if out is not None and out != STANDARD:

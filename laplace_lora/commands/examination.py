@@ -13,17 +13,17 @@ from torch.utils.data import DataLoader
 
 from laplace_lora.adapters.diagonal_maps import ElementwiseMap, WholeTensor
 from laplace_lora.commands.fitting import new_posterior
-from laplace_lora.commands.reading.adapter import HEAD, Adapter, load_asked
+from laplace_lora.commands.reading.adapter import load_asked
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.names import layer_name
-from laplace_lora.commands.reading.plan import Plan
-from laplace_lora.commands.reading.planning import likelihood_of_head, plan_fit
+from laplace_lora.commands.reading.planning import plan_fit
 from laplace_lora.commands.reading.rows import read_rows
 from laplace_lora.commands.timing import fit_time, tuning_time
 from laplace_lora.posteriors.base import LoraLaplace
 
 NOT_WELL = 1  # exit status
 SHOWN_KINDS = 30
+BY = {"kron": "Kronecker factors", "full": "exact curvature", "diag": "diagonal"}  # is covered
 
 
 def run(adapter: str, data: str | None, **options: Any) -> None:
@@ -31,10 +31,10 @@ def run(adapter: str, data: str | None, **options: Any) -> None:
     loaded = load_asked(adapter, options)
     console = Console()
     rows = None if data is None else read_rows(data, options["split"])
-    plan = _without_data(loaded, options) if rows is None else plan_fit(loaded, rows, options)
+    plan = plan_fit(loaded, rows, options)
     problems: list[str] = []
     covering = new_posterior(loaded, plan, options["structure"], "diag")
-    diagonal = _print_covered(console, covering)
+    diagonal = _print_covered(console, covering, options["structure"])
     if diagonal and options["uncovered"] == "error":
         listed = ", ".join(diagonal[:5]) + (", ..." if len(diagonal) > 5 else "")
         problems.append(
@@ -52,19 +52,7 @@ def run(adapter: str, data: str | None, **options: Any) -> None:
     click.echo("A fit is expected to succeed.")
 
 
-def _without_data(adapter: Adapter, options: dict[str, Any]) -> Plan:
-    """Return a plan with what the model alone says."""
-    targets = list(options["targets"] or ())
-    if targets:
-        return Plan("classification", names=targets, targets=True)
-    if options["likelihood"] is not None:
-        return Plan(options["likelihood"])
-    if adapter.kind == HEAD:
-        return Plan(likelihood_of_head(adapter))
-    return Plan("language_modeling")
-
-
-def _print_covered(console: Console, la: LoraLaplace) -> list[str]:
+def _print_covered(console: Console, la: LoraLaplace, structure: str) -> list[str]:
     """Print the tensors that a posterior covers; return those that Kronecker factors do not."""
     table = Table(title="Covered", title_justify="left")
     table.add_column("tensors", overflow="fold")
@@ -73,9 +61,9 @@ def _print_covered(console: Console, la: LoraLaplace) -> list[str]:
     diagonal, engine = [], la.engine
     kinds: Counter[tuple[str, str, str]] = Counter()
     for block in engine.blocks:
-        by = "Kronecker factors"
+        by = BY[structure]
         if isinstance(engine.maps[block.map], ElementwiseMap | WholeTensor):
-            by = "diagonal"
+            by = BY["diag"] if structure == "kron" else by
             diagonal.append(block.name)
         kinds[layer_name(block.name), " x ".join(map(str, block.parameter.shape)), by] += 1
     for (name, shape, by), count in list(kinds.items())[:SHOWN_KINDS]:

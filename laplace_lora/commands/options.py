@@ -165,11 +165,7 @@ def task_options(function: F) -> F:
             type=click.Choice(LIKELIHOODS),
             help="What the model is trained for.  [default: what adapter, --target and data say]",
         ),
-        click.option(
-            "--completion-field",
-            metavar="NAME",
-            help="Column of the text after a prompt.  [default: completion, answer or response]",
-        ),
+        completion_option("completion, answer or response"),
         click.option(
             "--structure",
             type=click.Choice(STRUCTURES),
@@ -187,6 +183,19 @@ def task_options(function: F) -> F:
             "each such weight a variance of its own.",
         ),
     )(function)
+
+
+def completion_option(default: str) -> Callable[[F], F]:
+    """Add the column of completions.
+
+    Args:
+        default: What is read without it, for the help.
+    """
+    return click.option(
+        "--completion-field",
+        metavar="NAME",
+        help=f"Column of the text after a prompt.  [default: {default}]",
+    )
 
 
 def out_option(function: F) -> F:

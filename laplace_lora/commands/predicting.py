@@ -9,11 +9,12 @@ from laplace_lora.commands.output import check_writable, json_lines
 from laplace_lora.commands.reading.columns import CHOSEN, REJECTED, is_preference, present_in
 from laplace_lora.commands.reading.opened import Opened, open_posterior
 from laplace_lora.commands.reading.rows import Row, read_rows
+from laplace_lora.display.tables import plain
 from laplace_lora.predictive.predictions import Predictions
 
 # What results are called, by likelihood where they are moments.
 CLASSES = ("prediction", "probabilities", "entropy", "mutual_information")
-MOMENTS = {"regression": ("mean", "std"), "reward_modeling": ("reward", "std")}
+MOMENTS = {"regression": ("mean", "std", "observation_std"), "reward_modeling": ("reward", "std")}
 
 # What is given for each label where labels do not exclude each other.
 BY_LABEL = {
@@ -31,7 +32,7 @@ def run(adapter: str, data: str, out: str, keep: Sequence[str], **options: Any) 
     for name in keep:
         if name not in present:
             raise ValueError(f"--keep {name}: the data have {', '.join(map(repr, present))}")
-    opened = open_posterior(adapter, rows, options)
+    opened = open_posterior(adapter, rows, options, "reward_modeling")
     if opened.plan.likelihood == "language_modeling":
         raise ValueError(
             f"the posterior is over texts: `laplace-lora score {adapter}` says which tokens it is "
@@ -83,8 +84,9 @@ def result_rows(found: Predictions, opened: Opened) -> list[dict[str, Any]]:
     """Return one dictionary for each prediction."""
     values = found.to_dict()
     if found.probs is None:
-        mean, std = MOMENTS[opened.plan.likelihood]
-        columns = {mean: values["mean"], std: values["std"]}
+        noise = float(opened.la.sigma_noise)
+        moments = (found.mean, found.std, (found.std.square() + noise**2).sqrt())
+        columns = dict(zip(MOMENTS[opened.plan.likelihood], map(plain, moments), strict=False))
         single = len(found.mean.T) == 1
         return [
             {k: v[i][0] if single else v[i] for k, v in columns.items()} for i in range(len(found))

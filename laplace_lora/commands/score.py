@@ -10,6 +10,7 @@ from laplace_lora.commands.base import Command
 from laplace_lora.commands.options import (
     SCORED,
     common_options,
+    completion_option,
     data_options,
     model_options,
     posterior_option,
@@ -21,11 +22,7 @@ from laplace_lora.commands.options import (
 @model_options
 @posterior_option
 @data_options()
-@click.option(
-    "--completion-field",
-    metavar="NAME",
-    help="Column of the text after a prompt.  [default: that of the fit]",
-)
+@completion_option("that of the fit, or completion, answer or response, if one is there")
 @token_options(SCORED)
 @common_options
 def score(**options: Any) -> None:

@@ -16,6 +16,15 @@ from laplace_lora.data.loaders import progress
 from laplace_lora.generation import TokenPredictions
 from laplace_lora.generation import generate as write_texts
 from laplace_lora.generation import score as score_texts
+from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
+
+# The result of a text without a scored token, as beside others: one token has none before it.
+NOTHING: dict[str, Any] = {
+    "text": "",
+    **dict.fromkeys(("log_prob", "map_log_prob", "log_prob_variance", "mutual_information"), 0.0),
+    "stopped": False,
+    "tokens": [],
+}
 
 
 def run_score(
@@ -28,13 +37,15 @@ def run_score(
     **options: Any,
 ) -> None:
     """Score the tokens of rows."""
-    opened, rows = _opened(adapter, data, out, options)
+    opened, rows = _opened(adapter, data, out, options, "language_modeling")
     examples = [opened.inputs.scored(row, n) for n, row in enumerate(rows, start=1)]
     collate = DataCollatorForSeq2Seq(opened.adapter.tokenizer)
 
-    def answer(part: Sequence[int]) -> TokenPredictions:
+    def answer(part: Sequence[int]) -> TokenPredictions | None:
         batch = collate([examples[i] for i in part])
-        source = _generator(opened, seed)
+        if bool((token_labels(batch, batch["labels"]) == IGNORED).all()):
+            return None
+        source = _generator(opened, seed)  # all rows have the same samples of the weights
         return score_texts(
             opened.la, batch, top_k, n_samples=n_samples, generator=source, progress_bar=False
         )
@@ -57,9 +68,11 @@ def run_generate(
     """Continue the prompts of rows."""
     opened, rows = _opened(adapter, data, out, options)
     prompts = [opened.inputs.text(row, n) for n, row in enumerate(rows, start=1)]
-    tokenizer = opened.adapter.tokenizer
+    tokenizer, source = opened.adapter.tokenizer, _generator(opened, seed)
 
     def answer(part: Sequence[int]) -> TokenPredictions:
+        if not do_sample:
+            source.manual_seed(seed)  # all rows have the same samples of the weights
         batch = tokenizer.pad([prompts[i] for i in part], return_tensors="pt")
         return write_texts(
             opened.la,
@@ -68,7 +81,7 @@ def run_generate(
             top_k,
             do_sample,
             n_samples=n_samples,
-            generator=_generator(opened, seed),
+            generator=source,
             stop_above=stop_above,
             progress_bar=False,
         )
@@ -76,10 +89,12 @@ def run_generate(
     _write(opened, len(rows), options["batch_size"], out, answer, "Writing")
 
 
-def _opened(adapter: str, data: str, out: str, options: dict[str, Any]) -> tuple[Opened, list[Row]]:
+def _opened(
+    adapter: str, data: str, out: str, options: dict[str, Any], completes: str | None = None
+) -> tuple[Opened, list[Row]]:
     check_writable(out)
     rows = read_rows(data, options["split"])
-    opened = open_posterior(adapter, rows, options)
+    opened = open_posterior(adapter, rows, options, completes)
     if opened.adapter.kind != CAUSAL:
         raise ValueError(
             "tokens are scored and written by causal language models; for others there is "
@@ -89,7 +104,7 @@ def _opened(adapter: str, data: str, out: str, options: dict[str, Any]) -> tuple
 
 
 def _generator(opened: Opened, seed: int) -> torch.Generator:
-    """Return the source of the samples, the same for each batch."""
+    """Return the source of the samples."""
     return torch.Generator(opened.la.fitted.device).manual_seed(seed)
 
 
@@ -98,12 +113,16 @@ def _write(
     count: int,
     batch_size: int,
     out: str,
-    answer: Callable[[Sequence[int]], TokenPredictions],
+    answer: Callable[[Sequence[int]], TokenPredictions | None],
     title: str,
 ) -> None:
-    """Write a row for each text, batch by batch."""
+    """Write a row for each text, batch by batch; `NOTHING` where there is no answer."""
     parts = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
     with json_lines(out) as write:
         for part in progress(parts, None, title):
-            for text in answer(part).to_dict(opened.adapter.tokenizer)["texts"]:
+            found = answer(part)
+            texts = [NOTHING] * len(part)
+            if found is not None:
+                texts = found.to_dict(opened.adapter.tokenizer)["texts"]
+            for text in texts:
                 write(text)

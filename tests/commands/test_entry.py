@@ -1,6 +1,7 @@
 """``laplace-lora`` as a program: help, exit codes, and what it imports."""
 
 import errno
+import inspect
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ from laplace_lora import __version__
 from laplace_lora.commands import base, options
 from laplace_lora.commands.entry import main
 from laplace_lora.data import loaders
+from laplace_lora.evaluation import evaluate
 from laplace_lora.generation import decoding, scoring
 from support.command_line import refused, run
 
@@ -23,6 +25,10 @@ SLOW = ("torch", "transformers", "peft", "laplace", "rich", "datasets")
 
 def test_defaults_that_the_help_names_are_the_library_s():
     assert options.SCORED == scoring.SAMPLES and options.WRITTEN == decoding.SAMPLES
+    coverage = inspect.signature(evaluate).parameters["coverage"].default
+    assert f"hold the label. [default: {coverage}]" in " ".join(
+        run("evaluate", "--help").stdout.split()
+    )
     assert f"[default: {scoring.SAMPLES}]" in run("score", "--help").stdout
     assert f"[default: {decoding.SAMPLES}]" in run("generate", "--help").stdout
 

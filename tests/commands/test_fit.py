@@ -295,6 +295,10 @@ def test_a_regression_of_several_outputs(adapter, tmp_path):
     mean, covariance = la(loaded.tokenizer([rows[0]["text"]], return_tensors="pt"))
     found = json.loads(line)
     assert found["mean"] == pytest.approx(mean[0].tolist(), rel=1e-4)
-    assert found["std"] == pytest.approx(covariance[0].diagonal().sqrt().tolist(), rel=1e-3)
+    variance = covariance[0].diagonal()
+    assert found["std"] == pytest.approx(variance.sqrt().tolist(), rel=1e-3)
+    observed = (variance + la.sigma_noise**2).sqrt()
+    assert found["observation_std"] == pytest.approx(observed.tolist(), rel=1e-3)
+    assert found["observation_std"][0] > 2 * found["std"][0]
     write_json_lines(path, [*rows, {"text": "the film", "label": 1}])
     assert "row 17 has the label 1; expected a list of 2 numbers" in refused(*args, "--overwrite")

@@ -3,6 +3,7 @@
 import json
 import re
 
+from laplace_lora.commands.entry import main
 from laplace_lora.storage.files import TENSORS, read_files
 from support.command_line import refused, run
 from support.on_disk import save_classifier
@@ -67,6 +68,35 @@ def test_doctor_of_a_model_alone(made):
     assert "Kronecker factors" in run("doctor", made("decoder")).stdout
     assert run("doctor", made("decoder"), "--target", "good", "bad").exit_code == 0
     assert "needs" in refused("doctor", made("decoder"), "--target", "good")
+
+
+def test_doctor_refuses_without_data_what_a_fit_refuses(made, data):
+    cases = {
+        ("classifier", "--labels", "a", "b", "c"): "names 3 classes, the model has 2",
+        ("decoder", "--likelihood", "classification"): "name the answers by --target",
+        ("one output", "--likelihood", "classification"): "possible: multilabel, regression",
+        ("classifier", "--chat"): "the tokenizer has no chat template",
+        ("one output", "--labels-as", "names"): "has no classes to tell apart",
+    }
+    for (kind, *args), message in cases.items():
+        assert message in refused("doctor", made(kind), *args)
+        assert message in refused("fit", made(kind), "--data", data("train"), *args)
+
+
+def test_doctor_takes_the_options_of_a_fit_that_it_says():
+    taken = {
+        name: {o for p in main.commands[name].params for o in p.opts} for name in main.commands
+    }
+    others = {"--val", "--out", "--overwrite", "--seed"}
+    assert taken["fit"] - taken["doctor"] == others and taken["doctor"] < taken["fit"]
+    said = " ".join(run("doctor", "--help").stdout.split())
+    assert "options of `fit`, but for --val, --out, --overwrite and --seed" in said
+
+
+def test_doctor_says_by_which_posterior_weights_are_covered(made):
+    for structure, by in (("full", "exact curvature"), ("diag", "diagonal")):
+        shown = run("doctor", made("classifier"), "--structure", structure).stdout
+        assert by in shown and "Kronecker factors" not in shown
 
 
 def test_doctor_of_a_fit_writes_nothing(made, data):

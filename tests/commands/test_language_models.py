@@ -68,6 +68,9 @@ def test_messages_are_prompts(adapter, data):
     plain = adapter("decoder")
     refusal = refused("fit", plain, "--data", data("train", message), *ANSWERS)
     assert "the tokenizer has no chat template" in refusal
+    run("fit", plain, "--data", data("train", asked), *ANSWERS, "-q")
+    refusal = refused("predict", plain, "--data", data("test", asked), "--chat")
+    assert "--chat: the tokenizer has no chat template" in refusal
 
 
 def test_answers_must_be_single_known_tokens(adapter, data):
@@ -127,6 +130,19 @@ def test_texts_without_prompts_are_scored_whole(writer, data):
     assert first["text"] == reviews(20, 2)[0]["text"].partition(" ")[2]  # nothing before the first
 
 
+def test_a_text_of_one_token_has_an_empty_result_in_any_batch(writer, tmp_path):
+    rows = [{"text": text} for text in ("the film was good", "the", "film")]
+    path = write_json_lines(tmp_path / "x.jsonl", rows)
+    args = ("score", writer, "--data", path, "--text-field", "text", "--top-k", 4, "-q")
+    together, alone = (
+        [json.loads(line) for line in run(*args, "--batch-size", size).stdout.splitlines()]
+        for size in (3, 1)
+    )
+    assert [len(row["tokens"]) for row in alone] == [3, 0, 0]
+    assert alone[1:] == together[1:] and list(alone[1]) == list(alone[0])
+    assert alone[0]["log_prob"] == pytest.approx(together[0]["log_prob"], rel=1e-4)
+
+
 def test_generate_writes_and_stops(writer, tmp_path):
     out = tmp_path / "written.jsonl"
     path = write_json_lines(tmp_path / "x.jsonl", [{"prompt": "the film was"}] * 3)
@@ -139,6 +155,16 @@ def test_generate_writes_and_stops(writer, tmp_path):
     assert json.loads(stopped)["stopped"] and len(json.loads(stopped)["tokens"]) == 1
     drawn = [run(*args, "--do-sample", "--seed", seed).stdout for seed in (0, 1, 2, 3)]
     assert len(set(drawn)) > 1
+
+
+def test_equal_prompts_are_continued_differently_in_different_batches(writer, tmp_path):
+    path = write_json_lines(tmp_path / "x.jsonl", [{"prompt": "the film"}] * 6)
+    args = ("generate", writer, "--data", path, "--max-new-tokens", 3, "--top-k", 9, "-q")
+    args = (*args, "--batch-size", 1)
+    drawn = run(*args, "--do-sample").stdout
+    texts = [json.loads(line)["text"] for line in drawn.splitlines()]
+    assert len(set(texts)) > 3 and run(*args, "--do-sample").stdout == drawn
+    assert len(set(run(*args).stdout.splitlines())) == 1
 
 
 def test_conversations_are_scored_in_the_last_message(adapter, data):

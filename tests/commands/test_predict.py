@@ -78,7 +78,15 @@ def test_rows_may_lack_columns_that_others_have(adapter, data, tmp_path):
 @pytest.mark.slow
 def test_a_kept_column_does_not_take_the_name_of_a_result(fitted, adapter, data, tmp_path):
     def named(row):
-        return {**row, "prediction": "mine", "mean": 1, "reward": 2, "std": 3, "entropy": 4}
+        return {
+            **row,
+            "observation_std": 5,
+            "prediction": "mine",
+            "mean": 1,
+            "reward": 2,
+            "std": 3,
+            "entropy": 4,
+        }
 
     pairs = [{"chosen": "the film was good", "rejected": "the film was bad", **named({})}] * 9
     path, test = write_json_lines(tmp_path / "pairs.jsonl", pairs), data("test", named)
@@ -88,7 +96,11 @@ def test_a_kept_column_does_not_take_the_name_of_a_result(fitted, adapter, data,
     args = ("--posterior", regression)
     for given, taken, free in (
         ((fitted, "--data", test), ("prediction", "entropy"), ("mean", "std", "reward")),
-        ((reward, *args, "--data", test), ("mean", "std"), ("prediction", "reward", "entropy")),
+        (
+            (reward, *args, "--data", test),
+            ("mean", "std", "observation_std"),
+            ("prediction", "reward", "entropy"),
+        ),
         ((reward, "--data", test), ("reward", "std"), ("prediction", "mean", "entropy")),
         ((reward, "--data", path), ("prediction", "entropy"), ("mean", "std", "reward")),
     ):
@@ -197,7 +209,7 @@ def test_regressions_and_rewards_have_moments(adapter, data, tmp_path):
     folder = adapter("one output")
     run("fit", folder, "--data", data("train"), "-q")
     first = json.loads(run("predict", folder, "--data", data("test"), "-q").stdout.splitlines()[0])
-    assert set(first) == {"mean", "std"} and first["std"] > 0
+    assert set(first) == {"mean", "std", "observation_std"} and first["std"] > 0
     pairs = [{"chosen": "the film was good", "rejected": "the film was bad"}] * 9
     path = write_json_lines(tmp_path / "pairs.jsonl", pairs)
     run("fit", folder, "--data", path, "--overwrite", "-q")
@@ -336,7 +348,9 @@ def test_evaluate_makes_sets_keeps_a_risk_and_scores_groups(fitted, data, tmp_pa
     _, wider = json.loads(out.read_text())
     assert wider["values"]["set size"] > report["values"]["set size"]
     assert "answered" not in wider["values"]
-    assert "give them by --apart" in refused(*args, "--risk", 0.3)
+    for option in ("--risk", "--coverage"):
+        message = refused(*args, option, 0.3)
+        assert f"{option} is" in message and "give them by --apart" in message
     assert "not in the range" in refused(*args, "--risk", 3, status=2)
     assert "no column for the group" in refused(
         "evaluate", fitted, "--data", test, "-q", "--group-field", "kind"

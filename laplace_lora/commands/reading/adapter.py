@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ import transformers
 from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights
 
+from laplace_lora.commands.reading.four_bits import four_bits, unquantised
 from laplace_lora.commands.reading.lengths import check_length, longest_input
 from laplace_lora.commands.reading.repository import file_of
+from laplace_lora.commands.reading.weights import adapter_weights_found, base_model_found
 
 HEADS = (".score.weight", ".classifier.weight", ".out_proj.weight")  # the last layer, by its ending
 AUTO = {
@@ -79,10 +82,11 @@ def load_adapter(
         load_in_4bit: Quantise the base model by bitsandbytes.
 
     Raises:
-        FileNotFoundError: If there is no adapter, or it names no base model.
+        FileNotFoundError: If there is no adapter, or it names no base model, or one that is not
+            there.
         ImportError: If bitsandbytes is needed and missing.
-        ValueError: If the adapter is of another kind, there is no such device, or base and adapter
-            together leave weights at random values.
+        ValueError: If the adapter is of another kind, a file is damaged, there is no such device,
+            or base and adapter together leave weights at random values.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -95,6 +99,8 @@ def load_adapter(
         )
     try:
         config = PeftConfig.from_pretrained(adapter)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"adapter_config.json of {adapter} is damaged: {error}") from None
     except ValueError as error:  # PEFT's, for whatever kept it from the file
         raise FileNotFoundError(
             f"there is no folder {adapter}, and no adapter of that name was found on the hub"
@@ -102,15 +108,18 @@ def load_adapter(
     source = base or config.base_model_name_or_path
     if not source:
         raise FileNotFoundError(f"{adapter} does not name its base model; give it by --base")
-    saved = load_peft_weights(adapter, device="cpu")
+    with adapter_weights_found(adapter):
+        saved = load_peft_weights(adapter, device="cpu")
     kind, loader = _loader_of(config, adapter)
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     if kind == HEAD and (outputs := _head_outputs(saved)):
         options["num_labels"] = outputs
         options["ignore_mismatched_sizes"] = True  # a head of the base that the adapter replaces
-    if load_in_4bit:
-        options |= _four_bits(where)
-    model, report = loader.from_pretrained(source, **options)
+    with base_model_found(source, adapter if base is None else "--base"):
+        if load_in_4bit:
+            whole = getattr(config, "modules_to_save", None)
+            options |= four_bits(where, unquantised(whole, loader, source))
+        model, report = loader.from_pretrained(source, **options)
     tokenizer = _tokenizer(adapter, source, model, saved, kind == HEAD)
     _check_no_random_weights(report, saved, adapter, source)
     if not load_in_4bit:
@@ -167,18 +176,6 @@ def _head_outputs(saved: dict[str, torch.Tensor]) -> int | None:
     """Return how many outputs the head has that is saved with an adapter."""
     heads = [t for name, t in saved.items() if name.endswith(HEADS) and "lora_" not in name]
     return len(heads[-1]) if heads else None
-
-
-def _four_bits(device: str) -> dict[str, Any]:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise ImportError("--load-in-4bit requires `pip install bitsandbytes`") from None
-    compute = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
-    )
-    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def _tokenizer(

@@ -13,7 +13,6 @@ from laplace_lora.commands.reading.rows import Row
 TEXTS = ("text", "prompt", "messages", "sentence", "question")
 PAIRS = ("text_pair",)
 SECOND = ("text2", "sentence1", "sentence2", "premise", "hypothesis", "context", "passage")
-COMPLETIONS = ("completion", "answer", "response")
 LABELS = ("label", "labels")
 CHOSEN, REJECTED = "chosen", "rejected"  # of preference pairs, as TRL names them
 
@@ -38,10 +37,12 @@ class Columns:
 def columns_of(rows: Sequence[Row], asked: Columns, known: Columns | None = None) -> Columns:
     """Return the columns to read: those asked for, those of the fit, or those with usual names.
 
+    That of completions is only the one asked for; for others see `completion_column`.
+
     Args:
         rows: At least one.
         asked: Columns named in options.
-        known: Columns that a posterior was fitted with. Labels and completions may be missing.
+        known: Columns that a posterior was fitted with. Labels may be missing.
 
     Rows need not all have the same columns: it is there if one of them has it.
 
@@ -52,20 +53,20 @@ def columns_of(rows: Sequence[Row], asked: Columns, known: Columns | None = None
     present = present_in(rows)
     for name in (asked.text, asked.pair, asked.completion, asked.label):
         if name is not None and name not in present:
-            raise ValueError(f"there is no column {name!r}; the data have {_listed(present)}")
+            raise ValueError(f"there is no column {name!r}; the data have {listed(present)}")
     if known is not None:
         for role in ("text", "pair"):
             name = getattr(known, role)
             if name is not None and name not in present and getattr(asked, role) is None:
                 raise ValueError(
                     f"the posterior was fitted on the column {name!r}; the data have "
-                    f"{_listed(present)}. Name the column by --{role}-field"
+                    f"{listed(present)}. Name the column by --{role}-field"
                 )
     free = [name for name in present if name not in vars(asked).values()]
     if known is None and asked.text is None:
         _check_one_text(free)
-    choices = {"text": TEXTS, "pair": PAIRS, "completion": COMPLETIONS, "label": LABELS}
-    found: dict[str, str | None] = {}
+    choices = {"text": TEXTS, "pair": PAIRS, "label": LABELS}
+    found: dict[str, str | None] = {"completion": asked.completion}
     for role, usual in choices.items():
         of_fit = getattr(known, role) if known is not None else None
         # A second text that the fit did not read would make another input.
@@ -84,7 +85,7 @@ def _check_one_text(free: Sequence[str]) -> None:
     texts = [name for name in free if name in (*TEXTS, *SECOND)]
     if len(texts) > 1:
         raise ValueError(
-            f"the data have several columns of texts, {_listed(texts)}; name the one to read by "
+            f"the data have several columns of texts, {listed(texts)}; name the one to read by "
             "--text-field, and that of second texts, if there are any, by --pair-field"
         )
 
@@ -107,7 +108,7 @@ def read_beside(rows: Sequence[Row], columns: Columns, source: str) -> Iterator[
         if columns.pair is not None and columns.pair not in present_in(rows):
             raise ValueError(
                 f"there is no column {columns.pair!r} with second texts, which the data have; this "
-                f"file has {_listed(present_in(rows))}"
+                f"file has {listed(present_in(rows))}"
             )
         yield
     except ValueError as error:
@@ -139,7 +140,7 @@ def cell(row: Row, name: str | None, number: int, what: str, option: str) -> Any
     """
     if name is None:
         raise ValueError(
-            f"no column for the {what}: the data have {_listed(row)}; name it by {option}"
+            f"no column for the {what}: the data have {listed(row)}; name it by {option}"
         )
     value = row.get(name)
     if value is None or value == "":
@@ -200,5 +201,6 @@ def label_cells(rows: Sequence[Row], name: str | None) -> list[Any]:
     return [cell(row, name, n, "label", "--label-field") for n, row in enumerate(rows, start=1)]
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """Return names as an error lists them."""
     return ", ".join(map(repr, names))

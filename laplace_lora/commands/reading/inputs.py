@@ -78,7 +78,7 @@ class Inputs:
         columns = self.plan.columns
         content = text_cell(row, columns.text, number, "text", "--text-field")
         if self.plan.likelihood == "reward_modeling" and columns.completion is not None:
-            answer = text_cell(row, columns.completion, number, "completion", "that name")
+            answer = text_cell(row, columns.completion, number, "completion", "--completion-field")
             content = self._after(content, answer, number)
         second = row.get(columns.pair) if columns.pair is not None else None
         if second == "":  # all that a table can say of a text that is not there

@@ -24,7 +24,8 @@ def classes_of(
             from 0.
         names: Names of the classes, in the order of the model's outputs.
         form: How the labels were read before, or are to be read, where they may be either:
-            `NAMES` or `NUMBERS`; ``None`` if nobody has said.
+            `NAMES` or `NUMBERS`; ``None`` if nobody has said. Where no class is called by a number,
+            labels that are all of the other form are taken all the same.
 
     Returns:
         The classes, and how the labels were read; ``None`` if both ways lead to the same.
@@ -49,7 +50,7 @@ def classes_of(
     }
     if form in whole:
         return whole[form], form
-    if form is not None and any(i is not None for i in read[form]):
+    if form is not None and (any(i is not None for i in read[form]) or _any_numeral(names)):
         row, label = next((n, y) for n, y in enumerate(labels, 1) if read[form][n - 1] is None)
         raise ValueError(
             f"labels are read as {form}, as in the fit or as {OPTION} says, and row {row} has "
@@ -106,6 +107,11 @@ def _numbered(label: Any, names: Sequence[str]) -> int | None:
     if isinstance(label, bool) or not text.isdecimal() or int(text) >= len(names):
         return None
     return int(text)
+
+
+def _any_numeral(names: Sequence[str]) -> bool:
+    """Return whether a class is called by a number, which another class may have."""
+    return any(re.fullmatch(r"\s*[+-]?\d+(\.\d*)?\s*", name) for name in names)
 
 
 def _expected(names: Sequence[str]) -> str:

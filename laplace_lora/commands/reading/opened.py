@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import laplace_lora
 from laplace_lora.commands.reading.adapter import HEAD, Adapter, load_asked
 from laplace_lora.commands.reading.columns import columns_of
+from laplace_lora.commands.reading.completions import completion_column
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.names import class_names
 from laplace_lora.commands.reading.plan import Plan, read_plan
@@ -44,13 +45,16 @@ class Opened:
         return Inputs(self.adapter, self.plan)
 
 
-def open_posterior(adapter: str, rows: Sequence[Row], options: dict[str, Any]) -> Opened:
+def open_posterior(
+    adapter: str, rows: Sequence[Row], options: dict[str, Any], completes: str | None = None
+) -> Opened:
     """Load an adapter and its posterior.
 
     Args:
         adapter: Folder or name of the adapter.
         rows: Data to be read.
         options: Of the command line.
+        completes: See `plan_again`.
 
     Raises:
         FileNotFoundError: If there is no posterior.
@@ -68,20 +72,28 @@ def open_posterior(adapter: str, rows: Sequence[Row], options: dict[str, Any]) -
         options = {**options, "load_in_4bit": plan is not None and plan.load_in_4bit}
     loaded = load_asked(adapter, options)
     if plan is None:
-        plan = _plan_of(config, loaded, rows, options)
+        plan = _plan_of(config, loaded, rows, options, completes)
     else:
-        plan = plan_again(plan, rows, options)
+        plan = plan_again(loaded, plan, rows, options, completes)
     la = getattr(laplace_lora, config["class"]).from_pretrained(loaded.model, folder)
     return Opened(la, loaded, plan)
 
 
 def _plan_of(
-    config: dict[str, Any], adapter: Adapter, rows: Sequence[Row], options: dict[str, Any]
+    config: dict[str, Any],
+    adapter: Adapter,
+    rows: Sequence[Row],
+    options: dict[str, Any],
+    completes: str | None,
 ) -> Plan:
     """Return a plan for a posterior that was saved from Python."""
     likelihood = config["arguments"]["likelihood"]
     targets = config["arguments"]["target_ids"]
-    columns = columns_of(rows, asked_columns(options))
+    asked = asked_columns(options)
+    columns = columns_of(rows, asked)
+    is_needed = likelihood == completes
+    completion = completion_column(rows, columns, asked, likelihood, is_needed=is_needed)
+    columns = replace(columns, completion=completion)
     given = list(options.get("labels") or ())
     names: list[str] = []
     if targets is not None:

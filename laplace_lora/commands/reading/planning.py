@@ -9,6 +9,7 @@ from typing import Any
 from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
 from laplace_lora.commands.reading.answers import target_tokens
 from laplace_lora.commands.reading.columns import Columns, columns_of, is_preference, label_cells
+from laplace_lora.commands.reading.completions import completion_column
 from laplace_lora.commands.reading.labels import classes_of
 from laplace_lora.commands.reading.names import class_names
 from laplace_lora.commands.reading.plan import Plan
@@ -29,19 +30,22 @@ def asked_columns(options: dict[str, Any]) -> Columns:
     return Columns(**{role: options.get(f"{role}_field") for role in roles})
 
 
-def plan_fit(adapter: Adapter, rows: Sequence[Row], options: dict[str, Any]) -> Plan:
+def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, Any]) -> Plan:
     """Return how a fit reads its rows.
 
     Args:
         adapter: The model.
-        rows: The training data.
+        rows: The training data; ``None`` for what the model and options alone say.
         options: Of the command line.
 
     Raises:
         ValueError: If model, answers and data do not go together.
     """
-    columns = columns_of(rows, asked_columns(options))
-    likelihood = _likelihood(adapter, rows, columns, options)
+    asked = asked_columns(options)
+    columns, given = (asked, ()) if rows is None else (columns_of(rows, asked), rows)
+    likelihood = _likelihood(adapter, given, columns, options)
+    completion = completion_column(given, columns, asked, likelihood)
+    columns = replace(columns, completion=completion)
     targets, names = list(options.get("targets") or ()), list(options.get("labels") or ())
     if targets:
         if names:
@@ -59,7 +63,7 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row], options: dict[str, Any]) -> 
         if options.get("pair_field") is not None:
             raise ValueError(f"--pair-field: a {likelihood} posterior reads no second text")
         columns = replace(columns, pair=None)
-    if likelihood == "classification":
+    if likelihood == "classification" and rows is not None:
         _, labels_as = classes_of(label_cells(rows, columns.label), names, labels_as)
     return Plan(
         likelihood,
@@ -73,19 +77,38 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row], options: dict[str, Any]) -> 
     )
 
 
-def plan_again(plan: Plan, rows: Sequence[Row], options: dict[str, Any]) -> Plan:
+def plan_again(
+    adapter: Adapter,
+    plan: Plan,
+    rows: Sequence[Row],
+    options: dict[str, Any],
+    completes: str | None = None,
+) -> Plan:
     """Return how another command reads its rows: as the fit did, but for what options say.
 
+    Args:
+        adapter: The model.
+        plan: Of the fit.
+        rows: The data.
+        options: Of the command line.
+        completes: The likelihood whose completions the command reads; ``None`` for no likelihood.
+
     Raises:
-        ValueError: If a column is missing, the number of names is another, or two are the same.
+        ValueError: If a column is missing or has no effect, the number of names is another, two
+            are the same, or a chat template is asked for and missing.
     """
-    columns = columns_of(rows, asked_columns(options), plan.columns)
+    asked, known = asked_columns(options), plan.columns
+    columns = columns_of(rows, asked, known)
+    is_needed = plan.likelihood == completes
+    completion = completion_column(rows, columns, asked, plan.likelihood, known, is_needed)
     names = class_names(options.get("labels") or (), plan.names, len(plan.names))
-    chat = plan.chat if options.get("chat") is None else bool(options["chat"])
+    chat = plan.chat
+    if options.get("chat") is not None:
+        chat = uses_chat(adapter, columns, plan.likelihood, options["chat"])
     limit = options.get("max_length") or plan.max_length
     return replace(
         plan,
-        columns=columns,
+        columns=replace(columns, completion=completion),
         names=names,
         chat=chat,
         max_length=limit,
@@ -103,7 +126,7 @@ def _likelihood(
         if targets:
             raise ValueError("--target is for language models; this model has a head of its own")
         several = adapter.outputs > 1
-        default = likelihood_of_head(adapter)
+        default = _likelihood_of_head(adapter)
         label = columns.label
         has_lists = label is not None and any(isinstance(row.get(label), list) for row in rows)
         if several and has_lists and adapter.problem_type not in PROBLEMS:
@@ -131,7 +154,7 @@ def _likelihood(
     return asked or default
 
 
-def likelihood_of_head(adapter: Adapter) -> str:
+def _likelihood_of_head(adapter: Adapter) -> str:
     """Return the likelihood of a model with a head, by its configuration and its outputs."""
     if adapter.outputs == 1 and adapter.problem_type != MULTILABEL_PROBLEM:
         return "regression"

@@ -6,6 +6,7 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import (
     BertConfig,
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from laplace_lora.commands.reading.adapter import HEAD, load_adapter
+from laplace_lora.commands.reading.four_bits import unquantised
 from laplace_lora.commands.reading.repository import file_of
 from support.command_line import refused, run
 from support.hub import serving
@@ -167,6 +169,28 @@ def test_four_bits(adapter, data, monkeypatch):
     run("predict", folder, "--data", rows, "--device", "cpu", "-q")  # in four bits again
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     assert "pip install bitsandbytes" in refused("fit", folder, *args, "--overwrite")
+
+
+@pytest.mark.parametrize("kind", ["classifier", "one output"])
+def test_a_head_that_the_adapter_saves_is_not_quantised(adapter, data, kind):
+    """transformers leaves what the last tensor is called, for BERT ``classifier.bias``."""
+    pytest.importorskip("bitsandbytes")
+    folder = adapter(kind)
+    args = ("--data", data("train"), "--device", "cpu", "-q")
+    run("fit", folder, *args, "--load-in-4bit")
+    assert len(run("predict", folder, *args).stdout.splitlines()) == 48
+
+
+def test_four_bits_leave_what_is_saved_and_what_transformers_leaves(made):
+    base = str(made("decoder").parent / "base")
+    auto = transformers.AutoModelForCausalLM
+    assert unquantised(None, auto, base) is None
+    for loader in (auto, transformers.LlamaForCausalLM):
+        found = unquantised(["gate_proj"], loader, base)
+        assert found == ["lm_head", *(f"model.layers.{i}.mlp.gate_proj" for i in range(2))]
+    head = transformers.AutoModelForSequenceClassification
+    found = unquantised(["classifier", "score"], head, str(made("classifier").parent / "base"))
+    assert "classifier" in found and not any("encoder" in name for name in found)
 
 
 def test_adapters_and_posteriors_on_the_hub(adapter, data, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Rows become the inputs that their plan says, or are refused by their number."""
 
+from dataclasses import replace
+
 import pytest
 
 from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
@@ -148,15 +150,13 @@ def test_several_columns_of_texts_must_be_told_apart(names):
     row = {**dict.fromkeys(names, "a"), "answer": "b", "label": 0}
     with pytest.raises(ValueError, match=rf"several columns of texts, '{names[0]}', '{names[1]}'"):
         columns_of([row], Columns())
-    assert columns_of([row], Columns(text=names[1])) == Columns(names[1], None, "answer", "label")
+    assert columns_of([row], Columns(text=names[1])) == Columns(names[1], None, None, "label")
     both = columns_of([row], Columns(pair=names[1]))
-    assert both == Columns(names[0], names[1], "answer", "label")
+    assert both == Columns(names[0], names[1], None, "label")
     assert columns_of([row], Columns(), Columns(text=names[0])).text == names[0]
 
 
 def test_the_fit_s_second_text_is_neither_left_out_nor_asked_for_in_vain():
-    answers = Columns(text="response")  # which is a usual name of completions
-    assert columns_of([{"response": "a"}], Columns(), answers) == Columns(text="response")
     row, known = {"body": "a", "second": "b"}, Columns(text="text", pair="text_pair")
     with pytest.raises(ValueError, match=r"'text_pair'; the data .* by --pair-field"):
         columns_of([row], Columns(text="body"), known)
@@ -169,8 +169,8 @@ def test_the_fit_s_second_text_is_neither_left_out_nor_asked_for_in_vain():
 
 def test_a_column_is_there_if_any_row_has_it():
     row, full = {"text": "the film", "label": 0}, {"text": "a", "text_pair": "b", "completion": "c"}
-    assert columns_of([row, full], Columns()) == TEXT
-    assert columns_of([row, full], Columns(), TEXT) == TEXT
+    assert columns_of([row, full], Columns()) == replace(TEXT, completion=None)
+    assert columns_of([row, full], Columns(), TEXT) == replace(TEXT, completion=None)
     assert columns_of([row, full], Columns(text="completion")).text == "completion"
     assert is_preference([{"prompt": "a"}, {"chosen": "b", "rejected": "c"}])
     first, second = ({**r, "label": 0} for r in ({"text": "the film"}, {**full, "text": "was"}))
@@ -195,6 +195,7 @@ def test_a_column_is_there_if_any_row_has_it():
         (["1", "2", "3"], ["1", "2"], "numbers", ([1, 2], "numbers")),
         (["0", "1", "x"], ["0", 1], None, ([0, 1], None)),
         (["bad", "good"], ["good", "bad"], "numbers", ([1, 0], "names")),
+        (["bad", "good"], [1, 0], "names", ([1, 0], "numbers")),
         (["bad", "good"], [0.0, "1.0", 1], None, ([0, 1, 1], "numbers")),
         (["1.0", "2.0", "3.0"], [1.0, "2.0"], None, ([0, 1], "names")),
     ],
@@ -213,6 +214,9 @@ def test_the_labels_of_a_file_are_all_names_or_all_numbers(names, labels, form, 
         (["1", "2", "3"], [1, 2], None, "1 in row 1 is the name of class 0, and the number of '2'"),
         (["1", "2", "3"], [1, 0], "names", "row 2 has 0, which is none of the names"),
         (["1", "2", "3"], [1, 3], "numbers", "row 2 has 3, which is none of the numbers"),
+        (["1", "2", "3"], [3, 3], "numbers", "row 1 has 3, which is none of the numbers"),
+        (["1", "2", "3"], [0, 0], "names", "row 1 has 0, which is none of the names"),
+        (["-1", "0", "1"], [-1, -1], "numbers", "row 1 has -1, which is none of the numbers"),
     ],
 )
 def test_labels_that_may_be_misread_are_refused(names, labels, form, message):
