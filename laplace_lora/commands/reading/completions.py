@@ -9,6 +9,7 @@ from laplace_lora.commands.reading.rows import Row
 
 COMPLETIONS = ("completion", "answer", "response")
 WHOLE = ("text", "sentence", "messages")  # of which nothing that follows is expected
+BEGUN = ("prompt", "question")  # which something follows
 OPTION = "--completion-field"
 
 
@@ -52,7 +53,7 @@ def completion_column(
     if known.completion in free:
         return known.completion
     if known.text is None or asked.text not in (None, known.text):
-        return _new(usual, columns.text, asked.text, is_needed)
+        return _new(usual, free, columns.text, asked.text, is_needed)
     if known.completion is None and not is_reward:
         return None
     if len(usual) == 1:
@@ -66,12 +67,19 @@ def completion_column(
     return None
 
 
-def _new(usual: Sequence[str], text: str | None, asked: str | None, is_needed: bool) -> str | None:
+def _new(
+    usual: Sequence[str], free: Sequence[str], text: str | None, asked: str | None, is_needed: bool
+) -> str | None:
     """Return the first column with a usual name, if it may follow the texts."""
-    if not usual or text not in WHOLE:
-        return next(iter(usual), None)
-    if asked is not None or not is_needed:
+    if usual and text not in WHOLE:
+        return usual[0]
+    if asked is not None or not is_needed or not (usual or (free and text in BEGUN)):
         return None
+    if not usual:
+        raise ValueError(
+            f"the column {text!r} may be followed by one of {listed(free)}: name that by {OPTION}, "
+            f"or say --text-field {text} for whole texts"
+        )
     raise ValueError(
         f"the column {text!r} may be whole texts, or what {usual[0]!r} follows: say --text-field "
         f"{text} for whole texts, {OPTION} {usual[0]} for the others"

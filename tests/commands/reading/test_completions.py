@@ -68,6 +68,16 @@ def test_what_follows_a_prompt_must_be_clear(names):
     assert found(plain, known=ASKED, asked=Columns("body")) is None  # of whole texts
 
 
+def test_what_follows_a_new_prompt_must_be_clear_as_well():
+    for text in ("prompt", "question"):
+        with pytest.raises(ValueError, match=f"the column '{text}' may be followed by one of 'out"):
+            found({text: "a", "output": "b"})
+        assert found({text: "a", "output": "b"}, asked=Columns(text)) is None
+        assert found({text: "a", "output": "b"}, asked=Columns(completion="output")) == "output"
+        assert found({text: "a", "output": "b"}, is_needed=False) is None
+        assert found({text: "a"}) is None
+
+
 def test_where_no_completion_is_read_none_may_be_named():
     row = {"prompt": "a", "chosen": "b", "rejected": "c", "answer": "d", "label": 0}
     for likelihood, message in ((PAIRS, "preference pairs have"), ("regression", "a regression")):
