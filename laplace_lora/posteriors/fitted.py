@@ -67,12 +67,15 @@ class FittedLaplace(SavedLaplace):
                 different numbers of examples, or what is kept in ``checkpoint_dir`` is damaged or
                 is of another fit.
             FloatingPointError: If the loss or the curvature is not finite; names batch and layer.
-            RuntimeError: If another process that shares the loader failed or had no examples.
+            RuntimeError: If another process that shares the loader failed or had no examples, or
+                data are added where the model was rounded to a coarser dtype since.
         """
         fitter = Fitter(self.parts if override or not self.state.is_fitted else self.fitted)
         options = (override, progress_bar, checkpoint_dir, checkpoint_every, evidence_correction)
         drawn = one_draw(train_loader)
         alone = override or not self.state.is_fitted
+        if not alone:
+            self._weights_watch.check_not_rounded(self.parts)
         loaders = [drawn] if alone else [self._train_loader, drawn]
         with in_turn(self.logits_model):
             self._install(fitter.fit(drawn, *options))
