@@ -125,6 +125,7 @@ class Recording:
         check_adapters(named)
         check_in_use(named, [(block.name, block.parameter) for block in self.blocks])
         run = self.model if function is None else function
+        x = getattr(self.model, "named", lambda batch: batch)(x)
         with (
             differentiable(modules),
             eager(modules),

@@ -39,7 +39,7 @@ def check_order(loader: Any, data: str) -> None:
             f"{data}'s loader gives batches as its workers finish them, so their places would name "
             "others; make it with in_order=True"
         )
-    for sampler in _samplers(loader):
+    for sampler in samplers_of(loader):
         if _reorders(sampler):
             raise ValueError(
                 f"{data}'s loader draws its examples in random order, or in one of its own "
@@ -48,7 +48,7 @@ def check_order(loader: Any, data: str) -> None:
             )
 
 
-def _samplers(loader: Any) -> Iterator[Any]:
+def samplers_of(loader: Any) -> Iterator[Any]:
     """Yield what may order a loader's examples; accelerate puts batch samplers into others."""
     yield getattr(loader, "sampler", None)
     batches = getattr(loader, "batch_sampler", None)

@@ -18,6 +18,7 @@ from laplace_lora.adapters.frozen_values import frozen_values
 from laplace_lora.adapters.peft_state import adapter_settings
 from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.data.distributed import Together, together
+from laplace_lora.data.one_draw import same_draw
 from laplace_lora.display.warning import warn
 from laplace_lora.fitting.accumulation import accumulate
 from laplace_lora.fitting.evidence_pass import with_gradient_term
@@ -58,6 +59,8 @@ class Fitter:
             )
         if checkpoint_every is not None and checkpoint_dir is None:
             raise ValueError("checkpoint_every needs checkpoint_dir")
+        if posterior.structure.has_second_pass:
+            same_draw(train_loader, "eigenvalue_correction")
         posterior.engine.recording.is_verified = False  # data of another form may come
         snapshots: list[Snapshot] = []
         # Whole tensors take as many passes as a batch has examples.
@@ -103,8 +106,9 @@ class Fitter:
         state = self._state(raw, loss, gradient, n, posterior.engine.n_outputs)
         if evidence_correction and n == sums.n:  # data fitted earlier cannot be seen again
             try:
+                same_draw(train_loader, "it")
                 state = with_gradient_term(replace(posterior, state=state), summed)
-            except ValueError as error:  # a loader that cannot be iterated twice
+            except ValueError as error:  # a loader that cannot be iterated twice, or draws anew
                 warn(f"the gradient term is not measured: {error}")
         return state
 

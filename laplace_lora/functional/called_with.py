@@ -10,10 +10,10 @@ from torch.utils.hooks import RemovableHandle
 
 from laplace_lora.capture.arguments import Signature
 from laplace_lora.capture.places import stacks
-from laplace_lora.data.masks import DECODER_INPUTS, MASK_NAMES
+from laplace_lora.data.masks import DECODER_INPUTS, INPUTS, MASK_NAMES
 from laplace_lora.data.sharding import unwrapped
 
-NOTED = (*MASK_NAMES, *DECODER_INPUTS)
+NOTED = (*MASK_NAMES, INPUTS[0], *DECODER_INPUTS)
 
 
 class ModelCalls:
@@ -66,7 +66,7 @@ def mask_notes(
 ) -> Callable[[Any, dict[str, Any]], None]:
     """Return what stores the masks of a model's latest call in ``masks``.
 
-    A decoder's text is stored beside them: without a mask the model reads all of it.
+    The texts are stored beside them: without a mask the model reads all of them.
 
     Args:
         masks: Filled anew with each call.

@@ -133,7 +133,8 @@ def calculate_kronecker_factors(
         check_logits(tape.output, "forward_call")
         if masks.get(MASK_NAMES[0]) is None:
             config = getattr(base, "config", None)
-            check_is_masked(batch, config, "Kronecker factors would count it")
+            called = batch if isinstance(batch, Mapping) else masks
+            check_is_masked(called, config, "Kronecker factors would count it")
         if sums is None:
             maps = list(tape.maps)
             homogeneous = [with_bias[linear.name] for linear in maps]

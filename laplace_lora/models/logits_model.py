@@ -139,11 +139,20 @@ class LogitsModel(nn.Module):
         is_own = self.output is None and self.target_ids is None
         return getattr(self.config, "problem_type", None) if is_own else None
 
+    def named(self, batch: Any) -> Any:
+        """Return a tensor of token ids as a mapping, any other batch as it is, see `WrappedModel`.
+
+        Args:
+            batch: As for `forward`.
+        """
+        return self._wrapped.named(batch)
+
     def forward(self, batch: Mapping[str, Any] | Tensor) -> Tensor:
         """Return logits or regression means.
 
         Args:
-            batch: A mapping with the model's inputs (``labels`` are ignored), or a tensor.
+            batch: A mapping with the model's inputs (``labels`` are ignored), or a tensor of its
+                first input. Token ids without a mask must not be padded, as in a mapping.
 
         Returns:
             Shape ``(batch, outputs)``, float32 or better. For pairs ``(batch, 2)``, the rewards of
@@ -155,6 +164,7 @@ class LogitsModel(nn.Module):
             ValueError: If a batch of pairs meets a model with several outputs, or lacks a half.
         """
         check_same_data(self.model)
+        batch = self.named(batch)
         if is_pair(batch):
             rewards = torch.cat([self(half) for half in passes(batch)], dim=-1)
             if rewards.shape[-1] != 2:
@@ -178,6 +188,7 @@ class LogitsModel(nn.Module):
         Args:
             batch: As for `forward`.
         """
+        batch = self.named(batch)
         if not isinstance(batch, Mapping) or self.output is not None:
             return None
         if is_pair(batch):

@@ -18,7 +18,9 @@ from laplace_lora.models.changes.turns import in_turn
 from laplace_lora.models.head import n_rows
 from laplace_lora.models.inputs.batch_checks import check_mapping, check_tensor
 from laplace_lora.models.inputs.rotary import check_lengths
+from laplace_lora.models.inputs.unmasked import IDS
 
+IDS_OF = (torch.int64, torch.int32)  # that an embedding takes
 OF_IMAGES = re.compile("vision|visual|image|audio")  # towers, whose positions are no text's
 
 
@@ -64,6 +66,22 @@ class WrappedModel:
         """Whether it is one of transformers' models; others may take what they like."""
         return hasattr(self.config, "model_type")
 
+    def named(self, batch: Any) -> Any:
+        """Return token ids that come as a tensor under the name that the model has for them.
+
+        What padding is, and at which token a model answers, is read from ids in a mapping only.
+
+        Args:
+            batch: Any batch.
+
+        Returns:
+            A mapping for integers of any shape, if the model's first input is ids; else the batch.
+        """
+        if not isinstance(batch, Tensor) or batch.dtype not in IDS_OF:
+            return batch
+        reads_ids = getattr(self.base, "main_input_name", None) == IDS and IDS in self.arguments
+        return {IDS: batch} if reads_ids else batch
+
     def tensor(self, batch: Any) -> Tensor:
         """Return a batch that is a tensor, on the model's device.
 
@@ -105,7 +123,7 @@ class WrappedModel:
         Raises:
             ValueError: If the model fails at texts that are longer than it has positions.
         """
-        tokens = inputs.get("input_ids")
+        tokens = inputs.get(IDS)
         length = tokens.shape[-1] if isinstance(tokens, Tensor) else 0
         with self.refusing_long_texts(length), in_turn(self.model):
             return self._run(inputs)

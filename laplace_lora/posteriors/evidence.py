@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.data.one_draw import same_draw
 from laplace_lora.fitting.fitter import Fitter
 from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.posteriors.laplace_names import LaplaceNames
@@ -105,5 +106,6 @@ class EvidenceLaplace(LaplaceNames):
                 "not at hand: give `train_loader`, or take the evidence without it "
                 "(correction=False)"
             )
+        loader = same_draw(loader, "the evidence's gradient term")
         with torch.no_grad():
             self.state = Fitter(posterior).with_gradient_term(loader, progress_bar)

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from laplace_lora.data.chained import chained
+from laplace_lora.data.one_draw import one_draw, remember
 from laplace_lora.fitting.fitter import Fitter
 from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.models.changes.turns import in_turn
@@ -46,7 +47,8 @@ class FittedLaplace(SavedLaplace):
 
         Args:
             train_loader: Batches with labels: mappings with ``dict_key_y``, or pairs. For a reward
-                model preference pairs, see `as_pairs`, which need no labels.
+                model preference pairs, see `as_pairs`, which need no labels. If it draws other
+                examples in each pass, all passes of this fit and its tunings see those of one draw.
             override: Start anew; ``False`` adds these data to those fitted before.
             progress_bar: Whether to show progress, see `progress`.
             checkpoint_dir: Where the sums so far are kept. A fit that was interrupted goes on
@@ -65,14 +67,19 @@ class FittedLaplace(SavedLaplace):
                 different numbers of examples, or what is kept in ``checkpoint_dir`` is damaged or
                 is of another fit.
             FloatingPointError: If the loss or the curvature is not finite; names batch and layer.
-            RuntimeError: If another process that shares the loader failed or had no examples.
+            RuntimeError: If another process that shares the loader failed or had no examples, or
+                data are added where the model was rounded to a coarser dtype since.
         """
         fitter = Fitter(self.parts if override or not self.state.is_fitted else self.fitted)
         options = (override, progress_bar, checkpoint_dir, checkpoint_every, evidence_correction)
+        drawn = one_draw(train_loader)
         alone = override or not self.state.is_fitted
-        loaders = [train_loader] if alone else [self._train_loader, train_loader]
+        if not alone:
+            self._weights_watch.check_not_rounded(self.parts)
+        loaders = [drawn] if alone else [self._train_loader, drawn]
         with in_turn(self.logits_model):
-            self._install(fitter.fit(train_loader, *options))
+            self._install(fitter.fit(drawn, *options))
+        remember(train_loader, drawn)
         self._train_loader = chained(loaders)
         self._leaves_correction_out = evidence_correction is False
 

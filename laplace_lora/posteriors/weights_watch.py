@@ -7,7 +7,7 @@ tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,11 +23,17 @@ from laplace_lora.adapters.peft_state import (
     tuner_layers,
 )
 from laplace_lora.adapters.selection import listed
-from laplace_lora.data.sharding import is_sharded_tensor, whole
+from laplace_lora.data.sharding import whole
+from laplace_lora.display.warning import warn
 from laplace_lora.models.changes.turns import in_turn
+from laplace_lora.posteriors.fitted_weights import (
+    ROUNDING,
+    are_equal,
+    are_held,
+    pairs_of,
+    rounding_of,
+)
 from laplace_lora.structures.posterior import Posterior
-
-ROUNDING = 1e-5  # relative: adding a number and subtracting it again leaves as much
 
 
 class WeightsWatch:
@@ -41,6 +47,7 @@ class WeightsWatch:
         self._layers: list[nn.Module] = []
         self._beside: list[TensorPlace] = []
         self._beside_values = torch.zeros(0)
+        self._said_of: Tensor | None = None  # weights of a fit that are rounded in the model
 
     def look_again(self) -> None:
         """Compare all values at the next check, those of frozen weights among them.
@@ -55,6 +62,10 @@ class WeightsWatch:
         Args:
             posterior: A fitted posterior.
 
+        Warns:
+            UserWarning: If the covered weights are those of the fit rounded to a coarser dtype;
+                once for a fit.
+
         Raises:
             RuntimeError: If a tensor or a layer's scaling has changed, names it; if the model was
                 moved to a dtype in which its posterior is another one's; or, of a last layer, if
@@ -63,17 +74,34 @@ class WeightsWatch:
         with in_turn(posterior.source):
             self._check(posterior)
 
+    def check_not_rounded(self, posterior: Posterior) -> None:
+        """Refuse weights that are those of the fit rounded: they are no place to add data at.
+
+        Args:
+            posterior: A fitted posterior.
+
+        Raises:
+            RuntimeError: If they are.
+        """
+        apart = rounding_of(list(pairs_of(posterior)))
+        if apart:
+            raise RuntimeError(
+                "data cannot be added: the adapter's weights were rounded to a coarser dtype since "
+                f"the posterior was fitted, and differ by {apart:.1e} of their norm. Bring the "
+                "weights of the fit back, or fit all the data again"
+            )
+
     def _check(self, posterior: Posterior) -> None:
         self._look(posterior)
         places, factors = self._places, scalings(self._layers)
-        pairs = list(_pairs(posterior))
+        pairs = list(pairs_of(posterior))
         tensors = [tensor for _, tensor, _ in pairs]
         tensors += [t for place in places if (t := place.tensor) is not None]
         # Batch normalisation moves its statistics behind autograd's back, but counts the batches.
         tensors += [b for module in self._counting for b in module.buffers(recurse=False)]
         seen = (id(posterior.mean), traces(tensors), factors)
         beside = self._values_beside(posterior.mean.device)
-        if seen == self._seen and _hold(pairs) and torch.equal(beside, self._beside_values):
+        if seen == self._seen and are_held(pairs) and torch.equal(beside, self._beside_values):
             return
         now, fitted = _dtype(posterior), posterior.mean.dtype
         if now != fitted:
@@ -81,12 +109,20 @@ class WeightsWatch:
                 f"the adapter is now in {now}, and the posterior was fitted in {fitted}. Fit again "
                 "or bring the model back"
             )
-        changed = [name for name, now, then in pairs if not _equal(whole(now), then)]
+        changed = [name for name, now, then in pairs if not are_equal(whole(now), then)]
         if changed:
             raise RuntimeError(
                 f"the weights {listed(changed)} have changed since the posterior was fitted "
                 "(trained on, loaded over or replaced), so its curvature belongs to others. Fit "
                 "again, or load the weights of the fit"
+            )
+        apart = rounding_of(pairs)
+        if apart and self._said_of is not posterior.mean:
+            self._said_of = posterior.mean
+            warn(
+                "the adapter's weights are those that the posterior was fitted at, rounded to a "
+                f"coarser dtype since: they differ by {apart:.1e} of their norm. Bring the weights "
+                "of the fit back, or fit again, for a posterior of exactly these weights"
             )
         moved = [place for place in places if has_moved(place, posterior.state.frozen)]
         fitted_with, settings = posterior.state.adapter, adapter_settings(posterior.source)
@@ -160,39 +196,6 @@ def traces(tensors: Iterable[Tensor]) -> list[Any]:
     return [(id(t), t.data_ptr(), t.dtype, -1 if t.is_inference() else t._version) for t in tensors]
 
 
-def _pairs(posterior: Posterior) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield each tensor's name, its value in the model and that of the fit."""
-    engine = posterior.engine
-    means = posterior.mean.split(posterior.state.sizes)  # a tensor may have been pruned since
-    yield from zip(engine.names, engine.parameters, means, strict=True)
-    split = posterior.last_layer
-    if split is not None:
-        split.check_adapter()  # another adapter may have another head, or none
-        weight, bias = posterior.source.head_tensors()
-        yield "last layer", weight, split.head.weight.detach()
-        if bias is not None:
-            yield "last layer's bias", bias, split.head.bias.detach()
-
-
-@torch.no_grad()
-def _hold(pairs: Sequence[tuple[str, Tensor, Tensor]]) -> bool:
-    """Return whether tensors have the values of the fit, bit for bit, see `_pairs`.
-
-    Written to through ``.data``, a tensor keeps its version. Of tensors in pieces versions have to
-    do: to compare them, processes would send each other all pieces at every call.
-    """
-    device = pairs[0][2].device
-    if device.type == "meta" or any(is_sharded_tensor(now) for _, now, _ in pairs):
-        return True
-    if any(now.numel() != then.numel() for _, now, then in pairs):
-        return False
-    are_equal = [
-        (now.to(device).flatten() == then.to(device, now.dtype).flatten()).all()
-        for _, now, then in pairs
-    ]
-    return bool(torch.stack(are_equal).all())  # an accelerator is waited for once
-
-
 def has_moved(place: TensorPlace, fitted: Mapping[str, Tensor]) -> bool:
     """Return whether a tensor has other values than at the fit, as far as these are known."""
     then, now = fitted.get(place.name), place.samples()
@@ -200,17 +203,4 @@ def has_moved(place: TensorPlace, fitted: Mapping[str, Tensor]) -> bool:
         return False  # added since, or offloaded
     # A base model may come back in another dtype; merging and unmerging an adapter rounds, too.
     rounding = max(ROUNDING, *(torch.finfo(t.dtype).eps for t in (now, then)))
-    return then.shape != now.shape or not _equal(now, then, rounding)
-
-
-@torch.no_grad()
-def _equal(now: Tensor, then: Tensor, rounding: float = ROUNDING) -> bool:
-    """Return whether two tensors are equal in the dtype of the first, but for rounding."""
-    if "meta" in (now.device.type, then.device.type):
-        return True  # there are no values
-    if now.numel() != then.numel():
-        return False
-    then = then.reshape(now.shape).to(now)
-    if bool(((now == then) | (now.isnan() & then.isnan())).all()):
-        return True
-    return bool((now.double() - then.double()).norm() <= rounding * then.double().norm())
+    return then.shape != now.shape or not are_equal(now, then, rounding)

@@ -23,9 +23,15 @@ from laplace_lora.data.distributed import together
 from laplace_lora.data.sharding import is_sharded_model
 from laplace_lora.data.shares import is_main
 from laplace_lora.linalg.rounded import rounded
+from laplace_lora.storage.base_samples import BASE_SAMPLES, BaseSamples
 from laplace_lora.storage.checked import check_diagonals, count, positive, weight_vector
 from laplace_lora.storage.files import COMPACT, CONFIG, RECENTRED, TENSORS, VERSION, write_files
-from laplace_lora.storage.fingerprint import check_identity, identity, trained_tensors
+from laplace_lora.storage.fingerprint import (
+    base_in_use,
+    check_identity,
+    identity,
+    trained_tensors,
+)
 from laplace_lora.storage.rounding import (
     ROUNDED,
     identity_but_for_rounding,
@@ -107,6 +113,7 @@ def save_posterior(
         TUNING: tuning,
         FURTHER: _further(tensors),
         **identity(posterior),
+        BASE_SAMPLES: BaseSamples.of(base_in_use(posterior)).packed(),
         ROUNDED: rounded_fingerprints(trained_tensors(posterior)),
     }
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}

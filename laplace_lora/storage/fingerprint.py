@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,7 +38,6 @@ def identity(posterior: Posterior, plain: bool = True) -> dict[str, Any]:
     engine, others = posterior.engine, _others(posterior, plain)
     names = list(map(_naming(posterior, plain), engine.names))
     base = [(name, p) for name, p, active in others if active is None]
-    replaced = replaced_parameters(posterior.source)
     return {
         "parameters": {
             name: list(p.shape) for name, p in zip(names, engine.parameters, strict=True)
@@ -46,13 +45,26 @@ def identity(posterior: Posterior, plain: bool = True) -> dict[str, Any]:
         "weights": exact_fingerprint(zip(names, engine.parameters, strict=True)),
         "adapter": exact_fingerprint((name, p) for name, p, active in others if active),
         "base": sampled_fingerprint(base),
-        # A head that the adapter replaces is random in a base model that came without one.
-        IN_USE: sampled_fingerprint((name, p) for name, p in base if id(p) not in replaced),
+        IN_USE: sampled_fingerprint(base_in_use(posterior, plain)),
         BUFFERS: buffer_fingerprint(posterior.source),
         SETTINGS: hashlib.sha256(
             json.dumps(adapter_settings(posterior.source, plain), sort_keys=True).encode()
         ).hexdigest(),
     }
+
+
+def base_in_use(posterior: Posterior, plain: bool = True) -> list[tuple[str, Tensor]]:
+    """Return the weights of the base model that count, with their names.
+
+    A head that the adapter replaces is random in a base model that came without one.
+
+    Args:
+        posterior: The posterior.
+        plain: As in `identity`.
+    """
+    replaced = replaced_parameters(posterior.source)
+    others = _others(posterior, plain)
+    return [(name, p) for name, p, active in others if active is None and id(p) not in replaced]
 
 
 def known_identity(posterior: Posterior, saved: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -126,7 +138,7 @@ def check_identity(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         )
     weights = (
         "the weights are not those that the posterior was fitted at; load the adapter that was "
-        "saved with it, in the dtype of the fit, float32 or bfloat16"
+        "saved with it, in the dtype of the fit, float32, bfloat16 or float16"
     )
     if any("delta_embedding" in name for name in saved["parameters"]):
         weights = (
@@ -156,38 +168,51 @@ def exact_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     Args:
         tensors: Names and tensors, in order.
     """
-    return _hashed((name, t.shape, whole(t).float().flatten()) for name, t in tensors)
+    return hashed((name, t.shape, whole(t).float().flatten()) for name, t in tensors)
 
 
 def sampled_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a hash of names, shapes and a few evenly spaced values of each tensor.
+    """Return a hash of names, shapes and what `seen_parts` sees of each tensor.
 
-    Values are rounded to bfloat16, so that a checkpoint loaded in single and in half precision has
-    one fingerprint. Quantised weights are counted by their half bytes: how these are laid out
-    changes with use; those of tensor subclasses are seen in their parts, see `tensor_parts`. Of
-    offloaded tensors there is nothing to see but names and shapes.
+    A checkpoint loaded in single precision and in bfloat16 has one fingerprint; in float16 it may
+    have another, see `base_samples`.
 
     Args:
         tensors: Names and tensors, in order.
     """
+    return hashed((name, shape, values) for name, shape, values, _ in seen_parts(tensors))
 
-    def sampled(t: Tensor) -> Tensor:
-        flat = t.detach().flatten()
-        last = max(len(flat) - 1, 0)
-        index = torch.linspace(0, last, min(SAMPLES, len(flat)), device=t.device).round().long()
-        # Single precision rounds the last index up beyond 2**24 entries. Double precision would
-        # pick other entries, and so refuse the files of earlier versions.
-        return flat[index.clamp(max=last)].to(torch.bfloat16).float()
 
-    def seen(name: str, t: Tensor) -> tuple[str, torch.Size, Tensor]:
+def seen_parts(
+    tensors: Iterable[tuple[str, Tensor]],
+) -> Iterator[tuple[str, torch.Size, Tensor, torch.dtype]]:
+    """Yield name, shape, a few evenly spaced values in bfloat16 and dtype of each tensor.
+
+    Quantised weights are counted by their half bytes, as integers: how these are laid out changes
+    with use; those of tensor subclasses are seen in their parts, see `tensor_parts`. Of offloaded
+    tensors there is nothing to see but names and shapes.
+
+    Args:
+        tensors: Names and tensors, in order.
+    """
+    parts = (part for name, t in tensors for part in tensor_parts(name, whole(t)))
+    for name, t in parts:
         if t.is_floating_point() and not hasattr(t, "quant_state"):
-            return name, t.shape, sampled(t) if t.device.type != "meta" else torch.zeros(0)
+            values = torch.zeros(0) if t.device.type == "meta" else _sampled(t)
+            yield name, t.shape, values, t.dtype
+            continue
         octets = t.detach().contiguous().flatten().view(torch.uint8)
         halves = [torch.bincount(half, minlength=16) for half in (octets & 15, octets >> 4)]
-        return name, octets.shape, halves[0] + halves[1]
+        yield name, octets.shape, halves[0] + halves[1], t.dtype
 
-    parts = (part for name, t in tensors for part in tensor_parts(name, whole(t)))
-    return _hashed(seen(name, t) for name, t in parts)
+
+def _sampled(t: Tensor) -> Tensor:
+    flat = t.detach().flatten()
+    last = max(len(flat) - 1, 0)
+    index = torch.linspace(0, last, min(SAMPLES, len(flat)), device=t.device).round().long()
+    # Single precision rounds the last index up beyond 2**24 entries. Double precision would
+    # pick other entries, and so refuse the files of earlier versions.
+    return flat[index.clamp(max=last)].to(torch.bfloat16).float()
 
 
 def buffer_fingerprint(model: nn.Module) -> str:
@@ -198,13 +223,14 @@ def buffer_fingerprint(model: nn.Module) -> str:
     Args:
         model: Any module.
     """
-    return _hashed(
+    return hashed(
         (place.name, place.shape, place.samples().to(torch.bfloat16).float())
         for place in buffer_places(model)
     )
 
 
-def _hashed(parts: Iterable[tuple[str, torch.Size, Tensor]]) -> str:
+def hashed(parts: Iterable[tuple[str, torch.Size, Tensor]]) -> str:
+    """Return a hash of names, shapes and values."""
     digest = hashlib.sha256()
     for name, shape, values in parts:
         digest.update(f"{name} {list(shape)}\n".encode())

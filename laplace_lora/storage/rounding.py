@@ -1,4 +1,4 @@
-"""Recognise an adapter that was loaded in half precision by what its weights round to."""
+"""Recognise a model that was loaded in half precision by what its weights round to."""
 
 from __future__ import annotations
 
@@ -9,15 +9,24 @@ import torch
 from torch import Tensor
 
 from laplace_lora.display.warning import warn
-from laplace_lora.storage.fingerprint import exact_fingerprint, known_identity, trained_tensors
+from laplace_lora.storage.base_samples import BASE_SAMPLES, BaseSamples
+from laplace_lora.storage.fingerprint import (
+    IN_USE,
+    base_in_use,
+    exact_fingerprint,
+    known_identity,
+    trained_tensors,
+)
 from laplace_lora.structures.posterior import Posterior
 
 ROUNDED = "rounded_weights"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def rounded_fingerprints(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any]:
     """Return for each tensor its norm, and by dtype the hash and the error of its rounding.
+
+    A dtype is left out where it cannot hold the values.
 
     Args:
         tensors: Names and tensors.
@@ -28,6 +37,7 @@ def rounded_fingerprints(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any
             **{
                 key: [_hash(tensor, dtype), float(_error(tensor, dtype).norm())]
                 for key, dtype in DTYPES.items()
+                if bool(_error(tensor, dtype).isfinite().all())
             },
         }
         for name, tensor in tensors
@@ -37,14 +47,18 @@ def rounded_fingerprints(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any
 def identity_but_for_rounding(posterior: Posterior, saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return a posterior's identity, with the saved one's weights if its own are these, rounded.
 
-    Warns how far they are apart. Weights that differ by more than rounding are left for
-    `check_identity` to refuse.
+    Warns how far they are apart, of the adapter. Weights that differ by more than rounding are left
+    for `check_identity` to refuse.
 
     Args:
         posterior: A posterior around the model as it was loaded.
         saved: Configuration of a file; those of earlier versions know no rounding.
     """
     found, plain = known_identity(posterior, saved)
+    if BASE_SAMPLES in saved and saved[IN_USE] != found[IN_USE]:
+        base = BaseSamples.of(base_in_use(posterior, plain))
+        if base.are_those_of(BaseSamples.unpacked(saved[BASE_SAMPLES])):
+            found |= {IN_USE: saved[IN_USE]}
     if all(saved[key] == found[key] for key in ("weights", "adapter")) or ROUNDED not in saved:
         return found
     tensors = dict(trained_tensors(posterior, plain))
@@ -66,8 +80,11 @@ def _distance(saved: Mapping[str, Any] | None, tensor: Tensor) -> float | None:
     if saved is None:
         return None
     for key, dtype in DTYPES.items():
-        if not bool(_error(tensor, dtype).any()) and saved[key][0] == _hash(tensor, dtype):
-            return float(saved[key][1])
+        known = saved.get(key)  # files of earlier versions know nothing of float16
+        if known is None or bool(_error(tensor, dtype).any()):
+            continue
+        if known[0] == _hash(tensor, dtype):
+            return float(known[1])
     return None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from laplace_lora.data.distributed import Together, together
+from laplace_lora.data.one_draw import same_draw
 from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.predictive.glm import Predictor
@@ -97,6 +98,7 @@ class Tuner:
         """
         _check_scalar("leave-one-out", structure)
         check_at_hand(train_loader, "leave-one-out")
+        train_loader = same_draw(train_loader, "leave-one-out")
         with self._together(train_loader) as team:
             options = (train_loader, team, progress_bar, recentre, tune_noise)
             return leave_one_out.tune(self.posterior, *options)
@@ -142,6 +144,7 @@ class Tuner:
         if nll is not None:
             check_positive("nll", nll)
         check_at_hand(train_loader, "recentring")
+        train_loader = same_draw(train_loader, "recentring")
         readout = scoring_of(self.posterior, QUADRATURE, 0).readout
         with self._together(train_loader) as team:
             options = (train_loader, team, readout, progress_bar, nll, precision)

@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraLayer
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace, KronLoraLLLaplace
 from support.batches import loader, token_batch
-from support.models import peft_model
+from support.models import excite, peft_model
 
 BATCH = token_batch((4, 2, 5))
 
@@ -107,7 +107,42 @@ def test_an_idle_adapter_and_a_new_one_are_no_change():
     assert torch.equal(la(BATCH), expected)
 
 
-def test_a_new_fit_and_another_dtype_are_no_change():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [KronLoraLaplace, FullLoraLaplace, KronLoraLLLaplace])
+def test_weights_rounded_since_the_fit_are_pointed_out_once_and_get_no_data_added(kind, dtype):
+    model = peft_model("bert", dtype=torch.float32)
+    la = kind(model, "classification")
+    la.fit(loader())
+    model.to(dtype)
+    with pytest.warns(UserWarning, match=r"coarser dtype since: they differ by \d\.\de-0\d"):
+        la(BATCH)
+    la.predict(BATCH)  # says nothing any more
+    with pytest.raises(RuntimeError, match=r"data cannot be added: .* to a coarser dtype"):
+        la.fit(loader(), override=False)
+    assert la.n_data == 7
+    model.float()  # but the digits are gone
+    with pytest.raises(RuntimeError, match="have changed since the posterior was fitted"):
+        la(BATCH)
+    excite(model)
+    la.fit(loader())
+    model.to(dtype)
+    with pytest.warns(UserWarning, match="coarser dtype since"):
+        la(BATCH)
+
+
+def test_weights_that_a_dtype_holds_exactly_are_no_change():
+    model = peft_model("bert", dtype=torch.bfloat16)
+    la = KronLoraLaplace(model, "classification")
+    la.fit(loader())
+    for dtype in (torch.float32, torch.float16):
+        la(BATCH)
+        model.to(dtype)
+    la(BATCH)
+    model.to(torch.bfloat16)
+    la.fit(loader(), override=False)
+
+
+def test_a_new_fit_is_no_change():
     model = peft_model("bert", dtype=torch.float32)
     la = KronLoraLaplace(model, "classification")
     la.fit(loader())
@@ -115,8 +150,6 @@ def test_a_new_fit_and_another_dtype_are_no_change():
         for parameter in la.params:
             parameter.mul_(0.5)
     la.fit(loader())
-    la(BATCH)
-    model.to(torch.bfloat16)
     la(BATCH)
 
 

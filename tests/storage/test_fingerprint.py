@@ -108,13 +108,3 @@ def test_the_adapter_in_bfloat16_is_recognised_and_said_to_be_rounded(tmp_path, 
         next(p for n, p in model.named_parameters() if "classifier.modules_to_save" in n).mul_(1.1)
     with pytest.raises(ValueError, match="weights are not those"):
         cls.from_pretrained(model, tmp_path)
-
-
-def test_an_adapter_in_float16_is_refused_by_the_dtypes_that_are_recognised(tmp_path):
-    model = peft_model("bert", dtype=torch.float32)
-    la = KronLoraLaplace(model, "classification")
-    la.fit(loader())
-    la.save_pretrained(tmp_path)
-    model.to(torch.float16)
-    with pytest.raises(ValueError, match="in the dtype of the fit, float32 or bfloat16"):
-        KronLoraLaplace.from_pretrained(model, tmp_path)
