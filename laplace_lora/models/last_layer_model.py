@@ -89,15 +89,20 @@ class LastLayerModel(nn.Module):
         wide = torch.promote_types(torch.float32, weight.dtype)
         outputs, inputs = weight.shape
         self.head = nn.Linear(inputs, outputs, bias is not None, device=source.device, dtype=wide)
-        with torch.no_grad():
-            self.head.weight.copy_(weight)
-            if bias is not None:
-                self.head.bias.copy_(bias)
+        self.take_head()
 
     @property
     def source(self) -> Any:
         """The `LogitsModel` whose features these are."""
         return self.features.source
+
+    @torch.no_grad()
+    def take_head(self) -> None:
+        """Copy the weights of the model's last layer, as they are now."""
+        own = (self.head.weight, self.head.bias)
+        for ours, theirs in zip(own, self.source.head_tensors(), strict=True):
+            if ours is not None and theirs is not None:
+                ours.copy_(theirs)
 
     def check_adapter(self) -> None:
         """Refuse adapter states in which the features would be others, see `check_runs`.

@@ -75,6 +75,13 @@ class LastLayerLaplace(LoraLaplace):
         check_no_name(kwargs)
         super().__init__(model, likelihood, structure, last_layer_name="head", **kwargs)
 
+    def fit(self, train_loader: Any, override: bool = True, *args: Any, **kwargs: Any) -> None:
+        """Fit as `LoraLaplace.fit` does; a fit that starts anew takes the head as it is now."""
+        last_layer = self.parts.last_layer
+        if last_layer is not None and (override or not self.state.is_fitted):
+            last_layer.take_head()
+        super().fit(train_loader, override, *args, **kwargs)
+
     def _differentiated(self, model: LogitsModel) -> nn.Module:
         return LastLayerModel(model)
 

@@ -38,6 +38,25 @@ def explicit_head_ggn(model, data):
     return total
 
 
+@pytest.mark.parametrize("cls", PARAMETRIC)
+def test_a_new_fit_takes_the_head_as_it_is_now(cls):
+    model = LogitsModel(peft_model("bert"))
+    la = cls(model, "classification")
+    la.fit(loader())
+    with torch.no_grad():
+        for tensor in model.head_tensors():
+            tensor.mul_(2)
+    with pytest.raises(RuntimeError, match="have changed since"):
+        la(BATCH)
+    with pytest.raises(RuntimeError, match="have changed since"):
+        la.fit(loader(), override=False)
+    la.fit(loader())
+    new = cls(model, "classification")
+    new.fit(loader())
+    assert_near(la.mean, new.mean)
+    assert_near(la(BATCH), new(BATCH))
+
+
 @pytest.mark.filterwarnings("ignore:the model itself answers a padded text otherwise")
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("side", ["right", "left"])
