@@ -14,6 +14,7 @@ from laplace_lora.capture.jacobians import side_by_side
 from laplace_lora.curvature import batch_curvature
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.loss_gradient import LossGradient
+from laplace_lora.linalg.cholesky import shifted_cholesky
 from laplace_lora.linalg.row_products import weighted_products
 from laplace_lora.structures.base import Functions, Spectrum
 from laplace_lora.structures.settings import expanded
@@ -105,8 +106,9 @@ class Dense(TensorSum):
 
     def solve(self, curvature: Tensor, rows: Tensor, delta: float) -> Tensor:
         """Return ``(curvature + δ)⁻¹`` times weight vectors, ``(n, parameters)``."""
-        eye = torch.eye(len(curvature), dtype=curvature.dtype, device=curvature.device)
-        return torch.linalg.solve(curvature + delta * eye, rows.T).T
+        matrix = curvature.double() + delta * torch.eye(len(curvature)).to(curvature.device)
+        root = shifted_cholesky(matrix)  # a file of an earlier version may be indefinite
+        return torch.cholesky_solve(rows.double().T, root).T.to(rows.dtype)
 
     @property
     def shape(self) -> list[int]:
