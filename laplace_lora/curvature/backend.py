@@ -151,10 +151,8 @@ class LoraCurvature(CurvatureInterface):
         Returns:
             The summed loss and the matrix, shape ``(parameters, parameters)``.
         """
-        if self.subnetwork_indices is None:
-            return batch_curvature.matrix(self.engine, x, y)
-        loss, blocks = self.engine.root_blocks(x, y)
-        rows = self._subnetwork(side_by_side(blocks)).flatten(0, 1)
+        loss, rows = batch_curvature.rows(self.engine, x, y)
+        rows = self._subnetwork(rows)
         return loss, rows.T @ rows
 
     def jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:

@@ -67,13 +67,12 @@ def diagonal(
     return loss, torch.cat([rows.square().sum((0, 1)).flatten() for rows in blocks])
 
 
-def matrix(
+def rows(
     engine: Engine, x: Any, y: Tensor, gradient: LossGradient | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return a batch's summed loss and its exact curvature, ``(parameters, parameters)``."""
+    """Return a batch's summed loss, and rows ``Z``, ``(rows, parameters)``, of ``Zᵀ Z``."""
     loss, blocks = engine.root_blocks(x, y, gradient)
-    rows = side_by_side(blocks).flatten(0, 1)
-    return loss, rows.T @ rows
+    return loss, side_by_side(blocks).flatten(0, 1)
 
 
 def eigenbasis_diagonal(

@@ -38,14 +38,21 @@ class FactorSpec:
         """Return whether a side of length ``d`` stays dense."""
         return self.rank is None or d <= self.threshold or sketch_columns(self.rank) >= d
 
-    def empty(self, d: int, dtype: torch.dtype, device: torch.device | str) -> Factor:
+    def empty(
+        self,
+        d: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        rows_dtype: torch.dtype | None = None,
+    ) -> Factor:
         """Return an empty sum for a side of length ``d``.
 
         Args:
             d: Length of the side.
             dtype: Dtype of the sums, float32 or better.
             device: Where the sums live.
+            rows_dtype: Dtype of the rows, if the sums are wider, see `LowRankFactor`.
         """
         if self.rank is None or self.is_dense(d):
             return DenseFactor.zeros(d, dtype, device)
-        return LowRankFactor.zeros(d, self.rank, dtype, device)
+        return LowRankFactor.zeros(d, self.rank, dtype, device, rows_dtype)

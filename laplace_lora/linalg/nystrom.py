@@ -5,69 +5,85 @@ A sketch over all weights may be most of the memory, so no copy of it is made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from laplace_lora.linalg.eigen import symmetric_eigen
-
-PIECE = 2048  # rows of a sketch that are in double precision at once
+PIECE = 1024  # rows of a sketch that are in double precision at once
 
 
-def leading_eigenpairs(sketch: Tensor, test: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def leading_eigenpairs(
+    sketch: Tensor, basis: Callable[[], Tensor], rank: int
+) -> tuple[Tensor, Tensor]:
     """Return the leading eigenpairs of ``F`` by a stabilised Nyström approximation.
 
     Source: Tropp et al. (2017), arXiv:1706.05736, Algorithm 3. The shift is of the size of the
     rounding errors in ``Y`` and grows until ``Ωᵀ Y`` is numerically positive definite. Not √d times
     larger, as theirs, which computes in the sketch's own precision: eigenvalues below the shift are
-    lost.
+    lost. A sketch in float64 that was rounded to less before, as in a file of an earlier version,
+    shows it: ``Ωᵀ Y`` is not symmetric.
 
     Args:
         sketch: ``Y = F Ω``, shape ``(d, l)``.
-        test: ``Ω``, orthonormal columns.
+        basis: Returns ``Ω``, nearly orthonormal columns; called once.
         rank: How many.
 
     Returns:
-        Eigenvalues, ``(rank,)`` in float64, and eigenvectors ``(d, rank)`` in the sketch's dtype.
+        Eigenvalues, ``(rank,)`` in float64, and eigenvectors ``(d, rank)`` in the dtype of ``Ω``.
     """
-    dtype = sketch.dtype
-    pieces = list(zip(sketch.split(PIECE), test.split(PIECE), strict=True))
-    norm = torch.stack([torch.linalg.vector_norm(y.double()) for y, _ in pieces]).norm()
+    test: Tensor | None = basis()
+    assert test is not None
+    norm = torch.stack([torch.linalg.vector_norm(y.double()) for y in sketch.split(PIECE)]).norm()
     if norm == 0:
         return norm.new_zeros(rank), test[:, :rank].contiguous()
-    l = sketch.shape[1]
+    core, shift = _core(sketch, test, norm)
+    # R itself is computed twice, and is never whole. Its triangular factor, unlike its Gram matrix,
+    # has small singular values as good as the sketch has them.
+    triangular = norm.new_zeros(0, sketch.shape[1])
+    for root in _roots(sketch, test, core, shift):
+        triangular = torch.linalg.qr(torch.cat([triangular, root]), mode="r").R
+    _, singular, right = torch.linalg.svd(triangular, full_matrices=False)
+    turn = right[:rank].T / singular[:rank]
+    dtype = test.dtype
+    if shift < torch.finfo(dtype).eps ** 1.5 * norm:
+        test = None  # makes room: such a shift does not show in the vectors
+    vectors = sketch.new_empty(len(sketch), rank, dtype=dtype)
+    roots = _roots(sketch, test, core, shift)
+    for root, part in zip(roots, vectors.split(PIECE), strict=True):
+        part.copy_(root @ turn)
+    return (singular[:rank].square() - shift).clamp(min=0), vectors
+
+
+def _core(sketch: Tensor, test: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the Cholesky factor of ``Ωᵀ Y`` and the shift, and the shift."""
+    d, l = sketch.shape
     product, square = norm.new_zeros(l, l), norm.new_zeros(l, l)
-    for y, t in pieces:
+    for y, t in zip(sketch.split(PIECE), test.split(PIECE), strict=True):
         product.addmm_(t.double().T, y.double())
         square.addmm_(t.double().T, t.double())
-    shift = torch.finfo(dtype).eps * norm
+    shift = torch.finfo(sketch.dtype).eps * norm
+    if sketch.dtype == torch.float64:
+        shift = torch.maximum(shift, (d / l) ** 0.5 * (product - product.T).norm())
     while True:
         gram = product + shift * square
         core, failed = torch.linalg.cholesky_ex((gram + gram.T) / 2)
         if not failed:
-            break
+            return core, shift
         shift = 10 * shift
 
-    def roots() -> Iterator[Tensor]:
-        """Yield the rows of ``R``, with ``R Rᵀ`` the approximation of ``F`` and the shift."""
-        for y, t in pieces:
-            shifted = y.double() + shift * t.double()
-            yield torch.linalg.solve_triangular(core, shifted.T, upper=False).T
 
-    if dtype == torch.float64:
-        basis, triangular = torch.linalg.qr(torch.cat(list(roots())))
-        left, singular, _ = torch.linalg.svd(triangular, full_matrices=False)
-        values, vectors = singular[:rank].square(), basis @ left[:, :rank]
-    else:
-        # The shift bounds the condition of R's Gram matrix, so that its eigenvectors are good
-        # enough, and quicker to get. R itself is computed twice, and is never whole.
-        gram.zero_()
-        for root in roots():
-            gram.addmm_(root.T, root)
-        values, inner = symmetric_eigen(gram)
-        values, inner = values.flip(0)[:rank], inner.flip(1)[:, :rank]
-        turn, vectors = inner / values.sqrt(), sketch.new_empty(len(sketch), rank)
-        for root, part in zip(roots(), vectors.split(PIECE), strict=True):
-            part.copy_(root @ turn)
-    return (values - shift).clamp(min=0), vectors.contiguous()
+def _roots(sketch: Tensor, test: Tensor | None, core: Tensor, shift: Tensor) -> Iterator[Tensor]:
+    """Yield the rows of ``R``, with ``R Rᵀ`` the approximation of ``F`` and the shift.
+
+    Args:
+        sketch: ``Y``.
+        test: ``Ω``; ``None`` leaves the shift out.
+        core: What `_core` returned.
+        shift: The shift.
+    """
+    for i, y in enumerate(sketch.split(PIECE)):
+        wide = y.double()
+        if test is not None:
+            wide = wide + shift * test[i * PIECE : (i + 1) * PIECE].double()
+        yield torch.linalg.solve_triangular(core, wide.T, upper=False).T

@@ -6,7 +6,6 @@ from typing import Any
 
 from laplace import DiagLLLaplace, FullLLLaplace, KronLLLaplace
 from laplace.baselaplace import BaseLaplace
-from laplace.utils.utils import invsqrt_precision
 from torch import Tensor, nn
 
 from laplace_lora.likelihoods.base import labels_tokens
@@ -16,9 +15,10 @@ from laplace_lora.models.last_layer_model import LastLayerModel
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.posteriors.factored import KronNames
-from laplace_lora.structures.dense import Dense
+from laplace_lora.structures.dense import Dense, DensePrecision
 from laplace_lora.structures.diagonal import Diagonal
 from laplace_lora.structures.kron import Kron
+from laplace_lora.structures.settings import expanded
 
 
 def check_no_name(kwargs: dict[str, Any]) -> None:
@@ -147,5 +147,23 @@ class FullLoraLLLaplace(LastLayerLaplace, FullLLLaplace):
 
         laplace-torch keeps the first one it computes, whatever is fitted or tuned afterwards.
         """
-        scale: Tensor = invsqrt_precision(self.posterior_precision)
-        return scale
+        precision = self.fitted.precision
+        assert isinstance(precision, DensePrecision)
+        return precision.root.to(self._dtype)
+
+    @property
+    def log_det_posterior_precision(self) -> Tensor:
+        """``log det P``, a float64 scalar."""
+        prior = expanded(self.prior_precision, self.engine.sizes)
+        return self.log_det_ratio + prior.double().log().sum()
+
+    def square_norm(self, value: Tensor) -> Tensor:
+        """Return ``(θ − θ_MAP)ᵀ P (θ − θ_MAP)`` of a weight vector, a scalar."""
+        gap, curvature = value - self.mean, self.fitted.state.curvature
+        prior = expanded(self.prior_precision, self.engine.sizes)
+        product = self.structure.product(curvature, gap.unsqueeze(0))[0]
+        total: Tensor = self._H_factor * (gap @ product) + gap.square() @ prior
+        return total
+
+    def _as_H(self, curvature: Tensor) -> Tensor:
+        return curvature.to(self._dtype)

@@ -14,10 +14,13 @@ from laplace_lora.capture.jacobians import side_by_side
 from laplace_lora.curvature import batch_curvature
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.loss_gradient import LossGradient
+from laplace_lora.linalg.cholesky import shifted_cholesky
 from laplace_lora.linalg.row_products import weighted_products
 from laplace_lora.structures.base import Functions, Spectrum
 from laplace_lora.structures.settings import expanded
 from laplace_lora.structures.tensor_sum import TensorSum
+
+DTYPES = (torch.float64, torch.float32)  # of files; those of earlier versions have the model's
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class DensePrecision:
     out.
 
     Attributes:
-        curvature: Scaled curvature, ``(parameters, parameters)``.
+        curvature: Scaled curvature, ``(parameters, parameters)``; its dtype says how it is rounded.
         prior: Prior precision of each weight; ``δ`` is the first.
         tensors: Number of trainable tensors.
     """
@@ -87,12 +90,17 @@ class DensePrecision:
 
     def variance(self) -> Tensor:
         """Return the diagonal of ``P⁻¹``, ``(parameters,)``."""
-        return self.inverse.diagonal().to(self.curvature.dtype)
+        return self.inverse.diagonal().to(self.prior.dtype)
 
 
 @dataclass(frozen=True)
 class Dense(TensorSum):
-    """One matrix over all weights; its prior is tuned as a scalar."""
+    """One matrix over all weights; its prior is tuned as a scalar.
+
+    It is summed and kept in float64, whatever the model's dtype: a large noise precision or large
+    features put eigenvalues that are far above the prior's below the rounding of the largest. In
+    files of earlier versions it has the model's dtype, which it keeps.
+    """
 
     not_finite: ClassVar[str] = "the curvature of the last layer is not finite"
 
@@ -101,12 +109,13 @@ class Dense(TensorSum):
 
     def product(self, curvature: Tensor, rows: Tensor) -> Tensor:
         """Return the products of the matrix with weight vectors, ``(n, parameters)``."""
-        return rows @ curvature
+        return (rows.double() @ curvature.double()).to(rows.dtype)
 
     def solve(self, curvature: Tensor, rows: Tensor, delta: float) -> Tensor:
         """Return ``(curvature + δ)⁻¹`` times weight vectors, ``(n, parameters)``."""
-        eye = torch.eye(len(curvature), dtype=curvature.dtype, device=curvature.device)
-        return torch.linalg.solve(curvature + delta * eye, rows.T).T
+        matrix = curvature.double() + delta * torch.eye(len(curvature)).to(curvature.device)
+        root = shifted_cholesky(matrix)  # a file of an earlier version may be indefinite
+        return torch.cholesky_solve(rows.double().T, root).T.to(rows.dtype)
 
     @property
     def shape(self) -> list[int]:
@@ -124,7 +133,9 @@ class Dense(TensorSum):
         return {"triangle": curvature[rows, columns]}, list(curvature.shape)
 
     def unpack(self, engine: Engine, tensors: Mapping[str, Tensor], description: Any) -> Tensor:
-        """Return a packed matrix, see `TensorSum.unpack`."""
+        """Return a packed matrix in the dtype that it has there, see `TensorSum.unpack`."""
+        if any(tensor.dtype not in DTYPES for tensor in tensors.values()):
+            raise ValueError(f"the curvature is none of {DTYPES}")
         if "triangle" not in tensors:
             return super().unpack(engine, tensors, description)
         (triangle,), (n, _) = tensors.values(), self.shape
@@ -137,11 +148,28 @@ class Dense(TensorSum):
             raise ValueError("the curvature has negative entries on its diagonal")
         return super().unpack(engine, {"matrix": curvature}, description)
 
-    def of_batch(
-        self, engine: Engine, x: Any, y: Tensor, gradient: LossGradient | None
+    def add(
+        self,
+        engine: Engine,
+        sums: Tensor | None,
+        batch: tuple[Any, Tensor],
+        gradient: LossGradient | None,
+        expected: int | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return a batch's loss and matrix."""
-        return batch_curvature.matrix(engine, x, y, gradient)
+        """Add a batch's matrix, in float64."""
+        loss, rows = batch_curvature.rows(engine, *batch, gradient)
+        wide = rows.double()
+        if sums is None:
+            sums = wide.new_zeros(self.shape)
+        return loss, sums.addmm_(wide.T, wide)
+
+    def nbytes(self, engine: Engine, examples: int | None, columns: int) -> int:
+        """Return the matrix's bytes."""
+        return torch.float64.itemsize * self.size(engine, None)
+
+    def merge(self, raw: Tensor, n: int, other: Tensor, m: int) -> Tensor:
+        """Return the sum of two matrices, in the dtype of the one that was rounded more."""
+        return (raw + other).to(min(raw.dtype, other.dtype, key=lambda dtype: dtype.itemsize))
 
     def precision(self, curvature: Tensor, prior: Tensor, scale: Tensor) -> DensePrecision:
         """Return ``scale · curvature + prior``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -13,6 +13,7 @@ from torch import Tensor
 from laplace_lora.curvature import batch_curvature
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.loss_gradient import LossGradient
+from laplace_lora.linalg.rounded import in_working_dtype
 from laplace_lora.linalg.row_products import weighted_products
 from laplace_lora.structures.base import Functions, Spectrum
 from laplace_lora.structures.settings import expanded
@@ -90,11 +91,21 @@ class Diagonal(TensorSum):
         """Shape of the curvature."""
         return [sum(self.sizes)]
 
-    def of_batch(
-        self, engine: Engine, x: Any, y: Tensor, gradient: LossGradient | None
+    def add(
+        self,
+        engine: Engine,
+        sums: Tensor | None,
+        batch: tuple[Any, Tensor],
+        gradient: LossGradient | None,
+        expected: int | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return a batch's loss and diagonal."""
-        return batch_curvature.diagonal(engine, x, y, gradient)
+        """Add a batch's diagonal."""
+        loss, diagonal = batch_curvature.diagonal(engine, *batch, gradient)
+        return loss, diagonal if sums is None else sums + diagonal
+
+    def unpack(self, engine: Engine, tensors: Mapping[str, Tensor], description: Any) -> Tensor:
+        """Return a packed diagonal in the working dtype, see `TensorSum.unpack`."""
+        return super().unpack(engine, in_working_dtype(tensors, engine.dtype), description)
 
     def precision(self, curvature: Tensor, prior: Tensor, scale: Tensor) -> DiagonalPrecision:
         """Return ``scale · curvature + prior``."""

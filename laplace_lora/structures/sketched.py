@@ -46,6 +46,9 @@ class SketchedCurvature:
 class Sketched(Structure[Factor, Factor, SketchedCurvature]):
     """The leading directions of the curvature, from a sketch that grows with the weights alone.
 
+    The sketch is summed in float64, whatever the model's dtype: a large noise precision or large
+    features put directions that are far above the prior below the rounding of the first.
+
     Attributes:
         sizes: Numbers in each tensor.
         rank: Directions kept.
@@ -83,15 +86,22 @@ class Sketched(Structure[Factor, Factor, SketchedCurvature]):
             FloatingPointError: If a row is not finite; names the tensor.
         """
         loss, blocks = engine.root_blocks(*batch, gradient)
-        parts = [checked_rows(engine, i, block) for i, block in enumerate(blocks)]
         # A sketch needs a row's product with the test matrix first, over all tensors.
+        rows: Tensor | None = None
+        for i, block in enumerate(blocks):
+            part = checked_rows(engine, i, block)
+            if rows is None:
+                rows = part.new_empty(len(part), sum(self.sizes))
+            rows.split(self.sizes, dim=1)[i].copy_(part)
+        assert rows is not None
         sums = self.empty(engine) if sums is None else sums
-        sums.update(torch.cat(parts, dim=1))
+        sums.update(rows)
         return loss, sums
 
     def empty(self, engine: Engine) -> Factor:
         """Return an empty sketch."""
-        return FactorSpec(self.rank, 0).empty(sum(self.sizes), engine.dtype, engine.device)
+        spec, dtypes = FactorSpec(self.rank, 0), (torch.float64, engine.device, engine.dtype)
+        return spec.empty(sum(self.sizes), *dtypes)
 
     def tensors(self, sums: Factor) -> list[Tensor]:
         """Return the tensors that the sketch consists of."""
@@ -117,7 +127,7 @@ class Sketched(Structure[Factor, Factor, SketchedCurvature]):
         values, order = values[: self.rank], order[: self.rank]
         rows, roots = self._no_rows(engine), values.sqrt()
         for i, part in enumerate(eigen.vectors.split(self.sizes)):
-            rows.append(i, (part[:, order] * roots).T)
+            rows.append(i, (part[:, order] * roots.to(part)).T)
         return self._curvature(raw, rows, values)
 
     def _no_rows(self, engine: Engine) -> RowStorage:
@@ -183,7 +193,8 @@ class Sketched(Structure[Factor, Factor, SketchedCurvature]):
         directions = torch.cat(rows.tensors(), dim=1).T
         norms = directions.norm(dim=0)
         vectors = directions / norms.clamp(min=torch.finfo(norms.dtype).tiny)
-        sketch = LowRankFactor.of(Eigen(vectors, norms.square(), norms.new_zeros(())), trace)
+        eigen = Eigen(vectors, norms.square(), norms.new_zeros(()))
+        sketch = LowRankFactor.of(eigen, trace, torch.float64)
         return self._curvature(sketch, rows, norms.square())
 
     def to(self, curvature: SketchedCurvature, device: torch.device) -> SketchedCurvature:
@@ -195,6 +206,12 @@ class Sketched(Structure[Factor, Factor, SketchedCurvature]):
         """Return how many numbers sketch, test matrix and directions hold in a fit."""
         n = sum(self.sizes)
         return n * (2 * min(sketch_columns(self.rank), n) + self.rank)
+
+    def nbytes(self, engine: Engine, examples: int | None, columns: int) -> int:
+        """Return their bytes; the sketch is in float64."""
+        n, wider = sum(self.sizes), torch.float64.itemsize - engine.dtype.itemsize
+        held = engine.dtype.itemsize * self.size(engine, None)
+        return held + wider * n * min(sketch_columns(self.rank), n)
 
     def arguments(self) -> dict[str, Any]:
         """Return the number of directions."""

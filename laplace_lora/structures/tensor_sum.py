@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.curvature.engine import Engine
-from laplace_lora.curvature.loss_gradient import LossGradient
-from laplace_lora.linalg.rounded import in_working_dtype
+from laplace_lora.linalg.finite import all_finite
 from laplace_lora.structures.base import Structure
 
 Self = TypeVar("Self", bound="TensorSum")
@@ -39,24 +38,6 @@ class TensorSum(Structure[Tensor, Tensor, Tensor]):
         """Return the structure for a model's tensors."""
         return replace(self, sizes=tuple(engine.sizes))
 
-    def of_batch(
-        self, engine: Engine, x: Any, y: Tensor, gradient: LossGradient | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return a batch's loss and its tensor; add its gradient of the loss up."""
-        raise NotImplementedError
-
-    def add(
-        self,
-        engine: Engine,
-        sums: Tensor | None,
-        batch: tuple[Any, Tensor],
-        gradient: LossGradient | None,
-        expected: int | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Add a batch's tensor."""
-        loss, tensor = self.of_batch(engine, *batch, gradient)
-        return loss, tensor if sums is None else sums + tensor
-
     def tensors(self, sums: Tensor) -> list[Tensor]:
         """Return the one tensor."""
         return [sums]
@@ -75,7 +56,7 @@ class TensorSum(Structure[Tensor, Tensor, Tensor]):
         Raises:
             FloatingPointError: If it is not finite.
         """
-        if not bool(raw.isfinite().all()):
+        if not all_finite(raw):
             raise FloatingPointError(self.not_finite)
         return raw
 
@@ -88,13 +69,13 @@ class TensorSum(Structure[Tensor, Tensor, Tensor]):
         return {"matrix": curvature}, list(curvature.shape)
 
     def unpack(self, engine: Engine, tensors: Mapping[str, Tensor], description: Any) -> Tensor:
-        """Return a packed tensor.
+        """Return a packed tensor in the dtype that it has there.
 
         Raises:
             ValueError: If the shapes differ, or there is not one tensor.
             FloatingPointError: If it is not finite.
         """
-        (curvature,) = in_working_dtype(tensors, engine.dtype).values()
+        (curvature,) = tensors.values()
         if list(curvature.shape) != self.shape or description != self.shape:
             raise ValueError(f"the curvature has shape {list(curvature.shape)}, not {self.shape}")
         return self.ready(engine, curvature)

@@ -85,3 +85,29 @@ def test_a_sketch_needs_twice_its_memory_and_its_eigenpairs(without_room):
         return factor.decompose()
 
     assert peak_of(fit) < 2.5 * factor.sketch.nbytes  # beside the sketch itself
+
+
+def test_a_sketch_in_float64_needs_no_copy_of_itself(without_room):
+    factor = LowRankFactor.zeros(20_000, 30, torch.float64, "cpu", torch.float32)
+
+    def fit():
+        factor.update(torch.randn(4, 20_000))
+        return factor.decompose()
+
+    assert peak_of(fit) < factor.sketch.nbytes  # of which the test matrix is a half
+
+
+def test_sums_in_float64_keep_what_single_precision_rounds():
+    torch.manual_seed(0)
+    rows = torch.randn(40, 900) / 30 * 0.6 ** torch.arange(40.0).unsqueeze(1)
+    factor = LowRankFactor.zeros(900, 30, torch.float64, "cpu", torch.float32)
+    for part in rows.split(7):
+        factor.update(part)
+    eigen = factor.decompose("zero")
+    wide = rows.double()
+    expected = torch.linalg.eigvalsh(wide @ wide.T).flip(0)[:20]
+    assert float(expected[-1]) < 0.1 * torch.finfo(torch.float32).eps * float(expected[0])
+    torch.testing.assert_close(eigen.values[:20], expected, rtol=1e-3, atol=0)
+    gram = eigen.vectors[:, :20].T @ eigen.vectors[:, :20]
+    assert eigen.vectors.dtype == torch.float32
+    torch.testing.assert_close(gram, torch.eye(20), atol=1e-5, rtol=0)

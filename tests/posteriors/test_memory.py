@@ -45,7 +45,7 @@ def test_other_structures_count_their_numbers():
     diag = DiagLoraLaplace(model, "classification")
     assert diag.estimate_memory(BATCH).curvature == 4 * diag.n_params
     full = FullLoraLLLaplace(model, "classification")
-    assert full.estimate_memory(BATCH).curvature == 4 * full.n_params**2
+    assert full.estimate_memory(BATCH).curvature == 8 * full.n_params**2
 
 
 def test_activations_are_those_of_the_graph_and_grow_with_the_batch():
