@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from laplace_lora.adapters.maps import Call, LinearMap
+from laplace_lora.capture.gradient_scale import gradient_scale, largest, widened
 from laplace_lora.capture.output_gradients import OutputGradient
 from laplace_lora.capture.padding import Padding
 from laplace_lora.capture.parameter_hooks import without_hooks
@@ -36,6 +37,8 @@ class Tape:
         output: The model's output, ``(rows, outputs)``, detached; one row per example, or one per
             scored token.
         rerun: From the index of an example to the model's output for it alone, with its graph.
+        rescales: Whether gradients are out of the range of float16, see `gradient_scale`; then it
+            takes a few more backward passes.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Tape:
     ) -> None:
         self.maps = maps
         self.rerun = rerun
+        self.rescales = False
         self.examples = examples.count
         self._rows = examples
         self._sources = sources
@@ -156,6 +160,16 @@ class Tape:
         floating = [t.dtype for t in tensors if t.is_floating_point()]
         return max(floating, key=lambda dtype: torch.finfo(dtype).eps)
 
+    def gradient_sizes(self, column: Tensor) -> list[float]:
+        """Return the largest gradient of each recorded map; the graph is kept.
+
+        Args:
+            column: Gradient with respect to the output, ``(1, batch, outputs)``.
+        """
+        found: list[float] = []
+        self._passes(column, lambda _, i, grad: found.append(largest(grad)), self._targets, True)
+        return found
+
     def backward(
         self, columns: Tensor, visit: Visitor, parameters: Sequence[Tensor] | None = None
     ) -> tuple[Tensor | None, ...]:
@@ -173,6 +187,20 @@ class Tape:
             Their gradients in the last pass, ``None`` for those that the output does not depend on.
         """
         targets = self._targets if parameters is None else parameters
+        if not self.rescales:
+            return self._passes(columns, visit, targets, parameters is not None)
+        scale = gradient_scale(columns, self.gradient_sizes)
+        found = self._passes(
+            columns.float() * scale,
+            lambda column, i, grad: visit(column, i, widened(grad, scale)),
+            targets,
+            parameters is not None,
+        )
+        return tuple(None if grad is None else widened(grad, scale) for grad in found)
+
+    def _passes(
+        self, columns: Tensor, visit: Visitor, targets: Sequence[Any], keeps_graph: bool
+    ) -> tuple[Tensor | None, ...]:
         found: tuple[Tensor | None, ...] = ()
         if not targets:
             return found
@@ -199,18 +227,19 @@ class Tape:
             if len(by_call) == len(self._outputs[i]):
                 finish(i)
 
+        tensors = [target for target in targets if isinstance(target, Tensor)]
         receivers = (
             (gradient, partial(receive, i, call))
             for i, gradients in enumerate(self._gradients)
             for call, gradient in enumerate(gradients)
         )
-        with OutputGradient.watched(receivers), without_hooks(parameters or ()):
+        with OutputGradient.watched(receivers), without_hooks(tensors):
             for column in range(len(columns)):
                 found = torch.autograd.grad(
                     self._output,
                     targets,
                     columns[column].to(self._output.dtype),
-                    retain_graph=parameters is not None or column + 1 < len(columns),
+                    retain_graph=keeps_graph or column + 1 < len(columns),
                     allow_unused=True,
                 )
                 for i in list(pending):  # the output does not depend on all calls of these

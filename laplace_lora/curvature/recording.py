@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from laplace_lora.adapters.diagonal_maps import whole_instead
@@ -16,6 +17,7 @@ from laplace_lora.adapters.in_use import check_in_use
 from laplace_lora.adapters.maps import Block, LinearMap
 from laplace_lora.adapters.peft_state import check_adapters
 from laplace_lora.capture.gradient_flow import gradients_flow
+from laplace_lora.capture.gradient_scale import is_out_of_range
 from laplace_lora.capture.mask_verification import verify_masks
 from laplace_lora.capture.output_verification import verify_outputs
 from laplace_lora.capture.recorder import MisfitError, check_masks, record
@@ -69,6 +71,7 @@ class Recording:
         self.is_verified = False
         self._together = False  # by a batch of several examples
         self._masks_are_verified = False  # by a batch with padding, which may not be the first
+        self._rescales = False  # as the first batch asks for, see `Tape`
         in_pieces(model.modules())
         self._covered = trainable_maps(trained, uncovered)
 
@@ -138,6 +141,7 @@ class Recording:
                 try:
                     with gradients_flow(named) if verifies else nullcontext():
                         tape = record(run, maps, x, examples=examples)
+                        tape.rescales = self._rescales
                     if needs_masks:
                         self._check_masks(tape)
                     if verifies:
@@ -187,6 +191,11 @@ class Recording:
         """Verify a recorded pass, see `capture.verification`."""
         if not all_finite(tape.output):
             return  # refused for that by whoever asked
+        dtypes = {tape.coarsest(b.map, b.parameter) for b in blocks if b.map < len(tape.inputs)}
+        if torch.float16 in dtypes | {p.dtype for p in self.model.parameters()}:
+            weights = torch.linspace(0.5, 1, tape.output.shape[-1]).to(tape.output)
+            sizes = tape.gradient_sizes(weights.expand_as(tape.output).unsqueeze(0))
+            self._rescales = tape.rescales = is_out_of_range(sizes)
         verify_gradients(tape, blocks, self.by_token)
         if not self.model.training:  # with dropout no two passes agree
             shape = (tape.examples, coarsest_dtype(self.model), self.by_token)

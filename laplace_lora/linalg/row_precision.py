@@ -128,14 +128,16 @@ class RowPrecision:
         ``L = D^-½ (I + W Wᵀ)^-½`` with ``W = √c D^-½ Zᵀ``, and ``(I + W Wᵀ)^-½`` is ``I`` plus
         ``(1 + s)^-½ − 1`` on the data's directions, written so that nothing cancels.
         """
-        root = self._diagonal().rsqrt()
+        root = self._diagonal().double().rsqrt()  # the prior's part minus the data's
+        wide = noise.double()
 
         def shrink(e: Tensor) -> Tensor:
             s = 1 + e / self.delta
             return -1 / (s.sqrt() * (1 + s.sqrt())) * self.scale / self.delta
 
-        core = self._on_rows(noise * root, shrink)
-        return (noise + root * self._lifted(core)) * root / float(self.delta**0.5)
+        core = self._on_rows(wide * root, shrink)
+        found = (wide + root * self._lifted(core)) * root / float(self.delta**0.5)
+        return found.to(noise.dtype)
 
     def diag(self, exponent: int = 1) -> Tensor:
         """Return the diagonal of ``P``, or of ``P⁻¹`` for the exponent −1, ``(parameters,)``.

@@ -45,3 +45,16 @@ def test_single_precision_rows_keep_small_variances_under_a_wide_prior(delta):
     exact = torch.linalg.inv(Z.double().T @ Z.double() + delta * torch.eye(300).double())
     assert_near(single[0].double(), exact.diagonal(), 1e-5)
     assert_near(single[1].double(), exact, 1e-5)
+
+
+def test_single_precision_samples_are_narrow_where_the_data_are_many():
+    generator = torch.Generator().manual_seed(0)
+    Z = 3e5 * torch.randn(20, 300, generator=generator)
+    rows = RowStorage([300], torch.float32, torch.float32, torch.device("cpu"))
+    rows.append(0, Z)
+    values, vectors = torch.linalg.eigh(Z.double() @ Z.double().T)
+    P = RowPrecision(rows, [torch.ones(())], values, vectors, 1.0, 1.0)
+    samples = P.root_multiply(torch.randn(4000, 300, generator=generator))
+    assert samples.dtype == torch.float32
+    variances = (samples.double() @ Z.double().T).var(0)
+    assert float(variances.max()) < 1.2  # of functions that the data leave a variance below one

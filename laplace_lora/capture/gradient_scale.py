@@ -1,0 +1,72 @@
+"""Powers of two that keep a backward pass within float16, as loss scaling does in training.
+
+Outputs of a small scale, as of regressions whose targets are small, have gradients below 2⁻²⁴,
+which float16 rounds to zero, or coarsely below 2⁻¹⁴. Those of a large scale exceed its largest
+number. Gradients are linear in what is sent backward, and a power of two changes no digit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+TOP = 12  # exponent of the largest gradient; float16 ends at 16
+HIGHEST = 14  # exponent of what is sent backward
+LOW = -13  # exponent of a layer's largest gradient, of which a step of 2⁻²⁴ is then 2⁻¹¹
+TRIES = 8
+
+Sizes = Callable[[Tensor], Sequence[float]]
+
+
+def is_out_of_range(sizes: Sequence[float]) -> bool:
+    """Return whether float16 holds gradients badly.
+
+    Args:
+        sizes: The largest gradient of each layer; zeros say nothing if there are others, as those
+            of ``lora_A`` where ``lora_B`` is zero.
+    """
+    nonzero = [size for size in sizes if size]
+    if not nonzero or not all(map(math.isfinite, sizes)):
+        return True
+    return min(nonzero) < 2.0**LOW or max(nonzero) > 2.0**TOP
+
+
+def gradient_scale(columns: Tensor, sizes: Sizes) -> float:
+    """Return the power of two that brings the largest gradient to the top of float16.
+
+    Args:
+        columns: Gradients with respect to the outputs, ``(columns, batch, outputs)``.
+        sizes: Sends one column backward, ``(1, batch, outputs)``, and returns the largest gradient
+            of each layer; infinity, or NaN, where one is not finite.
+    """
+    largest = float(columns.detach().abs().max().float()) if columns.numel() else 0.0
+    if not largest or not math.isfinite(largest):
+        return 1.0
+    wide = columns.detach().float()
+    together = wide.sum(0, keepdim=True)
+    exponent, highest = 0, HIGHEST - math.frexp(largest)[1]
+    for _ in range(TRIES):
+        found = sizes(together * 2.0**exponent)
+        if not all(map(math.isfinite, found)):
+            exponent = highest = exponent - TOP
+            continue
+        size = max(found, default=0.0)
+        step = TOP - math.frexp(size)[1] if size else TOP
+        if exponent + step >= highest or not step:
+            exponent = min(exponent + step, highest)
+            break
+        exponent += step
+    return 2.0**exponent
+
+
+def largest(values: Tensor) -> float:
+    """Return the largest absolute value, NaN where one is not a number; 0 where there is none."""
+    return float(values.detach().abs().max().float()) if values.numel() else 0.0
+
+
+def widened(values: Tensor, scale: float) -> Tensor:
+    """Return gradients divided by their scale, in float32 or better."""
+    return values.to(torch.promote_types(values.dtype, torch.float32)) / scale

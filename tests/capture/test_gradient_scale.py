@@ -1,0 +1,77 @@
+"""Gradients in float16 neither vanish nor overflow, whatever the scale of a model's outputs."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from laplace_lora import DiagLoraLaplace, KronLoraLaplace
+from laplace_lora.capture.gradient_scale import gradient_scale, is_out_of_range
+from support.batches import loader, token_batch
+from support.models import peft_model
+from support.references import assert_near
+
+HALF = torch.float16
+BATCH = token_batch((3, 5, 4), seed=3)
+
+
+@pytest.mark.parametrize("slope", [1e-9, 1e-4, 1.0, 3e4, 1e7])
+def test_the_largest_gradient_comes_to_the_top_of_float16(slope):
+    def sizes(column):
+        sent = column.abs().max().to(HALF)
+        return [float(sent), float((sent.double() * slope).to(HALF))]
+
+    columns = torch.tensor([[[1.0], [0.25]]])
+    scale = gradient_scale(columns, sizes)
+    assert math.frexp(scale)[0] == 0.5  # a power of two
+    sent, found = sizes(columns * scale)
+    assert 2**10 < max(sent, found) < 2**15
+    assert gradient_scale(torch.zeros(1, 2, 1), sizes) == 1
+
+
+def test_what_is_sent_back_fits_as_well():
+    assert gradient_scale(torch.full((2, 1, 1), 1e-6), lambda column: [0.0]) * 1e-6 < 2**15
+    assert gradient_scale(torch.full((2, 1, 1), 3e4), lambda column: [0.0]) <= 1
+
+
+def test_when_gradients_are_scaled():
+    assert not is_out_of_range([1.0, 0.01, 0.0])
+    for sizes in ([0.0], [1.0, 1e-5], [3e4], [math.inf, 1.0], [math.nan]):
+        assert is_out_of_range(sizes)
+
+
+def scaled(name, scale, adapters=HALF):
+    """A model in float16 whose outputs have a scale, and the same in float64."""
+    model = peft_model(name, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "classifier" in key or "score" in key:
+                parameter.mul_(scale)
+    model = model.to(HALF)
+    for key, parameter in model.named_parameters():
+        if "lora_" in key:
+            parameter.data = parameter.data.to(adapters)
+    return model, copy.deepcopy(model).double()
+
+
+@pytest.mark.parametrize("adapters", [HALF, torch.float32])
+@pytest.mark.parametrize("name,scale", [("llama", 1e-5), ("gpt2", 1e-5), ("llama", 1e4)])
+def test_outputs_of_any_scale_have_their_curvature(name, scale, adapters):
+    """In these passes gradients became zero or infinite, or were taken for a misfit."""
+    found = []
+    for model in scaled(name, scale, adapters):
+        la = DiagLoraLaplace(model, "regression")
+        la.fit(loader(likelihood="regression"))
+        _, blocks = la.engine.jacobian_blocks(BATCH)
+        found.append([*la.H.double().split(la.engine.sizes), *(block.double() for block in blocks)])
+    for half, exact in zip(*found, strict=True):
+        assert_near(half, exact, 2e-2)
+
+
+def test_gradients_in_range_are_as_they_were(monkeypatch):
+    model, _ = scaled("llama", 1.0)
+    la = KronLoraLaplace(model, "regression")
+    monkeypatch.setattr("laplace_lora.capture.tape.gradient_scale", None)
+    la.fit(loader(likelihood="regression"))
+    assert la.predict(BATCH).covariance.isfinite().all()
