@@ -13,12 +13,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-TOP = 12  # exponent of the largest gradient; float16 ends at 16
+TOP = 8  # exponent of the largest gradient; float16 ends at 16, and batches differ
 HIGHEST = 14  # exponent of what is sent backward
 LOW = -13  # exponent of a layer's largest gradient, of which a step of 2⁻²⁴ is then 2⁻¹¹
 TRIES = 8
-
-Sizes = Callable[[Tensor], Sequence[float]]
 
 
 def is_out_of_range(sizes: Sequence[float]) -> bool:
@@ -34,31 +32,39 @@ def is_out_of_range(sizes: Sequence[float]) -> bool:
     return min(nonzero) < 2.0**LOW or max(nonzero) > 2.0**TOP
 
 
-def gradient_scale(columns: Tensor, sizes: Sizes) -> float:
+def measured_gain(sizes: Callable[[float], Sequence[float]]) -> float | None:
+    """Return the largest gradient for each unit sent backward; ``None`` if float16 holds them all.
+
+    Args:
+        sizes: Sends a column backward whose largest number is the given one, and returns the
+            largest gradient of each layer; infinity, or NaN, where one is not finite.
+    """
+    found, sent = sizes(1.0), 1.0
+    if not is_out_of_range(found):
+        return None
+    for _ in range(TRIES):
+        is_finite = all(map(math.isfinite, found))
+        size = max(found, default=0.0) if is_finite else math.inf
+        if 2.0**LOW < size < math.inf or (is_finite and sent == 2.0**HIGHEST):
+            break
+        sent = min(sent * 2.0**TOP, 2.0**HIGHEST) if is_finite else sent * 2.0**-TOP
+        found = sizes(sent)
+    return size / sent
+
+
+def gradient_scale(columns: Tensor, gain: float) -> float:
     """Return the power of two that brings the largest gradient to the top of float16.
 
     Args:
-        columns: Gradients with respect to the outputs, ``(columns, batch, outputs)``.
-        sizes: Sends one column backward, ``(1, batch, outputs)``, and returns the largest gradient
-            of each layer; infinity, or NaN, where one is not finite.
+        columns: Gradients with respect to the outputs, of any shape.
+        gain: From `measured_gain`.
     """
-    largest = float(columns.detach().abs().max().float()) if columns.numel() else 0.0
-    if not largest or not math.isfinite(largest):
+    size = largest(columns)
+    if not size or not math.isfinite(size):
         return 1.0
-    wide = columns.detach().float()
-    together = wide.sum(0, keepdim=True)
-    exponent, highest = 0, HIGHEST - math.frexp(largest)[1]
-    for _ in range(TRIES):
-        found = sizes(together * 2.0**exponent)
-        if not all(map(math.isfinite, found)):
-            exponent = highest = exponent - TOP
-            continue
-        size = max(found, default=0.0)
-        step = TOP - math.frexp(size)[1] if size else TOP
-        if exponent + step >= highest or not step:
-            exponent = min(exponent + step, highest)
-            break
-        exponent += step
+    exponent = HIGHEST - math.frexp(size)[1]
+    if size * gain:
+        exponent = min(exponent, TOP - math.frexp(size * gain)[1])
     return 2.0**exponent
 
 

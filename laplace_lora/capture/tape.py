@@ -37,8 +37,8 @@ class Tape:
         output: The model's output, ``(rows, outputs)``, detached; one row per example, or one per
             scored token.
         rerun: From the index of an example to the model's output for it alone, with its graph.
-        rescales: Whether gradients are out of the range of float16, see `gradient_scale`; then it
-            takes a few more backward passes.
+        gain: How much larger gradients are than what is sent backward, where float16 does not
+            hold them, see `gradient_scale`.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Tape:
     ) -> None:
         self.maps = maps
         self.rerun = rerun
-        self.rescales = False
+        self.gain: float | None = None
         self.examples = examples.count
         self._rows = examples
         self._sources = sources
@@ -187,9 +187,9 @@ class Tape:
             Their gradients in the last pass, ``None`` for those that the output does not depend on.
         """
         targets = self._targets if parameters is None else parameters
-        if not self.rescales:
+        if self.gain is None:
             return self._passes(columns, visit, targets, parameters is not None)
-        scale = gradient_scale(columns, self.gradient_sizes)
+        scale = gradient_scale(columns, self.gain)
         found = self._passes(
             columns.float() * scale,
             lambda column, i, grad: visit(column, i, widened(grad, scale)),

@@ -17,7 +17,7 @@ from laplace_lora.adapters.in_use import check_in_use
 from laplace_lora.adapters.maps import Block, LinearMap
 from laplace_lora.adapters.peft_state import check_adapters
 from laplace_lora.capture.gradient_flow import gradients_flow
-from laplace_lora.capture.gradient_scale import is_out_of_range
+from laplace_lora.capture.gradient_scale import measured_gain
 from laplace_lora.capture.mask_verification import verify_masks
 from laplace_lora.capture.output_verification import verify_outputs
 from laplace_lora.capture.recorder import MisfitError, check_masks, record
@@ -71,7 +71,7 @@ class Recording:
         self.is_verified = False
         self._together = False  # by a batch of several examples
         self._masks_are_verified = False  # by a batch with padding, which may not be the first
-        self._rescales = False  # as the first batch asks for, see `Tape`
+        self._gain: float | None = None  # of the first batch, see `Tape`
         in_pieces(model.modules())
         self._covered = trainable_maps(trained, uncovered)
 
@@ -141,7 +141,7 @@ class Recording:
                 try:
                     with gradients_flow(named) if verifies else nullcontext():
                         tape = record(run, maps, x, examples=examples)
-                        tape.rescales = self._rescales
+                        tape.gain = self._gain
                     if needs_masks:
                         self._check_masks(tape)
                     if verifies:
@@ -191,11 +191,14 @@ class Recording:
         """Verify a recorded pass, see `capture.verification`."""
         if not all_finite(tape.output):
             return  # refused for that by whoever asked
+        self._gain = tape.gain = None
         dtypes = {tape.coarsest(b.map, b.parameter) for b in blocks if b.map < len(tape.inputs)}
         if torch.float16 in dtypes | {p.dtype for p in self.model.parameters()}:
+            # All the same would be nothing but a shift of logits.
             weights = torch.linspace(0.5, 1, tape.output.shape[-1]).to(tape.output)
-            sizes = tape.gradient_sizes(weights.expand_as(tape.output).unsqueeze(0))
-            self._rescales = tape.rescales = is_out_of_range(sizes)
+            column = weights.expand_as(tape.output).unsqueeze(0)
+            tape.gain = measured_gain(lambda sent: tape.gradient_sizes(column * sent))
+            self._gain = tape.gain
         verify_gradients(tape, blocks, self.by_token)
         if not self.model.training:  # with dropout no two passes agree
             shape = (tape.examples, coarsest_dtype(self.model), self.by_token)
