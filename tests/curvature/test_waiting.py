@@ -93,7 +93,7 @@ def test_unchanged_weights_are_compared_once(depths, monkeypatch):
     def refuse(*args):
         raise AssertionError("compared again")
 
-    monkeypatch.setattr("laplace_lora.posteriors.weights_watch._equal", refuse)
+    monkeypatch.setattr("laplace_lora.posteriors.weights_watch.are_equal", refuse)
     la(token_batch())
     with torch.no_grad():
         next(p for p in la.model.parameters() if p.requires_grad).add_(0.0)
