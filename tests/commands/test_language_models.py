@@ -157,6 +157,7 @@ def test_generate_writes_and_stops(writer, tmp_path):
     assert len(set(drawn)) > 1
 
 
+@pytest.mark.slow
 def test_equal_prompts_are_continued_differently_in_different_batches(writer, tmp_path):
     path = write_json_lines(tmp_path / "x.jsonl", [{"prompt": "the film"}] * 6)
     args = ("generate", writer, "--data", path, "--max-new-tokens", 3, "--top-k", 9, "-q")

@@ -364,6 +364,7 @@ def test_a_threshold_is_shown_with_all_digits():
         assert "answer nothing" in _rule(none)
 
 
+@pytest.mark.slow
 def test_results_may_be_packed(fitted, data, tmp_path):
     args, plain = ("--data", data("test"), "-q", "--out"), tmp_path / "y.jsonl"
     for command, out in (("predict", plain), ("evaluate", tmp_path / "y.json")):

@@ -16,6 +16,7 @@ from laplace_lora import FullLoraLaplace, KronLoraLaplace
 from laplace_lora.data.one_draw import draws_anew, one_draw, same_draw
 from support.batches import split_rows, token_batch
 from support.models import peft_model
+from support.sweeps import rest_slow
 from support.trainers import quiet
 
 ROWS = split_rows(token_batch((5, 4, 3) * 8, pad_to=5))
@@ -107,7 +108,7 @@ def test_batches_of_a_data_set():
 
 
 @pytest.mark.parametrize("kind", ["weighted", "drop_last", "unknown"])
-@pytest.mark.parametrize("options", [{}, {"eigenvalue_correction": True}])
+@pytest.mark.parametrize("options", rest_slow([{}, {"eigenvalue_correction": True}], 1))
 def test_fits_and_tunings_see_one_draw(kind, options):
     la, loader = posterior(**options), ANEW[kind]()
     torch.manual_seed(0)
@@ -129,6 +130,7 @@ def test_fits_and_tunings_see_one_draw(kind, options):
     assert list(found(la, loader)) == pytest.approx(expected, rel=1e-6)  # as it was given
 
 
+@pytest.mark.slow
 def test_each_fit_draws_and_data_that_are_added_are_draws_of_their_own():
     loader = ANEW["weighted"]()
     first, second = posterior(FullLoraLaplace), posterior(FullLoraLaplace)

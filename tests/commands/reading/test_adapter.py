@@ -24,6 +24,7 @@ from laplace_lora.commands.reading.repository import file_of
 from support.command_line import refused, run
 from support.hub import serving
 from support.on_disk import SIZES, reviews, save_classifier, tokenizer
+from support.sweeps import rest_slow
 
 
 def changed(folder, **values):
@@ -171,7 +172,7 @@ def test_four_bits(adapter, data, monkeypatch):
     assert "pip install bitsandbytes" in refused("fit", folder, *args, "--overwrite")
 
 
-@pytest.mark.parametrize("kind", ["classifier", "one output"])
+@pytest.mark.parametrize("kind", rest_slow(["classifier", "one output"], 0))
 def test_a_head_that_the_adapter_saves_is_not_quantised(adapter, data, kind):
     """transformers leaves what the last tensor is called, for BERT ``classifier.bias``."""
     pytest.importorskip("bitsandbytes")
