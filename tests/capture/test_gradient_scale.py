@@ -29,7 +29,8 @@ def test_the_largest_gradient_comes_to_the_top_of_float16(slope):
     columns = torch.tensor([[[1.0], [0.25]]])
     scale = gradient_scale(columns, gain)
     assert math.frexp(scale)[0] == 0.5  # a power of two
-    assert scale < 2**15 and (2**6 < scale * slope < 2**9 or slope == 1e-9)
+    # What is sent backward has its limit as well.
+    assert scale == 2**13 or 2**6 < scale * slope < 2**9
     assert gradient_scale(torch.zeros(1, 2, 1), gain) == 1
 
 
