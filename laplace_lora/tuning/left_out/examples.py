@@ -91,7 +91,7 @@ class Examples:
         drawn_again = self.inputs.contradicted(labels) > CONTRADICTED * len(labels)
         return {} if drawn_again else self.companions
 
-    @property
+    @cached_property
     def no_covariance(self) -> Tensor:
         """Zeros in place of the functions' covariances, ``(N, c, c)``."""
         mean = self.cache.mean
