@@ -15,6 +15,7 @@ from support.adalora import tiny_adalora
 from support.batches import loader, token_batch
 from support.models import base_model, peft_model
 from support.references import assert_near
+from support.sweeps import rest_slow
 from test_trainer import examples, trainer_of
 
 
@@ -73,7 +74,7 @@ def test_a_model_that_does_not_fit_the_likelihood(tmp_path):
         LaplaceCallback(trainer, "counting")
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", rest_slow([True, False], 0))
 def test_ranks_that_are_cut_when_saved_go_before_the_fit(tmp_path, first):
     """Together the callbacks saved a posterior that could not be loaded, in either order."""
     model = tiny_adalora()

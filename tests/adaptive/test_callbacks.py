@@ -196,6 +196,7 @@ def test_what_would_go_wrong_silently_is_refused(tmp_path):
         trainer(plain, tmp_path, [AdaLoraCallback()]).train()
 
 
+@pytest.mark.slow
 def test_a_missing_sensitivity_file_stops_a_resumed_run(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 7}
     trainer(tiny_adalora(), tmp_path, [AdaLoraCallback(SensitivityScore())], **options).train()
@@ -206,6 +207,7 @@ def test_a_missing_sensitivity_file_stops_a_resumed_run(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_sensitivities_of_another_training_stop_a_resumed_run(tmp_path):
     """A checkpoint may be anywhere; the sensitivities are looked for in ``output_dir``."""
     options = {"save_strategy": "steps", "save_steps": 7}

@@ -60,6 +60,7 @@ def test_workers_that_divide_a_stream(lists, kind):
     assert_near(la.log_marginal_likelihood(), lists["fit"], 1e-6)
 
 
+@pytest.mark.slow
 def test_workers_that_read_the_whole_stream_are_refused(monkeypatch):
     seen = []
     la = posterior(loader())

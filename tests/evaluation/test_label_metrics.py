@@ -221,6 +221,7 @@ def test_what_are_no_labels_or_probabilities_of_labels_is_refused():
         classes.by_label  # noqa: B018
 
 
+@pytest.mark.slow
 def test_baselines_take_the_sigmoid_where_the_configuration_says_so():
     model, batch = labelled_model(), multilabel_batch()
     own = MAP(model)

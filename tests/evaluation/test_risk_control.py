@@ -85,6 +85,7 @@ def batch_of(n, seed):
     return [{"p": p, "labels": y}]
 
 
+@pytest.mark.slow
 def test_a_report_has_what_is_answered_and_what_of_it_is_wrong():
     data, apart = batch_of(400, 3), batch_of(400, 4)
     report = evaluate(given, data, name="given", conformal_loader=apart, risk=0.1)

@@ -12,6 +12,7 @@ from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.tuning.texts import training_texts
 from support.generation import K, seeded
 from support.language import EXACT
+from support.sweeps import rest_slow
 from support.vision import VISION, question, vision_model
 
 PROMPT = 19  # tokens, and three more
@@ -48,7 +49,7 @@ def losses(name="qwen2_vl"):
     return [-float(f.gather(1, t["labels"][0, PROMPT:, None]).sum()) for f, t in pairs]
 
 
-@pytest.mark.parametrize("name", VISION)
+@pytest.mark.parametrize("name", rest_slow(VISION, 0))
 def test_a_fit_on_batches_is_that_on_texts_alone(name):
     together = posterior([joined(texts())], name, **EXACT)
     alone = posterior(texts(), name, **EXACT)

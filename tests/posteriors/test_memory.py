@@ -138,6 +138,7 @@ def adapted(cls, rank, **sizes):
     return excite(get_peft_model(base, LoraConfig(r=rank, target_modules=targets))).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [(40,), (12, 9, 12)])
 def test_a_language_models_estimate_is_what_is_taken(lengths):
     model = adapted(LlamaForCausalLM, 2, vocab_size=20_000)
@@ -159,6 +160,7 @@ def test_the_exact_curvature_of_a_language_model_has_columns_for_each_token():
     assert exact == sampled * (3 + columns) / 4 > 0
 
 
+@pytest.mark.slow
 def test_a_sketchs_estimate_is_what_a_fit_takes():
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_labels": 3}
     model = adapted(LlamaForSequenceClassification, 32, **sizes)

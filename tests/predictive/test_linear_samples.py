@@ -28,6 +28,7 @@ from support.opaque import Opaque
 from support.posteriors import LOW, fitted_on, posterior
 from support.preferences import pair_batch, reward_posterior
 from support.references import assert_near
+from support.sweeps import rest_slow
 
 BATCH = token_batch((4, 6, 2, 5), pad_to=8, seed=5)
 X = {key: value for key, value in BATCH.items() if key != "labels"}
@@ -180,7 +181,7 @@ def test_regressions_rewards_and_gradients_are_refused():
         differentiable(X, method="sampled")
 
 
-@pytest.mark.parametrize("name", ["bert", "llama-lm"])
+@pytest.mark.parametrize("name", rest_slow(["bert", "llama-lm"], 0))
 def test_samples_of_a_recentred_posterior_lie_around_its_mean(name, in_double):
     la = posterior(name=name, prior_precision=10.0)
     unmoved = la.predict(X, method="exact").mean

@@ -17,6 +17,7 @@ from laplace_lora.storage.adapter_start import FILE, AdapterStart, start_of
 from support.batches import loader, rows, token_batch
 from support.models import peft_model
 from support.references import assert_near
+from support.sweeps import rest_slow
 
 CLASSES = [KronLoraLaplace, DiagLoraLaplace, FullLoraLaplace]
 
@@ -137,7 +138,7 @@ def test_the_trainer_keeps_it(tmp_path, options):
         assert not late.la.prior_mean.any()
 
 
-@pytest.mark.parametrize("options", [{}, {"prior_mean": "start"}])
+@pytest.mark.parametrize("options", rest_slow([{}, {"prior_mean": "start"}], 0))
 def test_a_model_that_is_made_anew_has_a_start_of_its_own(tmp_path, options):
     made = []
 

@@ -79,6 +79,7 @@ def test_a_killed_save_leaves_the_earlier_posterior_or_the_new_one(
     assert {path.name for path in tmp_path.iterdir()} == {TENSORS, CONFIG}
 
 
+@pytest.mark.slow
 def test_readers_beside_a_writer_see_whole_posteriors(tmp_path):
     la = fitted()
     la.save_pretrained(tmp_path, precision="exact")

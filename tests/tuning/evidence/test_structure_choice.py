@@ -76,6 +76,7 @@ def test_the_price_of_a_precision_decides(la, monkeypatch):
     assert choice().structure == "scalar"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("correction", rest_slow([False, True], 1))
 def test_the_integral_over_two_precisions_of_an_exact_posterior(correction, monkeypatch):
     """Against a sum over a grid of both."""

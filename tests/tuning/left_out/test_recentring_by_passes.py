@@ -16,6 +16,7 @@ from support.models import peft_model
 from support.posteriors import DENSE, EVERY_CLASS, LOW, posterior
 from support.preferences import reward_posterior
 from support.references import assert_near
+from support.sweeps import rest_slow
 
 LENGTHS = (3, 6, 4, 6, 1, 5, 2, 4, 4, 3, 2, 5)
 NEW = token_batch((4, 2, 6), seed=3)
@@ -113,7 +114,9 @@ def test_tangents_give_what_jacobians_give(keeps_none, monkeypatch, kwargs):
     assert_near(la.state.settings.shift, shift, 1e-5)
 
 
-@pytest.mark.parametrize("error", [NoForwardDerivativeError, tangents.OtherOutputsError])
+@pytest.mark.parametrize(
+    "error", rest_slow([NoForwardDerivativeError, tangents.OtherOutputsError], 0)
+)
 def test_models_without_tangents_have_jacobians(keeps_none, monkeypatch, error):
     la = fitted(**LOW)
     la.recentre(1.0)
@@ -153,6 +156,7 @@ def test_data_of_another_fit_are_refused(keeps_none):
     assert la.state.settings.shift is None
 
 
+@pytest.mark.slow
 def test_leave_one_out_of_some_examples_moves_the_mean_by_all(monkeypatch, keeps_none):
     monkeypatch.setattr(looked_at, "ROWS", 2 * len(LENGTHS) - 1)
     monkeypatch.setattr(looked_at, "EXAMPLES", 9)

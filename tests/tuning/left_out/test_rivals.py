@@ -141,6 +141,7 @@ def test_which_classes_are_compared_says_nothing_about_the_label():
     assert apart.abs().max() < 4 * (expected / 2) ** 0.5
 
 
+@pytest.mark.slow
 def test_labels_that_say_nothing_about_texts_are_not_learnt():
     """Rivals that are the likeliest for the network gave labels away as the unexpected ones."""
     generator = torch.Generator().manual_seed(0)

@@ -249,6 +249,7 @@ def test_a_width_that_labels_speak_against_goes():
     assert result.nll_after < 0.3 * result.nll_before
 
 
+@pytest.mark.slow
 def test_of_many_rows_some_are_searched_and_all_are_scored(monkeypatch):
     searched = []
 
