@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import laplace_lora
 from laplace_lora.commands.reading.adapter import HEAD, Adapter, load_asked
-from laplace_lora.commands.reading.columns import columns_of
-from laplace_lora.commands.reading.completions import completion_column
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.names import class_names
 from laplace_lora.commands.reading.plan import Plan, read_plan
 from laplace_lora.commands.reading.planning import (
     WITH_CLASSES,
-    asked_columns,
     plan_again,
+    read_columns,
     uses_chat,
 )
 from laplace_lora.commands.reading.rows import Row
@@ -89,11 +87,7 @@ def _plan_of(
     """Return a plan for a posterior that was saved from Python."""
     likelihood = config["arguments"]["likelihood"]
     targets = config["arguments"]["target_ids"]
-    asked = asked_columns(options)
-    columns = columns_of(rows, asked)
-    is_needed = likelihood == completes
-    completion = completion_column(rows, columns, asked, likelihood, is_needed=is_needed)
-    columns = replace(columns, completion=completion)
+    columns = read_columns(rows, options, likelihood, completes)
     given = list(options.get("labels") or ())
     names: list[str] = []
     if targets is not None:

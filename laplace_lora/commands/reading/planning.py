@@ -24,10 +24,19 @@ PROBLEMS: dict[str | None, str] = {  # as Hugging Face's configurations call the
 }
 
 
-def asked_columns(options: dict[str, Any]) -> Columns:
-    """Return the columns that options name."""
-    roles = ("text", "pair", "completion", "label")
-    return Columns(**{role: options.get(f"{role}_field") for role in roles})
+def read_columns(
+    rows: Sequence[Row],
+    options: dict[str, Any],
+    likelihood: str,
+    completes: str | None,
+    known: Columns | None = None,
+) -> Columns:
+    """Return the columns of all roles, of which ``known`` are the fit's; see `plan_again`."""
+    asked = _asked_columns(options)
+    columns = columns_of(rows, asked, known)
+    is_needed = likelihood == completes
+    completion = completion_column(rows, columns, asked, likelihood, known, is_needed)
+    return replace(columns, completion=completion)
 
 
 def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, Any]) -> Plan:
@@ -41,7 +50,7 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, An
     Raises:
         ValueError: If model, answers and data do not go together.
     """
-    asked = asked_columns(options)
+    asked = _asked_columns(options)
     columns, given = (asked, ()) if rows is None else (columns_of(rows, asked), rows)
     likelihood = _likelihood(adapter, given, columns, options)
     completion = completion_column(given, columns, asked, likelihood)
@@ -97,10 +106,7 @@ def plan_again(
         ValueError: If a column is missing or has no effect, the number of names is another, two
             are the same, or a chat template is asked for and missing.
     """
-    asked, known = asked_columns(options), plan.columns
-    columns = columns_of(rows, asked, known)
-    is_needed = plan.likelihood == completes
-    completion = completion_column(rows, columns, asked, plan.likelihood, known, is_needed)
+    columns = read_columns(rows, options, plan.likelihood, completes, plan.columns)
     names = class_names(options.get("labels") or (), plan.names, len(plan.names))
     chat = plan.chat
     if options.get("chat") is not None:
@@ -108,12 +114,18 @@ def plan_again(
     limit = options.get("max_length") or plan.max_length
     return replace(
         plan,
-        columns=replace(columns, completion=completion),
+        columns=columns,
         names=names,
         chat=chat,
         max_length=limit,
         labels_as=options.get("labels_as") or plan.labels_as,
     )
+
+
+def _asked_columns(options: dict[str, Any]) -> Columns:
+    """Return the columns that options name."""
+    roles = ("text", "pair", "completion", "label")
+    return Columns(**{role: options.get(f"{role}_field") for role in roles})
 
 
 def _likelihood(
