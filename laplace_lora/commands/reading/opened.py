@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import laplace_lora
 from laplace_lora.commands.reading.adapter import HEAD, Adapter, load_asked
+from laplace_lora.commands.reading.ending import appends_eos, why_no_eos
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.names import class_names
 from laplace_lora.commands.reading.plan import Plan, read_plan
@@ -100,7 +101,7 @@ def _plan_of(
             "the posterior was saved without laplace_data.json, which says whether its texts went "
             "through the tokenizer's chat template; give --chat or --no-chat"
         )
-    return Plan(
+    plan = Plan(
         likelihood,
         columns,
         names,
@@ -110,3 +111,11 @@ def _plan_of(
         bool(options.get("load_in_4bit")),
         options.get("labels_as"),
     )
+    is_reward = likelihood == completes == "reward_modeling"
+    if options.get("eos") is None and is_reward and why_no_eos(adapter, plan, rows) is None:
+        raise ValueError(
+            "the posterior was saved without laplace_data.json, which says whether its texts end "
+            "with the tokenizer's end-of-text token, as those of TRL's RewardTrainer do; give "
+            "--eos or --no-eos"
+        )
+    return replace(plan, eos=appends_eos(adapter, plan, rows, options.get("eos")))

@@ -10,6 +10,7 @@ from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
 from laplace_lora.commands.reading.answers import target_tokens
 from laplace_lora.commands.reading.columns import Columns, columns_of, is_preference, label_cells
 from laplace_lora.commands.reading.completions import completion_column
+from laplace_lora.commands.reading.ending import appends_eos
 from laplace_lora.commands.reading.labels import classes_of
 from laplace_lora.commands.reading.names import class_names
 from laplace_lora.commands.reading.plan import Plan
@@ -74,7 +75,7 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, An
         columns = replace(columns, pair=None)
     if likelihood == "classification" and rows is not None:
         _, labels_as = classes_of(label_cells(rows, columns.label), names, labels_as)
-    return Plan(
+    plan = Plan(
         likelihood,
         columns,
         names,
@@ -84,6 +85,7 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, An
         bool(options.get("load_in_4bit")),
         labels_as,
     )
+    return replace(plan, eos=appends_eos(adapter, plan, given, options.get("eos")))
 
 
 def plan_again(
@@ -103,8 +105,8 @@ def plan_again(
         completes: The likelihood whose completions the command reads; ``None`` for no likelihood.
 
     Raises:
-        ValueError: If a column is missing or has no effect, the number of names is another, two
-            are the same, or a chat template is asked for and missing.
+        ValueError: If a column or an end-of-text token is missing or has no effect, the number of
+            names is another, two are the same, or a chat template is asked for and missing.
     """
     columns = read_columns(rows, options, plan.likelihood, completes, plan.columns)
     names = class_names(options.get("labels") or (), plan.names, len(plan.names))
@@ -112,7 +114,7 @@ def plan_again(
     if options.get("chat") is not None:
         chat = uses_chat(adapter, columns, plan.likelihood, options["chat"])
     limit = options.get("max_length") or plan.max_length
-    return replace(
+    plan = replace(
         plan,
         columns=columns,
         names=names,
@@ -120,6 +122,7 @@ def plan_again(
         max_length=limit,
         labels_as=options.get("labels_as") or plan.labels_as,
     )
+    return replace(plan, eos=appends_eos(adapter, plan, rows, options.get("eos")))
 
 
 def _asked_columns(options: dict[str, Any]) -> Columns:
