@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from laplace_lora.commands.output import as_json, check_writable, packed
+from laplace_lora.commands.output import as_json, check_writable, result_file
 from laplace_lora.commands.reading.columns import cell, present_in, read_beside
 from laplace_lora.commands.reading.opened import Opened, open_posterior
 from laplace_lora.commands.reading.planning import WITH_CLASSES
@@ -20,7 +20,6 @@ from laplace_lora.commands.reading.rows import STANDARD, Row, read_rows
 from laplace_lora.display.tables import with_error
 from laplace_lora.evaluation import MAP, CalibrationReport, plot_reports
 from laplace_lora.evaluation import evaluate as scores_of
-from laplace_lora.storage.whole_files import write_whole
 
 # What of a row there is instead of scores.
 WRITTEN = {
@@ -88,9 +87,11 @@ def run(
     reports = [scores_of(method, loader, name=name, **given) for name, method in methods.items()]
     content = as_json([report.to_dict() for report in reports], indent=1)
     if out is not None and out != STANDARD:
-        write_whole(Path(out), packed(content.encode(), out))
+        with result_file(out) as file:
+            file.write(content.encode())
     if plot is not None:
-        _write_picture(reports, Path(plot))
+        with result_file(plot) as file:
+            plot_reports(reports).savefig(file, format=Path(plot).suffix[1:])
     if out == STANDARD:
         click.echo(content.encode())
         return
@@ -138,11 +139,3 @@ def _table(reports: list[CalibrationReport], title: str) -> Table:
         ]
         table.add_row(metric, *cells)
     return table
-
-
-def _write_picture(reports: list[CalibrationReport], path: Path) -> None:
-    import io
-
-    picture = io.BytesIO()
-    plot_reports(reports).savefig(picture, format=path.suffix[1:])
-    write_whole(path, picture.getvalue())

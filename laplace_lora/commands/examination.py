@@ -19,6 +19,7 @@ from laplace_lora.commands.reading.names import layer_name
 from laplace_lora.commands.reading.planning import plan_fit
 from laplace_lora.commands.reading.rows import read_rows
 from laplace_lora.commands.timing import fit_time, tuning_time
+from laplace_lora.commands.trained_ending import warn_if_trained_with_eos
 from laplace_lora.posteriors.base import LoraLaplace
 
 NOT_WELL = 1  # exit status
@@ -44,6 +45,7 @@ def run(adapter: str, data: str | None, **options: Any) -> None:
         click.echo("Give --data for memory and time.")
     else:
         loader = Inputs(loaded, plan).loader(rows, options["batch_size"])
+        warn_if_trained_with_eos(loaded, plan, rows, options)
         problems += _print_costs(console, covering, loader, options["batch_size"])
     for problem in problems:
         click.echo(f"Problem: {problem}")

@@ -19,6 +19,7 @@ from laplace_lora.commands.reading.plan import PLAN, Plan, plan_text
 from laplace_lora.commands.reading.planning import plan_fit
 from laplace_lora.commands.reading.repository import file_of
 from laplace_lora.commands.reading.rows import read_rows
+from laplace_lora.commands.trained_ending import warn_if_trained_with_eos
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.storage.adapter_start import FILE as START
@@ -57,6 +58,7 @@ def run(
     if val_rows is not None:
         with read_beside(val_rows, plan.columns, f"--val {val}"):
             val_loader = inputs.loader(val_rows, options["batch_size"])
+    warn_if_trained_with_eos(loaded, plan, rows, options)
     torch.manual_seed(seed)
     la = new_posterior(loaded, plan, options["structure"], options["uncovered"])
     start_at(la, adapter)

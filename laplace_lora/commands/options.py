@@ -165,7 +165,7 @@ def task_options(function: F) -> F:
             type=click.Choice(LIKELIHOODS),
             help="What the model is trained for.  [default: what adapter, --target and data say]",
         ),
-        completion_option("completion, answer or response"),
+        completion_options("completion, answer or response"),
         click.option(
             "--structure",
             type=click.Choice(STRUCTURES),
@@ -185,16 +185,25 @@ def task_options(function: F) -> F:
     )(function)
 
 
-def completion_option(default: str) -> Callable[[F], F]:
-    """Add the column of completions.
+def completion_options(default: str) -> Callable[[F], F]:
+    """Add the column of completions, and how texts without them end.
 
     Args:
-        default: What is read without it, for the help.
+        default: What is read without the column, for the help.
     """
-    return click.option(
-        "--completion-field",
-        metavar="NAME",
-        help=f"Column of the text after a prompt.  [default: {default}]",
+    return joined(
+        click.option(
+            "--completion-field",
+            metavar="NAME",
+            help=f"Column of the text after a prompt.  [default: {default}]",
+        ),
+        click.option(
+            "--eos/--no-eos",
+            default=None,
+            help="Whether plain texts of a reward model, and whole texts of a language model, are "
+            "read with the tokenizer's end-of-text token behind them, where TRL's RewardTrainer "
+            "and SFTTrainer put it.  [default: as in the fit; a fit reads none]",
+        ),
     )
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import click
 
@@ -22,7 +22,7 @@ TABLES = (".csv", ".tsv", ".parquet", ".xlsx")
 class Write(Protocol):
     """Writes one row."""
 
-    def __call__(self, row: Mapping[str, Any]) -> None:
+    def __call__(self, row: Mapping[str, Any]) -> object:
         """Write a row, see `as_json`."""
 
 
@@ -36,15 +36,15 @@ def check_writable(out: str, name: str = "--out") -> None:
     Raises:
         ValueError: If its folder is missing or may not be written to, or it is one itself.
     """
-    path = Path(out)
     if out == STANDARD:
         return
+    path = Path(out).resolve()  # a link may lead to another folder
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else f"lies in {path.parent}, which does not exist"
         raise ValueError(f"{name} {out} {what}; give the name of a file")
     if path.exists() and not path.is_file():
         raise ValueError(f"{name} {out} is no file; {name} - writes to standard output")
-    if path.suffix in TABLES:
+    if Path(out).suffix in TABLES:
         raise ValueError(f"{name} {out}: results are JSON; name the file .json or .jsonl")
     check_folder(path.parent, f"{name} {out}")
 
@@ -75,25 +75,22 @@ def json_lines(out: str) -> Iterator[Write]:
     if out == STANDARD:  # bytes, as a console may have an encoding of its own
         yield lambda row: click.echo(as_json(row).encode())
         return
+    with result_file(out) as file:
+        yield lambda row: file.write(f"{as_json(row)}\n".encode())
+
+
+@contextmanager
+def result_file(out: str) -> Iterator[IO[bytes]]:
+    """Open a file for results, compressed where its name says so; see `whole_file`.
+
+    Args:
+        out: The file. A link remains one, and what it leads to is written.
+    """
     with ExitStack() as stack:
-        file: Any = stack.enter_context(whole_file(Path(out).resolve()))  # a link stays one
-        if is_packed(out):
+        file: Any = stack.enter_context(whole_file(Path(out).resolve()))
+        if Path(out).suffix == ".gz":
             file = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=file))
-
-        def write(row: Mapping[str, Any]) -> None:
-            file.write(f"{as_json(row)}\n".encode())
-
-        yield write
-
-
-def is_packed(out: str) -> bool:
-    """Return whether a file's name says that it is compressed."""
-    return Path(out).suffix == ".gz"
-
-
-def packed(content: bytes, out: str) -> bytes:
-    """Return a file's content, compressed where its name says so."""
-    return gzip.compress(content) if is_packed(out) else content
+        yield file
 
 
 def as_json(value: Any, indent: int | None = None) -> str:

@@ -10,7 +10,7 @@ from laplace_lora.commands.base import Command, Values
 from laplace_lora.commands.options import (
     class_names_option,
     common_options,
-    completion_option,
+    completion_options,
     data_options,
     model_options,
     out_option,
@@ -22,7 +22,7 @@ from laplace_lora.commands.options import (
 @model_options
 @posterior_option
 @data_options()
-@completion_option("for a reward model's single texts: completion, answer or response")
+@completion_options("for a reward model's single texts: completion, answer or response")
 @out_option
 @click.option("--keep", cls=Values, help="Columns of the data to copy to the results.")
 @class_names_option

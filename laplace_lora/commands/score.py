@@ -10,7 +10,7 @@ from laplace_lora.commands.base import Command
 from laplace_lora.commands.options import (
     SCORED,
     common_options,
-    completion_option,
+    completion_options,
     data_options,
     model_options,
     posterior_option,
@@ -22,7 +22,7 @@ from laplace_lora.commands.options import (
 @model_options
 @posterior_option
 @data_options()
-@completion_option("that of the fit, or completion, answer or response, if one is there")
+@completion_options("that of the fit, or completion, answer or response, if one is there")
 @token_options(SCORED)
 @common_options
 def score(**options: Any) -> None:

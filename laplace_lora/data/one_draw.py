@@ -41,6 +41,7 @@ KEPT = (
 )
 
 _DRAWN: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # from loaders to their latest draws
+_OTHERS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # whether samplers give others
 
 
 def one_draw(loader: Any) -> Any:
@@ -133,8 +134,22 @@ def _draws(sampler: Any) -> bool:
     return drops and not isinstance(inner, (list, tuple, range, *ORDERED))
 
 
-def _gives_other_places(sampler: Iterable[Any]) -> bool:
-    """Return whether a sampler of unknown kind gives other places when it is asked again."""
+def _gives_other_places(sampler: Any) -> bool:
+    """Return whether a sampler of unknown kind gives other places when it is asked again.
+
+    Asking goes through all of its places, so that each sampler is asked once; which of both it does
+    is taken not to change.
+    """
+    try:
+        known = _OTHERS.get(sampler)
+    except TypeError:  # it has no hash, or there are no weak references to it
+        return _asked_twice(sampler)
+    if known is None:
+        _OTHERS[sampler] = known = _asked_twice(sampler)
+    return known
+
+
+def _asked_twice(sampler: Iterable[Any]) -> bool:
     with torch.random.fork_rng(devices=[]):
         if iter(sampler) is sampler:
             return False  # can be iterated over once only

@@ -4,7 +4,13 @@ import shutil
 
 import pytest
 
-from support.on_disk import reviews, save_classifier, save_decoder, write_json_lines
+from support.on_disk import (
+    reviews,
+    save_classifier,
+    save_decoder,
+    save_reward_model,
+    write_json_lines,
+)
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +21,8 @@ def made(tmp_path_factory):
         "one output": lambda folder: save_classifier(folder, outputs=1),
         "decoder": save_decoder,
         "chat": lambda folder: save_decoder(folder, chat=True),
+        "reward": save_reward_model,
+        "ended reward": lambda folder: save_reward_model(folder, end="[EOS]"),
     }
     folders = {}
 

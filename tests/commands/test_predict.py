@@ -160,6 +160,23 @@ def test_results_go_through_a_link_and_not_into_a_pipe(fitted, data, tmp_path):
     args = ("predict", "no-adapter", "--data", data("test"), "--out", pipe)
     assert "is no file; --out - writes to standard output" in refused(*args)
     assert pipe.is_fifo()
+    link.unlink()
+    link.symlink_to(tmp_path / "gone" / "target.jsonl")
+    message = refused("predict", "no-adapter", "--data", data("test"), "--out", link)
+    assert f"{link} lies in {tmp_path / 'gone'}, which does not exist" in message
+
+
+def test_scores_and_pictures_go_through_links(fitted, data, tmp_path):
+    links = {"--out": tmp_path / "scores.json", "--plot": tmp_path / "report.svg"}
+    targets = {name: tmp_path / f"target-{link.name}" for name, link in links.items()}
+    for name, link in links.items():
+        targets[name].write_text("earlier")
+        link.symlink_to(targets[name])
+    files = [word for pair in links.items() for word in pair]
+    run("evaluate", fitted, "--data", data("test"), "-q", *files)
+    assert all(link.is_symlink() for link in links.values())
+    assert json.loads(targets["--out"].read_text())[1]["name"] == "Laplace"
+    assert "<svg" in targets["--plot"].read_text()
 
 
 @pytest.mark.parametrize("command", ["predict", "fit"])

@@ -107,6 +107,41 @@ def test_batches_of_a_data_set():
     assert ids(drawn) == ids(drawn)
 
 
+class Counted(Shuffling):
+    """A sampler that knows how often it was gone through."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_sampler_of_a_kind_of_its_own_is_asked_once(replace):
+    sampler = Counted(replace)
+    for _ in range(3):  # as a fit and its tunings do, through loaders of their own
+        assert draws_anew(by(sampler)) is replace
+    assert sampler.passes == 3  # to see whether it is an iterator, and twice for its places
+
+
+@pytest.mark.parametrize("without", ["__hash__", "__weakref__"])
+def test_samplers_that_cannot_be_remembered_are_asked_again(without):
+    class Plain:
+        __slots__ = () if without == "__weakref__" else ("__weakref__",)
+        if without == "__hash__":
+            __hash__ = None
+
+        def __len__(self):
+            return N
+
+        def __iter__(self):
+            return iter(torch.randint(N, (N,)).tolist())
+
+    loader = by(Plain())
+    assert draws_anew(loader) and draws_anew(loader)
+
+
 @pytest.mark.parametrize("kind", ["weighted", "drop_last", "unknown"])
 @pytest.mark.parametrize("options", rest_slow([{}, {"eigenvalue_correction": True}], 1))
 def test_fits_and_tunings_see_one_draw(kind, options):

@@ -11,6 +11,7 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
@@ -143,4 +144,41 @@ def save_decoder(folder, chat=False, answers=("bad", "good")):
             yield F.cross_entropy(logits_model(batch), torch.tensor([r["label"] for r in part]))
 
     _trained(model, losses).save_pretrained(adapter)
+    return adapter
+
+
+def preferences(n, seed):
+    """Rows of two texts on one thing, the chosen one of which is kind."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for thing, good, bad in torch.randint(2, (n, 3), generator=generator).tolist():
+        text = f"the {['film', 'meal'][thing]} was "
+        better, worse = ["good", "fine"][good], ["bad", "poor"][bad]
+        rows.append({"chosen": text + better, "rejected": text + worse})
+    return rows
+
+
+def save_reward_model(folder, end=""):
+    """Save a decoder and a reward model's adapter, trained on texts with this token behind them."""
+    torch.manual_seed(0)
+    words = tokenizer()
+    base, adapter = folder / "base", folder / "adapter"
+    config = LlamaConfig(**SIZES, eos_token_id=2, bos_token_id=None, initializer_range=0.4)
+    LlamaForSequenceClassification(config).model.save_pretrained(base)
+    words.save_pretrained(base)
+    model = LlamaForSequenceClassification.from_pretrained(base, num_labels=1)
+    lora = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": TaskType.SEQ_CLS}
+    model = get_peft_model(model, LoraConfig(**lora))
+    rows = preferences(48, 0)
+
+    def rewards(part, name):
+        texts = [row[name] + end for row in part]
+        return model(**words(texts, padding=True, return_tensors="pt")).logits
+
+    def losses():
+        for i in range(0, len(rows), 8):
+            part = rows[i : i + 8]
+            yield -F.logsigmoid(rewards(part, "chosen") - rewards(part, "rejected")).mean()
+
+    _trained(model, losses, epochs=5).save_pretrained(adapter)
     return adapter

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from laplace_lora.commands.reading.messages import are_written_out, is_messages
 from laplace_lora.commands.reading.rows import Row
 
 TEXTS = ("text", "prompt", "messages", "sentence", "question")
@@ -164,10 +165,11 @@ def check_text(value: Any, number: int, what: str, name: str | None) -> None:
     """Refuse what is neither a text nor a list of messages.
 
     A number is not taken for its digits: there are several ways of writing it, such as 7 and 007,
-    and the model has read one of them.
+    and the model has read one of them. Messages of a table, which has only texts, are not read.
 
     Raises:
-        ValueError: If it is neither, or not all of a text are characters.
+        ValueError: If it is neither, or a text that stands for messages, or not all of a text are
+            characters.
     """
     if isinstance(value, str):
         try:
@@ -177,9 +179,14 @@ def check_text(value: Any, number: int, what: str, name: str | None) -> None:
                 f"row {number}: its column {name!r} holds half of a character as the {what} "
                 "(a surrogate, as a text that was cut within an emoji has); remove it"
             ) from None
+        if are_written_out(value, name):
+            raise ValueError(
+                f"row {number}: its column {name!r} holds messages as a text, {value[:60]!r}, "
+                "which would be read as a plain one; a table has no lists: save the data as JSON "
+                "lines, or as a data set folder of parquet files"
+            )
         return
-    is_list = isinstance(value, list | tuple) and len(value) > 0
-    if is_list and all(isinstance(message, dict) and "role" in message for message in value):
+    if is_messages(value):
         return
     written = json.dumps(value, default=str)[:60]
     raise ValueError(

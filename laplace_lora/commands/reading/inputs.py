@@ -80,6 +80,8 @@ class Inputs:
         if self.plan.likelihood == "reward_modeling" and columns.completion is not None:
             answer = text_cell(row, columns.completion, number, "completion", "--completion-field")
             content = self._after(content, answer, number)
+        if self.plan.likelihood == "reward_modeling":
+            content = self._ended(content)
         second = row.get(columns.pair) if columns.pair is not None else None
         if second == "":  # all that a table can say of a text that is not there
             second = None
@@ -95,7 +97,7 @@ class Inputs:
             if self.plan.columns.text is not None:
                 prompt = text_cell(row, self.plan.columns.text, number, "prompt", "--text-field")
                 content = self._after(prompt, content, number)
-            halves[name] = self._cut(content, None, number)
+            halves[name] = self._cut(self._ended(content), None, number)
         return halves
 
     def scored(self, row: Row, number: int) -> Example:
@@ -118,7 +120,7 @@ class Inputs:
                     "a chat template needs to know the answer: name its column by "
                     "--completion-field, or give messages; --no-chat scores plain texts"
                 )
-            whole = self._tokens(content, None, False)["input_ids"]
+            whole = self._tokens(self._ended(content), None, False)["input_ids"]
             return self._checked(whole, list(whole), number)
         else:
             answer = text_cell(row, columns.completion, number, "completion", "--completion-field")
@@ -153,6 +155,13 @@ class Inputs:
             ]
         return prompt + answer
 
+    def _ended(self, content: Any) -> Any:
+        """Return a plain text with the token behind it that the plan puts there, as TRL does."""
+        if not self.plan.eos or self.plan.chat or not isinstance(content, str):
+            return content
+        end = self.adapter.tokenizer.eos_token
+        return content if content.endswith(end) else content + end
+
     def _cut(self, content: Any, second: str | None, number: int) -> Example:
         """Return an input; one that is too long is cut for a head, and refused for an answer."""
         is_head = self.adapter.kind == HEAD
@@ -164,7 +173,11 @@ class Inputs:
             return found
         if not is_head or isinstance(content, list) or self.plan.chat:
             raise ValueError(self._too_long(number, length))
-        return dict(self.adapter.tokenizer(content, second, truncation=True, max_length=limit))
+        tokenizer = self.adapter.tokenizer
+        found = dict(tokenizer(content, second, truncation=True, max_length=limit))
+        if self.plan.eos:  # which is read at the end of what is left
+            found["input_ids"][-1] = tokenizer.eos_token_id
+        return found
 
     def _tokens(self, content: Any, second: str | None, asks: bool) -> Example:
         """Return a text's tokens, through the chat template where the plan says so."""

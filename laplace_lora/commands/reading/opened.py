@@ -9,15 +9,14 @@ from typing import Any
 
 import laplace_lora
 from laplace_lora.commands.reading.adapter import HEAD, Adapter, load_asked
-from laplace_lora.commands.reading.columns import columns_of
-from laplace_lora.commands.reading.completions import completion_column
+from laplace_lora.commands.reading.ending import appends_eos, why_no_eos
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.names import class_names
 from laplace_lora.commands.reading.plan import Plan, read_plan
 from laplace_lora.commands.reading.planning import (
     WITH_CLASSES,
-    asked_columns,
     plan_again,
+    read_columns,
     uses_chat,
 )
 from laplace_lora.commands.reading.rows import Row
@@ -89,11 +88,7 @@ def _plan_of(
     """Return a plan for a posterior that was saved from Python."""
     likelihood = config["arguments"]["likelihood"]
     targets = config["arguments"]["target_ids"]
-    asked = asked_columns(options)
-    columns = columns_of(rows, asked)
-    is_needed = likelihood == completes
-    completion = completion_column(rows, columns, asked, likelihood, is_needed=is_needed)
-    columns = replace(columns, completion=completion)
+    columns = read_columns(rows, options, likelihood, completes)
     given = list(options.get("labels") or ())
     names: list[str] = []
     if targets is not None:
@@ -106,7 +101,7 @@ def _plan_of(
             "the posterior was saved without laplace_data.json, which says whether its texts went "
             "through the tokenizer's chat template; give --chat or --no-chat"
         )
-    return Plan(
+    plan = Plan(
         likelihood,
         columns,
         names,
@@ -116,3 +111,11 @@ def _plan_of(
         bool(options.get("load_in_4bit")),
         options.get("labels_as"),
     )
+    is_reward = likelihood == completes == "reward_modeling"
+    if options.get("eos") is None and is_reward and why_no_eos(adapter, plan, rows) is None:
+        raise ValueError(
+            "the posterior was saved without laplace_data.json, which says whether its texts end "
+            "with the tokenizer's end-of-text token, as those of TRL's RewardTrainer do; give "
+            "--eos or --no-eos"
+        )
+    return replace(plan, eos=appends_eos(adapter, plan, rows, options.get("eos")))

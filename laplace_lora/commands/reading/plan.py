@@ -32,6 +32,8 @@ class Plan:
         load_in_4bit: Whether the base model is quantised.
         labels_as: Whether labels are names of classes or their numbers, see `classes_of`; ``None``
             where both are the same or, in files of earlier versions, where it was not noted.
+        eos: Whether the tokenizer's end-of-text token is put behind a reward model's plain texts
+            and a language model's whole texts; files of earlier versions did not.
     """
 
     likelihood: str
@@ -42,6 +44,7 @@ class Plan:
     max_length: int | None = None
     load_in_4bit: bool = False
     labels_as: str | None = None
+    eos: bool = False
 
 
 def plan_text(plan: Plan, posterior: str) -> str:
@@ -74,7 +77,7 @@ def read_plan(folder: str, posterior: str) -> Plan | None:
                 f"{path} has version {content['version']}, this library reads {VERSION}; update it"
             )
         of = content["posterior"]
-        content.setdefault("labels_as", None)
+        content = {"labels_as": None, "eos": False, **content}
         values = {f.name: content[f.name] for f in fields(Plan)}
         if values["labels_as"] not in (None, *FORMS):
             raise TypeError(f"labels_as is {values['labels_as']!r}")

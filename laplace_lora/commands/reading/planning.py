@@ -10,6 +10,7 @@ from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
 from laplace_lora.commands.reading.answers import target_tokens
 from laplace_lora.commands.reading.columns import Columns, columns_of, is_preference, label_cells
 from laplace_lora.commands.reading.completions import completion_column
+from laplace_lora.commands.reading.ending import appends_eos
 from laplace_lora.commands.reading.labels import classes_of
 from laplace_lora.commands.reading.names import class_names
 from laplace_lora.commands.reading.plan import Plan
@@ -24,10 +25,19 @@ PROBLEMS: dict[str | None, str] = {  # as Hugging Face's configurations call the
 }
 
 
-def asked_columns(options: dict[str, Any]) -> Columns:
-    """Return the columns that options name."""
-    roles = ("text", "pair", "completion", "label")
-    return Columns(**{role: options.get(f"{role}_field") for role in roles})
+def read_columns(
+    rows: Sequence[Row],
+    options: dict[str, Any],
+    likelihood: str,
+    completes: str | None,
+    known: Columns | None = None,
+) -> Columns:
+    """Return the columns of all roles, of which ``known`` are the fit's; see `plan_again`."""
+    asked = _asked_columns(options)
+    columns = columns_of(rows, asked, known)
+    is_needed = likelihood == completes
+    completion = completion_column(rows, columns, asked, likelihood, known, is_needed)
+    return replace(columns, completion=completion)
 
 
 def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, Any]) -> Plan:
@@ -41,7 +51,7 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, An
     Raises:
         ValueError: If model, answers and data do not go together.
     """
-    asked = asked_columns(options)
+    asked = _asked_columns(options)
     columns, given = (asked, ()) if rows is None else (columns_of(rows, asked), rows)
     likelihood = _likelihood(adapter, given, columns, options)
     completion = completion_column(given, columns, asked, likelihood)
@@ -65,7 +75,7 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, An
         columns = replace(columns, pair=None)
     if likelihood == "classification" and rows is not None:
         _, labels_as = classes_of(label_cells(rows, columns.label), names, labels_as)
-    return Plan(
+    plan = Plan(
         likelihood,
         columns,
         names,
@@ -75,6 +85,7 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, An
         bool(options.get("load_in_4bit")),
         labels_as,
     )
+    return replace(plan, eos=appends_eos(adapter, plan, given, options.get("eos")))
 
 
 def plan_again(
@@ -94,26 +105,30 @@ def plan_again(
         completes: The likelihood whose completions the command reads; ``None`` for no likelihood.
 
     Raises:
-        ValueError: If a column is missing or has no effect, the number of names is another, two
-            are the same, or a chat template is asked for and missing.
+        ValueError: If a column or an end-of-text token is missing or has no effect, the number of
+            names is another, two are the same, or a chat template is asked for and missing.
     """
-    asked, known = asked_columns(options), plan.columns
-    columns = columns_of(rows, asked, known)
-    is_needed = plan.likelihood == completes
-    completion = completion_column(rows, columns, asked, plan.likelihood, known, is_needed)
+    columns = read_columns(rows, options, plan.likelihood, completes, plan.columns)
     names = class_names(options.get("labels") or (), plan.names, len(plan.names))
     chat = plan.chat
     if options.get("chat") is not None:
         chat = uses_chat(adapter, columns, plan.likelihood, options["chat"])
     limit = options.get("max_length") or plan.max_length
-    return replace(
+    plan = replace(
         plan,
-        columns=replace(columns, completion=completion),
+        columns=columns,
         names=names,
         chat=chat,
         max_length=limit,
         labels_as=options.get("labels_as") or plan.labels_as,
     )
+    return replace(plan, eos=appends_eos(adapter, plan, rows, options.get("eos")))
+
+
+def _asked_columns(options: dict[str, Any]) -> Columns:
+    """Return the columns that options name."""
+    roles = ("text", "pair", "completion", "label")
+    return Columns(**{role: options.get(f"{role}_field") for role in roles})
 
 
 def _likelihood(

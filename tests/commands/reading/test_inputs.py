@@ -1,5 +1,6 @@
 """Rows become the inputs that their plan says, or are refused by their number."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
 from laplace_lora.commands.reading.columns import Columns, columns_of, is_preference
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.labels import classes_of
+from laplace_lora.commands.reading.messages import are_written_out
 from laplace_lora.commands.reading.names import applying
 from laplace_lora.commands.reading.plan import Plan
 from support.on_disk import WORDS, tokenizer
@@ -74,6 +76,45 @@ def test_what_is_neither_text_nor_messages_is_refused_as_such(value):
     ):
         with pytest.raises(ValueError, match=r"row 3: its column .* neither a text nor a list of"):
             call()
+
+
+TURNS = [{"role": "user", "content": "the 'film'\n"}, {"role": "assistant", "content": "good"}]
+WRITTEN = {
+    "json": json.dumps(TURNS),
+    "indented": json.dumps(TURNS, indent=1),
+    "python": str(TURNS),
+    "numpy": " " + str(TURNS).replace("}, {", "}\n {"),  # as pandas writes what parquet holds
+    "single": f"[{TURNS[0]}]",
+}
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+def test_messages_that_a_table_has_made_texts_of_are_refused(form):
+    written = WRITTEN[form]
+    row = dict.fromkeys(("text", "completion", "chosen", "rejected"), written)
+    both, pairs = inputs("language_modeling", CAUSAL), inputs("reward_modeling", columns=Columns())
+    for name, call in (
+        ("text", lambda: inputs().text(row, 3)),
+        ("text", lambda: both.scored(row, 3)),
+        ("completion", lambda: both.scored({**row, "text": "the film"}, 3)),
+        ("chosen", lambda: pairs.preference(row, 3)),
+        ("rejected", lambda: pairs.preference({**row, "chosen": "was"}, 3)),
+    ):
+        with pytest.raises(ValueError, match=rf"row 3: its column '{name}' holds messages as a .*"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "text", ["[film] was good", "[{'film'}]", '[{"film": 1}]', "[1, 2]", "[{" * 9000, "[[{was"]
+)
+def test_texts_that_begin_like_a_list_are_texts(text):
+    assert not are_written_out(text, "text")
+
+
+def test_a_column_of_messages_holds_no_texts():
+    chat = inputs(kind=CAUSAL, chat=True, columns=Columns(text="messages"))
+    with pytest.raises(ValueError, match=r"row 1: its column 'messages' .* as JSON lines, or"):
+        chat.text({"messages": "the film"}, 1)
 
 
 def test_a_completion_is_scored_after_its_prompt_and_ends():
