@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +13,12 @@ from torch import Tensor
 
 from laplace_lora.generation import generate, score
 from laplace_lora.generation.scoring import SAMPLES
+from laplace_lora.integrations.harness_checks import (
+    check_ends_open,
+    length_of,
+    samples_only,
+)
 from laplace_lora.likelihoods.language_modeling import IGNORED
-from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
 from laplace_lora.posteriors.base import LoraLaplace
 
 # How tasks call the longest continuation, as the harness orders them, and what it is by default.
@@ -44,7 +47,7 @@ class LaplaceLM(TemplateLM):
 
     Raises:
         ValueError: If neither ``max_length`` nor the model's configuration says how long texts may
-            be.
+            be, or the tokenizer writes tokens behind a text.
     """
 
     def __init__(
@@ -59,14 +62,21 @@ class LaplaceLM(TemplateLM):
         super().__init__()
         self.posterior, self.tokenizer = posterior, tokenizer
         self.n_samples, self.batch_size, self.seed = n_samples, batch_size, seed
-        self.max_length: int = max_length or _length_of(posterior.logits_model.config)
+        self.max_length: int = max_length or length_of(posterior.logits_model.config)
         self._device = posterior.fitted.device
+        check_ends_open(tokenizer)
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text, which also stands before one without context."""
+        """The token that ends a text."""
         token: int = self.tokenizer.eos_token_id
         return token
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text without context: that which begins texts, or else ends them."""
+        begins: int | None = self.tokenizer.bos_token_id
+        return self.eot_token_id if begins is None else begins
 
     @property
     def tokenizer_name(self) -> str:
@@ -76,9 +86,19 @@ class LaplaceLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Return a text's tokens."""
-        special = bool(add_special_tokens)
-        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=special, **kwargs)
+        """Return a text's tokens.
+
+        Args:
+            string: The text.
+            add_special_tokens: ``None`` adds those that the tokenizer adds by itself, but no second
+                one where a chat template has begun the text.
+            **kwargs: Further arguments of the tokenizer's `encode`.
+        """
+        if add_special_tokens is None:
+            begins = self.tokenizer.bos_token
+            add_special_tokens = begins is None or not string.startswith(begins)
+        ids: list[int]
+        ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens, **kwargs)
         return ids
 
     def apply_chat_template(
@@ -132,7 +152,7 @@ class LaplaceLM(TemplateLM):
             batch["attention_mask"][n, : len(ids)] = 1
             batch["labels"][n, len(ids) - kept : len(ids)] = torch.tensor(ids[-kept:])
         source = self._generator()
-        with _samples_only():
+        with samples_only():
             scored = score(self.posterior, batch, n_samples=self.n_samples, generator=source)
         samples = scored.log_probabilities
         assert samples is not None
@@ -144,13 +164,15 @@ class LaplaceLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Return the log probability of whole texts, each after the end-of-text token.
+        """Return the log probability of whole texts, each after the token that begins texts.
 
         Texts longer than the model's length are read in pieces that do not overlap.
         """
         found = []
         for request in requests:
-            tokens = self.tok_encode(request.args[0])
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            if tokens[:1] == [self.prefix_token_id]:  # stands before them as it is
+                del tokens[0]
             step = self.max_length - 1
             pieces = [tokens[start : start + step] for start in range(0, len(tokens), step)]
             before = [self.prefix_token_id, *(piece[-1] for piece in pieces)]
@@ -181,7 +203,7 @@ class LaplaceLM(TemplateLM):
             prompt = self.tok_encode(context) or [self.prefix_token_id]
             ids = torch.tensor([prompt[-(self.max_length - new) :]])
             until = [stop for stop in until if stop]
-            with _samples_only():
+            with samples_only():
                 found = generate(
                     self.posterior,
                     {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
@@ -214,27 +236,3 @@ class LaplaceLM(TemplateLM):
     def _generator(self) -> torch.Generator:
         """Return the source of the samples: the same for every request."""
         return torch.Generator(self._device).manual_seed(self.seed)
-
-
-@contextmanager
-def _samples_only() -> Iterator[None]:
-    """Refuse a model without samples by what to do, which is not an option of `LaplaceLM`."""
-    try:
-        yield
-    except NoForwardDerivativeError as error:
-        reason = str(error).replace("use method='exact'", "`score` has method='exact' without them")
-        raise NoForwardDerivativeError(
-            "LaplaceLM needs samples of the linearised model, as a continuation's tokens are "
-            f"correlated: {reason}"
-        ) from error
-
-
-def _length_of(config: Any) -> int:
-    """Return the longest text that a model's configuration allows."""
-    length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if length is None:  # those without positions, such as Mamba and BLOOM
-        raise ValueError(
-            f"{type(config).__name__} does not say how long texts may be; give LaplaceLM "
-            "`max_length`, such as the length of the texts that the model was trained on"
-        )
-    return length

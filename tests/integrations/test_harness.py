@@ -9,7 +9,9 @@ import torch
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from peft import LoHaConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from transformers import MambaConfig
 
 from laplace_lora import DiagLoraLaplace
@@ -29,6 +31,22 @@ def model():
     tokenizer.eos_token = "[PAD]"
     la = language_posterior(dtype=torch.float32, prior_precision=3.0)
     return LaplaceLM(la, tokenizer, n_samples=8, batch_size=2)
+
+
+def special_tokenizer(template="h $A"):
+    """As Llama's, Mistral's and Gemma's: a word begins every text."""
+    tokenizer = word_tokenizer()
+    tokenizer.bos_token, tokenizer.eos_token = "h", "g"
+    tokens = [(name, tokenizer.convert_tokens_to_ids(name)) for name in "gh"]
+    processor = TemplateProcessing(single=template, special_tokens=tokens)
+    tokenizer.backend_tokenizer.post_processor = processor
+    return tokenizer
+
+
+def plain_tokenizer():
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = "g"
+    return tokenizer
 
 
 def instances(kind, arguments):
@@ -52,6 +70,43 @@ def test_continuations_have_the_predictives_probability(model):
         assert value == pytest.approx(float(expected), rel=1e-4)
         best = alone.candidates.gather(2, alone.probabilities.argmax(-1, keepdim=True))
         assert greedy == bool((best.squeeze(-1) == alone.tokens).all())
+
+
+@pytest.mark.parametrize("make", [plain_tokenizer, special_tokenizer])
+def test_without_uncertainty_it_is_the_harness_s_own_model(make):
+    """In each of them texts begin as the tokenizer begins them, and as the model was trained."""
+    la = language_posterior(dtype=torch.float32, prior_precision=1e12)
+    tokenizer = make()
+    own = LaplaceLM(la, tokenizer, n_samples=2, batch_size=3)
+    place = {"pretrained": la.logits_model.model, "tokenizer": tokenizer, "backend": "causal"}
+    place |= {"max_length": own.max_length, "batch_size": 3}
+    other, bare = HFLM(**place), HFLM(add_bos_token=False, **place)
+    pairs = [*PAIRS, ("", " a b"), ("", "h a b"), ("h a", " b c"), ("c ", " b")]
+    asked = instances("loglikelihood", pairs)
+    found, expected = own.loglikelihood(asked, True), other.loglikelihood(asked, True)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert [v for v, _ in found] == pytest.approx([v for v, _ in expected], rel=1e-4)
+    # With special tokens it predicts the one that begins texts as well, after itself.
+    asked = instances("loglikelihood_rolling", [("a b c",), ("d e f " * 20,)])
+    expected = bare.loglikelihood_rolling(asked, True)
+    assert own.loglikelihood_rolling(asked, True) == pytest.approx(expected, rel=1e-4)
+    options = {"max_gen_toks": 4, "until": ["zz"], "do_sample": False}
+    asked = instances("generate_until", [("a b", options), ("h a b", options)])
+    assert own.generate_until(asked, True) == other.generate_until(asked, True)
+
+
+def test_a_text_begins_once():
+    own = LaplaceLM(language_posterior(), special_tokenizer())
+    assert own.tok_encode("h a") == own.tok_encode("a") == [9, 2]
+    assert own.tok_encode("h a", add_special_tokens=True) == [9, 9, 2]
+    asked = instances("loglikelihood_rolling", [("a b",), ("h a b",)])
+    assert len(set(own.loglikelihood_rolling(asked))) == 1
+
+
+def test_a_tokenizer_that_ends_texts_is_refused():
+    la = language_posterior()
+    with pytest.raises(ValueError, match=r"ends every text with 'g'.*add_eos_token=False"):
+        LaplaceLM(la, special_tokenizer("h $A g"))
 
 
 def test_the_seed_is_of_the_samples(model):
