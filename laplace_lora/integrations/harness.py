@@ -104,9 +104,18 @@ class LaplaceLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Return a conversation as the tokenizer writes it."""
+        """Return a conversation as the tokenizer writes it.
+
+        Args:
+            chat_history: Its messages.
+            add_generation_prompt: Whether an answer begins. If not, the last message goes on, as
+                where a task has begun the answer (``gen_prefix``).
+        """
         text: str = self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
         )
         return text
 

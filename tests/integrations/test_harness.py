@@ -103,6 +103,18 @@ def test_a_text_begins_once():
     assert len(set(own.loglikelihood_rolling(asked))) == 1
 
 
+def test_an_answer_that_a_task_has_begun_goes_on():
+    tokenizer = special_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}h {{ m.content }} g {% endfor %}"
+        "{% if add_generation_prompt %}h {% endif %}"
+    )
+    own = LaplaceLM(language_posterior(), tokenizer)
+    begun = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]
+    assert own.apply_chat_template(begun, add_generation_prompt=False) == "h a g h b c"
+    assert own.apply_chat_template(begun[:1]) == "h a g h "
+
+
 def test_a_tokenizer_that_ends_texts_is_refused():
     la = language_posterior()
     with pytest.raises(ValueError, match=r"ends every text with 'g'.*add_eos_token=False"):
