@@ -1,12 +1,41 @@
-"""What `LaplaceLM` refuses of a model and its tokenizer."""
+"""What `LaplaceLM` refuses of a model, its tokenizer and its tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
+
+# How tasks call the longest continuation, as the harness orders them, and what it is by default.
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+LENGTH = 256
+
+Asked = tuple[int, tuple[str, ...]]
+
+
+def asked_of(options: Mapping[str, Any], max_length: int) -> Asked:
+    """Return how many tokens a task wants at most, and its stop texts.
+
+    Args:
+        options: The task's.
+        max_length: Of a text with its continuation.
+
+    Raises:
+        ValueError: If sampling is asked for, or so many tokens that none of the text is left.
+    """
+    if options.get("do_sample", False):
+        raise ValueError("LaplaceLM continues greedily; set do_sample to false in the task")
+    new = next((int(options[name]) for name in LENGTHS if options.get(name)), LENGTH)
+    if new >= max_length:
+        raise ValueError(
+            f"max_gen_toks={new} leaves no context within max_length={max_length}; set a smaller "
+            "max_gen_toks in the task"
+        )
+    until = options.get("until") or []
+    until = [until] if isinstance(until, str) else until
+    return new, tuple(stop for stop in until if stop)
 
 
 def check_ends_open(tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -10,16 +11,16 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from peft import LoHaConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
-from transformers import MambaConfig
+from transformers import MambaConfig, Phi3Config, Phi3ForCausalLM
 
-from laplace_lora import DiagLoraLaplace
+from laplace_lora import DiagLoraLaplace, KronLoraLaplace
 from laplace_lora.generation import generate, score
 from laplace_lora.integrations.harness import LaplaceLM
 from support.generation import seeded
 from support.language import language_posterior, text_loader
-from support.models import base_model, excite
+from support.models import TINY, base_model, excite
 from support.texts import word_tokenizer
 
 PAIRS = [("a b c", " d e"), ("f", " a b c d"), ("h h a", " b")]
@@ -43,9 +44,10 @@ def special_tokenizer(template="h $A"):
     return tokenizer
 
 
-def plain_tokenizer():
+def plain_tokenizer(words=10):
     tokenizer = word_tokenizer()
     tokenizer.eos_token = "g"
+    tokenizer.add_tokens([f"w{i}" for i in range(len(tokenizer), words)])
     return tokenizer
 
 
@@ -215,6 +217,60 @@ def test_a_task_calls_the_longest_continuation_by_any_of_the_harness_s_names(
     model.generate_until(instances("generate_until", requests))
     # Without a context the end-of-text token stands before, as in loglikelihood.
     assert asked == [([model.tok_encode("a")], 2), ([[0]], 3)]
+
+
+def each_alone(la, requests, tokenizer, monkeypatch, **kwargs):
+    """Texts of requests one by one and together, and how many each call of `generate` had."""
+    sizes = []
+
+    def watched(posterior, batch, **kwargs):
+        sizes.append(len(batch["input_ids"]))
+        return generate(posterior, batch, **kwargs)
+
+    monkeypatch.setattr("laplace_lora.integrations.harness.generate", watched)
+    asked = instances("generate_until", requests)
+    alone = LaplaceLM(la, tokenizer, batch_size=1, **kwargs).generate_until(asked)
+    own, sizes = sizes, []
+    return alone, LaplaceLM(la, tokenizer, **kwargs).generate_until(asked), own, sizes
+
+
+def test_requests_run_together_as_each_alone(monkeypatch):
+    tokenizer = plain_tokenizer(50)
+    la = language_posterior(prior_precision=3.0)
+    contexts = ["a b c", "f", "", "c c c c c b"]
+    requests = [(context, {"max_gen_toks": 4, "until": []}) for context in contexts]
+    options = {"n_samples": 4, "max_length": 8, "batch_size": 3}
+    own = LaplaceLM(la, tokenizer, **options)
+    words = [text.split() for text in own.generate_until(instances("generate_until", requests))]
+    stops = [words[0][2], words[1][0]]  # end texts at different steps
+    requests += [(context, {"max_gen_toks": 4, "until": stops}) for context in contexts]
+    requests.insert(3, ("b b", {"max_gen_toks": 2, "until": None}))
+    options.pop("batch_size")
+    alone, together, one, sizes = each_alone(la, requests, tokenizer, monkeypatch, **options)
+    assert together == alone and len(set(together)) > 5
+    assert one == [1] * 9 and sorted(sizes) == [1, 4, 4]
+    assert together[5].split() == words[0][:2]
+
+
+@pytest.mark.parametrize(
+    "contexts", [["a b c", "a b", "d e f", "a b c d e f g h"], ["a b c d e", "d"]]
+)
+def test_requests_that_no_padding_may_join_run_with_those_of_their_length(contexts, monkeypatch):
+    """Beyond 6 tokens the model has other rotary angles for a whole batch."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4}
+    rope |= {"long_factor": [3.0] * 4, "original_max_position_embeddings": 6}
+    torch.manual_seed(0)
+    size = {**TINY, "original_max_position_embeddings": 6}
+    base = Phi3ForCausalLM(Phi3Config(**size, initializer_range=0.3, rope_parameters=rope))
+    model = excite(get_peft_model(base, LoraConfig(r=2, target_modules=["qkv_proj"]))).double()
+    la = KronLoraLaplace(model, "language_modeling")
+    la.fit(text_loader())
+    requests = [(context, {"max_gen_toks": 4}) for context in contexts]
+    place = (la, requests, plain_tokenizer(50), monkeypatch)
+    alone, together, _, sizes = each_alone(*place, n_samples=4, max_length=32)
+    assert together == alone and len(set(alone)) > 1
+    lengths = Counter(len(context.split()) for context in contexts)
+    assert sizes == [len(contexts), *(n for _, n in sorted(lengths.items(), reverse=True))]
 
 
 @pytest.mark.parametrize("new", [8, 9, 256])
