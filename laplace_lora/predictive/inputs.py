@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from laplace_lora.models.inputs.batch_checks import check_adapter
+
 # Dimensions of one example's tensor.
 ROW_DIMS = {"input_ids": 1, "pixel_values": 3, "input_features": 2, "input_values": 1}
 
@@ -111,7 +113,8 @@ def batches_of_rows(
         batch_size: Rows per batch.
 
     Raises:
-        ValueError: If rows of different lengths have no tokenizer that can pad, or one is empty.
+        ValueError: If rows of different lengths have no tokenizer that can pad, one is empty, or
+            see `check_adapter`.
     """
     lengths = torch.tensor([len(row.get("input_ids", (0,))) for row in rows])
     if bool((lengths == 0).any()):
@@ -124,6 +127,8 @@ def batches_of_rows(
         _check_pads(tokenizer)
     order = lengths.argsort(stable=True)
 
+    for row in rows:
+        check_adapter(row)
     # Datasets keep texts beside the numbers made of them.
     rows = [{k: v for k, v in row.items() if not _is_text(v)} for row in rows]
 
