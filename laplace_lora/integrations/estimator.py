@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from torch.utils.data import DataLoader
 
 from laplace_lora.display.warning import warn
 from laplace_lora.posteriors.base import LoraLaplace
+from laplace_lora.predictive.inputs import batches_of_rows, encoded
 
 
 class LaplaceClassifier(ClassifierMixin, BaseEstimator):
@@ -64,7 +64,8 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
 
         Raises:
             ValueError: If a label is none of the classes', there is not one for each text,
-                ``labels`` do not name each class once, or the posterior is no classifier's.
+                ``labels`` do not name each class once, the posterior is no classifier's, or
+                `predict_proba` would not take the texts.
 
         Warns:
             UserWarning: If labels are numbers of which it is not clear whether scikit-learn gave
@@ -104,14 +105,13 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
         texts = _listed(X)
         if len(texts) != len(given):
             raise ValueError(f"{len(texts)} texts do not fit {len(given)} labels")
-        rows = list(zip(texts, given.tolist(), strict=True))
-
-        def collate(part: list[tuple[Any, int]]) -> dict[str, Any]:
-            texts = [text for text, _ in part]
-            batch = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-            return {**batch, "labels": torch.tensor([label for _, label in part])}
-
-        loader: DataLoader[Any] = DataLoader(rows, self.batch_size, collate_fn=collate)  # type: ignore[arg-type]
+        are_questions = self.posterior.logits_model.target_ids is not None
+        encodings = encoded(texts, self.tokenizer, are_questions)
+        rows = [
+            {**row, "labels": label} for row, label in zip(encodings, given.tolist(), strict=True)
+        ]
+        _, batches = batches_of_rows(rows, self.tokenizer, self.batch_size)
+        loader: DataLoader[Any] = DataLoader([dict(batch) for batch in batches], batch_size=None)  # type: ignore[arg-type]
         self.posterior.fit(loader)
         self.posterior.optimize_prior_precision(train_loader=loader)
         return self
@@ -150,7 +150,7 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
             One column for each of `classes_`, in their order.
 
         Raises:
-            ValueError: If the posterior is no classifier's.
+            ValueError: If the posterior is no classifier's, or see `LoraLaplace.predict`.
         """
         self._check_likelihood()
         found = self.posterior.predict(_listed(X), self.tokenizer, batch_size=self.batch_size)

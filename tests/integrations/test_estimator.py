@@ -9,10 +9,11 @@ from sklearn.exceptions import NotFittedError
 from sklearn.metrics import get_scorer
 from sklearn.model_selection import KFold, cross_val_predict
 from sklearn.utils.validation import check_is_fitted
+from torch.nn import functional as F
 
 from laplace_lora import KronLoraLaplace
 from laplace_lora.integrations.estimator import LaplaceClassifier
-from support.models import peft_model
+from support.models import TARGETS, peft_model
 from support.multilabel import multilabel_posterior
 from support.texts import word_tokenizer
 
@@ -153,6 +154,27 @@ def test_texts_may_be_columns_of_a_data_frame(classifier):
     pairs = pandas.DataFrame({"text": TEXTS, "other": TEXTS[::-1]})
     expected = classifier.predict_proba(list(zip(TEXTS, TEXTS[::-1], strict=True)))
     assert np.abs(classifier.predict_proba(pairs) - expected).max() < 1e-6
+
+
+def test_a_decoders_prompts_are_fitted_whole_or_not_at_all():
+    tokenizer, long = word_tokenizer(), "a b c d e f g h a b"
+    la = KronLoraLaplace(peft_model("llama-lm").eval(), "classification", target_ids=TARGETS)
+    made = LaplaceClassifier(la, tokenizer, NAMES, batch_size=2)
+    texts = [*TEXTS[:5], long]
+    made.fit(texts, LABELS)
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    y = torch.tensor([NAMES.index(label) for label in LABELS])
+    loss = F.cross_entropy(la.logits_model(batch).detach(), y, reduction="sum")
+    assert float(la.loss) == pytest.approx(float(loss)) and la.n_data == 6
+    tokenizer.model_max_length = 6
+    for call in (lambda: made.fit(texts, LABELS), lambda: made.predict(texts)):
+        with pytest.raises(ValueError, match=r"texts \[5\] have more tokens than the tokenizer's"):
+            call()
+
+
+def test_texts_without_tokens_are_not_fitted(classifier):
+    with pytest.raises(ValueError, match=r"rows \[1\] have no tokens"):
+        classifier.fit([TEXTS[0], "", *TEXTS[2:]], LABELS)
 
 
 def test_whole_numbers_may_be_floats():
