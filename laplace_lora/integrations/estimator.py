@@ -23,7 +23,8 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
     Args:
         posterior: A posterior over a classifier's adapter, fitted, or to be fitted by `fit`.
         tokenizer: The model's.
-        labels: The classes' labels in the order of the model's outputs; 0, 1, … when ``None``.
+        labels: The classes' labels in the order of the model's outputs, in a list or an array;
+            0, 1, … when ``None``.
         batch_size: Texts per batch.
     """
 
@@ -77,15 +78,16 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
         if outputs is not None:  # only a batch can tell that of a multiple-choice model
             self._names(outputs)
         self.are_numbered_ = False
-        if self.labels is not None:
-            places = {label: place for place, label in enumerate(self.labels)}
+        classes = self._classes()
+        if classes is not None:
+            places = {label: place for place, label in enumerate(classes)}
             unknown = sorted(set(given.tolist()) - set(places))
             self.are_numbered_ = bool(unknown) and set(given.tolist()) == set(range(len(places)))
             if self.are_numbered_:
                 places = {n: places[label] for n, label in enumerate(sorted(places))}
             elif unknown:
                 raise ValueError(
-                    f"labels {unknown} are none of the classes {list(self.labels)}; if "
+                    f"labels {unknown} are none of the classes {classes}; if "
                     "scikit-learn has numbered the classes, every training fold needs all of them"
                 )
             elif self._may_be_numbers(given):
@@ -118,7 +120,7 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
 
     def _may_be_numbers(self, given: NDArray[Any]) -> bool:
         """Return whether labels of the classes may be the classes' places in sorted order."""
-        classes, found = set(self.labels or ()), set(given.tolist())
+        classes, found = set(self._classes() or ()), set(given.tolist())
         numbers = set(range(len(classes)))
         return classes != numbers and found < numbers and found < classes
 
@@ -131,14 +133,19 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
 
     def _names(self, outputs: int) -> NDArray[Any]:
         count = max(outputs, 2)
-        if self.labels is None:
+        classes = self._classes()
+        if classes is None:
             return np.arange(count)
-        if not len(set(self.labels)) == len(self.labels) == count:
+        if not len(set(classes)) == len(classes) == count:
             raise ValueError(
-                f"labels={list(self.labels)} must name each of the model's {count} classes once, "
-                "in the order of its outputs"
+                f"labels={classes} must name each of the model's {count} classes once, in the "
+                "order of its outputs"
             )
-        return np.asarray(self.labels)
+        return np.asarray(classes)
+
+    def _classes(self) -> list[Any] | None:
+        """Return the classes' labels as a list, of whatever container."""
+        return None if self.labels is None else _listed(self.labels)
 
     def predict_proba(self, X: Sequence[Any]) -> NDArray[np.float64]:
         """Return the posterior predictive's class probabilities, ``(texts, classes)``.

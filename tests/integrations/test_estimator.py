@@ -119,6 +119,20 @@ def test_numbers_that_may_be_classes_or_their_places_are_said_to_be_unclear():
     clone(made).set_params(labels=[0, 1, 2]).fit(TEXTS, [1, 2, 1, 2, 1, 2])
 
 
+def test_classes_may_be_named_in_any_container():
+    pandas = pytest.importorskip("pandas")
+    for labels, y in ((np.array(NAMES), LABELS), (pandas.Series([4, 6, 9]), [9, 4, 9, 6, 6, 4])):
+        la = KronLoraLaplace(peft_model("bert"), "classification")
+        made = clone(LaplaceClassifier(la, word_tokenizer(), labels)).fit(TEXTS, y)
+        assert made.classes_.tolist() == list(labels)
+        assert set(made.predict(TEXTS)) <= set(y)
+        with pytest.raises(ValueError, match="none of the classes"):
+            made.fit(TEXTS, ["ugly"] * len(TEXTS))
+    twice = clone(made).set_params(labels=pandas.Index(["good", "good", "bad"]))
+    with pytest.raises(ValueError, match=r"labels=\['good', 'good', 'bad'\] must name each"):
+        twice.fit(TEXTS, LABELS)
+
+
 def test_every_text_needs_a_label(classifier):
     with pytest.raises(ValueError, match=r"texts do not fit 1 labels"):
         classifier.fit(TEXTS, LABELS[:1])
