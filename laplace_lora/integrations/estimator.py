@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 
 from laplace_lora.display.warning import warn
 from laplace_lora.posteriors.base import LoraLaplace
-from laplace_lora.predictive.inputs import batches_of_rows, encoded
+from laplace_lora.predictive.inputs import batches_of_rows
+from laplace_lora.predictive.texts import encoded
 
 
 class LaplaceClassifier(ClassifierMixin, BaseEstimator):

@@ -186,6 +186,14 @@ def test_a_decoders_prompts_are_fitted_whole_or_not_at_all():
             call()
 
 
+@pytest.mark.parametrize("missing", [None, float("nan"), 3])
+def test_missing_texts_are_named(classifier, missing):
+    texts = [*TEXTS[:2], missing, *TEXTS[3:]]
+    for call in (lambda: classifier.fit(texts, LABELS), lambda: classifier.predict(texts)):
+        with pytest.raises(TypeError, match=rf"items \[2\] are neither.*such as {missing}"):
+            call()
+
+
 def test_texts_without_tokens_are_not_fitted(classifier):
     with pytest.raises(ValueError, match=r"rows \[1\] have no tokens"):
         classifier.fit([TEXTS[0], "", *TEXTS[2:]], LABELS)
