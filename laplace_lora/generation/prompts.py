@@ -10,6 +10,7 @@ from torch import Tensor
 
 from laplace_lora.models.changes.autocast import as_called
 from laplace_lora.models.changes.modes import coarsest_dtype, evaluation_mode
+from laplace_lora.models.inputs.batch_checks import check_adapter
 from laplace_lora.models.inputs.unmasked import check_is_masked
 from laplace_lora.models.token_model import TokenModel
 from laplace_lora.models.tolerances import near
@@ -57,10 +58,12 @@ def check_text_suffices(model: TokenModel, inputs: Any) -> None:
         inputs: Prompts, as `left_padded` takes them.
 
     Raises:
-        ValueError: If images, positions and the like change what follows; names them.
+        ValueError: If images, positions and the like change what follows, names them; or see
+            `check_adapter`.
     """
     if not isinstance(inputs, Mapping):
         return
+    check_adapter(inputs)
     others = [key for key in inputs if key not in UNREAD and model.accepts(key)]
     others = [key for key in others if isinstance(inputs[key], Tensor)]
     if not others:

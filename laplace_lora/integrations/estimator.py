@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from torch.utils.data import DataLoader
 
 from laplace_lora.display.warning import warn
 from laplace_lora.posteriors.base import LoraLaplace
+from laplace_lora.predictive.inputs import batches_of_rows
+from laplace_lora.predictive.texts import encoded
 
 
 class LaplaceClassifier(ClassifierMixin, BaseEstimator):
@@ -23,7 +24,8 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
     Args:
         posterior: A posterior over a classifier's adapter, fitted, or to be fitted by `fit`.
         tokenizer: The model's.
-        labels: The classes' labels in the order of the model's outputs; 0, 1, … when ``None``.
+        labels: The classes' labels in the order of the model's outputs, in a list or an array;
+            0, 1, … when ``None``.
         batch_size: Texts per batch.
     """
 
@@ -64,7 +66,8 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
 
         Raises:
             ValueError: If a label is none of the classes', there is not one for each text,
-                ``labels`` do not name each class once, or the posterior is no classifier's.
+                ``labels`` do not name each class once, the posterior is no classifier's, or
+                `predict_proba` would not take the texts.
 
         Warns:
             UserWarning: If labels are numbers of which it is not clear whether scikit-learn gave
@@ -76,15 +79,16 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
         if outputs is not None:  # only a batch can tell that of a multiple-choice model
             self._names(outputs)
         self.are_numbered_ = False
-        if self.labels is not None:
-            places = {label: place for place, label in enumerate(self.labels)}
+        classes = self._classes()
+        if classes is not None:
+            places = {label: place for place, label in enumerate(classes)}
             unknown = sorted(set(given.tolist()) - set(places))
             self.are_numbered_ = bool(unknown) and set(given.tolist()) == set(range(len(places)))
             if self.are_numbered_:
                 places = {n: places[label] for n, label in enumerate(sorted(places))}
             elif unknown:
                 raise ValueError(
-                    f"labels {unknown} are none of the classes {list(self.labels)}; if "
+                    f"labels {unknown} are none of the classes {classes}; if "
                     "scikit-learn has numbered the classes, every training fold needs all of them"
                 )
             elif self._may_be_numbers(given):
@@ -104,21 +108,20 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
         texts = _listed(X)
         if len(texts) != len(given):
             raise ValueError(f"{len(texts)} texts do not fit {len(given)} labels")
-        rows = list(zip(texts, given.tolist(), strict=True))
-
-        def collate(part: list[tuple[Any, int]]) -> dict[str, Any]:
-            texts = [text for text, _ in part]
-            batch = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-            return {**batch, "labels": torch.tensor([label for _, label in part])}
-
-        loader: DataLoader[Any] = DataLoader(rows, self.batch_size, collate_fn=collate)  # type: ignore[arg-type]
+        are_questions = self.posterior.logits_model.target_ids is not None
+        encodings = encoded(texts, self.tokenizer, are_questions)
+        rows = [
+            {**row, "labels": label} for row, label in zip(encodings, given.tolist(), strict=True)
+        ]
+        _, batches = batches_of_rows(rows, self.tokenizer, self.batch_size)
+        loader: DataLoader[Any] = DataLoader([dict(batch) for batch in batches], batch_size=None)  # type: ignore[arg-type]
         self.posterior.fit(loader)
         self.posterior.optimize_prior_precision(train_loader=loader)
         return self
 
     def _may_be_numbers(self, given: NDArray[Any]) -> bool:
         """Return whether labels of the classes may be the classes' places in sorted order."""
-        classes, found = set(self.labels or ()), set(given.tolist())
+        classes, found = set(self._classes() or ()), set(given.tolist())
         numbers = set(range(len(classes)))
         return classes != numbers and found < numbers and found < classes
 
@@ -131,14 +134,19 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
 
     def _names(self, outputs: int) -> NDArray[Any]:
         count = max(outputs, 2)
-        if self.labels is None:
+        classes = self._classes()
+        if classes is None:
             return np.arange(count)
-        if not len(set(self.labels)) == len(self.labels) == count:
+        if not len(set(classes)) == len(classes) == count:
             raise ValueError(
-                f"labels={list(self.labels)} must name each of the model's {count} classes once, "
-                "in the order of its outputs"
+                f"labels={classes} must name each of the model's {count} classes once, in the "
+                "order of its outputs"
             )
-        return np.asarray(self.labels)
+        return np.asarray(classes)
+
+    def _classes(self) -> list[Any] | None:
+        """Return the classes' labels as a list, of whatever container."""
+        return None if self.labels is None else _listed(self.labels)
 
     def predict_proba(self, X: Sequence[Any]) -> NDArray[np.float64]:
         """Return the posterior predictive's class probabilities, ``(texts, classes)``.
@@ -150,7 +158,7 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
             One column for each of `classes_`, in their order.
 
         Raises:
-            ValueError: If the posterior is no classifier's.
+            ValueError: If the posterior is no classifier's, or see `LoraLaplace.predict`.
         """
         self._check_likelihood()
         found = self.posterior.predict(_listed(X), self.tokenizer, batch_size=self.batch_size)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -12,15 +12,19 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from torch import Tensor
 
+from laplace_lora.data.loaders import progress
 from laplace_lora.generation import generate, score
 from laplace_lora.generation.scoring import SAMPLES
+from laplace_lora.integrations.harness_checks import (
+    Asked,
+    asked_of,
+    check_ends_open,
+    length_of,
+    samples_only,
+)
+from laplace_lora.integrations.stop_texts import StopTexts
 from laplace_lora.likelihoods.language_modeling import IGNORED
-from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
 from laplace_lora.posteriors.base import LoraLaplace
-
-# How tasks call the longest continuation, as the harness orders them, and what it is by default.
-LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-LENGTH = 256
 
 
 class LaplaceLM(TemplateLM):
@@ -37,14 +41,14 @@ class LaplaceLM(TemplateLM):
         posterior: A fitted posterior over a causal language model's adapter.
         tokenizer: The model's.
         n_samples: Samples of the weights.
-        batch_size: Requests that run together.
+        batch_size: Requests that run together; of those to be continued, with the same options.
         max_length: Longest text in tokens; longer ones lose their beginning. The model's own
             length when ``None``.
         seed: Of the samples.
 
     Raises:
         ValueError: If neither ``max_length`` nor the model's configuration says how long texts may
-            be.
+            be, or the tokenizer writes tokens behind a text.
     """
 
     def __init__(
@@ -59,14 +63,21 @@ class LaplaceLM(TemplateLM):
         super().__init__()
         self.posterior, self.tokenizer = posterior, tokenizer
         self.n_samples, self.batch_size, self.seed = n_samples, batch_size, seed
-        self.max_length: int = max_length or _length_of(posterior.logits_model.config)
+        self.max_length: int = max_length or length_of(posterior.logits_model.config)
         self._device = posterior.fitted.device
+        check_ends_open(tokenizer)
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text, which also stands before one without context."""
+        """The token that ends a text."""
         token: int = self.tokenizer.eos_token_id
         return token
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text without context: that which begins texts, or else ends them."""
+        begins: int | None = self.tokenizer.bos_token_id
+        return self.eot_token_id if begins is None else begins
 
     @property
     def tokenizer_name(self) -> str:
@@ -76,17 +87,36 @@ class LaplaceLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Return a text's tokens."""
-        special = bool(add_special_tokens)
-        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=special, **kwargs)
+        """Return a text's tokens.
+
+        Args:
+            string: The text.
+            add_special_tokens: ``None`` adds those that the tokenizer adds by itself, but no second
+                one where a chat template has begun the text.
+            **kwargs: Further arguments of the tokenizer's `encode`.
+        """
+        if add_special_tokens is None:
+            begins = self.tokenizer.bos_token
+            add_special_tokens = begins is None or not string.startswith(begins)
+        ids: list[int]
+        ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens, **kwargs)
         return ids
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Return a conversation as the tokenizer writes it."""
+        """Return a conversation as the tokenizer writes it.
+
+        Args:
+            chat_history: Its messages.
+            add_generation_prompt: Whether an answer begins. If not, the last message goes on, as
+                where a task has begun the answer (``gen_prefix``).
+        """
         text: str = self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
         )
         return text
 
@@ -121,18 +151,12 @@ class LaplaceLM(TemplateLM):
                     f"max_length={self.max_length}"
                 )
             rows.append((ids, kept))
-        length = max(len(ids) for ids, _ in rows)
-        batch = {
-            "input_ids": torch.zeros(len(rows), length, dtype=torch.long),
-            "attention_mask": torch.zeros(len(rows), length, dtype=torch.long),
-            "labels": torch.full((len(rows), length), IGNORED),
-        }
-        for n, (ids, kept) in enumerate(rows):
-            batch["input_ids"][n, : len(ids)] = torch.tensor(ids)
-            batch["attention_mask"][n, : len(ids)] = 1
-            batch["labels"][n, len(ids) - kept : len(ids)] = torch.tensor(ids[-kept:])
+        batch = _padded([ids for ids, _ in rows])
+        batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
+        for labels, (ids, kept) in zip(batch["labels"], rows, strict=True):
+            labels[len(ids) - kept : len(ids)] = torch.tensor(ids[-kept:])
         source = self._generator()
-        with _samples_only():
+        with samples_only():
             scored = score(self.posterior, batch, n_samples=self.n_samples, generator=source)
         samples = scored.log_probabilities
         assert samples is not None
@@ -144,13 +168,15 @@ class LaplaceLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Return the log probability of whole texts, each after the end-of-text token.
+        """Return the log probability of whole texts, each after the token that begins texts.
 
         Texts longer than the model's length are read in pieces that do not overlap.
         """
         found = []
         for request in requests:
-            tokens = self.tok_encode(request.args[0])
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            if tokens[:1] == [self.prefix_token_id]:  # stands before them as it is
+                del tokens[0]
             step = self.max_length - 1
             pieces = [tokens[start : start + step] for start in range(0, len(tokens), step)]
             before = [self.prefix_token_id, *(piece[-1] for piece in pieces)]
@@ -165,76 +191,64 @@ class LaplaceLM(TemplateLM):
         Raises:
             ValueError: If sampling is asked for, or so many tokens that none of the text is left.
         """
-        texts = []
-        for request in requests:
-            context, options = request.args
-            if options.get("do_sample", False):
-                raise ValueError("LaplaceLM continues greedily; set do_sample to false in the task")
-            until = options.get("until") or []
-            until = [until] if isinstance(until, str) else list(until)
-            new = next((int(options[name]) for name in LENGTHS if options.get(name)), LENGTH)
-            if new >= self.max_length:
-                raise ValueError(
-                    f"max_gen_toks={new} leaves no context within max_length={self.max_length}; "
-                    "set a smaller max_gen_toks in the task"
-                )
-            prompt = self.tok_encode(context) or [self.prefix_token_id]
-            ids = torch.tensor([prompt[-(self.max_length - new) :]])
-            until = [stop for stop in until if stop]
-            with _samples_only():
-                found = generate(
-                    self.posterior,
-                    {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
-                    max_new_tokens=new,
-                    n_samples=self.n_samples,
-                    generator=self._generator(),
-                    eos_token_id=self.eot_token_id,
-                    logits_processor=self._ending(ids.shape[1], until) if until else None,
-                )
-            text = self.tokenizer.decode(found.tokens[0][found.mask[0]], skip_special_tokens=True)
-            for stop in until:
-                text = text.split(stop)[0]
-            texts.append(text)
-            self.cache_hook.add_partial("generate_until", request.args, text)
+        prompts: list[list[int]] = []
+        alike: dict[Asked, list[int]] = {}
+        for n, (context, options) in enumerate(request.args for request in requests):
+            alike.setdefault(asked_of(options, self.max_length), []).append(n)
+            prompts.append(self.tok_encode(context) or [self.prefix_token_id])
+        parts = []
+        for asked, group in alike.items():
+            group.sort(key=lambda n: -len(prompts[n]))
+            starts = range(0, len(group), self.batch_size)
+            parts += [(asked, group[start : start + self.batch_size]) for start in starts]
+        texts = [""] * len(requests)
+        for (new, until), part in progress(parts, False if disable_tqdm else None, "Writing"):
+            kept = [prompts[n][-(self.max_length - new) :] for n in part]
+            for n, text in zip(part, self._continued(kept, new, until), strict=True):
+                texts[n] = text
+                self.cache_hook.add_partial("generate_until", requests[n].args, text)
         return texts
 
-    def _ending(self, start: int, until: Sequence[str]) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return what ends a text after a stop, so that no more of it is written in vain."""
+    def _continued(self, prompts: list[list[int]], new: int, until: Sequence[str]) -> list[str]:
+        """Return what follows each prompt, all of them together where the model allows it."""
+        try:
+            return self._written(prompts, new, until)
+        except ValueError:  # padding before a text changes what some models read
+            if len({len(ids) for ids in prompts}) == 1:
+                raise
+        texts = []
+        for _, same in groupby(prompts, len):
+            texts += self._written(list(same), new, until)
+        return texts
 
-        def end(ids: Tensor, scores: Tensor) -> Tensor:
-            text = self.tokenizer.decode(ids[0, start:].tolist())  # a stop may be a special token
-            if not any(stop in text for stop in until):
-                return scores
-            ended = torch.full_like(scores, -torch.inf)
-            ended[:, self.eot_token_id] = 0
-            return ended
-
-        return end
+    def _written(self, prompts: list[list[int]], new: int, until: Sequence[str]) -> list[str]:
+        stops = StopTexts(self.tokenizer, until, self.eot_token_id)
+        with samples_only():
+            found = generate(
+                self.posterior,
+                _padded(prompts),
+                max_new_tokens=new,
+                n_samples=self.n_samples,
+                generator=self._generator(),
+                eos_token_id=self.eot_token_id,
+                logits_processor=stops,
+                streamer=stops,
+            )
+        rows = zip(found.tokens, found.mask, strict=True)
+        written = [self.tokenizer.decode(ids[real], skip_special_tokens=True) for ids, real in rows]
+        return [stops.cut(text) for text in written]
 
     def _generator(self) -> torch.Generator:
         """Return the source of the samples: the same for every request."""
         return torch.Generator(self._device).manual_seed(self.seed)
 
 
-@contextmanager
-def _samples_only() -> Iterator[None]:
-    """Refuse a model without samples by what to do, which is not an option of `LaplaceLM`."""
-    try:
-        yield
-    except NoForwardDerivativeError as error:
-        reason = str(error).replace("use method='exact'", "`score` has method='exact' without them")
-        raise NoForwardDerivativeError(
-            "LaplaceLM needs samples of the linearised model, as a continuation's tokens are "
-            f"correlated: {reason}"
-        ) from error
-
-
-def _length_of(config: Any) -> int:
-    """Return the longest text that a model's configuration allows."""
-    length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if length is None:  # those without positions, such as Mamba and BLOOM
-        raise ValueError(
-            f"{type(config).__name__} does not say how long texts may be; give LaplaceLM "
-            "`max_length`, such as the length of the texts that the model was trained on"
-        )
-    return length
+def _padded(texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Return texts' tokens as a batch, padded on the right."""
+    length = max(map(len, texts))
+    ids = torch.zeros(len(texts), length, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for n, text in enumerate(texts):
+        ids[n, : len(text)] = torch.tensor(text)
+        mask[n, : len(text)] = 1
+    return {"input_ids": ids, "attention_mask": mask}

@@ -30,9 +30,12 @@ class PessimisticReward:
         beta: How many standard deviations are taken off; below 0 it pays for uncertainty.
         batch_size: Prompts' completions are never split; of single texts this many run together.
         name: Under which TRL logs it.
+        append_eos: Whether plain texts end with the tokenizer's end-of-text token, which is
+            appended where they lack it. TRL's ``RewardTrainer`` trains on such texts, and a decoder
+            is read at their last token. Conversations end as the chat template ends them.
 
     Raises:
-        ValueError: If the posterior is no reward model's.
+        ValueError: If the posterior is no reward model's, or the tokenizer has no token to append.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class PessimisticReward:
         beta: float = 1.0,
         batch_size: int = 16,
         name: str = "pessimistic_reward",
+        append_eos: bool = False,
     ) -> None:
         if posterior.objective.name != "reward_modeling":
             raise ValueError(
@@ -50,6 +54,9 @@ class PessimisticReward:
             )
         self.posterior, self.tokenizer = posterior, tokenizer
         self.beta, self.batch_size = beta, batch_size
+        self._end: str = (tokenizer.eos_token or "") if append_eos else ""
+        if append_eos and not self._end:
+            raise ValueError("append_eos=True needs a tokenizer with an `eos_token`")
         self.__name__ = name
 
     def __call__(
@@ -84,55 +91,68 @@ class PessimisticReward:
 
         Raises:
             ValueError: If there are not as many prompts as completions, or one of these has no
-                tokens, its prompt's and special ones included.
+                tokens or so many that it would lose its end, its prompt's and special ones
+                included.
         """
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts do not fit {len(completions)} completions")
         groups: dict[str, list[int]] = {}
         for place, prompt in enumerate(prompts):
             groups.setdefault(repr(prompt), []).append(place)
-        texts = [self._text(*pair) for pair in zip(prompts, completions, strict=True)]
-        mean = torch.zeros(len(texts), dtype=torch.float64)
+        rows = self._rows(prompts, completions)
+        mean = torch.zeros(len(rows), dtype=torch.float64)
         deviation = torch.zeros_like(mean)
         for places in groups.values():
             if len(places) > 1:
-                batch = self._batch(texts, places, prompts[places[0]])
-                m, joint = self.posterior(batch, joint=True)
+                m, joint = self.posterior(self._batch(rows, places), joint=True)
                 mean[places] = m.flatten().double().cpu()
                 deviation[places] = _centred(joint.double()).diagonal().clamp(min=0).sqrt().cpu()
         singles = [places[0] for places in groups.values() if len(places) == 1]
-        for is_plain in (True, False):  # which are tokenised differently
-            alone = [p for p in singles if isinstance(prompts[p], str) == is_plain]
-            for start in range(0, len(alone), self.batch_size):
-                part = alone[start : start + self.batch_size]
-                batch = self._batch(texts, part, prompts[part[0]])
-                m, variance = self.posterior(batch)
-                mean[part] = m.flatten().double().cpu()
-                deviation[part] = variance.flatten().double().sqrt().cpu()
+        for start in range(0, len(singles), self.batch_size):
+            part = singles[start : start + self.batch_size]
+            m, variance = self.posterior(self._batch(rows, part))
+            mean[part] = m.flatten().double().cpu()
+            deviation[part] = variance.flatten().double().sqrt().cpu()
         return mean, deviation
 
-    def _batch(self, texts: list[str], places: list[int], prompt: Text) -> dict[str, Tensor]:
-        encoded = self.tokenizer(
-            [texts[place] for place in places],
-            truncation=True,
-            padding=True,
-            return_tensors="pt",
-            # A chat template has written a conversation's special tokens.
-            add_special_tokens=isinstance(prompt, str),
-        )
-        real = encoded["attention_mask"].any(1).tolist()
-        if not all(real):  # a row of padding has a reward, which means nothing
-            empty = [place for place, is_real in zip(places, real, strict=True) if not is_real]
+    def _batch(self, rows: list[Any], places: list[int]) -> dict[str, Tensor]:
+        batch = self.tokenizer.pad([rows[place] for place in places], return_tensors="pt")
+        device = self.posterior.fitted.device
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+
+    def _rows(self, prompts: Sequence[Text], completions: Sequence[Text]) -> list[Any]:
+        """Return the tokens of each prompt with its completion."""
+        keeps_ends = getattr(self.tokenizer, "truncation_side", "right") == "left"
+        rows = [
+            self.tokenizer(
+                self._text(prompt, completion),
+                truncation=keeps_ends,
+                # A chat template has written a conversation's special tokens.
+                add_special_tokens=isinstance(prompt, str),
+            )
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        lengths = [len(row["input_ids"]) for row in rows]
+        empty = [place for place, length in enumerate(lengths) if not length]
+        if empty:  # a row of padding has a reward, which means nothing
             raise ValueError(
                 f"completions {empty} have no tokens, nor have their prompts, so there is nothing "
                 "to reward; leave them out"
             )
-        device = self.posterior.fitted.device
-        return {name: tensor.to(device) for name, tensor in encoded.items()}
+        limit = self.tokenizer.model_max_length
+        long = [place for place, length in enumerate(lengths) if length > limit]
+        if long:
+            raise ValueError(
+                f"completions {long[:5]} have, with their prompts, more tokens than the "
+                f"tokenizer's model_max_length={limit}, and what is cut off has no reward; shorten "
+                "them, or set tokenizer.truncation_side = 'left'"
+            )
+        return rows
 
     def _text(self, prompt: Text, completion: Text) -> str:
         if isinstance(prompt, str) and isinstance(completion, str):
-            return prompt + completion
+            whole = prompt + completion
+            return whole if whole.endswith(self._end) else whole + self._end
         if isinstance(prompt, str) or isinstance(completion, str):
             raise ValueError("prompt and completion must both be texts or both be messages")
         text: str = self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)

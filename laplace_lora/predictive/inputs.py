@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
@@ -10,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
+
+from laplace_lora.models.inputs.batch_checks import check_adapter
+from laplace_lora.predictive.texts import check_pads, encoded, is_pair
 
 # Dimensions of one example's tensor.
 ROW_DIMS = {"input_ids": 1, "pixel_values": 3, "input_features": 2, "input_values": 1}
@@ -51,6 +53,8 @@ def listed(data: Any) -> tuple[str, Any]:
     start = list(islice(items, 1))
     kind = _kind(start[0]) if start else "batches"
     if start and not isinstance(start[0], Mapping | Tensor | list | tuple | str):
+        if whole is not None and any(isinstance(item, str) or is_pair(item) for item in whole):
+            return "texts", whole  # of which the first is missing
         raise TypeError(
             "predict takes texts, rows with 'input_ids' or batches of tensors, got "
             f"{type(data).__name__} of {type(start[0]).__name__}"
@@ -72,32 +76,11 @@ def batches_of_texts(
         are_questions: Whether a language model answers them, see `encoded`.
 
     Raises:
+        TypeError: If one is no text, see `encoded`.
         ValueError: If there is no tokenizer, it cannot pad, a text has no tokens, or a question is
             too long.
     """
     return batches_of_rows(encoded(texts, tokenizer, are_questions), tokenizer, batch_size)
-
-
-def encoded(
-    texts: Sequence[Any], tokenizer: Any, are_questions: bool = False
-) -> list[Mapping[str, Any]]:
-    """Return texts as rows, one by one.
-
-    Args:
-        texts: Strings or pairs of strings.
-        tokenizer: The model's.
-        are_questions: Whether a language model answers them, who must see their ends.
-
-    Raises:
-        ValueError: If there is no tokenizer, it cannot pad, or it would cut a question's end.
-    """
-    if tokenizer is None:
-        raise ValueError("texts need `tokenizer`, that of the model")
-    _check_pads(tokenizer)
-    rows = [tokenizer(*_as_pair(text), truncation=True) for text in texts]
-    if are_questions and getattr(tokenizer, "truncation_side", "right") == "right":
-        _check_whole(rows, texts, tokenizer)
-    return rows
 
 
 def batches_of_rows(
@@ -111,7 +94,8 @@ def batches_of_rows(
         batch_size: Rows per batch.
 
     Raises:
-        ValueError: If rows of different lengths have no tokenizer that can pad, or one is empty.
+        ValueError: If rows of different lengths have no tokenizer that can pad, one is empty, or
+            see `check_adapter`.
     """
     lengths = torch.tensor([len(row.get("input_ids", (0,))) for row in rows])
     if bool((lengths == 0).any()):
@@ -121,9 +105,11 @@ def batches_of_rows(
     if tokenizer is None and int(lengths.min()) != int(lengths.max()):
         raise ValueError("rows of different lengths need `tokenizer`, which pads them")
     if tokenizer is not None:
-        _check_pads(tokenizer)
+        check_pads(tokenizer)
     order = lengths.argsort(stable=True)
 
+    for row in rows:
+        check_adapter(row)
     # Datasets keep texts beside the numbers made of them.
     rows = [{k: v for k, v in row.items() if not _is_text(v)} for row in rows]
 
@@ -169,57 +155,13 @@ def in_places(values: Sequence[Any], before: Tensor, width: int, fill: int) -> T
     return placed
 
 
-def cut_texts(rows: Sequence[Any], texts: Sequence[Any], tokenizer: Any) -> list[int]:
-    """Return which texts have lost a part in their rows, see `encoded`.
-
-    Args:
-        rows: Of the texts.
-        texts: Strings or pairs of strings.
-        tokenizer: The model's.
-    """
-    limit = getattr(tokenizer, "model_max_length", math.inf)
-    full = [n for n, row in enumerate(rows) if len(row["input_ids"]) >= limit]
-    return [n for n in full if len(tokenizer(*_as_pair(texts[n]))["input_ids"]) > limit]
-
-
-def _as_pair(text: Any) -> tuple[str, str | None]:
-    """Return a text with its second one, or ``None``."""
-    first, second = (text, None) if isinstance(text, str) else text
-    return first, second
-
-
-def _check_whole(rows: Sequence[Any], texts: Sequence[Any], tokenizer: Any) -> None:
-    """Refuse texts of which rows have lost the end."""
-    cut = cut_texts(rows, texts, tokenizer)
-    if cut:
-        limit = tokenizer.model_max_length
-        raise ValueError(
-            f"texts {cut[:5]} have more tokens than the tokenizer's model_max_length={limit}, and "
-            "cutting their ends, after which the answer stands, would change the question; shorten "
-            "them, or set tokenizer.truncation_side = 'left'"
-        )
-
-
 def _is_text(value: Any) -> bool:
     first = value[0] if isinstance(value, list | tuple) and value else value
     return isinstance(first, str)
 
 
-def _check_pads(tokenizer: Any) -> None:
-    if not hasattr(tokenizer, "pad_token"):
-        raise TypeError(
-            f"`tokenizer` must be the model's tokenizer, got {type(tokenizer).__name__}; of a "
-            "pipeline it is `.tokenizer`, and AutoTokenizer.from_pretrained loads one by name"
-        )
-    if tokenizer.pad_token is None:
-        raise ValueError(
-            "the tokenizer has no padding token; set `tokenizer.pad_token = tokenizer.eos_token` "
-            "and the model's `config.pad_token_id` to its number"
-        )
-
-
 def _kind(item: Any) -> str:
-    if isinstance(item, str) or _is_text_pair(item):
+    if isinstance(item, str) or is_pair(item):
         return "texts"
     if isinstance(item, Mapping):
         for name, dims in ROW_DIMS.items():
@@ -234,8 +176,3 @@ def _is_labelled_batch(data: Any) -> bool:
         return False
     x, y = data
     return isinstance(x, Mapping) or (isinstance(x, Tensor) and x.ndim > y.ndim)
-
-
-def _is_text_pair(item: Any) -> bool:
-    pair = isinstance(item, tuple | list) and len(item) == 2
-    return pair and all(isinstance(part, str) for part in item)

@@ -14,14 +14,13 @@ from laplace_lora.likelihoods.question_answering import CONTEXT, END, START
 from laplace_lora.predictive.data_sets import is_batch, of_batches
 from laplace_lora.predictive.inputs import (
     batches_of_rows,
-    cut_texts,
-    encoded,
     in_places,
     listed,
     padding_before,
 )
 from laplace_lora.predictive.span_predictions import SpanPredictions
 from laplace_lora.predictive.spans import SpanPredictor
+from laplace_lora.predictive.texts import cut_texts, encoded
 
 
 def predict_spans(

@@ -9,10 +9,11 @@ from sklearn.exceptions import NotFittedError
 from sklearn.metrics import get_scorer
 from sklearn.model_selection import KFold, cross_val_predict
 from sklearn.utils.validation import check_is_fitted
+from torch.nn import functional as F
 
 from laplace_lora import KronLoraLaplace
 from laplace_lora.integrations.estimator import LaplaceClassifier
-from support.models import peft_model
+from support.models import TARGETS, peft_model
 from support.multilabel import multilabel_posterior
 from support.texts import word_tokenizer
 
@@ -118,6 +119,20 @@ def test_numbers_that_may_be_classes_or_their_places_are_said_to_be_unclear():
     clone(made).set_params(labels=[0, 1, 2]).fit(TEXTS, [1, 2, 1, 2, 1, 2])
 
 
+def test_classes_may_be_named_in_any_container():
+    pandas = pytest.importorskip("pandas")
+    for labels, y in ((np.array(NAMES), LABELS), (pandas.Series([4, 6, 9]), [9, 4, 9, 6, 6, 4])):
+        la = KronLoraLaplace(peft_model("bert"), "classification")
+        made = clone(LaplaceClassifier(la, word_tokenizer(), labels)).fit(TEXTS, y)
+        assert made.classes_.tolist() == list(labels)
+        assert set(made.predict(TEXTS)) <= set(y)
+        with pytest.raises(ValueError, match="none of the classes"):
+            made.fit(TEXTS, ["ugly"] * len(TEXTS))
+    twice = clone(made).set_params(labels=pandas.Index(["good", "good", "bad"]))
+    with pytest.raises(ValueError, match=r"labels=\['good', 'good', 'bad'\] must name each"):
+        twice.fit(TEXTS, LABELS)
+
+
 def test_every_text_needs_a_label(classifier):
     with pytest.raises(ValueError, match=r"texts do not fit 1 labels"):
         classifier.fit(TEXTS, LABELS[:1])
@@ -153,6 +168,35 @@ def test_texts_may_be_columns_of_a_data_frame(classifier):
     pairs = pandas.DataFrame({"text": TEXTS, "other": TEXTS[::-1]})
     expected = classifier.predict_proba(list(zip(TEXTS, TEXTS[::-1], strict=True)))
     assert np.abs(classifier.predict_proba(pairs) - expected).max() < 1e-6
+
+
+def test_a_decoders_prompts_are_fitted_whole_or_not_at_all():
+    tokenizer, long = word_tokenizer(), "a b c d e f g h a b"
+    la = KronLoraLaplace(peft_model("llama-lm").eval(), "classification", target_ids=TARGETS)
+    made = LaplaceClassifier(la, tokenizer, NAMES, batch_size=2)
+    texts = [*TEXTS[:5], long]
+    made.fit(texts, LABELS)
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    y = torch.tensor([NAMES.index(label) for label in LABELS])
+    loss = F.cross_entropy(la.logits_model(batch).detach(), y, reduction="sum")
+    assert float(la.loss) == pytest.approx(float(loss)) and la.n_data == 6
+    tokenizer.model_max_length = 6
+    for call in (lambda: made.fit(texts, LABELS), lambda: made.predict(texts)):
+        with pytest.raises(ValueError, match=r"texts \[5\] have more tokens than the tokenizer's"):
+            call()
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), 3])
+def test_missing_texts_are_named(classifier, missing):
+    texts = [*TEXTS[:2], missing, *TEXTS[3:]]
+    for call in (lambda: classifier.fit(texts, LABELS), lambda: classifier.predict(texts)):
+        with pytest.raises(TypeError, match=rf"items \[2\] are neither.*such as {missing}"):
+            call()
+
+
+def test_texts_without_tokens_are_not_fitted(classifier):
+    with pytest.raises(ValueError, match=r"rows \[1\] have no tokens"):
+        classifier.fit([TEXTS[0], "", *TEXTS[2:]], LABELS)
 
 
 def test_whole_numbers_may_be_floats():

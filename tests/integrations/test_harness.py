@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -9,15 +10,17 @@ import torch
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
 from lm_eval.api.instance import Instance
-from peft import LoHaConfig, get_peft_model
-from transformers import MambaConfig
+from lm_eval.models.huggingface import HFLM
+from peft import LoHaConfig, LoraConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
+from transformers import MambaConfig, Phi3Config, Phi3ForCausalLM
 
-from laplace_lora import DiagLoraLaplace
+from laplace_lora import DiagLoraLaplace, KronLoraLaplace
 from laplace_lora.generation import generate, score
 from laplace_lora.integrations.harness import LaplaceLM
 from support.generation import seeded
 from support.language import language_posterior, text_loader
-from support.models import base_model, excite
+from support.models import TINY, base_model, excite
 from support.texts import word_tokenizer
 
 PAIRS = [("a b c", " d e"), ("f", " a b c d"), ("h h a", " b")]
@@ -29,6 +32,23 @@ def model():
     tokenizer.eos_token = "[PAD]"
     la = language_posterior(dtype=torch.float32, prior_precision=3.0)
     return LaplaceLM(la, tokenizer, n_samples=8, batch_size=2)
+
+
+def special_tokenizer(template="h $A"):
+    """As Llama's, Mistral's and Gemma's: a word begins every text."""
+    tokenizer = word_tokenizer()
+    tokenizer.bos_token, tokenizer.eos_token = "h", "g"
+    tokens = [(name, tokenizer.convert_tokens_to_ids(name)) for name in "gh"]
+    processor = TemplateProcessing(single=template, special_tokens=tokens)
+    tokenizer.backend_tokenizer.post_processor = processor
+    return tokenizer
+
+
+def plain_tokenizer(words=10):
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = "g"
+    tokenizer.add_tokens([f"w{i}" for i in range(len(tokenizer), words)])
+    return tokenizer
 
 
 def instances(kind, arguments):
@@ -52,6 +72,55 @@ def test_continuations_have_the_predictives_probability(model):
         assert value == pytest.approx(float(expected), rel=1e-4)
         best = alone.candidates.gather(2, alone.probabilities.argmax(-1, keepdim=True))
         assert greedy == bool((best.squeeze(-1) == alone.tokens).all())
+
+
+@pytest.mark.parametrize("make", [plain_tokenizer, special_tokenizer])
+def test_without_uncertainty_it_is_the_harness_s_own_model(make):
+    """In each of them texts begin as the tokenizer begins them, and as the model was trained."""
+    la = language_posterior(dtype=torch.float32, prior_precision=1e12)
+    tokenizer = make()
+    own = LaplaceLM(la, tokenizer, n_samples=2, batch_size=3)
+    place = {"pretrained": la.logits_model.model, "tokenizer": tokenizer, "backend": "causal"}
+    place |= {"max_length": own.max_length, "batch_size": 3}
+    other, bare = HFLM(**place), HFLM(add_bos_token=False, **place)
+    pairs = [*PAIRS, ("", " a b"), ("", "h a b"), ("h a", " b c"), ("c ", " b")]
+    asked = instances("loglikelihood", pairs)
+    found, expected = own.loglikelihood(asked, True), other.loglikelihood(asked, True)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert [v for v, _ in found] == pytest.approx([v for v, _ in expected], rel=1e-4)
+    # With special tokens it predicts the one that begins texts as well, after itself.
+    asked = instances("loglikelihood_rolling", [("a b c",), ("d e f " * 20,)])
+    expected = bare.loglikelihood_rolling(asked, True)
+    assert own.loglikelihood_rolling(asked, True) == pytest.approx(expected, rel=1e-4)
+    options = {"max_gen_toks": 4, "until": ["zz"], "do_sample": False}
+    asked = instances("generate_until", [("a b", options), ("h a b", options)])
+    assert own.generate_until(asked, True) == other.generate_until(asked, True)
+
+
+def test_a_text_begins_once():
+    own = LaplaceLM(language_posterior(), special_tokenizer())
+    assert own.tok_encode("h a") == own.tok_encode("a") == [9, 2]
+    assert own.tok_encode("h a", add_special_tokens=True) == [9, 9, 2]
+    asked = instances("loglikelihood_rolling", [("a b",), ("h a b",)])
+    assert len(set(own.loglikelihood_rolling(asked))) == 1
+
+
+def test_an_answer_that_a_task_has_begun_goes_on():
+    tokenizer = special_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}h {{ m.content }} g {% endfor %}"
+        "{% if add_generation_prompt %}h {% endif %}"
+    )
+    own = LaplaceLM(language_posterior(), tokenizer)
+    begun = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]
+    assert own.apply_chat_template(begun, add_generation_prompt=False) == "h a g h b c"
+    assert own.apply_chat_template(begun[:1]) == "h a g h "
+
+
+def test_a_tokenizer_that_ends_texts_is_refused():
+    la = language_posterior()
+    with pytest.raises(ValueError, match=r"ends every text with 'g'.*add_eos_token=False"):
+        LaplaceLM(la, special_tokenizer("h $A g"))
 
 
 def test_the_seed_is_of_the_samples(model):
@@ -148,6 +217,60 @@ def test_a_task_calls_the_longest_continuation_by_any_of_the_harness_s_names(
     model.generate_until(instances("generate_until", requests))
     # Without a context the end-of-text token stands before, as in loglikelihood.
     assert asked == [([model.tok_encode("a")], 2), ([[0]], 3)]
+
+
+def each_alone(la, requests, tokenizer, monkeypatch, **kwargs):
+    """Texts of requests one by one and together, and how many each call of `generate` had."""
+    sizes = []
+
+    def watched(posterior, batch, **kwargs):
+        sizes.append(len(batch["input_ids"]))
+        return generate(posterior, batch, **kwargs)
+
+    monkeypatch.setattr("laplace_lora.integrations.harness.generate", watched)
+    asked = instances("generate_until", requests)
+    alone = LaplaceLM(la, tokenizer, batch_size=1, **kwargs).generate_until(asked)
+    own, sizes = sizes, []
+    return alone, LaplaceLM(la, tokenizer, **kwargs).generate_until(asked), own, sizes
+
+
+def test_requests_run_together_as_each_alone(monkeypatch):
+    tokenizer = plain_tokenizer(50)
+    la = language_posterior(prior_precision=3.0)
+    contexts = ["a b c", "f", "", "c c c c c b"]
+    requests = [(context, {"max_gen_toks": 4, "until": []}) for context in contexts]
+    options = {"n_samples": 4, "max_length": 8, "batch_size": 3}
+    own = LaplaceLM(la, tokenizer, **options)
+    words = [text.split() for text in own.generate_until(instances("generate_until", requests))]
+    stops = [words[0][2], words[1][0]]  # end texts at different steps
+    requests += [(context, {"max_gen_toks": 4, "until": stops}) for context in contexts]
+    requests.insert(3, ("b b", {"max_gen_toks": 2, "until": None}))
+    options.pop("batch_size")
+    alone, together, one, sizes = each_alone(la, requests, tokenizer, monkeypatch, **options)
+    assert together == alone and len(set(together)) > 5
+    assert one == [1] * 9 and sorted(sizes) == [1, 4, 4]
+    assert together[5].split() == words[0][:2]
+
+
+@pytest.mark.parametrize(
+    "contexts", [["a b c", "a b", "d e f", "a b c d e f g h"], ["a b c d e", "d"]]
+)
+def test_requests_that_no_padding_may_join_run_with_those_of_their_length(contexts, monkeypatch):
+    """Beyond 6 tokens the model has other rotary angles for a whole batch."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4}
+    rope |= {"long_factor": [3.0] * 4, "original_max_position_embeddings": 6}
+    torch.manual_seed(0)
+    size = {**TINY, "original_max_position_embeddings": 6}
+    base = Phi3ForCausalLM(Phi3Config(**size, initializer_range=0.3, rope_parameters=rope))
+    model = excite(get_peft_model(base, LoraConfig(r=2, target_modules=["qkv_proj"]))).double()
+    la = KronLoraLaplace(model, "language_modeling")
+    la.fit(text_loader())
+    requests = [(context, {"max_gen_toks": 4}) for context in contexts]
+    place = (la, requests, plain_tokenizer(50), monkeypatch)
+    alone, together, _, sizes = each_alone(*place, n_samples=4, max_length=32)
+    assert together == alone and len(set(alone)) > 1
+    lengths = Counter(len(context.split()) for context in contexts)
+    assert sizes == [len(contexts), *(n for _, n in sorted(lengths.items(), reverse=True))]
 
 
 @pytest.mark.parametrize("new", [8, 9, 256])

@@ -112,6 +112,45 @@ def test_a_conversation_begins_once(la):
     assert reward([prompts[0]] * 2, [completion] * 2) == pytest.approx([expected[0]] * 2)
 
 
+def test_plain_texts_may_end_as_trl_ends_them(la):
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = "h"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    completions = [" c d", " e", " fh"]
+    ended = ["a b c dh", "a b eh", "a b fh"]
+    expected = [float(la(dict(tokenizer([text], return_tensors="pt")))[0]) for text in ended]
+    reward = PessimisticReward(la, tokenizer, beta=0.0, append_eos=True)
+    assert reward(["a b"] * 3, completions) == pytest.approx(expected)
+    assert reward(["a b"], completions[:1]) == pytest.approx(expected[:1])
+    plain = PessimisticReward(la, tokenizer, beta=0.0)
+    assert plain(["a b"], completions[:1]) != pytest.approx(expected[:1])
+    talk = [{"role": "user", "content": "a b"}], [{"role": "assistant", "content": "c d"}]
+    assert reward([talk[0]], [talk[1]]) == plain([talk[0]], [talk[1]])
+    with pytest.raises(ValueError, match=r"append_eos=True needs a tokenizer with an `eos_token`"):
+        PessimisticReward(la, word_tokenizer(), append_eos=True)
+
+
+def test_texts_that_would_lose_their_ends_are_refused(la):
+    """All completions of a long prompt had one reward."""
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    reward, most = PessimisticReward(la, tokenizer, beta=0.0), "a b c d e f g h " * 2
+    assert tokenizer.model_max_length == 16
+    expected = float(la(dict(tokenizer([most], return_tensors="pt")))[0])
+    assert reward([most[:-4]], [" g h"]) == pytest.approx([expected])
+    for prompts in (["a", most, most], ["a", most, "b"]):
+        places = [n for n, prompt in enumerate(prompts) if prompt == most]
+        with pytest.raises(ValueError, match=rf"completions {re.escape(str(places))} have, with"):
+            reward(prompts, [" c", " c", " d"])
+    message = [{"role": "user", "content": most}], [{"role": "assistant", "content": "c"}]
+    with pytest.raises(ValueError, match="model_max_length=16"):
+        reward([message[0]], [message[1]])
+    tokenizer.truncation_side = "left"
+    kept = "c d e f g h a b c d e f g h c d"
+    expected = float(la(dict(tokenizer([kept], return_tensors="pt")))[0])
+    assert reward([most], ["c d"]) == pytest.approx([expected])
+
+
 def test_what_does_not_fit_is_refused(la):
     with pytest.raises(ValueError, match="do not fit"):
         PessimisticReward(la, word_tokenizer())(["a"], [])

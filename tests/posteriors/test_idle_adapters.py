@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from peft import LoraConfig
+from torch.utils.data import DataLoader
 
 from laplace_lora import (
     DiagLoraLLLaplace,
@@ -96,6 +97,47 @@ def test_predictions_need_the_posteriors_adapter(make, call):
         call(la)
     model.set_adapter("default")
     assert_near(call(la), expected, 1e-5)
+
+
+NAMES = [["other"] * 3, ["default", "other", "__base__"], ["default"] * 3]
+
+
+def asking():
+    """What reads batches, with one that it takes."""
+    batch = token_batch()
+    tags, spans, texts = tagged_batch(), question_batch(), text_batch()
+    head = partial(head_only, KronLoraLLLaplace)
+    yield "exact", classified, lambda la, n: la({**batch, **n}, method="exact")
+    yield "sampled", classified, lambda la, n: la({**batch, **n}, method="sampled")
+    yield "weights", classified, lambda la, n: la({**batch, **n}, **WEIGHTS)
+    yield "predict", classified, lambda la, n: la.predict({**batch, **n})
+    yield "head", head, lambda la, n: la({**batch, **n})
+    yield "fit", classified, lambda la, n: la.fit(DataLoader([{**batch, **n}], batch_size=None))
+    yield "tags", tagged_posterior, lambda la, n: la({**tags, **n})
+    yield "spans", span_posterior, lambda la, n: la.predict({**spans, **n})
+    yield "score", language_posterior, lambda la, n: score(la, {**texts, **n}, K)
+    yield "token", language_posterior, lambda la, n: score(la, {**texts, **n}, K, method="exact")
+    yield "text", language_posterior, lambda la, n: generate(la, {**texts, **n}, 2, K)
+
+
+@pytest.mark.parametrize("make,call", [pytest.param(m, c, id=name) for name, m, c in asking()])
+def test_rows_are_of_the_posteriors_adapter(make, call):
+    """Those of another one had its answer, and no variance."""
+    la = make()
+    model = la.logits_model.model
+    targets = model.peft_config["default"].target_modules
+    model.add_adapter("other", LoraConfig(r=2, target_modules=list(targets)))
+    for names in NAMES:
+        with pytest.raises(ValueError, match=r"'adapter_names' asks for .*and a posterior is of"):
+            call(la, {"adapter_names": names})
+    call(la, {"adapter_names": None})
+
+
+def test_so_are_rows_one_by_one():
+    la = classified()
+    rows = [{**row, "adapter_names": "other"} for row in loader().dataset]
+    with pytest.raises(ValueError, match=r"'adapter_names' asks for the adapters \['other'\]"):
+        la.predict(rows)
 
 
 @pytest.mark.parametrize("name", TUNED)

@@ -120,6 +120,25 @@ def test_a_generator_of_batches(la):
     assert_near(la.predict(iter(list(loader()))).probs, la(token_batch(LENGTHS)))
 
 
+MISSING = {
+    "none": (["a b", None, "c", None], r"\[1, 3\].*such as None"),
+    "first": ([float("nan"), "a b"], r"\[0\].*such as nan"),
+    "array": (np.array(["a b", 2.5], dtype=object), r"\[1\].*such as 2.5"),
+    "second": ([("a b", "c"), ("a", None)], r"\[1\].*such as \('a', None\)"),
+    "first of a pair": ([(None, "a"), ("a b", "c")], r"\[0\].*such as \(None, 'a'\)"),
+    "words": (["a b", ["a", "b", "c"]], r"\[1\].*such as \['a', 'b', 'c'\]"),
+    "messages": (["a b", [{"role": "user", "content": "a"}]], r"\[1\].*apply_chat_template"),
+    "many": (["a", *[None] * 9], r"\[1, 2, 3, 4, 5\]"),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_missing_texts_are_named(la, name):
+    data, message = MISSING[name]
+    with pytest.raises(TypeError, match=rf"items {message}"):
+        la.predict(data, word_tokenizer())
+
+
 def test_texts_without_tokens_are_named(la):
     with pytest.raises(ValueError, match=r"rows \[0, 2\] have no tokens"):
         la.predict(["", "a", ""], word_tokenizer())

@@ -11,6 +11,7 @@ from laplace_lora.data.batches import is_empty
 
 TOKENS = ("input_ids", "attention_mask")
 CHOOSING = "ForMultipleChoice"  # how transformers' names of such models end
+ADAPTERS = "adapter_names"  # PEFT's, one for each row
 TOKENIZE = (
     "tokenize with padding=True, return_tensors='pt', or give the texts to "
     "la.predict(texts, tokenizer)"
@@ -27,9 +28,10 @@ def check_mapping(batch: Mapping[str, Any], model: str, is_strict: bool) -> None
 
     Raises:
         TypeError: If tokens are lists or arrays, or there are no tensors at all.
-        ValueError: If there are no examples, no tokens or no batch of them, or a multiple-choice
-            model gets anything but choices.
+        ValueError: If there are no examples, no tokens or no batch of them, a multiple-choice model
+            gets anything but choices, or see `check_adapter`.
     """
+    check_adapter(batch)
     for key in TOKENS:
         tokens = batch.get(key)
         if not isinstance(tokens, Tensor | None):
@@ -56,6 +58,26 @@ def check_mapping(batch: Mapping[str, Any], model: str, is_strict: bool) -> None
         raise TypeError(f"the batch has no tensors, but {held}; {TOKENIZE}")
     if is_empty(batch):
         raise ValueError("the batch has no examples; leave such batches out")
+
+
+def check_adapter(batch: Mapping[str, Any]) -> None:
+    """Refuse inputs that choose an adapter, of which a posterior may know nothing.
+
+    Rows of another adapter, or of none, would have its answer without any variance.
+
+    Args:
+        batch: A batch or a row.
+
+    Raises:
+        ValueError: If there are names of adapters.
+    """
+    names = batch.get(ADAPTERS)
+    if names is not None:
+        asked = sorted({names} if isinstance(names, str) else set(map(str, names)))
+        raise ValueError(
+            f"{ADAPTERS!r} asks for the adapters {asked}, and a posterior is of one, through which "
+            "all rows run; leave it out, and give rows of other adapters to posteriors of these"
+        )
 
 
 def check_tensor(batch: Any, is_strict: bool) -> None:
