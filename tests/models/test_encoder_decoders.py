@@ -116,3 +116,14 @@ def test_a_configuration_that_asks_for_tuples_changes_nothing():
 def test_target_ids_of_other_types_are_refused(ids):
     with pytest.raises(ValueError, match="two or more different integers"):
         LogitsModel(peft_model("llama-lm"), target_ids=ids)
+
+
+@pytest.mark.parametrize(
+    "ids", [[[1, 2], [3, 4]], [[1, 2], [3]], [[1], [3]], [5, (6, 7)], torch.tensor([[1], [3]])]
+)
+def test_answers_of_several_tokens_are_told_what_they_may_be(ids):
+    """As a tokenizer gives them for words."""
+    with pytest.raises(ValueError, match=r"must be one.*space before a word.*language_modeling"):
+        LogitsModel(peft_model("llama-lm"), target_ids=ids)
+    tensors = [torch.tensor(7), torch.tensor(9)]
+    assert LogitsModel(peft_model("llama-lm"), target_ids=tensors).target_ids.tolist() == [7, 9]
