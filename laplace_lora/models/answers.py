@@ -31,8 +31,8 @@ def checked_target_ids(target_ids: Sequence[int] | Tensor, vocabulary: int) -> T
         ids = torch.empty(0) if is_nested else torch.as_tensor(target_ids)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
-            f"{message}; a tokenizer turns words into them: `tokenizer(word, "
-            "add_special_tokens=False).input_ids`"
+            f"{message}; a tokenizer turns a word of one token into its number: `tokenizer(word, "
+            "add_special_tokens=False).input_ids[0]`"
         ) from None
     if is_nested:
         raise ValueError(
