@@ -13,7 +13,8 @@ from torch import Tensor
 
 from laplace_lora.adapters.maps import Block
 from laplace_lora.adapters.selection import listed
-from laplace_lora.capture.output_verification import chosen_examples, without_padding
+from laplace_lora.capture.output_verification import chosen_examples
+from laplace_lora.capture.padding_verification import without_padding
 from laplace_lora.capture.recorder import MisfitError
 from laplace_lora.capture.tape import Tape
 from laplace_lora.data.batches import Batch, one_example, splits_by_example

@@ -33,6 +33,7 @@ from laplace_lora.models.changes.expert_layers import experts_as_layers
 from laplace_lora.models.changes.modes import coarsest_dtype, differentiable
 from laplace_lora.models.changes.turns import in_turn
 from laplace_lora.models.inputs.unmasked import check_is_masked, padding_token
+from laplace_lora.models.last_layer_model import LastLayerModel
 
 _COVERING = threading.Lock()
 
@@ -200,7 +201,9 @@ class Recording:
             tape.gain = measured_gain(lambda sent: tape.gradient_sizes(column * sent))
             self._gain = tape.gain
         verify_gradients(tape, blocks, self.by_token)
-        if not self.model.training:  # with dropout no two passes agree
+        split = getattr(self.model, "model", None)  # laplace-torch wraps last layers
+        # With dropout no two passes agree; a last layer's features are computed without.
+        if not self.model.training or isinstance(split, LastLayerModel):
             shape = (tape.examples, coarsest_dtype(self.model), self.by_token)
             verify_outputs(self.model, x, tape.output, *shape)
         self._together = tape.examples > 1 or not splits_by_example(x, 1)

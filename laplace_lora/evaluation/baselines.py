@@ -18,18 +18,20 @@ from torch import Tensor, nn
 
 from laplace_lora.data.batches import Batch, batch_labels, model_inputs
 from laplace_lora.data.distributed import together
-from laplace_lora.data.pairs import as_pairs, check_not_stacked
+from laplace_lora.data.pairs import check_not_stacked
+from laplace_lora.evaluation.baseline_likelihoods import (
+    baseline_objective,
+    check_has_classes,
+    in_pairs,
+)
 from laplace_lora.evaluation.rows import reads_pairs
 from laplace_lora.evaluation.sampled_dropout import dropout_on
-from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
 from laplace_lora.likelihoods.language_modeling import IGNORED
-from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.likelihoods.token_classification import class_labels
 from laplace_lora.models.changes.compiled import eager
 from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.models.logits_model import LogitsModel
 
-LIKELIHOODS = ("classification", "multilabel")
 SAMPLER = "lora_monteclora_sampler"
 
 
@@ -44,7 +46,8 @@ class MAP:
             configuration says ``problem_type="multi_label_classification"``.
 
     Raises:
-        ValueError: If ``likelihood`` is another.
+        ValueError: If ``likelihood`` is another, or the model's configuration says that several
+            outputs are those of a regression.
     """
 
     def __init__(
@@ -53,10 +56,8 @@ class MAP:
         target_ids: Sequence[int] | Tensor | None = None,
         likelihood: str | None = None,
     ) -> None:
-        if likelihood not in (None, *LIKELIHOODS):
-            raise ValueError(f"likelihood must be one of {LIKELIHOODS}, got {likelihood!r}")
         self.model = LogitsModel.wrap(model, target_ids)
-        self.objective = likelihood_of(likelihood or likelihood_name(self.model))
+        self.objective = baseline_objective(self.model, likelihood)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:
@@ -75,10 +76,14 @@ class MAP:
         """Return class probabilities, ``(batch, classes)``, or those of labels.
 
         Of a token classifier ``(batch, tokens, classes)``, zeros at padding.
+
+        Raises:
+            ValueError: If the model has a single output, and the batch is none of pairs.
         """
         return self._probabilities(self.logits(batch), batch)
 
     def _probabilities(self, logits: Tensor, batch: Batch) -> Tensor:
+        check_has_classes(self.objective, logits)
         p = self.objective.readout(None).under(logits)
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         if p.ndim < 3 or mask is None:
@@ -115,7 +120,7 @@ class TemperatureScaling(MAP):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
-        by_example = partial(as_pairs, label=label_key) if reads_pairs(self) else None
+        by_example = partial(in_pairs, label_key=label_key) if reads_pairs(self) else None
         title = "Scaling the temperature"
         with together(val_loader, runs=self.model) as team:
             pairs = [
@@ -222,8 +227,3 @@ def _active_variants(layer: nn.Module) -> set[str]:
     """Return the active adapters of a LoRA layer that are of a variant."""
     variants: Any = getattr(layer, "lora_variant", {})
     return {a for a in layer.active_adapters if a in variants}  # type: ignore[union-attr]
-
-
-def likelihood_name(model: LogitsModel) -> str:
-    """Return the likelihood that a model's configuration says."""
-    return "multilabel" if model.problem_type == MULTILABEL_PROBLEM else "classification"

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.utils.data import DataLoader
 
-from laplace_lora.evaluation.baselines import likelihood_name
+from laplace_lora.evaluation.baseline_likelihoods import likelihood_name
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.posteriors.factored import DiagLoraLaplace

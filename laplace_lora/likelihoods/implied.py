@@ -1,15 +1,35 @@
-"""Which likelihood a trainer's loss implies."""
+"""Which likelihood a model's class implies, and which one a trainer's loss."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
+from laplace_lora.likelihoods.question_answering import START
 
 TASKS = {"RewardTrainer": "reward_modeling", "SFTTrainer": "language_modeling"}  # TRL's
 PLAIN = (None, "nll", "chunked_nll")  # what TRL calls the loss of a language model
+
+
+def token_likelihood(base: Any) -> str | None:
+    """Return the likelihood of a transformer with outputs for every token of a text.
+
+    Args:
+        base: The transformer, without PEFT's wrapper.
+
+    Returns:
+        ``None`` for any other. Models that answer questions about images, by classes, take no
+        places of answers in a text.
+    """
+    heads = type(base).__name__
+    if heads.endswith("ForTokenClassification"):
+        return "token_classification"
+    finds_answers = START in inspect.signature(base.forward).parameters
+    is_reader = heads.endswith("ForQuestionAnswering") and finds_answers
+    return "question_answering" if is_reader else None
 
 
 def implied_likelihood(trainer: Any, options: Mapping[str, Any]) -> str:
@@ -37,10 +57,9 @@ def implied_likelihood(trainer: Any, options: Mapping[str, Any]) -> str:
                 "KronLoraLaplace(trainer.model, 'language_modeling').fit(loader)"
             )
         return "language_modeling"
-    if heads.endswith("ForTokenClassification"):
-        return "token_classification"
-    if heads.endswith("ForQuestionAnswering"):
-        return "question_answering"
+    of_tokens = token_likelihood(base)
+    if of_tokens is not None:
+        return of_tokens
     problem = getattr(config, "problem_type", None)
     if problem == MULTILABEL_PROBLEM:
         return "multilabel"

@@ -27,12 +27,20 @@ def checked_target_ids(target_ids: Sequence[int] | Tensor, vocabulary: int) -> T
     try:
         if any(isinstance(i, bool) for i in target_ids):
             raise TypeError("a boolean is no token")
-        ids = torch.as_tensor(target_ids)
+        is_nested = any(isinstance(i, list | tuple) or getattr(i, "ndim", 0) for i in target_ids)
+        ids = torch.empty(0) if is_nested else torch.as_tensor(target_ids)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
-            f"{message}; a tokenizer turns words into them: `tokenizer(word, "
-            "add_special_tokens=False).input_ids`"
+            f"{message}; a tokenizer turns a word of one token into its number: `tokenizer(word, "
+            "add_special_tokens=False).input_ids[0]`"
         ) from None
+    if is_nested:
+        raise ValueError(
+            f"{message}: lists of tokens, and an answer must be one. A space before a word often "
+            "makes it one, `tokenizer(' yes', add_special_tokens=False).input_ids[0]`; longer "
+            "answers are compared by `laplace_lora.generation.score` of a posterior with "
+            "likelihood='language_modeling'"
+        )
     is_integer = not (ids.is_floating_point() or ids.dtype == torch.bool)
     ids = ids.long() if is_integer else ids
     if ids.ndim != 1 or len(ids) < 2 or not is_integer or len(ids.unique()) != len(ids):

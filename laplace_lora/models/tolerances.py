@@ -27,3 +27,11 @@ def near(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
     if not ours.numel():
         return True
     return not float((ours.to(theirs) - theirs).abs().max()) > bound(dtype, theirs)
+
+
+def distance(ours: Tensor, theirs: Tensor) -> str:
+    """Return how far outputs are apart, relative to the largest, in words."""
+    if ours.shape != theirs.shape:
+        return f"shape {tuple(ours.shape)} for {tuple(theirs.shape)}"
+    error = float((ours.to(theirs) - theirs).abs().max() / theirs.abs().max())
+    return f"{error:.1e} of the largest"

@@ -17,7 +17,7 @@ from laplace_lora.curvature.backends import LoraGGN
 from laplace_lora.data.distributed import together
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.last_layer_model import LastLayerModel
-from laplace_lora.models.logits_model import LogitsModel
+from laplace_lora.models.wrapping import wrapped
 from laplace_lora.posteriors.copies import deep_copy, refuse_pickling, shallow_copy
 from laplace_lora.posteriors.features_watch import FeaturesWatch
 from laplace_lora.posteriors.last_layer import check_no_name
@@ -81,9 +81,9 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         check_no_name(kwargs)
         # laplace-torch accepts three backends and asks them for the Jacobian of a linear layer.
         kwargs["backend"] = CurvlinopsGGN if backend in (None, LoraGGN) else backend
-        wrapped = LogitsModel.wrap(model, target_ids)
-        self.objective.check_problem(wrapped.problem_type)
-        split = LastLayerModel(wrapped)
+        logits_model = wrapped(self.objective, model, target_ids, None)
+        self.objective.check_problem(logits_model.problem_type)
+        split = LastLayerModel(logits_model)
         of_features = nn.Sequential(nn.Identity(), split.head)
         super().__init__(of_features, likelihood, n_subset, last_layer_name="1", **kwargs)
         self.model = _OfFeatures(of_features, "1", self.enable_backprop)

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from laplace_lora import KronLoraLaplace
-from laplace_lora.capture.output_verification import without_padding
+from laplace_lora.capture.padding_verification import without_padding
 from laplace_lora.capture.places import stacks
 from laplace_lora.data.masks import token_mask
 from support.architectures import TEXT, architecture

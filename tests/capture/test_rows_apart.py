@@ -65,6 +65,7 @@ def test_choices_may_share_a_row_of_positions(shape):
     assert_near(jacobians, expected)
 
 
+@pytest.mark.filterwarnings("ignore:the model itself answers a padded text otherwise")
 @pytest.mark.parametrize(("pad_to", "side"), [(9, "right"), (6, "left"), (11, "left")])
 def test_padding_of_choices_changes_nothing(pad_to, side):
     backend = LoraGGN(wrapped("deberta"), "classification")

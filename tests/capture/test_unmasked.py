@@ -38,7 +38,6 @@ def test_fits_of_kronecker_factors(name, side):
         la.fit(one_batch(unmasked(batch)))
     la.fit(one_batch({**batch, "attention_mask": torch.ones_like(batch["input_ids"])}))
     la.fit(one_batch(unmasked(token_batch((5, 5)))))
-    DiagLoraLaplace(peft_model(name), "classification").fit(one_batch(unmasked(batch)))
 
 
 def test_pairs_are_looked_at_text_by_text():

@@ -119,7 +119,7 @@ def test_a_posterior_and_a_baseline_of_a_single_sigmoid_are_scored_as_they_were_
 def test_a_model_of_classes_with_one_output_is_refused():
     """Its softmax is 1 whatever it says."""
     batch = {**token_batch(LENGTHS), "labels": torch.arange(len(LENGTHS)) % 2}
-    with pytest.raises(ValueError, match="must return class probabilities"):
+    with pytest.raises(ValueError, match=r"a single output, which is no class.*of a regression"):
         evaluate(MAP(peft_model("bert", num_labels=1)), [batch])
 
 
@@ -262,7 +262,7 @@ def test_baselines_take_the_sigmoid_where_they_are_told_to():
     assert TemperatureScaling(model, [batch], likelihood="multilabel").temperature > 0
     fitted = diagonal_laplace(model, multilabel_loader(), likelihood="multilabel")
     assert fitted.likelihood == "multilabel"
-    with pytest.raises(ValueError, match="likelihood must be one of"):
+    with pytest.raises(ValueError, match=r"likelihood must be one of.*la.predict"):
         MAP(model, likelihood="regression")
     with pytest.raises(ValueError, match="do not exclude each other"):  # a softmax scored as labels
         evaluate(MAP(model), multilabel_loader())

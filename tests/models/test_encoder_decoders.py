@@ -6,7 +6,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
-    BertForQuestionAnswering,
     BertModel,
     MarianConfig,
     MarianMTModel,
@@ -99,9 +98,8 @@ def test_one_that_writes_text_is_refused_with_advice(name):
         KronLoraLaplace(model, "classification").fit(loader())
 
 
-@pytest.mark.parametrize("kind", [BertForQuestionAnswering, BertModel])
-def test_outputs_without_logits_are_refused_with_advice(kind):
-    model = adapted(kind(bert_config()), ["query"])
+def test_outputs_without_logits_are_refused_with_advice():
+    model = adapted(BertModel(bert_config()), ["query"])
     with pytest.raises(ValueError, match="without `logits`; give LogitsModel an `output`"):
         KronLoraLaplace(model, "classification").fit(loader())
 
@@ -118,3 +116,14 @@ def test_a_configuration_that_asks_for_tuples_changes_nothing():
 def test_target_ids_of_other_types_are_refused(ids):
     with pytest.raises(ValueError, match="two or more different integers"):
         LogitsModel(peft_model("llama-lm"), target_ids=ids)
+
+
+@pytest.mark.parametrize(
+    "ids", [[[1, 2], [3, 4]], [[1, 2], [3]], [[1], [3]], [5, (6, 7)], torch.tensor([[1], [3]])]
+)
+def test_answers_of_several_tokens_are_told_what_they_may_be(ids):
+    """As a tokenizer gives them for words."""
+    with pytest.raises(ValueError, match=r"must be one.*space before a word.*language_modeling"):
+        LogitsModel(peft_model("llama-lm"), target_ids=ids)
+    tensors = [torch.tensor(7), torch.tensor(9)]
+    assert LogitsModel(peft_model("llama-lm"), target_ids=tensors).target_ids.tolist() == [7, 9]

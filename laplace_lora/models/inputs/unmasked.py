@@ -1,10 +1,11 @@
-"""Refuse texts that look padded where no attention mask says what is text."""
+"""Texts that look padded where no attention mask says what is text: which, and refusing them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from laplace_lora.models.inputs.configs import text_config
@@ -44,8 +45,7 @@ def check_is_masked(batch: Any, config: Any, why: str, decoder: bool = False) ->
         ids = ids[..., 1:]
     if pad is None or not isinstance(ids, Tensor) or ids.ndim < 2 or not ids.numel():
         return
-    ends: Any = getattr(text_config(config), "eos_token_id", None)
-    run = 2 if pad in (ends if isinstance(ends, list) else [ends]) else 1
+    run = _shortest_padding(pad, config)
     if ids.shape[-1] < run:
         return
     is_pad = ids == pad
@@ -55,3 +55,34 @@ def check_is_masked(batch: Any, config: Any, why: str, decoder: bool = False) ->
             f"it is padding: {why}. Give the batch the tokenizer's mask, or one of ones if these "
             "tokens are text"
         )
+
+
+def apparent_mask(batch: Any, config: Any) -> Tensor | None:
+    """Return the mask of a batch, or that of what looks like text where there is none.
+
+    Args:
+        batch: As for `check_is_masked`, which refuses what this mask leaves out.
+        config: The transformer's configuration; ``None`` if it has none.
+
+    Returns:
+        As ``input_ids``, not 0 at text; ``None`` where there is neither a mask nor a padding token.
+        A text of nothing but that token is a text.
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    mask, ids, pad = batch.get(MASK), batch.get(IDS), padding_token(config)
+    if mask is not None:
+        return mask if isinstance(mask, Tensor) else None
+    if pad is None or not isinstance(ids, Tensor) or ids.ndim < 2 or not ids.numel():
+        return None
+    is_text, run = ids != pad, _shortest_padding(pad, config)
+    places = torch.arange(ids.shape[-1], device=ids.device)
+    first = is_text.int().argmax(-1, keepdim=True)
+    last = places[-1] - is_text.flip(-1).int().argmax(-1, keepdim=True)
+    return (places > first - run) & (places < last + run)
+
+
+def _shortest_padding(pad: int, config: Any) -> int:
+    """Return how many padding tokens at a text's end are padding: two where one may end it."""
+    ends: Any = getattr(text_config(config), "eos_token_id", None)
+    return 2 if pad in (ends if isinstance(ends, list) else [ends]) else 1
