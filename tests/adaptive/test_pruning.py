@@ -50,6 +50,19 @@ def test_removing_pruned_triplets_changes_no_logit(tmp_path):
     assert_near(logits(loaded), before, 1e-6)  # PEFT keeps float32 in memory
 
 
+def test_a_layer_without_triplets_is_recognised_once_saved(tmp_path):
+    """PEFT saves no rank counts, and loads those of such layers as 0."""
+    model = pruned_adalora(dtype=torch.float32)
+    assert min(remove_pruned_triplets(model).values()) == 0
+    la = KronLoraLaplace(model, "classification")
+    la.fit(loader())
+    model.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
+    loaded = PeftModel.from_pretrained(base_model("bert").float(), tmp_path)
+    again = KronLoraLaplace.from_pretrained(loaded, tmp_path)
+    assert_near(again(token_batch((4, 3))), la(token_batch((4, 3))), 1e-6)
+
+
 def test_shrinking_in_two_steps_keeps_the_pattern_of_the_original_ranks(tmp_path):
     model = pruned_adalora((2, 4, 4, 4))
     remove_pruned_triplets(model)
