@@ -10,7 +10,9 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
+from laplace_lora.adapters.activation import adalora_layers
 from laplace_lora.data.sharding import is_sharded_model, unwrapped
+from laplace_lora.display.warning import warn
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -67,6 +69,35 @@ def base_changing_start(settings: Any) -> str | None:
     """
     start = str(getattr(settings, "init_lora_weights", None))
     return start if start.lower().startswith(BASE_CHANGING) else None
+
+
+def point_out_cut_layers(model: nn.Module) -> None:
+    """Warn where PEFT leaves trained numbers out of a saved adapter: AdaLoRA's pruned triplets.
+
+    Args:
+        model: What a `LogitsModel` is around.
+
+    Warns:
+        UserWarning: If there are any, so that the loaded adapter has other tensors; names a layer.
+    """
+    inner = unwrapped(model)
+    if not isinstance(inner, PeftModel):
+        return
+    name = inner.active_adapter
+    pattern = getattr(inner.peft_config[name], "rank_pattern", None) or {}
+    cut = []
+    for place, layer in adalora_layers(inner).items():
+        path = place.removeprefix("base_model.model.")
+        kept = pattern.get(f"{path}.lora_E.{name}", pattern.get(f"{path}.lora_E"))
+        if kept is not None and int(sum(kept)) < layer.r[name]:
+            cut.append(path)
+    if cut:
+        warn(
+            f"PEFT saves the adapter without the triplets that AdaLoRA has pruned (in {len(cut)} "
+            f"layers, e.g. {cut[0]!r}), and this posterior was fitted with them, so it cannot "
+            "be loaded with the saved adapter; call remove_pruned_triplets(model), fit again, and "
+            "save both"
+        )
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:

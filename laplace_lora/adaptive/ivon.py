@@ -37,10 +37,11 @@ class IVON(WeightPosterior):
                 loss(batch).backward()
             optimizer.step()
 
-    Several draws before a step are averaged. Means of half-precision parameters are kept in
-    float32 beside them, or small steps would be rounded away. Do not clip gradients, which biases
-    the curvature: ``clip_radius`` bounds the steps instead. A ``torch.amp.GradScaler``'s factor is
-    taken out in its ``step``.
+    Several draws before a step are averaged; where one does not use a parameter, its gradient is
+    zero there, and one that none uses stays as it is. Means of half-precision parameters are kept
+    in float32 beside them, or small steps would be rounded away. Do not clip gradients, which
+    biases the curvature: ``clip_radius`` bounds the steps instead. A ``torch.amp.GradScaler``'s
+    factor is taken out in its ``step``.
 
     Arguments have the names and the order of the package ivon-opt, but other defaults, which suit
     adapters: there ``lr`` has none, and ``hess_init=1.0``, ``weight_decay=1e-4``,
@@ -158,8 +159,8 @@ class IVON(WeightPosterior):
         for group, p in self.trainable():
             if p in self.collected:
                 collected = self.collected.pop(p)
-                move(group, p, self.state[p], collected, self.hess_approx)
-        self.collected = {}
+                move(group, p, self.state[p], collected, self.draws, self.hess_approx)
+        self.forget()
         return loss
 
     def _at_a_draw(self, closure: Callable[[], Any]) -> Any:
@@ -174,6 +175,7 @@ class IVON(WeightPosterior):
         """Take in what the other processes collected."""
         with together(everyone=True) as team:
             parameters = [p for _, p in self.trainable()]
+            uses = [float(p in self.collected) for p in parameters]
             sums = [
                 self.collected.get(p)
                 or CollectedGradients(
@@ -182,10 +184,10 @@ class IVON(WeightPosterior):
                 for group, p in self.trainable()
             ]
             team.add_up([tensor for each in sums for tensor in (each.gradients, each.products)])
-            draws = team.total(*(each.draws for each in sums))
-        for each, count in zip(sums, draws, strict=True):
-            each.draws = int(count)
-        self.collected = {p: each for p, each in zip(parameters, sums, strict=True) if each.draws}
+            draws, *uses = team.total(self.draws, *uses)
+        self.draws = int(draws)
+        used = zip(parameters, sums, uses, strict=True)
+        self.collected = {p: each for p, each, use in used if use}
 
     def to_laplace(
         self,
@@ -252,7 +254,7 @@ class IVON(WeightPosterior):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; its tensors keep their dtype, whatever the parameters' dtype."""
         self.restore()
-        self.collected = {}
+        self.forget()
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "generator"})
         indices = [i for group in state_dict["param_groups"] for i in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]

@@ -14,6 +14,7 @@ def move(
     p: nn.Parameter,
     state: dict[str, Any],
     collected: CollectedGradients,
+    draws: int,
     hess_approx: str,
 ) -> None:
     """Move momentum, curvature and mean, in place; called without gradients.
@@ -23,16 +24,17 @@ def move(
         p: The parameter.
         state: Its state, see `WeightPosterior.weight_state`.
         collected: What was collected since the last step.
+        draws: At how many draws.
         hess_approx: Estimate of the curvature, see `IVON`.
     """
     decay = group["weight_decay"]
     beta1, beta2 = group["betas"]
     h, g = state["hessian"], state["momentum"]
-    estimate = collected.products * (group["ess"] / collected.draws)
+    estimate = collected.products * (group["ess"] / draws)
     if hess_approx == "price":
         estimate = estimate * (h + decay)
     state["step"] += 1
-    g.mul_(beta1).add_(collected.gradients, alpha=(1 - beta1) / collected.draws)
+    g.mul_(beta1).add_(collected.gradients, alpha=(1 - beta1) / draws)
     correction = (h - estimate).square_().div_(h + decay)
     h.mul_(beta2).add_(estimate, alpha=1 - beta2).add_(correction, alpha=0.5 * (1 - beta2) ** 2)
     mean = state.get("mean", p)

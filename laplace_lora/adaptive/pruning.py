@@ -158,6 +158,8 @@ def remove_pruned_triplets(
         ranks[layer.name] = int(keep.sum())
         module = peft_model.base_model.model.get_submodule(layer.name)
         module.r[adapter] = ranks[layer.name]  # scaling and ranknum stay, and so the function
+        if not keep.any():
+            module.ranknum[adapter].data.zero_()  # where nothing is scaled, as PEFT loads it
     config.rank_pattern = pattern
     return ranks
 

@@ -28,12 +28,10 @@ class CollectedGradients:
         gradients: Sum of the gradients.
         products: Sum of the gradients times the perturbations at which they were computed, or times
             themselves, see `IVON`.
-        draws: Number of draws.
     """
 
     gradients: Tensor
     products: Tensor
-    draws: int = 0
 
 
 class WeightPosterior(Optimizer):
@@ -42,17 +40,20 @@ class WeightPosterior(Optimizer):
     Attributes:
         generator: Source of the draws, on the parameters' device.
         collected: What was collected since the last step, by parameter.
+        draws: At how many draws. A parameter that one of them did not use has no gradient there,
+            which counts as zero.
     """
 
     generator: torch.Generator | None
     hess_approx: str = "price"
-    OWN: ClassVar[tuple[str, ...]] = ("collected", "_means", "_warned", "_in_step")
+    OWN: ClassVar[tuple[str, ...]] = ("collected", "draws", "_means", "_warned", "_in_step")
     # With this, a gradient scaler leaves it to the step to unscale and to skip, see `overflows`.
     _step_supports_amp_scaling = True
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
         self.collected: dict[nn.Parameter, CollectedGradients] = {}
+        self.draws = 0
         # While a draw is in place: means, and the noise added to them.
         self._means: list[tuple[nn.Parameter, Tensor, Tensor]] | None = None
         self._warned = False
@@ -119,6 +120,8 @@ class WeightPosterior(Optimizer):
             collect: Collect the current gradients, with the perturbation they were computed at.
         """
         means, self._means = self._means or [], None
+        collect = collect and any(p.grad is not None for p, _, _ in means)
+        self.draws += collect
         for p, mean, noise in means:
             if collect and p.grad is not None:
                 grad = p.grad.to(noise.dtype)
@@ -130,7 +133,6 @@ class WeightPosterior(Optimizer):
                 sums = self.collected[p]
                 sums.gradients = sums.gradients + grad
                 sums.products = sums.products + grad * factor
-                sums.draws += 1
             p.copy_(mean)
 
     @torch.no_grad()
@@ -166,8 +168,12 @@ class WeightPosterior(Optimizer):
                 )
             finite = finite and bool(sums.gradients.isfinite().all())
         if not finite:
-            self.collected = {}
+            self.forget()
         return not finite
+
+    def forget(self) -> None:
+        """Forget what was collected."""
+        self.collected, self.draws = {}, 0
 
     def marginals(self) -> dict[nn.Parameter, tuple[Tensor, Tensor]]:
         """Return mean and standard deviation of every weight, by parameter.

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 from torch import nn
 
 from laplace_lora.adapters.frozen_values import frozen_values
+from laplace_lora.adapters.peft_files import point_out_cut_layers
 from laplace_lora.adapters.peft_state import adapter_settings
 from laplace_lora.curvature.backend import LoraCurvature
 from laplace_lora.curvature.backends import LoraEF, LoraGGN
@@ -58,11 +59,16 @@ class SavedLaplace(ServedLaplace):
             ValueError: If ``precision`` is neither.
             RuntimeError: If the adapter is merged, disabled or not active, so that no model would
                 be recognised as the one that was fitted.
+
+        Warns:
+            UserWarning: If PEFT saves the adapter without triplets that AdaLoRA has pruned, so that
+                the posterior can be loaded around the unpruned model alone.
         """
         self._weights_watch.look_again()
         posterior, backend = self.fitted, self._backend_cls.__name__
         if BACKENDS.get(backend) is not self._backend_cls:
             raise TypeError(f"a posterior with the backend {backend} cannot be saved")
+        point_out_cut_layers(posterior.source.model)
         with in_turn(self.logits_model):
             save_posterior(posterior, Path(save_directory), backend, precision, self._record())
 

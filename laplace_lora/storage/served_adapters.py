@@ -16,25 +16,59 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from laplace_lora.adapters.peft_files import WEIGHTS, save_adapter
+from laplace_lora.adapters.peft_files import CONFIG, WEIGHTS, save_adapter
 from laplace_lora.models.changes.modes import set_weights
 
 MANIFEST = "laplace_adapters.json"
 VERSION = 1
+NAMED = 3  # entries that an error names
 
 
 def check_folder(folder: Path) -> None:
     """Refuse a folder with anything but an earlier export.
 
     Raises:
-        FileExistsError: If there is something else.
+        FileExistsError: If there is something else; names the first entries.
     """
     is_new = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    if not is_new and not (folder / MANIFEST).is_file():
+    if is_new:
+        return
+    if not (folder / MANIFEST).is_file():
         raise FileExistsError(
             f"{folder} is there and holds no exported adapters, which alone would be replaced; "
             "give a new folder"
         )
+    others = _not_exported(folder)
+    if others:
+        more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+        raise FileExistsError(
+            f"{folder} holds {', '.join(map(repr, others[:NAMED]))}{more} beside exported "
+            "adapters, which alone would be replaced; move that, or give a new folder"
+        )
+
+
+def _not_exported(folder: Path) -> list[str]:
+    """Return the entries of a folder that no export wrote, of its adapters' folders, too.
+
+    Raises:
+        FileExistsError: If the manifest does not say what was exported.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        names = [str(adapter["name"]) for adapter in manifest["adapters"]]
+    except (ValueError, KeyError, TypeError):
+        raise FileExistsError(
+            f"{folder / MANIFEST} does not say which adapters were exported, which alone would be "
+            "replaced; give a new folder"
+        ) from None
+    exported = {
+        MANIFEST,
+        *names,
+        *(f"{name}/{file}" for name in names for file in (CONFIG, WEIGHTS)),
+    }
+    inside = [path for name in names for path in (folder / name).glob("*")]
+    found = (path.relative_to(folder).as_posix() for path in [*folder.iterdir(), *inside])
+    return sorted(set(found) - exported)
 
 
 def write_adapters(

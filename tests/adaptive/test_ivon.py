@@ -16,6 +16,8 @@ from support.batches import loader, split_rows, token_batch
 from support.models import adalora_model, peft_model
 from support.references import assert_near
 
+STATE = ("momentum", "hessian")
+
 
 def regression(n=60, d=3, noise=0.7, seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -214,6 +216,38 @@ def test_a_closure_runs_at_several_draws(draws_itself):
     assert loss.item() == pytest.approx(sum(x**2 for x in seen) / 3)
     g = sum(2 * x for x in seen) / 3
     assert optimizer.state[w]["momentum"].item() == pytest.approx(0.1 * g)
+
+
+def shared_and_expert(hess_approx="price", used=(True, False), zeros=False, copied=False):
+    """Return what a step made of a parameter that some of its draws use."""
+    shared, expert = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    generator = torch.Generator().manual_seed(1)
+    options = {"hess_approx": hess_approx, "clip_radius": 10.0, "generator": generator}
+    optimizer = IVON([shared, expert], 0.1, 10, 0.5, betas=(0.5, 0.9), **options)
+    for uses in used:
+        with optimizer.sampled_params(train=True):
+            optimizer.zero_grad()
+            loss = shared.square().sum()
+            if uses or zeros:
+                loss = loss + float(uses) * expert.square().sum()
+            loss.backward()
+        if copied:
+            shared, expert, optimizer = copy.deepcopy((shared, expert, optimizer))
+    optimizer.step()
+    return torch.stack([expert.detach(), *(optimizer.state[expert].get(k) for k in STATE)])
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("hess_approx", ["price", "gradsq"])
+def test_a_parameter_that_a_draw_does_not_use_has_no_gradient_there(hess_approx, copied):
+    """An expert that no token is routed to; its gradient in the other draw counted twice."""
+    found = shared_and_expert(hess_approx, copied=copied)
+    assert_near(found, shared_and_expert(hess_approx, zeros=True), 1e-12)
+
+
+def test_a_parameter_that_no_draw_uses_stays_as_it_is():
+    expert, momentum, hessian = shared_and_expert(used=(False, False))
+    assert (expert == 1).all() and not momentum.any() and (hessian == 0.5).all()
 
 
 def test_squared_gradients_as_curvature():

@@ -15,6 +15,7 @@ from laplace_lora.adaptive import (
     remove_pruned_triplets,
     set_importance_score,
 )
+from laplace_lora.adaptive.final_ranks import pattern_from_zeros
 from laplace_lora.adaptive.lora_components import lora_components, shrink_lora
 from support.adalora import kept, layers_of, tiny_adalora, training
 from support.batches import loader, token_batch
@@ -48,6 +49,38 @@ def test_removing_pruned_triplets_changes_no_logit(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base_model("bert").double(), tmp_path).eval()
     assert_near(logits(loaded), before, 1e-6)  # PEFT keeps float32 in memory
+
+
+def test_a_layer_without_triplets_is_recognised_once_saved(tmp_path):
+    """PEFT saves no rank counts, and loads those of such layers as 0."""
+    model = pruned_adalora(dtype=torch.float32)
+    assert min(remove_pruned_triplets(model).values()) == 0
+    la = KronLoraLaplace(model, "classification")
+    la.fit(loader())
+    model.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
+    loaded = PeftModel.from_pretrained(base_model("bert").float(), tmp_path)
+    again = KronLoraLaplace.from_pretrained(loaded, tmp_path)
+    assert_near(again(token_batch((4, 3))), la(token_batch((4, 3))), 1e-6)
+
+
+@pytest.mark.parametrize("saved_before", [False, True])
+def test_a_posterior_of_triplets_that_peft_cuts_is_pointed_out(saved_before, tmp_path):
+    """It can be loaded around the model as it is, but not around the adapter that is saved."""
+    model = pruned_adalora(dtype=torch.float32)
+    model.peft_config["default"].rank_pattern = pattern_from_zeros(model, "default")
+    if saved_before:  # which takes the adapter's name out of the pattern
+        model.save_pretrained(tmp_path / "adapter")
+    la = KronLoraLaplace(model, "classification")
+    la.fit(loader())
+    with pytest.warns(UserWarning, match=r"in 3 layers, .*query'.*call remove_pruned_triplets"):
+        la.save_pretrained(tmp_path, precision="exact")
+    again = KronLoraLaplace.from_pretrained(model, tmp_path)
+    assert_near(again(token_batch((4, 3))), la(token_batch((4, 3))), 1e-6)
+    remove_pruned_triplets(model)
+    la = KronLoraLaplace(model, "classification")
+    la.fit(loader())
+    la.save_pretrained(tmp_path)  # without a warning
 
 
 def test_shrinking_in_two_steps_keeps_the_pattern_of_the_original_ranks(tmp_path):

@@ -155,7 +155,8 @@ def test_ivon_averages_over_processes(results):
     assert torch.equal(w, same[0]) and torch.equal(momentum, same[1])
     first = 0.1 * (one[0] + other[0]) / 2
     assert_near(momentum, 0.9 * first + 0.1 * one[1])  # in the second step one took part
-    assert not torch.equal(one[0], other[0])
+    assert not torch.equal(one[0][:2], other[0][:2])
+    assert one[0][2:].all() and not other[0][2:].any()  # the second parameter's, of one process
 
 
 def test_alone_nothing_changes():

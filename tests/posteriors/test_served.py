@@ -215,6 +215,38 @@ def test_an_earlier_export_is_replaced_and_nothing_else(tmp_path):
     assert contents(tmp_path / "thesis") == {"chapter.txt": b"one"}
 
 
+def test_what_was_saved_into_an_export_stays(tmp_path):
+    """The trained adapter and the posterior were deleted with the samples."""
+    la, out = fitted(), tmp_path / "my-adapter"
+    la.export_adapters(out, k=2, width=0.5)
+    la.logits_model.model.save_pretrained(out)
+    la.save_pretrained(out)
+    kept = contents(out)
+    with pytest.raises(
+        FileExistsError, match=r"holds 'README\.md', 'adapter_config\.json', .* and 2 more beside"
+    ):
+        la.export_adapters(out, k=2, width=0.5)
+    assert contents(out) == kept
+    for name in ("README.md", "adapter_config.json", "adapter_model.safetensors"):
+        (out / name).unlink()
+    with pytest.raises(
+        FileExistsError, match=r"'laplace\.safetensors', 'laplace_config\.json' beside"
+    ):
+        la.export_adapters(out, k=2, width=0.5)
+    for name in ("laplace.safetensors", "laplace_config.json"):
+        (out / name).unlink()
+    (out / "sample_1" / "notes.txt").write_text("the best one")
+    with pytest.raises(FileExistsError, match=r"holds 'sample_1/notes\.txt' beside"):
+        la.export_adapters(out, k=2, width=0.5)
+    (out / "sample_1" / "notes.txt").unlink()
+    (out / MANIFEST).rename(out / "old.json")
+    (out / MANIFEST).write_text("[]")
+    with pytest.raises(FileExistsError, match="does not say which adapters were exported"):
+        la.export_adapters(out, k=2, width=0.5)
+    (out / "old.json").replace(out / MANIFEST)
+    assert len(la.export_adapters(out, k=1, width=0.5).adapters) == 1
+
+
 def batch_of(data):
     batches = list(data)
     return {key: torch.cat([b[key] for b in batches]) for key in batches[0]}

@@ -176,18 +176,24 @@ class Unlucky(MeanMetric):
 
 
 def averaged_steps(rank):
-    """Steps of IVON from gradients of all processes, then from one process's alone."""
-    w = torch.nn.Parameter(torch.tensor([0.5, -1.0], dtype=torch.float64))
+    """Steps of IVON from gradients of all processes, then from one process's alone.
+
+    Of two parameters, the second is used by one process alone.
+    """
+    start = torch.tensor([0.5, -1.0], dtype=torch.float64)
+    both = w, expert = [torch.nn.Parameter(start.clone()) for _ in range(2)]
     generator = torch.Generator().manual_seed(rank)
-    optimizer = IVON([w], 0.1, 20, 0.3, beta2=0.9, sync=True, generator=generator)
+    optimizer = IVON(both, 0.1, 20, 0.3, beta2=0.9, sync=True, generator=generator)
     collected = []
     for takes_part in (True, rank == 0):
         with optimizer.sampled_params(train=takes_part):
             optimizer.zero_grad()
-            w.pow(4).sum().backward()
-            collected.append(w.grad.clone())
+            (w.pow(4).sum() + (expert.pow(4).sum() if rank == 0 else 0)).backward()
+            none = torch.zeros_like(w)
+            collected.append(torch.cat([none if p.grad is None else p.grad for p in both]))
         optimizer.step()
-    return collected, w.detach(), optimizer.state[w]["momentum"]
+    momentum = torch.cat([optimizer.state[p]["momentum"] for p in both])
+    return collected, torch.cat([p.detach() for p in both]), momentum
 
 
 def trainings(rank, folder):
