@@ -8,6 +8,7 @@ from transformers import TextClassificationPipeline
 from transformers.utils import ModelOutput
 
 from laplace_lora.posteriors.base import LoraLaplace
+from laplace_lora.predictive.open_ends import check_ends_open
 
 REPORTED = ("entropy", "mutual_information")
 
@@ -33,8 +34,8 @@ class LaplacePipeline(TextClassificationPipeline):
         **kwargs: Arguments of `transformers.Pipeline`, such as ``batch_size``.
 
     Raises:
-        ValueError: If ``model`` is another than the posterior's, or the posterior predicts no
-            classes.
+        ValueError: If ``model`` is another than the posterior's, the posterior predicts no
+            classes, or the tokenizer writes behind texts that a decoder's answers follow.
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class LaplacePipeline(TextClassificationPipeline):
                 f"likelihood='classification', not {posterior.objective.name!r}"
             )
         self.posterior = posterior
+        if posterior.logits_model.answers_behind_texts:
+            check_ends_open(tokenizer)
         kwargs.setdefault("device", posterior.fitted.device)
         super().__init__(model=own, tokenizer=tokenizer, **kwargs)
         self.labels = self._label_names()

@@ -118,6 +118,12 @@ class LogitsModel(nn.Module):
         return self._answer.is_encoder_decoder
 
     @property
+    def answers_behind_texts(self) -> bool:
+        """Whether an answer is the token that follows a text, so that nothing may end the text."""
+        is_elsewhere = self.is_encoder_decoder or self._answer.is_masked
+        return self.target_ids is not None and not is_elsewhere
+
+    @property
     def vocabulary_size(self) -> int | None:
         """Number of tokens that the model gives logits for, ``None`` if it is no language model."""
         return self._wrapped.vocabulary_size

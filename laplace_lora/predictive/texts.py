@@ -6,9 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from laplace_lora.predictive.open_ends import check_ends_open
+
 
 def encoded(
-    texts: Sequence[Any], tokenizer: Any, are_questions: bool = False
+    texts: Sequence[Any],
+    tokenizer: Any,
+    are_questions: bool = False,
+    are_followed: bool = False,
 ) -> list[Mapping[str, Any]]:
     """Return texts as rows, one by one.
 
@@ -16,15 +21,19 @@ def encoded(
         texts: Strings or pairs of strings.
         tokenizer: The model's.
         are_questions: Whether a language model answers them, who must see their ends.
+        are_followed: Whether the answers stand behind them, as a decoder's do.
 
     Raises:
         TypeError: If one is neither a string nor a pair of strings, or the tokenizer is none.
-        ValueError: If there is no tokenizer, it cannot pad, or it would cut a question's end.
+        ValueError: If there is no tokenizer, it cannot pad, it would cut a question's end, or it
+            writes something where an answer follows.
     """
     if tokenizer is None:
         raise ValueError("texts need `tokenizer`, that of the model")
     check_pads(tokenizer)
     _check_texts(texts)
+    if are_followed:
+        check_ends_open(tokenizer)
     rows = [tokenizer(*_as_pair(text), truncation=True) for text in texts]
     if are_questions and getattr(tokenizer, "truncation_side", "right") == "right":
         _check_whole(rows, texts, tokenizer)
