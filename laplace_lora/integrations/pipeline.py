@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import TextClassificationPipeline
@@ -11,6 +12,26 @@ from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.predictive.open_ends import check_ends_open
 
 REPORTED = ("entropy", "mutual_information")
+
+
+def _answers(tokens: Sequence[int], tokenizer: Any) -> list[str]:
+    """Return a name for each answer, no two of them the same.
+
+    As short as that allows: without spaces around it, with them, or as the vocabulary has it.
+
+    Args:
+        tokens: The answers.
+        tokenizer: The model's.
+    """
+    read = [str(tokenizer.decode([token])) for token in tokens]
+    stored = [str(name) for name in tokenizer.convert_ids_to_tokens(list(tokens))]
+    names = [text.strip() for text in read]
+    for longer in (read, stored):
+        names = [
+            name if names.count(name) == 1 else other
+            for name, other in zip(names, longer, strict=True)
+        ]
+    return names if len(set(names)) == len(names) else stored
 
 
 class LaplacePipeline(TextClassificationPipeline):
@@ -65,7 +86,7 @@ class LaplacePipeline(TextClassificationPipeline):
     def _label_names(self) -> list[str]:
         targets = self.posterior.logits_model.target_ids
         if targets is not None:
-            return [self.tokenizer.decode([token]).strip() for token in targets.tolist()]
+            return _answers(targets.tolist(), self.tokenizer)
         names = self.model.config.id2label
         if len(names) == 1:  # one logit: whether or not
             return [f"not {names[0]}", names[0]]
