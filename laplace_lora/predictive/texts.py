@@ -17,6 +17,9 @@ def encoded(
 ) -> list[Mapping[str, Any]]:
     """Return texts as rows, one by one.
 
+    Single texts that begin with the tokenizer's ``bos_token``, as chat templates write it, get no
+    second one from a tokenizer that adds it, and nothing else, to every text.
+
     Args:
         texts: Strings or pairs of strings.
         tokenizer: The model's.
@@ -34,7 +37,7 @@ def encoded(
     _check_texts(texts)
     if are_followed:
         check_ends_open(tokenizer)
-    rows = [tokenizer(*_as_pair(text), truncation=True) for text in texts]
+    rows = [_row(text, tokenizer, truncation=True) for text in texts]
     if are_questions and getattr(tokenizer, "truncation_side", "right") == "right":
         _check_whole(rows, texts, tokenizer)
     return rows
@@ -50,7 +53,7 @@ def cut_texts(rows: Sequence[Any], texts: Sequence[Any], tokenizer: Any) -> list
     """
     limit = getattr(tokenizer, "model_max_length", math.inf)
     full = [n for n, row in enumerate(rows) if len(row["input_ids"]) >= limit]
-    return [n for n in full if len(tokenizer(*_as_pair(texts[n]))["input_ids"]) > limit]
+    return [n for n in full if len(_row(texts[n], tokenizer)["input_ids"]) > limit]
 
 
 def check_pads(tokenizer: Any) -> None:
@@ -98,6 +101,17 @@ def _check_texts(texts: Sequence[Any]) -> None:
 
 def _is_text(item: Any) -> bool:
     return isinstance(item, str) or (is_pair(item) and all(isinstance(part, str) for part in item))
+
+
+def _row(text: Any, tokenizer: Any, **options: Any) -> Mapping[str, Any]:
+    """Return a text's tokens; those that begin it once, where a chat template has written them."""
+    first, second = _as_pair(text)
+    begins = getattr(tokenizer, "bos_token", None)
+    if second is None and begins and first.startswith(begins):
+        added = tokenizer("")["input_ids"]
+        options["add_special_tokens"] = added != [tokenizer.bos_token_id]
+    row: Mapping[str, Any] = tokenizer(first, second, **options)
+    return row
 
 
 def _as_pair(text: Any) -> tuple[str, str | None]:
