@@ -107,7 +107,7 @@ class IVON(WeightPosterior):
         if mc_samples < 1:
             raise ValueError(f"mc_samples must be at least 1, got {mc_samples}")
         options: dict[str, Any] = {"ess": ess, "hess_init": hess_init, "lr": lr}
-        options |= {"weight_decay": weight_decay, "clip_radius": clip_radius, "betas": tuple(betas)}
+        options |= {"weight_decay": weight_decay, "clip_radius": clip_radius, "betas": betas}
         super().__init__(params, {**options, "rescale_lr": rescale_lr, "debias": debias})
         self.mc_samples, self.hess_approx, self.sync = mc_samples, hess_approx, sync
         self.generator = generator
@@ -122,8 +122,13 @@ class IVON(WeightPosterior):
         for name in POSITIVE:
             if not options[name] > 0:
                 raise ValueError(f"{name} must be positive, got {options[name]}")
-        if not all(0 <= beta < 1 for beta in options["betas"]):
-            raise ValueError(f"betas must lie in [0, 1), got {options['betas']}")
+        betas = options["betas"]
+        is_pair = isinstance(betas, tuple | list) and len(betas) == 2
+        if not is_pair or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(
+                "betas must lie in [0, 1), the two smoothings of gradient and curvature, such as "
+                f"{BETAS}; got {betas}"
+            )
         super().add_param_group(param_group)
 
     @torch.no_grad()

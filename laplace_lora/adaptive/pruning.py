@@ -6,6 +6,8 @@ not zero.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora import AdaLoraLayer
@@ -59,10 +61,11 @@ def prune_adapter(
 
     Raises:
         TypeError: If the model has neither a LoRA nor an AdaLoRA adapter.
-        ValueError: If the target is negative or above the current ranks, no LoRA adapter would be
-            left, the posterior does not cover the adapter, the adapter has a bias, DoRA magnitudes
-            or experts, or a start that PEFT subtracts from the base model, such as PiSSA's, or an
-            optimiser is given beside an `IVON`.
+        ValueError: If the target is no number from zero to the current ranks, no LoRA adapter
+            would be left, the posterior does not cover the adapter, the criterion gives no score
+            for each weight, the adapter has a bias, DoRA magnitudes or experts, or a start that
+            PEFT subtracts from the base model, such as PiSSA's, or an optimiser is given beside an
+            `IVON`.
         FloatingPointError: If a score is not finite; names the layer.
         RuntimeError: If an adapter is merged or disabled, several are active, or the weights of an
             `IVON` are drawn.
@@ -82,7 +85,8 @@ def prune_adapter(
         layers = [layer for layer in components if len(layer.A)]  # others were pruned before
     else:
         layers = lora_components(peft_model, adapter)
-    masks = _best_alive(layers, score.scores(layers), round(target_r * len(layers)))
+    budget = _budget(target_r, layers)
+    masks = _best_alive(layers, score.scores(layers), budget)
     if layers[0].E is None:
         if not any(map(torch.any, masks)) and not other_layers(peft_model, adapter, layers):
             raise ValueError(
@@ -100,10 +104,27 @@ def prune_adapter(
     return {layer.name: ranks[layer.name] for layer in layers}
 
 
+def _budget(target_r: float, layers: list[Components]) -> int:
+    """Return how many components stay in all.
+
+    Args:
+        target_r: How many on average over the layers.
+        layers: The layers.
+
+    Raises:
+        ValueError: If they have not so many, or it is no number of components.
+    """
+    total = sum(len(layer.A) for layer in layers)
+    if 0 <= target_r < math.inf and (budget := round(target_r * len(layers))) <= total:
+        return budget
+    raise ValueError(
+        f"target_r={target_r} must be a number from 0 to {total / len(layers):.4g}, the mean rank "
+        f"of the {len(layers)} layers now, which have {total} components"
+    )
+
+
 def _best_alive(layers: list[Components], scores: list[Tensor], budget: int) -> list[Tensor]:
     """Return which components stay: of triplets pruned before, which use up no budget, none."""
-    if budget > sum(map(len, scores)):
-        return best(layers, scores, budget)  # which refuses it
     alive = [
         torch.ones_like(score, dtype=torch.bool) if layer.E is None else (layer.E != 0).view(-1)
         for layer, score in zip(layers, scores, strict=True)

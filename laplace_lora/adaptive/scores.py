@@ -156,19 +156,29 @@ class PosteriorScore:
         """Return the score of each component of each layer, ``(r,)``.
 
         Raises:
-            ValueError: If the posterior does not cover a tensor; names the layer.
+            ValueError: If the posterior does not cover a tensor, and names the layer; or the
+                criterion gives anything but a score for each weight.
         """
         marginals = self.source.marginals()
         for layer in components:
             if any(p not in marginals for p in layer.parameters):
                 raise ValueError(
-                    f"the posterior does not cover the adapter of layer {layer.name!r}"
+                    f"the posterior does not cover the adapter of layer {layer.name!r}; fit one "
+                    "over all adapter weights, without `modules` and not of the last layer, or "
+                    "give an IVON all of them"
                 )
 
         def elements(p: nn.Parameter) -> Tensor:
             wide = torch.promote_types(torch.float32, p.dtype)
             mean, std = (value.to(wide) for value in marginals[p])
-            return self.criterion.function(mean.view_as(p), std.view_as(p))
+            found = self.criterion.function(mean.view_as(p), std.view_as(p))
+            if not isinstance(found, Tensor) or found.shape != p.shape:
+                got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+                raise ValueError(
+                    f"the criterion {self.criterion.name!r} must give a score for each weight, a "
+                    f"tensor of the shape of `mean` and `std`, {tuple(p.shape)}; got {got}"
+                )
+            return found
 
         return [_component_scores(c, elements, self.criterion.values_only) for c in components]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import torch
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
 from laplace_lora.commands.output import check_folder
-from laplace_lora.commands.reading.adapter import Adapter, load_asked
-from laplace_lora.commands.reading.answers import target_tokens
+from laplace_lora.commands.reading.adapter import CAUSAL, Adapter, load_asked
+from laplace_lora.commands.reading.answers import prompts_with_space, target_tokens
 from laplace_lora.commands.reading.columns import read_beside
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.plan import PLAN, Plan, plan_text
 from laplace_lora.commands.reading.planning import plan_fit
 from laplace_lora.commands.reading.repository import file_of
-from laplace_lora.commands.reading.rows import read_rows
+from laplace_lora.commands.reading.rows import Row, read_rows
 from laplace_lora.commands.trained_ending import warn_if_trained_with_eos
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.posteriors.base import LoraLaplace
@@ -59,6 +60,7 @@ def run(
         with read_beside(val_rows, plan.columns, f"--val {val}"):
             val_loader = inputs.loader(val_rows, options["batch_size"])
     warn_if_trained_with_eos(loaded, plan, rows, options)
+    warn_if_spaces_meet(loaded, plan, rows)
     torch.manual_seed(seed)
     la = new_posterior(loaded, plan, options["structure"], options["uncovered"])
     start_at(la, adapter)
@@ -110,6 +112,27 @@ def new_posterior(adapter: Adapter, plan: Plan, structure: str, uncovered: str) 
         adapter.model, plan.likelihood, target_ids=ids, uncovered=uncovered
     )
     return la
+
+
+def warn_if_spaces_meet(adapter: Adapter, plan: Plan, rows: Sequence[Row]) -> None:
+    """Warn if prompts end in a space before answers that begin with one.
+
+    Args:
+        adapter: The model.
+        plan: How rows are read.
+        rows: The training data.
+    """
+    if not plan.targets or plan.chat or adapter.kind != CAUSAL or plan.columns.text is None:
+        return
+    prompts = [row.get(plan.columns.text) for row in rows]
+    count = len(prompts_with_space(prompts, plan.names, adapter.tokenizer))
+    if count:
+        click.echo(
+            f"Warning: {count} of {len(rows)} prompts end in a space, and answers among "
+            f"{', '.join(map(repr, plan.names))} begin with one, so the model is asked for two "
+            "spaces in a row. Leave it out of the prompts, if those of its training had none",
+            err=True,
+        )
 
 
 def warn_if_useless(la: LoraLaplace, plan: Plan) -> None:

@@ -108,8 +108,9 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
         texts = _listed(X)
         if len(texts) != len(given):
             raise ValueError(f"{len(texts)} texts do not fit {len(given)} labels")
-        are_questions = self.posterior.logits_model.target_ids is not None
-        encodings = encoded(texts, self.tokenizer, are_questions)
+        model = self.posterior.logits_model
+        are_questions = model.target_ids is not None
+        encodings = encoded(texts, self.tokenizer, are_questions, model.answers_behind_texts)
         rows = [
             {**row, "labels": label} for row, label in zip(encodings, given.tolist(), strict=True)
         ]

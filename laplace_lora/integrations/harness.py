@@ -18,13 +18,13 @@ from laplace_lora.generation.scoring import SAMPLES
 from laplace_lora.integrations.harness_checks import (
     Asked,
     asked_of,
-    check_ends_open,
     length_of,
     samples_only,
 )
 from laplace_lora.integrations.stop_texts import StopTexts
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.posteriors.base import LoraLaplace
+from laplace_lora.predictive.open_ends import check_ends_open
 
 
 class LaplaceLM(TemplateLM):

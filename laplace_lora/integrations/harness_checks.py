@@ -38,24 +38,6 @@ def asked_of(options: Mapping[str, Any], max_length: int) -> Asked:
     return new, tuple(stop for stop in until if stop)
 
 
-def check_ends_open(tokenizer: Any) -> None:
-    """Refuse a tokenizer that writes behind a text, where a continuation belongs.
-
-    Args:
-        tokenizer: The model's.
-
-    Raises:
-        ValueError: If it does.
-    """
-    bare = tokenizer.encode("a", add_special_tokens=False)
-    found = tokenizer.encode("a")
-    if bare and found[-len(bare) :] != bare:
-        raise ValueError(
-            f"the tokenizer ends every text with {tokenizer.decode(found[-1:])!r}, behind which no "
-            "continuation belongs; load it with add_eos_token=False"
-        )
-
-
 @contextmanager
 def samples_only() -> Iterator[None]:
     """Refuse a model without samples by what to do, which is not an option of `LaplaceLM`."""

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import TextClassificationPipeline
 from transformers.utils import ModelOutput
 
 from laplace_lora.posteriors.base import LoraLaplace
+from laplace_lora.predictive.open_ends import check_ends_open
 
 REPORTED = ("entropy", "mutual_information")
+
+
+def _answers(tokens: Sequence[int], tokenizer: Any) -> list[str]:
+    """Return a name for each answer, no two of them the same.
+
+    As short as that allows: without spaces around it, with them, or as the vocabulary has it.
+
+    Args:
+        tokens: The answers.
+        tokenizer: The model's.
+    """
+    read = [str(tokenizer.decode([token])) for token in tokens]
+    stored = [str(name) for name in tokenizer.convert_ids_to_tokens(list(tokens))]
+    names = [text.strip() for text in read]
+    for longer in (read, stored):
+        names = [
+            name if names.count(name) == 1 else other
+            for name, other in zip(names, longer, strict=True)
+        ]
+    return names if len(set(names)) == len(names) else stored
 
 
 class LaplacePipeline(TextClassificationPipeline):
@@ -33,8 +55,8 @@ class LaplacePipeline(TextClassificationPipeline):
         **kwargs: Arguments of `transformers.Pipeline`, such as ``batch_size``.
 
     Raises:
-        ValueError: If ``model`` is another than the posterior's, or the posterior predicts no
-            classes.
+        ValueError: If ``model`` is another than the posterior's, the posterior predicts no
+            classes, or the tokenizer writes behind texts that a decoder's answers follow.
     """
 
     def __init__(
@@ -52,6 +74,8 @@ class LaplacePipeline(TextClassificationPipeline):
                 f"likelihood='classification', not {posterior.objective.name!r}"
             )
         self.posterior = posterior
+        if posterior.logits_model.answers_behind_texts:
+            check_ends_open(tokenizer)
         kwargs.setdefault("device", posterior.fitted.device)
         super().__init__(model=own, tokenizer=tokenizer, **kwargs)
         self.labels = self._label_names()
@@ -62,7 +86,7 @@ class LaplacePipeline(TextClassificationPipeline):
     def _label_names(self) -> list[str]:
         targets = self.posterior.logits_model.target_ids
         if targets is not None:
-            return [self.tokenizer.decode([token]).strip() for token in targets.tolist()]
+            return _answers(targets.tolist(), self.tokenizer)
         names = self.model.config.id2label
         if len(names) == 1:  # one logit: whether or not
             return [f"not {names[0]}", names[0]]

@@ -16,7 +16,7 @@ from laplace_lora.models.answers import AnswerPlace, checked_target_ids
 from laplace_lora.models.changes.modes import coarsest_dtype, device_of
 from laplace_lora.models.changes.narrowing import at_position, one_token, rows_only
 from laplace_lora.models.head import head_tensors, last_linear, n_rows, seen_by_head
-from laplace_lora.models.inputs.batch_checks import CHOOSING
+from laplace_lora.models.inputs.batch_checks import CHOOSING, check_has_texts
 from laplace_lora.models.inputs.positions import PositionRule
 from laplace_lora.models.score_head import score_head_narrowed
 from laplace_lora.models.wrapped_model import WrappedModel
@@ -118,6 +118,12 @@ class LogitsModel(nn.Module):
         return self._answer.is_encoder_decoder
 
     @property
+    def answers_behind_texts(self) -> bool:
+        """Whether an answer is the token that follows a text, so that nothing may end the text."""
+        is_elsewhere = self.is_encoder_decoder or self._answer.is_masked
+        return self.target_ids is not None and not is_elsewhere
+
+    @property
     def vocabulary_size(self) -> int | None:
         """Number of tokens that the model gives logits for, ``None`` if it is no language model."""
         return self._wrapped.vocabulary_size
@@ -161,7 +167,8 @@ class LogitsModel(nn.Module):
         Raises:
             TypeError: If the batch is neither, as texts are, its tokens are no tensors, or the
                 model is sharded, and processes see different data.
-            ValueError: If a batch of pairs meets a model with several outputs, or lacks a half.
+            ValueError: If a batch of pairs meets a model with several outputs, or lacks a half, or
+                a row has no real token.
         """
         check_same_data(self.model)
         batch = self.named(batch)
@@ -174,6 +181,8 @@ class LogitsModel(nn.Module):
                 )
             return rewards
         if isinstance(batch, Mapping):
+            if self.output is None:  # which may read more than texts
+                check_has_texts(batch)
             logits = self._from_mapping(self._wrapped.inputs(batch))
         else:
             logits = self._logits(self.model(self._wrapped.tensor(batch)))

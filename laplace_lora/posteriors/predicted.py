@@ -151,7 +151,8 @@ class PredictedLaplace(EvidenceLaplace):
                   generator, a numpy array, a pandas series or a column of a data set;
                 * rows of a data set, one example each: mappings with ``input_ids``,
                   ``pixel_values`` or ``input_features`` that have no dimension for the batch.
-            tokenizer: The model's. Texts need it, and rows of different lengths.
+            tokenizer: The model's. Texts need it, and rows of different lengths. Texts that begin
+                with its ``bos_token``, as chat templates write it, get no second one.
             batch_size: Texts or rows per batch; those of similar length share one.
             link_approx: Link of ``probs``, as in calling the posterior.
             n_samples: Samples of the weights, 64 by default, drawn once for all data; or of the

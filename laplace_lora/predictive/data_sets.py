@@ -86,7 +86,8 @@ def joined_in_batches(
     if kind == "rows":
         return batches_of_rows(items, tokenizer, batch_size)
     are_questions = getattr(posterior.source, "target_ids", None) is not None
-    return batches_of_texts(items, tokenizer, batch_size, are_questions)
+    are_followed = getattr(posterior.source, "answers_behind_texts", False)
+    return batches_of_texts(items, tokenizer, batch_size, are_questions, are_followed)
 
 
 def prediction_link(

@@ -65,7 +65,11 @@ def listed(data: Any) -> tuple[str, Any]:
 
 
 def batches_of_texts(
-    texts: Sequence[Any], tokenizer: Any, batch_size: int, are_questions: bool = False
+    texts: Sequence[Any],
+    tokenizer: Any,
+    batch_size: int,
+    are_questions: bool = False,
+    are_followed: bool = False,
 ) -> tuple[Tensor, list[Any]]:
     """Return the order in which texts of similar length stand together, and their batches.
 
@@ -74,13 +78,15 @@ def batches_of_texts(
         tokenizer: The model's.
         batch_size: Texts per batch.
         are_questions: Whether a language model answers them, see `encoded`.
+        are_followed: Whether the answers stand behind them, see there.
 
     Raises:
         TypeError: If one is no text, see `encoded`.
         ValueError: If there is no tokenizer, it cannot pad, a text has no tokens, or a question is
-            too long.
+            too long or ended by the tokenizer.
     """
-    return batches_of_rows(encoded(texts, tokenizer, are_questions), tokenizer, batch_size)
+    rows = encoded(texts, tokenizer, are_questions, are_followed)
+    return batches_of_rows(rows, tokenizer, batch_size)
 
 
 def batches_of_rows(

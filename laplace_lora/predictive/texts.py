@@ -6,26 +6,38 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from laplace_lora.predictive.open_ends import check_ends_open
+
 
 def encoded(
-    texts: Sequence[Any], tokenizer: Any, are_questions: bool = False
+    texts: Sequence[Any],
+    tokenizer: Any,
+    are_questions: bool = False,
+    are_followed: bool = False,
 ) -> list[Mapping[str, Any]]:
     """Return texts as rows, one by one.
+
+    Single texts that begin with the tokenizer's ``bos_token``, as chat templates write it, get no
+    second one from a tokenizer that adds it, and nothing else, to every text.
 
     Args:
         texts: Strings or pairs of strings.
         tokenizer: The model's.
         are_questions: Whether a language model answers them, who must see their ends.
+        are_followed: Whether the answers stand behind them, as a decoder's do.
 
     Raises:
         TypeError: If one is neither a string nor a pair of strings, or the tokenizer is none.
-        ValueError: If there is no tokenizer, it cannot pad, or it would cut a question's end.
+        ValueError: If there is no tokenizer, it cannot pad, it would cut a question's end, or it
+            writes something where an answer follows.
     """
     if tokenizer is None:
         raise ValueError("texts need `tokenizer`, that of the model")
     check_pads(tokenizer)
     _check_texts(texts)
-    rows = [tokenizer(*_as_pair(text), truncation=True) for text in texts]
+    if are_followed:
+        check_ends_open(tokenizer)
+    rows = [_row(text, tokenizer, truncation=True) for text in texts]
     if are_questions and getattr(tokenizer, "truncation_side", "right") == "right":
         _check_whole(rows, texts, tokenizer)
     return rows
@@ -41,7 +53,7 @@ def cut_texts(rows: Sequence[Any], texts: Sequence[Any], tokenizer: Any) -> list
     """
     limit = getattr(tokenizer, "model_max_length", math.inf)
     full = [n for n, row in enumerate(rows) if len(row["input_ids"]) >= limit]
-    return [n for n in full if len(tokenizer(*_as_pair(texts[n]))["input_ids"]) > limit]
+    return [n for n in full if len(_row(texts[n], tokenizer)["input_ids"]) > limit]
 
 
 def check_pads(tokenizer: Any) -> None:
@@ -89,6 +101,17 @@ def _check_texts(texts: Sequence[Any]) -> None:
 
 def _is_text(item: Any) -> bool:
     return isinstance(item, str) or (is_pair(item) and all(isinstance(part, str) for part in item))
+
+
+def _row(text: Any, tokenizer: Any, **options: Any) -> Mapping[str, Any]:
+    """Return a text's tokens; those that begin it once, where a chat template has written them."""
+    first, second = _as_pair(text)
+    begins = getattr(tokenizer, "bos_token", None)
+    if second is None and begins and first.startswith(begins):
+        added = tokenizer("")["input_ids"]
+        options["add_special_tokens"] = added != [tokenizer.bos_token_id]
+    row: Mapping[str, Any] = tokenizer(first, second, **options)
+    return row
 
 
 def _as_pair(text: Any) -> tuple[str, str | None]:

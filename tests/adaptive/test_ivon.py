@@ -453,8 +453,9 @@ def test_bad_arguments_are_refused(kwargs):
         IVON([nn.Parameter(torch.ones(1))], **{"ess": 1, **kwargs})
     with pytest.raises(ValueError, match=f"{name} must be positive"):
         IVON([{"params": [nn.Parameter(torch.ones(1))], **kwargs}], ess=1)
-    with pytest.raises(ValueError, match="betas must lie"):
-        IVON([nn.Parameter(torch.ones(1))], ess=1, betas=(0.9, 1.0))
+    for betas in ((0.9, 1.0), 0.9, (0.9,)):
+        with pytest.raises(ValueError, match="betas must lie"):
+            IVON([nn.Parameter(torch.ones(1))], ess=1, betas=betas)
 
 
 def test_quantiles_of_more_weights_than_single_precision_counts():

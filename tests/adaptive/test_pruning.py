@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from laplace_lora import KronLoraLaplace, LogitsModel
+from laplace_lora import FullLoraLLLaplace, KronLoraLaplace, LogitsModel
 from laplace_lora.adaptive import (
     IVON,
     SensitivityScore,
@@ -225,13 +225,22 @@ def la_runs(model):
 def test_pruning_refuses_what_it_cannot_do():
     model = peft_model("bert")
     la = fitted(model)
-    for target in (-1, 3):
-        with pytest.raises(ValueError, match="there are 8 components"):
+    for target in (-1, 2.5, float("nan"), float("inf")):
+        message = f"target_r={target} must be a number from 0 to 2, .* have 8 components"
+        with pytest.raises(ValueError, match=message):
             prune_adapter(model, la, target)
     with pytest.raises(ValueError, match="no component would be left with target_r=0"):
         prune_adapter(model, la, 0)
     with pytest.raises(ValueError, match="does not cover the adapter of layer"):
         prune_adapter(peft_model("bert"), la, 1)
+    part = KronLoraLaplace(model, "classification", modules="lora_B|classifier")
+    for other in (part, FullLoraLLLaplace(model, "classification")):
+        other.fit(loader())
+        with pytest.raises(ValueError, match="fit one over all adapter weights, without `modules`"):
+            prune_adapter(model, other, 1)
+    for criterion in (lambda mean, std: (mean / std).sum(), lambda mean, std: 1.0):
+        with pytest.raises(ValueError, match=r"criterion '<lambda>' .* for each weight, .*; got"):
+            prune_adapter(model, la, 1, criterion)
     biased = peft_model("bert", lora_bias=True)
     with pytest.raises(ValueError, match="cannot shrink"):
         prune_adapter(biased, fitted(biased), 1)

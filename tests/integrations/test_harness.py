@@ -12,7 +12,6 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from peft import LoHaConfig, LoraConfig, get_peft_model
-from tokenizers.processors import TemplateProcessing
 from transformers import MambaConfig, Phi3Config, Phi3ForCausalLM
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace
@@ -21,7 +20,7 @@ from laplace_lora.integrations.harness import LaplaceLM
 from support.generation import seeded
 from support.language import language_posterior, text_loader
 from support.models import TINY, base_model, excite
-from support.texts import word_tokenizer
+from support.texts import special_tokenizer, word_tokenizer
 
 PAIRS = [("a b c", " d e"), ("f", " a b c d"), ("h h a", " b")]
 
@@ -32,16 +31,6 @@ def model():
     tokenizer.eos_token = "[PAD]"
     la = language_posterior(dtype=torch.float32, prior_precision=3.0)
     return LaplaceLM(la, tokenizer, n_samples=8, batch_size=2)
-
-
-def special_tokenizer(template="h $A"):
-    """As Llama's, Mistral's and Gemma's: a word begins every text."""
-    tokenizer = word_tokenizer()
-    tokenizer.bos_token, tokenizer.eos_token = "h", "g"
-    tokens = [(name, tokenizer.convert_tokens_to_ids(name)) for name in "gh"]
-    processor = TemplateProcessing(single=template, special_tokens=tokens)
-    tokenizer.backend_tokenizer.post_processor = processor
-    return tokenizer
 
 
 def plain_tokenizer(words=10):

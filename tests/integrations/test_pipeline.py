@@ -5,10 +5,10 @@ import torch
 from transformers import pipeline
 
 from laplace_lora import KronLoraLaplace
-from laplace_lora.integrations.pipeline import LaplacePipeline
+from laplace_lora.integrations.pipeline import LaplacePipeline, _answers
 from support.batches import loader
 from support.models import TARGETS, peft_model
-from support.texts import word_tokenizer
+from support.texts import byte_tokenizer, word_tokenizer
 
 TEXTS = ["a b c", "d e", "f g h a b", "c"]
 
@@ -65,6 +65,23 @@ def test_the_answers_of_a_decoder_are_its_labels(tokenizer):
     (answer,) = LaplacePipeline(la, tokenizer)("a b c")
     assert answer["label"] in "ace"
     assert TARGETS and la.logits_model.target_ids.tolist() == [2, 4, 6]
+
+
+def test_no_two_answers_have_one_name():
+    words = byte_tokenizer()
+    tokens = words.convert_tokens_to_ids(["a", "b", "Ġ", "Ċ", "Ã", "Â"])
+    assert [words.decode([token]) for token in tokens] == ["a", "b", " ", "\n", "�", "�"]
+    labels = _answers(tokens, words)
+    assert labels == ["a", "b", " ", "\n", "Ã", "Â"]
+    words.add_tokens([" a"])
+    spaced = _answers(words.convert_tokens_to_ids(["a", " a", "b"]), words)
+    assert spaced == ["a", " a", "b"]
+    model = KronLoraLaplace(peft_model("llama-lm").float(), "classification", target_ids=[2, 4, 6])
+    model.fit(loader())
+    tokenizer = word_tokenizer()
+    tokenizer.decode = lambda ids: {2: "yes", 4: " yes", 6: " no"}[ids[0]]
+    found = LaplacePipeline(model, tokenizer)("a b", top_k=None)
+    assert {each["label"] for each in found} == {"yes", " yes", "no"}
 
 
 def test_what_does_not_fit_is_refused(la, tokenizer):

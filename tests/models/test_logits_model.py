@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from laplace_lora import FullLoraLaplace, KronLoraLaplace, LogitsModel, LoraGGN
@@ -97,6 +98,30 @@ def test_batches_without_examples_are_refused():
     model = LogitsModel(nn.Identity())
     with pytest.raises(ValueError, match="no examples"):
         model({"pixel_values": torch.zeros(0, 3, 8, 8)})
+
+
+@pytest.mark.parametrize("name", ["llama-lm", "gpt2-lm", "t5-lm", "llama", "bert"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_rows_without_a_real_token_are_refused(name, side):
+    answers = {"target_ids": TARGETS} if name.endswith("-lm") else {}
+    model = LogitsModel(peft_model(name).eval(), **answers)
+    batch = token_batch((4, 2, 5), side=side)
+    batch["attention_mask"][1] = 0
+    with pytest.raises(ValueError, match=r"rows \[1\] of the batch have no real token"):
+        model(batch)
+    la = KronLoraLaplace(model, "classification")
+    with pytest.raises(ValueError, match=r"rows \[1\] of the batch have no real token"):
+        la.fit(DataLoader([BATCH, batch], batch_size=None))  # not only in the first batch
+
+
+def test_preference_pairs_without_a_real_token_are_refused():
+    model = LogitsModel(peft_model("llama", num_labels=1).eval())
+    half = inputs_of(token_batch((4, 2)))
+    names = ("chosen", "rejected")
+    pair = {f"{key}_{name}": x.clone() for key, x in half.items() for name in names}
+    pair["attention_mask_rejected"][0] = 0
+    with pytest.raises(ValueError, match=r"rows \[0\] of the batch have no real token"):
+        model(pair)
 
 
 def test_an_output_callable_takes_what_the_model_returns():

@@ -6,12 +6,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from laplace_lora import KronLoraLaplace
+from laplace_lora.predictive.texts import encoded
 from support.batches import LENGTHS, images, loader, rows, token_batch
 from support.generation import answers_posterior
 from support.models import resnet
 from support.posteriors import posterior
 from support.references import assert_near
-from support.texts import word_tokenizer
+from support.texts import special_tokenizer, word_tokenizer
 
 TEXTS = ["a b", "c", "d e f"]
 
@@ -219,3 +220,24 @@ def test_questions_are_not_cut_at_their_end():
     tokenizer.truncation_side = "left"
     ids = torch.tensor([tokenizer(long)["input_ids"][-16:]])
     assert_near(la.predict([long], tokenizer).probs, la({"input_ids": ids}))
+
+
+@pytest.mark.parametrize("limit", [16, 3])
+def test_a_text_of_a_chat_template_begins_once(la, limit):
+    tokenizer = special_tokenizer()
+    tokenizer.model_max_length = limit
+    rows = encoded(["h a b", "a b", ("h a", "b")], tokenizer)
+    assert [row["input_ids"] for row in rows[:2]] == [[9, 2, 3]] * 2
+    assert rows[2]["input_ids"] == tokenizer("h a", "b", truncation=True)["input_ids"]
+    encoded(["h a b"], tokenizer, are_questions=True)  # of which nothing is cut
+    with pytest.raises(ValueError, match=r"texts \[0\] have more tokens"):
+        encoded(["h a b " + "c " * limit], tokenizer, are_questions=True)
+    once = {"input_ids": torch.tensor([[9, 2, 3]])}
+    assert_near(la.predict(["h a b"], tokenizer).probs, la(once))
+
+
+@pytest.mark.parametrize("template", ["$A", "h $A g"])
+def test_other_texts_are_as_the_tokenizer_has_them(template):
+    tokenizer = special_tokenizer(template)
+    (row,) = encoded(["h a"], tokenizer)
+    assert row["input_ids"] == tokenizer("h a")["input_ids"]

@@ -18,6 +18,18 @@ def word_tokenizer(pad="[PAD]"):
     )
 
 
+def special_tokenizer(template="h $A"):
+    """As Llama's, Mistral's and Gemma's: a word begins every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = word_tokenizer()
+    tokenizer.bos_token, tokenizer.eos_token = "h", "g"
+    tokens = [(name, tokenizer.convert_tokens_to_ids(name)) for name in "gh"]
+    processor = TemplateProcessing(single=template, special_tokens=tokens)
+    tokenizer.backend_tokenizer.post_processor = processor
+    return tokenizer
+
+
 def byte_tokenizer():
     """GPT-2's bytes, without merges: a character outside ASCII has several tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

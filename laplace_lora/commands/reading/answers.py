@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+SPACES = (" ", "▁", "Ġ")  # as texts, SentencePiece's and GPT-2's vocabularies have them
+
 
 def target_tokens(targets: Sequence[str], tokenizer: Any) -> list[int]:
     """Return the token of each answer.
@@ -31,3 +33,24 @@ def target_tokens(targets: Sequence[str], tokenizer: Any) -> list[int]:
     if len(set(found)) < len(found):
         raise ValueError(f"--target: two answers are the same token, {found}")
     return found
+
+
+def prompts_with_space(prompts: Sequence[Any], targets: Sequence[str], tokenizer: Any) -> list[int]:
+    """Return which prompts end in a space before answers that begin with one.
+
+    No text has the tokens of such a prompt and its answer: it would have two spaces.
+
+    Args:
+        prompts: Texts; messages, which a chat template ends, never do.
+        targets: The answers.
+        tokenizer: The model's; one that reads no spaces has none to meet.
+    """
+    tokens = tokenizer.convert_ids_to_tokens(target_tokens(targets, tokenizer))
+    if not any(str(token).startswith(SPACES) for token in tokens):
+        return []
+    found = [n for n, text in enumerate(prompts) if isinstance(text, str) and text.endswith(" ")]
+    ends = [prompts[n] for n in found[:1]]
+    is_read = any(
+        tokenizer(text)["input_ids"] != tokenizer(text.rstrip(" "))["input_ids"] for text in ends
+    )
+    return found if is_read else []

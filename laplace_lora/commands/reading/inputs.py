@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
-from laplace_lora.commands.reading.adapter import HEAD, Adapter
+from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
 from laplace_lora.commands.reading.columns import (
     CHOSEN,
     REJECTED,
@@ -22,6 +22,7 @@ from laplace_lora.commands.reading.labels import classes_of
 from laplace_lora.commands.reading.names import applying
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
+from laplace_lora.predictive.open_ends import check_ends_open
 
 IGNORED = -100
 Example = dict[str, Any]
@@ -187,7 +188,11 @@ class Inputs:
                 raise ValueError("a chat template takes one text, not two; --no-chat takes both")
             content = [{"role": "user", "content": content}]
         if isinstance(content, str):
-            return dict(tokenizer(content, second))
+            found = dict(tokenizer(content, second))
+            is_followed = asks and self.adapter.kind == CAUSAL
+            if is_followed and found["input_ids"][-1:] == [tokenizer.eos_token_id]:
+                check_ends_open(tokenizer)  # unless the text has the token itself
+            return found
         if tokenizer.chat_template is None:
             raise ValueError("the data are messages, but the tokenizer has no chat template")
         options = {"add_generation_prompt": asks, "tokenize": True, "return_dict": True}

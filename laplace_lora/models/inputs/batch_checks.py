@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from laplace_lora.data.batches import is_empty
+from laplace_lora.data.masks import MASK_NAMES
 
 TOKENS = ("input_ids", "attention_mask")
 CHOOSING = "ForMultipleChoice"  # how transformers' names of such models end
@@ -58,6 +59,31 @@ def check_mapping(batch: Mapping[str, Any], model: str, is_strict: bool) -> None
         raise TypeError(f"the batch has no tensors, but {held}; {TOKENIZE}")
     if is_empty(batch):
         raise ValueError("the batch has no examples; leave such batches out")
+
+
+def check_has_texts(batch: Mapping[str, Any]) -> None:
+    """Refuse rows of padding alone, of which a model would answer for a padding token.
+
+    Looks at the masks before they go to the model's device, which need not be waited for then.
+
+    Args:
+        batch: The model's inputs; masks of choices pass, of which a question may have fewer.
+
+    Raises:
+        ValueError: If there are such rows; names the first of them.
+    """
+    for name in MASK_NAMES:
+        mask = batch.get(name)
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            continue
+        is_real = (mask != 0).any(1)
+        if not bool(is_real.all()):
+            rows = (~is_real).nonzero().flatten().tolist()
+            raise ValueError(
+                f"rows {rows[:5]} of the batch have no real token: their {name!r} is zero "
+                "everywhere, so there is no text after which, or about which, the model could "
+                "answer; leave them out"
+            )
 
 
 def check_adapter(batch: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
+from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, SEQ2SEQ, Adapter
 from laplace_lora.commands.reading.columns import Columns, columns_of, is_preference
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.labels import classes_of
@@ -48,6 +48,30 @@ def test_an_empty_second_text_is_none():
     found = [pairs.text({"text": "the film", "text_pair": x}, 1) for x in ("", None, "bad")]
     assert [x["input_ids"] for x in found[:2]] == [ids("the film [EOS]")] * 2
     assert found[2]["input_ids"] == ids("the film [EOS] bad [EOS]")
+
+
+def test_no_decoder_goes_on_behind_a_token_that_ends_texts():
+    from tokenizers.processors import TemplateProcessing
+
+    def ended(*args, **options):
+        found = inputs(*args, columns=Columns("text", completion="completion"), **options)
+        found.adapter.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="$A [EOS]", special_tokens=[("[EOS]", 2)]
+        )
+        return found
+
+    row = {"text": "the film was", "completion": " good"}
+    for kind in (HEAD, SEQ2SEQ):
+        assert ended(kind=kind).text(row, 1)["input_ids"] == ids("the film was [EOS]")
+    texts = ended("language_modeling", CAUSAL)
+    for call in (ended(kind=CAUSAL).text, texts.text, texts.scored):
+        with pytest.raises(ValueError, match=r"ends every text with '\[EOS\]'.*add_eos_token"):
+            call(row, 1)
+    whole = replace(texts, plan=replace(texts.plan, columns=Columns("text")))
+    assert whole.scored(row, 1)["labels"] == ids("the film was [EOS]")
+    closed = {"text": "the film [EOS]"}  # by its writer
+    own = inputs("language_modeling", CAUSAL).text(closed, 1)
+    assert own["input_ids"] == ids("the film [EOS]")
 
 
 def test_half_a_character_is_named_with_its_row():
