@@ -202,9 +202,11 @@ class Recording:
             self._gain = tape.gain
         verify_gradients(tape, blocks, self.by_token)
         split = getattr(self.model, "model", None)  # laplace-torch wraps last layers
+        source = split.source if isinstance(split, LastLayerModel) else None
         # With dropout no two passes agree; a last layer's features are computed without.
-        if not self.model.training or isinstance(split, LastLayerModel):
-            shape = (tape.examples, coarsest_dtype(self.model), self.by_token)
+        if source is not None or not self.model.training:
+            dtype = coarsest_dtype(self.model if source is None else source)
+            shape = (tape.examples, dtype, self.by_token)
             verify_outputs(self.model, x, tape.output, *shape)
         self._together = tape.examples > 1 or not splits_by_example(x, 1)
         self.is_verified = True

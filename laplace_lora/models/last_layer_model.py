@@ -124,7 +124,14 @@ class LastLayerModel(nn.Module):
             return torch.cat([self.head(part) for part in features], dim=-1)
 
     def own_logits(self, batch: Any) -> Tensor | None:
-        """Return the logits of the transformer by itself, see `LogitsModel`."""
+        """Return the logits of the transformer by itself, see `LogitsModel`.
+
+        ``None`` where the head has other weights than the transformer's, such as a sample.
+        """
+        own_head = (self.head.weight, self.head.bias)
+        for ours, theirs in zip(own_head, self.source.head_tensors(), strict=True):
+            if ours is not None and theirs is not None and not torch.equal(ours, theirs.to(ours)):
+                return None
         with evaluation_mode(self.source):  # which is no part of the module tree
             own: Tensor | None = self.source.own_logits(batch)
         return own

@@ -19,7 +19,13 @@ from transformers import (
     XLNetForSequenceClassification,
 )
 
-from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LogitsModel, LoraGGN
+from laplace_lora import (
+    DiagLoraLaplace,
+    KronLoraLaplace,
+    KronLoraLLLaplace,
+    LogitsModel,
+    LoraGGN,
+)
 from laplace_lora.adapters import discovery
 from laplace_lora.models import score_head
 from laplace_lora.models.changes.narrowing import last_true
@@ -313,3 +319,23 @@ def test_every_fit_is_verified_once_and_predictions_of_loaded_posteriors(monkeyp
     assert len(calls) == 3
     KronLoraLaplace(model, "classification", backend_kwargs={"verify": False}).fit(loader())
     assert len(calls) == 3
+
+
+def test_a_last_layer_is_verified_in_the_precision_of_its_transformer(monkeypatch):
+    """Its head is a copy in single precision."""
+    dtypes = []
+    check = "laplace_lora.curvature.recording.verify_outputs"
+    monkeypatch.setattr(check, lambda *args: dtypes.append(args[4]))
+    la = KronLoraLLLaplace(peft_model("bert", dtype=torch.bfloat16), "classification")
+    la.fit(loader())
+    assert dtypes == [torch.bfloat16]
+
+
+def test_a_last_layer_at_other_weights_is_not_the_models_own():
+    la = KronLoraLLLaplace(peft_model("bert"), "classification")
+    la.fit(loader())
+    la.engine.recording.is_verified = False
+    with torch.no_grad():
+        la.parts.last_layer.head.weight.mul_(2)
+    la.backend.jacobians(BATCH)
+    assert la.engine.recording.is_verified
