@@ -124,7 +124,7 @@ class LastLayerModel(nn.Module):
             return torch.cat([self.head(part) for part in features], dim=-1)
 
     def own_logits(self, batch: Any) -> Tensor | None:
-        """Return the logits of the transformer by itself, see `LogitsModel`.
+        """Return the logits of the transformer by itself, but for its head's rounding.
 
         ``None`` where the head has other weights than the transformer's, such as a sample.
         """
@@ -134,7 +134,12 @@ class LastLayerModel(nn.Module):
                 return None
         with evaluation_mode(self.source):  # which is no part of the module tree
             own: Tensor | None = self.source.own_logits(batch)
-        return own
+            if own is None:
+                return None
+            rounded = [self.source.features(part)[1] for part in passes(batch)]
+        # Its head may compute in half precision, by a cast or under its own autocast.
+        rounding = self(batch) - torch.cat(rounded, dim=-1)
+        return own + rounding if own.shape == rounding.shape else own
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LastLayerModel:
         """Copy the head, and share the transformer unless it is being copied as well."""
