@@ -11,6 +11,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from laplace_lora.data.loaders import progress
 from laplace_lora.generation import generate, score
@@ -245,10 +246,6 @@ class LaplaceLM(TemplateLM):
 
 def _padded(texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """Return texts' tokens as a batch, padded on the right."""
-    length = max(map(len, texts))
-    ids = torch.zeros(len(texts), length, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for n, text in enumerate(texts):
-        ids[n, : len(text)] = torch.tensor(text)
-        mask[n, : len(text)] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+    ids = [torch.tensor(text, dtype=torch.long) for text in texts]
+    mask = pad_sequence([torch.ones_like(text) for text in ids], batch_first=True)
+    return {"input_ids": pad_sequence(ids, batch_first=True), "attention_mask": mask}
