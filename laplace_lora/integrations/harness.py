@@ -25,7 +25,7 @@ from laplace_lora.integrations.harness_checks import (
 from laplace_lora.integrations.stop_texts import StopTexts
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.posteriors.base import LoraLaplace
-from laplace_lora.predictive.open_ends import check_ends_open
+from laplace_lora.predictive.special_tokens import begins_itself, check_ends_open
 
 
 class LaplaceLM(TemplateLM):
@@ -97,8 +97,7 @@ class LaplaceLM(TemplateLM):
             **kwargs: Further arguments of the tokenizer's `encode`.
         """
         if add_special_tokens is None:
-            begins = self.tokenizer.bos_token
-            add_special_tokens = begins is None or not string.startswith(begins)
+            add_special_tokens = not begins_itself(string, self.tokenizer)
         ids: list[int]
         ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens, **kwargs)
         return ids

@@ -9,7 +9,7 @@ from transformers import TextClassificationPipeline
 from transformers.utils import ModelOutput
 
 from laplace_lora.posteriors.base import LoraLaplace
-from laplace_lora.predictive.open_ends import check_ends_open
+from laplace_lora.predictive.special_tokens import begins_itself, check_ends_open
 
 REPORTED = ("entropy", "mutual_information")
 
@@ -103,6 +103,12 @@ class LaplacePipeline(TextClassificationPipeline):
         found: tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
         found = super()._sanitize_parameters(**kwargs)
         return found
+
+    def preprocess(self, inputs: Any, **tokenizer_kwargs: Any) -> Any:
+        """Return a text's tokens, with one that begins it as `la.predict` reads it."""
+        if isinstance(inputs, str) and begins_itself(inputs, self.tokenizer):
+            tokenizer_kwargs.setdefault("add_special_tokens", False)
+        return super().preprocess(inputs, **tokenizer_kwargs)
 
     def _forward(self, model_inputs: Any) -> ModelOutput:
         found = self.posterior.predict(dict(model_inputs), progress_bar=False)

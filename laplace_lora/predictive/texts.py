@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from laplace_lora.predictive.open_ends import check_ends_open
+from laplace_lora.predictive.special_tokens import begins_itself, check_ends_open
 
 
 def encoded(
@@ -106,10 +106,8 @@ def _is_text(item: Any) -> bool:
 def _row(text: Any, tokenizer: Any, **options: Any) -> Mapping[str, Any]:
     """Return a text's tokens; those that begin it once, where a chat template has written them."""
     first, second = _as_pair(text)
-    begins = getattr(tokenizer, "bos_token", None)
-    if second is None and begins and first.startswith(begins):
-        added = tokenizer("")["input_ids"]
-        options["add_special_tokens"] = added != [tokenizer.bos_token_id]
+    if second is None and begins_itself(first, tokenizer):
+        options["add_special_tokens"] = False
     row: Mapping[str, Any] = tokenizer(first, second, **options)
     return row
 

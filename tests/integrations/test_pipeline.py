@@ -8,7 +8,7 @@ from laplace_lora import KronLoraLaplace
 from laplace_lora.integrations.pipeline import LaplacePipeline, _answers
 from support.batches import loader
 from support.models import TARGETS, peft_model
-from support.texts import byte_tokenizer, word_tokenizer
+from support.texts import byte_tokenizer, special_tokenizer, word_tokenizer
 
 TEXTS = ["a b c", "d e", "f g h a b", "c"]
 
@@ -57,6 +57,14 @@ def test_batches_and_all_classes(la, tokenizer):
         assert classes[0]["score"] == pytest.approx(float(found.probs[n].max()), abs=1e-5)
     assert len(classify("a b", top_k=2)) == 2
     assert isinstance(classify("a b"), list)
+
+
+def test_a_text_of_a_chat_template_begins_once(la):
+    classify = LaplacePipeline(la, special_tokenizer())
+    once, twice = classify(["h a b", "h h a b"])
+    assert once == classify("a b")[0] != twice
+    expected = la.predict(["h a b"], special_tokenizer()).probs.max()
+    assert once["score"] == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_the_answers_of_a_decoder_are_its_labels(tokenizer):

@@ -1,4 +1,4 @@
-"""Tokenizers that write behind a text, where a decoder's answer or continuation belongs."""
+"""Tokens that a tokenizer writes around a text by itself."""
 
 from __future__ import annotations
 
@@ -22,3 +22,19 @@ def check_ends_open(tokenizer: Any) -> None:
             "answer and no continuation belongs; load it with add_eos_token=False, or let its "
             "tokenizer_config.json say so"
         )
+
+
+def begins_itself(text: str, tokenizer: Any) -> bool:
+    """Return whether a text has the token that begins it, and is to get no second one.
+
+    Chat templates write it. A tokenizer that writes anything else by itself is left to do so.
+
+    Args:
+        text: A single text.
+        tokenizer: The model's.
+    """
+    begins = getattr(tokenizer, "bos_token", None)
+    if not begins or not text.startswith(begins):
+        return False
+    written: list[int] = tokenizer("")["input_ids"]
+    return written == [tokenizer.bos_token_id]
