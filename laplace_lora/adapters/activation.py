@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
@@ -69,3 +70,15 @@ def adalora_layers(model: nn.Module) -> dict[str, AdaLoraLayer]:
     """Return the layers that AdaLoRA adapts, by name."""
     modules = model.named_modules()
     return {name: module for name, module in modules if isinstance(module, AdaLoraLayer)}
+
+
+def kept_triplets(pattern: Mapping[str, list[bool]], layer: str, adapter: str) -> list[bool] | None:
+    """Return which triplets of a layer a rank pattern keeps; ``None`` if it does not say.
+
+    Args:
+        pattern: As AdaLoRA's configuration holds it; a saved one does not name the adapter.
+        layer: Name in the model inside PEFT's `AdaLoraModel`.
+        adapter: The adapter's name.
+    """
+    name = f"{layer}.lora_E"
+    return pattern.get(f"{name}.{adapter}", pattern.get(name))

@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from laplace_lora.adapters.activation import adalora_layers
+from laplace_lora.adapters.activation import adalora_layers, kept_triplets
 from laplace_lora.data.sharding import is_sharded_model, unwrapped
 from laplace_lora.display.warning import warn
 
@@ -88,7 +88,7 @@ def point_out_cut_layers(model: nn.Module) -> None:
     cut = []
     for place, layer in adalora_layers(inner).items():
         path = place.removeprefix("base_model.model.")
-        kept = pattern.get(f"{path}.lora_E.{name}", pattern.get(f"{path}.lora_E"))
+        kept = kept_triplets(pattern, path, name)
         if kept is not None and int(sum(kept)) < layer.r[name]:
             cut.append(path)
     if cut:

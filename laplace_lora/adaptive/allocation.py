@@ -11,7 +11,11 @@ from peft import AdaLoraConfig, PeftModel
 from peft.tuners.adalora import AdaLoraModel, RankAllocator
 from torch import Tensor, nn
 
-from laplace_lora.adapters.activation import adalora_layers, freeze_untrainable
+from laplace_lora.adapters.activation import (
+    adalora_layers,
+    freeze_untrainable,
+    kept_triplets,
+)
 from laplace_lora.adaptive.scores import Components, ImportanceScore, best
 from laplace_lora.data.sharding import unwrapped
 
@@ -91,10 +95,9 @@ class ScoreAllocator(RankAllocator):
     ) -> None:
         """Keep pruned singular values at zero after the last mask."""
         for layer in adalora_components(model, self.adapter_name):
-            name = f"{layer.name}.lora_E"
-            keep = rank_pattern.get(f"{name}.{self.adapter_name}", rank_pattern.get(name))
+            keep = kept_triplets(rank_pattern, layer.name, self.adapter_name)
             if keep is None:
-                raise ValueError(f"the rank pattern has no entry for {name!r}")
+                raise ValueError(f"the rank pattern has no entry for '{layer.name}.lora_E'")
             if len(keep) == len(layer.A):  # shrunken tensors have no pruned triplets left
                 mask = torch.tensor(keep, device=layer.A.device)
                 _singular_values(layer).masked_fill_(~mask.unsqueeze(1), 0.0)

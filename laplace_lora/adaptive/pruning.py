@@ -14,7 +14,7 @@ from peft.tuners.adalora import AdaLoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from laplace_lora.adapters.activation import adalora_layers
+from laplace_lora.adapters.activation import adalora_layers, kept_triplets
 from laplace_lora.adapters.peft_state import check_adapters
 from laplace_lora.adaptive.allocation import adalora_components
 from laplace_lora.adaptive.criteria import Criterion, Function
@@ -167,7 +167,8 @@ def remove_pruned_triplets(
     for layer in adalora_components(peft_model.base_model.model, adapter):
         keep = (layer.parameters[-1] != 0).view(-1)
         name = f"{layer.name}.lora_E"
-        old = pattern.pop(f"{name}.{adapter}", pattern.pop(name, [True] * len(keep)))
+        old = kept_triplets(pattern, layer.name, adapter) or [True] * len(keep)
+        pattern.pop(name, None)
         if len(old) != len(keep):  # shrunk before: the pattern describes the original triplets
             remaining = iter(keep.tolist())
             pattern[f"{name}.{adapter}"] = [was_kept and next(remaining) for was_kept in old]
