@@ -26,7 +26,7 @@ def split(matrix: Tensor) -> Tensor:
     columns = matrix.shape[1]
     terms = matrix.new_empty(len(matrix), 2 * columns, dtype=BFLOAT16)
     terms[:, :columns].copy_(matrix)
-    terms[:, columns:].copy_(matrix - terms[:, :columns])
+    torch.sub(matrix, terms[:, :columns], out=terms[:, columns:])
     return terms
 
 

@@ -191,8 +191,9 @@ class LowRankFactor:
 
     def _pieces(self, matrix: Tensor, dim: int) -> tuple[Tensor, ...]:
         """Return a matrix in pieces, if it is to be widened; whole otherwise."""
-        pieces: tuple[Tensor, ...]
-        pieces = matrix.split(self.d if self.rows_dtype == self.dtype else PIECE, dim)
+        if self.rows_dtype == self.dtype:
+            return (matrix,)
+        pieces: tuple[Tensor, ...] = matrix.split(PIECE, dim)
         return pieces
 
     def _last_test_matrix(self) -> Tensor:
