@@ -50,12 +50,14 @@ def check_order(loader: Any, data: str) -> None:
 
 def samplers_of(loader: Any) -> Iterator[Any]:
     """Yield what may order a loader's examples; accelerate puts batch samplers into others."""
-    yield getattr(loader, "sampler", None)
-    batches = getattr(loader, "batch_sampler", None)
-    while batches is not None:
-        yield batches
-        yield getattr(batches, "sampler", None)
-        batches = getattr(batches, "batch_sampler", None)
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, BatchSampler):  # in a loader without a batch size
+        yield sampler
+        sampler = getattr(loader, "batch_sampler", None)
+    while sampler is not None:
+        yield sampler
+        yield getattr(sampler, "sampler", None)
+        sampler = getattr(sampler, "batch_sampler", None)
 
 
 def _reorders(sampler: Any) -> bool:
