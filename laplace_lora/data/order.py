@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DistributedSampler,
@@ -60,6 +61,13 @@ def samplers_of(loader: Any) -> Iterator[Any]:
         sampler = getattr(sampler, "batch_sampler", None)
 
 
+def places_in(items: Iterable[Any]) -> Iterator[Any]:
+    """Yield the places that a sampler gives, one by one or in batches."""
+    for item in items:
+        value = item.tolist() if isinstance(item, Tensor) else item
+        yield from value if isinstance(value, list | tuple) else [value]
+
+
 def _reorders(sampler: Any) -> bool:
     if sampler is None or type(sampler) in IN_ORDER or hasattr(sampler, "batch_sampler"):
         return False
@@ -74,7 +82,7 @@ def _is_seen_in_order(sampler: Any) -> bool:
         if iter(sampler) is sampler:
             return True  # can be iterated over once only
         for _ in range(LOOKS):
-            drawn = [p for item in sampler for p in (item if isinstance(item, list) else [item])]
+            drawn = list(places_in(sampler))
             if drawn != sorted(drawn):
                 return False
     return True
