@@ -22,7 +22,6 @@ from laplace_lora.data.trainer_loaders import (
 )
 from laplace_lora.evaluation.beside_map import scores_beside_map
 from laplace_lora.likelihoods.base import labels_tokens
-from laplace_lora.likelihoods.implied import implied_likelihood, point_out_own_loss
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.changes.modes import evaluation_mode
@@ -31,6 +30,7 @@ from laplace_lora.posteriors.factored import KronLoraLaplace
 from laplace_lora.posteriors.summary import with_known_term
 from laplace_lora.storage.adapter_start import AdapterStart, start_of
 from laplace_lora.structures.posterior import Posterior
+from laplace_lora.trainer_loss import implied_likelihood, point_out_own_loss
 
 logger = logging.getLogger(__name__)
 START = "start"

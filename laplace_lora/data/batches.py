@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -96,6 +96,23 @@ def model_inputs(batch: Batch) -> Any:
     return batch if isinstance(batch, Mapping | Tensor) else batch[0]
 
 
+def is_inputs_and_labels(batch: Any) -> TypeGuard[Sequence[Any]]:
+    """Return whether a batch is a pair of inputs and labels."""
+    return isinstance(batch, Sequence) and len(batch) == 2
+
+
+def has_labels(batch: Any, label_key: str) -> bool:
+    """Return whether a batch has labels; ``None`` in their place are none.
+
+    Args:
+        batch: A mapping, a pair, or inputs alone.
+        label_key: Key of the labels.
+    """
+    if isinstance(batch, Mapping):
+        return batch.get(label_key) is not None
+    return is_inputs_and_labels(batch) and batch[1] is not None
+
+
 def batch_labels(batch: Batch, label_key: str) -> Tensor:
     """Return the labels of a batch.
 
@@ -109,7 +126,7 @@ def batch_labels(batch: Batch, label_key: str) -> Tensor:
     """
     if isinstance(batch, Mapping) and label_key in batch:
         return label_tensor(batch[label_key])
-    if isinstance(batch, Sequence) and len(batch) == 2:
+    if is_inputs_and_labels(batch):
         return label_tensor(batch[1])
     raise ValueError(f"a batch has no {label_key!r}; name its labels with `label_key`")
 
@@ -136,7 +153,7 @@ def is_empty(batch: Batch) -> bool:
         return bool(lengths) and not any(lengths)
     if isinstance(batch, Tensor):
         return batch.ndim > 0 and not len(batch)
-    return isinstance(batch, Sequence) and len(batch) == 2 and is_empty(batch[0])
+    return is_inputs_and_labels(batch) and is_empty(batch[0])
 
 
 def _examples(batch: Batch, which: slice | list[int]) -> Batch:

@@ -14,11 +14,9 @@ from torch.utils.data import DataLoader
 
 from laplace_lora.data.batches import Batch, batch_length, some_examples
 
-KEPT = (
-    "batch_size",
+HOW = (  # arguments that say how a loader reads, not what
     "num_workers",
     "collate_fn",
-    "drop_last",
     "timeout",
     "worker_init_fn",
     "multiprocessing_context",
@@ -27,6 +25,17 @@ KEPT = (
 )
 
 Source = Callable[[], Iterable[Batch]]
+
+
+def loader_like(loader: Any, dataset: Any, **what: Any) -> DataLoader[Any]:
+    """Return a loader that reads as another one does.
+
+    Args:
+        loader: The other one.
+        dataset: The data.
+        **what: Arguments that say which examples are in a batch.
+    """
+    return DataLoader(dataset, **{name: getattr(loader, name) for name in HOW}, **what)
 
 
 def source_of(loader: Any, count: int) -> Source | None:
@@ -42,8 +51,8 @@ def source_of(loader: Any, count: int) -> Source | None:
     if type(loader).__name__ == "DataLoaderDispatcher":
         behind, is_split = loader.base_dataloader, bool(loader.split_batches)
     elif type(getattr(loader, "dataset", None)).__name__ == "IterableDatasetShard":
-        options = {name: getattr(loader, name) for name in KEPT}
-        behind, is_split = DataLoader(loader.dataset.dataset, **options), False
+        whole = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+        behind, is_split = loader_like(loader, loader.dataset.dataset, **whole), False
     else:
         return None
     skipped = getattr(loader, "skip_batches", 0) * (1 if is_split else count)

@@ -6,12 +6,11 @@ A fit sums over one draw. What is tuned or measured afterwards on another would 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -23,22 +22,14 @@ from torch.utils.data import (
 )
 
 from laplace_lora.data.chained import Chained
-from laplace_lora.data.order import samplers_of
+from laplace_lora.data.dealing import loader_like
+from laplace_lora.data.order import places_in, samplers_of
 from laplace_lora.data.shares import share_of
 from laplace_lora.data.streams import is_stream
 
 SHARD = "DataLoaderShard"  # accelerate's, whose pass is a plain one in a single process
 ORDERED = (SequentialSampler, DistributedSampler)
 SAME = (list, tuple, range, *ORDERED, SubsetRandomSampler)  # all of the same examples
-KEPT = (
-    "num_workers",
-    "collate_fn",
-    "timeout",
-    "worker_init_fn",
-    "multiprocessing_context",
-    "generator",
-    "prefetch_factor",
-)
 
 _DRAWN: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # from loaders to their latest draws
 _OTHERS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # whether samplers give others
@@ -58,12 +49,9 @@ def one_draw(loader: Any) -> Any:
         return loader
     # As every pass begins, so that the draw is the one that the loader would have given.
     torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
-    options = {name: getattr(loader, name) for name in KEPT}
     if loader.batch_sampler is None:  # each item is a batch
-        options |= {"batch_size": None, "sampler": list(loader.sampler)}
-    else:
-        options["batch_sampler"] = list(loader.batch_sampler)
-    return DataLoader(loader.dataset, **options)
+        return loader_like(loader, loader.dataset, batch_size=None, sampler=list(loader.sampler))
+    return loader_like(loader, loader.dataset, batch_sampler=list(loader.batch_sampler))
 
 
 def remember(loader: Any, drawn: Any) -> None:
@@ -153,11 +141,5 @@ def _asked_twice(sampler: Iterable[Any]) -> bool:
     with torch.random.fork_rng(devices=[]):
         if iter(sampler) is sampler:
             return False  # can be iterated over once only
-        first, second = Counter(_places(sampler)), Counter(_places(sampler))
+        first, second = Counter(places_in(sampler)), Counter(places_in(sampler))
     return first != second
-
-
-def _places(items: Iterable[Any]) -> Iterator[Any]:
-    for item in items:
-        value = item.tolist() if isinstance(item, Tensor) else item
-        yield from value if isinstance(value, list | tuple) else [value]

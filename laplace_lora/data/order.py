@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DistributedSampler,
@@ -50,12 +51,21 @@ def check_order(loader: Any, data: str) -> None:
 
 def samplers_of(loader: Any) -> Iterator[Any]:
     """Yield what may order a loader's examples; accelerate puts batch samplers into others."""
-    yield getattr(loader, "sampler", None)
-    batches = getattr(loader, "batch_sampler", None)
-    while batches is not None:
-        yield batches
-        yield getattr(batches, "sampler", None)
-        batches = getattr(batches, "batch_sampler", None)
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, BatchSampler):  # in a loader without a batch size
+        yield sampler
+        sampler = getattr(loader, "batch_sampler", None)
+    while sampler is not None:
+        yield sampler
+        yield getattr(sampler, "sampler", None)
+        sampler = getattr(sampler, "batch_sampler", None)
+
+
+def places_in(items: Iterable[Any]) -> Iterator[Any]:
+    """Yield the places that a sampler gives, one by one or in batches."""
+    for item in items:
+        value = item.tolist() if isinstance(item, Tensor) else item
+        yield from value if isinstance(value, list | tuple) else [value]
 
 
 def _reorders(sampler: Any) -> bool:
@@ -72,7 +82,7 @@ def _is_seen_in_order(sampler: Any) -> bool:
         if iter(sampler) is sampler:
             return True  # can be iterated over once only
         for _ in range(LOOKS):
-            drawn = [p for item in sampler for p in (item if isinstance(item, list) else [item])]
+            drawn = list(places_in(sampler))
             if drawn != sorted(drawn):
                 return False
     return True

@@ -7,8 +7,8 @@ example is whose, accelerate's loaders are read by the main process, see `dealin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from torch.utils.data import DistributedSampler
 
 from laplace_lora.data.batches import Batch, batch_length, first_examples, is_joined
 from laplace_lora.data.dealing import Source, source_of
+from laplace_lora.data.order import samplers_of
 from laplace_lora.data.streams import is_dealt, is_stream
 
+SKIPPED = "skip_batches"  # of accelerate's loaders and samplers: how many they leave out at first
 PER_BATCH = 2**32  # places kept for the examples of one batch of unknown size
 
 Places = Callable[[int, int, int], Tensor]
@@ -91,7 +93,8 @@ def share_of(loader: object) -> Share | None:
 
     Raises:
         TypeError: If repeats cannot be told apart: accelerate evens out batches of a sampler
-            without a length; or the data are dealt out to another number of processes.
+            without a length; the data are dealt out to another number of processes; or a batch
+            sampler of another kind changes what is dealt out.
         RuntimeError: If processes have not compared what they read of a stream.
     """
     if processes() == 1:
@@ -106,13 +109,14 @@ def share_of(loader: object) -> Share | None:
         return Share(dealt, None, found)
     if is_stream(loader):
         return _of_stream(loader)
-    batch_sampler: Any = getattr(loader, "batch_sampler", None)
-    candidates = (getattr(loader, "sampler", None), batch_sampler)
-    for sampler in (*candidates, getattr(batch_sampler, "sampler", None)):
+    around: list[Any] = [loader]
+    for sampler in samplers_of(loader):
         if isinstance(sampler, DistributedSampler):
-            return _of_sampler(sampler)
+            size = getattr(around[-1], "batch_size", None)
+            return _remaining(_of_sampler(sampler), around, size)
         if type(sampler).__name__ == "BatchSamplerShard":  # accelerate need not be installed
-            return _of_shard(sampler)
+            return _remaining(_of_shard(sampler), around, 0)
+        around.append(sampler)
     return None
 
 
@@ -181,6 +185,31 @@ def _of_shard(shard: Any) -> Share | None:
             "prepare the loader with DataLoaderConfiguration(even_batches=False)"
         )
     return Share(places, len(batches.sampler))
+
+
+def _remaining(share: Share | None, around: Sequence[Any], size: int | None) -> Share | None:
+    """Return a share less the batches that are skipped, as by accelerate's `skip_first_batches`.
+
+    Args:
+        share: What a sampler deals out to this process.
+        around: The loader, and its samplers down to that one.
+        size: How many examples a skipped batch has; 0 if places do not depend on it.
+
+    Raises:
+        TypeError: If it cannot be told which examples remain.
+    """
+    others = [s for s in around[1:] if hasattr(s, "batch_sampler") and not hasattr(s, SKIPPED)]
+    skipped: int = sum(getattr(each, SKIPPED, 0) for each in around)
+    if share is None or not (others or skipped):
+        return share
+    if others or size is None:
+        raise TypeError(
+            f"{type((others or around)[-1]).__name__} may change the batches that the loader deals "
+            "out, so which examples each process has cannot be told; deal out a "
+            "torch.utils.data.Subset of the data instead, or give every process all of them"
+        )
+    places, examples = share.places, skipped * size
+    return replace(share, places=lambda i, seen, n: places(i + skipped, seen + examples, n))
 
 
 def _is_for_all(count: int) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from laplace_lora.data.batches import Batch, model_inputs
+from laplace_lora.data.batches import Batch, has_labels, model_inputs
 from laplace_lora.data.distributed import Together
 from laplace_lora.data.pairs import as_pairs, is_pair, is_stacked
 from laplace_lora.evaluation.token_rows import by_token, same_width
@@ -96,7 +96,7 @@ def with_suffixes(batch: Batch, label_key: str) -> Batch:
     Labelled single texts stay as they are: what is predicted of them says why they are refused.
     """
     x = model_inputs(batch)
-    is_labelled = not isinstance(batch, Mapping) or label_key in batch
+    is_labelled = not isinstance(batch, Mapping) or has_labels(batch, label_key)
     if is_pair(x) or (is_labelled and not is_stacked(x)):
         return batch
     return as_pairs(batch, label_key)

@@ -103,7 +103,8 @@ class Fitter:
             gradient = _total(gradient, earlier.loss_gradient)
         if structure.has_second_pass:
             raw = corrected(posterior.engine, raw, sums.n, summed)
-        state = self._state(raw, loss, gradient, n, posterior.engine.n_outputs)
+        curvature = structure.ready(posterior.engine, raw)
+        state = self._state(curvature, loss, gradient, n, posterior.engine.n_outputs)
         if evidence_correction and n == sums.n:  # data fitted earlier cannot be seen again
             try:
                 same_draw(train_loader, "it")
@@ -136,16 +137,15 @@ class Fitter:
         self, raw: Any, n_data: int, train_loader: Iterable[Any] | None = None
     ) -> PosteriorState:
         """Return the state with a curvature from elsewhere, see `LoraLaplace.adopt`."""
-        if isinstance(raw, Tensor) and bool(((raw if raw.ndim == 1 else raw.diagonal()) < 0).any()):
-            raise ValueError("the curvature has negative entries on its diagonal")
         posterior = self.posterior
+        curvature = posterior.structure.ready(posterior.engine, raw)
         loss, outputs = math.nan, getattr(posterior.model, "n_outputs", None)
         if train_loader is not None:
             with together(train_loader, runs=self.posterior.source) as team:
                 loss, outputs = self._loss_of(train_loader, team)
         if outputs is None:
             raise ValueError("the model does not say how many outputs it has; give `train_loader`")
-        return self._state(raw, loss, None, n_data, outputs)
+        return self._state(curvature, loss, None, n_data, outputs)
 
     def merge(self, others: Sequence[Posterior]) -> PosteriorState:
         """Return the state of all data together, see `LoraLaplace.merge`."""
@@ -170,15 +170,16 @@ class Fitter:
             raw = structure.merge(raw, n, structure.raw(added), other.state.n_data)
             n, loss = n + other.state.n_data, loss + other.state.loss
             gradient = _total(gradient, other.state.loss_gradient)
-        return self._state(raw, loss, gradient, n, posterior.state.n_outputs)
+        curvature = structure.ready(posterior.engine, raw)
+        return self._state(curvature, loss, gradient, n, posterior.state.n_outputs)
 
     def _state(
-        self, raw: Any, loss: float, gradient: Tensor | None, n_data: int, n_outputs: int
+        self, curvature: Any, loss: float, gradient: Tensor | None, n_data: int, n_outputs: int
     ) -> PosteriorState:
         posterior = self.posterior
         return PosteriorState(
             settings=posterior.settings.untuned(),
-            curvature=posterior.structure.ready(posterior.engine, raw),
+            curvature=curvature,
             mean=posterior.current_weights(),
             sizes=tuple(posterior.engine.sizes),
             loss=loss,

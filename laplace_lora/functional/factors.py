@@ -32,6 +32,7 @@ from laplace_lora.models.changes.modes import evaluation_mode, gradients_needed
 from laplace_lora.models.changes.thread_hooks import own_hooks
 from laplace_lora.models.inputs.unmasked import check_is_masked
 from laplace_lora.models.score_head import score_head_narrowed
+from laplace_lora.models.wrapped_model import base_of
 
 EXACT_UP_TO = 256  # outputs; beyond it one backward pass per output is too many
 
@@ -102,9 +103,7 @@ def calculate_kronecker_factors(
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     model = unwrapped(model)
-    base: Any = model
-    if hasattr(base, "get_base_model"):
-        base = unwrapped(base.get_base_model())
+    base: Any = base_of(model)
     check_adapters(model.named_modules())
     selected = selected_maps(model, target_module_keywords, exclude_bias, match)
     with_bias = {linear.name: has_bias for linear, has_bias in selected}

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from laplace_lora.models.inputs.configs import longest_text
 from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
 
 # How tasks call the longest continuation, as the harness orders them, and what it is by default.
@@ -60,7 +61,7 @@ def length_of(config: Any) -> int:
     Raises:
         ValueError: If it does not say.
     """
-    length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = longest_text(config)
     if length is None:  # those without positions, such as Mamba and BLOOM
         raise ValueError(
             f"{type(config).__name__} does not say how long texts may be; give LaplaceLM "

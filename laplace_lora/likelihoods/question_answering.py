@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from laplace_lora.data.batches import has_labels
 from laplace_lora.likelihoods.base import Likelihood, Readout, Scoring
 from laplace_lora.likelihoods.classification import LOGITS
 from laplace_lora.likelihoods.links import Link
@@ -50,7 +51,7 @@ class QuestionAnswering(Likelihood):
             TypeError: If the batch is no mapping of texts.
             ValueError: If labels are missing, or are no real tokens in order.
         """
-        if isinstance(batch, Mapping) and {START, END} <= set(batch):
+        if isinstance(batch, Mapping) and all(has_labels(batch, name) for name in (START, END)):
             x, y = batch, torch.stack([torch.as_tensor(batch[k]) for k in (START, END)], dim=-1)
         elif isinstance(batch, Mapping) and label_key not in batch:
             raise ValueError(

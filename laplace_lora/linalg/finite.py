@@ -13,3 +13,17 @@ def all_finite(tensor: Tensor) -> bool:
     """
     tensor = tensor.detach()
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def check_diagonal(sums: Tensor) -> None:
+    """Refuse sums of squares that are none.
+
+    Args:
+        sums: A matrix, its diagonal or its trace.
+
+    Raises:
+        ValueError: If the matrix has negative entries on its diagonal.
+    """
+    diagonal = sums.diagonal() if sums.ndim == 2 else sums
+    if bool((diagonal < 0).any()):
+        raise ValueError("the curvature has negative entries on its diagonal")

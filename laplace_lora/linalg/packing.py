@@ -14,6 +14,7 @@ from torch import Tensor
 from laplace_lora.linalg.eigen import DiagonalEigen, Eigen
 from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.linalg.factors import DenseFactor, DiagonalFactor
+from laplace_lora.linalg.finite import check_diagonal
 from laplace_lora.linalg.kron import KronFactors
 from laplace_lora.linalg.kron_block import Side
 from laplace_lora.linalg.kron_eigen import KronEigen
@@ -85,6 +86,7 @@ def unpack_kron(
                 raise ValueError(f"a factor is numbered {number!r}")
             if number not in unpacked:
                 unpacked[number] = _unpacked(tensors, number, spec.rank)
+                check_diagonal(unpacked[number][0].tensors()[-1])  # of a sketch: its trace
             factor = unpacked[number][0]
             if factor.d != d:
                 raise ValueError(f"factor {number} has side {factor.d}, not {d}")
@@ -132,8 +134,8 @@ def diagonal_blocks(tensors: Mapping[str, Tensor], blocks: object) -> set[int]:
 def _unpacked(tensors: Mapping[str, Tensor], number: int, rank: int | None) -> tuple[Factor, Side]:
     if f"{number}.diagonal" in tensors:
         sums = tensors[f"{number}.diagonal"]
-        if sums.ndim != 1 or bool((sums < 0).any()):
-            raise ValueError(f"factor {number} is not the diagonal of a sum of squares")
+        if sums.ndim != 1:
+            raise ValueError(f"factor {number} is not a diagonal")
         return DiagonalFactor(sums), DiagonalFactor(sums).decompose()
     eigen = _eigen(tensors, number)
     if tensors[f"{number}.vectors"].dtype == FLOAT16:

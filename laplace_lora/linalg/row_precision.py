@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.linalg.row_products import weighted_products
-from laplace_lora.linalg.row_storage import RowStorage
+from laplace_lora.linalg.row_storage import RowStorage, by_weight
 
 Spectrum = list[tuple[Tensor, int]]
 
@@ -222,7 +222,4 @@ class RowPrecision:
 
     def _diagonal(self) -> Tensor:
         """Return ``R``'s diagonal, ``(parameters,)``."""
-        parts = zip(self.pattern, self.rows.sizes, strict=True)
-        return torch.cat([weight.expand(size) for weight, size in parts]).to(
-            self.rows.working_dtype
-        )
+        return by_weight(self.pattern, self.rows.sizes).to(self.rows.working_dtype)

@@ -209,8 +209,22 @@ def free_space(storage: str | os.PathLike[str]) -> int | None:
     return shutil.disk_usage(folder).free
 
 
-def by_tensor(values: Tensor, sizes: list[int]) -> list[Tensor]:
-    """Split one value in all, one per tensor or one per weight into the tensors' parts."""
+def by_tensor(values: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Split one value in all, one per tensor or one per weight into the tensors' parts.
+
+    Raises:
+        ValueError: If there are as many values as neither.
+    """
+    n = sum(sizes)
     if len(values) == 1:
         return [values[0]] * len(sizes)
-    return list(values.split(sizes) if len(values) == sum(sizes) else values.unbind())
+    if len(values) == n:
+        return list(values.split(list(sizes)))
+    if len(values) != len(sizes):
+        raise ValueError(f"{len(values)} values for {len(sizes)} tensors of {n} numbers")
+    return list(values.unbind())
+
+
+def by_weight(parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Return one value per weight from the tensors' parts, each a scalar or its weights' values."""
+    return torch.cat([part.expand(size) for part, size in zip(parts, sizes, strict=True)])

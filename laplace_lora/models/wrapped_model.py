@@ -208,7 +208,9 @@ class WrappedModel:
 
 def base_of(model: nn.Module) -> nn.Module:
     """Return a model without PEFT's wrapper; not compiled, if it was before PEFT wrapped it."""
-    return unwrapped(model.get_base_model()) if isinstance(model, PeftModel) else model
+    model = unwrapped(model)
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    return unwrapped(base)
 
 
 def places_of(model: nn.Module) -> int | None:

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from laplace_lora.curvature.kron_protocol import LowRankKron
+from laplace_lora.storage.checked import GRADIENT, SHIFT, check_finite, checked_state
 from laplace_lora.structures.eigenvalue_correction import CorrectedKron
 from laplace_lora.structures.posterior import Posterior
-from laplace_lora.structures.settings import SCALES, TENSORS, Settings, copied
+from laplace_lora.structures.settings import SCALES, TENSORS, check_positive, copied
 from laplace_lora.structures.state import PosteriorState
-from laplace_lora.structures.subspace import SUBSPACE, SUBSPACE_TENSORS, subspace_from
-
-SHIFT = "shift"
+from laplace_lora.structures.subspace import SUBSPACE, SUBSPACE_TENSORS
 
 
 def state_entries(posterior: Posterior) -> dict[str, Any]:
@@ -31,7 +30,7 @@ def state_entries(posterior: Posterior) -> dict[str, Any]:
     raw = structure.raw(curvature)
     packed = raw if isinstance(raw, Tensor) else structure.pack(curvature)
     state = posterior.state
-    gradient: dict[str, Any] = {"loss_gradient": state.loss_gradient}
+    gradient: dict[str, Any] = {GRADIENT: state.loss_gradient}
     if state.subspace is not None:
         gradient |= {f"{SUBSPACE}{n}": getattr(state.subspace, n) for n in SUBSPACE_TENSORS}
     return {
@@ -53,7 +52,7 @@ def read_state(posterior: Posterior, state_dict: Mapping[str, Any]) -> Posterior
 
     Raises:
         ValueError: If the dictionary is of another class, likelihood, number of weights or kind of
-            eigenvalues.
+            eigenvalues, or a value is impossible, such as a negative curvature.
     """
     if state_dict["cls_name"] != posterior.kind:
         raise ValueError(
@@ -64,29 +63,21 @@ def read_state(posterior: Posterior, state_dict: Mapping[str, Any]) -> Posterior
             f"the state is of the likelihood {state_dict['likelihood']!r}, not of "
             f"{posterior.objective.name!r}"
         )
-    sizes = tuple(posterior.engine.sizes)
-    if len(state_dict["mean"]) != sum(sizes):
-        raise ValueError(
-            f"the state has {len(state_dict['mean'])} weights, the model trains {sum(sizes)}"
-        )
-    settings = Settings(
-        state_dict["prior_precision"],
-        state_dict["prior_mean"],
-        torch.as_tensor(state_dict["sigma_noise"]),
-        shift=state_dict.get(SHIFT),
+    mean, n = state_dict["mean"], sum(posterior.engine.sizes)
+    if len(mean) != n:
+        raise ValueError(f"the state has {len(mean)} weights, the model trains {n}")
+    named = (*TENSORS, SHIFT, GRADIENT, *(f"{SUBSPACE}{name}" for name in SUBSPACE_TENSORS))
+    given = {name: state_dict[name] for name in named if state_dict.get(name) is not None}
+    tensors = {name: torch.as_tensor(value) for name, value in given.items()}
+    check_finite({"mean": mean, **tensors})
+    check_positive("temperature", state_dict["temperature"])
+    loss = state_dict["loss"]
+    numbers = {
         **{name: state_dict.get(name, 1.0) for name in SCALES},
-    )
-    return PosteriorState(
-        settings=settings.own(),
-        curvature=_curvature(posterior, state_dict),
-        mean=state_dict["mean"],
-        sizes=sizes,
-        loss=state_dict["loss"],
-        n_data=state_dict["n_data"],
-        n_outputs=state_dict["n_outputs"],
-        loss_gradient=state_dict.get("loss_gradient"),
-        subspace=subspace_from(state_dict),
-    )
+        **{name: state_dict[name] for name in ("n_data", "n_outputs")},
+        "loss": float(loss) if isinstance(loss, int | Tensor) else loss,
+    }
+    return checked_state(posterior, _curvature(posterior, state_dict), mean, tensors, numbers)
 
 
 def _curvature(posterior: Posterior, state_dict: Mapping[str, Any]) -> Any:
@@ -94,6 +85,7 @@ def _curvature(posterior: Posterior, state_dict: Mapping[str, Any]) -> Any:
     if isinstance(packed, Tensor):
         return structure.ready(engine, packed)
     if isinstance(packed, tuple):
+        check_finite(packed[0])
         return structure.unpack(engine, *packed)
     residual = structure.arguments()["residual"]  # lists of factors, of earlier versions
     factors = LowRankKron(packed, residual)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from laplace_lora.data.batches import has_labels, is_inputs_and_labels
 from laplace_lora.data.distributed import Together, together
 from laplace_lora.data.steps import steps
 from laplace_lora.likelihoods.base import ANCHORED, Readout, integrated_variables
@@ -137,8 +138,9 @@ class _Answer:
 
     def __call__(self, batch: Any) -> Predictions:
         posterior = self._predictor.posterior
-        labels = _labels(posterior, batch)
-        x = batch[0] if not isinstance(batch, Mapping) and labels is not None else batch
+        is_labelled = has_labels(batch, posterior.label_key)
+        labels = posterior.split(batch)[1] if is_labelled else None
+        x = batch[0] if is_inputs_and_labels(batch) else batch
         readout = posterior.objective.readout(x)
         return self._choice(
             lambda samples: _sampled(samples, x, readout, labels),
@@ -246,9 +248,3 @@ def _sampled(
 def is_batch(data: Any) -> bool:
     """Return whether data are one batch without labels beside it."""
     return isinstance(data, Mapping | Tensor)
-
-
-def _labels(posterior: Posterior, batch: Any) -> Tensor | None:
-    key = posterior.label_key
-    unlabelled = batch.get(key) is None if isinstance(batch, Mapping) else len(batch) != 2
-    return None if isinstance(batch, Tensor) or unlabelled else posterior.split(batch)[1]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.data.batches import has_labels, is_inputs_and_labels
 from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.question_answering import CONTEXT, END, START
 from laplace_lora.predictive.data_sets import is_batch, of_batches
@@ -138,9 +139,7 @@ def _in_place(
 def _answer(predictor: SpanPredictor, batch: Any) -> SpanPredictions:
     """Return the spans of a batch, with its labels where it has any."""
     posterior = predictor.posterior
-    labelled = isinstance(batch, Mapping) and ({START, END} <= set(batch))
-    labelled = labelled or (isinstance(batch, Mapping) and posterior.label_key in batch)
-    labelled = labelled or (isinstance(batch, Sequence) and len(batch) == 2)
-    if not labelled:
-        return predictor(batch)
-    return predictor(*posterior.split(batch))
+    has_places = all(has_labels(batch, name) for name in (START, END))
+    if has_places or has_labels(batch, posterior.label_key):
+        return predictor(*posterior.split(batch))
+    return predictor(batch[0] if is_inputs_and_labels(batch) else batch)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from laplace_lora.data.batches import is_inputs_and_labels
 from laplace_lora.data.distributed import Together
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.likelihoods.token_classification import class_labels, real_tokens
@@ -75,7 +76,7 @@ def _answer(predictor: TokenClassPredictor, batch: Any) -> TokenClassPredictions
     key = predictor.posterior.label_key
     if isinstance(batch, Mapping):
         x, labels = {k: v for k, v in batch.items() if k != key}, batch.get(key)
-    elif isinstance(batch, Sequence) and len(batch) == 2:
+    elif is_inputs_and_labels(batch):
         x, labels = batch
     predictions = predictor(x)
     if labels is None:

@@ -24,7 +24,7 @@ from laplace_lora.data.sharding import is_sharded_model
 from laplace_lora.data.shares import is_main
 from laplace_lora.linalg.rounded import rounded
 from laplace_lora.storage.base_samples import BASE_SAMPLES, BaseSamples
-from laplace_lora.storage.checked import check_diagonals, count, positive, weight_vector
+from laplace_lora.storage.checked import GRADIENT, SHIFT, check_finite, checked_state
 from laplace_lora.storage.files import COMPACT, CONFIG, RECENTRED, TENSORS, VERSION, write_files
 from laplace_lora.storage.fingerprint import (
     base_in_use,
@@ -38,13 +38,11 @@ from laplace_lora.storage.rounding import (
     rounded_fingerprints,
 )
 from laplace_lora.structures.posterior import Posterior
-from laplace_lora.structures.settings import Settings
+from laplace_lora.structures.settings import TENSORS as SETTINGS
 from laplace_lora.structures.state import PosteriorState
-from laplace_lora.structures.subspace import SUBSPACE, SUBSPACE_TENSORS, subspace_from
+from laplace_lora.structures.subspace import SUBSPACE, SUBSPACE_TENSORS
 
 PREFIX = "curvature."
-GRADIENT = "loss_gradient"
-SHIFT = "shift"
 SUBSPACE_MEAN = f"{SUBSPACE}prior_mean"
 FURTHER = "further_tensors"  # names of those that are no curvature, some of which may be missing
 TUNING = "tuning"
@@ -152,8 +150,7 @@ def load_state(posterior: Posterior, payload: bytes, config: Mapping[str, Any]) 
         for name, tensor in tensors.items():
             if tensor.dtype not in DTYPES:
                 raise ValueError(f"tensor {name!r} is {tensor.dtype}")
-            if not bool(tensor.isfinite().all()):
-                raise ValueError(f"tensor {name!r} is not finite")
+        check_finite(tensors)
         _check_further(tensors, config)
         device = posterior.structure.unpack_device(posterior.device)
         return _state(posterior, {name: t.to(device) for name, t in tensors.items()}, config)
@@ -181,52 +178,16 @@ def _state(
     if config["version"] != COMPACT and (config["version"] == RECENTRED) != (SHIFT in tensors):
         raise ValueError(f"version {config['version']} and {SHIFT!r} do not go together")
     packed = {n.removeprefix(PREFIX): t for n, t in tensors.items() if n.startswith(PREFIX)}
-    precision, noise = tensors["prior_precision"], tensors["sigma_noise"]
-    if not bool((precision > 0).all()) or not bool((noise > 0).all()):
-        raise ValueError("prior precision and noise must be positive")
-    sizes = tuple(posterior.engine.sizes)
-    fits = precision.shape in [(1,), (len(sizes),), (sum(sizes),)] and noise.shape == (1,)
-    if not fits or tensors["prior_mean"].shape not in [(), (1,), (sum(sizes),)]:
-        raise ValueError("prior and noise do not fit the model's tensors")
-    posterior.structure.check_prior(len(precision), len(sizes), sum(sizes))
-    check_diagonals(packed)
-    scalars = config["scalars"]
-    scale = positive(scalars, "covariance_scale")
-    temperature = positive(scalars, "likelihood_temperature")
-    loss = scalars["loss"]
-    if type(loss) is not float:
-        raise ValueError(f"loss is {loss!r}")
-    n_data, n_outputs = count(scalars, "n_data"), count(scalars, "n_outputs")
     curvature = posterior.structure.unpack(posterior.engine, packed, config["curvature"])
-    settings = Settings(
-        precision.to(posterior.device, posterior.dtype),
-        tensors["prior_mean"].to(posterior.device, posterior.dtype),
-        noise[0].to(posterior.device, posterior.dtype),
-        scale,
-        temperature,
-        weight_vector(posterior, tensors, SHIFT),
-    )
-    gradient = weight_vector(posterior, tensors, GRADIENT)  # earlier versions have none
-    weights = posterior.current_weights()
     if config["version"] == COMPACT and f"{SUBSPACE}grams" in tensors:
         tensors.setdefault(SUBSPACE_MEAN, tensors["prior_mean"])
-    subspace = subspace_from(tensors)
-    if subspace is not None:
-        if subspace.displacement.shape[0] != len(sizes):
-            raise ValueError(f"the subspace is of {subspace.displacement.shape[0]} tensors")
-        # The prior's mean is compared with that of the settings, bit by bit.
-        mean = subspace.prior_mean.to(posterior.dtype)
-        subspace = replace(subspace, prior_mean=mean).to(posterior.device)
-    return PosteriorState(
-        settings=settings,
-        curvature=curvature,
-        mean=weights,
-        sizes=sizes,
-        loss=loss,
-        n_data=n_data,
-        n_outputs=n_outputs,
-        loss_gradient=gradient,
-        subspace=subspace,
+    tensors["sigma_noise"] = tensors["sigma_noise"].squeeze(0)
+    # The subspace's prior mean is compared with that of the settings, bit by bit.
+    for name in {*SETTINGS, SUBSPACE_MEAN} & set(tensors):
+        tensors[name] = tensors[name].to(posterior.device, posterior.dtype)
+    weights = posterior.current_weights()
+    return replace(
+        checked_state(posterior, curvature, weights, tensors, config["scalars"]),
         frozen=frozen_values(posterior.source, posterior.engine.parameters),
         adapter=adapter_settings(posterior.source),
     )

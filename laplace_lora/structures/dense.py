@@ -144,8 +144,6 @@ class Dense(TensorSum):
         rows, columns = torch.tril_indices(n, n).to(triangle.device)
         curvature = triangle.new_zeros(n, n)
         curvature[rows, columns] = curvature[columns, rows] = triangle
-        if bool((curvature.diagonal() < 0).any()):
-            raise ValueError("the curvature has negative entries on its diagonal")
         return super().unpack(engine, {"matrix": curvature}, description)
 
     def add(

@@ -15,6 +15,7 @@ from laplace_lora.curvature.kfac import KfacSums
 from laplace_lora.curvature.kron_protocol import LowRankKron, LowRankKronDecomposed
 from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.linalg.factor_spec import FactorSpec
+from laplace_lora.linalg.finite import check_diagonal
 from laplace_lora.linalg.packing import TABLE, diagonal_blocks, pack_kron, unpack_kron
 from laplace_lora.linalg.rounded import in_working_dtype
 from laplace_lora.structures.base import Structure
@@ -103,16 +104,18 @@ class Kron(Structure[KfacSums, RawKron, KronCurvature]):
         """Eigendecompose the factors.
 
         Raises:
-            ValueError: If eigenvalues are corrected, and should not be, or the other way round.
+            ValueError: If eigenvalues are corrected, and should not be, or the other way round, or
+                a factor has negative entries on its diagonal.
             FloatingPointError: If a factor is not finite.
         """
         if isinstance(raw, CorrectedKron) != self.eigenvalue_correction:
             raise ValueError(
                 "a curvature must be a CorrectedKron if, and only if, eigenvalue_correction is set"
             )
-        if isinstance(raw, CorrectedKron):
-            return KronCurvature(raw.factors, raw.decompose())
-        return KronCurvature(raw, raw.decompose())
+        factors = raw.factors if isinstance(raw, CorrectedKron) else raw
+        for factor in factors.factors():
+            check_diagonal(factor.tensors()[-1])  # of a sketch: its trace
+        return KronCurvature(factors, raw.decompose())
 
     def raw(self, curvature: KronCurvature) -> RawKron:
         """Return the factors, with corrected eigenvalues if any."""

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.linalg.row_storage import by_tensor, by_weight
+
 TENSORS = ("prior_precision", "prior_mean", "sigma_noise")
 SCALES = ("covariance_scale", "likelihood_temperature")
 
@@ -94,12 +96,4 @@ def expanded(values: Tensor, sizes: tuple[int, ...] | list[int]) -> Tensor:
     Raises:
         ValueError: If there are as many values as neither.
     """
-    n = sum(sizes)
-    if len(values) == 1:
-        return values * torch.ones(n, device=values.device, dtype=values.dtype)
-    if len(values) == n:
-        return values
-    if len(values) != len(sizes):
-        raise ValueError(f"{len(values)} values for {len(sizes)} tensors of {n} numbers")
-    pairs = zip(values, sizes, strict=True)
-    return torch.cat([value * torch.ones(size).to(values) for value, size in pairs])
+    return by_weight(by_tensor(values, sizes), sizes)

@@ -13,6 +13,7 @@ from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.linalg.eigen import Eigen
 from laplace_lora.linalg.factor_spec import FactorSpec
+from laplace_lora.linalg.finite import check_diagonal
 from laplace_lora.linalg.rounded import in_working_dtype
 from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.linalg.row_storage import RowStorage, packed_rows, unpack_rows
@@ -178,8 +179,7 @@ class Sketched(Structure[Factor, Factor, SketchedCurvature]):
             if packed.shape != tensor.shape or packed.dtype != tensor.dtype:
                 raise ValueError(f"the sketch has {packed.dtype} of shape {tuple(packed.shape)}")
             tensor.copy_(packed)
-        if isinstance(sketch, LowRankFactor) and sketch.trace < 0:
-            raise ValueError("the sketch has a negative trace")
+        check_diagonal(expected[-1])
         return self.ready(engine, sketch)
 
     def _rebuilt(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.curvature.engine import Engine
-from laplace_lora.linalg.finite import all_finite
+from laplace_lora.linalg.finite import all_finite, check_diagonal
 from laplace_lora.structures.base import Structure
 
 Self = TypeVar("Self", bound="TensorSum")
@@ -54,10 +54,14 @@ class TensorSum(Structure[Tensor, Tensor, Tensor]):
         """Return the tensor.
 
         Raises:
+            ValueError: If it has another shape, or negative entries on its diagonal.
             FloatingPointError: If it is not finite.
         """
+        if list(raw.shape) != self.shape:
+            raise ValueError(f"the curvature has shape {list(raw.shape)}, not {self.shape}")
         if not all_finite(raw):
             raise FloatingPointError(self.not_finite)
+        check_diagonal(raw)
         return raw
 
     def raw(self, curvature: Tensor) -> Tensor:
@@ -72,12 +76,12 @@ class TensorSum(Structure[Tensor, Tensor, Tensor]):
         """Return a packed tensor in the dtype that it has there.
 
         Raises:
-            ValueError: If the shapes differ, or there is not one tensor.
+            ValueError: If there is not one tensor, or as `ready`.
             FloatingPointError: If it is not finite.
         """
         (curvature,) = tensors.values()
-        if list(curvature.shape) != self.shape or description != self.shape:
-            raise ValueError(f"the curvature has shape {list(curvature.shape)}, not {self.shape}")
+        if description != self.shape:
+            raise ValueError(f"the curvature is described as {description}, not as {self.shape}")
         return self.ready(engine, curvature)
 
     def to(self, curvature: Tensor, device: torch.device) -> Tensor:

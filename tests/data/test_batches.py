@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from laplace_lora import KronLoraLaplace
-from laplace_lora.data.batches import first_examples, some_examples
+from laplace_lora.data.batches import first_examples, has_labels, some_examples
 from laplace_lora.data.pairs import as_pairs
 from laplace_lora.evaluation import MAP, evaluate
 from support.batches import loader, token_batch
@@ -15,6 +15,7 @@ from support.posteriors import posterior
 from support.preferences import pair_batch
 from support.references import assert_near
 
+IDS = torch.tensor([[1, 2]])
 SCALARS = {"tensor": torch.tensor(4), "array": np.array(4), "number": 4}
 
 
@@ -73,3 +74,19 @@ def test_labels_that_are_no_numbers_are_named(labels):
     else:
         with pytest.raises(TypeError, match="labels must be numbers"):
             la.predict([batch], progress_bar=False)
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        ({"input_ids": IDS, "labels": IDS}, True),
+        ({"input_ids": IDS, "labels": None}, False),
+        ({"input_ids": IDS}, False),
+        ((IDS, IDS), True),
+        (({"input_ids": IDS}, None), False),
+        ([IDS], False),
+        (IDS, False),
+    ],
+)
+def test_none_in_the_place_of_labels_are_none(batch, expected):
+    assert has_labels(batch, "labels") is expected

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from laplace_lora.linalg import row_storage
-from laplace_lora.linalg.row_storage import RowStorage
+from laplace_lora.linalg.row_storage import RowStorage, by_tensor, by_weight
 from support.batches import loader
 from support.exact_posteriors import NEW_BATCH, exact_posterior
 from support.references import assert_near
@@ -68,3 +68,15 @@ def test_rows_that_do_not_fit_are_refused():
         rows.append(1, torch.ones(4, 2))
     with pytest.raises(ValueError, match="equally many rows"):
         rows.replace([torch.ones(4, 2), torch.ones(5, 3)])
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([2.0], [2.0] * 5), ([2.0, 3.0], [2.0] * 3 + [3.0] * 2), ([1.0, 2.0, 3.0, 4.0, 5.0], None)],
+)
+def test_values_belong_to_all_to_tensors_or_to_weights(values, expected):
+    values, sizes = torch.tensor(values), [3, 2]
+    found = by_weight(by_tensor(values, sizes), sizes)
+    assert torch.equal(found, values if expected is None else torch.tensor(expected))
+    with pytest.raises(ValueError, match="3 values for 2 tensors of 5 numbers"):
+        by_tensor(torch.ones(3), sizes)

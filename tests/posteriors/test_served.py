@@ -298,6 +298,8 @@ def test_the_width_of_the_linearised_entropy(tmp_path):
     assert abs(own - linearised) <= 0.01 * linearised
     labelled = la.export_adapters(tmp_path / "o", k=4, loader=validation(), criterion="entropy")
     assert labelled.width == export.width
+    without = [{**batch, "labels": None} for batch in data]
+    assert la.export_adapters(tmp_path / "o", k=4, loader=without).width == export.width
     other = la.export_adapters(tmp_path / "o", k=4)  # on the training data
     assert other.width.criterion == "entropy" and other.width != export.width
 

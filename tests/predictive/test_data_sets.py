@@ -36,6 +36,9 @@ def test_a_batch_and_a_pair_and_a_slice():
     assert_near(found.probs, la(batch))
     labels = batch.pop("labels")
     assert quiet(la, batch).labels is None
+    for unlabelled in ({**batch, "labels": None}, [(batch, None)]):
+        without = quiet(la, unlabelled)
+        assert without.labels is None and torch.equal(without.probs, found.probs)
     pair = quiet(la, [(batch, labels)])
     assert torch.equal(pair.labels, labels)
     assert torch.equal(quiet(la, (batch, labels)).labels, labels)

@@ -274,3 +274,20 @@ def test_the_epistemic_part_is_never_negative():
         information = la.predict(question_batch(pad_to=8, seed=seed)).mutual_information
         assert information.dtype == torch.float32
         assert bool((information >= 0).all()) and float(information.max()) < 1e-5
+
+
+def test_none_in_the_place_of_labels_are_none():
+    la = span_posterior()
+    whole = {k: v for k, v in question_batch().items() if not k.endswith("positions")}
+    expected = la.predict(whole)
+    for data in (
+        {**whole, "labels": None},
+        {**whole, "start_positions": None, "end_positions": None},
+        [(whole, None)],
+    ):
+        found = la.predict(data)
+        assert found.label_prob is None and torch.equal(found.prob, expected.prob)
+    placed = question_batch()
+    both = torch.stack([placed.pop("start_positions"), placed.pop("end_positions")], dim=1)
+    labelled = {**placed, "start_positions": None, "end_positions": None, "labels": both}
+    assert_near(la.predict(labelled).label_prob, la.predict(question_batch()).label_prob)

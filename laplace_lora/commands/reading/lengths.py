@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from laplace_lora.models.inputs.configs import longest_text
 from laplace_lora.models.wrapped_model import places_of
 
 UNLIMITED = 1_000_000  # tokenizers without a limit say a huge number
@@ -13,8 +14,7 @@ UNLIMITED = 1_000_000  # tokenizers without a limit say a huge number
 
 def longest_input(tokenizer: Any, model: nn.Module) -> int | None:
     """Return how many tokens tokenizer and model take, ``None`` for no limit."""
-    declared = getattr(model.config, "max_position_embeddings", None)
-    limits = [tokenizer.model_max_length, declared, places_of(model)]
+    limits = [tokenizer.model_max_length, longest_text(model.config), places_of(model)]
     known = [n for n in limits if isinstance(n, int) and 0 < n < UNLIMITED]
     return min(known) if known else None
 

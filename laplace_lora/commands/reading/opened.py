@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import laplace_lora
 from laplace_lora.commands.reading.adapter import HEAD, Adapter, load_asked
-from laplace_lora.commands.reading.ending import appends_eos, why_no_eos
+from laplace_lora.commands.reading.ending import why_no_eos
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.names import class_names
 from laplace_lora.commands.reading.plan import Plan, read_plan
@@ -17,6 +17,7 @@ from laplace_lora.commands.reading.planning import (
     WITH_CLASSES,
     plan_again,
     read_columns,
+    settled,
     uses_chat,
 )
 from laplace_lora.commands.reading.rows import Row
@@ -118,4 +119,4 @@ def _plan_of(
             "with the tokenizer's end-of-text token, as those of TRL's RewardTrainer do; give "
             "--eos or --no-eos"
         )
-    return replace(plan, eos=appends_eos(adapter, plan, rows, options.get("eos")))
+    return settled(plan, adapter, rows, options)

@@ -37,7 +37,7 @@ def read_columns(
     columns = columns_of(rows, asked, known)
     is_needed = likelihood == completes
     completion = completion_column(rows, columns, asked, likelihood, known, is_needed)
-    return replace(columns, completion=completion)
+    return _read_by(likelihood, replace(columns, completion=completion), asked)
 
 
 def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, Any]) -> Plan:
@@ -55,7 +55,7 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, An
     columns, given = (asked, ()) if rows is None else (columns_of(rows, asked), rows)
     likelihood = _likelihood(adapter, given, columns, options)
     completion = completion_column(given, columns, asked, likelihood)
-    columns = replace(columns, completion=completion)
+    columns = _read_by(likelihood, replace(columns, completion=completion), asked)
     targets, names = list(options.get("targets") or ()), list(options.get("labels") or ())
     if targets:
         if names:
@@ -64,15 +64,9 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, An
         names = targets
     elif likelihood in WITH_CLASSES:
         names = class_names(names, adapter.names, adapter.outputs)
-    elif names:
-        raise ValueError(f"--labels: a {likelihood} posterior has no classes")
+    else:
+        names = []
     labels_as = options.get("labels_as")
-    if labels_as is not None and likelihood != "classification":
-        raise ValueError(f"--labels-as: a {likelihood} posterior has no classes to tell apart")
-    if likelihood in ("language_modeling", "reward_modeling"):
-        if options.get("pair_field") is not None:
-            raise ValueError(f"--pair-field: a {likelihood} posterior reads no second text")
-        columns = replace(columns, pair=None)
     if likelihood == "classification" and rows is not None:
         _, labels_as = classes_of(label_cells(rows, columns.label), names, labels_as)
     plan = Plan(
@@ -85,7 +79,7 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, An
         bool(options.get("load_in_4bit")),
         labels_as,
     )
-    return replace(plan, eos=appends_eos(adapter, plan, given, options.get("eos")))
+    return settled(plan, adapter, given, options)
 
 
 def plan_again(
@@ -105,11 +99,12 @@ def plan_again(
         completes: The likelihood whose completions the command reads; ``None`` for no likelihood.
 
     Raises:
-        ValueError: If a column or an end-of-text token is missing or has no effect, the number of
-            names is another, two are the same, or a chat template is asked for and missing.
+        ValueError: If a column or an end-of-text token is missing, an option has no effect, the
+            number of names is another, two are the same, or a chat template is asked for and
+            missing.
     """
     columns = read_columns(rows, options, plan.likelihood, completes, plan.columns)
-    names = class_names(options.get("labels") or (), plan.names, len(plan.names))
+    names = plan.names and class_names(options.get("labels") or (), plan.names, len(plan.names))
     chat = plan.chat
     if options.get("chat") is not None:
         chat = uses_chat(adapter, columns, plan.likelihood, options["chat"])
@@ -122,7 +117,39 @@ def plan_again(
         max_length=limit,
         labels_as=options.get("labels_as") or plan.labels_as,
     )
+    return settled(plan, adapter, rows, options)
+
+
+def settled(plan: Plan, adapter: Adapter, rows: Sequence[Row], options: dict[str, Any]) -> Plan:
+    """Return a plan that says whether texts end with a token; refuse options without effect.
+
+    Args:
+        plan: How rows are read else.
+        adapter: The model.
+        rows: The data; may be empty.
+        options: Of the command line.
+
+    Raises:
+        ValueError: If an option has no effect.
+    """
+    if options.get("labels") and not plan.names:
+        raise ValueError(f"--labels: a {plan.likelihood} posterior has no classes")
+    if options.get("labels_as") is not None and plan.likelihood != "classification":
+        raise ValueError(f"--labels-as: a {plan.likelihood} posterior has no classes to tell apart")
     return replace(plan, eos=appends_eos(adapter, plan, rows, options.get("eos")))
+
+
+def _read_by(likelihood: str, columns: Columns, asked: Columns) -> Columns:
+    """Return the columns that a likelihood reads.
+
+    Raises:
+        ValueError: If another one is asked for.
+    """
+    if likelihood not in ("language_modeling", "reward_modeling"):
+        return columns
+    if asked.pair is not None:
+        raise ValueError(f"--pair-field: a {likelihood} posterior reads no second text")
+    return replace(columns, pair=None)
 
 
 def _asked_columns(options: dict[str, Any]) -> Columns:

@@ -12,3 +12,12 @@ def text_config(config: Any) -> Any:
         config: A transformer's configuration, or anything else, which is returned as it is.
     """
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def longest_text(config: Any) -> int | None:
+    """Return how many tokens a configuration allows a text, ``None`` if it does not say.
+
+    Args:
+        config: As for `text_config`.
+    """
+    return getattr(text_config(config), "max_position_embeddings", None)

@@ -7,14 +7,14 @@ The same samples serve all widths, so that the average is a continuous function 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from laplace_lora.data.batches import model_inputs
+from laplace_lora.data.batches import has_labels, model_inputs
 from laplace_lora.data.distributed import Together
 from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.information import entropy
@@ -90,10 +90,10 @@ def choose_width(
     _check(posterior, loader, criterion)
     if criterion is None:
         # A process may have no data; what the others' batches have holds for all.
-        has_labels = team.any_of(_has_labels(posterior, loader))
-        if has_labels is None:
+        is_labelled = team.any_of(_is_labelled(posterior, loader))
+        if is_labelled is None:
             raise ValueError(EMPTY)
-        criterion = CRITERIA[0] if has_labels else CRITERIA[1]
+        criterion = CRITERIA[0] if is_labelled else CRITERIA[1]
     objective = posterior.objective
     if criterion == "entropy" and (objective.predicts_tokens or objective.rows_are_tokens):
         raise ValueError(
@@ -213,11 +213,7 @@ def _check(posterior: Posterior, loader: Any, criterion: str | None) -> None:
         )
 
 
-def _has_labels(posterior: Posterior, loader: Any) -> bool | None:
+def _is_labelled(posterior: Posterior, loader: Any) -> bool | None:
     """Return whether a loader's batches have labels, ``None`` if it gives this process none."""
     batch = next(iter(loader), None)
-    if batch is None:
-        return None
-    if isinstance(batch, Mapping):
-        return posterior.label_key in batch
-    return isinstance(batch, list | tuple) and len(batch) == 2
+    return None if batch is None else has_labels(batch, posterior.label_key)

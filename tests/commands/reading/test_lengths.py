@@ -4,12 +4,15 @@ import pytest
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    CLIPVisionConfig,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     OPTConfig,
     OPTForCausalLM,
     RobertaConfig,
@@ -27,6 +30,9 @@ GPT = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 16, "n_positions": 
 T5 = {"d_model": 8, "d_ff": 8, "d_kv": 4, "num_layers": 1, "num_heads": 2, "vocab_size": 16}
 OPT = {**SIZES, "ffn_dim": 32, "word_embed_proj_dim": 16}
 RELATIVE = {**SIZES, "relative_attention": True, "position_biased_input": False}
+WIDTHS = {name: SIZES[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+EYES = CLIPVisionConfig(**WIDTHS, num_attention_heads=2, image_size=8, patch_size=4)
+IMAGES = LlavaConfig(vision_config=EYES, text_config=LlamaConfig(**SIZES), image_token_index=1)
 MODELS = {
     "table": (lambda: BertForSequenceClassification(BertConfig(**SIZES)), 24),
     "of GPT-2": (lambda: GPT2ForSequenceClassification(GPT2Config(**GPT)), 24),
@@ -37,6 +43,7 @@ MODELS = {
     ),
     "rotations": (lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), None),
     "relative": (lambda: DebertaV2ForSequenceClassification(DebertaV2Config(**RELATIVE)), None),
+    "inside": (lambda: LlavaForConditionalGeneration(IMAGES), None),
     "not declared": (lambda: T5ForConditionalGeneration(T5Config(**T5)), None),
 }
 
@@ -49,7 +56,7 @@ def test_the_limit_is_where_the_model_fails(case):
     words = tokenizer()
     words.model_max_length = int(1e30)
     longest = longest_input(words, model)
-    assert longest == {"rotations": 24, "relative": 24}.get(case, expected)
+    assert longest == {"rotations": 24, "relative": 24, "inside": 24}.get(case, expected)
 
     def run_on(length):
         inputs = words(" ".join(["film"] * length), return_tensors="pt")

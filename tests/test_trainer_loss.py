@@ -1,14 +1,21 @@
 """The likelihood that a trainer's loss implies, and losses that are another."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Trainer
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    LlamaForCausalLM,
+    Trainer,
+)
 
 from laplace_lora import LaplaceCallback
-from laplace_lora.likelihoods.implied import implied_likelihood
-from support.models import TARGETS, peft_model
+from laplace_lora.trainer_loss import implied_likelihood
+from support.models import TARGETS, bert_config, llama_config, peft_model
 from test_trainer import examples, trainer_of
 
 
@@ -38,6 +45,20 @@ def test_the_likelihood_is_what_the_trainer_trains(
     trainer = kind(plain.model, plain.args, train_dataset=examples(4))
     assert implied_likelihood(trainer, options) == likelihood
     assert LaplaceCallback(trainer, **options).likelihood == likelihood
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "likelihood"),
+    [
+        (LlamaForCausalLM, llama_config(), "language_modeling"),
+        (BertForSequenceClassification, bert_config(num_labels=1), "regression"),
+        (BertForTokenClassification, bert_config(), "token_classification"),
+    ],
+)
+def test_models_that_were_compiled_before_they_got_adapters(kind, config, likelihood):
+    adapters = LoraConfig(r=2, target_modules=["q_proj", "query"])
+    model = get_peft_model(torch.compile(kind(config)), adapters)
+    assert implied_likelihood(SimpleNamespace(model=model), {}) == likelihood
 
 
 class Weighted(Trainer):

@@ -1,0 +1,39 @@
+"""Options without an effect are refused by every command, as by the fit."""
+
+import pytest
+
+from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
+from laplace_lora.commands.reading.columns import Columns
+from laplace_lora.commands.reading.plan import Plan
+from laplace_lora.commands.reading.planning import plan_again, plan_fit
+from support.on_disk import tokenizer
+
+ROWS = [{"text": "the film", "second": "the meal", "text_pair": "the end", "label": 1.0}]
+LIKELIHOODS = ("regression", "reward_modeling", "language_modeling")
+
+
+def planned(likelihood, again, rows=ROWS, **options):
+    kind = CAUSAL if likelihood == "language_modeling" else HEAD
+    adapter = Adapter(None, tokenizer(), kind, 1, [], None, 24)
+    if again:
+        return plan_again(adapter, Plan(likelihood, Columns("text")), rows, options)
+    return plan_fit(adapter, rows, {"likelihood": likelihood, **options})
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_options_of_classes_are_refused_where_there_are_none(likelihood, again):
+    with pytest.raises(ValueError, match=f"--labels: a {likelihood} posterior has no classes"):
+        planned(likelihood, again, labels=["bad", "good"])
+    with pytest.raises(ValueError, match=f"--labels-as: a {likelihood} posterior has no classes"):
+        planned(likelihood, again, labels_as="names")
+    assert planned(likelihood, again).names == []
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("likelihood", LIKELIHOODS[1:])
+def test_second_texts_are_refused_where_none_is_read(likelihood, again):
+    with pytest.raises(ValueError, match="reads no second text"):
+        planned(likelihood, again, pair_field="second")
+    assert planned(likelihood, again).columns.pair is None
+    assert planned("regression", again, pair_field="second").columns.pair == "second"

@@ -1,0 +1,105 @@
+"""Loaders that skip batches: whose the remaining examples are, and that each counts once."""
+
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler, skip_first_batches
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler
+
+from laplace_lora.data import shares
+from laplace_lora.data.one_draw import draws_anew
+from laplace_lora.data.order import check_order
+from laplace_lora.data.shares import share_of
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Items that are their places, also several at once."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, place):
+        return {"labels": torch.as_tensor(place)}
+
+
+class Choosing(BatchSampler):
+    """A sampler that may leave batches out by a rule of its own."""
+
+    def __init__(self, batch_sampler):
+        self.batch_sampler = batch_sampler
+
+
+def by_examples(data, rank):
+    return BatchSampler(DistributedSampler(data, 2, rank, shuffle=False), 2, drop_last=False)
+
+
+def by_batches(data, rank, **options):
+    batches = BatchSampler(range(len(data)), 2, drop_last=False)
+    return BatchSamplerShard(batches, 2, rank, **options)
+
+
+def by_pieces(data, rank):
+    return by_batches(data, rank, split_batches=True)
+
+
+def uneven(data, rank):
+    return by_batches(data, rank, even_batches=False)
+
+
+def skipped_first(data, sampler, skips):
+    loader = DataLoader(data, batch_sampler=sampler)
+    for skipped in skips:
+        loader = skip_first_batches(loader, skipped)
+    return loader
+
+
+def skipped_inside(data, sampler, skips):
+    """As accelerate does it for loaders without a batch size."""
+    return DataLoader(data, sampler=SkipBatchSampler(sampler, sum(skips)), batch_size=None)
+
+
+@pytest.fixture(autouse=True)
+def two_processes(monkeypatch):
+    monkeypatch.setattr(shares, "processes", lambda: 2)
+
+
+def dealt(loader):
+    return [(b["labels"].tolist(), places.tolist()) for b, places in share_of(loader).of(loader)]
+
+
+@pytest.mark.parametrize("skip", [skipped_first, skipped_inside])
+@pytest.mark.parametrize("deals", [by_examples, by_batches, by_pieces, uneven])
+@pytest.mark.parametrize("skips", [(), (1,), (1, 1), (9,)])
+@pytest.mark.parametrize("n", [4, 9, 11])
+def test_each_example_that_is_left_counts_once(n, skips, deals, skip):
+    data, counted, expected = Numbers(n), [], []
+    for rank in range(2):
+        for found, places in dealt(skip(data, deals(data, rank), skips)):
+            assert found == places
+            counted += found
+        whole = dealt(DataLoader(data, batch_sampler=deals(data, rank)))
+        expected += [place for found, _ in whole[sum(skips) :] for place in found]
+    assert sorted(counted) == sorted(expected)
+    assert skips or sorted(counted) == list(range(n))
+
+
+@pytest.mark.parametrize("deals", [by_examples, by_batches])
+def test_samplers_that_may_change_what_is_dealt_out_are_refused(deals):
+    data = Numbers(8)
+    with pytest.raises(TypeError, match="Choosing may change the batches that the loader deals"):
+        share_of(DataLoader(data, batch_sampler=Choosing(deals(data, 0))))
+
+
+def test_batches_of_places_are_looked_into():
+    """A loader without a batch size, whose sampler gives the places of whole batches."""
+    data = Numbers(8)
+
+    def loader(**options):
+        places = RandomSampler(data, **options)
+        return DataLoader(data, sampler=BatchSampler(places, 2, False), batch_size=None)
+
+    with pytest.raises(ValueError, match="random order"):
+        check_order(loader(), "the pool")
+    assert draws_anew(loader(replacement=True)) and not draws_anew(loader())
