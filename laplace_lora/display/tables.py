@@ -108,15 +108,6 @@ def data_frame(
     return pandas.DataFrame(dict(columns), index=index)
 
 
-def one_row(values: Mapping[str, Any]) -> DataFrame:
-    """Return values by heading as a data frame with one row.
-
-    Raises:
-        ImportError: If pandas is missing.
-    """
-    return data_frame({name: [value] for name, value in values.items()})
-
-
 def spread(name: str, values: Tensor) -> dict[str, list[Any]]:
     """Return a matrix as one column for each of its own: ``name_0``, ``name_1`` and so on.
 
