@@ -130,6 +130,10 @@ class Together:
         """Return the values of all processes, in the order of their ranks."""
         return self._exchange("values", value)
 
+    def longest(self, lengths: Iterable[int]) -> int:
+        """Return the largest number of all processes'; zero where none has one."""
+        return max(self.all_of(max(lengths, default=0)))
+
     def agree(self, signature: object) -> None:
         """Check that a value is the same in all processes.
 

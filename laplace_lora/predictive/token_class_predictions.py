@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from laplace_lora.data.columns import padded
 from laplace_lora.display.results import Columns, Result, known_fields
 from laplace_lora.display.tables import SHOWN_ROWS, plain, spread
 from laplace_lora.likelihoods.language_modeling import IGNORED
@@ -130,13 +130,7 @@ class TokenClassPredictions(Result):
 
     def widened(self, width: int) -> TokenClassPredictions:
         """Return the same, filled up on the right to a number of tokens."""
-        missing = width - self.mask.shape[1]
-
-        def wide(value: Tensor) -> Tensor:
-            sides = (0, 0) * (value.ndim - 2)
-            return F.pad(value, (*sides, 0, missing), value=_fill(value, self))
-
-        return self._map(wide)
+        return self._map(lambda value: padded(value, width, _fill(value, self)))
 
     @classmethod
     def laid_out(cls, mask: Tensor, *rows: Tensor) -> TokenClassPredictions:

@@ -88,8 +88,7 @@ def _of_one_width(
     parts: list[TokenClassPredictions], team: Together
 ) -> list[TokenClassPredictions]:
     """Return the predictions of batches, filled up to the longest text of all processes."""
-    local = max((part.mask.shape[1] for part in parts), default=0)
-    width = max(team.all_of(local))
+    width = team.longest(part.mask.shape[1] for part in parts)
     return [part.widened(width) for part in parts]
 
 
