@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from laplace_lora.data.distributed import is_sharded
 from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.changes.autocast import in_full_precision
-from laplace_lora.posteriors.laplace_loops import LaplaceLoops
+from laplace_lora.posteriors.calibrated import CalibratedLaplace
 from laplace_lora.posteriors.weights_watch import WeightsWatch
 from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning.default_way import Request, by_default, by_training_data
@@ -28,8 +30,8 @@ from laplace_lora.tuning.width_check import warn_if_wide
 TUNED_ON_TRAINING_DATA = ("loo", "widest")
 
 
-class TunedLaplace(LaplaceLoops):
-    """Calls of laplace-torch whose work is done by `Tuner`."""
+class TunedLaplace(CalibratedLaplace):
+    """Calls of laplace-torch whose work is done by `Tuner`, or by its own loops where asked for."""
 
     _weights_watch: WeightsWatch
     _tuning: Tuning | None = None
@@ -208,3 +210,25 @@ class TunedLaplace(LaplaceLoops):
             )
             return False
         return True
+
+    def _laplace_marglik(self, structure: Structure, kwargs: dict[str, Any]) -> None:
+        with warnings.catch_warnings():
+            # laplace-torch speaks of links, which evidence does not involve.
+            warnings.filterwarnings("ignore", "By default `link_approx`", UserWarning)
+            super().optimize_prior_precision("glm", "marglik", prior_structure=structure, **kwargs)
+
+    def _laplace_grid(self, val_loader: Any, n_samples: int, kwargs: dict[str, Any]) -> None:
+        if is_sharded(val_loader):
+            raise ValueError(
+                "a grid search by sampled weights (pred_type='nn') takes data that every process "
+                "has whole; use pred_type='glm', whose data processes may share"
+            )
+        if self.fitted.objective.has_independent_labels:
+            raise ValueError(
+                "a grid search by sampled weights (pred_type='nn') is laplace-torch's, which knows "
+                "no independent labels; use pred_type='glm'"
+            )
+        by_example = self.fitted.by_example
+        data = val_loader if val_loader is None else list(map(by_example, val_loader))
+        options = {"val_loader": data, "n_samples": n_samples, "link_approx": "mc"}
+        super().optimize_prior_precision("nn", "gridsearch", **options, **kwargs)
