@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from laplace_lora.display.results import Columns, Result
-from laplace_lora.display.tables import data_frame, with_error
+from laplace_lora.display.tables import data_frame, in_markdown, with_error
 from laplace_lora.evaluation.conformal import LABEL_COVERAGE, SET_SIZE
 from laplace_lora.evaluation.label_metrics import average_precisions, calibration_errors
 from laplace_lora.evaluation.plots import plot_reports
@@ -176,17 +176,12 @@ def compare(reports: Sequence[CalibrationReport], metrics: Sequence[str] | None 
         for m in columns
     ]
     table = [["method", *columns]]
-    table += [[_in_markdown(r.name), *(_cell(r, reports, m) for m in columns)] for r in reports]
+    table += [[in_markdown(r.name), *(_cell(r, reports, m) for m in columns)] for r in reports]
     table.append(["*better is*", *better])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     table.insert(1, ["-" * width for width in widths])
     lines = ([f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)] for row in table)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _in_markdown(name: str) -> str:
-    """Return a name that stays in its cell: a bar would end it, a new line the row."""
-    return " ".join(name.split()).replace("|", "\\|")
 
 
 def _cell(report: CalibrationReport, reports: Sequence[CalibrationReport], metric: str) -> str:

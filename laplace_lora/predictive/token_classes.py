@@ -26,7 +26,6 @@ from laplace_lora.predictive.data_sets import prediction_link
 from laplace_lora.predictive.linear_samples import (
     AUTO,
     SAMPLED,
-    SAMPLES,
     LinearSamples,
     SampledOrExact,
     check_options,
@@ -71,8 +70,7 @@ class TokenClassPredictor:
         self._link: Link = prediction_link(posterior, link_approx, n_samples, generator)
         samples = None
         if method == SAMPLED or (method == AUTO and link_approx == QUADRATURE):
-            count = SAMPLES if n_samples is None else n_samples
-            samples = LinearSamples(posterior, count, generator)
+            samples = LinearSamples(posterior, n_samples, generator)
         self._answer = SampledOrExact(samples, method)
 
     def __call__(self, x: Mapping[str, Any]) -> TokenClassPredictions:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from laplace_lora.likelihoods.base import Readout
 from laplace_lora.likelihoods.quadrature import averaged
-from laplace_lora.predictive.linear_samples import SAMPLES, LinearSamples
+from laplace_lora.predictive.linear_samples import LinearSamples
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning.validation.calibration import Calibration
@@ -60,7 +60,7 @@ def unscaled(posterior: Posterior, generator: torch.Generator | None) -> LinearS
         generator: Their source; a fixed seed by default.
     """
     bare = replace(posterior.settings, covariance_scale=1.0, likelihood_temperature=1.0)
-    return LinearSamples(posterior.with_settings(bare), SAMPLES, generator)
+    return LinearSamples(posterior.with_settings(bare), None, generator)
 
 
 def calibrate_by_samples(
