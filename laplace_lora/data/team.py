@@ -162,7 +162,7 @@ class Together:
                 dist.broadcast(tensor, 0)
 
     @contextmanager
-    def common_draws(self, device: torch.device | str, apart: bool = False) -> Iterator[None]:
+    def common_draws(self, device: torch.device | str, apart: bool) -> Iterator[None]:
         """Let all processes draw the same random numbers in this block.
 
         Args:

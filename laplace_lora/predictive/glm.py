@@ -184,8 +184,8 @@ class Predictor:
         mean: Tensor,
         covariance: Tensor,
         n_samples: int,
-        diagonal_output: bool = False,
-        generator: torch.Generator | None = None,
+        diagonal_output: bool,
+        generator: torch.Generator | None,
     ) -> Tensor:
         """Return samples of Gaussian outputs, ``(n_samples, batch, outputs)``."""
         noise = self._noise(n_samples, mean, generator)

@@ -52,8 +52,8 @@ def section(
     facts: Mapping[str, str],
     code: str,
     version: str,
-    reports: Sequence[Report] = (),
-    picture: str | None = None,
+    reports: Sequence[Report],
+    picture: str | None,
 ) -> str:
     """Return the section, between comments by which it is found again.
 

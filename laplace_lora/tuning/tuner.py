@@ -50,7 +50,7 @@ class Tuner:
         return together(loader, device=posterior.device, runs=posterior.source)
 
     def marginal_likelihood(
-        self, structure: Structure, tune_noise: bool, correction: bool = True
+        self, structure: Structure, tune_noise: bool, correction: bool
     ) -> tuple[Settings, StructureChoice | None]:
         """Return the settings that maximise the log marginal likelihood.
 

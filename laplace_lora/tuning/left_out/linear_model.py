@@ -186,9 +186,7 @@ class LinearModel:
         return torch.linalg.cholesky(inner)
 
 
-def along_path(
-    mode_at: Callable[..., Mode], nll: float, unit: float, loss: Loss | None = None
-) -> Mode:
+def along_path(mode_at: Callable[..., Mode], nll: float, unit: float, loss: Loss | None) -> Mode:
     """Return the mode at the precision at which the training loss has a given value.
 
     Args:
