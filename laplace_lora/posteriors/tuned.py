@@ -14,7 +14,7 @@ from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.posteriors.calibrated import CalibratedLaplace
 from laplace_lora.posteriors.weights_watch import WeightsWatch
 from laplace_lora.tuning.default_way import Found, Request, by_default, by_training_data
-from laplace_lora.tuning.groups import Structure
+from laplace_lora.tuning.groups import PriorStructure
 from laplace_lora.tuning.noise_check import warn_if_noise_is_off
 from laplace_lora.tuning.options import (
     check_evidence_options,
@@ -49,7 +49,7 @@ class TunedLaplace(CalibratedLaplace):
         pred_type: str = "glm",
         method: str = "auto",
         *,
-        prior_structure: Structure = "scalar",
+        prior_structure: PriorStructure = "scalar",
         val_loader: Any = None,
         train_loader: Any = None,
         link_approx: str = QUADRATURE,
@@ -219,7 +219,7 @@ class TunedLaplace(CalibratedLaplace):
             return False
         return True
 
-    def _laplace_marglik(self, structure: Structure, kwargs: dict[str, Any]) -> None:
+    def _laplace_marglik(self, structure: PriorStructure, kwargs: dict[str, Any]) -> None:
         with warnings.catch_warnings():
             # laplace-torch speaks of links, which evidence does not involve.
             warnings.filterwarnings("ignore", "By default `link_approx`", UserWarning)

@@ -17,7 +17,7 @@ from laplace_lora.predictive.inputs import (
     batches_of_rows,
     batches_of_texts,
     in_places,
-    listed,
+    kind_of,
     padding_before,
 )
 from laplace_lora.predictive.token_class_predictions import TokenClassPredictions
@@ -52,7 +52,7 @@ def predict_tokens(
         place = (TokenClassPredictions, answer, predictor.posterior)
         return of_batches(*place, batches, progress_bar, aligned=_of_one_width)
 
-    kind, items = listed(data)
+    kind, items = kind_of(data)
     if isinstance(items, Sequence):
         _check_no_words(items)
     if kind == "batches":

@@ -28,7 +28,7 @@ from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning.validation.cache import ValidationCache, validation_rows
 from laplace_lora.tuning.validation.cached_rows import CachedRows
 from laplace_lora.tuning.validation.cached_targets import CachedTargets
-from laplace_lora.tuning.validation.calibration_search import Predictions, exponential, search
+from laplace_lora.tuning.validation.calibration_search import PointPredictions, exponential, search
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -154,7 +154,7 @@ def calibrate(
         rows = CachedTargets(cache, centre, noise, start)
     part = rows.some(SEARCHED)
     groups = torch.arange(len(part.cache.y), device=part.cache.y.device)
-    found = search(Predictions(part.losses, part.events), start, WIDTHS[: len(start)], groups)
+    found = search(PointPredictions(part.losses, part.events), start, WIDTHS[: len(start)], groups)
     best, before, after = found.best, found.before, found.after
     if part is not rows:
         before, after = (float(rows.losses(point).double().mean()) for point in (start, best))
