@@ -57,7 +57,8 @@ def __getattr__(name: str) -> Any:
     """Import the public names, which also registers the posteriors with laplace-torch."""
     if not name.startswith("__"):
         public = import_module("laplace_lora.public_names")
-        globals().update({known: getattr(public, known) for known in public.__all__})
+        names = [known for known in __all__ if known != "__version__"]
+        globals().update({known: getattr(public, known) for known in names})
         if name in globals():
             return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

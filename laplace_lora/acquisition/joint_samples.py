@@ -14,7 +14,7 @@ from laplace_lora.likelihoods.base import Readout
 from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.predictive.data_sets import is_batch, joined_in_batches
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.predictive.inputs import listed
+from laplace_lora.predictive.inputs import kind_of
 from laplace_lora.predictive.linear_samples import seeded
 from laplace_lora.structures.posterior import Posterior
 
@@ -97,7 +97,7 @@ def _batches(
     """Return batches, and the order of their examples where it is not the pool's."""
     if is_batch(pool):
         return None, [pool]
-    kind, items = listed(pool)
+    kind, items = kind_of(pool)
     if kind == "batches":
         return None, items
     return joined_in_batches(posterior, kind, items, tokenizer, batch_size)

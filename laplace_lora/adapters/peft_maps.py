@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from peft.tuners.adalora import AdaLoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -54,9 +55,7 @@ class TripletMap(LinearMap):
     def map_grad(self, x: Tensor, grad: Tensor) -> Tensor:
         """Return the gradient with respect to the map's output; summed over tokens for ``E``."""
         _, E, B = self._triplet()
-        layer = self.module
-        scale = layer.scaling[self.adapter] / (layer.ranknum[self.adapter].detach() + 1e-5)
-        grad = grad.to(B.dtype) * scale.to(B.dtype)
+        grad = grad.to(B.dtype) * triplet_scale(self.module, self.adapter).to(B.dtype)
         if self.role == "B":
             return grad
         inner = grad @ B
@@ -72,6 +71,12 @@ class TripletMap(LinearMap):
             layer.lora_E[name].detach(),
             layer.lora_B[name].detach(),
         )
+
+
+def triplet_scale(layer: AdaLoraLayer, adapter: str) -> Tensor:
+    """Return the factor of an AdaLoRA layer's update, as PEFT computes it."""
+    scale: Tensor = layer.scaling[adapter] / (layer.ranknum[adapter].detach() + 1e-5)
+    return scale
 
 
 @dataclass(frozen=True, eq=False)

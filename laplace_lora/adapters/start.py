@@ -54,9 +54,7 @@ def trained_biases(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def values_at_start(
-    model: nn.Module, head: nn.Module | None = None
-) -> list[tuple[nn.Parameter, Tensor]]:
+def values_at_start(model: nn.Module, head: nn.Module | None) -> list[tuple[nn.Parameter, Tensor]]:
     """Return tensors of the active adapter and the values with which the base model answers.
 
     Zeros for `zero_at_start`; for the magnitudes of DoRA the norms of the base's weights; for whole

@@ -10,7 +10,7 @@ from laplace_lora.adaptive.allocation import adalora_components
 def pattern_from_zeros(model: PeftModel, adapter: str) -> dict[str, list[bool]]:
     """Return which triplets are left: pruned singular values are exactly zero."""
     return {
-        f"{layer.name}.lora_E.{adapter}": (layer.parameters[-1] != 0).view(-1).tolist()
+        f"{layer.name}.lora_E.{adapter}": layer.alive.tolist()
         for layer in adalora_components(model.base_model.model, adapter)
     }
 

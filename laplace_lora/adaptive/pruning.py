@@ -10,11 +10,11 @@ import math
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.adalora import AdaLoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from laplace_lora.adapters.activation import adalora_layers, kept_triplets
+from laplace_lora.adapters.peft_maps import triplet_scale
 from laplace_lora.adapters.peft_state import check_adapters
 from laplace_lora.adaptive.allocation import adalora_components
 from laplace_lora.adaptive.criteria import Criterion, Function
@@ -125,10 +125,7 @@ def _budget(target_r: float, layers: list[Components]) -> int:
 
 def _best_alive(layers: list[Components], scores: list[Tensor], budget: int) -> list[Tensor]:
     """Return which components stay: of triplets pruned before, which use up no budget, none."""
-    alive = [
-        torch.ones_like(score, dtype=torch.bool) if layer.E is None else (layer.E != 0).view(-1)
-        for layer, score in zip(layers, scores, strict=True)
-    ]
+    alive = [layer.alive for layer in layers]
     budget = min(budget, sum(int(lives.sum()) for lives in alive))
     chosen = best(layers, [score[a] for score, a in zip(scores, alive, strict=True)], budget)
     masks = [torch.zeros_like(lives) for lives in alive]
@@ -165,7 +162,7 @@ def remove_pruned_triplets(
     pattern = dict(config.rank_pattern or {})
     ranks = {}
     for layer in adalora_components(peft_model.base_model.model, adapter):
-        keep = (layer.parameters[-1] != 0).view(-1)
+        keep = layer.alive
         name = f"{layer.name}.lora_E"
         old = kept_triplets(pattern, layer.name, adapter) or [True] * len(keep)
         pattern.pop(name, None)
@@ -213,13 +210,11 @@ def adalora_to_lora(peft_model: PeftModel) -> PeftModel:
     old = peft_model.peft_config[adapter]
     tensors: dict[str, tuple[Tensor, Tensor, float]] = {}
     for layer in adalora_components(peft_model.base_model.model, adapter):
-        E = layer.parameters[-1].detach()
-        keep = (E != 0).view(-1)
+        keep = layer.alive
         if bool(keep.any()):
-            module: AdaLoraLayer = peft_model.base_model.model.get_submodule(layer.name)
-            count = float(module.ranknum[adapter].detach())
-            scale = module.scaling[adapter] / (count + 1e-5)
-            A, B = layer.A.detach(), layer.B.detach()
+            module = peft_model.base_model.model.get_submodule(layer.name)
+            scale = float(triplet_scale(module, adapter))
+            A, B, E = (tensor.detach() for tensor in layer.parameters)
             tensors[layer.name] = ((A * E)[keep].clone(), B[:, keep].clone(), scale)
     if not tensors:
         raise ValueError("all triplets are pruned, so no adapter would be left")

@@ -36,6 +36,13 @@ class Components:
         """The layer's tensors, ``E`` last."""
         return [self.A, self.B] if self.E is None else [self.A, self.B, self.E]
 
+    @property
+    def alive(self) -> Tensor:
+        """Which components are left, ``(r,)``: singular values of pruned triplets are zero."""
+        if self.E is None:
+            return torch.ones(len(self.A), dtype=torch.bool, device=self.A.device)
+        return (self.E != 0).view(-1)
+
 
 class Marginals(Protocol):
     """A posterior with independent Gaussian marginals: `IVON`, or a fitted Laplace posterior."""

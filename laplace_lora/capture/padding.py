@@ -27,7 +27,7 @@ class Padding:
         texts: Number of texts per example.
     """
 
-    def __init__(self, batch: Batch, model: object = None) -> None:
+    def __init__(self, batch: Batch, model: object) -> None:
         self.batch = batch
         self._model = model
         self._sources = passes(batch)

@@ -41,7 +41,7 @@ class _Captured:
     elsewhere: float
 
 
-def verify_gradients(tape: Tape, blocks: Sequence[Block], by_token: bool = False) -> None:
+def verify_gradients(tape: Tape, blocks: Sequence[Block], by_token: bool) -> None:
     """Compare the captured gradient of one example's outputs with autograd's, tensor by tensor.
 
     The outputs are combined at random. Costs one backward pass through the recorded graph, which

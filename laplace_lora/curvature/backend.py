@@ -19,7 +19,7 @@ from laplace_lora.adapters.selection import is_trained
 from laplace_lora.capture.jacobians import jacobian_blocks, side_by_side
 from laplace_lora.curvature import batch_curvature
 from laplace_lora.curvature.engine import Engine
-from laplace_lora.curvature.kfac_rows import Rows
+from laplace_lora.curvature.kfac_rows import KfacRows
 from laplace_lora.curvature.kron_protocol import plain_kron
 from laplace_lora.likelihoods.base import Columns
 from laplace_lora.likelihoods.registry import likelihood_of
@@ -67,7 +67,7 @@ class LoraCurvature(CurvatureInterface):
         **kwargs: Any,
     ) -> None:
         self.spec = FactorSpec(factor_rank, low_rank_threshold, residual)
-        rows = Rows(kfac_approx)
+        rows = KfacRows(kfac_approx)
         self.objective = likelihood_of(likelihood)
         super().__init__(model, self.objective.laplace_name, *args, **kwargs)
         self.likelihood = likelihood

@@ -16,7 +16,7 @@ from laplace_lora.adapters.maps import Block, LinearMap, wide_dtype
 from laplace_lora.capture.differentiable import differentiable_jacobians
 from laplace_lora.capture.jacobians import jacobian_blocks
 from laplace_lora.capture.tape import Tape
-from laplace_lora.curvature.kfac_rows import Rows
+from laplace_lora.curvature.kfac_rows import KfacRows
 from laplace_lora.curvature.loss_gradient import LossGradient, ResidualColumns
 from laplace_lora.curvature.recording import Recording
 from laplace_lora.likelihoods.base import Columns, Likelihood
@@ -64,7 +64,7 @@ class Engine:
         model: nn.Module,
         objective: Likelihood,
         root: Root,
-        rows: Rows | None = None,
+        rows: KfacRows | None = None,
         uncovered: str = "error",
         trained: nn.Module | None = None,
         verify: bool = True,
@@ -74,7 +74,7 @@ class Engine:
         self.model = model
         self.objective = objective
         self.root = root
-        self.rows = Rows() if rows is None else rows
+        self.rows = KfacRows() if rows is None else rows
         self.n_outputs = 0
         self.draws_labels = draws_labels
         self.estimates = estimates

@@ -12,7 +12,7 @@ from torch.nn.utils import get_total_norm
 from laplace_lora.adapters.maps import Block
 from laplace_lora.capture.tape import Tape
 from laplace_lora.capture.whole_tensors import whole_gradients
-from laplace_lora.curvature.kfac_rows import Rows
+from laplace_lora.curvature.kfac_rows import KfacRows
 from laplace_lora.curvature.loss_gradient import LossGradient, ResidualColumns
 from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.linalg.factors import DiagonalFactor, map_shared
@@ -40,7 +40,7 @@ class KfacSums:
         self,
         inputs: list[Factor | None],
         grads: list[Factor],
-        rows: Rows,
+        rows: KfacRows,
         device: torch.device,
     ) -> None:
         self.inputs = inputs
@@ -55,7 +55,7 @@ class KfacSums:
         tape: Tape,
         spec: FactorSpec,
         dtype: torch.dtype,
-        rows: Rows,
+        rows: KfacRows,
         homogeneous: Sequence[bool] | None = None,
     ) -> KfacSums:
         """Return empty sums for the maps of a tape.

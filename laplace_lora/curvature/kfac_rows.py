@@ -16,7 +16,7 @@ POSITIONS = ("all", "last")
 
 
 @dataclass(frozen=True)
-class Rows:
+class KfacRows:
     """Which rows of a map's inputs and output gradients enter its covariances.
 
     Attributes:

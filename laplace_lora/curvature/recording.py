@@ -63,7 +63,7 @@ class Recording:
         trained: nn.Module,
         uncovered: str,
         verify: bool,
-        by_token: bool = False,
+        by_token: bool,
     ) -> None:
         self.model = model
         self.uncovered = uncovered

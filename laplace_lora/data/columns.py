@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from laplace_lora.data.inapplicable import InapplicableError
 
@@ -37,6 +38,18 @@ def in_order(reports: Sequence[tuple[Columns, Tensor]]) -> Columns:
     names = [n for n in reports[0][0] if all(n in columns for columns, _ in reports)]
     order = torch.cat([places for _, places in reports]).argsort()
     return {name: torch.cat([columns[name] for columns, _ in reports])[order] for name in names}
+
+
+def padded(value: Tensor, width: int, fill: float = 0) -> Tensor:
+    """Return rows filled up on the right to a width.
+
+    Args:
+        value: Shape ``(rows, columns, ...)``.
+        width: How many columns the result has.
+        fill: What stands in the new ones.
+    """
+    others = (0, 0) * (value.ndim - 2)
+    return F.pad(value, (*others, 0, width - value.shape[1]), value=fill)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

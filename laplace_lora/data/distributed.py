@@ -23,7 +23,7 @@ __all__ = [
     "OtherProcessFailed",
     "ProcessLost",
     "Together",
-    "check_same_data",
+    "check_runs_same_data",
     "is_sharded",
     "together",
 ]
@@ -115,7 +115,7 @@ def _compare(loader: object) -> None:
             streams.decide(loader, team.all_of(streams.begin(loader)))
 
 
-def check_same_data(model: nn.Module) -> None:
+def check_runs_same_data(model: nn.Module) -> None:
     """Refuse to run a sharded model on different data in each process, where it was not announced.
 
     A forward pass gathers the pieces of all processes, so all must make the same ones; how many a

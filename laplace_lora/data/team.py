@@ -130,6 +130,10 @@ class Together:
         """Return the values of all processes, in the order of their ranks."""
         return self._exchange("values", value)
 
+    def longest(self, lengths: Iterable[int]) -> int:
+        """Return the largest number of all processes'; zero where none has one."""
+        return max(self.all_of(max(lengths, default=0)))
+
     def agree(self, signature: object) -> None:
         """Check that a value is the same in all processes.
 
@@ -158,7 +162,7 @@ class Together:
                 dist.broadcast(tensor, 0)
 
     @contextmanager
-    def common_draws(self, device: torch.device | str, apart: bool = False) -> Iterator[None]:
+    def common_draws(self, device: torch.device | str, apart: bool) -> Iterator[None]:
         """Let all processes draw the same random numbers in this block.
 
         Args:

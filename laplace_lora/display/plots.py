@@ -75,7 +75,7 @@ def uncertainty_figure(
     return figure
 
 
-def interval_figure(mean: Tensor, std: Tensor, targets: Tensor | None = None) -> Figure:
+def interval_figure(mean: Tensor, std: Tensor, targets: Tensor | None) -> Figure:
     """Draw means with two standard deviations, by rising mean, a panel for each output.
 
     Args:

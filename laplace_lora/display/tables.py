@@ -49,6 +49,11 @@ def with_error(value: float, error: float) -> str:
     return f"{value:.3f}" if isnan(error) else f"{value:.3f} ± {error:.3f}"
 
 
+def in_markdown(value: object) -> str:
+    """Return a value that stays in its cell: a bar would end it, a new line the row."""
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
 def span(values: Tensor, digits: int) -> str:
     """Return the least and the greatest of some numbers, or the one that they all are.
 
@@ -106,15 +111,6 @@ def data_frame(
     except ImportError as error:
         raise ImportError("to_pandas() requires pandas: `pip install pandas`") from error
     return pandas.DataFrame(dict(columns), index=index)
-
-
-def one_row(values: Mapping[str, Any]) -> DataFrame:
-    """Return values by heading as a data frame with one row.
-
-    Raises:
-        ImportError: If pandas is missing.
-    """
-    return data_frame({name: [value] for name, value in values.items()})
 
 
 def spread(name: str, values: Tensor) -> dict[str, list[Any]]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from laplace_lora.display.tables import data_frame, html_table, with_error
-from laplace_lora.display.terminal import terminal_table
+from laplace_lora.display.results import Columns, Result
+from laplace_lora.display.tables import data_frame, in_markdown, with_error
 from laplace_lora.evaluation.conformal import LABEL_COVERAGE, SET_SIZE
 from laplace_lora.evaluation.label_metrics import average_precisions, calibration_errors
 from laplace_lora.evaluation.plots import plot_reports
@@ -20,7 +20,6 @@ from laplace_lora.likelihoods.multilabel import MISSING, pooled
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
-    from rich.console import RenderableType
 
 
 HIGHER = (
@@ -46,7 +45,7 @@ AS_ASKED = (LABEL_COVERAGE, ERROR_RATE)
 
 
 @dataclass(frozen=True)
-class CalibrationReport:
+class CalibrationReport(Result):
     """Probabilities and labels of a test set, with their scores.
 
     Attributes:
@@ -113,14 +112,6 @@ class CalibrationReport:
         cells = [f"{m} {with_error(self.values[m], self.errors[m])}" for m in shown]
         return f"{self.name}: " + ", ".join(cells)
 
-    def _repr_html_(self) -> str:
-        """Return a table of the metrics, as notebooks show it."""
-        return html_table(*self._table())
-
-    def __rich__(self) -> RenderableType:
-        """Return the same table for a terminal, as `rich.print` shows it."""
-        return terminal_table(*self._table())
-
     def to_dict(self) -> dict[str, Any]:
         """Return name, number of examples, and the metrics with their standard errors."""
         found = {
@@ -147,11 +138,11 @@ class CalibrationReport:
         """
         return data_frame(self._columns(), index=list(self.values))
 
-    def _table(self) -> tuple[dict[str, list[Any]], str]:
-        columns: dict[str, list[Any]] = {"metric": list(self.values), **self._columns()}
-        return columns, f"{self.name}, {len(self.labels)} examples"
+    def _table(self) -> tuple[Columns, str, None]:
+        columns = {"metric": list(self.values), **self._columns()}
+        return columns, f"{self.name}, {len(self.labels)} examples", None
 
-    def _columns(self) -> dict[str, list[float]]:
+    def _columns(self) -> Columns:
         errors = [self.errors[metric] for metric in self.values]
         return {"value": list(self.values.values()), "standard error": errors}
 
@@ -185,17 +176,12 @@ def compare(reports: Sequence[CalibrationReport], metrics: Sequence[str] | None 
         for m in columns
     ]
     table = [["method", *columns]]
-    table += [[_in_markdown(r.name), *(_cell(r, reports, m) for m in columns)] for r in reports]
+    table += [[in_markdown(r.name), *(_cell(r, reports, m) for m in columns)] for r in reports]
     table.append(["*better is*", *better])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     table.insert(1, ["-" * width for width in widths])
     lines = ([f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)] for row in table)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _in_markdown(name: str) -> str:
-    """Return a name that stays in its cell: a bar would end it, a new line the row."""
-    return " ".join(name.split()).replace("|", "\\|")
 
 
 def _cell(report: CalibrationReport, reports: Sequence[CalibrationReport], metric: str) -> str:

@@ -106,8 +106,8 @@ def predicted_rows(
     team: Together,
     predict: Predict,
     batches: Iterable[Batch],
-    labels: Callable[[Batch], Tensor] | None = None,
-    independent: bool | None = False,
+    labels: Callable[[Batch], Tensor] | None,
+    independent: bool | None,
 ) -> dict[str, Tensor]:
     """Return probabilities, labels and mutual information, where there are any, of all examples.
 

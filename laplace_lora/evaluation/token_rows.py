@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from laplace_lora.data.columns import padded
 from laplace_lora.data.distributed import Together
 from laplace_lora.likelihoods.language_modeling import IGNORED
 
@@ -22,8 +22,7 @@ def same_width(columns: Mapping[str, Sequence[Tensor]], team: Together) -> dict[
             ``(texts, tokens)``.
         team: The processes that share the batches.
     """
-    local = max((p.shape[1] for p in columns.get("p", ()) if p.ndim == 3), default=0)
-    width = max(team.all_of(local))
+    width = team.longest(p.shape[1] for p in columns.get("p", ()) if p.ndim == 3)
     if not width:
         return {name: list(parts) for name, parts in columns.items()}
 
@@ -33,9 +32,7 @@ def same_width(columns: Mapping[str, Sequence[Tensor]], team: Together) -> dict[
                 "predict gave class probabilities of every token, (batch, tokens, classes), so "
                 f"labels must be (batch, tokens), got {tuple(part.shape)}"
             )
-        sides = (0, 0) * (part.ndim - 2)
-        fill = IGNORED if name == "labels" else 0
-        return F.pad(part, (*sides, 0, width - part.shape[1]), value=fill)
+        return padded(part, width, IGNORED if name == "labels" else 0)
 
     return {name: [wide(name, part) for part in parts] for name, parts in columns.items()}
 

@@ -14,7 +14,7 @@ from laplace_lora.adapters.peft_state import check_adapters
 from laplace_lora.capture.gradient_flow import gradients_flow
 from laplace_lora.capture.recorder import record
 from laplace_lora.curvature.kfac import KfacSums
-from laplace_lora.curvature.kfac_rows import Rows
+from laplace_lora.curvature.kfac_rows import KfacRows
 from laplace_lora.data.batches import Batch, on_cpu
 from laplace_lora.data.distributed import Together, together
 from laplace_lora.data.masks import MASK_NAMES
@@ -137,7 +137,7 @@ def calculate_kronecker_factors(
         if sums is None:
             maps = list(tape.maps)
             homogeneous = [with_bias[linear.name] for linear in maps]
-            rows, spec = Rows(positions=positions), FactorSpec(n_kfac, lr_threshold - 1)
+            rows, spec = KfacRows(positions=positions), FactorSpec(n_kfac, lr_threshold - 1)
             sums = KfacSums.empty(tape, spec, dtype, rows, homogeneous)
         sums.update(tape, _columns(tape.output, num_samples))
         return sums, len(tape.output)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from laplace_lora.capture.places import Places
-from laplace_lora.curvature.kfac_rows import Rows
+from laplace_lora.curvature.kfac_rows import KfacRows
 from laplace_lora.data.masks import Place, token_mask
 from laplace_lora.data.sharding import unwrapped
 from laplace_lora.functional.called_with import ModelCalls
@@ -63,7 +63,7 @@ def save_input_hook(
             ``None`` treats every token as real.
         positions: ``"all"`` real tokens, or each example's ``"last"`` one.
     """
-    rows = Rows(positions=positions)
+    rows = KfacRows(positions=positions)
 
     @in_full_precision
     def hook(module: nn.Module, args: tuple[Any, ...], place: Place | None = None) -> None:
@@ -104,7 +104,7 @@ def save_output_grad_hook(
             ``None`` treats every token as real.
         positions: ``"all"`` real tokens, or each example's ``"last"`` one.
     """
-    rows = Rows(positions=positions)
+    rows = KfacRows(positions=positions)
 
     @in_full_precision
     def hook(

@@ -18,7 +18,7 @@ def selected_maps(
     model: nn.Module,
     target_module_keywords: Sequence[str],
     exclude_bias: bool,
-    match: str = "parts",
+    match: str,
 ) -> list[tuple[LinearMap, bool]]:
     """Return the linear maps that a keyword selects, and whether each includes its bias.
 

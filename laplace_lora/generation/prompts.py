@@ -19,7 +19,7 @@ TEXT = ("input_ids", "attention_mask")
 UNREAD = (*TEXT, "labels")  # need no look
 
 
-def left_padded(inputs: Any, device: torch.device, config: Any = None) -> tuple[Tensor, Tensor]:
+def left_padded(inputs: Any, device: torch.device, config: Any) -> tuple[Tensor, Tensor]:
     """Return token numbers and mask with the padding, wherever it was, on the left.
 
     Args:

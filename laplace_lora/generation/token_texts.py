@@ -43,7 +43,7 @@ def text_rows(
     by_text: Mapping[str, Sequence[Any]],
     by_token: Mapping[str, Tensor],
     mask: Tensor,
-    tokenizer: Any = None,
+    tokenizer: Any,
 ) -> list[dict[str, Any]]:
     """Return a mapping for each text, with its tokens as a list of mappings.
 

@@ -74,10 +74,27 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
                 them to the classes.
         """
         self._check_likelihood()
-        given = np.asarray(y)
         outputs = self.posterior.logits_model.n_outputs
         if outputs is not None:  # only a batch can tell that of a multiple-choice model
             self._names(outputs)
+        given = self._numbered(np.asarray(y))
+        texts = _listed(X)
+        if len(texts) != len(given):
+            raise ValueError(f"{len(texts)} texts do not fit {len(given)} labels")
+        model = self.posterior.logits_model
+        are_questions = model.target_ids is not None
+        encodings = encoded(texts, self.tokenizer, are_questions, model.answers_behind_texts)
+        rows = [
+            {**row, "labels": label} for row, label in zip(encodings, given.tolist(), strict=True)
+        ]
+        _, batches = batches_of_rows(rows, self.tokenizer, self.batch_size)
+        loader: DataLoader[Any] = DataLoader([dict(batch) for batch in batches], batch_size=None)  # type: ignore[arg-type]
+        self.posterior.fit(loader)
+        self.posterior.optimize_prior_precision(train_loader=loader)
+        return self
+
+    def _numbered(self, given: NDArray[Any]) -> NDArray[Any]:
+        """Return the places of labels in the order of the model's outputs, see `fit`."""
         self.are_numbered_ = False
         classes = self._classes()
         if classes is not None:
@@ -97,28 +114,15 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
                     "numbers of classes of which some are missing here; they are taken for "
                     "classes. Names in the place of numbers (labels=['1', ...]) tell them apart"
                 )
-            given = np.asarray([places[label] for label in given.tolist()])
-        elif given.dtype.kind not in "biuf":
+            return np.asarray([places[label] for label in given.tolist()])
+        if given.dtype.kind not in "biuf":
             raise ValueError(
                 f"y has labels such as {given.tolist()[0]!r}, and the classes have numbers; name "
                 "them with `labels`, in the order of the model's outputs"
             )
-        elif given.dtype.kind == "f" and (given == np.floor(given)).all():
-            given = given.astype(np.int64)  # as tables with whole numbers are often read
-        texts = _listed(X)
-        if len(texts) != len(given):
-            raise ValueError(f"{len(texts)} texts do not fit {len(given)} labels")
-        model = self.posterior.logits_model
-        are_questions = model.target_ids is not None
-        encodings = encoded(texts, self.tokenizer, are_questions, model.answers_behind_texts)
-        rows = [
-            {**row, "labels": label} for row, label in zip(encodings, given.tolist(), strict=True)
-        ]
-        _, batches = batches_of_rows(rows, self.tokenizer, self.batch_size)
-        loader: DataLoader[Any] = DataLoader([dict(batch) for batch in batches], batch_size=None)  # type: ignore[arg-type]
-        self.posterior.fit(loader)
-        self.posterior.optimize_prior_precision(train_loader=loader)
-        return self
+        if given.dtype.kind == "f" and (given == np.floor(given)).all():
+            return given.astype(np.int64)  # as tables with whole numbers are often read
+        return given
 
     def _may_be_numbers(self, given: NDArray[Any]) -> bool:
         """Return whether labels of the classes may be the classes' places in sorted order."""

@@ -96,7 +96,7 @@ class TokenClassification(Classification):
         return None
 
 
-def marked(x: Mapping[str, Any], labels: Tensor, label_key: str = "labels") -> dict[str, Any]:
+def marked(x: Mapping[str, Any], labels: Tensor, label_key: str) -> dict[str, Any]:
     """Return texts with labels that say which of their tokens count.
 
     Args:

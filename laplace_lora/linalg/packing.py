@@ -27,7 +27,7 @@ TABLE = "eigenvalues"  # prefix of a block's corrected eigenvalues
 
 
 def pack_kron(
-    factors: KronFactors, decomposed: KronEigen, exact: bool = True
+    factors: KronFactors, decomposed: KronEigen, exact: bool
 ) -> tuple[dict[str, Tensor], list[list[int]]]:
     """Return factors and eigenpairs as tensors, and for each block the numbers of its factors.
 

@@ -18,8 +18,6 @@ from torch import Tensor
 from laplace_lora.linalg.row_products import weighted_products
 from laplace_lora.linalg.row_storage import RowStorage, by_weight
 
-Spectrum = list[tuple[Tensor, int]]
-
 
 class RowPrecision:
     """The matrix ``P = scale · Zᵀ Z + delta · R`` and the operations of a Gaussian on it.
@@ -94,7 +92,7 @@ class RowPrecision:
             form = form + (prior - unit @ unit.mT).unsqueeze(-1) * undetermined
         yield 0, form.to(dtype)
 
-    def spectra(self) -> list[Spectrum]:
+    def spectra(self) -> list[list[tuple[Tensor, int]]]:
         """Return the whole matrix's eigenvalues for the first tensor, none for the others."""
         none = self.eigenvalues.new_zeros(1)
         spectrum = [(self.eigenvalues, 1)]

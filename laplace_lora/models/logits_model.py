@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_lora.adapters.activation import activate_adapter
-from laplace_lora.data.distributed import check_same_data
+from laplace_lora.data.distributed import check_runs_same_data
 from laplace_lora.data.pairs import is_pair, passes
 from laplace_lora.data.sharding import refuse_tensor_parallel, unwrapped
 from laplace_lora.models.answers import AnswerPlace, checked_target_ids
@@ -170,7 +170,7 @@ class LogitsModel(nn.Module):
             ValueError: If a batch of pairs meets a model with several outputs, or lacks a half, or
                 a row has no real token.
         """
-        check_same_data(self.model)
+        check_runs_same_data(self.model)
         batch = self.named(batch)
         if is_pair(batch):
             rewards = torch.cat([self(half) for half in passes(batch)], dim=-1)

@@ -16,7 +16,7 @@ from laplace_lora.structures.posterior import check_no_gradient
 from laplace_lora.structures.row_curvature import RowCurvature
 from laplace_lora.structures.rows import Rows
 from laplace_lora.structures.settings import expanded
-from laplace_lora.structures.sketched import Sketched, SketchedCurvature
+from laplace_lora.structures.sketched import Sketched
 
 ROW_DTYPES = ("bfloat16", "float32", "float64")
 
@@ -24,7 +24,7 @@ ROW_DTYPES = ("bfloat16", "float32", "float64")
 class RowLaplace(LoraLaplace):
     """laplace-torch's names of a posterior with correlations between all weights."""
 
-    def _as_H(self, curvature: RowCurvature | SketchedCurvature) -> RowStorage:
+    def _as_H(self, curvature: RowCurvature) -> RowStorage:
         return curvature.rows
 
     @property

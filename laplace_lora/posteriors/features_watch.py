@@ -12,7 +12,7 @@ from laplace_lora.adapters.frozen_values import frozen_places
 from laplace_lora.adapters.peft_state import adapter_settings
 from laplace_lora.adapters.selection import listed
 from laplace_lora.models.changes.turns import in_turn
-from laplace_lora.posteriors.weights_watch import has_moved, head_dtype, traces
+from laplace_lora.posteriors.weights_watch import changes, head_dtype, traces
 
 
 class FeaturesWatch:
@@ -54,12 +54,11 @@ class FeaturesWatch:
         looked_at = [
             p for p in self._places if not known or getattr(p.tensor, "requires_grad", True)
         ]
-        moved = [place.name for place in looked_at if has_moved(place, self._values)]
-        settings = adapter_settings(source)
-        moved += [k for k, then in self._adapter.items() if settings.get(k, then) != then]
-        if moved:
+        moved, rescaled = changes(looked_at, self._values, source, self._adapter)
+        if moved or rescaled:
+            names = [place.name for place in moved] + rescaled
             raise RuntimeError(
-                f"weights, buffers or scalings of {listed(moved)} have changed since the posterior "
+                f"weights, buffers or scalings of {listed(names)} have changed since the posterior "
                 "was fitted, so new features do not go with those of the fit. Fit again, or bring "
                 "the model back"
             )

@@ -11,7 +11,7 @@ from torch import Tensor
 from laplace_lora.adapters.tensor_parts import tensor_parts
 from laplace_lora.data.batches import batch_length, first_examples, splits_by_example
 from laplace_lora.display.plots import parts_figure
-from laplace_lora.display.tables import html_table, one_row
+from laplace_lora.display.results import Columns, Result
 from laplace_lora.display.terminal import terminal_table
 from laplace_lora.generation.scoring import scoring_bytes
 from laplace_lora.likelihoods.language_modeling import IGNORED
@@ -22,12 +22,11 @@ from laplace_lora.structures.sizes import GIB, MIB
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from pandas import DataFrame
     from rich.console import RenderableType
 
 
 @dataclass(frozen=True)
-class MemoryEstimate:
+class MemoryEstimate(Result):
     """Bytes beyond the model itself.
 
     Attributes:
@@ -66,13 +65,9 @@ class MemoryEstimate:
         """Whether fit and prediction are expected to fit in memory."""
         return max(self.fit, self.predict) <= self.available
 
-    def _repr_html_(self) -> str:
-        """Return the figures as a table, as notebooks show it."""
-        return html_table(self._columns(), str(self))
-
     def __rich__(self) -> RenderableType:
-        """Return the same table for a terminal, as `rich.print` shows it."""
-        return terminal_table(self._columns(), "Memory beyond the model")
+        """Return the same table for a terminal, under a title that fits in a line."""
+        return terminal_table(self._table()[0], "Memory beyond the model")
 
     def plot(self) -> Figure:
         """Draw what fit and prediction take of the free memory.
@@ -96,22 +91,15 @@ class MemoryEstimate:
         """Return bytes by name, the peaks of fit and prediction, and whether they fit."""
         return {**asdict(self), "fit": self.fit, "predict": self.predict, "fits": self.fits}
 
-    def to_pandas(self) -> DataFrame:
-        """Return a data frame with one row.
-
-        Raises:
-            ImportError: If pandas is missing.
-        """
-        return one_row(self.to_dict())
-
     def _unit(self) -> tuple[str, int]:
         """Return a unit in which the peaks have digits before the point, and its bytes."""
         return ("GiB", GIB) if max(self.fit, self.predict) >= GIB else ("MiB", MIB)
 
-    def _columns(self) -> dict[str, list[Any]]:
+    def _table(self) -> tuple[Columns, str, None]:
         unit, size = self._unit()
         names = ("activations", "curvature", "jacobian", "fit", "predict", "available")
-        return {"for": list(names), unit: [getattr(self, name) / size for name in names]}
+        figures = [getattr(self, name) / size for name in names]
+        return {"for": names, unit: figures}, str(self), None
 
     def __str__(self) -> str:
         """Return the figures in GiB, and what to do if they are too large."""

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
 from typing import Any
 
 import torch
 
+from laplace_lora.data.distributed import is_sharded
 from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.changes.autocast import in_full_precision
-from laplace_lora.posteriors.laplace_loops import LaplaceLoops
+from laplace_lora.posteriors.calibrated import CalibratedLaplace
 from laplace_lora.posteriors.weights_watch import WeightsWatch
-from laplace_lora.structures.settings import Settings
-from laplace_lora.tuning.default_way import Request, by_default, by_training_data
-from laplace_lora.tuning.groups import Structure
+from laplace_lora.tuning.default_way import Found, Request, by_default, by_training_data
+from laplace_lora.tuning.groups import PriorStructure
 from laplace_lora.tuning.noise_check import warn_if_noise_is_off
 from laplace_lora.tuning.options import (
     check_evidence_options,
     check_no_validation,
     check_options,
 )
-from laplace_lora.tuning.outcome import Report, Tuning
+from laplace_lora.tuning.outcome import Tuning
 from laplace_lora.tuning.tuner import Tuner
 from laplace_lora.tuning.width_check import warn_if_wide
 
 TUNED_ON_TRAINING_DATA = ("loo", "widest")
 
 
-class TunedLaplace(LaplaceLoops):
-    """Calls of laplace-torch whose work is done by `Tuner`."""
+class TunedLaplace(CalibratedLaplace):
+    """Calls of laplace-torch whose work is done by `Tuner`, or by its own loops where asked for."""
 
     _weights_watch: WeightsWatch
     _tuning: Tuning | None = None
@@ -49,7 +49,7 @@ class TunedLaplace(LaplaceLoops):
         pred_type: str = "glm",
         method: str = "auto",
         *,
-        prior_structure: Structure = "scalar",
+        prior_structure: PriorStructure = "scalar",
         val_loader: Any = None,
         train_loader: Any = None,
         link_approx: str = QUADRATURE,
@@ -133,54 +133,34 @@ class TunedLaplace(LaplaceLoops):
         if tune_sigma_noise and not self.fitted.objective.has_noise:
             raise ValueError("only a regression has observation noise to tune")
         check_no_validation(method, val_loader)
+        given = train_loader is not None
+        request = Request(
+            prior_structure,
+            train_loader if given else self._train_loader,
+            given,
+            progress_bar,
+            recentre,
+            tune_sigma_noise,
+        )
+        validation = (val_loader, link_approx, n_samples, progress_bar)
         before, tuning_before = self.state, self._tuning
-        uncalibrated = before.with_settings(before.settings.untuned())
-        data = (val_loader, link_approx, n_samples, progress_bar)
         try:
-            self.state = uncalibrated
-            tuner = Tuner(self.fitted)
-            settings: Settings | None = None
-            reports: Sequence[Report] = ()
-            reason = ""
-            data_of_fit = self._train_loader if train_loader is None else train_loader
-            request = Request(
-                prior_structure,
-                data_of_fit,
-                train_loader is not None,
-                progress_bar,
-                recentre,
-                tune_sigma_noise,
-            )
+            self.state = before.with_settings(before.settings.untuned())
+            reason, found = "", None
             if method == "auto":
                 others = bool(kwargs) or correction is not None
-                method, reason, found = by_default(tuner, request, others)
-                settings, reports = found or (None, ())
+                method, reason, found = by_default(Tuner(self.fitted), request, others)
                 if self.fitted.objective.predicts_tokens:  # nor does it help these
                     correction = correction or False
-            elif method in TUNED_ON_TRAINING_DATA:
-                settings, reports = by_training_data(tuner, method, request)
-            if method == "marglik":
-                if by_laplace_torch:
-                    self._laplace_marglik(prior_structure, kwargs)
-                else:
-                    corrected = self._measures_term(correction, data_of_fit, progress_bar)
-                    settings, choice = Tuner(self.fitted).marginal_likelihood(
-                        prior_structure, tune_sigma_noise, corrected
-                    )
-                    reports = () if choice is None else (choice,)
-            elif method == "gridsearch" and pred_type == "nn":
-                self.fitted.engine.check_outputs_few()
-                self._laplace_grid(val_loader, n_samples, kwargs)
-            elif method == "gridsearch":
-                settings = tuner.grid_search(prior_structure, *data, **kwargs)
-            elif method == "val_gd":
-                settings = tuner.descent(prior_structure, *data, **kwargs)
-            if settings is not None:
-                self.state = self.state.with_settings(settings)
+            if found is None:
+                own = (pred_type == "nn", by_laplace_torch, kwargs)
+                found = self._found(method, request, correction, validation, *own)
+            settings, reports = found
+            self.state = self.state.with_settings(settings)
             precision = self.prior_precision.detach().clone()
             self._tuning = Tuning.of(method, precision, reason, *reports)
-            if method == "marglik" and data_of_fit is not None:
-                warn_if_wide(self.fitted, data_of_fit)
+            if method == "marglik" and request.loader is not None:
+                warn_if_wide(self.fitted, request.loader)
             if not (tune_sigma_noise and method == "loo"):  # which knows of no better one
                 warn_if_noise_is_off(self.fitted)
         except BaseException:
@@ -189,6 +169,36 @@ class TunedLaplace(LaplaceLoops):
             raise
         if verbose:
             print(self.tuning)
+
+    def _found(
+        self,
+        method: str,
+        request: Request,
+        correction: bool | None,
+        validation: tuple[Any, str, int, bool | None],
+        samples_weights: bool,
+        by_laplace_torch: bool,
+        kwargs: dict[str, Any],
+    ) -> Found:
+        """Return the settings and reports of a method, from the untuned posterior."""
+        tuner, structure = Tuner(self.fitted), request.structure
+        if method in TUNED_ON_TRAINING_DATA:
+            return by_training_data(tuner, method, request)
+        if method == "val_gd":
+            return tuner.descent(structure, *validation, **kwargs), ()
+        if method == "gridsearch" and not samples_weights:
+            return tuner.grid_search(structure, *validation, **kwargs), ()
+        if method == "gridsearch":
+            self._laplace_grid(validation[0], validation[2], kwargs)
+            return self.state.settings, ()
+        if by_laplace_torch:
+            self._laplace_marglik(structure, kwargs)
+            return self.state.settings, ()
+        corrected = self._measures_term(correction, request.loader, request.progress_bar)
+        settings, choice = Tuner(self.fitted).marginal_likelihood(
+            structure, request.tune_noise, corrected
+        )
+        return settings, () if choice is None else (choice,)
 
     def _measures_term(
         self, correction: bool | None, train_loader: Any, progress_bar: bool | None
@@ -208,3 +218,26 @@ class TunedLaplace(LaplaceLoops):
             )
             return False
         return True
+
+    def _laplace_marglik(self, structure: PriorStructure, kwargs: dict[str, Any]) -> None:
+        with warnings.catch_warnings():
+            # laplace-torch speaks of links, which evidence does not involve.
+            warnings.filterwarnings("ignore", "By default `link_approx`", UserWarning)
+            super().optimize_prior_precision("glm", "marglik", prior_structure=structure, **kwargs)
+
+    def _laplace_grid(self, val_loader: Any, n_samples: int, kwargs: dict[str, Any]) -> None:
+        self.fitted.engine.check_outputs_few()
+        if is_sharded(val_loader):
+            raise ValueError(
+                "a grid search by sampled weights (pred_type='nn') takes data that every process "
+                "has whole; use pred_type='glm', whose data processes may share"
+            )
+        if self.fitted.objective.has_independent_labels:
+            raise ValueError(
+                "a grid search by sampled weights (pred_type='nn') is laplace-torch's, which knows "
+                "no independent labels; use pred_type='glm'"
+            )
+        by_example = self.fitted.by_example
+        data = val_loader if val_loader is None else list(map(by_example, val_loader))
+        options = {"val_loader": data, "n_samples": n_samples, "link_approx": "mc"}
+        super().optimize_prior_precision("nn", "gridsearch", **options, **kwargs)

@@ -7,7 +7,7 @@ tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,6 +103,19 @@ class WeightsWatch:
         beside = self._values_beside(posterior.mean.device)
         if seen == self._seen and are_held(pairs) and torch.equal(beside, self._beside_values):
             return
+        self._check_covered(posterior, pairs)
+        state = posterior.state
+        moved, rescaled = changes(places, state.frozen, posterior.source, state.adapter)
+        if (moved or rescaled) and posterior.last_layer is None:
+            # An adapter that is merged, gone or idle is named first.
+            check_runs(posterior.source, posterior.engine.parameters)
+        _refuse(moved, rescaled)
+        self._seen, self._beside_values = seen, beside
+
+    def _check_covered(
+        self, posterior: Posterior, pairs: Sequence[tuple[str, Tensor, Tensor]]
+    ) -> None:
+        """Refuse covered weights that are not those of the fit; point out rounded ones."""
         now, fitted = _dtype(posterior), posterior.mean.dtype
         if now != fitted:
             raise RuntimeError(
@@ -124,34 +137,6 @@ class WeightsWatch:
                 f"coarser dtype since: they differ by {apart:.1e} of their norm. Bring the weights "
                 "of the fit back, or fit again, for a posterior of exactly these weights"
             )
-        moved = [place for place in places if has_moved(place, posterior.state.frozen)]
-        fitted_with, settings = posterior.state.adapter, adapter_settings(posterior.source)
-        other = [name for name, then in fitted_with.items() if settings.get(name, then) != then]
-        if (moved or other) and posterior.last_layer is None:
-            # An adapter that is merged, gone or idle is named first.
-            check_runs(posterior.source, posterior.engine.parameters)
-        buffers = [place.name for place in moved if place.is_buffer]
-        if buffers:
-            raise RuntimeError(
-                f"the buffers {listed(buffers)} have changed since the posterior was fitted (a "
-                "forward pass in training mode moves running statistics, even over frozen "
-                "weights), so its curvature belongs to another function. Fit again, or load the "
-                "buffers of the fit, and keep the model in evaluation mode"
-            )
-        if moved:
-            raise RuntimeError(
-                f"the weights {listed([place.name for place in moved])}, which the posterior does "
-                "not cover, have changed since it was fitted (trained on, loaded over or "
-                "replaced), so its curvature belongs to another function. Fit again, or load the "
-                "weights of the fit"
-            )
-        if other:
-            raise RuntimeError(
-                f"the adapter's scaling of {listed(other)} has changed since the posterior was "
-                "fitted (by `scaling`, `set_scale` or `scale_layer`), so its curvature belongs to "
-                "another function. Fit again, or bring the scaling back"
-            )
-        self._seen, self._beside_values = seen, beside
 
     def _values_beside(self, device: torch.device) -> Tensor:
         """Return the adapter's weights that the posterior does not cover, ``(weights,)``."""
@@ -171,6 +156,31 @@ class WeightsWatch:
             self._layers = tuner_layers(model)
             trained = adapter_parameters(model)
             self._beside = [place for place in self._places if id(place.tensor) in trained]
+
+
+def _refuse(moved: Sequence[TensorPlace], rescaled: list[str]) -> None:
+    """Refuse what `changes` found, if anything."""
+    buffers = [place.name for place in moved if place.is_buffer]
+    if buffers:
+        raise RuntimeError(
+            f"the buffers {listed(buffers)} have changed since the posterior was fitted (a "
+            "forward pass in training mode moves running statistics, even over frozen "
+            "weights), so its curvature belongs to another function. Fit again, or load the "
+            "buffers of the fit, and keep the model in evaluation mode"
+        )
+    if moved:
+        raise RuntimeError(
+            f"the weights {listed([place.name for place in moved])}, which the posterior does "
+            "not cover, have changed since it was fitted (trained on, loaded over or "
+            "replaced), so its curvature belongs to another function. Fit again, or load the "
+            "weights of the fit"
+        )
+    if rescaled:
+        raise RuntimeError(
+            f"the adapter's scaling of {listed(rescaled)} has changed since the posterior was "
+            "fitted (by `scaling`, `set_scale` or `scale_layer`), so its curvature belongs to "
+            "another function. Fit again, or bring the scaling back"
+        )
 
 
 def _dtype(posterior: Posterior) -> torch.dtype:
@@ -196,7 +206,7 @@ def traces(tensors: Iterable[Tensor]) -> list[Any]:
     return [(id(t), t.data_ptr(), t.dtype, -1 if t.is_inference() else t._version) for t in tensors]
 
 
-def has_moved(place: TensorPlace, fitted: Mapping[str, Tensor]) -> bool:
+def _has_moved(place: TensorPlace, fitted: Mapping[str, Tensor]) -> bool:
     """Return whether a tensor has other values than at the fit, as far as these are known."""
     then, now = fitted.get(place.name), place.samples()
     if then is None or not len(then) or not len(now):
@@ -204,3 +214,22 @@ def has_moved(place: TensorPlace, fitted: Mapping[str, Tensor]) -> bool:
     # A base model may come back in another dtype; merging and unmerging an adapter rounds, too.
     rounding = max(ROUNDING, *(torch.finfo(t.dtype).eps for t in (now, then)))
     return then.shape != now.shape or not are_equal(now, then, rounding)
+
+
+def changes(
+    places: Iterable[TensorPlace],
+    frozen: Mapping[str, Tensor],
+    source: nn.Module,
+    adapter: Mapping[str, Any],
+) -> tuple[list[TensorPlace], list[str]]:
+    """Return the tensors, and the layers by name whose scaling, are others than at a fit.
+
+    Args:
+        places: Tensors to look at.
+        frozen: Samples of their values at the fit, by name.
+        source: The model.
+        adapter: The layers' scalings at the fit, see `adapter_settings`.
+    """
+    settings = adapter_settings(source)
+    rescaled = [name for name, then in adapter.items() if settings.get(name, then) != then]
+    return [place for place in places if _has_moved(place, frozen)], rescaled

@@ -20,7 +20,7 @@ from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.quadrature import ENTROPY_POINTS, averaged, normal_points
 from laplace_lora.likelihoods.roots import anchored_matrix
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.predictive.inputs import batches_of_rows, batches_of_texts, listed
+from laplace_lora.predictive.inputs import batches_of_rows, batches_of_texts, kind_of
 from laplace_lora.predictive.linear_samples import (
     AUTO,
     SAMPLES,
@@ -62,7 +62,7 @@ def predict(
     answer = _Answer(predictor, links, SampledOrExact(samples, method))
     if is_batch(data):
         return answer(data)
-    kind, items = listed(data)
+    kind, items = kind_of(data)
     # Whole tensors take a pass for each example, of which batches have unequally many.
     in_step = posterior.engine.recording.uncovered == "error"
     place = (Predictions, answer, posterior)
@@ -79,7 +79,7 @@ def joined_in_batches(
 
     Args:
         posterior: A fitted posterior.
-        kind: ``"texts"`` or ``"rows"``, as of `listed`.
+        kind: ``"texts"`` or ``"rows"``, as of `kind_of`.
         items: These.
         tokenizer: The model's.
         batch_size: How many are in a batch.

@@ -102,7 +102,7 @@ class Predictor:
             Mean ``(batch, columns)``, and ``(batch, columns, columns)``; if joint ``(1, batch ·
             columns, batch · columns)``.
         """
-        posterior, settings = self.posterior, self.posterior.settings
+        posterior = self.posterior
         if posterior.differentiable:
             mean, covariance = self._differentiable_moments(x, readout, joint)
         else:
@@ -110,8 +110,7 @@ class Predictor:
                 mean, jacobians = self._linearised(x, readout)
                 rows = (J.flatten(0, 1)[None] if joint else J for J in jacobians)
                 covariance = posterior.precision.covariance(rows)
-        temperature = settings.likelihood_temperature
-        return mean / temperature, covariance * (settings.covariance_scale / temperature**2)
+        return posterior.settings.calibrated(mean, covariance)
 
     def reward_difference(self, pairs: Any) -> tuple[Tensor, Tensor]:
         """Return mean and variance of the rewards' difference, see `LoraLaplace`."""
@@ -185,8 +184,8 @@ class Predictor:
         mean: Tensor,
         covariance: Tensor,
         n_samples: int,
-        diagonal_output: bool = False,
-        generator: torch.Generator | None = None,
+        diagonal_output: bool,
+        generator: torch.Generator | None,
     ) -> Tensor:
         """Return samples of Gaussian outputs, ``(n_samples, batch, outputs)``."""
         noise = self._noise(n_samples, mean, generator)

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from laplace_lora.models.inputs.batch_checks import check_adapter
-from laplace_lora.predictive.texts import check_pads, encoded, is_pair
+from laplace_lora.predictive.texts import check_pads, encoded, is_text_pair
 
 # Dimensions of one example's tensor.
 ROW_DIMS = {"input_ids": 1, "pixel_values": 3, "input_features": 2, "input_values": 1}
 
 
-def listed(data: Any) -> tuple[str, Any]:
+def kind_of(data: Any) -> tuple[str, Any]:
     """Return what data are, and the data as a list or as an iterable of batches.
 
     A bare string is one text. An iterator is read to its end where it yields texts or rows.
@@ -53,7 +53,7 @@ def listed(data: Any) -> tuple[str, Any]:
     start = list(islice(items, 1))
     kind = _kind(start[0]) if start else "batches"
     if start and not isinstance(start[0], Mapping | Tensor | list | tuple | str):
-        if whole is not None and any(isinstance(item, str) or is_pair(item) for item in whole):
+        if whole is not None and any(isinstance(item, str) or is_text_pair(item) for item in whole):
             return "texts", whole  # of which the first is missing
         raise TypeError(
             "predict takes texts, rows with 'input_ids' or batches of tensors, got "
@@ -167,7 +167,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _kind(item: Any) -> str:
-    if isinstance(item, str) or is_pair(item):
+    if isinstance(item, str) or is_text_pair(item):
         return "texts"
     if isinstance(item, Mapping):
         for name, dims in ROW_DIMS.items():

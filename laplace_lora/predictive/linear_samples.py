@@ -37,7 +37,7 @@ class LinearSamples:
 
     Args:
         posterior: A fitted posterior.
-        n_samples: Samples of the weights, in antithetic pairs.
+        n_samples: Samples of the weights, in antithetic pairs; 64 by default.
         generator: Their source, on the posterior's device; a fixed seed by default.
 
     Raises:
@@ -45,12 +45,13 @@ class LinearSamples:
     """
 
     def __init__(
-        self, posterior: Posterior, n_samples: int, generator: torch.Generator | None
+        self, posterior: Posterior, n_samples: int | None, generator: torch.Generator | None
     ) -> None:
         if posterior.differentiable:
             raise ValueError("samples cannot be differentiated; use method='exact'")
         self._posterior = posterior
-        self._samples = SampleSet(posterior, n_samples, seeded(posterior, generator))
+        count = SAMPLES if n_samples is None else n_samples
+        self._samples = SampleSet(posterior, count, seeded(posterior, generator))
 
     @torch.no_grad()
     def tangents(self, x: Any, readout: Readout) -> tuple[Tensor, Tensor]:

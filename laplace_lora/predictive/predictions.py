@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from laplace_lora.display.plots import interval_figure, uncertainty_figure
-from laplace_lora.display.tables import SHOWN_ROWS, data_frame, html_table, plain, spread
-from laplace_lora.display.terminal import terminal_table
+from laplace_lora.display.results import Columns, Result, known_fields
+from laplace_lora.display.tables import SHOWN_ROWS, plain, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from pandas import DataFrame
-    from rich.console import RenderableType
-
 
 FEW_CLASSES = 2  # whose probabilities are all shown
 
 
 @dataclass(frozen=True, repr=False)
-class Predictions:
+class Predictions(Result):
     """The posterior predictive of some examples.
 
     Attributes:
@@ -61,8 +58,7 @@ class Predictions:
 
     def __getitem__(self, index: Any) -> Predictions:
         """Return the predictions of some examples: a slice, a mask or indices."""
-        whole: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Predictions(**{k: v[index] for k, v in whole.items() if v is not None})
+        return Predictions(**{k: v[index] for k, v in known_fields(self).items()})
 
     @property
     def has_independent_labels(self) -> bool:
@@ -90,27 +86,11 @@ class Predictions:
             f"{self.mutual_information.mean():.4g} epistemic"
         )
 
-    def _repr_html_(self) -> str:
-        """Return a small table of the first examples, as notebooks show it."""
-        return html_table(self._shown(), repr(self), SHOWN_ROWS)
-
-    def __rich__(self) -> RenderableType:
-        """Return the same table for a terminal, as `rich.print` shows it."""
-        return terminal_table(self._shown(), repr(self), SHOWN_ROWS)
-
     def to_dict(self) -> dict[str, Any]:
         """Return everything as lists by name, one entry per example; what is ``None`` is absent."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = known_fields(self)
         values |= {name: getattr(self, name) for name in ("std", "aleatoric", "prediction")}
         return {name: plain(value) for name, value in values.items() if value is not None}
-
-    def to_pandas(self) -> DataFrame:
-        """Return a data frame with one row per example; covariances are left out.
-
-        Raises:
-            ImportError: If pandas is missing.
-        """
-        return data_frame(self._columns())
 
     def plot(self) -> Figure:
         """Draw the uncertainties of all examples: of classifiers both parts, else intervals.
@@ -130,6 +110,9 @@ class Predictions:
         elif self.labels is not None and self.prediction is not None:
             is_wrong = self.prediction != self.labels
         return uncertainty_figure(total, epistemic, is_wrong)
+
+    def _table(self) -> tuple[Columns, str, int]:
+        return self._shown(), repr(self), SHOWN_ROWS
 
     def _shown(self) -> dict[str, list[Any]]:
         """Return the columns that a person looks at, few enough for a line."""

@@ -13,16 +13,16 @@ from laplace_lora.structures.posterior import Posterior
 class SampleSet:
     """Samples ``θ_s − θ*`` of a posterior's weights, calibrated width included.
 
-    Antithetic samples come in pairs ``±δ``: their mean is the MAP itself, and as the linearised
-    model is linear in ``δ``, one direction serves both (Hammersley & Morton 1956, *A new Monte
-    Carlo technique: antithetic variates*). The mean of a recentred posterior is elsewhere, see
-    `tuning.recentring`: how far is one more direction, the first.
+    They come in antithetic pairs ``±δ``; of an odd number the last has no partner. The mean of a
+    pair is the MAP itself, and as the linearised model is linear in ``δ``, one direction serves
+    both (Hammersley & Morton 1956, *A new Monte Carlo technique: antithetic variates*). The mean of
+    a recentred posterior is elsewhere, see `tuning.recentring`: how far is one more direction, the
+    first.
 
     Args:
         posterior: A fitted posterior.
         n_samples: How many samples.
         generator: Their source, on the posterior's device.
-        antithetic: Whether they come in pairs; of an odd number the last has no partner.
 
     Attributes:
         directions: What the network carries along, ``(directions, parameters)``.
@@ -32,18 +32,12 @@ class SampleSet:
     """
 
     def __init__(
-        self,
-        posterior: Posterior,
-        n_samples: int,
-        generator: torch.Generator | None,
-        antithetic: bool = True,
+        self, posterior: Posterior, n_samples: int, generator: torch.Generator | None
     ) -> None:
         if n_samples < 1:
             raise ValueError(f"n_samples must be positive, got {n_samples}")
         self.n_samples = n_samples
-        self.antithetic = antithetic
-        count = (n_samples + 1) // 2 if antithetic else n_samples
-        self.directions = posterior.deviations(count, generator)
+        self.directions = posterior.deviations((n_samples + 1) // 2, generator)
         shift = posterior.settings.shift
         self._is_moved = shift is not None
         if shift is not None:
@@ -83,5 +77,5 @@ class SampleSet:
 
     def _signed(self, tangents: Tensor) -> list[tuple[Tensor, int]]:
         """Return the tangent and the sign of each sample."""
-        partners = tangents[: self.n_samples - len(tangents)] if self.antithetic else tangents[:0]
+        partners = tangents[: self.n_samples - len(tangents)]
         return [*((tangent, 1) for tangent in tangents), *((tangent, -1) for tangent in partners)]

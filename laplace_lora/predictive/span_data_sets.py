@@ -16,7 +16,7 @@ from laplace_lora.predictive.data_sets import is_batch, of_batches
 from laplace_lora.predictive.inputs import (
     batches_of_rows,
     in_places,
-    listed,
+    kind_of,
     padding_before,
 )
 from laplace_lora.predictive.span_predictions import SpanPredictions
@@ -45,7 +45,7 @@ def predict_spans(
     if is_batch(data):
         return answer(data)
     place = (SpanPredictions, answer, predictor.posterior)
-    kind, items = listed(data)
+    kind, items = kind_of(data)
     if kind == "batches":
         return of_batches(*place, items, progress_bar)
     rows = _questions(items, tokenizer) if kind == "texts" else items

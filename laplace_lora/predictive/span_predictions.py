@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from laplace_lora.display.tables import SHOWN_ROWS, data_frame, html_table, plain
-from laplace_lora.display.terminal import terminal_table
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
-    from rich.console import RenderableType
+from laplace_lora.display.results import Columns, Result, known_fields
+from laplace_lora.display.tables import SHOWN_ROWS, plain
 
 SHOWN = ("true_start", "true_end", "start", "end", "prob", "no_answer", "mutual_information")
 
 
 @dataclass(frozen=True, repr=False)
-class SpanPredictions:
+class SpanPredictions(Result):
     """The posterior predictive of spans: pairs of a first and a last token.
 
     Places count the tokens of a row or text as it was given; of a batch, its padding as well.
@@ -62,7 +58,7 @@ class SpanPredictions:
     @property
     def by_map(self) -> SpanPredictions:
         """What the model says at the posterior's mean, without any doubt about its weights."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = known_fields(self)
         own = {n.removeprefix("map_"): v for n, v in values.items() if n.startswith("map_")}
         return replace(self, **own, mutual_information=torch.zeros_like(self.entropy))
 
@@ -93,8 +89,7 @@ class SpanPredictions:
 
     def __getitem__(self, index: Any) -> SpanPredictions:
         """Return the predictions of some questions: a slice, a mask or indices."""
-        whole: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return SpanPredictions(**{k: v[index] for k, v in whole.items() if v is not None})
+        return SpanPredictions(**{k: v[index] for k, v in known_fields(self).items()})
 
     def moved(self, steps: Tensor) -> SpanPredictions:
         """Return the same with the places of each question moved, by ``(questions,)`` tokens."""
@@ -116,35 +111,18 @@ class SpanPredictions:
             "epistemic"
         )
 
-    def _repr_html_(self) -> str:
-        """Return a small table of the first questions, as notebooks show it."""
-        return html_table(self._shown(), repr(self), SHOWN_ROWS)
-
-    def __rich__(self) -> RenderableType:
-        """Return the same table for a terminal, as `rich.print` shows it."""
-        return terminal_table(self._shown(), repr(self), SHOWN_ROWS)
-
     def to_dict(self) -> dict[str, Any]:
         """Return everything as lists by name, one entry per question."""
         return self._columns()
 
-    def to_pandas(self) -> DataFrame:
-        """Return a data frame with one row per question.
-
-        Raises:
-            ImportError: If pandas is missing.
-        """
-        return data_frame(self._columns())
-
-    def _shown(self) -> dict[str, list[Any]]:
-        """Return the columns that a person looks at, few enough for a line."""
+    def _table(self) -> tuple[Columns, str, int]:
         columns = self._columns()
-        names = [name for name in SHOWN if name in columns]
-        return {"question": list(range(len(self))), **{name: columns[name] for name in names}}
+        shown = {name: columns[name] for name in SHOWN if name in columns}
+        return {"question": list(range(len(self))), **shown}, repr(self), SHOWN_ROWS
 
     def _columns(self) -> dict[str, list[Any]]:
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "labels"}
+        values = {name: value for name, value in known_fields(self).items() if name != "labels"}
         if self.labels is not None:
             values |= {"true_start": self.labels[:, 0], "true_end": self.labels[:, 1]}
         values["has_answer"] = self.has_answer
-        return {name: plain(value) for name, value in values.items() if value is not None}
+        return {name: plain(value) for name, value in values.items()}

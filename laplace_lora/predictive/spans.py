@@ -20,12 +20,7 @@ from laplace_lora.likelihoods.quadrature import averaged
 from laplace_lora.likelihoods.question_answering import CONTEXT, text_tokens
 from laplace_lora.models.changes.autocast import as_called
 from laplace_lora.models.changes.modes import evaluation_mode
-from laplace_lora.predictive.linear_samples import (
-    AUTO,
-    SAMPLED,
-    SAMPLES,
-    LinearSamples,
-)
+from laplace_lora.predictive.linear_samples import AUTO, SAMPLED, LinearSamples
 from laplace_lora.predictive.query import NETWORKS, Query
 from laplace_lora.predictive.span_predictions import SpanPredictions
 from laplace_lora.predictive.weight_sampling import sampled_outputs
@@ -53,8 +48,7 @@ class SpanPredictor:
         generator: torch.Generator | None = None,
     ) -> None:
         self.posterior = posterior
-        count = SAMPLES if n_samples is None else n_samples
-        self._samples = LinearSamples(posterior, count, generator)
+        self._samples = LinearSamples(posterior, n_samples, generator)
 
     def log_probabilities(self, x: Mapping[str, Any]) -> Tensor:
         """Return log probabilities of start and end under each sample.

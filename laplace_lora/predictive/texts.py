@@ -78,7 +78,7 @@ def check_pads(tokenizer: Any) -> None:
         )
 
 
-def is_pair(item: Any) -> bool:
+def is_text_pair(item: Any) -> bool:
     """Return whether an item is a text and its second one, of which one may be missing.
 
     Args:
@@ -100,7 +100,9 @@ def _check_texts(texts: Sequence[Any]) -> None:
 
 
 def _is_text(item: Any) -> bool:
-    return isinstance(item, str) or (is_pair(item) and all(isinstance(part, str) for part in item))
+    return isinstance(item, str) or (
+        is_text_pair(item) and all(isinstance(part, str) for part in item)
+    )
 
 
 def _row(text: Any, tokenizer: Any, **options: Any) -> Mapping[str, Any]:

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from laplace_lora.display.tables import SHOWN_ROWS, data_frame, html_table, plain, spread
-from laplace_lora.display.terminal import terminal_table
+from laplace_lora.data.columns import padded
+from laplace_lora.display.results import Columns, Result, known_fields
+from laplace_lora.display.tables import SHOWN_ROWS, plain, spread
 from laplace_lora.likelihoods.language_modeling import IGNORED
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
-    from rich.console import RenderableType
 
 
 @dataclass(frozen=True, repr=False)
-class TokenClassPredictions:
+class TokenClassPredictions(Result):
     """The posterior predictive of tokens' classes, laid out as the tokens are in their batch.
 
     Zeros, and ``mask`` false, where there is padding. Batches of different lengths are filled up on
@@ -98,14 +94,6 @@ class TokenClassPredictions:
             f"{information:.4g} epistemic"
         )
 
-    def _repr_html_(self) -> str:
-        """Return a small table of the first tokens, as notebooks show it."""
-        return html_table(self._shown(), repr(self), SHOWN_ROWS)
-
-    def __rich__(self) -> RenderableType:
-        """Return the same table for a terminal, as `rich.print` shows it."""
-        return terminal_table(self._shown(), repr(self), SHOWN_ROWS)
-
     def to_dict(self) -> dict[str, Any]:
         """Return ``{"texts": [...]}``: each text's tokens one by one, without padding."""
         columns = self._columns()
@@ -114,24 +102,16 @@ class TokenClassPredictions:
             texts[text].append(dict(zip(list(columns)[1:], row, strict=True)))
         return {"texts": texts}
 
-    def to_pandas(self) -> DataFrame:
-        """Return a data frame with one row per token, and its text and place.
-
-        Raises:
-            ImportError: If pandas is missing.
-        """
-        return data_frame(self._columns())
-
-    def _shown(self) -> dict[str, list[Any]]:
-        """Return the columns that a person looks at, few enough for a line."""
+    def _table(self) -> tuple[Columns, str, int]:
         columns = self._columns()
         columns["prob_0"] = plain(self.probs[self.mask].amax(1))
         names = {"prob_0": "confidence"}
-        return {
+        shown = {
             names.get(name, name): values
             for name, values in columns.items()
             if name in names or not name.startswith("prob_")
         }
+        return shown, repr(self), SHOWN_ROWS
 
     def _columns(self) -> dict[str, list[Any]]:
         texts, tokens = self.mask.nonzero(as_tuple=True)
@@ -145,19 +125,12 @@ class TokenClassPredictions:
         return columns
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> TokenClassPredictions:
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        changed = {name: change(value) for name, value in values.items() if value is not None}
+        changed = {name: change(value) for name, value in known_fields(self).items()}
         return TokenClassPredictions(**changed)
 
     def widened(self, width: int) -> TokenClassPredictions:
         """Return the same, filled up on the right to a number of tokens."""
-        missing = width - self.mask.shape[1]
-
-        def wide(value: Tensor) -> Tensor:
-            sides = (0, 0) * (value.ndim - 2)
-            return F.pad(value, (*sides, 0, missing), value=_fill(value, self))
-
-        return self._map(wide)
+        return self._map(lambda value: padded(value, width, _fill(value, self)))
 
     @classmethod
     def laid_out(cls, mask: Tensor, *rows: Tensor) -> TokenClassPredictions:

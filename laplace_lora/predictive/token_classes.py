@@ -26,7 +26,6 @@ from laplace_lora.predictive.data_sets import prediction_link
 from laplace_lora.predictive.linear_samples import (
     AUTO,
     SAMPLED,
-    SAMPLES,
     LinearSamples,
     SampledOrExact,
     check_options,
@@ -71,8 +70,7 @@ class TokenClassPredictor:
         self._link: Link = prediction_link(posterior, link_approx, n_samples, generator)
         samples = None
         if method == SAMPLED or (method == AUTO and link_approx == QUADRATURE):
-            count = SAMPLES if n_samples is None else n_samples
-            samples = LinearSamples(posterior, count, generator)
+            samples = LinearSamples(posterior, n_samples, generator)
         self._answer = SampledOrExact(samples, method)
 
     def __call__(self, x: Mapping[str, Any]) -> TokenClassPredictions:
@@ -102,7 +100,7 @@ class TokenClassPredictor:
             Mean ``(tokens, columns)`` and covariance ``(tokens, columns, columns)`` of all tokens
             but padding, texts one after the other.
         """
-        posterior, settings = self.posterior, self.posterior.settings
+        posterior = self.posterior
         counted = real_tokens(x).to(posterior.device)
         slots, most = counted.cumsum(1) - 1, int(counted.sum(1).max())
         columns = posterior.state.n_outputs - int(readout.relative)
@@ -113,9 +111,7 @@ class TokenClassPredictor:
         for first in range(0, most, size):
             part = counted & (slots >= first) & (slots < first + size)
             mean[part], covariance[part] = self._part(x, part, slots - first, size, readout)
-        temperature = settings.likelihood_temperature
-        scale = settings.covariance_scale / temperature**2
-        return mean[counted] / temperature, covariance[counted] * scale
+        return posterior.settings.calibrated(mean[counted], covariance[counted])
 
     def _part(
         self, x: Mapping[str, Any], part: Tensor, slots: Tensor, size: int, readout: Readout

@@ -18,7 +18,7 @@ from laplace_lora.predictive.inputs import (
     batches_of_rows,
     batches_of_texts,
     in_places,
-    listed,
+    kind_of,
     padding_before,
 )
 from laplace_lora.predictive.token_class_predictions import TokenClassPredictions
@@ -53,7 +53,7 @@ def predict_tokens(
         place = (TokenClassPredictions, answer, predictor.posterior)
         return of_batches(*place, batches, progress_bar, aligned=_of_one_width)
 
-    kind, items = listed(data)
+    kind, items = kind_of(data)
     if isinstance(items, Sequence):
         _check_no_words(items)
     if kind == "batches":
@@ -89,8 +89,7 @@ def _of_one_width(
     parts: list[TokenClassPredictions], team: Together
 ) -> list[TokenClassPredictions]:
     """Return the predictions of batches, filled up to the longest text of all processes."""
-    local = max((part.mask.shape[1] for part in parts), default=0)
-    width = max(team.all_of(local))
+    width = team.longest(part.mask.shape[1] for part in parts)
     return [part.widened(width) for part in parts]
 
 

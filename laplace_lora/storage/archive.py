@@ -55,8 +55,8 @@ def save_posterior(
     posterior: Posterior,
     folder: Path,
     backend: str,
-    precision: str = PRECISIONS[0],
-    tuning: Mapping[str, Any] | None = None,
+    precision: str,
+    tuning: Mapping[str, Any] | None,
 ) -> None:
     """Write a fitted posterior into a folder.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from laplace_lora.display.tables import with_error
+from laplace_lora.display.tables import in_markdown, with_error
 
 CARD = "README.md"
 PICTURE = "laplace_calibration.png"
@@ -52,8 +52,8 @@ def section(
     facts: Mapping[str, str],
     code: str,
     version: str,
-    reports: Sequence[Report] = (),
-    picture: str | None = None,
+    reports: Sequence[Report],
+    picture: str | None,
 ) -> str:
     """Return the section, between comments by which it is found again.
 
@@ -119,6 +119,6 @@ def _cell(report: Report, metric: str) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    cells = [list(map(in_markdown, row)) for row in rows]
     cells.insert(1, ["---"] * len(cells[0]))
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,21 +21,51 @@ from laplace_lora.structures.row_curvature import RowCurvature
 from laplace_lora.structures.row_term import RowTerm
 from laplace_lora.structures.sizes import GIB
 
+Sums = TypeVar("Sums")
+Curvature = TypeVar("Curvature", bound=RowCurvature)
+
 GRAM_COPIES = 5  # matrix, eigenvectors and workspace of the eigendecomposition, in float64
 
 
 @dataclass(frozen=True)
-class Rows(Structure[RowStorage, RowStorage, RowCurvature]):
-    """The exact curvature as one row ``Sᵀ J`` per example and class contrast.
+class RowStructure(Structure[Sums, Sums, Curvature]):
+    """What structures share whose posterior uses the curvature as rows.
 
     Attributes:
         sizes: Numbers in each tensor.
+    """
+
+    sizes: tuple[int, ...] = ()
+
+    couples_groups = True
+
+    def product(self, curvature: Curvature, rows: Tensor) -> Tensor:
+        """Return the products of the curvature with weight vectors, ``(n, parameters)``."""
+        return curvature.product(rows)
+
+    def solve(self, curvature: Curvature, rows: Tensor, delta: float) -> Tensor:
+        """Return ``(curvature + δ)⁻¹`` times weight vectors, ``(n, parameters)``."""
+        return curvature.solve(rows, delta)
+
+    def precision(self, curvature: Curvature, prior: Tensor, scale: Tensor) -> RowPrecision:
+        """Return ``scale · curvature + prior``."""
+        return curvature.precision(prior, scale)
+
+    def log_det_ratio(self, curvature: Curvature, prior: Tensor, scale: Tensor) -> Tensor:
+        """Return ``log det P − log det P₀``, a float64 scalar."""
+        return curvature.log_det_ratio(prior, scale)
+
+
+@dataclass(frozen=True)
+class Rows(RowStructure[RowStorage, RowCurvature]):
+    """The exact curvature as one row ``Sᵀ J`` per example and class contrast.
+
+    Attributes:
         row_dtype: Dtype that the rows are kept in; the working dtype before it is bound if
             ``None``.
         storage: Where they are kept, see `RowStorage`.
     """
 
-    sizes: tuple[int, ...] = ()
     row_dtype: torch.dtype | None = None
     storage: str | os.PathLike[str] = "device"
 
@@ -44,20 +74,11 @@ class Rows(Structure[RowStorage, RowStorage, RowCurvature]):
         "`modules`, or use LowRankLoraLaplace"
     )
     adds_up = False
-    couples_groups = True
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype that the rows are kept in."""
         return torch.float32 if self.row_dtype is None else self.row_dtype
-
-    def product(self, curvature: RowCurvature, rows: Tensor) -> Tensor:
-        """Return the products of the curvature with weight vectors, ``(n, parameters)``."""
-        return curvature.product(rows)
-
-    def solve(self, curvature: RowCurvature, rows: Tensor, delta: float) -> Tensor:
-        """Return ``(curvature + δ)⁻¹`` times weight vectors, ``(n, parameters)``."""
-        return curvature.solve(rows, delta)
 
     def gradient_term(
         self, curvature: RowCurvature, gradient: Tensor, displacement: Tensor
@@ -137,14 +158,6 @@ class Rows(Structure[RowStorage, RowStorage, RowCurvature]):
         """Return the rows."""
         return curvature.rows
 
-    def precision(self, curvature: RowCurvature, prior: Tensor, scale: Tensor) -> RowPrecision:
-        """Return ``scale · curvature + prior``."""
-        return curvature.precision(prior, scale)
-
-    def log_det_ratio(self, curvature: RowCurvature, prior: Tensor, scale: Tensor) -> Tensor:
-        """Return ``log det P − log det P₀``, a float64 scalar."""
-        return curvature.log_det_ratio(prior, scale)
-
     def pack(self, curvature: RowCurvature, exact: bool = True) -> tuple[dict[str, Tensor], Any]:
         """Return the rows of each tensor by its number, and how many there are."""
         return packed_rows(curvature.rows, exact), len(curvature.rows)
@@ -164,16 +177,6 @@ class Rows(Structure[RowStorage, RowStorage, RowCurvature]):
     def to(self, curvature: RowCurvature, device: torch.device) -> RowCurvature:
         """Return the rows for work on another device."""
         return RowCurvature(curvature.rows.to(device))
-
-    def size(self, engine: Engine, curvature: RowCurvature | None) -> int:
-        """Return how many numbers the rows and their Gram matrix with eigenvectors hold.
-
-        Raises:
-            AttributeError: If the posterior has not been fitted: it grows with the data.
-        """
-        if curvature is None:
-            raise AttributeError("Laplace not fitted. Run fit() first.")
-        return len(curvature.rows) * (sum(self.sizes) + 2 * len(curvature.rows))
 
     def nbytes(self, engine: Engine, examples: int | None, columns: int) -> int:
         """Return the bytes that rows, and the work with their Gram matrix, take of the device.

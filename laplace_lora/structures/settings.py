@@ -80,6 +80,11 @@ class Settings:
         """Return the settings with width, temperature and mean as a fit leaves them."""
         return replace(self, covariance_scale=1.0, likelihood_temperature=1.0, shift=None)
 
+    def calibrated(self, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+        """Return moments of outputs with the width and temperature that a calibration chose."""
+        temperature = self.likelihood_temperature
+        return mean / temperature, covariance * (self.covariance_scale / temperature**2)
+
     def to(self, device: torch.device) -> Settings:
         """Return the settings on another device."""
         moved = {name: getattr(self, name).to(device) for name in TENSORS}

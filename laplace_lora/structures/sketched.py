@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,59 +15,39 @@ from laplace_lora.linalg.eigen import Eigen
 from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.linalg.finite import check_diagonal
 from laplace_lora.linalg.rounded import in_working_dtype
-from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.linalg.row_storage import RowStorage, packed_rows, unpack_rows
 from laplace_lora.linalg.sketch import Factor, LowRankFactor, sketch_columns
-from laplace_lora.structures.base import Structure
 from laplace_lora.structures.row_curvature import RowCurvature
-from laplace_lora.structures.rows import checked_rows
+from laplace_lora.structures.rows import RowStructure, checked_rows
 
 
 @dataclass(frozen=True)
-class SketchedCurvature:
-    """A sketch of the curvature, and its leading directions as rows.
+class SketchedCurvature(RowCurvature):
+    """The leading directions of the curvature as rows, and the sketch that they are from.
 
     Attributes:
         sketch: The sketch, to which further data may be added.
-        directions: The leading directions.
         truncation: Share of the curvature's trace that the directions miss.
     """
 
-    sketch: Factor
-    directions: RowCurvature
-    truncation: float
-
-    @property
-    def rows(self) -> RowStorage:
-        """The leading directions, one per row."""
-        return self.directions.rows
+    sketch: Factor = field(kw_only=True)
+    truncation: float = field(kw_only=True)
 
 
 @dataclass(frozen=True)
-class Sketched(Structure[Factor, Factor, SketchedCurvature]):
+class Sketched(RowStructure[Factor, SketchedCurvature]):
     """The leading directions of the curvature, from a sketch that grows with the weights alone.
 
     The sketch is summed in float64, whatever the model's dtype: a large noise precision or large
     features put directions that are far above the prior below the rounding of the first.
 
     Attributes:
-        sizes: Numbers in each tensor.
         rank: Directions kept.
     """
 
-    sizes: tuple[int, ...] = ()
     rank: int = 128
 
     advice = "lower `rank`, or cover fewer `modules`"
-    couples_groups = True
-
-    def product(self, curvature: SketchedCurvature, rows: Tensor) -> Tensor:
-        """Return the products of the curvature with weight vectors, ``(n, parameters)``."""
-        return curvature.directions.product(rows)
-
-    def solve(self, curvature: SketchedCurvature, rows: Tensor, delta: float) -> Tensor:
-        """Return ``(curvature + δ)⁻¹`` times weight vectors, ``(n, parameters)``."""
-        return curvature.directions.solve(rows, delta)
 
     def bound(self, engine: Engine) -> Sketched:
         """Return the structure for a model's tensors."""
@@ -137,19 +117,11 @@ class Sketched(Structure[Factor, Factor, SketchedCurvature]):
     def _curvature(self, sketch: Factor, rows: RowStorage, values: Tensor) -> SketchedCurvature:
         trace, kept = float(sketch.trace), float(values.double().sum())
         truncation = max(0.0, 1 - kept / trace) if trace > 0 else 0.0
-        return SketchedCurvature(sketch, RowCurvature(rows), truncation)
+        return SketchedCurvature(rows, sketch=sketch, truncation=truncation)
 
     def raw(self, curvature: SketchedCurvature) -> Factor:
         """Return the sketch."""
         return curvature.sketch
-
-    def precision(self, curvature: SketchedCurvature, prior: Tensor, scale: Tensor) -> RowPrecision:
-        """Return ``scale · curvature + prior``."""
-        return curvature.directions.precision(prior, scale)
-
-    def log_det_ratio(self, curvature: SketchedCurvature, prior: Tensor, scale: Tensor) -> Tensor:
-        """Return ``log det P − log det P₀``, a float64 scalar."""
-        return curvature.directions.log_det_ratio(prior, scale)
 
     def pack(
         self, curvature: SketchedCurvature, exact: bool = True
@@ -199,19 +171,14 @@ class Sketched(Structure[Factor, Factor, SketchedCurvature]):
 
     def to(self, curvature: SketchedCurvature, device: torch.device) -> SketchedCurvature:
         """Return sketch and directions on another device."""
-        directions = RowCurvature(curvature.directions.rows.to(device))
-        return SketchedCurvature(curvature.sketch.to(device), directions, curvature.truncation)
-
-    def size(self, engine: Engine, curvature: SketchedCurvature | None) -> int:
-        """Return how many numbers sketch, test matrix and directions hold in a fit."""
-        n = sum(self.sizes)
-        return n * (2 * min(sketch_columns(self.rank), n) + self.rank)
+        sketch, rows = curvature.sketch.to(device), curvature.rows.to(device)
+        return SketchedCurvature(rows, sketch=sketch, truncation=curvature.truncation)
 
     def nbytes(self, engine: Engine, examples: int | None, columns: int) -> int:
-        """Return their bytes; the sketch is in float64."""
-        n, wider = sum(self.sizes), torch.float64.itemsize - engine.dtype.itemsize
-        held = engine.dtype.itemsize * self.size(engine, None)
-        return held + wider * n * min(sketch_columns(self.rank), n)
+        """Return the bytes of sketch, test matrix and directions in a fit."""
+        n, own = sum(self.sizes), engine.dtype.itemsize
+        sketch = min(sketch_columns(self.rank), n) * (torch.float64.itemsize + own)
+        return n * (sketch + own * self.rank)
 
     def arguments(self) -> dict[str, Any]:
         """Return the number of directions."""

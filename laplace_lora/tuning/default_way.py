@@ -11,7 +11,7 @@ from laplace_lora.data.inapplicable import InapplicableError
 from laplace_lora.display.warning import warn
 from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
 from laplace_lora.structures.settings import Settings
-from laplace_lora.tuning.groups import Structure
+from laplace_lora.tuning.groups import PriorStructure
 from laplace_lora.tuning.left_out.leave_one_out import why_not
 from laplace_lora.tuning.outcome import Report
 from laplace_lora.tuning.tuner import Tuner
@@ -35,7 +35,7 @@ class Request:
         tune_noise: Whether to choose a regression's noise as well.
     """
 
-    structure: Structure
+    structure: PriorStructure
     loader: Any
     is_given: bool
     progress_bar: bool | None

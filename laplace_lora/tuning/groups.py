@@ -8,12 +8,12 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-Structure = str | Callable[[str], Hashable]
+PriorStructure = str | Callable[[str], Hashable]
 
 STRUCTURES = ("scalar", "layerwise", "matrix", "block")
 
 
-def prior_groups(names: Sequence[str], structure: Structure) -> Tensor:
+def prior_groups(names: Sequence[str], structure: PriorStructure) -> Tensor:
     """Return the group of each trainable tensor.
 
     Args:

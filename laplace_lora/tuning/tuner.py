@@ -21,7 +21,7 @@ from laplace_lora.tuning.evidence.marginal_likelihood import (
     with_precisions,
 )
 from laplace_lora.tuning.evidence.structure_choice import AUTO, StructureChoice, choose_structure
-from laplace_lora.tuning.groups import Structure, prior_groups
+from laplace_lora.tuning.groups import PriorStructure, prior_groups
 from laplace_lora.tuning.left_out import leave_one_out
 from laplace_lora.tuning.left_out.recentring import Recentring, recentred
 from laplace_lora.tuning.left_out.report import LeaveOneOut
@@ -50,7 +50,7 @@ class Tuner:
         return together(loader, device=posterior.device, runs=posterior.source)
 
     def marginal_likelihood(
-        self, structure: Structure, tune_noise: bool, correction: bool = True
+        self, structure: PriorStructure, tune_noise: bool, correction: bool
     ) -> tuple[Settings, StructureChoice | None]:
         """Return the settings that maximise the log marginal likelihood.
 
@@ -77,7 +77,7 @@ class Tuner:
 
     def leave_one_out(
         self,
-        structure: Structure,
+        structure: PriorStructure,
         train_loader: Any,
         progress_bar: bool | None,
         recentre: bool = True,
@@ -104,7 +104,7 @@ class Tuner:
             return leave_one_out.tune(self.posterior, *options)
 
     def widest(
-        self, structure: Structure, train_loader: Any, progress_bar: bool | None
+        self, structure: PriorStructure, train_loader: Any, progress_bar: bool | None
     ) -> tuple[Settings, Widest, StructureChoice | None]:
         """Return the settings of the evidence with a width that training texts bear, see `widest`.
 
@@ -153,7 +153,7 @@ class Tuner:
 
     def grid_search(
         self,
-        structure: Structure,
+        structure: PriorStructure,
         val_loader: Any,
         link: str,
         n_samples: int,
@@ -184,7 +184,7 @@ class Tuner:
 
     def descent(
         self,
-        structure: Structure,
+        structure: PriorStructure,
         val_loader: Any,
         link: str,
         n_samples: int,
@@ -239,7 +239,7 @@ class Tuner:
             return calibrate(predictor, val_loader, team, scoring, progress_bar)
 
 
-def _check_scalar(method: str, structure: Structure) -> None:
+def _check_scalar(method: str, structure: PriorStructure) -> None:
     if structure != "scalar":
         raise ValueError(
             f"{method} chooses a scalar; use method='marglik' or 'val_gd' for "

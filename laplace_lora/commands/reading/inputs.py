@@ -22,9 +22,9 @@ from laplace_lora.commands.reading.labels import classes_of
 from laplace_lora.commands.reading.names import applying
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
+from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.predictive.special_tokens import check_ends_open
 
-IGNORED = -100
 Example = dict[str, Any]
 
 

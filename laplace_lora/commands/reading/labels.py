@@ -13,7 +13,7 @@ OPTION = "--labels-as"
 
 
 def classes_of(
-    labels: Sequence[Any], names: Sequence[str], form: str | None = None
+    labels: Sequence[Any], names: Sequence[str], form: str | None
 ) -> tuple[list[int], str | None]:
     """Return the classes that the labels of a file mean.
 

@@ -55,7 +55,7 @@ class TangentCache:
         visible = {name: (0, tensor.shape[-2]) for name, tensor in values.items()}
         return cls(_emptied(cache), values, tangents, visible)
 
-    def with_room(self: Self, columns: int, later: int = 0) -> Self:
+    def with_room(self: Self, columns: int, later: int) -> Self:
         """Return a cache that can be appended to; this one is used up.
 
         Args:

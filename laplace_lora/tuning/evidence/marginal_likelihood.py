@@ -17,9 +17,7 @@ from laplace_lora.tuning.evidence.curves import CoupledEvidence
 from laplace_lora.tuning.evidence.optimum import optimal_noise, optimal_precision
 
 
-def maximise(
-    posterior: Posterior, groups: Tensor, tune_noise: bool, correction: bool = True
-) -> Settings:
+def maximise(posterior: Posterior, groups: Tensor, tune_noise: bool, correction: bool) -> Settings:
     """Return the settings at which the log marginal likelihood is largest.
 
     Args:

@@ -44,9 +44,7 @@ class StructureChoice:
         return f"prior_structure={self.structure!r} by log evidence ({others})"
 
 
-def choose_structure(
-    posterior: Posterior, correction: bool = True
-) -> tuple[Settings, StructureChoice]:
+def choose_structure(posterior: Posterior, correction: bool) -> tuple[Settings, StructureChoice]:
     """Return the settings of the structure with the largest evidence, and what it was.
 
     Of an exact posterior, structures whose Gram matrices take more than 2 GB are left out.

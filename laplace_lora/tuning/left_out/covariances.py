@@ -8,7 +8,7 @@ from torch import Tensor
 
 from laplace_lora.data.distributed import Together
 from laplace_lora.tuning.left_out.cavity_widths import CavityWidths
-from laplace_lora.tuning.left_out.examples import Examples
+from laplace_lora.tuning.left_out.examples import TrainingExamples
 
 
 class Covariances:
@@ -22,7 +22,7 @@ class Covariances:
         too_many: See `CavityWidths`.
     """
 
-    def __init__(self, examples: Examples, team: Together) -> None:
+    def __init__(self, examples: TrainingExamples, team: Together) -> None:
         self.cache, self.predictor = examples.cache, examples.predictor
         self.first_precision = float(examples.first_precision)
         self.too_many = 0

@@ -1,4 +1,4 @@
-"""`Examples`: training examples as the base model and the trained network see them, from one pass.
+"""`TrainingExamples`: as the base model and the trained network see them, from one pass.
 
 An example that shares an input with others, as preference pairs do a text, is left out together
 with them, unless inputs come again and again with other labels. Where there are too many classes
@@ -38,7 +38,7 @@ CONTRADICTED = 0.25
 
 
 @dataclass(frozen=True)
-class Examples:
+class TrainingExamples:
     """What one pass over the training data has found.
 
     Attributes:
@@ -121,7 +121,7 @@ class Examples:
 
 def look_at(
     posterior: Posterior, loader: Any, team: Together, progress_bar: bool | None
-) -> Examples:
+) -> TrainingExamples:
     """Iterate once over training data: Jacobians at the base model, and at the trained weights.
 
     Of more than `ROWS` examples times contrasts a random subset is looked at.
@@ -161,7 +161,7 @@ def look_at(
     labels = cache.y if rivals is None else torch.zeros_like(cache.y)
     linear = rows.linear_model(labels, team)
     companions = inputs.companions(team)
-    examples = Examples(predictor, scoring, rivals, cache, linear, inputs, companions)
+    examples = TrainingExamples(predictor, scoring, rivals, cache, linear, inputs, companions)
     is_whole = subset is None and rivals is None
     loss = examples.nll / float(posterior.scale.detach()) if is_whole else None
     seen = len(cache.y) if subset is None else subset.seen

@@ -92,8 +92,7 @@ class FunctionRows:
 
     def _rows(self, i: int, team: Together) -> Tensor | None:
         """Return a tensor's Jacobians, ``(functions, numbers)``; ``None`` if all are zero."""
-        width = max((part.shape[-1] for part in self.jacobians[i] if part is not None), default=0)
-        width = max(team.all_of(width))
+        width = team.longest(part.shape[-1] for part in self.jacobians[i] if part is not None)
         if not width:
             return None
         dtype = self.engine.dtype

@@ -29,7 +29,7 @@ from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning.evidence.marginal_likelihood import with_noise
 from laplace_lora.tuning.left_out.closer_fit import closer_fit
 from laplace_lora.tuning.left_out.covariances import Covariances
-from laplace_lora.tuning.left_out.examples import Examples, look_at
+from laplace_lora.tuning.left_out.examples import TrainingExamples, look_at
 from laplace_lora.tuning.left_out.linear_model import Mode
 from laplace_lora.tuning.left_out.looked_at import examples_looked_at, is_enough
 from laplace_lora.tuning.left_out.profiled_noise import ProfiledNoise, at_residual_noise
@@ -145,7 +145,7 @@ def tune(
     return settings, report
 
 
-def _closer(examples: Examples, mode: Mode) -> Mode:
+def _closer(examples: TrainingExamples, mode: Mode) -> Mode:
     """Return the closer fit of the base model that is best left out; the mode if there is none."""
     labels, classes = examples.labels, examples.cache.mean.shape[1] + 1
     objective = examples.predictor.posterior.objective

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from laplace_lora.data.inapplicable import InapplicableError
 from laplace_lora.likelihoods.base import Likelihood
-from laplace_lora.tuning.left_out.newton import descend
+from laplace_lora.tuning.left_out.newton import newton_descent
 
 STEPS = 100
 DECADES = (8, -10)  # of precisions tried, around the Gram matrix's mean diagonal
@@ -95,7 +95,7 @@ class LinearModel:
             inner = torch.cholesky_solve(_apply(root, gram @ curved).unsqueeze(1), factor)
             return curved - _apply(root.mT, inner.squeeze(1)) - alpha
 
-        alpha, outputs, nll = descend(alpha, at, step_from, STEPS)
+        alpha, outputs, nll = newton_descent(alpha, at, step_from, STEPS)
         return Mode(precision, alpha.view_as(self.offset), outputs, nll)
 
     def fitted_like(self, nll: float, loss: Loss | None = None) -> Mode:
@@ -186,9 +186,7 @@ class LinearModel:
         return torch.linalg.cholesky(inner)
 
 
-def along_path(
-    mode_at: Callable[..., Mode], nll: float, unit: float, loss: Loss | None = None
-) -> Mode:
+def along_path(mode_at: Callable[..., Mode], nll: float, unit: float, loss: Loss | None) -> Mode:
     """Return the mode at the precision at which the training loss has a given value.
 
     Args:

@@ -10,7 +10,7 @@ TOLERANCE = 1e-12  # of the objective, relative
 SHORTEST = 1e-6  # of a step, below which nothing is better in its direction
 
 
-def descend(
+def newton_descent(
     x: Tensor,
     at: Callable[[Tensor], tuple[Tensor, float, float]],
     step_from: Callable[[Tensor, Tensor], Tensor],

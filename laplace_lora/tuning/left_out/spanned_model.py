@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.tuning.left_out.linear_model import LinearModel, Loss, Mode, along_path
-from laplace_lora.tuning.left_out.newton import descend
+from laplace_lora.tuning.left_out.newton import newton_descent
 
 STEPS = 50
 
@@ -48,7 +48,7 @@ class SpannedModel:
             matrix = flat.T @ curved + precision * torch.eye(size).to(flat)
             return -torch.linalg.solve(matrix, gradient)
 
-        x, outputs, nll = descend(x, at, step_from, STEPS)
+        x, outputs, nll = newton_descent(x, at, step_from, STEPS)
         return Mode(precision, x, outputs, nll)
 
     def fitted_like(self, nll: float, loss: Loss | None = None) -> Mode:

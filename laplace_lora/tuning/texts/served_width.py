@@ -65,7 +65,7 @@ def choose_width(
     loader: Any,
     criterion: str | None,
     team: Together,
-    progress_bar: bool | None = None,
+    progress_bar: bool | None,
 ) -> ServedWidth:
     """Choose the width at which some samples are served.
 

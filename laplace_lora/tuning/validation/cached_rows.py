@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,30 +14,48 @@ from laplace_lora.tuning.validation.cache import ValidationCache
 from laplace_lora.tuning.validation.calibration_error import expected_calibration_error
 from laplace_lora.tuning.validation.calibration_search import exponential
 
+Self = TypeVar("Self", bound="Cached")
+
 
 @dataclass(frozen=True)
-class CachedRows:
+class Cached:
     """Rows of a cached pass, predicted at a point: of all the values that are calibrated.
-
-    These are the logarithms of a factor of the prior precision, of a scale of the covariance and of
-    a temperature, and of a recentred posterior a multiple of its shift.
 
     Attributes:
         cache: Their moments under any prior.
         centre: Their mean where the posterior has not been moved, ``(rows, columns)``.
-        scoring: How predictions are scored.
     """
 
     cache: ValidationCache
     centre: Tensor
-    scoring: Scoring
 
-    def some(self, count: int) -> CachedRows:
+    def some(self: Self, count: int) -> Self:
         """Return random rows, the same at every call; all of them if there are no more."""
-        which = random_rows(self.cache.y, count)
-        if which is None:
+        y = self.cache.y
+        if len(y) <= count:
             return self
-        return CachedRows(self.cache.some(which), self.centre[which], self.scoring)
+        generator = torch.Generator().manual_seed(0)
+        which = torch.randperm(len(y), generator=generator)[:count].sort().values.to(y.device)
+        return replace(self, cache=self.cache.some(which), centre=self.centre[which])
+
+    def mean(self, point: Any) -> Tensor:
+        """Return means under a multiple of the posterior's shift, a point's fourth value if any."""
+        moved = self.cache.mean
+        return self.centre + point[3] * (moved - self.centre) if len(point) > 3 else moved
+
+
+@dataclass(frozen=True)
+class CachedRows(Cached):
+    """Rows whose labels are scored after a temperature.
+
+    The values are the logarithms of a factor of the prior precision, of a scale of the covariance
+    and of a temperature, and of a recentred posterior a multiple of its shift.
+
+    Attributes:
+        scoring: How predictions are scored.
+    """
+
+    scoring: Scoring
 
     def losses(self, point: Any) -> Tensor:
         """Return the loss of each row in nats."""
@@ -54,7 +72,7 @@ class CachedRows:
 
     def _moments(self, point: Any) -> tuple[Tensor, Tensor]:
         factor, scale, temperature = (exponential(value) for value in point[:3])
-        mean = stepped(self.cache.mean, self.centre, point)
+        mean = self.mean(point)
         covariance = self.cache.covariance(mean.new_tensor([factor]))
         return mean / temperature, covariance * (scale / temperature**2)
 
@@ -62,22 +80,3 @@ class CachedRows:
         mean, covariance = self._moments(point)
         ((p,),) = self.scoring.metric_arguments(mean, covariance.unsqueeze(0))
         return p
-
-
-def random_rows(y: Tensor, count: int) -> Tensor | None:
-    """Return the places of random rows, the same at every call; ``None`` if there are no more."""
-    if len(y) <= count:
-        return None
-    generator = torch.Generator().manual_seed(0)
-    return torch.randperm(len(y), generator=generator)[:count].sort().values.to(y.device)
-
-
-def stepped(mean: Tensor, centre: Tensor, point: Any) -> Tensor:
-    """Return means under a point's multiple of the posterior's shift, if it has one.
-
-    Args:
-        mean: Under the present shift.
-        centre: Without it.
-        point: All the values that are calibrated; the multiple is the fourth.
-    """
-    return centre + point[3] * (mean - centre) if len(point) > 3 else mean

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from laplace_lora.likelihoods.regression import GaussianScoring
-from laplace_lora.tuning.validation.cache import ValidationCache
-from laplace_lora.tuning.validation.cached_rows import random_rows, stepped
+from laplace_lora.tuning.validation.cached_rows import Cached
 from laplace_lora.tuning.validation.calibration_search import exponential
 
 INTERVALS = 16  # of an output, equally likely before calibration
@@ -20,30 +19,19 @@ LEVELS = 15  # of quantiles whose calibration is looked at
 
 
 @dataclass(frozen=True)
-class CachedTargets:
-    """Rows of a cached pass, predicted at a point: of all the values that are calibrated.
+class CachedTargets(Cached):
+    """Rows with targets of a regression.
 
-    These are the logarithms of a factor of the prior precision, of a scale of the covariance and of
-    a factor of the observation noise, and of a recentred posterior a multiple of its shift.
+    The values are the logarithms of a factor of the prior precision, of a scale of the covariance
+    and of a factor of the observation noise, and of a recentred posterior a multiple of its shift.
 
     Attributes:
-        cache: Their moments under any prior, and the present noise.
-        centre: Their mean where the posterior has not been moved, ``(rows, outputs)``.
         noise: Standard deviation of the present noise.
         start: The present point.
     """
 
-    cache: ValidationCache
-    centre: Tensor
     noise: float
     start: tuple[float, ...]
-
-    def some(self, count: int) -> CachedTargets:
-        """Return random rows, the same at every call; all of them if there are no more."""
-        which = random_rows(self.cache.y, count)
-        if which is None:
-            return self
-        return replace(self, cache=self.cache.some(which), centre=self.centre[which])
 
     def losses(self, point: Any) -> Tensor:
         """Return the loss of each row in nats."""
@@ -84,7 +72,7 @@ class CachedTargets:
 
     def _moments(self, point: Any) -> tuple[Tensor, Tensor, float]:
         factor, scale, noise = (exponential(value) for value in point[:3])
-        mean = stepped(self.cache.mean, self.centre, point)
+        mean = self.mean(point)
         # The curvature has the noise's variance below it: with a noise that is s times as large, a
         # prior precision as before has the covariance of one s² as large under the noise before.
         covariance = self.cache.covariance(mean.new_tensor([factor * noise**2]))

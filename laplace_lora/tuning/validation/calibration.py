@@ -20,27 +20,25 @@ from torch import Tensor
 
 from laplace_lora.data.distributed import Together
 from laplace_lora.display.plots import change_figure
-from laplace_lora.display.tables import html_table, one_row, plain, span
-from laplace_lora.display.terminal import terminal_table
+from laplace_lora.display.results import Columns, Result
+from laplace_lora.display.tables import plain, span
 from laplace_lora.likelihoods.base import Scoring
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning.validation.cache import ValidationCache, validation_rows
 from laplace_lora.tuning.validation.cached_rows import CachedRows
 from laplace_lora.tuning.validation.cached_targets import CachedTargets
-from laplace_lora.tuning.validation.calibration_search import Predictions, exponential, search
+from laplace_lora.tuning.validation.calibration_search import PointPredictions, exponential, search
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from pandas import DataFrame
-    from rich.console import RenderableType
 
 WIDTHS = (2.0, 1.0, 0.7, 1.0)  # of the priors: log factor, scale, temperature or noise; step
 SEARCHED = 4096  # rows at most; of more, random ones, which leave as little open
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Result):
     """What a calibration chose, and what it changed on the validation set.
 
     Attributes:
@@ -74,14 +72,6 @@ class Calibration:
             f"{self.ece_after:.4f}"
         )
 
-    def _repr_html_(self) -> str:
-        """Return what changed as a table, as notebooks show it."""
-        return html_table(self._columns(), self._chosen())
-
-    def __rich__(self) -> RenderableType:
-        """Return the same table for a terminal, as `rich.print` shows it."""
-        return terminal_table(self._columns(), self._chosen())
-
     def plot(self) -> Figure:
         """Draw validation NLL and calibration error before and after.
 
@@ -100,20 +90,13 @@ class Calibration:
         """Return the attributes by name; the prior precision as a list."""
         return {name: plain(value) for name, value in asdict(self).items()}
 
-    def to_pandas(self) -> DataFrame:
-        """Return a data frame with one row.
-
-        Raises:
-            ImportError: If pandas is missing.
-        """
-        return one_row(self.to_dict())
-
-    def _columns(self) -> dict[str, list[Any]]:
-        return {
+    def _table(self) -> tuple[Columns, str, None]:
+        columns: Columns = {
             "validation": ["NLL", "NLL, cross-fitted", "ECE"],
             "before": [self.nll_before, self.nll_before, self.ece_before],
             "after": [self.nll_after, self.nll_cross_fitted, self.ece_after],
         }
+        return columns, self._chosen(), None
 
     def _chosen(self) -> str:
         last = f"likelihood temperature {self.likelihood_temperature:.3g}"
@@ -171,7 +154,7 @@ def calibrate(
         rows = CachedTargets(cache, centre, noise, start)
     part = rows.some(SEARCHED)
     groups = torch.arange(len(part.cache.y), device=part.cache.y.device)
-    found = search(Predictions(part.losses, part.events), start, WIDTHS[: len(start)], groups)
+    found = search(PointPredictions(part.losses, part.events), start, WIDTHS[: len(start)], groups)
     best, before, after = found.best, found.before, found.after
     if part is not rows:
         before, after = (float(rows.losses(point).double().mean()) for point in (start, best))

@@ -52,7 +52,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Predictions:
+class PointPredictions:
     """What a point says about the rows.
 
     Attributes:
@@ -65,7 +65,7 @@ class Predictions:
 
 
 def search(
-    predictions: Predictions, start: Point, widths: Sequence[float], groups: Tensor
+    predictions: PointPredictions, start: Point, widths: Sequence[float], groups: Tensor
 ) -> Found:
     """Return the point whose predictions are nearest to the average over what labels leave open.
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from laplace_lora.likelihoods.base import Readout
 from laplace_lora.likelihoods.quadrature import averaged
-from laplace_lora.predictive.linear_samples import SAMPLES, LinearSamples
+from laplace_lora.predictive.linear_samples import LinearSamples
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning.validation.calibration import Calibration
 from laplace_lora.tuning.validation.calibration_error import expected_calibration_error
-from laplace_lora.tuning.validation.calibration_search import Predictions, exponential, search
+from laplace_lora.tuning.validation.calibration_search import PointPredictions, exponential, search
 
 WIDTHS = (1.0, 0.7)  # of the priors: log scale, log temperature
 AT_ONCE = 2**22  # numbers of the samples' logits that are in memory at once
@@ -60,7 +60,7 @@ def unscaled(posterior: Posterior, generator: torch.Generator | None) -> LinearS
         generator: Their source; a fixed seed by default.
     """
     bare = replace(posterior.settings, covariance_scale=1.0, likelihood_temperature=1.0)
-    return LinearSamples(posterior.with_settings(bare), SAMPLES, generator)
+    return LinearSamples(posterior.with_settings(bare), None, generator)
 
 
 def calibrate_by_samples(
@@ -101,7 +101,7 @@ def calibrate_by_samples(
     def ece(point: Any) -> float:
         return expected_calibration_error(probabilities(point).flatten(0, -2), labelled.y.flatten())
 
-    found = search(Predictions(losses, probabilities), start, WIDTHS, labelled.groups)
+    found = search(PointPredictions(losses, probabilities), start, WIDTHS, labelled.groups)
     scale, temperature = (exponential(value) for value in found.best)
     chosen = replace(settings, covariance_scale=scale, likelihood_temperature=temperature)
     report = Calibration(

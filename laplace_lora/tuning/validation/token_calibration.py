@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
+from laplace_lora.data.columns import padded
 from laplace_lora.data.distributed import Together
 from laplace_lora.likelihoods.base import CONTRASTS
 from laplace_lora.likelihoods.classification import LOGITS
@@ -77,7 +77,7 @@ def _spans(
         means.append(mean.masked_fill(padding.unsqueeze(1), NEVER))
         slopes.append(tangents.transpose(0, 1))
         labels.append(y)
-    width = max(team.all_of(max((mean.shape[-1] for mean in means), default=0)))
+    width = team.longest(mean.shape[-1] for mean in means)
     rows = validation_rows(
         team,
         mean=[F.pad(mean, (0, width - mean.shape[-1]), value=NEVER) for mean in means],
@@ -104,17 +104,12 @@ def _tokens(
         means.append(at_tokens(counted, mean))
         slopes.append(at_tokens(counted, tangents.transpose(0, 1)))
         labels.append(y)
-    width = max(team.all_of(max((y.shape[1] for y in labels), default=0)))
-
-    def wide(value: Tensor, fill: int = 0) -> Tensor:
-        sides = (0, 0) * (value.ndim - 2)
-        return F.pad(value, (*sides, 0, width - value.shape[1]), value=fill)
-
+    width = team.longest(y.shape[1] for y in labels)
     rows = validation_rows(
         team,
-        mean=[wide(mean) for mean in means],
-        tangents=[wide(slope) for slope in slopes],
-        y=[wide(y, IGNORED) for y in labels],
+        mean=[padded(mean, width) for mean in means],
+        tangents=[padded(slope, width) for slope in slopes],
+        y=[padded(y, width, IGNORED) for y in labels],
     )
     y = rows["y"]
     texts, places = (y != IGNORED).nonzero(as_tuple=True)

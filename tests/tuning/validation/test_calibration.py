@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace
 from laplace_lora.likelihoods.sigmoid import binary_log_probabilities
 from laplace_lora.tuning.validation.calibration import WIDTHS
-from laplace_lora.tuning.validation.calibration_search import Predictions, search
+from laplace_lora.tuning.validation.calibration_search import PointPredictions, search
 from support.batches import loader, split_rows, token_batch, validation
 from support.posteriors import DENSE, LOW, posterior
 from support.references import assert_near, validation_nll
@@ -137,7 +137,7 @@ def binary(mean, variance, labels):
     def losses(point):
         return -log_probabilities(point).gather(1, labels.unsqueeze(1)).squeeze(1)
 
-    return Predictions(losses, lambda point: log_probabilities(point).exp())
+    return PointPredictions(losses, lambda point: log_probabilities(point).exp())
 
 
 def alike(mean, labels):
@@ -150,7 +150,7 @@ def alike(mean, labels):
     def losses(point):
         return -log_probabilities(point).gather(1, labels.unsqueeze(1)).squeeze(1)
 
-    return Predictions(losses, lambda point: log_probabilities(point).exp())
+    return PointPredictions(losses, lambda point: log_probabilities(point).exp())
 
 
 def on_a_grid(predictions, start, width, rows):
