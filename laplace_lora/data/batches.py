@@ -67,11 +67,19 @@ def on_cpu(batch: Any) -> Any:
 
 
 def doubled(batch: Any) -> Any:
-    """Return a batch of one example with the example twice."""
+    """Return a batch of one example with the example twice.
+
+    Positions that the choices of all examples share stay as they are.
+    """
     if isinstance(batch, Tensor):
         return torch.cat([batch, batch]) if batch.ndim else batch
     if isinstance(batch, Mapping):
-        return {key: doubled(value) for key, value in batch.items()}
+        ids, positions = batch.get("input_ids"), batch.get("position_ids")
+        is_shared = getattr(positions, "ndim", 0) < getattr(ids, "ndim", 0)
+        return {
+            key: value if is_shared and key == "position_ids" else doubled(value)
+            for key, value in batch.items()
+        }
     is_row = isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == 1
     return [*batch, *batch] if is_row else batch
 

@@ -56,12 +56,13 @@ def test_factors_do_not_depend_on_batches(name):
     assert_near(found[2], found[0])
 
 
-@pytest.mark.parametrize("shape", [(1, 6), (5, 3, 6)])
-def test_choices_may_share_a_row_of_positions(shape):
-    model, batch = wrapped("bert"), choice_batch()
+@pytest.mark.parametrize(("examples", "shape"), [(5, (1, 6)), (5, (5, 3, 6)), (1, (1, 6))])
+def test_choices_may_share_a_row_of_positions(examples, shape):
+    model, batch = wrapped("bert"), rows(choice_batch(), slice(examples))
     backend = LoraGGN(model, "classification")
     expected, _ = backend.jacobians(batch)
-    jacobians, _ = backend.jacobians({**batch, "position_ids": torch.arange(6).expand(shape)})
+    shared = {**batch, "position_ids": torch.arange(6).expand(shape)}
+    jacobians, _ = LoraGGN(model, "classification").jacobians(shared)  # which verifies the batch
     assert_near(jacobians, expected)
 
 

@@ -24,3 +24,32 @@ def in_threads(jobs):
     for thread in threads:
         thread.join()
     return results, errors
+
+
+def beside(module, job, other):
+    """Run a job, and from inside a module, which it runs, another in a thread of its own.
+
+    The other has half a second to end before the first goes on, unless it waits for the first.
+
+    Returns:
+        What both return; an exception of the other as it is.
+    """
+    found = []
+
+    def work():
+        try:
+            found.append(other())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work)
+
+    def meanwhile(*_):
+        handle.remove()
+        thread.start()
+        thread.join(0.5)
+
+    handle = module.register_forward_pre_hook(meanwhile)
+    own = job()
+    thread.join()
+    return own, found[0]
