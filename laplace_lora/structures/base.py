@@ -224,15 +224,19 @@ class Structure(Protocol[Sums, Raw, Curvature]):
         """Return a curvature on another device."""
         ...
 
+    def size(self, engine: Engine, curvature: Curvature | None) -> int:
+        """Return how many numbers a curvature holds after a fit."""
+        ...
+
     def nbytes(self, engine: Engine, examples: int | None, columns: int) -> int:
-        """Return the bytes of the device that a curvature takes after a fit.
+        """Return the bytes of the device that a curvature takes.
 
         Args:
             engine: The model and its likelihood.
             examples: Examples of the fit, for structures that grow with them.
             columns: Rows per example.
         """
-        ...
+        return engine.dtype.itemsize * self.size(engine, None)
 
     def check_prior(self, length: int, n_layers: int, n_params: int) -> None:
         """Refuse a prior precision that the structure cannot have.

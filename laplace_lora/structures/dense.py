@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -164,7 +163,7 @@ class Dense(TensorSum):
 
     def nbytes(self, engine: Engine, examples: int | None, columns: int) -> int:
         """Return the matrix's bytes."""
-        return torch.float64.itemsize * math.prod(self.shape)
+        return torch.float64.itemsize * self.size(engine, None)
 
     def merge(self, raw: Tensor, n: int, other: Tensor, m: int) -> Tensor:
         """Return the sum of two matrices, in the dtype of the one that was rounded more."""
