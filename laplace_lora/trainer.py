@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from laplace_lora.adaptive.callbacks import AdaLoraCallback
-from laplace_lora.data.batches import one_example, splits_by_example
+from laplace_lora.data.batches import one_example
 from laplace_lora.data.distributed import together
 from laplace_lora.data.draws import draws_kept
 from laplace_lora.data.trainer_loaders import (
@@ -263,6 +263,6 @@ def _try_out(posterior: Posterior, batch: Any) -> None:
     """Compute the loss of one example, of all where a batch cannot be taken apart."""
     posterior.split(batch)
     batch = posterior.by_example(batch)
-    x, y = posterior.split(one_example(batch, 0) if splits_by_example(batch) else batch)
+    x, y = posterior.split(one_example(batch, 0) if posterior.divides(batch) else batch)
     with evaluation_mode(posterior.model):
         posterior.objective.nll(posterior.model(x), y)

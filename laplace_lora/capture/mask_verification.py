@@ -17,7 +17,7 @@ from laplace_lora.capture.output_verification import chosen_examples
 from laplace_lora.capture.padding_verification import without_padding
 from laplace_lora.capture.recorder import MisfitError
 from laplace_lora.capture.tape import Tape
-from laplace_lora.data.batches import Batch, one_example, splits_by_example
+from laplace_lora.data.batches import Batch, one_example
 
 NEGLIGIBLE = 1e-6  # of a layer's largest gradient; padding that nobody reads has none
 FAR = 0.05  # of a token's length, from its likeness in another batch; half precision rounds
@@ -46,8 +46,8 @@ def verify_masks(
             the mask has padding, as in a text that it reads backwards; names its tensors.
     """
     masks = {i: mask for i in range(len(tape.inputs)) if (mask := tape.mask(i)) is not None}
-    if not masks or not splits_by_example(tape.batch, tape.examples):
-        return bool(masks)
+    if not masks or not tape.divides:
+        return bool(masks) and tape.images_are_even
     suspects = _read_at_padding(tape, blocks, masks)
     n = chosen_examples(tape.batch, tape.examples)[-1]
     single = one_example(tape.batch, n)

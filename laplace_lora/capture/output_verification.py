@@ -6,23 +6,23 @@ reads its tokens, that a head may be run at one of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from laplace_lora.capture.padding_verification import is_padded, verify_padding, without_padding
-from laplace_lora.data.batches import one_example, splits_by_example
+from laplace_lora.data.batches import one_example
 from laplace_lora.data.pairs import passes
 from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.language_modeling import IGNORED
+from laplace_lora.models.inputs.image_rows import divides, has_images
 from laplace_lora.models.inputs.positions import holds_joined_texts
 from laplace_lora.models.inputs.unmasked import apparent_mask
 from laplace_lora.models.tolerances import distance, near
 
 JOINED = {"input_ids", "position_ids", "labels", "token_type_ids"}  # of texts in one row
-IMAGES = {"pixel_values", "pixel_values_videos"}
 OWN = "own_logits"  # of a model that says how its transformer answers by itself
 
 
@@ -62,12 +62,13 @@ def verify_outputs(
     with torch.no_grad():
         if by_token:
             _warn_if_joined_texts_meet(own, batch, dtype)
-        if not splits_by_example(batch, examples) or not _can_be_divided(model, batch):
+        chosen = chosen_examples(batch, examples, config)
+        tried = {0, *chosen}
+        if not divides(batch, config, examples) or not _can_be_divided(model, batch, tried):
             whole = own(batch)
             if whole is not None and not near(whole, output, dtype):
                 raise RuntimeError(_positions(whole, output))
             return
-        chosen = chosen_examples(batch, examples, config)
         if by_token and is_padded(single := one_example(batch, chosen[-1]), config):
             verify_padding(own, single, model(single), dtype, config)
         # Which rows are an example's is known for the first one only, where rows are tokens.
@@ -101,15 +102,16 @@ def verify_outputs(
                 raise RuntimeError(_positions(alone, expected))
 
 
-def _can_be_divided(model: Any, batch: Any) -> bool:
-    """Return whether images that are as many as texts are one of each text's, by trying the first.
+def _can_be_divided(model: Any, batch: Any, tried: Iterable[int]) -> bool:
+    """Return whether texts run with a row of the images each, by trying some.
 
-    Two of one text and none of another are as many.
+    Two of one text and none of another are as many rows, and not every configuration tells.
     """
-    if not isinstance(batch, Mapping) or not IMAGES & batch.keys() or "input_ids" not in batch:
+    if not has_images(batch):
         return True
     try:
-        model(one_example(batch, 0))
+        for n in tried:
+            model(one_example(batch, n))
     except (IndexError, RuntimeError, ValueError):
         return False  # the batch itself has run
     return True

@@ -24,6 +24,7 @@ from laplace_lora.data.masks import Place
 from laplace_lora.data.pairs import passes
 from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.models.changes.thread_hooks import own_hooks
+from laplace_lora.models.inputs.image_rows import texts_with_images
 
 
 class MisfitError(RuntimeError):
@@ -47,6 +48,7 @@ def record(
     skip_idle: bool = False,
     examples: int | None = None,
     module: nn.Module | None = None,
+    config: Any = None,
 ) -> Tape:
     """Run a model on a batch and record its trainable maps; all hooks are removed again.
 
@@ -58,6 +60,7 @@ def record(
         skip_idle: Leave out maps that do not run, instead of refusing them.
         examples: Number of examples, if it is not the number of output rows.
         module: The module that runs, where ``model`` is a function around it.
+        config: The transformer's configuration; by default that of the module.
 
     Raises:
         ValueError: If the model's output is not ``(batch, outputs)``.
@@ -82,7 +85,10 @@ def record(
     _check_output(output, any(calls), whole)
     rows = Examples(len(output) if examples is None else examples, passes(batch))
     _check_calls(recorded, calls, rows, texts)
-    return Tape(maps, padding, calls, output, sources, _rerun(model, batch, rows.count), rows)
+    config = getattr(root, "config", None) if config is None else config
+    with_images = texts_with_images(batch, config)
+    rerun = _rerun(model, batch, rows.count, bool(with_images.all()))
+    return Tape(maps, padding, calls, output, sources, rerun, rows, with_images)
 
 
 @contextmanager
@@ -196,7 +202,9 @@ def check_masks(tape: Tape) -> None:
         )
 
 
-def _rerun(model: Callable[[Any], Tensor], batch: Batch, examples: int) -> Callable[[int], Tensor]:
+def _rerun(
+    model: Callable[[Any], Tensor], batch: Batch, examples: int, is_even: bool
+) -> Callable[[int], Tensor]:
     """Return the model's output for one example of a batch, in the mode that it is in now."""
     # Whole tensors may be rerun after the caller has put the model back into training mode.
     was_training = getattr(model, "training", True)
@@ -208,6 +216,8 @@ def _rerun(model: Callable[[Any], Tensor], batch: Batch, examples: int) -> Calla
             if examples == 1:
                 return model(batch)
             try:
+                if not is_even:  # a text may run with another's image
+                    raise ValueError("some of its texts have no image, others have")
                 return model(one_example(batch, n))
             except (IndexError, RuntimeError, ValueError) as error:
                 raise RuntimeError(

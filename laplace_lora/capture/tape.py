@@ -15,7 +15,7 @@ from laplace_lora.capture.gradient_scale import gradient_scale, largest, widened
 from laplace_lora.capture.output_gradients import OutputGradient
 from laplace_lora.capture.padding import Padding
 from laplace_lora.capture.parameter_hooks import without_hooks
-from laplace_lora.data.batches import Batch
+from laplace_lora.data.batches import Batch, splits_by_example
 from laplace_lora.data.examples import Examples
 from laplace_lora.data.masks import joined_masks
 
@@ -37,6 +37,7 @@ class Tape:
         output: The model's output, ``(rows, outputs)``, detached; one row per example, or one per
             scored token.
         rerun: From the index of an example to the model's output for it alone, with its graph.
+        with_images: Which texts have an image, where some have, see `texts_with_images`.
         gain: How much larger gradients are than what is sent backward, where float16 does not
             hold them, see `gradient_scale`.
     """
@@ -50,8 +51,10 @@ class Tape:
         sources: dict[int, list[Address]],
         rerun: Callable[[int], Tensor],
         examples: Examples,
+        with_images: Tensor,
     ) -> None:
         self.maps = maps
+        self.with_images = with_images
         self.rerun = rerun
         self.gain: float | None = None
         self.examples = examples.count
@@ -148,6 +151,16 @@ class Tape:
     def has_rows_apart(self) -> bool:
         """Whether an example has several rows in the input of some layer."""
         return any(not self._rows.are_rows_of(x) for inputs in self._inputs for x in inputs)
+
+    @property
+    def images_are_even(self) -> bool:
+        """Whether as many rows of images as examples are one of each."""
+        return bool(self.with_images.all())
+
+    @property
+    def divides(self) -> bool:
+        """Whether every example has its own row of each tensor of the batch."""
+        return self.images_are_even and splits_by_example(self.batch, self.examples)
 
     @property
     def batch(self) -> Batch:

@@ -19,8 +19,7 @@ from laplace_lora.adapters.selection import listed
 from laplace_lora.capture.output_verification import chosen_examples
 from laplace_lora.capture.recorder import MisfitError
 from laplace_lora.capture.tape import Tape
-from laplace_lora.data.batches import splits_by_example
-from laplace_lora.likelihoods.language_modeling import IGNORED
+from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
 
 # Relative errors. Every kind of wrong answer found so far is off by percents; products on an
 # accelerator may be rounded to 10 bits in single precision.
@@ -122,8 +121,8 @@ def _first_rows(tape: Tape) -> tuple[int, slice]:
     """Return the first example that has rows of the output, and these rows."""
     rows: Iterable[int] = (len(tape.rerun(n)) for n in range(tape.examples))
     batch: Any = tape.batch
-    if not splits_by_example(batch, tape.examples):  # no example can run without the others' images
-        rows = (batch["labels"] != IGNORED).sum(1).tolist()
+    if not tape.divides:  # no example can run without the others' images
+        rows = (token_labels(batch, batch["labels"]) != IGNORED).sum(1).tolist()
     n, found = next(((n, length) for n, length in enumerate(rows) if length), (0, 0))
     return n, slice(0, found)
 

@@ -45,7 +45,7 @@ class Engine:
             backward passes for each example alone.
         trained: The part of the model whose trainable tensors count; the model when ``None``.
         verify: Verify the first batch against autograd and the model's own forward pass, see
-            `capture.verification`.
+            `capture.verification`, and batches in which images are not one of each text.
         draws_labels: Whether the root is sampled, so that it does not bring the loss's gradient.
         estimates: Whether the root is not the likelihood's own: labels are drawn, or observed.
 

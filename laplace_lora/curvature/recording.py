@@ -18,6 +18,7 @@ from laplace_lora.adapters.maps import Block, LinearMap
 from laplace_lora.adapters.peft_state import check_adapters
 from laplace_lora.capture.gradient_flow import gradients_flow
 from laplace_lora.capture.gradient_scale import measured_gain
+from laplace_lora.capture.image_verification import verify_images
 from laplace_lora.capture.mask_verification import verify_masks
 from laplace_lora.capture.output_verification import verify_outputs
 from laplace_lora.capture.recorder import MisfitError, check_masks, record
@@ -72,6 +73,7 @@ class Recording:
         self.is_verified = False
         self._together = False  # by a batch of several examples
         self._masks_are_verified = False  # by a batch with padding, which may not be the first
+        self._of_texts: set[str] = set()  # layers known to see texts, see `verify_images`
         self._gain: float | None = None  # of the first batch, see `Tape`
         in_pieces(model.modules())
         self._covered = trainable_maps(trained, uncovered)
@@ -130,6 +132,7 @@ class Recording:
         check_in_use(named, [(block.name, block.parameter) for block in self.blocks])
         run = self.model if function is None else function
         x = getattr(self.model, "named", lambda batch: batch)(x)
+        config = getattr(self.model, "config", None)
         with (
             differentiable(modules),
             eager(modules),
@@ -141,10 +144,16 @@ class Recording:
                 verifies = self.verify and function is None and self._is_due(x)
                 try:
                     with gradients_flow(named) if verifies else nullcontext():
-                        tape = record(run, maps, x, examples=examples)
+                        tape = record(run, maps, x, examples=examples, config=config)
                         tape.gain = self._gain
                     if needs_masks:
                         self._check_masks(tape)
+                    if verifies:
+                        self._measure_gain(tape, blocks)
+                    is_uneven = tape.examples > 1 and not tape.images_are_even
+                    if self.verify and is_uneven and all_finite(tape.output):
+                        by_token = self.by_token and function is None
+                        verify_images(tape, blocks, by_token, self._of_texts)
                     if verifies:
                         if tape.examples == 1 and splits_by_example(x, 1):
                             self._verify_twice(run, x)
@@ -188,10 +197,10 @@ class Recording:
             check_is_masked(text, config, "Kronecker factors would count it")
         check_masks(tape)
 
-    def _verify(self, tape: Tape, blocks: Sequence[Block], x: Any) -> None:
-        """Verify a recorded pass, see `capture.verification`."""
+    def _measure_gain(self, tape: Tape, blocks: Sequence[Block]) -> None:
+        """Find out by how much float16 gradients of the model must be scaled."""
         if not all_finite(tape.output):
-            return  # refused for that by whoever asked
+            return
         self._gain = tape.gain = None
         dtypes = {tape.coarsest(b.map, b.parameter) for b in blocks if b.map < len(tape.inputs)}
         if torch.float16 in dtypes | {p.dtype for p in self.model.parameters()}:
@@ -200,6 +209,11 @@ class Recording:
             column = weights.expand_as(tape.output).unsqueeze(0)
             tape.gain = measured_gain(lambda sent: tape.gradient_sizes(column * sent))
             self._gain = tape.gain
+
+    def _verify(self, tape: Tape, blocks: Sequence[Block], x: Any) -> None:
+        """Verify a recorded pass, see `capture.verification`."""
+        if not all_finite(tape.output):
+            return  # refused for that by whoever asked
         verify_gradients(tape, blocks, self.by_token)
         split = getattr(self.model, "model", None)  # laplace-torch wraps last layers
         source = split.source if isinstance(split, LastLayerModel) else None

@@ -6,7 +6,7 @@ that has no batch left, or leaves one out, takes a stand-in with the others and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,12 @@ class Step:
     stand_in: Any = None
 
 
-def steps(batches: Iterable[Batch], skipped: range, team: Together) -> Iterator[Step]:
+def steps(
+    batches: Iterable[Batch],
+    skipped: range,
+    team: Together,
+    divides: Callable[[Batch], bool] = splits_by_example,
+) -> Iterator[Step]:
     """Yield a process's batches, with stand-ins where the model runs in step with others.
 
     The first step is the same stand-in for all, so that whatever a first batch is examined for is
@@ -39,13 +44,14 @@ def steps(batches: Iterable[Batch], skipped: range, team: Together) -> Iterator[
         batches: Those of this process.
         skipped: Indices of batches that it does not run the model on.
         team: The processes.
+        divides: Whether every example of a batch has its own row of each tensor.
     """
     if not team.in_step:
         yield from map(Step, batches)
         return
     own = iter(batches)
     batch = next(own, None)
-    shown = team.any_of(None if batch is None else on_cpu(_few(batch)))
+    shown = team.any_of(None if batch is None else on_cpu(_few(batch, divides)))
     if shown is None:
         return
     yield Step(None, shown)
@@ -61,5 +67,5 @@ def steps(batches: Iterable[Batch], skipped: range, team: Together) -> Iterator[
         index += 1
 
 
-def _few(batch: Batch) -> Batch:
-    return first_examples(batch, SHOWN) if splits_by_example(batch) else batch
+def _few(batch: Batch, divides: Callable[[Batch], bool]) -> Batch:
+    return first_examples(batch, SHOWN) if divides(batch) else batch

@@ -20,15 +20,21 @@ class Subset:
         count: How many are to be left, at random: the same in every pass over a loader that keeps
             its order.
         by_example: From a batch to the form in which every row is an example.
+        divides: Whether every example of such a batch has its own row of each tensor.
 
     Attributes:
         seen: Examples that the latest pass came by.
     """
 
     def __init__(
-        self, loader: Iterable[Batch], n_data: int, count: int, by_example: Callable[[Batch], Batch]
+        self,
+        loader: Iterable[Batch],
+        n_data: int,
+        count: int,
+        by_example: Callable[[Batch], Batch],
+        divides: Callable[[Batch], bool],
     ) -> None:
-        self.loader, self.by_example = loader, by_example
+        self.loader, self.by_example, self.divides = loader, by_example, divides
         source = torch.Generator().manual_seed(SEED)
         self.places = set(torch.randperm(n_data, generator=source)[:count].tolist())
         self.seen = 0
@@ -44,5 +50,13 @@ class Subset:
             size = batch_length(batch)
             rows = [row for row in range(size) if self.seen + row in self.places]
             self.seen += size
-            if rows:
-                yield batch if len(rows) == size else some_examples(batch, rows)
+            if len(rows) == size:
+                yield batch
+            elif rows:
+                if not self.divides(batch):
+                    raise ValueError(
+                        "some examples of a batch cannot be read without the others, as not every "
+                        "tensor has one row for each (images in one tensor, for instance); give "
+                        "batches of one example (batch_size=1)"
+                    )
+                yield some_examples(batch, rows)

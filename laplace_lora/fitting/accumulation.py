@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from laplace_lora.data.batches import on_cpu, one_example, splits_by_example
+from laplace_lora.data.batches import on_cpu, one_example
 from laplace_lora.data.distributed import Together
 from laplace_lora.data.steps import steps
 from laplace_lora.fitting.passes import Pass, Sums
@@ -76,7 +76,7 @@ def _local_sums(
     sums, example, shape, given = Sums(), None, None, 0
     batches = team.batches(loader, data_pass.title, progress_bar, posterior.by_example)
     with evaluation_mode(posterior.model):
-        for step in steps(batches, range(1, kept), team):
+        for step in steps(batches, range(1, kept), team, posterior.divides):
             if step.stand_in is not None:
                 # Forgotten, but for the kind of sums, which a process without data needs, too.
                 _, shape = data_pass.add(None, *posterior.split(step.stand_in))
@@ -91,7 +91,7 @@ def _local_sums(
             if 0 < index < kept:
                 continue
             if team.shared and example is None:
-                example = on_cpu(one_example(batch, 0) if splits_by_example(batch) else batch)
+                example = on_cpu(one_example(batch, 0) if posterior.divides(batch) else batch)
             x, y = posterior.split(batch)
             try:
                 loss, sums.state = data_pass.add(sums.state, x, y)

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.data.batches import splits_by_example
 from laplace_lora.generation.next_token import language_model_of
 from laplace_lora.generation.reading import Reading
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.likelihoods.links import check_finite
 from laplace_lora.models.changes.modes import evaluation_mode
+from laplace_lora.models.inputs.image_rows import divides
 from laplace_lora.models.tangents.forward_mode import forward_mode
 from laplace_lora.predictive.sample_set import SampleSet
 from laplace_lora.structures.posterior import Posterior
@@ -97,8 +97,14 @@ def at_labels(
         del logits, tangents
 
 
-def part_of(batch: Mapping[str, Any], rows: Tensor, end: int) -> dict[str, Any]:
+def part_of(batch: Mapping[str, Any], rows: Tensor, end: int, config: Any = None) -> dict[str, Any]:
     """Return some texts of a batch, up to a place; whole where not all inputs can be cut.
+
+    Args:
+        batch: Texts.
+        rows: Which of them.
+        end: The place.
+        config: The model's configuration, which tells images among the tokens.
 
     Raises:
         ValueError: If other inputs do not have a row for each text, and not all texts are wanted.
@@ -108,7 +114,7 @@ def part_of(batch: Mapping[str, Any], rows: Tensor, end: int) -> dict[str, Any]:
     positions = part.get(POSITIONS)
     if isinstance(positions, Tensor) and positions.shape == (1, width):  # the same for all
         part[POSITIONS] = positions.expand(texts, -1)
-    if not splits_by_example(part, texts):
+    if not divides(part, config, texts):
         if rows.tolist() == list(range(texts)):
             return part
         shapes = {k: tuple(v.shape) for k, v in part.items() if isinstance(v, Tensor)}

@@ -166,7 +166,8 @@ def _exact(
     where = [(rows[part], places[part]) for part in parts]
     shown = progress(where, progress_bar, TITLE)
     read = _part if are_joined else _until
-    predictions = [predictor(read(batch, n, at), labels[n, at], n) for n, at in shown]
+    config = predictor.model.config
+    predictions = [predictor(read(batch, n, at, config), labels[n, at], n) for n, at in shown]
     return predictions, where
 
 
@@ -185,7 +186,8 @@ def _sampled(
         scored = (wanted != IGNORED).any(0).nonzero()
         if not len(scored):
             continue
-        with predictor.opened(part_of(batch, texts, int(scored.max()))) as reading:
+        part = part_of(batch, texts, int(scored.max()), predictor.model.config)
+        with predictor.opened(part) as reading:
             for (rows, places), logits, tangents in at_labels(reading, wanted, texts):
                 token = predictor.token(logits, tangents)
                 predictions.append(token.of(wanted[rows, places], top_k))
@@ -194,14 +196,14 @@ def _sampled(
     return predictions, where
 
 
-def _part(batch: Mapping[str, Any], rows: Tensor, places: Tensor) -> dict[str, Any]:
+def _part(batch: Mapping[str, Any], rows: Tensor, places: Tensor, config: Any) -> dict[str, Any]:
     """Return texts up to the last of their places, which is left out."""
-    return part_of(batch, rows, int(places.max()))
+    return part_of(batch, rows, int(places.max()), config)
 
 
-def _until(batch: Mapping[str, Any], rows: Tensor, places: Tensor) -> dict[str, Any]:
+def _until(batch: Mapping[str, Any], rows: Tensor, places: Tensor, config: Any) -> dict[str, Any]:
     """Return texts up to a place in each of them, which is left out."""
-    cut = _part(batch, rows, places)
+    cut = _part(batch, rows, places, config)
     mask = cut.get("attention_mask")
     mask = torch.ones_like(cut["input_ids"]) if mask is None else mask
     before = torch.arange(mask.shape[1], device=places.device) < places.unsqueeze(1)

@@ -44,7 +44,8 @@ class TokenModel(LogitsModel):
         if self._wrapped.vocabulary_head is None or self.is_encoder_decoder or not generates:
             raise ValueError(
                 f"{self._wrapped.name} is not a causal language model; tokens can be "
-                "predicted one by one with models loaded through AutoModelForCausalLM only"
+                "predicted one by one with decoders loaded through AutoModelForCausalLM or "
+                "AutoModelForImageTextToText; encoder-decoders answer by `target_ids`"
             )
         self._reads_forward = False  # until it has been seen to
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.adapters.tensor_parts import tensor_parts
-from laplace_lora.data.batches import batch_length, first_examples, splits_by_example
+from laplace_lora.data.batches import batch_length, first_examples
 from laplace_lora.display.plots import parts_figure
 from laplace_lora.display.results import Columns, Result
 from laplace_lora.display.terminal import terminal_table
@@ -156,7 +156,7 @@ def estimate_memory(
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):
-        splits = splits_by_example(batch)
+        splits = posterior.divides(batch)
         logits = model(first_examples(batch, 1) if splits else batch)
     outputs = getattr(model, "predicted_outputs", logits.shape[-1])
     recorded = sum(n for pointer, n in saved.items() if pointer not in weights)

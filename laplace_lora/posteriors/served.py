@@ -151,4 +151,5 @@ class ServedLaplace(TunedLaplace):
             )
         if is_sharded(loader):
             return loader
-        return list(Subset(loader, posterior.state.n_data, EXAMPLES, posterior.by_example))
+        forms = (posterior.by_example, posterior.divides)
+        return list(Subset(loader, posterior.state.n_data, EXAMPLES, *forms))

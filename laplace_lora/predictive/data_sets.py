@@ -206,7 +206,8 @@ def of_batches(
     place: Any = {"device": posterior.device, "runs": posterior.source, "in_step": in_step}
     with together(source, **place) as team:
         parts = []
-        for step in steps(team.batches(source, "Predicting", progress_bar), range(0), team):
+        batches = team.batches(source, "Predicting", progress_bar)
+        for step in steps(batches, range(0), team, posterior.divides):
             if step.stand_in is not None:
                 answer(step.stand_in)
             if step.batch is not None:

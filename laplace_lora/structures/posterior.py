@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.data.sharding import whole
 from laplace_lora.likelihoods.base import Likelihood
+from laplace_lora.models.inputs.image_rows import divides
 from laplace_lora.models.last_layer_model import LastLayerModel
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.structures.base import GradientTerm, Precision, Structure
@@ -152,6 +153,10 @@ class Posterior:
         # A model may be spread over devices; the posterior is on one.
         parts = [whole(p).flatten() for p in self.engine.parameters]
         return torch.cat([part.to(self.device, self.dtype) for part in parts])
+
+    def divides(self, batch: Any) -> bool:
+        """Return whether every example of a batch has its own row of each tensor, see `divides`."""
+        return divides(batch, self.source.config)
 
     def by_example(self, batch: Any) -> Any:
         """Return a labelled batch in the form in which every row is an example."""

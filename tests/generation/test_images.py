@@ -1,4 +1,4 @@
-"""Texts with images, whose patches are in one tensor: they go together, and are read whole."""
+"""Texts whose images are in one tensor, or not one of each: they are read together, and whole."""
 
 from itertools import combinations
 
@@ -7,13 +7,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from laplace_lora import KronLoraLaplace
+from laplace_lora.data.distributed import ALONE
 from laplace_lora.generation import generate, reading, score
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.tuning.texts import training_texts
 from support.generation import K, seeded
 from support.language import EXACT
 from support.sweeps import rest_slow
-from support.vision import VISION, question, vision_model
+from support.vision import VISION, image_text_model, image_texts, question, vision_model
 
 PROMPT = 19  # tokens, and three more
 
@@ -85,3 +86,38 @@ def test_tuning_reads_some_of_the_texts_among_the_others(monkeypatch):
     la.optimize_prior_precision()
     means = [sum(pair) / 6 for pair in combinations(losses(), 2)]
     assert min(abs(la.tuning.widest.nll_map - mean) for mean in means) < 1e-5
+
+
+def answered(texts):
+    ids = texts["input_ids"]
+    return {**texts, "labels": ids.masked_fill((ids < 7) | (ids > 8), IGNORED)}
+
+
+@torch.no_grad()
+def losses_of(singles):
+    own, found = image_text_model(), []
+    for text in map(answered, singles):
+        log_p = own(**{k: v for k, v in text.items() if k != "labels"}).logits[0].log_softmax(-1)
+        at = (text["labels"][0] != IGNORED).nonzero().flatten()
+        found.append(-float(log_p[at - 1, text["labels"][0, at]].sum()))
+    return found
+
+
+def test_as_many_images_as_texts_that_are_not_one_of_each_are_not_divided(monkeypatch):
+    """Texts 0 and 2 of [2, 1, 0, 1] have as many images as rows, one of them the other's."""
+    first, (batch, singles) = image_texts((1, 1, 1, 1))[0], image_texts((2, 1, 0, 1), seed=1)
+    la = KronLoraLaplace(image_text_model(), "language_modeling")
+    la.fit(DataLoader([answered(first), answered(batch)], batch_size=None))
+    found = -score(la, answered(batch), K, generator=seeded()).sequence_map_log_prob
+    assert found.tolist() == pytest.approx(losses_of(singles), rel=1e-5)
+    for options in ({"batch_size": 2}, {"batch_size": 1}, {"method": "exact"}):
+        with pytest.raises(ValueError, match="cannot be read without the others"):
+            score(la, answered(batch), K, **options)
+    la.estimate_memory(answered(batch))
+    monkeypatch.setattr(training_texts, "TEXTS", 2)
+    kept = training_texts.some_texts(la.fitted, [answered(batch)])
+    assert [len(part["input_ids"]) for part in kept] == [4]
+    scored = (kept[0]["labels"] != IGNORED).any(1)
+    (nll,) = {training_texts.text_losses(la.fitted, kept, torch.ones(1), ALONE).nll_map}
+    expected = sum(loss for loss, counts in zip(losses_of(singles), scored, strict=True) if counts)
+    assert nll == pytest.approx(expected / int((kept[0]["labels"] != IGNORED).sum()), rel=1e-5)

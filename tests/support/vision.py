@@ -1,4 +1,4 @@
-"""Tiny vision-language models whose images are patches in one tensor, and questions about them."""
+"""Tiny vision-language models, and questions about images: patches of all, or a row of each."""
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -11,7 +11,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from support.architectures import TEXT
+from support.architectures import IMAGE as TOWER
+from support.architectures import TEXT, architecture
 from support.models import excite
 
 IMAGE = 55
@@ -74,3 +75,64 @@ def question(answer):
         "pixel_values": torch.randn(64, 96, generator=generator, dtype=torch.float64),
         "image_grid_thw": torch.tensor([[1, 8, 8]]),
     }
+
+
+LLAVA = {
+    "text_config": {**TEXT, "model_type": "llama", "max_position_embeddings": 128},
+    "vision_config": {**TOWER, "model_type": "clip_vision_model", "projection_dim": 16},
+    "vision_feature_layer": -1,
+    "image_seq_length": 16,
+    "image_token_id": IMAGE,
+    "image_token_index": IMAGE,
+}
+SMOLVLM = {
+    "text_config": {
+        **TEXT,
+        "model_type": "llama",
+        "pad_token_id": 0,
+        "max_position_embeddings": 128,
+    },
+    "vision_config": {**TOWER, "model_type": "smolvlm_vision"},
+    "scale_factor": 2,
+    "pad_token_id": 0,
+    "image_token_id": IMAGE,
+}
+PER_TEXT = {"llava": (LLAVA, 16), "smolvlm": (SMOLVLM, 4)}  # and tokens of an image
+TEXTS_ALONE = r".*(language_model|text_model).*(q_proj|v_proj)"
+WITH_TOWER = r".*(q_proj|v_proj)"
+
+
+def image_text_model(kind="llava", target=TEXTS_ALONE):
+    return architecture("vision-language", kind, PER_TEXT[kind][0], target=target).eval()
+
+
+def image_texts(counts, kind="llava", tails=(2, 3, 1, 4), side="right", seed=0):
+    """Texts about several images, one or none, in a batch and each alone.
+
+    Args:
+        counts: Of the images of each text.
+        kind: Of the model; images are in one tensor of LLaVA's, and text by text of SmolVLM's.
+        tails: Tokens behind the images.
+        side: Where padding stands.
+        seed: Of the images.
+    """
+    asked = [
+        [5, *[IMAGE] * PER_TEXT[kind][1] * count, 6, *range(7, 7 + tail)]
+        for count, tail in zip(counts, tails, strict=False)
+    ]
+    width = max(map(len, asked))
+    ids = torch.zeros(len(asked), width, dtype=torch.long)
+    for n, tokens in enumerate(asked):
+        where = slice(width - len(tokens), width) if side == "left" else slice(len(tokens))
+        ids[n, where] = torch.tensor(tokens)
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(sum(counts), 3, 16, 16, generator=generator, dtype=torch.float64)
+    own = pixels.split(list(counts))
+    singles = [{"input_ids": torch.tensor([tokens])} for tokens in asked]
+    for single, images in zip(singles, own, strict=True):
+        single["attention_mask"] = torch.ones_like(single["input_ids"])
+        if len(images):
+            single["pixel_values"] = images if kind == "llava" else images.unsqueeze(0)
+    if kind == "smolvlm":
+        pixels = torch.nn.utils.rnn.pad_sequence(list(own), batch_first=True)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": pixels}, singles

@@ -98,7 +98,42 @@ class PositionRule:
         """Return whether a model must be told positions, ``None`` if that cannot be tried now."""
         if not splits_by_example(inputs, len(mask)):
             return False  # several images in one tensor: such models count by themselves
-        n = int((mask != 0).to(torch.uint8).argmax(1).argmax())  # the most padding shows the most
+        starts = (mask != 0).to(torch.uint8).argmax(1)
+        # The most padding shows the most.
+        for n in starts.argsort(descending=True, stable=True)[: int((starts > 0).sum())].tolist():
+            try:
+                truth, *found = self._both_ways(inputs, mask, run, n)
+                break
+            except (IndexError, ValueError):  # its row of the images is another text's
+                continue
+            except (
+                RuntimeError
+            ):  # inside a transform of torch.func, which has no numbers to compare
+                return None
+        else:
+            return None
+        errors = [float((logits - truth).abs().max()) for logits in found]
+        if not bool(torch.stack([truth, *found]).isfinite().all()):
+            return None  # NaN is not far from anything
+        tells = errors[-1] <= max(errors[0], NEGLIGIBLE * float(truth.abs().max()))
+        if not near(found[-1 if tells else 0], truth, dtype()):
+            share = min(errors) / float(truth.abs().max())
+            raise ValueError(
+                f"padding before a text changes the model's logits (by {share:.0e} of the largest):"
+                " it counts padding as well and cannot be told positions; pad on the right, "
+                "`tokenizer.padding_side = 'right'`, and generate, which pads on the left, from "
+                "prompts of one length at a time"
+            )
+        return tells
+
+    def _both_ways(
+        self,
+        inputs: Mapping[str, Any],
+        mask: Tensor,
+        run: Callable[[dict[str, Any]], Tensor],
+        n: int,
+    ) -> list[Tensor]:
+        """Return a text's last logits without padding, with it, and with positions if it may."""
         single = {
             k: v[n : n + 1] if isinstance(v, Tensor) and v.ndim else v for k, v in inputs.items()
         }
@@ -116,22 +151,6 @@ class PositionRule:
         ways = [single]
         if self._takes_positions:
             ways.append({**single, "position_ids": real_positions(mask[n : n + 1])})
-        try:
-            with hooks_suspended():
-                truth = run(bare)[0, -1].double()
-                found = [run(way)[0, at].double() for way in ways]
-            errors = [float((logits - truth).abs().max()) for logits in found]
-        except RuntimeError:  # inside a transform of torch.func, which has no numbers to compare
-            return None
-        if not bool(torch.stack([truth, *found]).isfinite().all()):
-            return None  # NaN is not far from anything
-        tells = errors[-1] <= max(errors[0], NEGLIGIBLE * float(truth.abs().max()))
-        if not near(found[-1 if tells else 0], truth, dtype()):
-            share = min(errors) / float(truth.abs().max())
-            raise ValueError(
-                f"padding before a text changes the model's logits (by {share:.0e} of the largest):"
-                " it counts padding as well and cannot be told positions; pad on the right, "
-                "`tokenizer.padding_side = 'right'`, and generate, which pads on the left, from "
-                "prompts of one length at a time"
-            )
-        return tells
+        with hooks_suspended():
+            truth = run(bare)[0, -1].double()
+            return [truth, *(run(way)[0, at].double() for way in ways)]

@@ -143,7 +143,8 @@ def look_at(
     some = columns < columns_of(posterior)
     rivals = Rivals(posterior.state.n_outputs, columns) if some else None
     readout = scoring.readout if rivals is None else rivals.readout
-    subset = None if count == n_data else Subset(loader, n_data, count, posterior.by_example)
+    forms = (posterior.by_example, posterior.divides)
+    subset = None if count == n_data else Subset(loader, n_data, count, *forms)
     is_exact = posterior.structure.couples_groups  # its curvature is a sum over examples
     inputs = SharedInputs(posterior.label_key, ReadColumns(posterior.source.model), is_exact)
     predictor = Predictor(posterior.with_settings(first_precision(posterior)))

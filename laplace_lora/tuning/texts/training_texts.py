@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.data.batches import some_examples, splits_by_example
+from laplace_lora.data.batches import some_examples
 from laplace_lora.data.distributed import Together
 from laplace_lora.data.masks import text_shape
 from laplace_lora.generation.label_scores import label_log_probabilities, part_of
 from laplace_lora.likelihoods.language_modeling import IGNORED
+from laplace_lora.models.inputs.image_rows import divides
 from laplace_lora.predictive.class_scores import class_log_probabilities, span_log_probabilities
 from laplace_lora.predictive.linear_samples import LinearSamples
 from laplace_lora.predictive.sample_set import SampleSet
@@ -57,7 +58,7 @@ def some_texts(posterior: Posterior, batches: Iterable[Any]) -> list[Mapping[str
         rows.setdefault(index, []).append(row)
     reads_forward = posterior.objective.predicts_tokens
     return [
-        _cut(kept[index], sorted(chosen), posterior.device, reads_forward)
+        _cut(kept[index], sorted(chosen), posterior, reads_forward)
         for index, chosen in sorted(rows.items())
     ]
 
@@ -73,21 +74,23 @@ def _lengths(x: Mapping[str, Any], y: Tensor) -> list[int]:
 
 
 def _cut(
-    batch: Mapping[str, Any], rows: list[int], device: torch.device, reads_forward: bool
+    batch: Mapping[str, Any], rows: list[int], posterior: Posterior, reads_forward: bool
 ) -> Mapping[str, Any]:
     """Return some texts of a batch on a device, without what follows the last label in vain."""
+    device = posterior.device
     labels: Tensor = batch["labels"]
     index = torch.tensor(rows, device=labels.device)
     last = int((labels[index] != IGNORED).any(0).nonzero().max())
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    if not splits_by_example(moved, len(labels)):  # the others' images are in the same tensor
+    # The others' images may be in the same tensor.
+    if not divides(moved, posterior.source.config, len(labels)):
         others = torch.ones(len(labels), 1, dtype=torch.bool, device=labels.device)
         others[index] = False
         return {**moved, "labels": labels.masked_fill(others, IGNORED).to(device)}
     if not reads_forward:  # an encoder sees what follows as well
         chosen: Any = some_examples(moved, rows)
         return chosen
-    return part_of(moved, index.to(device), last + 1)
+    return part_of(moved, index.to(device), last + 1, posterior.source.config)
 
 
 @dataclass(frozen=True)
