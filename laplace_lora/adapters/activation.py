@@ -8,7 +8,13 @@ from collections.abc import Mapping
 from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.cartridge import CartridgeEncoder
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
+
+from laplace_lora.adapters.peft_state import adapter_parameters
+from laplace_lora.adapters.selection import listed
+from laplace_lora.display.warning import warn
 
 logger = logging.getLogger(__name__)
 
@@ -43,16 +49,58 @@ def activate_adapter(model: nn.Module) -> None:
 def _left_trainable(model: PeftModel) -> set[int]:
     """Return the ``id`` of each tensor that PEFT leaves trainable where it loads for inference.
 
-    Those of prompts and of SHADOW's own small model; what was trained with them is frozen.
+    Those of prompts, of SHADOW's own small model, and the biases of the base model that were
+    trained with an adapter (``bias="all"``); what was trained with them is frozen.
     """
     name = model.active_adapter
-    if not model.peft_config[name].inference_mode:
+    config = model.peft_config[name]
+    if not config.inference_mode:
         return set()
     holders = (
         getattr(model, "prompt_encoder", {}),
         getattr(model.base_model, "shadow_backbone", {}),
     )
-    return {id(p) for holder in holders if name in holder for p in holder[name].parameters()}
+    left = {id(p) for holder in holders if name in holder for p in holder[name].parameters()}
+    return left | _trained_biases(model, getattr(config, "bias", "none"))
+
+
+def _trained_biases(model: nn.Module, bias: str) -> set[int]:
+    """Return the ``id`` of each bias of the base model that an adapter's configuration trains."""
+    if bias == "none":
+        return set()
+    if bias != "all":  # those of the adapted layers
+        adapted = (m.get_base_layer() for m in model.modules() if isinstance(m, BaseTunerLayer))
+        return {id(layer.bias) for layer in adapted if getattr(layer, "bias", None) is not None}
+    of_adapters = adapter_parameters(model)
+    biases = (p for name, p in model.named_parameters() if name.endswith(".bias"))
+    return {id(p) for p in biases if id(p) not in of_adapters}
+
+
+def point_out_frozen_adapter(model: nn.Module) -> None:
+    """Warn of an adapter that runs and is frozen in a model of which other tensors are trainable.
+
+    Whether a `PeftModel` inside a network of one's own is to stay frozen, or was merely loaded for
+    inference, nothing tells; nor with an adapter that transformers has loaded, which leaves a head
+    trainable that was trained with it.
+
+    Args:
+        model: Any module.
+
+    Warns:
+        UserWarning: If there is such an adapter; names the trainable tensors.
+    """
+    modules = list(model.modules())
+    wrappers = (m for m in modules if isinstance(m, ModulesToSaveWrapper))
+    copies = {id(p) for wrapper in wrappers for p in wrapper.parameters()}
+    is_active = adapter_parameters(model)
+    adapted = [p for p in model.parameters() if is_active.get(id(p)) and id(p) not in copies]
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    if trained and adapted and not any(p.requires_grad for p in adapted):
+        warn(
+            f"the adapter is frozen, and the posterior covers only {listed(trained)}. If the "
+            "adapter was loaded for inference, make it trainable first: call `set_adapter(name)` "
+            "of the model that it was loaded into, or load it with is_trainable=True"
+        )
 
 
 def freeze_untrainable(model: nn.Module) -> None:

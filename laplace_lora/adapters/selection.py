@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 from torch import nn
 
+from laplace_lora.adapters.plain_names import plain_names
+
 _LEFT_OUT: ContextVar[frozenset[int]] = ContextVar("left_out", default=frozenset())
+_SAVED: ContextVar[frozenset[str]] = ContextVar("saved", default=frozenset())
+
+
+@contextmanager
+def covering(names: Iterable[str]) -> Iterator[None]:
+    """Temporarily let `trainable_only` leave out what is not among the names of some tensors.
+
+    It leaves out nothing by them if one of them is not trainable: that is another model.
+
+    Args:
+        names: As PEFT has them, or those without idle adapters, see `plain_names`.
+    """
+    before = _SAVED.get()
+    try:
+        _SAVED.set(frozenset(names))
+        yield
+    finally:
+        _SAVED.set(before)
+
+
+def is_chosen() -> bool:
+    """Return whether `covering` says what a posterior covers."""
+    return bool(_SAVED.get())
 
 
 @contextmanager
@@ -34,6 +59,7 @@ def trainable_only(model: nn.Module, modules: str | Sequence[str] | None) -> Ite
             f"modules={modules!r} matches no trainable module; there are "
             f"{listed(sorted(set(owners.values())))}"
         )
+    others += _unsaved(model, trainable)
     before = _LEFT_OUT.get()
     try:
         _LEFT_OUT.set(frozenset(map(id, others)))
@@ -45,6 +71,14 @@ def trainable_only(model: nn.Module, modules: str | Sequence[str] | None) -> Ite
 def is_trained(parameter: nn.Parameter) -> bool:
     """Return whether a tensor is trainable and not left out by `trainable_only`."""
     return parameter.requires_grad and id(parameter) not in _LEFT_OUT.get()
+
+
+def _unsaved(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
+    saved = _SAVED.get()
+    for name_of in (plain_names(model), str):
+        if saved and saved <= set(map(name_of, trainable)):
+            return [p for name, p in trainable.items() if name_of(name) not in saved]
+    return []
 
 
 def _matches(name: str, modules: str | Sequence[str] | None) -> bool:

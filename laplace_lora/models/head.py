@@ -34,21 +34,22 @@ def head_tensors(head: Any, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
     Raises:
         ValueError: If the layer is quantised or offloaded.
     """
-    if not head.weight.is_floating_point() or head.weight.shape != _sizes(head):
+    weight = head.weight  # PEFT merges it at each call where it trains some of its rows
+    if not weight.is_floating_point() or weight.shape != _sizes(head):
         raise ValueError(
             "the last layer is quantised, but a last-layer posterior needs its weights; leave "
             "it out of the quantisation"
         )
-    if head.weight.device.type == "meta":
+    if weight.device.type == "meta":
         raise ValueError(
             "the last layer is offloaded, but a last-layer posterior needs its weights; give "
             "it a device"
         )
+    bias = getattr(head, "bias", None)  # such a head has none, see `TrainableTokensLayer`
     if ids is None:
-        return head.weight.detach(), None if head.bias is None else head.bias.detach()
-    ids = ids.to(head.weight.device)
-    bias = None if head.bias is None else head.bias.detach()[ids]
-    return head.weight.detach()[ids], bias
+        return weight.detach(), None if bias is None else bias.detach()
+    ids = ids.to(weight.device)
+    return weight.detach()[ids], None if bias is None else bias.detach()[ids]
 
 
 def last_linear(model: nn.Module, outputs: int | None) -> nn.Linear:

@@ -40,7 +40,7 @@ class LogitsModel(nn.Module):
     * A reward model, which has one output, on pairs (see `data.pairs`): both rewards.
 
     Args:
-        model: A `PeftModel`, or any module. An adapter loaded for inference is made trainable.
+        model: A `PeftModel`, which is made trainable if it was loaded for inference, or any module.
         target_ids: Vocabulary indices of the answers, in the order of the labels.
         output: Maps what the model returns to logits ``(batch, outputs)``.
         mask_token_id: Where a masked language model answers, if its configuration does not say.

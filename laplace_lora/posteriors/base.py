@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from laplace_lora.adapters.activation import point_out_frozen_adapter
 from laplace_lora.adapters.peft_state import check_has_adapter
-from laplace_lora.adapters.selection import trainable_only
+from laplace_lora.adapters.selection import is_chosen, trainable_only
 from laplace_lora.curvature.backend import LoraCurvature
 from laplace_lora.curvature.backends import LoraGGN
 from laplace_lora.curvature.engine import Engine
@@ -115,6 +116,8 @@ class LoraLaplace(FittedLaplace):
         self.objective.check_problem(self.logits_model.problem_type)
         if self._key[0] == "lora":
             check_has_adapter(self.logits_model.model)
+            if modules is None and not is_chosen():
+                point_out_frozen_adapter(self.logits_model.model)
         self._latest = None
         options = {"uncovered": uncovered, **(backend_kwargs or {})}
         kwargs = {"backend": backend, "backend_kwargs": options, **kwargs}

@@ -14,6 +14,7 @@ from torch import nn
 from laplace_lora.adapters.frozen_values import frozen_values
 from laplace_lora.adapters.peft_files import point_out_cut_layers
 from laplace_lora.adapters.peft_state import adapter_settings
+from laplace_lora.adapters.selection import covering
 from laplace_lora.curvature.backend import LoraCurvature
 from laplace_lora.curvature.backends import LoraEF, LoraGGN
 from laplace_lora.models.changes.turns import in_turn
@@ -78,6 +79,8 @@ class SavedLaplace(ServedLaplace):
     ) -> Self:
         """Restore a posterior around the model that it was fitted on, bit for bit if saved so.
 
+        It covers the tensors that it covered, even if others that were frozen are trainable now.
+
         Args:
             model: The same `PeftModel`, with the same adapter active; or the same `LogitsModel`
                 around it where an ``output`` callable was used.
@@ -116,7 +119,8 @@ class SavedLaplace(ServedLaplace):
                     "the posterior was fitted on a LogitsModel with an `output` callable, which "
                     "no file can hold; pass such a LogitsModel instead of the PeftModel"
                 )
-            la: Self = constructor(model, backend=backend, **arguments, **options)
+            with covering(config.get("parameters") or ()):
+                la: Self = constructor(model, backend=backend, **arguments, **options)
         except (KeyError, TypeError) as error:
             unknown = [name for name in options if repr(name) in str(error)]
             if unknown:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -121,17 +121,41 @@ def _others(posterior: Posterior, plain: bool) -> list[tuple[str, Tensor, bool |
     ]
 
 
-def check_identity(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+def frozen_names(posterior: Posterior) -> set[str]:
+    """Return the names of frozen tensors that a posterior's model uses, plain ones and PEFT's."""
+    is_active, name_of = adapter_parameters(posterior.source), _naming(posterior, True)
+    used = ((n, p) for n, p in posterior.source.named_parameters() if is_active.get(id(p), True))
+    frozen = [name for name, p in used if not p.requires_grad]
+    return {*frozen, *map(name_of, frozen)}
+
+
+def check_identity(
+    saved: Mapping[str, Any], found: Mapping[str, Any], frozen: Collection[str] = ()
+) -> None:
     """Refuse a model that is not the one a posterior was fitted on.
+
+    Args:
+        saved: Its identity at the fit.
+        found: The model's identity.
+        frozen: What `frozen_names` returned.
 
     Raises:
         ValueError: If its tensors, their values or the base model are others.
     """
     if saved["parameters"] != found["parameters"]:
-        missing = [n for n in saved["parameters"] if n not in found["parameters"]]
-        example = missing[0] if missing else next(iter(saved["parameters"]))
+        then, now = saved["parameters"], found["parameters"]
+        others = [n for n in then if n not in now] or [n for n in now if now[n] != then.get(n)]
+        example = others[0]
         advice = "check the active adapter's name and rank"
-        if missing and "prompt_encoder" in example:
+        if example in frozen:
+            advice = (
+                "it is frozen in the model; make it trainable with "
+                "`model.get_parameter(name).requires_grad_(True)` or, for all of an adapter, with "
+                "`model.set_adapter(name)`"
+            )
+        elif example not in then:
+            advice = "the model trains that one as well; freeze what was frozen at the fit"
+        elif example not in now and "prompt_encoder" in example:
             advice = "PEFT saves prompts without the network that makes them; fit the loaded model"
         raise ValueError(
             f"the posterior covers other tensors than the model trains (e.g. {example!r}); {advice}"

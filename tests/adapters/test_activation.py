@@ -4,17 +4,20 @@ import pytest
 import torch
 from peft import (
     CartridgeConfig,
+    LoraConfig,
+    OFTConfig,
     PeftModel,
     PromptEncoderConfig,
     PromptTuningConfig,
     get_peft_model,
 )
 
-from laplace_lora import DiagLoraLaplace
+from laplace_lora import DiagLoraLaplace, KronLoraLaplace
 from support.batches import loader, token_batch
 from support.models import TARGETS, base_model, excite
 
 BATCH = token_batch((4, 2), seed=9)
+SLOW = pytest.mark.slow
 
 
 @pytest.mark.filterwarnings("ignore:.past_key_values:FutureWarning")  # PEFT's own way
@@ -56,3 +59,59 @@ def test_a_posterior_over_the_network_behind_prompts_says_that_peft_does_not_sav
     loaded = PeftModel.from_pretrained(base_model("llama-lm").double(), tmp_path)
     with pytest.raises(ValueError, match="PEFT saves prompts without the network"):
         DiagLoraLaplace.from_pretrained(loaded, tmp_path)
+
+
+def with_biases(bias, kind=LoraConfig, **kwargs):
+    config = kind(
+        target_modules=["query", "value"], modules_to_save=["classifier"], bias=bias, **kwargs
+    )
+    return excite(get_peft_model(base_model("bert").double(), config)).double()
+
+
+@pytest.mark.parametrize(
+    ("bias", "arguments"),
+    [
+        ("all", {"r": 2}),
+        ("lora_only", {"r": 2}),
+        pytest.param("oft_only", {"kind": OFTConfig, "oft_block_size": 4, "r": 0}, marks=SLOW),
+    ],
+)
+def test_an_adapter_that_was_loaded_with_biases_is_covered(tmp_path, bias, arguments):
+    """PEFT freezes the adapter, though not the biases of the base model."""
+    model = with_biases(bias, **arguments)
+    la = KronLoraLaplace(model, "classification", uncovered="diag")
+    la.fit(loader())
+    model.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
+
+    def loaded():
+        return PeftModel.from_pretrained(base_model("bert").double(), tmp_path)
+
+    assert any(p.requires_grad for p in loaded().parameters())
+    fresh = KronLoraLaplace(loaded(), "classification", uncovered="diag")
+    assert fresh.block_names == la.block_names
+    fresh.fit(loader())
+    assert torch.equal(fresh(BATCH), la(BATCH))
+    assert torch.equal(KronLoraLaplace.from_pretrained(loaded(), tmp_path)(BATCH), la(BATCH))
+
+
+def test_biases_alone_are_covered_where_the_adapter_was_frozen_on_purpose():
+    model = with_biases("all", r=2)
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" not in name and p.requires_grad)
+    trained = [f"model.{name}" for name, p in model.named_parameters() if p.requires_grad]
+    with pytest.warns(UserWarning, match="the adapter is frozen"):
+        la = KronLoraLaplace(model, "classification", uncovered="diag")
+    assert la.block_names == trained
+
+
+def test_biases_that_were_frozen_after_loading_stay_so(tmp_path):
+    with_biases("all", r=2).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(base_model("bert").double(), tmp_path)
+    for name, p in model.named_parameters():
+        if "LayerNorm" in name:
+            p.requires_grad_(False)
+    la = KronLoraLaplace(model, "classification")
+    assert any("lora_A" in name for name in la.block_names)
+    assert any(name.endswith("key.bias") for name in la.block_names)
+    assert not any("LayerNorm" in name for name in la.block_names)

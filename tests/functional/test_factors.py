@@ -230,7 +230,10 @@ def test_conv1d_frozen_layers_and_idle_ones():
         exclude_bias=True,
     )
     f_var = variance(token_batch((3, 4)), jacobian, some, S2, 3, None, None, "cpu")
-    la = KronLoraLaplace(whole, "classification", factor_rank=None, prior_precision=1 / S2.item())
+    with pytest.warns(UserWarning, match="the adapter is frozen"):
+        la = KronLoraLaplace(
+            whole, "classification", factor_rank=None, prior_precision=1 / S2.item()
+        )
     la.fit(loader())
     assert_near(f_var, la._glm_predictive_distribution(token_batch((3, 4)))[1])
 
