@@ -21,6 +21,7 @@ from laplace_lora.curvature import batch_curvature
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.kfac_rows import KfacRows
 from laplace_lora.curvature.kron_protocol import plain_kron
+from laplace_lora.curvature.last_layer_check import check_last_layer
 from laplace_lora.likelihoods.base import Columns
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.linalg.factor_spec import FactorSpec
@@ -48,8 +49,8 @@ class LoraCurvature(CurvatureInterface):
         engine: Where the work is done.
 
     Raises:
-        ValueError: If an argument is out of range, nothing is trainable, or a trainable tensor is
-            in no linear map and ``uncovered="error"``.
+        ValueError: If an argument is out of range, nothing is trainable, a trainable tensor is in
+            no linear map and ``uncovered="error"``, or see `check_last_layer`.
         RuntimeError: If an adapter is merged or disabled, or several are active.
     """
 
@@ -74,9 +75,12 @@ class LoraCurvature(CurvatureInterface):
         self.params = list(filter(is_trained, self.params))
         self.params_dict = {name: p for name, p in self.params_dict.items() if is_trained(p)}
         trained: Any = model.last_layer if self.last_layer else model
-        split = getattr(model, "model", None)
-        if self.last_layer and isinstance(split, LastLayerModel):
-            split.share_head()
+        if self.last_layer:
+            split = getattr(model, "model", None)
+            if isinstance(split, LastLayerModel):
+                split.share_head()
+            else:
+                check_last_layer(model)
         stochastic = getattr(self, "stochastic", False)
         estimates = stochastic or not isinstance(self, GGNInterface)
         options = (uncovered, trained, verify, stochastic, estimates)

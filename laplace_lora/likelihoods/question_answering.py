@@ -64,7 +64,7 @@ class QuestionAnswering(Likelihood):
 
     def nll(self, f: Tensor, y: Tensor) -> Tensor:
         """Return the cross entropies of start and end, summed over the batch."""
-        return F.cross_entropy(halves(f), y.flatten(), reduction="sum")
+        return F.cross_entropy(halves(f), y.flatten().long(), reduction="sum")
 
     def root(self, f: Tensor, y: Tensor) -> Tensor:
         """Return the exact root: columns of the start, then of the end, see `softmax_root`.

@@ -164,7 +164,7 @@ def softmax_residual(f: Tensor, y: Tensor) -> Tensor:
     """
     # Not by one-hot labels: over a vocabulary they are larger than the logits.
     minus = f.new_full((len(y), 1), -1)
-    return F.softmax(f, dim=-1).scatter_add(-1, y.unsqueeze(-1), minus).unsqueeze(0)
+    return F.softmax(f, dim=-1).scatter_add(-1, y.long().unsqueeze(-1), minus).unsqueeze(0)
 
 
 def cross_entropy(f: Tensor, y: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def cross_entropy(f: Tensor, y: Tensor) -> Tensor:
 
     Args:
         f: Logits, shape ``(batch, outputs)``.
-        y: Integer labels, ``(batch,)``.
+        y: Integer or boolean labels, ``(batch,)``.
 
     Raises:
         ValueError: If labels are not one integer per example, or lie outside the classes.
@@ -188,4 +188,5 @@ def cross_entropy(f: Tensor, y: Tensor) -> Tensor:
             f"labels must lie in 0..{f.shape[-1] - 1} (the model has {f.shape[-1]} classes), got "
             f"values from {low} to {high}"
         )
-    return F.cross_entropy(f, y, reduction="sum")
+    # Not every kernel takes short or boolean labels, which laplace-torch hands on as they are.
+    return F.cross_entropy(f, y.long(), reduction="sum")

@@ -28,18 +28,30 @@ class _Features(nn.Module):
     Args:
         source: A `LogitsModel`.
         adapter: The tensors of the adapter that the features are computed with.
+        taken: The source's head as it was when its copy was made, see `take_head`.
     """
 
     source: Any
     adapter: Sequence[nn.Parameter]
 
-    def __init__(self, source: Any, adapter: Sequence[nn.Parameter]) -> None:
+    def __init__(
+        self, source: Any, adapter: Sequence[nn.Parameter], taken: list[Tensor] | None = None
+    ) -> None:
         super().__init__()
         object.__setattr__(self, "source", source)
         object.__setattr__(self, "adapter", adapter)
+        self.taken = [] if taken is None else taken
 
     def check_adapter(self) -> None:
         check_runs(self.source, self.adapter)
+
+    @torch.no_grad()
+    def take_head(self, head: nn.Linear) -> None:
+        """Copy the weights of the source's head into another, and remember them."""
+        theirs = [tensor for tensor in self.source.head_tensors() if tensor is not None]
+        for ours, tensor in zip(head.parameters(), theirs, strict=True):
+            ours.copy_(tensor)
+        self.taken[:] = [ours.detach().clone() for ours in head.parameters()]
 
     @torch.no_grad()
     def forward(self, batch: Any) -> Tensor:
@@ -47,6 +59,14 @@ class _Features(nn.Module):
         with evaluation_mode(self.source):
             features, logits = self.source.features(batch)
         weight, bias = self.source.head_tensors()
+        heads = zip([weight] if bias is None else [weight, bias], self.taken, strict=True)
+        if not all(_is_same(now, then) for now, then in heads):
+            raise RuntimeError(
+                "the model's last layer is no longer the one that the LastLayerModel's head was "
+                "copied from (was the model trained on?), so its features do not go with the head; "
+                "make a new LastLayerModel and a new posterior over it, or call its `take_head()` "
+                "and fit again"
+            )
         wide = torch.promote_types(torch.float32, weight.dtype)
         features = features.to(logits.device, wide)  # a model may be spread over devices
         linear = F.linear(
@@ -61,6 +81,13 @@ class _Features(nn.Module):
         return features
 
 
+def _is_same(now: Tensor, then: Tensor) -> bool:
+    """Return whether a head's tensor has the values it had, but for casts of the model and back."""
+    then = then.to(now.device)
+    casts = dict.fromkeys((now.dtype, torch.float32, torch.bfloat16, torch.float16))
+    return any(torch.equal(now, then.to(cast).to(now.dtype)) for cast in casts)
+
+
 class LastLayerModel(nn.Module):
     """``head(features(batch))`` with a head of its own over a shared transformer.
 
@@ -73,7 +100,7 @@ class LastLayerModel(nn.Module):
 
     Attributes:
         head: Copy of the last layer, trainable; for answer tokens only their rows.
-        copied_from: The head of the model that this one was copied from by itself, if it was.
+        copied_from: The model that this one was copied from by itself, if it was.
 
     Raises:
         ValueError: If the model has no linear last layer.
@@ -85,7 +112,7 @@ class LastLayerModel(nn.Module):
         is_active = adapter_parameters(source)
         adapter = [p for p in source.parameters() if is_active.get(id(p))]
         self.features = _Features(source, adapter)
-        self.copied_from: tuple[nn.Module, ...] = ()  # a tuple is not in the module tree
+        self.copied_from: tuple[LastLayerModel, ...] = ()  # a tuple is not in the module tree
         wide = torch.promote_types(torch.float32, weight.dtype)
         outputs, inputs = weight.shape
         self.head = nn.Linear(inputs, outputs, bias is not None, device=source.device, dtype=wide)
@@ -96,13 +123,9 @@ class LastLayerModel(nn.Module):
         """The `LogitsModel` whose features these are."""
         return self.features.source
 
-    @torch.no_grad()
     def take_head(self) -> None:
         """Copy the weights of the model's last layer, as they are now."""
-        own = (self.head.weight, self.head.bias)
-        for ours, theirs in zip(own, self.source.head_tensors(), strict=True):
-            if ours is not None and theirs is not None:
-                ours.copy_(theirs)
+        self.features.take_head(self.head)
 
     def check_adapter(self) -> None:
         """Refuse adapter states in which the features would be others, see `check_runs`.
@@ -116,8 +139,9 @@ class LastLayerModel(nn.Module):
         """Return logits ``(batch, outputs)``, for pairs both rewards.
 
         Raises:
-            RuntimeError: If the adapter does not run in the model as it is, see `check_runs`; or
-                the logits are no linear map of the features.
+            RuntimeError: If the adapter does not run in the model as it is, see `check_runs`; the
+                model's last layer has changed since it was copied; or the logits are no linear map
+                of the features.
         """
         features = [self.features(part) for part in passes(batch)]
         with torch.autocast(self.head.weight.device.type, enabled=False):
@@ -148,20 +172,22 @@ class LastLayerModel(nn.Module):
         nn.Module.__init__(twin)
         memo[id(self)] = twin
         adapter = [memo.get(id(p), p) for p in self.features.adapter]
-        twin.features = _Features(memo.get(id(self.source), self.source), adapter)
+        taken = copy.deepcopy(self.features.taken, memo)
+        twin.features = _Features(memo.get(id(self.source), self.source), adapter, taken)
         twin.head = copy.deepcopy(self.head, memo)
-        twin.copied_from = (self.head,) if is_alone else copy.deepcopy(self.copied_from, memo)
+        twin.copied_from = (self,) if is_alone else copy.deepcopy(self.copied_from, memo)
         return twin
 
     def share_head(self) -> None:
-        """Take the parameters of the head that this one was copied from, where they are equal.
+        """Take the head of the model that this one was copied from, where the two are equal.
 
         laplace-torch's last-layer classes run a copy of the model that they are given, and put
         samples of the weights into the model itself.
         """
         for original in self.copied_from:
-            pairs = list(zip(original.parameters(), self.head.parameters(), strict=True))
+            pairs = list(zip(original.head.parameters(), self.head.parameters(), strict=True))
             trained = all(p.requires_grad and q.requires_grad for p, q in pairs)
             if trained and all(p.device == q.device and torch.equal(p, q) for p, q in pairs):
-                for name, parameter in original.named_parameters():
+                for name, parameter in original.head.named_parameters():
                     self.head.register_parameter(name, parameter)
+                self.features.taken = original.features.taken  # of whichever takes a head next

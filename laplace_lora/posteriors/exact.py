@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace_lora.linalg.cholesky import shifted_cholesky
 from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.linalg.row_storage import STORAGES, RowStorage
 from laplace_lora.linalg.sketch import Factor
@@ -48,6 +49,11 @@ class RowLaplace(LoraLaplace):
     def posterior_covariance(self) -> Tensor:
         """Dense posterior covariance, ``(parameters, parameters)``; for small models."""
         return self.posterior_precision.to_matrix(-1)
+
+    @property
+    def posterior_scale(self) -> Tensor:
+        """Root of `posterior_covariance`, ``(parameters, parameters)``; for small models."""
+        return shifted_cholesky(self.posterior_covariance)
 
     @property
     def log_det_posterior_precision(self) -> Tensor:

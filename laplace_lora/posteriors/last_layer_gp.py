@@ -11,6 +11,7 @@ from laplace import FunctionalLLLaplace
 from laplace.curvature import CurvlinopsGGN
 from laplace.utils.feature_extractor import FeatureExtractor
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_lora.curvature.backends import LoraGGN
@@ -101,6 +102,7 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         Raises:
             ValueError: If labels are missing, or the data are fewer than ``n_subset``.
         """
+        self._take_head()
         features, labels = [], []
         watch = FeaturesWatch(self.features.source)
         with together(train_loader, device=self._device, runs=self.model) as team:
@@ -149,6 +151,7 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of a process of the same arguments, at its weights."""
+        self._take_head()
         super().load_state_dict(state_dict)
         self._built_for = ()
         self._watch = FeaturesWatch(self.features.source)
@@ -161,6 +164,12 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         refuse_pickling(self)
+
+    def _take_head(self) -> None:
+        """Copy the model's last layer as it is now; it may have been trained on."""
+        head: Any = self.model.last_layer
+        self.features.take_head(head)
+        self.mean = parameters_to_vector(head.parameters()).detach()
 
     def _check_unchanged(self) -> None:
         self.features.check_adapter()

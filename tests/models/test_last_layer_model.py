@@ -1,12 +1,14 @@
 """Models of the last layer alone: one transformer, a head of its own."""
 
 import copy
+import pickle
 
 import pytest
 import torch
+from laplace import marglik_training
 from torch import nn
 
-from laplace_lora import KronLoraLLLaplace, LogitsModel
+from laplace_lora import KronLoraLLLaplace, LogitsModel, LoraGGN
 from laplace_lora.models.last_layer_model import LastLayerModel
 from support.batches import loader, token_batch
 from support.last_layer import PLAIN, by_name, last_layer_logits_model
@@ -54,3 +56,62 @@ def test_heads_that_are_not_linear_are_refused():
         KronLoraLLLaplace(LogitsModel(nn.Conv1d(2, 2, 1)), "classification")
     with pytest.raises(ValueError, match="cannot be differentiated"):
         KronLoraLLLaplace(peft_model("bert"), "classification", enable_backprop=True)
+
+
+def train_on(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and not name.endswith("bias"):
+                parameter.mul_(1.3)
+
+
+@pytest.mark.parametrize("structure", ["kron", "full"])
+def test_a_head_of_before_the_model_was_trained_on_is_refused(structure):
+    model = last_layer_logits_model("bert")
+    split = LastLayerModel(model)
+    la = by_name(split, structure, "last_layer", wrap=False)
+    la.fit(loader())
+    train_on(model)
+    for ask in (lambda: la.fit(loader()), lambda: la(BATCH)):
+        with pytest.raises(RuntimeError, match=r"was the model trained on\?.*take_head"):
+            ask()
+    late = by_name(split, structure, "last_layer", wrap=False)
+    with pytest.raises(RuntimeError, match="make a new LastLayerModel"):
+        late.fit(loader())
+    split.take_head()
+    fresh = by_name(model, structure, "last_layer")
+    fresh.fit(loader())
+    for other in (la, by_name(split, structure, "last_layer", wrap=False)):
+        other.fit(loader())
+        assert_near(other.log_likelihood, fresh.log_likelihood)
+        assert_near(other(BATCH), fresh(BATCH))
+
+
+def test_heads_that_move_are_the_ones_they_were():
+    model = last_layer_logits_model("bert")
+    split = LastLayerModel(model)
+    expected = split(BATCH)
+    assert_near(pickle.loads(pickle.dumps(split))(BATCH), expected)
+    with torch.no_grad():
+        split.head.weight.mul_(2)  # a sample, or training of the head alone
+    assert not torch.allclose(split(BATCH), expected)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        model.to(dtype)
+        split.to(torch.promote_types(dtype, torch.float32))
+        assert split(BATCH).isfinite().all()
+    twin = copy.deepcopy([model, split])[1]
+    train_on(model)
+    assert twin(BATCH).isfinite().all()  # its transformer is another one
+    with pytest.raises(RuntimeError, match="make a new LastLayerModel"):
+        split(BATCH)
+
+
+def test_marginal_likelihood_training_of_the_head_goes_on():
+    split = LastLayerModel(last_layer_logits_model("bert"))
+    before = split.head.weight.clone()
+    options = {"n_epochs": 2, "marglik_frequency": 1, "optimizer_kwargs": {"lr": 1e-2}}
+    la, trained, *_ = marglik_training(
+        split, loader(), "classification", "diag", backend=LoraGGN, **options
+    )
+    assert not torch.equal(trained.head.weight, before)
+    assert la(BATCH).isfinite().all()

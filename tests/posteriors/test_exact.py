@@ -64,6 +64,7 @@ def test_laplace_torchs_full_posterior(cls, kwargs, likelihood, classes, prior):
     )
     assert_near(dense(ours), theirs.posterior_precision)
     assert_near(ours.posterior_covariance, theirs.posterior_covariance)
+    assert_near(ours.posterior_scale @ ours.posterior_scale.T, theirs.posterior_covariance)
     assert_near(ours.weight_variance(), theirs.posterior_covariance.diagonal())
     vector = torch.randn(ours.n_params, dtype=torch.float64)
     assert_near(ours.square_norm(vector), theirs.square_norm(vector))

@@ -63,6 +63,29 @@ def test_a_second_fit_starts_anew():
     torch.testing.assert_close(gp.log_marginal_likelihood(), before)
 
 
+def test_a_new_fit_takes_the_head_as_it_is_now():
+    model = peft_model("bert")
+    gp = process(model)
+    state = gp.state_dict()
+    with torch.no_grad():
+        for tensor in gp.features.source.head_tensors():
+            tensor.mul_(2)
+    gp.fit(loader(lengths=(4, 2, 6, 3)))
+    new = process(model)
+    pairs = [gp._glm_predictive_distribution(BATCH), new._glm_predictive_distribution(BATCH)]
+    for found, expected in zip(*pairs, strict=True):
+        assert_near(found, expected)
+    assert_near(gp.log_marginal_likelihood(), new.log_marginal_likelihood())
+    assert not torch.allclose(state["mean"], gp.mean)
+    with torch.no_grad():
+        for tensor in gp.features.source.head_tensors():
+            tensor.div_(2)
+    late = FunctionalLoraLLLaplace(model, "classification", n_subset=4)
+    new.load_state_dict(state)
+    late.load_state_dict(state)
+    assert_near(new(BATCH), late(BATCH))
+
+
 def test_inputs_need_no_token_ids():
     torch.manual_seed(0)
     base = ViTForImageClassification(ViTConfig(**IMAGE, num_labels=3))

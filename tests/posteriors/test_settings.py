@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from laplace import Likelihood
+from laplace import Laplace, Likelihood
 from laplace.utils.enums import TuningMethod
 from torch.utils.data import DataLoader
 
@@ -15,6 +15,8 @@ from laplace_lora import (
     KronLoraLaplace,
     KronLoraLLLaplace,
     LogitsModel,
+    LoraEF,
+    LoraGGN,
 )
 from support.batches import loader, token_batch
 from support.models import peft_model
@@ -60,6 +62,21 @@ def test_labels_of_any_whole_dtype(dtype):
     la.fit(DataLoader([{**row, "labels": row["labels"].to(dtype)} for row in data], batch_size=3))
     assert la.loss == reference.loss
     assert_near(la(BATCH), reference(BATCH))
+
+
+@pytest.mark.parametrize("backend", [LoraGGN, LoraEF])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool])
+def test_plain_laplace_torch_takes_labels_of_any_whole_dtype(dtype, backend):
+    data = [{**row, "labels": row["labels"].clamp(max=1)} for row in loader().dataset]
+    short = [{**row, "labels": row["labels"].to(dtype)} for row in data]
+    found = []
+    for rows in (short, data):
+        model = LogitsModel(peft_model("bert"))
+        la = Laplace(model, "classification", "all", "diag", backend=backend)
+        la.fit(DataLoader(rows, batch_size=3))
+        found.append(la)
+    assert found[0].loss == found[1].loss
+    assert_near(found[0].H, found[1].H)
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([0, 1]), torch.tensor(1)])

@@ -37,11 +37,11 @@ def padded(side):
     return loader(pad_to=9, side=side)
 
 
-def by_name(model, structure, route):
+def by_name(model, structure, route, wrap=True):
     options = {"n_subset": 6} if structure == "gp" else {}
     if route == "last_layer":
         options["backend"] = LoraGGN
-        model = LastLayerModel(model)
+        model = LastLayerModel(model) if wrap else model
     return Laplace(
         model, "classification", subset_of_weights=route, hessian_structure=structure, **options
     )
