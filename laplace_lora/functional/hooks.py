@@ -158,7 +158,7 @@ def register_hooks(
 
     Raises:
         TypeError: If the keywords are a single string.
-        ValueError: If no module is selected, or a dictionary already holds one.
+        ValueError: If a keyword selects no module, or a dictionary already holds one.
 
     A selected layer that later runs in no call of ``model`` raises `RuntimeError` without `masks`.
     """
