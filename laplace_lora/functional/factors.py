@@ -21,7 +21,7 @@ from laplace_lora.data.distributed import Together, together
 from laplace_lora.data.masks import MASK_NAMES
 from laplace_lora.data.sharding import unwrapped
 from laplace_lora.display.warning import warn
-from laplace_lora.functional.called_with import mask_notes
+from laplace_lora.functional.called_with import CalledMasks
 from laplace_lora.functional.running_factors import factor_tensor
 from laplace_lora.functional.selection import point_out_left_out, selected_maps
 from laplace_lora.likelihoods.label_check import check_logits
@@ -31,7 +31,7 @@ from laplace_lora.linalg.factors import map_shared
 from laplace_lora.models.changes.autocast import as_called, in_full_precision
 from laplace_lora.models.changes.modes import evaluation_mode, gradients_needed
 from laplace_lora.models.changes.thread_hooks import own_hooks
-from laplace_lora.models.inputs.unmasked import check_is_masked
+from laplace_lora.models.inputs.unmasked import IDS, check_is_masked
 from laplace_lora.models.score_head import score_head_narrowed
 from laplace_lora.models.wrapped_model import base_of
 
@@ -79,9 +79,9 @@ def calculate_kronecker_factors(
             weight, its input factor ``(q + 1, q + 1)``.
         use_tqdm: Whether to show progress, see `progress`.
         attention_mask: From a batch to the ``(batch, tokens)`` mask of real tokens. ``None`` for
-            the batch's ``attention_mask``, or else the one with which the model is called, by name
-            or by position. In an encoder-decoder it is the encoder's; the decoder's is
-            ``decoder_attention_mask``, or all of its tokens.
+            the batch's ``attention_mask``, or else the one with which the model is called, or the
+            transformer inside it, by name or by position. In an encoder-decoder it is the
+            encoder's; the decoder's is ``decoder_attention_mask``, or all of its tokens.
         positions: ``"all"`` real tokens, or only the ``"last"`` one of each example.
         num_samples: Labels drawn per example, and backward passes per batch (Monte-Carlo Fisher).
             ``None`` for the exact matrix from ``classes − 1`` passes, or with more than 256
@@ -119,8 +119,6 @@ def calculate_kronecker_factors(
     }
     dtype = wide_dtype(weights)
     known: dict[str, Any] = {}
-    called_with: dict[str, Any] = {}
-    note = mask_notes(called_with, model, needed=lambda: not known)
 
     def run(batch: Any) -> Tensor:
         with as_called(), score_head_narrowed(base, batch):
@@ -129,19 +127,21 @@ def calculate_kronecker_factors(
     def added(sums: KfacSums | None, batch: Any) -> tuple[KfacSums, int]:
         nonlocal maps
         known.clear()
+        called.begin()
         if attention_mask is not None:
             known[MASK_NAMES[0]] = attention_mask(batch)
         elif isinstance(batch, Mapping):
             known.update({k: batch[k] for k in MASK_NAMES if batch.get(k) is not None})
         # What the model is called with is known when it has been.
-        masks = ChainMap(known, called_with)
+        masks = ChainMap(known, called.masks)
         with gradients_flow(list(model.named_modules())) if sums is None else nullcontext():
             tape = record(run, maps, batch, masks, sums is None, module=model)
         check_logits(tape.output, "forward_call")
         if masks.get(MASK_NAMES[0]) is None:
-            config = getattr(base, "config", None)
-            called = batch if isinstance(batch, Mapping) else masks
-            check_is_masked(called, config, "Kronecker factors would count it")
+            text = batch if isinstance(batch, Mapping) and batch.get(IDS) is not None else masks
+            check_is_masked(text, called.config, "Kronecker factors would count it")
+        for linear, x in zip(tape.maps, tape.inputs, strict=True):
+            called.check(linear.name, x)
         columns = _columns(tape.output, num_samples)
         if sums is None:
             ran = {linear.name for linear in tape.maps}
@@ -159,7 +159,7 @@ def calculate_kronecker_factors(
         evaluation_mode(model),
         gradients_needed(weights),
     ):
-        hooks.on_input(model, note)
+        called = CalledMasks(model, hooks.on_input, needed=lambda: not known)
         sums, n = _summed(added, loader, team, use_tqdm)
     tensors = map_shared([list(pair) for pair in sums.covariances(n)], factor_tensor)
     return {linear.name: (x, g) for linear, (x, g) in zip(maps, tensors, strict=True)}
