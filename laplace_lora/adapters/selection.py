@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -49,12 +49,16 @@ def trainable_only(model: nn.Module, modules: str | Sequence[str] | None) -> Ite
             whole parts of them, or ``None`` for all.
 
     Raises:
-        ValueError: If no trainable module matches; lists the trainable ones.
+        ValueError: If no trainable module matches, or none matches a name of the list; lists the
+            trainable ones.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     owners = {name: name.rpartition(".")[0] for name in trainable}
     others = [p for name, p in trainable.items() if not _matches(owners[name], modules)]
-    if trainable and len(others) == len(trainable):
+    # Earlier versions saved lists with names that match nothing.
+    idle = [] if is_chosen() else _idle(owners.values(), modules)
+    if trainable and (idle or len(others) == len(trainable)):
+        modules = idle or modules
         raise ValueError(
             f"modules={modules!r} matches no trainable module; there are "
             f"{listed(sorted(set(owners.values())))}"
@@ -87,6 +91,12 @@ def _matches(name: str, modules: str | Sequence[str] | None) -> bool:
     if isinstance(modules, str):
         return re.search(modules, name) is not None
     return any(f".{part}." in f".{name}." for part in modules)
+
+
+def _idle(names: Collection[str], modules: str | Sequence[str] | None) -> list[str]:
+    """Return the entries of a list that match no name."""
+    parts = [] if modules is None or isinstance(modules, str) else modules
+    return [part for part in parts if not any(_matches(name, [part]) for name in names)]
 
 
 def listed(names: list[str]) -> str:

@@ -55,6 +55,10 @@ def cholesky_decompose_small_factors(
     `model_evidence` and `variance` take such roots as well: a script that keeps them may go on
     doing so, and one that does not call this function has the same results.
 
+    A root that is diagonal, as those of length 1 are, looks like a covariance, so it is returned
+    with a negative sign: ``R Rᵀ`` is the same, and no covariance has a negative diagonal. Copies
+    and files of the factors keep the sign.
+
     Args:
         factors: From `calculate_kronecker_factors`; left as they are.
         lr_threshold: Factors with fewer rows are decomposed.
@@ -66,7 +70,8 @@ def cholesky_decompose_small_factors(
         is_square = factor.shape[0] == factor.shape[1]
         if factor.shape[0] >= lr_threshold or not is_square:
             return factor.to(device, dtype)
-        return stable_cholesky(factor.double()).to(device, dtype)
+        root = stable_cholesky(factor.double())
+        return (-root if _is_diagonal(root) else root).to(device, dtype)
 
     return {name: (small(x), small(grads)) for name, (x, grads) in factors.items()}
 
@@ -74,8 +79,10 @@ def cholesky_decompose_small_factors(
 def sides_with_roots(factors: Mapping[str, tuple[Tensor, Tensor]]) -> int:
     """Return up to which length square factors are Cholesky roots; 0 if none is one.
 
-    A triangular matrix that is not diagonal is no covariance, so it is a root. A diagonal one, or
-    one of length 1, may be either: it is taken for what the others of its length or longer are.
+    A triangular matrix that is not diagonal is no covariance, so it is a root, and so is one with a
+    negative diagonal, see `cholesky_decompose_small_factors`. Any other diagonal one, of length 1
+    for instance, may be either: it is taken for what the others of its length or longer are, and
+    for a covariance where these do not tell.
 
     Args:
         factors: Covariances or roots, by module.
@@ -89,9 +96,11 @@ def sides_with_roots(factors: Mapping[str, tuple[Tensor, Tensor]]) -> int:
         for factor in pair:
             if factor.shape[0] != factor.shape[1]:
                 continue
-            upper, lower = factor.detach().triu(1), factor.detach().tril(-1)
-            if not bool(upper.any()) and not bool(lower.any()):
+            if _is_diagonal(factor):
+                if bool((factor.diagonal() < 0).any()):
+                    roots.append(len(factor))
                 continue
+            upper, lower = factor.detach().triu(1), factor.detach().tril(-1)
             if not bool(upper.any()):
                 roots.append(len(factor))
             elif bool((upper.T - lower).norm() <= ASYMMETRY * factor.detach().norm()):
@@ -108,3 +117,7 @@ def sides_with_roots(factors: Mapping[str, tuple[Tensor, Tensor]]) -> int:
             "decompose all with `cholesky_decompose_small_factors`, or none"
         )
     return longest
+
+
+def _is_diagonal(factor: Tensor) -> bool:
+    return not bool((factor.detach() - factor.detach().diagonal().diag()).any())

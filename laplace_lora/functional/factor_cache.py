@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from laplace_lora.linalg.kron_eigen import KronEigen
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 
-# One eigendecomposition serves every s2 and batch while a factor exists unchanged, in this version.
-_EIGEN: MutableMapping[Tensor, tuple[tuple[int, bool], Eigen]] = WeakTensorKeyDictionary()
+# One eigendecomposition serves every s2 and batch while a factor exists unchanged: its version, and
+# its norm, as writes to `factor.data` leave the version as it is.
+Key = tuple[int, bool, float]
+_EIGEN: MutableMapping[Tensor, tuple[Key, Eigen]] = WeakTensorKeyDictionary()
 
 
 def check_ranks(factors: Factors, n_lora: int | None, n_kfac: int | None) -> None:
@@ -64,17 +66,31 @@ def decomposed(factors: Factors, device: torch.device | str) -> KronEigen:
         ValueError: If a square factor is neither a covariance nor a root.
     """
     longest = sides_with_roots(factors)
+    tensors = [factor for pair in factors.values() for factor in pair]
+    norms = dict(zip(map(id, tensors), _norms(tensors), strict=True))
 
     def eigen(factor: Tensor) -> Eigen:
         is_square = factor.shape[0] == factor.shape[1]
-        return _eigen(factor, not is_square or len(factor) <= longest).to(device)
+        is_root = not is_square or len(factor) <= longest
+        return _eigen(factor, (factor._version, is_root, norms[id(factor)])).to(device)
 
     blocks: list[list[Side]] = [[eigen(grads), eigen(inputs)] for inputs, grads in factors.values()]
     return KronEigen(blocks)
 
 
-def _eigen(factor: Tensor, is_root: bool) -> Eigen:
-    key = (factor._version, is_root)
+def _norms(factors: Sequence[Tensor]) -> list[float]:
+    """Return the norms of factors; an accelerator is asked once for all."""
+    wide = [torch.promote_types(torch.float32, f.dtype) for f in factors]
+    norms = [
+        torch.linalg.vector_norm(f.detach(), dtype=dtype)
+        for f, dtype in zip(factors, wide, strict=True)
+    ]
+    found: list[float] = torch.stack([norm.to(norms[0].device) for norm in norms]).tolist()
+    return found
+
+
+def _eigen(factor: Tensor, key: Key) -> Eigen:
+    is_root = key[1]
     found, eigen = _EIGEN.get(factor, (None, None))
     if eigen is None or found != key:
         wide = factor.detach().to(torch.promote_types(torch.float32, factor.dtype))

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from laplace_lora.adapters.maps import wide_dtype
+from laplace_lora.adapters.maps import LinearMap, wide_dtype
 from laplace_lora.adapters.peft_state import check_adapters
 from laplace_lora.capture.gradient_flow import gradients_flow
 from laplace_lora.capture.recorder import record
+from laplace_lora.capture.tape import Tape
 from laplace_lora.curvature.kfac import KfacSums
 from laplace_lora.curvature.kfac_rows import KfacRows
 from laplace_lora.data.batches import Batch, on_cpu
@@ -20,9 +21,9 @@ from laplace_lora.data.distributed import Together, together
 from laplace_lora.data.masks import MASK_NAMES
 from laplace_lora.data.sharding import unwrapped
 from laplace_lora.display.warning import warn
-from laplace_lora.functional.called_with import mask_notes
+from laplace_lora.functional.called_with import CalledMasks
 from laplace_lora.functional.running_factors import factor_tensor
-from laplace_lora.functional.selection import selected_maps
+from laplace_lora.functional.selection import point_out_left_out, selected_maps
 from laplace_lora.likelihoods.label_check import check_logits
 from laplace_lora.likelihoods.roots import sampled_softmax_root, softmax_root
 from laplace_lora.linalg.factor_spec import FactorSpec
@@ -30,7 +31,7 @@ from laplace_lora.linalg.factors import map_shared
 from laplace_lora.models.changes.autocast import as_called, in_full_precision
 from laplace_lora.models.changes.modes import evaluation_mode, gradients_needed
 from laplace_lora.models.changes.thread_hooks import own_hooks
-from laplace_lora.models.inputs.unmasked import check_is_masked
+from laplace_lora.models.inputs.unmasked import IDS, check_is_masked
 from laplace_lora.models.score_head import score_head_narrowed
 from laplace_lora.models.wrapped_model import base_of
 
@@ -78,9 +79,9 @@ def calculate_kronecker_factors(
             weight, its input factor ``(q + 1, q + 1)``.
         use_tqdm: Whether to show progress, see `progress`.
         attention_mask: From a batch to the ``(batch, tokens)`` mask of real tokens. ``None`` for
-            the batch's ``attention_mask``, or else the one with which the model is called, by name
-            or by position. In an encoder-decoder it is the encoder's; the decoder's is
-            ``decoder_attention_mask``, or all of its tokens.
+            the batch's ``attention_mask``, or else the one with which the model is called, or the
+            transformer inside it, by name or by position. In an encoder-decoder it is the
+            encoder's; the decoder's is ``decoder_attention_mask``, or all of its tokens.
         positions: ``"all"`` real tokens, or only the ``"last"`` one of each example.
         num_samples: Labels drawn per example, and backward passes per batch (Monte-Carlo Fisher).
             ``None`` for the exact matrix from ``classes − 1`` passes, or with more than 256
@@ -93,12 +94,16 @@ def calculate_kronecker_factors(
 
     Raises:
         TypeError: If the keywords are a single string.
-        ValueError: If no module is selected, the loader is empty, the logits are not ``(batch,
-            classes)`` with two classes or more, or are probabilities; if it is not known which
-            tokens are real, or ``num_samples`` is not positive.
+        ValueError: If a keyword selects no module, the loader is empty, the logits are not
+            ``(batch, classes)`` with two classes or more, or are probabilities; if it is not known
+            which tokens are real, or ``num_samples`` is not positive.
         RuntimeError: If the logits carry no gradient, a linear layer cuts it, a module runs on
             inputs of different shapes, or an adapter is merged or disabled.
         FloatingPointError: If a factor is not finite; names batch and layer.
+
+    Warns:
+        UserWarning: If keywords match trainable tensors that get no factor, as those of LoRA on
+            embeddings.
     """
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
@@ -109,10 +114,11 @@ def calculate_kronecker_factors(
     with_bias = {linear.name: has_bias for linear, has_bias in selected}
     maps = [linear for linear, _ in selected]
     weights: list[nn.Parameter] = [linear.module.weight for linear in maps]
+    trained = {
+        linear.name for linear, weight in zip(maps, weights, strict=True) if weight.requires_grad
+    }
     dtype = wide_dtype(weights)
     known: dict[str, Any] = {}
-    called_with: dict[str, Any] = {}
-    note = mask_notes(called_with, model, needed=lambda: not known)
 
     def run(batch: Any) -> Tensor:
         with as_called(), score_head_narrowed(base, batch):
@@ -121,25 +127,30 @@ def calculate_kronecker_factors(
     def added(sums: KfacSums | None, batch: Any) -> tuple[KfacSums, int]:
         nonlocal maps
         known.clear()
+        called.begin()
         if attention_mask is not None:
             known[MASK_NAMES[0]] = attention_mask(batch)
         elif isinstance(batch, Mapping):
             known.update({k: batch[k] for k in MASK_NAMES if batch.get(k) is not None})
         # What the model is called with is known when it has been.
-        masks = ChainMap(known, called_with)
+        masks = ChainMap(known, called.masks)
         with gradients_flow(list(model.named_modules())) if sums is None else nullcontext():
             tape = record(run, maps, batch, masks, sums is None, module=model)
         check_logits(tape.output, "forward_call")
         if masks.get(MASK_NAMES[0]) is None:
-            config = getattr(base, "config", None)
-            called = batch if isinstance(batch, Mapping) else masks
-            check_is_masked(called, config, "Kronecker factors would count it")
+            text = batch if isinstance(batch, Mapping) and batch.get(IDS) is not None else masks
+            check_is_masked(text, called.config, "Kronecker factors would count it")
+        for linear, x in zip(tape.maps, tape.inputs, strict=True):
+            called.check(linear.name, x)
+        columns = _columns(tape.output, num_samples)
         if sums is None:
+            ran = {linear.name for linear in tape.maps}
+            _point_out_others(tape, columns, [m for m in maps if m.name in trained - ran])
             maps = list(tape.maps)
             homogeneous = [with_bias[linear.name] for linear in maps]
             rows, spec = KfacRows(positions=positions), FactorSpec(n_kfac, lr_threshold - 1)
             sums = KfacSums.empty(tape, spec, dtype, rows, homogeneous)
-        sums.update(tape, _columns(tape.output, num_samples))
+        sums.update(tape, columns)
         return sums, len(tape.output)
 
     with (
@@ -148,7 +159,7 @@ def calculate_kronecker_factors(
         evaluation_mode(model),
         gradients_needed(weights),
     ):
-        hooks.on_input(model, note)
+        called = CalledMasks(model, hooks.on_input, needed=lambda: not known)
         sums, n = _summed(added, loader, team, use_tqdm)
     tensors = map_shared([list(pair) for pair in sums.covariances(n)], factor_tensor)
     return {linear.name: (x, g) for linear, (x, g) in zip(maps, tensors, strict=True)}
@@ -181,6 +192,18 @@ def _summed(
     assert sums is not None
     team.add_up(sums.tensors())
     return sums, int(team.total(n)[0])
+
+
+def _point_out_others(tape: Tape, columns: Tensor, maps: Sequence[LinearMap]) -> None:
+    """Warn of maps that did not run as layers, and on which the logits depend all the same.
+
+    PEFT adds some adapters to a weight in each pass, as those of `nn.MultiheadAttention`.
+    """
+    if maps:
+        weights = [linear.module.weight for linear in maps]
+        grads = tape.backward(columns[:1], lambda *_: None, weights)
+        pairs = zip(maps, grads, strict=True)
+        point_out_left_out(f"{linear.name}.weight" for linear, grad in pairs if grad is not None)
 
 
 def _columns(f: Tensor, num_samples: int | None) -> Tensor:

@@ -152,15 +152,16 @@ def register_hooks(
         lr_threshold: Sides shorter than this stay dense.
         exclude_bias: Treat all biases as fixed.
         masks: Where ``attention_mask``, ``(batch, tokens)``, is looked up when a hook runs;
-            ``None`` for the one with which the model is called.
+            ``None`` for the one with which the model is called, or the transformer inside it.
         positions: ``"all"`` real tokens, or each example's ``"last"`` one.
         match: ``"parts"``, or ``"substring"`` for bayesian_lora's keywords, see `selected_maps`.
 
     Raises:
         TypeError: If the keywords are a single string.
-        ValueError: If no module is selected, or a dictionary already holds one.
+        ValueError: If a keyword selects no module, or a dictionary already holds one.
 
-    A selected layer that later runs in no call of ``model`` raises `RuntimeError` without `masks`.
+    Without `masks`, a selected layer that later runs in no call of ``model`` raises `RuntimeError`,
+    and `ValueError` if it is not known which of its tokens are real.
     """
     selected = selected_maps(model, target_module_keywords, exclude_bias, match)
     present = [
@@ -173,7 +174,7 @@ def register_hooks(
     hooks.append(own)
     places = Places(unwrapped(model), [linear.module for linear, _ in selected], own)
     calls = ModelCalls(model) if masks is None else None
-    hooks += [] if calls is None else calls.register()
+    hooks += [] if calls is None else calls.handles
     known = masks if calls is None else calls.masks
     options: dict[str, Any] = {"masks": known, "positions": positions}
     for linear, has_bias in selected:
@@ -200,11 +201,11 @@ def _runs_again() -> bool:
 
 
 def _within(calls: ModelCalls, name: str) -> Callable[..., None]:
-    """Return a forward pre-hook that refuses a layer outside the model's calls."""
+    """Return a forward pre-hook that refuses a layer whose masks are not known."""
 
     def hook(module: nn.Module, args: Any) -> None:
         if not _runs_again():
-            calls.check(name)
+            calls.check(name, args[0])
 
     return hook
 

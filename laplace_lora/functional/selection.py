@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from laplace_lora.adapters.discovery import linear_maps
 from laplace_lora.adapters.maps import LinearMap
+from laplace_lora.adapters.selection import listed
 from laplace_lora.data.sharding import unwrapped
+from laplace_lora.display.warning import warn
 
 MATCHES = ("parts", "substring")
 
@@ -35,24 +37,61 @@ def selected_maps(
 
     Raises:
         TypeError: If the keywords are a single string.
-        ValueError: If no linear map is selected; lists some that exist. If ``match`` is unknown.
+        ValueError: If there are no keywords, or one selects no linear map; lists some that exist.
+            If ``match`` is unknown.
+
+    Warns:
+        UserWarning: If a keyword matches trainable tensors of other modules.
     """
     if match not in MATCHES:
         raise ValueError(f"match must be one of {MATCHES}, got {match!r}")
     if isinstance(target_module_keywords, str):
         raise TypeError(f"give a list of keywords, such as [{target_module_keywords!r}]")
-    patterns = [
-        re.compile(re.escape(keyword))
+    patterns = {
+        keyword: re.compile(re.escape(keyword))
         if match == "substring" or not keyword
         else re.compile(rf"(?<![^._]){re.escape(keyword)}(?![^._])", re.IGNORECASE)
         for keyword in target_module_keywords
+    }
+    model = unwrapped(model)
+    candidates = [linear for linear in linear_maps(model) if type(linear) is LinearMap]
+    idle = [
+        keyword
+        for keyword, pattern in patterns.items()
+        if not any(pattern.search(linear.name) for linear in candidates)
     ]
-    candidates = [linear for linear in linear_maps(unwrapped(model)) if type(linear) is LinearMap]
-    selected = [linear for linear in candidates if any(p.search(linear.name) for p in patterns)]
-    if not selected:
-        part = "a whole part" if match == "parts" else "any part"
+    if idle or not patterns:
+        part = "any part of its name"
+        if match == "parts":
+            part = "a whole part of its name (any part with match='substring')"
         raise ValueError(
-            f"target_module_keywords={list(target_module_keywords)} select no linear module by "
-            f"{part} of its name; there are {[linear.name for linear in candidates[:8]]}, ..."
+            f"target_module_keywords={idle} select no linear module by {part}; there are "
+            f"{[linear.name for linear in candidates[:8]]}, ..."
         )
+
+    def matches(name: str) -> bool:
+        return any(pattern.search(name) for pattern in patterns.values())
+
+    selected = [linear for linear in candidates if matches(linear.name)]
+    covered = {id(p) for linear in selected for p, _ in linear.parameters()}
+    point_out_left_out(
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and id(p) not in covered and matches(name.rpartition(".")[0])
+    )
     return [(linear, linear.module.bias is not None and not exclude_bias) for linear in selected]
+
+
+def point_out_left_out(names: Iterable[str]) -> None:
+    """Warn of trainable tensors that keywords match and that get no factor.
+
+    Args:
+        names: Of the tensors; nothing is said if there are none.
+    """
+    left_out = list(names)
+    if left_out:
+        warn(
+            f"the trainable tensors {listed(left_out)} match target_module_keywords but get no "
+            "factors, so they count as fixed: only nn.Linear and Conv1D modules that run get some. "
+            "KronLoraLaplace also covers LoRA on embeddings and plain convolutions"
+        )

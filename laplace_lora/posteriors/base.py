@@ -69,8 +69,8 @@ class LoraLaplace(FittedLaplace):
 
     Raises:
         ValueError: If nothing is trainable, a trainable tensor is in no linear map, ``modules``
-            matches nothing, the likelihood is unknown or not the model's, a reward model has
-            several outputs, or an argument of the backend would have no effect.
+            or one of its names matches nothing, the likelihood is unknown or not the model's, a
+            reward model has several outputs, or an argument of the backend would have no effect.
         RuntimeError: If an adapter is merged, unloaded or disabled, or several are active.
         TypeError: If the backend is not one of this package's.
     """

@@ -64,3 +64,17 @@ def test_modules_that_match_nothing_list_what_there_is():
         with pytest.raises(ValueError, match=r"matches no trainable module.*q_proj\.lora_A"):
             KronLoraLaplace(model, "classification", modules=modules)
     assert any(p.requires_grad for p in model.parameters())
+
+
+def test_a_name_of_a_list_that_matches_nothing_is_refused(tmp_path):
+    """What earlier versions saved with one can be loaded."""
+    model = peft_model("llama")
+    with pytest.raises(ValueError, match=r"modules=\['scor', 'k_proj'\] matches no trainable"):
+        KronLoraLaplace(model, "classification", modules=["layers.1", "scor", "k_proj"])
+    la = KronLoraLaplace(model, "classification", modules=["layers.1"])
+    la.fit(loader())
+    la.modules = ["layers.1", "scor"]
+    la.save_pretrained(tmp_path, "exact")
+    loaded = KronLoraLaplace.from_pretrained(model, tmp_path)
+    assert loaded.block_names == la.block_names
+    assert torch.equal(loaded(BATCH), la(BATCH))

@@ -86,6 +86,30 @@ def test_a_diagonal_factor_is_what_the_others_are():
     )
 
 
+def test_roots_of_length_one_are_known_for_roots(tmp_path):
+    """At rank 1 they are the only square factors where all other sides are low-rank."""
+    model, batch = adapters_only("bert", r=1), token_batch((4, 2, 5))
+    options = {"n_kfac": 2, "lr_threshold": 2}
+    factors = factors_of(model, "bert", **options)
+    assert {f.shape for f in flat(factors) if f.shape[0] == f.shape[1]} == {(1, 1)}
+    kept = cholesky_decompose_small_factors(factors, 2, "cpu", torch.float64)
+    torch.save(kept, tmp_path / "factors.pt")
+    copied = {name: (x.clone(), g.float().double()) for name, (x, g) in kept.items()}
+    exact = model_evidence(model, LL, factors, 1, 2, 10.0)
+    _, right = gaussian(model, "bert", batch, factors, 10.0, n_kfac=2, n_lora=1)
+    for roots in (kept, copied, torch.load(tmp_path / "factors.pt")):
+        assert_near(model_evidence(model, LL, roots, 1, 2, 10.0), exact)
+        _, ours = gaussian(model, "bert", batch, roots, 10.0, n_kfac=2, n_lora=1)
+        assert_near(ours, right)
+
+
+def test_diagonal_roots_stand_beside_longer_covariances():
+    inputs, grads = covariance(8), covariance(3).diagonal().diag()
+    kept = cholesky_decompose_small_factors({"lora_A": (inputs, grads)}, 8, "cpu", torch.float64)
+    assert torch.equal(kept["lora_A"][0], inputs) and not torch.equal(kept["lora_A"][1], grads)
+    assert_near(simple(*kept["lora_A"]), simple(inputs, grads))
+
+
 def test_singular_matrices_have_a_stable_root():
     singular = torch.ones(3, 3, dtype=torch.float64)
     root = stable_cholesky(singular)

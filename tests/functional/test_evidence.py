@@ -77,3 +77,19 @@ def test_a_prior_variance_must_be_one_positive_number(s2):
         model_evidence(model, torch.tensor(0.0), factors, None, None, torch.tensor(s2))
     with pytest.raises(ValueError, match="s2 is the prior variance"):
         variance({}, {}, factors, torch.tensor(s2), 2, None, None, "cpu")
+
+
+def test_factors_that_were_changed_are_decomposed_again():
+    """A write to ``factor.data`` leaves its version as it is."""
+    model = Classifier()
+    factors = calculate_kronecker_factors(model, lambda m, b: m(b), [one_example()])
+
+    def evidence(factors):
+        return model_evidence(model, torch.tensor(0.0), factors, None, None, 10.0)
+
+    before = evidence(factors)
+    for change in (lambda f: f.mul_(3), lambda f: f.data.mul_(3)):
+        change(factors["lora"][0])
+        fresh = {name: (x.clone(), g.clone()) for name, (x, g) in factors.items()}
+        assert_near(evidence(factors), evidence(fresh))
+    assert abs(evidence(factors) - before) > 0.1

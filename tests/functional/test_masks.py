@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from laplace_lora import LogitsModel
 from laplace_lora.functional import calculate_kronecker_factors, register_hooks
@@ -59,6 +60,12 @@ def named(call):
     return lambda model, batch: call(model, dict(zip(KEYS, batch, strict=False)))
 
 
+SMALL = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 KEYS = list(token_batch(LENGTHS))
 
 
@@ -113,6 +120,116 @@ def test_arguments_without_names_are_refused(kind):
     if kind is Anything:
         assert_near(factors(model, named(by_name), [tuples(batch)]), expected)
         assert_near(sums_of_hooks(model, by_name, [batch]), expected)
+
+
+class OfMyOwn(nn.Module):
+    """Names the text and its mask as no library does."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+        self.config = model.config
+
+    def forward(self, words, real):
+        return self.inner(words, attention_mask=real).logits
+
+
+class OfBatches(OfMyOwn):
+    def forward(self, batch):
+        return super().forward(batch[0], batch[1])
+
+
+def without_wrapper(model, batch):
+    return model.get_base_model()(batch[0], attention_mask=batch[1]).logits
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("kind", [OfMyOwn, OfBatches, without_wrapper])
+def test_masks_may_reach_the_transformer_only(kind, name):
+    inner = adapters_only(name).eval()
+    named = [token_batch((3, 6), pad_to=12), token_batch((4, 5), pad_to=9)]
+    expected = factors(inner, by_name, named)
+    batches = [tuples(batch) for batch in named]
+    if kind is without_wrapper:
+        assert_near(factors(inner, without_wrapper, batches), expected)
+        return
+    model = kind(inner)
+    call = {OfMyOwn: lambda model, batch: model(*batch[:2])}.get(kind, lambda m, batch: m(batch))
+    assert_near(factors(model, call, batches), expected)
+    assert_near(sums_of_hooks(model, call, batches), expected)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def deeper(model, batch):
+    """Runs a part of the transformer, and a head of its own."""
+    states = model.get_base_model().bert(batch[0], attention_mask=batch[1]).last_hidden_state
+    return states[:, 0, :3]
+
+
+def test_a_part_of_the_transformer_says_nothing_of_masks():
+    model = adapters_only("bert").eval()
+    padded = tuples(token_batch(LENGTHS, pad_to=12))
+    with pytest.raises(ValueError, match=r"it is not known which tokens .* pass `attention_mask`"):
+        factors(model, deeper, [padded])
+    even = token_batch((5, 5))  # no padding, so nothing is unknown
+    expected = factors(model, deeper, [tuples(even)], attention_mask=lambda batch: batch[1])
+    assert_near(factors(model, deeper, [tuples(even)]), expected)
+    cut = [tuple(x[n : n + 1, :length] for x in padded[:2]) for n, length in enumerate(LENGTHS)]
+    read = factors(model, deeper, [padded], attention_mask=lambda batch: batch[1])
+    assert_near(read, factors(model, deeper, cut))
+
+
+def test_calls_with_different_masks_are_refused():
+    inner = adapters_only("bert").eval()
+    first, second = token_batch((3, 5), pad_to=6), token_batch((6, 4), pad_to=6)
+
+    def twice(model, pair):
+        return by_position(model, pair[0]) + by_position(model, pair[1])
+
+    unpadded = {**token_batch((6, 6)), "attention_mask": None}
+    for pair in ((first, second), (first, unpadded)):
+        with pytest.raises(ValueError, match="called several times for a batch, with different"):
+            factors(inner, twice, [pair])
+    found = factors(inner, twice, [(first, first)])
+    assert all(side.isfinite().all() for side in found)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lora = nn.Linear(4, 3).double()
+
+    def forward(self, x, mask):
+        return (self.lora(x) * mask.unsqueeze(-1)).sum(1)
+
+
+def test_a_mask_of_another_name_is_refused_where_it_may_be_padding():
+    model, x = Recurrent(), torch.randn(2, 5, 4).double()
+    real = torch.ones(2, 5).double()
+    whole = factors(model, lambda model, batch: model(*batch), [(x, real)])
+    assert whole[0].shape == (5, 5)
+    padded = real.tril(3)
+    assert not torch.equal(padded, real)
+    with pytest.raises(ValueError, match="'mask' of the batch may say which tokens"):
+        factors(model, lambda model, batch: model(*batch), [(x, padded)])
+
+
+def test_images_need_no_mask():
+    """Of a model for texts and images; a text without a mask has no padding."""
+    config = CLIPConfig(
+        text_config=CLIPTextConfig(**SMALL, vocab_size=50, projection_dim=8).to_dict(),
+        vision_config=CLIPVisionConfig(**SMALL, image_size=8, patch_size=4).to_dict(),
+        projection_dim=8,
+    )
+    model = get_peft_model(CLIPModel(config), LoraConfig(r=2, target_modules=["q_proj"]))
+
+    class Images(OfMyOwn):
+        def forward(self, images):
+            return self.inner.get_base_model().get_image_features(images).pooler_output[:, :3]
+
+    data = [(torch.randn(2, 3, 8, 8),)]
+    found = factors(Images(excite(model)), lambda model, batch: model(batch[0]), data)
+    assert len(found) == 4
 
 
 def encoder_decoder(task_type=None):
