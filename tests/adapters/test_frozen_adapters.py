@@ -55,7 +55,7 @@ def test_an_adapter_loaded_into_ones_own_network_is_pointed_out(tmp_path):
 
 
 def test_an_adapter_that_transformers_loaded_is_pointed_out(tmp_path, monkeypatch):
-    """It freezes the adapter, though not always the head that was trained with it."""
+    """It freezes the adapter, though not the head that was trained with it."""
     monkeypatch.setattr(integration, "MIN_PEFT_VERSION", "0.18.0")  # newer than PEFT by one
     model = base_model("bert").double()
     model.add_adapter(LoraConfig(**LORA, modules_to_save=["classifier"]))
@@ -64,7 +64,9 @@ def test_an_adapter_that_transformers_loaded_is_pointed_out(tmp_path, monkeypatc
     la.save_pretrained(tmp_path, precision="exact")
     loaded = base_model("bert").double()
     loaded.load_adapter(str(tmp_path))
-    loaded.classifier.modules_to_save["default"].requires_grad_(True)
+    head = loaded.classifier.modules_to_save["default"].weight
+    if not torch.equal(head, model.classifier.modules_to_save["default"].weight):
+        pytest.skip("this version of transformers does not load the head")
     with pytest.warns(UserWarning, match=r"covers only 'classifier.modules_to_save"):
         KronLoraLaplace(loaded, "classification")
     with pytest.raises(ValueError, match=r"query\.lora_A.*it is frozen in the model; make it"):
