@@ -65,15 +65,21 @@ def _left_trainable(model: PeftModel) -> set[int]:
 
 
 def _trained_biases(model: nn.Module, bias: str) -> set[int]:
-    """Return the ``id`` of each bias of the base model that an adapter's configuration trains."""
+    """Return the ``id`` of each bias that an adapter's configuration leaves trainable."""
     if bias == "none":
         return set()
     if bias != "all":  # those of the adapted layers
         adapted = (m.get_base_layer() for m in model.modules() if isinstance(m, BaseTunerLayer))
         return {id(layer.bias) for layer in adapted if getattr(layer, "bias", None) is not None}
-    of_adapters = adapter_parameters(model)
+    copies = _trained_copies(model)
     biases = (p for name, p in model.named_parameters() if name.endswith(".bias"))
-    return {id(p) for p in biases if id(p) not in of_adapters}
+    return {id(p) for p in biases} - copies  # LoRA's own among them (``lora_bias``)
+
+
+def _trained_copies(model: nn.Module) -> set[int]:
+    """Return the ``id`` of each tensor of modules that were trained whole, with an adapter."""
+    wrappers = (m for m in model.modules() if isinstance(m, ModulesToSaveWrapper))
+    return {id(p) for wrapper in wrappers for p in wrapper.modules_to_save.parameters()}
 
 
 def point_out_frozen_adapter(model: nn.Module) -> None:
@@ -89,9 +95,7 @@ def point_out_frozen_adapter(model: nn.Module) -> None:
     Warns:
         UserWarning: If there is such an adapter; names the trainable tensors.
     """
-    modules = list(model.modules())
-    wrappers = (m for m in modules if isinstance(m, ModulesToSaveWrapper))
-    copies = {id(p) for wrapper in wrappers for p in wrapper.parameters()}
+    copies = _trained_copies(model)
     is_active = adapter_parameters(model)
     adapted = [p for p in model.parameters() if is_active.get(id(p)) and id(p) not in copies]
     trained = [name for name, p in model.named_parameters() if p.requires_grad]

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 
 from torch import nn
 
+from laplace_lora.adapters.peft_state import adapter_parameters
 from laplace_lora.adapters.plain_names import plain_names
 
 _LEFT_OUT: ContextVar[frozenset[int]] = ContextVar("left_out", default=frozenset())
@@ -19,7 +20,8 @@ _SAVED: ContextVar[frozenset[str]] = ContextVar("saved", default=frozenset())
 def covering(names: Iterable[str]) -> Iterator[None]:
     """Temporarily let `trainable_only` leave out what is not among the names of some tensors.
 
-    It leaves out nothing by them if one of them is not trainable: that is another model.
+    It leaves out no tensor of the base model, and nothing at all if one of the names is of nothing
+    trainable: that is another model.
 
     Args:
         names: As PEFT has them, or those without idle adapters, see `plain_names`.
@@ -78,10 +80,15 @@ def is_trained(parameter: nn.Parameter) -> bool:
 
 
 def _unsaved(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
-    saved = _SAVED.get()
+    """Return what is trainable of an adapter and no name of `covering` is of.
+
+    A file tells the adapter's values apart exactly, those of the base model by samples.
+    """
+    saved, of_adapters = _SAVED.get(), adapter_parameters(model)
     for name_of in (plain_names(model), str):
         if saved and saved <= set(map(name_of, trainable)):
-            return [p for name, p in trainable.items() if name_of(name) not in saved]
+            others = [p for name, p in trainable.items() if name_of(name) not in saved]
+            return [p for p in others if id(p) in of_adapters]
     return []
 
 

@@ -72,6 +72,7 @@ def with_biases(bias, kind=LoraConfig, **kwargs):
     ("bias", "arguments"),
     [
         ("all", {"r": 2}),
+        ("all", {"r": 2, "lora_bias": True}),  # which stays trainable as well
         ("lora_only", {"r": 2}),
         pytest.param("oft_only", {"kind": OFTConfig, "oft_block_size": 4, "r": 0}, marks=SLOW),
     ],

@@ -75,6 +75,18 @@ def test_other_values_of_what_was_frozen_are_refused(tmp_path):
         KronLoraLaplace.from_pretrained(model, tmp_path)
 
 
+def test_tensors_of_the_base_model_are_not_left_out(tmp_path):
+    """A file knows samples of them alone, and few rows of embeddings change."""
+    la = fitted()
+    model = la.logits_model.model
+    model.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path)
+    again = loaded(tmp_path, is_trainable=True)
+    again.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="word_embeddings"):
+        KronLoraLaplace.from_pretrained(again, tmp_path)
+
+
 def test_what_is_frozen_now_and_was_covered_is_named(tmp_path):
     la = fitted()
     la.logits_model.model.save_pretrained(tmp_path)
