@@ -78,7 +78,7 @@ def evaluate(
         coverage: Share of the sets that are to hold the label; ``None`` makes no sets.
         risk: Accepted share of wrong answers. From ``conformal_loader`` follows the confidence
             above which to answer, ``threshold``, see `answering_threshold`; adds ``"answered"``,
-            the share of examples that are, and ``"error when answered"``.
+            the share of examples that are, and unless that is none ``"error when answered"``.
         certainty: Probability with which the risk is to hold.
         groups: A label of any kind for each example, in the loader's order; adds a report for
             each group, ``by_group``. Of a token classifier one for each text.

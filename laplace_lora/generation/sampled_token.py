@@ -51,7 +51,8 @@ class SampledToken:
         # A probability may be smaller than its dtype's numbers.
         self.log_probabilities = p.clamp(min=torch.finfo(p.dtype).tiny).log()
         self.scores = self.log_probabilities + logits.logsumexp(-1, keepdim=True)
-        self.entropy = -torch.einsum("pv,pv->p", p, self.log_probabilities)
+        # As the expected entropy is summed: a dot product in float32 loses a vocabulary's tail.
+        self.entropy = -(p * self.log_probabilities).sum(-1)
         self.mutual_information = (self.entropy - expected / samples.n_samples).clamp(min=0)
 
     def of(self, tokens: Tensor, top_k: int) -> NextToken:

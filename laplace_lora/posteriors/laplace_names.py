@@ -5,6 +5,7 @@ Setting one of them installs a new state.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar, overload
 
@@ -166,13 +167,14 @@ class LaplaceNames(ParametricLaplace):
 
     @torch.no_grad()
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
-        """Return samples of the weights, ``(n_samples, parameters)``."""
-        return self.fitted.sample(n_samples, generator)
+        """Return samples of the weights, ``(n_samples, parameters)``; a calibrated width counts."""
+        posterior = self.fitted
+        return posterior.centre + posterior.deviations(n_samples, generator)
 
     def log_prob(self, value: Tensor, normalized: bool = True) -> Tensor:
         """Return the log density of weights under the posterior that `sample` draws from.
 
-        Around the posterior's mean, which need not be the MAP; before a calibration of the width.
+        Around the posterior's mean, which need not be the MAP, and with the calibrated width.
 
         Args:
             value: Weights, ``(parameters,)``.
@@ -181,8 +183,10 @@ class LaplaceNames(ParametricLaplace):
         Returns:
             A scalar.
         """
-        shift = self.fitted.settings.shift
-        return super().log_prob(value if shift is None else value - shift, normalized)
+        posterior, width = self.fitted, self.covariance_scale
+        value = self.mean + (value - posterior.centre) / width**0.5
+        density = super().log_prob(value, normalized)
+        return density - 0.5 * self.n_params * math.log(width) if normalized else density
 
     @property
     def _device(self) -> torch.device:

@@ -199,6 +199,8 @@ class Predictor:
         if readout.is_softmax and query.link_approx != "mc":
             raise ValueError("pred_type='nn' samples weights; choose link_approx='mc'")
         count = query.samples(NETWORKS)
+        if count < 2 and not readout.is_softmax:
+            raise ValueError("a variance needs n_samples of 2 or more")
         outputs = sampled_outputs(self.posterior, x, count, query.generator)
         if readout.is_softmax:
             return readout.under(outputs).mean(0)

@@ -28,7 +28,8 @@ class Predictions(Result):
         probs: Class probabilities ``(examples, classes)``, ``None`` for regressions and single
             rewards; of independent labels that each applies, ``(examples, labels)``.
         entropy: Entropy of the averaged softmax in nats, ``(examples,)``: total uncertainty. Of
-            independent labels that of each, ``(examples, labels)``, and so are the other two.
+            independent labels that of each, ``(examples, labels)``, and so are the other two. By
+            1024 points, which for ten classes or more and wide posteriors is right to 0.05.
         mutual_information: Its epistemic part, which more training data would remove.
         labels: Labels or targets, where all batches have them.
     """

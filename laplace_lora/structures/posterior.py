@@ -171,14 +171,9 @@ class Posterior:
 
         Shape ``(n_samples, parameters)``.
         """
-        scale = self.settings.covariance_scale**0.5
-        return scale * (self.sample(n_samples, generator) - self.centre)
-
-    def sample(self, n_samples: int, generator: torch.Generator | None) -> Tensor:
-        """Return samples of the weights before calibration, ``(n_samples, parameters)``."""
         size = (n_samples, len(self.mean))
         noise = torch.randn(size, dtype=self.dtype, device=self.device, generator=generator)
-        return self.centre.reshape(1, -1) + self.precision.root_multiply(noise)
+        return self.settings.covariance_scale**0.5 * self.precision.root_multiply(noise)
 
 
 def check_no_gradient(posterior: Posterior) -> None:

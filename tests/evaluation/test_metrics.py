@@ -53,6 +53,16 @@ def test_calibration_errors_by_hand():
     assert ece(p, y) == pytest.approx(0.3)
 
 
+def test_the_calibration_error_of_many_rows():
+    """Sums of confidences in float32, one by one, are off by a hundred times as much."""
+    generator = torch.Generator().manual_seed(0)
+    confidence = 0.985 + 0.01 * torch.rand(300_000, generator=generator)
+    p = torch.stack([confidence, 1 - confidence], dim=1)
+    y = (torch.rand(len(p), generator=generator) > confidence).long()
+    expected = (confidence.double().mean() - (y == 0).double().mean()).abs()  # all in one bin
+    assert ece(p, y) == pytest.approx(float(expected), abs=1e-6)
+
+
 @pytest.mark.parametrize("above", [1.0, 1 + 1e-7, 1 + 1e-9, 1 + 2e-16, 1.005])
 def test_a_probability_that_rounding_took_beyond_one_changes_nothing(above):
     p = torch.tensor([[0.99, 0.01]] * 6 + [[1.0, 0.0]] * 4).double()

@@ -1,6 +1,7 @@
 """Settings, labels and merges that would pass without a word are refused or put right."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -197,3 +198,16 @@ def test_the_density_of_weights_is_that_of_the_samples(cls):
     assert torch.isclose(la.log_prob(moved, normalized=False), relative)
     la.reset_mean()
     assert la.log_prob(at_map) == density != la.log_prob(moved)
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_samples_and_their_density_have_the_calibrated_width(cls):
+    la = posterior(cls, "bert")
+    generator = torch.Generator().manual_seed(0)
+    wide = la.sample(1, generator)[0]
+    density, relative = la.log_prob(wide), la.log_prob(wide, normalized=False)
+    la.covariance_scale = 0.25
+    narrow = la.sample(1, generator.manual_seed(0))[0]
+    assert torch.allclose(narrow - la.mean, 0.5 * (wide - la.mean), rtol=1e-6)
+    assert torch.isclose(la.log_prob(narrow, normalized=False), relative)
+    assert torch.isclose(la.log_prob(narrow), density + la.n_params * math.log(2))

@@ -88,6 +88,8 @@ def test_regression_predictions(cls, kwargs):
     assert_near(la(BATCH, diagonal_output=True)[1], covariance.diagonal(dim1=1, dim2=2))
     mean, variance = la(BATCH, pred_type="nn", n_samples=4)
     assert mean.shape == variance.shape == (3, 3)
+    with pytest.raises(ValueError, match="n_samples of 2 or more"):
+        la(BATCH, pred_type="nn", n_samples=1)
 
 
 def test_functional_variance_of_given_jacobians_is_the_streamed_one():

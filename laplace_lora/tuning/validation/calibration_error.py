@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    binary_calibration_error,
-    multiclass_calibration_error,
-)
+from torchmetrics.functional.classification import binary_calibration_error
 
 BINS = 15  # of confidence, equally wide
 ROUNDING = 1e-2  # how far beyond 0 and 1 rounding may take a probability, of bfloat16 say
@@ -25,8 +22,10 @@ def expected_calibration_error(p: Tensor, y: Tensor) -> float:
     Raises:
         ValueError: If ``p`` are no probabilities.
     """
-    p = _binned(p)
-    return float(multiclass_calibration_error(p, y, p.shape[-1], n_bins=BINS, norm="l1"))
+    # Of the event that the answer is right: torchmetrics' own for classes adds up confidences in
+    # float32, which is off by 0.004 at a million rows.
+    confidence, answer = _binned(p).max(-1)
+    return float(binary_calibration_error(confidence, (answer == y).long(), n_bins=BINS, norm="l1"))
 
 
 def binary_expected_calibration_error(p: Tensor, y: Tensor) -> float:
