@@ -22,7 +22,9 @@ from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
 NEGLIGIBLE = 1e-6  # of a text's largest gradient; where texts do not mix there is none
 
 
-def verify_images(tape: Tape, blocks: Sequence[Block], by_token: bool, of_texts: set[str]) -> None:
+def verify_images(
+    tape: Tape, blocks: Sequence[Block], by_token: bool, of_texts: set[tuple[str, int]]
+) -> None:
     """Verify that the outputs of each text have a gradient at its own row of every layer alone.
 
     Texts without an image come first: a layer where such a text has a gradient sees texts, in every
@@ -33,7 +35,8 @@ def verify_images(tape: Tape, blocks: Sequence[Block], by_token: bool, of_texts:
         tape: The recorded forward pass of a batch in which some texts have no image.
         blocks: The trainable tensors.
         by_token: Whether an example has a row of the output for each of its tokens that counts.
-        of_texts: Names of the layers that are known to see texts; those found out are added.
+        of_texts: Names of the layers that are known to see texts, and how often each is called, as
+            of `layers_of_texts`; those found out are added.
 
     Raises:
         MisfitError: If a row of a layer is of another text's image; names the layer's tensors.
@@ -53,7 +56,7 @@ def verify_images(tape: Tape, blocks: Sequence[Block], by_token: bool, of_texts:
         looked_at = [
             block
             for block in blocks
-            if block.map < len(tape.inputs) and tape.maps[block.map].name not in of_texts
+            if block.map < len(tape.inputs) and _called(tape, block.map) not in of_texts
         ]
         if not looked_at:
             return
@@ -71,7 +74,12 @@ def verify_images(tape: Tape, blocks: Sequence[Block], by_token: bool, of_texts:
                 sorted(mixed),
             )
         if not numbers[n]:
-            of_texts.update(tape.maps[i].name for i in own)
+            of_texts.update(_called(tape, i) for i in own)
+
+
+def _called(tape: Tape, i: int) -> tuple[str, int]:
+    """Return a layer's name and how often it was called; one more call may be an image's."""
+    return tape.maps[i].name, len(tape.calls(i))
 
 
 def _reached(

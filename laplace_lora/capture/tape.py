@@ -91,6 +91,10 @@ class Tape:
         self._targets = list(dict.fromkeys(targets))
         self._gradients = [[call.gradient for call in map_calls] for map_calls in calls]
 
+    def calls(self, i: int) -> Sequence[Tensor]:
+        """Return the inputs of a recorded map, call by call."""
+        return self._inputs[i]
+
     def mask(self, i: int) -> Tensor | None:
         """Return which tokens of a recorded map are real, ``(batch, tokens)``; ``None`` if all are.
 

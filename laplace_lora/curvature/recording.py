@@ -23,6 +23,7 @@ from laplace_lora.capture.mask_verification import verify_masks
 from laplace_lora.capture.output_verification import verify_outputs
 from laplace_lora.capture.recorder import MisfitError, check_masks, record
 from laplace_lora.capture.tape import Tape
+from laplace_lora.capture.text_layers import layers_of_texts
 from laplace_lora.capture.verification import verify_gradients
 from laplace_lora.data.batches import doubled, splits_by_example
 from laplace_lora.data.pairs import passes
@@ -73,7 +74,8 @@ class Recording:
         self.is_verified = False
         self._together = False  # by a batch of several examples
         self._masks_are_verified = False  # by a batch with padding, which may not be the first
-        self._of_texts: set[str] = set()  # layers known to see texts, see `verify_images`
+        self._of_texts: set[tuple[str, int]] = set()  # known to see texts, see `verify_images`
+        self._texts_are_tried = False  # without images
         self._gain: float | None = None  # of the first batch, see `Tape`
         in_pieces(model.modules())
         self._covered = trainable_maps(trained, uncovered)
@@ -154,6 +156,8 @@ class Recording:
                     if self.verify and is_uneven and all_finite(tape.output):
                         by_token = self.by_token and function is None
                         verify_images(tape, blocks, by_token, self._of_texts)
+                        if function is None:
+                            self._try_texts(tape, x, config)
                     if verifies:
                         if tape.examples == 1 and splits_by_example(x, 1):
                             self._verify_twice(run, x)
@@ -189,6 +193,21 @@ class Recording:
             return  # transformers' decoders classify one text at a time then
         if twice.has_rows_apart:
             verify_gradients(twice, blocks, self.by_token)
+
+    def _try_texts(self, tape: Tape, x: Any, config: Any) -> None:
+        """Find out, once, which layers see texts; later batches need not be looked at for these.
+
+        Not with dropout, as equal images would seem to differ.
+
+        Args:
+            tape: The recorded and verified pass of a batch whose images are not one of each text.
+            x: That batch.
+            config: The transformer's configuration.
+        """
+        if not self._texts_are_tried and not self.model.training:
+            self._texts_are_tried = True
+            alone = partial(record, self.model, tape.maps, examples=2, skip_idle=True)
+            self._of_texts |= layers_of_texts(x, config, alone)
 
     def _check_masks(self, tape: Tape) -> None:
         """Refuse batches that do not say which tokens are real."""

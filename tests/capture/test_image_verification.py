@@ -12,8 +12,17 @@ from laplace_lora.models.inputs import image_rows
 from support.language import EXACT
 from support.models import TARGETS
 from support.references import assert_near
-from support.vision import WITH_TOWER, image_text_model, image_texts
+from support.vision import (
+    IMAGE,
+    VISION,
+    WITH_TOWER,
+    image_text_model,
+    image_texts,
+    question,
+    vision_model,
+)
 
+VIDEO = 56
 UNEVEN = [(2, 1, 0), (1, 2, 0), (1, 0), (1, 1, 2, 0)]
 NOT_ONE_EACH = "vision.* sees as many images .* not one of each.*every text has one image"
 
@@ -97,6 +106,77 @@ def test_texts_are_known_from_one_batch_on(monkeypatch):
         backend.jacobians(image_texts((2, 1, 0), seed=seed)[0])
     backend.jacobians(image_texts((1, 1, 1))[0])
     assert looked_at == [2]
+
+
+def noted_passes(monkeypatch):
+    """The list that `torch.autograd.grad` adds an entry to whenever it is called."""
+    passes, grad = [], torch.autograd.grad
+    noted = lambda *args, **kwargs: passes.append(0) or grad(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(torch.autograd, "grad", noted)
+    return passes
+
+
+def images_and_videos(kind, counts, seed):
+    """Texts with images, the second of which speaks of a video as well."""
+    batch, singles = image_texts(counts, kind, seed=seed)
+    for texts, row in ((batch["input_ids"], 1), (singles[1]["input_ids"], 0)):
+        texts[row, (texts[row] == 6).nonzero().item() + 1] = VIDEO
+    return batch, singles
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+@pytest.mark.parametrize("kind", ["llava", "smolvlm"])
+def test_later_batches_cost_nothing_where_every_text_has_an_image(kind, is_trained, monkeypatch):
+    backend = backend_of(kind)
+    backend.engine.model.model.get_base_model().config.video_token_id = VIDEO
+    if not is_trained:
+        for name, parameter in backend.engine.model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.zero_()
+    for seed in range(3):
+        batch, singles = images_and_videos(kind, (2, 1, 1), seed)
+        expected = jacobians_alone(backend, singles)
+        with monkeypatch.context() as patch:
+            passes = noted_passes(patch)
+            found = backend.jacobians(batch)[0]
+        assert_near(found, expected)
+        if seed:
+            assert len(passes) == len(TARGETS)
+
+
+def test_later_batches_cost_nothing_where_patches_are_packed(monkeypatch):
+    """Qwen2-VL: images of some texts, videos of the others."""
+    kind, config, vision = VISION["qwen2_vl"]
+    model = LogitsModel(vision_model(kind, config, **vision), target_ids=TARGETS).eval()
+    backend = LoraGGN(model, "classification")
+    for later in (False, True):
+        texts = [question(answer) for answer in range(4)]
+        for text in texts[1::2]:
+            ids = text["input_ids"]
+            ids[ids == IMAGE] = VIDEO
+            text["mm_token_type_ids"] *= 2
+            text["pixel_values_videos"] = text.pop("pixel_values")
+            text["video_grid_thw"] = text.pop("image_grid_thw")
+        keys = texts[0] | texts[1]
+        batch = {key: torch.cat([text[key] for text in texts if key in text]) for key in keys}
+        expected = jacobians_alone(backend, texts)
+        with monkeypatch.context() as patch:
+            passes = noted_passes(patch)
+            found = backend.jacobians(batch)[0]
+        assert_near(found, expected)
+        if later:
+            assert len(passes) == len(TARGETS)
+
+
+@pytest.mark.parametrize("kind", ["llava", "smolvlm"])
+def test_an_adapted_tower_is_refused_after_batches_in_which_all_went_well(kind):
+    """One image of each text, beside a video of one: no row is another text's."""
+    backend = backend_of(kind, target=WITH_TOWER)
+    backend.engine.model.model.get_base_model().config.video_token_id = VIDEO
+    batch, singles = images_and_videos(kind, (1, 1, 1), 0)
+    assert_near(backend.jacobians(batch)[0], jacobians_alone(backend, singles))
+    with pytest.raises(RuntimeError, match=NOT_ONE_EACH):
+        backend.jacobians(images_and_videos(kind, (2, 1, 0), 0)[0])
 
 
 def with_labels(texts):

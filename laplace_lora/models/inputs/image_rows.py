@@ -42,12 +42,21 @@ def texts_with_images(batch: Batch, config: Any) -> Tensor:
         Shape ``(kinds, texts)``, bool, with a row for images, for videos and for sounds that some
         text speaks of.
     """
-    named = [getattr(c, k, None) for c in (config, text_config(config)) for k in PLACEHOLDERS]
-    tokens = {token for token in named if isinstance(token, int)}
+    tokens = placeholders(config)
     texts = [text for text in passes(model_inputs(batch)) if tokens and _media(text)]
     kinds = [(text["input_ids"] == t).flatten(1).any(1) for text in texts for t in tokens]
     spoken = [texts for texts in kinds if bool(texts.any())]
     return torch.stack(spoken) if spoken else torch.ones(0, 0, dtype=torch.bool)
+
+
+def placeholders(config: Any) -> set[int]:
+    """Return the tokens that stand for images, videos and sounds, as far as they are named.
+
+    Args:
+        config: The model's configuration.
+    """
+    named = [getattr(c, k, None) for c in (config, text_config(config)) for k in PLACEHOLDERS]
+    return {token for token in named if isinstance(token, int)}
 
 
 def divides(batch: Batch, config: Any, examples: int | None = None) -> bool:
