@@ -101,17 +101,14 @@ def share_of(loader: object) -> Share | None:
         return None
     found = source_of(loader, processes())
     if found is not None:
-        count, rank = processes(), dist.get_rank()
-
-        def dealt(index: int, seen: int, size: int) -> Tensor:
-            return (index * count + rank) * PER_BATCH + torch.arange(size)
-
-        return Share(dealt, None, found)
+        return Share(_by_batch(processes(), dist.get_rank()), None, found)
     if is_stream(loader):
         return _of_stream(loader)
     around: list[Any] = [loader]
     for sampler in samplers_of(loader):
         if isinstance(sampler, DistributedSampler):
+            if _gives_ready_batches(loader, around):
+                return _remaining(_of_sampler(sampler, in_batches=True), around, 0)
             size = getattr(around[-1], "batch_size", None)
             return _remaining(_of_sampler(sampler), around, size)
         if type(sampler).__name__ == "BatchSamplerShard":  # accelerate need not be installed
@@ -147,11 +144,27 @@ def _of_stream(stream: Any) -> Share | None:
     )
 
 
-def _of_sampler(sampler: DistributedSampler[Any]) -> Share | None:
+def _by_batch(count: int, rank: int) -> Places:
+    """Return the places in batches of any size, which processes take in turn."""
+    return lambda index, seen, size: (index * count + rank) * PER_BATCH + torch.arange(size)
+
+
+def _gives_ready_batches(loader: Any, around: Sequence[Any]) -> bool:
+    """Return whether a place that the sampler inside ``around`` gives is that of a whole batch."""
+    if getattr(loader, "batch_size", 0) is not None:
+        return False
+    if getattr(loader, "batch_sampler", None) is not None:
+        return False
+    return all(each is None or hasattr(each, SKIPPED) for each in around[1:])
+
+
+def _of_sampler(sampler: DistributedSampler[Any], in_batches: bool = False) -> Share | None:
     if not _is_for_all(sampler.num_replicas):
         return None
     data: Any = sampler.dataset
     rank, count = sampler.rank, sampler.num_replicas
+    if in_batches:  # repeated as wholes
+        return Share(_by_batch(count, rank), None if sampler.drop_last else len(data) * PER_BATCH)
     return Share(
         lambda index, seen, size: torch.arange(seen, seen + size) * count + rank,
         None if sampler.drop_last else len(data),
@@ -163,16 +176,19 @@ def _of_shard(shard: Any) -> Share | None:
     if not _is_for_all(count):
         return None
     batches = shard.batch_sampler
+    places: Places
     if shard.split_batches:
         part = whole // count
 
         def places(index: int, seen: int, size: int) -> Tensor:
             start = index * whole + rank * part
             return torch.arange(start, start + size)
+    elif whole is None:
+        places = _by_batch(count, rank)
     else:
 
         def places(index: int, seen: int, size: int) -> Tensor:
-            start = (index * count + rank) * (whole or PER_BATCH)
+            start = (index * count + rank) * whole
             return torch.arange(start, start + size)
 
     if not shard.even_batches:
