@@ -105,6 +105,18 @@ def test_ready_made_batches_count_once_as_wholes(sizes, drop_last, skips):
     assert in_order == [n for index in sorted(expected) for n in numbers[index].tolist()]
 
 
+@pytest.mark.parametrize("deals", [by_examples, by_batches, by_pieces, uneven])
+def test_items_of_several_examples_are_refused(deals):
+    data = [{"labels": torch.arange(5)}] * 6
+
+    def joined(items):
+        return {"labels": torch.cat([item["labels"] for item in items])}
+
+    loader = DataLoader(data, batch_sampler=deals(data, 0), collate_fn=joined)
+    with pytest.raises(ValueError, match="examples, so repeats cannot be told apart"):
+        dealt(loader)
+
+
 @pytest.mark.parametrize("deals", [by_examples, by_batches])
 def test_samplers_that_may_change_what_is_dealt_out_are_refused(deals):
     data = Numbers(8)
