@@ -56,14 +56,7 @@ def run(
     ood_rows = None if ood is None else read_rows(ood)
     apart_rows = None if apart is None else read_rows(apart)
     groups = None if group_field is None else _groups(rows, group_field)
-    opened = open_posterior(adapter, rows, options)
-    likelihood = opened.plan.likelihood
-    if likelihood not in WITH_CLASSES:
-        command = "score" if likelihood == "language_modeling" else "predict"
-        raise ValueError(
-            f"evaluate scores class probabilities; this is a {likelihood} posterior. "
-            f"`laplace-lora {command}` {WRITTEN[command]}"
-        )
+    opened = open_posterior(adapter, rows, options, check=_check_has_classes)
     batch_size = options["batch_size"]
     loader = opened.inputs.loader(rows, batch_size)
     other, own = None, None
@@ -74,7 +67,7 @@ def run(
         with read_beside(apart_rows, opened.plan.columns, f"--apart {apart}"):
             own = opened.inputs.loader(apart_rows, batch_size)
     quietly = partial(opened.la.predict, progress_bar=False)
-    adapter_alone = MAP(opened.la.logits_model, likelihood=likelihood)
+    adapter_alone = MAP(opened.la.logits_model, likelihood=opened.plan.likelihood)
     methods: dict[str, Any] = {"MAP": adapter_alone, "Laplace": quietly}
     given: dict[str, Any] = {
         "ood_loader": other,
@@ -103,6 +96,15 @@ def run(
         parts = [report.by_group[group] for report in reports]
         named = [replace(part, name=r.name) for part, r in zip(parts, reports, strict=True)]
         console.print(_table(named, f"{group_field} {group}"))
+
+
+def _check_has_classes(likelihood: str) -> None:
+    if likelihood not in WITH_CLASSES:
+        command = "score" if likelihood == "language_modeling" else "predict"
+        raise ValueError(
+            f"evaluate scores class probabilities; this is a {likelihood} posterior. "
+            f"`laplace-lora {command}` {WRITTEN[command]}"
+        )
 
 
 def _rule(threshold: float | None) -> str:

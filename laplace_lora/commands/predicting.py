@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from laplace_lora.commands.output import check_writable, json_lines
@@ -32,17 +33,21 @@ def run(adapter: str, data: str, out: str, keep: Sequence[str], **options: Any) 
     for name in keep:
         if name not in present:
             raise ValueError(f"--keep {name}: the data have {', '.join(map(repr, present))}")
-    opened = open_posterior(adapter, rows, options, "reward_modeling")
-    if opened.plan.likelihood == "language_modeling":
-        raise ValueError(
-            f"the posterior is over texts: `laplace-lora score {adapter}` says which tokens it is "
-            "unsure of, `laplace-lora generate` writes"
-        )
+    check = partial(_check_is_of_rows, adapter)
+    opened = open_posterior(adapter, rows, options, "reward_modeling", check)
     _check_kept(keep, opened, rows)
     found = predictions(opened, rows, options["batch_size"])
     with json_lines(out) as write:
         for row, result in zip(rows, result_rows(found, opened), strict=True):
             write({**{name: row.get(name) for name in keep}, **result})
+
+
+def _check_is_of_rows(adapter: str, likelihood: str) -> None:
+    if likelihood == "language_modeling":
+        raise ValueError(
+            f"the posterior is over texts: `laplace-lora score {adapter}` says which tokens it is "
+            "unsure of, `laplace-lora generate` writes"
+        )
 
 
 def _compares(opened: Opened, rows: Sequence[Row]) -> bool:

@@ -38,12 +38,14 @@ class Share:
         source: Batches that the main process reads and deals out to all in turn; ``None`` where
             each process reads its own.
         says_so: Whether the loader says whose its examples are, so that this need not be checked.
+        most: How many examples a batch may have; ``None`` for any number.
     """
 
     places: Places
     total: int | None
     source: Source | None = None
     says_so: bool = True
+    most: int | None = None
 
     def counted(self, index: int, seen: int, size: int) -> Tensor:
         """Return the places of a batch's first examples, without the repeats at its end."""
@@ -60,8 +62,8 @@ class Share:
             Batches with at least one example.
 
         Raises:
-            ValueError: If a batch has its examples joined in one row, where repeats cannot be told
-                apart.
+            ValueError: If repeats cannot be told apart: a batch has its examples joined in one row,
+                or more of them than items were dealt out for it.
         """
         seen = 0
         for index, batch in enumerate(batches):
@@ -72,6 +74,13 @@ class Share:
                     "pads, or one process"
                 )
             size = batch_length(batch)
+            if self.most is not None and size > self.most:
+                raise ValueError(
+                    f"the loader deals out {self.most} items of the data for a batch, and one has "
+                    f"{size} examples, so repeats cannot be told apart. If an item is a batch, "
+                    "make the loader with batch_size=None; else deal out single examples, or give "
+                    "every process all the data"
+                )
             places = self.counted(index, seen, size)
             seen += size
             if len(places):
@@ -101,19 +110,16 @@ def share_of(loader: object) -> Share | None:
         return None
     found = source_of(loader, processes())
     if found is not None:
-        count, rank = processes(), dist.get_rank()
-
-        def dealt(index: int, seen: int, size: int) -> Tensor:
-            return (index * count + rank) * PER_BATCH + torch.arange(size)
-
-        return Share(dealt, None, found)
+        return Share(_by_batch(processes(), dist.get_rank()), None, found)
     if is_stream(loader):
         return _of_stream(loader)
     around: list[Any] = [loader]
     for sampler in samplers_of(loader):
         if isinstance(sampler, DistributedSampler):
+            if _gives_ready_batches(loader, around):
+                return _remaining(_of_sampler(sampler, None, in_batches=True), around, 0)
             size = getattr(around[-1], "batch_size", None)
-            return _remaining(_of_sampler(sampler), around, size)
+            return _remaining(_of_sampler(sampler, size), around, size)
         if type(sampler).__name__ == "BatchSamplerShard":  # accelerate need not be installed
             return _remaining(_of_shard(sampler), around, 0)
         around.append(sampler)
@@ -147,14 +153,33 @@ def _of_stream(stream: Any) -> Share | None:
     )
 
 
-def _of_sampler(sampler: DistributedSampler[Any]) -> Share | None:
+def _by_batch(count: int, rank: int) -> Places:
+    """Return the places in batches of any size, which processes take in turn."""
+    return lambda index, seen, size: (index * count + rank) * PER_BATCH + torch.arange(size)
+
+
+def _gives_ready_batches(loader: Any, around: Sequence[Any]) -> bool:
+    """Return whether a place that the sampler inside ``around`` gives is that of a whole batch."""
+    if getattr(loader, "batch_size", 0) is not None:
+        return False
+    if getattr(loader, "batch_sampler", None) is not None:
+        return False
+    return all(each is None or hasattr(each, SKIPPED) for each in around[1:])
+
+
+def _of_sampler(
+    sampler: DistributedSampler[Any], most: int | None, in_batches: bool = False
+) -> Share | None:
     if not _is_for_all(sampler.num_replicas):
         return None
     data: Any = sampler.dataset
     rank, count = sampler.rank, sampler.num_replicas
+    if in_batches:  # repeated as wholes
+        return Share(_by_batch(count, rank), None if sampler.drop_last else len(data) * PER_BATCH)
     return Share(
         lambda index, seen, size: torch.arange(seen, seen + size) * count + rank,
         None if sampler.drop_last else len(data),
+        most=most,
     )
 
 
@@ -163,20 +188,24 @@ def _of_shard(shard: Any) -> Share | None:
     if not _is_for_all(count):
         return None
     batches = shard.batch_sampler
+    places: Places
+    most = whole
     if shard.split_batches:
-        part = whole // count
+        part = most = whole // count
 
         def places(index: int, seen: int, size: int) -> Tensor:
             start = index * whole + rank * part
             return torch.arange(start, start + size)
+    elif whole is None:
+        places = _by_batch(count, rank)
     else:
 
         def places(index: int, seen: int, size: int) -> Tensor:
-            start = (index * count + rank) * (whole or PER_BATCH)
+            start = (index * count + rank) * whole
             return torch.arange(start, start + size)
 
     if not shard.even_batches:
-        return Share(places, None)
+        return Share(places, None, most=most)
     if whole is None:  # batches of any size, repeated as wholes
         return Share(places, len(batches) * PER_BATCH)
     if not hasattr(batches, "sampler"):
@@ -184,7 +213,7 @@ def _of_shard(shard: Any) -> Share | None:
             f"accelerate repeats batches of {type(batches).__name__}, which cannot be told apart; "
             "prepare the loader with DataLoaderConfiguration(even_batches=False)"
         )
-    return Share(places, len(batches.sampler))
+    return Share(places, len(batches.sampler), most=most)
 
 
 def _remaining(share: Share | None, around: Sequence[Any], size: int | None) -> Share | None:

@@ -202,6 +202,18 @@ def test_data_for_texts(adapter, data, tmp_path):
     assert "needs to know the answer" in message
 
 
+@pytest.mark.parametrize("saved_from_python", [False, True])
+def test_commands_for_classes_name_the_one_for_tokens(writer, tmp_path, saved_from_python):
+    if saved_from_python:
+        (writer / PLAN).unlink()
+    args = (writer, "--data", write_json_lines(tmp_path / "x.jsonl", completed(5, 1)))
+    for option in ((), ("--labels", "bad", "good"), ("--labels-as", "names")):
+        said = refused("evaluate", *args, *option)
+        assert "this is a language_modeling posterior. `laplace-lora score` gives each" in said
+    for option in ((), ("--labels", "bad", "good")):
+        assert "says which tokens it is unsure of" in refused("predict", *args, *option)
+
+
 def test_language_models_are_not_calibrated(adapter, data):
     texts = data("train", lambda row: {"prompt": row["text"], "completion": " good"})
     message = refused("fit", adapter("decoder"), "--data", texts, "--val", texts)

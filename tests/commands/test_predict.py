@@ -227,10 +227,14 @@ def test_regressions_and_rewards_have_moments(adapter, data, tmp_path):
     run("fit", folder, "--data", data("train"), "-q")
     first = json.loads(run("predict", folder, "--data", data("test"), "-q").stdout.splitlines()[0])
     assert set(first) == {"mean", "std", "observation_std"} and first["std"] > 0
-    (folder / PLAN).unlink()  # as a posterior that was saved from Python
-    for option in (("--labels", "bad", "good"), ("--labels-as", "names")):
-        message = refused("evaluate", folder, "--data", data("test"), *option)
-        assert f"{option[0]}: a regression posterior has no classes" in message
+    for saved_from_python in (False, True):
+        if saved_from_python:
+            (folder / PLAN).unlink()
+        args = (folder, "--data", data("test"), "--labels", "bad", "good")
+        assert "--labels: a regression posterior has no classes" in refused("predict", *args)
+        for option in (("--labels", "bad", "good"), ("--labels-as", "names")):
+            message = refused("evaluate", folder, "--data", data("test"), *option)
+            assert "evaluate scores class probabilities; this is a regression" in message
     pairs = [{"chosen": "the film was good", "rejected": "the film was bad"}] * 9
     path = write_json_lines(tmp_path / "pairs.jsonl", pairs)
     run("fit", folder, "--data", path, "--overwrite", "-q")

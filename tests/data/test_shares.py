@@ -85,6 +85,38 @@ def test_each_example_that_is_left_counts_once(n, skips, deals, skip):
     assert skips or sorted(counted) == list(range(n))
 
 
+@pytest.mark.parametrize("skips", [(), (1,), (9,)])
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("sizes", [(3, 4, 1, 2), (3, 1, 4), (2, 5, 1, 1, 3), (6,)])
+def test_ready_made_batches_count_once_as_wholes(sizes, drop_last, skips):
+    """The sampler of a loader without a batch size gives the places of batches, not examples."""
+    numbers = torch.arange(sum(sizes)).split(sizes)
+    data = [{"labels": each} for each in numbers]
+    even = len(data) // 2 * 2
+    expected, found = set(range(even if drop_last else len(data))), []
+    for rank in range(2):
+        sampler = DistributedSampler(data, 2, rank, shuffle=False, drop_last=drop_last)
+        dealing = SkipBatchSampler(sampler, sum(skips)) if skips else sampler
+        found += dealt(DataLoader(data, sampler=dealing, batch_size=None))
+        expected -= set(range(rank, len(data), 2)[: sum(skips)])
+    places = [place for _, places in found for place in places]
+    counted = [number for batch, _ in found for number in batch]
+    in_order = [number for _, number in sorted(zip(places, counted, strict=True))]
+    assert in_order == [n for index in sorted(expected) for n in numbers[index].tolist()]
+
+
+@pytest.mark.parametrize("deals", [by_examples, by_batches, by_pieces, uneven])
+def test_items_of_several_examples_are_refused(deals):
+    data = [{"labels": torch.arange(5)}] * 6
+
+    def joined(items):
+        return {"labels": torch.cat([item["labels"] for item in items])}
+
+    loader = DataLoader(data, batch_sampler=deals(data, 0), collate_fn=joined)
+    with pytest.raises(ValueError, match="examples, so repeats cannot be told apart"):
+        dealt(loader)
+
+
 @pytest.mark.parametrize("deals", [by_examples, by_batches])
 def test_samplers_that_may_change_what_is_dealt_out_are_refused(deals):
     data = Numbers(8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,11 @@ class Opened:
 
 
 def open_posterior(
-    adapter: str, rows: Sequence[Row], options: dict[str, Any], completes: str | None = None
+    adapter: str,
+    rows: Sequence[Row],
+    options: dict[str, Any],
+    completes: str | None = None,
+    check: Callable[[str], None] = lambda likelihood: None,
 ) -> Opened:
     """Load an adapter and its posterior.
 
@@ -55,6 +59,8 @@ def open_posterior(
         rows: Data to be read.
         options: Of the command line.
         completes: See `plan_again`.
+        check: Called with the likelihood before anything else is refused; raises if the command
+            is not for it, and advice on options would be of no use.
 
     Raises:
         FileNotFoundError: If there is no posterior.
@@ -68,6 +74,7 @@ def open_posterior(
         )
     _, config = read_files(folder)
     plan = read_plan(folder, config["content"])
+    check(config["arguments"]["likelihood"])
     if options.get("load_in_4bit") is None:
         options = {**options, "load_in_4bit": plan is not None and plan.load_in_4bit}
     loaded = load_asked(adapter, options)

@@ -134,7 +134,13 @@ def settled(plan: Plan, adapter: Adapter, rows: Sequence[Row], options: dict[str
     """
     if options.get("labels") and not plan.names:
         raise ValueError(f"--labels: a {plan.likelihood} posterior has no classes")
-    if options.get("labels_as") is not None and plan.likelihood != "classification":
+    asks_form = options.get("labels_as") is not None
+    if asks_form and plan.likelihood == "multilabel":
+        raise ValueError(
+            "--labels-as: a multilabel posterior's labels are lists of names, or of a 0 or 1 for "
+            "each class, which are told apart without it; leave it out"
+        )
+    if asks_form and plan.likelihood != "classification":
         raise ValueError(f"--labels-as: a {plan.likelihood} posterior has no classes to tell apart")
     return replace(plan, eos=appends_eos(adapter, plan, rows, options.get("eos")))
 

@@ -31,6 +31,12 @@ def test_options_of_classes_are_refused_where_there_are_none(likelihood, again):
 
 
 @pytest.mark.parametrize("again", [False, True])
+def test_lists_of_classes_have_one_form(again):
+    with pytest.raises(ValueError, match="--labels-as: a multilabel posterior's labels are lists"):
+        planned("multilabel", again, labels_as="names")
+
+
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("likelihood", LIKELIHOODS[1:])
 def test_second_texts_are_refused_where_none_is_read(likelihood, again):
     with pytest.raises(ValueError, match="reads no second text"):
