@@ -167,7 +167,10 @@ class LaplaceNames(ParametricLaplace):
 
     @torch.no_grad()
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
-        """Return samples of the weights, ``(n_samples, parameters)``; a calibrated width counts."""
+        """Return samples of the weights, ``(n_samples, parameters)``.
+
+        With the calibrated width, ``covariance_scale``, which `posterior_precision` is without.
+        """
         posterior = self.fitted
         return posterior.centre + posterior.deviations(n_samples, generator)
 
