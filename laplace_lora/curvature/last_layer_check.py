@@ -15,21 +15,17 @@ def check_last_layer(model: Any) -> None:
             its last layer sees is known once it has run, as it has in a fit.
 
     Raises:
-        ValueError: If the last layer is frozen, sees more than one vector per example, or has
-            another number of outputs than the model.
+        ValueError: If the last layer is frozen, or sees more than one vector per example.
     """
     head, name = model.last_layer, getattr(model, "_last_layer_name", None)
     if head is None:  # not found yet
         return
     seen = getattr(model, "_features", {}).get(name)
     is_reduced = getattr(model, "feature_reduction", None) is not None
-    outputs = getattr(model, "output_size", head.out_features)
     if not any(is_trained(parameter) for parameter in head.parameters()):
         fault = "is frozen"
     elif seen is not None and seen.ndim != 2 and not is_reduced:
         fault = f"sees an input of shape {tuple(seen.shape)}, not one vector per example"
-    elif head.out_features != outputs:
-        fault = f"has {head.out_features} outputs, and the model {outputs}"
     else:
         return
     raise ValueError(

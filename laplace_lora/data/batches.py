@@ -10,12 +10,15 @@ from torch import Tensor
 
 # A mapping as Hugging Face collators make it, a pair of inputs and labels, or a tensor of inputs.
 Batch: TypeAlias = Mapping[str, Any] | Sequence[Any] | Tensor
+TEXTS = ("input_ids", "input_ids_chosen")
 
 
 def batch_length(batch: Batch) -> int:
     """Return the number of examples in a batch."""
     if isinstance(batch, Mapping):
-        return next(len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim)
+        first = [batch.get(key) for key in TEXTS]  # images have rows of their own
+        tensors = (v for v in (*first, *batch.values()) if isinstance(v, Tensor))
+        return next(len(v) for v in tensors if v.ndim)
     return len(batch) if isinstance(batch, Tensor) else batch_length(batch[-1])
 
 

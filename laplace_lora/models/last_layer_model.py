@@ -64,8 +64,7 @@ class _Features(nn.Module):
             raise RuntimeError(
                 "the model's last layer is no longer the one that the LastLayerModel's head was "
                 "copied from (was the model trained on?), so its features do not go with the head; "
-                "make a new LastLayerModel and a new posterior over it, or call its `take_head()` "
-                "and fit again"
+                "make a new LastLayerModel and a new posterior over it"
             )
         wide = torch.promote_types(torch.float32, weight.dtype)
         features = features.to(logits.device, wide)  # a model may be spread over devices

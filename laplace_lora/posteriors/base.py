@@ -106,6 +106,8 @@ class LoraLaplace(FittedLaplace):
         likelihood = str(getattr(likelihood, "value", likelihood))  # laplace-torch's enumeration
         if kwargs.get("damping"):
             raise ValueError("damping is not supported: it would have no effect on the posterior")
+        if not isinstance(modules, str | None):
+            modules = list(modules)
         self.modules = modules
         self.state = PosteriorState()
         self._weights_watch = WeightsWatch()

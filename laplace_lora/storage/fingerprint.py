@@ -149,9 +149,8 @@ def check_identity(
         advice = "check the active adapter's name and rank"
         if example in frozen:
             advice = (
-                "it is frozen in the model; make it trainable with "
-                "`model.get_parameter(name).requires_grad_(True)` or, for all of an adapter, with "
-                "`model.set_adapter(name)`"
+                "it is frozen in the model; make it trainable: a PeftModel's `set_adapter(name)` "
+                "does so with an adapter, `requires_grad_(True)` with any other tensor"
             )
         elif example not in then:
             advice = "the model trains that one as well; freeze what was frozen at the fit"

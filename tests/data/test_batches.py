@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from laplace_lora import KronLoraLaplace
-from laplace_lora.data.batches import first_examples, has_labels, some_examples
+from laplace_lora.data.batches import batch_length, first_examples, has_labels, some_examples
 from laplace_lora.data.pairs import as_pairs
 from laplace_lora.evaluation import MAP, evaluate
 from support.batches import loader, token_batch
@@ -25,6 +25,10 @@ def test_a_scalar_stays_as_it_is(kind):
     for taken in (first_examples(batch, 2), some_examples(batch, [2, 0])):
         assert taken["num_items_in_batch"] is SCALARS[kind]
         assert len(taken["input_ids"]) == len(taken["labels"]) == 2
+
+
+def test_texts_are_counted_before_what_has_rows_of_its_own():
+    assert batch_length({"pixel_values": torch.zeros(128, 6), **token_batch((3, 6))}) == 2
 
 
 def test_a_mapping_in_a_batch_gives_rows_too():

@@ -73,7 +73,7 @@ def test_a_head_of_before_the_model_was_trained_on_is_refused(structure):
     la.fit(loader())
     train_on(model)
     for ask in (lambda: la.fit(loader()), lambda: la(BATCH)):
-        with pytest.raises(RuntimeError, match=r"was the model trained on\?.*take_head"):
+        with pytest.raises(RuntimeError, match=r"was the model trained on\?.*a new posterior"):
             ask()
     late = by_name(split, structure, "last_layer", wrap=False)
     with pytest.raises(RuntimeError, match="make a new LastLayerModel"):

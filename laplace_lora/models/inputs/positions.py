@@ -103,16 +103,14 @@ class PositionRule:
         for n in starts.argsort(descending=True, stable=True)[: int((starts > 0).sum())].tolist():
             try:
                 truth, *found = self._both_ways(inputs, mask, run, n)
+                errors = [float((logits - truth).abs().max()) for logits in found]
                 break
             except (IndexError, ValueError):  # its row of the images is another text's
                 continue
-            except (
-                RuntimeError
-            ):  # inside a transform of torch.func, which has no numbers to compare
+            except RuntimeError:  # inside a transform of torch.func: no numbers to compare
                 return None
         else:
             return None
-        errors = [float((logits - truth).abs().max()) for logits in found]
         if not bool(torch.stack([truth, *found]).isfinite().all()):
             return None  # NaN is not far from anything
         tells = errors[-1] <= max(errors[0], NEGLIGIBLE * float(truth.abs().max()))

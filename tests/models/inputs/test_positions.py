@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch.func import functional_call, vmap
 from transformers import (
     BartConfig,
     BartForCausalLM,
@@ -237,3 +238,14 @@ def test_an_images_positions_are_no_limit_of_a_text():
     tower = torch.nn.ModuleDict({"position_embedding": torch.nn.Embedding(17, 4)})
     assert places_of(torch.nn.ModuleDict({"vision_tower": tower})) is None
     assert places_of(torch.nn.ModuleDict({"decoder": tower})) == 17
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_transform_of_torch_func_may_come_first():
+    """It has no numbers to compare, so that the model is tried later."""
+    batch = token_batch((4, 2, 6), side="left")
+    model = LogitsModel(peft_model("gpt2-lm"), target_ids=TARGETS).eval()
+    weights = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
+    stacked = {k: torch.stack([p, p]) for k, p in weights.items()}
+    found = vmap(lambda w: functional_call(model, w, (batch,)))(stacked)
+    assert_near(found[1], model(batch))
