@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,18 +19,26 @@ class Padding:
     """The attention masks of a batch, for the inputs and gradients of its layers.
 
     Args:
-        batch: Where attention masks are looked up.
+        batch: The batch, in which attention masks are looked up.
         model: The model that runs, which knows what its frames are made of, see `frame_masks`.
+        of_layer: From a layer's name to where its masks are looked up instead.
 
     Attributes:
         batch: The same.
         texts: Number of texts per example.
     """
 
-    def __init__(self, batch: Batch, model: object) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        model: object,
+        of_layer: Callable[[str], Mapping[str, Any]] | None = None,
+    ) -> None:
         self.batch = batch
+        self._of_layer = of_layer
+        self._by_layer: dict[str, dict[str, Any]] = {}
         self._model = model
-        self._sources = passes(batch)
+        self._sources = passes(batch) if of_layer is None else [{}]
         self.texts = len(self._sources)
         self._masks: dict[Any, Tensor | None] = {}
 
@@ -43,16 +51,23 @@ class Padding:
             call: Index of the layer's call.
             calls: Number of its calls, which are shared equally by the texts.
             x: Input as the layer gets it, see `token_mask`.
-            name: Name of the layer, for error messages.
+            name: Name of the layer.
             place: At whose tokens it stands in this call, see `Places`.
 
         Raises:
             ValueError: If it is not known which tokens are real, see `token_mask`.
         """
         source = call * len(self._sources) // calls
-        key = (source, x.shape[:-1], x.device, place)
+        masks = self._sources[source]
+        own: tuple[tuple[str, int], ...] = ()
+        if self._of_layer is not None:
+            if name not in self._by_layer:  # which keeps them, so that no other gets their numbers
+                self._by_layer[name] = dict(self._of_layer(name))
+            masks = self._by_layer[name]
+            own = tuple((key, id(value)) for key, value in masks.items())
+        key = (source, own, x.shape[:-1], x.device, place)
         if key not in self._masks:
-            self._masks[key] = self._of_tokens(self._sources[source], x, name, place)
+            self._masks[key] = self._of_tokens(masks, x, name, place)
         return self._masks[key]
 
     def _of_tokens(self, source: Batch, x: Tensor, name: str, place: Place | None) -> Tensor | None:
@@ -65,7 +80,9 @@ class Padding:
                 raise
             return token_mask({"attention_mask": frames(mask)}, x, name)
 
-    def cleaned(self, call: int, calls: int, values: Tensor, place: Place | None) -> Tensor:
+    def cleaned(
+        self, call: int, calls: int, values: Tensor, name: str, place: Place | None
+    ) -> Tensor:
         """Return values at tokens, with zeros for what is not finite at padding.
 
         Attention may leave anything there, as nobody uses it; times a gradient of zero it would be
@@ -76,9 +93,10 @@ class Padding:
             calls: As for `mask`.
             values: An input or an output gradient, ``(batch, tokens, d)``; others are returned
                 unchanged.
+            name: As for `mask`.
             place: As for `mask`.
         """
-        mask = self._padded(call, calls, values, place)
+        mask = self._padded(call, calls, values, name, place)
         if mask is None:
             return values
         # An accelerator would have to wait for the answer, so there it is not asked.
@@ -86,15 +104,15 @@ class Padding:
             return values
         return values.masked_fill(~mask.unsqueeze(-1) & ~values.isfinite(), 0)
 
-    def cleaned_calls(self, by_map: list[list[Call]]) -> list[list[Call]]:
+    def cleaned_calls(self, by_map: list[list[Call]], names: Sequence[str]) -> list[list[Call]]:
         """Return the calls of layers with cleaned inputs; layers that share one still share it."""
         padded = {
             id(call.x): call.x.detach()
-            for calls in by_map
+            for name, calls in zip(names, by_map, strict=True)
             for k, call in enumerate(calls)
             if call.args
             and isinstance(call.x, Tensor)
-            and self._padded(k, len(calls), call.x, call.place) is not None
+            and self._padded(k, len(calls), call.x, name, call.place) is not None
         }
         if not padded:
             return by_map
@@ -103,20 +121,26 @@ class Padding:
         bad = {key for key, ok in zip(padded, sums.isfinite().tolist(), strict=True) if not ok}
         cleaned: dict[int, Tensor] = {}
 
-        def clean(index: int, calls: int, call: Call) -> Call:
+        def clean(index: int, calls: int, call: Call, name: str) -> Call:
             if not call.args or id(call.x) not in bad:
                 return call
             if id(call.x) not in cleaned:
-                cleaned[id(call.x)] = self.cleaned(index, calls, call.x.detach(), call.place)
+                x = call.x.detach()
+                cleaned[id(call.x)] = self.cleaned(index, calls, x, name, call.place)
             return call._replace(args=(cleaned[id(call.x)], *call.args[1:]))
 
-        return [[clean(k, len(calls), call) for k, call in enumerate(calls)] for calls in by_map]
+        return [
+            [clean(k, len(calls), call, name) for k, call in enumerate(calls)]
+            for name, calls in zip(names, by_map, strict=True)
+        ]
 
-    def _padded(self, call: int, calls: int, values: Tensor, place: Place | None) -> Tensor | None:
+    def _padded(
+        self, call: int, calls: int, values: Tensor, name: str, place: Place | None
+    ) -> Tensor | None:
         """Return the mask of values at tokens; ``None`` if no padding is there, or known of."""
         if values.ndim < 2 or not values.is_floating_point():
             return None
         try:
-            return self.mask(call, calls, values, "", place)
+            return self.mask(call, calls, values, name, place)
         except ValueError:
             return None

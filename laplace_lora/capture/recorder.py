@@ -44,7 +44,7 @@ def record(
     model: Callable[[Any], Tensor],
     maps: Sequence[LinearMap],
     batch: Batch,
-    masks: Mapping[str, Any] | None = None,
+    masks: Callable[[str], Mapping[str, Any]] | None = None,
     skip_idle: bool = False,
     examples: int | None = None,
     module: nn.Module | None = None,
@@ -56,7 +56,8 @@ def record(
         model: From a batch to ``(batch, outputs)``.
         maps: The maps to record.
         batch: The model's input.
-        masks: Mapping in which attention masks are looked up on demand; ``None`` for the batch.
+        masks: From a map's name to where its attention masks are looked up, once the model has
+            run; ``None`` for the batch.
         skip_idle: Leave out maps that do not run, instead of refusing them.
         examples: Number of examples, if it is not the number of output rows.
         module: The module that runs, where ``model`` is a function around it.
@@ -73,11 +74,11 @@ def record(
     with _listening(recorded, root) as (calls, sources), torch.enable_grad():
         # Some models write into the mapping that they are called with.
         output = model(copy.copy(batch) if isinstance(batch, Mapping) else batch)
-    padding = Padding(batch if masks is None else masks, root)
+    padding = Padding(batch, root, masks)
     texts = padding.texts
     pairs = zip(recorded, calls, strict=True)
     calls = [_counted_once(linear, seen, texts) for linear, seen in pairs]
-    calls = padding.cleaned_calls(calls)
+    calls = padding.cleaned_calls(calls, [linear.name for linear in recorded])
     if skip_idle:
         maps = recorded = [linear for linear, seen in zip(recorded, calls, strict=True) if seen]
         calls = [seen for seen in calls if seen]

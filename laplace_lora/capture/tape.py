@@ -168,7 +168,7 @@ class Tape:
 
     @property
     def batch(self) -> Batch:
-        """Where attention masks are looked up: the batch, unless others were given."""
+        """The batch that the model ran on."""
         return self._padding.batch
 
     def coarsest(self, i: int, parameter: Tensor) -> torch.dtype:
@@ -239,7 +239,7 @@ class Tape:
         def receive(i: int, call: int, grad: Tensor) -> None:
             by_call = pending.setdefault(i, {})
             calls, place = len(self._outputs[i]), self._places[i][call]
-            grad = self._padding.cleaned(call, calls, grad, place)
+            grad = self._padding.cleaned(call, calls, grad, self.maps[i].name, place)
             by_call[call] = self.maps[i].map_grad(self._inputs[i][call], grad)
             if len(by_call) == len(self._outputs[i]):
                 finish(i)

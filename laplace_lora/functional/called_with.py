@@ -3,148 +3,149 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from laplace_lora.capture.arguments import Signature
-from laplace_lora.capture.places import stacks
-from laplace_lora.data.masks import DECODER_INPUTS, INPUTS, MASK_NAMES, UNCLEAR
+from laplace_lora.data.masks import MASK_NAMES
 from laplace_lora.data.sharding import unwrapped
-from laplace_lora.models.inputs.unmasked import padding_token
+from laplace_lora.functional.noted_calls import (
+    NOTED,
+    Note,
+    NotedCalls,
+    NotedTransformer,
+    OnInput,
+    transformers,
+)
 from laplace_lora.models.wrapped_model import base_of
-
-Note = Callable[[Any, dict[str, Any]], None]  # from positional and keyword arguments of a call
-NOTED = (*MASK_NAMES, *INPUTS, *DECODER_INPUTS)
 
 
 class CalledMasks:
     """The masks that a model was called with, or the transformers inside it.
 
     A module of one's own may have another name for the mask, or a function may call the model
-    without PEFT's wrapper.
+    without PEFT's wrapper. Where several transformers read texts, each has its own masks.
 
     Args:
         model: Any module.
         on_input: Registers a pre-hook, as `OwnHooks.on_input`.
         needed: Whether the masks are known from nowhere else.
-
-    Attributes:
-        masks: Of the latest calls since `begin`, see `mask_notes`; the model's own first.
-        config: The configuration of the transformer, ``None`` if there is none.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        on_input: Callable[[nn.Module, Note], None],
+        on_input: OnInput,
         needed: Callable[[], bool] = lambda: True,
     ) -> None:
-        outer: dict[str, Any] = {}
-        inner: dict[str, Any] = {}
-        self.masks: MutableMapping[str, Any] = ChainMap(outer, inner)
-        self.config: Any = getattr(base_of(model), "config", None)
         self._needed = needed
-        self._outer, self._inner = outer, inner
-        self._texts: list[tuple[Tensor, Any]] = []
-        self._seen: dict[int, Tensor | None] = {}
-        self._differ = False
-        note = mask_notes(outer, unwrapped(model), needed)
-        on_input(model, partial(self._note, note, outer, id(model)))
-        for transformer, wrapper in _transformers(model):
-            self.config = self.config or transformer.config
-            for module in {wrapper, unwrapped(wrapper), transformer} - {model}:
-                note = mask_notes(inner, unwrapped(module), self._is_needed)
-                on_input(module, partial(self._note, note, inner, id(module)))
-            embedding = _embedding(transformer)
-            if embedding is not None:
-                on_input(embedding, partial(self._note_text, transformer.config))
+        self._config: Any = getattr(base_of(model), "config", None)
+        self._outer = NotedCalls({model}, on_input, needed)
+        self._inner = [
+            NotedTransformer(transformer, wrapper, model, on_input, self._is_needed)
+            for transformer, wrapper in transformers(model)
+        ]
+        self._of_text = [one for one in self._inner if not one.sees_images]
+        self._modules = dict(unwrapped(model).named_modules(remove_duplicate=False))
 
     def begin(self) -> None:
         """Forget all calls, before those for another batch."""
-        self._outer.clear()
-        self._inner.clear()
-        self._texts.clear()
-        self._seen.clear()
-        self._differ = False
+        for calls in (self._outer, *self._inner):
+            calls.forget()
 
-    def check(self, name: str, x: Tensor) -> None:
+    def of(self, name: str, given: Mapping[str, Any], is_sure: bool = False) -> Mapping[str, Any]:
+        """Return the masks at whose tokens a layer may stand.
+
+        Args:
+            name: Of the layer.
+            given: Masks that are known otherwise. They come before those of the calls, except where
+                several transformers read texts: a batch's may be another's.
+            is_sure: Whether those given are every text's all the same.
+
+        Returns:
+            From the names of masks and texts, see `mask_notes`.
+        """
+        around = self._around(name)
+        if around and len(self._inner) > 1 and all(one.sees_images for one in around):
+            return ChainMap(*(one.masks for one in around))
+        noted = _noted(around)
+        agreed = noted[0].masks if noted and all(map(noted[0].agrees, noted)) else {}
+        if len(self._of_text) > 1 and len(around) == 1 and _are_of_tokens(agreed):
+            return ChainMap(dict(given), agreed) if is_sure else agreed
+        return ChainMap(dict(given), self._outer.masks, agreed)
+
+    def config_of(self, name: str) -> Any:
+        """Return the configuration of a layer's transformer, ``None`` if there is none."""
+        around = self._around(name)
+        one = around[0] if len(around) == 1 else next(iter(self._inner), None)
+        if self._config is not None and len(self._of_text) < 2:
+            return self._config
+        return self._config if one is None else one.config
+
+    def check(self, name: str, x: Tensor, given: Mapping[str, Any] | None = None) -> None:
         """Refuse a layer of whose tokens it is not known which are real.
 
         Args:
             name: Of the layer, for the message.
             x: Its input, ``(batch, …, q)``.
+            given: As for `of`.
 
         Raises:
             ValueError: If calls differ in their masks, or a transformer has read a text with the
-                padding token, or without one that is known, in no call of `masks`.
+                padding token, or without one that is known, in no call of `of`.
         """
+        around = self._around(name)
+        masks = self.of(name, given or {})
+        if masks.get(MASK_NAMES[0]) is None:
+            self._check_agreement(name, x, around)
         if x.ndim < 3 or x.shape[1:-1].numel() < 2 or not self._needed():
             return
-        if self._differ:
+        if self._outer.differ or any(one.differ for one in around):
             raise ValueError(
                 f"the model was called several times for a batch, with different attention masks, "
                 f"and it is not known which is that of layer {name!r}; call it once, or pass "
                 "`attention_mask` (hooks: `masks`)"
             )
-        if any(key in self.masks for key in NOTED):
+        if any(key in masks for key in NOTED):
             return
-        for ids, config in self._texts:
-            pad = padding_token(config)
-            if pad is None or bool((ids == pad).any()):
-                raise ValueError(
-                    f"it is not known which tokens of layer {name!r} are real: the text was read "
-                    "by a part of the model, in no call of the whole that names `attention_mask`; "
-                    "pass `attention_mask`, a function from a batch to its mask (hooks: `masks`)"
-                )
+        if any(one.may_have_padding for one in around):
+            raise ValueError(
+                f"it is not known which tokens of layer {name!r} are real: the text was read "
+                "by a part of the model, in no call of the whole that names `attention_mask`; "
+                "pass `attention_mask`, a function from a batch to its mask (hooks: `masks`)"
+            )
+
+    def _check_agreement(self, name: str, x: Tensor, around: list[NotedTransformer]) -> None:
+        noted = _noted(around)
+        padded = [one for one in noted if one.is_padded]
+        if not padded or all(map(noted[0].agrees, noted)):
+            return
+        has_tokens = x.ndim > 2 and x.shape[1:-1].numel() > 1
+        if has_tokens or any(one.has_rows(len(x)) for one in padded):
+            raise ValueError(
+                f"{len(noted)} transformers were called with different attention masks, and layer "
+                f"{name!r} stands inside none of them, or in several; pass `attention_mask` "
+                "(hooks: `masks`)"
+            )
+
+    def _around(self, name: str) -> list[NotedTransformer]:
+        """Return the transformers that hold a layer, or all that read texts."""
+        module = self._modules.get(name)
+        return [one for one in self._inner if module in one.modules] or self._of_text
 
     def _is_needed(self) -> bool:
-        return self._needed() and self._outer.get(MASK_NAMES[0]) is None
-
-    def _note(
-        self,
-        note: Note,
-        masks: Mapping[str, Any],
-        number: int,  # of the module, by which torch.compile can follow
-        args: Any,
-        kwargs: dict[str, Any],
-    ) -> None:
-        note(args, kwargs)
-        if any(key in masks for key in NOTED):
-            mask = masks.get(MASK_NAMES[0])
-            self._differ |= not _equal(self._seen.setdefault(number, mask), mask)
-
-    def _note_text(self, config: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        ids = args[0] if args else kwargs.get("input")
-        if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.ndim > 1:
-            self._texts.append((ids, config))
+        return self._needed() and self._outer.masks.get(MASK_NAMES[0]) is None
 
 
-def _transformers(model: nn.Module) -> Iterator[tuple[Any, nn.Module]]:
-    """Yield the outermost of transformers' models that take masks, and each with its wrappers."""
-    base = base_of(model)
-    if hasattr(type(base), "main_input_name") and MASK_NAMES[0] in Signature(base).names:
-        yield base, model
-        return
-    for child in model.children():
-        yield from _transformers(child)
+def _noted(around: list[NotedTransformer]) -> list[NotedTransformer]:
+    """Return those whose latest call had a mask or a text."""
+    return [one for one in around if any(key in one.masks for key in NOTED)]
 
 
-def _embedding(transformer: Any) -> nn.Module | None:
-    try:
-        found = transformer.get_input_embeddings()
-    except NotImplementedError:
-        return None
-    return found if isinstance(found, nn.Module) else None
-
-
-def _equal(mask: object, other: object) -> bool:
-    if not isinstance(mask, Tensor) or not isinstance(other, Tensor):
-        return mask is other
-    return mask is other or (mask.shape == other.shape and torch.equal(mask, other))
+def _are_of_tokens(masks: Mapping[str, Any]) -> bool:
+    """Return whether there are masks or texts, and no mask is of pairs of tokens."""
+    return bool(masks) and all(getattr(masks.get(k), "ndim", 2) <= 3 for k in MASK_NAMES)
 
 
 class ModelCalls:
@@ -155,7 +156,7 @@ class ModelCalls:
 
     Attributes:
         handles: Of the hooks that watch it.
-        masks: Of the latest call, see `CalledMasks`.
+        called: The masks of the latest call.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -165,8 +166,12 @@ class ModelCalls:
             model.register_forward_pre_hook(self._before),
             model.register_forward_hook(self._after, always_call=True),
         ]
-        self._called = CalledMasks(model, self._watch)
-        self.masks = self._called.masks
+        try:
+            self.called = CalledMasks(model, self._watch)
+        except BaseException:
+            for handle in self.handles:
+                handle.remove()
+            raise
 
     def check(self, name: str, x: Tensor) -> None:
         """Refuse a layer whose masks nobody knows.
@@ -185,7 +190,7 @@ class ModelCalls:
                 "registered on, so the attention mask is not known; call that model, register the "
                 "hooks on the one that you call, or pass `masks`"
             )
-        self._called.check(name, x)
+        self.called.check(name, x)
 
     def _watch(self, module: nn.Module, note: Note) -> None:
         hook = module.register_forward_pre_hook(lambda _, *given: note(*given), with_kwargs=True)
@@ -193,55 +198,7 @@ class ModelCalls:
 
     def _before(self, module: nn.Module, args: Any) -> None:
         self._runs = True
-        self._called.begin()
+        self.called.begin()
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         self._runs = False
-
-
-def mask_notes(
-    masks: dict[str, Any], model: nn.Module, needed: Callable[[], bool] = lambda: True
-) -> Note:
-    """Return what stores the masks of a model's latest call in ``masks``.
-
-    The texts are stored beside them: without a mask the model reads all of them.
-
-    Args:
-        masks: Filled anew with each call.
-        model: The model that is called: by position, by name, or with a whole batch.
-        needed: Whether the masks are known from nowhere else.
-
-    Returns:
-        From positional and keyword arguments of a call. Raises `ValueError` if there is no mask,
-        but positional arguments without names, any of which may be one.
-    """
-    signature = Signature(model)
-    shifts_labels = stacks(model) is not None  # where nothing else is given as the decoder's text
-
-    def note(args: Any, kwargs: dict[str, Any]) -> None:
-        batch = next((x for x in args if isinstance(x, Mapping)), {})
-        named = {**batch, **signature.named(args, kwargs)}
-        masks.clear()
-        masks.update({k: v for k, v in named.items() if v is not None and _is_noted(k)})
-        labels = named.get("labels")
-        if shifts_labels and masks.keys().isdisjoint(DECODER_INPUTS) and _are_tokens(labels):
-            masks[DECODER_INPUTS[0]] = labels
-        # The first argument is the text, whatever its name.
-        nameless = args[max(1, len(signature.names)) :]
-        unknown = [x for x in nameless if isinstance(x, Tensor) and x.ndim > 1]
-        if unknown and masks.get(MASK_NAMES[0]) is None and needed():
-            raise ValueError(
-                f"{type(model).__name__} was called with {len(unknown)} positional arguments to "
-                "which its forward pass gives no names, and any of them may be the attention "
-                "mask; pass it by name, attention_mask=..."
-            )
-
-    return note
-
-
-def _is_noted(key: object) -> bool:
-    return key in (*NOTED, *UNCLEAR) or str(key).endswith("padding_mask")
-
-
-def _are_tokens(labels: object) -> bool:
-    return isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -133,15 +133,19 @@ def calculate_kronecker_factors(
         elif isinstance(batch, Mapping):
             known.update({k: batch[k] for k in MASK_NAMES if batch.get(k) is not None})
         # What the model is called with is known when it has been.
-        masks = ChainMap(known, called.masks)
+        masks_of = partial(called.of, given=known, is_sure=attention_mask is not None)
         with gradients_flow(list(model.named_modules())) if sums is None else nullcontext():
-            tape = record(run, maps, batch, masks, sums is None, module=model)
+            tape = record(run, maps, batch, masks_of, sums is None, module=model)
         check_logits(tape.output, "forward_call")
-        if masks.get(MASK_NAMES[0]) is None:
-            text = batch if isinstance(batch, Mapping) and batch.get(IDS) is not None else masks
-            check_is_masked(text, called.config, "Kronecker factors would count it")
+        looked_at = set()
         for linear, x in zip(tape.maps, tape.inputs, strict=True):
-            called.check(linear.name, x)
+            masks = masks_of(linear.name)
+            if masks.get(MASK_NAMES[0]) is None and id(masks.get(IDS)) not in looked_at:
+                looked_at.add(id(masks.get(IDS)))
+                text = masks if masks.get(IDS) is not None else batch
+                config = called.config_of(linear.name)
+                check_is_masked(text, config, "Kronecker factors would count it")
+            called.check(linear.name, x, known)
         columns = _columns(tape.output, num_samples)
         if sums is None:
             ran = {linear.name for linear in tape.maps}

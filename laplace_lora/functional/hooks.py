@@ -6,7 +6,8 @@ See `factors` for a loop over a data set that needs no hooks from the user.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from laplace_lora.functional.running_factors import RunningFactor, running
 from laplace_lora.functional.selection import selected_maps
 from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.models.changes.thread_hooks import OwnHooks
+
+Called: TypeAlias = Callable[[], Mapping[str, Any]]  # the masks of the call that runs
 
 
 class Hooks(list[RemovableHandle | OwnHooks]):
@@ -66,14 +69,19 @@ def save_input_hook(
     rows = KfacRows(positions=positions)
 
     @in_full_precision
-    def hook(module: nn.Module, args: tuple[Any, ...], place: Place | None = None) -> None:
+    def hook(
+        module: nn.Module,
+        args: tuple[Any, ...],
+        place: Place | None = None,
+        called: Mapping[str, Any] | None = None,
+    ) -> None:
         if _runs_again():
             return  # these inputs are in the sum
         x = args[0].detach()
         factor = running(
             activations, module_name, x, x.shape[-1] + has_bias, n_kfac, lr_threshold, svd_dtype
         )
-        mask = token_mask(masks, x, module_name, place)
+        mask = token_mask(masks if called is None else called, x, module_name, place)
         factor.update(*rows.of_input(x, mask, factor))
 
     return hook
@@ -112,12 +120,14 @@ def save_output_grad_hook(
         grad_input: Any,
         grad_output: tuple[Tensor, ...],
         place: Place | None = None,
+        called: Mapping[str, Any] | None = None,
     ) -> None:
         grad = grad_output[0].detach()
         factor = running(
             output_grads, module_name, grad, grad.shape[-1], n_kfac, lr_threshold, svd_dtype
         )
-        factor.update(rows.of_grad(grad, token_mask(masks, grad, module_name, place)))
+        mask = token_mask(masks if called is None else called, grad, module_name, place)
+        factor.update(rows.of_grad(grad, mask))
 
     return hook
 
@@ -169,22 +179,24 @@ def register_hooks(
     ]
     if present:
         raise ValueError(f"the dictionaries already hold {present[0]!r}; pass empty ones")
-    hooks = Hooks()
-    own = OwnHooks()
-    hooks.append(own)
-    places = Places(unwrapped(model), [linear.module for linear, _ in selected], own)
     calls = ModelCalls(model) if masks is None else None
-    hooks += [] if calls is None else calls.handles
-    known = masks if calls is None else calls.masks
-    options: dict[str, Any] = {"masks": known, "positions": positions}
-    for linear, has_bias in selected:
-        name, module = linear.name, linear.module
-        if calls is not None:
-            hooks.append(module.register_forward_pre_hook(_within(calls, name)))
-        on_input = save_input_hook(name, activations, n_kfac, lr_threshold, has_bias, **options)
-        on_grad = save_output_grad_hook(name, output_grads, n_kfac, lr_threshold, **options)
-        hooks.append(module.register_forward_pre_hook(_at_place(on_input, places)))
-        hooks.append(module.register_forward_hook(_on_gradient(on_grad, places)))
+    own = OwnHooks()
+    hooks = Hooks([own] if calls is None else [own, *calls.handles])
+    try:
+        places = Places(unwrapped(model), [linear.module for linear, _ in selected], own)
+        options: dict[str, Any] = {"masks": masks, "positions": positions}
+        for linear, has_bias in selected:
+            name, module = linear.name, linear.module
+            called = None if calls is None else partial(calls.called.of, name, {})
+            if calls is not None:
+                hooks.append(module.register_forward_pre_hook(_within(calls, name)))
+            on_input = save_input_hook(name, activations, n_kfac, lr_threshold, has_bias, **options)
+            on_grad = save_output_grad_hook(name, output_grads, n_kfac, lr_threshold, **options)
+            hooks.append(module.register_forward_pre_hook(_at_place(on_input, places, called)))
+            hooks.append(module.register_forward_hook(_on_gradient(on_grad, places, called)))
+    except BaseException:
+        remove_hooks(hooks)
+        raise
     return hooks
 
 
@@ -210,12 +222,20 @@ def _within(calls: ModelCalls, name: str) -> Callable[..., None]:
     return hook
 
 
-def _at_place(hook: Callable[..., None], places: Places) -> Callable[..., None]:
-    """Return a forward pre-hook that is told where its module stands."""
-    return lambda module, args: hook(module, args, places.of(args[0]))
+def _at_place(
+    hook: Callable[..., None], places: Places, called: Called | None
+) -> Callable[..., None]:
+    """Return a forward pre-hook that is told where its module stands, and the masks of the call."""
+
+    def pre_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        hook(module, args, places.of(args[0]), None if called is None else called())
+
+    return pre_hook
 
 
-def _on_gradient(hook: Callable[..., None], places: Places) -> Callable[..., None]:
+def _on_gradient(
+    hook: Callable[..., None], places: Places, called: Called | None
+) -> Callable[..., None]:
     """Return a forward hook that calls a backward hook with the output's gradient.
 
     `nn.Module.register_full_backward_hook` would do the same, but warns if no input of the module
@@ -225,6 +245,8 @@ def _on_gradient(hook: Callable[..., None], places: Places) -> Callable[..., Non
     def forward_hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if output.requires_grad:
             place = places.of(args[0])
-            output.register_hook(lambda grad: hook(module, None, (grad,), place))
+            # Before the gradient comes, the model may be called with other masks.
+            masks = None if called is None else dict(called())
+            output.register_hook(lambda grad: hook(module, None, (grad,), place, masks))
 
     return forward_hook

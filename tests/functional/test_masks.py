@@ -6,7 +6,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    ViTConfig,
+    ViTModel,
+)
 
 from laplace_lora import LogitsModel
 from laplace_lora.functional import calculate_kronecker_factors, register_hooks
@@ -28,25 +37,31 @@ def by_position(model, batch):
     return model(batch["input_ids"], batch["attention_mask"]).logits
 
 
+def in_order(model, batch):
+    return model(*batch)
+
+
 def in_one(model, batch):
     return LogitsModel(model)(UserDict(batch))
 
 
-def sums_of_hooks(model, call, batches):
+def sums_of_hooks(model, call, batches, keywords=("lora",)):
     activations, output_grads = {}, {}
-    with register_hooks(model, activations, output_grads, ["lora"], None):
+    with register_hooks(model, activations, output_grads, keywords, None):
         for batch in batches:
             logits = call(model, batch)
             for column in softmax_root(logits.detach()):
                 (logits * column).sum().backward(retain_graph=True)
     return [
-        side for name in activations for side in (activations[name][0] / 4, output_grads[name][0])
+        side
+        for name in (name for name, _ in model.named_modules() if name in activations)
+        for side in (activations[name][0] / 4, output_grads[name][0])
     ]
 
 
-def factors(model, call, batches, **kwargs):
+def factors(model, call, batches, keywords=("lora",), **kwargs):
     found = calculate_kronecker_factors(
-        model, call, batches, None, target_module_keywords=["lora"], **kwargs
+        model, call, batches, None, target_module_keywords=keywords, **kwargs
     )
     return [side for pair in found.values() for side in pair]
 
@@ -230,6 +245,192 @@ def test_images_need_no_mask():
     data = [(torch.randn(2, 3, 8, 8),)]
     found = factors(Images(excite(model)), lambda model, batch: model(batch[0]), data)
     assert len(found) == 4
+
+
+def bert():
+    return BertModel(BertConfig(**SMALL, vocab_size=50), add_pooling_layer=False)
+
+
+class TwoTexts(nn.Module):
+    """Questions and passages, read by an encoder each."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.question, self.passage = bert(), bert()
+        self.head = nn.Linear(16, 3)
+        self.double().eval()
+
+    def forward(self, words, real, others, others_real):
+        first = self.question(words, attention_mask=real).last_hidden_state[:, 0]
+        second = self.passage(others, attention_mask=others_real).last_hidden_state[:, 0]
+        return self.head(torch.cat((first, second), -1))
+
+
+class Taught(TwoTexts):
+    """A student and a frozen teacher, which is called last."""
+
+    def __init__(self):
+        super().__init__()
+        self.passage.requires_grad_(False)
+
+
+class NamesTheFirst(TwoTexts):
+    def forward(self, input_ids, attention_mask, others, others_real):
+        return super().forward(input_ids, attention_mask, others, others_real)
+
+
+ATTENTION = ("passage.encoder.layer.0.attention.self",)
+QUERY_AND_VALUE = ("query", "value", "head")
+
+
+def two_texts(lengths, other_lengths, **pads):
+    first = token_batch(lengths, pad_to=pads.get("pad_to"))
+    second = token_batch(other_lengths, pad_to=pads.get("other_pad_to"), seed=3)
+    return tuple(batch[key] for batch in (first, second) for key in ("input_ids", "attention_mask"))
+
+
+def one_by_one(batch):
+    """The examples of two texts, without padding."""
+    words, real, others, others_real = batch
+    return [
+        (
+            *(x[n : n + 1, : real[n].sum()] for x in (words, real)),
+            *(x[n : n + 1, : others_real[n].sum()] for x in (others, others_real)),
+        )
+        for n in range(len(words))
+    ]
+
+
+@pytest.mark.parametrize("kind", [TwoTexts, Taught, NamesTheFirst])
+def test_each_of_several_transformers_has_its_own_mask(kind):
+    model = kind()
+    keywords = ("question.encoder.layer.0.attention.self",) if kind is Taught else QUERY_AND_VALUE
+    for pads in ({}, {"pad_to": 9, "other_pad_to": 7}):
+        batch = two_texts(LENGTHS, DECODER, **pads)
+        one = one_by_one(batch)
+        expected = sums_of_hooks(model, in_order, one, keywords)
+        assert_near(factors(model, in_order, one, keywords), expected)
+        assert_near(factors(model, in_order, [batch], keywords), expected)
+        assert_near(sums_of_hooks(model, in_order, [batch], keywords), expected)
+
+
+def test_a_batchs_mask_is_not_another_transformers():
+    model, batch = TwoTexts(), two_texts(LENGTHS, DECODER)
+    expected = factors(model, in_order, [batch], QUERY_AND_VALUE)
+    keys = ("input_ids", "attention_mask", "passage", "passage_mask")
+    in_one = dict(zip(keys, batch, strict=True))
+    found = factors(model, lambda model, b: model(*map(b.get, keys)), [in_one], QUERY_AND_VALUE)
+    assert_near(found, expected)
+
+
+def second_unmasked(model, batch):
+    return model(*batch[:3], None)
+
+
+def test_a_given_mask_is_that_of_all_transformers():
+    model, batch = TwoTexts(), two_texts(LENGTHS, LENGTHS)
+    read = factors(model, second_unmasked, [batch], ATTENTION, attention_mask=lambda b: b[1])
+    masked = factors(model, in_order, [batch], ATTENTION)
+    assert_near(read[0], masked[0])  # of embeddings, which attention does not change
+    with pytest.raises(ValueError, match="begin or end with the padding token"):
+        factors(model, second_unmasked, [batch], ATTENTION)
+
+
+class Compared(TwoTexts):
+    """Has a layer at tokens outside of both."""
+
+    def forward(self, words, real, others, others_real):
+        self.passage(others, attention_mask=others_real)
+        states = self.question(words, attention_mask=real).last_hidden_state
+        return self.head(torch.cat((states, states), -1))[:, 0]
+
+
+def test_a_layer_outside_of_transformers_that_differ_is_refused():
+    model = Compared()
+    padded, even = two_texts(LENGTHS, DECODER), two_texts((5, 5), (4, 4))
+    for compute in (factors, sums_of_hooks):
+        with pytest.raises(ValueError, match="2 transformers were called with different"):
+            compute(model, in_order, [padded], ("head",))
+    given = factors(model, in_order, [even], ("head",), attention_mask=lambda batch: batch[1])
+    assert_near(factors(model, in_order, [even], ("head",)), given)
+    read = factors(model, in_order, [padded], ("head",), attention_mask=lambda batch: batch[1])
+    assert_near(read, factors(model, in_order, one_by_one(padded), ("head",)))
+
+
+class TextAndImage(nn.Module):
+    def __init__(self, image_first):
+        super().__init__()
+        torch.manual_seed(0)
+        config = ViTConfig(**SMALL, image_size=4, patch_size=2)
+        self.text, self.image = bert(), ViTModel(config, add_pooling_layer=False)
+        self.head = nn.Linear(16, 3)
+        self.image_first = image_first
+        self.double().eval()
+
+    def forward(self, words, real, images):
+        image = self.image(images).last_hidden_state[:, 0] if self.image_first else None
+        text = self.text(words, attention_mask=real).last_hidden_state[:, 0]
+        image = self.image(images).last_hidden_state[:, 0] if image is None else image
+        return self.head(torch.cat((text, image), -1))
+
+
+class NamedTextAndImage(TextAndImage):
+    def forward(self, input_ids, attention_mask, pixel_values):
+        return super().forward(input_ids, attention_mask, pixel_values)
+
+
+@pytest.mark.parametrize("kind", [TextAndImage, NamedTextAndImage])
+@pytest.mark.parametrize("image_first", [False, True])
+@pytest.mark.parametrize("pad_to", [5, 6, 9])  # an image has five tokens
+def test_a_texts_mask_is_not_that_of_images(kind, image_first, pad_to):
+    model = kind(image_first)
+    text = token_batch((3, 5, 4, 5), pad_to=pad_to)
+    images = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    batch = (text["input_ids"], text["attention_mask"], images)
+    one = [
+        (ids[None, : real.sum()], real[None, : real.sum()], image[None])
+        for ids, real, image in zip(*batch, strict=True)
+    ]
+    keywords = ("query", "q_proj", "value", "fc1", "head")
+    expected = sums_of_hooks(model, in_order, one, keywords)
+    assert_near(factors(model, in_order, [batch], keywords), expected)
+    assert_near(sums_of_hooks(model, in_order, [batch], keywords), expected)
+    given = factors(model, in_order, [batch], keywords, attention_mask=lambda batch: batch[1])
+    assert_near(given, expected)
+
+
+def test_gradients_have_the_mask_of_their_own_call():
+    model = adapters_only("bert").eval()
+    batches = [token_batch((3, 6), pad_to=6), token_batch((4, 5), pad_to=6, seed=1)]
+    activations, output_grads = {}, {}
+    with register_hooks(model, activations, output_grads, ["lora"], None):
+        logits = [by_name(model, batch) for batch in batches]
+        for f in logits:
+            for column in softmax_root(f.detach()):
+                (f * column).sum().backward(retain_graph=True)
+    found = [s for n in activations for s in (activations[n][0] / 4, output_grads[n][0])]
+    assert_near(found, sums_of_hooks(model, by_name, batches))
+
+
+def lacks_embeddings(self):
+    return self.of_another_name
+
+
+def breaks(self):
+    raise KeyError("embeddings")
+
+
+def test_hooks_are_removed_if_they_cannot_be_registered(monkeypatch):
+    model = adapters_only("bert").eval()
+    base = type(model.get_base_model())
+    monkeypatch.setattr(base, "get_input_embeddings", breaks)
+    with pytest.raises(KeyError, match="embeddings"):
+        register_hooks(model, {}, {}, ["lora"], None)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    monkeypatch.setattr(base, "get_input_embeddings", lacks_embeddings)
+    with register_hooks(model, {}, {}, ["lora"], None) as hooks:
+        assert hooks
 
 
 def encoder_decoder(task_type=None):
