@@ -49,8 +49,8 @@ def activate_adapter(model: nn.Module) -> None:
 def _left_trainable(model: PeftModel) -> set[int]:
     """Return the ``id`` of each tensor that PEFT leaves trainable where it loads for inference.
 
-    Those of prompts, of SHADOW's own small model, and the biases of the base model that were
-    trained with an adapter (``bias="all"``); what was trained with them is frozen.
+    Those of prompts, of SHADOW's own small model, and the biases that were trained with an adapter
+    (``bias="all"``); what was trained with them is frozen.
     """
     name = model.active_adapter
     config = model.peft_config[name]

@@ -84,10 +84,13 @@ def _unsaved(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> list[nn
 
     A file tells the adapter's values apart exactly, those of the base model by samples.
     """
-    saved, of_adapters = _SAVED.get(), adapter_parameters(model)
+    saved = _SAVED.get()
+    if not saved:
+        return []
     for name_of in (plain_names(model), str):
-        if saved and saved <= set(map(name_of, trainable)):
+        if saved <= set(map(name_of, trainable)):
             others = [p for name, p in trainable.items() if name_of(name) not in saved]
+            of_adapters = adapter_parameters(model)
             return [p for p in others if id(p) in of_adapters]
     return []
 

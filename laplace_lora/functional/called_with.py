@@ -77,11 +77,10 @@ class CalledMasks:
 
     def config_of(self, name: str) -> Any:
         """Return the configuration of a layer's transformer, ``None`` if there is none."""
-        around = self._around(name)
-        one = around[0] if len(around) == 1 else next(iter(self._inner), None)
-        if self._config is not None and len(self._of_text) < 2:
+        if not self._inner or (self._config is not None and len(self._of_text) < 2):
             return self._config
-        return self._config if one is None else one.config
+        around = self._around(name)
+        return (around if len(around) == 1 else self._inner)[0].config
 
     def check(self, name: str, x: Tensor, given: Mapping[str, Any] | None = None) -> None:
         """Refuse a layer of whose tokens it is not known which are real.

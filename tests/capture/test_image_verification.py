@@ -116,6 +116,16 @@ def noted_passes(monkeypatch):
     return passes
 
 
+def passes_of_jacobians(backend, batch, singles, monkeypatch):
+    """The passes that a batch's Jacobians took, which are those of its texts alone."""
+    expected = jacobians_alone(backend, singles)
+    with monkeypatch.context() as patch:
+        passes = noted_passes(patch)
+        found = backend.jacobians(batch)[0]
+    assert_near(found, expected)
+    return passes
+
+
 def images_and_videos(kind, counts, seed):
     """Texts with images, the second of which speaks of a video as well."""
     batch, singles = image_texts(counts, kind, seed=seed)
@@ -135,11 +145,7 @@ def test_later_batches_cost_nothing_where_every_text_has_an_image(kind, is_train
                 parameter.data.zero_()
     for seed in range(3):
         batch, singles = images_and_videos(kind, (2, 1, 1), seed)
-        expected = jacobians_alone(backend, singles)
-        with monkeypatch.context() as patch:
-            passes = noted_passes(patch)
-            found = backend.jacobians(batch)[0]
-        assert_near(found, expected)
+        passes = passes_of_jacobians(backend, batch, singles, monkeypatch)
         if seed:
             assert len(passes) == len(TARGETS)
 
@@ -159,11 +165,7 @@ def test_later_batches_cost_nothing_where_patches_are_packed(monkeypatch):
             text["video_grid_thw"] = text.pop("image_grid_thw")
         keys = texts[0] | texts[1]
         batch = {key: torch.cat([text[key] for text in texts if key in text]) for key in keys}
-        expected = jacobians_alone(backend, texts)
-        with monkeypatch.context() as patch:
-            passes = noted_passes(patch)
-            found = backend.jacobians(batch)[0]
-        assert_near(found, expected)
+        passes = passes_of_jacobians(backend, batch, texts, monkeypatch)
         if later:
             assert len(passes) == len(TARGETS)
 
