@@ -56,7 +56,7 @@ def verify_images(
         looked_at = [
             block
             for block in blocks
-            if block.map < len(tape.inputs) and _called(tape, block.map) not in of_texts
+            if block.map < len(tape.inputs) and tape.called(block.map) not in of_texts
         ]
         if not looked_at:
             return
@@ -74,12 +74,7 @@ def verify_images(
                 sorted(mixed),
             )
         if not numbers[n]:
-            of_texts.update(_called(tape, i) for i in own)
-
-
-def _called(tape: Tape, i: int) -> tuple[str, int]:
-    """Return a layer's name and how often it was called; one more call may be an image's."""
-    return tape.maps[i].name, len(tape.calls(i))
+            of_texts.update(tape.called(i) for i in own)  # one more call may be an image's
 
 
 def _reached(

@@ -95,6 +95,10 @@ class Tape:
         """Return the inputs of a recorded map, call by call."""
         return self._inputs[i]
 
+    def called(self, i: int) -> tuple[str, int]:
+        """Return a recorded map's name, and how often it was called."""
+        return self.maps[i].name, len(self._inputs[i])
+
     def mask(self, i: int) -> Tensor | None:
         """Return which tokens of a recorded map are real, ``(batch, tokens)``; ``None`` if all are.
 

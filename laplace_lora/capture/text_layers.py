@@ -40,7 +40,7 @@ def layers_of_texts(batch: Any, config: Any, record: Callable[[Any], Tape]) -> s
     except Exception:  # a model that cannot do without images may fail in any way
         return set()
     return {
-        (tape.maps[i].name, len(tape.calls(i)))
+        tape.called(i)
         for i in range(len(tape.inputs))
         if all(len(x) == 2 and not torch.equal(x[0], x[1]) for x in tape.calls(i))
     }
