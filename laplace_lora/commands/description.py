@@ -18,6 +18,7 @@ from torch import Tensor
 from laplace_lora.commands.reading.names import layer_name
 from laplace_lora.commands.reading.plan import read_plan
 from laplace_lora.display.tables import short, span
+from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.storage.files import read_files
 from laplace_lora.storage.fingerprint import BUFFERS, IN_USE, SETTINGS
@@ -56,13 +57,15 @@ def describe(posterior: str) -> dict[str, dict[str, Any]]:
     noise = {"observation noise": float(tensors["sigma_noise"])}
     scalars, shapes = config["scalars"], config["parameters"]
     arguments = {k: v for k, v in config["arguments"].items() if v not in (None, {}, [])}
+    is_known = likelihood_of(config["arguments"]["likelihood"]).counts_model_outputs
+    outputs = {"outputs": scalars["n_outputs"]} if is_known else {}
     return {
         "posterior": {
             "class": config["class"],
             "backend": config["backend"],
             **arguments,
             "examples": scalars["n_data"],
-            "outputs": scalars["n_outputs"],
+            **outputs,
             "mean training loss": scalars["loss"] / scalars["n_data"],
         },
         "covers": {

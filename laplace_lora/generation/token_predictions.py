@@ -43,7 +43,7 @@ class TokenPredictions:
         log_prob: And under the posterior predictive.
         entropy: Entropy of the predictive over the whole vocabulary, in nats, ``(texts, length)``.
         mutual_information: What of it is epistemic: how much the token would tell about the
-            weights, in nats.
+            weights, in nats. In float32, what is below a millionth of a nat is rounding.
         log_prob_variance: Posterior variance of the log probability of the whole text, from the
             linearised model, ``(texts,)``. The tokens' correlations count.
         tail_probability: What the predictive leaves to tokens outside the ``k``, ``(texts,

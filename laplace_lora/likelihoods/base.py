@@ -144,6 +144,11 @@ class Likelihood(Protocol):
     jacobian_refusal: str | None = None
 
     @property
+    def counts_model_outputs(self) -> bool:
+        """Whether the number of outputs is the model's own, and the same for every example."""
+        return not (self.has_pairs or self.has_spans)
+
+    @property
     def can_be_calibrated(self) -> bool:
         """Whether held-out labels can choose the width, and temperature or noise."""
         return self.is_classifier or self.has_noise

@@ -49,7 +49,7 @@ def summary_lines(
             f"{state.n_data} examples, mean training loss {state.loss / state.n_data:.4g}"
         )
     base = base_of(posterior.source.model)
-    is_known = state.is_fitted and not posterior.objective.has_spans  # of which texts have many
+    is_known = state.is_fitted and posterior.objective.counts_model_outputs
     outputs = f", {state.n_outputs} outputs" if is_known else ""
     title = f"{posterior.kind}: {posterior.objective.name} by {type(base).__name__}{outputs}"
     return title, lines

@@ -242,7 +242,9 @@ def test_a_reward_model_from_preference_pairs(adapter, tmp_path):
     rows = [{"chosen": good, "rejected": bad}, {"chosen": "the meal was fine", "rejected": bad}]
     path = write_json_lines(tmp_path / "pairs.jsonl", rows * 6)
     result = run("fit", folder, "--data", path)
-    assert ": reward_modeling by" in result.stdout
+    title = result.stdout.partition(": reward_modeling by ")[2].partition("\n")[0]
+    assert title and "output" not in title  # its one output, of the two texts of a pair
+    assert "outputs" not in run("info", folder).stdout
 
 
 def test_arguments_that_do_not_go_together(adapter, data):
