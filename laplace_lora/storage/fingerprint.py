@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -121,7 +121,7 @@ def _others(posterior: Posterior, plain: bool) -> list[tuple[str, Tensor, bool |
     ]
 
 
-def frozen_names(posterior: Posterior) -> set[str]:
+def _frozen_names(posterior: Posterior) -> set[str]:
     """Return the names of frozen tensors that a posterior's model uses, plain ones and PEFT's."""
     is_active, name_of = adapter_parameters(posterior.source), _naming(posterior, True)
     used = ((n, p) for n, p in posterior.source.named_parameters() if is_active.get(id(p), True))
@@ -130,14 +130,14 @@ def frozen_names(posterior: Posterior) -> set[str]:
 
 
 def check_identity(
-    saved: Mapping[str, Any], found: Mapping[str, Any], frozen: Collection[str] = ()
+    saved: Mapping[str, Any], found: Mapping[str, Any], posterior: Posterior | None = None
 ) -> None:
     """Refuse a model that is not the one a posterior was fitted on.
 
     Args:
         saved: Its identity at the fit.
         found: The model's identity.
-        frozen: What `frozen_names` returned.
+        posterior: Where given, a missing tensor is looked for among its model's frozen ones.
 
     Raises:
         ValueError: If its tensors, their values or the base model are others.
@@ -147,7 +147,7 @@ def check_identity(
         others = [n for n in then if n not in now] or [n for n in now if now[n] != then.get(n)]
         example = others[0]
         advice = "check the active adapter's name and rank"
-        if example in frozen:
+        if posterior is not None and example in _frozen_names(posterior):
             advice = (
                 "it is frozen in the model; make it trainable: a PeftModel's `set_adapter(name)` "
                 "does so with an adapter, `requires_grad_(True)` with any other tensor"
