@@ -138,7 +138,7 @@ def tune(
         noise=noise if tune_noise else None,
     )
     settings = replace(
-        with_noise(posterior, noise) if tune_noise else posterior.settings,
+        (with_noise(posterior, noise) if tune_noise else posterior).settings,
         prior_precision=examples.first_precision.new_tensor([precision]),
         shift=None if moved is None else moved[0],
     )
