@@ -170,15 +170,8 @@ class ConvMap(LinearMap):
     convolution layers*, arXiv:1602.01407, but with the input covariance a mean over positions.
     """
 
-    @property
-    def input_dims(self) -> tuple[int, ...]:
-        """Images: ``(batch, channels, height, width)``."""
-        return (4,)
-
-    @property
-    def has_tokens(self) -> bool:
-        """Whether some positions may be padding: none is."""
-        return False
+    input_dims = (4,)  # images, (batch, channels, height, width)
+    has_tokens = False  # no position is padding
 
     def sides(self, parameter: nn.Parameter) -> list[int]:
         """Return ``[channels out, patch]`` for the weight."""
