@@ -26,7 +26,7 @@ from laplace_lora.linalg.rounded import rounded
 from laplace_lora.storage.base_samples import BASE_SAMPLES, BaseSamples
 from laplace_lora.storage.checked import GRADIENT, SHIFT, check_finite, checked_state
 from laplace_lora.storage.files import COMPACT, CONFIG, RECENTRED, TENSORS, VERSION, write_files
-from laplace_lora.storage.fingerprint import (
+from laplace_lora.storage.identity import (
     base_in_use,
     check_identity,
     identity,
