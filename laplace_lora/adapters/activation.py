@@ -61,10 +61,10 @@ def _left_trainable(model: PeftModel) -> set[int]:
         getattr(model.base_model, "shadow_backbone", {}),
     )
     left = {id(p) for holder in holders if name in holder for p in holder[name].parameters()}
-    return left | _trained_biases(model, getattr(config, "bias", "none"))
+    return left | _biases_left_trainable(model, getattr(config, "bias", "none"))
 
 
-def _trained_biases(model: nn.Module, bias: str) -> set[int]:
+def _biases_left_trainable(model: nn.Module, bias: str) -> set[int]:
     """Return the ``id`` of each bias that an adapter's configuration leaves trainable."""
     if bias == "none":
         return set()

@@ -33,29 +33,13 @@ class ElementwiseMap(LinearMap):
 
     key: str = "weight"
     verified: list[bool] = field(default_factory=list)
-
-    @property
-    def is_diagonal(self) -> bool:
-        """Whether the map's curvature is kept as a diagonal: it is."""
-        return True
-
-    @property
-    def has_tokens(self) -> bool:
-        """Whether padding must be masked: no, padding without effect has no gradient to sum."""
-        return False
+    is_diagonal = True
+    has_tokens = False  # padding without effect has no gradient to sum
+    sums_tokens = True
 
     def parameters(self) -> list[tuple[nn.Parameter, bool]]:
         """Return the map's one tensor, which is treated as a bias."""
         return [(getattr(self.module, self.key), True)]
-
-    def sides(self, parameter: nn.Parameter) -> list[int]:
-        """Return the length of the tensor."""
-        return [parameter.numel()]
-
-    @property
-    def sums_tokens(self) -> bool:
-        """Whether `map_grad` sums over the tokens of a row: it does."""
-        return True
 
     def misfit(self, calls: Sequence[Call], examples: Examples, texts: int = 1) -> str | None:
         """Return why the module does not have the form above, ``None`` if it has."""
@@ -120,6 +104,7 @@ class WholeTensor(LinearMap):
     """
 
     parameter: nn.Parameter = field(default_factory=lambda: nn.Parameter(torch.zeros(0)))
+    is_diagonal = True
 
     @classmethod
     def from_parameter(cls, name: str, parameter: nn.Parameter) -> WholeTensor:
@@ -131,11 +116,6 @@ class WholeTensor(LinearMap):
         """
         d = parameter.numel()
         return cls(name, None, d, d, False, None, parameter)
-
-    @property
-    def is_diagonal(self) -> bool:
-        """Whether the map's curvature is kept as a diagonal: it is."""
-        return True
 
     def parameters(self) -> list[tuple[nn.Parameter, bool]]:
         """Return the tensor, which is treated as a bias."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,9 @@ class LinearMap:
         transposed: Whether the weight is stored as ``(q, p)``.
         layer: The adapted layer that the map is part of, if any. Its input may be the map's, cast
             to another dtype.
+        input_dims: Allowed numbers of dimensions of the module's input.
+        has_tokens: Whether an input's rows stand at tokens, some of which may be padding.
+        is_diagonal: Whether the curvature is kept as a diagonal, not as Kronecker factors.
     """
 
     name: str
@@ -70,16 +73,9 @@ class LinearMap:
     out_features: int
     transposed: bool
     layer: nn.Module | None = None
-
-    @property
-    def input_dims(self) -> tuple[int, ...]:
-        """Allowed numbers of dimensions of the module's input."""
-        return (2, 3, 4, 5)
-
-    @property
-    def has_tokens(self) -> bool:
-        """Whether an input's rows stand at tokens, some of which may be padding."""
-        return True
+    input_dims: ClassVar[tuple[int, ...]] = (2, 3, 4, 5)
+    has_tokens: ClassVar[bool] = True
+    is_diagonal: ClassVar[bool] = False
 
     @property
     def sums_tokens(self) -> bool:
@@ -90,11 +86,6 @@ class LinearMap:
     def widens(self) -> bool:
         """Whether an input is much shorter than an output, and is that of the module itself."""
         return type(self) is LinearMap and WIDER * self.in_features <= self.out_features
-
-    @property
-    def is_diagonal(self) -> bool:
-        """Whether the map's curvature is kept as a diagonal, not as Kronecker factors."""
-        return False
 
     def misfit(self, calls: Sequence[Call], examples: Examples, texts: int = 1) -> str | None:
         """Return why the calls cannot be represented by Kronecker factors, ``None`` if they can.
@@ -170,15 +161,8 @@ class ConvMap(LinearMap):
     convolution layers*, arXiv:1602.01407, but with the input covariance a mean over positions.
     """
 
-    @property
-    def input_dims(self) -> tuple[int, ...]:
-        """Images: ``(batch, channels, height, width)``."""
-        return (4,)
-
-    @property
-    def has_tokens(self) -> bool:
-        """Whether some positions may be padding: none is."""
-        return False
+    input_dims = (4,)  # images, (batch, channels, height, width)
+    has_tokens = False  # no position is padding
 
     def sides(self, parameter: nn.Parameter) -> list[int]:
         """Return ``[channels out, patch]`` for the weight."""

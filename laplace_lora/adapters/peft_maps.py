@@ -93,11 +93,7 @@ class EmbeddingMap(LinearMap):
 
     adapter: str = "default"
     role: str = "A"
-
-    @property
-    def input_dims(self) -> tuple[int, ...]:
-        """Token ids: ``(batch, tokens)``."""
-        return (2,)
+    input_dims = (2,)  # token ids, (batch, tokens)
 
     def parameters(self) -> list[tuple[nn.Parameter, bool]]:
         """Return the map's one tensor."""

@@ -43,7 +43,7 @@ def zero_at_start(model: nn.Module) -> list[nn.Parameter]:
     return found
 
 
-def trained_biases(model: nn.Module) -> bool:
+def base_biases_were_trained(model: nn.Module) -> bool:
     """Return whether the base model's own biases were trained, of which nothing is left.
 
     Args:

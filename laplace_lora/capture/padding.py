@@ -32,7 +32,7 @@ class Padding:
         self,
         batch: Batch,
         model: object,
-        of_layer: Callable[[str], Mapping[str, Any]] | None = None,
+        of_layer: Callable[[str], Mapping[str, Any]] | None,
     ) -> None:
         self.batch = batch
         self._of_layer = of_layer

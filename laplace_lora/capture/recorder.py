@@ -14,10 +14,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from laplace_lora.adapters.maps import Call, LinearMap
 from laplace_lora.adapters.peft_state import calls_twice
 from laplace_lora.adapters.selection import listed
+from laplace_lora.capture.input_groups import Address, address
 from laplace_lora.capture.output_gradients import OutputGradient
 from laplace_lora.capture.padding import Padding
 from laplace_lora.capture.places import Places
-from laplace_lora.capture.tape import Address, Tape, address
+from laplace_lora.capture.tape import Tape
 from laplace_lora.data.batches import Batch, one_example
 from laplace_lora.data.examples import Examples
 from laplace_lora.data.masks import Place

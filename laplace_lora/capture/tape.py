@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from laplace_lora.adapters.maps import Call, LinearMap
 from laplace_lora.capture.gradient_scale import gradient_scale, largest, widened
+from laplace_lora.capture.input_groups import Address, addresses, input_groups
 from laplace_lora.capture.output_gradients import OutputGradient
 from laplace_lora.capture.padding import Padding
 from laplace_lora.capture.parameter_hooks import without_hooks
@@ -20,7 +21,6 @@ from laplace_lora.data.examples import Examples
 from laplace_lora.data.masks import joined_masks
 
 Visitor = Callable[[int, int, Tensor], None]
-Address: TypeAlias = tuple[Any, ...]
 
 
 class Tape:
@@ -70,12 +70,12 @@ class Tape:
             for linear, map_calls in zip(maps, calls, strict=False)
         ]
         # Projections that share an input in each of their calls share the joined input as well.
-        distinct = {_addresses(inputs): inputs for inputs in self._inputs}
+        distinct = {addresses(inputs): inputs for inputs in self._inputs}
         joined = {
-            addresses: _joined([examples.folded(x) for x in inputs])
-            for addresses, inputs in distinct.items()
+            place: _joined([examples.folded(x) for x in inputs])
+            for place, inputs in distinct.items()
         }
-        self.inputs = [joined[_addresses(inputs)] for inputs in self._inputs]
+        self.inputs = [joined[addresses(inputs)] for inputs in self._inputs]
         self._outputs = [[call.output for call in map_calls] for map_calls in calls]
         self._places = [[call.place for call in map_calls] for map_calls in calls]
         output_ids = {id(out) for outputs in self._outputs for out in outputs}
@@ -118,42 +118,16 @@ class Tape:
 
     @cached_property
     def input_groups(self) -> list[int]:
-        """For each recorded map, the index of the first map with the same input.
+        """For each recorded map, the index of the first map with the same input."""
+        pairs = zip(self.maps, self._inputs, strict=False)
+        sources = [self._sources_of(linear, calls) for linear, calls in pairs]
+        return input_groups(self.inputs, sources, self.output.device)
 
-        Projections that share their input tensor are recognised by its address. If PEFT casts the
-        input to the adapter's dtype, once per projection, the address before the cast names the
-        candidate, and equal values confirm it.
-        """
-        first: dict[Address, int] = {}
-        earlier: dict[Address, int] = {}
-        groups: list[int] = []
-        uncertain: list[tuple[int, int]] = []  # maps that may share their input with an earlier one
-        for i, (linear, x) in enumerate(zip(self.maps, self.inputs, strict=False)):
-            groups.append(first.setdefault(address(x), i))
-            source = self._sources.get(id(linear.layer))
-            shapes = [part.shape for part in self._inputs[i]]
-            if groups[i] == i and source is not None and shapes == [at[2] for at in source]:
-                before = ("before the cast", *source)
-                # Addresses are reused: each is compared with the latest, not with the first.
-                if before in earlier:
-                    uncertain.append((earlier[before], i))
-                earlier[before] = i
-        # All at once, as an accelerator waits for each answer.
-        for (earlier_map, i), same in zip(uncertain, self._equal(uncertain), strict=True):
-            if same:
-                groups[i] = groups[earlier_map]
-        return [groups[group] for group in groups]
-
-    def _equal(self, pairs: Sequence[tuple[int, int]]) -> list[bool]:
-        """Return whether the inputs of two maps hold the same values, for pairs of maps."""
-        inputs = [(self.inputs[i], self.inputs[k]) for i, k in pairs]
-        same = [
-            (x == other).all().to(self.output.device)
-            if (x.shape, x.dtype, x.device) == (other.shape, other.dtype, other.device)
-            else torch.zeros((), dtype=torch.bool, device=self.output.device)
-            for x, other in inputs
-        ]
-        return torch.stack(same).tolist() if same else []
+    def _sources_of(self, linear: LinearMap, calls: Sequence[Tensor]) -> Sequence[Address] | None:
+        """Return where the inputs of a map's layer lay, if they have the shapes of the map's."""
+        sources = self._sources.get(id(linear.layer))
+        shapes = [x.shape for x in calls]
+        return sources if sources and shapes == [at[2] for at in sources] else None
 
     @property
     def has_rows_apart(self) -> bool:
@@ -273,12 +247,3 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     if len(tensors) == 1:
         return tensors[0]
     return torch.cat([t if t.ndim == 3 else t.unsqueeze(1) for t in tensors], dim=1)
-
-
-def _addresses(inputs: Sequence[Tensor]) -> Address:
-    return tuple(map(address, inputs))
-
-
-def address(x: Tensor) -> Address:
-    """Return where and how a tensor is stored; equal for views of the same values."""
-    return (x.device, x.data_ptr(), x.shape, x.stride(), x.dtype)

@@ -53,24 +53,9 @@ class LowRankKron(KronFactors, Kron):
 
 
 class LowRankKronDecomposed(KronEigen, KronDecomposed):
-    """A block-diagonal matrix ``scale · (left ⊗ right) + δ`` held as eigendecompositions.
+    """A `KronEigen` that laplace-torch takes for its own."""
 
-    Args:
-        blocks: Eigendecompositions of each block's factors, see `KronEigen`.
-        deltas: Prior precision of each block, shape ``(blocks,)``; zero when ``None``.
-        scale: Factor of the curvature, laplace-torch's ``_H_factor``.
-        tables: Eigenvalues of each block; products when ``None``.
-    """
-
-    def __init__(
-        self,
-        blocks: list[list[Side]],
-        deltas: Tensor | None = None,
-        scale: float | Tensor = 1.0,
-        tables: list[Tensor] | None = None,
-    ) -> None:
-        self.damping = False
-        KronEigen.__init__(self, blocks, deltas, scale, tables)
+    damping = False
 
 
 class DenseKron(Kron):

@@ -125,15 +125,12 @@ def change_figure(panels: Sequence[tuple[str, Sequence[str], Sequence[float]]]) 
     return figure
 
 
-def parts_figure(
-    bars: Mapping[str, Mapping[str, float]], limit: float, limit_name: str, unit: str
-) -> Figure:
-    """Draw lying bars made of parts, and a limit that they should not pass, unless it is far away.
+def parts_figure(bars: Mapping[str, Mapping[str, float]], free: float, unit: str) -> Figure:
+    """Draw lying bars made of parts, and how far they may reach, unless that is far away.
 
     Args:
         bars: From the name of a bar to its parts, which have the same names in each.
-        limit: Where its line stands.
-        limit_name: What it is.
+        free: How far that is.
         unit: Of all numbers.
 
     Raises:
@@ -147,9 +144,9 @@ def parts_figure(
         widths = [bars[name][part] for name in names]
         axis.barh(names, widths, left=left, color=colour, label=part)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    if limit <= FAR * max(left):
-        axis.axvline(limit, color=LINE, linestyle="--", label=limit_name)
-    axis.set(xlabel=unit, title=f"{limit_name}: {limit:.4g} {unit}")
+    if free <= FAR * max(left):
+        axis.axvline(free, color=LINE, linestyle="--", label="free")
+    axis.set(xlabel=unit, title=f"free: {free:.4g} {unit}")
     axis.legend(fontsize=8)
     return figure
 

@@ -75,8 +75,7 @@ def subspace_of(posterior: Posterior, summed: Callable[[Pass], Sums]) -> Subspac
     structure, state = posterior.structure, posterior.state
     curvature, gradient = state.curvature, state.loss_gradient
     assert gradient is not None
-    displacement = posterior.mean - posterior.settings.prior_mean
-    starts = torch.stack([gradient, displacement.to(gradient)])
+    starts = torch.stack([gradient, state.displacement.to(gradient)])
     rows = [starts, structure.product(curvature, starts)]
     rows += [structure.solve(curvature, starts[:1], delta) for delta in SHIFTS]
     directions = orthonormal(torch.cat(rows))
@@ -114,6 +113,6 @@ def _measured(
     data_pass = Pass(add, lambda total: [total], name, "Measuring curvature", [directions])
     sums = summed(data_pass)
     check_same_data(posterior.state, sums.n, sums.loss, PURPOSE)
-    displacement = posterior.mean - posterior.settings.prior_mean
+    displacement = posterior.state.displacement
     products = spanned(directions, sums.state, gradient, displacement, engine.sizes)
     return Subspace(*products, copied(posterior.settings.prior_mean))

@@ -26,7 +26,7 @@ from laplace_lora.fitting.passes import FitSums, Pass, RowPass, Sums
 from laplace_lora.fitting.second_pass import corrected
 from laplace_lora.fitting.snapshots import Snapshot
 from laplace_lora.models.changes.modes import evaluation_mode
-from laplace_lora.storage.fingerprint import check_identity, identity
+from laplace_lora.storage.identity import check_identity, identity
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.state import PosteriorState
 

@@ -19,7 +19,7 @@ from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.subspace import Subspace
 from laplace_lora.tuning.directions import preconditioned
 from laplace_lora.tuning.evidence.corrected import HIGHEST, corrected_precision
-from laplace_lora.tuning.evidence.marginal_likelihood import first_precision
+from laplace_lora.tuning.evidence.marginal_likelihood import with_first_precision
 from laplace_lora.tuning.same_data import check_same_data
 
 PURPOSE = "the evidence's gradient term"
@@ -37,7 +37,7 @@ def asked_for(posterior: Posterior, subspace: Subspace) -> float:
         The precision; the largest that is searched, where no smaller one is credible.
     """
     found = replace(posterior, state=replace(posterior.state, subspace=subspace))
-    scalar = found.with_settings(first_precision(found))
+    scalar = with_first_precision(found)
     try:
         groups = torch.zeros(len(found.names), dtype=torch.long)
         precision = corrected_precision(scalar, groups).precisions
@@ -91,7 +91,7 @@ def next_directions(
     name = f"evidence-product-{step}"
     sums = summed(Pass(add, lambda total: [total], name, "Measuring curvature", [solution]))
     check_same_data(posterior.state, sums.n, sums.loss, PURPOSE)
-    displacement = (posterior.mean - posterior.settings.prior_mean).to(gradient)
+    displacement = posterior.state.displacement.to(gradient)
     b = -scale * gradient - delta * displacement
     remainder = b - scale * sums.state - delta * solution
     if float(remainder.norm()) <= SOLVED * float(b.norm()):

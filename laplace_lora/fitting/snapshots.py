@@ -16,12 +16,8 @@ from laplace_lora.curvature.backends import LoraGGN
 from laplace_lora.data.shares import processes
 from laplace_lora.data.tally import fingerprints
 from laplace_lora.fitting.passes import Pass, Sums
-from laplace_lora.storage.fingerprint import (
-    check_identity,
-    exact_fingerprint,
-    identity,
-    known_identity,
-)
+from laplace_lora.storage.fingerprint import exact_fingerprint
+from laplace_lora.storage.identity import check_identity, identity, known_identity
 from laplace_lora.storage.whole_files import write_whole
 from laplace_lora.structures.posterior import Posterior
 

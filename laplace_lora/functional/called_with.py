@@ -66,7 +66,11 @@ class CalledMasks:
         Returns:
             From the names of masks and texts, see `mask_notes`.
         """
-        around = self._around(name)
+        return self._masks(self._around(name), given, is_sure)
+
+    def _masks(
+        self, around: list[NotedTransformer], given: Mapping[str, Any], is_sure: bool = False
+    ) -> Mapping[str, Any]:
         if around and len(self._inner) > 1 and all(one.sees_images for one in around):
             return ChainMap(*(one.masks for one in around))
         noted = _noted(around)
@@ -95,7 +99,7 @@ class CalledMasks:
                 padding token, or without one that is known, in no call of `of`.
         """
         around = self._around(name)
-        masks = self.of(name, given or {})
+        masks = self._masks(around, given or {})
         if masks.get(MASK_NAMES[0]) is None:
             self._check_agreement(name, x, around)
         if x.ndim < 3 or x.shape[1:-1].numel() < 2 or not self._needed():
@@ -152,25 +156,19 @@ class ModelCalls:
 
     Args:
         model: Any module.
+        handles: Gets those of the hooks that watch it.
 
     Attributes:
-        handles: Of the hooks that watch it.
         called: The masks of the latest call.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, handles: list[Any]) -> None:
         self._model = model
         self._runs = False
-        self.handles = [
-            model.register_forward_pre_hook(self._before),
-            model.register_forward_hook(self._after, always_call=True),
-        ]
-        try:
-            self.called = CalledMasks(model, self._watch)
-        except BaseException:
-            for handle in self.handles:
-                handle.remove()
-            raise
+        self._handles = handles
+        handles.append(model.register_forward_pre_hook(self._before))
+        handles.append(model.register_forward_hook(self._after, always_call=True))
+        self.called = CalledMasks(model, self._watch)
 
     def check(self, name: str, x: Tensor) -> None:
         """Refuse a layer whose masks nobody knows.
@@ -193,7 +191,7 @@ class ModelCalls:
 
     def _watch(self, module: nn.Module, note: Note) -> None:
         hook = module.register_forward_pre_hook(lambda _, *given: note(*given), with_kwargs=True)
-        self.handles.append(hook)
+        self._handles.append(hook)
 
     def _before(self, module: nn.Module, args: Any) -> None:
         self._runs = True

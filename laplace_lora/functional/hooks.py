@@ -179,10 +179,10 @@ def register_hooks(
     ]
     if present:
         raise ValueError(f"the dictionaries already hold {present[0]!r}; pass empty ones")
-    calls = ModelCalls(model) if masks is None else None
     own = OwnHooks()
-    hooks = Hooks([own] if calls is None else [own, *calls.handles])
+    hooks = Hooks([own])
     try:
+        calls = ModelCalls(model, hooks) if masks is None else None
         places = Places(unwrapped(model), [linear.module for linear, _ in selected], own)
         options: dict[str, Any] = {"masks": masks, "positions": positions}
         for linear, has_bias in selected:

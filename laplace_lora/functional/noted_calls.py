@@ -157,9 +157,7 @@ def _equal(mask: object, other: object) -> bool:
     return mask is other or (mask.shape == other.shape and torch.equal(mask, other))
 
 
-def mask_notes(
-    masks: dict[str, Any], model: nn.Module, needed: Callable[[], bool] = lambda: True
-) -> Note:
+def mask_notes(masks: dict[str, Any], model: nn.Module, needed: Callable[[], bool]) -> Note:
     """Return what stores the masks of a model's latest call in ``masks``.
 
     The texts are stored beside them: without a mask the model reads all of them.

@@ -168,9 +168,9 @@ def _logits_model(
     is_s2s: bool,
     output_callback: Callable[[Any], Tensor] | None,
 ) -> LogitsModel:
-    wrapped = LogitsModel(model)
     if output_callback is not None:
         return LogitsModel(model, target_ids, output_callback)
+    wrapped = LogitsModel(model)
     if is_s2s != wrapped.is_encoder_decoder:
         kind = "an encoder-decoder" if wrapped.is_encoder_decoder else "no encoder-decoder"
         raise ValueError(f"is_s2s is {is_s2s}, but the model is {kind}")

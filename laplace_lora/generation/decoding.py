@@ -109,30 +109,31 @@ def generate(
     with ExitStack() as stack:
         steps: Steps
         stack.enter_context(together(runs=la.fitted.source))  # all draw the same tokens
+        predictor: NextTokenPredictor | SampledPredictor
         if method == EXACT:
-            exact = NextTokenPredictor(la, top_k, link_approx, n_samples, generator)
-            ids, mask = left_padded(inputs, la.fitted.device, la.fitted.source.config)
-            check_text_suffices(exact.model, inputs)
-            width = ids.shape[1]
-            check_same_angles(exact.model.config, width, width + max_new_tokens)
-            model, steps = exact.model, ExactSteps(exact, ids, mask)
+            predictor = NextTokenPredictor(la, top_k, link_approx, n_samples, generator)
         else:
             count = SAMPLES if n_samples is None else n_samples
-            sampled = SampledPredictor(la, top_k, count, generator)
-            ids, mask = left_padded(inputs, la.fitted.device, la.fitted.source.config)
-            check_text_suffices(sampled.model, inputs)
+            predictor = SampledPredictor(la, top_k, count, generator)
+        model = predictor.model
+        ids, mask = left_padded(inputs, la.fitted.device, la.fitted.source.config)
+        check_text_suffices(model, inputs)
+        if isinstance(predictor, NextTokenPredictor):
+            check_same_angles(model.config, ids.shape[1], ids.shape[1] + max_new_tokens)
+            steps = ExactSteps(predictor, ids, mask)
+        else:
             prompts = {"input_ids": ids, "attention_mask": mask}
-            reading = stack.enter_context(sampled.opened(prompts))
-            model, steps = sampled.model, SampledSteps(sampled, reading, top_k)
+            reading = stack.enter_context(predictor.opened(prompts))
+            steps = SampledSteps(predictor, reading, top_k)
         ends = model.end_tokens if eos_token_id is None else eos_token_id
         stop = torch.tensor(ends, device=ids.device, dtype=torch.long).reshape(-1)
         shown = progress(range(max_new_tokens), progress_bar, "Writing")
         text = write(steps, ids, mask, shown, selection, stop, stopping, streamer, model.pad_token)
     variance = None
-    if method == EXACT:
+    if isinstance(predictor, NextTokenPredictor):
         labels = text.ids.masked_fill(text.mask == 0, IGNORED)
         labels[:, : ids.shape[1]] = IGNORED
-        variance = exact.variance(
+        variance = predictor.variance(
             {"input_ids": text.ids, "attention_mask": text.mask, "labels": labels}
         )
     return TokenPredictions.laid_out(

@@ -226,8 +226,8 @@ class Likelihood(Protocol):
         return None
 
     def n_columns(self, outputs: int) -> int:
-        """Return how many columns the exact root has per example."""
-        ...
+        """Return how many columns the exact root has per example: those of one softmax."""
+        return outputs - 1
 
     def readout(self, x: Any, pairs: bool = False, contrasts: bool = False) -> Readout:
         """Return which functions of the outputs a prediction for some inputs is about.

@@ -83,10 +83,6 @@ class Classification(Likelihood):
         at_label = root.double().gather(-1, y.expand(len(root), -1).unsqueeze(-1)).squeeze(-1)
         return -at_label * (-log_p.squeeze(-1)).clamp(max=600).exp()
 
-    def n_columns(self, outputs: int) -> int:
-        """Return ``outputs − 1``."""
-        return outputs - 1
-
     def readout(self, x: Any, pairs: bool = False, contrasts: bool = False) -> Readout:
         """Return the logits, or their contrasts."""
         return CONTRASTS if contrasts else LOGITS

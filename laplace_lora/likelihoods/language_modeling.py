@@ -67,10 +67,6 @@ class LanguageModeling(Likelihood):
         """Return ``softmax(f) − onehot(y)`` of the scored tokens, ``(1, scored, vocabulary)``."""
         return softmax_residual(f, y[y != IGNORED])
 
-    def n_columns(self, outputs: int) -> int:
-        """Return the columns of one token."""
-        return outputs - 1
-
     def readout(self, x: Any, pairs: bool = False, contrasts: bool = False) -> Readout:
         """Refuse: texts have many tokens.
 

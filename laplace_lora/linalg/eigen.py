@@ -154,6 +154,7 @@ class DiagonalEigen:
     """
 
     values: Tensor
+    multiplicity = 0  # no direction is left out
 
     def to(self, device: torch.device | str) -> DiagonalEigen:
         """Return the diagonal on another device."""
@@ -163,11 +164,6 @@ class DiagonalEigen:
     def d(self) -> int:
         """Side length of the matrix."""
         return len(self.values)
-
-    @property
-    def multiplicity(self) -> int:
-        """Number of directions left out: none."""
-        return 0
 
     @property
     def vectors(self) -> Tensor:

@@ -97,7 +97,7 @@ class LowRankFactor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, without ``Ω``, which all factors of the same size share for a while."""
+        """Bytes held, without ``Ω``, which all factors of the same size share meanwhile."""
         return self.sketch.nbytes + self.trace.nbytes
 
     def tensors(self) -> list[Tensor]:

@@ -75,6 +75,11 @@ class AnswerPlace:
         )
         self._kind = type(base).__name__
 
+    @property
+    def follows_text(self) -> bool:
+        """Whether answers are tokens that follow texts."""
+        return not (self.is_encoder_decoder or self.is_masked)
+
     def check_reads_mask_token(self, target_ids: Any) -> None:
         """Refuse a mask token where outputs are read elsewhere.
 

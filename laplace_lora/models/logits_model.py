@@ -120,8 +120,7 @@ class LogitsModel(nn.Module):
     @property
     def answers_behind_texts(self) -> bool:
         """Whether an answer is the token that follows a text, so that nothing may end the text."""
-        is_elsewhere = self.is_encoder_decoder or self._answer.is_masked
-        return self.target_ids is not None and not is_elsewhere
+        return self.target_ids is not None and self._answer.follows_text
 
     @property
     def vocabulary_size(self) -> int | None:
@@ -263,7 +262,7 @@ class LogitsModel(nn.Module):
 
     def _answer_logits(self, inputs: dict[str, Any], ids: Tensor) -> Tensor:
         position, length = self._answer.find(inputs, self.device)
-        if not (self.is_encoder_decoder or self._answer.is_masked):
+        if self._answer.follows_text:
             self._count_real_tokens(inputs)
         head = self._wrapped.answering_head()
         if self._wrapped.adds_to_vocabulary:

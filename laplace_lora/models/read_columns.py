@@ -32,7 +32,9 @@ class ReadColumns:
         self._named |= set(getattr(model, "special_peft_forward_args", ()))
         if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own.values()):
             for kind in {type(module) for module in base.modules()}:
-                self._named |= set(inspect.signature(_forward_of(kind)).parameters)
+                # The class's: a compiled module has one of its own, which names nothing.
+                forward = getattr(kind, "forward", nn.Module.forward)
+                self._named |= set(inspect.signature(forward).parameters)
 
     def __call__(self, columns: Iterable[str]) -> set[str]:
         """Return the columns that the model may read.
@@ -45,8 +47,3 @@ class ReadColumns:
         """
         columns = set(columns) - {LABELS}
         return columns & self._named if columns & self._own else columns
-
-
-def _forward_of(kind: type[nn.Module]) -> Any:
-    """Return the forward pass of a class; a compiled module has its own, which names nothing."""
-    return getattr(kind, "forward", nn.Module.forward)

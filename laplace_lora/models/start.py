@@ -43,9 +43,7 @@ def before_adapter(
             yield model, lambda: _set(model, starts)
             return
         copy_of = dict(zip(own, copies, strict=True))
-        with torch.no_grad():
-            for parameter, value in starts:
-                copy_of[parameter].copy_(value)
+        _write([(copy_of[parameter], value) for parameter, value in starts])
         yield twin, nullcontext
 
 
@@ -59,7 +57,11 @@ def _head(model: nn.Module) -> nn.Module | None:
 @contextmanager
 def _set(model: nn.Module, values: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
     with in_place(model, [parameter for parameter, _ in values]):
-        with torch.no_grad():
-            for parameter, value in values:
-                parameter.copy_(value)
+        _write(values)
         yield
+
+
+@torch.no_grad()
+def _write(values: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    for parameter, value in values:
+        parameter.copy_(value)

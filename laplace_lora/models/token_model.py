@@ -40,8 +40,7 @@ class TokenModel(LogitsModel):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        generates = getattr(self._wrapped.base, "can_generate", lambda: True)()
-        if self._wrapped.vocabulary_head is None or self.is_encoder_decoder or not generates:
+        if self._wrapped.vocabulary_head is None or not self._answer.follows_text:
             raise ValueError(
                 f"{self._wrapped.name} is not a causal language model; tokens can be "
                 "predicted one by one with decoders loaded through AutoModelForCausalLM or "

@@ -27,34 +27,32 @@ class FeaturesWatch:
             self._places = frozen_places(source, ())
             self._values = {place.name: place.samples() for place in self._places}
             self._adapter = adapter_settings(source)
-        self._dtype = head_dtype(source)
+        self._source, self._dtype = source, head_dtype(source)
         self._seen: Any = None
 
-    def check(self, source: Any) -> None:
+    def check(self) -> None:
         """Refuse another dtype, other weights and buffers, and another scaling of the adapter.
-
-        Args:
-            source: The same `LogitsModel`.
 
         Raises:
             RuntimeError: If one has changed; names it.
         """
-        if head_dtype(source) != self._dtype:
+        now = head_dtype(self._source)
+        if now != self._dtype:
             raise RuntimeError(
-                f"the last layer is now in {head_dtype(source)}, and the posterior was fitted in "
-                f"{self._dtype}. Fit again or bring the model back"
+                f"the last layer is now in {now}, and the posterior was fitted in {self._dtype}. "
+                "Fit again or bring the model back"
             )
-        with in_turn(source):
-            self._check(source)
+        with in_turn(self._source):
+            self._check()
 
-    def _check(self, source: Any) -> None:
+    def _check(self) -> None:
         seen = traces(t for place in self._places if (t := place.tensor) is not None)
         known = seen == self._seen
         # Written to through ``.data``, a tensor keeps its version.
         looked_at = [
             p for p in self._places if not known or getattr(p.tensor, "requires_grad", True)
         ]
-        moved, rescaled = changes(looked_at, self._values, source, self._adapter)
+        moved, rescaled = changes(looked_at, self._values, self._source, self._adapter)
         if moved or rescaled:
             names = [place.name for place in moved] + rescaled
             raise RuntimeError(

@@ -70,10 +70,10 @@ class FittedLaplace(SavedLaplace):
             RuntimeError: If another process that shares the loader failed or had no examples, or
                 data are added where the model was rounded to a coarser dtype since.
         """
-        fitter = Fitter(self.parts if override or not self.state.is_fitted else self.fitted)
+        alone = override or not self.state.is_fitted
+        fitter = Fitter(self.parts if alone else self.fitted)
         options = (override, progress_bar, checkpoint_dir, checkpoint_every, evidence_correction)
         drawn = one_draw(train_loader)
-        alone = override or not self.state.is_fitted
         if not alone:
             self._weights_watch.check_not_rounded(self.parts)
         loaders = [drawn] if alone else [self._train_loader, drawn]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, Generic, Protocol, TypeVar, overload
+from typing import Any
 
 import torch
 from laplace.baselaplace import ParametricLaplace
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from laplace_lora.adapters.maps import wide_dtype
 from laplace_lora.likelihoods.question_answering import halves, joined
 from laplace_lora.models.logits_model import LogitsModel
+from laplace_lora.posteriors.state_values import SettingValue, StateValue, own
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.weight_sampling import sampled_outputs
 from laplace_lora.structures.base import Structure
@@ -23,49 +24,6 @@ from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import check_positive
 from laplace_lora.structures.state import PosteriorState
 from laplace_lora.tuning.evidence.marginal_likelihood import scatter
-
-T = TypeVar("T")
-
-
-class HasState(Protocol):
-    """An object that holds a posterior's state."""
-
-    state: PosteriorState
-
-
-class StateValue(Generic[T]):
-    """A number of the state, such as ``loss``."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    @overload
-    def __get__(self, instance: None, owner: type) -> StateValue[T]: ...
-
-    @overload
-    def __get__(self, instance: HasState, owner: type) -> T: ...
-
-    def __get__(self, instance: HasState | None, owner: type) -> Any:
-        return self if instance is None else getattr(instance.state, self.name)
-
-    def __set__(self, instance: HasState, value: T) -> None:
-        changes: dict[str, Any] = {self.name: value}
-        instance.state = replace(instance.state, **changes)
-
-
-class SettingValue(StateValue[T]):
-    """A setting, such as ``covariance_scale``; laplace-torch's own have an underscore before."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name.removeprefix("_")
-
-    def __get__(self, instance: HasState | None, owner: type) -> Any:
-        return self if instance is None else getattr(instance.state.settings, self.name)
-
-    def __set__(self, instance: HasState, value: T) -> None:
-        changes: dict[str, Any] = {self.name: _own(value)}
-        settings = replace(instance.state.settings, **changes)
-        instance.state = instance.state.with_settings(settings)
 
 
 class LaplaceNames(ParametricLaplace):
@@ -128,7 +86,7 @@ class LaplaceNames(ParametricLaplace):
     @_prior_precision.setter
     def _prior_precision(self, value: Tensor) -> None:
         self.structure.check_prior(len(value), self.n_layers, self.n_params)
-        settings = replace(self.state.settings, prior_precision=_own(value))
+        settings = replace(self.state.settings, prior_precision=own(value))
         self.state = self.state.with_settings(settings)
 
     @property
@@ -254,8 +212,3 @@ class LaplaceNames(ParametricLaplace):
             return joined(halves(outputs).softmax(-1))
         readout = objective.readout(x)
         return readout.under(outputs) if readout.is_softmax else outputs
-
-
-def _own(value: Any) -> Any:
-    """Return a copy of a tensor, which its owner may change in place; gradients flow through."""
-    return value.clone() if isinstance(value, Tensor) else value

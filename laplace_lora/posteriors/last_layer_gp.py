@@ -174,7 +174,7 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
     def _check_unchanged(self) -> None:
         self.features.check_adapter()
         if self._watch is not None:
-            self._watch.check(self.features.source)
+            self._watch.check()
 
     def _glm_predictive_distribution(self, X: Any, joint: bool = False) -> tuple[Tensor, Tensor]:
         self._check_unchanged()

@@ -85,7 +85,7 @@ class MemoryEstimate(Result):
             }
             for name, jacobian in jacobians.items()
         }
-        return parts_figure(bars, self.available / size, "free", unit)
+        return parts_figure(bars, self.available / size, unit)
 
     def to_dict(self) -> dict[str, Any]:
         """Return bytes by name, the peaks of fit and prediction, and whether they fit."""

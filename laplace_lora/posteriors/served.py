@@ -136,7 +136,7 @@ class ServedLaplace(TunedLaplace):
         """Return training data to match entropies on.
 
         Raises:
-            ValueError: If they are not at hand, or labels, which were fitted, are to be judged by.
+            ValueError: If they are not at hand, or the NLL of their labels is asked for.
         """
         loader, posterior = self._train_loader, self.fitted
         if loader is None:

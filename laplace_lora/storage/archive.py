@@ -26,10 +26,9 @@ from laplace_lora.linalg.rounded import rounded
 from laplace_lora.storage.base_samples import BASE_SAMPLES, BaseSamples
 from laplace_lora.storage.checked import GRADIENT, SHIFT, check_finite, checked_state
 from laplace_lora.storage.files import COMPACT, CONFIG, RECENTRED, TENSORS, VERSION, write_files
-from laplace_lora.storage.fingerprint import (
+from laplace_lora.storage.identity import (
     base_in_use,
     check_identity,
-    frozen_names,
     identity,
     trained_tensors,
 )
@@ -143,8 +142,7 @@ def load_state(posterior: Posterior, payload: bytes, config: Mapping[str, Any]) 
     """
     _check_runs(posterior)
     try:
-        found = identity_but_for_rounding(posterior, config)
-        check_identity(config, found, frozen_names(posterior))
+        check_identity(config, identity_but_for_rounding(posterior, config), posterior)
     except (KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
         raise ValueError(f"{CONFIG} is damaged: {error!r}") from None
     try:

@@ -10,13 +10,8 @@ from torch import Tensor
 
 from laplace_lora.display.warning import warn
 from laplace_lora.storage.base_samples import BASE_SAMPLES, BaseSamples
-from laplace_lora.storage.fingerprint import (
-    IN_USE,
-    base_in_use,
-    exact_fingerprint,
-    known_identity,
-    trained_tensors,
-)
+from laplace_lora.storage.fingerprint import exact_fingerprint
+from laplace_lora.storage.identity import IN_USE, base_in_use, known_identity, trained_tensors
 from laplace_lora.structures.posterior import Posterior
 
 ROUNDED = "rounded_weights"

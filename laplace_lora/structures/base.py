@@ -77,27 +77,21 @@ class Structure(Protocol[Sums, Raw, Curvature]):
     """How curvature is held: summed up, then raw, then ready for a posterior.
 
     What has a value here is the answer of most.
+
+    Attributes:
+        adds_up: Whether processes combine their sums by addition; otherwise by gathering rows.
+        couples_groups: Whether the data correlate tensors, so that groups cannot be tuned apart.
+        scalar_only: Whether a prior is tuned as one scalar.
     """
+
+    adds_up: bool = True
+    couples_groups: bool = False
+    scalar_only: bool = False
 
     @property
     def advice(self) -> str:
         """What to do if the curvature does not fit in memory."""
         ...
-
-    @property
-    def adds_up(self) -> bool:
-        """Whether processes combine their sums by addition; otherwise by gathering rows."""
-        return True
-
-    @property
-    def couples_groups(self) -> bool:
-        """Whether the data correlate tensors, so that groups cannot be tuned apart."""
-        return False
-
-    @property
-    def scalar_only(self) -> bool:
-        """Whether a prior is tuned as one scalar."""
-        return False
 
     @property
     def has_second_pass(self) -> bool:

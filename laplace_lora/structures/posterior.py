@@ -121,8 +121,7 @@ class Posterior:
         """The evidence's gradient term; ``None`` before a pass over the data has measured it."""
         state, gradient = self.state, self.state.loss_gradient
         if gradient is not None and not self.needs_own_root:
-            displacement = self.mean - self.settings.prior_mean
-            term = self.structure.gradient_term(state.curvature, gradient, displacement)
+            term = self.structure.gradient_term(state.curvature, gradient, state.displacement)
             if term is not None:
                 return term
         return state.subspace if state.has_subspace else None

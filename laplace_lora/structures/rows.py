@@ -15,13 +15,14 @@ from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.linalg.finite import all_finite
 from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.linalg.row_storage import RowStorage, free_space, packed_rows, unpack_rows
+from laplace_lora.linalg.sketch import Factor
 from laplace_lora.structures import sizes as memory
 from laplace_lora.structures.base import Structure
 from laplace_lora.structures.row_curvature import RowCurvature
 from laplace_lora.structures.row_term import RowTerm
 from laplace_lora.structures.sizes import GIB
 
-Sums = TypeVar("Sums")
+Sums = TypeVar("Sums", bound=RowStorage | Factor)
 Curvature = TypeVar("Curvature", bound=RowCurvature)
 
 GRAM_COPIES = 5  # matrix, eigenvectors and workspace of the eigendecomposition, in float64
@@ -38,6 +39,14 @@ class RowStructure(Structure[Sums, Sums, Curvature]):
     sizes: tuple[int, ...] = ()
 
     couples_groups = True
+
+    def tensors(self, sums: Sums) -> list[Tensor]:
+        """Return the tensors that the sums consist of."""
+        return sums.tensors()
+
+    def finish(self, engine: Engine, sums: Sums, n: int) -> Sums:
+        """Return the sums."""
+        return sums
 
     def product(self, curvature: Curvature, rows: Tensor) -> Tensor:
         """Return the products of the curvature with weight vectors, ``(n, parameters)``."""
@@ -132,14 +141,6 @@ class Rows(RowStructure[RowStorage, RowCurvature]):
     def empty(self, engine: Engine) -> RowStorage:
         """Return a storage without rows."""
         return RowStorage(self.sizes, self.dtype, engine.dtype, engine.device, self.storage)
-
-    def tensors(self, sums: RowStorage) -> list[Tensor]:
-        """Return all rows of each tensor."""
-        return sums.tensors()
-
-    def finish(self, engine: Engine, sums: RowStorage, n: int) -> RowStorage:
-        """Return the rows."""
-        return sums
 
     def merge(self, raw: RowStorage, n: int, other: RowStorage, m: int) -> RowStorage:
         """Return the rows of both.

@@ -84,14 +84,6 @@ class Sketched(RowStructure[Factor, SketchedCurvature]):
         spec, dtypes = FactorSpec(self.rank, 0), (torch.float64, engine.device, engine.dtype)
         return spec.empty(sum(self.sizes), *dtypes)
 
-    def tensors(self, sums: Factor) -> list[Tensor]:
-        """Return the tensors that the sketch consists of."""
-        return sums.tensors()
-
-    def finish(self, engine: Engine, sums: Factor, n: int) -> Factor:
-        """Return the sketch."""
-        return sums
-
     def merge(self, raw: Any, n: int, other: Any, m: int) -> Factor:
         """Return the sum of two sketches."""
         total: Factor = raw.add(other)

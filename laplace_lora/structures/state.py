@@ -54,11 +54,16 @@ class PosteriorState:
         """Whether there is a curvature."""
         return self.curvature is not None
 
+    @property
+    def displacement(self) -> Tensor:
+        """How far the MAP weights are from the prior's mean, ``θ − μ₀``, ``(parameters,)``."""
+        assert self.mean is not None
+        return self.mean - self.settings.prior_mean
+
     @cached_property
     def squared_norms(self) -> Tensor:
         """Each tensor's ``‖θ − μ₀‖²``, float64, ``(tensors,)``."""
-        assert self.mean is not None
-        squares = (self.mean - self.settings.prior_mean).double().square()
+        squares = self.displacement.double().square()
         return torch.stack([part.sum() for part in squares.split(self.sizes)])
 
     @property

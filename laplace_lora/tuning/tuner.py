@@ -16,8 +16,8 @@ from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings, check_positive
 from laplace_lora.tuning.evidence.marginal_likelihood import (
-    first_precision,
     maximise,
+    with_first_precision,
     with_precisions,
 )
 from laplace_lora.tuning.evidence.structure_choice import AUTO, StructureChoice, choose_structure
@@ -174,7 +174,7 @@ class Tuner:
         grid = torch.logspace(
             log_prior_prec_min, log_prior_prec_max, grid_size, base=log_prior_prec_base
         )
-        scalar = self.posterior.with_settings(first_precision(self.posterior))
+        scalar = with_first_precision(self.posterior)
         with self._together(val_loader) as team:
             scoring = scoring_of(self.posterior, link, n_samples, team=team)
             options = (grid, scoring, loss, progress_bar, team)

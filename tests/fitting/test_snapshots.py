@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace, LoraEF
-from laplace_lora.storage.fingerprint import identity
+from laplace_lora.storage.identity import identity
 from support.batches import loader, token_batch
 from support.exact_posteriors import BOTH, NEW_BATCH, exact_posterior
 from support.interruptions import Interrupted, Interruption, interrupted

@@ -10,7 +10,7 @@ import torch
 from laplace_lora import KronLoraLaplace
 from laplace_lora.storage.base_samples import BASE_SAMPLES, BaseSamples
 from laplace_lora.storage.files import read_files
-from laplace_lora.storage.fingerprint import check_identity
+from laplace_lora.storage.identity import check_identity
 from laplace_lora.storage.rounding import ROUNDED, identity_but_for_rounding
 from support.batches import loader, token_batch
 from support.models import peft_model

@@ -130,13 +130,10 @@ class Inputs:
                 prompt = [{"role": "user", "content": content}]
                 answer = [{"role": "assistant", "content": answer}]
         start = self._tokens(prompt, None, True)["input_ids"]
-        if isinstance(prompt, list):
-            whole = self._tokens(prompt + answer, None, False)["input_ids"]
-        else:
-            whole = self._tokens(prompt + answer, None, False)["input_ids"]
-            end = self.adapter.tokenizer.eos_token_id
-            if end is not None and whole[-1] != end:
-                whole = [*whole, end]
+        whole = self._tokens(prompt + answer, None, False)["input_ids"]
+        end = self.adapter.tokenizer.eos_token_id
+        if not isinstance(prompt, list) and end is not None and whole[-1] != end:
+            whole = [*whole, end]
         if whole[: len(start)] != start or len(whole) == len(start):
             raise ValueError(
                 f"row {number}: prompt and answer together do not begin with the prompt's tokens, "

@@ -54,7 +54,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """
     with in_turn(model):
         modules = list(model.modules())
-        others = [module for module in modules if not _is_four_bit(module)]
+        others = [module for module in modules if not is_four_bit(module)]
         with (
             _EVALUATING.hold(others, lambda module: module.training),
             differentiable(modules),
@@ -87,7 +87,7 @@ def differentiable(modules: Sequence[nn.Module]) -> Iterator[None]:
     Args:
         modules: All modules of the model.
     """
-    layers: list[Any] = [module for module in modules if _is_four_bit(module)]
+    layers: list[Any] = [module for module in modules if is_four_bit(module)]
     for layer in layers:
         if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
             layer.state_dict()
@@ -95,7 +95,8 @@ def differentiable(modules: Sequence[nn.Module]) -> Iterator[None]:
         yield
 
 
-def _is_four_bit(module: nn.Module) -> bool:
+def is_four_bit(module: nn.Module) -> bool:
+    """Return whether a module is bitsandbytes' layer with weights in 4 bits."""
     return type(module).__name__ == "Linear4bit"
 
 

@@ -39,7 +39,8 @@ class _Own:
         # torch asks whether a hook takes keywords when it calls it. By then another thread may have
         # removed its hook, and the call comes without: hence `rest`.
         action = self._actions.get(self._number)
-        if action is None or not _acts_for(self._owner):
+        is_elsewhere = threading.get_ident() != self._owner
+        if action is None or is_elsewhere or getattr(_SUSPENDED, "yes", False):
             return None
         return action(args, *rest)
 
@@ -142,7 +143,3 @@ def hooks_suspended() -> Iterator[None]:
         yield
     finally:
         _SUSPENDED.yes = before
-
-
-def _acts_for(owner: int) -> bool:
-    return threading.get_ident() == owner and not getattr(_SUSPENDED, "yes", False)

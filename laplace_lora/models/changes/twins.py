@@ -49,7 +49,7 @@ def resampled(
 
 @contextmanager
 def in_place(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let a model's own weights be overwritten for a while, by one thread after the other.
+    """Let a model's own weights be overwritten temporarily, by one thread after the other.
 
     Args:
         model: Any module.

@@ -42,9 +42,8 @@ def texts_with_images(batch: Batch, config: Any) -> Tensor:
         Shape ``(kinds, texts)``, bool, with a row for images, for videos and for sounds that some
         text speaks of.
     """
-    tokens = placeholders(config)
-    texts = [text for text in passes(model_inputs(batch)) if tokens and _media(text)]
-    kinds = [(text["input_ids"] == t).flatten(1).any(1) for text in texts for t in tokens]
+    ids = [text["input_ids"] for text in passes(model_inputs(batch)) if _media(text)]
+    kinds = [(x == token).flatten(1).any(1) for x in ids for token in placeholders(config)]
     spoken = [texts for texts in kinds if bool(texts.any())]
     return torch.stack(spoken) if spoken else torch.ones(0, 0, dtype=torch.bool)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-FOUR_BITS = "Linear4bit"
+from laplace_lora.models.changes.modes import is_four_bit
 
 
 def differentiate_inputs_only(model: nn.Module, moved: set[int]) -> None:
@@ -30,7 +30,7 @@ def differentiate_inputs_only(model: nn.Module, moved: set[int]) -> None:
             continue
         if "forward" in vars(module):
             continue
-        if type(module).__name__ == FOUR_BITS:
+        if is_four_bit(module):
             vars(module)["forward"] = partial(_frozen_in_four_bits, module)
         elif type(module).forward is nn.Linear.forward:
             vars(module)["forward"] = partial(_frozen, module)

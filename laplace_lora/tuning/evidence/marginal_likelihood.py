@@ -30,17 +30,17 @@ def maximise(posterior: Posterior, groups: Tensor, tune_noise: bool, correction:
         UserWarning: If the evidence has no maximum where it is credible.
     """
     if correction and posterior.gradient_term is not None:
-        start = posterior.with_settings(first_precision(posterior))
+        start = with_first_precision(posterior)
         if tune_noise:  # the search starts where the plain evidence is largest
             start = start.with_settings(_separate(start, torch.zeros_like(groups), True))
         best = corrected_precision(start, groups, tune_noise)
         if best.objection:
             warn(best.objection)
         if tune_noise:
-            posterior = posterior.with_settings(with_noise(posterior, best.noise))
+            posterior = with_noise(posterior, best.noise)
         return with_precisions(posterior, best.precisions[groups.cpu()], groups)
     # The scalar's eigenvalues are needed, for the maximum or as the start of a climb.
-    scalar = posterior.with_settings(first_precision(posterior))
+    scalar = with_first_precision(posterior)
     if posterior.structure.scalar_only:
         return _separate(scalar, groups, tune_noise)
     if not posterior.structure.couples_groups:
@@ -57,14 +57,13 @@ def scatter(state: PosteriorState) -> Tensor:
     prior = state.settings.prior_precision.double()
     if len(prior) in (1, len(state.sizes)):
         return (prior * state.squared_norms).sum()
-    assert state.mean is not None
-    return ((state.mean - state.settings.prior_mean).double().square() * prior).sum()
+    return (state.displacement.double().square() * prior).sum()
 
 
-def first_precision(posterior: Posterior) -> Settings:
-    """Return the settings with the first tensor's prior precision for all."""
-    prior = posterior.settings.prior_precision
-    return replace(posterior.settings, prior_precision=prior[:1].detach())
+def with_first_precision(posterior: Posterior) -> Posterior:
+    """Return the posterior with the first tensor's prior precision for all."""
+    prior = posterior.settings.prior_precision[:1].detach()
+    return posterior.with_settings(replace(posterior.settings, prior_precision=prior))
 
 
 def with_precisions(posterior: Posterior, precisions: Tensor, groups: Tensor) -> Settings:
@@ -80,10 +79,10 @@ def with_precisions(posterior: Posterior, precisions: Tensor, groups: Tensor) ->
     return replace(posterior.settings, prior_precision=prior)
 
 
-def with_noise(posterior: Posterior, noise: float) -> Settings:
-    """Return the settings with another observation noise."""
+def with_noise(posterior: Posterior, noise: float) -> Posterior:
+    """Return the posterior with another observation noise."""
     sigma = torch.as_tensor(noise, device=posterior.device, dtype=posterior.dtype)
-    return replace(posterior.settings, sigma_noise=sigma)
+    return posterior.with_settings(replace(posterior.settings, sigma_noise=sigma))
 
 
 def _separate(posterior: Posterior, groups: Tensor, tune_noise: bool) -> Settings:
@@ -103,7 +102,7 @@ def _separate(posterior: Posterior, groups: Tensor, tune_noise: bool) -> Setting
             state.n_data * state.n_outputs,
             float(sigma),
         )
-        posterior = posterior.with_settings(with_noise(posterior, noise))
+        posterior = with_noise(posterior, noise)
     spectra = posterior.precision.spectra()
     return with_precisions(posterior, optimal_precision(spectra, squares, groups)[groups], groups)
 
@@ -114,5 +113,5 @@ def _joint(posterior: Posterior, groups: Tensor, tune_noise: bool) -> Settings:
     evidence = CoupledEvidence(posterior.without_gradient_term(), groups)
     best = uphill(evidence, start, noise.double().cpu().log(), math.inf, tune_noise)
     if tune_noise:
-        posterior = posterior.with_settings(with_noise(posterior, best.noise))
+        posterior = with_noise(posterior, best.noise)
     return with_precisions(posterior, best.precisions[groups.cpu()], groups)

@@ -17,7 +17,7 @@ from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning.evidence.curves import CoupledEvidence, SeparateEvidence
-from laplace_lora.tuning.evidence.marginal_likelihood import first_precision, maximise
+from laplace_lora.tuning.evidence.marginal_likelihood import maximise, with_first_precision
 from laplace_lora.tuning.groups import prior_groups
 
 AUTO = "auto"
@@ -94,7 +94,7 @@ def integrated_evidence(
     logs = squares.new_zeros(int(groups.max()) + 1).index_copy_(0, groups, deltas).log()
     coupled = posterior.structure.couples_groups and len(logs) > 1
     if not coupled:
-        posterior = posterior.with_settings(first_precision(posterior))
+        posterior = with_first_precision(posterior)
     curve = (CoupledEvidence if coupled else SeparateEvidence)(posterior, groups)
     noise = posterior.settings.sigma_noise.detach().double().log()
     left = 0.5 * torch.log(4 * math.pi / curve.effective(logs, noise)) - math.log(RANGE)

@@ -1,4 +1,4 @@
-"""Whether training stopped too early: closer fits of the linearised base model, judged left out.
+"""Whether training stopped too early: closer fits of the linearised base model, scored left out.
 
 The base model is linearised at the trained `lora_A` and head, which know something of the labels,
 the more the harder they were trained. So its word counts only as long as the network fits the

@@ -22,7 +22,7 @@ from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.read_columns import ReadColumns
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.posterior import Posterior
-from laplace_lora.tuning.evidence.marginal_likelihood import first_precision
+from laplace_lora.tuning.evidence.marginal_likelihood import with_first_precision
 from laplace_lora.tuning.left_out.function_rows import base_rows
 from laplace_lora.tuning.left_out.linear_model import LinearModel, Mode
 from laplace_lora.tuning.left_out.looked_at import columns_looked_at, examples_looked_at
@@ -147,7 +147,7 @@ def look_at(
     subset = None if count == n_data else Subset(loader, n_data, count, *forms)
     is_exact = posterior.structure.couples_groups  # its curvature is a sum over examples
     inputs = SharedInputs(posterior.label_key, ReadColumns(posterior.source.model), is_exact)
-    predictor = Predictor(posterior.with_settings(first_precision(posterior)))
+    predictor = Predictor(with_first_precision(posterior))
     with base_rows(posterior, readout, BYTES / (4 * count * columns)) as rows:
 
         def watch(x: Any, y: Tensor) -> None:

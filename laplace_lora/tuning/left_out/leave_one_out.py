@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from laplace_lora.adapters.start import trained_biases, zero_at_start
+from laplace_lora.adapters.start import base_biases_were_trained, zero_at_start
 from laplace_lora.data.distributed import Together, is_sharded
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings
@@ -134,11 +134,11 @@ def tune(
         rivals=examples.n_rivals,
         is_unclear=not width.is_clear,
         is_sharing_unknown=not examples.inputs.is_known,
-        knows_labels=trained_biases(posterior.source),
+        knows_labels=base_biases_were_trained(posterior.source),
         noise=noise if tune_noise else None,
     )
     settings = replace(
-        with_noise(posterior, noise) if tune_noise else posterior.settings,
+        (with_noise(posterior, noise) if tune_noise else posterior).settings,
         prior_precision=examples.first_precision.new_tensor([precision]),
         shift=None if moved is None else moved[0],
     )

@@ -32,7 +32,7 @@ def at_residual_noise(posterior: Posterior) -> Posterior:
     deviation = residual_deviation(posterior.state)
     if not 0 < deviation < math.inf:
         return posterior
-    return posterior.with_settings(with_noise(posterior, deviation))
+    return with_noise(posterior, deviation)
 
 
 @dataclass(frozen=True)

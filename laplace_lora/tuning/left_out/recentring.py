@@ -20,8 +20,7 @@ from laplace_lora.data.distributed import Together
 from laplace_lora.likelihoods.base import Readout
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.tuning.left_out.function_rows import FunctionRows
-from laplace_lora.tuning.left_out.recentring_by_passes import TITLE, mode_by_passes
-from laplace_lora.tuning.left_out.rivals import loss_among
+from laplace_lora.tuning.left_out.recentring_by_passes import TITLE, mode_by_passes, wanted_mode
 from laplace_lora.tuning.same_data import check_same_data
 from laplace_lora.tuning.validation.cache import labelled_batches, validation_rows
 
@@ -112,15 +111,11 @@ def recentred(
     for x, y in labelled_batches(posterior, loader, team, progress_bar, TITLE):
         rows.add(x, y)
         labels.append(y)
-    y, n = validation_rows(team, labels=labels)["labels"], posterior.state.n_data
+    y = validation_rows(team, labels=labels)["labels"]
     linear = rows.linear_model(y, team)
     before = linear.nll(linear.offset)
     check_same_data(posterior.state, len(y), before / scale, "recentring")
-    if precision is None:
-        assert tempered is not None
-        mode = linear.fitted_like(n * tempered, loss_among(linear, rivals))
-    else:
-        mode = linear.mode(precision)
-    unit = temperature / n
+    mode = wanted_mode(linear, linear, tempered, precision, rivals)
+    unit = temperature / len(y)
     report = Recentring(mode.precision, before * unit, mode.nll * unit)
     return rows.weights(mode, team).to(posterior.mean), report

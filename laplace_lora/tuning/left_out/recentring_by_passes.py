@@ -7,6 +7,8 @@ curvature, gives the next directions, as in conjugate gradients.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -60,10 +62,10 @@ def mode_by_passes(
         The shift ``(parameters,)``, the mode, the summed NLL at the trained weights in the same
         unit, and how many examples there were.
     """
-    options = (posterior, loader, team, readout, progress_bar)
+    data = _Data(posterior, loader, team, readout, progress_bar)
     gradient, passes = posterior.state.loss_gradient, 0
     if gradient is None:
-        gradient, passes = _gradient(*options), 1
+        gradient, passes = data.gradient(), 1
     else:
         gradient = float(posterior.scale.detach()) * gradient
     first, delta = float(gradient.norm()), UNKNOWN if precision is None else precision
@@ -71,119 +73,122 @@ def mode_by_passes(
     while True:
         further = preconditioned(posterior, gradient, delta)
         directions = orthonormal(torch.cat([directions, further]))
-        model = _spanned(*options, directions)
-        n, passes = len(model.rows), passes + 1
-        if precision is None:
-            assert nll is not None
-            mode = model.fitted_like(n * nll, loss_among(model.functions, rivals))
-        else:
-            mode = model.mode(precision)
+        model, passes = data.spanned(directions), passes + 1
+        mode = wanted_mode(model, model.functions, nll, precision, rivals)
         shift = mode.coefficients.to(directions) @ directions
         if passes + 2 > PASSES:
             break
         delta = mode.precision
-        gradient, passes = _gradient(*options, shift) + delta * shift, passes + 1
+        gradient, passes = data.gradient(shift) + delta * shift, passes + 1
         if float(gradient.norm()) <= SOLVED * first:
             break
-    return shift, mode, model.functions.nll(model.functions.offset), n
+    return shift, mode, model.functions.nll(model.functions.offset), len(model.rows)
 
 
-def _functions(posterior: Posterior, readout: Readout, values: Tensor, y: Tensor) -> LinearModel:
-    """Return the functions of labelled examples as a linear model without its Gram matrix."""
-    scale = float(posterior.scale.detach())
-    none = values.new_empty(0)
-    return LinearModel(none, values, y, posterior.objective, readout.relative, scale)
-
-
-def _slopes(
-    posterior: Posterior, readout: Readout, x: Any, directions: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return a batch's functions, and their derivatives along directions, in float64.
+def wanted_mode(
+    model: LinearModel | SpannedModel,
+    functions: LinearModel,
+    nll: float | None,
+    precision: float | None,
+    rivals: int,
+) -> Mode:
+    """Return a model's mode under a prior precision, or where its training loss has a value.
 
     Args:
-        posterior: A fitted posterior.
-        readout: The functions.
-        x: Batch that the model takes.
-        directions: Shape ``(m, parameters)``.
-
-    Returns:
-        Shapes ``(batch, columns)`` and ``(batch, columns, m)``.
+        model: The model.
+        functions: Its functions of the training examples.
+        nll: As of `mode_by_passes`.
+        precision: Likewise.
+        rivals: Likewise.
     """
-    if tangents_are_cheaper(posterior, len(directions)):
-        try:
-            mean, slopes = tangents_along(posterior, x, readout, directions)
-            return mean.double(), slopes.double().movedim(0, -1)
-        except (NoForwardDerivativeError, OtherOutputsError):
-            pass  # Jacobians do as well
-    engine = posterior.engine
-    with evaluation_mode(engine.model):
-        f, blocks = engine.jacobian_blocks(x, readout.columns)
-        parts = zip(blocks, directions.split(engine.sizes, dim=1), strict=True)
-        along = torch.stack([(J.flatten(2) @ V.T).double() for J, V in parts]).sum(0)
-    return readout.mean(f).double(), along
+    if precision is not None:
+        return model.mode(precision)
+    assert nll is not None
+    return model.fitted_like(len(functions.labels) * nll, loss_among(functions, rivals))
 
 
-def _spanned(
-    posterior: Posterior,
-    loader: Any,
-    team: Together,
-    readout: Readout,
-    progress_bar: bool | None,
-    directions: Tensor,
-) -> SpannedModel:
-    """Return the model of all examples in the span of directions."""
-    offsets: list[Tensor] = []
-    rows: list[Tensor] = []
-    labels: list[Tensor] = []
-    for x, y in labelled_batches(posterior, loader, team, progress_bar, TITLE):
-        offset, slopes = _slopes(posterior, readout, x, directions)
-        offsets.append(offset)
-        rows.append(slopes)
-        labels.append(y)
-    found = validation_rows(team, offset=offsets, rows=rows, labels=labels)
-    model = _functions(posterior, readout, found["offset"], found["labels"])
-    return SpannedModel(model, found["rows"])
+@dataclass(frozen=True)
+class _Data:
+    """The training data, of which each call makes a pass; as the arguments of `mode_by_passes`."""
 
+    posterior: Posterior
+    loader: Any
+    team: Together
+    readout: Readout
+    progress_bar: bool | None
 
-def _gradient(
-    posterior: Posterior,
-    loader: Any,
-    team: Together,
-    readout: Readout,
-    progress_bar: bool | None,
-    shift: Tensor | None = None,
-) -> Tensor:
-    """Return the gradient of the linear model's summed NLL, at a shift of the weights if given."""
-    engine = posterior.engine
-    total = torch.zeros_like(posterior.mean, dtype=torch.float64)
-    parts = total.split(engine.sizes)
-    for x, y in labelled_batches(posterior, loader, team, progress_bar, TITLE):
-        moved = None
-        if shift is not None:
-            offset, slopes = _slopes(posterior, readout, x, shift.unsqueeze(0))
-            moved = offset + slopes.squeeze(-1)
-        columns = partial(_residual, posterior, readout, y, moved)
+    def spanned(self, directions: Tensor) -> SpannedModel:
+        """Return the model of all examples in the span of directions."""
+        offsets: list[Tensor] = []
+        rows: list[Tensor] = []
+        labels: list[Tensor] = []
+        for x, y in self._batches():
+            offset, slopes = self._slopes(x, directions)
+            offsets.append(offset)
+            rows.append(slopes)
+            labels.append(y)
+        found = validation_rows(self.team, offset=offsets, rows=rows, labels=labels)
+        return SpannedModel(self._functions(found["offset"], found["labels"]), found["rows"])
+
+    def gradient(self, shift: Tensor | None = None) -> Tensor:
+        """Return the gradient of the linear model's summed NLL, at a shift of the weights."""
+        engine = self.posterior.engine
+        total = torch.zeros_like(self.posterior.mean, dtype=torch.float64)
+        parts = total.split(engine.sizes)
+        for x, y in self._batches():
+            moved = None
+            if shift is not None:
+                offset, slopes = self._slopes(x, shift.unsqueeze(0))
+                moved = offset + slopes.squeeze(-1)
+            columns = partial(self._residual, y, moved)
+            with evaluation_mode(engine.model):
+                for part, block in zip(parts, engine.jacobian_blocks(x, columns)[1], strict=True):
+                    part.add_(block.flatten(2).double().sum((0, 1)))
+        self.team.add_up([total])
+        return total.to(self.posterior.mean)
+
+    def _batches(self) -> Iterator[tuple[Any, Tensor]]:
+        return labelled_batches(self.posterior, self.loader, self.team, self.progress_bar, TITLE)
+
+    def _functions(self, values: Tensor, y: Tensor) -> LinearModel:
+        """Return the functions of labelled examples as a linear model without its Gram matrix."""
+        scale = float(self.posterior.scale.detach())
+        options = (self.posterior.objective, self.readout.relative, scale)
+        return LinearModel(values.new_empty(0), values, y, *options)
+
+    def _slopes(self, x: Any, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a batch's functions, and their derivatives along directions, in float64.
+
+        Args:
+            x: Batch that the model takes.
+            directions: Shape ``(m, parameters)``.
+
+        Returns:
+            Shapes ``(batch, columns)`` and ``(batch, columns, m)``.
+        """
+        if tangents_are_cheaper(self.posterior, len(directions)):
+            try:
+                mean, slopes = tangents_along(self.posterior, x, self.readout, directions)
+                return mean.double(), slopes.double().movedim(0, -1)
+            except (NoForwardDerivativeError, OtherOutputsError):
+                pass  # Jacobians do as well
+        engine = self.posterior.engine
         with evaluation_mode(engine.model):
-            for part, block in zip(parts, engine.jacobian_blocks(x, columns)[1], strict=True):
-                part.add_(block.flatten(2).double().sum((0, 1)))
-    team.add_up([total])
-    return total.to(posterior.mean)
+            f, blocks = engine.jacobian_blocks(x, self.readout.columns)
+            parts = zip(blocks, directions.split(engine.sizes, dim=1), strict=True)
+            along = torch.stack([(J.flatten(2) @ V.T).double() for J, V in parts]).sum(0)
+        return self.readout.mean(f).double(), along
 
+    def _residual(self, y: Tensor, moved: Tensor | None, f: Tensor) -> Tensor:
+        """Return the gradient of the NLL with respect to the outputs, ``(1, batch, outputs)``.
 
-def _residual(
-    posterior: Posterior, readout: Readout, y: Tensor, moved: Tensor | None, f: Tensor
-) -> Tensor:
-    """Return the gradient of the NLL with respect to the outputs, ``(1, batch, outputs)``.
-
-    Args:
-        posterior: A fitted posterior.
-        readout: The functions that the likelihood is of.
-        y: Labels.
-        moved: The functions' values; those of the outputs if ``None``.
-        f: Outputs.
-    """
-    values = readout.mean(f).double() if moved is None else moved
-    residual = _functions(posterior, readout, values, y).residual(values).to(f)
-    if readout.columns is None:
-        return residual.unsqueeze(0)
-    return torch.einsum("nc,cno->no", residual, readout.columns(f)).unsqueeze(0)
+        Args:
+            y: Labels.
+            moved: The functions' values; those of the outputs if ``None``.
+            f: Outputs.
+        """
+        values = self.readout.mean(f).double() if moved is None else moved
+        residual = self._functions(values, y).residual(values).to(f)
+        if self.readout.columns is None:
+            return residual.unsqueeze(0)
+        return torch.einsum("nc,cno->no", residual, self.readout.columns(f)).unsqueeze(0)

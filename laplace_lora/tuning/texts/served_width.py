@@ -170,16 +170,20 @@ def _of_least_nll(at: Callable[[float], float]) -> ServedWidth:
 def _of_entropy(at: Callable[[float], float], wanted: float) -> ServedWidth:
     """Return the width with an entropy, between the first two of a grid around it."""
     tried: dict[float, float] = {}
+
+    def nearest() -> float:
+        return min(tried, key=lambda width: abs(tried[width] - wanted))
+
     for width in WIDTHS:
         tried[width] = at(width)
         if tried[width] >= wanted:
             break
     below = [width for width in tried if tried[width] < wanted]
-    best = min(tried, key=lambda width: abs(tried[width] - wanted))
+    best = nearest()
     if below and len(below) < len(tried):
         low, high = max(below), max(tried)
         for _ in range(TRIALS):
-            best = min(tried, key=lambda width: abs(tried[width] - wanted))
+            best = nearest()
             if abs(tried[best] - wanted) <= CLOSE * wanted:
                 break
             share = (wanted - tried[low]) / (tried[high] - tried[low])
@@ -187,7 +191,7 @@ def _of_entropy(at: Callable[[float], float], wanted: float) -> ServedWidth:
             middle = low * (high / low) ** min(max(share, 0.2), 0.8)
             tried[middle] = at(middle)
             low, high = (middle, high) if tried[middle] < wanted else (low, middle)
-        best = min(tried, key=lambda width: abs(tried[width] - wanted))
+        best = nearest()
     elif abs(tried[best] - wanted) > CLOSE * wanted:
         warn(
             f"no width gives the samples the mean entropy of the linearised predictive, "

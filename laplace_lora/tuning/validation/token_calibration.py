@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from laplace_lora.data.columns import padded
@@ -27,6 +29,7 @@ from laplace_lora.tuning.validation.sample_calibration import (
     unscaled,
 )
 
+Labelled = Iterable[tuple[Any, Tensor]]
 NEVER = -1e4  # logit of padding, and of tokens that a shorter batch does not have
 
 
@@ -57,20 +60,17 @@ def calibrate_tokens(
     """
     samples = unscaled(posterior, generator)
     collect = _spans if posterior.objective.has_spans else _tokens
-    labelled = collect(posterior, samples, loader, team, progress_bar)
+    batches = labelled_batches(posterior, loader, team, progress_bar)
+    labelled = collect(posterior, samples, batches, team)
     return calibrate_by_samples(posterior, samples, labelled)
 
 
 def _spans(
-    posterior: Posterior,
-    samples: LinearSamples,
-    loader: Any,
-    team: Together,
-    progress_bar: bool | None,
+    posterior: Posterior, samples: LinearSamples, batches: Labelled, team: Together
 ) -> SampledLabels:
     """Return the answers of all processes."""
     means, slopes, labels = [], [], []
-    for x, y in labelled_batches(posterior, loader, team, progress_bar):
+    for x, y in batches:
         mean, tangents = span_tangents(samples, x)
         # What is far below the text's own logits is not at every temperature.
         padding = ~text_tokens(x).to(mean.device)
@@ -89,15 +89,11 @@ def _spans(
 
 
 def _tokens(
-    posterior: Posterior,
-    samples: LinearSamples,
-    loader: Any,
-    team: Together,
-    progress_bar: bool | None,
+    posterior: Posterior, samples: LinearSamples, batches: Labelled, team: Together
 ) -> SampledLabels:
     """Return the labelled tokens of all processes, text by text."""
     means, slopes, labels = [], [], []
-    for x, y in labelled_batches(posterior, loader, team, progress_bar):
+    for x, y in batches:
         mean, tangents = samples.tangents(x, CONTRASTS)
         check_labels(posterior.objective, mean, y, CONTRASTS)
         counted = y != IGNORED

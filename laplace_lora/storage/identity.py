@@ -1,0 +1,186 @@
+"""What a posterior recognises its model by, and refusing another one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from laplace_lora.adapters.peft_state import (
+    adapter_parameters,
+    adapter_settings,
+    replaced_parameters,
+)
+from laplace_lora.adapters.plain_names import plain_names
+from laplace_lora.data.sharding import in_pieces, whole
+from laplace_lora.storage.fingerprint import (
+    buffer_fingerprint,
+    exact_fingerprint,
+    sampled_fingerprint,
+)
+from laplace_lora.structures.posterior import Posterior
+
+SETTINGS = "adapter_settings"
+IN_USE = "base_in_use"
+BUFFERS = "buffers"
+
+
+def identity(posterior: Posterior, plain: bool = True) -> dict[str, Any]:
+    """Return what a posterior must find again: its tensors, their MAP values and the other weights.
+
+    Args:
+        posterior: The posterior; its model is read, not its state.
+        plain: Whether names are those without idle adapters, see `plain_names`; ``False`` takes
+            them as PEFT has them, as earlier versions did.
+    """
+    engine, others = posterior.engine, _others(posterior, plain)
+    names = list(map(_naming(posterior, plain), engine.names))
+    base = [(name, p) for name, p, active in others if active is None]
+    return {
+        "parameters": {
+            name: list(p.shape) for name, p in zip(names, engine.parameters, strict=True)
+        },
+        "weights": exact_fingerprint(zip(names, engine.parameters, strict=True)),
+        "adapter": exact_fingerprint((name, p) for name, p, active in others if active),
+        "base": sampled_fingerprint(base),
+        IN_USE: sampled_fingerprint(base_in_use(posterior, plain)),
+        BUFFERS: buffer_fingerprint(posterior.source),
+        SETTINGS: hashlib.sha256(
+            json.dumps(adapter_settings(posterior.source, plain), sort_keys=True).encode()
+        ).hexdigest(),
+    }
+
+
+def base_in_use(posterior: Posterior, plain: bool = True) -> list[tuple[str, Tensor]]:
+    """Return the weights of the base model that count, with their names.
+
+    A head that the adapter replaces is random in a base model that came without one.
+
+    Args:
+        posterior: The posterior.
+        plain: As in `identity`.
+    """
+    replaced = replaced_parameters(posterior.source)
+    others = _others(posterior, plain)
+    return [(name, p) for name, p, active in others if active is None and id(p) not in replaced]
+
+
+def known_identity(posterior: Posterior, saved: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Return a posterior's identity by the names that a saved one goes by.
+
+    Args:
+        posterior: The posterior.
+        saved: An identity that `identity` returned, perhaps of an earlier version.
+
+    Returns:
+        The identity, and the ``plain`` that it was made with.
+    """
+    found = identity(posterior)
+    named = [name for name in ("parameters", _base_key(saved), SETTINGS) if name in saved]
+    if any(saved[name] != found[name] for name in named):
+        earlier = identity(posterior, plain=False)
+        if all(saved[name] == earlier[name] for name in named):
+            return earlier, False
+    return found, True
+
+
+def trained_tensors(posterior: Posterior, plain: bool = True) -> list[tuple[str, Tensor]]:
+    """Return a posterior's tensors, and the others of the active adapter, with their names.
+
+    Args:
+        posterior: The posterior.
+        plain: As in `identity`.
+    """
+    names = map(_naming(posterior, plain), posterior.engine.names)
+    covered = zip(names, posterior.engine.parameters, strict=True)
+    others = ((name, p) for name, p, active in _others(posterior, plain) if active)
+    return [(name, whole(p)) for name, p in (*covered, *others)]
+
+
+def _naming(posterior: Posterior, plain: bool) -> Callable[[str], str]:
+    return plain_names(posterior.source) if plain else str
+
+
+def _base_key(saved: Mapping[str, Any]) -> str:
+    return IN_USE if IN_USE in saved else "base"  # files of earlier versions have this only
+
+
+def _others(posterior: Posterior, plain: bool) -> list[tuple[str, Tensor, bool | None]]:
+    """Return tensors that a posterior does not cover, and whether they are of an adapter."""
+    in_pieces(posterior.source.modules())
+    name_of = _naming(posterior, plain)
+    covered = {id(p) for p in posterior.engine.parameters}
+    adapters = adapter_parameters(posterior.source)
+    # Other adapters that happen to be loaded do not change what the active one computes.
+    return [
+        (name_of(name), p, adapters.get(id(p)))
+        for name, p in posterior.source.named_parameters()
+        if id(p) not in covered and adapters.get(id(p)) is not False
+    ]
+
+
+def _frozen_names(posterior: Posterior) -> set[str]:
+    """Return the names of frozen tensors that a posterior's model uses, plain ones and PEFT's."""
+    is_active, name_of = adapter_parameters(posterior.source), _naming(posterior, True)
+    used = ((n, p) for n, p in posterior.source.named_parameters() if is_active.get(id(p), True))
+    frozen = [name for name, p in used if not p.requires_grad]
+    return {*frozen, *map(name_of, frozen)}
+
+
+def check_identity(
+    saved: Mapping[str, Any], found: Mapping[str, Any], posterior: Posterior | None = None
+) -> None:
+    """Refuse a model that is not the one a posterior was fitted on.
+
+    Args:
+        saved: Its identity at the fit.
+        found: The model's identity.
+        posterior: Where given, a missing tensor is looked for among its model's frozen ones.
+
+    Raises:
+        ValueError: If its tensors, their values or the base model are others.
+    """
+    if saved["parameters"] != found["parameters"]:
+        then, now = saved["parameters"], found["parameters"]
+        others = [n for n in then if n not in now] or [n for n in now if now[n] != then.get(n)]
+        example = others[0]
+        advice = "check the active adapter's name and rank"
+        if posterior is not None and example in _frozen_names(posterior):
+            advice = (
+                "it is frozen in the model; make it trainable: a PeftModel's `set_adapter(name)` "
+                "does so with an adapter, `requires_grad_(True)` with any other tensor"
+            )
+        elif example not in then:
+            advice = "the model trains that one as well; freeze what was frozen at the fit"
+        elif example not in now and "prompt_encoder" in example:
+            advice = "PEFT saves prompts without the network that makes them; fit the loaded model"
+        raise ValueError(
+            f"the posterior covers other tensors than the model trains (e.g. {example!r}); {advice}"
+        )
+    weights = (
+        "the weights are not those that the posterior was fitted at; load the adapter that was "
+        "saved with it, in the dtype of the fit, float32, bfloat16 or float16"
+    )
+    if any("delta_embedding" in name for name in saved["parameters"]):
+        weights = (
+            "PEFT saves CPT's embeddings with their trained change added; fit the loaded model"
+        )
+    reasons = {
+        "weights": weights,
+        "adapter": "other trained weights of the adapter have changed since the posterior was "
+        "fitted",
+        _base_key(saved): "the base model differs from the one that the posterior was fitted on",
+        BUFFERS: "the base model's buffers (running statistics of batch normalisation, say) differ "
+        "from those that the posterior was fitted with; PEFT does not save them with the adapter, "
+        "so save the base model as it was at the fit, and load that",
+        SETTINGS: "the adapter's configuration differs from the one that the posterior was fitted "
+        "with (lora_alpha, use_rslora, use_dora or the layers' scaling)",
+    }
+    for name, reason in reasons.items():
+        if name in (BUFFERS, SETTINGS) and name not in saved:
+            continue  # files of earlier versions do not have them
+        if saved[name] != found[name]:
+            raise ValueError(reason)
