@@ -71,7 +71,7 @@ def joint_samples(
     order, batches = _batches(posterior, pool, tokenizer, batch_size)
     means, parts = [], []
     with (
-        together(batches, device=posterior.device, runs=posterior.source) as team,
+        together(batches, device=posterior.device, runs=posterior.source, row_by_row=True) as team,
         evaluation_mode(posterior.model),
     ):
         for batch in team.batches(batches, "Sampling the pool", progress_bar):

@@ -14,6 +14,7 @@ from torch import nn
 
 from laplace_lora.data import streams
 from laplace_lora.data.messages import OtherProcessFailed, ProcessLost
+from laplace_lora.data.parts import compared
 from laplace_lora.data.sharding import is_sharded_model
 from laplace_lora.data.shares import needs_comparison, processes, share_of
 from laplace_lora.data.team import ALONE, Together, shared_blocks
@@ -36,6 +37,7 @@ def together(
     device: torch.device | str = "cpu",
     runs: nn.Module | None = None,
     in_step: bool = False,
+    row_by_row: bool = False,
 ) -> Iterator[Together]:
     """Share work with the other processes, where they share a loader.
 
@@ -52,13 +54,16 @@ def together(
             numbers, and each has all the results.
         in_step: Run a sharded model on each process's own batches instead; whoever iterates over
             them takes equally many steps in all processes, see `steps`.
+        row_by_row: What comes of the work stands for each example alone, so that processes may have
+            different ones where no loader is shared.
 
     Raises:
         OtherProcessFailed: If another process failed.
         ProcessLost: If another process has ended.
         RuntimeError: If the processes do different things.
         TypeError: As `is_sharded`, or if a single batch is given for a loader.
-        ValueError: If processes read the same examples of a stream in different orders.
+        ValueError: If processes read the same examples of a stream in different orders, or have
+            different data in a loader that is not shared, see `compared`.
     """
     for loader in loaders:
         if isinstance(loader, Mapping):
@@ -66,10 +71,19 @@ def together(
                 "expected batches to iterate over, got a single one; put it in a list: [batch]"
             )
         _compare(loader)
-    deals = any(share_of(loader) is not None for loader in loaders)
-    if processes() > 1 and runs is not None and is_sharded_model(runs):
+    own = [loader for loader in loaders if share_of(loader) is None]
+    deals = len(own) < len(loaders)
+    run_together = processes() > 1 and runs is not None and is_sharded_model(runs)
+    if processes() == 1 or (row_by_row and not run_together):
+        own = []
+    own = [each for each in own if hasattr(each, "dataset") and not streams.is_stream(each)]
+    if run_together:
         in_step = in_step and deals
-        with together(everyone=True) as crew, crew.common_draws(device, in_step):
+        with (
+            together(everyone=True) as crew,
+            crew.common_draws(device, in_step),
+            compared(own, runs),
+        ):
             if in_step:
                 crew.in_step = True
                 yield crew
@@ -82,7 +96,8 @@ def together(
     if shared:
         blocks.append(team)
     try:
-        yield team
+        with compared(own, runs):
+            yield team
         team.end(None)
     except ProcessLost:
         raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -11,14 +11,17 @@ import torch
 
 
 @contextmanager
-def draws_kept() -> Iterator[None]:
+def draws_kept(devices: Sequence[int] | None = None) -> Iterator[None]:
     """Restore the global generators of torch, Python and NumPy after this block.
 
     Samplers draw from the first; data sets and collators may draw from any.
+
+    Args:
+        devices: GPUs whose generators are restored beside the CPU's; all by default.
     """
     by_python, by_numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(by_python)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DistributedSampler
+from torch.utils.data import BatchSampler, DistributedSampler
 
 from laplace_lora.data.batches import Batch, batch_length, first_examples, is_joined
 from laplace_lora.data.dealing import Source, source_of
@@ -102,8 +102,8 @@ def share_of(loader: object) -> Share | None:
 
     Raises:
         TypeError: If repeats cannot be told apart: accelerate evens out batches of a sampler
-            without a length; the data are dealt out to another number of processes; or a batch
-            sampler of another kind changes what is dealt out.
+            without a length; the data are dealt out to another number of processes; or a sampler of
+            another kind changes what is dealt out.
         RuntimeError: If processes have not compared what they read of a stream.
     """
     if processes() == 1:
@@ -174,12 +174,11 @@ def _of_sampler(
         return None
     data: Any = sampler.dataset
     rank, count = sampler.rank, sampler.num_replicas
+    total = len(data) if sampler.total_size > len(data) else None
     if in_batches:  # repeated as wholes
-        return Share(_by_batch(count, rank), None if sampler.drop_last else len(data) * PER_BATCH)
+        return Share(_by_batch(count, rank), None if total is None else total * PER_BATCH)
     return Share(
-        lambda index, seen, size: torch.arange(seen, seen + size) * count + rank,
-        None if sampler.drop_last else len(data),
-        most=most,
+        lambda index, seen, size: torch.arange(seen, seen + size) * count + rank, total, most=most
     )
 
 
@@ -227,16 +226,23 @@ def _remaining(share: Share | None, around: Sequence[Any], size: int | None) -> 
     Raises:
         TypeError: If it cannot be told which examples remain.
     """
-    others = [s for s in around[1:] if hasattr(s, "batch_sampler") and not hasattr(s, SKIPPED)]
     skipped: int = sum(getattr(each, SKIPPED, 0) for each in around)
-    if share is None or not (others or skipped):
-        return share
-    if others or size is None:
+    if share is None:
+        return None
+    kinds = ["batch_sampler"]
+    if skipped or share.total is not None:  # which must be the first and last of what is dealt out
+        kinds.append("sampler")
+    others = [s for s in around[1:] if any(hasattr(s, kind) for kind in kinds)]
+    others = [s for s in others if type(s) is not BatchSampler and not hasattr(s, SKIPPED)]
+    if others or (skipped and size is None):
         raise TypeError(
             f"{type((others or around)[-1]).__name__} may change the batches that the loader deals "
-            "out, so which examples each process has cannot be told; deal out a "
-            "torch.utils.data.Subset of the data instead, or give every process all of them"
+            "out, so which examples each process has cannot be told; make batches by "
+            "torch.utils.data.BatchSampler, of a torch.utils.data.Subset of the data if some are "
+            "left out, or give every process all of them"
         )
+    if size is None or not skipped:
+        return share
     places, examples = share.places, skipped * size
     return replace(share, places=lambda i, seen, n: places(i + skipped, seen + examples, n))
 

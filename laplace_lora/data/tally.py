@@ -121,16 +121,18 @@ def fingerprints(batch: Batch) -> list[int]:
 
     A batch whose tensors do not have one row per example counts as one.
     """
-    parts = list(_named(batch, ""))
+    parts = list(named(batch, ""))
     if not splits_by_example(batch):
         digest = blake2b(digest_size=8)
         for name, value in parts:
-            digest.update(name.encode() + _raw(value))
+            digest.update(name.encode() + raw(value))
         return [int.from_bytes(digest.digest(), "big")]
     size = batch_length(batch)
     digests = [blake2b(digest_size=8) for _ in range(size)]
-    named = batch if isinstance(batch, Mapping) else {}
-    masks = {name: named[name].detach().cpu().bool() for name in MASK_NAMES if _marks(named, name)}
+    by_name = batch if isinstance(batch, Mapping) else {}
+    masks = {
+        name: by_name[name].detach().cpu().bool() for name in MASK_NAMES if _marks(by_name, name)
+    }
     for name, value in parts:
         if isinstance(value, Tensor) and value.ndim:
             value = value.detach().cpu()
@@ -141,7 +143,7 @@ def fingerprints(batch: Batch) -> list[int]:
         else:
             continue
         for digest, row in zip(digests, rows, strict=True):
-            digest.update(name.encode() + _raw(row))
+            digest.update(name.encode() + raw(row))
     return [int.from_bytes(digest.digest(), "big") for digest in digests]
 
 
@@ -166,22 +168,23 @@ def _unpadded(value: Tensor, mask: Tensor) -> list[Any]:
         return rows
     # Without these a token could be the last of one choice or the first of the next.
     lengths = mask.sum(-1).flatten(1).tolist()
-    return [f"{_raw(row)!r} {choices}" for row, choices in zip(rows, lengths, strict=True)]
+    return [f"{raw(row)!r} {choices}" for row, choices in zip(rows, lengths, strict=True)]
 
 
-def _named(batch: Any, name: str) -> Iterator[tuple[str, Any]]:
+def named(batch: Any, name: str) -> Iterator[tuple[str, Any]]:
     """Yield the tensors of a batch, and what else it has, by name."""
     if isinstance(batch, Mapping):
         for key in sorted(batch, key=str):
-            yield from _named(batch[key], f"{name}/{key}")
+            yield from named(batch[key], f"{name}/{key}")
     elif isinstance(batch, list | tuple) and any(isinstance(part, Tensor) for part in batch):
         for i, part in enumerate(batch):
-            yield from _named(part, f"{name}/{i}")
+            yield from named(part, f"{name}/{i}")
     else:
         yield name, batch
 
 
-def _raw(value: Any) -> bytes:
+def raw(value: Any) -> bytes:
+    """Return the content of a tensor, or of anything else as it is printed."""
     if isinstance(value, Tensor):
         return value.detach().cpu().contiguous().reshape(-1).view(uint8).numpy().tobytes()
     return repr(value).encode()

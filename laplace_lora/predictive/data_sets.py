@@ -204,7 +204,7 @@ def of_batches(
         ValueError: If there are none.
     """
     place: Any = {"device": posterior.device, "runs": posterior.source, "in_step": in_step}
-    with together(source, **place) as team:
+    with together(source, row_by_row=True, **place) as team:
         parts = []
         batches = team.batches(source, "Predicting", progress_bar)
         for step in steps(batches, range(0), team, posterior.divides):

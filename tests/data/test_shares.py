@@ -31,6 +31,17 @@ class Choosing(BatchSampler):
         self.batch_sampler = batch_sampler
 
 
+class ByLength:
+    """Batches of similar lengths, the examples with high numbers first."""
+
+    def __init__(self, sampler, batch_size=2):
+        self.sampler, self.batch_size, self.drop_last = sampler, batch_size, False
+
+    def __iter__(self):
+        places = sorted(self.sampler, reverse=True)
+        yield from (places[i : i + self.batch_size] for i in range(0, len(places), self.batch_size))
+
+
 def by_examples(data, rank):
     return BatchSampler(DistributedSampler(data, 2, rank, shuffle=False), 2, drop_last=False)
 
@@ -122,6 +133,31 @@ def test_samplers_that_may_change_what_is_dealt_out_are_refused(deals):
     data = Numbers(8)
     with pytest.raises(TypeError, match="Choosing may change the batches that the loader deals"):
         share_of(DataLoader(data, batch_sampler=Choosing(deals(data, 0))))
+
+
+def by_length(data, rank, **options):
+    sampler = DistributedSampler(data, 2, rank, shuffle=False, **options)
+    return DataLoader(data, batch_sampler=ByLength(sampler))
+
+
+def test_repeats_that_a_sampler_may_put_first_are_refused():
+    """The repeat of seven, example 0, is no longer the last of its process."""
+    with pytest.raises(TypeError, match="ByLength may change the batches"):
+        share_of(by_length(Numbers(7), 1))
+
+
+@pytest.mark.parametrize("n,options", [(8, {}), (7, {"drop_last": True})])
+def test_samplers_may_reorder_where_nothing_is_repeated(n, options):
+    found = [pair for rank in range(2) for pair in dealt(by_length(Numbers(n), rank, **options))]
+    numbers = [number for batch, _ in found for number in batch]
+    places = [place for _, each in found for place in each]
+    assert sorted(numbers) == sorted(places) == list(range(n // 2 * 2))
+
+
+def test_batches_may_not_be_skipped_that_a_sampler_reorders():
+    loader = skip_first_batches(by_length(Numbers(8), 0), 1)
+    with pytest.raises(TypeError, match="ByLength may change the batches"):
+        share_of(loader)
 
 
 def test_batches_of_places_are_looked_into():
