@@ -24,6 +24,11 @@ from laplace_lora.data.shares import processes, share_of
 from laplace_lora.data.tally import check_apart
 
 T = TypeVar("T")
+PASS = "pass of the model"
+UNEQUAL = (
+    ": how many passes the sharded model takes depends on the data in a way that is not known; "
+    "give every process all the data, in the same order"
+)
 
 
 class Together:
@@ -55,6 +60,11 @@ class Together:
         self._crew = crew
         self._over = not shared
         self._readings: list[Reading] = []
+
+    @property
+    def rank(self) -> int:
+        """This process's place among those that take part."""
+        return dist.get_rank() if self.shared else 0
 
     def batches(
         self,
@@ -233,7 +243,10 @@ class Together:
                 raise OtherProcessFailed(rank, failures[rank])
             if error is None:
                 steps = [f"process {rank}: {other}" for rank, (_, other) in enumerate(places)]
-                raise RuntimeError(f"the processes do different things ({', '.join(steps)})")
+                raise RuntimeError(
+                    f"the processes do different things ({', '.join(steps)})"
+                    + (UNEQUAL if PASS in {other for _, other in places} else "")
+                )
         return [value for _, _, value in reports]
 
 
@@ -247,6 +260,16 @@ def shared_blocks() -> list[Together]:
         _LOCAL.blocks = []
     blocks: list[Together] = _LOCAL.blocks
     return blocks
+
+
+def before_pass() -> None:
+    """Let processes that run a model in step find out whether all are about to make a pass.
+
+    Where one has failed, or does something else, all raise instead of waiting for it in the pass.
+    """
+    for block in shared_blocks():
+        if block.in_step:
+            block._exchange(PASS)
 
 
 def _give_up(blocks: list[Together]) -> None:
