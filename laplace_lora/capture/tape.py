@@ -18,7 +18,7 @@ from laplace_lora.capture.parameter_hooks import without_hooks
 from laplace_lora.data.batches import Batch, splits_by_example
 from laplace_lora.data.examples import Examples
 from laplace_lora.data.masks import joined_masks
-from laplace_lora.data.team import before_pass
+from laplace_lora.data.team import BACKWARD, before_pass
 
 Visitor = Callable[[int, int, Tensor], None]
 Address: TypeAlias = tuple[Any, ...]
@@ -257,7 +257,7 @@ class Tape:
         )
         with OutputGradient.watched(receivers), without_hooks(tensors):
             for column in range(len(columns)):
-                before_pass()
+                before_pass(BACKWARD)
                 found = torch.autograd.grad(
                     self._output,
                     targets,

@@ -16,7 +16,7 @@ from laplace_lora.data import streams
 from laplace_lora.data.messages import OtherProcessFailed, ProcessLost
 from laplace_lora.data.sharding import is_sharded_model
 from laplace_lora.data.shares import needs_comparison, processes, share_of
-from laplace_lora.data.team import ALONE, Together, before_pass, shared_blocks
+from laplace_lora.data.team import ALONE, Together, shared_blocks
 
 __all__ = [
     "ALONE",
@@ -119,13 +119,11 @@ def check_runs_same_data(model: nn.Module) -> None:
     """Refuse to run a sharded model on different data in each process, where it was not announced.
 
     A forward pass gathers the pieces of all processes, so all must make the same ones; how many a
-    batch takes depends on its examples. Where it was announced, see `before_pass`.
+    batch takes depends on its examples.
 
     Raises:
         TypeError: If that is what this thread is about to do.
-        RuntimeError: As `before_pass`.
     """
-    before_pass()
     if any(block.deals for block in shared_blocks()) and is_sharded_model(model):
         raise TypeError(
             "the model is sharded, so all processes run it together, but the loader deals its data "

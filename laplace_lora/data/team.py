@@ -24,7 +24,7 @@ from laplace_lora.data.shares import processes, share_of
 from laplace_lora.data.tally import check_apart
 
 T = TypeVar("T")
-PASS = "pass of the model"
+FORWARD, BACKWARD = "forward pass", "backward pass"
 UNEQUAL = (
     ": how many passes the sharded model takes depends on the data in a way that is not known; "
     "give every process all the data, in the same order"
@@ -245,7 +245,7 @@ class Together:
                 steps = [f"process {rank}: {other}" for rank, (_, other) in enumerate(places)]
                 raise RuntimeError(
                     f"the processes do different things ({', '.join(steps)})"
-                    + (UNEQUAL if PASS in {other for _, other in places} else "")
+                    + (UNEQUAL if {FORWARD, BACKWARD} & {other for _, other in places} else "")
                 )
         return [value for _, _, value in reports]
 
@@ -262,14 +262,17 @@ def shared_blocks() -> list[Together]:
     return blocks
 
 
-def before_pass() -> None:
+def before_pass(direction: str) -> None:
     """Let processes that run a model in step find out whether all are about to make a pass.
 
     Where one has failed, or does something else, all raise instead of waiting for it in the pass.
+
+    Args:
+        direction: `FORWARD` or `BACKWARD`.
     """
     for block in shared_blocks():
         if block.in_step:
-            block._exchange(PASS)
+            block._exchange(direction)
 
 
 def _give_up(blocks: list[Together]) -> None:
