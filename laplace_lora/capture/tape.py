@@ -18,7 +18,8 @@ from laplace_lora.capture.parameter_hooks import without_hooks
 from laplace_lora.data.batches import Batch, splits_by_example
 from laplace_lora.data.examples import Examples
 from laplace_lora.data.masks import joined_masks
-from laplace_lora.data.team import BACKWARD, before_pass
+from laplace_lora.data.messages import BACKWARD
+from laplace_lora.data.steps import before_pass
 
 Visitor = Callable[[int, int, Tensor], None]
 Address: TypeAlias = tuple[Any, ...]

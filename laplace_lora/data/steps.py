@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from laplace_lora.data.batches import Batch, on_cpu
-from laplace_lora.data.team import Together
+from laplace_lora.data.team import Together, shared_blocks
 
 # Its form, equal where batches take equally many passes, and what those of its form may differ in
 # that is examined when it is first met; `None` where nothing is known beforehand.
@@ -78,3 +78,16 @@ def _are_in_step(kinds: list[Kind], met: set[Kind]) -> bool:
     """Return whether batches of some kinds take equally many passes, all of them known."""
     forms = {None if kind is None else kind[0] for kind in kinds}
     return None not in kinds and len(forms) == 1 and met.issuperset(kinds)
+
+
+def before_pass(direction: str) -> None:
+    """Let processes that run a model in step find out whether all are about to make a pass.
+
+    Where one has failed, or does something else, all raise instead of waiting for it in the pass.
+
+    Args:
+        direction: `FORWARD` or `BACKWARD`.
+    """
+    for block in shared_blocks():
+        if block.in_step:
+            block.meet(direction)

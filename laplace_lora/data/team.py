@@ -18,17 +18,17 @@ from torch import Tensor
 
 from laplace_lora.data.batches import Batch
 from laplace_lora.data.columns import in_order, joined_columns
-from laplace_lora.data.messages import OtherProcessFailed, ProcessLost, messages
+from laplace_lora.data.messages import (
+    OtherProcessFailed,
+    ProcessLost,
+    different_things,
+    messages,
+)
 from laplace_lora.data.reading import Reading
 from laplace_lora.data.shares import processes, share_of
 from laplace_lora.data.tally import check_apart
 
 T = TypeVar("T")
-FORWARD, BACKWARD = "forward pass", "backward pass"
-UNEQUAL = (
-    ": how many passes the sharded model takes depends on the data in a way that is not known; "
-    "give every process all the data, in the same order"
-)
 
 
 class Together:
@@ -144,6 +144,10 @@ class Together:
         """Return the largest number of all processes'; zero where none has one."""
         return max(self.all_of(max(lengths, default=0)))
 
+    def meet(self, step: str) -> None:
+        """Wait until all processes are about to take a step, or raise if one is not."""
+        self._exchange(step)
+
     def agree(self, signature: object) -> None:
         """Check that a value is the same in all processes.
 
@@ -242,11 +246,7 @@ class Together:
                 rank = min(failures)
                 raise OtherProcessFailed(rank, failures[rank])
             if error is None:
-                steps = [f"process {rank}: {other}" for rank, (_, other) in enumerate(places)]
-                raise RuntimeError(
-                    f"the processes do different things ({', '.join(steps)})"
-                    + (UNEQUAL if {FORWARD, BACKWARD} & {other for _, other in places} else "")
-                )
+                raise RuntimeError(different_things([other for _, other in places]))
         return [value for _, _, value in reports]
 
 
@@ -260,19 +260,6 @@ def shared_blocks() -> list[Together]:
         _LOCAL.blocks = []
     blocks: list[Together] = _LOCAL.blocks
     return blocks
-
-
-def before_pass(direction: str) -> None:
-    """Let processes that run a model in step find out whether all are about to make a pass.
-
-    Where one has failed, or does something else, all raise instead of waiting for it in the pass.
-
-    Args:
-        direction: `FORWARD` or `BACKWARD`.
-    """
-    for block in shared_blocks():
-        if block.in_step:
-            block._exchange(direction)
 
 
 def _give_up(blocks: list[Together]) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from laplace_lora.adapters.activation import activate_adapter
 from laplace_lora.data.distributed import check_runs_same_data
+from laplace_lora.data.messages import FORWARD
 from laplace_lora.data.pairs import is_pair, passes
 from laplace_lora.data.sharding import refuse_tensor_parallel, unwrapped
-from laplace_lora.data.team import FORWARD, before_pass
+from laplace_lora.data.steps import before_pass
 from laplace_lora.models.answers import AnswerPlace, checked_target_ids
 from laplace_lora.models.changes.modes import coarsest_dtype, device_of
 from laplace_lora.models.changes.narrowing import at_position, one_token, rows_only

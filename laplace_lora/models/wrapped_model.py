@@ -12,8 +12,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from laplace_lora.data.messages import FORWARD
 from laplace_lora.data.sharding import unwrapped
-from laplace_lora.data.team import FORWARD, before_pass
+from laplace_lora.data.steps import before_pass
 from laplace_lora.models.changes.modes import device_of
 from laplace_lora.models.changes.turns import in_turn
 from laplace_lora.models.head import n_rows
