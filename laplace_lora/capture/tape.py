@@ -19,6 +19,8 @@ from laplace_lora.capture.parameter_hooks import without_hooks
 from laplace_lora.data.batches import Batch, splits_by_example
 from laplace_lora.data.examples import Examples
 from laplace_lora.data.masks import joined_masks
+from laplace_lora.data.messages import BACKWARD
+from laplace_lora.data.steps import before_pass
 
 Visitor = Callable[[int, int, Tensor], None]
 
@@ -230,6 +232,7 @@ class Tape:
         )
         with OutputGradient.watched(receivers), without_hooks(tensors):
             for column in range(len(columns)):
+                before_pass(BACKWARD)
                 found = torch.autograd.grad(
                     self._output,
                     targets,

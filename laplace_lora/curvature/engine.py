@@ -121,6 +121,15 @@ class Engine:
         """Dtype of factors and Jacobians: the adapters', float32 at least."""
         return wide_dtype(self.parameters)
 
+    @property
+    def passes_are_known(self) -> bool:
+        """Whether batches of one kind take equally many passes, see `kind_of`.
+
+        Whole tensors take some for each example, and exact roots of tokens some for each token.
+        """
+        has_tokens = self.objective.rows_are_tokens or self.objective.has_spans
+        return self.recording.uncovered == "error" and (self.estimates or not has_tokens)
+
     def jacobian_blocks(
         self,
         x: Any,

@@ -52,6 +52,7 @@ class Recording:
 
     Attributes:
         is_verified: Whether that has been done; set it to false to have it done again.
+        met: Kinds of batches that processes with data of their own have run together, see `steps`.
 
     Raises:
         ValueError: If ``uncovered`` is unknown, nothing is trainable, or a trainable tensor is in
@@ -72,6 +73,7 @@ class Recording:
         self.verify = verify
         self.by_token = by_token
         self.is_verified = False
+        self.met: set[Any] = set()
         self._together = False  # by a batch of several examples
         self._masks_are_verified = False  # by a batch with padding, which may not be the first
         self._of_texts: set[tuple[str, int]] = set()  # known to see texts, see `verify_images`
@@ -89,6 +91,11 @@ class Recording:
     def blocks(self) -> list[Block]:
         """Trainable tensors, in parameter order."""
         return self._covered[1]
+
+    def start_anew(self) -> None:
+        """Have the next batch verified, as if there had been none."""
+        self.is_verified = False
+        self.met.clear()
 
     def cover_whole(self, maps: Sequence[int]) -> None:
         """Give the tensors of some maps diagonal blocks from now on.

@@ -52,8 +52,8 @@ def together(
         runs: The model that runs on the data. A sharded one is run by all processes on the same
             batches: what a loader deals out to them is exchanged, they draw the same random
             numbers, and each has all the results.
-        in_step: Run a sharded model on each process's own batches instead; whoever iterates over
-            them takes equally many steps in all processes, see `steps`.
+        in_step: Run a sharded model on each process's own batches instead, where these take
+            equally many passes, see `steps`.
         row_by_row: What comes of the work stands for each example alone, so that processes may have
             different ones where no loader is shared.
 

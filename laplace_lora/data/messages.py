@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -30,6 +31,7 @@ class ProcessLost(RuntimeError):
     """Another process has ended, or cannot be reached."""
 
 
+FORWARD, BACKWARD = "forward pass", "backward pass"  # of a model that processes run in step
 _LATEST: list[Any] = [None, None]  # the default group, and ours beside it
 
 
@@ -44,3 +46,19 @@ def messages() -> Any:
     if _LATEST[0] is not world:
         _LATEST[:] = [world, dist.new_group(backend="gloo", timeout=PATIENCE)]
     return _LATEST[1]
+
+
+def different_things(steps: Sequence[str]) -> str:
+    """Return what to say of processes that are not at the same step.
+
+    Args:
+        steps: What each is about to do, in the order of their ranks.
+    """
+    told = ", ".join(f"process {rank}: {step}" for rank, step in enumerate(steps))
+    text = f"the processes do different things ({told})"
+    if not {FORWARD, BACKWARD}.intersection(steps):
+        return text
+    return (
+        f"{text}: how many passes the sharded model takes depends on the data in a way that is not "
+        "known; give every process all the data, in the same order"
+    )

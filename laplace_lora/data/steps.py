@@ -1,71 +1,93 @@
-"""Equally many steps in all processes, whose batches are not equally many.
+"""Steps in which all processes run their model equally often, on batches of their own if they may.
 
-Each pass of a sharded model gathers its pieces from all processes, so all must make it. A process
-that has no batch left, or leaves one out, takes a stand-in with the others and forgets the result.
+Each pass of a sharded model gathers its pieces from all processes, so all must make it. Batches of
+one kind take equally many, once what is examined in the first of that kind has been. In any other
+step all processes run the batches of all of them, and forget the results of those that are not
+theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from laplace_lora.data.batches import Batch, first_examples, on_cpu, splits_by_example
-from laplace_lora.data.team import Together
+from laplace_lora.data.batches import Batch, on_cpu
+from laplace_lora.data.team import Together, shared_blocks
 
-SHOWN = 2  # examples of a stand-in
+# Its form, equal where batches take equally many passes, and what those of its form may differ in
+# that is examined when it is first met; `None` where nothing is known beforehand.
+Kind: TypeAlias = tuple[Hashable, Hashable] | None
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a process does while others do theirs.
+    """A batch of a process, or one that it runs for another.
 
     Attributes:
-        batch: Its own next batch, ``None`` where there is none left.
-        stand_in: What the model is to run on instead, the result of which does not count.
+        batch: The batch.
+        is_own: Whether it is this process's; the results of others do not count.
     """
 
     batch: Any
-    stand_in: Any = None
+    is_own: bool = True
 
 
 def steps(
     batches: Iterable[Batch],
     skipped: range,
     team: Together,
-    divides: Callable[[Batch], bool] = splits_by_example,
+    kind_of: Callable[[Batch], Kind],
+    met: set[Kind],
 ) -> Iterator[Step]:
-    """Yield a process's batches, with stand-ins where the model runs in step with others.
-
-    The first step is the same stand-in for all, so that whatever a first batch is examined for is
-    found, or not, by all alike.
+    """Yield a process's batches, with those of others where the model must run on them as well.
 
     Args:
         batches: Those of this process.
         skipped: Indices of batches that it does not run the model on.
         team: The processes.
-        divides: Whether every example of a batch has its own row of each tensor.
+        kind_of: From a batch to its kind.
+        met: Kinds that all processes have run already; those that they run are added.
     """
     if not team.in_step:
         yield from map(Step, batches)
         return
-    own = iter(batches)
-    batch = next(own, None)
-    shown = team.any_of(None if batch is None else on_cpu(_few(batch, divides)))
-    if shown is None:
-        return
-    yield Step(None, shown)
-    index = 0
+    own, index = iter(batches), 0
     while True:
-        is_run = batch is not None and index not in skipped
-        reports = team.all_of((batch is not None, is_run))
-        if not any(has_batch for has_batch, _ in reports):
-            return
-        stand_in = shown if not is_run and any(other for _, other in reports) else None
-        yield Step(batch, stand_in)
         batch = next(own, None)
+        is_run = batch is not None and index not in skipped
+        kind = kind_of(batch) if batch is not None and is_run else None
+        reports = team.all_of((batch is not None, is_run, kind))
+        if not any(has_batch for has_batch, _, _ in reports):
+            return
+        kinds = [of for _, runs, of in reports if runs]
+        if not kinds or (len(kinds) == len(reports) and _are_in_step(kinds, met)):
+            dealt: list[Any] = [None] * len(reports)
+        else:
+            dealt = team.all_of(on_cpu(batch) if is_run else None)
+        for rank, other in enumerate(dealt):
+            if rank == team.rank and batch is not None:
+                yield Step(batch)
+            elif rank != team.rank and other is not None:
+                yield Step(other, is_own=False)
+        met.update(kinds)
         index += 1
 
 
-def _few(batch: Batch, divides: Callable[[Batch], bool]) -> Batch:
-    return first_examples(batch, SHOWN) if divides(batch) else batch
+def _are_in_step(kinds: list[Kind], met: set[Kind]) -> bool:
+    """Return whether batches of some kinds take equally many passes, all of them known."""
+    forms = {None if kind is None else kind[0] for kind in kinds}
+    return None not in kinds and len(forms) == 1 and met.issuperset(kinds)
+
+
+def before_pass(direction: str) -> None:
+    """Let processes that run a model in step find out whether all are about to make a pass.
+
+    Where one has failed, or does something else, all raise instead of waiting for it in the pass.
+
+    Args:
+        direction: `FORWARD` or `BACKWARD`.
+    """
+    for block in shared_blocks():
+        if block.in_step:
+            block.meet(direction)

@@ -18,7 +18,12 @@ from torch import Tensor
 
 from laplace_lora.data.batches import Batch
 from laplace_lora.data.columns import in_order, joined_columns
-from laplace_lora.data.messages import OtherProcessFailed, ProcessLost, messages
+from laplace_lora.data.messages import (
+    OtherProcessFailed,
+    ProcessLost,
+    different_things,
+    messages,
+)
 from laplace_lora.data.reading import Reading
 from laplace_lora.data.shares import processes, share_of
 from laplace_lora.data.tally import check_apart
@@ -55,6 +60,11 @@ class Together:
         self._crew = crew
         self._over = not shared
         self._readings: list[Reading] = []
+
+    @property
+    def rank(self) -> int:
+        """This process's place among those that take part."""
+        return dist.get_rank() if self.shared else 0
 
     def batches(
         self,
@@ -133,6 +143,10 @@ class Together:
     def longest(self, lengths: Iterable[int]) -> int:
         """Return the largest number of all processes'; zero where none has one."""
         return max(self.all_of(max(lengths, default=0)))
+
+    def meet(self, step: str) -> None:
+        """Wait until all processes are about to take a step, or raise if one is not."""
+        self._exchange(step)
 
     def agree(self, signature: object) -> None:
         """Check that a value is the same in all processes.
@@ -232,8 +246,7 @@ class Together:
                 rank = min(failures)
                 raise OtherProcessFailed(rank, failures[rank])
             if error is None:
-                steps = [f"process {rank}: {other}" for rank, (_, other) in enumerate(places)]
-                raise RuntimeError(f"the processes do different things ({', '.join(steps)})")
+                raise RuntimeError(different_things([other for _, other in places]))
         return [value for _, _, value in reports]
 
 

@@ -76,11 +76,11 @@ def _local_sums(
     sums, example, shape, given = Sums(), None, None, 0
     batches = team.batches(loader, data_pass.title, progress_bar, posterior.by_example)
     with evaluation_mode(posterior.model):
-        for step in steps(batches, range(1, kept), team, posterior.divides):
-            if step.stand_in is not None:
+        met = posterior.engine.recording.met
+        for step in steps(batches, range(1, kept), team, posterior.kind_of, met):
+            if not step.is_own:
                 # Forgotten, but for the kind of sums, which a process without data needs, too.
-                _, shape = data_pass.add(None, *posterior.split(step.stand_in))
-            if step.batch is None:
+                _, shape = data_pass.add(None, *posterior.split(step.batch))
                 continue
             batch, index = step.batch, given
             given = index + 1

@@ -61,10 +61,9 @@ class Fitter:
             raise ValueError("checkpoint_every needs checkpoint_dir")
         if posterior.structure.has_second_pass:
             same_draw(train_loader, "eigenvalue_correction")
-        posterior.engine.recording.is_verified = False  # data of another form may come
+        posterior.engine.recording.start_anew()  # data of another form may come
         snapshots: list[Snapshot] = []
-        # Whole tensors take as many passes as a batch has examples.
-        in_step = posterior.engine.recording.uncovered == "error"
+        in_step = posterior.engine.passes_are_known
         with together(train_loader, runs=posterior.source, in_step=in_step) as team:
 
             def summed(data_pass: Pass) -> Sums:

@@ -7,6 +7,7 @@ from typing import Any
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from laplace_lora.data.sharding import whole
 from laplace_lora.models.changes.thread_hooks import own_hooks
 
 
@@ -25,7 +26,7 @@ def _sizes(head: Any) -> tuple[int, int]:
 
 
 def head_tensors(head: Any, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return weight ``(outputs, d)`` and bias of a linear head, detached.
+    """Return weight ``(outputs, d)`` and bias of a linear head, whole and detached.
 
     Args:
         head: The layer, of a transformer.
@@ -46,10 +47,11 @@ def head_tensors(head: Any, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
             "it a device"
         )
     bias = getattr(head, "bias", None)  # such a head has none, see `TrainableTokensLayer`
+    weight, bias = whole(weight), None if bias is None else whole(bias)
     if ids is None:
-        return weight.detach(), None if bias is None else bias.detach()
+        return weight, bias
     ids = ids.to(weight.device)
-    return weight.detach()[ids], None if bias is None else bias.detach()[ids]
+    return weight[ids], None if bias is None else bias[ids]
 
 
 def last_linear(model: nn.Module, outputs: int | None) -> nn.Linear:

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from laplace_lora.adapters.activation import activate_adapter
 from laplace_lora.data.distributed import check_runs_same_data
+from laplace_lora.data.messages import FORWARD
 from laplace_lora.data.pairs import is_pair, passes
 from laplace_lora.data.sharding import refuse_tensor_parallel, unwrapped
+from laplace_lora.data.steps import before_pass
 from laplace_lora.models.answers import AnswerPlace, checked_target_ids
 from laplace_lora.models.changes.modes import coarsest_dtype, device_of
 from laplace_lora.models.changes.narrowing import at_position, one_token, rows_only
@@ -184,7 +186,9 @@ class LogitsModel(nn.Module):
                 check_has_texts(batch)
             logits = self._from_mapping(self._wrapped.inputs(batch))
         else:
-            logits = self._logits(self.model(self._wrapped.tensor(batch)))
+            x = self._wrapped.tensor(batch)
+            before_pass(FORWARD)
+            logits = self._logits(self.model(x))
         return wide(logits.to(self.device))  # a model may be spread over devices
 
     def own_logits(self, batch: Mapping[str, Any] | Tensor) -> Tensor | None:

@@ -12,7 +12,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from laplace_lora.data.messages import FORWARD
 from laplace_lora.data.sharding import unwrapped
+from laplace_lora.data.steps import before_pass
 from laplace_lora.models.changes.modes import device_of
 from laplace_lora.models.changes.turns import in_turn
 from laplace_lora.models.head import n_rows
@@ -121,10 +123,12 @@ class WrappedModel:
         """Run the model.
 
         Raises:
+            RuntimeError: As `before_pass`.
             ValueError: If the model fails at texts that are longer than it has positions.
         """
         tokens = inputs.get(IDS)
         length = tokens.shape[-1] if isinstance(tokens, Tensor) else 0
+        before_pass(FORWARD)
         with self.refusing_long_texts(length), in_turn(self.model):
             return self._run(inputs)
 

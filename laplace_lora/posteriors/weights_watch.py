@@ -23,7 +23,7 @@ from laplace_lora.adapters.peft_state import (
     tuner_layers,
 )
 from laplace_lora.adapters.selection import listed
-from laplace_lora.data.sharding import whole
+from laplace_lora.data.sharding import is_sharded_tensor, whole
 from laplace_lora.display.warning import warn
 from laplace_lora.models.changes.turns import in_turn
 from laplace_lora.posteriors.fitted_weights import (
@@ -139,11 +139,14 @@ class WeightsWatch:
             )
 
     def _values_beside(self, device: torch.device) -> Tensor:
-        """Return the adapter's weights that the posterior does not cover, ``(weights,)``."""
+        """Return the adapter's weights that the posterior does not cover, ``(weights,)``.
+
+        But for those in pieces, see `are_held`.
+        """
         if device.type == "meta":
             return torch.zeros(0)
-        tensors = [place.tensor for place in self._beside]
-        here = [t.detach() for t in tensors if t is not None and t.device.type != "meta"]
+        tensors = [t.detach() for place in self._beside if (t := place.tensor) is not None]
+        here = [t for t in tensors if t.device.type != "meta" and not is_sharded_tensor(t)]
         return torch.cat([torch.zeros(0, device=device), *(t.flatten().to(device) for t in here)])
 
     def _look(self, posterior: Posterior) -> None:

@@ -63,8 +63,7 @@ def predict(
     if is_batch(data):
         return answer(data)
     kind, items = kind_of(data)
-    # Whole tensors take a pass for each example, of which batches have unequally many.
-    in_step = posterior.engine.recording.uncovered == "error"
+    in_step = posterior.engine.passes_are_known
     place = (Predictions, answer, posterior)
     if kind == "batches":
         return of_batches(*place, items, progress_bar, in_step=in_step)
@@ -207,11 +206,11 @@ def of_batches(
     with together(source, row_by_row=True, **place) as team:
         parts = []
         batches = team.batches(source, "Predicting", progress_bar)
-        for step in steps(batches, range(0), team, posterior.divides):
-            if step.stand_in is not None:
-                answer(step.stand_in)
-            if step.batch is not None:
-                parts.append(answer(step.batch))
+        met = posterior.engine.recording.met
+        for step in steps(batches, range(0), team, posterior.kind_of, met):
+            found = answer(step.batch)
+            if step.is_own:
+                parts.append(found)
         return _in_order(kind, aligned(parts, team), team)
 
 

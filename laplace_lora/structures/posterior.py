@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.data.sharding import whole
+from laplace_lora.data.steps import Kind
 from laplace_lora.likelihoods.base import Likelihood
+from laplace_lora.models.inputs.batch_kinds import kind_of
 from laplace_lora.models.inputs.image_rows import divides
 from laplace_lora.models.last_layer_model import LastLayerModel
 from laplace_lora.models.logits_model import LogitsModel
@@ -156,6 +158,10 @@ class Posterior:
     def divides(self, batch: Any) -> bool:
         """Return whether every example of a batch has its own row of each tensor, see `divides`."""
         return divides(batch, self.source.config)
+
+    def kind_of(self, batch: Any) -> Kind:
+        """Return what decides how many passes a batch takes, see `kind_of`."""
+        return kind_of(batch, self.source.config)
 
     def by_example(self, batch: Any) -> Any:
         """Return a labelled batch in the form in which every row is an example."""

@@ -8,6 +8,7 @@ import torch
 from laplace_lora import KronLoraLaplace
 from laplace_lora.data.sharding import refuse_tensor_parallel
 from support.batches import loader
+from support.dealt import cases, said_of
 from support.models import base_model, peft_model
 from support.posteriors import LOW
 from support.references import assert_near
@@ -81,6 +82,32 @@ def test_a_fit_of_shared_data_goes_on(whole, results):
         )
         assert files == 2
         assert_near(evidence, whole[1]["llama"]["fit"], 1e-6)
+
+
+@pytest.mark.parametrize("case", cases())
+def test_batches_that_differ_give_what_one_process_finds(results, case):
+    """One process alone meets padding, several examples or images first, or longer texts."""
+    expected = said_of(case)
+    for found in results:
+        assert list(found["dealt"][case]) == list(expected)
+        for call, value in expected.items():
+            assert_near(found["dealt"][case][call], value, 1e-6)
+
+
+def test_processes_that_take_other_passes_say_so(results):
+    for found in results:
+        said, kept = found["surprised"]["more"]
+        assert said.startswith("RuntimeError: the processes do different things (process 0: ")
+        assert said.endswith("give every process all the data, in the same order")
+        assert kept
+
+
+def test_a_failure_between_two_passes_ends_all(results):
+    for rank, found in enumerate(results):
+        said, kept = found["surprised"]["fails"]
+        error = "ValueError: no luck"
+        assert said == (error if rank else f"OtherProcessFailed: process 1 failed: {error}")
+        assert kept
 
 
 def test_a_process_that_dies_in_a_pass_ends_the_others_at_once(whole, results):

@@ -20,6 +20,7 @@ from laplace_lora.data.distributed import together
 from laplace_lora.evaluation import evaluate
 from laplace_lora.generation import generate, score
 from support.batches import loader, token_batch, validation
+from support.dealt import cases, said_of, surprised
 from support.generation import FIELDS
 from support.interruptions import Interruption
 from support.language import EXACT, text_batch, text_loader
@@ -226,6 +227,8 @@ def worker(rank, port, folder):
         outcome_of(partial(la, BATCH)),
     )
     results["resumed"] = resumed(folder)
+    results["dealt"] = {case: outcome_of(partial(said_of, case)) for case in cases()}
+    results["surprised"] = surprised(rank)
     results["tensor parallel"] = tensor_parallel(folder)
     torch.save(results, folder / f"{rank}.pt")
     torch.save(after_a_killing(rank), folder / "killing.pt")
