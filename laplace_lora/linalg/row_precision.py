@@ -52,6 +52,10 @@ class RowPrecision:
         """Positive eigenvalues of ``scale · R^-½ Zᵀ Z R^-½``, ``(k,)``, float64."""
         return self.scale * self.values
 
+    def coordinates(self, jacobians: Iterable[Tensor]) -> Tensor:
+        """Return ``J R^-½`` in the data's eigenvectors, ``(batch, outputs, k)`` in float64."""
+        return self._moments(jacobians)[1] / self.values.sqrt()
+
     def covariance(self, jacobians: Iterable[Tensor]) -> Tensor:
         """Return ``J P⁻¹ Jᵀ`` of Jacobians given tensor by tensor.
 

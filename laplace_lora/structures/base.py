@@ -81,11 +81,14 @@ class Structure(Protocol[Sums, Raw, Curvature]):
     Attributes:
         adds_up: Whether processes combine their sums by addition; otherwise by gathering rows.
         couples_groups: Whether the data correlate tensors, so that groups cannot be tuned apart.
+        sums_over_examples: Whether the curvature is the sum of the examples' own, each a whole
+            matrix.
         scalar_only: Whether a prior is tuned as one scalar.
     """
 
     adds_up: bool = True
     couples_groups: bool = False
+    sums_over_examples: bool = False
     scalar_only: bool = False
 
     @property

@@ -64,6 +64,15 @@ class DensePrecision:
         values, vectors = torch.linalg.eigh(root.unsqueeze(1) * self.curvature.double() * root)
         return _positive(values, self.curvature.dtype), root.unsqueeze(1) * vectors
 
+    @property
+    def eigenvalues(self) -> Tensor:
+        """The eigenvalues ``e``, ``(parameters,)``, float64."""
+        return self.eigenpairs[0]
+
+    def coordinates(self, jacobians: Iterable[Tensor]) -> Tensor:
+        """Return ``J U``, ``(batch, outputs, parameters)`` in float64."""
+        return side_by_side(jacobians).double() @ self.eigenpairs[1]
+
     def covariance(self, jacobians: Iterable[Tensor]) -> Tensor:
         """Return ``J P⁻¹ Jᵀ``, see `Precision`."""
         rows = side_by_side(jacobians)
@@ -106,6 +115,7 @@ class Dense(TensorSum):
 
     advice = "use KronLoraLLLaplace or DiagLoraLLLaplace"
     scalar_only = True
+    sums_over_examples = True
 
     def product(self, curvature: Tensor, rows: Tensor) -> Tensor:
         """Return the products of the matrix with weight vectors, ``(n, parameters)``."""

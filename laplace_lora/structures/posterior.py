@@ -118,6 +118,15 @@ class Posterior:
         """
         return self.objective.has_noise and self.engine.estimates
 
+    @property
+    def leaves_examples_out(self) -> bool:
+        """Whether an example's own curvature is known, and can be taken out of the posterior's.
+
+        That of labels that were drawn is not, and that of observed ones is no curvature of the
+        few classes that may stand for all.
+        """
+        return self.structure.sums_over_examples and not self.engine.estimates
+
     @cached_property
     def gradient_term(self) -> GradientTerm | None:
         """The evidence's gradient term; ``None`` before a pass over the data has measured it."""

@@ -39,6 +39,7 @@ class RowStructure(Structure[Sums, Sums, Curvature]):
     sizes: tuple[int, ...] = ()
 
     couples_groups = True
+    sums_over_examples = True
 
     def tensors(self, sums: Sums) -> list[Tensor]:
         """Return the tensors that the sums consist of."""

@@ -18,6 +18,7 @@ from laplace_lora.data.distributed import Together
 from laplace_lora.likelihoods.base import Readout
 from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.predictive.glm import Predictor
+from laplace_lora.structures.dense import DensePrecision
 from laplace_lora.tuning.left_out.linear_model import owners_of_sets, without_own
 from laplace_lora.tuning.left_out.shared_inputs import Key, SharedInputs
 
@@ -53,7 +54,7 @@ class CavityWidths:
     only an example's own curvature is left out.
 
     Args:
-        predictor: Of a posterior under a scalar prior whose precision is a `RowPrecision`.
+        predictor: Of a posterior under a scalar prior that `leaves_examples_out`.
         readout: Functions of the outputs.
         root: Roots ``R`` of the examples' curvatures ``Rᵀ R``, ``(N, k, c)``.
         inputs: What the examples are told by.
@@ -75,10 +76,11 @@ class CavityWidths:
     ) -> None:
         self.predictor, self.readout, self.root = predictor, readout, root
         precision = predictor.posterior.precision
-        assert isinstance(precision, RowPrecision)
+        assert isinstance(precision, RowPrecision | DensePrecision)
         self.precision = precision
         self.too_many = 0
-        affordable = BYTES // (root.shape[2] * sum(precision.rows.sizes) * root.element_size())
+        sizes = predictor.posterior.engine.sizes
+        affordable = BYTES // (root.shape[2] * sum(sizes) * root.element_size())
         self.sets: dict[tuple[int, int], _Sets] = defaultdict(_Sets)
         for members, owners in owners_of_sets(companions).items():
             distinct = list(dict.fromkeys(inputs.keys[i] for i in members))
@@ -142,9 +144,7 @@ class CavityWidths:
         _, jacobians = self.predictor.readout_jacobians(x, self.readout)
         blocks = list(jacobians)
         if key not in self._unit:
-            _, onto = self.precision.group_moments(blocks, [0] * len(blocks))
-            projected = onto[0, 0] @ self.precision.vectors
-            self._unit[key] = projected / self.precision.values.sqrt()
+            self._unit[key] = self.precision.coordinates(blocks)[0]
         return torch.cat([block[0].flatten(1) for block in blocks], dim=1)
 
     def _joint(self, sets: _Sets, delta: float) -> Tensor:

@@ -27,7 +27,7 @@ class Covariances:
         self.first_precision = float(examples.first_precision)
         self.too_many = 0
         self._without: Callable[[Tensor, float], Tensor] = lambda covariance, _: covariance
-        if self.predictor.posterior.structure.couples_groups:  # a sum over examples
+        if self.predictor.posterior.leaves_examples_out:
             mean = self.cache.mean
             root = examples.linear.root(mean.double()).to(mean)
             together = examples.left_out_together if examples.rivals is None else {}

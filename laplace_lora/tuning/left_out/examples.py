@@ -145,8 +145,8 @@ def look_at(
     readout = scoring.readout if rivals is None else rivals.readout
     forms = (posterior.by_example, posterior.divides)
     subset = None if count == n_data else Subset(loader, n_data, count, *forms)
-    is_exact = posterior.structure.couples_groups  # its curvature is a sum over examples
-    inputs = SharedInputs(posterior.label_key, ReadColumns(posterior.source.model), is_exact)
+    read, takes_out = ReadColumns(posterior.source.model), posterior.leaves_examples_out
+    inputs = SharedInputs(posterior.label_key, read, keep_pairs=takes_out)
     predictor = Predictor(with_first_precision(posterior))
     with base_rows(posterior, readout, BYTES / (4 * count * columns)) as rows:
 

@@ -1,10 +1,12 @@
 """Widths without a group of examples are those of a fit without the group."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from laplace_lora import FullLoraLaplace
+from laplace_lora import FullLoraLaplace, FullLoraLLLaplace
 from laplace_lora.data.distributed import ALONE
 from laplace_lora.likelihoods.base import CONTRASTS
 from laplace_lora.predictive.glm import Predictor
@@ -33,9 +35,15 @@ def rewards():
     return reward_posterior(FullLoraLaplace, "bert", fit=False)
 
 
+def head_rewards():
+    return reward_posterior(FullLoraLLLaplace, "bert", fit=False)
+
+
 CASES = [
-    pytest.param(lambda: posterior(FullLoraLaplace, "bert", fit=False), copied_texts, id="copies"),
+    pytest.param(partial(posterior, FullLoraLaplace, "bert", fit=False), copied_texts, id="copies"),
     pytest.param(rewards, related_pairs, id="pairs"),
+    pytest.param(partial(posterior, FullLoraLLLaplace, "bert", fit=False), copied_texts, id="head"),
+    pytest.param(head_rewards, related_pairs, id="pairs-head"),
 ]
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import BertForSequenceClassification
 
-from laplace_lora import FullLoraLaplace, KronLoraLaplace, LogitsModel
+from laplace_lora import FullLoraLaplace, FullLoraLLLaplace, KronLoraLaplace, LogitsModel
 from laplace_lora.likelihoods.base import CONTRASTS
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.registry import likelihood_of
@@ -65,7 +65,7 @@ def score(la, precision, means, y):
     la.prior_precision = precision
     batch = token_batch(LENGTHS)
     f, covariance = Predictor(la.fitted).readout_moments(batch, CONTRASTS)
-    if la.structure.couples_groups:
+    if la.fitted.leaves_examples_out:
         logits = F.pad(f, (1, 0))
         root = likelihood_of("classification").root(logits, y).transpose(0, 1)[:, :, 1:]
         covariance = without_own(covariance, root)
@@ -74,7 +74,12 @@ def score(la, precision, means, y):
 
 @pytest.mark.parametrize(
     "cls,name",
-    [(KronLoraLaplace, "llama-lm"), (FullLoraLaplace, "bert"), (KronLoraLaplace, "gpt2")],
+    [
+        (KronLoraLaplace, "llama-lm"),
+        (FullLoraLaplace, "bert"),
+        (KronLoraLaplace, "gpt2"),
+        (FullLoraLLLaplace, "gpt2"),
+    ],
 )
 def test_the_choice_is_the_best_by_brute_force(cls, name):
     la = fitted(cls, name)

@@ -65,7 +65,7 @@ def score(la, precision, means, contrasts, own):
     la.prior_precision = precision
     _, covariance = Predictor(la.fitted).readout_moments(token_batch(LENGTHS), OUTPUTS)
     variance = torch.einsum("nc,ncd,nd->n", contrasts, covariance, contrasts)[:, None, None]
-    if la.structure.couples_groups:
+    if la.fitted.leaves_examples_out:
         variance = without_own(variance, own)
     labels = torch.zeros(len(means), dtype=torch.long)
     return float(scoring_of(la.fitted, "quadrature", 0).nll(means, variance, labels).mean())
