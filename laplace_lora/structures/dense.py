@@ -66,12 +66,14 @@ class DensePrecision:
 
     @property
     def eigenvalues(self) -> Tensor:
-        """The eigenvalues ``e``, ``(parameters,)``, float64."""
-        return self.eigenpairs[0]
+        """The positive eigenvalues ``e``, ``(k,)``, float64."""
+        values, _ = self.eigenpairs
+        return values[values > 0]
 
     def coordinates(self, jacobians: Iterable[Tensor]) -> Tensor:
-        """Return ``J U``, ``(batch, outputs, parameters)`` in float64."""
-        return side_by_side(jacobians).double() @ self.eigenpairs[1]
+        """Return ``J U`` for these eigenvalues, ``(batch, outputs, k)`` in float64."""
+        values, vectors = self.eigenpairs
+        return side_by_side(jacobians).double() @ vectors[:, values > 0]
 
     def covariance(self, jacobians: Iterable[Tensor]) -> Tensor:
         """Return ``J P⁻¹ Jᵀ``, see `Precision`."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from laplace_lora.data.distributed import Together
 from laplace_lora.tuning.left_out.cavity_widths import CavityWidths
 from laplace_lora.tuning.left_out.examples import TrainingExamples
+from laplace_lora.tuning.validation.cache import ABOVE, ZERO
 
 
 class Covariances:
@@ -38,4 +39,5 @@ class Covariances:
     def __call__(self, precision: float) -> Tensor:
         """Return the covariances under a prior precision, ``(N, c, c)``."""
         factor = self.cache.mean.new_tensor([precision / self.first_precision])
-        return self._without(self.cache.covariance(factor), precision)
+        undetermined = self.cache.covariance(factor, ZERO)
+        return undetermined + self._without(self.cache.covariance(factor, ABOVE), precision)

@@ -25,6 +25,7 @@ from laplace_lora.structures.base import Functions
 from laplace_lora.structures.posterior import Posterior
 
 TUNING_POINTS = 256  # of the quadrature, for hundreds of candidates in turn
+EVERY, ZERO, ABOVE = slice(None), slice(0, 1), slice(1, None)  # of a cache's eigenvalues
 VALIDATION = "Evaluating validation set"  # title of the progress bar
 
 
@@ -210,17 +211,18 @@ class ValidationCache:
         part.products = [products[which] for products in self.products]
         return part
 
-    def covariance(self, factors: Tensor) -> Tensor:
+    def covariance(self, factors: Tensor, nodes: slice = EVERY) -> Tensor:
         """Return the covariance with each group's prior precision multiplied by a factor.
 
         Args:
             factors: Shape ``(groups,)``; gradients flow through it.
+            nodes: Which of the eigenvalues count, `ZERO` or those `ABOVE` it.
 
         Returns:
             Shape ``(examples, outputs, outputs)``.
         """
         parts = [
-            products @ (1 / (self.values + factor))
+            products[..., nodes] @ (1 / (self.values[nodes] + factor))
             for products, factor in zip(self.products, factors, strict=True)
         ]
         pairs, total = _pairs(self.mean), torch.stack(parts).sum(0)

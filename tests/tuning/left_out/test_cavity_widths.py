@@ -127,27 +127,6 @@ def test_leave_one_out_takes_these_widths(make, data, monkeypatch):
     torch.testing.assert_close(found[n], expected, rtol=1e-4, atol=0)
 
 
-def test_jacobians_that_do_not_fit_are_computed_again(monkeypatch):
-    rows = related_pairs(CHAIN)
-    la = fitted(rewards, rows)
-    calls = []
-    jacobians = type(la.engine).jacobian_blocks
-
-    def counted(self, *args, **kwargs):
-        calls.append(1)
-        return jacobians(self, *args, **kwargs)
-
-    monkeypatch.setattr(type(la.engine), "jacobian_blocks", counted)
-    marginal, widths, _ = cavities(la, rows)
-    expected, unbounded = widths.without(marginal, DELTA), len(calls)
-    monkeypatch.setattr(cavity_widths, "BYTES", 3 * 8 * la.n_params)
-    calls.clear()
-    marginal, widths, _ = cavities(la, rows)
-    assert widths.too_many == 0
-    assert len(calls) > unbounded
-    torch.testing.assert_close(widths.without(marginal, DELTA), expected)
-
-
 def test_what_takes_too_much_is_counted_and_leaves_its_own_out(monkeypatch):
     rows = related_pairs()
     la = fitted(rewards, rows)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from laplace_lora import FullLoraLaplace, FullLoraLLLaplace, LoraEF
+from laplace_lora import FullLoraLaplace, FullLoraLLLaplace, LoraEF, LowRankLoraLaplace
 from laplace_lora.data.distributed import ALONE
 from laplace_lora.likelihoods.base import CONTRASTS
 from laplace_lora.predictive.glm import Predictor
@@ -107,6 +107,39 @@ def test_a_width_is_that_of_a_fit_without_the_example(cls):
             other.prior_precision = delta
             _, expected = Predictor(other.fitted).readout_moments(x, CONTRASTS)
             torch.testing.assert_close(found(delta)[n], expected[0], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("rank", [4, 25])
+def test_of_a_sketch_what_it_has_of_an_example_is_taken_out(rank):
+    la = posterior(LowRankLoraLaplace, "bert", rank=rank, fit=False)
+    la.fit(data())
+    found = covariances(la)
+    Z = torch.cat(la.rows.tensors(), dim=1)
+    span = torch.linalg.qr(Z.T[:, Z.norm(dim=1) > 1e-9 * Z.norm()]).Q
+    x = token_batch(LENGTHS)
+    f, blocks = Predictor(la.fitted).readout_jacobians(x, CONTRASTS)
+    J = torch.cat([block.flatten(2) for block in blocks], dim=2)
+    p = torch.nn.functional.pad(f, (1, 0)).softmax(-1)[:, 1:]
+    hessians = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    inner = J @ span
+    outer = J - inner @ span.T
+    for delta in DELTAS:
+        without = (Z @ span).T @ (Z @ span) - inner.mT @ hessians @ inner
+        without = without + delta * torch.eye(span.shape[1])
+        expected = inner @ torch.linalg.solve(without, inner.mT) + outer @ outer.mT / delta
+        torch.testing.assert_close(found(delta), expected, rtol=1e-4, atol=1e-9)
+
+
+def test_a_truncated_sketch_is_no_reason_for_a_width():
+    reports = []
+    for cls, options in ((FullLoraLaplace, {}), (LowRankLoraLaplace, {"rank": 8})):
+        la = posterior(cls, "bert", fit=False, **options)
+        la.fit(loader(lengths=(*LENGTHS, 2, 5)))
+        la.optimize_prior_precision(recentre=False)
+        reports.append(la.tuning.leave_one_out)
+    whole, truncated = reports
+    assert truncated.prior_precision == pytest.approx(whole.prior_precision, rel=0.05)
+    assert truncated.nll == pytest.approx(whole.nll, abs=1e-3)
 
 
 ESTIMATES = [{"backend_kwargs": {"stochastic": True}}, {"backend": LoraEF}]
