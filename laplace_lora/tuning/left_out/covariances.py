@@ -29,10 +29,8 @@ class Covariances:
         self.too_many = 0
         self._without: Callable[[Tensor, float], Tensor] = lambda covariance, _: covariance
         if self.predictor.posterior.leaves_examples_out:
-            mean = self.cache.mean
-            root = examples.linear.root(mean.double()).to(mean)
             together = examples.left_out_together if examples.rivals is None else {}
-            known = (examples.readout, root, examples.inputs, together, team)
+            known = (examples.readout, examples.own_root(), examples.inputs, together, team)
             widths = CavityWidths(self.predictor, *known)
             self.too_many, self._without = widths.too_many, widths.without
 

@@ -49,6 +49,8 @@ class TrainingExamples:
         linear: The base model, linearised in its trainable tensors.
         inputs: What the examples are told by.
         companions: See `SharedInputs.companions`.
+        shares: How probable the trained network takes the classes that a label is told apart from,
+            and its own, to be together, ``(N,)``; ``None`` for all classes.
     """
 
     predictor: Predictor
@@ -58,6 +60,7 @@ class TrainingExamples:
     linear: LinearModel
     inputs: SharedInputs
     companions: Mapping[int, Sequence[int]]
+    shares: Tensor | None
 
     @property
     def labels(self) -> Tensor:
@@ -96,6 +99,17 @@ class TrainingExamples:
         """Zeros in place of the functions' covariances, ``(N, c, c)``."""
         mean = self.cache.mean
         return mean.new_zeros(*mean.shape, mean.shape[-1])
+
+    def own_root(self) -> Tensor:
+        """Return roots of what each example's curvature says of its functions, ``(N, k, c)``.
+
+        Of a softmax's curvature that is, whatever the other classes' logits are (the Schur
+        complement), the curvature among some classes times the probability of all of these.
+        """
+        root = self.linear.root(self.cache.mean.double())
+        if self.shares is not None:
+            root = root * self.shares.sqrt()[:, None, None]
+        return root.to(self.cache.mean)
 
     def without(self, mode: Mode, companions: Mapping[int, Sequence[int]] | None = None) -> Tensor:
         """Return every example's functions in a linear model that has not seen it, ``(N, c)``.
@@ -157,12 +171,15 @@ def look_at(
             inputs.add(x, y)
 
         groups = torch.zeros(len(posterior.names), dtype=torch.long)
-        options = (groups, readout, progress_bar, watch, team, "Leaving each example out")
+        noting = readout if rivals is None else rivals.noting
+        options = (groups, noting, progress_bar, watch, team, "Leaving each example out")
         cache = ValidationCache(predictor, subset or loader, *options)
     labels = cache.y if rivals is None else torch.zeros_like(cache.y)
     linear = rows.linear_model(labels, team)
     companions = inputs.companions(team)
-    examples = TrainingExamples(predictor, scoring, rivals, cache, linear, inputs, companions)
+    shares = None if rivals is None else team.rows(shares=rivals.shares)["shares"]
+    parts = (predictor, scoring, rivals, cache, linear, inputs, companions, shares)
+    examples = TrainingExamples(*parts)
     is_whole = subset is None and rivals is None
     loss = examples.nll / float(posterior.scale.detach()) if is_whole else None
     seen = len(cache.y) if subset is None else subset.seen

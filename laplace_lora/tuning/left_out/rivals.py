@@ -9,6 +9,8 @@ network takes for the likeliest do: a label among them that it does not expect s
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,6 +31,9 @@ class Rivals:
     Attributes:
         readout: The contrasts ``f_rival − f_label`` of the batch that was drawn for, in every
             model. The label stands first, so all examples have the label 0.
+        noting: The same; `shares` keeps how probable the model that is read takes these classes to
+            be, all together.
+        shares: Of each batch that was read by `noting`, ``(batch,)`` in float64.
     """
 
     def __init__(self, classes: int, count: int) -> None:
@@ -36,6 +41,8 @@ class Rivals:
         self.readout = Readout(
             self._columns, self._values, is_softmax=True, relative=True, label_first=True
         )
+        self.noting = replace(self.readout, mean=self._noted)
+        self.shares: list[Tensor] = []
         self._source = torch.Generator().manual_seed(SEED)
         self._chosen = torch.empty(0, 1 + count, dtype=torch.long)
 
@@ -49,6 +56,11 @@ class Rivals:
     def _values(self, outputs: Tensor) -> Tensor:
         logits = outputs.gather(-1, self._chosen)
         return logits[:, 1:] - logits[:, :1]
+
+    def _noted(self, outputs: Tensor) -> Tensor:
+        p = outputs.detach().double().softmax(-1)
+        self.shares.append(p.gather(-1, self._chosen).sum(-1))
+        return self._values(outputs)
 
     def _columns(self, outputs: Tensor) -> Tensor:
         one_hot = F.one_hot(self._chosen, outputs.shape[-1]).to(outputs)

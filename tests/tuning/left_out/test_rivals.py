@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from laplace_lora import FullLoraLaplace, KronLoraLaplace
-from laplace_lora.likelihoods.base import OUTPUTS
+from laplace_lora import FullLoraLaplace, FullLoraLLLaplace, KronLoraLaplace
+from laplace_lora.data.distributed import ALONE
+from laplace_lora.likelihoods.base import CONTRASTS, OUTPUTS
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.tuning.left_out import leave_one_out, looked_at
+from laplace_lora.tuning.left_out.covariances import Covariances
+from laplace_lora.tuning.left_out.examples import look_at
 from laplace_lora.tuning.left_out.linear_model import LinearModel, without_own
 from laplace_lora.tuning.left_out.rivals import Rivals, loss_among
 from laplace_lora.tuning.validation.cache import scoring_of
@@ -42,13 +45,15 @@ def reference(la):
         if "lora_B" in name:
             torch.nn.init.zeros_(parameter)
     weights = [p for p in base.parameters() if p.requires_grad]
-    fitted_contrasts, means, jacobians, contrasts = [], [], [], []
+    fitted_contrasts, means, jacobians, contrasts, shares = [], [], [], [], []
     rivals = Rivals(3, 1)
     for x in split_rows(token_batch(LENGTHS)):
         one = rows({k: v.unsqueeze(0) for k, v in x.items()}, slice(None))
         rivals.draw(one["labels"])
         contrasts.append(rivals.readout.columns(torch.zeros(1, 3).double())[0, 0])
-        fitted_contrasts.append(trained(one)[0].detach() @ contrasts[-1])
+        outputs = trained(one)[0].detach()
+        fitted_contrasts.append(outputs @ contrasts[-1])
+        shares.append(outputs.softmax(-1)[contrasts[-1] != 0].sum())
         value = base(one)[0] @ contrasts[-1]
         gradient = torch.autograd.grad(value, weights)
         jacobians.append(torch.cat([g.flatten() for g in gradient]))
@@ -58,6 +63,7 @@ def reference(la):
     linear = LinearModel(J @ J.T, torch.stack(means).unsqueeze(1), *options)
     mode = linear.fitted_like(linear.nll(torch.stack(fitted_contrasts).unsqueeze(1)))
     own = linear.root(torch.stack(fitted_contrasts).unsqueeze(1))
+    own = own * torch.stack(shares).sqrt()[:, None, None]
     return linear.leave_one_out(mode)[0], torch.stack(contrasts), own
 
 
@@ -84,6 +90,24 @@ def test_the_choice_is_the_best_by_brute_force(cls, one_rival):
     for factor in (0.03, 0.5, 0.9, 1.1, 2, 30):
         other = min(max(chosen * factor, 1e-4), 1e8)
         assert best <= score(la, other, *parts) + 2e-4
+
+
+@pytest.mark.parametrize("cls", [FullLoraLaplace, FullLoraLLLaplace])
+def test_no_more_is_taken_out_than_an_example_has_taught(cls, one_rival):
+    la = fitted(cls)
+    found = Covariances(look_at(la.fitted, la._train_loader, ALONE, None), ALONE)
+    x = token_batch(LENGTHS)
+    rivals = Rivals(3, 1)
+    rivals.draw(x["labels"])
+    columns = rivals.readout.columns(torch.zeros(len(LENGTHS), 3).double())
+    onto = columns.transpose(0, 1)[:, :, 1:]  # from contrasts to the first class
+    for delta in (1e-3, 0.1, 10.0):
+        la.prior_precision = delta
+        f, marginal = Predictor(la.fitted).readout_moments(x, CONTRASTS)
+        root = la.objective.root(F.pad(f, (1, 0)), x["labels"]).transpose(0, 1)[:, :, 1:]
+        deleted = onto @ without_own(marginal, root) @ onto.mT
+        assert (found(delta) > onto @ marginal @ onto.mT).all()
+        assert (found(delta) < deleted * (1 + 1e-4)).all()
 
 
 def test_it_is_not_what_all_classes_choose(one_rival, monkeypatch):
