@@ -140,11 +140,11 @@ class CoupledEvidence:
             gap, square = self._gain.misfit
             whitened = torch.linalg.solve_triangular(core, gap.to(core).unsqueeze(1), upper=False)
             relative = relative + 0.5 * c * (square.to(core) - whitened.square().sum())
-        else:
+        elif self._gain is None:
             relative = relative - 0.5 * (deltas.to(self._norms) * self._norms).sum().to(core)
-            if self._gain is not None:
-                by_tensor = deltas.to(self._norms)[self._groups]
-                relative = relative + self._gain.term(by_tensor, scale).to(core)
+        else:
+            by_tensor = deltas.to(self._norms)[self._groups]
+            relative = relative + self._gain.rise(by_tensor, scale).to(core)
         return relative.to(logs) + self._likelihood.log_likelihood(log_noise)
 
     def effective(self, logs: Tensor, log_noise: Tensor) -> Tensor:
@@ -179,10 +179,9 @@ def relative_evidence(
         for spectrum, delta in zip(spectra, deltas, strict=True)
         for e, times in spectrum
     )
-    value: Tensor = -0.5 * (log_det + (deltas * squares).sum())
     if gain is None:
-        return value
-    return value + gain.term(precisions if len(precisions) == 1 else deltas, scale)
+        return -0.5 * (log_det + (deltas * squares).sum())
+    return -0.5 * log_det + gain.rise(precisions if len(precisions) == 1 else deltas, scale)
 
 
 def _joined(spectra: list[Spectrum]) -> Spectrum:

@@ -52,6 +52,24 @@ def maximise(posterior: Posterior, groups: Tensor, tune_noise: bool, correction:
     return _joint(posterior.with_settings(settings), groups, tune_noise)
 
 
+def with_term(posterior: Posterior) -> Tensor:
+    """Return the log evidence with its gradient term, a float64 scalar in nats; differentiable.
+
+    Args:
+        posterior: A fitted posterior whose gradient term is known, with one prior precision in all
+            or per tensor.
+    """
+    term, state, settings = posterior.gradient_term, posterior.state, posterior.settings
+    assert term is not None
+    prior, scale = settings.prior_precision, posterior.scale.double()
+    value = -scale * state.loss
+    if posterior.objective.has_noise:
+        deviation = settings.sigma_noise.double() * math.sqrt(2 * math.pi)
+        value = value - state.n_data * state.n_outputs * deviation.log()
+    log_det = posterior.structure.log_det_ratio(state.curvature, prior, posterior.scale)
+    return value - 0.5 * log_det.to(value) + term.rise(prior, scale).to(value)
+
+
 def scatter(state: PosteriorState) -> Tensor:
     """Return ``(θ − μ₀)ᵀ P₀ (θ − μ₀)`` of a fitted state, a float64 scalar."""
     prior = state.settings.prior_precision.double()
