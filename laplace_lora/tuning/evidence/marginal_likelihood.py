@@ -12,7 +12,7 @@ from laplace_lora.display.warning import warn
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings
 from laplace_lora.structures.state import PosteriorState
-from laplace_lora.tuning.evidence.corrected import corrected_precision, uphill
+from laplace_lora.tuning.evidence.corrected import corrected_precision, search_limits, uphill
 from laplace_lora.tuning.evidence.curves import CoupledEvidence
 from laplace_lora.tuning.evidence.optimum import optimal_noise, optimal_precision
 
@@ -130,7 +130,9 @@ def _joint(posterior: Posterior, groups: Tensor, tune_noise: bool) -> Settings:
     scalar, noise = posterior.settings.prior_precision, posterior.settings.sigma_noise.detach()
     start = scalar.double().cpu().log().expand(int(groups.max()) + 1)
     evidence = CoupledEvidence(posterior.without_gradient_term(), groups)
-    best = uphill(evidence, start, noise.double().cpu().log(), math.inf, tune_noise)
+    log_noise = noise.double().cpu().log()
+    limits = search_limits(posterior, evidence, log_noise)
+    best = uphill(evidence, start, log_noise, math.inf, tune_noise, limits=limits)
     if tune_noise:
         posterior = posterior.with_settings(with_noise(posterior, best.noise))
     return with_precisions(posterior, best.precisions[groups.cpu()], groups)

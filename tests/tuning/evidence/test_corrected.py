@@ -106,6 +106,25 @@ def test_a_prior_on_large_weights_is_tuned_by_the_evidence(cls, kwargs, structur
             assert la.log_marginal_likelihood(other, correction=True) < best + 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:the observation noise is")  # the model is not fitted
+@pytest.mark.parametrize("structure", ["scalar", "matrix"])
+@pytest.mark.parametrize("cls,kwargs", [*EXACT, (KronLoraLaplace, {})])
+def test_the_unit_of_the_targets_does_not_matter(cls, kwargs, structure):
+    found = []
+    for unit in (1.0, 1e-5, 1e5):
+        net, X, y, _ = linear_regression(0)
+        with torch.no_grad():
+            net.weight *= unit
+            net.bias *= unit
+        la = cls(net, "regression", sigma_noise=unit, **kwargs)
+        la.fit(DataLoader(TensorDataset(X, unit * y), batch_size=5))
+        options = {"tune_sigma_noise": True, "prior_structure": structure}
+        la.optimize_prior_precision(method="marglik", **options)
+        found.append(torch.cat([la.prior_precision * unit**2, la.sigma_noise.reshape(1) / unit]))
+    for other in found[1:]:
+        assert_near(other, found[0], 1e-3)
+
+
 def test_a_prior_without_a_corrected_evidence_is_not_left_in_place():
     la = posterior(DiagLoraLaplace)
     before, value = la.prior_precision, la.log_marginal_likelihood()
@@ -429,7 +448,7 @@ def test_noise_is_not_sought_where_rounding_is_all_there_is(monkeypatch):
     la = FullLoraLaplace(net.float(), "regression")
     la.fit(DataLoader(TensorDataset(X.float(), y.float()), batch_size=5))
 
-    def rising(evidence, start, log_noise, bound, tune_noise, lowest):
+    def rising(evidence, start, log_noise, bound, tune_noise, lowest, limits):
         return uphill(lambda _, log_sigma: -log_sigma, start, log_noise, bound, True, lowest)
 
     monkeypatch.setattr(corrected_evidence, "uphill", rising)
