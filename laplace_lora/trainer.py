@@ -208,9 +208,8 @@ class LaplaceCallback(TrainerCallback):
         finally:
             if self.save and args.should_save:
                 la.save_pretrained(args.output_dir)
-        plain = la.log_marginal_likelihood().item()
-        metrics = {"laplace_log_marginal_likelihood": plain}
-        corrected = with_known_term(la.fitted, plain)
+        metrics = {"laplace_log_marginal_likelihood": la.log_marginal_likelihood().item()}
+        corrected = with_known_term(la.fitted)
         if corrected is not None:
             metrics["laplace_corrected_log_marginal_likelihood"] = corrected
         self.trainer.log(metrics)

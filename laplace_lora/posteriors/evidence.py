@@ -11,6 +11,7 @@ from laplace_lora.data.one_draw import same_draw
 from laplace_lora.fitting.fitter import Fitter
 from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.posteriors.laplace_names import LaplaceNames
+from laplace_lora.tuning.evidence.marginal_likelihood import with_term
 
 
 class EvidenceLaplace(LaplaceNames):
@@ -49,33 +50,36 @@ class EvidenceLaplace(LaplaceNames):
             FloatingPointError: If a classifier's corrected evidence is above zero, which would mean
                 labels with a probability above one: there the quadratic expansion does not hold.
         """
-        before = self.state
-        value = super().log_marginal_likelihood(prior_precision, sigma_noise)
         if not correction:
-            return value
+            return super().log_marginal_likelihood(prior_precision, sigma_noise)
+        before = self.state
         try:
-            return value + self._term(value, train_loader)
+            if prior_precision is not None:
+                self.prior_precision = prior_precision
+            if sigma_noise is not None:
+                if not self.fitted.objective.has_noise:
+                    raise ValueError("only a regression has observation noise")
+                self.sigma_noise = sigma_noise
+            return self._corrected(train_loader)
         except BaseException:
             self.state = before  # with the prior and the noise of then
             raise
 
-    def _term(self, value: Tensor, train_loader: Any) -> Tensor:
-        """Return the gradient term, see `log_marginal_likelihood`."""
+    def _corrected(self, train_loader: Any) -> Tensor:
+        """Return the evidence with its gradient term, see `log_marginal_likelihood`."""
         self.measure_gradient_term(train_loader)
         posterior = self.fitted
-        prior = posterior.settings.prior_precision
-        if len(prior) not in (1, len(posterior.names)):
+        if len(posterior.settings.prior_precision) not in (1, len(posterior.names)):
             raise ValueError("the gradient term takes one prior precision in all or per tensor")
-        assert posterior.gradient_term is not None
-        term = posterior.gradient_term.term(prior, posterior.scale).to(value)
-        whole = float((value + term).detach())
+        value = with_term(posterior)
+        whole = float(value.detach())
         if posterior.objective.is_classifier and whole > 0:
             raise FloatingPointError(
                 f"the log evidence with its gradient term is {whole:.1f} nats, above zero: so far "
                 "from a mode the quadratic expansion does not hold. Take a stronger prior "
                 "(prior_precision), or correction=False"
             )
-        return term
+        return value
 
     @in_full_precision
     def measure_gradient_term(

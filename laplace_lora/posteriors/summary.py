@@ -7,6 +7,7 @@ import math
 from laplace_lora.display.tables import span
 from laplace_lora.models.wrapped_model import base_of
 from laplace_lora.structures.posterior import Posterior
+from laplace_lora.tuning.evidence.marginal_likelihood import with_term
 from laplace_lora.tuning.outcome import Tuning
 
 SHOWN_LAYERS = 6
@@ -82,7 +83,7 @@ def _prior(posterior: Posterior, tuning: Tuning | None) -> str:
 def _evidence(posterior: Posterior, plain: float, tuning: Tuning | None) -> str:
     if math.isnan(plain):
         return "not known: the training loss is not"
-    value = with_known_term(posterior, plain)
+    value = with_known_term(posterior)
     if value is not None:
         if posterior.objective.is_classifier and value > 0:
             return "not credible under this prior: above zero with its gradient term"
@@ -93,17 +94,12 @@ def _evidence(posterior: Posterior, plain: float, tuning: Tuning | None) -> str:
     return "not measured; log_marginal_likelihood(correction=True) takes passes over the data"
 
 
-def with_known_term(posterior: Posterior, plain: float) -> float | None:
-    """Return the log evidence with its gradient term, ``None`` where that is not known.
-
-    Args:
-        posterior: A fitted posterior.
-        plain: Its log evidence in nats without the term.
-    """
-    term, prior = posterior.gradient_term, posterior.settings.prior_precision
-    if term is None or len(prior) not in (1, len(posterior.names)):
+def with_known_term(posterior: Posterior) -> float | None:
+    """Return a fitted posterior's log evidence with its gradient term; ``None`` if not known."""
+    prior = posterior.settings.prior_precision
+    if posterior.gradient_term is None or len(prior) not in (1, len(posterior.names)):
         return None
-    return plain + float(term.term(prior, posterior.scale).detach())
+    return float(with_term(posterior).detach())
 
 
 def _calibration(posterior: Posterior) -> str:

@@ -63,8 +63,12 @@ class Precision(Protocol):
 class GradientTerm(Protocol):
     """What the evidence gains at weights that are no mode of the prior, ``½ bᵀ P⁻¹ b``."""
 
-    def term(self, prior: Tensor, scale: float | Tensor) -> Tensor:
-        """Return the term, a float64 scalar, or a lower bound of it.
+    def rise(self, prior: Tensor, scale: float | Tensor) -> Tensor:
+        """Return ``½ bᵀ P⁻¹ b − ½ dᵀ D d``, a float64 scalar, or a lower bound of it.
+
+        By so much the largest value of the quadratic log joint differs from the log likelihood at
+        the weights, whose displacement ``d`` the prior ``D`` charges for. Where a strong prior
+        meets large weights, either part alone is so large that its rounding is all there is.
 
         Args:
             prior: Prior precision, one or one per tensor; gradients flow through it.

@@ -20,12 +20,12 @@ OUTSIDE = 1e-4  # share of the gradient's square that the rows may miss
 
 @dataclass(frozen=True)
 class RowTerm:
-    """``½ bᵀ (c Zᵀ Z + D)⁻¹ b`` with ``b = −c g − D d``, a function of the prior ``D``.
+    """``½ bᵀ (c Zᵀ Z + D)⁻¹ b − ½ dᵀ D d`` with ``b = −c g − D d``, a function of the prior ``D``.
 
     Under a scalar prior ``δ``, with eigenvalues ``λ`` and orthonormal eigenvectors of ``Zᵀ Z`` and
-    the coordinates ``g`` and ``d`` there, it is ``½ [Σ (c g + δ d)² / (c λ + δ) + δ ‖d⊥‖²]``, where
-    ``d⊥`` is what the rows do not see. Under any other, with ``g = Zᵀ w``, ``z = Z d`` and
-    ``K = Z D⁻¹ Zᵀ``, it is ``½ [dᵀ D d + c ‖w‖² − c (z − w)ᵀ (I + c K)⁻¹ (z − w)]``.
+    the coordinates ``g`` and ``d`` there, it is ``½ Σ [c² g² + c δ (2 g d − λ d²)] / (c λ + δ)``:
+    what the rows do not see of ``d`` cancels. Under any other, with ``g = Zᵀ w``, ``z = Z d`` and
+    ``K = Z D⁻¹ Zᵀ``, it is ``½ [c ‖w‖² − c (z − w)ᵀ (I + c K)⁻¹ (z − w)]``.
 
     Attributes:
         rows: ``Z``.
@@ -63,8 +63,8 @@ class RowTerm:
         whole = self.gradient.double().square().sum()
         return bool(whole - self._coordinates[0].square().sum() <= OUTSIDE * whole)
 
-    def term(self, prior: Tensor, scale: float | Tensor) -> Tensor:
-        """Return the term.
+    def rise(self, prior: Tensor, scale: float | Tensor) -> Tensor:
+        """Return the gradient term less what the prior charges.
 
         Args:
             prior: Prior precision, one or one per tensor; gradients flow through it.
@@ -77,17 +77,13 @@ class RowTerm:
         scale = torch.as_tensor(scale).double().to(prior)
         g, d = self._coordinates
         if len(prior) == 1:
-            unseen = self.displacement.double().square().sum() - d.square().sum()
-            seen = ((scale * g + prior * d).square() / (scale * self.values + prior)).sum()
-            return 0.5 * (seen + prior[0] * unseen.clamp(min=0))
+            drawn = scale * prior * (2 * g * d - self.values * d.square())
+            parts = ((scale * g).square() + drawn) / (scale * self.values + prior)
+            return 0.5 * parts.sum()
         gap, square = self.misfit
-        parts = by_tensor(prior, self.rows.sizes)
-        gram = gram_matrix(self.rows, parts)
+        gram = gram_matrix(self.rows, by_tensor(prior, self.rows.sizes))
         core = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) + scale * gram
-        squares = [part.double().square() for part in self.displacement.split(self.rows.sizes)]
-        own = sum((square * part).sum() for square, part in zip(squares, parts, strict=True))
-        fitted = scale * (square - gap @ torch.linalg.solve(core, gap))
-        return 0.5 * (own + fitted)
+        return 0.5 * scale * (square - gap @ torch.linalg.solve(core, gap))
 
     def _on_rows(self, weights: Tensor) -> Tensor:
         """Return ``Z`` times a weight vector, ``(rows,)``, float64."""

@@ -6,7 +6,8 @@ likelihood, and the log evidence gains ``½ bᵀ P⁻¹ b``. The inverse of a bl
 must not be used there: all examples share the gradient's direction, along which Kronecker factors
 are far too small, and the term would explode. In a subspace spanned by ``V`` the exact curvature
 is affordable, and ``½ bᵀ V (Vᵀ P V)⁻¹ Vᵀ b`` is a lower bound of the term that rises with every
-further direction.
+further direction. It is never taken without what the prior charges, ``−½ (θ − μ₀)ᵀ P₀ (θ − μ₀)``:
+of large weights under a strong prior both are so large that only their rounding would be left.
 """
 
 from __future__ import annotations
@@ -49,30 +50,43 @@ class Subspace:
         kept = values > INDEPENDENT * values[-1]
         return scale.unsqueeze(1) * vectors[:, kept] * values[kept].rsqrt()
 
-    def term(self, prior: Tensor, scale: float | Tensor) -> Tensor:
-        """Return the lower bound of ``½ bᵀ P⁻¹ b``.
+    def rise(self, prior: Tensor, scale: float | Tensor) -> Tensor:
+        """Return the lower bound of ``½ bᵀ P⁻¹ b``, less ``½ dᵀ P₀ d`` with ``d = θ − μ₀``.
+
+        As ``d`` is in the span, the two combine: with the gradient ``g`` of the loss, its curvature
+        ``H`` and ``b = −c g − P₀ d`` they are ``½ c [c gᵀ P⁻¹ g + (2 g − H d)ᵀ P⁻¹ P₀ d]``.
 
         Args:
             prior: Prior precision, one or one per tensor; gradients flow through it.
-            scale: Factor of loss and curvature in the log joint.
+            scale: ``c``, factor of loss and curvature in the log joint.
 
         Returns:
             A float64 scalar.
         """
-        b, matrix = self._projected(prior, scale)
-        return 0.5 * b @ torch.linalg.solve(matrix, b)
+        gradient, curvature, displacement = self._coordinates
+        downhill, back = self._solved(prior, scale)
+        slope = 2 * gradient - curvature @ displacement
+        return 0.5 * scale * (gradient @ downhill + slope @ back)
 
     def solution(self, prior: Tensor, scale: float | Tensor) -> Tensor:
-        """Return the coefficients of ``P⁻¹ b`` within the span, ``(m,)``; see `term`."""
-        b, matrix = self._projected(prior, scale)
-        return self.basis @ torch.linalg.solve(matrix, b)
+        """Return the coefficients of ``P⁻¹ b`` within the span, ``(m,)``; see `rise`."""
+        return -self.basis @ sum(self._solved(prior, scale))
 
-    def _projected(self, prior: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``b`` and ``P`` in the orthonormal basis."""
+    @cached_property
+    def _coordinates(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient, curvature and displacement in the orthonormal basis."""
+        basis = self.basis
+        curvature = basis.T @ self.curvature @ basis
+        return basis.T @ self.gradient, curvature, basis.T @ self.displacement.sum(0)
+
+    def _solved(self, prior: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``P⁻¹ c g`` and ``P⁻¹ P₀ d`` in the orthonormal basis."""
+        gradient, curvature, displacement = self._coordinates
         precisions = prior.double().expand(len(self.grams)).to(self.grams.device)
-        b = -scale * self.gradient - precisions @ self.displacement
-        matrix = scale * self.curvature + torch.einsum("t,tij->ij", precisions, self.grams)
-        return self.basis.T @ b, self.basis.T @ matrix @ self.basis
+        own = self.basis.T @ torch.einsum("t,tij->ij", precisions, self.grams) @ self.basis
+        right = torch.stack([scale * gradient, own @ displacement], dim=1)
+        downhill, back = torch.linalg.solve(scale * curvature + own, right).unbind(1)
+        return downhill, back
 
     def to(self, device: torch.device) -> Subspace:
         """Return the same on another device."""

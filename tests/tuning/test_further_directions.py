@@ -16,7 +16,7 @@ from support.language import language_posterior
 from support.memorised import memorised
 from support.posteriors import CLASSES, LOW, posterior
 from support.references import assert_near
-from support.subspaces import first
+from support.subspaces import first, term_of
 from support.sweeps import rest_slow
 
 
@@ -43,7 +43,7 @@ def test_enough_of_them_have_the_exact_term(cls, kwargs, monkeypatch):
     la.measure_gradient_term()
     assert len(la.state.subspace.gradient) > 7
     delta = asked_for(la.fitted, la.state.subspace)
-    found = la.state.subspace.term(torch.tensor([delta]), 1.0)
+    found = term_of(la.state.subspace, delta)
     assert_near(found, exact_term(la, delta), 1e-6)
 
 
@@ -113,10 +113,7 @@ def test_labels_that_are_drawn_are_the_same_in_both_sweeps(cls, monkeypatch):
     la = language_posterior(cls, "gpt2-lm")
     la.measure_gradient_term()
     subspace = la.state.subspace
-    values = [
-        float(first(subspace, m).term(torch.tensor([1.0]), 1.0))
-        for m in range(7, len(subspace.gradient) + 1)
-    ]
+    values = [float(term_of(first(subspace, m), 1.0)) for m in range(7, len(subspace.gradient) + 1)]
     assert len(values) > 1 and values == sorted(values)
 
 
@@ -124,7 +121,7 @@ def test_low_rank_posteriors_too(monkeypatch):
     monkeypatch.setattr(evidence_pass, "STABLE", -1.0)
     la = memorised(LowRankLoraLaplace, rank=3)
     la.measure_gradient_term()
-    terms = [first(la.state.subspace, m).term(torch.tensor([1.0]), 1.0) for m in (7, 11)]
+    terms = [term_of(first(la.state.subspace, m), 1.0) for m in (7, 11)]
     assert terms[0] <= terms[1] <= exact_term(la, 1.0) * (1 + 1e-9)
 
 

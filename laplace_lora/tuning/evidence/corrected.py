@@ -1,12 +1,14 @@
 """The prior precision, and the noise, that maximise the evidence with its gradient term.
 
 See `RowTerm` and `Subspace` for the term. The scalar's evidence is looked at over the whole range,
-since it may have several maxima; groups and noise climb from the best scalar.
+since it may have several maxima; groups and noise climb from the best scalar. The range is wider
+where the curvature of a regression, which depends on the targets' unit, is very large or small.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,12 +23,18 @@ PLATEAU = 0.01  # nats that do not count
 OUTSIDE = 1e30  # in the place of what is not credible; line searches take no infinity
 HIGHEST = 1e10  # prior precision
 LOW, HIGH, STEP = math.log(1e-6), math.log(HIGHEST), 0.5  # of log δ
+# Parts of a regression's curvature: beyond, weights are all free, or the evidence is flat.
+WEAKEST, STRONGEST = 1e-8, 1e3
+EXTREME = 1e30  # precisions beyond are none in float32
 NOT_CREDIBLE = (
     "the evidence has no maximum where it is credible: as the prior weakens it rises to 0 nats, a "
     "probability of one for all labels, since the quadratic expansion does not hold there. {}; "
     "method='loo' (of tokens 'widest'), or la.calibrate on labels, does not depend on it"
 )
 NOISE_RANGE = 6 * math.log(10)  # either way, of log σ
+
+
+Limits = tuple[float, float]  # of log δ
 
 
 class Maximum(NamedTuple):
@@ -63,7 +71,8 @@ def corrected_precision(posterior: Posterior, groups: Tensor, tune_noise: bool =
     noise = posterior.settings.sigma_noise.detach().double().cpu()
     bound = 0.0 if posterior.objective.is_classifier else math.inf
     scalar_evidence = SeparateEvidence(posterior, torch.zeros_like(groups))
-    scalar, is_inside, objection = _best_scalar(scalar_evidence, noise.log(), bound)
+    (whole,) = search_limits(posterior, scalar_evidence, noise.log())
+    scalar, is_inside, objection = _best_scalar(scalar_evidence, noise.log(), bound, whole)
     start = torch.full((count,), scalar, dtype=torch.float64)
     if (count == 1 or not is_inside) and not tune_noise:
         return Maximum(start.exp(), float(noise), objection)
@@ -76,11 +85,33 @@ def corrected_precision(posterior: Posterior, groups: Tensor, tune_noise: bool =
     loss = float(posterior.state.loss) / posterior.temperature
     rounded = loss * torch.finfo(posterior.dtype).eps / PLATEAU
     lowest = 0.5 * math.log(rounded) if rounded > 0 else -math.inf
-    return uphill(evidence, start, noise.log(), bound, tune_noise, lowest)
+    limits = search_limits(posterior, evidence, noise.log())
+    return uphill(evidence, start, noise.log(), bound, tune_noise, lowest, limits)
+
+
+def search_limits(posterior: Posterior, evidence: EvidenceCurve, log_noise: Tensor) -> list[Limits]:
+    """Return the range in which each group's log precision is sought.
+
+    Args:
+        posterior: Whose evidence it is.
+        evidence: Of some groups.
+        log_noise: Log of the observation noise where the search starts.
+    """
+    traces, limits = evidence.traces(log_noise), []
+    rounding = torch.finfo(traces.dtype).eps * float(traces.sum())
+    for trace in traces.tolist():
+        low, high = LOW, HIGH
+        if posterior.objective.has_noise and trace > rounding:
+            while low > math.log(max(WEAKEST * trace, 1 / EXTREME)):
+                low -= STEP
+            while high < math.log(min(STRONGEST * trace, EXTREME)):
+                high += STEP
+        limits.append((low, high))
+    return limits
 
 
 def _best_scalar(
-    evidence: EvidenceCurve, log_noise: Tensor, bound: float
+    evidence: EvidenceCurve, log_noise: Tensor, bound: float, limits: Limits
 ) -> tuple[float, bool, str]:
     """Return the best log precision, whether it is inside of the range, and what is against it."""
 
@@ -89,6 +120,10 @@ def _best_scalar(
         return -float(value) if value <= bound else OUTSIDE
 
     points = torch.arange(LOW, HIGH, STEP, dtype=torch.float64).tolist()
+    while points[0] > limits[0]:
+        points.insert(0, points[0] - STEP)
+    while points[-1] + STEP < limits[1]:
+        points.append(points[-1] + STEP)
     values = [descent(point) for point in points]
     best = min(range(len(points)), key=values.__getitem__)
     if values[best] >= OUTSIDE:
@@ -125,6 +160,7 @@ def uphill(
     bound: float,
     tune_noise: bool,
     lowest: float = -math.inf,
+    limits: Sequence[Limits] | None = None,
 ) -> Maximum:
     """Return the maximum uphill of a start, or the start if that is better.
 
@@ -135,6 +171,7 @@ def uphill(
         bound: Above which an evidence is not credible.
         tune_noise: Whether to choose the noise as well.
         lowest: Log of the smallest noise that is tried.
+        limits: Of each group, see `search_limits`; where the usual ones hold it back.
     """
     count, kept = len(start), Maximum(start.exp(), math.exp(log_noise))
 
@@ -149,18 +186,25 @@ def uphill(
         return float(value.detach()), slope.tolist()
 
     first = torch.cat([start, log_noise.reshape(1)])[: count + tune_noise]
-    limits = [(LOW, HIGH)] * count
-    if tune_noise:
-        low = min(max(float(log_noise) - NOISE_RANGE, lowest), float(log_noise))
-        limits.append((low, float(log_noise) + NOISE_RANGE))
-    found = minimize(
-        descent,
-        first.tolist(),
-        jac=True,
-        bounds=limits,
-        method="L-BFGS-B",
-        options={"ftol": 1e-13, "gtol": 1e-7, "maxiter": 500},
-    )
+    low = min(max(float(log_noise) - NOISE_RANGE, lowest), float(log_noise))
+    of_noise = [(low, float(log_noise) + NOISE_RANGE)] * tune_noise
+
+    def climb(start: list[float], limits: Sequence[Limits]) -> Any:
+        return minimize(
+            descent,
+            start,
+            jac=True,
+            bounds=[*limits, *of_noise],
+            method="L-BFGS-B",
+            options={"ftol": 1e-13, "gtol": 1e-7, "maxiter": 500},
+        )
+
+    usual = [(LOW, HIGH)] * count
+    wider = usual if limits is None else limits
+    found = climb(first.tolist(), usual)
+    ends = zip(found.x[:count], wider, strict=True)
+    if any(low < log <= LOW or HIGH <= log < high for log, (low, high) in ends):
+        found = climb(found.x.tolist(), wider)
     if -found.fun > bound:
         shared = NOT_CREDIBLE.format("All tensors get the best precision that they can share")
         return kept._replace(objection=shared)

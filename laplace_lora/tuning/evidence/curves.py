@@ -36,6 +36,10 @@ class EvidenceCurve(Protocol):
         """Return how many directions of each group the data determine, ``(groups,)``, float64."""
         ...
 
+    def traces(self, log_noise: Tensor) -> Tensor:
+        """Return the trace of each group's curvature under a noise, ``(groups,)``, float64."""
+        ...
+
 
 class _Likelihood:
     """Loss, its scale under any noise, and what the noise costs.
@@ -96,6 +100,16 @@ class SeparateEvidence:
         shares = effective_parameters(self._spectra_at(log_noise)[1], deltas[self._groups])
         return torch.zeros_like(deltas).index_add_(0, self._groups, shares)
 
+    def traces(self, log_noise: Tensor) -> Tensor:
+        """Return the trace of each group's curvature, see `EvidenceCurve`."""
+        zero = self._squares.new_zeros(())
+        traces = [
+            sum((times * e.double().sum() for e, times in spectrum), zero)
+            for spectrum in self._spectra_at(log_noise)[1]
+        ]
+        count = int(self._groups.max()) + 1
+        return zero.new_zeros(count).index_add_(0, self._groups, torch.stack(traces))
+
     def _spectra_at(self, log_noise: Tensor) -> tuple[Tensor, list[Spectrum]]:
         """Return scale and eigenvalues under a noise."""
         scale = self._likelihood.scale(log_noise)
@@ -140,11 +154,11 @@ class CoupledEvidence:
             gap, square = self._gain.misfit
             whitened = torch.linalg.solve_triangular(core, gap.to(core).unsqueeze(1), upper=False)
             relative = relative + 0.5 * c * (square.to(core) - whitened.square().sum())
-        else:
+        elif self._gain is None:
             relative = relative - 0.5 * (deltas.to(self._norms) * self._norms).sum().to(core)
-            if self._gain is not None:
-                by_tensor = deltas.to(self._norms)[self._groups]
-                relative = relative + self._gain.term(by_tensor, scale).to(core)
+        else:
+            by_tensor = deltas.to(self._norms)[self._groups]
+            relative = relative + self._gain.rise(by_tensor, scale).to(core)
         return relative.to(logs) + self._likelihood.log_likelihood(log_noise)
 
     def effective(self, logs: Tensor, log_noise: Tensor) -> Tensor:
@@ -153,6 +167,11 @@ class CoupledEvidence:
         curvature = torch.einsum("g,gnm->nm", weights, self._grams)
         core = shifted_cholesky(_identity(curvature) + curvature)
         return weights * torch.einsum("nm,gnm->g", torch.cholesky_inverse(core), self._grams)
+
+    def traces(self, log_noise: Tensor) -> Tensor:
+        """Return the trace of each group's curvature, see `EvidenceCurve`."""
+        traces = self._grams.diagonal(dim1=1, dim2=2).sum(1)
+        return self._likelihood.scale(log_noise).to(traces) * traces
 
 
 def relative_evidence(
@@ -179,10 +198,9 @@ def relative_evidence(
         for spectrum, delta in zip(spectra, deltas, strict=True)
         for e, times in spectrum
     )
-    value: Tensor = -0.5 * (log_det + (deltas * squares).sum())
     if gain is None:
-        return value
-    return value + gain.term(precisions if len(precisions) == 1 else deltas, scale)
+        return -0.5 * (log_det + (deltas * squares).sum())
+    return -0.5 * log_det + gain.rise(precisions if len(precisions) == 1 else deltas, scale)
 
 
 def _joined(spectra: list[Spectrum]) -> Spectrum:

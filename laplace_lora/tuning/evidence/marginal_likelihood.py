@@ -12,7 +12,7 @@ from laplace_lora.display.warning import warn
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings
 from laplace_lora.structures.state import PosteriorState
-from laplace_lora.tuning.evidence.corrected import corrected_precision, uphill
+from laplace_lora.tuning.evidence.corrected import corrected_precision, search_limits, uphill
 from laplace_lora.tuning.evidence.curves import CoupledEvidence
 from laplace_lora.tuning.evidence.optimum import optimal_noise, optimal_precision
 
@@ -50,6 +50,24 @@ def maximise(posterior: Posterior, groups: Tensor, tune_noise: bool, correction:
     if not coupled:
         return settings
     return _joint(posterior.with_settings(settings), groups, tune_noise)
+
+
+def with_term(posterior: Posterior) -> Tensor:
+    """Return the log evidence with its gradient term, a float64 scalar in nats; differentiable.
+
+    Args:
+        posterior: A fitted posterior whose gradient term is known, with one prior precision in all
+            or per tensor.
+    """
+    term, state, settings = posterior.gradient_term, posterior.state, posterior.settings
+    assert term is not None
+    prior, scale = settings.prior_precision, posterior.scale.double()
+    value = -scale * state.loss
+    if posterior.objective.has_noise:
+        deviation = settings.sigma_noise.double() * math.sqrt(2 * math.pi)
+        value = value - state.n_data * state.n_outputs * deviation.log()
+    log_det = posterior.structure.log_det_ratio(state.curvature, prior, posterior.scale)
+    return value - 0.5 * log_det.to(value) + term.rise(prior, scale).to(value)
 
 
 def scatter(state: PosteriorState) -> Tensor:
@@ -111,7 +129,9 @@ def _joint(posterior: Posterior, groups: Tensor, tune_noise: bool) -> Settings:
     scalar, noise = posterior.settings.prior_precision, posterior.settings.sigma_noise.detach()
     start = scalar.double().cpu().log().expand(int(groups.max()) + 1)
     evidence = CoupledEvidence(posterior.without_gradient_term(), groups)
-    best = uphill(evidence, start, noise.double().cpu().log(), math.inf, tune_noise)
+    log_noise = noise.double().cpu().log()
+    limits = search_limits(posterior, evidence, log_noise)
+    best = uphill(evidence, start, log_noise, math.inf, tune_noise, limits=limits)
     if tune_noise:
         posterior = with_noise(posterior, best.noise)
     return with_precisions(posterior, best.precisions[groups.cpu()], groups)

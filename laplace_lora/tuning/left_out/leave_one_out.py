@@ -108,6 +108,7 @@ def tune(
             warn_if_shares_differ(posterior.objective, *trained)
     mean, covariances = examples.without(closer), Covariances(examples, team)
     noise = float(posterior.settings.sigma_noise.detach())
+    unit = covariances.largest_under_prior / noise**2 if posterior.objective.has_noise else None
     profile = ProfiledNoise(noise, mean, examples.labels) if tune_noise else None
     losses = partial(examples.losses, mean) if profile is None else profile.losses
     width = best_width(
@@ -115,12 +116,14 @@ def tune(
         losses(examples.no_covariance),
         examples.left_out_together,
         narrow=tune_noise,
+        unit=unit,
     )
     precision = width.prior_precision
     if profile is not None:
         factor = profile.factor(covariances(precision))
         noise *= math.sqrt(factor)
-        precision = precision if precision > NONE else min(precision / factor, NONE)
+        none = NONE * width.narrowest
+        precision = precision if precision > none else min(precision / factor, none)
     report = LeaveOneOut(
         prior_precision=precision,
         nll_map=width.nll + width.gain,
@@ -136,6 +139,7 @@ def tune(
         is_sharing_unknown=not examples.inputs.is_known,
         knows_labels=base_biases_were_trained(posterior.source),
         noise=noise if tune_noise else None,
+        narrowest=width.narrowest,
     )
     settings = replace(
         (with_noise(posterior, noise) if tune_noise else posterior).settings,

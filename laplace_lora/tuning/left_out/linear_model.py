@@ -22,7 +22,7 @@ from laplace_lora.tuning.left_out.newton import newton_descent
 
 STEPS = 100
 DECADES = (8, -10)  # of precisions tried, around the Gram matrix's mean diagonal
-
+BEYOND = (5, -8)  # of them at least beyond the curvature, which the unit of the targets shifts
 
 Loss = Callable[[Tensor], float]  # of functions (N, c)
 
@@ -112,7 +112,7 @@ class LinearModel:
         unit = float(self.gram.diagonal().mean())
         if unit == 0:
             raise InapplicableError("no weight changes the outputs of the linearised base model")
-        return along_path(self.mode, nll, unit, loss)
+        return along_path(self.mode, nll, unit, loss, self.scale)
 
     def leave_one_out(
         self, mode: Mode, companions: Mapping[int, Sequence[int]] | None = None
@@ -186,20 +186,25 @@ class LinearModel:
         return torch.linalg.cholesky(inner)
 
 
-def along_path(mode_at: Callable[..., Mode], nll: float, unit: float, loss: Loss | None) -> Mode:
+def along_path(
+    mode_at: Callable[..., Mode], nll: float, unit: float, loss: Loss | None, scale: float = 1.0
+) -> Mode:
     """Return the mode at the precision at which the training loss has a given value.
 
     Args:
         mode_at: From a precision, and a mode to start from, to the mode.
         nll: Summed negative log likelihood; the nearest is taken where no precision reaches it.
-        unit: A precision of the curvature's size.
+        unit: A precision of the curvature's size, but for the scale.
         loss: From functions to the training loss, if it is not the negative log likelihood.
+        scale: Factor of the log likelihood.
     """
 
     def loss_of(mode: Mode) -> float:
         return mode.nll if loss is None else loss(mode.outputs)
 
-    high, low = (unit * 10.0**power for power in DECADES)
+    shift = math.log10(scale)
+    high = unit * 10.0 ** max(DECADES[0], math.ceil(shift) + BEYOND[0])
+    low = unit * 10.0 ** min(DECADES[1], math.floor(shift) + BEYOND[1])
     mode = mode_at(high)
     if loss_of(mode) <= nll:
         return mode

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from laplace_lora.tuning.left_out.recentring import Recentring
-from laplace_lora.tuning.left_out.width_choice import NONE
+from laplace_lora.tuning.left_out.width_choice import GRID, NONE
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class LeaveOneOut:
         knows_labels: Whether the base model's own biases were trained, too, so that its
             linearisation has seen the labels and these NLLs are too low.
         noise: Standard deviation of a regression's observation noise, where it was tuned as well.
+        narrowest: The largest prior precision that was tried.
     """
 
     prior_precision: float
@@ -50,11 +51,12 @@ class LeaveOneOut:
     is_sharing_unknown: bool = False
     knows_labels: bool = False
     noise: float | None = None
+    narrowest: float = float(GRID[-1])
 
     @property
     def is_widthless(self) -> bool:
         """Whether no width helps: the largest precision there is, and the MAP's predictions."""
-        return self.prior_precision > NONE
+        return self.prior_precision > NONE * self.narrowest
 
     def __str__(self) -> str:
         moved = "" if self.recentring is None else f"{self.recentring}; "

@@ -8,11 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.distributions import MultivariateNormal
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_lora import (
     DiagLoraLaplace,
     FullLoraLaplace,
+    FullLoraLLLaplace,
     KronLoraLaplace,
     LoraEF,
     LowRankLoraLaplace,
@@ -25,7 +27,7 @@ from support.batches import loader
 from support.models import peft_model
 from support.posteriors import CLASSES, LOW, posterior
 from support.references import assert_near
-from support.subspaces import first
+from support.subspaces import first, term_of
 
 EXACT = [(FullLoraLaplace, {}), (LowRankLoraLaplace, {"rank": 30})]
 ALL = [*CLASSES, (KronLoraLaplace, {"eigenvalue_correction": True}), *EXACT]
@@ -51,8 +53,76 @@ def test_a_linear_gaussian_model_has_its_true_evidence_wherever_it_stands(seed, 
     mean = design @ torch.full((design.shape[1],), 0.5).double()
     covariance = design @ design.T / delta + noise**2 * torch.eye(len(X)).double()
     # laplace-torch leaves no constant out
-    true = torch.distributions.MultivariateNormal(mean, covariance).log_prob(y.squeeze(1))
+    true = MultivariateNormal(mean, covariance).log_prob(y.squeeze(1))
     assert_near(la.log_marginal_likelihood(correction=True).double(), true, 1e-9)
+
+
+UNIT = 1e4  # of targets in tens of thousands
+
+
+def large_regression():
+    """A linear model with targets and weights in tens of thousands, and one feature that is, too.
+
+    As of a head and the adapter below it: that feature's own weight has the size of one.
+    """
+    net, X, y, _ = linear_regression(0)
+    X[:, 0] *= UNIT
+    y = UNIT * y
+    with torch.no_grad():
+        net.weight[:, 1:] *= UNIT
+        net.bias *= UNIT
+    return net, torch.cat([X, torch.ones(len(X), 1).double()], 1), y[:, 0], X
+
+
+@pytest.mark.parametrize("cls,kwargs", [*ALL, (FullLoraLLLaplace, {})])
+@pytest.mark.parametrize("structure", ["scalar", "matrix"])
+def test_strong_priors_on_large_weights_have_their_true_evidence(cls, kwargs, structure):
+    """Its gradient term and what the prior charges were 10¹⁸ nats each there."""
+    net, design, y, X = large_regression()
+    model = nn.Sequential(nn.Identity(), net) if cls is FullLoraLLLaplace else net
+    la = cls(model, "regression", sigma_noise=0.5 * UNIT, **kwargs)
+    la.fit(DataLoader(TensorDataset(X, y), batch_size=5))
+    count = 1 if structure == "scalar" or la.structure.scalar_only else 2
+    for delta in (1e-8, 1e-2, 1e4, 1e10):
+        each = torch.tensor([delta, 3 * delta][:count]).double()
+        covariance = (design / each.expand(2).repeat_interleave(torch.tensor([3, 1]))) @ design.T
+        noise = (0.5 * UNIT) ** 2 * torch.eye(len(y)).double()
+        value = MultivariateNormal(torch.zeros_like(y), covariance + noise).log_prob(y)
+        value += 0.5 * torch.logdet(torch.eye(len(y)) + covariance / (0.5 * UNIT) ** 2)
+        found = la.log_marginal_likelihood(each, correction=True) + 0.5 * la.log_det_ratio
+        assert_near(found, value, 1e-8)  # the determinant is the structure's own
+
+
+@pytest.mark.parametrize("structure", ["scalar", "matrix"])
+@pytest.mark.parametrize("cls,kwargs", [*EXACT, (KronLoraLaplace, {})])
+def test_a_prior_on_large_weights_is_tuned_by_the_evidence(cls, kwargs, structure):
+    net, _, y, X = large_regression()
+    la = cls(net, "regression", sigma_noise=0.5 * UNIT, **kwargs)
+    la.fit(DataLoader(TensorDataset(X, y), batch_size=5))
+    la.optimize_prior_precision(method="marglik", prior_structure=structure)
+    chosen, best = la.prior_precision, la.log_marginal_likelihood(correction=True)
+    for log_delta in range(-6, 11):
+        for other in (torch.tensor([10.0**log_delta]).double(), chosen * 10 ** (log_delta / 10)):
+            assert la.log_marginal_likelihood(other, correction=True) < best + 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:the observation noise is")  # the model is not fitted
+@pytest.mark.parametrize("structure", ["scalar", "matrix"])
+@pytest.mark.parametrize("cls,kwargs", [*EXACT, (KronLoraLaplace, {})])
+def test_the_unit_of_the_targets_does_not_matter(cls, kwargs, structure):
+    found = []
+    for unit in (1.0, 1e-5, 1e5):
+        net, X, y, _ = linear_regression(0)
+        with torch.no_grad():
+            net.weight *= unit
+            net.bias *= unit
+        la = cls(net, "regression", sigma_noise=unit, **kwargs)
+        la.fit(DataLoader(TensorDataset(X, unit * y), batch_size=5))
+        options = {"tune_sigma_noise": True, "prior_structure": structure}
+        la.optimize_prior_precision(method="marglik", **options)
+        found.append(torch.cat([la.prior_precision * unit**2, la.sigma_noise.reshape(1) / unit]))
+    for other in found[1:]:
+        assert_near(other, found[0], 1e-3)
 
 
 def test_a_prior_without_a_corrected_evidence_is_not_left_in_place():
@@ -84,7 +154,8 @@ def test_the_term_is_a_lower_bound_of_the_exact_one(cls, kwargs):
     la.measure_gradient_term()
     for delta in (0.1, 1.0, 50.0):
         exact = full_term(la, delta)
-        found = la.fitted.gradient_term.term(torch.tensor([delta]), 1.0)
+        charge = 0.5 * delta * la.state.squared_norms.sum()
+        found = la.fitted.gradient_term.rise(torch.tensor([delta]), 1.0) + charge
         assert 0.5 * exact < found <= exact * (1 + 1e-7)
 
 
@@ -109,15 +180,15 @@ def test_the_closed_form_with_a_precision_per_tensor():
     P = la.posterior_precision.to_matrix().double()
     weights = torch.cat([v.expand(n) for v, n in zip(prior, la.engine.sizes, strict=True)])
     b = -la.state.loss_gradient - weights * la.mean
-    expected = 0.5 * b @ torch.linalg.solve(P, b)
+    expected = 0.5 * b @ torch.linalg.solve(P, b) - 0.5 * weights @ la.mean.square()
     term = la.fitted.gradient_term
-    assert_near(term.term(prior, 1.0), expected, 1e-9)
+    assert_near(term.rise(prior, 1.0), expected, 1e-9)
     same = torch.full((la.n_layers,), 3.0, dtype=torch.float64)
-    assert_near(term.term(same, 2.0), term.term(same[:1], 2.0), 1e-9)
+    assert_near(term.rise(same, 2.0), term.rise(same[:1], 2.0), 1e-9)
     variable = prior.clone().requires_grad_()
-    torch.autograd.gradcheck(lambda value: term.term(value, 1.0), variable)
+    torch.autograd.gradcheck(lambda value: term.rise(value, 1.0), variable)
     one = prior[:1].clone().requires_grad_()
-    torch.autograd.gradcheck(lambda value: term.term(value, 1.0), one)
+    torch.autograd.gradcheck(lambda value: term.rise(value, 1.0), one)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +236,7 @@ def test_further_directions_tighten_the_bound():
     for delta in (0.1, 1.0, 50.0):
         values = []
         for m in range(1, len(whole.gradient) + 1):
-            values.append(first(whole, m).term(torch.tensor([delta]), 1.0).item())
+            values.append(term_of(first(whole, m), delta).item())
         assert all(a <= b + 1e-9 for a, b in itertools.pairwise(values))
         assert values[-1] > values[0]
 
@@ -377,7 +448,7 @@ def test_noise_is_not_sought_where_rounding_is_all_there_is(monkeypatch):
     la = FullLoraLaplace(net.float(), "regression")
     la.fit(DataLoader(TensorDataset(X.float(), y.float()), batch_size=5))
 
-    def rising(evidence, start, log_noise, bound, tune_noise, lowest):
+    def rising(evidence, start, log_noise, bound, tune_noise, lowest, limits):
         return uphill(lambda _, log_sigma: -log_sigma, start, log_noise, bound, True, lowest)
 
     monkeypatch.setattr(corrected_evidence, "uphill", rising)

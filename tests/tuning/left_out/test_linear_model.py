@@ -1,5 +1,7 @@
 """The linearised model in data space: its mode, and leave-one-out predictions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -88,6 +90,19 @@ def test_fitted_like_reaches_a_training_loss():
     for share in (0.2, 0.5, 0.8):
         target = share * model.nll(model.offset)
         assert model.fitted_like(target).nll == pytest.approx(target, rel=0.05)
+
+
+@pytest.mark.parametrize("unit", [1e-8, 1e-5, 1e5, 1e8])
+def test_fitted_like_reaches_it_in_any_unit_of_the_targets(unit):
+    _, model = regression(p=30)
+    other = replace(
+        model, offset=unit * model.offset, labels=unit * model.labels, scale=model.scale / unit**2
+    )
+    for share in (0.01, 0.5, 0.99):
+        target = share * model.nll(model.offset)
+        mode, found = model.fitted_like(target), other.fitted_like(target)
+        assert found.nll == pytest.approx(mode.nll, rel=0.05)
+        torch.testing.assert_close(found.outputs / unit, mode.outputs, rtol=0, atol=0.05)
 
 
 def test_fitted_like_takes_the_nearest_where_a_loss_is_out_of_reach():

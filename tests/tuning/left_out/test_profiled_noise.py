@@ -8,13 +8,21 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.distributions import MultivariateNormal
+from torch.utils.data import DataLoader
 
-from laplace_lora import DiagLoraLaplace, FullLoraLaplace, FullLoraLLLaplace, KronLoraLaplace
+from laplace_lora import (
+    DiagLoraLaplace,
+    FullLoraLaplace,
+    FullLoraLLLaplace,
+    KronLoraLaplace,
+    KronLoraLLLaplace,
+    LogitsModel,
+)
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.tuning.left_out import width_choice
 from laplace_lora.tuning.left_out.linear_model import LinearModel
 from laplace_lora.tuning.left_out.profiled_noise import ProfiledNoise, at_residual_noise
-from support.batches import loader
+from support.batches import loader, token_batch
 from support.models import peft_model
 
 LENGTHS = (3, 6, 4, 6, 1, 5, 2, 4, 4, 3, 2, 5)
@@ -127,6 +135,51 @@ def test_the_noise_before_does_not_matter(cls):
 def test_no_width_is_said_to_be_none():
     report = tuned().tuning.leave_one_out  # so few examples ask for none
     assert report.is_widthless and "no width helps" in str(report)
+
+
+def in_unit(unit, cls, **kwargs):
+    """A posterior over a head alone: of one network and its texts, with targets in any unit."""
+    model = peft_model("bert", dtype=torch.float64)
+    model.requires_grad_(False)
+    head = model.get_submodule("base_model.model.classifier.modules_to_save.default")
+    head.requires_grad_(True)
+    rows = loader(1, 3 * LENGTHS, "regression").dataset
+    wrapped = LogitsModel(model.eval())
+    for row in rows:
+        outputs = wrapped({k: v[None] for k, v in row.items() if k != "labels"})[0].detach()
+        row["labels"] = unit * (outputs + 0.3 * row["labels"].double())
+    for parameter in head.parameters():
+        parameter.data *= unit
+    la = cls(model, "regression", **kwargs)
+    la.fit(DataLoader(rows, batch_size=12))
+    return la
+
+
+@pytest.mark.filterwarnings("ignore:the adapter is frozen")
+@pytest.mark.parametrize("cls", [FullLoraLaplace, KronLoraLLLaplace])
+def test_no_width_is_none_in_any_unit(cls):
+    noises = []
+    for unit in (1.0, 1e-7, 1e-4, 1e5):
+        la = in_unit(unit, cls)
+        la.optimize_prior_precision(tune_sigma_noise=True)
+        assert "no width helps" in str(la.tuning)
+        x = token_batch((4, 2, 5), seed=3)
+        deviations = la({k: v for k, v in x.items() if k != "labels"})[1].diagonal(dim1=1, dim2=2)
+        assert float(deviations.max()) < (0.04 * float(la.sigma_noise)) ** 2
+        noises.append(float(la.sigma_noise) / unit)
+    assert noises == pytest.approx(noises[:1] * 4, rel=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore:the adapter is frozen")
+@pytest.mark.parametrize("cls", [FullLoraLaplace, KronLoraLLLaplace])
+def test_a_width_is_the_same_in_any_unit(cls):
+    precisions = []
+    for unit in (1.0, 1e-6, 1e-4, 1e2, 1e5):
+        la = in_unit(unit, cls, sigma_noise=0.25 * unit)
+        la.optimize_prior_precision()
+        assert not la.tuning.leave_one_out.is_widthless
+        precisions.append(float(la.prior_precision) * unit**2)
+    assert precisions == pytest.approx(precisions[:1] * 5, rel=0.01)
 
 
 def test_a_noise_that_is_given_stays():

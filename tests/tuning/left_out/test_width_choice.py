@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from laplace_lora.tuning.left_out.width_choice import CLEAR, FLAT, GRID, best_width
+from laplace_lora.tuning.left_out.width_choice import (
+    CLEAR,
+    FLAT,
+    GRID,
+    NARROW,
+    STEP,
+    WIDE,
+    best_width,
+    precisions_tried,
+)
 
 EXAMPLES = 400
 SIGNS = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(EXAMPLES // 2)  # of mean zero
@@ -91,3 +100,40 @@ def test_the_narrowest_within_a_standard_error_of_the_best(noise):
     assert single.prior_precision == pytest.approx(
         best_width(lambda at: of(at)[:1], BARE[:1]).prior_precision
     )
+
+
+def test_the_usual_precisions_are_tried_where_a_unit_is_not_known_or_usual():
+    for unit in (None, 0.0, math.inf, 1.0, 300.0, 9e4):
+        assert precisions_tried(unit) == GRID.log().tolist()
+
+
+@pytest.mark.parametrize("unit", [1e-9, 0.3, 2e5, 1e12])
+def test_as_many_more_are_tried_as_a_unit_asks_for(unit):
+    points = precisions_tried(unit)
+    assert set(GRID.log().tolist()) <= set(points)
+    steps = torch.tensor(points, dtype=torch.float64).diff()
+    torch.testing.assert_close(steps, torch.full_like(steps, STEP))
+    narrow, wide = math.log(unit / NARROW), math.log(unit / WIDE)
+    assert points[-1] >= narrow and points[0] <= wide
+    if points[-1] > NARROWEST + STEP / 2:
+        assert points[-1] - STEP < narrow
+    if points[0] < WIDEST - STEP / 2:
+        assert points[0] + STEP > wide
+
+
+def test_none_is_tried_that_single_precision_does_not_have():
+    for unit in (1e-60, 1e60):
+        precisions = torch.tensor(precisions_tried(unit)).exp()
+        assert bool(((precisions > 1e-31) & (precisions < 1e31)).all())
+
+
+def test_a_width_that_changes_nothing_is_none():
+    """What is left of the losses' differences is rounding, whose smallest value is anywhere."""
+    rounding = 1e-15 * SIGNS
+
+    def of(log_precision):
+        return 1 + (rounding if log_precision < 12 else 2 * rounding.abs())
+
+    for narrow in (False, True):
+        width = best_width(of, BARE + 1, narrow=narrow, unit=1e-12)
+        assert width.prior_precision == width.narrowest == pytest.approx(float(GRID[-1]))
