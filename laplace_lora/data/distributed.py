@@ -62,8 +62,10 @@ def together(
         ProcessLost: If another process has ended.
         RuntimeError: If the processes do different things.
         TypeError: As `is_sharded`, or if a single batch is given for a loader.
-        ValueError: If processes read the same examples of a stream in different orders, or have
-            different data in a loader that is not shared, see `compared`.
+        ValueError: If processes read the same examples of a stream in different orders.
+
+    Warns:
+        UserWarning: If processes have different data in a loader that is not shared, see `parts`.
     """
     for loader in loaders:
         if isinstance(loader, Mapping):

@@ -215,6 +215,12 @@ def _of_shard(shard: Any) -> Share | None:
     return Share(places, len(batches.sampler), most=most)
 
 
+def _keeps_order(sampler: Any) -> bool:
+    """Return whether a sampler cuts what it is given into batches, in their order."""
+    is_plain = getattr(type(sampler), "__iter__", None) is BatchSampler.__iter__
+    return is_plain and not hasattr(sampler, "batch_sampler")
+
+
 def _remaining(share: Share | None, around: Sequence[Any], size: int | None) -> Share | None:
     """Return a share less the batches that are skipped, as by accelerate's `skip_first_batches`.
 
@@ -233,7 +239,7 @@ def _remaining(share: Share | None, around: Sequence[Any], size: int | None) -> 
     if skipped or share.total is not None:  # which must be the first and last of what is dealt out
         kinds.append("sampler")
     others = [s for s in around[1:] if any(hasattr(s, kind) for kind in kinds)]
-    others = [s for s in others if type(s) is not BatchSampler and not hasattr(s, SKIPPED)]
+    others = [s for s in others if not _keeps_order(s) and not hasattr(s, SKIPPED)]
     if others or (skipped and size is None):
         raise TypeError(
             f"{type((others or around)[-1]).__name__} may change the batches that the loader deals "

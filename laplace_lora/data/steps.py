@@ -57,11 +57,13 @@ def steps(
         batch = next(own, None)
         is_run = batch is not None and index not in skipped
         kind = kind_of(batch) if batch is not None and is_run else None
-        reports = team.all_of((batch is not None, is_run, kind))
-        if not any(has_batch for has_batch, _, _ in reports):
+        reports = team.all_of((batch is not None, is_run, kind, kind in met))
+        if not any(report[0] for report in reports):
             return
-        kinds = [of for _, runs, of in reports if runs]
-        if not kinds or (len(kinds) == len(reports) and _are_in_step(kinds, met)):
+        kinds = [report[2] for report in reports if report[1]]
+        # As each has said: one that failed may have met less than the others.
+        are_met = all(report[3] for report in reports if report[1])
+        if not kinds or (len(kinds) == len(reports) and are_met and _have_one_form(kinds)):
             dealt: list[Any] = [None] * len(reports)
         else:
             dealt = team.all_of(on_cpu(batch) if is_run else None)
@@ -74,10 +76,10 @@ def steps(
         index += 1
 
 
-def _are_in_step(kinds: list[Kind], met: set[Kind]) -> bool:
-    """Return whether batches of some kinds take equally many passes, all of them known."""
+def _have_one_form(kinds: list[Kind]) -> bool:
+    """Return whether batches of some kinds, once met, take equally many passes."""
     forms = {None if kind is None else kind[0] for kind in kinds}
-    return None not in kinds and len(forms) == 1 and met.issuperset(kinds)
+    return None not in kinds and len(forms) == 1
 
 
 def before_pass(direction: str) -> None:

@@ -1,12 +1,20 @@
-"""Data that each process has cut by itself are refused, and nothing that is right is."""
+"""Data that each process has cut by itself are pointed out, and nothing that is right is."""
 
 import random
+import warnings
 from collections import Counter
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset, SubsetRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 
 from laplace_lora.data import parts
 from laplace_lora.data.parts import compared
@@ -16,7 +24,8 @@ from support.references import assert_near
 from support.spawned import exit_codes
 
 ROWS = [{"input_ids": torch.arange(i, i + 3), "labels": torch.tensor(i % 2)} for i in range(24)]
-REFUSED = "processes {} and {} have been given different data"
+MODEL = torch.nn.Linear(2, 2)
+NOTED = "processes {} and {} have been given different data"
 
 
 class Processes:
@@ -37,19 +46,20 @@ class Processes:
         blocks, heard = {}, [None] * len(loaders)
         for rank, each in enumerate(loaders):
             self.be(rank)
-            block = compared([each], models and models[rank])
-            try:
-                block.__enter__()
-                blocks[rank] = block
-            except ValueError as error:
-                heard[rank] = f"before: {error}"
+            blocks[rank] = compared([each], models[rank] if models else MODEL)
+            heard[rank] = self._heard("before", blocks[rank].__enter__)
         for rank, block in blocks.items():
             self.be(rank)
-            try:
-                block.__exit__(None, None, None)
-            except ValueError as error:
-                heard[rank] = f"after: {error}"
+            left = self._heard("after", block.__exit__, None, None, None)
+            assert not (left and heard[rank]), "said twice"
+            heard[rank] = heard[rank] or left
         return heard
+
+    def _heard(self, when, call, *args):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            call(*args)
+        return f"{when}: {said[0].message}" if said else None
 
 
 @pytest.fixture
@@ -71,10 +81,10 @@ def loaders(*data, **options):
         lambda rank: [(row["input_ids"], row["labels"]) for row in ROWS[rank::2]],
     ],
 )
-def test_parts_are_refused_by_all(two, cut):
+def test_all_say_that_they_have_parts(two, cut):
     first, second = two.outcomes(loaders(cut(0), cut(1)))
-    assert first.startswith(f"after: {REFUSED.format(0, 1)}")
-    assert second.startswith(f"before: {REFUSED.format(1, 0)}")
+    assert first.startswith(f"after: {NOTED.format(0, 1)}")
+    assert second.startswith(f"before: {NOTED.format(1, 0)}")
     assert "DistributedSampler" in first
 
 
@@ -106,6 +116,11 @@ class Augmented(list):
 class Broken(list):
     def __getitem__(self, place):
         raise OSError("no such file")
+
+
+class Unknown(RandomSampler):
+    def __len__(self):
+        raise RuntimeError("nobody knows")
 
 
 def shuffled(seed):
@@ -140,6 +155,7 @@ def floats(rank):
         lambda seed: DataLoader(ready_made(seed), batch_size=None),
         lambda seed: loaders(ROWS[6 * seed :][:18])[0],  # a fold of one's own
         lambda seed: [ROWS] * (seed + 1),
+        lambda seed: DataLoader(ROWS[seed:], sampler=Unknown(ROWS)),
     ],
 )
 def test_nothing_else_is(two, given):
@@ -152,12 +168,20 @@ def test_nothing_else_is(two, given):
 def test_other_calls_are_not_compared(two):
     """One process alone may have others, at another line or by a model of its own."""
     two.be(0)
-    with compared(loaders(ROWS[:5]), None):
+    with compared(loaders(ROWS[:5]), MODEL):
         pass
     assert two.outcomes(loaders(ROWS, ROWS)) == [None, None]
     models = [torch.nn.Linear(2, 2) for _ in range(2)]
     assert two.outcomes(loaders(ROWS[:5], ROWS[5:]), models) == [None, None]
+    for model in models:
+        model.requires_grad_(False)
+    assert two.outcomes(loaders(ROWS[:5], ROWS[5:]), models) == [None, None]
     assert all(two.outcomes(loaders(ROWS[:5], ROWS[5:]), models[:1] * 2))
+    two.be(1)
+    before = two.store.num_keys()
+    with compared(loaders(ROWS[:7]), None):  # nothing is known of what runs on them
+        pass
+    assert two.store.num_keys() == before
 
 
 def test_workers_inherit_nothing_that_a_data_set_opens(two):
@@ -169,8 +193,10 @@ def test_workers_inherit_nothing_that_a_data_set_opens(two):
             raise AssertionError("read outside of a worker")
 
     assert two.outcomes([DataLoader(Opening(), num_workers=1)] * 2) == [None, None]
-    cut = [DataLoader(ROWS[rank::2], num_workers=1) for rank in range(2)]
-    assert all(two.outcomes(cut))
+    tensors = TensorDataset(torch.stack([row["input_ids"] for row in ROWS]))
+    for whole in (ROWS, tensors):
+        half = [Subset(whole, range(rank, 24, 2)) for rank in range(2)]
+        assert all(two.outcomes([DataLoader(each, num_workers=1) for each in half]))
 
 
 def test_a_group_without_a_store(two, monkeypatch):

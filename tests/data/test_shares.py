@@ -146,6 +146,19 @@ def test_repeats_that_a_sampler_may_put_first_are_refused():
         share_of(by_length(Numbers(7), 1))
 
 
+class Named(BatchSampler):
+    """A batch sampler of one's own, in the order of what is dealt out."""
+
+
+def test_batch_samplers_that_keep_the_order_are_taken():
+    numbers = []
+    for rank in range(2):
+        sampler = DistributedSampler(Numbers(7), 2, rank, shuffle=False)
+        found = dealt(DataLoader(Numbers(7), batch_sampler=Named(sampler, 2, False)))
+        numbers += [number for batch, _ in found for number in batch]
+    assert sorted(numbers) == list(range(7))
+
+
 @pytest.mark.parametrize("n,options", [(8, {}), (7, {"drop_last": True})])
 def test_samplers_may_reorder_where_nothing_is_repeated(n, options):
     found = [pair for rank in range(2) for pair in dealt(by_length(Numbers(n), rank, **options))]

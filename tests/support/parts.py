@@ -1,6 +1,7 @@
 """Fits of data that each process has cut to its part by itself, and of what only looks so."""
 
 import os
+import warnings
 from datetime import timedelta
 from functools import partial
 
@@ -38,6 +39,14 @@ CUT = {
 }
 
 
+def said_by(call):
+    """Return what a call warns of."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        call()
+    return [str(each.message) for each in said]
+
+
 def fitted(rows, batch_size=2):
     la = KronLoraLaplace(peft_model("bert"), "classification", **LOW)
     la.fit(DataLoader(rows, batch_size))
@@ -52,7 +61,7 @@ def worker(rank, port, folder):
     rows, found = data(), {}
     for kind, cut in CUT.items():
         dist.barrier()
-        found[kind] = outcome_of(lambda cut=cut: fitted(cut(rows, rank)).n_data)
+        found[kind] = outcome_of(lambda cut=cut: said_by(lambda: fitted(cut(rows, rank))))
     if rank == 0:
         found["one alone"] = fitted(rows[:3]).n_data
     la = fitted(rows[::-1] if rank else rows)  # all of them, in an order of its own
@@ -66,7 +75,9 @@ def worker(rank, port, folder):
     for name, call in calls.items():
         dist.barrier()
         part = DataLoader(rows[rank::2], 2)
-        found[name] = outcome_of(lambda call=call, part=part: call(val_loader=part) and None)
+        found[name] = outcome_of(
+            lambda call=call, part=part: said_by(lambda: call(val_loader=part))
+        )
     with torch.no_grad():  # a model of its own, on data of its own
         own = peft_model("bert")
         next(p for p in own.parameters() if p.requires_grad).add_(rank)
