@@ -55,7 +55,7 @@ class LeaveOneOut:
 
     @property
     def is_widthless(self) -> bool:
-        """Whether no width helps: the largest precision there is, and the MAP's predictions."""
+        """Whether no width helps: the largest precision tried, next to nothing beside a noise."""
         return self.prior_precision > NONE * self.narrowest
 
     def __str__(self) -> str:
