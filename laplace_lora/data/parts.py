@@ -46,8 +46,7 @@ def compared(loaders: Sequence[Any], model: nn.Module | None) -> Iterator[None]:
         UserWarning: If another process has been given other data.
     """
     notes: list[Note] = []
-    store = _store() if loaders and model is not None else None
-    if store is not None and model is not None:
+    if loaders and model is not None and (store := _store()) is not None:
         notes = [Note(loader, model, store) for loader in loaders]
     for note in notes:
         note.compare()

@@ -1,10 +1,27 @@
-"""The minimum of a function of one number whose valley a grid has found."""
+"""Grids of one number, and the minimum of a function whose valley a grid has found."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 from scipy.optimize import minimize_scalar
+
+
+def continued(points: Sequence[float], step: float, low: float, high: float) -> list[float]:
+    """Return an ascending grid that goes on in even steps at its ends until it covers a range.
+
+    Args:
+        points: The grid, kept as it is.
+        step: Between further points.
+        low: What the first point must not exceed.
+        high: What the last point must reach.
+    """
+    below, above = [points[0]], [points[-1]]
+    while below[-1] > low:
+        below.append(below[-1] - step)
+    while above[-1] < high:
+        above.append(above[-1] + step)
+    return [*reversed(below[1:]), *points, *above[1:]]
 
 
 def refined(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.tuning.evidence.curves import CoupledEvidence, EvidenceCurve, SeparateEvidence
-from laplace_lora.tuning.line_search import refined
+from laplace_lora.tuning.line_search import continued, refined
 
 PLATEAU = 0.01  # nats that do not count
 OUTSIDE = 1e30  # in the place of what is not credible; line searches take no infinity
@@ -119,11 +119,8 @@ def _best_scalar(
         value = evidence(torch.tensor([log_delta], dtype=torch.float64), log_noise)
         return -float(value) if value <= bound else OUTSIDE
 
-    points = torch.arange(LOW, HIGH, STEP, dtype=torch.float64).tolist()
-    while points[0] > limits[0]:
-        points.insert(0, points[0] - STEP)
-    while points[-1] + STEP < limits[1]:
-        points.append(points[-1] + STEP)
+    usual = torch.arange(LOW, HIGH, STEP, dtype=torch.float64).tolist()
+    points = continued(usual, STEP, limits[0], limits[1] - STEP)
     values = [descent(point) for point in points]
     best = min(range(len(points)), key=values.__getitem__)
     if values[best] >= OUTSIDE:

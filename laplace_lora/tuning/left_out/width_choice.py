@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.tuning.left_out.shared_inputs import standard_error
-from laplace_lora.tuning.line_search import refined
+from laplace_lora.tuning.line_search import continued, refined
 
 GRID = torch.logspace(-4, 8, 49, dtype=torch.float64)  # prior precisions
 STEP = math.log(10) / 4  # of their logarithms
@@ -107,11 +107,8 @@ def precisions_tried(unit: float | None = None) -> list[float]:
     points: list[float] = GRID.log().tolist()
     if unit is None or USUAL[0] <= unit <= USUAL[1] or not 0 < unit < math.inf:
         return points
-    while points[-1] < math.log(min(unit / NARROW, EXTREME)):
-        points.append(points[-1] + STEP)
-    while points[0] > math.log(max(unit / WIDE, 1 / EXTREME)):
-        points.insert(0, points[0] - STEP)
-    return points
+    low, high = max(unit / WIDE, 1 / EXTREME), min(unit / NARROW, EXTREME)
+    return continued(points, STEP, math.log(low), math.log(high))
 
 
 def _are_as_good(
