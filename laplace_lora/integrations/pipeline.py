@@ -105,10 +105,28 @@ class LaplacePipeline(TextClassificationPipeline):
         return found
 
     def preprocess(self, inputs: Any, **tokenizer_kwargs: Any) -> Any:
-        """Return a text's tokens, with one that begins it as `la.predict` reads it."""
+        """Return a text's tokens, with one that begins it as `la.predict` reads it.
+
+        Raises:
+            ValueError: If truncation would cut the end of a text that a decoder's answer follows.
+        """
         if isinstance(inputs, str) and begins_itself(inputs, self.tokenizer):
             tokenizer_kwargs.setdefault("add_special_tokens", False)
-        return super().preprocess(inputs, **tokenizer_kwargs)
+        row = super().preprocess(inputs, **tokenizer_kwargs)
+        cuts_ends = (
+            tokenizer_kwargs.get("truncation") and self.tokenizer.truncation_side == "right"
+        )
+        if cuts_ends and self.posterior.logits_model.answers_behind_texts:
+            options = {**tokenizer_kwargs, "truncation": False, "padding": False}
+            options.pop("max_length", None)
+            whole = super().preprocess(inputs, **options)
+            if whole["input_ids"].shape[1] > row["input_ids"].shape[1]:
+                raise ValueError(
+                    f"truncation would cut the end of a text with {whole['input_ids'].shape[1]} "
+                    "tokens, after which the answer stands, and so change the question; shorten "
+                    "the text, or set tokenizer.truncation_side = 'left'"
+                )
+        return row
 
     def _forward(self, model_inputs: Any) -> ModelOutput:
         found = self.posterior.predict(dict(model_inputs), progress_bar=False)

@@ -1,5 +1,7 @@
 """The pipeline's dictionaries are those of `predict`, for one text and for many."""
 
+import copy
+
 import pytest
 import torch
 from transformers import pipeline
@@ -73,6 +75,23 @@ def test_the_answers_of_a_decoder_are_its_labels(tokenizer):
     (answer,) = LaplacePipeline(la, tokenizer)("a b c")
     assert answer["label"] in "ace"
     assert TARGETS and la.logits_model.target_ids.tolist() == [2, 4, 6]
+
+
+def test_truncation_leaves_a_question_its_end(la, tokenizer):
+    """An answer stands behind its question, so a cut end is another question."""
+    decoder = KronLoraLaplace(
+        peft_model("llama-lm").float(), "classification", target_ids=[2, 4, 6]
+    )
+    decoder.fit(loader())
+    tokenizer = copy.deepcopy(tokenizer)
+    classify = LaplacePipeline(decoder, tokenizer, truncation=True, max_length=3)
+    assert classify("a b c", padding="max_length") == LaplacePipeline(decoder, tokenizer)("a b c")
+    with pytest.raises(ValueError, match="cut the end of a text with 4 tokens"):
+        classify("a b c d")
+    tokenizer.truncation_side = "left"
+    assert classify("a b c d") == classify("b c d")
+    whole = LaplacePipeline(la, tokenizer, truncation=True, max_length=3)
+    assert whole("a b c d") == whole("b c d")  # a classifier has no end that counts
 
 
 def test_no_two_answers_have_one_name():
