@@ -61,6 +61,27 @@ def check_saves_adapters(model: nn.Module) -> None:
         )
 
 
+def point_out_no_mixed_batches(model: nn.Module) -> None:
+    """Warn where PEFT runs a batch of several adapters as if all its examples had one.
+
+    Args:
+        model: What a `LogitsModel` is around, a `PeftModel`.
+
+    Warns:
+        UserWarning: If its tuner does not read ``adapter_names``; names the tuner.
+    """
+    inner = unwrapped(model)
+    assert isinstance(inner, PeftModel)
+    # PEFT drops the names without a word where a tuner does not take them to its layers.
+    if not hasattr(type(inner.base_model), "_enable_peft_forward_hooks"):
+        kind = inner.peft_config[inner.active_adapter].peft_type
+        warn(
+            f"PEFT's {getattr(kind, 'value', kind)} ignores `adapter_names`, without an error: a "
+            "batch of several adapters would be answered by one of them; run the adapters one "
+            "after the other, with set_adapter"
+        )
+
+
 def base_changing_start(settings: Any) -> str | None:
     """Return an adapter's start if loading it changes the base model, see `BASE_CHANGING`.
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from laplace_lora.adapters.peft_files import check_saves_adapters
+from laplace_lora.adapters.peft_files import check_saves_adapters, point_out_no_mixed_batches
 from laplace_lora.data.distributed import is_sharded, together
 from laplace_lora.data.shares import is_main
 from laplace_lora.data.subset import Subset
@@ -21,7 +21,8 @@ from laplace_lora.tuning.texts.served_width import ServedWidth, choose_width
 EXAMPLES = 256  # of the training data, at most
 ADVICE = (
     "average the softmax of logits / temperature over the adapters; the manifest's width holds for "
-    "all of them together"
+    "all of them together; with PEFT, batches of several adapters (adapter_names) are for LoRA "
+    "alone"
 )
 
 
@@ -63,7 +64,7 @@ class ServedLaplace(TunedLaplace):
         """Write samples of the weights as PEFT adapters, whose averaged softmax is the predictive.
 
         Each is an adapter of the same configuration as the model's own, with the same ranks, in
-        antithetic pairs around the posterior's mean. Any engine with several adapters serves them.
+        antithetic pairs around the posterior's mean. Whatever loads such adapters serves them.
         Their average approximates the linearised predictive; the networks are not linear in their
         weights, so the samples are narrower than the posterior, by a factor of its covariance that
         is chosen here: by the NLL of labels, or such that the average is as uncertain as the
@@ -90,8 +91,9 @@ class ServedLaplace(TunedLaplace):
                 where none can be chosen.
 
         Warns:
-            UserWarning: If the samples of no width are better than the mean alone, or none is as
-                uncertain as the linearised predictive.
+            UserWarning: If the samples of no width are better than the mean alone, none is as
+                uncertain as the linearised predictive, or PEFT's batches of several adapters do
+                not work with this kind of adapter.
         """
         posterior, target = self.fitted, Path(folder)
         if posterior.last_layer is not None:
@@ -102,6 +104,7 @@ class ServedLaplace(TunedLaplace):
             )
         check_saves_adapters(posterior.source.model)
         check_folder(target)
+        point_out_no_mixed_batches(posterior.source.model)
         samples = NetworkSamples(posterior, k, seed)
         if width is not None:
             if loader is not None or criterion is not None:

@@ -6,7 +6,14 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -115,6 +122,29 @@ def test_an_adapter_of_another_name(tmp_path):
     la.export_adapters(tmp_path / "out", k=2, width=0.5)
     model, names = served(tmp_path / "out")
     assert_near(answers(model, names, BATCH), sampled_by_hand(la, 0.5, 2))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        IA3Config(target_modules=["query", "value"], feedforward_modules=[]),
+        VeraConfig(target_modules=["query", "value"], r=4),
+    ],
+    ids=["ia3", "vera"],
+)
+def test_tuners_that_ignore_names_in_a_batch_are_pointed_out(config, tmp_path):
+    """PEFT serves their samples one after the other, and answers a mixed batch with one."""
+    model = excite(get_peft_model(base_model("bert"), config)).double()
+    la = KronLoraLaplace(model, "classification", prior_precision=5.0, uncovered="diag")
+    la.fit(loader())
+    with pytest.warns(UserWarning, match="ignores `adapter_names`.*set_adapter"):
+        la.export_adapters(tmp_path / "out", k=2, width=0.5)
+    model, names = served(tmp_path / "out")
+    assert_near(answers(model, names, BATCH), sampled_by_hand(la, 0.5, 2))
+    repeated = {k: v.repeat(2, 1) for k, v in BATCH.items()}
+    mixed = model(**repeated, adapter_names=[name for name in names for _ in range(3)]).logits
+    first, second = mixed.chunk(2)
+    assert_near(first, second)
 
 
 def contents(folder):
