@@ -113,9 +113,7 @@ class LaplacePipeline(TextClassificationPipeline):
         if isinstance(inputs, str) and begins_itself(inputs, self.tokenizer):
             tokenizer_kwargs.setdefault("add_special_tokens", False)
         row = super().preprocess(inputs, **tokenizer_kwargs)
-        cuts_ends = (
-            tokenizer_kwargs.get("truncation") and self.tokenizer.truncation_side == "right"
-        )
+        cuts_ends = tokenizer_kwargs.get("truncation") and self.tokenizer.truncation_side == "right"
         if cuts_ends and self.posterior.logits_model.answers_behind_texts:
             options = {**tokenizer_kwargs, "truncation": False, "padding": False}
             options.pop("max_length", None)
