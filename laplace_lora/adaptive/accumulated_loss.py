@@ -67,7 +67,10 @@ class AccumulatedLoss:
         self._call = ((), {})
         # Copies in one process share a loss, of which each gets its part.
         weight = float(self._weight) / loss_scale * max(int(args.n_gpu), 1)
-        return (copies(args) if self._divides else 1 / steps) / weight
+        if not self._divides:
+            return 1 / (steps * weight)
+        # Without the option each copy has a count of its own, and the copies' means are averaged.
+        return (copies(args) if args.average_tokens_across_devices else 1) / weight
 
     def stop(self) -> None:
         """Watch no longer."""
@@ -90,7 +93,10 @@ class AccumulatedLoss:
 
 
 def copies(args: Any) -> int:
-    """Return how many copies of the model share a step, by whose number a loss is multiplied.
+    """Return how many copies of the model share a step.
+
+    A trainer multiplies a loss by their number where it counts the items of all
+    (``average_tokens_across_devices``).
 
     Args:
         args: The ``TrainingArguments``.

@@ -1,6 +1,7 @@
 """Gradients accumulated over several steps are those of one large batch."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import (
 from transformers.trainer_pt_utils import LabelSmoother
 
 from laplace_lora.adaptive import IVON, IVONCallback, callbacks
+from laplace_lora.adaptive.accumulated_loss import AccumulatedLoss
 from support.batches import rows, token_batch
 from support.models import bert_config, excite, llama_config
 from support.trainers import quiet
@@ -166,3 +168,46 @@ def test_smoothed_labels_are_averaged_where_the_trainer_counts_items(tmp_path, m
     several = collected("classes", tmp_path, 1, 4, Trainer, scale, **smoothing)
     for one, other in zip(large, several, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
+
+
+class Counting(torch.nn.Module):
+    """A regression whose loss divides by the number of items, or ignores it."""
+
+    def __init__(self, divides):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor([0.5, -1.0], dtype=torch.float64))
+        self.divides = divides
+
+    def forward(self, x, num_items_in_batch):
+        losses = (x @ self.w).square()
+        total = num_items_in_batch.sum() if self.divides else len(x)
+        return {"loss": losses.sum() / total}
+
+
+@pytest.mark.parametrize("divides", [True, False])
+@pytest.mark.parametrize("over_all", [True, False])
+@pytest.mark.parametrize("kind", ["processes", "gpus"])
+def test_copies_take_part_in_one_mean(kind, over_all, divides):
+    """What transformers' Trainer computes in two processes, or on two devices of one."""
+    model, watched = Counting(divides), AccumulatedLoss()
+    data = torch.randn(2, 2, 3, 2, generator=torch.Generator().manual_seed(0)).double()
+    sizes = (1, 2) if kind == "processes" else (2, 1)
+    args = SimpleNamespace(n_gpu=sizes[0], world_size=sizes[1])
+    args.average_tokens_across_devices = over_all
+    count = torch.tensor([12 if over_all else 6])
+    watched.watch(model)
+    for step in range(2):
+        for copy in range(2):
+            loss = model(data[step, copy], num_items_in_batch=count)["loss"]
+            if over_all:
+                loss = loss * 2
+            # Two devices' losses are averaged before the backward pass, two processes' gradients
+            # after it: the first process sees the whole of what reaches its loss.
+            if kind == "gpus":
+                loss = loss / 2
+            loss.backward()
+    gradient = model.w.grad / (2 if kind == "processes" else 1)
+    model.zero_grad()
+    found = gradient * watched.scale(model, args, 2)
+    (data.flatten(0, 2) @ model.w).square().mean().backward()
+    torch.testing.assert_close(found, model.w.grad)

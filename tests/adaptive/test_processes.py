@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import DataCollatorWithPadding, Trainer
+from transformers import DataCollatorWithPadding, Trainer, default_data_collator
 
 from laplace_lora.adaptive import IVON, IVONCallback
 from support.batches import token_batch
@@ -23,17 +23,18 @@ class InOrder(Trainer):
         return SequentialSampler(self.train_dataset)
 
 
-def rows(lengths):
-    batch = token_batch(lengths)
-    return [
-        {"input_ids": batch["input_ids"][n, :length].tolist(), "labels": n % 3}
-        for n, length in enumerate(lengths)
+def rows(lengths, kind="bert"):
+    texts = [
+        ids[:n].tolist() for ids, n in zip(token_batch(lengths)["input_ids"], lengths, strict=True)
     ]
+    if kind == "llama-lm":  # whose loss divides by the number of items
+        return [{"input_ids": text, "labels": text} for text in texts]
+    return [{"input_ids": text, "labels": n % 3} for n, text in enumerate(texts)]
 
 
-def trained(folder, batch_size, lengths, dropout, generator=None, steps=1, **options):
-    """Train a tiny BERT; return weights, curvature and momentum."""
-    model = peft_model("bert", dtype=torch.float32)
+def trained(folder, batch_size, lengths, dropout, generator=None, steps=1, kind="bert", **options):
+    """Train a tiny model; return weights, curvature and momentum."""
+    model = peft_model(kind, dtype=torch.float32)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout
@@ -42,11 +43,12 @@ def trained(folder, batch_size, lengths, dropout, generator=None, steps=1, **opt
     ivon = IVON(parameters, lr=0.05, ess=24, generator=generator, **betas)
     settings = {"max_steps": 4, "max_grad_norm": 0, "lr_scheduler_type": "constant", **options}
     settings |= {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": steps}
+    pads = DataCollatorWithPadding(word_tokenizer())
     InOrder(
         model,
         quiet(folder, **settings),
-        train_dataset=rows(lengths),
-        data_collator=DataCollatorWithPadding(word_tokenizer()),
+        train_dataset=rows(lengths, kind),
+        data_collator=pads if kind == "bert" else default_data_collator,
         optimizers=(ivon, None),
         callbacks=[IVONCallback()],
     ).train()
@@ -64,6 +66,9 @@ def worker(rank, port, folder):
         steps: trained(folder, 3 // steps, ALIKE, 0.0, seeded(), steps, **gloo) for steps in (1, 3)
     }
     found["dropout"] = trained(folder, 3, VARIED, 0.1, **gloo)
+    for over_all in (True, False):
+        counted = {"kind": "llama-lm", "average_tokens_across_devices": over_all, **gloo}
+        found["counted", over_all] = trained(folder, 1, ALIKE, 0.0, seeded(), 3, **counted)
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.barrier()
     os._exit(0)  # gloo's threads may outlive the interpreter
@@ -83,4 +88,8 @@ def test_two_processes_train_as_one(tmp_path):
     expected = trained(tmp_path, 6, ALIKE, 0.0, seeded())
     for steps in (1, 3):
         for ours, alone in zip(first[steps], expected, strict=True):
+            torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-5)
+    expected = trained(tmp_path, 6, ALIKE, 0.0, seeded(), kind="llama-lm")
+    for over_all in (True, False):
+        for ours, alone in zip(first["counted", over_all], expected, strict=True):
             torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-5)
