@@ -68,15 +68,16 @@ class IVONCallback(TrainerCallback):
 
         Raises:
             ValueError: If gradients are clipped, checkpoints are written in the middle of a step,
-                or the optimiser does not hold a parameter that the model trains.
+                the optimiser does not hold a parameter that the model trains, or processes would
+                draw different weights.
         """
         self._loss.stop()
         self._loss = AccumulatedLoss()
         self._ivon = ivon_of(kwargs.get("optimizer"))
         if self._ivon is not None:
-            check_settings(args)
+            check_settings(args, self._ivon.sync)
             check_parameters(kwargs["model"], self._ivon)
-            share_draws(self._ivon)
+            share_draws(self._ivon, state.global_step)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from laplace_lora.adaptive.ivon_step import move
+from laplace_lora.adaptive.shared_draws import add_up
 from laplace_lora.adaptive.to_laplace import to_diagonal_laplace
-from laplace_lora.adaptive.weight_posterior import CollectedGradients, WeightPosterior
-from laplace_lora.data.distributed import together
+from laplace_lora.adaptive.weight_posterior import WeightPosterior
 from laplace_lora.posteriors.factored import DiagLoraLaplace
 
 BETAS = (0.9, 0.99999)
@@ -153,7 +153,7 @@ class IVON(WeightPosterior):
         self.restore()
         overflown = self.overflows()
         if self.sync:
-            self._add_up()
+            add_up(self)
         if not self.collected and overflown:
             return loss
         if not self.collected:
@@ -175,24 +175,6 @@ class IVON(WeightPosterior):
                 return closure()
             finally:
                 self._in_step = False
-
-    def _add_up(self) -> None:
-        """Take in what the other processes collected."""
-        with together(everyone=True) as team:
-            parameters = [p for _, p in self.trainable()]
-            uses = [float(p in self.collected) for p in parameters]
-            sums = [
-                self.collected.get(p)
-                or CollectedGradients(
-                    *torch.zeros(2, *p.shape).to(self.weight_state(group, p)["hessian"])
-                )
-                for group, p in self.trainable()
-            ]
-            team.add_up([tensor for each in sums for tensor in (each.gradients, each.products)])
-            draws, *uses = team.total(self.draws, *uses)
-        self.draws = int(draws)
-        used = zip(parameters, sums, uses, strict=True)
-        self.collected = {p: each for p, each, use in used if use}
 
     def to_laplace(
         self,
@@ -257,7 +239,11 @@ class IVON(WeightPosterior):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; its tensors keep their dtype, whatever the parameters' dtype."""
+        """Load a state; its tensors keep their dtype, whatever the parameters' dtype.
+
+        A generator goes on where the state's was. An optimiser without one, as are those that
+        `IVONCallback` gives one in several processes, gets it from the state.
+        """
         self.restore()
         self.forget()
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "generator"})
@@ -267,8 +253,14 @@ class IVON(WeightPosterior):
             for key, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     self.state[p][key] = value.to(p.device, copy=True)
-        if self.generator is not None and "generator" in state_dict:
-            self.generator.set_state(state_dict["generator"].cpu())
+        saved = state_dict.get("generator")
+        if saved is not None and self.generator is None and not self.sync:
+            generator = torch.Generator(parameters[0].device)
+            # That of another kind of device cannot be continued.
+            if generator.get_state().shape == saved.shape:
+                self.generator = generator
+        if saved is not None and self.generator is not None:
+            self.generator.set_state(saved.cpu())
 
 
 def ivon_of(optimizer: object) -> IVON | None:

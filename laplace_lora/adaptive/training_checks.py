@@ -35,15 +35,23 @@ def check_parameters(model: nn.Module, optimizer: Optimizer, part: str = "") -> 
             )
 
 
-def check_settings(args: Any) -> None:
+def check_settings(args: Any, sync: bool = False) -> None:
     """Refuse settings of a `Trainer` that would spoil IVON's posterior.
 
     Args:
         args: The ``TrainingArguments``.
+        sync: Whether IVON averages over processes.
 
     Raises:
-        ValueError: If gradients are clipped, or checkpoints written in the middle of a step.
+        ValueError: If gradients are clipped, averaged twice over processes, or checkpoints written
+            in the middle of a step.
     """
+    if sync and args.world_size > 1:
+        raise ValueError(
+            "IVON(sync=True) averages what processes collect at draws of their own, but a Trainer "
+            "averages their gradients before, which must come from the same draw or the curvature "
+            "is too small: leave sync out, and IVONCallback lets all processes draw the same"
+        )
     if args.max_grad_norm:
         raise ValueError(
             "clipped gradients bias IVON's curvature: set max_grad_norm=0 in the "

@@ -1,6 +1,7 @@
 """IVON and AdaLoRA inside `transformers.Trainer`."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from laplace_lora.adaptive import (
 )
 from laplace_lora.adaptive.sensitivity_file import STATE_FILE
 from laplace_lora.adaptive.shared_draws import share_draws
+from laplace_lora.adaptive.training_checks import check_settings
 from support.adalora import kept, layers_of, tiny_adalora
 from support.batches import rows, token_batch
 from support.models import base_model, peft_model
@@ -309,8 +311,16 @@ def test_a_best_checkpoint_without_its_curvature_is_pointed_out(tmp_path):
 def test_a_process_alone_draws_nothing_to_share():
     ivon = ivon_of(peft_model("bert"))
     before = torch.random.get_rng_state()
-    share_draws(ivon)
+    share_draws(ivon, 0)
     assert torch.equal(torch.random.get_rng_state(), before) and ivon.generator is None
+
+
+def test_draws_of_each_processs_own_are_refused():
+    """The trainer averages their gradients, and the curvature would be divided by the processes."""
+    args = SimpleNamespace(max_grad_norm=0, world_size=2)
+    with pytest.raises(ValueError, match="leave sync out"):
+        check_settings(args, sync=True)
+    check_settings(args)
 
 
 def test_sensitivities_have_the_smoothings_of_the_configuration(tmp_path):

@@ -316,6 +316,29 @@ def test_a_saved_state_resumes_exactly(dtype, tmp_path):
     assert all(s["hessian"].dtype == torch.float32 for s in fresh.state.values())
 
 
+def drawn(w, optimizer):
+    with optimizer.sampled_params():
+        return w.detach().clone()
+
+
+def test_a_saved_generator_goes_on_in_an_optimiser_without_one():
+    """As are those of a training in several processes, which the callback gives one each."""
+    w = nn.Parameter(torch.zeros(3))
+    saving = IVON([w], ess=1, generator=torch.Generator().manual_seed(5))
+    drawn(w, saving)
+    state = saving.state_dict()
+    fresh = IVON([w], ess=1)
+    fresh.load_state_dict(state)
+    assert torch.equal(drawn(w, fresh), drawn(w, saving))
+    state["generator"] = torch.zeros(16, dtype=torch.uint8)  # a GPU's
+    elsewhere = IVON([w], ess=1)
+    elsewhere.load_state_dict(state)
+    assert elsewhere.generator is None
+    each_its_own = IVON([w], ess=1, sync=True)
+    each_its_own.load_state_dict(saving.state_dict())
+    assert each_its_own.generator is None
+
+
 def test_half_precision_means_move_in_float32():
     w = nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
     optimizer = IVON([w], ess=1e6, lr=1e-3, clip_radius=1.0, hess_init=1.0)

@@ -9,6 +9,7 @@ from torch.utils.data import SequentialSampler
 from transformers import DataCollatorWithPadding, Trainer, default_data_collator
 
 from laplace_lora.adaptive import IVON, IVONCallback
+from laplace_lora.adaptive.shared_draws import share_draws
 from support.batches import token_batch
 from support.models import peft_model
 from support.spawned import exit_codes
@@ -32,7 +33,17 @@ def rows(lengths, kind="bert"):
     return [{"input_ids": text, "labels": n % 3} for n, text in enumerate(texts)]
 
 
-def trained(folder, batch_size, lengths, dropout, generator=None, steps=1, kind="bert", **options):
+def trained(
+    folder,
+    batch_size,
+    lengths,
+    dropout,
+    generator=None,
+    steps=1,
+    kind="bert",
+    resume=None,
+    **options,
+):
     """Train a tiny model; return weights, curvature and momentum."""
     model = peft_model(kind, dtype=torch.float32)
     for module in model.modules():
@@ -51,7 +62,7 @@ def trained(folder, batch_size, lengths, dropout, generator=None, steps=1, kind=
         data_collator=pads if kind == "bert" else default_data_collator,
         optimizers=(ivon, None),
         callbacks=[IVONCallback()],
-    ).train()
+    ).train(resume_from_checkpoint=resume)
     states = [ivon.state[p] for p in parameters]
     found = [parameters, *([state[name] for state in states] for name in ("hessian", "momentum"))]
     return [torch.cat([t.detach().flatten() for t in tensors]) for tensors in found]
@@ -66,16 +77,30 @@ def worker(rank, port, folder):
         steps: trained(folder, 3 // steps, ALIKE, 0.0, seeded(), steps, **gloo) for steps in (1, 3)
     }
     found["dropout"] = trained(folder, 3, VARIED, 0.1, **gloo)
+    whole = {"save_strategy": "steps", "save_steps": 2, **gloo}
+    found["whole"] = trained(folder, 3, ALIKE, 0.0, **whole)
+    found["resumed"] = trained(folder, 3, ALIKE, 0.0, resume=str(folder / "checkpoint-2"), **gloo)
+    found["seeds"] = [torch.tensor(seed_at(step)) for step in (0, 2)]
     for over_all in (True, False):
         counted = {"kind": "llama-lm", "average_tokens_across_devices": over_all, **gloo}
         found["counted", over_all] = trained(folder, 1, ALIKE, 0.0, seeded(), 3, **counted)
     torch.save(found, folder / f"{rank}.pt")
+    with pytest.raises(ValueError, match="generators differ"):
+        share_draws(IVON([nn.Parameter(torch.ones(1))], ess=1, generator=seeded(rank)), 0)
     torch.distributed.barrier()
     os._exit(0)  # gloo's threads may outlive the interpreter
 
 
-def seeded():
-    return torch.Generator().manual_seed(0)
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def seed_at(step):
+    """The seed of a training that begins at a step, after the trainer has set its own."""
+    torch.manual_seed(0)
+    ivon = IVON([nn.Parameter(torch.ones(1))], ess=1)
+    share_draws(ivon, step)
+    return ivon.generator.initial_seed()
 
 
 @pytest.mark.slow
@@ -93,3 +118,6 @@ def test_two_processes_train_as_one(tmp_path):
     for over_all in (True, False):
         for ours, alone in zip(first["counted", over_all], expected, strict=True):
             torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-5)
+    for whole, resumed in zip(first["whole"], first["resumed"], strict=True):
+        assert torch.equal(whole, resumed)
+    assert first["seeds"][0] != first["seeds"][1]  # a checkpoint of one process has no generator
