@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from laplace_lora.adaptive.gradient_scaler import overflows
 from laplace_lora.adaptive.ivon_step import move
 from laplace_lora.adaptive.shared_draws import add_up
 from laplace_lora.adaptive.to_laplace import to_diagonal_laplace
@@ -38,7 +39,9 @@ class IVON(WeightPosterior):
             optimizer.step()
 
     Several draws before a step are averaged; where one does not use a parameter, its gradient is
-    zero there, and one that none uses stays as it is. Means of half-precision parameters are kept
+    zero there, and one that none uses stays as it is. So zero the gradients in each draw and leave
+    its loss undivided, which accelerate's ``accumulate`` does not; micro-batches of a single draw
+    accumulate as usual. Means of half-precision parameters are kept
     in float32 beside them, or small steps would be rounded away. Do not clip gradients, which
     biases the curvature: ``clip_radius`` bounds the steps instead. A ``torch.amp.GradScaler``'s
     factor is taken out in its ``step``.
@@ -151,7 +154,7 @@ class IVON(WeightPosterior):
             losses = [self._at_a_draw(closure) for _ in range(self.mc_samples)]
             loss = losses[0] if len(losses) == 1 else sum(losses) / len(losses)
         self.restore()
-        overflown = self.overflows()
+        overflown = overflows(self)
         if self.sync:
             add_up(self)
         if not self.collected and overflown:

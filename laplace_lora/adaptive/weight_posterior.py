@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from laplace_lora.adaptive.earlier_gradients import EarlierGradients
 from laplace_lora.display.warning import warn
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -47,8 +48,9 @@ class WeightPosterior(Optimizer):
     generator: torch.Generator | None
     hess_approx: str = "price"
     OWN: ClassVar[tuple[str, ...]] = ("collected", "draws", "_means", "_warned", "_in_step")
-    # With this, a gradient scaler leaves it to the step to unscale and to skip, see `overflows`.
+    # With this a gradient scaler leaves it to the step to unscale and to skip, see `overflows`.
     _step_supports_amp_scaling = True
+    _earlier = EarlierGradients()  # of no parameter; not for copies, which watch from their draws
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
@@ -79,7 +81,7 @@ class WeightPosterior(Optimizer):
             train: Collect the gradients computed inside for the next step.
 
         Raises:
-            RuntimeError: If a draw is already in place.
+            RuntimeError: If a draw is already in place, or as `restore`.
         """
         if self._in_step and self._means is not None:
             yield
@@ -111,6 +113,7 @@ class WeightPosterior(Optimizer):
             means.append((p, p.detach().clone(), noise))
             p.copy_(mean + noise)
         self._means = means
+        self._earlier = EarlierGradients(p for p, _, _ in means)
 
     @torch.no_grad()
     def restore(self, collect: bool = False) -> None:
@@ -118,9 +121,14 @@ class WeightPosterior(Optimizer):
 
         Args:
             collect: Collect the current gradients, with the perturbation they were computed at.
+
+        Raises:
+            RuntimeError: If gradients to collect were added to those of before the draw.
         """
         means, self._means = self._means or [], None
         collect = collect and any(p.grad is not None for p, _, _ in means)
+        remain = self._earlier.remain() and collect
+        collect = collect and not remain
         self.draws += collect
         for p, mean, noise in means:
             if collect and p.grad is not None:
@@ -134,42 +142,13 @@ class WeightPosterior(Optimizer):
                 sums.gradients = sums.gradients + grad
                 sums.products = sums.products + grad * factor
             p.copy_(mean)
-
-    @torch.no_grad()
-    def overflows(self) -> bool:
-        """Take the factor of a ``torch.amp.GradScaler`` in whose step this is out of the sums.
-
-        And out of the parameters' gradients, which scores may read after the step.
-
-        Returns:
-            Whether they were not finite, and are gone.
-
-        Raises:
-            RuntimeError: If ``unscale_`` took the factor out of gradients that were collected
-                before.
-        """
-        found, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found is None:
-            return False
-        finite = not bool(found)
-        for p, sums in self.collected.items():
-            if scale is not None:
-                factor = 1 / scale.to(sums.gradients)
-                sums.gradients = sums.gradients * factor
-                squared = self.hess_approx == "gradsq"
-                sums.products = sums.products * (factor.square() if squared else factor)
-                if p.grad is not None:
-                    p.grad.mul_(1 / scale.to(p.grad))
-            elif p.grad is not None and not _same(sums.gradients, p.grad):
-                raise RuntimeError(
-                    "GradScaler.unscale_ was called after gradients were collected; call it inside "
-                    "`with optimizer.sampled_params(train=True):`, once a step, or not at all: "
-                    "GradScaler.step unscales"
-                )
-            finite = finite and bool(sums.gradients.isfinite().all())
-        if not finite:
-            self.forget()
-        return not finite
+        if remain:
+            raise RuntimeError(
+                "gradients of before this draw were still in place, and would be counted as its "
+                "own: call optimizer.zero_grad() in each draw, and leave its loss undivided, as "
+                "IVON averages over draws; or accumulate all micro-batches of a step in one draw. "
+                "accelerate's accumulate() divides losses and skips zero_grad()"
+            )
 
     def forget(self) -> None:
         """Forget what was collected."""
@@ -247,7 +226,3 @@ class WeightPosterior(Optimizer):
 def _std(group: dict[str, Any], state: dict[str, Any]) -> Tensor:
     precision: Tensor = group["ess"] * (state["hessian"] + group["weight_decay"])
     return precision.rsqrt()
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b.to(a.dtype), equal_nan=True)
