@@ -216,7 +216,9 @@ class WeightPosterior(Optimizer):
             state["step"] = 0
             state["momentum"] = torch.zeros_like(p, dtype=wide)
             state["hessian"] = torch.full_like(p, group["hess_init"], dtype=wide)
-        if p.dtype != wide and self._means is None:
+        if p.dtype == wide and self._means is None:
+            state.pop("mean", None)  # a half-precision run's; now the parameter itself is the mean
+        elif self._means is None:
             mean = state.get("mean", p).to(wide)
             # Values that were written into the parameter from outside, such as pruned zeros, count.
             state["mean"] = torch.where(mean.to(p.dtype) == p, mean, p.to(wide)).detach()

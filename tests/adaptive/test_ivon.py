@@ -355,6 +355,32 @@ def test_half_precision_means_move_in_float32():
         assert optimizer.marginals()[w][0][0] == 0
 
 
+@pytest.mark.parametrize("converted", [False, True])
+def test_values_written_into_a_widened_parameter_count(converted):
+    """The state of a half-precision run has a mean of its own."""
+
+    def step(w, optimizer):
+        with optimizer.sampled_params(train=True):
+            optimizer.zero_grad()
+            w.float().square().sum().backward()
+        optimizer.step()
+
+    w = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.bfloat16))
+    optimizer = IVON([w], lr=1e-3, ess=100, betas=(0.9, 0.9))
+    step(w, optimizer)
+    if converted:
+        w.data = w.data.float()
+    else:
+        state, w = optimizer.state_dict(), nn.Parameter(w.detach().float())
+        optimizer = IVON([w], lr=1e-3, ess=100, betas=(0.9, 0.9))
+        optimizer.load_state_dict(state)
+    with torch.no_grad():
+        w[0] = 0.0  # as a mask does
+    assert torch.equal(optimizer.marginals()[w][0], w)
+    step(w, optimizer)
+    assert abs(w[0]) < 1e-5
+
+
 def test_half_precision_curvature_is_not_biased_by_rounding():
     """The loss is ``½ |w − w*|²``, of curvature 1; widths lie below half of a rounding step."""
     torch.manual_seed(0)
