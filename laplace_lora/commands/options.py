@@ -158,7 +158,8 @@ def task_options(function: F) -> F:
             "--target",
             "targets",
             cls=Values,
-            help='Answers of a language model, one token each: --target " yes" " no".',
+            help="Answers of a language model, one token each, written as behind the prompt: "
+            '--target yes no, or with the space before them, --target " yes" " no".',
         ),
         click.option(
             "--likelihood",

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
-from laplace_lora.commands.reading.answers import target_tokens
+from laplace_lora.commands.reading.answers import answer_tokens
 from laplace_lora.commands.reading.columns import Columns, columns_of, is_preference, label_cells
 from laplace_lora.commands.reading.completions import completion_column
 from laplace_lora.commands.reading.ending import appends_eos
@@ -60,15 +60,11 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, An
     if targets:
         if names:
             raise ValueError("--target names the classes already; leave --labels out")
-        target_tokens(targets, adapter.tokenizer)  # refuses what are none
         names = targets
     elif likelihood in WITH_CLASSES:
         names = class_names(names, adapter.names, adapter.outputs)
     else:
         names = []
-    labels_as = options.get("labels_as")
-    if likelihood == "classification" and rows is not None:
-        _, labels_as = classes_of(label_cells(rows, columns.label), names, labels_as)
     plan = Plan(
         likelihood,
         columns,
@@ -77,8 +73,13 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, An
         uses_chat(adapter, columns, likelihood, options.get("chat")),
         options.get("max_length") or adapter.max_length,
         bool(options.get("load_in_4bit")),
-        labels_as,
+        options.get("labels_as"),
     )
+    if targets:
+        answer_tokens(adapter, plan, rows)  # refuses what are none
+    if likelihood == "classification" and rows is not None:
+        _, labels_as = classes_of(label_cells(rows, columns.label), names, plan.labels_as)
+        plan = replace(plan, labels_as=labels_as)
     return settled(plan, adapter, given, options)
 
 
@@ -195,7 +196,7 @@ def _likelihood(
     if asked is not None and asked not in possible:
         hint = ""
         if asked == "classification" and adapter.kind == CAUSAL:
-            hint = '; name the answers by --target " yes" " no"'
+            hint = "; name the answers by --target yes no"
         raise ValueError(
             f"--likelihood {asked} does not fit this model; possible: {', '.join(possible)}{hint}"
         )
