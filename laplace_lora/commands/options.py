@@ -104,7 +104,8 @@ def data_options(required: bool = True) -> Callable[[F], F]:
             "--chat/--no-chat",
             default=None,
             help="Whether texts go through the tokenizer's chat template. By default prompts of "
-            "language models do if it has one, and messages always do.",
+            "language models do if it has one, texts after a fit on messages do, and messages "
+            "always do.",
         ),
         click.option(
             "--max-length",

@@ -223,6 +223,35 @@ def test_conversations_are_scored_in_the_last_message(adapter, data):
     run("generate", folder, "--data", question, "--max-new-tokens", 1, "--top-k", 4, "-q")
 
 
+@pytest.mark.slow
+def test_prompts_after_a_fit_on_messages_go_through_the_chat_template(adapter, data, tmp_path):
+    def turns(row):
+        return [{"role": "user", "content": row["prompt"]}]
+
+    def messages(row):
+        answer = {"role": "assistant", "content": row["completion"].strip()}
+        return {"messages": [*turns(row), answer]}
+
+    folder, rows = adapter("chat"), completed(24, 0)
+    run("fit", folder, "--data", write_json_lines(tmp_path / "f.jsonl", map(messages, rows)), "-q")
+    plan = json.loads((folder / PLAN).read_text())
+    assert plan["chat"] is True
+    told = write_json_lines(tmp_path / "m.jsonl", map(messages, rows[:3]))
+    plain = write_json_lines(tmp_path / "p.jsonl", rows[:3])
+    scored = ("score", folder, "--top-k", 4, "-q", "--data")
+    expected, prompts = run(*scored, told).stdout, (plain, "--text-field", "prompt")
+    assert run(*scored, *prompts).stdout == expected != run(*scored, *prompts, "--no-chat").stdout
+    asked = write_json_lines(tmp_path / "a.jsonl", [{"messages": turns(r)} for r in rows[:3]])
+    written = ("generate", folder, "--max-new-tokens", 2, "--top-k", 4, "-q", "--data")
+    assert run(*written, *prompts).stdout == run(*written, asked).stdout
+    message = refused("score", folder, "--data", data("test"), "--text-field", "text")
+    assert "--no-chat scores plain texts" in message
+    (folder / PLAN).write_text(json.dumps({**plan, "chat": False}))  # of an earlier version
+    assert run(*scored, *prompts).stdout == run(*scored, *prompts, "--no-chat").stdout
+    run("fit", folder, "--data", told, "--no-chat", "--overwrite", "-q")
+    assert json.loads((folder / PLAN).read_text())["chat"] is False
+
+
 def test_commands_that_do_not_fit_the_model(writer, adapter, data):
     assert "laplace-lora score" in refused("predict", writer, "--data", data("test", asked))
     message = refused("evaluate", writer, "--data", data("test", asked))
