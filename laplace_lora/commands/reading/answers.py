@@ -11,7 +11,7 @@ from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
 
 SPACES = (" ", "▁", "Ġ")  # as texts, SentencePiece's and GPT-2's vocabularies have them
-LOOKED_AT = 16  # rows
+LOOKED_AT = 8  # rows
 SHOWN = 4  # tokens of an error
 
 
@@ -33,9 +33,10 @@ def answer_tokens(adapter: Adapter, plan: Plan, rows: Sequence[Row] | None) -> l
         return target_tokens(plan.names, adapter.tokenizer)
     inputs, count = Inputs(adapter, plan), min(len(rows), LOOKED_AT)
     numbers = [1 + i * len(rows) // count for i in range(count)]
+    starts = {n: inputs.text(rows[n - 1], n)["input_ids"] for n in numbers}
     found: list[int] = []
     for target in _several(plan.names):
-        of_rows = {_following(inputs, rows[n - 1], n, target): n for n in numbers}
+        of_rows = {_following(inputs, rows[n - 1], n, starts[n], target): n for n in numbers}
         if len(of_rows) > 1:
             (one, first), (other, second) = list(of_rows.items())[:2]
             names = adapter.tokenizer.convert_ids_to_tokens([one, other])
@@ -93,14 +94,20 @@ def prompts_with_space(prompts: Sequence[Any], targets: Sequence[str], tokenizer
     return found if is_read else []
 
 
-def _following(inputs: Inputs, row: Row, number: int, target: str) -> int:
+def _following(inputs: Inputs, row: Row, number: int, start: list[int], target: str) -> int:
     """Return the token with which an answer follows a row's prompt.
+
+    Args:
+        inputs: Tokenizes rows.
+        row: The row.
+        number: The row's, from 1.
+        start: Tokens of its prompt.
+        target: The answer.
 
     Raises:
         ValueError: If there is no such token.
     """
-    tokenizer = inputs.adapter.tokenizer
-    start, whole = inputs.text(row, number)["input_ids"], inputs.answered(row, target)
+    tokenizer, whole = inputs.adapter.tokenizer, inputs.answered(row, target)
     single, rest = alone(target, tokenizer), whole[len(start) :]
     if whole[: len(start)] == start and _text(rest[:1], tokenizer) == _text(single, tokenizer):
         if rest[0] == tokenizer.unk_token_id:
