@@ -12,6 +12,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from laplace_lora.adapters.diagonal_maps import ElementwiseMap, WholeTensor
+from laplace_lora.commands.answer_warnings import warn_if_other_tokens
 from laplace_lora.commands.fitting import new_posterior
 from laplace_lora.commands.reading.adapter import load_asked
 from laplace_lora.commands.reading.inputs import Inputs
@@ -34,7 +35,7 @@ def run(adapter: str, data: str | None, **options: Any) -> None:
     rows = None if data is None else read_rows(data, options["split"])
     plan = plan_fit(loaded, rows, options)
     problems: list[str] = []
-    covering = new_posterior(loaded, plan, options["structure"], "diag")
+    covering = new_posterior(loaded, plan, options["structure"], "diag", rows)
     diagonal = _print_covered(console, covering, options["structure"])
     if diagonal and options["uncovered"] == "error":
         listed = ", ".join(diagonal[:5]) + (", ..." if len(diagonal) > 5 else "")
@@ -46,6 +47,7 @@ def run(adapter: str, data: str | None, **options: Any) -> None:
     else:
         loader = Inputs(loaded, plan).loader(rows, options["batch_size"])
         warn_if_trained_with_eos(loaded, plan, rows, options)
+        warn_if_other_tokens(loaded, plan, rows)
         problems += _print_costs(console, covering, loader, options["batch_size"])
     for problem in problems:
         click.echo(f"Problem: {problem}")

@@ -42,15 +42,17 @@ def fit(**options: Any) -> None:
       labels of any number       text label              (a list of those that apply)
       a regression               text label              (a number, or a list of several)
       a reward model             chosen rejected [prompt]
-      answers by token           prompt label            --target " yes" " no"
+      answers by token           prompt label            --target yes no, or " yes" " no"
       a model that writes        prompt completion, or messages, or text
+    Answers are written as behind the prompt: with a space behind "Answer:", mostly without one
+    behind a line break or a chat template.
     Labels are the classes' names or their numbers from 0, all of them in one way. Other columns are
     named by --text-field and the like.
 
     Examples:
       laplace-lora fit my-adapter --data train.jsonl
       laplace-lora fit my-adapter --data train.csv --text-field review --labels bad good
-      laplace-lora fit my-adapter --data train.jsonl --val val.jsonl --target " yes" " no"
+      laplace-lora fit my-adapter --data train.jsonl --val val.jsonl --target yes no
       laplace-lora fit user/adapter --data folder:train --val folder:validation --out my-posterior
     """
     from laplace_lora.commands.fitting import run

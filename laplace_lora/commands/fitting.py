@@ -11,9 +11,10 @@ import click
 import torch
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
+from laplace_lora.commands.answer_warnings import warn_if_other_tokens, warn_if_spaces_meet
 from laplace_lora.commands.output import check_folder
-from laplace_lora.commands.reading.adapter import CAUSAL, Adapter, load_asked
-from laplace_lora.commands.reading.answers import prompts_with_space, target_tokens
+from laplace_lora.commands.reading.adapter import Adapter, load_asked
+from laplace_lora.commands.reading.answers import answer_tokens
 from laplace_lora.commands.reading.columns import read_beside
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.plan import PLAN, Plan, plan_text
@@ -60,9 +61,10 @@ def run(
         with read_beside(val_rows, plan.columns, f"--val {val}"):
             val_loader = inputs.loader(val_rows, options["batch_size"])
     warn_if_trained_with_eos(loaded, plan, rows, options)
+    warn_if_other_tokens(loaded, plan, rows)
     warn_if_spaces_meet(loaded, plan, rows)
     torch.manual_seed(seed)
-    la = new_posterior(loaded, plan, options["structure"], options["uncovered"])
+    la = new_posterior(loaded, plan, options["structure"], options["uncovered"], rows)
     start_at(la, adapter)
     la.fit(train_loader)
     warn_if_useless(la, plan)
@@ -98,7 +100,9 @@ def start_at(la: LoraLaplace, adapter: str) -> None:
         click.echo(f"Warning: {START} is left out: {error}", err=True)
 
 
-def new_posterior(adapter: Adapter, plan: Plan, structure: str, uncovered: str) -> LoraLaplace:
+def new_posterior(
+    adapter: Adapter, plan: Plan, structure: str, uncovered: str, rows: Sequence[Row] | None
+) -> LoraLaplace:
     """Return a posterior that is not fitted yet.
 
     Args:
@@ -106,33 +110,13 @@ def new_posterior(adapter: Adapter, plan: Plan, structure: str, uncovered: str) 
         plan: Likelihood and answers.
         structure: ``"kron"``, ``"full"`` or ``"diag"``.
         uncovered: What becomes of trained weights that no Kronecker factor covers.
+        rows: The training data, which answers follow; ``None`` if there are none.
     """
-    ids = target_tokens(plan.names, adapter.tokenizer) if plan.targets else None
+    ids = answer_tokens(adapter, plan, rows) if plan.targets else None
     la: LoraLaplace = CLASSES[structure](
         adapter.model, plan.likelihood, target_ids=ids, uncovered=uncovered
     )
     return la
-
-
-def warn_if_spaces_meet(adapter: Adapter, plan: Plan, rows: Sequence[Row]) -> None:
-    """Warn if prompts end in a space before answers that begin with one.
-
-    Args:
-        adapter: The model.
-        plan: How rows are read.
-        rows: The training data.
-    """
-    if not plan.targets or plan.chat or adapter.kind != CAUSAL or plan.columns.text is None:
-        return
-    prompts = [row.get(plan.columns.text) for row in rows]
-    count = len(prompts_with_space(prompts, plan.names, adapter.tokenizer))
-    if count:
-        click.echo(
-            f"Warning: {count} of {len(rows)} prompts end in a space, and answers among "
-            f"{', '.join(map(repr, plan.names))} begin with one, so the model is asked for two "
-            "spaces in a row. Leave it out of the prompts, if those of its training had none",
-            err=True,
-        )
 
 
 def warn_if_useless(la: LoraLaplace, plan: Plan) -> None:

@@ -29,7 +29,12 @@ from laplace_lora.commands.options import (
     metavar="TOKENS",
     help="Longest continuation.",
 )
-@click.option("--do-sample", is_flag=True, help="Draw tokens instead of taking the likeliest.")
+@click.option(
+    "--do-sample",
+    is_flag=True,
+    help="Draw tokens among the --top-k likeliest instead of taking the likeliest. What is drawn "
+    "depends on --seed and --batch-size.",
+)
 @click.option(
     "--stop-above",
     type=click.FloatRange(min=0),

@@ -104,7 +104,8 @@ def data_options(required: bool = True) -> Callable[[F], F]:
             "--chat/--no-chat",
             default=None,
             help="Whether texts go through the tokenizer's chat template. By default prompts of "
-            "language models do if it has one, and messages always do.",
+            "language models do if it has one, texts after a fit on messages do, and messages "
+            "always do.",
         ),
         click.option(
             "--max-length",
@@ -158,7 +159,8 @@ def task_options(function: F) -> F:
             "--target",
             "targets",
             cls=Values,
-            help='Answers of a language model, one token each: --target " yes" " no".',
+            help="Answers of a language model, one token each, written as behind the prompt: "
+            '--target yes no, or with the space before them, --target " yes" " no".',
         ),
         click.option(
             "--likelihood",

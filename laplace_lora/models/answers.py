@@ -12,6 +12,12 @@ from laplace_lora.data.batches import batch_length
 from laplace_lora.models.changes.narrowing import last_true
 from laplace_lora.models.inputs.unmasked import check_is_masked
 
+# Behind a template or a line break a word is often another token than alone.
+BEHIND = (
+    "`tokenizer(prompt + answer).input_ids[len(tokenizer(prompt).input_ids)]`, with prompts as the "
+    "model reads them, chat template included, and answers with the space of the training, if any"
+)
+
 
 def checked_target_ids(target_ids: Sequence[int] | Tensor, vocabulary: int) -> Tensor:
     """Return answer tokens as a tensor.
@@ -30,16 +36,12 @@ def checked_target_ids(target_ids: Sequence[int] | Tensor, vocabulary: int) -> T
         is_nested = any(isinstance(i, list | tuple) or getattr(i, "ndim", 0) for i in target_ids)
         ids = torch.empty(0) if is_nested else torch.as_tensor(target_ids)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(
-            f"{message}; a tokenizer turns a word of one token into its number: `tokenizer(word, "
-            "add_special_tokens=False).input_ids[0]`"
-        ) from None
+        raise ValueError(f"{message}; the number of an answer's token is {BEHIND}") from None
     if is_nested:
         raise ValueError(
-            f"{message}: lists of tokens, and an answer must be one. A space before a word often "
-            "makes it one, `tokenizer(' yes', add_special_tokens=False).input_ids[0]`; longer "
-            "answers are compared by `laplace_lora.generation.score` of a posterior with "
-            "likelihood='language_modeling'"
+            f"{message}: lists of tokens, and an answer must be one, the one behind a prompt, "
+            f"{BEHIND}; longer answers are compared by `laplace_lora.generation.score` of a "
+            "posterior with likelihood='language_modeling'"
         )
     is_integer = not (ids.is_floating_point() or ids.dtype == torch.bool)
     ids = ids.long() if is_integer else ids

@@ -4,14 +4,17 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoTokenizer, LlamaForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn import functional as F
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from laplace_lora import KronLoraLaplace
 from laplace_lora.commands.reading.plan import PLAN
 from laplace_lora.generation import score
+from laplace_lora.storage.files import CONFIG
 from support.command_line import refused, run
-from support.on_disk import reviews, write_json_lines
+from support.on_disk import CHAT, SIZES, reviews, write_json_lines
+from support.texts import stripping_tokenizer
 
 ANSWERS = ("--target", "bad", "good")
 
@@ -41,6 +44,42 @@ def test_answers_by_token(adapter, data, made, kind):
         texts = [f"user : {text} assistant :" for text in texts]
     expected = la.predict(texts, words).probs.tolist()
     assert [list(p.values()) for p in found] == [pytest.approx(p, abs=1e-5) for p in expected]
+
+
+def test_answers_behind_a_template_are_those_of_its_conversations(tmp_path, data):
+    words = stripping_tokenizer(("the", "film", "meal", "was", "user", ":", "bad", "good"))
+    words.pad_token, words.chat_template = "<0x00>", CHAT.replace(" : ", " :\n")
+    sizes = {**SIZES, "vocab_size": len(words), "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "base")
+    words.save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    args = (tmp_path / "adapter", "--data", data("train", asked))
+    said = run("fit", *args, *ANSWERS, "--labels-as", "names", "-q").stderr
+    losses, answers = [], {}
+    for row in map(asked, reviews(48, 0)):
+        turn = [{"role": "user", "content": row["prompt"]}]
+        prompt = words.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        start, whole = (
+            words(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            for text in (prompt, prompt + row["label"])
+        )
+        assert whole[:, :-1].tolist() == start.tolist()
+        answers[row["label"]] = int(whole[0, -1])
+        losses.append((model(start).logits[0, -1], row["label"]))
+    ids = [answers["bad"], answers["good"]]
+    assert words.convert_ids_to_tokens(ids) == ["bad", "good"]
+    assert "alone it would be the tokens '▁bad'" in said
+    saved = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    assert saved["arguments"]["target_ids"] == ids
+    targets = torch.tensor([ids.index(answers[label]) for _, label in losses])
+    expected = F.cross_entropy(torch.stack([x for x, _ in losses])[:, ids], targets).item()
+    run("evaluate", *args, "--out", tmp_path / "scores.json", "-q")
+    (of_map, *_) = json.loads((tmp_path / "scores.json").read_text())
+    assert of_map["values"]["NLL"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_chat_template_is_the_fit_s_unless_said_otherwise(adapter, data):
@@ -182,6 +221,35 @@ def test_conversations_are_scored_in_the_last_message(adapter, data):
     question = data("test", lambda row: {"messages": conversation(row)["messages"][:1]})
     assert "last message is not the assistant's" in refused("score", folder, "--data", question)
     run("generate", folder, "--data", question, "--max-new-tokens", 1, "--top-k", 4, "-q")
+
+
+@pytest.mark.slow
+def test_prompts_after_a_fit_on_messages_go_through_the_chat_template(adapter, data, tmp_path):
+    def turns(row):
+        return [{"role": "user", "content": row["prompt"]}]
+
+    def messages(row):
+        answer = {"role": "assistant", "content": row["completion"].strip()}
+        return {"messages": [*turns(row), answer]}
+
+    folder, rows = adapter("chat"), completed(24, 0)
+    run("fit", folder, "--data", write_json_lines(tmp_path / "f.jsonl", map(messages, rows)), "-q")
+    plan = json.loads((folder / PLAN).read_text())
+    assert plan["chat"] is True
+    told = write_json_lines(tmp_path / "m.jsonl", map(messages, rows[:3]))
+    plain = write_json_lines(tmp_path / "p.jsonl", rows[:3])
+    scored = ("score", folder, "--top-k", 4, "-q", "--data")
+    expected, prompts = run(*scored, told).stdout, (plain, "--text-field", "prompt")
+    assert run(*scored, *prompts).stdout == expected != run(*scored, *prompts, "--no-chat").stdout
+    asked = write_json_lines(tmp_path / "a.jsonl", [{"messages": turns(r)} for r in rows[:3]])
+    written = ("generate", folder, "--max-new-tokens", 2, "--top-k", 4, "-q", "--data")
+    assert run(*written, *prompts).stdout == run(*written, asked).stdout
+    message = refused("score", folder, "--data", data("test"), "--text-field", "text")
+    assert "--no-chat scores plain texts" in message
+    (folder / PLAN).write_text(json.dumps({**plan, "chat": False}))  # of an earlier version
+    assert run(*scored, *prompts).stdout == run(*scored, *prompts, "--no-chat").stdout
+    run("fit", folder, "--data", told, "--no-chat", "--overwrite", "-q")
+    assert json.loads((folder / PLAN).read_text())["chat"] is False
 
 
 def test_commands_that_do_not_fit_the_model(writer, adapter, data):

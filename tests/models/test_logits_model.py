@@ -1,5 +1,7 @@
 """LogitsModel: the same logits as the model's own, from fewer rows and tokens."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from laplace_lora import FullLoraLaplace, KronLoraLaplace, LogitsModel, LoraGGN
 from support.batches import loader, token_batch
 from support.models import ARCHITECTURES, TARGETS, VOCABULARY, peft_model
 from support.references import assert_near
+from support.texts import stripping_tokenizer
 
 LENGTHS = (3, 6, 4, 6, 1)
 LANGUAGE_MODELS = ["llama-lm", "gpt2-lm"]
@@ -159,6 +162,17 @@ def test_nothing_of_the_model_is_registered_twice():
 def test_target_ids_must_be_different_tokens_of_the_vocabulary(target_ids, message):
     with pytest.raises(ValueError, match=message):
         LogitsModel(peft_model("llama-lm"), target_ids=target_ids)
+
+
+def test_the_advice_on_target_ids_holds_behind_a_template():
+    tokenizer, prompt, answer = stripping_tokenizer(("is", "it", "yes")), "is it\n", "yes"
+    with pytest.raises(ValueError) as error:
+        LogitsModel(peft_model("llama-lm"), target_ids=[[1, 2], [3]])
+    (advice,) = re.findall(r"`(tokenizer\(.*?\)\])`", str(error.value))
+    named = {"tokenizer": tokenizer, "prompt": prompt, "answer": answer}
+    token = eval(advice, named)
+    assert [*tokenizer(prompt).input_ids, token] == tokenizer("is it\nyes").input_ids
+    assert tokenizer.convert_ids_to_tokens(token) == "yes"
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16])

@@ -30,12 +30,12 @@ def special_tokenizer(template="h $A"):
     return tokenizer
 
 
-def byte_tokenizer():
-    """GPT-2's bytes, without merges: a character outside ASCII has several tokens."""
+def byte_tokenizer(merges=()):
+    """GPT-2's bytes, with few merges: a character outside ASCII has several tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    tokens = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, list(merges)))
     tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokens.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokens)

@@ -126,6 +126,11 @@ def is_preference(rows: Sequence[Row]) -> bool:
     return {CHOSEN, REJECTED} <= set(present_in(rows))
 
 
+def has_conversations_only(rows: Sequence[Row], name: str | None) -> bool:
+    """Return whether there are rows, and all have a list of messages in this column."""
+    return bool(rows) and name is not None and all(isinstance(row.get(name), list) for row in rows)
+
+
 def cell(row: Row, name: str | None, number: int, what: str, option: str) -> Any:
     """Return a row's value in a column.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from laplace_lora.commands.reading.adapter import Adapter
-from laplace_lora.commands.reading.columns import CHOSEN, is_preference
+from laplace_lora.commands.reading.columns import CHOSEN, has_conversations_only, is_preference
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
 
@@ -42,8 +42,7 @@ def why_no_eos(adapter: Adapter, plan: Plan, rows: Sequence[Row]) -> str | None:
         return f"a {plan.likelihood} posterior reads texts as the tokenizer gives them"
     is_pair = plan.likelihood == "reward_modeling" and is_preference(rows)
     name = CHOSEN if is_pair else plan.columns.text
-    texts = [] if name is None else [row.get(name) for row in rows]
-    if plan.chat or (texts and all(isinstance(text, list) for text in texts)):
+    if plan.chat or has_conversations_only(rows, name):
         return "conversations end as the chat template has them end"
     if plan.likelihood == "language_modeling" and plan.columns.completion is not None:
         return "completions always end with the token"

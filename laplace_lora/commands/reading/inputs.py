@@ -101,6 +101,19 @@ class Inputs:
             halves[name] = self._cut(self._ended(content), None, number)
         return halves
 
+    def answered(self, row: Row, answer: str) -> list[int]:
+        """Return the tokens of a prompt that `text` takes, with an answer behind it."""
+        prompt, pair = row[self.plan.columns.text or ""], self.plan.columns.pair
+        second = None if pair is None else row.get(pair) or None
+        if isinstance(prompt, str) and second is not None:
+            return list(self._tokens(prompt, second + answer, False)["input_ids"])
+        own = [{"role": "assistant", "content": answer}] if isinstance(prompt, list) else answer
+        return list(self._tokens(self._after(prompt, own, 0), None, False)["input_ids"])
+
+    def is_conversation(self, row: Row) -> bool:
+        """Return whether a row's text goes through the chat template."""
+        return self.plan.chat or isinstance(row.get(self.plan.columns.text or ""), list)
+
     def scored(self, row: Row, number: int) -> Example:
         """Return a whole text, with labels where a language model is scored: after the prompt."""
         columns = self.plan.columns

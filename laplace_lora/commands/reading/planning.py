@@ -7,8 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
-from laplace_lora.commands.reading.answers import target_tokens
-from laplace_lora.commands.reading.columns import Columns, columns_of, is_preference, label_cells
+from laplace_lora.commands.reading.answers import answer_tokens
+from laplace_lora.commands.reading.columns import (
+    Columns,
+    columns_of,
+    has_conversations_only,
+    is_preference,
+    label_cells,
+)
 from laplace_lora.commands.reading.completions import completion_column
 from laplace_lora.commands.reading.ending import appends_eos
 from laplace_lora.commands.reading.labels import classes_of
@@ -60,25 +66,26 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, An
     if targets:
         if names:
             raise ValueError("--target names the classes already; leave --labels out")
-        target_tokens(targets, adapter.tokenizer)  # refuses what are none
         names = targets
     elif likelihood in WITH_CLASSES:
         names = class_names(names, adapter.names, adapter.outputs)
     else:
         names = []
-    labels_as = options.get("labels_as")
-    if likelihood == "classification" and rows is not None:
-        _, labels_as = classes_of(label_cells(rows, columns.label), names, labels_as)
     plan = Plan(
         likelihood,
         columns,
         names,
         bool(targets),
-        uses_chat(adapter, columns, likelihood, options.get("chat")),
+        uses_chat(adapter, columns, likelihood, options.get("chat"), given),
         options.get("max_length") or adapter.max_length,
         bool(options.get("load_in_4bit")),
-        labels_as,
+        options.get("labels_as"),
     )
+    if targets:
+        answer_tokens(adapter, plan, rows)  # refuses what are none
+    if likelihood == "classification" and rows is not None:
+        _, labels_as = classes_of(label_cells(rows, columns.label), names, plan.labels_as)
+        plan = replace(plan, labels_as=labels_as)
     return settled(plan, adapter, given, options)
 
 
@@ -195,7 +202,7 @@ def _likelihood(
     if asked is not None and asked not in possible:
         hint = ""
         if asked == "classification" and adapter.kind == CAUSAL:
-            hint = '; name the answers by --target " yes" " no"'
+            hint = "; name the answers by --target yes no"
         raise ValueError(
             f"--likelihood {asked} does not fit this model; possible: {', '.join(possible)}{hint}"
         )
@@ -209,14 +216,23 @@ def _likelihood_of_head(adapter: Adapter) -> str:
     return PROBLEMS.get(adapter.problem_type, "classification")
 
 
-def uses_chat(adapter: Adapter, columns: Columns, likelihood: str, asked: bool | None) -> bool:
+def uses_chat(
+    adapter: Adapter,
+    columns: Columns,
+    likelihood: str,
+    asked: bool | None,
+    fitted: Sequence[Row] = (),
+) -> bool:
     """Return whether texts go through the chat template; messages always do.
+
+    Texts beside a fit on messages alone do by default, as all that the model was fitted on did.
 
     Args:
         adapter: The model.
         columns: Of the data.
         likelihood: Of the posterior.
         asked: What the user says; ``None`` for the default.
+        fitted: The data of a fit.
 
     Raises:
         ValueError: If it is asked for, and there is none.
@@ -226,7 +242,11 @@ def uses_chat(adapter: Adapter, columns: Columns, likelihood: str, asked: bool |
         raise ValueError("--chat: the tokenizer has no chat template")
     if asked is not None:
         return asked
-    if adapter.kind == HEAD or not has_template or columns.pair is not None:
+    if not has_template or columns.pair is not None:
+        return False
+    if has_conversations_only(fitted, columns.text):
+        return True
+    if adapter.kind == HEAD:
         return False
     # Plain texts without an answer are scored as they are.
     return likelihood != "language_modeling" or columns.completion is not None

@@ -1,14 +1,23 @@
-"""Prompts that end in a space, before answers that begin with one, are pointed out."""
+"""Answers are the tokens that follow the prompts; others that may be meant are pointed out."""
 
 import pytest
 
-from laplace_lora.commands.fitting import warn_if_spaces_meet
+from laplace_lora.commands.answer_warnings import warn_if_other_tokens, warn_if_spaces_meet
 from laplace_lora.commands.reading.adapter import CAUSAL, SEQ2SEQ, Adapter
+from laplace_lora.commands.reading.answers import answer_tokens, target_tokens
 from laplace_lora.commands.reading.columns import Columns
 from laplace_lora.commands.reading.plan import Plan
+from laplace_lora.commands.reading.planning import plan_fit
 from support.on_disk import tokenizer
+from support.texts import byte_tokenizer, stripping_tokenizer
 
 ROWS = [{"text": "ab: "}, {"text": "ab:"}, {"text": [{"role": "user", "content": "ab "}]}]
+WORDS = ("is", "it", "A", ":", "(", "<u>", "<a>", "yes", "no", "ityes", "itno")
+MERGES = [("y", "e"), ("ye", "s"), ("n", "o"), ("Ġ", "yes"), ("Ġ", "no")]
+CHAT = (
+    "{% for m in messages %}{{ '<u>' if m['role'] == 'user' else '<a>' }}\n{{ m['content'] }}\n"
+    "{% endfor %}{% if add_generation_prompt %}<a>\n{% endif %}"
+)
 
 
 class Spaced:
@@ -27,6 +36,127 @@ class Spaced:
 
     def convert_ids_to_tokens(self, ids):
         return [self.words[i] for i in ids]
+
+
+def adapter(kind, template=None):
+    made = {"sentencepiece": lambda: stripping_tokenizer(WORDS), "bytes": _bytes}[kind]()
+    made.chat_template = template
+    return Adapter(None, made, CAUSAL, 0, [], None, None)
+
+
+def _bytes():
+    return byte_tokenizer(MERGES)
+
+
+def plan(*names, chat=False):
+    return Plan("classification", Columns("text"), list(names), targets=True, chat=chat)
+
+
+def found(model, plan, *texts):
+    ids = answer_tokens(model, plan, [{"text": text} for text in texts])
+    return model.tokenizer.convert_ids_to_tokens(ids)
+
+
+def said(capsys, model, plan, *texts):
+    warn_if_other_tokens(model, plan, [{"text": text} for text in texts])
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt", "names", "tokens"),
+    [
+        ("sentencepiece", "is it\n", ["no", "yes"], ["no", "yes"]),
+        ("sentencepiece", "is it (", ["no", "yes"], ["no", "yes"]),
+        ("sentencepiece", "A:", [" no", " yes"], ["▁no", "▁yes"]),
+        ("sentencepiece", "is it", ["no", "yes"], ["▁no", "▁yes"]),  # or they run together
+        ("bytes", "A:\n", ["no", "yes"], ["no", "yes"]),
+        ("bytes", "A:", [" no", " yes"], ["Ġno", "Ġyes"]),
+        ("bytes", "A: ", [" no", " yes"], ["Ġno", "Ġyes"]),  # which another warning is about
+    ],
+)
+def test_answers_are_the_tokens_of_the_text_that_they_complete(kind, prompt, names, tokens):
+    model = adapter(kind)
+    assert found(model, plan(*names), prompt) == tokens
+    for name, token in zip(names, tokens, strict=True):
+        joined = prompt + ("" if prompt != "is it" else " ") + name
+        expected = [*model.tokenizer(prompt)["input_ids"]]
+        expected += model.tokenizer.convert_tokens_to_ids([token])
+        assert model.tokenizer(joined)["input_ids"] == expected
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
+def test_behind_a_chat_template_answers_are_tokens_of_the_assistant_s_message(kind):
+    model = adapter(kind, CHAT)
+    texts = "is it", [{"role": "user", "content": "it"}]
+    assert found(model, plan("no", "yes", chat=True), *texts) == ["no", "yes"]
+    trimming = adapter(kind, CHAT.replace("m['content']", "m['content'] | trim"))
+    assert found(trimming, plan(" no", " yes", chat=True), *texts) == ["no", "yes"]
+    asked = {"targets": ["no", "yes"], "labels_as": "names"}
+    fit = plan_fit(model, [{"text": "is it", "label": "yes"}], asked)
+    assert fit.chat and fit.names == ["no", "yes"] and fit.labels_as == "names"
+
+
+def test_second_texts_precede_the_answer():
+    model = adapter("sentencepiece")
+    pairs = Plan("classification", Columns("text", "pair"), ["no", "yes"], targets=True)
+    ids = answer_tokens(model, pairs, [{"text": "is", "pair": "it\n"}])
+    assert model.tokenizer.convert_ids_to_tokens(ids) == ["no", "yes"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "texts", "names", "message"),
+    [
+        ("bytes", ["A: "], ["no", "yes"], r"'no' alone, .* in \['A', ':', 'Ġ'\], .*'Ġno'\]. If"),
+        ("bytes", ["A:"], ["no!", "yes!"], r"'no!' is 2 tokens of this tokenizer, \['no', '!'\]"),
+        ("sentencepiece", ["is\n", "it"], ["no", "yes"], "'no' behind .* row 1, and '▁no' .* 2;"),
+        ("bytes", ["A:"], ["no", "no"], "two answers are the same token"),
+        ("bytes", ["A:"], ["no"], "needs two answers or more"),
+    ],
+)
+def test_what_follows_no_prompt_as_one_token_is_refused(kind, texts, names, message):
+    with pytest.raises(ValueError, match=message):
+        found(adapter(kind), plan(*names), *texts)
+
+
+def test_what_a_template_writes_before_an_answer_is_no_answer():
+    model = adapter("bytes", CHAT.replace("\n{{ m['content'] }}", "\n*{{ m['content'] }}"))
+    with pytest.raises(ValueError, match=r"becomes \[.*'\*', 'no'.*\. The chat .* --no-chat"):
+        found(model, plan("no", "yes", chat=True), "is it")
+    model = adapter("bytes", CHAT)
+    with pytest.raises(ValueError, match=r"'no!' is 2 tokens"):  # not what they have in common
+        found(model, plan("no!", "yes!", chat=True), "is it")
+
+
+def test_without_prompts_before_them_answers_are_tokens_alone():
+    model = adapter("sentencepiece")
+    alone = target_tokens(["no", "yes"], model.tokenizer)
+    assert answer_tokens(model, plan("no", "yes"), None) == alone
+    encoder_decoder = Adapter(None, model.tokenizer, SEQ2SEQ, 0, [], None, None)
+    assert answer_tokens(encoder_decoder, plan("no", "yes"), [{"text": "is it\n"}]) == alone
+    warn_if_other_tokens(encoder_decoder, plan("no", "yes"), [{"text": "is it\n"}])
+
+
+def test_tokens_that_differ_alone_are_pointed_out(capsys):
+    model = adapter("sentencepiece", CHAT)
+    names = plan("no", "yes", chat=True)
+    warning = said(capsys, model, names, "is it")
+    ids = model.tokenizer.convert_tokens_to_ids(["no", "yes", "▁no", "▁yes"])
+    no, yes, alone_no, alone_yes = ids
+    assert f"\"no\" \"yes\" means the tokens 'no' ({no}), 'yes' ({yes}), which" in warning
+    assert f"alone it would be the tokens '▁no' ({alone_no}), '▁yes' ({alone_yes})" in warning
+    assert warning.rstrip().endswith('say --target " no" " yes"')
+    assert found(model, plan(" no", " yes", chat=True), "is it") == ["▁no", "▁yes"]
+    trimming = adapter("sentencepiece", CHAT.replace("m['content']", "m['content'] | trim"))
+    assert "give their numbers from Python" in said(capsys, trimming, names, "is it")
+    assert not said(capsys, adapter("bytes", CHAT), names, "is it")
+    assert not said(capsys, adapter("sentencepiece"), plan(" no", " yes"), "A:")
+
+
+def test_spaces_before_an_assistant_s_answer_are_pointed_out(capsys):
+    names = plan(" no", " yes", chat=True)
+    warning = said(capsys, adapter("bytes", CHAT), names, "is it")
+    assert 'say --target "no" "yes", which means the tokens \'no\' (' in warning
+    assert not said(capsys, adapter("bytes"), plan(" no", " yes"), "A:")
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,16 @@ def test_options_of_classes_are_refused_where_there_are_none(likelihood, again):
     assert planned(likelihood, again).names == []
 
 
+def test_texts_after_a_fit_on_messages_alone_go_through_the_chat_template():
+    turns, text = {"text": [{"role": "user", "content": "the film"}]}, {"text": "the film"}
+    for kind in (CAUSAL, HEAD):
+        adapter = Adapter(None, tokenizer(chat=True), kind, 1, [], None, 24)
+        assert plan_fit(adapter, [turns, turns], {}).chat
+        assert not plan_fit(adapter, [turns, turns], {"chat": False}).chat
+        assert not plan_fit(adapter, [turns, text], {}).chat
+        assert not plan_fit(adapter, None, {}).chat
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_lists_of_classes_have_one_form(again):
     with pytest.raises(ValueError, match="--labels-as: a multilabel posterior's labels are lists"):

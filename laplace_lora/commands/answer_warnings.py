@@ -1,0 +1,92 @@
+"""Point out answers that may be other tokens than those of the training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import click
+
+from laplace_lora.commands.reading.adapter import CAUSAL, Adapter
+from laplace_lora.commands.reading.answers import alone, answer_tokens, prompts_with_space
+from laplace_lora.commands.reading.inputs import Inputs
+from laplace_lora.commands.reading.plan import Plan
+from laplace_lora.commands.reading.rows import Row
+
+
+def warn_if_other_tokens(adapter: Adapter, plan: Plan, rows: Sequence[Row]) -> None:
+    """Warn if answers are other tokens behind the prompts than alone, or without their space.
+
+    Nothing beside an adapter says by which tokens it was trained to answer.
+
+    Args:
+        adapter: The model.
+        plan: How rows are read.
+        rows: The training data.
+    """
+    if not plan.targets or adapter.kind != CAUSAL:
+        return
+    tokenizer, ids = adapter.tokenizer, answer_tokens(adapter, plan, rows)
+    of_alone = [alone(name, tokenizer) for name in plan.names]
+    taken = f"behind the prompts, --target {_quoted(plan.names)} means {_named(ids, tokenizer)}"
+    if of_alone != [[i] for i in ids]:
+        others = [i for tokens in of_alone for i in tokens]
+        spaced = [f" {name}" for name in plan.names]
+        way = "give their numbers from Python, as `target_ids`"
+        if _tokens_of(spaced, adapter, plan, rows) == others:
+            way = f"say --target {_quoted(spaced)}"
+        click.echo(
+            f"Warning: {taken}, which the posterior covers; alone it would be "
+            f"{_named(others, tokenizer)}. If the adapter was trained to answer with these, {way}",
+            err=True,
+        )
+    elif any(name != name.lstrip() for name in plan.names):
+        bare = [name.lstrip() for name in plan.names]
+        others = _tokens_of(bare, adapter, plan, rows)
+        if Inputs(adapter, plan).is_conversation(rows[0]) and others not in ([], ids):
+            click.echo(
+                f"Warning: {taken}. An assistant's messages seldom begin with a space: if those of "
+                f"its training did not, say --target {_quoted(bare)}, which means "
+                f"{_named(others, tokenizer)}",
+                err=True,
+            )
+
+
+def _tokens_of(names: list[str], adapter: Adapter, plan: Plan, rows: Sequence[Row]) -> list[int]:
+    """Return the tokens of other answers; none if there is not one for each."""
+    try:
+        return answer_tokens(adapter, replace(plan, names=names), rows)
+    except ValueError:
+        return []
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return " ".join(f'"{name}"' for name in names)
+
+
+def _named(ids: Sequence[int], tokenizer: Any) -> str:
+    names = tokenizer.convert_ids_to_tokens(ids)
+    named = [f"{name!r} ({i})" for name, i in zip(names, ids, strict=True)]
+    return f"the tokens {', '.join(named)}"
+
+
+def warn_if_spaces_meet(adapter: Adapter, plan: Plan, rows: Sequence[Row]) -> None:
+    """Warn if prompts end in a space before answers that begin with one.
+
+    Args:
+        adapter: The model.
+        plan: How rows are read.
+        rows: The training data.
+    """
+    if not plan.targets or plan.chat or adapter.kind != CAUSAL or plan.columns.text is None:
+        return
+    prompts = [row.get(plan.columns.text) for row in rows]
+    count = len(prompts_with_space(prompts, plan.names, adapter.tokenizer))
+    if count:
+        click.echo(
+            f"Warning: {count} of {len(rows)} prompts end in a space, and answers among "
+            f"{', '.join(map(repr, plan.names))} begin with one, so the model is asked for two "
+            "spaces in a row. Leave it out of the prompts, if those of its training had none",
+            err=True,
+        )
