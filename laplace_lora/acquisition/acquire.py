@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from laplace_lora.acquisition.bait import bait
 from laplace_lora.acquisition.batch_bald import batch_bald
-from laplace_lora.acquisition.joint_samples import joint_samples
+from laplace_lora.acquisition.joint_samples import JointSamples, joint_samples
 from laplace_lora.data.order import check_order
 from laplace_lora.display.tables import plain
+from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.predictive.data_sets import predict
 from laplace_lora.predictive.glm import Predictor
@@ -21,7 +23,10 @@ from laplace_lora.structures.posterior import Posterior
 
 SINGLE = {"entropy": "entropy", "bald": "mutual_information"}
 METHODS = (*SINGLE, "batchbald", "bait")
-SAMPLES = 128
+SAMPLES = 128  # of the weights
+DRAWS = 2048  # of a pool's outputs, for their joint information
+ROOM = 2**27  # numbers: draws of a pool with more examples and classes are fewer
+MARGIN = 1.5  # nats below what the draws can hold; beyond, picks come ever closer to random ones
 
 
 @dataclass(frozen=True)
@@ -85,12 +90,32 @@ def acquire(
         scores, indices = worth.sort(descending=True, stable=True)
         return Acquisition(indices[:n].cpu(), scores[:n].cpu(), method)
     count = SAMPLES if n_samples is None else n_samples
-    samples = joint_samples(posterior, *data, count, generator, progress_bar)
+    source = seeded(posterior, generator)
+    samples = joint_samples(posterior, *data, count, source, progress_bar)
     _check_size(n, len(samples.mean))
     if method == "bait":
         return Acquisition(*bait(samples, n), method)
-    source = seeded(posterior, generator)
-    return Acquisition(*batch_bald(samples.log_probabilities(), n, source), method)
+    return Acquisition(*_most_informative(samples, n, source), method)
+
+
+def _most_informative(
+    samples: JointSamples, n: int, source: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Choose by joint information, and warn where there is more of it than samples can hold."""
+    examples, contrasts = samples.mean.shape
+    samples = samples.more(min(DRAWS, ROOM // (examples * (contrasts + 1))), source)
+    chosen, gains = batch_bald(samples.log_probabilities(), n, source)
+    draws = len(samples.deviations)
+    sums = gains.cumsum(0)
+    told = 1 + int((sums < math.log(draws) - MARGIN).sum())
+    if told < n:
+        warn(
+            f"the first {told} of {n} examples hold {sums[told - 1]:.1f} nats, about all that "
+            f"{draws} samples can tell, ln({draws}) = {math.log(draws):.1f}; the others are "
+            "chosen more and more at random, and their scores are too small. Label the first "
+            "ones and fit again before you choose more, or use method='bait'"
+        )
+    return chosen, gains
 
 
 def _check_size(n: int, examples: int) -> None:

@@ -19,6 +19,9 @@ def batch_bald(
     ``m`` of the labels chosen before: all of them, or as many as `CONFIGURATIONS`, drawn from their
     distribution.
 
+    ``S`` samples hold at most ``ln S`` nats: once the labels that are chosen hold ``I``, about
+    ``S e^-I`` samples still count.
+
     Args:
         log_p: Log probabilities under samples of the weights, ``(samples, examples, classes)``.
         n: How many to choose.

@@ -32,6 +32,23 @@ class JointSamples:
     mean: Tensor
     deviations: Tensor
 
+    def more(self, count: int, generator: torch.Generator) -> JointSamples:
+        """Return at least so many samples, drawn with the covariance that these have.
+
+        The linearised model's outputs are Gaussian, so that of a finite pool they can be drawn
+        without the weights, whose number they do not depend on.
+
+        Args:
+            count: How many there are to be.
+            generator: Their source.
+        """
+        known = self.deviations
+        if count <= len(known):
+            return self
+        size = (count, len(known))
+        noise = torch.randn(size, dtype=known.dtype, device=known.device, generator=generator)
+        return JointSamples(self.mean, torch.tensordot(noise / len(known) ** 0.5, known, 1))
+
     def log_probabilities(self) -> Tensor:
         """Return log probabilities of the classes, ``(samples, examples, classes)``, float64."""
         contrasts = (self.mean + self.deviations).double()

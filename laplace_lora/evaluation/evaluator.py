@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.data.batches import Batch, batch_labels
+from laplace_lora.data.batches import Batch
 from laplace_lora.data.distributed import together
 from laplace_lora.data.order import check_order
-from laplace_lora.data.pairs import as_pairs, is_pair
 from laplace_lora.evaluation.conformal import conformal_sets
 from laplace_lora.evaluation.report import CalibrationReport
 from laplace_lora.evaluation.risk_control import ANSWERED, answering_threshold, check_share
@@ -69,9 +68,11 @@ def evaluate(
             preference pairs without labels the chosen text wins; a reward model's may have any
             form that `as_pairs` takes.
         name: Name of the method, for tables and plots.
-        ood_loader: Batches of out-of-distribution inputs, whose labels are ignored; adds
-            ``"OOD AUROC"`` and ``"OOD FPR95"`` by predictive entropy, and ``"OOD AUROC (MI)"`` and
-            ``"OOD FPR95 (MI)"`` by mutual information where ``predict`` provides it.
+        ood_loader: Batches of out-of-distribution inputs; adds ``"OOD AUROC"`` and ``"OOD FPR95"``
+            by predictive entropy, and ``"OOD AUROC (MI)"`` and ``"OOD FPR95 (MI)"`` by mutual
+            information where ``predict`` provides it. Labels are ignored, but those of tokens say
+            which count, as in ``loader``: all but -100. Tokens of unlabelled texts all count, with
+            a warning.
         conformal_loader: Labelled batches on which nothing was trained or tuned. From them every
             example gets a set of classes, see `conformal_sets`; adds ``"coverage"``, the share of
             sets that hold the label, and ``"set size"``, the mean number of classes in one.
@@ -111,27 +112,24 @@ def evaluate(
     key = label_key_of(predict) if label_key is None else label_key
     threshold, independent = None, has_independent_labels(predict)
     by_example = partial(with_suffixes, label_key=key) if reads_pairs(predict) else None
-
-    def labels_of(batch: Batch) -> Tensor:
-        pairs = as_pairs(batch, key) if is_pair(batch) else batch
-        return batch_labels(pairs, key).cpu()
-
     with together(loader, ood_loader, conformal_loader, runs=model_of(predict)) as team:
         batches = team.batches(loader, f"Evaluating {name}", progress_bar, by_example)
-        scored = predicted_rows(team, predict, batches, labels_of, independent)
+        scored = predicted_rows(team, predict, batches, key, independent)
         if not scored:
             raise ValueError("the loader is empty")
         outside = None
         if ood_loader is not None:
             title = f"Evaluating {name}, out of distribution"
             batches = team.batches(ood_loader, title, progress_bar, by_example)
-            outside = predicted_rows(team, predict, batches, None, scored["labels"].ndim == 2)
+            outside = predicted_rows(
+                team, predict, batches, key, scored["labels"].ndim == 2, outside=True
+            )
             if not outside:
                 raise ValueError("the out-of-distribution loader is empty")
         if conformal_loader is not None:
             title = f"Calibrating {name}"
             batches = team.batches(conformal_loader, title, progress_bar, by_example)
-            apart = predicted_rows(team, predict, batches, labels_of, independent)
+            apart = predicted_rows(team, predict, batches, key, independent)
             if not apart:
                 raise ValueError("the loader of conformal sets is empty")
             y = _exchangeable_labels(apart)

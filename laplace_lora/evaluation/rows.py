@@ -9,10 +9,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from laplace_lora.data.batches import Batch, has_labels, model_inputs
+from laplace_lora.data.batches import Batch, batch_labels, has_labels, model_inputs
 from laplace_lora.data.distributed import Together
 from laplace_lora.data.pairs import as_pairs, is_pair, is_stacked
-from laplace_lora.evaluation.token_rows import by_token, same_width
+from laplace_lora.evaluation.token_rows import MARKS, by_token, same_width, token_marks
 from laplace_lora.tuning.validation.calibration_error import ROUNDING, are_fractions
 
 
@@ -106,8 +106,9 @@ def predicted_rows(
     team: Together,
     predict: Predict,
     batches: Iterable[Batch],
-    labels: Callable[[Batch], Tensor] | None,
+    label_key: str,
     independent: bool | None,
+    outside: bool = False,
 ) -> dict[str, Tensor]:
     """Return probabilities, labels and mutual information, where there are any, of all examples.
 
@@ -115,9 +116,11 @@ def predicted_rows(
         team: The processes that share the data.
         predict: From a batch to probabilities or `Predictions`.
         batches: Of this process.
-        labels: From a batch to its labels; of two dimensions they are independent of each other.
+        label_key: Key of the labels. Labels of two dimensions are independent of each other.
         independent: Whether they are, whatever their dimensions. ``None`` if nothing says so: then
             those of a single column of probabilities are.
+        outside: Whether the data are out of distribution: then labels say which tokens count, and
+            nothing else.
 
     Returns:
         ``"p"``, and where there are any ``"labels"`` and ``"information"``, on the CPU; nothing if
@@ -126,12 +129,14 @@ def predicted_rows(
     Raises:
         ValueError: If ``predict`` does not return probabilities.
     """
-    columns: dict[str, list[Tensor | None]] = {"p": [], "labels": [], "information": []}
+    names = ("p", "labels", MARKS, "information")
+    columns: dict[str, list[Tensor | None]] = {name: [] for name in names}
     for batch in batches:
         p, information = _probabilities(predict, batch)
-        y = None if labels is None else _with_columns(labels(batch), p, independent)
+        y = None if outside else _with_columns(_labels(batch, label_key), p, independent)
+        marks = token_marks(batch, label_key, p) if outside and p.ndim == 3 else None
         p = _checked(p, y, p.ndim == 2 and bool(independent if y is None else y.ndim == 2))
-        row = (p, y, information)
+        row = (p, y, marks, information)
         for column, value in zip(columns.values(), row, strict=True):
             column.append(value)
     present = {
@@ -165,6 +170,11 @@ def _probabilities(predict: Predict, batch: Batch) -> tuple[Tensor, Tensor | Non
     # In float32 confidences above 1 - 3e-8 are all 1, and probabilities below 1e-45 none.
     p = p if p.dtype == torch.float64 else p.float()
     return p, None if information is None else information.detach().cpu()
+
+
+def _labels(batch: Batch, label_key: str) -> Tensor:
+    pairs = as_pairs(batch, label_key) if is_pair(batch) else batch
+    return batch_labels(pairs, label_key).cpu()
 
 
 def _with_columns(y: Tensor, p: Tensor, independent: bool | None) -> Tensor:

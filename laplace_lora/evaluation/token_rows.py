@@ -7,11 +7,34 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from laplace_lora.data.batches import Batch, batch_labels, has_labels
 from laplace_lora.data.columns import padded
 from laplace_lora.data.distributed import Together
+from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.language_modeling import IGNORED
 
 TEXT = "text"  # column with the number of each token's text
+MARKS = "marks"  # column that says which out-of-distribution tokens count
+LABELLED, UNLABELLED = 0, 1  # marks beside `IGNORED`: of a token with a label, of all without any
+
+
+def token_marks(batch: Batch, label_key: str, p: Tensor) -> Tensor:
+    """Return which tokens of out-of-distribution texts count, by labels whose values do not.
+
+    Args:
+        batch: Of texts, with labels or without.
+        label_key: Key of the labels.
+        p: Probabilities of the tokens, ``(texts, tokens, classes)``.
+
+    Returns:
+        ``(texts, tokens)``: `LABELLED` or `IGNORED`, or `UNLABELLED` if there is no label per
+        token.
+    """
+    shape = p.shape[:2]
+    labels = batch_labels(batch, label_key).cpu() if has_labels(batch, label_key) else None
+    if labels is None or labels.shape != shape:
+        return torch.full(shape, UNLABELLED)
+    return torch.where(labels == IGNORED, IGNORED, LABELLED)
 
 
 def same_width(columns: Mapping[str, Sequence[Tensor]], team: Together) -> dict[str, list[Tensor]]:
@@ -40,8 +63,8 @@ def same_width(columns: Mapping[str, Sequence[Tensor]], team: Together) -> dict[
 def by_token(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return rows of tokens with a column for their text; rows of single examples unchanged.
 
-    Tokens without a label are left out where there are labels, and padding, whose probabilities are
-    zeros, everywhere.
+    Tokens without a label are left out where there are labels or `token_marks`, and padding, whose
+    probabilities are zeros, everywhere.
 
     Args:
         rows: Columns as `same_width` makes them, of all batches.
@@ -54,10 +77,25 @@ def by_token(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
     counted = rows["p"].sum(-1) > 0
     if "labels" in rows:
         counted &= rows["labels"] != IGNORED
+    elif MARKS in rows:
+        counted &= _is_marked(rows[MARKS])
     if not bool(counted.any()):
         raise ValueError("no token has a label that counts: all are -100")
     flat = {name: column[counted] for name, column in rows.items()}
     return {**flat, TEXT: counted.nonzero(as_tuple=True)[0]}
+
+
+def _is_marked(marks: Tensor) -> Tensor:
+    """Return which tokens count by their marks; all where labels are no more than a filling."""
+    is_filling = not bool((marks == LABELLED).any())
+    if is_filling or bool((marks == UNLABELLED).any()):
+        warn(
+            "out-of-distribution texts have no labels of their tokens, so that all tokens count, "
+            "special ones and further parts of words too, while of the data only those with a "
+            "label do; the OOD metrics then tell kinds of tokens apart as well. Give these texts "
+            "labels of -100 where a token is not to count, and any class elsewhere"
+        )
+    return torch.ones_like(marks, dtype=torch.bool) if is_filling else marks != IGNORED
 
 
 def count_drawn(rows: Mapping[str, Tensor]) -> int:

@@ -204,7 +204,9 @@ class PredictedLaplace(EvidenceLaplace):
         * ``"bald"``: the largest mutual information of label and weights (Houlsby et al. 2011,
           arXiv:1112.5745), each example for itself.
         * ``"batchbald"``: the largest joint mutual information, so that not all of a batch are
-          alike, see `batch_bald`; scores are the information that each adds, in nats.
+          alike, see `batch_bald`; scores are the information that each adds, in nats. From ``S``
+          samples they sum to about ``ln S`` at most; near that, picks are noise, and a warning says
+          from where on.
         * ``"bait"``: the smallest predictive variance of the pool afterwards, see `bait`; scores
           are by how much it would rise without each.
 
@@ -215,7 +217,9 @@ class PredictedLaplace(EvidenceLaplace):
             tokenizer: The model's. Texts need it, and rows of different lengths.
             batch_size: Texts or rows per batch.
             n_samples: Samples of the weights for the last two, 128 by default, for which each
-                example's Jacobian is taken once; for the first two as in `predict`.
+                example's Jacobian is taken once. From their covariance ``"batchbald"`` draws 2048
+                samples of the pool's outputs (fewer if examples times classes are above 65 536),
+                and takes the weights' own if these are more. For the first two as in `predict`.
             generator: Their source, on the posterior's device; a fixed seed by default.
             progress_bar: Whether to show progress, see `progress`.
 

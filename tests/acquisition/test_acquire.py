@@ -1,7 +1,10 @@
 """Acquisition against exact joint quantities: enumerated labels, explicit Fisher information."""
 
 import itertools
+import math
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
@@ -19,6 +22,7 @@ from transformers.trainer_pt_utils import (
 )
 
 from laplace_lora import KronLoraLaplace, LoraGGN
+from laplace_lora.acquisition import acquire as acquire_file
 from laplace_lora.acquisition import batch_bald as batch_bald_file
 from laplace_lora.acquisition.acquire import METHODS
 from laplace_lora.acquisition.bait import bait, fisher_rows
@@ -85,6 +89,60 @@ def test_a_copy_of_an_example_is_not_chosen_twice():
     doubled = torch.cat([log_p, log_p], 1)
     chosen, _ = batch_bald(doubled, 3)
     assert sorted(n % 3 for n in chosen.tolist()) == [0, 1, 2]
+
+
+def test_more_samples_have_the_same_covariance():
+    samples = random_samples()
+    found = samples.more(40000, seeded())
+    assert found.deviations.shape == (40000, 7, 2) and found.mean is samples.mean
+    flat, known = found.deviations.flatten(1), samples.deviations.flatten(1)
+    exact = known.T @ known / 8
+    assert (flat.T @ flat / 40000 - exact).norm() < 0.02 * exact.norm()
+    assert samples.more(8, seeded()) is samples
+
+
+def test_scores_hold_more_than_the_samples_of_the_weights_can():
+    """Independent outputs, whose information adds up: of one by quadrature."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    p = torch.from_numpy(3 * nodes).sigmoid()
+    weights = torch.from_numpy(weights / weights.sum())
+    mean = weights @ p
+    noise = torch.special.entr(p) + torch.special.entr(1 - p)
+    one = float(torch.special.entr(mean) + torch.special.entr(1 - mean) - weights @ noise)
+    deviations = 3 * torch.randn(128, 15, 1, generator=seeded(), dtype=torch.float64)
+    few = JointSamples(torch.zeros(15, 1, dtype=torch.float64), deviations)
+    sums = [
+        float(batch_bald(s.log_probabilities(), 15, seeded())[1].sum())
+        for s in (few, few.more(2048, seeded()))
+    ]
+    assert sums[1] == pytest.approx(15 * one, rel=0.05)
+    assert sums[0] < 0.9 * 15 * one
+
+
+def test_scores_sum_to_the_joint_information_of_a_wide_posterior():
+    la = posterior(name="bert")
+    la.prior_precision = 1e-3
+    found = la.acquire(loader(), 7, n_samples=64)
+    many = joint_samples(la.fitted, loader(), None, 7, 4000, None, False)
+    exact = joint_information(many.log_probabilities(), found.indices.tolist())
+    assert float(found.scores.sum()) == pytest.approx(exact, rel=0.05)
+
+
+def test_a_warning_says_from_where_on_picks_are_noise(monkeypatch):
+    la = posterior(name="bert")
+    la.prior_precision = 1e-4
+    monkeypatch.setattr(acquire_file, "DRAWS", 64)
+    with pytest.warns(UserWarning, match=r"ln\(64\) = 4.2.*method='bait'") as caught:
+        scores = la.acquire(loader(), 7, n_samples=64).scores
+    told = int(str(caught[0].message).split()[2])
+    assert scores[: told - 1].sum() < math.log(64) - acquire_file.MARGIN <= scores[:told].sum()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        la.acquire(loader(), told, n_samples=64)
+        la.acquire(loader(), 7, "bait")
+    monkeypatch.setattr(acquire_file, "ROOM", 32 * 7 * 3)  # fewer draws of a larger pool
+    with pytest.warns(UserWarning, match="32 samples"):
+        la.acquire(loader(), 7, n_samples=20)
 
 
 def random_samples(samples=8, examples=7, contrasts=2):

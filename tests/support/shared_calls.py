@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from laplace_lora import FullLoraLaplace, KronLoraLaplace
-from laplace_lora.evaluation import TemperatureScaling, evaluate
+from laplace_lora.evaluation import MAP, TemperatureScaling, evaluate
 from laplace_lora.functional import calculate_kronecker_factors
 from laplace_lora.generation import generate, score
 from laplace_lora.posteriors.last_layer_gp import FunctionalLoraLLLaplace
@@ -17,6 +17,7 @@ from support.language import EXACT, language_posterior, text_batch, text_loader
 from support.models import peft_model
 from support.posteriors import LOW
 from support.preferences import related_pairs, reward_posterior
+from support.tokens import tagged_batch, tagged_loader, tagger
 
 
 def posterior(model=None):
@@ -126,6 +127,11 @@ def _evaluate(la, data):
     return torch.cat([torch.tensor(list(report.values.values())), report.mutual_information])
 
 
+def _tags(la, data):
+    report = evaluate(MAP(tagger()), data, ood_loader=data, bootstrap=3)
+    return torch.cat([torch.tensor(list(report.values.values())), report.ood_uncertainty])
+
+
 def _temperature(la, data):
     return torch.tensor([TemperatureScaling(la.logits_model, data).temperature])
 
@@ -169,6 +175,7 @@ CALLS = {
     "temperature": _temperature,
     "gp": _process,
     "factors": _factors,
+    "tags": _tags,
 }
 ON_TRAINING_DATA = ("loo", "auto", "marglik")
 ON_TEXTS = ("widest", "score", "generate")
@@ -177,6 +184,8 @@ ON_TEXTS = ("widest", "score", "generate")
 def data_of(call):
     if call == "pairs":
         return related_pairs()
+    if call == "tags":
+        return tagged_loader(batch=tagged_batch((4, 6, 3, 5, 6, 4, 5))).dataset
     if call in ON_TEXTS:
         return text_loader(batch=text_batch((4, 6, 3, 5, 6, 4, 5), (1, 3, 2, 1, 2, 1, 2))).dataset
     return (loader() if call in ON_TRAINING_DATA else validation()).dataset
