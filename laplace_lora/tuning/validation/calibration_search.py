@@ -87,8 +87,7 @@ def search(
     def losses(z: Any) -> Tensor:
         return predictions.losses(point(z)).double().nan_to_num(WORST, WORST).clamp(max=WORST)
 
-    number = groups.unique(return_inverse=True)[1]
-    folds = number % min(FOLDS, int(number.max()) + 1)
+    folds = folds_of(groups)
     held_out = [folds == fold for fold in folds.unique()]
     everything = torch.ones_like(folds, dtype=torch.bool)
     # A single group has no others: it is scored at the point that it chose.
@@ -118,6 +117,21 @@ def search(
     if not after < before:
         return Found(start, before, before, before)
     return Found(point(best), before, after, total / len(folds))
+
+
+def folds_of(groups: Tensor) -> Tensor:
+    """Return the fold of each row, ``(rows,)``: random ones, the same at every call.
+
+    The order of the data says nothing then: where classes take turns, every fifth row may be of one
+    class, which the values chosen from the others have never seen.
+
+    Args:
+        groups: See `search`; folds have equally many, but for one.
+    """
+    number = groups.unique(return_inverse=True)[1].cpu()
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(int(number.max()) + 1, generator=generator)
+    return (order % FOLDS)[number].to(groups.device)
 
 
 def _posterior_samples(
