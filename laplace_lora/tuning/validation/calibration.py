@@ -28,13 +28,18 @@ from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning.validation.cache import ValidationCache, validation_rows
 from laplace_lora.tuning.validation.cached_rows import CachedRows
 from laplace_lora.tuning.validation.cached_targets import CachedTargets
-from laplace_lora.tuning.validation.calibration_search import PointPredictions, exponential, search
+from laplace_lora.tuning.validation.calibration_search import (
+    PointPredictions,
+    exponential,
+    of_all_rows,
+    search,
+    some_rows,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTHS = (2.0, 1.0, 0.7, 1.0)  # of the priors: log factor, scale, temperature or noise; step
-SEARCHED = 4096  # rows at most; of more, random ones, which leave as little open
 
 
 @dataclass(frozen=True)
@@ -160,18 +165,13 @@ def calibrate(
     rows: CachedRows | CachedTargets = CachedRows(cache, centre, scoring)
     if has_noise:
         rows = CachedTargets(cache, centre, noise, start)
-    part = rows.some(SEARCHED)
+    which = some_rows(cache.y)
+    part = rows if which is None else rows.some(which)
     groups = torch.arange(len(part.cache.y), device=part.cache.y.device)
     found = search(PointPredictions(part.losses, part.events), start, WIDTHS[: len(start)], groups)
-    best, before, after, cross_fitted = found.best, found.before, found.after, found.cross_fitted
-    if part is not rows:
-        before, after = (float(rows.losses(point).double().mean()) for point in (start, best))
-        # Of all rows, as the others are. Those that were not searched had no say in the choice, so
-        # what they lose at the best point is cross-fitted already.
-        share = len(part.cache.y) / len(rows.cache.y)
-        cross_fitted = after + share * (found.cross_fitted - found.after)
-        if not after < before:
-            best, after, cross_fitted = start, before, before
+    if which is not None:
+        found = of_all_rows(found, start, rows.losses)
+    best = found.best
     factor, scale, third = (exponential(value) for value in best[:3])
     noise, temperature = (noise * third, 1.0) if has_noise else (noise, third)
     chosen = replace(
@@ -186,9 +186,9 @@ def calibrate(
         chosen.prior_precision.detach().clone(),
         scale,
         temperature,
-        before,
-        after,
-        cross_fitted,
+        found.before,
+        found.after,
+        found.cross_fitted,
         rows.ece(start),
         rows.ece(best),
         noise if has_noise else None,

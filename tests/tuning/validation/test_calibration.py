@@ -324,7 +324,7 @@ def test_of_many_rows_some_are_searched_and_all_are_scored(monkeypatch):
     whole = posterior(**LOW)
     whole.prior_precision = 0.05
     expected = whole.calibrate(data)
-    monkeypatch.setattr("laplace_lora.tuning.validation.calibration.SEARCHED", 20)
+    monkeypatch.setattr("laplace_lora.tuning.validation.calibration_search.SEARCHED", 20)
     result = la.calibrate(data)
     assert searched[0] > searched[1] == 20
     assert result.nll_before == pytest.approx(before, rel=1e-3)
@@ -342,9 +342,10 @@ def test_of_many_rows_some_are_searched_and_all_are_scored(monkeypatch):
 
 def test_what_some_rows_choose_and_all_refuse_is_not_taken(monkeypatch):
     calibration = "laplace_lora.tuning.validation.calibration"
+    searching = "laplace_lora.tuning.validation.calibration_search"
     la, data = posterior(**LOW), validation()
     bad = Found((9.0, 0.0, -5.0), 0.3, 0.1, 0.2)  # a temperature of a hundredth
-    monkeypatch.setattr(f"{calibration}.SEARCHED", 3)
+    monkeypatch.setattr(f"{searching}.SEARCHED", 3)
     monkeypatch.setattr(f"{calibration}.search", lambda *_: bad)
     result = la.calibrate(data)
     assert result.nll_before == pytest.approx(validation_nll(la), rel=1e-3)
