@@ -76,12 +76,14 @@ class CalibratedLaplace(PredictedLaplace):
         `tuning.calibration`.
         One pass over the data; afterwards ``la(batch)`` uses what was chosen. Calibrate for the
         link that you will predict with.
+        Where ``la(batch)`` averages over samples of the weights, as for 50 classes or more, width
+        and temperature are chosen for these samples; prior and mean stay.
 
         Args:
             val_loader: Validation batches with labels.
             link_approx: Link of the predictive.
             n_samples: Samples for ``"mc"``, common to all candidates.
-            generator: Source of these samples.
+            generator: Source of these samples, or of those of the weights.
             progress_bar: Whether to show progress, see `progress`.
 
         Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,10 @@ from laplace_lora.data.distributed import Together, together
 from laplace_lora.data.one_draw import same_draw
 from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.links import QUADRATURE
+from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
 from laplace_lora.predictive.glm import Predictor
+from laplace_lora.predictive.linear_samples import AUTO as CHEAPER
+from laplace_lora.predictive.linear_samples import SAMPLES, takes_samples
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings, check_positive
 from laplace_lora.tuning.evidence.marginal_likelihood import (
@@ -31,8 +35,11 @@ from laplace_lora.tuning.texts.widest import Widest
 from laplace_lora.tuning.validation.cache import Cache, ValidationCache, scoring_of
 from laplace_lora.tuning.validation.calibration import Calibration, calibrate
 from laplace_lora.tuning.validation.coupled_cache import CoupledCache
+from laplace_lora.tuning.validation.sample_calibration import calibrate_classes
 from laplace_lora.tuning.validation.search import Loss, descend, grid_search
 from laplace_lora.tuning.validation.token_calibration import calibrate_tokens
+
+logger = logging.getLogger(__name__)
 
 
 class Tuner:
@@ -233,6 +240,14 @@ class Tuner:
             with self._together(val_loader) as team:
                 options = (val_loader, team, generator, progress_bar)
                 return calibrate_tokens(self.posterior, *options)
+        sampled = takes_samples(self.posterior, CHEAPER, link, SAMPLES, generator)
+        if sampled and not objective.has_independent_labels:
+            try:
+                with self._together(val_loader) as team:
+                    options = (val_loader, team, generator, progress_bar)
+                    return calibrate_classes(self.posterior, *options)
+            except NoForwardDerivativeError as error:  # predictions are exact then, too
+                logger.info("calibrating exact moments: %s", error)
         predictor = Predictor(self.posterior)
         with self._together(val_loader) as team:
             scoring = scoring_of(self.posterior, link, n_samples, generator, team)

@@ -100,6 +100,8 @@ def test_calibrations():
     nll, ece = drawn(found.plot())
     assert heights(nll) == [found.nll_before, found.nll_after, found.nll_cross_fitted]
     assert heights(ece) == [found.ece_before, found.ece_after]
+    nll, _ = drawn(replace(found, nll_cross_fitted=float("nan")).plot())
+    assert heights(nll) == [found.nll_before, found.nll_after]
 
 
 def test_memory():

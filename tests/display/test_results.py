@@ -1,6 +1,7 @@
 """How results show and convert themselves: against their own tensors."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from io import StringIO
@@ -80,6 +81,11 @@ def test_calibrations_and_memory():
     assert found["prior_precision"] == chosen.prior_precision.tolist()
     assert chosen.to_pandas()["nll_after"].tolist() == [chosen.nll_after]
     assert f"<td>ECE</td><td>{chosen.ece_before:.4g}</td>" in chosen._repr_html_()
+    single = replace(chosen, nll_cross_fitted=math.nan)
+    assert "cross-fitted" in str(chosen) and "nan" not in str(single) + single._repr_html_()
+    assert single.to_pandas()["nll_cross_fitted"].isna().all()
+    text = json.dumps(single.to_dict(), allow_nan=False)
+    assert json.loads(text)["nll_cross_fitted"] is None
     estimate = la.estimate_memory(BATCH)
     found = json.loads(json.dumps(estimate.to_dict()))
     assert found["fit"] == estimate.fit and found["fits"] is True

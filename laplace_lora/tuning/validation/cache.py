@@ -7,6 +7,7 @@ come to at a few eigenvalues, see `SpectrumNodes`.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from laplace_lora.structures.posterior import Posterior
 
 TUNING_POINTS = 256  # of the quadrature, for hundreds of candidates in turn
 EVERY, ZERO, ABOVE = slice(None), slice(0, 1), slice(1, None)  # of a cache's eigenvalues
+LARGE = 2**31  # bytes of a cache; joining its batches takes as much again
 VALIDATION = "Evaluating validation set"  # title of the progress bar
 
 
@@ -186,7 +188,7 @@ class ValidationCache:
         def shares(i: int, e: Tensor) -> Tensor:
             return nodes.shares(e / prior[i]) / prior[i]
 
-        means, labels = [], []
+        means, labels, taken = [], [], 0
         stored: list[list[Tensor]] = [[] for _ in range(max(group_of) + 1)]
         options = (readout, shares, progress_bar, watch, title)
         for mean, y, forms in validation_pass(predictor, loader, team, *options):
@@ -198,6 +200,9 @@ class ValidationCache:
             labels.append(y)
             for group, total in zip(stored, sums, strict=True):
                 group.append(total[:, pairs[0], pairs[1]])
+            had, taken = taken, taken + sum(group[-1].nbytes for group in stored)
+            if had <= LARGE < taken:
+                _announce_size(mean, sum(map(len, means)), taken)
         products = {f"products{i}": group for i, group in enumerate(stored)}
         rows = validation_rows(team, mean=means, y=labels, **products)
         self.mean, self.y = rows["mean"], rows["y"]
@@ -230,6 +235,17 @@ class ValidationCache:
         square[:, pairs[0], pairs[1]] = total
         square[:, pairs[1], pairs[0]] = total
         return square
+
+
+def _announce_size(mean: Tensor, rows: int, taken: int) -> None:
+    columns = mean.shape[1]
+    warnings.warn(
+        f"the validation set takes {taken / 2**30:.1f} GiB after {rows} rows, as every pair of "
+        f"{columns} functions of the outputs has covariances; joining the batches takes as much "
+        "again, and each step scores all of them. Give fewer rows if memory or time runs out: of "
+        "more than 4096 calibrate searches only so many",
+        stacklevel=2,
+    )
 
 
 def _pairs(mean: Tensor) -> Tensor:

@@ -29,13 +29,8 @@ class Cached:
     cache: ValidationCache
     centre: Tensor
 
-    def some(self: Self, count: int) -> Self:
-        """Return random rows, the same at every call; all of them if there are no more."""
-        y = self.cache.y
-        if len(y) <= count:
-            return self
-        generator = torch.Generator().manual_seed(0)
-        which = torch.randperm(len(y), generator=generator)[:count].sort().values.to(y.device)
+    def some(self: Self, which: Tensor) -> Self:
+        """Return some of the rows, by their places."""
         return replace(self, cache=self.cache.some(which), centre=self.centre[which])
 
     def mean(self, point: Any) -> Tensor:

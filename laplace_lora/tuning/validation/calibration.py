@@ -28,13 +28,18 @@ from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning.validation.cache import ValidationCache, validation_rows
 from laplace_lora.tuning.validation.cached_rows import CachedRows
 from laplace_lora.tuning.validation.cached_targets import CachedTargets
-from laplace_lora.tuning.validation.calibration_search import PointPredictions, exponential, search
+from laplace_lora.tuning.validation.calibration_search import (
+    PointPredictions,
+    exponential,
+    of_all_rows,
+    search,
+    some_rows,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTHS = (2.0, 1.0, 0.7, 1.0)  # of the priors: log factor, scale, temperature or noise; step
-SEARCHED = 4096  # rows at most; of more, random ones, which leave as little open
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class Calibration(Result):
         nll_before: Mean validation NLL before, in nats.
         nll_after: And after; on the rows that the choice was made from.
         nll_cross_fitted: After, each fifth of the rows under the values chosen from the others:
-            what to expect on new data.
+            what to expect on new data. Not a number of a single row, or of tokens of a single text,
+            for which no others can choose.
         ece_before: Expected calibration error before, 15 equal-width bins, a fraction; of a
             regression how far the shares of targets below quantiles are from the quantiles' levels.
         ece_after: And after.
@@ -66,10 +72,10 @@ class Calibration(Result):
     sigma_noise: float | None = None
 
     def __str__(self) -> str:
+        expected = f" ({self.nll_cross_fitted:.4f} cross-fitted)" if self._is_cross_fitted else ""
         return (
-            f"{self._chosen()}: validation NLL {self.nll_before:.4f} -> {self.nll_after:.4f} "
-            f"({self.nll_cross_fitted:.4f} cross-fitted), ECE {self.ece_before:.4f} -> "
-            f"{self.ece_after:.4f}"
+            f"{self._chosen()}: validation NLL {self.nll_before:.4f} -> {self.nll_after:.4f}"
+            f"{expected}, ECE {self.ece_before:.4f} -> {self.ece_after:.4f}"
         )
 
     def plot(self) -> Figure:
@@ -78,25 +84,32 @@ class Calibration(Result):
         Raises:
             ImportError: If matplotlib is missing.
         """
-        nll = [self.nll_before, self.nll_after, self.nll_cross_fitted]
-        return change_figure(
-            [
-                ("validation NLL in nats", ["before", "after", "cross-fitted"], nll),
-                ("calibration error", ["before", "after"], [self.ece_before, self.ece_after]),
-            ]
-        )
+        names, nll = ["before", "after"], [self.nll_before, self.nll_after]
+        ece = [self.ece_before, self.ece_after]
+        panels = [("calibration error", names, ece)]
+        if self._is_cross_fitted:
+            names, nll = [*names, "cross-fitted"], [*nll, self.nll_cross_fitted]
+        return change_figure([("validation NLL in nats", names, nll), *panels])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the attributes by name; the prior precision as a list."""
-        return {name: plain(value) for name, value in asdict(self).items()}
+        """Return the attributes by name; the prior precision as a list, and no number as None."""
+        cross_fitted = self.nll_cross_fitted if self._is_cross_fitted else None
+        values = {**asdict(self), "nll_cross_fitted": cross_fitted}
+        return {name: plain(value) for name, value in values.items()}
+
+    @property
+    def _is_cross_fitted(self) -> bool:
+        return not math.isnan(self.nll_cross_fitted)
 
     def _table(self) -> tuple[Columns, str, None]:
-        columns: Columns = {
-            "validation": ["NLL", "NLL, cross-fitted", "ECE"],
-            "before": [self.nll_before, self.nll_before, self.ece_before],
-            "after": [self.nll_after, self.nll_cross_fitted, self.ece_after],
-        }
-        return columns, self._chosen(), None
+        rows = [
+            ("NLL", self.nll_before, self.nll_after),
+            ("NLL, cross-fitted", self.nll_before, self.nll_cross_fitted),
+            ("ECE", self.ece_before, self.ece_after),
+        ]
+        known = [row for row in rows if not math.isnan(row[2])]
+        columns = zip(("validation", "before", "after"), zip(*known, strict=True), strict=True)
+        return {name: list(values) for name, values in columns}, self._chosen(), None
 
     def _chosen(self) -> str:
         last = f"likelihood temperature {self.likelihood_temperature:.3g}"
@@ -152,14 +165,13 @@ def calibrate(
     rows: CachedRows | CachedTargets = CachedRows(cache, centre, scoring)
     if has_noise:
         rows = CachedTargets(cache, centre, noise, start)
-    part = rows.some(SEARCHED)
+    which = some_rows(cache.y)
+    part = rows if which is None else rows.some(which)
     groups = torch.arange(len(part.cache.y), device=part.cache.y.device)
     found = search(PointPredictions(part.losses, part.events), start, WIDTHS[: len(start)], groups)
-    best, before, after = found.best, found.before, found.after
-    if part is not rows:
-        before, after = (float(rows.losses(point).double().mean()) for point in (start, best))
-        if not after < before:
-            best, after = start, before
+    if which is not None:
+        found = of_all_rows(found, start, rows.losses)
+    best = found.best
     factor, scale, third = (exponential(value) for value in best[:3])
     noise, temperature = (noise * third, 1.0) if has_noise else (noise, third)
     chosen = replace(
@@ -174,8 +186,8 @@ def calibrate(
         chosen.prior_precision.detach().clone(),
         scale,
         temperature,
-        before,
-        after,
+        found.before,
+        found.after,
         found.cross_fitted,
         rows.ece(start),
         rows.ece(best),

@@ -10,7 +10,13 @@ from torch.utils.data import DataLoader
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace
 from laplace_lora.likelihoods.sigmoid import binary_log_probabilities
 from laplace_lora.tuning.validation.calibration import WIDTHS
-from laplace_lora.tuning.validation.calibration_search import PointPredictions, search
+from laplace_lora.tuning.validation.calibration_search import (
+    FOLDS,
+    Found,
+    PointPredictions,
+    folds_of,
+    search,
+)
 from support.batches import loader, split_rows, token_batch, validation
 from support.posteriors import DENSE, LOW, posterior
 from support.references import assert_near, validation_nll
@@ -101,13 +107,14 @@ def test_cross_fitting_leaves_out_what_it_scores():
     data = loader(lengths=(4, 6, 2, 5, 3, 6, 1, 4) * 4, seed=7)
     found = la.calibrate(data)
     rows = [row for batch in data for row in split_rows(batch)]
+    folds = folds_of(torch.arange(len(rows)))
     total = 0.0
-    for fold in range(5):
+    for fold in range(FOLDS):
         twin.optimize_prior_precision(method="marglik")  # undoes a calibration
         twin.prior_precision = 1.0
-        others = [row for i, row in enumerate(rows) if i % 5 != fold]
+        others = [row for i, row in enumerate(rows) if folds[i] != fold]
         twin.calibrate(DataLoader(others, batch_size=len(others)))
-        mine = [row for i, row in enumerate(rows) if i % 5 == fold]
+        mine = [row for i, row in enumerate(rows) if folds[i] == fold]
         batch = next(iter(DataLoader(mine, batch_size=len(mine))))
         p = twin(batch).gather(1, batch["labels"].unsqueeze(1))
         total -= float(p.log().sum())
@@ -190,12 +197,63 @@ def test_cross_fitted_are_the_rows_that_were_left_out():
     labels = (torch.rand(20, generator=generator) < torch.sigmoid(mean / 2)).long()
     texts = torch.arange(20) // 2  # of two rows each
     found = search(alike(mean, labels), (0.0,), (0.9,), texts)
+    folds = folds_of(texts)
     total = 0.0
-    for fold in range(5):
-        out = texts % 5 == fold
+    for fold in range(FOLDS):
+        out = folds == fold
         others = search(alike(mean[~out], labels[~out]), (0.0,), (0.9,), texts[~out])
         total += float(alike(mean[out], labels[out]).losses(others.best).sum())
     assert found.cross_fitted == pytest.approx(total / 20, abs=2e-3)
+
+
+def test_cross_fitting_does_not_depend_on_turns_that_classes_take():
+    """Where every fifth row had the same label, no other fold had it."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(200) % 5
+    logits = torch.randn(200, 5, generator=generator).double()
+    classes = torch.arange(5).double()
+
+    def searched(order):
+        def log_probabilities(point):
+            tilt = (classes - 2) * float(point[0])  # how frequent classes are
+            return (logits[order] + tilt).log_softmax(-1)
+
+        def losses(point):
+            return -log_probabilities(point).gather(1, labels[order].unsqueeze(1)).squeeze(1)
+
+        predictions = PointPredictions(losses, lambda point: log_probabilities(point).exp())
+        return search(predictions, (1.0,), (1.0,), torch.arange(200)).cross_fitted
+
+    # With a shuffle by the seed of the folds, turns would be folds again.
+    orders = [torch.randperm(200, generator=generator.manual_seed(seed)) for seed in (0, 1, 42)]
+    found = [searched(order) for order in (torch.arange(200), *orders)]
+    assert max(found) - min(found) < 0.02
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 13, 1000])
+def test_folds_are_random_balanced_and_whole(count):
+    groups = torch.arange(count).repeat(2) + 7
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    folds = folds_of(groups)
+    assert torch.equal(before, torch.get_rng_state())  # global numbers are left alone
+    torch.manual_seed(2)
+    assert torch.equal(folds, folds_of(groups))
+    assert torch.equal(folds[:count], folds[count:])
+    sizes = folds[:count].bincount()
+    assert len(sizes) == min(FOLDS, count) and sizes.max() - sizes.min() <= 1
+    if count == 1000:  # a fifth of every fold in each fifth
+        turns = torch.stack(
+            [folds[start:count:FOLDS].bincount(minlength=FOLDS) for start in range(FOLDS)]
+        )
+        assert (turns.double() - 40).abs().max() < 20
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [0, 0]])
+def test_a_single_text_has_no_others_that_choose_for_it(labels):
+    mean, labels = torch.tensor([2.0, -3.0]).double(), torch.tensor(labels)
+    found = search(alike(mean, labels), (0.0,), (0.9,), torch.zeros(2))
+    assert found.after <= found.before and math.isnan(found.cross_fitted)
 
 
 def test_labels_that_say_nothing_new_leave_the_start():
@@ -251,11 +309,12 @@ def test_a_width_that_labels_speak_against_goes():
 
 @pytest.mark.slow
 def test_of_many_rows_some_are_searched_and_all_are_scored(monkeypatch):
-    searched = []
+    searched, found = [], []
 
     def counted(predictions, start, widths, groups):
         searched.append(len(groups))
-        return search(predictions, start, widths, groups)
+        found.append(search(predictions, start, widths, groups))
+        return found[-1]
 
     monkeypatch.setattr("laplace_lora.tuning.validation.calibration.search", counted)
     la = posterior(**LOW)
@@ -265,10 +324,30 @@ def test_of_many_rows_some_are_searched_and_all_are_scored(monkeypatch):
     whole = posterior(**LOW)
     whole.prior_precision = 0.05
     expected = whole.calibrate(data)
-    monkeypatch.setattr("laplace_lora.tuning.validation.calibration.SEARCHED", 20)
+    monkeypatch.setattr("laplace_lora.tuning.validation.calibration_search.SEARCHED", 20)
     result = la.calibrate(data)
     assert searched[0] > searched[1] == 20
     assert result.nll_before == pytest.approx(before, rel=1e-3)
     assert result.nll_after == pytest.approx(validation_nll(la), rel=1e-3)
     assert result.nll_after < result.nll_before
     assert expected.nll_after <= result.nll_after + 1e-3
+    losses = torch.cat(
+        [-la(batch).gather(1, batch["labels"].unsqueeze(1)).log().squeeze(1) for batch in data]
+    )
+    which = torch.randperm(len(losses), generator=torch.Generator().manual_seed(0))
+    others = losses[which[20:]].sum()
+    cross_fitted = (20 * found[1].cross_fitted + float(others)) / len(losses)
+    assert result.nll_cross_fitted == pytest.approx(cross_fitted, rel=1e-3)
+
+
+def test_what_some_rows_choose_and_all_refuse_is_not_taken(monkeypatch):
+    calibration = "laplace_lora.tuning.validation.calibration"
+    searching = "laplace_lora.tuning.validation.calibration_search"
+    la, data = posterior(**LOW), validation()
+    bad = Found((9.0, 0.0, -5.0), 0.3, 0.1, 0.2)  # a temperature of a hundredth
+    monkeypatch.setattr(f"{searching}.SEARCHED", 3)
+    monkeypatch.setattr(f"{calibration}.search", lambda *_: bad)
+    result = la.calibrate(data)
+    assert result.nll_before == pytest.approx(validation_nll(la), rel=1e-3)
+    assert result.nll_cross_fitted == result.nll_after == result.nll_before
+    assert la.covariance_scale == la.likelihood_temperature == 1
