@@ -92,6 +92,32 @@ def test_packed_weights_change_nothing(name, tmp_path):
         KronLoraLaplace.from_pretrained(model, tmp_path)
 
 
+def test_packed_weights_that_changed_are_noticed_and_another_layout_is_none(tmp_path):
+    model = adapted("bert", replace_linears(base_model("bert"), PackedLinear))
+    la = KronLoraLaplace(model, "classification")
+    la.fit(loader())
+    state = la.state_dict()
+    weight = next(p for p in model.parameters() if p.dtype == torch.uint8)
+    before = weight.data
+    weight.data = (before % 16 * 16 + before // 16).flip(0)
+    la.optimize_prior_precision(n_steps=2)
+    weight.data = before.clone()
+    weight.data[0, 0] ^= 1
+    other = KronLoraLaplace(model, "classification")
+    other.load_state_dict(state)
+    for call in (
+        lambda: la(BATCH),
+        lambda: la.optimize_prior_precision(n_steps=2),
+        lambda: la.save_pretrained(tmp_path),
+        lambda: la.fit(loader(), override=False),
+        lambda: other(BATCH),
+    ):
+        with pytest.raises(RuntimeError, match=r"quantised weights '.*' have changed since"):
+            call()
+    weight.data = before
+    assert la(BATCH).isfinite().all()
+
+
 def test_an_adapter_loaded_for_inference_is_made_trainable_over_packed_weights(tmp_path):
     from peft import PeftModel
 
@@ -204,3 +230,32 @@ def test_bitsandbytes_models_fit_predict_and_come_back(name, bits, tmp_path):
             p.requires_grad_(True).data.copy_(model.get_parameter(n))
     again = KronLoraLaplace.from_pretrained(fresh, tmp_path / "posterior")
     assert_near(again(BATCH), probs, 0.01)
+
+
+@pytest.mark.skipif(not HAS_BITSANDBYTES, reason="needs bitsandbytes")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_base_that_merging_has_rounded_anew_is_refused(bits, tmp_path):
+    model = quantised("llama", bits, tmp_path / "base").eval()
+    la = KronLoraLaplace(model, "classification", uncovered="diag", **LOW)
+    la.fit(loader())
+    probs = la(BATCH)
+    with torch.no_grad():
+        la.model(BATCH)  # lays the 4-bit weights out anew
+    la.optimize_prior_precision(n_steps=2)
+    model.state_dict()  # lays them out as they were
+    assert_near(la(BATCH), probs, 0.05)
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match=r"quantised weights .* load the base model and the"):
+        la(BATCH)
+    model.unmerge_adapter()
+    for call in (
+        lambda: la(BATCH),
+        lambda: la.optimize_prior_precision(n_steps=2),
+        lambda: la.save_pretrained(tmp_path),
+        lambda: la.fit(loader(), override=False),
+    ):
+        with pytest.raises(RuntimeError, match=r"quantised weights .*rounds them anew"):
+            call()
+    la.fit(loader())
+    assert la(BATCH).isfinite().all()

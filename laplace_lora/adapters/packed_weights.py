@@ -1,0 +1,48 @@
+"""Weights whose numbers lie packed in bits: telling them apart, and counting what is in them.
+
+How they are laid out changes with use: a kernel's layout is another on another device, and
+bitsandbytes lays weights in 4 bits out anew for passes without gradients on a CPU. Half bytes stay
+what they are wherever they are moved to.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from laplace_lora.adapters.tensor_parts import tensor_parts
+
+
+def is_packed(part: Tensor) -> bool:
+    """Return whether a tensor is no list of numbers in floating point, whatever its dtype says.
+
+    Args:
+        part: A tensor with memory of its own, see `tensor_parts`.
+    """
+    return not part.is_floating_point() or hasattr(part, "quant_state")
+
+
+def packed_parts(weight: Tensor) -> list[Tensor]:
+    """Return the packed tensors in which a weight lies; none if it is plain.
+
+    Args:
+        weight: A tensor that is whole.
+    """
+    return [part for _, part in tensor_parts("", weight) if is_packed(part)]
+
+
+def has_packed_weights(layer: nn.Module) -> bool:
+    """Return whether a layer by itself holds packed weights."""
+    return any(packed_parts(p.detach()) for p in layer.parameters(recurse=False))
+
+
+@torch.no_grad()
+def half_bytes(part: Tensor) -> Tensor:
+    """Return how often each half byte occurs in a tensor's memory, ``(16,)``.
+
+    Args:
+        part: A tensor with memory of its own.
+    """
+    octets = part.detach().contiguous().flatten().view(torch.uint8)
+    counts = torch.bincount(octets, minlength=256).reshape(16, 16)
+    return counts.sum(0) + counts.sum(1)
