@@ -36,6 +36,24 @@ def has_packed_weights(layer: nn.Module) -> bool:
     return any(packed_parts(p.detach()) for p in layer.parameters(recurse=False))
 
 
+def bits_of(model: nn.Module) -> int | None:
+    """Return in how many bits a model's linear layers are packed; ``None`` if none is.
+
+    Where they differ, the fewest.
+
+    Args:
+        model: Any module.
+    """
+    found: list[int] = []
+    for layer in model.modules():
+        size = getattr(layer, "in_features", 0) * getattr(layer, "out_features", 0)
+        own = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)] if size else []
+        parts = [part for tensor in own for part in packed_parts(tensor.detach())]
+        if parts:
+            found.append(round(8 * max(t.numel() * t.element_size() for t in parts) / size))
+    return min(found, default=None)
+
+
 @torch.no_grad()
 def half_bytes(part: Tensor) -> Tensor:
     """Return how often each half byte occurs in a tensor's memory, ``(16,)``.
