@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_lora.adapters.tensor_parts import tensor_parts
+from laplace_lora.data.sharding import is_sharded_tensor
 
 
 def is_packed(part: Tensor) -> bool:
@@ -26,9 +27,10 @@ def packed_parts(weight: Tensor) -> list[Tensor]:
     """Return the packed tensors in which a weight lies; none if it is plain.
 
     Args:
-        weight: A tensor that is whole.
+        weight: A tensor; one that processes hold in pieces is its own part.
     """
-    return [part for _, part in tensor_parts("", weight) if is_packed(part)]
+    parts = [("", weight)] if is_sharded_tensor(weight) else tensor_parts("", weight)
+    return [part for _, part in parts if is_packed(part)]
 
 
 def has_packed_weights(layer: nn.Module) -> bool:
