@@ -12,6 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from laplace_lora.adapters.packed_weights import has_packed_weights
 from laplace_lora.adapters.plain_names import adapts, plain_names
 from laplace_lora.display.warning import warn
 
@@ -117,6 +118,12 @@ def check_adapters(modules: Iterable[tuple[str, nn.Module]]) -> None:
             raise RuntimeError(
                 f"Arrow mixes several adapters by the text in {name!r}, none of which is the one "
                 "to fit; load one of them by itself"
+            )
+        if layer.merged and has_packed_weights(layer.get_base_layer()):
+            raise RuntimeError(
+                f"adapters {layer.merged_adapters} are merged into the quantised weights of "
+                f"{name!r}; load the base model and the adapter again, as "
+                "`model.unmerge_adapter()` would round these weights anew"
             )
         if layer.merged:
             raise RuntimeError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from laplace_lora.adapters.maps import LinearMap, wide_dtype
 from laplace_lora.adapters.peft_state import check_adapters
+from laplace_lora.adapters.selection import listed
 from laplace_lora.capture.gradient_flow import gradients_flow
 from laplace_lora.capture.recorder import record
 from laplace_lora.capture.tape import Tape
@@ -29,6 +30,7 @@ from laplace_lora.likelihoods.roots import sampled_softmax_root, softmax_root
 from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.linalg.factors import map_shared
 from laplace_lora.models.changes.autocast import as_called, in_full_precision
+from laplace_lora.models.changes.compiled import eager
 from laplace_lora.models.changes.modes import evaluation_mode, gradients_needed
 from laplace_lora.models.changes.thread_hooks import own_hooks
 from laplace_lora.models.inputs.unmasked import IDS, check_is_masked
@@ -98,7 +100,7 @@ def calculate_kronecker_factors(
             ``(batch, classes)`` with two classes or more, or are probabilities; if it is not known
             which tokens are real, or ``num_samples`` is not positive.
         RuntimeError: If the logits carry no gradient, a linear layer cuts it, a module runs on
-            inputs of different shapes, or an adapter is merged or disabled.
+            inputs of different shapes, none runs, or an adapter is merged or disabled.
         FloatingPointError: If a factor is not finite; names batch and layer.
 
     Warns:
@@ -151,6 +153,7 @@ def calculate_kronecker_factors(
             ran = {linear.name for linear in tape.maps}
             _point_out_others(tape, columns, [m for m in maps if m.name in trained - ran])
             maps = list(tape.maps)
+            _check_some_ran(maps, selected)
             homogeneous = [with_bias[linear.name] for linear in maps]
             rows, spec = KfacRows(positions=positions), FactorSpec(n_kfac, lr_threshold - 1)
             sums = KfacSums.empty(tape, spec, dtype, rows, homogeneous)
@@ -161,6 +164,7 @@ def calculate_kronecker_factors(
         own_hooks() as hooks,
         together(loader, runs=model) as team,
         evaluation_mode(model),
+        eager(list(model.modules())),
         gradients_needed(weights),
     ):
         called = CalledMasks(model, hooks.on_input, needed=lambda: not known)
@@ -196,6 +200,16 @@ def _summed(
     assert sums is not None
     team.add_up(sums.tensors())
     return sums, int(team.total(n)[0])
+
+
+def _check_some_ran(maps: Sequence[LinearMap], selected: Sequence[tuple[LinearMap, bool]]) -> None:
+    if not maps:
+        names = listed([linear.name for linear, _ in selected])
+        raise RuntimeError(
+            f"none of the selected modules ({names}) ran in forward_call, so there is nothing to "
+            "sum. Call the model that forward_call gets, not another one (a compiled one around "
+            "it, a copy), or select modules that run"
+        )
 
 
 def _point_out_others(tape: Tape, columns: Tensor, maps: Sequence[LinearMap]) -> None:

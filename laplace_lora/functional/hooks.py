@@ -21,12 +21,14 @@ from laplace_lora.functional.called_with import ModelCalls
 from laplace_lora.functional.running_factors import RunningFactor, running
 from laplace_lora.functional.selection import selected_maps
 from laplace_lora.models.changes.autocast import in_full_precision
+from laplace_lora.models.changes.compiled import EagerUntilRemoved
 from laplace_lora.models.changes.thread_hooks import OwnHooks
 
 Called: TypeAlias = Callable[[], Mapping[str, Any]]  # the masks of the call that runs
+Handle: TypeAlias = RemovableHandle | OwnHooks | EagerUntilRemoved
 
 
-class Hooks(list[RemovableHandle | OwnHooks]):
+class Hooks(list[Handle]):
     """Handles of registered hooks; as a context manager it always removes them on exit."""
 
     def __enter__(self) -> Hooks:
@@ -148,10 +150,10 @@ def register_hooks(
     """Register the two hooks on every selected module.
 
     The hooks sum until they are removed: call the model, differentiate a sum over examples, repeat.
-    Remove them with `remove_hooks`, or use the result in a ``with`` statement. What gradient
-    checkpointing runs again is counted once. The head of a classifying decoder runs at all tokens
-    in such calls, over which its inputs are averaged; `calculate_kronecker_factors` has it run at
-    the one token whose logits count.
+    Remove them with `remove_hooks`, or use the result in a ``with`` statement. Until then compiled
+    modules run as they were written. What gradient checkpointing runs again is counted once. The
+    head of a classifying decoder runs at all tokens in such calls, over which its inputs are
+    averaged; `calculate_kronecker_factors` has it run at the one token whose logits count.
 
     Args:
         model: Any module.
@@ -179,9 +181,10 @@ def register_hooks(
     ]
     if present:
         raise ValueError(f"the dictionaries already hold {present[0]!r}; pass empty ones")
-    own = OwnHooks()
-    hooks = Hooks([own])
+    own, eager = OwnHooks(), EagerUntilRemoved(list(model.modules()))
+    hooks = Hooks([own, eager])
     try:
+        eager.start()
         calls = ModelCalls(model, hooks) if masks is None else None
         places = Places(unwrapped(model), [linear.module for linear, _ in selected], own)
         options: dict[str, Any] = {"masks": masks, "positions": positions}
@@ -200,7 +203,7 @@ def register_hooks(
     return hooks
 
 
-def remove_hooks(hooks: list[RemovableHandle | OwnHooks]) -> None:
+def remove_hooks(hooks: list[Handle]) -> None:
     """Remove hooks from their modules and empty the list."""
     for hook in hooks:
         hook.remove()

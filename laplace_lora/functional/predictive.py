@@ -19,6 +19,7 @@ from laplace_lora.functional.factor_cache import Factors, check_ranks, checked_v
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.roots import identity_root
 from laplace_lora.models.changes.autocast import as_called, in_full_precision
+from laplace_lora.models.changes.compiled import eager
 from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.models.logits_model import LogitsModel
 
@@ -59,7 +60,8 @@ def jacobian_mean(
     wrapped = _logits_model(model, target_ids, is_s2s, output_callback)
     maps, blocks = trainable_maps(model)
     named = list(model.named_modules())
-    with evaluation_mode(model), as_called(), gradients_flow(named):
+    modules = [module for _, module in named]
+    with evaluation_mode(model), eager(modules), as_called(), gradients_flow(named):
         tape = record(wrapped, maps, batch_inputs)
     f = tape.output
     dtype = wide_dtype([block.parameter for block in blocks])

@@ -56,8 +56,8 @@ def check_loss(loss: Tensor, y: Tensor, what: str = "the loss") -> None:
         )
     raise FloatingPointError(
         f"{what} is {loss.item()}, and its labels are finite; look for NaN or infinity in the "
-        "batch's inputs and in the model's weights and outputs (float16 overflows where bfloat16 "
-        "and float32 do not)"
+        "batch's inputs or padding and in the model's weights and outputs (float16 overflows where "
+        "bfloat16 and float32 do not; float64 has NaN at padding longer than a sliding window)"
     )
 
 

@@ -190,5 +190,5 @@ def check_finite(f: Tensor, rows: Tensor | None = None) -> None:
     named = places if rows is None else rows.to(places.device)[places].unique()
     raise FloatingPointError(
         f"the model's outputs are not finite at rows {named.tolist()} of the batch; "
-        "look for NaN or infinity in these rows' inputs"
+        "look for NaN or infinity in these rows' inputs or padding"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -85,25 +86,49 @@ def last_linear(model: nn.Module, outputs: int | None) -> nn.Linear:
     return found[-1]
 
 
-def seen_by_head(head: nn.Module, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+NOT_LINEAR = (
+    "the logits are not a linear map of the last layer's input (an adapter on the head, or a "
+    "transformation after it, such as `final_logit_softcapping` or a scale?), which a last-layer "
+    "posterior needs; take a posterior over the adapter, such as KronLoraLaplace"
+)
+
+
+def seen_by_head(
+    head: nn.Module, model: nn.Module, batch: Any, ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return what a model's head sees of each example, ``(batch, d)``, and the model's logits.
 
     Args:
         head: A layer of the model.
         model: From a batch to logits ``(batch, outputs)``.
         batch: What the model takes.
+        ids: Outputs of the head that the logits are, where it may have others.
 
     Raises:
-        RuntimeError: If the head did not run once per example.
+        RuntimeError: If the head did not run once per example, or the logits are not what it
+            returned: a cap that bends them little is within the rounding of half precision.
     """
-    seen: list[Tensor] = []
+    seen: list[tuple[Tensor, Tensor]] = []
     with own_hooks() as hooks:
-        hooks.on_output(head, lambda args, kwargs, out: seen.append(args[0]))
+        hooks.on_output(head, lambda args, kwargs, out: seen.append((args[0], out.clone())))
         logits = model(batch)
-    if len(seen) != 1 or seen[0].numel() != len(logits) * seen[0].shape[-1]:
+    if len(seen) != 1 or seen[0][0].numel() != len(logits) * seen[0][0].shape[-1]:
         raise RuntimeError(
             "the last linear layer did not run once per example: "
-            f"{[tuple(x.shape) for x in seen]} for logits {tuple(logits.shape)}; take a "
+            f"{[tuple(x.shape) for x, _ in seen]} for logits {tuple(logits.shape)}; take a "
             "posterior over the adapter, such as KronLoraLaplace"
         )
-    return seen[0].reshape(len(logits), -1), logits
+    features, returned = (t.reshape(len(logits), -1) for t in seen[0])
+    if ids is not None and returned.shape != logits.shape:
+        returned = returned[:, ids.to(returned.device)]
+    is_comparable = returned.shape == logits.shape and not bool(logits.isnan().any())
+    if is_comparable and not are_same(logits, returned):
+        raise RuntimeError(NOT_LINEAR)
+    return features, logits
+
+
+def are_same(now: Tensor, then: Tensor) -> bool:
+    """Return whether a tensor has the values of another, but for casts and back."""
+    then = then.to(now.device)
+    casts = dict.fromkeys((now.dtype, torch.float32, torch.bfloat16, torch.float16))
+    return any(torch.equal(now, then.to(cast).to(now.dtype)) for cast in casts)

@@ -18,8 +18,10 @@ from laplace_lora.adapters.in_use import check_runs
 from laplace_lora.adapters.peft_state import adapter_parameters
 from laplace_lora.data.pairs import passes
 from laplace_lora.models.changes.modes import evaluation_mode
+from laplace_lora.models.head import NOT_LINEAR, are_same
 
-TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}  # of logits; coarser dtypes get 0.05
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}  # of logits
+ROUNDINGS = 4  # of the logits, and of sums on the way to them, in coarser dtypes
 
 
 class _Features(nn.Module):
@@ -60,7 +62,7 @@ class _Features(nn.Module):
             features, logits = self.source.features(batch)
         weight, bias = self.source.head_tensors()
         heads = zip([weight] if bias is None else [weight, bias], self.taken, strict=True)
-        if not all(_is_same(now, then) for now, then in heads):
+        if not all(are_same(now, then) for now, then in heads):
             raise RuntimeError(
                 "the model's last layer is no longer the one that the LastLayerModel's head was "
                 "copied from (was the model trained on?), so its features do not go with the head; "
@@ -71,20 +73,20 @@ class _Features(nn.Module):
         linear = F.linear(
             features, weight.to(features), None if bias is None else bias.to(features)
         )
-        bound = TOLERANCE.get(weight.dtype, 0.05) * (1 + logits.abs().max())
+        bound = _bound(features, weight, logits)
         if linear.shape != logits.shape or bool((linear - logits).abs().max() > bound):
-            raise RuntimeError(
-                "the logits are not a linear map of the last layer's input (an adapter on the "
-                "head, or a transformation after it?), which a last-layer posterior needs"
-            )
+            raise RuntimeError(NOT_LINEAR)
         return features
 
 
-def _is_same(now: Tensor, then: Tensor) -> bool:
-    """Return whether a head's tensor has the values it had, but for casts of the model and back."""
-    then = then.to(now.device)
-    casts = dict.fromkeys((now.dtype, torch.float32, torch.bfloat16, torch.float16))
-    return any(torch.equal(now, then.to(cast).to(now.dtype)) for cast in casts)
+def _bound(features: Tensor, weight: Tensor, logits: Tensor) -> Tensor:
+    """Return by how much logits may differ from the linear map in float32, by rounding."""
+    size = logits.abs().max()
+    if weight.dtype in TOLERANCE:
+        return TOLERANCE[weight.dtype] * (1 + size)
+    # Terms that cancel each other leave the rounding of sums of some of them.
+    sums = F.linear(features.square(), weight.to(features).square()).sqrt().max()
+    return ROUNDINGS * torch.finfo(weight.dtype).eps * (size + sums)
 
 
 class LastLayerModel(nn.Module):

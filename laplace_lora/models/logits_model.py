@@ -227,9 +227,9 @@ class LogitsModel(nn.Module):
 
         Raises:
             ValueError: If the model has no linear last layer.
-            RuntimeError: If that layer did not run once per example.
+            RuntimeError: If that layer did not run once per example, or something comes after it.
         """
-        return seen_by_head(self._linear_head(), self, batch)
+        return seen_by_head(self._linear_head(), self, batch, self.target_ids)
 
     def head_tensors(self) -> tuple[Tensor, Tensor | None]:
         """Return weight ``(outputs, d)`` and bias of the last layer; of the answers' rows only.

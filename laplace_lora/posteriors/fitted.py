@@ -71,6 +71,7 @@ class FittedLaplace(SavedLaplace):
                 data are added where the model was rounded to a coarser dtype since.
         """
         alone = override or not self.state.is_fitted
+        self._weights_watch.look_again()
         fitter = Fitter(self.parts if alone else self.fitted)
         options = (override, progress_bar, checkpoint_dir, checkpoint_every, evidence_correction)
         drawn = one_draw(train_loader)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_lora.adapters.buffers import TensorPlace
-from laplace_lora.adapters.frozen_values import frozen_places
+from laplace_lora.adapters.frozen_values import PackedPlace, frozen_places
 from laplace_lora.adapters.in_use import check_runs
 from laplace_lora.adapters.peft_state import (
     adapter_parameters,
@@ -23,6 +23,7 @@ from laplace_lora.adapters.peft_state import (
     tuner_layers,
 )
 from laplace_lora.adapters.selection import listed
+from laplace_lora.adapters.tensor_parts import tensor_parts
 from laplace_lora.data.sharding import is_sharded_tensor, whole
 from laplace_lora.display.warning import warn
 from laplace_lora.models.changes.turns import in_turn
@@ -55,6 +56,7 @@ class WeightsWatch:
         Between such checks a frozen weight that is written to through ``.data`` goes unnoticed.
         """
         self._seen = None
+        self._model = None  # a layer may have been exchanged
 
     def check(self, posterior: Posterior) -> None:
         """Refuse weights, buffers or a scaling of the adapter other than those of the fit.
@@ -171,6 +173,13 @@ def _refuse(moved: Sequence[TensorPlace], rescaled: list[str]) -> None:
             "weights), so its curvature belongs to another function. Fit again, or load the "
             "buffers of the fit, and keep the model in evaluation mode"
         )
+    packed = [place.name for place in moved if isinstance(place, PackedPlace)]
+    if packed:
+        raise RuntimeError(
+            f"the quantised weights {listed(packed)} have changed since the posterior was fitted "
+            "(merging an adapter into them, and unmerging it, rounds them anew), so its curvature "
+            "belongs to another function. Load the base model and the adapter again, or fit again"
+        )
     if moved:
         raise RuntimeError(
             f"the weights {listed([place.name for place in moved])}, which the posterior does "
@@ -206,7 +215,12 @@ def traces(tensors: Iterable[Tensor]) -> list[Any]:
     Args:
         tensors: In order.
     """
-    return [(id(t), t.data_ptr(), t.dtype, -1 if t.is_inference() else t._version) for t in tensors]
+    parts = (
+        part
+        for t in tensors
+        for _, part in ([("", t)] if is_sharded_tensor(t) else tensor_parts("", t))
+    )
+    return [(id(t), t.data_ptr(), t.dtype, -1 if t.is_inference() else t._version) for t in parts]
 
 
 def _has_moved(place: TensorPlace, fitted: Mapping[str, Tensor]) -> bool:
@@ -214,9 +228,11 @@ def _has_moved(place: TensorPlace, fitted: Mapping[str, Tensor]) -> bool:
     then, now = fitted.get(place.name), place.samples()
     if then is None or not len(then) or not len(now):
         return False  # added since, or offloaded
+    if then.shape != now.shape or not (then.is_floating_point() and now.is_floating_point()):
+        return not torch.equal(now, then)
     # A base model may come back in another dtype; merging and unmerging an adapter rounds, too.
     rounding = max(ROUNDING, *(torch.finfo(t.dtype).eps for t in (now, then)))
-    return then.shape != now.shape or not are_equal(now, then, rounding)
+    return not are_equal(now, then, rounding)
 
 
 def changes(

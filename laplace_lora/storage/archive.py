@@ -18,6 +18,7 @@ from torch import Tensor
 
 from laplace_lora.adapters.frozen_values import frozen_values
 from laplace_lora.adapters.in_use import check_runs
+from laplace_lora.adapters.packed_weights import bits_of
 from laplace_lora.adapters.peft_state import adapter_settings
 from laplace_lora.data.distributed import together
 from laplace_lora.data.sharding import is_sharded_model
@@ -27,6 +28,7 @@ from laplace_lora.storage.base_samples import BASE_SAMPLES, BaseSamples
 from laplace_lora.storage.checked import GRADIENT, SHIFT, check_finite, checked_state
 from laplace_lora.storage.files import COMPACT, CONFIG, RECENTRED, TENSORS, VERSION, write_files
 from laplace_lora.storage.identity import (
+    BASE_BITS,
     base_in_use,
     check_identity,
     identity,
@@ -111,6 +113,7 @@ def save_posterior(
         TUNING: tuning,
         FURTHER: _further(tensors),
         **identity(posterior),
+        BASE_BITS: bits_of(posterior.source),
         BASE_SAMPLES: BaseSamples.of(base_in_use(posterior)).packed(),
         ROUNDED: rounded_fingerprints(trained_tensors(posterior)),
     }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_lora.adapters.buffers import buffer_places
+from laplace_lora.adapters.packed_weights import half_bytes, is_packed
 from laplace_lora.adapters.tensor_parts import tensor_parts
 from laplace_lora.data.sharding import whole
 
@@ -50,13 +51,12 @@ def seen_parts(
     """
     parts = (part for name, t in tensors for part in tensor_parts(name, whole(t)))
     for name, t in parts:
-        if t.is_floating_point() and not hasattr(t, "quant_state"):
+        if not is_packed(t):
             values = torch.zeros(0) if t.device.type == "meta" else _sampled(t)
             yield name, t.shape, values, t.dtype
             continue
-        octets = t.detach().contiguous().flatten().view(torch.uint8)
-        halves = [torch.bincount(half, minlength=16) for half in (octets & 15, octets >> 4)]
-        yield name, octets.shape, halves[0] + halves[1], t.dtype
+        octets = torch.Size([t.numel() * t.element_size()])
+        yield name, octets, half_bytes(t), t.dtype
 
 
 def _sampled(t: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from laplace_lora.adapters.packed_weights import bits_of
 from laplace_lora.adapters.peft_state import (
     adapter_parameters,
     adapter_settings,
@@ -26,6 +27,7 @@ from laplace_lora.structures.posterior import Posterior
 SETTINGS = "adapter_settings"
 IN_USE = "base_in_use"
 BUFFERS = "buffers"
+BASE_BITS = "base_bits"
 
 
 def identity(posterior: Posterior, plain: bool = True) -> dict[str, Any]:
@@ -138,7 +140,8 @@ def check_identity(
     Args:
         saved: Its identity at the fit.
         found: The model's identity.
-        posterior: Where given, a missing tensor is looked for among its model's frozen ones.
+        posterior: Where given, a missing tensor is looked for among its model's frozen ones, and
+            another quantisation of the base model is named.
 
     Raises:
         ValueError: If its tensors, their values or the base model are others.
@@ -172,7 +175,8 @@ def check_identity(
         "weights": weights,
         "adapter": "other trained weights of the adapter have changed since the posterior was "
         "fitted",
-        _base_key(saved): "the base model differs from the one that the posterior was fitted on",
+        _base_key(saved): "the base model differs from the one that the posterior was fitted on"
+        + _other_bits(saved, posterior),
         BUFFERS: "the base model's buffers (running statistics of batch normalisation, say) differ "
         "from those that the posterior was fitted with; PEFT does not save them with the adapter, "
         "so save the base model as it was at the fit, and load that",
@@ -184,3 +188,14 @@ def check_identity(
             continue  # files of earlier versions do not have them
         if saved[name] != found[name]:
             raise ValueError(reason)
+
+
+def _other_bits(saved: Mapping[str, Any], posterior: Posterior | None) -> str:
+    """Return that a base model is in other bits than at the fit, if files say in which it was."""
+    if posterior is None or BASE_BITS not in saved:
+        return ""
+    then, now = saved[BASE_BITS], bits_of(posterior.source)
+    if then == now:
+        return ""
+    fitted, given = ("not quantised" if n is None else f"in {n} bits" for n in (then, now))
+    return f": that was {fitted}, and this one is {given}; load it in the same way"

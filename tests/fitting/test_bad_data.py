@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import Gemma2Config, Gemma2ForSequenceClassification
 
 from laplace_lora import KronLoraLaplace, LogitsModel
 from support.batches import loader, token_batch
-from support.models import peft_model
+from support.models import TINY, peft_model
 from support.posteriors import CLASSES, LOW, posterior
 from support.references import assert_near
 
@@ -155,3 +157,14 @@ def test_a_loader_that_drops_examples_counts_what_it_gave():
     reference.fit(DataLoader(data[:5], batch_size=5))
     assert la.n_data == 5
     assert_near(la.log_marginal_likelihood(), reference.log_marginal_likelihood())
+
+
+def test_padding_that_a_sliding_window_makes_nan_is_pointed_to():
+    """Transformers' mask of such a layer has rows without a token in double precision."""
+    config = Gemma2Config(**TINY, num_labels=3, query_pre_attn_scalar=8, sliding_window=2)
+    base = Gemma2ForSequenceClassification(config)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).double()
+    la = KronLoraLaplace(model, "classification")
+    with pytest.raises(FloatingPointError, match=r"or padding .* longer than a sliding window"):
+        la.fit(loader(lengths=(9, 3)))
+    la.fit(loader(lengths=(9, 8)))

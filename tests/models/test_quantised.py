@@ -11,8 +11,12 @@ from transformers import BitsAndBytesConfig
 
 from laplace_lora import DiagLoraLaplace, FullLoraLLLaplace, KronLoraLaplace, LogitsModel
 from laplace_lora.adapters.discovery import linear_maps
+from laplace_lora.adapters.packed_weights import bits_of
 from laplace_lora.generation import generate, score
 from laplace_lora.models.changes.modes import evaluation_mode
+from laplace_lora.storage.archive import load_state
+from laplace_lora.storage.files import read_files
+from laplace_lora.storage.identity import BASE_BITS
 from support.batches import loader, token_batch
 from support.language import text_batch, text_loader
 from support.models import ARCHITECTURES, TARGETS, adapter_config, base_model, excite
@@ -90,6 +94,32 @@ def test_packed_weights_change_nothing(name, tmp_path):
         next(p for p in model.parameters() if p.dtype == torch.uint8).add_(1)
     with pytest.raises(ValueError, match="base model differs"):
         KronLoraLaplace.from_pretrained(model, tmp_path)
+
+
+def test_packed_weights_that_changed_are_noticed_and_another_layout_is_none(tmp_path):
+    model = adapted("bert", replace_linears(base_model("bert"), PackedLinear))
+    la = KronLoraLaplace(model, "classification")
+    la.fit(loader())
+    state = la.state_dict()
+    weight = next(p for p in model.parameters() if p.dtype == torch.uint8)
+    before = weight.data
+    weight.data = (before % 16 * 16 + before // 16).flip(0)
+    la.optimize_prior_precision(n_steps=2)
+    weight.data = before.clone()
+    weight.data[0, 0] ^= 1
+    other = KronLoraLaplace(model, "classification")
+    other.load_state_dict(state)
+    for call in (
+        lambda: la(BATCH),
+        lambda: la.optimize_prior_precision(n_steps=2),
+        lambda: la.save_pretrained(tmp_path),
+        lambda: la.fit(loader(), override=False),
+        lambda: other(BATCH),
+    ):
+        with pytest.raises(RuntimeError, match=r"quantised weights '.*' have changed since"):
+            call()
+    weight.data = before
+    assert la(BATCH).isfinite().all()
 
 
 def test_an_adapter_loaded_for_inference_is_made_trainable_over_packed_weights(tmp_path):
@@ -204,3 +234,70 @@ def test_bitsandbytes_models_fit_predict_and_come_back(name, bits, tmp_path):
             p.requires_grad_(True).data.copy_(model.get_parameter(n))
     again = KronLoraLaplace.from_pretrained(fresh, tmp_path / "posterior")
     assert_near(again(BATCH), probs, 0.01)
+
+
+def test_the_bits_of_the_stand_in_are_four():
+    packed = replace_linears(base_model("bert"), PackedLinear)
+    assert bits_of(packed) == 4 and bits_of(base_model("bert")) is None
+
+
+@pytest.mark.skipif(not HAS_BITSANDBYTES, reason="needs bitsandbytes")
+@pytest.mark.filterwarnings("ignore")
+def test_a_base_in_other_bits_is_refused_by_that_name(tmp_path):
+    def like(model, other):
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.data.copy_(other.get_parameter(name))
+        return model
+
+    four, eight = (quantised("llama", bits, tmp_path / "base") for bits in (4, 8))
+    la = KronLoraLaplace(four, "classification", uncovered="diag", **LOW)
+    la.fit(loader())
+    la.save_pretrained(tmp_path)
+    words = "differs .* that was in 4 bits, and this one is {}; load it in the same way"
+    with pytest.raises(ValueError, match=words.format("in 8 bits")):
+        KronLoraLaplace.from_pretrained(like(eight, four), tmp_path)
+    plain = excite(
+        get_peft_model(
+            type(four.get_base_model()).from_pretrained(tmp_path / "base", dtype=torch.float32),
+            adapter_config("llama"),
+        )
+    )
+    next(p for n, p in plain.named_parameters() if "norm" in n.lower()).requires_grad_(True)
+    with pytest.raises(ValueError, match=words.format("not quantised")):
+        KronLoraLaplace.from_pretrained(like(plain, four), tmp_path)
+    payload, config = read_files(tmp_path)
+    del config[BASE_BITS]  # as earlier versions wrote it
+    with pytest.raises(ValueError, match=r"posterior was fitted on$"):
+        load_state(
+            KronLoraLaplace(eight, "classification", uncovered="diag", **LOW).parts, payload, config
+        )
+
+
+@pytest.mark.skipif(not HAS_BITSANDBYTES, reason="needs bitsandbytes")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_base_that_merging_has_rounded_anew_is_refused(bits, tmp_path):
+    model = quantised("llama", bits, tmp_path / "base").eval()
+    la = KronLoraLaplace(model, "classification", uncovered="diag", **LOW)
+    la.fit(loader())
+    probs = la(BATCH)
+    with torch.no_grad():
+        la.model(BATCH)  # lays the 4-bit weights out anew
+    la.optimize_prior_precision(n_steps=2)
+    model.state_dict()  # lays them out as they were
+    assert_near(la(BATCH), probs, 0.05)
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match=r"quantised weights .* load the base model and the"):
+        la(BATCH)
+    model.unmerge_adapter()
+    for call in (
+        lambda: la(BATCH),
+        lambda: la.optimize_prior_precision(n_steps=2),
+        lambda: la.save_pretrained(tmp_path),
+        lambda: la.fit(loader(), override=False),
+    ):
+        with pytest.raises(RuntimeError, match=r"quantised weights .*rounds them anew"):
+            call()
+    la.fit(loader())
+    assert la(BATCH).isfinite().all()

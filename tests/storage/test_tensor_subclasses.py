@@ -65,6 +65,23 @@ def test_a_posterior_recognises_packed_weights(tmp_path):
         loaded(1)
 
 
+def test_packed_weights_that_are_exchanged_are_noticed():
+    model = packed(peft_model("llama"))
+    la = KronLoraLaplace(model, "classification")
+    la.fit(loader())
+    expected, weights = la(BATCH), {}
+    for path, module in model.named_modules():
+        if path.endswith("k_proj"):
+            weights[module] = module.weight
+            codes = module.weight.codes + 1
+            module.weight = nn.Parameter(Packed(codes, module.weight.scale), requires_grad=False)
+    with pytest.raises(RuntimeError, match=r"quantised weights .* have changed"):
+        la(BATCH)
+    for module, weight in weights.items():
+        module.weight = weight
+    assert torch.equal(la(BATCH), expected)
+
+
 def test_memory_is_estimated_with_packed_weights():
     la = KronLoraLaplace(packed(peft_model("llama")), "classification")
     plain = KronLoraLaplace(peft_model("llama"), "classification").estimate_memory(BATCH)

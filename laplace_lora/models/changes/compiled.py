@@ -59,3 +59,22 @@ def eager(modules: Sequence[nn.Module]) -> Iterator[None]:
     """
     with _EAGER.hold(modules, is_compiled):
         yield
+
+
+class EagerUntilRemoved:
+    """Compiled modules that run as they were written until they are let go, see `eager`.
+
+    Args:
+        modules: All modules of the model.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+
+    def start(self) -> None:
+        """Run them as they were written from now on."""
+        _EAGER.take(self, self._modules, is_compiled)
+
+    def remove(self) -> None:
+        """Let them run compiled again; does nothing if that is done."""
+        _EAGER.release(self)

@@ -33,24 +33,29 @@ class Holders(Generic[T]):
         """Hold those objects that need the change, or that another thread has changed already."""
         holder = object()
         try:
-            with self._lock:
-                for item in objects:
-                    needs = needs_change(item)
-                    if needs or id(item) in self._held:
-                        holders = self._held.get(id(item), (item, frozenset()))[1]
-                        self._held[id(item)] = (item, holders | {holder})
-                    if needs:  # whoever holds it: the user may have changed it back
-                        self._change(item)
+            self.take(holder, objects, needs_change)
             yield
         finally:
             # Twice: an interrupt can break one of the two, and each is able to finish the other's
             # work, as what is held is noted before it is changed, until after it is changed back.
             try:
-                self._release(holder)
+                self.release(holder)
             finally:
-                self._release(holder)
+                self.release(holder)
 
-    def _release(self, holder: object) -> None:
+    def take(self, holder: object, objects: Sequence[T], needs_change: Callable[[T], bool]) -> None:
+        """Let a holder hold objects until `release`, as `hold` does for a block."""
+        with self._lock:
+            for item in objects:
+                needs = needs_change(item)
+                if needs or id(item) in self._held:
+                    holders = self._held.get(id(item), (item, frozenset()))[1]
+                    self._held[id(item)] = (item, holders | {holder})
+                if needs:  # whoever holds it: the user may have changed it back
+                    self._change(item)
+
+    def release(self, holder: object) -> None:
+        """Undo the change of what nobody else holds; does nothing if that is done."""
         with self._lock:
             for item, holders in list(self._held.values()):
                 if holders == {holder}:

@@ -1,0 +1,68 @@
+"""Weights whose numbers lie packed in bits: telling them apart, and counting what is in them.
+
+How they are laid out changes with use: a kernel's layout is another on another device, and
+bitsandbytes lays weights in 4 bits out anew for passes without gradients on a CPU. Half bytes stay
+what they are wherever they are moved to.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from laplace_lora.adapters.tensor_parts import tensor_parts
+from laplace_lora.data.sharding import is_sharded_tensor
+
+
+def is_packed(part: Tensor) -> bool:
+    """Return whether a tensor is no list of numbers in floating point, whatever its dtype says.
+
+    Args:
+        part: A tensor with memory of its own, see `tensor_parts`.
+    """
+    return not part.is_floating_point() or hasattr(part, "quant_state")
+
+
+def packed_parts(weight: Tensor) -> list[Tensor]:
+    """Return the packed tensors in which a weight lies; none if it is plain.
+
+    Args:
+        weight: A tensor; one that processes hold in pieces is its own part.
+    """
+    parts = [("", weight)] if is_sharded_tensor(weight) else tensor_parts("", weight)
+    return [part for _, part in parts if is_packed(part)]
+
+
+def has_packed_weights(layer: nn.Module) -> bool:
+    """Return whether a layer by itself holds packed weights."""
+    return any(packed_parts(p.detach()) for p in layer.parameters(recurse=False))
+
+
+def bits_of(model: nn.Module) -> int | None:
+    """Return in how many bits a model's linear layers are packed; ``None`` if none is.
+
+    Where they differ, the fewest.
+
+    Args:
+        model: Any module.
+    """
+    found: list[int] = []
+    for layer in model.modules():
+        size = getattr(layer, "in_features", 0) * getattr(layer, "out_features", 0)
+        own = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)] if size else []
+        parts = [part for tensor in own for part in packed_parts(tensor.detach())]
+        if parts:
+            found.append(round(8 * max(t.numel() * t.element_size() for t in parts) / size))
+    return min(found, default=None)
+
+
+@torch.no_grad()
+def half_bytes(part: Tensor) -> Tensor:
+    """Return how often each half byte occurs in a tensor's memory, ``(16,)``.
+
+    Args:
+        part: A tensor with memory of its own.
+    """
+    octets = part.detach().contiguous().flatten().view(torch.uint8)
+    counts = torch.bincount(octets, minlength=256).reshape(16, 16)
+    return counts.sum(0) + counts.sum(1)
