@@ -24,7 +24,7 @@ from laplace_lora.fitting.accumulation import accumulate
 from laplace_lora.fitting.evidence_pass import with_gradient_term
 from laplace_lora.fitting.passes import FitSums, Pass, RowPass, Sums
 from laplace_lora.fitting.second_pass import corrected
-from laplace_lora.fitting.snapshots import Snapshot
+from laplace_lora.fitting.snapshots import Snapshot, point_out_other_counts
 from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.storage.identity import check_identity, identity
 from laplace_lora.structures.posterior import Posterior
@@ -65,6 +65,8 @@ class Fitter:
         snapshots: list[Snapshot] = []
         in_step = posterior.engine.passes_are_known
         with together(train_loader, runs=posterior.source, in_step=in_step) as team:
+            if checkpoint_dir is not None:
+                point_out_other_counts(checkpoint_dir)
 
             def summed(data_pass: Pass) -> Sums:
                 snapshot = None

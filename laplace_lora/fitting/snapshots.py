@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from laplace_lora.curvature.backends import LoraGGN
-from laplace_lora.data.shares import processes
+from laplace_lora.data.shares import is_main, processes
 from laplace_lora.data.tally import fingerprints
+from laplace_lora.display.warning import warn
 from laplace_lora.fitting.passes import Pass, Sums
 from laplace_lora.storage.fingerprint import exact_fingerprint
 from laplace_lora.storage.identity import check_identity, identity, known_identity
@@ -156,6 +158,33 @@ class Snapshot:
     def remove(self) -> None:
         """Delete the file."""
         self.path.unlink(missing_ok=True)
+
+
+def point_out_other_counts(folder: str | os.PathLike[str]) -> None:
+    """Warn, in the main process, of files that a fit in another number of processes has left.
+
+    Each holds the sums of one process's share, of which another number of processes has none.
+
+    Args:
+        folder: Where a fit is about to keep its files.
+    """
+    count, found = processes(), {}
+    for path in sorted(Path(folder).glob("laplace_*.safetensors")) if is_main() else []:
+        match = re.fullmatch(r"laplace_.+_\d+_of_(\d+)\.safetensors", path.name)
+        if match is not None and int(match[1]) != count:
+            found[path.name] = int(match[1])
+    if found:
+        counts = " and ".join(map(_in_words, sorted(set(found.values()))))
+        warn(
+            f"{folder} holds sums of a fit that was interrupted in {counts}: {', '.join(found)}. "
+            f"This one runs in {_in_words(count)} and cannot continue it, as each of these files "
+            "is for one process's share of the data; it leaves them as they are. To continue, fit "
+            "in as many processes as before; otherwise delete them"
+        )
+
+
+def _in_words(count: int) -> str:
+    return f"{count} process{'es' * (count > 1)}"
 
 
 def _read_owner(text: str) -> dict[str, Any]:

@@ -53,7 +53,8 @@ class FittedLaplace(SavedLaplace):
             progress_bar: Whether to show progress, see `progress`.
             checkpoint_dir: Where the sums so far are kept. A fit that was interrupted goes on
                 there, after the batches it had seen, if the loader yields the same ones in the
-                same order. The files, one per pass, are deleted at the end.
+                same order and as many processes share it. Its files, one per pass and process, are
+                deleted at the end.
             checkpoint_every: Batches from one writing to the next, 100 by default.
             evidence_correction: When to measure what the evidence gains because trained weights
                 are no mode of the prior, see `Subspace`, which takes one more pass over the data.
@@ -69,6 +70,9 @@ class FittedLaplace(SavedLaplace):
             FloatingPointError: If the loss or the curvature is not finite; names batch and layer.
             RuntimeError: If another process that shares the loader failed or had no examples, or
                 data are added where the model was rounded to a coarser dtype since.
+
+        Warns:
+            UserWarning: If ``checkpoint_dir`` holds files of a fit in another number of processes.
         """
         alone = override or not self.state.is_fitted
         self._weights_watch.look_again()

@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace, LoraEF
+from laplace_lora.fitting import snapshots
+from laplace_lora.fitting.snapshots import point_out_other_counts
 from laplace_lora.storage.identity import identity
 from support.batches import loader, token_batch
 from support.exact_posteriors import BOTH, NEW_BATCH, exact_posterior
@@ -122,6 +124,38 @@ def test_a_file_of_an_earlier_version_goes_on_with_the_default_backend(tmp_path)
     resumed.fit(loader(2), **options)
     straight.fit(loader(2))
     assert torch.equal(resumed(BATCH), straight(BATCH))
+
+
+def test_files_of_another_number_of_processes_are_pointed_out(tmp_path, recwarn):
+    options = {"checkpoint_dir": tmp_path, "checkpoint_every": 1}
+    with pytest.raises(Interruption):
+        posterior(KronLoraLaplace, **LOW).fit(Interrupted(loader(2), 2), **options)
+    posterior(KronLoraLaplace, **LOW).fit(loader(2), **options)
+    assert not any("interrupted" in str(each.message) for each in recwarn)  # its own
+    of_two = [tmp_path / f"laplace_{name}_of_2.safetensors" for name in ("fit_0", "fit_1")]
+    for path in (*of_two, tmp_path / "laplace_of_mine.safetensors"):
+        path.write_bytes(b"sums")
+    la, straight = posterior(KronLoraLaplace, **LOW), posterior(KronLoraLaplace, **LOW)
+    said = r"interrupted in 2 processes: laplace_fit_0_of_2\.safetensors, laplace_fit_1_of_2\.saf"
+    with pytest.warns(UserWarning, match=said) as heard:
+        la.fit(loader(2), **options)
+    assert len(heard) == 1 and heard[0].filename == __file__
+    assert "This one runs in 1 process and cannot continue it" in str(heard[0].message)
+    straight.fit(loader(2))
+    assert torch.equal(la(BATCH), straight(BATCH))
+    assert all(path.read_bytes() == b"sums" for path in of_two)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_main_process_alone_points_them_out(rank, tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(snapshots, "processes", lambda: 2)
+    monkeypatch.setattr(snapshots, "is_main", lambda: rank == 0)
+    for name in ("0_of_1", "0_of_2", "0_of_3", "2_of_3"):
+        (tmp_path / f"laplace_eigenvalues_{name}.safetensors").touch()
+    point_out_other_counts(tmp_path)
+    said = [str(each.message) for each in recwarn]
+    assert len(said) == (rank == 0)
+    assert all("in 1 process and 3 processes" in text and "0_of_2" not in text for text in said)
 
 
 @pytest.mark.slow
