@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import TensorWeakRef
 
 
@@ -31,13 +32,18 @@ class _Watch:
         # version tells only before the first addition. The reference keeps no memory occupied.
         self._gradient, self._version = TensorWeakRef(gradient), gradient._version
         self._remains: Tensor | bool | None = None
-        self._hook = p.register_hook(self._look)
+        # A hook of the parameter itself would also run for `autograd.grad`, which adds nothing. A
+        # node that nothing refers to is made anew, without its hooks.
+        self._node = get_gradient_edge(p).node
+        self._hook = self._node.register_prehook(self._look)
 
-    def _look(self, added: Tensor | None = None) -> None:
-        if self._remains is None:
-            now = self._p.grad
-            same = now is not None and now is self._gradient() and now._version == self._version
-            self._remains = now.any() if now is not None and same else False
+    def _look(self, added: tuple[Tensor, ...] = ()) -> None:
+        now = self._p.grad
+        if now is None:
+            self._remains = False  # whatever was added before, too
+        elif self._remains is None:
+            same = now is self._gradient() and now._version == self._version
+            self._remains = now.any() if same else False
 
     def remains(self) -> bool:
         self._hook.remove()

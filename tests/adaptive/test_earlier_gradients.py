@@ -128,6 +128,37 @@ def test_gradients_that_are_given_are_taken():
     assert_moved_by(w, optimizer, [[0], [1]])
 
 
+def assigned(w, optimizer, i):
+    (w.grad,) = torch.autograd.grad(loss_of(w, i), w)
+
+
+def copied(w, optimizer, i):
+    w.grad.copy_(*torch.autograd.grad(loss_of(w, i), w))
+
+
+def after_a_penalty(w, optimizer, i):
+    loss = loss_of(w, i)
+    (gradient,) = torch.autograd.grad(loss, w, create_graph=True)
+    optimizer.zero_grad()
+    (loss + 0 * gradient.square().sum()).backward()
+
+
+def after_another_pass(w, optimizer, i):
+    loss_of(w, 1 - i).backward()
+    optimizer.zero_grad()
+    loss_of(w, i).backward()
+
+
+@pytest.mark.parametrize("differentiate", [assigned, copied, after_a_penalty, after_another_pass])
+def test_gradients_that_are_not_added_up_are_taken(differentiate):
+    w, optimizer = regression()
+    w.grad = torch.ones_like(w)  # of the step before
+    for i in range(2):
+        with optimizer.sampled_params(train=True):
+            differentiate(w, optimizer, i)
+    assert_moved_by(w, optimizer, [[0], [1]])
+
+
 def test_draws_that_collect_nothing_leave_gradients_alone():
     w, optimizer = regression()
     loss_of(w, 0).backward()
