@@ -25,7 +25,7 @@ SINGLE = {"entropy": "entropy", "bald": "mutual_information"}
 METHODS = (*SINGLE, "batchbald", "bait")
 SAMPLES = 128  # of the weights
 DRAWS = 2048  # of a pool's outputs, for their joint information
-ROOM = 2**27  # numbers: draws of a pool with more examples and classes are fewer
+ROOM = 2**25  # numbers: draws of a pool with more examples and classes are fewer
 MARGIN = 1.5  # nats below what the draws can hold; beyond, picks come ever closer to random ones
 
 

@@ -147,8 +147,8 @@ class WeightPosterior(Optimizer):
                 "gradients of before this draw were still in place, and would be counted as its "
                 "own: call optimizer.zero_grad() in each draw, and leave its loss undivided, as "
                 "IVON averages over draws; or accumulate all micro-batches of a step in one draw. "
-                "accelerate's accumulate() divides losses, and zero_grad() of what prepare() returns "
-                "does nothing in it: call this optimiser's own"
+                "accelerate's accumulate() divides losses, and zero_grad() of what prepare() "
+                "returns does nothing in it: call this optimiser's own"
             )
 
     def forget(self) -> None:

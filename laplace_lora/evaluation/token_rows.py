@@ -30,10 +30,13 @@ def token_marks(batch: Batch, label_key: str, p: Tensor) -> Tensor:
         ``(texts, tokens)``: `LABELLED` or `IGNORED`, or `UNLABELLED` if there is no label per
         token.
     """
-    shape = p.shape[:2]
-    labels = batch_labels(batch, label_key).cpu() if has_labels(batch, label_key) else None
-    if labels is None or labels.shape != shape:
-        return torch.full(shape, UNLABELLED)
+    unlabelled = torch.full(p.shape[:2], UNLABELLED)
+    try:
+        labels = batch_labels(batch, label_key).cpu() if has_labels(batch, label_key) else None
+    except TypeError:  # what texts are called may be no numbers
+        return unlabelled
+    if labels is None or labels.shape != unlabelled.shape:
+        return unlabelled
     return torch.where(labels == IGNORED, IGNORED, LABELLED)
 
 
@@ -55,7 +58,7 @@ def same_width(columns: Mapping[str, Sequence[Tensor]], team: Together) -> dict[
                 "predict gave class probabilities of every token, (batch, tokens, classes), so "
                 f"labels must be (batch, tokens), got {tuple(part.shape)}"
             )
-        return padded(part, width, IGNORED if name == "labels" else 0)
+        return padded(part, width, IGNORED if name in ("labels", MARKS) else 0)
 
     return {name: [wide(name, part) for part in parts] for name, parts in columns.items()}
 

@@ -218,7 +218,7 @@ class PredictedLaplace(EvidenceLaplace):
             batch_size: Texts or rows per batch.
             n_samples: Samples of the weights for the last two, 128 by default, for which each
                 example's Jacobian is taken once. From their covariance ``"batchbald"`` draws 2048
-                samples of the pool's outputs (fewer if examples times classes are above 65 536),
+                samples of the pool's outputs (fewer if examples times classes are above 16 384),
                 and takes the weights' own if these are more. For the first two as in `predict`.
             generator: Their source, on the posterior's device; a fixed seed by default.
             progress_bar: Whether to show progress, see `progress`.

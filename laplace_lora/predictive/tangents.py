@@ -17,7 +17,7 @@ from laplace_lora.likelihoods.base import Readout
 from laplace_lora.likelihoods.links import check_finite
 from laplace_lora.models.changes.autocast import as_called
 from laplace_lora.models.changes.modes import coarsest_dtype, evaluation_mode
-from laplace_lora.models.tangents.forward_mode import forward_mode
+from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError, forward_mode
 from laplace_lora.models.tolerances import near
 from laplace_lora.structures.posterior import Posterior
 
@@ -46,7 +46,7 @@ def tangents_along(
         The functions ``(batch, columns)``, and ``(directions, batch, columns)``.
 
     Raises:
-        NoForwardDerivativeError: If the model cannot carry tangents.
+        NoForwardDerivativeError: If the model cannot carry tangents, or they overflow.
         OtherOutputsError: If its values beside tangents are others than without.
         FloatingPointError: If the outputs are not finite; names the rows.
     """
@@ -65,6 +65,11 @@ def tangents_along(
         raise OtherOutputsError(
             "the model has other outputs where it carries tangents than by itself; use "
             "method='exact'"
+        )
+    if not all(bool(part.isfinite().all()) for part in slopes):
+        raise NoForwardDerivativeError(
+            "tangents are not finite where outputs are: they exceed the range of "
+            f"{str(dtype).removeprefix('torch.')}"
         )
     moved = [readout.mean(slope) for part in slopes for slope in part]
     return readout.mean(own), torch.stack(moved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from laplace_lora.data.distributed import Together, together
+from laplace_lora.data.messages import OtherProcessFailed
 from laplace_lora.data.one_draw import same_draw
 from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.links import QUADRATURE
@@ -39,6 +41,7 @@ from laplace_lora.tuning.validation.sample_calibration import calibrate_classes
 from laplace_lora.tuning.validation.search import Loss, descend, grid_search
 from laplace_lora.tuning.validation.token_calibration import calibrate_tokens
 
+NO_TANGENTS = NoForwardDerivativeError.__name__
 logger = logging.getLogger(__name__)
 
 
@@ -242,12 +245,16 @@ class Tuner:
                 return calibrate_tokens(self.posterior, *options)
         sampled = takes_samples(self.posterior, CHEAPER, link, SAMPLES, generator)
         if sampled and not objective.has_independent_labels:
+            if isinstance(val_loader, Iterator):
+                val_loader = list(val_loader)  # exact moments would read it again
             try:
                 with self._together(val_loader) as team:
                     options = (val_loader, team, generator, progress_bar)
                     return calibrate_classes(self.posterior, *options)
-            except NoForwardDerivativeError as error:  # predictions are exact then, too
-                logger.info("calibrating exact moments: %s", error)
+            except (NoForwardDerivativeError, OtherProcessFailed) as error:
+                if getattr(error, "kind", NO_TANGENTS) != NO_TANGENTS:
+                    raise
+                logger.info("calibrating exact moments, as predictions are: %s", error)
         predictor = Predictor(self.posterior)
         with self._together(val_loader) as team:
             scoring = scoring_of(self.posterior, link, n_samples, generator, team)

@@ -70,6 +70,28 @@ def test_nor_by_mutual_information(la):
         assert len(report.ood_uncertainty) == OF_LABELLED
 
 
+@pytest.mark.parametrize("marks", [[True, True], [True, False], [False, True]])
+def test_fillings_of_several_widths_are_no_labels(model, marks):
+    """A batch's padding is not taken for tokens that have a label."""
+    narrow, wide = tagged_batch((4, 3), seed=1), tagged_batch((9, 7), seed=2)
+    elsewhere = [
+        {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
+        if is_filled
+        else without_labels(batch)
+        for batch, is_filled in zip((narrow, wide), marks, strict=True)
+    ]
+    with pytest.warns(UserWarning, match="no labels of their tokens"):
+        report = evaluate(MAP(model), [BATCH], ood_loader=elsewhere, bootstrap=2)
+    assert len(report.ood_uncertainty) == 23
+
+
+def test_names_of_texts_are_no_labels_of_tokens(model):
+    named = {**BATCH, "labels": ["x", "y", "z", "x"]}
+    with pytest.warns(UserWarning, match="no labels of their tokens"):
+        report = evaluate(MAP(model), [BATCH], ood_loader=[named], bootstrap=2)
+    assert len(report.ood_uncertainty) == OF_ALL
+
+
 def test_values_of_labels_do_not_count_and_their_key_does(model):
     """Texts of another kind may have other classes."""
     plain = evaluate(MAP(model), [BATCH], ood_loader=[BATCH], bootstrap=2)

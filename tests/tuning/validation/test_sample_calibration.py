@@ -1,17 +1,21 @@
 """Calibration of classifiers with so many classes that predictions come from samples."""
 
 import logging
+import math
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from laplace_lora import KronLoraLaplace
+from laplace_lora.data.inapplicable import InapplicableError
+from laplace_lora.models.tangents import forward_mode
 from laplace_lora.tuning import tuner
 from laplace_lora.tuning.validation import cache, calibration_search
 from support.batches import split_rows, token_batch
 from support.models import peft_model
 from support.opaque import Opaque
+from support.references import assert_near
 
 MANY = 50
 
@@ -74,6 +78,32 @@ def test_exact_moments_are_calibrated_where_predictions_are_exact(monkeypatch, c
     with caplog.at_level(logging.INFO, logger=tuner.__name__):
         tuner.Tuner(la.fitted).calibrate(data(8, 1), "quadrature", 100, None, False)
     assert ways == ["exact", "sampled", "exact"] and "exact moments" in caplog.text
+
+
+def test_exact_moments_see_all_of_an_iterator():
+    """Samples have been tried on its first batch before."""
+    reports = []
+    for as_given in (list, iter):
+        la = many_classes()
+        la.model.model.get_base_model().bert.encoder.layer[0].output.dropout = Opaque()
+        reports.append(la.calibrate(as_given(list(data(8, 1, batch_size=4)))).to_dict())
+    assert reports[0] == reports[1]
+
+
+def test_tangents_that_overflow_are_no_nans(monkeypatch):
+    """Half-precision outputs may be finite where their derivatives are not."""
+    la, (batch,) = many_classes(), data(4, 1)
+    exact = la(batch, method="exact")
+    run = forward_mode.ForwardMode.run
+
+    def overflowing(self, *arguments):
+        values, slopes = run(self, *arguments)
+        return values, {name: slope * math.inf for name, slope in slopes.items()}
+
+    monkeypatch.setattr(forward_mode.ForwardMode, "run", overflowing)
+    assert_near(la(batch), exact)
+    with pytest.raises(InapplicableError, match="tangents are not finite where outputs are"):
+        la(batch, method="sampled")
 
 
 def test_covariances_that_take_much_memory_are_announced(monkeypatch):
