@@ -24,7 +24,7 @@ class PackedPlace(TensorPlace):
         tensor = self.tensor
         if tensor is None or is_sharded_tensor(tensor):
             return torch.zeros(0)
-        parts = packed_parts(tensor.detach())
+        parts = packed_parts(tensor)
         if not parts:  # it was unpacked
             return super().samples()
         if any(part.device.type == "meta" for part in parts):
@@ -51,7 +51,7 @@ def frozen_places(model: nn.Module, covered: Iterable[Tensor]) -> list[TensorPla
             continue
         path, _, key = name.rpartition(".")
         kind = TensorPlace if _is_plain(weight) else PackedPlace
-        if kind is TensorPlace or packed_parts(weight.detach()):
+        if kind is TensorPlace or packed_parts(weight):
             places.append(kind(plain(name), model.get_submodule(path), key, SAMPLES))
     return places
 

@@ -7,6 +7,8 @@ what they are wherever they are moved to.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -26,16 +28,21 @@ def is_packed(part: Tensor) -> bool:
 def packed_parts(weight: Tensor) -> list[Tensor]:
     """Return the packed tensors in which a weight lies; none if it is plain.
 
+    A plain tensor of integers is one only if it is no list of counts.
+
     Args:
-        weight: A tensor; one that processes hold in pieces is its own part.
+        weight: A tensor, not detached, which would lose bitsandbytes' marks; one that processes
+            hold in pieces is its own part.
     """
+    if type(weight) in (Tensor, nn.Parameter) and weight.ndim < 2:
+        return []
     parts = [("", weight)] if is_sharded_tensor(weight) else tensor_parts("", weight)
     return [part for _, part in parts if is_packed(part)]
 
 
 def has_packed_weights(layer: nn.Module) -> bool:
     """Return whether a layer by itself holds packed weights."""
-    return any(packed_parts(p.detach()) for p in layer.parameters(recurse=False))
+    return any(packed_parts(p) for p in layer.parameters(recurse=False))
 
 
 def bits_of(model: nn.Module) -> int | None:
@@ -48,9 +55,13 @@ def bits_of(model: nn.Module) -> int | None:
     """
     found: list[int] = []
     for layer in model.modules():
-        size = getattr(layer, "in_features", 0) * getattr(layer, "out_features", 0)
-        own = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)] if size else []
-        parts = [part for tensor in own for part in packed_parts(tensor.detach())]
+        sides = [getattr(layer, key, None) for key in ("in_features", "out_features")]
+        numbers = [side for side in sides if isinstance(side, int)]
+        size = math.prod(numbers) if len(numbers) == 2 else 0
+        if not size:
+            continue
+        own = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+        parts = [part for tensor in own for part in packed_parts(tensor)]
         if parts:
             found.append(round(8 * max(t.numel() * t.element_size() for t in parts) / size))
     return min(found, default=None)

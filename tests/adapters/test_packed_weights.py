@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from laplace_lora.adapters.packed_weights import half_bytes, has_packed_weights, packed_parts
+from laplace_lora.adapters.packed_weights import (
+    bits_of,
+    half_bytes,
+    has_packed_weights,
+    packed_parts,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.float32])
@@ -29,3 +34,13 @@ def test_plain_weights_are_not_packed():
     assert not has_packed_weights(layer) and not packed_parts(layer.weight)
     layer.weight = nn.Parameter(torch.zeros(2, 3, dtype=torch.int8), requires_grad=False)
     assert has_packed_weights(layer) and not has_packed_weights(nn.Sequential(layer))
+    layer.weight = nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False)
+    assert not has_packed_weights(layer)  # a layer may count what it has seen
+
+
+@pytest.mark.parametrize("sides", [(3, 2), ((3, 1), 2), (None, None)])
+def test_layers_whose_sides_are_no_numbers_have_no_bits(sides):
+    layer = nn.Linear(3, 2)
+    layer.weight = nn.Parameter(torch.zeros(2, 3, dtype=torch.int8), requires_grad=False)
+    layer.in_features, layer.out_features = sides
+    assert bits_of(layer) == (8 if sides == (3, 2) else None)

@@ -148,7 +148,7 @@ def test_a_packed_head_is_refused_by_last_layer_posteriors():
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
 
 
-def quantised(name, bits, folder):
+def quantised(name, bits, folder, storage="uint8"):
     kind, make_config, _, _ = ARCHITECTURES[name]
     config = make_config(num_labels=3)
     for key, value in {**SIZES, "head_dim": 32}.items():
@@ -161,6 +161,7 @@ def quantised(name, bits, folder):
         load_in_4bit=bits == 4,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_quant_storage=storage,
         llm_int8_skip_modules=["score", "classifier", "lm_head"],
     )
     base = kind.from_pretrained(
@@ -276,9 +277,11 @@ def test_a_base_in_other_bits_is_refused_by_that_name(tmp_path):
 
 @pytest.mark.skipif(not HAS_BITSANDBYTES, reason="needs bitsandbytes")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_base_that_merging_has_rounded_anew_is_refused(bits, tmp_path):
-    model = quantised("llama", bits, tmp_path / "base").eval()
+@pytest.mark.parametrize("bits,storage", [(8, "uint8"), (4, "uint8"), (4, "bfloat16")])
+def test_a_base_that_merging_has_rounded_anew_is_refused(bits, storage, tmp_path):
+    """Also where 4-bit weights lie in memory as if they were floating-point numbers."""
+    model = quantised("llama", bits, tmp_path / "base", storage).eval()
+    assert bits_of(model) == bits
     la = KronLoraLaplace(model, "classification", uncovered="diag", **LOW)
     la.fit(loader())
     probs = la(BATCH)
