@@ -9,7 +9,13 @@ from typing import Any
 import click
 
 from laplace_lora.commands.reading.adapter import CAUSAL, Adapter
-from laplace_lora.commands.reading.answers import alone, answer_tokens, prompts_with_space
+from laplace_lora.commands.reading.answers import (
+    alone,
+    answer_tokens,
+    prompts_with_space,
+    quoted,
+    spaced,
+)
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
@@ -29,13 +35,12 @@ def warn_if_other_tokens(adapter: Adapter, plan: Plan, rows: Sequence[Row]) -> N
         return
     tokenizer, ids = adapter.tokenizer, answer_tokens(adapter, plan, rows)
     of_alone = [alone(name, tokenizer) for name in plan.names]
-    taken = f"behind the prompts, --target {_quoted(plan.names)} means {_named(ids, tokenizer)}"
-    if of_alone != [[i] for i in ids]:
-        others = [i for tokens in of_alone for i in tokens]
-        spaced = [f" {name}" for name in plan.names]
+    taken = f"behind the prompts, --target {quoted(plan.names)} means {_named(ids, tokenizer)}"
+    others = [i for tokens in of_alone for i in tokens]
+    if others != ids and all(len(tokens) == 1 for tokens in of_alone):
         way = "give their numbers from Python, as `target_ids`"
-        if _tokens_of(spaced, adapter, plan, rows) == others:
-            way = f"say --target {_quoted(spaced)}"
+        if _tokens_of(spaced(plan.names), adapter, plan, rows) == others:
+            way = f"say --target {quoted(spaced(plan.names))}"
         click.echo(
             f"Warning: {taken}, which the posterior covers; alone it would be "
             f"{_named(others, tokenizer)}. If the adapter was trained to answer with these, {way}",
@@ -47,7 +52,7 @@ def warn_if_other_tokens(adapter: Adapter, plan: Plan, rows: Sequence[Row]) -> N
         if Inputs(adapter, plan).is_conversation(rows[0]) and others not in ([], ids):
             click.echo(
                 f"Warning: {taken}. An assistant's messages seldom begin with a space: if those of "
-                f"its training did not, say --target {_quoted(bare)}, which means "
+                f"its training did not, say --target {quoted(bare)}, which means "
                 f"{_named(others, tokenizer)}",
                 err=True,
             )
@@ -59,10 +64,6 @@ def _tokens_of(names: list[str], adapter: Adapter, plan: Plan, rows: Sequence[Ro
         return answer_tokens(adapter, replace(plan, names=names), rows)
     except ValueError:
         return []
-
-
-def _quoted(names: Sequence[str]) -> str:
-    return " ".join(f'"{name}"' for name in names)
 
 
 def _named(ids: Sequence[int], tokenizer: Any) -> str:

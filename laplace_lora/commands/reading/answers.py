@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
 
 from laplace_lora.commands.reading.adapter import CAUSAL, Adapter
 from laplace_lora.commands.reading.inputs import Inputs
@@ -13,6 +15,21 @@ from laplace_lora.commands.reading.rows import Row
 SPACES = (" ", "▁", "Ġ")  # as texts, SentencePiece's and GPT-2's vocabularies have them
 LOOKED_AT = 8  # rows
 SHOWN = 4  # tokens of an error
+NO_CHAT = (
+    "give the prompts as texts that end where the answers of the training begin, with what it "
+    "writes, and say --no-chat"
+)
+
+
+class _Prompt(NamedTuple):
+    """A row, its number from 1, and the tokens of its prompt."""
+
+    row: Row
+    number: int
+    start: list[int]
+
+
+_Found = dict[tuple[int, str], int]  # tokens by the number of a row and an answer
 
 
 def answer_tokens(adapter: Adapter, plan: Plan, rows: Sequence[Row] | None) -> list[int]:
@@ -33,19 +50,20 @@ def answer_tokens(adapter: Adapter, plan: Plan, rows: Sequence[Row] | None) -> l
         return target_tokens(plan.names, adapter.tokenizer)
     inputs, count = Inputs(adapter, plan), min(len(rows), LOOKED_AT)
     numbers = [1 + i * len(rows) // count for i in range(count)]
-    starts = {n: inputs.text(rows[n - 1], n)["input_ids"] for n in numbers}
-    found: list[int] = []
-    for target in _several(plan.names):
-        of_rows = {_following(inputs, rows[n - 1], n, starts[n], target): n for n in numbers}
+    prompts = [_Prompt(rows[n - 1], n, inputs.text(rows[n - 1], n)["input_ids"]) for n in numbers]
+    targets = _several(plan.names)
+    found = _of_all(_following, inputs, prompts, targets)
+    lacking = [(p, t) for t in targets for p in prompts if (p.number, t) not in found]
+    if lacking:  # a training had the space before every answer or before none
+        found = _of_all(_behind_space, inputs, prompts, targets)
+        if any((p.number, t) not in found for t in targets for p in prompts):
+            in_no_form = [(p, t) for p, t in lacking if (p.number, t) not in found]
+            raise ValueError(_no_single(inputs, *(in_no_form or lacking)[0]))
+    for target in targets:
+        of_rows = {found[n, target]: n for n in reversed(numbers)}
         if len(of_rows) > 1:
-            (one, first), (other, second) = list(of_rows.items())[:2]
-            names = adapter.tokenizer.convert_ids_to_tokens([one, other])
-            raise ValueError(
-                f"--target {target!r} is the token {names[0]!r} behind the prompt of row {first}, "
-                f"and {names[1]!r} behind that of row {second}; end all prompts alike"
-            )
-        found += of_rows
-    return _different(found)
+            raise ValueError(_several_tokens(inputs, prompts, target, of_rows))
+    return _different([found[numbers[0], target] for target in targets])
 
 
 def target_tokens(targets: Sequence[str], tokenizer: Any) -> list[int]:
@@ -61,7 +79,7 @@ def target_tokens(targets: Sequence[str], tokenizer: Any) -> list[int]:
     found = []
     for target in _several(targets):
         ids = alone(target, tokenizer)
-        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        if not _is_one_known(ids, tokenizer):
             raise ValueError(_not_one(target, tokenizer))
         found += ids
     return _different(found)
@@ -94,49 +112,103 @@ def prompts_with_space(prompts: Sequence[Any], targets: Sequence[str], tokenizer
     return found if is_read else []
 
 
-def _following(inputs: Inputs, row: Row, number: int, start: list[int], target: str) -> int:
-    """Return the token with which an answer follows a row's prompt.
+def _of_all(
+    form: Callable[[Inputs, _Prompt, str], int | None],
+    inputs: Inputs,
+    prompts: Sequence[_Prompt],
+    targets: Sequence[str],
+) -> _Found:
+    """Return the tokens of answers behind prompts, without those that have none in this form."""
+    tokens = {(p.number, t): form(inputs, p, t) for p in prompts for t in targets}
+    return {key: token for key, token in tokens.items() if token is not None}
 
-    Args:
-        inputs: Tokenizes rows.
-        row: The row.
-        number: The row's, from 1.
-        start: Tokens of its prompt.
-        target: The answer.
 
-    Raises:
-        ValueError: If there is no such token.
-    """
-    tokenizer, whole = inputs.adapter.tokenizer, inputs.answered(row, target)
+def _following(inputs: Inputs, prompt: _Prompt, target: str) -> int | None:
+    """Return the token with which an answer follows a prompt as it is written, if there is one."""
+    tokenizer, start = inputs.adapter.tokenizer, prompt.start
+    try:
+        whole = inputs.answered(prompt.row, target)
+    except TemplateError as error:
+        raise ValueError(
+            f"row {prompt.number}: the chat template takes no answer behind these messages "
+            f"({error}), the last of which may be the assistant's own; {NO_CHAT}"
+        ) from error
     single, rest = alone(target, tokenizer), whole[len(start) :]
-    if whole[: len(start)] == start and _text(rest[:1], tokenizer) == _text(single, tokenizer):
-        if rest[0] == tokenizer.unk_token_id:
-            raise ValueError(_not_one(target, tokenizer))
+    is_one = rest and _text(rest[:1], tokenizer) == _text(single, tokenizer)
+    if whole[: len(start)] == start and is_one and rest[0] != tokenizer.unk_token_id:
         return int(rest[0])
-    if len(single) != 1 or single[0] == tokenizer.unk_token_id:
-        raise ValueError(_not_one(target, tokenizer))
-    # Words that would run together have a space between them, which some tokenizers take for
-    # granted; with others the answer is to begin with it.
-    is_chat = inputs.is_conversation(row)
-    if not is_chat and inputs.answered(row, f" {target}") == [*start, *single]:
-        return single[0]
+    bare = target.lstrip()
+    if inputs.is_conversation(prompt.row) and 0 < len(bare) < len(target):
+        return _following(inputs, prompt, bare)  # where the template writes the space itself
+    return None
+
+
+def _behind_space(inputs: Inputs, prompt: _Prompt, target: str) -> int | None:
+    """Return an answer's token behind a space that the tokenizer takes for granted.
+
+    Words that would run together have a space between them. Tokenizers that put one before a
+    text read it as in the answer alone; with others the answer is to begin with it.
+    """
+    row, columns, tokenizer = prompt.row, inputs.plan.columns, inputs.adapter.tokenizer
+    text, single = row.get(columns.pair or "") or row[columns.text or ""], alone(target, tokenizer)
+    if inputs.is_conversation(row) or text != text.rstrip() or not _is_one_known(single, tokenizer):
+        return None
+    is_read = inputs.answered(row, f" {target.lstrip()}") == [*prompt.start, *single]
+    return single[0] if is_read else None
+
+
+def _no_single(inputs: Inputs, prompt: _Prompt, target: str) -> str:
+    tokenizer, start = inputs.adapter.tokenizer, prompt.start
+    single, whole = alone(target, tokenizer), inputs.answered(prompt.row, target)
+    if not _is_one_known(single, tokenizer):
+        return _not_one(target, tokenizer)
     begin = max(0, len(start) - SHOWN)
     ends, becomes, name = (
         tokenizer.convert_ids_to_tokens(ids)
         for ids in (start[begin:], whole[begin : len(start) + SHOWN], single)
     )
-    advice = "If there is a space between them, begin the answers, not end the prompts, with it"
-    if is_chat:
-        advice = (
-            "The chat template writes something else there: give the prompts as texts that end "
-            "where the answers of the training begin, with what it writes, and say --no-chat"
-        )
-    raise ValueError(
-        f"--target {target!r} is the token {name[0]!r} alone, but follows the prompt of row "
-        f"{number} by no single token: the prompt ends in {ends}, which together with the answer "
-        f"becomes {becomes}. {advice}; tokens of other ways to train are given from Python, as "
-        "`target_ids`"
+    advice = (
+        "If there is a space between them, begin the answers, not end the prompts, with it: "
+        f"--target {quoted(spaced(inputs.plan.names))}"
     )
+    if inputs.is_conversation(prompt.row):
+        advice = f"The chat template writes something else there: {NO_CHAT}"
+    return (
+        f"--target {target!r} is the token {name[0]!r} alone, but follows the prompt of row "
+        f"{prompt.number} by no single token: the prompt ends in {ends}, which together with the "
+        f"answer becomes {becomes}. {advice}; tokens of other ways to train are given from "
+        "Python, as `target_ids`"
+    )
+
+
+def _several_tokens(
+    inputs: Inputs, prompts: Sequence[_Prompt], target: str, of_rows: dict[int, int]
+) -> str:
+    (one, first), (other, second) = sorted(of_rows.items(), key=lambda item: item[1])[:2]
+    names = inputs.adapter.tokenizer.convert_ids_to_tokens([one, other])
+    others = spaced(inputs.plan.names)
+    found = _of_all(_following, inputs, prompts, others)
+    tokens = [{found.get((p.number, t)) for p in prompts} for t in others]
+    is_one = all(len(of_one) == 1 and None not in of_one for of_one in tokens)
+    way = f", or begin the answers with a space: --target {quoted(others)}" if is_one else ""
+    return (
+        f"--target {target!r} is the token {names[0]!r} behind the prompt of row {first}, "
+        f"and {names[1]!r} behind that of row {second}; end all prompts alike{way}"
+    )
+
+
+def spaced(targets: Sequence[str]) -> list[str]:
+    """Return answers with a space before each."""
+    return [f" {target.lstrip()}" for target in targets]
+
+
+def quoted(targets: Sequence[str]) -> str:
+    """Return answers as they are written on a command line."""
+    return " ".join(f'"{target}"' for target in targets)
+
+
+def _is_one_known(ids: Sequence[int], tokenizer: Any) -> bool:
+    return len(ids) == 1 and ids[0] != tokenizer.unk_token_id
 
 
 def _text(ids: Sequence[int], tokenizer: Any) -> str:

@@ -1,6 +1,7 @@
 """Answers are the tokens that follow the prompts; others that may be meant are pointed out."""
 
 import pytest
+from tokenizers import normalizers, pre_tokenizers
 
 from laplace_lora.commands.answer_warnings import warn_if_other_tokens, warn_if_spaces_meet
 from laplace_lora.commands.reading.adapter import CAUSAL, SEQ2SEQ, Adapter
@@ -46,6 +47,12 @@ def adapter(kind, template=None):
 
 def _bytes():
     return byte_tokenizer(MERGES)
+
+
+def spaced_only():
+    """A SentencePiece vocabulary in which "no" and "maybe" are words only behind a space."""
+    made = stripping_tokenizer(("it", ":", "yes", "▁no", "▁maybe"))
+    return Adapter(None, made, CAUSAL, 0, [], None, None)
 
 
 def plan(*names, chat=False):
@@ -108,7 +115,12 @@ def test_second_texts_precede_the_answer():
     [
         ("bytes", ["A: "], ["no", "yes"], r"'no' alone, .* in \['A', ':', 'Ġ'\], .*'Ġno'\]. If"),
         ("bytes", ["A:"], ["no!", "yes!"], r"'no!' is 2 tokens of this tokenizer, \['no', '!'\]"),
-        ("sentencepiece", ["is\n", "it"], ["no", "yes"], "'no' behind .* row 1, and '▁no' .* 2;"),
+        (
+            "sentencepiece",
+            ["is\n", "it"],
+            ["no", "yes"],
+            'row 2 .*itno.* it: --target " no" " yes"',
+        ),
         ("bytes", ["A:"], ["no", "no"], "two answers are the same token"),
         ("bytes", ["A:"], ["no"], "needs two answers or more"),
     ],
@@ -116,6 +128,52 @@ def test_second_texts_precede_the_answer():
 def test_what_follows_no_prompt_as_one_token_is_refused(kind, texts, names, message):
     with pytest.raises(ValueError, match=message):
         found(adapter(kind), plan(*names), *texts)
+
+
+def test_a_space_is_taken_for_granted_before_every_answer_or_before_none():
+    model = spaced_only()  # which reads "it:no" letter by letter, and "it:yes" not
+    assert found(model, plan("yes", "no"), "it:") == ["▁yes", "▁no"]
+    assert found(adapter("sentencepiece"), plan("yes", "no"), "it:", "it") == ["▁yes", "▁no"]
+
+
+@pytest.mark.parametrize("names", [("yes", "no"), ("no", "maybe")])
+def test_behind_a_line_break_no_space_is_taken_for_granted(names):
+    model, spaced = spaced_only(), [f" {name}" for name in names]
+    advice = f'begin the answers, .*: --target "{spaced[0]}" "{spaced[1]}"'
+    with pytest.raises(ValueError, match=f"'no' .* by no single token.* {advice}"):
+        found(model, plan(*names), "it:\n")
+    assert found(model, plan(*spaced), "it:\n") == [f"▁{name}" for name in names]
+
+
+def test_prompts_that_answers_follow_as_different_tokens_are_refused():
+    model = adapter("sentencepiece")
+    model.tokenizer.add_special_tokens({"additional_special_tokens": ["<e>"]})
+    spacing = pre_tokenizers.Metaspace(prepend_scheme="always")  # behind special tokens, too
+    model.tokenizer.backend_tokenizer.pre_tokenizer = spacing
+    advice = 'end all prompts alike, or begin the answers with a space: --target " no" " yes"'
+    with pytest.raises(ValueError, match=f"'no' behind .* row 1, and '▁no' .* row 2; {advice}$"):
+        found(model, plan("no", "yes"), "is\n", "is<e>")
+    assert found(model, plan(" no", " yes"), "is\n", "is<e>") == ["▁no", "▁yes"]
+
+
+@pytest.mark.parametrize(("kind", "space"), [("bytes", "Ġ"), ("sentencepiece", "▁")])
+def test_a_space_that_a_template_writes_may_begin_the_answers(kind, space, capsys):
+    model = adapter(kind, CHAT.replace("\n{{ m['content'] }}", "\n{{ ' ' + m['content'] }}"))
+    for names in (" no", " yes"), ("no", "yes"):
+        assert found(model, plan(*names, chat=True), "is it") == [f"{space}no", f"{space}yes"]
+    assert not said(capsys, model, plan(" no", " yes", chat=True), "is it")
+
+
+def test_messages_behind_which_a_template_takes_no_answer_are_refused():
+    alternating = (
+        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Roles must alternate') }}{% endif %}{% endfor %}"
+    )
+    model = adapter("bytes", alternating + CHAT)
+    begun = [{"role": "user", "content": "is it"}, {"role": "assistant", "content": "It is"}]
+    with pytest.raises(ValueError, match=r"row 1: .* \(Roles must alternate\), .* --no-chat"):
+        found(model, plan("no", "yes"), begun)
+    assert found(model, plan("no", "yes"), begun[:1]) == ["no", "yes"]
 
 
 def test_what_a_template_writes_before_an_answer_is_no_answer():
@@ -150,6 +208,15 @@ def test_tokens_that_differ_alone_are_pointed_out(capsys):
     assert "give their numbers from Python" in said(capsys, trimming, names, "is it")
     assert not said(capsys, adapter("bytes", CHAT), names, "is it")
     assert not said(capsys, adapter("sentencepiece"), plan(" no", " yes"), "A:")
+
+
+def test_several_tokens_alone_are_no_other_way_to_answer(capsys):
+    model = adapter("sentencepiece")  # and as Llama 2's first conversions: "▁", "▁no" alone
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    model.tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+    assert model.tokenizer.tokenize(" no") == ["▁", "▁no"]
+    assert found(model, plan(" no", " yes"), "A:") == ["▁no", "▁yes"]
+    assert not said(capsys, model, plan(" no", " yes"), "A:")
 
 
 def test_spaces_before_an_assistant_s_answer_are_pointed_out(capsys):
