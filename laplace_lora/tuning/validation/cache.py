@@ -7,7 +7,6 @@ come to at a few eigenvalues, see `SpectrumNodes`.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.data.distributed import ALONE, Together
+from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.base import Readout, Scoring, integrated_variables
 from laplace_lora.likelihoods.label_check import check_labels
 from laplace_lora.likelihoods.links import Link
@@ -239,12 +239,11 @@ class ValidationCache:
 
 def _announce_size(mean: Tensor, rows: int, taken: int) -> None:
     columns = mean.shape[1]
-    warnings.warn(
+    warn(
         f"the validation set takes {taken / 2**30:.1f} GiB after {rows} rows, as every pair of "
         f"{columns} functions of the outputs has covariances; joining the batches takes as much "
         "again, and each step scores all of them. Give fewer rows if memory or time runs out: of "
-        "more than 4096 calibrate searches only so many",
-        stacklevel=2,
+        "more than 4096 calibrate searches only so many"
     )
 
 
