@@ -123,7 +123,7 @@ def test_target_ids_of_other_types_are_refused(ids):
 )
 def test_answers_of_several_tokens_are_told_what_they_may_be(ids):
     """As a tokenizer gives them for words."""
-    with pytest.raises(ValueError, match=r"must be one.*space before a word.*language_modeling"):
+    with pytest.raises(ValueError, match=r"one, the one behind a prompt.*language_modeling"):
         LogitsModel(peft_model("llama-lm"), target_ids=ids)
     tensors = [torch.tensor(7), torch.tensor(9)]
     assert LogitsModel(peft_model("llama-lm"), target_ids=tensors).target_ids.tolist() == [7, 9]
