@@ -164,7 +164,10 @@ def test_padding_that_a_sliding_window_makes_nan_is_pointed_to():
     config = Gemma2Config(**TINY, num_labels=3, query_pre_attn_scalar=8, sliding_window=2)
     base = Gemma2ForSequenceClassification(config)
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).double()
-    la = KronLoraLaplace(model, "classification")
+    la, padded = KronLoraLaplace(model, "classification"), loader(lengths=(9, 3))
+    (batch,) = padded
+    if bool(model(**batch).logits.isfinite().all()):
+        pytest.skip("this version of transformers has another mask")
     with pytest.raises(FloatingPointError, match=r"or padding .* longer than a sliding window"):
-        la.fit(loader(lengths=(9, 3)))
+        la.fit(padded)
     la.fit(loader(lengths=(9, 8)))
