@@ -12,8 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from laplace_lora.adapters.tensor_parts import tensor_parts
-from laplace_lora.data.sharding import is_sharded_tensor
+from laplace_lora.adapters.tensor_parts import parts_here
 
 
 def is_packed(part: Tensor) -> bool:
@@ -36,8 +35,7 @@ def packed_parts(weight: Tensor) -> list[Tensor]:
     """
     if type(weight) in (Tensor, nn.Parameter) and weight.ndim < 2:
         return []
-    parts = [("", weight)] if is_sharded_tensor(weight) else tensor_parts("", weight)
-    return [part for _, part in parts if is_packed(part)]
+    return [part for part in parts_here(weight) if is_packed(part)]
 
 
 def has_packed_weights(layer: nn.Module) -> bool:

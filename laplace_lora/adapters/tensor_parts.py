@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from laplace_lora.data.sharding import is_sharded_tensor
+
 
 def tensor_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors that hold a tensor's numbers, with their names: itself, if it is plain.
@@ -26,3 +28,10 @@ def tensor_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     keys, _ = subclass.__tensor_flatten__()
     for key in keys:
         yield from tensor_parts(f"{name}.{key}", getattr(subclass, key))
+
+
+def parts_here(tensor: Tensor) -> list[Tensor]:
+    """Return the tensors that hold a tensor's numbers; itself if processes hold it in pieces."""
+    if is_sharded_tensor(tensor):
+        return [tensor]
+    return [part for _, part in tensor_parts("", tensor)]

@@ -23,7 +23,7 @@ from laplace_lora.adapters.peft_state import (
     tuner_layers,
 )
 from laplace_lora.adapters.selection import listed
-from laplace_lora.adapters.tensor_parts import tensor_parts
+from laplace_lora.adapters.tensor_parts import parts_here
 from laplace_lora.data.sharding import is_sharded_tensor, whole
 from laplace_lora.display.warning import warn
 from laplace_lora.models.changes.turns import in_turn
@@ -215,11 +215,7 @@ def traces(tensors: Iterable[Tensor]) -> list[Any]:
     Args:
         tensors: In order.
     """
-    parts = (
-        part
-        for t in tensors
-        for _, part in ([("", t)] if is_sharded_tensor(t) else tensor_parts("", t))
-    )
+    parts = (part for t in tensors for part in parts_here(t))
     return [(id(t), t.data_ptr(), t.dtype, -1 if t.is_inference() else t._version) for t in parts]
 
 
