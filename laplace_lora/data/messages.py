@@ -27,6 +27,11 @@ class OtherProcessFailed(RuntimeError):
         self.kind = error[0]
 
 
+def kind_of(error: Exception) -> str:
+    """Return the name of an error's class, in whichever process it was raised."""
+    return error.kind if isinstance(error, OtherProcessFailed) else type(error).__name__
+
+
 class ProcessLost(RuntimeError):
     """Another process has ended, or cannot be reached."""
 

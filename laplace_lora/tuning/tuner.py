@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from laplace_lora.data.distributed import Together, together
-from laplace_lora.data.messages import OtherProcessFailed
+from laplace_lora.data.messages import OtherProcessFailed, kind_of
 from laplace_lora.data.one_draw import same_draw
 from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.links import QUADRATURE
@@ -41,7 +41,6 @@ from laplace_lora.tuning.validation.sample_calibration import calibrate_classes
 from laplace_lora.tuning.validation.search import Loss, descend, grid_search
 from laplace_lora.tuning.validation.token_calibration import calibrate_tokens
 
-NO_TANGENTS = NoForwardDerivativeError.__name__
 logger = logging.getLogger(__name__)
 
 
@@ -252,7 +251,7 @@ class Tuner:
                     options = (val_loader, team, generator, progress_bar)
                     return calibrate_classes(self.posterior, *options)
             except (NoForwardDerivativeError, OtherProcessFailed) as error:
-                if getattr(error, "kind", NO_TANGENTS) != NO_TANGENTS:
+                if kind_of(error) != NoForwardDerivativeError.__name__:
                     raise
                 logger.info("calibrating exact moments, as predictions are: %s", error)
         predictor = Predictor(self.posterior)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from laplace_lora.data.distributed import OtherProcessFailed, together
+from laplace_lora.data.distributed import together
+from laplace_lora.data.messages import OtherProcessFailed, kind_of
 from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
@@ -34,10 +35,8 @@ def warn_if_wide(posterior: Posterior, loader: Iterable[Any]) -> None:
     if posterior.objective.jacobian_refusal is not None:
         try:
             excess = _excess_of_texts(posterior, loader)
-        except NoForwardDerivativeError:
-            return
-        except OtherProcessFailed as error:
-            if error.kind != NoForwardDerivativeError.__name__:
+        except (NoForwardDerivativeError, OtherProcessFailed) as error:
+            if kind_of(error) != NoForwardDerivativeError.__name__:
                 raise
             return
     else:
