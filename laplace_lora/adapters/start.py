@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,43 +14,113 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from laplace_lora.data.inapplicable import InapplicableError
+
+ROUNDING = 64  # units in the last place of the largest output
 STARTS_AT_ZERO = (True, "gaussian", "eva")
+# With these values a layer gives what its base layer gives, and its derivative is not zero. Where
+# several tensors are factors of one product it is the last of them, as LoRA's B is.
+UNCHANGED = {
+    "lora_B": 0.0,
+    "lora_embedding_A": 0.0,
+    "boft_R": 0.0,
+    "boft_s": 1.0,
+    "c3a_kernel": 0.0,
+    "fourierft_spectrum": 0.0,
+    "gralora_B": 0.0,
+    "gralora_B_general": 0.0,
+    "hada_w2_b": 0.0,
+    "hira_B": 0.0,
+    "hira_embedding_A": 0.0,
+    "ia3_l": 1.0,
+    "lokr_w1": 0.0,
+    "lokr_w1_a": 0.0,
+    "miss_block": 0.0,
+    "oft_R": 0.0,
+    "oft_embedding_R": 0.0,
+    "randlora_lambda": 0.0,
+    "road_theta": 0.0,
+    "road_alpha": 1.0,
+    "shira_weight": 0.0,
+    "vera_lambda_b": 0.0,
+    "waveft_spectrum": 0.0,
+}
 
 
-def zero_at_start(model: nn.Module) -> list[nn.Parameter]:
-    """Return the active adapter's tensors that PEFT had set to zero before training.
+def at_base(model: nn.Module) -> list[tuple[nn.Parameter, float]]:
+    """Return tensors of the active adapter and the values with which it changes nothing.
 
-    ``lora_B`` of linear layers and convolutions, ``lora_embedding_A`` of embeddings, and the bias
-    of ``lora_B``. With them at zero the base model answers.
+    Zeros for LoRA's ``lora_B`` of linear layers and convolutions, ``lora_embedding_A`` of
+    embeddings, and the bias of ``lora_B``; see `UNCHANGED` for other tuners.
 
     Args:
-        model: Any module with a LoRA adapter.
+        model: Any module with an adapter.
 
     Raises:
-        ValueError: If there is no LoRA adapter, or one that did not start so.
+        ValueError: If there is no adapter, one that did not start at the base model, or one of a
+            tuner that is not in the table.
     """
-    found: list[nn.Parameter] = []
+    found: list[tuple[nn.Parameter, float]] = []
     active: set[str] = set()
-    for layer, adapter in _active_layers(model):
+    for name, layer, adapter in _active_layers(model):
         active.add(adapter)
-        if adapter in layer.lora_B:
-            found += list(layer.lora_B[adapter].parameters())
-        if adapter in layer.lora_embedding_A:
-            found.append(layer.lora_embedding_A[adapter])
+        here = list(_unchanged(layer, adapter))
+        if not here:
+            kind = type(layer).__name__
+            raise ValueError(f"with which weights {name!r}, a {kind}, changes nothing is not known")
+        found += here
     if not found:
-        raise ValueError("the model has no LoRA adapter")
+        raise ValueError("the model has no adapter in its layers")
     for config in _configs(model, active):
         _check(config)
     return found
+
+
+def _unchanged(layer: BaseTunerLayer, adapter: str) -> Iterator[tuple[nn.Parameter, float]]:
+    for name, value in UNCHANGED.items():
+        held = getattr(layer, name, None)
+        if held is not None and adapter in held:
+            tensor = held[adapter]
+            tensors = [tensor] if isinstance(tensor, nn.Parameter) else tensor.parameters()
+            yield from ((parameter, value) for parameter in tensors)
+
+
+@contextmanager
+def checked_unchanged(model: nn.Module) -> Iterator[None]:
+    """Hold layers of other tuners than LoRA against their base layers in every forward pass.
+
+    Args:
+        model: Any module with an adapter whose tensors have the values of `at_base`.
+
+    Raises:
+        InapplicableError: In a forward pass, if a layer does not give what its base layer gives.
+    """
+
+    def compare(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
+        with torch.no_grad():
+            expected = layer.get_base_layer()(*args, **kwargs)
+        allowed = ROUNDING * torch.finfo(expected.dtype).eps * float(expected.abs().max())
+        if not float((output - expected).abs().max()) <= allowed:
+            raise InapplicableError(
+                f"a {type(layer).__name__} changes its base layer's outputs with "
+                "the weights that should leave them as they are"
+            )
+
+    with ExitStack() as hooks:
+        for _, layer, _ in _active_layers(model):
+            if not _is_lora(layer):
+                handle = layer.register_forward_hook(compare, with_kwargs=True)
+                hooks.callback(handle.remove)
+        yield
 
 
 def base_biases_were_trained(model: nn.Module) -> bool:
     """Return whether the base model's own biases were trained, of which nothing is left.
 
     Args:
-        model: Any module with a LoRA adapter.
+        model: Any module with an adapter.
     """
-    active = {adapter for _, adapter in _active_layers(model)}
+    active = {adapter for _, _, adapter in _active_layers(model)}
     return any(getattr(config, "bias", "none") != "none" for config in _configs(model, active))
 
 
@@ -57,25 +128,25 @@ def base_biases_were_trained(model: nn.Module) -> bool:
 def values_at_start(model: nn.Module, head: nn.Module | None) -> list[tuple[nn.Parameter, Tensor]]:
     """Return tensors of the active adapter and the values with which the base model answers.
 
-    Zeros for `zero_at_start`; for the magnitudes of DoRA the norms of the base's weights; for whole
+    Those of `at_base`; for the magnitudes of DoRA the norms of the base's weights; for whole
     modules that were trained (``modules_to_save``), but for the head, the weights they replace.
 
     Args:
-        model: Any module with a LoRA adapter.
+        model: Any module with an adapter.
         head: The layer that gives the outputs, which stays as it was trained.
 
     Raises:
-        ValueError: See `zero_at_start`; or if replaced weights are not at hand.
+        ValueError: See `at_base`; or if replaced weights are not at hand.
     """
-    values = {parameter: torch.zeros_like(parameter) for parameter in zero_at_start(model)}
+    values = {tensor: torch.full_like(tensor, value) for tensor, value in at_base(model)}
     kept = set() if head is None else {id(p) for p in head.parameters()}
     for name, trained, original in _replaced(model):
         if id(trained) not in kept:
             if original.device.type == "meta":
                 raise ValueError(f"what {name!r} was before training is not at hand (offloaded)")
             values[trained] = original.detach().to(trained)
-    for layer, adapter in _active_layers(model):
-        if adapter in layer.lora_magnitude_vector:
+    for _, layer, adapter in _active_layers(model):
+        if adapter in getattr(layer, "lora_magnitude_vector", {}):
             dora = layer.lora_magnitude_vector[adapter]
             values[dora.weight] = _norms(layer, adapter, dora)
     return list(values.items())
@@ -116,19 +187,21 @@ def _norms(layer: LoraLayer, adapter: str, dora: Any) -> Tensor:
     return norms
 
 
-def _active_layers(model: nn.Module) -> Iterator[tuple[LoraLayer, str]]:
+def _active_layers(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
+    """Yield the layers of active adapters: their names, themselves, and the adapter's name."""
     for name, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
-        if type(layer).__module__.split(".")[2:3] != ["lora"] or not isinstance(layer, LoraLayer):
-            raise ValueError(f"{name!r} is a {type(layer).__name__}, not a LoRA layer")
-        for adapter in layer.active_adapters:
-            yield layer, adapter
+        if isinstance(layer, BaseTunerLayer):
+            for adapter in layer.active_adapters:
+                yield name, layer, adapter
+
+
+def _is_lora(layer: object) -> bool:
+    return isinstance(layer, LoraLayer) and type(layer).__module__.split(".")[2:3] == ["lora"]
 
 
 def _check(config: object) -> None:
     if not isinstance(config, LoraConfig):
-        raise ValueError(f"the adapter is of a {type(config).__name__}, not LoRA")
+        return
     start = config.init_lora_weights
     if start not in STARTS_AT_ZERO:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""`before_adapter`: a model as it was before its LoRA adapter had learnt anything."""
+"""`before_adapter`: a model as it was before its adapter had learnt anything."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from laplace_lora.models.head import last_linear
 def before_adapter(
     model: nn.Module,
 ) -> Iterator[tuple[nn.Module, Callable[[], AbstractContextManager[None]]]]:
-    """Yield a model in which LoRA is what it starts with, and when it is so.
+    """Yield a model whose adapter changes nothing, and when it is so.
 
     The base model answers, with a trained last layer where there is one, whether the adapter's
     tensors are trainable or frozen. Other modules that were trained as a whole have learnt the
@@ -28,10 +28,10 @@ def before_adapter(
     start only inside the context that the second value makes.
 
     Args:
-        model: Any module with a LoRA adapter.
+        model: Any module with an adapter.
 
     Raises:
-        ValueError: If the adapter's start is not known, see `zero_at_start`.
+        ValueError: If the adapter's start is not known, see `at_base`.
     """
     in_pieces(model.modules())
     starts = values_at_start(model, _head(model))

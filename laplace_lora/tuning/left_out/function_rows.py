@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.adapters.start import checked_unchanged
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.data.distributed import Together
 from laplace_lora.likelihoods.base import Readout
@@ -32,6 +33,8 @@ class FunctionRows:
         readout: The functions.
         numbers: How many numbers a function's Jacobian may take; larger ones are compressed.
         at_weights: Makes contexts in which the model is at the weights that are meant.
+        of_base: Whether the model's adapter is to change nothing there, which the first batch
+            verifies.
     """
 
     def __init__(
@@ -41,9 +44,10 @@ class FunctionRows:
         readout: Readout,
         numbers: float = math.inf,
         at_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
+        of_base: bool = False,
     ) -> None:
         self.posterior, self.engine, self.readout = posterior, engine, readout
-        self._at_weights = at_weights
+        self._at_weights, self._of_base = at_weights, of_base
         self.means: list[Tensor] = []
         # Of each tensor, batch by batch; None where it does not change the functions, as lora_A
         # does not behind a lora_B that is zero.
@@ -55,6 +59,9 @@ class FunctionRows:
     def add(self, x: Any, y: Tensor) -> None:
         """Add a batch."""
         with evaluation_mode(self.engine.model), self._at_weights():
+            if self._of_base and not self.means:
+                with checked_unchanged(self.engine.model), torch.no_grad():
+                    self.engine.model(x)
             f, blocks = self.engine.jacobian_blocks(x, self.readout.columns)
             self.means.append(self.readout.mean(f).double())
             for i, block in enumerate(blocks):
@@ -128,10 +135,10 @@ class FunctionRows:
 
 @contextmanager
 def base_rows(posterior: Posterior, readout: Readout, numbers: float) -> Iterator[FunctionRows]:
-    """Yield the rows of the base model, linearised where its LoRA adapter had learnt nothing.
+    """Yield the rows of the base model, linearised where its adapter had learnt nothing.
 
     Args:
-        posterior: A fitted posterior of a LoRA adapter that started at the base model.
+        posterior: A fitted posterior.
         readout: The functions.
         numbers: See `FunctionRows`.
 
@@ -142,4 +149,4 @@ def base_rows(posterior: Posterior, readout: Readout, numbers: float) -> Iterato
         engine = Engine(
             twin, posterior.objective, posterior.engine.root, None, "diag", verify=False
         )
-        yield FunctionRows(posterior, engine, readout, numbers, at_start)
+        yield FunctionRows(posterior, engine, readout, numbers, at_start, of_base=True)

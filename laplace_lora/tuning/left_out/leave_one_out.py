@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from laplace_lora.adapters.start import base_biases_were_trained, zero_at_start
+from laplace_lora.adapters.start import at_base, base_biases_were_trained
 from laplace_lora.data.distributed import Together, is_sharded
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings
@@ -60,7 +60,7 @@ def why_not(posterior: Posterior, loader: Any) -> str | None:
     if examples_looked_at(posterior) < state.n_data and is_sharded(loader):
         return f"processes share more training examples than {examples_looked_at(posterior)}"
     try:
-        zero_at_start(posterior.source)
+        at_base(posterior.source)
     except ValueError as error:
         return str(error)
     return None
