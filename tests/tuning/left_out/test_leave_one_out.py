@@ -25,7 +25,7 @@ from laplace_lora.tuning.left_out.shared_inputs import standard_error
 from laplace_lora.tuning.left_out.width_choice import GRID
 from laplace_lora.tuning.validation.cache import scoring_of
 from support.batches import loader, token_batch
-from support.models import adalora_model, bert_config, peft_model
+from support.models import bert_config, peft_model
 from support.posteriors import EVERY_CLASS, posterior
 from support.preferences import reward_posterior
 
@@ -286,13 +286,6 @@ def test_an_unknown_start_is_refused(config, reason):
     assert reason in la.tuning.reason
     with pytest.raises(ValueError, match=reason):
         la.optimize_prior_precision(method="loo")
-
-
-def test_other_tuners_fall_back():
-    la = KronLoraLaplace(LogitsModel(adalora_model("bert")), "classification")
-    la.fit(loader())
-    la.optimize_prior_precision()
-    assert "not a LoRA layer" in la.tuning.reason
 
 
 def informative(n, features=3, seed=0):
