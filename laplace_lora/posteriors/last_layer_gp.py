@@ -65,6 +65,7 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
     """
 
     _key = ("lora_last_layer", "gp")
+    _fitted: bool  # laplace-torch's
 
     def __init__(
         self,
@@ -118,7 +119,7 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
     def _fit(self, train_loader: DataLoader[Any], progress_bar: bool | None) -> None:
         source = self.features.source
         watch = FeaturesWatch(source)
-        with together(train_loader, device=self._device, runs=self.model) as team:
+        with together(train_loader, device=self._device, runs=source) as team:
             batches = (
                 self.objective.split(batch, self.dict_key_y, self._device, self._dtype)
                 for batch in team.batches(train_loader, "Computing features", progress_bar)
@@ -150,8 +151,10 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
             A scalar in nats.
 
         Raises:
-            RuntimeError: If the model has changed since the fit, see `FeaturesWatch`.
+            RuntimeError: If there was no fit, or the model has changed since, see `FeaturesWatch`.
         """
+        if not self._fitted:
+            raise RuntimeError("the process has not been fitted, so it has no evidence; call `fit`")
         self._check_unchanged()
         value: Tensor = super().log_marginal_likelihood(prior_precision, sigma_noise)
         if not self.objective.has_noise:

@@ -211,3 +211,8 @@ def test_a_model_that_counts_padding_is_pointed_out():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         process(peft_model("llama")).fit(loader(side="left"))
+
+
+def test_there_is_no_evidence_before_a_fit():
+    with pytest.raises(RuntimeError, match="has not been fitted"):
+        process().log_marginal_likelihood()
