@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from laplace_lora.curvature.backends import LoraGGN
 from laplace_lora.data.distributed import together
 from laplace_lora.likelihoods.registry import likelihood_of
+from laplace_lora.models.changes.autocast import as_called, in_full_precision
 from laplace_lora.models.last_layer_model import LastLayerModel
 from laplace_lora.models.wrapping import wrapped
 from laplace_lora.posteriors.copies import deep_copy, refuse_pickling, shallow_copy
@@ -100,6 +101,7 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         """From a batch to what the last layer sees of it, ``(batch, d)``."""
         return self._split.features
 
+    @in_full_precision
     def fit(self, train_loader: DataLoader[Any], progress_bar: bool | None = None) -> None:
         """Fit the process. If anything fails, the earlier one stays as it was.
 
@@ -136,6 +138,7 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         super().fit(DataLoader(data, batch_size=batch_size), progress_bar=progress_bar is True)
         self._watch = watch
 
+    @in_full_precision
     def log_marginal_likelihood(
         self, prior_precision: Tensor | None = None, sigma_noise: Tensor | None = None
     ) -> Tensor:
@@ -223,12 +226,15 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         if self._watch is not None:
             self._watch.check()
 
+    @in_full_precision
     def _glm_predictive_distribution(self, X: Any, joint: bool = False) -> tuple[Tensor, Tensor]:
         self._check_unchanged()
         # laplace-torch builds it when a prior precision is assigned, and at no other change.
         if self._built_for != self._values():
             self._build_Sigma_inv()
-        return super()._glm_predictive_distribution(self.features(X), joint)
+        with as_called():
+            features = self.features(X)
+        return super()._glm_predictive_distribution(features, joint)
 
     def _build_Sigma_inv(self) -> None:
         super()._build_Sigma_inv()
