@@ -12,7 +12,11 @@ from support.dealt import cases, said_of
 from support.models import base_model, peft_model
 from support.posteriors import LOW
 from support.references import assert_near
+<<<<<<< HEAD
 from support.sharded import BATCH, KINDS, everything, language, last_layer, worker
+=======
+from support.sharded import BATCH, KINDS, everything, language, process, said_by, worker
+>>>>>>> mend/gp8
 from support.spawned import exit_codes
 
 pytestmark = pytest.mark.slow
@@ -50,6 +54,15 @@ def test_one_file_serves_sharded_and_whole_models(whole, results, kind):
     assert_near(la(BATCH), whole[1][name]["loaded"], 1e-6)
     for found in results:
         assert_near(found["elsewhere"], whole[1]["llama"]["loaded"], 1e-6)
+
+
+def test_a_gaussian_process_takes_data_that_are_dealt_out(results):
+    la = process(peft_model("llama"))
+    la.fit(loader())
+    expected = said_by(la)
+    for found in results:
+        for said in found["processes"]:
+            assert_near(said, expected, 1e-6)
 
 
 def test_a_language_model_in_pieces(results):

@@ -15,7 +15,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoModelForCausalLM
 
+<<<<<<< HEAD
 from laplace_lora import FullLoraLLLaplace, KronLoraLaplace
+=======
+from laplace_lora import FunctionalLoraLLLaplace, KronLoraLaplace
+>>>>>>> mend/gp8
 from laplace_lora.data.distributed import together
 from laplace_lora.evaluation import evaluate
 from laplace_lora.generation import generate, score
@@ -105,12 +109,36 @@ def everything(model, folder, share=lambda data: data):
     return found, la
 
 
+<<<<<<< HEAD
 def last_layer(model, share=lambda data: data):
     """Return how a last-layer posterior of a model scores, by either way of asking it."""
     la = FullLoraLLLaplace(model, "classification")
     la.fit(share(loader()))
     scored = [evaluate(how, share(validation()), bootstrap=2) for how in (la, la.predict)]
     return torch.tensor([list(report.values.values()) for report in scored])
+=======
+def process(model):
+    """Return a Gaussian process on the features of a model, not fitted."""
+    return FunctionalLoraLLLaplace(model, "classification", n_subset=5, prior_precision=2.0)
+
+
+def said_by(la):
+    """Return predictions and evidence, ``(numbers,)``."""
+    return torch.cat([la(BATCH).flatten(), la.log_marginal_likelihood().reshape(1)])
+
+
+def processes():
+    """Return what processes on a sharded model and a whole one say, and of each other's state."""
+    pieces, plain = process(sharded(peft_model("llama"))), process(peft_model("llama"))
+    pieces.fit(dealt(loader()))
+    plain.fit(loader())
+    found = [said_by(pieces), said_by(plain)]
+    for la, other in ((pieces, plain), (plain, pieces)):
+        again = process(la.features.source)
+        again.load_state_dict(other.state_dict())
+        found.append(said_by(again))
+    return found
+>>>>>>> mend/gp8
 
 
 def language(model):
@@ -234,7 +262,11 @@ def worker(rank, port, folder):
         outcome_of(partial(la.fit, loader())),
         outcome_of(partial(la, BATCH)),
     )
+<<<<<<< HEAD
     results["last layer"] = last_layer(sharded(peft_model("llama")), dealt)
+=======
+    results["processes"] = processes()
+>>>>>>> mend/gp8
     results["resumed"] = resumed(folder)
     results["dealt"] = {case: outcome_of(partial(said_of, case)) for case in cases()}
     results["surprised"] = surprised(rank)
