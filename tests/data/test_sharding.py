@@ -12,11 +12,16 @@ from support.dealt import cases, said_of
 from support.models import base_model, peft_model
 from support.posteriors import LOW
 from support.references import assert_near
-<<<<<<< HEAD
-from support.sharded import BATCH, KINDS, everything, language, last_layer, worker
-=======
-from support.sharded import BATCH, KINDS, everything, language, process, said_by, worker
->>>>>>> mend/gp8
+from support.sharded import (
+    BATCH,
+    KINDS,
+    everything,
+    language,
+    last_layer,
+    process,
+    said_by,
+    worker,
+)
 from support.spawned import exit_codes
 
 pytestmark = pytest.mark.slow

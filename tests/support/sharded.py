@@ -15,11 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoModelForCausalLM
 
-<<<<<<< HEAD
-from laplace_lora import FullLoraLLLaplace, KronLoraLaplace
-=======
-from laplace_lora import FunctionalLoraLLLaplace, KronLoraLaplace
->>>>>>> mend/gp8
+from laplace_lora import FullLoraLLLaplace, FunctionalLoraLLLaplace, KronLoraLaplace
 from laplace_lora.data.distributed import together
 from laplace_lora.evaluation import evaluate
 from laplace_lora.generation import generate, score
@@ -109,14 +105,14 @@ def everything(model, folder, share=lambda data: data):
     return found, la
 
 
-<<<<<<< HEAD
 def last_layer(model, share=lambda data: data):
     """Return how a last-layer posterior of a model scores, by either way of asking it."""
     la = FullLoraLLLaplace(model, "classification")
     la.fit(share(loader()))
     scored = [evaluate(how, share(validation()), bootstrap=2) for how in (la, la.predict)]
     return torch.tensor([list(report.values.values()) for report in scored])
-=======
+
+
 def process(model):
     """Return a Gaussian process on the features of a model, not fitted."""
     return FunctionalLoraLLLaplace(model, "classification", n_subset=5, prior_precision=2.0)
@@ -138,7 +134,6 @@ def processes():
         again.load_state_dict(other.state_dict())
         found.append(said_by(again))
     return found
->>>>>>> mend/gp8
 
 
 def language(model):
@@ -262,11 +257,8 @@ def worker(rank, port, folder):
         outcome_of(partial(la.fit, loader())),
         outcome_of(partial(la, BATCH)),
     )
-<<<<<<< HEAD
     results["last layer"] = last_layer(sharded(peft_model("llama")), dealt)
-=======
     results["processes"] = processes()
->>>>>>> mend/gp8
     results["resumed"] = resumed(folder)
     results["dealt"] = {case: outcome_of(partial(said_of, case)) for case in cases()}
     results["surprised"] = surprised(rank)
