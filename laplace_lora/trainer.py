@@ -7,12 +7,10 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from laplace_lora.adaptive.callbacks import AdaLoraCallback
-from laplace_lora.data.batches import one_example
 from laplace_lora.data.distributed import together
 from laplace_lora.data.draws import draws_kept
 from laplace_lora.data.trainer_loaders import (
@@ -24,12 +22,11 @@ from laplace_lora.evaluation.beside_map import scores_beside_map
 from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.likelihoods.registry import likelihood_of
-from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.posteriors.factored import KronLoraLaplace
 from laplace_lora.posteriors.summary import with_known_term
 from laplace_lora.storage.adapter_start import AdapterStart, start_of
-from laplace_lora.structures.posterior import Posterior
+from laplace_lora.trainer_checks import check_makes_predictions, try_out
 from laplace_lora.trainer_loss import implied_likelihood, point_out_own_loss
 
 logger = logging.getLogger(__name__)
@@ -83,6 +80,7 @@ class LaplaceCallback(TrainerCallback):
 
     Raises:
         ValueError: If the likelihood is unknown, or no likelihood stands for the trainer's loss.
+        TypeError: If the posterior's class has no `predict`, as `FunctionalLoraLLLaplace`.
 
     Warns:
         UserWarning: If no likelihood was given, and the trainer computes a loss of its own.
@@ -99,6 +97,7 @@ class LaplaceCallback(TrainerCallback):
         strict: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_makes_predictions(posterior)
         self.trainer = trainer
         self.likelihood = implied_likelihood(trainer, kwargs) if likelihood is None else likelihood
         if likelihood is None:
@@ -121,8 +120,7 @@ class LaplaceCallback(TrainerCallback):
         Raises:
             ValueError: If the model does not fit the likelihood, a loader is empty, without labels
                 or with labels out of range, or the trainer has an `AdaLoraCallback`, too.
-            TypeError: If a batch is neither mapping nor pair, or the posterior's class has no
-                `predict`, as `FunctionalLoraLLLaplace`.
+            TypeError: If a batch is neither mapping nor pair.
         """
         self.la = None
         if any(isinstance(c, AdaLoraCallback) for c in self.trainer.callback_handler.callbacks):
@@ -135,11 +133,7 @@ class LaplaceCallback(TrainerCallback):
         # Data sets and collators draw numbers; training is to see those it would have seen.
         with together(everyone=True), draws_kept():
             made = self.posterior(self.trainer.model, self.likelihood, **self.kwargs)
-            if not isinstance(made, LoraLaplace):
-                raise TypeError(
-                    f"a {type(made).__name__} cannot be fitted by LaplaceCallback; take one of the "
-                    "posteriors with `predict` and `save_pretrained`, such as KronLoraLaplace"
-                )
+            check_makes_predictions(type(made))
             posterior = made.parts
             training = {"training": self.trainer.get_train_dataloader()}
             loaders = training | whole_evaluation_loaders(self.trainer)
@@ -147,7 +141,7 @@ class LaplaceCallback(TrainerCallback):
                 try:
                     batch = next(iter(loader), None)
                     if batch is not None:
-                        _try_out(posterior, batch)
+                        try_out(posterior, batch)
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"{name} data: {error}") from error
                 if batch is None:
@@ -255,13 +249,3 @@ class LaplaceCallback(TrainerCallback):
         prediction = la(batch, link_approx=self.link_approx)
         moments = prediction if isinstance(prediction, tuple) else (prediction,)
         return tuple(moment.detach() for moment in moments)
-
-
-@torch.no_grad()
-def _try_out(posterior: Posterior, batch: Any) -> None:
-    """Compute the loss of one example, of all where a batch cannot be taken apart."""
-    posterior.split(batch)
-    batch = posterior.by_example(batch)
-    x, y = posterior.split(one_example(batch, 0) if posterior.divides(batch) else batch)
-    with evaluation_mode(posterior.model):
-        posterior.objective.nll(posterior.model(x), y)

@@ -2,6 +2,7 @@
 
 import logging
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -58,9 +59,18 @@ def test_a_training_set_smaller_than_a_batch_that_is_dropped(tmp_path):
 
 
 def test_a_posterior_without_predictions_is_refused_before_the_first_step(tmp_path):
-    kind = {"posterior": FunctionalLoraLLLaplace, "n_subset": 4}
-    trainer, _ = trainer_with_callback(tmp_path, callback=kind)
-    with pytest.raises(TypeError, match="a FunctionalLoraLLLaplace cannot be fitted by"):
+    """Whatever arguments it would need, and where a function makes it."""
+    match = "a FunctionalLoraLLLaplace cannot be fitted by"
+    trainer = trainer_of(peft_model("bert", dtype=torch.float32), tmp_path)
+    for kind in (FunctionalLoraLLLaplace, partial(FunctionalLoraLLLaplace, n_subset=4)):
+        with pytest.raises(TypeError, match=match):
+            LaplaceCallback(trainer, posterior=kind)
+
+    def made(*args, **kwargs):
+        return FunctionalLoraLLLaplace(*args, n_subset=4)
+
+    trainer.add_callback(LaplaceCallback(trainer, posterior=made))
+    with pytest.raises(TypeError, match=match):
         trainer.train()
     assert steps(trainer) == 0
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from laplace_lora.display.plots import BAR, GAP, LINE, new_figure
 from laplace_lora.evaluation.metrics import risk_coverage
-from laplace_lora.tuning.validation.calibration_error import BINS
+from laplace_lora.tuning.validation.calibration_error import BINS, bin_edges, bin_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +67,7 @@ def _reliability(axis: Axes, report: Report) -> None:
     probs, labels = report.pooled
     confidence, predicted = probs.max(-1)
     correct = (predicted == labels).double()
-    index = (confidence * BINS).long().clamp(max=BINS - 1)
+    index = bin_of(confidence)
     count = torch.zeros(BINS, dtype=torch.float64).index_add(0, index, torch.ones_like(correct))
     used = count > 0
     means = [
@@ -107,9 +107,8 @@ def _reliability(axis: Axes, report: Report) -> None:
 
 
 def _histogram(axis: Axes, report: Report) -> None:
-    confidence = report.pooled[0].max(-1).values
-    edges = [i / BINS for i in range(BINS + 1)]
-    counts, _, _ = axis.hist(confidence.tolist(), edges, color=BAR, rwidth=0.92)
+    confidence = report.pooled[0].max(-1).values.clamp(0, 1)
+    counts, _, _ = axis.hist(confidence.tolist(), bin_edges().tolist(), color=BAR, rwidth=0.92)
     mean = confidence.mean().item()
     axis.axvline(mean, color=GAP, linewidth=1.5, label=f"mean confidence {mean:.3f}")
     accuracy = report["accuracy"]

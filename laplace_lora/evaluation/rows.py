@@ -53,7 +53,9 @@ def _objective_of(predict: Predict) -> Any:
 
 def model_of(predict: Predict) -> nn.Module | None:
     """Return the model of the posterior or baseline that predicts, ``None`` if it is neither."""
-    model = getattr(_owner(predict), "model", None)
+    owner = _owner(predict)
+    # A last-layer posterior's `model` is its head, without the transformer that runs.
+    model = getattr(owner, "logits_model", getattr(owner, "model", None))
     return model if isinstance(model, nn.Module) else None
 
 

@@ -69,7 +69,8 @@ def generate(
         link_approx: As of `score`.
         n_samples: As of `score`, but 16 samples of the weights by default.
         generator: Source of the samples and the draws, on the posterior's device.
-        eos_token_id: Tokens that end a text; by default those of the model's configuration.
+        eos_token_id: Tokens that end a text; by default those of the model's configuration. Its
+            `repetition_penalty` and other options of writing are not read: give them here.
         method: As of `score`. With ``"sampled"`` keys, values and their tangents are kept, so a
             token costs one step of the network, whatever the length.
         temperature: Divides the scores of draws, see `Selection`.

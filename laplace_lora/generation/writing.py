@@ -135,7 +135,8 @@ class Stopping:
         on: ``"token"``, or ``"answer"`` for the sum over the tokens so far.
 
     Raises:
-        ValueError: If the limit is negative, or ``on`` is neither.
+        ValueError: If the limit is negative, ``on`` is neither, or the answer is to be compared
+            with no limit.
     """
 
     above: float | None = None
@@ -146,6 +147,8 @@ class Stopping:
             raise ValueError(f"stop_above must be zero or more nats, got {self.above}")
         if self.on not in STOP_ON:
             raise ValueError(f"stop_on must be one of {STOP_ON}, got {self.on!r}")
+        if self.above is None and self.on != "token":
+            raise ValueError(f"stop_on={self.on!r} needs a limit to compare with: give stop_above")
 
     def doubts(self, token: Tensor, answer: Tensor) -> Tensor:
         """Return which texts are too uncertain.

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from laplace_lora.data.loaders import progress
 from laplace_lora.generation import generate, score
+from laplace_lora.generation.next_token import language_model_of
 from laplace_lora.generation.scoring import SAMPLES
 from laplace_lora.integrations.harness_checks import (
     Asked,
@@ -49,7 +50,7 @@ class LaplaceLM(TemplateLM):
 
     Raises:
         ValueError: If neither ``max_length`` nor the model's configuration says how long texts may
-            be, or the tokenizer writes tokens behind a text.
+            be, the tokenizer writes tokens behind a text, or the posterior is of no language model.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class LaplaceLM(TemplateLM):
         self.n_samples, self.batch_size, self.seed = n_samples, batch_size, seed
         self.max_length: int = max_length or length_of(posterior.logits_model.config)
         self._device = posterior.fitted.device
+        self._token_model = language_model_of(posterior.fitted, top_k=1)
         check_ends_open(tokenizer)
 
     @property
@@ -188,13 +190,18 @@ class LaplaceLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return greedy continuations by the posterior predictive, cut before the stop texts.
 
+        A text ends with the tokenizer's token or with those of the model's ``generation_config``,
+        whose ``repetition_penalty`` holds unless the task has its own.
+
         Raises:
-            ValueError: If sampling is asked for, or so many tokens that none of the text is left.
+            ValueError: If sampling is asked for, an option that greedy texts do not follow here, or
+                so many tokens that none of the text is left.
         """
+        config = self._token_model.generation_config
         prompts: list[list[int]] = []
         alike: dict[Asked, list[int]] = {}
         for n, (context, options) in enumerate(request.args for request in requests):
-            alike.setdefault(asked_of(options, self.max_length), []).append(n)
+            alike.setdefault(asked_of(options, config, self.max_length), []).append(n)
             prompts.append(self.tok_encode(context) or [self.prefix_token_id])
         parts = []
         for asked, group in alike.items():
@@ -202,35 +209,36 @@ class LaplaceLM(TemplateLM):
             starts = range(0, len(group), self.batch_size)
             parts += [(asked, group[start : start + self.batch_size]) for start in starts]
         texts = [""] * len(requests)
-        for (new, until), part in progress(parts, False if disable_tqdm else None, "Writing"):
-            kept = [prompts[n][-(self.max_length - new) :] for n in part]
-            for n, text in zip(part, self._continued(kept, new, until), strict=True):
+        for asked, part in progress(parts, False if disable_tqdm else None, "Writing"):
+            kept = [prompts[n][-(self.max_length - asked.new) :] for n in part]
+            for n, text in zip(part, self._continued(kept, asked), strict=True):
                 texts[n] = text
                 self.cache_hook.add_partial("generate_until", requests[n].args, text)
         return texts
 
-    def _continued(self, prompts: list[list[int]], new: int, until: Sequence[str]) -> list[str]:
+    def _continued(self, prompts: list[list[int]], asked: Asked) -> list[str]:
         """Return what follows each prompt, all of them together where the model allows it."""
         try:
-            return self._written(prompts, new, until)
+            return self._written(prompts, asked)
         except ValueError:  # padding before a text changes what some models read
             if len({len(ids) for ids in prompts}) == 1:
                 raise
         texts = []
         for _, same in groupby(prompts, len):
-            texts += self._written(list(same), new, until)
+            texts += self._written(list(same), asked)
         return texts
 
-    def _written(self, prompts: list[list[int]], new: int, until: Sequence[str]) -> list[str]:
-        stops = StopTexts(self.tokenizer, until, self.eot_token_id)
+    def _written(self, prompts: list[list[int]], asked: Asked) -> list[str]:
+        stops = StopTexts(self.tokenizer, asked.until, self.eot_token_id)
         with samples_only():
             found = generate(
                 self.posterior,
                 _padded(prompts),
-                max_new_tokens=new,
+                max_new_tokens=asked.new,
                 n_samples=self.n_samples,
                 generator=self._generator(),
-                eos_token_id=self.eot_token_id,
+                eos_token_id=[self.eot_token_id, *self._token_model.end_tokens],
+                repetition_penalty=asked.repetition_penalty,
                 logits_processor=stops,
                 streamer=stops,
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from laplace_lora.models.inputs.configs import longest_text
 from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
@@ -13,30 +13,90 @@ from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 LENGTH = 256
 
-Asked = tuple[int, tuple[str, ...]]
+# Options of transformers' `generate` that change greedy texts, and what leaves them as they are
+# beside `None`.
+NEUTRAL: dict[str, Any] = {
+    **{name: 1 for name in ("num_beams", "num_beam_groups", "num_return_sequences")},
+    **{name: 1 for name in ("encoder_repetition_penalty", "guidance_scale")},
+    **{name: 0 for name in ("min_length", "min_new_tokens", "penalty_alpha")},
+    **{name: 0 for name in ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size")},
+    **{name: None for name in ("forced_bos_token_id", "forced_eos_token_id")},
+    **{name: None for name in ("exponential_decay_length_penalty", "watermarking_config")},
+    **{name: None for name in ("dola_layers", "max_time")},
+    **{name: [] for name in ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens")},
+    **{name: [] for name in ("sequence_bias", "constraints", "force_words_ids", "stop_strings")},
+    "token_healing": False,
+}
+PENALTY = "repetition_penalty"
+# Those that are followed, and those that change draws, beams or speed alone.
+FOLLOWED = (*LENGTHS, "until", "do_sample", PENALTY)
+UNUSED = (
+    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff"),
+    *("eta_cutoff", "length_penalty", "early_stopping", "diversity_penalty", "use_cache"),
+)
 
 
-def asked_of(options: Mapping[str, Any], max_length: int) -> Asked:
-    """Return how many tokens a task wants at most, and its stop texts.
+class Asked(NamedTuple):
+    """How a task wants a text continued.
+
+    Attributes:
+        new: Longest continuation in tokens.
+        until: Texts before which it ends.
+        repetition_penalty: As of `generate`.
+    """
+
+    new: int
+    until: tuple[str, ...]
+    repetition_penalty: float
+
+
+def asked_of(options: Mapping[str, Any], config: Any, max_length: int) -> Asked:
+    """Return how a task wants a text continued.
 
     Args:
         options: The task's.
+        config: The model's ``generation_config``, which holds for what the task leaves open.
         max_length: Of a text with its continuation.
 
     Raises:
-        ValueError: If sampling is asked for, or so many tokens that none of the text is left.
+        ValueError: If sampling is asked for, an option that greedy texts do not follow here, or so
+            many tokens that none of the text is left.
     """
-    if options.get("do_sample", False):
-        raise ValueError("LaplaceLM continues greedily; set do_sample to false in the task")
-    new = next((int(options[name]) for name in LENGTHS if options.get(name)), LENGTH)
+    given = {name: value for name, value in options.items() if value is not None}
+    if given.get("do_sample", float(given.get("temperature", 0)) > 0):  # as the harness reads them
+        raise ValueError(
+            "LaplaceLM continues greedily; set do_sample to false in the task, and no temperature"
+        )
+    own = {name: getattr(config, name, None) for name in (*NEUTRAL, PENALTY)}
+    _check_followed(given, own)
+    new = next((int(given[name]) for name in LENGTHS if given.get(name)), LENGTH)
     if new >= max_length:
         raise ValueError(
             f"max_gen_toks={new} leaves no context within max_length={max_length}; set a smaller "
             "max_gen_toks in the task"
         )
-    until = options.get("until") or []
+    until = given.get("until") or []
     until = [until] if isinstance(until, str) else until
-    return new, tuple(stop for stop in until if stop)
+    penalty = given.get(PENALTY, own[PENALTY])
+    return Asked(new, tuple(stop for stop in until if stop), 1.0 if penalty is None else penalty)
+
+
+def _check_followed(given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuse options with which the harness's own model would write other texts.
+
+    Args:
+        given: The task's options.
+        own: The model's.
+    """
+    for name, value in {**own, **given}.items():
+        known = name in (*FOLLOWED, *UNUSED)
+        if known or value is None or (name in NEUTRAL and value in (NEUTRAL[name], [])):
+            continue
+        place = "task's generation_kwargs" if name in given else "model's generation_config"
+        raise ValueError(
+            f"LaplaceLM takes the likeliest token each time and does not follow {name}={value!r}; "
+            f"take it out of the {place} (texts are then others than with it)"
+        )
 
 
 @contextmanager

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import TextClassificationPipeline
+from transformers import GenerationConfig, TextClassificationPipeline
 from transformers.utils import ModelOutput
 
 from laplace_lora.posteriors.base import LoraLaplace
@@ -102,6 +103,16 @@ class LaplacePipeline(TextClassificationPipeline):
             )
         found: tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
         found = super()._sanitize_parameters(**kwargs)
+        # What is left is the tokenizer's, which takes any name and leaves unknown ones unused.
+        others = {*inspect.signature(self.posterior.predict).parameters}
+        others |= {*GenerationConfig().to_dict()}
+        unused = others & {*found[0]} - {*inspect.signature(self.tokenizer.__call__).parameters}
+        if unused:
+            raise ValueError(
+                f"{', '.join(sorted(unused))} would have no effect: the pipeline writes no text, "
+                "and predicts as `la.predict(texts, tokenizer)` does; options of predictions "
+                "belong there"
+            )
         return found
 
     def preprocess(self, inputs: Any, **tokenizer_kwargs: Any) -> Any:

@@ -17,12 +17,14 @@ class StopTexts:
 
     Args:
         tokenizer: The model's.
-        until: The stops; without any it ends nothing.
-        end_token: What ends a text.
+        until: The stops.
+        end_token: What ends a text; its own text is a stop, too, as it may be written in pieces.
     """
 
     def __init__(self, tokenizer: Any, until: Sequence[str], end_token: int) -> None:
-        self._tokenizer, self._until, self._end_token = tokenizer, until, end_token
+        end = tokenizer.decode([end_token])
+        self._until = (*until, end) if end else tuple(until)
+        self._tokenizer, self._end_token = tokenizer, end_token
         self._written = -1  # the prompts come first
 
     def put(self, value: Tensor) -> None:

@@ -98,6 +98,9 @@ def seen_by_head(
 ) -> tuple[Tensor, Tensor]:
     """Return what a model's head sees of each example, ``(batch, d)``, and the model's logits.
 
+    What it sees has the dtype that the head computes in, which is that of what it returns: autocast
+    casts behind the head's back.
+
     Args:
         head: A layer of the model.
         model: From a batch to logits ``(batch, outputs)``.
@@ -124,7 +127,7 @@ def seen_by_head(
     is_comparable = returned.shape == logits.shape and not bool(logits.isnan().any())
     if is_comparable and not are_same(logits, returned):
         raise RuntimeError(NOT_LINEAR)
-    return features, logits
+    return features.to(returned.dtype), logits
 
 
 def are_same(now: Tensor, then: Tensor) -> bool:

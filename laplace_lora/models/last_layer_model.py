@@ -69,24 +69,25 @@ class _Features(nn.Module):
                 "make a new LastLayerModel and a new posterior over it"
             )
         wide = torch.promote_types(torch.float32, weight.dtype)
+        computed = max(weight.dtype, features.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         features = features.to(logits.device, wide)  # a model may be spread over devices
         linear = F.linear(
             features, weight.to(features), None if bias is None else bias.to(features)
         )
-        bound = _bound(features, weight, logits)
+        bound = _bound(features, weight, logits, computed)
         if linear.shape != logits.shape or bool((linear - logits).abs().max() > bound):
             raise RuntimeError(NOT_LINEAR)
         return features
 
 
-def _bound(features: Tensor, weight: Tensor, logits: Tensor) -> Tensor:
-    """Return by how much logits may differ from the linear map in float32, by rounding."""
+def _bound(features: Tensor, weight: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return by how much logits computed in a dtype may differ from the linear map by rounding."""
     size = logits.abs().max()
-    if weight.dtype in TOLERANCE:
-        return TOLERANCE[weight.dtype] * (1 + size)
+    if dtype in TOLERANCE:
+        return TOLERANCE[dtype] * (1 + size)
     # Terms that cancel each other leave the rounding of sums of some of them.
     sums = F.linear(features.square(), weight.to(features).square()).sqrt().max()
-    return ROUNDINGS * torch.finfo(weight.dtype).eps * (size + sums)
+    return ROUNDINGS * torch.finfo(dtype).eps * (size + sums)
 
 
 class LastLayerModel(nn.Module):

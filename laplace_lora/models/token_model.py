@@ -70,6 +70,12 @@ class TokenModel(LogitsModel):
         return self._special_token("pad_token_id") or 0
 
     @property
+    def generation_config(self) -> Any:
+        """How texts are to be written, as PEFT's ``generate`` reads it; the model may not say."""
+        own = getattr(self._wrapped.base, "generation_config", None)
+        return getattr(self.model, "generation_config", own)
+
+    @property
     def has_prompt(self) -> bool:
         """Whether PEFT puts a prompt before a text, tokens or keys and values."""
         return self._wrapped.has_prompt
@@ -120,7 +126,7 @@ class TokenModel(LogitsModel):
         return "position_ids" in inputs and "position_ids" not in batch
 
     def _special_token(self, name: str) -> Any:
-        generation = getattr(getattr(self._wrapped.base, "generation_config", None), name, None)
+        generation = getattr(self.generation_config, name, None)
         return getattr(self.config, name, None) if generation is None else generation
 
     def forward(self, batch: Mapping[str, Any] | Tensor) -> Tensor:

@@ -6,12 +6,19 @@ transformer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from laplace_lora.adapters.frozen_values import frozen_places
 from laplace_lora.adapters.peft_state import adapter_settings
+from laplace_lora.adapters.plain_names import plain_names
 from laplace_lora.adapters.selection import listed
+from laplace_lora.data.sharding import is_sharded_tensor
 from laplace_lora.models.changes.turns import in_turn
+from laplace_lora.posteriors.fitted_weights import are_equal
 from laplace_lora.posteriors.weights_watch import changes, head_dtype, traces
 
 
@@ -25,10 +32,44 @@ class FeaturesWatch:
     def __init__(self, source: Any) -> None:
         with in_turn(source):
             self._places = frozen_places(source, ())
-            self._values = {place.name: place.samples() for place in self._places}
+            plain = plain_names(source)
+            in_pieces = (n for n, p in source.named_parameters() if is_sharded_tensor(p))
+            # Of tensors in pieces, as of offloaded ones, there are names alone.
+            self._values = {plain(name): torch.zeros(0) for name in in_pieces}
+            self._values |= {place.name: place.samples() for place in self._places}
             self._adapter = adapter_settings(source)
         self._source, self._dtype = source, head_dtype(source)
         self._seen: Any = None
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What is compared, but for the dtype, to be kept with a posterior's state."""
+        return {"values": self._values, "adapter": self._adapter}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse the state of a watch over another transformer, or at other weights.
+
+        Args:
+            state: See `state`.
+
+        Raises:
+            ValueError: If tensors, their values or the adapter's scaling are others; names some.
+        """
+        then, now = state["values"], self._values
+        known = [name for name, values in (*then.items(), *now.items()) if len(values)]
+        others = [name for name in known if not (name in then and name in now)]
+        if others:
+            raise ValueError(
+                "the state is of another transformer: only one of the two has tensors called "
+                f"{listed(list(dict.fromkeys(others)))}; load it into the model of its fit"
+            )
+        moved, rescaled = changes(self._places, then, self._source, state["adapter"])
+        if moved or rescaled:
+            names = [place.name for place in moved] + rescaled
+            raise ValueError(
+                f"the state is of a transformer with other weights, buffers or scalings of "
+                f"{listed(names)}; load the base model and the adapter of its fit"
+            )
 
     def check(self) -> None:
         """Refuse another dtype, other weights and buffers, and another scaling of the adapter.
@@ -61,3 +102,25 @@ class FeaturesWatch:
                 "the model back"
             )
         self._seen = seen
+
+
+def check_same_head(now: Tensor, then: Tensor) -> None:
+    """Refuse the state of a process with another last layer than the model's.
+
+    Args:
+        now: The model's, ``(weights,)``.
+        then: That of the state.
+
+    Raises:
+        ValueError: If its dtype or its values are others.
+    """
+    if then.dtype != now.dtype:
+        raise ValueError(
+            f"the state is of a last layer in {then.dtype}, and this one is in {now.dtype}; load "
+            "it into the model in the dtype of its fit"
+        )
+    if not are_equal(now, then):
+        raise ValueError(
+            "the state is of a last layer with other weights, or of other answer tokens; load it "
+            "at the weights of its fit"
+        )

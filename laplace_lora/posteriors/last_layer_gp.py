@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
@@ -17,14 +18,17 @@ from torch.utils.data import DataLoader, TensorDataset
 from laplace_lora.curvature.backends import LoraGGN
 from laplace_lora.data.distributed import together
 from laplace_lora.likelihoods.registry import likelihood_of
+from laplace_lora.models.changes.autocast import as_called, in_full_precision
 from laplace_lora.models.last_layer_model import LastLayerModel
 from laplace_lora.models.wrapping import wrapped
 from laplace_lora.posteriors.copies import deep_copy, refuse_pickling, shallow_copy
-from laplace_lora.posteriors.features_watch import FeaturesWatch
+from laplace_lora.posteriors.features_watch import FeaturesWatch, check_same_head
 from laplace_lora.posteriors.last_layer import check_no_name
+from laplace_lora.posteriors.training_features import training_features
 
 Self = TypeVar("Self", bound="FunctionalLoraLLLaplace")
 LIKELIHOODS = ("classification", "regression")
+WATCHED = "features"  # in a state dictionary: what the transformer was
 
 
 class _OfFeatures(FeatureExtractor):
@@ -62,6 +66,7 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
     """
 
     _key = ("lora_last_layer", "gp")
+    _fitted: bool  # laplace-torch's
 
     def __init__(
         self,
@@ -87,29 +92,41 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         split = LastLayerModel(logits_model)
         of_features = nn.Sequential(nn.Identity(), split.head)
         super().__init__(of_features, likelihood, n_subset, last_layer_name="1", **kwargs)
-        self.model = _OfFeatures(of_features, "1", self.enable_backprop)
-        self.features = split.features
+        self._put(split)
         self._watch: FeaturesWatch | None = None
         self._built_for: tuple[float, ...] = ()
 
+    @property
+    def features(self) -> Any:
+        """From a batch to what the last layer sees of it, ``(batch, d)``."""
+        return self._split.features
+
+    @in_full_precision
     def fit(self, train_loader: DataLoader[Any], progress_bar: bool | None = None) -> None:
-        """Fit the process.
+        """Fit the process. If anything fails, the earlier one stays as it was.
 
         Args:
             train_loader: Batches with labels.
             progress_bar: Whether to show progress, see `progress`.
 
         Raises:
-            ValueError: If labels are missing, or the data are fewer than ``n_subset``.
+            ValueError: If labels are missing or none that the model can have, or the data are
+                fewer than ``n_subset``.
+            FloatingPointError: If the loss is not finite; names batch and rows.
         """
-        self._take_head()
-        features, labels = [], []
-        watch = FeaturesWatch(self.features.source)
-        with together(train_loader, device=self._device, runs=self.model) as team:
-            for batch in team.batches(train_loader, "Computing features", progress_bar):
-                x, y = self.objective.split(batch, self.dict_key_y, self._device, self._dtype)
-                features.append(self.features(x))
-                labels.append(y)
+        twin = self._with_present_head()
+        twin._fit(train_loader, progress_bar)
+        vars(self).update(vars(twin))  # at once: an interruption leaves the one or the other
+
+    def _fit(self, train_loader: DataLoader[Any], progress_bar: bool | None) -> None:
+        source = self.features.source
+        watch = FeaturesWatch(source)
+        with together(train_loader, device=self._device, runs=source) as team:
+            batches = (
+                self.objective.split(batch, self.dict_key_y, self._device, self._dtype)
+                for batch in team.batches(train_loader, "Computing features", progress_bar)
+            )
+            features, labels = training_features(self._split, self.objective, batches)
             rows = team.rows(features=features, labels=labels)
         count = len(rows["labels"]) if rows else 0
         if count < self.n_subset:
@@ -121,6 +138,7 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         super().fit(DataLoader(data, batch_size=batch_size), progress_bar=progress_bar is True)
         self._watch = watch
 
+    @in_full_precision
     def log_marginal_likelihood(
         self, prior_precision: Tensor | None = None, sigma_noise: Tensor | None = None
     ) -> Tensor:
@@ -136,8 +154,10 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
             A scalar in nats.
 
         Raises:
-            RuntimeError: If the model has changed since the fit, see `FeaturesWatch`.
+            RuntimeError: If there was no fit, or the model has changed since, see `FeaturesWatch`.
         """
+        if not self._fitted:
+            raise RuntimeError("the process has not been fitted, so it has no evidence; call `fit`")
         self._check_unchanged()
         value: Tensor = super().log_marginal_likelihood(prior_precision, sigma_noise)
         if not self.objective.has_noise:
@@ -149,12 +169,31 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
     def _check_nonempty_inputs(self, x: Any) -> None:
         """Do nothing: laplace-torch looks under one key, and inputs may have others."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, with some values of each tensor of the transformer."""
+        watched = None if self._watch is None else self._watch.state
+        return {**super().state_dict(), WATCHED: watched}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of a process of the same arguments, at its weights."""
-        self._take_head()
-        super().load_state_dict(state_dict)
-        self._built_for = ()
-        self._watch = FeaturesWatch(self.features.source)
+        """Take over the state of a process of the same arguments, at its weights.
+
+        Args:
+            state_dict: From `state_dict`; those of earlier versions tell by the last layer alone
+                whether they are of this model.
+
+        Raises:
+            ValueError: If the state is of another class, another likelihood or another model. The
+                earlier one stays as it was.
+        """
+        twin = self._with_present_head()
+        present = twin.mean
+        super(FunctionalLoraLLLaplace, twin).load_state_dict(state_dict)
+        check_same_head(present, twin.mean)
+        twin._watch = FeaturesWatch(self.features.source)
+        if state_dict.get(WATCHED) is not None:
+            twin._watch.check_state(state_dict[WATCHED])
+        twin._built_for = ()
+        vars(self).update(vars(twin))
 
     def __copy__(self: Self) -> Self:
         return shallow_copy(self)
@@ -165,23 +204,37 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         refuse_pickling(self)
 
-    def _take_head(self) -> None:
-        """Copy the model's last layer as it is now; it may have been trained on."""
-        head: Any = self.model.last_layer
-        self.features.take_head(head)
-        self.mean = parameters_to_vector(head.parameters()).detach()
+    def _put(self, split: LastLayerModel) -> None:
+        """Take a model's features and its head for the process's own."""
+        split.copied_from = ()  # earlier heads are of no use
+        self._split = split
+        of_features = nn.Sequential(nn.Identity(), split.head)
+        self.model = _OfFeatures(of_features, "1", self.enable_backprop)
+        self._backend = None  # laplace-torch's has the model that it was made with
+        self.params = list(split.head.parameters())
+        self.mean = parameters_to_vector(self.params).detach()
+
+    def _with_present_head(self: Self) -> Self:
+        """Return a copy with a head of its own: the model's, which may have been trained on."""
+        twin, split = copy.copy(self), copy.deepcopy(self._split)
+        split.take_head()
+        twin._put(split)
+        return twin
 
     def _check_unchanged(self) -> None:
         self.features.check_adapter()
         if self._watch is not None:
             self._watch.check()
 
+    @in_full_precision
     def _glm_predictive_distribution(self, X: Any, joint: bool = False) -> tuple[Tensor, Tensor]:
         self._check_unchanged()
         # laplace-torch builds it when a prior precision is assigned, and at no other change.
         if self._built_for != self._values():
             self._build_Sigma_inv()
-        return super()._glm_predictive_distribution(self.features(X), joint)
+        with as_called():
+            features = self.features(X)
+        return super()._glm_predictive_distribution(features, joint)
 
     def _build_Sigma_inv(self) -> None:
         super()._build_Sigma_inv()

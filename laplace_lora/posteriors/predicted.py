@@ -243,12 +243,15 @@ class PredictedLaplace(EvidenceLaplace):
             AttributeError: If the posterior has not been fitted.
         """
         posterior = self.fitted
-        deviations = (self.covariance_scale * self.weight_variance()).sqrt()
-        sizes = posterior.engine.sizes
+        sizes, deviations = posterior.engine.sizes, self.weight_variance().sqrt()
         columns = (self.params, posterior.centre.split(sizes), deviations.split(sizes))
         return {p: (mean.view_as(p), std.view_as(p)) for p, mean, std in zip(*columns, strict=True)}
 
     @torch.no_grad()
     def weight_variance(self) -> Tensor:
-        """Return the diagonal of the posterior covariance, ``(parameters,)``."""
-        return self.fitted.precision.variance()
+        """Return the diagonal of the posterior covariance, ``(parameters,)``, as `sample` has it.
+
+        With the calibrated width, ``covariance_scale``, which `posterior_precision` is without.
+        """
+        variance: Tensor = self.covariance_scale * self.fitted.precision.variance()
+        return variance

@@ -12,7 +12,16 @@ from support.dealt import cases, said_of
 from support.models import base_model, peft_model
 from support.posteriors import LOW
 from support.references import assert_near
-from support.sharded import BATCH, KINDS, everything, language, worker
+from support.sharded import (
+    BATCH,
+    KINDS,
+    everything,
+    language,
+    last_layer,
+    process,
+    said_by,
+    worker,
+)
 from support.spawned import exit_codes
 
 pytestmark = pytest.mark.slow
@@ -52,6 +61,15 @@ def test_one_file_serves_sharded_and_whole_models(whole, results, kind):
         assert_near(found["elsewhere"], whole[1]["llama"]["loaded"], 1e-6)
 
 
+def test_a_gaussian_process_takes_data_that_are_dealt_out(results):
+    la = process(peft_model("llama"))
+    la.fit(loader())
+    expected = said_by(la)
+    for found in results:
+        for said in found["processes"]:
+            assert_near(said, expected, 1e-6)
+
+
 def test_a_language_model_in_pieces(results):
     expected, _, _ = language(peft_model("llama-lm"))
     for found in results:
@@ -60,6 +78,12 @@ def test_a_language_model_in_pieces(results):
         assert "use method='exact'" in found["by samples"]
     for one, other in zip(*(found["drawn"] for found in results), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_last_layer_of_a_model_in_pieces_is_scored_on_data_that_are_dealt_out(results):
+    expected = last_layer(peft_model("llama"))
+    for found in results:
+        assert_near(found["last layer"], expected)
 
 
 def test_what_sharded_models_cannot_do_is_refused(results):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from laplace_lora import KronLoraLaplace
+from laplace_lora import FullLoraLLLaplace, KronLoraLaplace
 from laplace_lora.evaluation import MAP, evaluate
+from laplace_lora.evaluation.rows import model_of
 from support.batches import loader
 from support.models import peft_model
 
@@ -33,6 +34,16 @@ def test_labels_are_those_of_the_posterior():
     assert torch.equal(others, (truth + 1) % 3)
     baseline = evaluate(MAP(la.logits_model), relabelled(), bootstrap=2)
     assert torch.equal(baseline.labels, others)
+
+
+@pytest.mark.parametrize("cls", [KronLoraLaplace, FullLoraLLLaplace])
+def test_the_model_that_runs_has_the_transformer(cls):
+    """A last-layer posterior's ``model`` has its head alone."""
+    la = cls(peft_model("bert"), "classification")
+    for predict in (la, la.predict, partial(la.predict, progress_bar=False)):
+        assert model_of(predict) is la.logits_model
+    assert model_of(MAP(la.logits_model)) is la.logits_model
+    assert model_of(lambda batch: batch) is None
 
 
 def test_groups_need_the_order_of_the_data():

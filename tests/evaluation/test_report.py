@@ -211,6 +211,22 @@ def test_pictures_have_labels_counts_and_a_row_a_report(tmp_path):
         plot_reports([])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_picture_has_the_bins_of_the_reported_error(dtype):
+    """Confidences on the edges, as of votes, are where torchmetrics counts them."""
+    edges = torch.tensor([k / 15 for k in range(8, 16)], dtype=dtype).repeat_interleave(3)
+    confidence = torch.cat([edges, torch.tensor([0.7, 0.61, 0.82], dtype=dtype)])
+    p = torch.stack([confidence, 1 - confidence], 1)
+    y = torch.arange(len(p)) % 2
+    report = evaluate(given, [{"p": p, "labels": y}], bootstrap=2)
+    reliability, histogram, _ = report.plot().axes
+    counts = [int(text.get_text()) for text in reliability.texts]
+    gaps = [bar.get_height() for bar in reliability.patches[len(counts) :]]
+    drawn = sum(n * abs(gap) for n, gap in zip(counts, gaps, strict=True)) / len(p)
+    assert drawn == pytest.approx(report["ECE"], abs=1e-7)
+    assert [bar.get_height() for bar in histogram.patches if bar.get_height()] == counts
+
+
 def test_every_row_of_a_picture_is_drawn_whole():
     """Whatever row comes first sets no limits for the others, and names may be long."""
     good = evaluate(given, batches(), name="good")

@@ -262,6 +262,7 @@ def test_errors():
         ({"top_p": 0.5}, "do_sample=True"),
         ({"stop_above": -1.0}, "stop_above must be zero or more"),
         ({"stop_on": "text"}, "stop_on must be one of"),
+        ({"stop_on": "answer"}, "give stop_above"),
     ):
         with pytest.raises(ValueError, match=message):
             generate(la, prompt, **options)

@@ -1,5 +1,6 @@
 """The evaluation harness asks the posterior predictive; skipped where lm-eval is missing."""
 
+import copy
 import json
 import math
 from collections import Counter
@@ -84,6 +85,74 @@ def test_without_uncertainty_it_is_the_harness_s_own_model(make):
     options = {"max_gen_toks": 4, "until": ["zz"], "do_sample": False}
     asked = instances("generate_until", [("a b", options), ("h a b", options)])
     assert own.generate_until(asked, True) == other.generate_until(asked, True)
+
+
+@pytest.fixture(scope="module")
+def both():
+    """The posterior without uncertainty, and the harness's own model; words for all tokens."""
+    tokenizer = plain_tokenizer(50)
+    la = language_posterior(dtype=torch.float32, prior_precision=1e12)
+    own = LaplaceLM(la, tokenizer, n_samples=2, batch_size=3)
+    place = {"pretrained": la.logits_model.model, "tokenizer": tokenizer, "backend": "causal"}
+    return own, HFLM(**place, max_length=own.max_length, batch_size=3)
+
+
+def written(model, **options):
+    options = {"max_gen_toks": 6, "until": [], **options}
+    requests = [(context, options) for context in ("a b", "h a b", "c", "d e f a")]
+    return model.generate_until(instances("generate_until", requests), True)
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ("ends", {}),
+        ({"repetition_penalty": 3.0}, {}),
+        ({}, {"repetition_penalty": 3.0}),
+        ({"repetition_penalty": 1.5}, {"repetition_penalty": 3.0}),
+        ({"num_beams": 3}, {"num_beams": 1, "repetition_penalty": 3.0}),
+        ({}, {"top_p": 0.5, "temperature": 0, "no_repeat_ngram_size": 0, "until": ["w20", "w40"]}),
+    ],
+)
+def test_the_model_s_own_options_hold_as_in_the_harness_s_own_model(
+    both, monkeypatch, config, options
+):
+    own, other = both
+    plain = written(own)
+    if config == "ends":  # as the token that ends a turn, which is not the tokenizer's
+        token = own.tok_encode(plain[0])[2]
+        config = {"eos_token_id": [own.eot_token_id, token]}
+    for name, value in config.items():
+        monkeypatch.setattr(other.model.generation_config, name, value)
+    found = written(own, **options)
+    assert found == written(other, **options)
+    assert found != plain or "top_p" in options
+
+
+@pytest.mark.parametrize("name", ["num_beams", "min_new_tokens", "forced_eos_token_id"])
+def test_options_that_greedy_texts_do_not_follow_are_refused(both, monkeypatch, name):
+    own, other = both
+    with pytest.raises(ValueError, match=f"does not follow {name}=3; .*the task's"):
+        written(own, **{name: 3})
+    monkeypatch.setattr(other.model.generation_config, name, 3)
+    with pytest.raises(ValueError, match=f"does not follow {name}=3; .*the model's gen"):
+        written(own)
+
+
+def test_options_that_the_harness_s_own_model_would_not_take_or_draw_by_are_refused(both):
+    with pytest.raises(ValueError, match="does not follow seed=0"):
+        written(both[0], seed=0)
+    with pytest.raises(ValueError, match="continues greedily"):
+        written(both[0], temperature=0.7)
+
+
+def test_a_config_of_peft_s_model_holds_before_the_transformer_s(both, monkeypatch):
+    own, other = both
+    plain = written(own)
+    config = copy.deepcopy(other.model.generation_config)
+    config.eos_token_id = own.tok_encode(plain[0])[:1]
+    monkeypatch.setattr(own.posterior.logits_model.model, "generation_config", config, False)
+    assert written(own) != plain
 
 
 def test_a_text_begins_once():

@@ -61,6 +61,16 @@ def test_batches_and_all_classes(la, tokenizer):
     assert isinstance(classify("a b"), list)
 
 
+@pytest.mark.parametrize("name", ["num_beams", "do_sample", "link_approx", "n_samples"])
+def test_options_without_effect_are_refused(la, tokenizer, name):
+    with pytest.raises(ValueError, match=f"{name} would have no effect"):
+        LaplacePipeline(la, tokenizer)("a b", **{name: 4})
+    with pytest.raises(ValueError, match=f"{name} would have no effect"):
+        LaplacePipeline(la, tokenizer, **{name: 4})
+    cut = LaplacePipeline(la, tokenizer)("a b c", truncation=True, max_length=2)
+    assert cut == LaplacePipeline(la, tokenizer)("a b")
+
+
 def test_a_text_of_a_chat_template_begins_once(la):
     classify = LaplacePipeline(la, special_tokenizer())
     once, twice = classify(["h a b", "h h a b"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from peft import LoraConfig, get_peft_model
 from transformers import (
     CohereConfig,
@@ -20,7 +21,7 @@ from support.references import assert_near
 
 BATCH = token_batch((4, 2, 6), seed=9)
 GEMMA = {**TINY, "query_pre_attn_scalar": 8, "num_labels": 3}  # its logits are capped at 30
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, "autocast"]
 
 
 def capped():
@@ -40,6 +41,15 @@ def adapted(base):
     return excite(get_peft_model(base, lora))
 
 
+def computing_in(model, dtype):
+    """Return a model in a dtype, or as accelerate leaves it that has trained it in bfloat16."""
+    if dtype != "autocast":
+        return model.to(dtype)
+    forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    model.forward = convert_outputs_to_fp32(forward)
+    return model
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("make", [capped, lambda: cohere(0.98)], ids=["capped", "scaled"])
 def test_what_comes_after_the_head_is_refused_however_little_it_changes(make, dtype):
@@ -47,14 +57,15 @@ def test_what_comes_after_the_head_is_refused_however_little_it_changes(make, dt
     torch.manual_seed(0)
     model = adapted(make())
     model.get_base_model().get_output_embeddings().weight.data.mul_(20)
-    model = model.to(dtype)
+    model = computing_in(model, dtype)
     with pytest.raises(RuntimeError, match=r"not a linear map .* `final_logit_softcapping`"):
         FullLoraLLLaplace(model, "classification", target_ids=TARGETS).fit(loader())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_adapter_on_the_head_is_refused(dtype):
-    model = peft_model("llama-lm", target_modules=["q_proj", "lm_head"]).to(dtype)
+    model = peft_model("llama-lm", dtype=torch.float32, target_modules=["q_proj", "lm_head"])
+    model = computing_in(model, dtype)
     with pytest.raises(RuntimeError, match="not a linear map"):
         KronLoraLLLaplace(model, "classification", target_ids=TARGETS).fit(loader())
 
@@ -79,7 +90,7 @@ def test_linear_heads_are_taken(head, dtype, scale):
     model = adapted(make())
     base = model.get_base_model()
     (base.score if targets is None else base.get_output_embeddings()).weight.data.mul_(scale)
-    model = model.to(dtype)
+    model = computing_in(model, dtype)
     la = FullLoraLLLaplace(model, "classification", target_ids=targets)
     la.fit(loader(labels=2 if targets == [7, 3999] else 3))
     with torch.no_grad():

@@ -1,11 +1,14 @@
 """A caller's autocast reaches the model and nothing else."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from laplace_lora import (
     DiagLoraLaplace,
     FullLoraLaplace,
+    FunctionalLoraLLLaplace,
     KronLoraLaplace,
     KronLoraLLLaplace,
     LowRankLoraLaplace,
@@ -53,6 +56,20 @@ def test_around_the_calls_it_is_as_inside_the_model(cls, kwargs):
     assert_near(p, inside(batch), 1e-5)
     assert_near(rows.probs, inside.predict(loader()).probs, 1e-5)
     assert_near(evidence, inside.log_marginal_likelihood(), 1e-4)
+
+
+def test_a_gaussian_process_computes_its_kernel_without_it():
+    make = partial(FunctionalLoraLLLaplace, likelihood="classification", n_subset=7)
+    around, inside = (make(model(m)) for m in (False, True))
+    batch = token_batch((4, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        around.fit(loader())
+        said = [*around._glm_predictive_distribution(batch), around.log_marginal_likelihood()]
+    inside.fit(loader())
+    expected = [*inside._glm_predictive_distribution(batch), inside.log_marginal_likelihood()]
+    for ours, theirs in zip(said, expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert_near(ours, theirs, 1e-5)
 
 
 def test_autocast_is_on_again_after_an_error():

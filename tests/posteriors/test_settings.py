@@ -206,8 +206,12 @@ def test_samples_and_their_density_have_the_calibrated_width(cls):
     generator = torch.Generator().manual_seed(0)
     wide = la.sample(1, generator)[0]
     density, relative = la.log_prob(wide), la.log_prob(wide, normalized=False)
+    variance = la.weight_variance()
     la.covariance_scale = 0.25
     narrow = la.sample(1, generator.manual_seed(0))[0]
     assert torch.allclose(narrow - la.mean, 0.5 * (wide - la.mean), rtol=1e-6)
     assert torch.isclose(la.log_prob(narrow, normalized=False), relative)
     assert torch.isclose(la.log_prob(narrow), density + la.n_params * math.log(2))
+    assert torch.allclose(la.weight_variance(), variance / 4, rtol=1e-6)
+    spread = torch.cat([std.flatten() for _, std in la.marginals().values()])
+    assert torch.allclose(spread.square(), variance / 4, rtol=1e-6)

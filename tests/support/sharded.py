@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoModelForCausalLM
 
-from laplace_lora import KronLoraLaplace
+from laplace_lora import FullLoraLLLaplace, FunctionalLoraLLLaplace, KronLoraLaplace
 from laplace_lora.data.distributed import together
 from laplace_lora.evaluation import evaluate
 from laplace_lora.generation import generate, score
@@ -103,6 +103,37 @@ def everything(model, folder, share=lambda data: data):
     la.save_pretrained(folder, precision="exact")
     found["loaded"] = KronLoraLaplace.from_pretrained(model, folder)(BATCH)
     return found, la
+
+
+def last_layer(model, share=lambda data: data):
+    """Return how a last-layer posterior of a model scores, by either way of asking it."""
+    la = FullLoraLLLaplace(model, "classification")
+    la.fit(share(loader()))
+    scored = [evaluate(how, share(validation()), bootstrap=2) for how in (la, la.predict)]
+    return torch.tensor([list(report.values.values()) for report in scored])
+
+
+def process(model):
+    """Return a Gaussian process on the features of a model, not fitted."""
+    return FunctionalLoraLLLaplace(model, "classification", n_subset=5, prior_precision=2.0)
+
+
+def said_by(la):
+    """Return predictions and evidence, ``(numbers,)``."""
+    return torch.cat([la(BATCH).flatten(), la.log_marginal_likelihood().reshape(1)])
+
+
+def processes():
+    """Return what processes on a sharded model and a whole one say, and of each other's state."""
+    pieces, plain = process(sharded(peft_model("llama"))), process(peft_model("llama"))
+    pieces.fit(dealt(loader()))
+    plain.fit(loader())
+    found = [said_by(pieces), said_by(plain)]
+    for la, other in ((pieces, plain), (plain, pieces)):
+        again = process(la.features.source)
+        again.load_state_dict(other.state_dict())
+        found.append(said_by(again))
+    return found
 
 
 def language(model):
@@ -226,6 +257,8 @@ def worker(rank, port, folder):
         outcome_of(partial(la.fit, loader())),
         outcome_of(partial(la, BATCH)),
     )
+    results["last layer"] = last_layer(sharded(peft_model("llama")), dealt)
+    results["processes"] = processes()
     results["resumed"] = resumed(folder)
     results["dealt"] = {case: outcome_of(partial(said_of, case)) for case in cases()}
     results["surprised"] = surprised(rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
@@ -39,6 +40,20 @@ def binary_expected_calibration_error(p: Tensor, y: Tensor) -> float:
         ValueError: If ``p`` are no probabilities.
     """
     return float(binary_calibration_error(_binned(p), y.long(), n_bins=BINS, norm="l1"))
+
+
+def bin_edges() -> Tensor:
+    """Return the edges of the bins; each but the last is the least of the bin above it.
+
+    Torchmetrics' own, of which one differs from its fraction in the last digit.
+    """
+    return torch.linspace(0, 1, BINS + 1, dtype=torch.float64)
+
+
+def bin_of(confidence: Tensor) -> Tensor:
+    """Return in which of the bins each confidence is counted, ``(examples,)``."""
+    confidence = confidence.double().clamp(0, LARGEST)
+    return torch.bucketize(confidence, bin_edges().to(confidence.device), right=True) - 1
 
 
 def are_fractions(p: Tensor) -> bool:
