@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
+from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, SEQ2SEQ, Adapter
 from laplace_lora.commands.reading.answers import answer_tokens
 from laplace_lora.commands.reading.columns import (
     Columns,
@@ -16,6 +16,7 @@ from laplace_lora.commands.reading.columns import (
     label_cells,
 )
 from laplace_lora.commands.reading.completions import completion_column
+from laplace_lora.commands.reading.decoder import read_before
 from laplace_lora.commands.reading.ending import appends_eos
 from laplace_lora.commands.reading.labels import classes_of
 from laplace_lora.commands.reading.names import class_names
@@ -82,7 +83,9 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, An
         options.get("labels_as"),
     )
     if targets:
-        answer_tokens(adapter, plan, rows)  # refuses what are none
+        tokens = answer_tokens(adapter, plan, rows)  # refuses what are none
+        if adapter.kind == SEQ2SEQ:
+            plan = replace(plan, decoder=read_before(adapter, names, tokens))
     if likelihood == "classification" and rows is not None:
         _, labels_as = classes_of(label_cells(rows, columns.label), names, plan.labels_as)
         plan = replace(plan, labels_as=labels_as)
