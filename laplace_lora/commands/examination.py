@@ -19,6 +19,7 @@ from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.names import layer_name
 from laplace_lora.commands.reading.planning import plan_fit
 from laplace_lora.commands.reading.rows import read_rows
+from laplace_lora.commands.reading.unread import columns_said
 from laplace_lora.commands.timing import fit_time, tuning_time
 from laplace_lora.commands.trained_ending import warn_if_trained_with_eos
 from laplace_lora.posteriors.base import LoraLaplace
@@ -42,6 +43,7 @@ def run(adapter: str, data: str | None, **options: Any) -> None:
         click.echo("Give --data for memory and time.")
     else:
         loader = Inputs(loaded, plan).loader(rows, options["batch_size"])
+        click.echo(columns_said(plan, rows))
         warn_if_trained_with_eos(loaded, plan, rows, options)
         warn_if_other_tokens(loaded, plan, rows)
         problems += _print_costs(console, covering, loader, options["batch_size"])

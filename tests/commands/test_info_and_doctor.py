@@ -107,6 +107,7 @@ def test_doctor_of_a_fit_writes_nothing(made, data):
     args = ("doctor", made("classifier"), "--data", data("train"))
     result = run(*args, "--structure", "full")
     assert "A fit of 48 rows in 6 batches takes about" in result.stdout
+    assert "Reads 'text' and label 'label'; 'id' is not read." in result.stdout
     assert "activations" in result.stdout and "available" in result.stdout
     assert {p.name for p in made("classifier").iterdir()} == before
 

@@ -22,6 +22,7 @@ from laplace_lora.commands.reading.labels import classes_of
 from laplace_lora.commands.reading.names import class_names
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
+from laplace_lora.commands.reading.unread import check_second_text
 from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
 
 WITH_CLASSES = ("classification", "multilabel")
@@ -63,6 +64,8 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, An
     likelihood = _likelihood(adapter, given, columns, options)
     completion = completion_column(given, columns, asked, likelihood)
     columns = _read_by(likelihood, replace(columns, completion=completion), asked)
+    if adapter.kind == HEAD:
+        check_second_text(given, columns, asked, likelihood)
     targets, names = list(options.get("targets") or ()), list(options.get("labels") or ())
     if targets:
         if names:
