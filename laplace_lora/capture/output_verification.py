@@ -50,7 +50,8 @@ def verify_outputs(
         by_token: Whether an example has a row of the output for each of its tokens that counts.
 
     Warns if the model itself answers otherwise without an example's padding, or without the texts
-    that are joined with one in its row.
+    that are joined with one in its row; or if an encoder-decoder does not answer yet where answers
+    are read, which costs it another forward pass.
 
     Raises:
         RuntimeError: If the outputs differ.
@@ -60,6 +61,7 @@ def verify_outputs(
     config = getattr(source, "config", None)
     batch = getattr(source, "named", lambda ids: ids)(batch)
     with torch.no_grad():
+        getattr(source, "check_first_step", lambda batch: None)(batch)
         if by_token:
             _warn_if_joined_texts_meet(own, batch, dtype)
         chosen = chosen_examples(batch, examples, config)

@@ -58,7 +58,10 @@ class Command(click.Command):
         except Exception as error:
             if debug:
                 raise
-            raise click.ClickException(described(error)) from error
+            takes = any(p.name == "uncovered" for p in self.params)
+            way = "--uncovered diag" if takes else "`laplace-lora fit --uncovered diag`"
+            text = described(error).replace("uncovered='diag'", way)
+            raise click.ClickException(text) from error
 
 
 def as_written(text: str) -> str:

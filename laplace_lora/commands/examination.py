@@ -19,6 +19,7 @@ from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.names import layer_name
 from laplace_lora.commands.reading.planning import plan_fit
 from laplace_lora.commands.reading.rows import read_rows
+from laplace_lora.commands.reading.unread import columns_said
 from laplace_lora.commands.timing import fit_time, tuning_time
 from laplace_lora.commands.trained_ending import warn_if_trained_with_eos
 from laplace_lora.posteriors.base import LoraLaplace
@@ -36,39 +37,61 @@ def run(adapter: str, data: str | None, **options: Any) -> None:
     plan = plan_fit(loaded, rows, options)
     problems: list[str] = []
     covering = new_posterior(loaded, plan, options["structure"], "diag", rows)
-    diagonal = _print_covered(console, covering, options["structure"])
-    if diagonal and options["uncovered"] == "error":
-        listed = ", ".join(diagonal[:5]) + (", ..." if len(diagonal) > 5 else "")
-        problems.append(
-            f"K-FAC covers none of {listed}: --uncovered diag gives each a diagonal; or freeze them"
-        )
+    _print_covered(console, covering, options["structure"])
+    diagonal = _diagonal(covering)
     if rows is None:
         click.echo("Give --data for memory and time.")
     else:
         loader = Inputs(loaded, plan).loader(rows, options["batch_size"])
+        click.echo(columns_said(plan, rows))
         warn_if_trained_with_eos(loaded, plan, rows, options)
         warn_if_other_tokens(loaded, plan, rows)
         problems += _print_costs(console, covering, loader, options["batch_size"])
+        # How often a layer runs, and on what, only the data show.
+        shown = [name for name in _diagonal(covering) if name not in diagonal]
+        diagonal += shown
+        if shown and options["uncovered"] == "diag":
+            click.echo(f"These data need a diagonal for {_listed(shown)}, too.")
+    if diagonal and options["uncovered"] == "error":
+        problems.insert(
+            0,
+            f"K-FAC covers none of {_listed(diagonal)}: --uncovered diag gives each a diagonal; or "
+            "freeze them",
+        )
     for problem in problems:
         click.echo(f"Problem: {problem}")
     if problems:
         click.get_current_context().exit(NOT_WELL)
-    click.echo("A fit is expected to succeed.")
+    limits = ", as far as can be seen without data" if rows is None else ""
+    click.echo(f"A fit is expected to succeed{limits}.")
 
 
-def _print_covered(console: Console, la: LoraLaplace, structure: str) -> list[str]:
-    """Print the tensors that a posterior covers; return those that Kronecker factors do not."""
+def _diagonal(la: LoraLaplace) -> list[str]:
+    """Return the tensors that Kronecker factors do not cover, as far as batches have shown."""
+    maps = la.engine.maps
+    return [
+        block.name
+        for block in la.engine.blocks
+        if isinstance(maps[block.map], ElementwiseMap | WholeTensor)
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _print_covered(console: Console, la: LoraLaplace, structure: str) -> None:
+    """Print the tensors that a posterior covers."""
     table = Table(title="Covered", title_justify="left")
     table.add_column("tensors", overflow="fold")
     for heading in ("shape", "how many", "by"):
         table.add_column(heading, no_wrap=True)
-    diagonal, engine = [], la.engine
+    engine, diagonal = la.engine, set(_diagonal(la))
     kinds: Counter[tuple[str, str, str]] = Counter()
     for block in engine.blocks:
         by = BY[structure]
-        if isinstance(engine.maps[block.map], ElementwiseMap | WholeTensor):
-            by = BY["diag"] if structure == "kron" else by
-            diagonal.append(block.name)
+        if structure == "kron" and block.name in diagonal:
+            by = BY["diag"]
         kinds[layer_name(block.name), " x ".join(map(str, block.parameter.shape)), by] += 1
     for (name, shape, by), count in list(kinds.items())[:SHOWN_KINDS]:
         table.add_row(name, shape, str(count), by)
@@ -79,7 +102,6 @@ def _print_covered(console: Console, la: LoraLaplace, structure: str) -> list[st
     model = la.logits_model.get_submodule("model")
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     click.echo(f"{sum(engine.sizes):,} weights are covered; {frozen:,} are frozen.")
-    return diagonal
 
 
 def _print_costs(

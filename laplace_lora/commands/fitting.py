@@ -21,6 +21,7 @@ from laplace_lora.commands.reading.plan import PLAN, Plan, plan_text
 from laplace_lora.commands.reading.planning import plan_fit
 from laplace_lora.commands.reading.repository import file_of
 from laplace_lora.commands.reading.rows import Row, read_rows
+from laplace_lora.commands.reading.unread import columns_said
 from laplace_lora.commands.trained_ending import warn_if_trained_with_eos
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.posteriors.base import LoraLaplace
@@ -56,6 +57,8 @@ def run(
         raise ValueError(f"--val: a {plan.likelihood} posterior cannot be calibrated")
     inputs = Inputs(loaded, plan)
     train_loader = inputs.loader(rows, options["batch_size"])
+    if not quiet:
+        click.echo(columns_said(plan, rows), err=True)
     val_loader = None
     if val_rows is not None:
         with read_beside(val_rows, plan.columns, f"--val {val}"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.data.batches import batch_length
+from laplace_lora.display.warning import warn
 from laplace_lora.models.changes.narrowing import last_true
 from laplace_lora.models.inputs.unmasked import check_is_masked
 
@@ -57,8 +58,8 @@ def checked_target_ids(target_ids: Sequence[int] | Tensor, vocabulary: int) -> T
 class AnswerPlace:
     """The token after which a language model's answer stands.
 
-    A decoder's last real token, the first step of an encoder-decoder's decoder, and in a masked
-    language model the mask token itself.
+    A decoder's last real token, the first step of an encoder-decoder's decoder or the last token of
+    the batch's ``decoder_input_ids``, and in a masked language model the mask token itself.
 
     Args:
         base: The transformer.
@@ -81,6 +82,11 @@ class AnswerPlace:
     def follows_text(self) -> bool:
         """Whether answers are tokens that follow texts."""
         return not (self.is_encoder_decoder or self.is_masked)
+
+    @property
+    def start(self) -> int | None:
+        """The token with which a decoder starts, ``None`` if no configuration says."""
+        return self._number("decoder_start_token_id")
 
     def check_reads_mask_token(self, target_ids: Any) -> None:
         """Refuse a mask token where outputs are read elsewhere.
@@ -154,10 +160,33 @@ class AnswerPlace:
             )
         return last_true(mask), mask.shape[1]
 
-    def _start(self, examples: int, device: torch.device) -> Tensor:
+    def warn_if_begins(self, logits: Tensor, target_ids: Tensor) -> None:
+        """Warn where a decoder, at its first step, begins a text and does not answer yet.
+
+        Args:
+            logits: There, ``(batch, vocabulary)``.
+            target_ids: The answers.
+        """
+        likeliest, answers = logits.argmax(-1), target_ids.tolist()
+        for token in map(self._number, ("bos_token_id", "forced_bos_token_id")):
+            if token is None or token in answers or 2 * (likeliest == token).sum() <= len(logits):
+                continue
+            warn(
+                f"at its first decoder step, where answers are read, {self._kind} writes the token "
+                f"{token}, which begins a text, and answers behind it. Give every batch "
+                f"`decoder_input_ids`, with [{self.start}, {token}] in each row, if this is what "
+                "tokenizer(text_target=answer) puts before an answer"
+            )
+            return
+
+    def _number(self, name: str) -> int | None:
+        """Return a token's number as the first configuration has it that names one."""
         sources = [self._config, getattr(self._config, "decoder", None), self._generation]
-        found = [getattr(source, "decoder_start_token_id", None) for source in sources]
-        start = next((token for token in found if token is not None), None)
+        found = [getattr(source, name, None) for source in sources]
+        return next((token for token in found if token is not None), None)
+
+    def _start(self, examples: int, device: torch.device) -> Tensor:
+        start = self.start
         if start is None:
             raise ValueError(
                 f"no configuration of {self._kind} says how its decoder starts; set "

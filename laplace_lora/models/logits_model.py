@@ -36,7 +36,8 @@ class LogitsModel(nn.Module):
     * Causal language model with ``target_ids``: the logits of these answer tokens after the last
       real token, with padding on either side; the vocabulary's other rows and the other tokens
       never go through the head. Positions count real tokens only, as in generation.
-    * Encoder-decoder with ``target_ids``: the same at the first decoder step.
+    * Encoder-decoder with ``target_ids``: the same at the first decoder step, or, where the answer
+      comes later as BART's does, after the batch's ``decoder_input_ids``.
     * Masked language model with ``target_ids``: the same at the mask token, one per text.
     * Anything else through ``output``.
     * A reward model, which has one output, on pairs (see `data.pairs`): both rewards.
@@ -116,7 +117,7 @@ class LogitsModel(nn.Module):
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """Whether the model is an encoder-decoder; answers are read at its first decoder step."""
+        """Whether the model is an encoder-decoder, whose answers its decoder gives."""
         return self._answer.is_encoder_decoder
 
     @property
@@ -214,6 +215,20 @@ class LogitsModel(nn.Module):
             logits = self._logits(self._wrapped(inputs))
             logits = at_position(logits, position, length)[:, self.target_ids.to(logits.device)]
         return wide(logits.to(self.device))
+
+    def check_first_step(self, batch: Mapping[str, Any] | Tensor) -> None:
+        """Warn if answers are read at a decoder's first step, and it begins a text there.
+
+        Args:
+            batch: As for `forward`.
+        """
+        batch = self.named(batch)
+        if self.target_ids is None or not self.is_encoder_decoder or not isinstance(batch, Mapping):
+            return
+        if batch.get("decoder_input_ids") is None:
+            inputs = self._wrapped.inputs(batch)
+            self._answer.find(inputs, self.device)
+            self._answer.warn_if_begins(self._logits(self._wrapped(inputs))[:, -1], self.target_ids)
 
     def features(self, batch: Mapping[str, Any] | Tensor) -> tuple[Tensor, Tensor]:
         """Return what the last linear layer sees, and the logits.

@@ -3,10 +3,13 @@
 import json
 import re
 
+from peft import LoraConfig, get_peft_model
+from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
 from laplace_lora.commands.entry import main
 from laplace_lora.storage.files import TENSORS, read_files
 from support.command_line import refused, run
-from support.on_disk import save_classifier
+from support.on_disk import SIZES, reviews, save_classifier, tokenizer, write_json_lines
 
 
 def test_info_says_what_the_files_hold(adapter, data):
@@ -104,6 +107,7 @@ def test_doctor_of_a_fit_writes_nothing(made, data):
     args = ("doctor", made("classifier"), "--data", data("train"))
     result = run(*args, "--structure", "full")
     assert "A fit of 48 rows in 6 batches takes about" in result.stdout
+    assert "Reads 'text' and label 'label'; 'id' is not read." in result.stdout
     assert "activations" in result.stdout and "available" in result.stdout
     assert {p.name for p in made("classifier").iterdir()} == before
 
@@ -117,6 +121,31 @@ def test_doctor_names_what_is_not_covered(tmp_path, data):
     result = run("doctor", folder, "--data", data("train"), "--uncovered", "diag")
     assert "diagonal" in result.stdout and "expected to succeed" in result.stdout
     run("fit", folder, "--data", data("train"), "--uncovered", "diag", "-q")
+
+
+def test_doctor_finds_what_only_a_batch_shows(tmp_path):
+    """Relative attention runs a projection twice, with inputs of other shapes."""
+    words, base, folder = tokenizer(), tmp_path / "base", tmp_path / "adapter"
+    relative = {"relative_attention": True, "position_buckets": 4, "pos_att_type": ["p2c", "c2p"]}
+    config = DebertaV2Config(**SIZES, type_vocab_size=0, share_att_key=True, **relative)
+    DebertaV2ForSequenceClassification(config).save_pretrained(base)
+    words.save_pretrained(base)
+    model = DebertaV2ForSequenceClassification.from_pretrained(base)
+    modules = ["query_proj", "value_proj"]
+    get_peft_model(model, LoraConfig("SEQ_CLS", r=2, target_modules=modules)).save_pretrained(
+        folder
+    )
+    data = write_json_lines(tmp_path / "rows.jsonl", reviews(6, 0))
+    alone = run("doctor", folder).stdout
+    assert "expected to succeed, as far as can be seen without data" in alone
+    shown = run("doctor", folder, "--data", data, status=1).stdout
+    assert "Problem: K-FAC covers none of" in shown and "query_proj.lora_A" in shown
+    assert "value_proj" not in shown.partition("Problem")[2]
+    message = refused("fit", folder, "--data", data)
+    assert "--uncovered diag" in message and "uncovered='diag'" not in message
+    shown = run("doctor", folder, "--data", data, "--uncovered", "diag").stdout
+    assert "These data need a diagonal for" in shown and "query_proj.lora_A" in shown
+    assert shown.rstrip().endswith("A fit is expected to succeed.")
 
 
 def test_doctor_says_when_memory_is_short(made, data, monkeypatch):

@@ -1,8 +1,11 @@
 """Encoder-decoders of every kind, and what else a transformer may return."""
 
+import warnings
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils.data import DataLoader
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -18,7 +21,7 @@ from transformers import (
 )
 
 from laplace_lora import KronLoraLaplace, LogitsModel, LoraGGN
-from support.batches import loader, token_batch
+from support.batches import loader, split_rows, token_batch
 from support.models import TARGETS, bert_config, excite, peft_model
 from support.references import assert_near, looped_jacobians
 
@@ -63,6 +66,45 @@ def test_models_that_add_to_the_whole_vocabulary(name):
     assert_near(wrapped(batch), own)
     backend = LoraGGN(wrapped, "classification", uncovered="diag")
     assert_near(backend.jacobians(batch)[0], looped_jacobians(wrapped, batch))
+
+
+@pytest.fixture
+def beginning():
+    """BART, which writes the token 1 at every step, and inputs."""
+    torch.manual_seed(0)
+    base = BartForConditionalGeneration(BartConfig(max_position_embeddings=32, **SIZES))
+    base.final_logits_bias[0, 1] = 1e3
+    model, batch = adapted(base, ["q_proj", "v_proj"]), token_batch((6, 3, 5, 4))
+    return model, {**batch, "labels": torch.tensor([0, 1, 0, 1])}
+
+
+def test_a_model_that_begins_a_text_where_answers_are_read_is_pointed_out(beginning):
+    model, batch = beginning
+    la = KronLoraLaplace(model, "classification", target_ids=TARGETS[:2])
+    with pytest.warns(UserWarning, match=r"`decoder_input_ids`, with \[2, 1\] in each") as seen:
+        la.fit(DataLoader(split_rows(batch), 4))
+    assert len([w for w in seen if "decoder_input_ids" in str(w.message)]) == 1
+    begun = torch.tensor([[2, 1]]).expand(4, 2)
+    given = {**batch, "decoder_input_ids": begun}
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    own = model(**inputs, decoder_input_ids=begun).logits[:, 1, TARGETS[:2]]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*decoder_input_ids")
+        la.fit(DataLoader(split_rows(given), 4))
+    assert_near(la.logits_model(given), own)
+
+
+def test_a_first_token_that_is_an_answer_or_begins_nothing_is_not_pointed_out(beginning):
+    model, batch = beginning
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*decoder_input_ids")
+        KronLoraLaplace(model, "classification", target_ids=[1, 5]).fit(
+            DataLoader(split_rows(batch), 4)
+        )
+        model.get_base_model().final_logits_bias[0] = 0.0
+        KronLoraLaplace(model, "classification", target_ids=TARGETS[:2]).fit(
+            DataLoader(split_rows(batch), 4)
+        )
 
 
 def test_speech_has_no_input_ids():

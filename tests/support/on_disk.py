@@ -7,6 +7,8 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch.nn import functional as F
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
@@ -28,6 +30,7 @@ SIZES = {
     "max_position_embeddings": 24,
     "pad_token_id": 0,
 }
+HALF = ("layers", "attention_heads", "ffn_dim")  # of an encoder-decoder's sizes
 CHAT = (
     "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} "
     "{% if m['role'] == 'assistant' %}[EOS]{% endif %}{% endfor %}"
@@ -144,6 +147,29 @@ def save_decoder(folder, chat=False, answers=("bad", "good")):
             yield F.cross_entropy(logits_model(batch), torch.tensor([r["label"] for r in part]))
 
     _trained(model, losses).save_pretrained(adapter)
+    return adapter
+
+
+def save_encoder_decoder(folder, writes="assistant $A [EOS]"):
+    """Save BART and an untrained adapter, with a tokenizer that puts this around every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    torch.manual_seed(0)
+    words, special = tokenizer(), [("assistant", WORDS.index("assistant")), ("[EOS]", 2)]
+    processor = TemplateProcessing(single=writes, special_tokens=special)
+    words.backend_tokenizer.post_processor = processor
+    base, adapter = folder / "base", folder / "adapter"
+    sizes = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in HALF}
+    ids = {"bos_token_id": None, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = BartConfig(
+        vocab_size=len(WORDS), d_model=16, pad_token_id=0, init_std=0.2, **sizes, **ids
+    )
+    BartForConditionalGeneration(config).save_pretrained(base)
+    words.save_pretrained(base)
+    model = BartForConditionalGeneration.from_pretrained(base)
+    lora = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    model = get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_2_SEQ_LM, **lora))
+    model.save_pretrained(adapter)
     return adapter
 
 

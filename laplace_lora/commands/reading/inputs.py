@@ -88,7 +88,10 @@ class Inputs:
             second = None
         if second is not None:
             check_text(second, number, "second text", columns.pair)
-        return self._cut(content, second, number)
+        found = self._cut(content, second, number)
+        if self.plan.decoder:
+            found["decoder_input_ids"] = list(self.plan.decoder)
+        return found
 
     def preference(self, row: Row, number: int) -> Example:
         """Return both texts of a preference pair, each with its prompt if there is one."""

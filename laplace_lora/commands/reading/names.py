@@ -51,8 +51,8 @@ def class_names(given: Sequence[str], of_model: Sequence[str], outputs: int) -> 
         outputs: Number of classes.
 
     Raises:
-        ValueError: If not as many names are given as there are classes, or two are the same: their
-            probabilities would be under one name.
+        ValueError: If not as many names are given as there are classes, two are the same (their
+            probabilities would be under one name), or they are the model's in another order.
     """
     if given and len(given) != outputs:
         raise ValueError(f"--labels names {len(given)} classes, the model has {outputs}")
@@ -61,6 +61,12 @@ def class_names(given: Sequence[str], of_model: Sequence[str], outputs: int) -> 
         who = "--labels names" if given else "the model names"
         hint = "" if given else "; give each a name of its own by --labels"
         raise ValueError(f"{who} a class twice: {', '.join(map(repr, names))}{hint}")
+    if list(of_model) != names and sorted(of_model) == sorted(names):
+        raise ValueError(
+            f"--labels has the order {', '.join(map(repr, names))}, and the model's outputs have "
+            f"the order {', '.join(map(repr, of_model))}; leave --labels out. If the model's "
+            "configuration is wrong, correct its `id2label`"
+        )
     return names
 
 

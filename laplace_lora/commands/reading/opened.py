@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import laplace_lora
-from laplace_lora.commands.reading.adapter import HEAD, Adapter, load_asked
+from laplace_lora.commands.reading.adapter import HEAD, SEQ2SEQ, Adapter, load_asked
+from laplace_lora.commands.reading.decoder import begins_targets
 from laplace_lora.commands.reading.ending import why_no_eos
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.names import class_names
@@ -101,6 +102,13 @@ def _plan_of(
     names: list[str] = []
     if targets is not None:
         tokens = [adapter.tokenizer.decode([token]) for token in targets]
+        if adapter.kind == SEQ2SEQ and any(begins_targets(t, adapter.tokenizer) for t in tokens):
+            raise ValueError(
+                "the posterior was saved without laplace_data.json, which says what the decoder "
+                "reads before an answer, and the tokenizer writes a token there. Fit by "
+                "`laplace-lora fit`, or predict from Python, with the `decoder_input_ids` of the "
+                "fit"
+            )
         names = class_names(given, tokens, len(targets))
     elif likelihood in WITH_CLASSES:
         names = class_names(given, adapter.names, adapter.outputs)

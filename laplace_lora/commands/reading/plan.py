@@ -34,6 +34,8 @@ class Plan:
             where both are the same or, in files of earlier versions, where it was not noted.
         eos: Whether the tokenizer's end-of-text token is put behind a reward model's plain texts
             and a language model's whole texts; files of earlier versions did not.
+        decoder: What an encoder-decoder's decoder reads before an answer; empty for the token with
+            which it starts and nothing else, as in files of earlier versions.
     """
 
     likelihood: str
@@ -45,6 +47,7 @@ class Plan:
     load_in_4bit: bool = False
     labels_as: str | None = None
     eos: bool = False
+    decoder: list[int] = field(default_factory=list)
 
 
 def plan_text(plan: Plan, posterior: str) -> str:
@@ -77,7 +80,7 @@ def read_plan(folder: str, posterior: str) -> Plan | None:
                 f"{path} has version {content['version']}, this library reads {VERSION}; update it"
             )
         of = content["posterior"]
-        content = {"labels_as": None, "eos": False, **content}
+        content = {"labels_as": None, "eos": False, "decoder": [], **content}
         values = {f.name: content[f.name] for f in fields(Plan)}
         if values["labels_as"] not in (None, *FORMS):
             raise TypeError(f"labels_as is {values['labels_as']!r}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
+from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, SEQ2SEQ, Adapter
 from laplace_lora.commands.reading.answers import answer_tokens
 from laplace_lora.commands.reading.columns import (
     Columns,
@@ -16,11 +16,13 @@ from laplace_lora.commands.reading.columns import (
     label_cells,
 )
 from laplace_lora.commands.reading.completions import completion_column
+from laplace_lora.commands.reading.decoder import read_before
 from laplace_lora.commands.reading.ending import appends_eos
 from laplace_lora.commands.reading.labels import classes_of
 from laplace_lora.commands.reading.names import class_names
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
+from laplace_lora.commands.reading.unread import check_second_text
 from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
 
 WITH_CLASSES = ("classification", "multilabel")
@@ -62,6 +64,8 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, An
     likelihood = _likelihood(adapter, given, columns, options)
     completion = completion_column(given, columns, asked, likelihood)
     columns = _read_by(likelihood, replace(columns, completion=completion), asked)
+    if adapter.kind == HEAD:
+        check_second_text(given, columns, asked, likelihood)
     targets, names = list(options.get("targets") or ()), list(options.get("labels") or ())
     if targets:
         if names:
@@ -82,7 +86,9 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, An
         options.get("labels_as"),
     )
     if targets:
-        answer_tokens(adapter, plan, rows)  # refuses what are none
+        tokens = answer_tokens(adapter, plan, rows)  # refuses what are none
+        if adapter.kind == SEQ2SEQ:
+            plan = replace(plan, decoder=read_before(adapter, names, tokens))
     if likelihood == "classification" and rows is not None:
         _, labels_as = classes_of(label_cells(rows, columns.label), names, plan.labels_as)
         plan = replace(plan, labels_as=labels_as)

@@ -53,3 +53,20 @@ def test_second_texts_are_refused_where_none_is_read(likelihood, again):
         planned(likelihood, again, pair_field="second")
     assert planned(likelihood, again).columns.pair is None
     assert planned("regression", again, pair_field="second").columns.pair == "second"
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_model_s_classes_in_another_order_are_refused(again):
+    own = ["bad", "fine", "good"]
+    adapter = Adapter(None, tokenizer(), HEAD, 3, own, None, 24)
+    rows = [{"text": "the film", "label": 1}]
+
+    def planned(*labels):
+        if again:
+            plan = Plan("classification", Columns("text"), own)
+            return plan_again(adapter, plan, rows, {"labels": labels}).names
+        return plan_fit(adapter, rows, {"labels": labels}).names
+
+    with pytest.raises(ValueError, match=r"'good', 'bad', 'fine'.* order 'bad', 'fine', 'good'"):
+        planned("good", "bad", "fine")
+    assert planned(*own) == own and planned("a", "b", "c") == ["a", "b", "c"]

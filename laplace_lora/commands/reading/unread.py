@@ -1,0 +1,85 @@
+"""Say which columns are read and which are not, and refuse to leave out a second text unasked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from laplace_lora.commands.reading.columns import (
+    CHOSEN,
+    LABELS,
+    REJECTED,
+    Columns,
+    is_preference,
+    listed,
+    present_in,
+)
+from laplace_lora.commands.reading.completions import COMPLETIONS
+from laplace_lora.commands.reading.plan import Plan
+from laplace_lora.commands.reading.rows import Row
+
+SECOND = re.compile(r"(.+?)(?:[_-]b|[_-]?2)", re.IGNORECASE)  # text_b, question2, sentence_2
+NO_TEXTS = ("id", "idx", *LABELS)
+SHOWN = 8
+
+
+def check_second_text(
+    rows: Sequence[Row], columns: Columns, asked: Columns, likelihood: str
+) -> None:
+    """Refuse to read one text where a column that nobody has named looks like a second one.
+
+    Args:
+        rows: The data of a model with a head; may be empty.
+        columns: What is read.
+        asked: Columns named in options.
+        likelihood: Of the posterior.
+
+    Raises:
+        ValueError: If there is such a column.
+    """
+    is_decided = columns.text is None or asked.text is not None or columns.pair is not None
+    if is_decided or likelihood == "reward_modeling":  # which reads completions
+        return
+    free = [name for name in present_in(rows) if name not in vars(columns).values()]
+    for name in free:
+        if _is_second(name) and any(_is_text(row.get(name)) for row in rows):
+            raise ValueError(
+                f"the column {name!r} may hold a second text, which a model of pairs reads: say "
+                f"--text-field {columns.text} --pair-field {name} for pairs, or --text-field "
+                f"{columns.text} alone for single texts"
+            )
+
+
+def _is_second(name: str) -> bool:
+    found = SECOND.fullmatch(name)
+    return name in COMPLETIONS or (found is not None and found[1].lower() not in NO_TEXTS)
+
+
+def _is_text(value: object) -> bool:
+    """Return whether a value is a text, not a number as a table writes it."""
+    return isinstance(value, str) and re.fullmatch(r"[\s\d.,:eE+-]*", value) is None
+
+
+def columns_said(plan: Plan, rows: Sequence[Row]) -> str:
+    """Return which columns are read, and which are not, as a sentence.
+
+    Args:
+        plan: How rows are read.
+        rows: The data.
+    """
+    columns, likelihood = plan.columns, plan.likelihood
+    texts = [columns.text, columns.pair, columns.completion]
+    if likelihood == "reward_modeling" and is_preference(rows):
+        texts += [CHOSEN, REJECTED]
+    read = [repr(name) for name in texts if name is not None]
+    has_labels = likelihood not in ("reward_modeling", "language_modeling")
+    label = columns.label if has_labels else None
+    if label is not None:
+        read.append(f"label {label!r}")
+    left = [n for n in present_in(rows) if n not in (*texts, label)]
+    said = f"Reads {' and '.join(read)}"
+    if not left:
+        return f"{said}."
+    more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+    verb = "is" if len(left) == 1 else "are"
+    return f"{said}; {listed(left[:SHOWN])}{more} {verb} not read."

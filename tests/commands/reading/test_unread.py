@@ -1,0 +1,86 @@
+"""Which columns are read is said, and none that looks like a second text is left out unasked."""
+
+import pytest
+
+from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
+from laplace_lora.commands.reading.planning import plan_fit
+from laplace_lora.commands.reading.unread import columns_said
+from support.on_disk import tokenizer
+
+META = {"id": "row-1", "source": "a site", "notes": "see the film", "idx": 3, "n2": "0.5"}
+
+
+def planned(row, kind=HEAD, outputs=2, **options):
+    return plan_fit(Adapter(None, tokenizer(), kind, outputs, [], None, 24), [row], options)
+
+
+@pytest.mark.parametrize(
+    "name", ["answer", "response", "completion", "text_b", "text-b", "question2", "sentence_2"]
+)
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_a_second_text_is_not_left_out_unasked(name, outputs):
+    row = {"text": "the film", name: "the meal", "label": 1.0 if outputs == 1 else 1}
+    with pytest.raises(ValueError, match=f"--text-field text --pair-field {name} for pairs"):
+        planned(row, outputs=outputs)
+    assert planned(row, outputs=outputs, text_field="text").columns.pair is None
+    assert planned(row, outputs=outputs, pair_field=name).columns.pair == name
+
+
+def test_other_columns_are_left_out():
+    row = {"text": "the film", **META, "label": 1, "label2": "kind", "id_b": "row-2"}
+    assert planned(row).columns.pair is None
+    numbers = {"text": "the film", "answer": 3, "response": "0.25", "label": 1}
+    assert planned(numbers).columns.pair is None
+    known = {"text": "the film", "text_pair": "the meal", "answer": "yes", "label": 1}
+    assert planned(known).columns.pair == "text_pair"
+    asked = {"prompt": "the film", "answer": "yes", "label": "good"}
+    assert planned(asked, CAUSAL, targets=["bad", "good"]).columns.text == "prompt"
+    rewarded = {"prompt": "the film", "answer": "yes", "label": 1}
+    options = {"likelihood": "reward_modeling"}
+    assert planned(rewarded, outputs=1, **options).columns.completion == "answer"
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "outputs", "options", "said"),
+    [
+        ({"text": "a", "label": 1}, HEAD, 2, {}, "Reads 'text' and label 'label'."),
+        (
+            {"question": "a", "answer": "b", "label": 1},
+            HEAD,
+            2,
+            {"text_field": "question"},
+            "Reads 'question' and label 'label'; 'answer' is not read.",
+        ),
+        (
+            {"id": 1, "text": "a", "text_pair": "b", "label": 1, "source": "c"},
+            HEAD,
+            2,
+            {},
+            "Reads 'text' and 'text_pair' and label 'label'; 'id', 'source' are not read.",
+        ),
+        (
+            {"chosen": "a", "rejected": "b", "label": 1},
+            HEAD,
+            1,
+            {},
+            "Reads 'chosen' and 'rejected'; 'label' is not read.",
+        ),
+        (
+            {"prompt": "a", "response": "b", "label": 1},
+            CAUSAL,
+            0,
+            {},
+            "Reads 'prompt' and 'response'; 'label' is not read.",
+        ),
+        (
+            {"text": "a", **{f"n{i}": i for i in range(3, 13)}, "label": 1},
+            HEAD,
+            2,
+            {},
+            "Reads 'text' and label 'label'; 'n3', 'n4', 'n5', 'n6', 'n7', 'n8', 'n9', 'n10' and "
+            "2 more are not read.",
+        ),
+    ],
+)
+def test_columns_are_named(row, kind, outputs, options, said):
+    assert columns_said(planned(row, kind, outputs, **options), [row]) == said
