@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from laplace_lora.data.inapplicable import InapplicableError
 
-ROUNDING = 64  # units in the last place of the largest output
+ROUNDING = 8  # units in the last place of the largest output
 STARTS_AT_ZERO = (True, "gaussian", "eva")
 # With these values a layer gives what its base layer gives, and its derivative is not zero. Where
 # several tensors are factors of one product it is the last of them, as LoRA's B is.
@@ -66,8 +67,9 @@ def at_base(model: nn.Module) -> list[tuple[nn.Parameter, float]]:
         active.add(adapter)
         here = list(_unchanged(layer, adapter))
         if not here:
-            kind = type(layer).__name__
-            raise ValueError(f"with which weights {name!r}, a {kind}, changes nothing is not known")
+            raise ValueError(
+                f"with which weights {_tuner(layer)} changes nothing in {name!r} is not known"
+            )
         found += here
     if not found:
         raise ValueError("the model has no adapter in its layers")
@@ -86,32 +88,38 @@ def _unchanged(layer: BaseTunerLayer, adapter: str) -> Iterator[tuple[nn.Paramet
 
 
 @contextmanager
-def checked_unchanged(model: nn.Module) -> Iterator[None]:
+def checked_unchanged(model: nn.Module) -> Iterator[bool]:
     """Hold layers of other tuners than LoRA against their base layers in every forward pass.
 
     Args:
         model: Any module with an adapter whose tensors have the values of `at_base`.
 
+    Yields:
+        Whether there are such layers.
+
     Raises:
         InapplicableError: In a forward pass, if a layer does not give what its base layer gives.
     """
 
-    def compare(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def compare(name: str, layer: Any, args: Any, kwargs: Any, output: Any) -> None:
         with torch.no_grad():
             expected = layer.get_base_layer()(*args, **kwargs)
+            changed = output - expected
+        if not expected.numel():  # an expert to which no token goes
+            return
         allowed = ROUNDING * torch.finfo(expected.dtype).eps * float(expected.abs().max())
-        if not float((output - expected).abs().max()) <= allowed:
+        if not float(changed.abs().max()) <= allowed:
             raise InapplicableError(
-                f"a {type(layer).__name__} changes its base layer's outputs with "
-                "the weights that should leave them as they are"
+                f"{_tuner(layer)} changes the outputs of {name!r} with the weights that should "
+                "leave them as they are"
             )
 
+    others = {name: layer for name, layer, _ in _active_layers(model) if not _is_lora(layer)}
     with ExitStack() as hooks:
-        for _, layer, _ in _active_layers(model):
-            if not _is_lora(layer):
-                handle = layer.register_forward_hook(compare, with_kwargs=True)
-                hooks.callback(handle.remove)
-        yield
+        for name, layer in others.items():
+            handle = layer.register_forward_hook(partial(compare, name), with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield bool(others)
 
 
 def base_biases_were_trained(model: nn.Module) -> bool:
@@ -188,15 +196,25 @@ def _norms(layer: LoraLayer, adapter: str, dora: Any) -> Tensor:
 
 
 def _active_layers(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
-    """Yield the layers of active adapters: their names, themselves, and the adapter's name."""
+    """Yield the layers of active adapters: their names, themselves, and the adapter's name.
+
+    An adapter is active in all layers, in those of other adapters, too.
+    """
     for name, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer):
             for adapter in layer.active_adapters:
-                yield name, layer, adapter
+                if any(adapter in getattr(layer, held, ()) for held in layer.adapter_layer_names):
+                    yield name, layer, adapter
+
+
+def _tuner(layer: object) -> str:
+    """Return the name of a layer's tuner, as that of its folder in PEFT."""
+    parts = type(layer).__module__.split(".")
+    return parts[2] if parts[:2] == ["peft", "tuners"] and len(parts) > 2 else type(layer).__name__
 
 
 def _is_lora(layer: object) -> bool:
-    return isinstance(layer, LoraLayer) and type(layer).__module__.split(".")[2:3] == ["lora"]
+    return isinstance(layer, LoraLayer) and _tuner(layer) == "lora"
 
 
 def _check(config: object) -> None:

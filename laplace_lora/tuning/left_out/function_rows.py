@@ -60,8 +60,9 @@ class FunctionRows:
         """Add a batch."""
         with evaluation_mode(self.engine.model), self._at_weights():
             if self._of_base and not self.means:
-                with checked_unchanged(self.engine.model), torch.no_grad():
-                    self.engine.model(x)
+                with checked_unchanged(self.engine.model) as is_checked, torch.no_grad():
+                    if is_checked:
+                        self.engine.model(x)
             f, blocks = self.engine.jacobian_blocks(x, self.readout.columns)
             self.means.append(self.readout.mean(f).double())
             for i, block in enumerate(blocks):
