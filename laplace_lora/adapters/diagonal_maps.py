@@ -1,7 +1,7 @@
 """Tensors that no Kronecker factor covers, as maps whose curvature is an exact diagonal.
 
-`ElementwiseMap` is fast and for tensors that scale or shift activations; `WholeTensor` is for any
-tensor.
+`VectorMap` is fast and for vectors that scale or shift activations: of norms and DoRA
+(`ElementwiseMap`), and see `scaling_maps`. `WholeTensor` is for any tensor.
 """
 
 from __future__ import annotations
@@ -14,12 +14,52 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from laplace_lora.adapters.maps import Block, Call, LinearMap
+from laplace_lora.adapters.maps import ROUTING, Block, Call, LinearMap
 from laplace_lora.data.examples import Examples
 
 
 @dataclass(frozen=True, eq=False)
-class ElementwiseMap(LinearMap):
+class VectorMap(LinearMap):
+    """A vector by which an example's gradient is ``Σ_t g_t ∘ D_t``, where `read` returns ``D``."""
+
+    is_diagonal = True
+    has_tokens = False  # padding without effect has no gradient to sum
+    sums_tokens = True
+
+    @property
+    def width(self) -> int:
+        """Length of an output."""
+        return self.out_features
+
+    def sides(self, parameter: nn.Parameter) -> list[int]:
+        """Return the number of the vector's entries, which PEFT may keep as a row or column."""
+        return [parameter.numel()]
+
+    def misfit(self, calls: Sequence[Call], examples: Examples, texts: int = 1) -> str | None:
+        """Return why examples cannot be told apart in the outputs, ``None`` if they can."""
+        if not calls:
+            return f"layer {self.name!r} did not run in the forward pass"
+        for call in calls:
+            out = call.output
+            if (
+                not isinstance(out, Tensor)
+                or out.ndim < 2
+                or out.shape[-1] != self.width
+                or not examples.have(out)
+            ):
+                return f"layer {self.name!r} does not return (batch, …, {self.width})"
+            if self.is_routed(out):
+                return ROUTING.format(name=self.name)
+        return None
+
+    def map_grad(self, x: Tensor, grad: Tensor) -> Tensor:
+        """Return each example's gradient of the vector, ``(batch, d)``."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return (x.to(wide) * grad.reshape(x.shape).to(wide)).sum(1)
+
+
+@dataclass(frozen=True, eq=False)
+class ElementwiseMap(VectorMap):
     """A tensor ``w`` that acts entry by entry and affinely on the last dimension.
 
     The weights and biases of layer norms, and DoRA's magnitudes: ``y = f(w) = f(0) + w ∘ D`` with
@@ -33,9 +73,6 @@ class ElementwiseMap(LinearMap):
 
     key: str = "weight"
     verified: list[bool] = field(default_factory=list)
-    is_diagonal = True
-    has_tokens = False  # padding without effect has no gradient to sum
-    sums_tokens = True
 
     def parameters(self) -> list[tuple[nn.Parameter, bool]]:
         """Return the map's one tensor, which is treated as a bias."""
@@ -43,33 +80,17 @@ class ElementwiseMap(LinearMap):
 
     def misfit(self, calls: Sequence[Call], examples: Examples, texts: int = 1) -> str | None:
         """Return why the module does not have the form above, ``None`` if it has."""
-        if not calls:
-            return f"layer {self.name!r} did not run in the forward pass"
-        d = self.in_features
-        for call in calls:
-            out = call.output
-            if (
-                not isinstance(out, Tensor)
-                or out.ndim < 2
-                or out.shape[-1] != d
-                or not examples.have(out)
-            ):
-                return f"layer {self.name!r} does not return (batch, …, {d})"
-        if not self.verified:
+        reason = super().misfit(calls, examples, texts)
+        if reason is None and not self.verified:
             if not self._is_affine(calls[0]):
                 return f"layer {self.name!r} is not affine in its {self.key}, entry by entry"
             self.verified.append(True)
-        return None
+        return reason
 
     def read(self, call: Call) -> Tensor:
         """Return the derivative ``D`` of the output, ``(batch, tokens, d)``."""
         slope = self._output_at(call, 1.0) - self._output_at(call, 0.0)
         return slope.reshape(len(slope), -1, self.in_features)
-
-    def map_grad(self, x: Tensor, grad: Tensor) -> Tensor:
-        """Return each example's gradient of the tensor, ``(batch, d)``."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return (x.to(wide) * grad.reshape(x.shape).to(wide)).sum(1)
 
     @torch.no_grad()
     def _output_at(self, call: Call, value: float | Tensor) -> Tensor:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.vera import Linear as VeraLinear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -16,6 +18,7 @@ from laplace_lora.adapters.diagonal_maps import ElementwiseMap, WholeTensor, map
 from laplace_lora.adapters.maps import Block, ConvMap, LinearMap
 from laplace_lora.adapters.peft_maps import EmbeddingMap, TripletMap
 from laplace_lora.adapters.peft_state import check_adapters
+from laplace_lora.adapters.scaling_maps import IA3Map, VeraMap
 from laplace_lora.adapters.selection import is_trained, listed
 from laplace_lora.adapters.shared_memory import check_own_memory
 
@@ -92,6 +95,25 @@ def elementwise_maps(model: nn.Module) -> Iterator[LinearMap]:
                 yield ElementwiseMap(name, module, len(p), len(p), False, None, key)
 
 
+def scaling_maps(model: nn.Module) -> Iterator[LinearMap]:
+    """Yield the vectors of IA³ and VeRA on linear layers, in module order.
+
+    Quantised layers are among them; convolutions are not.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, IA3Layer) and isinstance(layer.base_layer, nn.Linear | Conv1D):
+            for adapter in layer.active_adapters:
+                if adapter in layer.ia3_l:
+                    d = layer.ia3_l[adapter].numel()
+                    yield IA3Map(name, layer, d, d, False, None, adapter)
+        elif isinstance(layer, VeraLinear):
+            for adapter in layer.active_adapters:
+                if adapter in layer.vera_lambda_d:
+                    for role in ("b", "d"):
+                        d = len(getattr(layer, f"vera_lambda_{role}")[adapter])
+                        yield VeraMap(name, layer, d, d, False, None, adapter, role)
+
+
 def trainable_maps(
     model: nn.Module, uncovered: str = "error"
 ) -> tuple[list[LinearMap], list[Block]]:
@@ -118,7 +140,7 @@ def trainable_maps(
     check_own_memory(model)
     maps = [*linear_maps(model), *triplet_maps(model), *embedding_maps(model)]
     if uncovered == "diag":
-        maps += elementwise_maps(model)
+        maps += [*elementwise_maps(model), *scaling_maps(model)]
     owners: dict[int, list[tuple[LinearMap, bool]]] = {}
     for linear in maps:
         for parameter, is_bias in linear.parameters():

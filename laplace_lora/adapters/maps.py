@@ -20,7 +20,11 @@ from laplace_lora.data.masks import Place
 
 WIDER = 4  # times that an input is shorter than an output, to differentiate by it instead
 # Experts that are modules of their own, as transformers' Switch and NLLB-MoE call them.
-ROUTED = re.compile(r"(^|\.)experts\.(expert_)?\d+\.")
+ROUTED = re.compile(r"(^|\.)experts\.(expert_)?\d+(\.|$)")
+ROUTING = (
+    "layer {name!r} belongs to an expert, which sees the tokens that are routed to it, so whose "
+    "they are is unknown"
+)
 
 
 class Call(NamedTuple):
@@ -83,6 +87,11 @@ class LinearMap:
         return False
 
     @property
+    def inner(self) -> nn.Module | None:
+        """The module within the map's own whose calls `step` needs, if any."""
+        return None
+
+    @property
     def widens(self) -> bool:
         """Whether an input is much shorter than an output, and is that of the module itself."""
         return type(self) is LinearMap and WIDER * self.in_features <= self.out_features
@@ -112,12 +121,8 @@ class LinearMap:
                 "Kronecker factors cannot represent"
             )
         x = calls[0].x
-        # They may be as many as the examples by chance, in any batch: none shows it.
-        if x.ndim == 2 and ROUTED.search(self.name):
-            return (
-                f"layer {self.name!r} belongs to an expert, which sees the tokens that are routed "
-                "to it, so whose they are is unknown"
-            )
+        if self.is_routed(x):
+            return ROUTING.format(name=self.name)
         if x.ndim not in self.input_dims or not examples.have(x):
             return (
                 f"layer {self.name!r} received an input of shape {tuple(x.shape)} in a batch of "
@@ -125,6 +130,11 @@ class LinearMap:
                 f"it has choices or tokens, and {_ranged(self.input_dims)} dimensions"
             )
         return None
+
+    def is_routed(self, x: Tensor) -> bool:
+        """Return whether the rows of an expert's input are tokens that are routed to it."""
+        # They may be as many as the examples by chance, in any batch: none shows it.
+        return x.ndim == 2 and ROUTED.search(self.name) is not None
 
     def sides(self, parameter: nn.Parameter) -> list[int]:
         """Return the lengths of the sides of a tensor's Kronecker block."""
@@ -134,6 +144,18 @@ class LinearMap:
         """Return the map's tensors, each with whether it is a bias."""
         weight, bias = self.module.weight, self.module.bias
         return [(weight, False)] + ([] if bias is None else [(bias, True)])
+
+    def step(
+        self, x: Tensor, output: Tensor, inner: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the map itself gets and returns in a call of its module.
+
+        Args:
+            x: The module's first argument.
+            output: What the module returned.
+            inner: The same two of the module within it.
+        """
+        return x, output
 
     def read(self, call: Call) -> Tensor:
         """Return the map's input in a call of its module."""

@@ -105,11 +105,23 @@ def _listening(
         return places.of(args[0] if args else None)
 
     def note_call(linear: LinearMap, seen: list[Call]) -> Callable[[Any, Any, Any], None]:
-        def note(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            source = _source(args) if linear.widens else None
-            gradient = OutputGradient.of(output)
-            seen.append(Call(args, kwargs, output, gradient, source, place(args)))
+        within: list[tuple[Tensor, Tensor]] = []
 
+        def note_inner(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            within[:] = [(args[0], output)]
+
+        def note(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            source, at = _source(args) if linear.widens else None, place(args)
+            if linear.inner is not None:
+                if not within:
+                    return  # the module went another way, which the map does not know
+                x, output = linear.step(Call(args, kwargs, output).x, output, within.pop())
+                args, kwargs = (x,), {}
+            gradient = OutputGradient.of(output)
+            seen.append(Call(args, kwargs, output, gradient, source, at))
+
+        if linear.inner is not None:
+            hooks.on_output(linear.inner, note_inner)
         return note
 
     def note_source(layer: nn.Module) -> Callable[[Any, Any], None]:

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from laplace_lora.adapters.diagonal_maps import ElementwiseMap, WholeTensor
 from laplace_lora.commands.answer_warnings import warn_if_other_tokens
 from laplace_lora.commands.fitting import new_posterior
 from laplace_lora.commands.reading.adapter import load_asked
@@ -69,11 +68,7 @@ def run(adapter: str, data: str | None, **options: Any) -> None:
 def _diagonal(la: LoraLaplace) -> list[str]:
     """Return the tensors that Kronecker factors do not cover, as far as batches have shown."""
     maps = la.engine.maps
-    return [
-        block.name
-        for block in la.engine.blocks
-        if isinstance(maps[block.map], ElementwiseMap | WholeTensor)
-    ]
+    return [block.name for block in la.engine.blocks if maps[block.map].is_diagonal]
 
 
 def _listed(names: Sequence[str]) -> str:

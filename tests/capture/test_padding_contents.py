@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, VeraConfig, get_peft_model
 from torch import nn
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace, LogitsModel, LoraGGN
@@ -33,6 +33,9 @@ class Reader(nn.Module):
 ADAPTERS = {
     "lora": LoraConfig(r=2, target_modules=["first", "last"]),
     "adalora": AdaLoraConfig(init_r=3, target_r=2, total_step=9, target_modules=["first"]),
+    "ia3": IA3Config(target_modules=["first"], feedforward_modules=[]),
+    "ia3 feedforward": IA3Config(target_modules=["first"], feedforward_modules=["first"]),
+    "vera": VeraConfig(r=5, target_modules=["first"]),
     "whole": LoraConfig(r=2, target_modules=["first"], modules_to_save=["last", "norm"]),
 }
 POSTERIORS = {

@@ -4,12 +4,19 @@ import importlib.util
 
 import pytest
 import torch
-from peft import get_peft_model, prepare_model_for_kbit_training
+from peft import IA3Config, VeraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from torch.nn import functional as F
 from transformers import BitsAndBytesConfig
 
-from laplace_lora import DiagLoraLaplace, FullLoraLLLaplace, KronLoraLaplace, LogitsModel
+from laplace_lora import (
+    DiagLoraLaplace,
+    FullLoraLLLaplace,
+    KronLoraLaplace,
+    LogitsModel,
+    LoraGGN,
+)
+from laplace_lora.adapters.diagonal_maps import WholeTensor
 from laplace_lora.adapters.discovery import linear_maps
 from laplace_lora.adapters.packed_weights import bits_of
 from laplace_lora.generation import generate, score
@@ -148,7 +155,7 @@ def test_a_packed_head_is_refused_by_last_layer_posteriors():
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
 
 
-def quantised(name, bits, folder, storage="uint8"):
+def quantised(name, bits, folder, storage="uint8", adapter=None):
     kind, make_config, _, _ = ARCHITECTURES[name]
     config = make_config(num_labels=3)
     for key, value in {**SIZES, "head_dim": 32}.items():
@@ -168,7 +175,7 @@ def quantised(name, bits, folder, storage="uint8"):
         folder, quantization_config=config, dtype=torch.float32, device_map="cpu"
     )
     base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-    model = get_peft_model(base, adapter_config(name))
+    model = get_peft_model(base, adapter_config(name) if adapter is None else adapter)
     next(p for n, p in model.named_parameters() if "norm" in n.lower()).requires_grad_(True)
     return excite(model)
 
@@ -235,6 +242,29 @@ def test_bitsandbytes_models_fit_predict_and_come_back(name, bits, tmp_path):
             p.requires_grad_(True).data.copy_(model.get_parameter(n))
     again = KronLoraLaplace.from_pretrained(fresh, tmp_path / "posterior")
     assert_near(again(BATCH), probs, 0.01)
+
+
+@pytest.mark.skipif(not HAS_BITSANDBYTES, reason="needs bitsandbytes")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", ["ia3", "vera"])
+def test_vectors_over_packed_weights_need_no_pass_for_each_example(kind, bits, tmp_path):
+    layers = ["query", "attention.output.dense"]
+    config = {
+        "ia3": IA3Config(target_modules=layers, feedforward_modules=layers[1:]),
+        "vera": VeraConfig(r=5, target_modules=layers),
+    }[kind]
+    model = LogitsModel(quantised("bert", bits, tmp_path / "base", adapter=config)).eval()
+    backend = LoraGGN(model, "classification", uncovered="diag")
+    J, _ = backend.jacobians(BATCH)
+    assert not any(isinstance(m, WholeTensor) for m in backend.maps)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with evaluation_mode(model):
+        f = model(BATCH)
+    for n in range(len(f)):
+        for c in range(f.shape[1]):
+            grads = torch.autograd.grad(f[n, c], parameters, retain_graph=True)
+            assert_near(J[n, c], torch.cat([g.flatten() for g in grads]), 1e-4)
 
 
 def test_the_bits_of_the_stand_in_are_four():
