@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
+from peft import PeftModel
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -39,10 +41,39 @@ def plain_names(model: nn.Module) -> Callable[[str], str]:
             inner = getattr(module, "token_adapter", None)
             if isinstance(inner, BaseTunerLayer) and not adapts(inner):
                 idle |= {f"{path}.token_adapter"}
+    return _without(idle)
 
-    def plain(name: str) -> str:
+
+def nameless(model: nn.Module) -> Callable[[str], str]:
+    """Return what takes the active adapter's name out of one of `plain_names`, as PEFT's files do.
+
+    Args:
+        model: Any module.
+    """
+    plain = plain_names(model)
+    adapted = BaseTunerLayer | ModulesToSaveWrapper | PeftModel
+    active = {
+        adapter
+        for module in model.modules()
+        if isinstance(module, adapted)
+        for adapter in module.active_adapters
+    }
+    return _without(
+        {
+            plain(f"{path}.{adapter}")
+            for path, module in model.named_modules()
+            if isinstance(module, nn.ModuleDict | nn.ParameterDict | BufferDict)
+            for adapter in active & set(module.keys())
+        }
+    )
+
+
+def _without(paths: Collection[str]) -> Callable[[str], str]:
+    """Return what takes the last parts of some paths out of the names that begin with them."""
+
+    def shortened(name: str) -> str:
         parts = name.split(".")
-        kept = (p for n, p in enumerate(parts) if ".".join(parts[: n + 1]) not in idle)
+        kept = (p for n, p in enumerate(parts) if ".".join(parts[: n + 1]) not in paths)
         return ".".join(kept)
 
-    return plain if idle else str
+    return shortened if paths else str

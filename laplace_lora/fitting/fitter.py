@@ -179,7 +179,8 @@ class Fitter:
     ) -> PosteriorState:
         posterior = self.posterior
         return PosteriorState(
-            settings=posterior.settings.untuned(),
+            # The model may have been brought to another dtype since they were given.
+            settings=posterior.settings.untuned().to(posterior.device, posterior.dtype),
             curvature=curvature,
             mean=posterior.current_weights(),
             sizes=tuple(posterior.engine.sizes),

@@ -229,7 +229,9 @@ class LaplaceLM(TemplateLM):
         return texts
 
     def _written(self, prompts: list[list[int]], asked: Asked) -> list[str]:
-        stops = StopTexts(self.tokenizer, asked.until, self.eot_token_id)
+        own = self.tokenizer.eos_token_id
+        ends = [*([] if own is None else [own]), *self._token_model.end_tokens]
+        stops = StopTexts(self.tokenizer, asked.until, ends)
         with samples_only():
             found = generate(
                 self.posterior,
@@ -237,7 +239,7 @@ class LaplaceLM(TemplateLM):
                 max_new_tokens=asked.new,
                 n_samples=self.n_samples,
                 generator=self._generator(),
-                eos_token_id=[self.eot_token_id, *self._token_model.end_tokens],
+                eos_token_id=ends,
                 repetition_penalty=asked.repetition_penalty,
                 logits_processor=stops,
                 streamer=stops,

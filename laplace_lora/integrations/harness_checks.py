@@ -13,26 +13,31 @@ from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 LENGTH = 256
 
-# Options of transformers' `generate` that change greedy texts, and what leaves them as they are
-# beside `None`.
-NEUTRAL: dict[str, Any] = {
-    **{name: 1 for name in ("num_beams", "num_beam_groups", "num_return_sequences")},
-    **{name: 1 for name in ("encoder_repetition_penalty", "guidance_scale")},
-    **{name: 0 for name in ("min_length", "min_new_tokens", "penalty_alpha")},
-    **{name: 0 for name in ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size")},
-    **{name: None for name in ("forced_bos_token_id", "forced_eos_token_id")},
-    **{name: None for name in ("exponential_decay_length_penalty", "watermarking_config")},
-    **{name: None for name in ("dola_layers", "max_time")},
-    **{name: [] for name in ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens")},
-    **{name: [] for name in ("sequence_bias", "constraints", "force_words_ids", "stop_strings")},
-    "token_healing": False,
+# Options of transformers' `generate` that change greedy texts, and the values that leave them as
+# they are beside `None` and an empty list.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "min_length": (0, 1),  # a prompt counts, and has a token at least
+    **dict.fromkeys(("num_beams", "num_return_sequences", "guidance_scale"), (1,)),
+    **dict.fromkeys(("encoder_repetition_penalty",), (1,)),
+    **dict.fromkeys(("min_new_tokens", "penalty_alpha"), (0,)),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (0,)),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "sequence_bias"), ()),
+    **dict.fromkeys(("exponential_decay_length_penalty", "watermarking_config"), ()),
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens"), ()),
+    **dict.fromkeys(("constraints", "force_words_ids", "stop_strings"), ()),
+    **dict.fromkeys(("dola_layers", "max_time"), ()),
+    "token_healing": (False,),
 }
 PENALTY = "repetition_penalty"
-# Those that are followed, and those that change draws, beams or speed alone.
+# Those that are followed, and those that change draws, beams, speed or what else is returned alone.
 FOLLOWED = (*LENGTHS, "until", "do_sample", PENALTY)
 UNUSED = (
     *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff"),
-    *("eta_cutoff", "length_penalty", "early_stopping", "diversity_penalty", "use_cache"),
+    *("eta_cutoff", "length_penalty", "early_stopping", "diversity_penalty", "num_beam_groups"),
+    *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "low_memory"),
+    *("compile_config", "disable_compile", "prefill_chunk_size"),
+    *("renormalize_logits", "remove_invalid_values", "return_dict_in_generate", "output_scores"),
+    *("output_logits", "output_attentions", "output_hidden_states"),
 )
 
 
@@ -90,8 +95,13 @@ def _check_followed(given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """
     for name, value in {**own, **given}.items():
         known = name in (*FOLLOWED, *UNUSED)
-        if known or value is None or (name in NEUTRAL and value in (NEUTRAL[name], [])):
+        if known or value is None or (name in NEUTRAL and value in (*NEUTRAL[name], [])):
             continue
+        if name not in NEUTRAL:
+            raise ValueError(
+                f"LaplaceLM does not know {name}={value!r}; take it out of the task's "
+                "generation_kwargs"
+            )
         place = "task's generation_kwargs" if name in given else "model's generation_config"
         raise ValueError(
             f"LaplaceLM takes the likeliest token each time and does not follow {name}={value!r}; "

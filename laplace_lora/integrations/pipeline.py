@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import GenerationConfig, TextClassificationPipeline
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextClassificationPipeline
 from transformers.utils import ModelOutput
 
 from laplace_lora.posteriors.base import LoraLaplace
@@ -106,7 +106,9 @@ class LaplacePipeline(TextClassificationPipeline):
         # What is left is the tokenizer's, which takes any name and leaves unknown ones unused.
         others = {*inspect.signature(self.posterior.predict).parameters}
         others |= {*GenerationConfig().to_dict()}
-        unused = others & {*found[0]} - {*inspect.signature(self.tokenizer.__call__).parameters}
+        calls = (self.tokenizer.__call__, PreTrainedTokenizerBase.__call__)  # or around the latter
+        taken = {name for call in calls for name in inspect.signature(call).parameters}
+        unused = others & {*found[0]} - taken
         if unused:
             raise ValueError(
                 f"{', '.join(sorted(unused))} would have no effect: the pipeline writes no text, "

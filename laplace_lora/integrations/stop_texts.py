@@ -18,13 +18,15 @@ class StopTexts:
     Args:
         tokenizer: The model's.
         until: The stops.
-        end_token: What ends a text; its own text is a stop, too, as it may be written in pieces.
+        ends: Tokens that end a text; without any, texts go on behind a stop and are cut afterwards.
+            The text of the tokenizer's own is a stop, too, as it may be written in pieces.
     """
 
-    def __init__(self, tokenizer: Any, until: Sequence[str], end_token: int) -> None:
-        end = tokenizer.decode([end_token])
+    def __init__(self, tokenizer: Any, until: Sequence[str], ends: Sequence[int]) -> None:
+        own = tokenizer.eos_token_id
+        end = "" if own is None else tokenizer.decode([own])
         self._until = (*until, end) if end else tuple(until)
-        self._tokenizer, self._end_token = tokenizer, end_token
+        self._tokenizer, self._ends = tokenizer, ends
         self._written = -1  # the prompts come first
 
     def put(self, value: Tensor) -> None:
@@ -41,12 +43,14 @@ class StopTexts:
             ids: Its tokens so far, ``(1, tokens)``.
             scores: Of the next one, ``(1, vocabulary)``.
         """
+        if not self._ends:
+            return scores
         new = ids[0, ids.shape[1] - self._written :].tolist()
         text = self._tokenizer.decode(new)  # a stop may be a special token
         if not any(stop in text for stop in self._until):
             return scores
         ended = torch.full_like(scores, -torch.inf)
-        ended[:, self._end_token] = 0
+        ended[:, self._ends[0]] = 0
         return ended
 
     def cut(self, text: str) -> str:

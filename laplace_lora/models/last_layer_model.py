@@ -7,7 +7,8 @@ transformer behind the features is shared, never copied.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class _Features(nn.Module):
     def take_head(self, head: nn.Linear) -> None:
         """Copy the weights of the source's head into another, and remember them."""
         theirs = [tensor for tensor in self.source.head_tensors() if tensor is not None]
+        head.to(self.source.device, torch.promote_types(torch.float32, theirs[0].dtype))
         for ours, tensor in zip(head.parameters(), theirs, strict=True):
             ours.copy_(tensor)
         self.taken[:] = [ours.detach().clone() for ours in head.parameters()]
@@ -115,9 +117,8 @@ class LastLayerModel(nn.Module):
         adapter = [p for p in source.parameters() if is_active.get(id(p))]
         self.features = _Features(source, adapter)
         self.copied_from: tuple[LastLayerModel, ...] = ()  # a tuple is not in the module tree
-        wide = torch.promote_types(torch.float32, weight.dtype)
         outputs, inputs = weight.shape
-        self.head = nn.Linear(inputs, outputs, bias is not None, device=source.device, dtype=wide)
+        self.head = nn.Linear(inputs, outputs, bias is not None, device=source.device)
         self.take_head()
 
     @property
@@ -126,8 +127,22 @@ class LastLayerModel(nn.Module):
         return self.features.source
 
     def take_head(self) -> None:
-        """Copy the weights of the model's last layer, as they are now."""
+        """Copy the weights of the model's last layer, as they are now, in float32 or better."""
         self.features.take_head(self.head)
+
+    @contextmanager
+    def new_head(self) -> Iterator[None]:
+        """Take the head of the model as it is now; the one before comes back after an error."""
+        before = [parameter.detach().clone() for parameter in self.head.parameters()]
+        taken = list(self.features.taken)
+        self.take_head()
+        try:
+            yield
+        except BaseException:
+            for parameter, tensor in zip(self.head.parameters(), before, strict=True):
+                parameter.data = tensor
+            self.features.taken[:] = taken
+            raise
 
     def check_adapter(self) -> None:
         """Refuse adapter states in which the features would be others, see `check_runs`.

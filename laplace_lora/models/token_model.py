@@ -61,8 +61,11 @@ class TokenModel(LogitsModel):
     @property
     def end_tokens(self) -> list[int]:
         """Tokens that end a text, by the model's configuration; it may know of none."""
-        token = self._special_token("eos_token_id")
-        return [] if token is None else token if isinstance(token, list) else [token]
+        tokens = self._special_token("eos_token_id")
+        if tokens is None:
+            return []
+        ends: list[int] = torch.as_tensor(tokens, dtype=torch.long).flatten().tolist()
+        return ends
 
     @property
     def pad_token(self) -> int:

@@ -7,6 +7,7 @@ transformer.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from laplace_lora.adapters.frozen_values import frozen_places
 from laplace_lora.adapters.peft_state import adapter_settings
-from laplace_lora.adapters.plain_names import plain_names
+from laplace_lora.adapters.plain_names import nameless, plain_names
 from laplace_lora.adapters.selection import listed
 from laplace_lora.data.sharding import is_sharded_tensor
 from laplace_lora.models.changes.turns import in_turn
@@ -31,11 +32,13 @@ class FeaturesWatch:
 
     def __init__(self, source: Any) -> None:
         with in_turn(source):
-            self._places = frozen_places(source, ())
-            plain = plain_names(source)
+            # An adapter may be loaded under another name.
+            plain, bare = plain_names(source), nameless(source)
+            places = frozen_places(source, ())
+            self._places = [replace(place, name=bare(place.name)) for place in places]
             in_pieces = (n for n, p in source.named_parameters() if is_sharded_tensor(p))
             # Of tensors in pieces, as of offloaded ones, there are names alone.
-            self._values = {plain(name): torch.zeros(0) for name in in_pieces}
+            self._values = {bare(plain(name)): torch.zeros(0) for name in in_pieces}
             self._values |= {place.name: place.samples() for place in self._places}
             self._adapter = adapter_settings(source)
         self._source, self._dtype = source, head_dtype(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from laplace import DiagLLLaplace, FullLLLaplace, KronLLLaplace
@@ -78,9 +79,10 @@ class LastLayerLaplace(LoraLaplace):
     def fit(self, train_loader: Any, override: bool = True, *args: Any, **kwargs: Any) -> None:
         """Fit as `LoraLaplace.fit` does; a fit that starts anew takes the head as it is now."""
         last_layer = self.parts.last_layer
-        if last_layer is not None and (override or not self.state.is_fitted):
-            last_layer.take_head()
-        super().fit(train_loader, override, *args, **kwargs)
+        with ExitStack() as stack:
+            if last_layer is not None and (override or not self.state.is_fitted):
+                stack.enter_context(last_layer.new_head())
+            super().fit(train_loader, override, *args, **kwargs)
 
     def _differentiated(self, model: LogitsModel) -> nn.Module:
         return LastLayerModel(model)

@@ -25,6 +25,7 @@ from laplace_lora.posteriors.copies import deep_copy, refuse_pickling, shallow_c
 from laplace_lora.posteriors.features_watch import FeaturesWatch, check_same_head
 from laplace_lora.posteriors.last_layer import check_no_name
 from laplace_lora.posteriors.training_features import training_features
+from laplace_lora.structures.settings import TENSORS
 
 Self = TypeVar("Self", bound="FunctionalLoraLLLaplace")
 LIKELIHOODS = ("classification", "regression")
@@ -219,6 +220,8 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         twin, split = copy.copy(self), copy.deepcopy(self._split)
         split.take_head()
         twin._put(split)
+        for name in TENSORS:
+            setattr(twin, f"_{name}", getattr(self, f"_{name}").to(twin.mean))
         return twin
 
     def _check_unchanged(self) -> None:

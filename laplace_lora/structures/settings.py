@@ -85,9 +85,9 @@ class Settings:
         temperature = self.likelihood_temperature
         return mean / temperature, covariance * (self.covariance_scale / temperature**2)
 
-    def to(self, device: torch.device) -> Settings:
-        """Return the settings on another device."""
-        moved = {name: getattr(self, name).to(device) for name in TENSORS}
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Settings:
+        """Return the settings on another device, prior and noise perhaps in another dtype."""
+        moved = {name: getattr(self, name).to(device, dtype) for name in TENSORS}
         return replace(self, **moved, shift=None if self.shift is None else self.shift.to(device))
 
 

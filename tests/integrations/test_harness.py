@@ -106,7 +106,9 @@ def written(model, **options):
 @pytest.mark.parametrize(
     ("config", "options"),
     [
-        ("ends", {}),
+        (list, {}),
+        (tuple, {}),
+        (torch.tensor, {}),
         ({"repetition_penalty": 3.0}, {}),
         ({}, {"repetition_penalty": 3.0}),
         ({"repetition_penalty": 1.5}, {"repetition_penalty": 3.0}),
@@ -119,9 +121,9 @@ def test_the_model_s_own_options_hold_as_in_the_harness_s_own_model(
 ):
     own, other = both
     plain = written(own)
-    if config == "ends":  # as the token that ends a turn, which is not the tokenizer's
+    if callable(config):  # as the token that ends a turn, which is not the tokenizer's
         token = own.tok_encode(plain[0])[2]
-        config = {"eos_token_id": [own.eot_token_id, token]}
+        config = {"eos_token_id": config([own.eot_token_id, token])}
     for name, value in config.items():
         monkeypatch.setattr(other.model.generation_config, name, value)
     found = written(own, **options)
@@ -129,7 +131,48 @@ def test_the_model_s_own_options_hold_as_in_the_harness_s_own_model(
     assert found != plain or "top_p" in options
 
 
-@pytest.mark.parametrize("name", ["num_beams", "min_new_tokens", "forced_eos_token_id"])
+def test_options_that_change_no_greedy_text_are_taken(both, monkeypatch):
+    own, other = both
+    plain = written(own)
+    options = {"cache_implementation": "static", "max_cache_len": 32, "prefill_chunk_size": 2}
+    options |= {"renormalize_logits": True, "remove_invalid_values": True, "low_memory": True}
+    options |= {"output_scores": False, "return_dict_in_generate": False, "disable_compile": True}
+    options |= {"min_length": 1, "num_beam_groups": 2}
+    assert written(own, **options) == written(other, **options) == plain
+    for name in ("min_length", "num_beam_groups"):
+        monkeypatch.setattr(other.model.generation_config, name, options[name])
+    assert written(own) == written(other) == plain
+
+
+@pytest.mark.parametrize("ends", [None, 2])
+def test_a_tokenizer_may_end_no_text(both, monkeypatch, ends):
+    own, other = both
+    tokenizer = plain_tokenizer(50)
+    tokenizer.eos_token = None
+    silent = LaplaceLM(own.posterior, tokenizer, n_samples=2)
+    for config in (other.model.generation_config, own.posterior.logits_model.config):
+        monkeypatch.setattr(config, "eos_token_id", ends)
+    ids = torch.tensor([silent.tok_encode("d e f a")])
+    options = {"n_samples": 2, "generator": seeded(), "eos_token_id": [] if ends is None else ends}
+    (tokens,) = generate(own.posterior, {"input_ids": ids}, 6, **options).tokens.tolist()
+    words = [tokenizer.decode([token]) for token in tokens]
+    stop = next(n for n, word in enumerate(words) if word not in words[:n] and n)
+    calls = []
+
+    def watched(*args, **kwargs):
+        calls.append(generate(*args, **kwargs))
+        return calls[-1]
+
+    monkeypatch.setattr("laplace_lora.integrations.harness.generate", watched)
+    for until, text in ([], words), ([words[stop]], words[:stop]):
+        request = ("d e f a", {"max_gen_toks": 6, "until": until})
+        (found,) = silent.generate_until(instances("generate_until", [request]), True)
+        assert found.split() == text
+    # Behind the stop a text is ended by the model's own token, or goes on.
+    assert int(calls[1].mask.sum()) == (6 if ends is None else stop + 2)
+
+
+@pytest.mark.parametrize("name", ["num_beams", "min_new_tokens", "min_length", "max_time"])
 def test_options_that_greedy_texts_do_not_follow_are_refused(both, monkeypatch, name):
     own, other = both
     with pytest.raises(ValueError, match=f"does not follow {name}=3; .*the task's"):
@@ -140,7 +183,7 @@ def test_options_that_greedy_texts_do_not_follow_are_refused(both, monkeypatch, 
 
 
 def test_options_that_the_harness_s_own_model_would_not_take_or_draw_by_are_refused(both):
-    with pytest.raises(ValueError, match="does not follow seed=0"):
+    with pytest.raises(ValueError, match="does not know seed=0; take it out of the task's"):
         written(both[0], seed=0)
     with pytest.raises(ValueError, match="continues greedily"):
         written(both[0], temperature=0.7)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import pipeline
+from transformers import PreTrainedTokenizerFast, pipeline
 
 from laplace_lora import KronLoraLaplace
 from laplace_lora.integrations.pipeline import LaplacePipeline, _answers
@@ -69,6 +69,23 @@ def test_options_without_effect_are_refused(la, tokenizer, name):
         LaplacePipeline(la, tokenizer, **{name: 4})
     cut = LaplacePipeline(la, tokenizer)("a b c", truncation=True, max_length=2)
     assert cut == LaplacePipeline(la, tokenizer)("a b")
+
+
+class Passing(PreTrainedTokenizerFast):
+    """A tokenizer that names none of its arguments."""
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
+
+
+def test_a_tokenizer_need_not_name_its_arguments(la, tokenizer):
+    passing = copy.deepcopy(tokenizer)
+    passing.__class__ = Passing
+    cut = {"truncation": True, "max_length": 2}
+    found = LaplacePipeline(la, passing)("a b c", **cut)
+    assert found == LaplacePipeline(la, tokenizer)("a b")
+    with pytest.raises(ValueError, match="num_beams would have no effect"):
+        LaplacePipeline(la, passing)("a b", num_beams=2)
 
 
 def test_a_text_of_a_chat_template_begins_once(la):

@@ -95,6 +95,19 @@ def test_an_adapter_that_was_merged_and_unmerged_is_no_change(dtype):
     la(BATCH)
 
 
+@pytest.mark.parametrize("kind", [KronLoraLaplace, DiagLoraLaplace])
+def test_a_fit_again_is_in_the_dtype_that_the_model_is_in_now(kind):
+    model = peft_model("bert")
+    la = kind(model, "classification", prior_precision=2.0)
+    for dtype in (torch.float64, torch.float32):
+        model.to(dtype)
+        la.fit(loader())
+        new = kind(model, "classification", prior_precision=2.0)
+        new.fit(loader())
+        assert torch.equal(la(BATCH), new(BATCH))
+        assert torch.equal(la.log_marginal_likelihood(), new.log_marginal_likelihood())
+
+
 def test_an_idle_adapter_and_a_new_one_are_no_change():
     model = peft_model("bert")
     la = KronLoraLaplace(model, "classification")

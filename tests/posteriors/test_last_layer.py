@@ -1,11 +1,20 @@
 """Last-layer posteriors: the exact GGN of the head, by every way in."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
 from laplace import LLLaplace
 from torch.nn.utils import parameters_to_vector
 
-from laplace_lora import DiagLoraLLLaplace, FullLoraLLLaplace, KronLoraLLLaplace, LogitsModel
+from laplace_lora import (
+    DiagLoraLLLaplace,
+    FullLoraLLLaplace,
+    FunctionalLoraLLLaplace,
+    KronLoraLLLaplace,
+    LogitsModel,
+)
 from laplace_lora.likelihoods.base import CONTRASTS
 from laplace_lora.likelihoods.classification import LOGITS
 from laplace_lora.predictive.glm import Predictor
@@ -17,6 +26,12 @@ from support.references import assert_near
 from support.sweeps import rest_slow
 
 BATCH = token_batch((4, 2, 6), seed=9)
+
+
+@torch.no_grad()
+def twice(model):
+    for tensor in LogitsModel(model).head_tensors():
+        tensor.mul_(2)
 
 
 def explicit_head_ggn(model, data):
@@ -55,6 +70,41 @@ def test_a_new_fit_takes_the_head_as_it_is_now(cls):
     new.fit(loader())
     assert_near(la.mean, new.mean)
     assert_near(la(BATCH), new(BATCH))
+
+
+def answers(la):
+    """Moments of outputs and the evidence, which every class has."""
+    return [*la._glm_predictive_distribution(BATCH), la.log_marginal_likelihood()]
+
+
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+@pytest.mark.parametrize("cls", [*PARAMETRIC, partial(FunctionalLoraLLLaplace, n_subset=4)])
+def test_a_fit_again_is_in_the_dtype_that_the_model_is_in_now(cls, likelihood):
+    model, data = peft_model("bert"), loader(likelihood=likelihood)
+    options = {"prior_precision": 2.0} | ({"sigma_noise": 0.5} if likelihood[0] == "r" else {})
+    la = cls(model, likelihood=likelihood, **options)
+    for dtype in (torch.float64, torch.float32, torch.float64, torch.bfloat16):
+        model.to(dtype)
+        la.fit(data)
+        new = cls(model, likelihood=likelihood, **options)
+        new.fit(data)
+        for found, expected in zip(answers(la), answers(new), strict=True):
+            assert found.dtype == expected.dtype and torch.equal(found, expected)
+        assert la.prior_precision.dtype == la.sigma_noise.dtype == la.mean.dtype
+
+
+@pytest.mark.parametrize("change", [torch.nn.Module.float, twice])
+@pytest.mark.parametrize("cls", PARAMETRIC)
+def test_a_fit_that_fails_leaves_the_earlier_head(cls, change):
+    model = peft_model("bert")
+    la = cls(model, "classification")
+    la.fit(loader())
+    expected, weights = answers(la), copy.deepcopy(model.state_dict())
+    change(model)
+    with pytest.raises(ValueError, match="labels must lie in"):
+        la.fit(loader(labels=4))
+    model.double().load_state_dict(weights)
+    assert all(map(torch.equal, answers(la), expected))
 
 
 @pytest.mark.filterwarnings("ignore:the model itself answers a padded text otherwise")

@@ -7,11 +7,12 @@ import warnings
 import pytest
 import torch
 from laplace.baselaplace import FunctionalLaplace
+from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from torch.utils.data import DataLoader
 
 from laplace_lora import FullLoraLLLaplace, FunctionalLoraLLLaplace
 from support.batches import LENGTHS, loader, split_rows, token_batch, validation
-from support.models import peft_model
+from support.models import base_model, excite, peft_model
 
 BATCH = token_batch((4, 2, 6), seed=9)
 
@@ -149,6 +150,30 @@ def test_the_state_of_a_model_at_other_weights_is_refused(change, said):
     with pytest.raises(ValueError, match=said):
         gp.load_state_dict(state)
     assert all(map(torch.equal, answers(gp), expected))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["query"], modules_to_save=["classifier"]),
+        LoraConfig(target_modules=["query"], trainable_token_indices={"word_embeddings": [2, 3]}),
+        IA3Config(target_modules=["query", "output.dense"], feedforward_modules=["output.dense"]),
+        VeraConfig(r=4, target_modules=["query"]),
+    ],
+)
+def test_an_adapter_is_the_same_under_another_name(config, tmp_path):
+    excite(get_peft_model(base_model("bert"), config)).save_pretrained(tmp_path)
+    names = ("default", "0")  # layers have numbers, too
+    first, model = (PeftModel.from_pretrained(base_model("bert"), tmp_path, n) for n in names)
+    gp, again = fitted(first), process(model)
+    again.load_state_dict(gp.state_dict())
+    assert all(map(torch.equal, answers(again), answers(gp)))
+    known = dict(first.named_parameters())
+    changed = next(p for name, p in model.named_parameters() if name not in known)
+    with torch.no_grad():
+        changed.add_(0.1)
+    with pytest.raises(ValueError, match="other weights, buffers or scalings of"):
+        again.load_state_dict(gp.state_dict())
 
 
 @pytest.mark.parametrize("has_fewer", [True, False])
