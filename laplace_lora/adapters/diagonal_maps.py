@@ -27,6 +27,11 @@ class VectorMap(LinearMap):
     sums_tokens = True
 
     @property
+    def is_idle(self) -> bool:
+        """Whether the module is that of an adapter which is disabled now."""
+        return bool(getattr(self.module, "disable_adapters", False))
+
+    @property
     def width(self) -> int:
         """Length of an output."""
         return self.out_features

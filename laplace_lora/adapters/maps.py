@@ -87,6 +87,11 @@ class LinearMap:
         return False
 
     @property
+    def is_idle(self) -> bool:
+        """Whether the module runs without its adapter now, so that the call is not the map's."""
+        return False
+
+    @property
     def inner(self) -> nn.Module | None:
         """The module within the map's own whose calls `step` needs, if any."""
         return None

@@ -108,9 +108,12 @@ def _listening(
         within: list[tuple[Tensor, Tensor]] = []
 
         def note_inner(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            within[:] = [(args[0], output)]
+            within[:] = [(Call(args, kwargs, output).x, output)]
 
         def note(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if linear.is_idle:
+                within.clear()
+                return
             source, at = _source(args) if linear.widens else None, place(args)
             if linear.inner is not None:
                 if not within:

@@ -171,6 +171,36 @@ def test_the_active_one_of_several_adapters_counts(kind):
         engine_of(model)
 
 
+class Difference(nn.Module):
+    """What an adapter changes, by a second pass without it."""
+
+    def __init__(self, model, has_gradient):
+        super().__init__()
+        self.model, self.has_gradient = model, has_gradient
+
+    def forward(self, x):
+        y = self.model(x)
+        with self.model.disable_adapter(), torch.set_grad_enabled(self.has_gradient):
+            without = self.model(x)
+        return y - without
+
+
+@pytest.mark.parametrize("has_gradient", [True, False])
+@pytest.mark.parametrize("kind", ["ia3", "vera"])
+def test_calls_without_the_adapter_do_not_count(kind, has_gradient):
+    torch.manual_seed(0)
+    options = {"target_modules": ["0", "2"]}
+    config = VeraConfig(r=3, **options)
+    if kind == "ia3":
+        config = IA3Config(feedforward_modules=["2"], **options)
+    base = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    whole = Difference(excite(get_peft_model(base, config)).double(), has_gradient)
+    model, x = LogitsModel(whole, output=lambda y: y).eval(), torch.randn(6, 4).double()
+    fast, plain = engine_of(model), engine_of(model, whole=True)
+    assert_near(fast.jacobians(x)[0], plain.jacobians(x)[0], EXACT)
+    assert kinds(plain) == {WholeTensor} and WholeTensor not in kinds(fast)
+
+
 @pytest.mark.parametrize("kind", ["ia3", "vera"])
 def test_without_consent_they_are_refused(kind):
     with pytest.raises(ValueError, match=r"no Kronecker factor covers.*uncovered='diag'"):

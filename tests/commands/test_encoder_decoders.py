@@ -83,6 +83,22 @@ def test_the_model_s_own_way_from_targets_to_inputs_is_taken(folders):
     assert read_before(loaded, ANSWERS, ids) == [3, 13]
 
 
+def test_a_model_s_own_way_needs_no_start(folders, monkeypatch):
+    """As mBART's, whose configuration names none."""
+    loaded = load_adapter(str(folders["assistant $A [EOS]"]))
+    ids, base = [WORDS.index(answer) for answer in ANSWERS], loaded.model.get_base_model()
+    for config in (base.config, base.generation_config):
+        monkeypatch.setattr(config, "decoder_start_token_id", None)
+    base.prepare_decoder_input_ids_from_labels = lambda labels: labels.roll(1, -1)
+    assert read_before(loaded, ANSWERS, ids) == [2, 12]
+
+    def needs_start(labels):
+        raise ValueError("decoder_start_token_id has to be defined")
+
+    base.prepare_decoder_input_ids_from_labels = needs_start
+    assert read_before(loaded, ANSWERS, ids) == []
+
+
 class Odd:
     """A tokenizer that reads targets by a vocabulary of their own, or begins them by their sort."""
 

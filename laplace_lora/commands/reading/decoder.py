@@ -41,13 +41,18 @@ def read_before(adapter: Adapter, answers: Sequence[str], tokens: Sequence[int])
                 f"--target: the tokenizer writes {one} before {first!r}, and {two} before "
                 f"{other!r}; answers are compared where all have the same before them"
             )
-    if start is None:
-        return []
-    labels = torch.tensor([_target(first, tokenizer)])
     shifted = getattr(base, "prepare_decoder_input_ids_from_labels", None)
-    decoder = [start, *before]
+    decoder: list[Any] = [start, *before]
     if shifted is not None:  # mBART has the target's last token, its language, as the first one
-        decoder = shifted(labels=labels)[0, : len(before) + 1].tolist()
+        labels = torch.tensor([_target(first, tokenizer)])
+        try:
+            decoder = shifted(labels=labels)[0, : len(before) + 1].tolist()
+        except (TypeError, ValueError):
+            if start is not None:
+                raise
+            return []
+    elif start is None:
+        return []
     return [] if decoder == [start] else decoder
 
 

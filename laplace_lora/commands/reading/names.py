@@ -61,12 +61,15 @@ def class_names(given: Sequence[str], of_model: Sequence[str], outputs: int) -> 
         who = "--labels names" if given else "the model names"
         hint = "" if given else "; give each a name of its own by --labels"
         raise ValueError(f"{who} a class twice: {', '.join(map(repr, names))}{hint}")
-    if list(of_model) != names and sorted(of_model) == sorted(names):
-        raise ValueError(
-            f"--labels has the order {', '.join(map(repr, names))}, and the model's outputs have "
-            f"the order {', '.join(map(repr, of_model))}; leave --labels out. If the model's "
-            "configuration is wrong, correct its `id2label`"
-        )
+    numbers = range(outputs)
+    unnamed = (list(map(str, numbers)), [f"LABEL_{number}" for number in numbers])
+    for own in (of_model,) if of_model else unnamed:
+        if list(own) != names and sorted(own) == sorted(names):
+            raise ValueError(
+                f"--labels has the order {', '.join(map(repr, names))}, and the model's outputs "
+                f"have the order {', '.join(map(repr, own))}; leave --labels out. If the model's "
+                "configuration is wrong, correct its `id2label`"
+            )
     return names
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from laplace_lora.commands.reading.columns import (
     CHOSEN,
-    LABELS,
     REJECTED,
+    TEXTS,
     Columns,
     is_preference,
     listed,
@@ -18,8 +18,9 @@ from laplace_lora.commands.reading.completions import COMPLETIONS
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
 
-SECOND = re.compile(r"(.+?)(?:[_-]b|[_-]?2)", re.IGNORECASE)  # text_b, question2, sentence_2
-NO_TEXTS = ("id", "idx", *LABELS)
+NUMBERED = re.compile(r"(.+?)(?:[_-]b|[_-]?2)", re.IGNORECASE)  # text_b, question2, sentence_2
+FIRST = ("1", "_1", "-1", "_a", "-a")
+STEMS = (*TEXTS, "premise", "hypothesis", "context", "passage")
 SHOWN = 8
 
 
@@ -42,7 +43,7 @@ def check_second_text(
         return
     free = [name for name in present_in(rows) if name not in vars(columns).values()]
     for name in free:
-        if _is_second(name) and any(_is_text(row.get(name)) for row in rows):
+        if _is_second(name, columns.text, free) and any(_is_text(r.get(name)) for r in rows):
             raise ValueError(
                 f"the column {name!r} may hold a second text, which a model of pairs reads: say "
                 f"--text-field {columns.text} --pair-field {name} for pairs, or --text-field "
@@ -50,14 +51,26 @@ def check_second_text(
             )
 
 
-def _is_second(name: str) -> bool:
-    found = SECOND.fullmatch(name)
-    return name in COMPLETIONS or (found is not None and found[1].lower() not in NO_TEXTS)
+def _is_second(name: str, text: str | None, free: Sequence[str]) -> bool:
+    """Return whether a column is named like the second of two texts.
+
+    Args:
+        name: Of a column that is not read.
+        text: That of the column of texts.
+        free: All columns that are not read.
+    """
+    found = NUMBERED.fullmatch(name)
+    if found is None:
+        return name in COMPLETIONS
+    stem = found[1]
+    return stem.lower() in STEMS or any(stem + ending in (text, *free) for ending in FIRST)
 
 
 def _is_text(value: object) -> bool:
-    """Return whether a value is a text, not a number as a table writes it."""
-    return isinstance(value, str) and re.fullmatch(r"[\s\d.,:eE+-]*", value) is None
+    """Return whether a value is a text, not an address, or a number as a table writes it."""
+    if not isinstance(value, str) or value.strip().lower() == "nan":
+        return False
+    return re.fullmatch(r"[\s\d.,:eE+-]*|\w+://\S*", value) is None
 
 
 def columns_said(plan: Plan, rows: Sequence[Row]) -> str:

@@ -4,6 +4,7 @@ import pytest
 
 from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
 from laplace_lora.commands.reading.columns import Columns
+from laplace_lora.commands.reading.names import class_names
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.planning import plan_again, plan_fit
 from support.on_disk import tokenizer
@@ -70,3 +71,12 @@ def test_the_model_s_classes_in_another_order_are_refused(again):
     with pytest.raises(ValueError, match=r"'good', 'bad', 'fine'.* order 'bad', 'fine', 'good'"):
         planned("good", "bad", "fine")
     assert planned(*own) == own and planned("a", "b", "c") == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("own", [["0", "1"], ["LABEL_0", "LABEL_1"]])
+def test_the_numbers_of_classes_in_another_order_are_refused(own):
+    assert class_names(own, [], 2) == own
+    with pytest.raises(ValueError, match=f"has the order '{own[1]}', '{own[0]}'"):
+        class_names(own[::-1], [], 2)
+    answers = ["1", "0"]  # of a decoder, in the order of its target_ids
+    assert class_names([], answers, 2) == answers

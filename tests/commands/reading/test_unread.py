@@ -29,6 +29,17 @@ def test_a_second_text_is_not_left_out_unasked(name, outputs):
 def test_other_columns_are_left_out():
     row = {"text": "the film", **META, "label": 1, "label2": "kind", "id_b": "row-2"}
     assert planned(row).columns.pair is None
+    for name, value in {
+        "text_b": "https://example.org/a",
+        "uid_2": "ab-12",
+        "title2": "The Meal",
+        "source_b": "wiki",
+        "answer": "nan",
+    }.items():
+        assert planned({"text": "the film", name: value, "label": 1}).columns.pair is None
+    partners = {"text": "the film", "part_a": "the film", "part_b": "the meal", "label": 1}
+    with pytest.raises(ValueError, match="'part_b' may hold a second text"):
+        planned(partners)
     numbers = {"text": "the film", "answer": 3, "response": "0.25", "label": 1}
     assert planned(numbers).columns.pair is None
     known = {"text": "the film", "text_pair": "the meal", "answer": "yes", "label": 1}
