@@ -14,20 +14,22 @@ from __future__ import annotations
 
 import json
 import time
-import warnings
-from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
-from torch.nn import functional as F
 from transformers import set_seed
 
 from benchmarks.harness.arguments import prepare
 from benchmarks.harness.report import mean_and_error, write_report
 from benchmarks.study import docstrings
-from benchmarks.study.small_trainings import figures_parser, split_loaders, train
+from benchmarks.study.small_trainings import (
+    WAYS,
+    figures_parser,
+    judged,
+    split_loaders,
+    train,
+    tuned,
+)
 from examples import support
 from laplace_lora import KronLoraLaplace, LogitsModel
 from laplace_lora.evaluation import MAP, TemperatureScaling
@@ -38,11 +40,6 @@ SIZES = {"train": 700, "val": 200, "test": 200}
 LAYERS = [4, 5]  # with adapters on query and value, the last two of six
 MAX_TOKENS = 32
 OPTIONS: dict[str, Any] = {"backend_kwargs": {"stochastic": True, "num_samples": 1}}
-WAYS: dict[str, dict[str, Any]] = {
-    "leave-one-out": {"method": "loo"},
-    "evidence": {"method": "marglik"},
-}
-Probabilities = Callable[[Any], Tensor]
 
 
 def figures(training: str, seed: int) -> dict[str, Any]:
@@ -67,23 +64,8 @@ def figures(training: str, seed: int) -> dict[str, Any]:
     la.fit(loaders["train"])
     found["seconds of the fit"] = time.process_time() - started
     for name, way in WAYS.items():
-        started = time.process_time()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # it says that the evidence is too wide
-            la.optimize_prior_precision(**way)
-        seconds = time.process_time() - started
-        found[name] = {"seconds": seconds, "tuning": str(la.tuning), **judged(la, loaders["test"])}
+        found[name] = {**tuned(la, way), **judged(la, loaders["test"])}
     return found
-
-
-def judged(method: Probabilities, loader: Iterable[Any]) -> dict[str, float]:
-    """Return a method's mean NLL of labelled rows in nats, and its accuracy."""
-    losses, right = [], []
-    for batch in loader:
-        p, y = method(batch).double(), batch["labels"]
-        losses.append(F.nll_loss(p.log(), y, reduction="none"))
-        right.append((p.argmax(1) == y).double())
-    return {"NLL": float(torch.cat(losses).mean()), "accuracy": float(torch.cat(right).mean())}
 
 
 def rows_of(found: dict[str, dict[str, Any]]) -> list[dict[str, str]]:

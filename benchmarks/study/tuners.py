@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,8 +27,7 @@ from benchmarks.harness.arguments import prepare
 from benchmarks.harness.report import mean_and_error, write_report
 from benchmarks.study.checkpoints import base_model
 from benchmarks.study.judging import FIT_BATCH
-from benchmarks.study.many_classes import judged
-from benchmarks.study.small_trainings import figures_parser, train
+from benchmarks.study.small_trainings import WAYS, figures_parser, judged, train, tuned
 from benchmarks.study.tasks import Task, add_task_arguments, load_task
 from benchmarks.study.trainings import EPOCHS, EVALUATION_BATCH, SEEDS
 from laplace_lora import KronLoraLaplace, LogitsModel
@@ -51,10 +48,6 @@ TUNERS: dict[str, tuple[Any, dict[str, Any], float]] = {  # class, arguments and
 TASKS = ("sst2", "trec6")
 LENGTHS = ("short", "long")
 SIZES = {"train_size": 400, "val_size": 200, "test_size": 500, "shifted_size": 300}
-WAYS: dict[str, dict[str, Any]] = {
-    "leave-one-out": {"method": "loo"},
-    "evidence": {"method": "marglik"},
-}
 
 
 def figures(task: Task, tuner: str, length: str, seed: int) -> dict[str, Any]:
@@ -77,12 +70,8 @@ def figures(task: Task, tuner: str, length: str, seed: int) -> dict[str, Any]:
     la = KronLoraLaplace(logits, "classification", uncovered="diag")
     la.fit(task.loader("train", FIT_BATCH))
     for name, way in WAYS.items():
-        started = time.process_time()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # it says that the evidence is too wide
-            la.optimize_prior_precision(**way)
-        seconds = time.process_time() - started
-        judge(name, la, seconds=seconds, tuning=str(la.tuning))
+        more = tuned(la, way)
+        judge(name, la, **more)
     return found
 
 
