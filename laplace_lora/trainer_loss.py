@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
 from laplace_lora.likelihoods.implied import token_likelihood
+from laplace_lora.models.inputs.configs import text_config
 from laplace_lora.models.wrapped_model import base_of
 
 TASKS = {"RewardTrainer": "reward_modeling", "SFTTrainer": "language_modeling"}  # TRL's
 PLAIN = (None, "nll", "chunked_nll")  # what TRL calls the loss of a language model
+ROUTER_LOSS_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 def implied_likelihood(trainer: Any, options: Mapping[str, Any]) -> str:
@@ -93,4 +97,15 @@ def _own_argument(trainer: Any) -> str | None:
         return f"loss_type={loss!r}"
     if "RewardTrainer" in names and getattr(args, "center_rewards_coefficient", None):
         return "center_rewards_coefficient"
-    return "label_smoothing_factor" if args.label_smoothing_factor else None
+    if args.label_smoothing_factor:
+        return "label_smoothing_factor"
+    return "output_router_logits" if _adds_router_loss(base_of(trainer.model)) else None
+
+
+def _adds_router_loss(model: nn.Module) -> bool:
+    """Return whether a language model adds to its loss how unevenly it uses its experts."""
+    if "Classification" in type(model).__name__:  # those heads leave it out
+        return False
+    config = text_config(getattr(model, "config", None))
+    weights = (getattr(config, name, None) for name in ROUTER_LOSS_WEIGHTS)
+    return bool(getattr(config, "output_router_logits", False)) and any(weights)

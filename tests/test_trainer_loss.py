@@ -10,12 +10,15 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    MixtralForSequenceClassification,
     Trainer,
 )
 
 from laplace_lora import LaplaceCallback
 from laplace_lora.trainer_loss import implied_likelihood
-from support.models import TARGETS, bert_config, llama_config, peft_model
+from support.models import TARGETS, TINY, bert_config, llama_config, peft_model
 from test_trainer import examples, trainer_of
 
 
@@ -120,3 +123,25 @@ def test_arguments_that_change_the_loss_of_trl_are_pointed_out(tmp_path, own):
 )
 def test_arguments_that_leave_the_loss_of_trl_are_not(tmp_path, kind, arguments):
     LaplaceCallback(trl_trainer(kind, tmp_path, arguments))  # warnings are errors
+
+
+@pytest.mark.parametrize(
+    ("kind", "flag", "weight"),
+    [
+        (MixtralForCausalLM, True, 0.01),
+        (MixtralForCausalLM, True, 0.0),
+        (MixtralForCausalLM, False, 0.01),
+        (MixtralForSequenceClassification, True, 0.01),  # whose loss leaves it out
+    ],
+)
+def test_a_router_loss_that_the_model_adds_is_pointed_out(tmp_path, kind, flag, weight):
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_labels": 3}
+    routed = {"output_router_logits": flag, "router_aux_loss_coef": weight}
+    base = kind(MixtralConfig(**TINY, **experts, **routed))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    trainer = trainer_of(model, tmp_path)
+    if flag and weight and kind is MixtralForCausalLM:
+        with pytest.warns(UserWarning, match=r"loss is its own \(output_router_logits\)"):
+            LaplaceCallback(trainer)
+    else:
+        LaplaceCallback(trainer)  # warnings are errors
