@@ -34,7 +34,6 @@ from benchmarks.adaptive.training import (
     Task,
     data_folder,
     load_task,
-    persistent_bytes,
     scores,
     step_seconds,
     train_adalora,
@@ -67,9 +66,8 @@ def adalora_cell(
 ) -> dict[str, Any]:
     """Train one AdaLoRA model and evaluate it."""
     setting, _, criterion, rank = cell
-    model, optimizer, score = train_adalora(task, args, seed, setting, criterion, rank)
+    model, optimizer = train_adalora(task, args, seed, setting, criterion, rank)
     result = scores(model, task.test_loader)
-    result["bytes per weight"] = persistent_bytes(model, optimizer, score)
     if hasattr(optimizer, "curvature_change"):
         result["h/h0 quantiles"] = optimizer.curvature_change().tolist()
     return result

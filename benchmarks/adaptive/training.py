@@ -123,12 +123,12 @@ def adalora(task: Task, args: argparse.Namespace, seed: int, rank: float, steps:
 
 def train_adalora(
     task: Task, args: argparse.Namespace, seed: int, setting: str, criterion: str, rank: float
-) -> tuple[PeftModel, Optimizer, Any]:
-    """Fine-tune with AdaLoRA; return the model, its optimiser and its score."""
+) -> tuple[PeftModel, Optimizer]:
+    """Fine-tune with AdaLoRA; return the model and its optimiser."""
     steps = args.epochs * len(task.train_loader)
     task.train_loader.generator.manual_seed(seed)  # every method sees the same batches
     model = adalora(task, args, seed, rank, steps)
-    step, optimizer, score = training_step(model, args, setting, criterion)
+    step, optimizer, _ = training_step(model, args, setting, criterion)
     schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
     number = 0
     for _ in range(args.epochs):
@@ -136,7 +136,7 @@ def train_adalora(
             step(batch, number)
             schedule.step()
             number += 1
-    return model.eval(), optimizer, score
+    return model.eval(), optimizer
 
 
 def training_step(
