@@ -94,7 +94,7 @@ def relative_errors(
     """Return the mean relative error over the test examples, by column and rank."""
     errors: dict[str, list[torch.Tensor]] = {name: [] for name in precisions if name != DENSE}
     for batch in loader:
-        _, jacobians = backend.jacobian_blocks(batch)
+        _, jacobians = backend.engine.jacobian_blocks(batch)
         covariances: dict[str, Any] = dict.fromkeys(precisions, 0.0)
         for i, jacobian in enumerate(jacobians):
             for name, precision in precisions.items():

@@ -150,6 +150,28 @@ def trained_adapter(peft_model: nn.Module) -> tuple[str, AdaLoraConfig]:
     return adapter, tuner.peft_config[adapter]
 
 
+def pattern_from_zeros(model: PeftModel, adapter: str) -> dict[str, list[bool]]:
+    """Return which triplets are left: pruned singular values are exactly zero."""
+    return {
+        f"{layer.name}.lora_E.{adapter}": layer.alive.tolist()
+        for layer in adalora_components(model.base_model.model, adapter)
+    }
+
+
+def check_final(pattern: dict[str, list[bool]], config: AdaLoraConfig) -> None:
+    """Refuse to resume past the last mask with more triplets than it leaves.
+
+    Raises:
+        ValueError: If there are more.
+    """
+    remaining, budget = sum(map(sum, pattern.values())), config.target_r * len(pattern)
+    if remaining > budget:
+        raise ValueError(
+            f"cannot resume: the checkpoint is past the final mask but keeps {remaining} triplets, "
+            f"more than {budget}"
+        )
+
+
 def _singular_values(layer: Components) -> Tensor:
     assert layer.E is not None
     return layer.E

@@ -15,11 +15,16 @@ from laplace_lora.adaptive.accumulated_loss import COUNT, AccumulatedLoss, copie
 from laplace_lora.adaptive.allocation import (
     ScoreAllocator,
     adalora_components,
+    check_final,
+    pattern_from_zeros,
     set_importance_score,
     trained_adapter,
 )
-from laplace_lora.adaptive.best_checkpoint import load_best_state
-from laplace_lora.adaptive.final_ranks import check_final, pattern_from_zeros
+from laplace_lora.adaptive.checkpoints import (
+    load_best_state,
+    load_sensitivities,
+    save_sensitivities,
+)
 from laplace_lora.adaptive.ivon import IVON, ivon_of
 from laplace_lora.adaptive.scores import (
     Components,
@@ -27,7 +32,6 @@ from laplace_lora.adaptive.scores import (
     PosteriorScore,
     SensitivityScore,
 )
-from laplace_lora.adaptive.sensitivity_file import load_sensitivities, save_sensitivities
 from laplace_lora.adaptive.shared_draws import share_draws
 from laplace_lora.adaptive.training_checks import check_parameters, check_settings
 from laplace_lora.display.warning import warn

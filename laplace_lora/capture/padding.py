@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laplace_lora.adapters.maps import Call
 from laplace_lora.data.batches import Batch
 from laplace_lora.data.masks import Place, token_mask
 from laplace_lora.data.pairs import passes
-from laplace_lora.models.inputs.frames import frame_masks
 
 
 class Padding:
@@ -144,3 +143,25 @@ class Padding:
             return self.mask(call, calls, values, name, place)
         except ValueError:
             return None
+
+
+def frame_masks(model: object) -> Callable[[Tensor], Tensor] | None:
+    """Return what turns a mask of samples into one of frames; ``None`` for other models.
+
+    The model is asked itself: Wav2Vec2 and its kin (HuBERT, WavLM, SEW, Data2Vec) say how many
+    frames samples make.
+
+    Args:
+        model: Any module, or a function.
+
+    Returns:
+        From ``(batch, samples)`` to ``(batch, frames)``.
+    """
+    if not isinstance(model, nn.Module):
+        return None
+    for module in model.modules():
+        lengths: Any = getattr(module, "_get_feat_extract_output_lengths", None)
+        masks: Any = getattr(module, "_get_feature_vector_attention_mask", None)
+        if callable(lengths) and callable(masks):
+            return lambda mask: masks(int(lengths(mask.shape[1])), mask)
+    return None

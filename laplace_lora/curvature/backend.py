@@ -6,7 +6,6 @@ computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.kfac_rows import KfacRows
 from laplace_lora.curvature.kron_protocol import plain_kron
 from laplace_lora.curvature.last_layer_check import check_last_layer
-from laplace_lora.likelihoods.base import Columns
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.models.last_layer_model import LastLayerModel
@@ -215,15 +213,6 @@ class LoraCurvature(CurvatureInterface):
         columns = self.objective.residual(tape.output, y) / self.factor
         rows = side_by_side(jacobian_blocks(tape, self.blocks, columns, self.dtype))
         return self._subnetwork(rows)[:, 0], loss / self.factor
-
-    def jacobian_blocks(
-        self,
-        x: Any,
-        columns: Columns | None = None,
-        function: Callable[[Any], Tensor] | None = None,
-    ) -> tuple[Tensor, Iterator[Tensor]]:
-        """Return outputs and Jacobians tensor by tensor, see `Engine.jacobian_blocks`."""
-        return self.engine.jacobian_blocks(x, columns, function)
 
     def _subnetwork(self, values: Tensor) -> Tensor:
         indices = self.subnetwork_indices

@@ -145,12 +145,12 @@ def _of_stream(stream: Any) -> Share | None:
         raise RuntimeError("processes have not compared what they read of the stream")
     if not dealt:
         return None
-    count, rank = processes(), dist.get_rank()
-    return Share(
-        lambda index, seen, size: torch.arange(seen, seen + size) * count + rank,
-        None,
-        says_so=False,
-    )
+    return Share(_in_turn(processes(), dist.get_rank()), None, says_so=False)
+
+
+def _in_turn(count: int, rank: int) -> Places:
+    """Return the places of examples that processes take in turn."""
+    return lambda index, seen, size: torch.arange(seen, seen + size) * count + rank
 
 
 def _by_batch(count: int, rank: int) -> Places:
@@ -177,9 +177,7 @@ def _of_sampler(
     total = len(data) if sampler.total_size > len(data) else None
     if in_batches:  # repeated as wholes
         return Share(_by_batch(count, rank), None if total is None else total * PER_BATCH)
-    return Share(
-        lambda index, seen, size: torch.arange(seen, seen + size) * count + rank, total, most=most
-    )
+    return Share(_in_turn(count, rank), total, most=most)
 
 
 def _of_shard(shard: Any) -> Share | None:

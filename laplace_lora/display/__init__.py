@@ -1,4 +1,4 @@
-"""How results show themselves: small HTML tables, data frames, plain Python values.
+"""How results show themselves: tables, coloured texts, pictures, data frames; and warnings.
 
 Knows numbers and text only; what a result's columns are, its own file says.
 """

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from laplace_lora.display.tables import data_frame, html_table
-from laplace_lora.display.terminal import terminal_table
+from laplace_lora.display.tables import data_frame, html_table, terminal_table
 
 if TYPE_CHECKING:
     from pandas import DataFrame

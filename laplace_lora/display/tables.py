@@ -1,4 +1,4 @@
-"""Columns of results as an HTML table, as a pandas data frame, and as plain Python values."""
+"""Columns of results as a table, HTML or rich's, as a pandas data frame, and as plain values."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from rich.console import RenderableType
 
 SHOWN_ROWS = 10
 LONG, ENDLESS = 1e4, 1e9  # numbers between are shown in full, without a power of ten
@@ -81,6 +82,30 @@ def html_table(
     body = "".join(_row(row) for row in rows[:limit])
     caption = f"<caption>{escape(title)}</caption>" if title else ""
     return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def terminal_table(
+    columns: Mapping[str, Sequence[Any]], title: str, limit: int | None = None
+) -> RenderableType:
+    """Return a table for `rich.print`.
+
+    Args:
+        columns: Values by heading, as many in each; numbers stand on the right.
+        title: Stands above; the number of rows left out is added to it.
+        limit: Rows to show at most; ``None`` shows all.
+    """
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = list(zip(*columns.values(), strict=True))
+    table = Table()
+    for name, values in columns.items():
+        numeric = all(isinstance(value, int | float) for value in values)
+        table.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
+    for row in rows[:limit]:
+        table.add_row(*(Text(short(value)) for value in row))
+    return Group(Text(titled(title, len(rows), limit), style="italic"), table)
 
 
 def titled(title: str, count: int, limit: int | None) -> str:

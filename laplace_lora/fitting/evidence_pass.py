@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.fitting.further_directions import PURPOSE, asked_for, next_directions
+from laplace_lora.fitting.further_directions import asked_for, checked_sum, next_directions
 from laplace_lora.fitting.passes import Pass, Sums
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import copied
 from laplace_lora.structures.state import PosteriorState
 from laplace_lora.structures.subspace import Subspace, spanned
 from laplace_lora.tuning.directions import orthonormal
-from laplace_lora.tuning.same_data import check_same_data
 
-SHIFTS = (1.0, 30.0, 1000.0)  # prior precisions at which the structure's own inverse is tried
+# Prior precisions at which the structure's own inverse is tried. Not factors of one, as those of
+# `preconditioned`: the evidence has not asked for any yet.
+SHIFTS = (1.0, 30.0, 1000.0)
 STEPS = 4
 STABLE = math.log(1.1)  # of the prior precision that the evidence asks for
 
@@ -51,10 +52,8 @@ def _gradient(posterior: Posterior, summed: Callable[[Pass], Sums]) -> Tensor:
         loss, gradient = posterior.engine.loss_gradient(x, y)
         return loss, gradient if total is None else total.add_(gradient)
 
-    sums = summed(Pass(add, lambda total: [total], "gradient", "Collecting the gradient"))
-    check_same_data(posterior.state, sums.n, sums.loss, PURPOSE)
-    gradient: Tensor = sums.state
-    return gradient
+    data_pass = Pass(add, lambda total: [total], "gradient", "Collecting the gradient")
+    return checked_sum(posterior, summed, data_pass)
 
 
 def subspace_of(posterior: Posterior, summed: Callable[[Pass], Sums]) -> Subspace:
@@ -111,8 +110,7 @@ def _measured(
         return loss, matrix if total is None else total + matrix
 
     data_pass = Pass(add, lambda total: [total], name, "Measuring curvature", [directions])
-    sums = summed(data_pass)
-    check_same_data(posterior.state, sums.n, sums.loss, PURPOSE)
+    exact_matrix = checked_sum(posterior, summed, data_pass)
     displacement = posterior.state.displacement
-    products = spanned(directions, sums.state, gradient, displacement, engine.sizes)
+    products = spanned(directions, exact_matrix, gradient, displacement, engine.sizes)
     return Subspace(*products, copied(posterior.settings.prior_mean))

@@ -89,11 +89,23 @@ def next_directions(
         return loss, product if total is None else total.add_(product)
 
     name = f"evidence-product-{step}"
-    sums = summed(Pass(add, lambda total: [total], name, "Measuring curvature", [solution]))
-    check_same_data(posterior.state, sums.n, sums.loss, PURPOSE)
+    data_pass = Pass(add, lambda total: [total], name, "Measuring curvature", [solution])
+    product = checked_sum(posterior, summed, data_pass)
     displacement = posterior.state.displacement.to(gradient)
     b = -scale * gradient - delta * displacement
-    remainder = b - scale * sums.state - delta * solution
+    remainder = b - scale * product - delta * solution
     if float(remainder.norm()) <= SOLVED * float(b.norm()):
         return None
     return preconditioned(posterior, remainder, delta)
+
+
+def checked_sum(posterior: Posterior, summed: Callable[[Pass], Sums], data_pass: Pass) -> Tensor:
+    """Return the tensor that a pass over the data of the fit adds up.
+
+    Raises:
+        ValueError: If the data are not those of the fit.
+    """
+    sums = summed(data_pass)
+    check_same_data(posterior.state, sums.n, sums.loss, PURPOSE)
+    total: Tensor = sums.state
+    return total

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from laplace_lora.data.distributed import together
 from laplace_lora.data.loaders import progress
-from laplace_lora.generation.methods import EXACT, SAMPLED, check_method
-from laplace_lora.generation.next_token import HasPosterior, NextTokenPredictor
+from laplace_lora.generation.next_token import HasPosterior, NextTokenPredictor, check_method
 from laplace_lora.generation.prompts import check_text_suffices, left_padded
 from laplace_lora.generation.sampled_predictor import SampledPredictor
 from laplace_lora.generation.selection import Processor, Selection
@@ -29,6 +28,7 @@ from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.models.inputs.rotary import check_same_angles
 from laplace_lora.models.token_model import TOP_K
+from laplace_lora.predictive.linear_samples import EXACT, SAMPLED
 
 SAMPLES = 16
 

@@ -97,7 +97,7 @@ def at_labels(
         del logits, tangents
 
 
-def part_of(batch: Mapping[str, Any], rows: Tensor, end: int, config: Any = None) -> dict[str, Any]:
+def part_of(batch: Mapping[str, Any], rows: Tensor, end: int, config: Any) -> dict[str, Any]:
     """Return some texts of a batch, up to a place; whole where not all inputs can be cut.
 
     Args:

@@ -31,9 +31,11 @@ from laplace_lora.likelihoods.links import (
 from laplace_lora.likelihoods.quadrature import ENTROPY_POINTS, averaged, normal_points
 from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.models.token_model import TokenModel
+from laplace_lora.predictive.linear_samples import EXACT, SAMPLED
 from laplace_lora.predictive.query import LINK_SAMPLES
 from laplace_lora.structures.posterior import Posterior
 
+METHODS = (SAMPLED, EXACT)
 LINKS = (QUADRATURE, "mc", "probit")
 WANTED = "wanted_token"  # rides in a batch of texts
 
@@ -220,6 +222,21 @@ class NextTokenPredictor:
     def _entropy(self, log_p: Tensor, inside: Tensor) -> Tensor:
         """Return the entropy over the vocabulary; within the tail the MAP decides."""
         return entropy(log_p.exp()) + log_p[:, self.top_k :].exp().sum(-1) * inside.to(log_p)
+
+
+def check_method(method: str, link_approx: str | None) -> None:
+    """Refuse unknown methods, and a link where nothing is linked.
+
+    Raises:
+        ValueError: If the method is unknown, or a link is given to ``"sampled"``.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    if method == SAMPLED and link_approx is not None:
+        raise ValueError(
+            "link_approx integrates over exact moments; it needs method='exact' ('sampled' "
+            "averages over samples of the weights)"
+        )
 
 
 def language_model_of(posterior: Posterior, top_k: int) -> TokenModel:

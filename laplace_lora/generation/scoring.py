@@ -11,8 +11,12 @@ from torch import Tensor
 from laplace_lora.data.distributed import together
 from laplace_lora.data.loaders import progress
 from laplace_lora.generation.label_scores import at_labels, part_of
-from laplace_lora.generation.methods import EXACT, SAMPLED, check_method
-from laplace_lora.generation.next_token import HasPosterior, NextToken, NextTokenPredictor
+from laplace_lora.generation.next_token import (
+    HasPosterior,
+    NextToken,
+    NextTokenPredictor,
+    check_method,
+)
 from laplace_lora.generation.reading import columns_at_once
 from laplace_lora.generation.sampled_predictor import SampledPredictor
 from laplace_lora.generation.token_predictions import TokenPredictions
@@ -21,6 +25,7 @@ from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.models.inputs.positions import holds_joined_texts
 from laplace_lora.models.inputs.rotary import check_same_angles
 from laplace_lora.models.token_model import TOP_K
+from laplace_lora.predictive.linear_samples import EXACT, SAMPLED
 
 SAMPLES = 32
 TITLE = "Scoring"

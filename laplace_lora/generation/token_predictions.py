@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from laplace_lora.display.coloured import coloured_html, coloured_text
 from laplace_lora.display.plots import texts_figure
 from laplace_lora.display.tables import data_frame, plain
-from laplace_lora.display.terminal import coloured_text
-from laplace_lora.generation.coloured import coloured_html
 from laplace_lora.generation.next_token import NextToken
 from laplace_lora.generation.token_texts import text_rows
 

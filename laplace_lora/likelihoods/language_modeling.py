@@ -6,7 +6,6 @@ after the other; labels are ``(batch, tokens)``, `IGNORED` where nothing is scor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -105,12 +104,7 @@ def token_labels(batch: Any, labels: Tensor) -> Tensor:
         TypeError: If the batch is not such a mapping of tensors.
         ValueError: If the labels are not one integer per token, nor the mask one entry.
     """
-    if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        raise TypeError(
-            "language modelling needs batches as Hugging Face's collators make them: mappings with "
-            "'input_ids', 'attention_mask' and 'labels'"
-        )
-    real, ids = real_tokens_of(batch), batch["input_ids"]
+    real, ids = real_tokens_of(batch, "language modelling"), batch["input_ids"]
     if labels.shape != ids.shape or labels.is_floating_point():
         raise ValueError(
             f"language modelling needs one integer label per token, shape {tuple(ids.shape)}; got "

@@ -19,13 +19,17 @@ from laplace_lora.likelihoods.base import Likelihood, Readout, Scoring
 from laplace_lora.likelihoods.classification import LOGITS
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.real_tokens import real_tokens_of
-from laplace_lora.likelihoods.roots import sampled_softmax_root, softmax_residual, softmax_root
+from laplace_lora.likelihoods.roots import (
+    LARGEST_ROOT,
+    sampled_softmax_root,
+    softmax_residual,
+    softmax_root,
+)
 from laplace_lora.likelihoods.splitting import split_mapping_or_pair
 
 START, END = "start_positions", "end_positions"  # as Hugging Face's models take them
 CONTEXT = "context_mask"  # where an answer may be; of this package
 NOT_INPUTS = ("labels", START, END, CONTEXT)
-LARGEST_ROOT = 2**28  # numbers in the columns of a batch's exact root
 
 
 class QuestionAnswering(Likelihood):
@@ -172,9 +176,4 @@ def text_tokens(batch: Any) -> Tensor:
         TypeError: If it is none.
         ValueError: If its mask has not one entry per token.
     """
-    if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        raise TypeError(
-            "question answering needs batches as Hugging Face's collators make them: mappings "
-            "with 'input_ids', 'attention_mask', 'start_positions' and 'end_positions'"
-        )
-    return real_tokens_of(batch)
+    return real_tokens_of(batch, "question answering", f"{START!r} and {END!r}")

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def real_tokens_of(batch: Mapping[str, Any], key: str = "input_ids") -> Tensor:
+def real_tokens_of(
+    batch: Any, task: str, labels: str = "'labels'", keys: Sequence[str] = ("input_ids",)
+) -> Tensor:
     """Return which tokens of texts are no padding, ``(batch, tokens)``.
 
     Args:
         batch: What the model takes, with ``attention_mask`` if anything is padded.
-        key: Where the tokens are, ``(batch, tokens, …)``.
+        task: What reads the texts, for the error.
+        labels: What batches have beside them, likewise.
+        keys: Where the tokens may be, ``(batch, tokens, …)``.
 
     Raises:
-        TypeError: If tokens or mask are lists or arrays.
+        TypeError: If the batch is no mapping of texts, or tokens or mask are lists or arrays.
         ValueError: If the mask has not one entry per token.
     """
+    key = next((k for k in keys if isinstance(batch, Mapping) and k in batch), None)
+    if key is None:
+        raise TypeError(
+            f"{task} needs batches as Hugging Face's collators make them: mappings with "
+            f"'input_ids', 'attention_mask' and {labels}"
+        )
     tokens, mask = batch[key], batch.get("attention_mask")
     for name, value in ((key, tokens), ("attention_mask", mask)):
         if not isinstance(value, Tensor | None):

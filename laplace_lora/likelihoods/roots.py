@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from laplace_lora.likelihoods.drawing import drawn_labels
 
+LARGEST_ROOT = 2**28  # numbers in the columns of a batch's exact root
+
 
 def identity_root(f: Tensor) -> Tensor:
     """Return one column per output: the rows of the identity, the root of a unit Gaussian's ``Λ``.

@@ -17,14 +17,13 @@ from laplace_lora.likelihoods.classification import Classification
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.likelihoods.real_tokens import real_tokens_of
 from laplace_lora.likelihoods.roots import (
+    LARGEST_ROOT,
     cross_entropy,
     softmax_residual,
     softmax_root,
     standing_apart,
 )
 from laplace_lora.likelihoods.splitting import split_mapping_or_pair
-
-LARGEST_ROOT = 2**28  # numbers in the columns of a batch's exact root
 
 
 class TokenClassification(Classification):
@@ -141,13 +140,4 @@ def real_tokens(batch: Any) -> Tensor:
         TypeError: If the batch is no mapping of texts.
         ValueError: If its mask has not one entry per token.
     """
-    key = next(
-        (k for k in ("input_ids", "inputs_embeds") if isinstance(batch, Mapping) and k in batch),
-        None,
-    )
-    if key is None:
-        raise TypeError(
-            "token classification needs batches as Hugging Face's collators make them: mappings "
-            "with 'input_ids', 'attention_mask' and 'labels'"
-        )
-    return real_tokens_of(batch, key)
+    return real_tokens_of(batch, "token classification", keys=("input_ids", "inputs_embeds"))

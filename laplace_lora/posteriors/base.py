@@ -232,10 +232,6 @@ class LoraLaplace(FittedLaplace):
         """
         return estimate_memory(self.parts, batch, n_examples)
 
-    def curvature_size(self) -> int:
-        """Return how many numbers the posterior's curvature holds."""
-        return self.structure.size(self.engine, self.state.curvature)
-
     def to(self: Self, device: torch.device | str) -> Self:
         """Move model and posterior to a device, in place, and return the posterior.
 

@@ -28,12 +28,13 @@ class CalibratedLaplace(PredictedLaplace):
         train_loader: Any = None,
         progress_bar: bool | None = None,
     ) -> Recentring:
-        """Move the posterior's mean to the mode of the linearised model, see `tuning.recentring`.
+        """Move the posterior's mean to the mode of the linearised model.
 
         Every linearised prediction then has the mean ``f(x; θ*) + J(x)(mean − θ*)``, at no further
         cost, and sampled weights lie around the new mean; the model keeps its weights, and prior
         and evidence stay as they are. `optimize_prior_precision` does this by itself where
         leave-one-out says that training stopped too early; elsewhere it makes predictions worse.
+        See `tuning.left_out.recentring`.
         One pass over up to 3000 examples times contrasts, at most five over more.
         A fit, a tuning and `reset_mean` undo it. Files keep it.
 
@@ -72,8 +73,7 @@ class CalibratedLaplace(PredictedLaplace):
         """Choose prior, width and temperature of a classifier's predictive on a validation set.
 
         Of a regression's: prior, width and observation noise. And how far a recentred mean is
-        moved. What few labels leave open is averaged over, see
-        `tuning.calibration`.
+        moved. What few labels leave open is averaged over, see `tuning.validation.calibration`.
         One pass over the data; afterwards ``la(batch)`` uses what was chosen. Calibrate for the
         link that you will predict with.
         Where ``la(batch)`` averages over samples of the weights, as for 50 classes or more, width

@@ -12,7 +12,7 @@ from laplace_lora.adapters.tensor_parts import tensor_parts
 from laplace_lora.data.batches import batch_length, first_examples
 from laplace_lora.display.plots import parts_figure
 from laplace_lora.display.results import Columns, Result
-from laplace_lora.display.terminal import terminal_table
+from laplace_lora.display.tables import terminal_table
 from laplace_lora.generation.scoring import scoring_bytes
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.models.changes.modes import evaluation_mode

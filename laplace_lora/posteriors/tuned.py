@@ -20,6 +20,7 @@ from laplace_lora.tuning.options import (
     check_evidence_options,
     check_no_validation,
     check_options,
+    check_predictive,
 )
 from laplace_lora.tuning.outcome import Tuning
 from laplace_lora.tuning.tuner import Tuner
@@ -101,7 +102,7 @@ class TunedLaplace(CalibratedLaplace):
             correction: For ``"marglik"``: take in the gradient term that the evidence has because
                 trained weights are no mode of the prior; measured in passes over the training data
                 the first time. ``None`` does where it can, and warns where it cannot.
-            recentre: For ``"loo"``: whether the posterior's mean may move.
+            recentre: For ``"auto"`` and ``"loo"``: whether the posterior's mean may move.
             progress_bar: Whether to show progress, see `progress`.
             verbose: Print the result.
             **kwargs: As listed with the methods.
@@ -109,9 +110,10 @@ class TunedLaplace(CalibratedLaplace):
         Raises:
             AttributeError: If the posterior has not been fitted.
             TypeError: If an argument is none of the method's.
-            ValueError: If the method or structure is unknown or do not go together, an argument
-                belongs to another method, the validation loader is missing, empty or without
-                labels, or leave-one-out is asked for where it is impossible.
+            ValueError: If method, structure, type or link is unknown or they do not go together,
+                there are no samples, an argument belongs to another method, the validation loader
+                is missing, empty or without labels, or leave-one-out is asked for where it is
+                impossible.
 
         Warns:
             UserWarning: If the marginal likelihood made the posterior so wide that it predicts its
@@ -128,8 +130,10 @@ class TunedLaplace(CalibratedLaplace):
             )
         method = str(getattr(method, "value", method))  # laplace-torch's enumeration
         check_options(method, kwargs)
+        check_predictive(pred_type, link_approx, n_samples)
         by_laplace_torch = bool(kwargs) or prior_structure == "diag"
-        check_evidence_options(method, tune_sigma_noise, correction, by_laplace_torch)
+        asked_for = (tune_sigma_noise, correction, recentre)
+        check_evidence_options(method, *asked_for, by_laplace_torch)
         if tune_sigma_noise and not self.fitted.objective.has_noise:
             raise ValueError("only a regression has observation noise to tune")
         check_no_validation(method, val_loader)

@@ -125,7 +125,14 @@ def batches_of_rows(
             return default_collate(tensors)
         return tokenizer.pad(part, return_tensors="pt")
 
-    return order, [collated([rows[i] for i in part.tolist()]) for part in order.split(batch_size)]
+    return order, list(map(collated, in_batches(rows, order, batch_size)))
+
+
+def in_batches(
+    rows: Sequence[Mapping[str, Any]], order: Tensor, batch_size: int
+) -> list[list[Mapping[str, Any]]]:
+    """Return which rows stand together in each of the batches that `batches_of_rows` makes."""
+    return [[rows[i] for i in part.tolist()] for part in order.split(batch_size)]
 
 
 def padding_before(

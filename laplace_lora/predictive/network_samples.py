@@ -2,7 +2,7 @@
 
 A network is not linear in its weights: at the width of the linearised posterior, whole networks
 with sampled weights predict far worse than samples of the linearised model. So a width belongs to
-these samples that is their own, see `tuning.served_width`.
+these samples that is their own, see `tuning.texts.served_width`.
 """
 
 from __future__ import annotations

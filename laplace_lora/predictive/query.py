@@ -29,3 +29,17 @@ class Query:
     def samples(self, default: int) -> int:
         """Return how many samples are asked for."""
         return default if self.n_samples is None else self.n_samples
+
+    def check_plain(self, task: str) -> None:
+        """Refuse options that only outputs of whole examples have.
+
+        Args:
+            task: What has none of them, for the error.
+
+        Raises:
+            ValueError: If one is given.
+        """
+        if self.joint or self.diagonal_output or self.fitting:
+            raise ValueError(
+                f"joint, diagonal_output and fitting mean nothing to {task}; leave them out"
+            )

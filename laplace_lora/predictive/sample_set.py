@@ -16,8 +16,8 @@ class SampleSet:
     They come in antithetic pairs ``±δ``; of an odd number the last has no partner. The mean of a
     pair is the MAP itself, and as the linearised model is linear in ``δ``, one direction serves
     both (Hammersley & Morton 1956, *A new Monte Carlo technique: antithetic variates*). The mean of
-    a recentred posterior is elsewhere, see `tuning.recentring`: how far is one more direction, the
-    first.
+    a recentred posterior is elsewhere, see `tuning.left_out.recentring`: how far is one more
+    direction, the first.
 
     Args:
         posterior: A fitted posterior.

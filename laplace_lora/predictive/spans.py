@@ -177,10 +177,7 @@ def span_probabilities(posterior: Posterior, x: Any, query: Query) -> Tensor:
     Returns:
         Shape ``(batch, 2, tokens)``.
     """
-    if query.joint or query.diagonal_output or query.fitting:
-        raise ValueError(
-            "joint, diagonal_output and fitting mean nothing to question answering; leave them out"
-        )
+    query.check_plain("question answering")
     if query.pred_type == "nn" and query.link_approx == "mc":
         outputs = sampled_outputs(posterior, x, query.samples(NETWORKS), query.generator)
         return outputs.unflatten(-1, (2, -1)).softmax(-1).mean(0)

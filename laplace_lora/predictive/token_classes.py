@@ -164,10 +164,7 @@ def token_probabilities(posterior: Posterior, x: Any, query: Query) -> Tensor:
     Returns:
         Shape ``(batch, tokens, classes)``, zeros at padding.
     """
-    if query.joint or query.diagonal_output or query.fitting:
-        raise ValueError(
-            "joint, diagonal_output and fitting mean nothing to token classifiers; leave them out"
-        )
+    query.check_plain("token classifiers")
     link, source = query.link_approx, query.generator
     if query.pred_type == "glm":
         predictor = TokenClassPredictor(posterior, link, query.n_samples, source, query.method)

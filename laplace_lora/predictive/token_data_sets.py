@@ -17,6 +17,7 @@ from laplace_lora.predictive.data_sets import is_batch, of_batches
 from laplace_lora.predictive.inputs import (
     batches_of_rows,
     batches_of_texts,
+    in_batches,
     in_places,
     kind_of,
     padding_before,
@@ -64,7 +65,7 @@ def predict_tokens(
     key = predictor.posterior.label_key
     bare = [{k: v for k, v in row.items() if k != key} for row in items]
     order, batches = batches_of_rows(bare, tokenizer, batch_size)
-    parts = [[items[i] for i in part.tolist()] for part in order.split(batch_size)]
+    parts = in_batches(items, order, batch_size)
     pairs = zip(batches, parts, strict=True)
     labelled = [_with_labels(batch, rows, key, tokenizer) for batch, rows in pairs]
     return of(labelled)[order.argsort()]

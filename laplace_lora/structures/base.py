@@ -225,10 +225,6 @@ class Structure(Protocol[Sums, Raw, Curvature]):
         """Return a curvature on another device."""
         ...
 
-    def size(self, engine: Engine, curvature: Curvature | None) -> int:
-        """Return how many numbers a curvature holds after a fit."""
-        ...
-
     def nbytes(self, engine: Engine, examples: int | None, columns: int) -> int:
         """Return the bytes of the device that a curvature takes.
 
@@ -237,7 +233,7 @@ class Structure(Protocol[Sums, Raw, Curvature]):
             examples: Examples of the fit, for structures that grow with them.
             columns: Rows per example.
         """
-        return engine.dtype.itemsize * self.size(engine, None)
+        ...
 
     def check_prior(self, length: int, n_layers: int, n_params: int) -> None:
         """Refuse a prior precision that the structure cannot have.

@@ -175,7 +175,7 @@ class Dense(TensorSum):
 
     def nbytes(self, engine: Engine, examples: int | None, columns: int) -> int:
         """Return the matrix's bytes."""
-        return torch.float64.itemsize * self.size(engine, None)
+        return torch.float64.itemsize * sum(self.sizes) ** 2
 
     def merge(self, raw: Tensor, n: int, other: Tensor, m: int) -> Tensor:
         """Return the sum of two matrices, in the dtype of the one that was rounded more."""

@@ -164,12 +164,12 @@ class Kron(Structure[KfacSums, RawKron, KronCurvature]):
         """Return the factors and eigenpairs on another device."""
         return KronCurvature(curvature.factors.to(device), curvature.eigen.to(device))
 
-    def size(self, engine: Engine, curvature: KronCurvature | None) -> int:
-        """Return how many numbers the factors and their eigenpairs hold, none of them shared."""
+    def nbytes(self, engine: Engine, examples: int | None, columns: int) -> int:
+        """Return the bytes of the factors and their eigenpairs, none of them shared."""
         sides = [[m.in_features, m.out_features] for m in engine.maps if not m.is_diagonal]
         diagonal = sum(linear.out_features for linear in engine.maps if linear.is_diagonal)
         tables = table_size(engine.sides, self.spec) if self.eigenvalue_correction else 0
-        return diagonal + kron_size(sides, self.spec) + tables
+        return engine.dtype.itemsize * (diagonal + kron_size(sides, self.spec) + tables)
 
     def check_prior(self, length: int, n_layers: int, n_params: int) -> None:
         """Refuse a prior precision per weight, which has other eigenvectors than the factors.

@@ -180,16 +180,6 @@ class Rows(RowStructure[RowStorage, RowCurvature]):
         """Return the rows for work on another device."""
         return RowCurvature(curvature.rows.to(device))
 
-    def size(self, engine: Engine, curvature: RowCurvature | None) -> int:
-        """Return how many numbers the rows and their Gram matrix with eigenvectors hold.
-
-        Raises:
-            AttributeError: If the posterior has not been fitted: it grows with the data.
-        """
-        if curvature is None:
-            raise AttributeError("Laplace not fitted. Run fit() first.")
-        return len(curvature.rows) * (sum(self.sizes) + 2 * len(curvature.rows))
-
     def nbytes(self, engine: Engine, examples: int | None, columns: int) -> int:
         """Return the bytes that rows, and the work with their Gram matrix, take of the device.
 

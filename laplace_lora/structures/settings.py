@@ -46,7 +46,7 @@ class Settings:
         covariance_scale: Factor of the predictive covariance, 1 unless calibrated.
         likelihood_temperature: Divides logits before the softmax, 1 unless calibrated.
         shift: How far the posterior's mean lies from the weights at which the model is linearised,
-            ``(parameters,)``; ``None`` for not at all, see `tuning.recentring`.
+            ``(parameters,)``; ``None`` for not at all, see `tuning.left_out.recentring`.
     """
 
     prior_precision: Tensor = field(default_factory=lambda: torch.ones(1))

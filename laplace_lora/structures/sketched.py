@@ -166,16 +166,11 @@ class Sketched(RowStructure[Factor, SketchedCurvature]):
         sketch, rows = curvature.sketch.to(device), curvature.rows.to(device)
         return SketchedCurvature(rows, sketch=sketch, truncation=curvature.truncation)
 
-    def size(self, engine: Engine, curvature: SketchedCurvature | None) -> int:
-        """Return how many numbers sketch, test matrix and directions hold in a fit."""
-        n = sum(self.sizes)
-        return n * (2 * min(sketch_columns(self.rank), n) + self.rank)
-
     def nbytes(self, engine: Engine, examples: int | None, columns: int) -> int:
-        """Return their bytes; the sketch is in float64."""
-        n, wider = sum(self.sizes), torch.float64.itemsize - engine.dtype.itemsize
-        held = engine.dtype.itemsize * self.size(engine, None)
-        return held + wider * n * min(sketch_columns(self.rank), n)
+        """Return the bytes of sketch, test matrix and directions in a fit."""
+        n, width = sum(self.sizes), engine.dtype.itemsize
+        held = min(sketch_columns(self.rank), n)  # the sketch is in float64
+        return n * (held * (torch.float64.itemsize + width) + self.rank * width)
 
     def arguments(self) -> dict[str, Any]:
         """Return the number of directions."""

@@ -88,6 +88,6 @@ class TensorSum(Structure[Tensor, Tensor, Tensor]):
         """Return the tensor on another device."""
         return curvature.to(device)
 
-    def size(self, engine: Engine, curvature: Tensor | None) -> int:
-        """Return the number of the tensor's entries."""
-        return math.prod(self.shape)
+    def nbytes(self, engine: Engine, examples: int | None, columns: int) -> int:
+        """Return the tensor's bytes."""
+        return engine.dtype.itemsize * math.prod(self.shape)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from laplace_lora.likelihoods.links import LINKS
+
 MARGLIK = ("n_steps", "lr", "init_prior_prec")
 GRID = ("loss", "log_prior_prec_min", "log_prior_prec_max", "log_prior_prec_base", "grid_size")
 OPTIONS = {
@@ -38,8 +40,29 @@ def check_options(method: str, given: Iterable[str]) -> None:
         raise TypeError(f"method={method!r} takes no {name!r}{of_others}. It takes {known}")
 
 
+def check_predictive(pred_type: str, link_approx: str, n_samples: int) -> None:
+    """Refuse a predictive that does not exist, whether or not a method scores one.
+
+    laplace-torch's callers name one for every method, so one that exists may have no effect.
+
+    Args:
+        pred_type: ``"glm"`` or ``"nn"``.
+        link_approx: A link.
+        n_samples: Samples for ``"mc"``.
+
+    Raises:
+        ValueError: If type or link is unknown, or there are no samples.
+    """
+    if pred_type not in ("glm", "nn"):
+        raise ValueError(f"pred_type must be 'glm' or 'nn', got {pred_type!r}")
+    if link_approx not in LINKS:
+        raise ValueError(f"link_approx must be one of {LINKS}, got {link_approx!r}")
+    if n_samples < 1:
+        raise ValueError(f"n_samples must be positive, got {n_samples}")
+
+
 def check_evidence_options(
-    method: str, tune_noise: bool, correction: bool | None, by_laplace_torch: bool
+    method: str, tune_noise: bool, correction: bool | None, recentre: bool, by_laplace_torch: bool
 ) -> None:
     """Refuse what another method, or laplace-torch's own loop, would ignore.
 
@@ -47,13 +70,22 @@ def check_evidence_options(
         method: As of `check_options`.
         tune_noise: Whether a regression's noise is to be tuned.
         correction: Whether the evidence's gradient term is asked for.
+        recentre: Whether leave-one-out may move the mean, as by default.
         by_laplace_torch: Whether laplace-torch's own loop maximises the evidence.
 
     Raises:
         ValueError: If one of them would have no effect.
     """
-    takers = {"correction=True": ("marglik",), "tune_sigma_noise=True": ("loo", "marglik")}
-    given = {"correction=True": correction, "tune_sigma_noise=True": tune_noise}
+    takers = {
+        "correction=True": ("marglik",),
+        "tune_sigma_noise=True": ("loo", "marglik"),
+        "recentre=False": ("loo",),
+    }
+    given = {
+        "correction=True": correction,
+        "tune_sigma_noise=True": tune_noise,
+        "recentre=False": not recentre,
+    }
     for argument in (name for name, value in given.items() if value):
         if method not in ("auto", *takers[argument]):
             methods = " or ".join(f"method={taker!r}" for taker in takers[argument])

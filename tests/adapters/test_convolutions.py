@@ -22,7 +22,7 @@ def test_jacobians_equal_jacrev(model):
     backend = LoraGGN(model, "classification")
     assert sum(block.parameter.ndim == 4 for block in backend.blocks) > 6
     batch = images()
-    _, blocks = backend.jacobian_blocks(batch)
+    _, blocks = backend.engine.jacobian_blocks(batch)
     assert_near(list(blocks), explicit_jacobians(model, batch))
 
 

@@ -136,7 +136,7 @@ def test_factors_and_variance_equal_explicit_loops(key):
     examples = [rows(BATCH, i) for i in range(len(LENGTHS))]
     la.fit(torch.utils.data.DataLoader(examples, batch_size=2))
     jacobians = explicit_jacobians(model, BATCH)
-    _, blocks = la.backend.jacobian_blocks(BATCH)
+    _, blocks = la.engine.jacobian_blocks(BATCH)
     assert_near(list(blocks), jacobians)
     expected = explicit_blocks(model, BATCH, LENGTHS, jacobians)
     found = [
@@ -187,7 +187,7 @@ def test_adalora_on_convolutions_has_diagonals_or_is_refused_by_name():
     model, batch = adalora_resnet(), images(3, size=8)
     with pytest.raises(ValueError, match=r"no Kronecker factor covers.*lora_A"):
         LoraGGN(model, "classification")
-    _, blocks = LoraGGN(model, "classification", uncovered="diag").jacobian_blocks(batch)
+    _, blocks = LoraGGN(model, "classification", uncovered="diag").engine.jacobian_blocks(batch)
     assert_near(list(blocks), explicit_jacobians(model, batch))
 
 

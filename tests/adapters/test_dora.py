@@ -18,7 +18,7 @@ def dora(name="bert", **kwargs):
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_jacobians_equal_jacrev(name):
     model, batch = dora(name), token_batch((4, 2, 5))
-    _, blocks = LoraGGN(model, "classification").jacobian_blocks(batch)
+    _, blocks = LoraGGN(model, "classification").engine.jacobian_blocks(batch)
     assert_near(list(blocks), explicit_jacobians(model, batch))
 
 

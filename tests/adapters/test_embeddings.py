@@ -28,7 +28,7 @@ def test_jacobians_equal_jacrev(name):
     model, batch = embedded(name), token_batch((4, 2, 5))
     backend = LoraGGN(model, "classification")
     assert any("lora_embedding_A" in block.name for block in backend.blocks)
-    _, blocks = backend.jacobian_blocks(batch)
+    _, blocks = backend.engine.jacobian_blocks(batch)
     assert_near(list(blocks), explicit_jacobians(model, batch))
 
 

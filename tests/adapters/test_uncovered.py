@@ -21,7 +21,7 @@ BATCH = token_batch((4, 2, 5))
 def test_jacobians_and_blocks_are_exact(key):
     model = uncovered_model(key)
     backend = LoraGGN(model, "classification", factor_rank=8, uncovered="diag")
-    f, blocks = backend.jacobian_blocks(BATCH)
+    f, blocks = backend.engine.jacobian_blocks(BATCH)
     expected = explicit_jacobians(model, BATCH)
     assert_near(list(blocks), expected)
     _, kron = backend.kron(BATCH, BATCH["labels"], N=3)

@@ -15,7 +15,7 @@ from laplace_lora.adaptive import (
     PosteriorScore,
     SensitivityScore,
 )
-from laplace_lora.adaptive.sensitivity_file import STATE_FILE
+from laplace_lora.adaptive.checkpoints import SENSITIVITY_FILE
 from laplace_lora.adaptive.shared_draws import share_draws
 from laplace_lora.adaptive.training_checks import check_settings
 from support.adalora import kept, layers_of, tiny_adalora
@@ -202,7 +202,7 @@ def test_what_would_go_wrong_silently_is_refused(tmp_path):
 def test_a_missing_sensitivity_file_stops_a_resumed_run(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 7}
     trainer(tiny_adalora(), tmp_path, [AdaLoraCallback(SensitivityScore())], **options).train()
-    (tmp_path / "checkpoint-7" / STATE_FILE).unlink()
+    (tmp_path / "checkpoint-7" / SENSITIVITY_FILE).unlink()
     with pytest.raises(ValueError, match="with the sensitivities is missing"):
         trainer(tiny_adalora(), tmp_path, [AdaLoraCallback()], **options).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-7")

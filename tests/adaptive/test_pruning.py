@@ -15,7 +15,7 @@ from laplace_lora.adaptive import (
     remove_pruned_triplets,
     set_importance_score,
 )
-from laplace_lora.adaptive.final_ranks import pattern_from_zeros
+from laplace_lora.adaptive.allocation import pattern_from_zeros
 from laplace_lora.adaptive.lora_components import lora_components, shrink_lora
 from support.adalora import kept, layers_of, tiny_adalora, training
 from support.batches import loader, token_batch

@@ -15,7 +15,7 @@ from support.references import assert_near, explicit_jacobians
 @pytest.mark.parametrize("kind", ALBERT_ADAPTERS)
 def test_jacobians_sum_over_the_calls(kind):
     model, batch = albert(kind), token_batch((4, 2, 5))
-    _, blocks = LoraGGN(model, "classification").jacobian_blocks(batch)
+    _, blocks = LoraGGN(model, "classification").engine.jacobian_blocks(batch)
     assert_near(list(blocks), explicit_jacobians(model, batch))
 
 

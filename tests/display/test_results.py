@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 import laplace_lora
-from laplace_lora.display.terminal import GROUNDS
+from laplace_lora.display.coloured import GROUNDS
 from laplace_lora.evaluation import evaluate
 from laplace_lora.generation import score
 from laplace_lora.predictive.predictions import Predictions

@@ -79,5 +79,5 @@ def test_a_part_of_a_row_has_no_bounds_that_reach_beyond_it():
     bounds = {"cu_seq_lens_q": torch.tensor([0, 4, 10, 13]), "max_length_q": 6}
     batch = {**joined(text_batch((4, 6, 3)), [(0, 1, 2)]), **bounds}
     row = torch.tensor([0])
-    assert bounds.keys() <= part_of(batch, row, 13).keys()
-    assert not bounds.keys() & part_of(batch, row, 12).keys()
+    assert bounds.keys() <= part_of(batch, row, 13, None).keys()
+    assert not bounds.keys() & part_of(batch, row, 12, None).keys()

@@ -181,7 +181,7 @@ def quantised(name, bits, folder, storage="uint8", adapter=None):
 
 
 def jacobian(la):
-    return torch.cat([j.flatten(2) for j in la.backend.jacobian_blocks(BATCH)[1]], -1)
+    return torch.cat([j.flatten(2) for j in la.engine.jacobian_blocks(BATCH)[1]], -1)
 
 
 @pytest.mark.skipif(not HAS_BITSANDBYTES, reason="needs bitsandbytes")

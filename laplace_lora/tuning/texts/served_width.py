@@ -25,7 +25,8 @@ from laplace_lora.structures.posterior import Posterior
 
 CRITERIA = ("nll", "entropy")
 WIDTHS = [4.0**power for power in range(-8, 2)]  # of the covariance
-TOLERANCE = 0.0025  # nats, where no width helps
+# Nats per label that a width may cost where none helps; not what `widest` allows training texts.
+TOLERANCE = 0.0025
 CLOSE = 0.01  # share of the wanted entropy by which an entropy may miss it
 TRIALS = 4  # between two widths of the grid
 EMPTY = "the loader gives no example to choose the width by"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import reduce
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -106,12 +106,6 @@ def descend(cache: Cache, groups: Tensor, scoring: Scoring, n_steps: int, lr: fl
     return best_factors.exp()[groups.to(best_factors.device)]
 
 
-class _Tally(Protocol):
-    def update(self, mean: Tensor, covariance: Tensor, y: Tensor) -> None: ...
-
-    def compute(self, team: Together) -> Tensor: ...
-
-
 class _MeanNll:
     def __init__(self, values: int, scoring: Scoring) -> None:
         self.scoring = scoring
@@ -179,7 +173,9 @@ def _feed(metric: Metric, *arguments: Tensor) -> None:
         metric.update(predicted[0], y)
 
 
-def _tally(loss: Loss | None, values: int, scoring: Scoring, team: Together) -> _Tally:
+def _tally(
+    loss: Loss | None, values: int, scoring: Scoring, team: Together
+) -> _MeanNll | _RunningMetric | _Offline:
     if loss is None:
         return _MeanNll(values, scoring)
     if not isinstance(loss, Metric):

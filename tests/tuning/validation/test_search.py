@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from laplace import KronLaplace
+from laplace.utils.enums import LinkApprox, PredType, TuningMethod
 from laplace.utils.metrics import RunningNLLMetric
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
@@ -182,19 +183,45 @@ def test_what_does_not_go_together_is_refused():
             la.optimize_prior_precision(method=method, val_loader=validation(), **{name: 3})
 
 
-@pytest.mark.parametrize("method", ["loo", "widest", "gridsearch", "val_gd"])
+@pytest.mark.parametrize("method", ["loo", "widest", "marglik", "gridsearch", "val_gd"])
 def test_options_of_other_methods_are_refused(method):
     la = posterior(prior_precision=2.5, **LOW)
-    with pytest.raises(ValueError, match="correction=True belongs to method='marglik'; got"):
-        la.optimize_prior_precision(method=method, correction=True)
-    if method != "loo":
+    if method != "marglik":
+        with pytest.raises(ValueError, match="correction=True belongs to method='marglik'; got"):
+            la.optimize_prior_precision(method=method, correction=True)
+    if method not in ("loo", "marglik"):
         match = "tune_sigma_noise=True belongs to method='loo' or method='marglik'; got"
         with pytest.raises(ValueError, match=match):
             la.optimize_prior_precision(method=method, tune_sigma_noise=True)
+    if method != "loo":
+        with pytest.raises(ValueError, match="recentre=False belongs to method='loo'; got"):
+            la.optimize_prior_precision(method=method, recentre=False)
     if method in ("loo", "widest"):
         with pytest.raises(ValueError, match="uses no validation data"):
             la.optimize_prior_precision(method=method, val_loader=validation())
     assert la.prior_precision.item() == 2.5
+
+
+@pytest.mark.parametrize("method", ["loo", "marglik", "gridsearch", "val_gd"])
+def test_a_predictive_that_does_not_exist_is_refused(method):
+    la = posterior(prior_precision=2.5, **LOW)
+    validates = method in ("gridsearch", "val_gd")
+    options = {"method": method, "val_loader": validation() if validates else None}
+    for name, value, match in (
+        ("pred_type", "map", "pred_type must be 'glm' or 'nn', got 'map'"),
+        ("link_approx", "logit", "link_approx must be one of .* got 'logit'"),
+        ("n_samples", -3, "n_samples must be positive, got -3"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            la.optimize_prior_precision(**options, **{name: value})
+    assert la.prior_precision.item() == 2.5
+
+
+def test_callers_of_laplace_torch_may_name_its_predictive_for_every_method():
+    given, plain = posterior(**LOW), posterior(**LOW)
+    given.optimize_prior_precision(PredType.NN, TuningMethod.MARGLIK, link_approx=LinkApprox.PROBIT)
+    plain.optimize_prior_precision(method="marglik")
+    assert torch.equal(given.prior_precision, plain.prior_precision)
 
 
 @pytest.mark.parametrize("method", ["auto", "marglik"])
