@@ -12,6 +12,7 @@ from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.posteriors.predicted import PredictedLaplace
 from laplace_lora.structures.state import PosteriorState
 from laplace_lora.tuning.left_out.recentring import Recentring
+from laplace_lora.tuning.options import check_predictive
 from laplace_lora.tuning.tuner import Tuner
 from laplace_lora.tuning.validation.calibration import Calibration
 
@@ -92,9 +93,10 @@ class CalibratedLaplace(PredictedLaplace):
 
         Raises:
             AttributeError: If the posterior has not been fitted.
-            ValueError: If it is neither a classifier's nor a regression's, or the loader is empty
-                or without labels.
+            ValueError: If it is neither a classifier's nor a regression's, the loader is empty or
+                without labels, the link is unknown, or there are to be no samples.
         """
+        check_predictive("glm", link_approx, n_samples)
         options = (link_approx, n_samples, generator, progress_bar)
         settings, report = Tuner(self.fitted).calibrate(val_loader, *options)
         self.state: PosteriorState = self.state.with_settings(settings)

@@ -56,6 +56,12 @@ def test_calibration_mends_a_wrong_width(cls, kwargs, link, width):
     assert after <= min(fine) * 1.02
 
 
+@pytest.mark.parametrize("options", [{"n_samples": 0}, {"link_approx": "logit"}])
+def test_calibration_for_a_predictive_that_does_not_exist_is_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        posterior(DiagLoraLaplace).calibrate(validation(), **options)
+
+
 def test_calibration_is_in_force_until_the_next_fit_or_tuning():
     la = posterior(**LOW)
     plain = la(token_batch((4, 2)))
