@@ -131,7 +131,7 @@ def _following(inputs: Inputs, prompt: _Prompt, target: str) -> int | None:
     except TemplateError as error:
         raise ValueError(
             f"row {prompt.number}: the chat template takes no answer behind these messages "
-            f"({error}), the last of which may be the assistant's own; {NO_CHAT}"
+            f"({error}); {NO_CHAT}"
         ) from error
     single, rest = alone(target, tokenizer), whole[len(start) :]
     is_one = rest and _text(rest[:1], tokenizer) == _text(single, tokenizer)

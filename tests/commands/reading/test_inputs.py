@@ -141,6 +141,89 @@ def test_a_column_of_messages_holds_no_texts():
         chat.text({"messages": "the film"}, 1)
 
 
+def test_a_prompt_that_holds_its_answer_is_refused_where_the_next_token_is_read():
+    row = {"text": TURNS, "chosen": TURNS, "rejected": TURNS}
+    for likelihood, kind in (("classification", CAUSAL), ("language_modeling", CAUSAL)):
+        asked = inputs(likelihood, kind, chat=True, columns=Columns("text"))
+        with pytest.raises(
+            ValueError, match=r"row 3: the last message in its column 'text' is the"
+        ):
+            asked.text(row, 3)
+    scored = inputs("language_modeling", CAUSAL, chat=True, columns=Columns("text"))
+    assert scored.scored(row, 3)["labels"][-2:] == ids("good [EOS]")
+    assert inputs(chat=True).text(row, 3)["input_ids"][-2:] == ids("good [EOS]")
+    assert inputs("reward_modeling", chat=True, columns=Columns()).preference(row, 3)
+    few = [*TURNS, {"role": "user", "content": "the film"}]
+    asked = inputs(kind=CAUSAL, chat=True)
+    assert asked.text({"text": few}, 1)["input_ids"][-2:] == ids("assistant :")
+
+
+@pytest.mark.parametrize(
+    ("content", "written"),
+    [
+        ({}, "nothing"),
+        ({"content": None}, "null"),
+        ({"content": 7}, "7"),
+        ({"content": []}, r"\[\]"),
+    ],
+)
+def test_messages_without_a_content_are_refused(content, written):
+    row = {"text": [TURNS[0], {"role": "user", **content}]}
+    turn = [{"role": "assistant", **content}]
+    both, pairs = inputs("language_modeling", CAUSAL, chat=True), inputs("reward_modeling")
+    for place, name, call in (
+        (2, "text", lambda: inputs(chat=True).text(row, 3)),
+        (2, "text", lambda: both.scored(row, 3)),
+        (1, "completion", lambda: both.scored({"text": TURNS, "completion": turn}, 3)),
+        (1, "chosen", lambda: pairs.preference({"chosen": turn}, 3)),
+    ):
+        message = f"row 3: message {place} in its column '{name}' has {written} as its content"
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_calls_of_tools_and_empty_messages_have_a_content():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
+    row = {"text": [{"role": "system", "content": ""}, TURNS[0], call, TURNS[1]]}
+    both = inputs("language_modeling", CAUSAL, chat=True)
+    assert both.scored(row, 1)["labels"][-2:] == ids("good [EOS]")
+    assert both.scored({"text": [TURNS[0], {**call, "content": ""}]}, 1)
+
+
+def test_an_answer_in_which_the_assistant_says_nothing_is_refused():
+    nothing, both = {"role": "assistant", "content": ""}, inputs("language_modeling", CAUSAL)
+    for row in (
+        {"text": [TURNS[0], nothing]},
+        {"text": TURNS[:1], "completion": [nothing]},
+        {"text": TURNS[:1], "completion": ""},
+    ):
+        with pytest.raises(ValueError, match="row 3: the assistant's answer is empty"):
+            replace(both, adapter=inputs(kind=CAUSAL, chat=True).adapter).scored(row, 3)
+
+
+def test_messages_that_a_template_does_not_take_are_named():
+    raising = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system') }}{% endif %}"
+    )
+    row = {"text": [{"role": "system", "content": "film"}, *TURNS]}
+    both, pairs = (
+        inputs("language_modeling", CAUSAL, chat=True),
+        inputs("reward_modeling", chat=True),
+    )
+    head = inputs(chat=True)
+    for call in (
+        lambda: head.text(row, 3),
+        lambda: both.scored(row, 3),
+        lambda: pairs.preference({"text": row["text"], "chosen": TURNS, "rejected": TURNS}, 3),
+    ):
+        for found in (head, both, pairs):
+            found.adapter.tokenizer.chat_template = raising
+        with pytest.raises(
+            ValueError, match=r"row 3: the chat template .* \(No system\)\. .*--no-ch"
+        ):
+            call()
+
+
 def test_a_completion_is_scored_after_its_prompt_and_ends():
     row = {"text": "the film was", "completion": " bad"}
     found = inputs("language_modeling", CAUSAL).scored(row, 1)
