@@ -109,5 +109,6 @@ def _has_earlier_answers(columns: Columns, row: Row) -> bool:
     """Return whether a conversation has answers of the assistant's before its last message."""
     messages = row.get(columns.text or "")
     is_whole = columns.completion is None or row.get(columns.completion) is None
-    is_list = isinstance(messages, list) and is_whole
-    return is_list and any(message["role"] == ASSISTANT for message in messages[:-1])
+    if not isinstance(messages, list) or not is_whole:
+        return False
+    return any(message["role"] == ASSISTANT for message in messages[:-1])
