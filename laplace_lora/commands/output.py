@@ -6,14 +6,14 @@ import gzip
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import click
 
-from laplace_lora.commands.reading.rows import STANDARD
+from laplace_lora.commands.reading.rows import STANDARD, folder_and_split
 from laplace_lora.storage.whole_files import whole_file
 
 TABLES = (".csv", ".tsv", ".parquet", ".xlsx")
@@ -26,15 +26,17 @@ class Write(Protocol):
         """Write a row, see `as_json`."""
 
 
-def check_writable(out: str, name: str = "--out") -> None:
-    """Refuse a file that could not be written, before any work.
+def check_writable(out: str, name: str = "--out", data: Sequence[str | None] = ()) -> None:
+    """Refuse a file that could not be written or is data to be read, before any work.
 
     Args:
         out: The file, or ``-``.
         name: Of the option.
+        data: Sources of rows, see `read_rows`.
 
     Raises:
-        ValueError: If its folder is missing or may not be written to, or it is one itself.
+        ValueError: If its folder is missing or may not be written to, it is one itself, or data
+            would be lost.
     """
     if out == STANDARD:
         return
@@ -47,6 +49,20 @@ def check_writable(out: str, name: str = "--out") -> None:
     if Path(out).suffix in TABLES:
         raise ValueError(f"{name} {out}: results are JSON; name the file .json or .jsonl")
     check_folder(path.parent, f"{name} {out}")
+    for source in data:
+        if source is not None and path.exists() and _is_of(path, source):
+            raise ValueError(
+                f"{name} {out} belongs to the data {source}, which results would replace; give "
+                "the name of another file"
+            )
+
+
+def _is_of(path: Path, source: str) -> bool:
+    """Return whether a file is a source of rows, or lies in the folder that is one."""
+    folder, _ = folder_and_split(source)
+    if folder.is_dir():
+        return folder.resolve() in path.parents
+    return folder.exists() and path.samefile(folder)
 
 
 def check_folder(folder: Path, what: str) -> None:

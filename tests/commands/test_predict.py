@@ -151,6 +151,42 @@ def test_bad_arguments_are_refused_before_the_model_is_loaded(tmp_path, data):
         assert message in refused("predict", "no-adapter", "--data", data("test"), *args)
 
 
+@pytest.mark.parametrize("command", ["predict", "evaluate", "score", "generate"])
+def test_results_do_not_replace_the_data(tmp_path, data, command):
+    """Whose labels would be lost; also under another name, or within a folder."""
+    path = data("test")
+    content = path.read_text()
+    link, hard, folder = (tmp_path / name for name in ("link.jsonl", "hard.jsonl", "folder"))
+    link.symlink_to(path)
+    hard.hardlink_to(path)
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(content)
+    relative = f"{tmp_path}/folder/../{path.name}"
+    for source, out in (
+        (path, path),
+        (path, link),
+        (link, path),
+        (path, hard),
+        (path, relative),
+        (folder, folder / "train.jsonl"),
+        (f"{folder}:train", folder / "train.jsonl"),
+    ):
+        message = refused(command, "no-adapter", "--data", source, "--out", out)
+        assert f"--out {out} belongs to the data {source}, which results would replace" in message
+    assert path.read_text() == content
+    args = (command, "no-adapter", "--data", f"{folder}:train", "--out", folder / "new.jsonl")
+    assert "would replace" not in refused(*args)
+
+
+def test_scores_do_not_replace_other_data(tmp_path, data):
+    path, other, picture = data("test"), data("val"), tmp_path / "picture.svg"
+    picture.symlink_to(other)
+    for option in ("--ood", "--apart"):
+        for name, out in (("--out", other), ("--plot", picture)):
+            args = ("evaluate", "no-adapter", "--data", path, option, other, name, out)
+            assert f"{name} {out} belongs to the data {other}" in refused(*args)
+
+
 def test_results_go_through_a_link_and_not_into_a_pipe(fitted, data, tmp_path):
     target, link, pipe = (tmp_path / name for name in ("target.jsonl", "link.jsonl", "pipe"))
     link.symlink_to(target)

@@ -38,10 +38,8 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
         ValueError: If a line cannot be read, there are no rows, the file's kind is unknown, or the
             split is.
     """
-    path = Path(source)
-    folder, colon, name = source.rpartition(":")
-    if colon and not path.exists() and Path(folder).is_dir():
-        path, split = Path(folder), name
+    path, named = folder_and_split(source)
+    split = split if named is None else named
     if split is not None and not path.is_dir():
         raise ValueError(f"--split {split}: {source} is no data set folder")
     if source != STANDARD and not path.exists():
@@ -65,6 +63,19 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
     if not rows:
         raise ValueError(f"{source} has no rows")
     return rows
+
+
+def folder_and_split(source: str) -> tuple[Path, str | None]:
+    """Return the file or folder of a source of rows, and the split that it names, if any.
+
+    Args:
+        source: See `read_rows`.
+    """
+    path = Path(source)
+    folder, colon, name = source.rpartition(":")
+    if colon and not path.exists() and Path(folder).is_dir():
+        return Path(folder), name
+    return path, None
 
 
 def _opened(path: Path) -> TextIO:

@@ -73,8 +73,12 @@ def _check_delimiter(names: Sequence[str], form: Form, place: str) -> None:
 
 def _read(lines: Iterable[str], form: Form, place: str) -> list[dict[str, Any]]:
     csv.field_size_limit(sys.maxsize)
-    quoting = csv.QUOTE_MINIMAL if form.quotes else csv.QUOTE_NONE
-    reader = csv.DictReader(lines, delimiter=form.delimiter, strict=True, quoting=quoting)
+    reader = csv.DictReader(
+        lines,
+        delimiter=form.delimiter,
+        strict=True,
+        quoting=csv.QUOTE_MINIMAL if form.quotes else csv.QUOTE_NONE,
+    )
     rows: list[dict[str, Any]] = []
     try:
         names = reader.fieldnames or ()
