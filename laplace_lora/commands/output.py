@@ -46,7 +46,7 @@ def check_writable(out: str, name: str = "--out", data: Sequence[str | None] = (
         raise ValueError(f"{name} {out} {what}; give the name of a file")
     if path.exists() and not path.is_file():
         raise ValueError(f"{name} {out} is no file; {name} - writes to standard output")
-    if Path(out).suffix in TABLES:
+    if Path(out).suffix.lower() in TABLES:
         raise ValueError(f"{name} {out}: results are JSON; name the file .json or .jsonl")
     check_folder(path.parent, f"{name} {out}")
     for source in data:
@@ -104,7 +104,7 @@ def result_file(out: str) -> Iterator[IO[bytes]]:
     """
     with ExitStack() as stack:
         file: Any = stack.enter_context(whole_file(Path(out).resolve()))
-        if Path(out).suffix == ".gz":
+        if Path(out).suffix.lower() == ".gz":
             file = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=file))
         yield file
 

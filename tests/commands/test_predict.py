@@ -145,6 +145,7 @@ def test_bad_arguments_are_refused_before_the_model_is_loaded(tmp_path, data):
         ("--out", tmp_path): "is a folder",
         ("--out", tmp_path / "gone" / "y.jsonl"): "does not exist",
         ("--out", tmp_path / "y.csv"): "name the file .json or .jsonl",
+        ("--out", tmp_path / "y.CSV"): "name the file .json or .jsonl",
         ("--keep", "key"): "the data have 'id', 'text', 'label'",
     }
     for args, message in cases.items():

@@ -19,6 +19,8 @@ def numbers_of(label: Any, number: int, outputs: int) -> float | list[float]:
     """
     values = label if isinstance(label, list) else [label]
     try:
+        if any(isinstance(value, bool) for value in values):
+            raise TypeError("a boolean is a class")
         found = [float(value) for value in values]
     except (TypeError, ValueError):
         raise ValueError(f"row {number} has the label {label!r}, no number") from None

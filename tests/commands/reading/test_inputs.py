@@ -11,6 +11,7 @@ from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.labels import classes_of
 from laplace_lora.commands.reading.messages import are_written_out
 from laplace_lora.commands.reading.names import applying
+from laplace_lora.commands.reading.numbers import numbers_of
 from laplace_lora.commands.reading.plan import Plan
 from support.on_disk import WORDS, tokenizer
 
@@ -85,6 +86,12 @@ def test_a_regression_s_label_is_finite(label):
     regression = Inputs(one, Plan("regression", TEXT))
     with pytest.raises(ValueError, match=r"row 1 has the label .* expected finite numbers"):
         regression.labelled([{"text": "the film", "label": label}])
+
+
+@pytest.mark.parametrize("label", [True, [1.0, False], "yes", None])
+def test_what_is_no_number_is_no_regression_s_label(label):
+    with pytest.raises(ValueError, match=r"row 2 has the label .*, no number"):
+        numbers_of(label, 2, 2)
 
 
 @pytest.mark.parametrize("value", [42, 4.2, True, ["the film"], {"role": "user"}])
@@ -346,6 +353,10 @@ def test_a_column_is_there_if_any_row_has_it():
         (["bad", "good"], [1, 0], "names", ([1, 0], "numbers")),
         (["bad", "good"], [0.0, "1.0", 1], None, ([0, 1, 1], "numbers")),
         (["1.0", "2.0", "3.0"], [1.0, "2.0"], None, ([0, 1], "names")),
+        (["0", "1"], [True, False, 1], None, ([1, 0, 1], None)),
+        (["True", "False"], [True, False], None, ([0, 1], "names")),
+        (["0", "1", "2"], ["LABEL_2", "LABEL_0"], None, ([2, 0], "names")),
+        (["LABEL_1", "LABEL_0"], ["LABEL_0"], None, ([1], "names")),
     ],
 )
 def test_the_labels_of_a_file_are_all_names_or_all_numbers(names, labels, form, expected):
@@ -357,6 +368,9 @@ def test_the_labels_of_a_file_are_all_names_or_all_numbers(names, labels, form, 
     [
         (["a", "b"], [0.0, 0.5], None, "row 2 has the label 0.5"),
         (["a", "b"], ["a", "-1"], None, "row 2 has the label '-1'"),
+        (["a", "b"], [True], None, "row 1 has the label True; .*true and false are neither"),
+        (["0", "1", "2"], [True], None, "row 1 has the label True; .*true and false are neither"),
+        (["a", "b"], ["LABEL_1"], None, "row 1 has the label 'LABEL_1'; expected one of 'a', 'b'"),
         (["a", "b"], ["a", 1], None, "row 1 has 'a', only a name, and row 2 has 1, only a number"),
         (["1", "2", "3"], [0, 3], None, "row 2 has 3, only a name, and row 1 has 0, only a number"),
         (["1", "2", "3"], [1, 2], None, "1 in row 1 is the name of class 0, and the number of '2'"),
