@@ -23,6 +23,7 @@ from laplace_lora.commands.reading.messages import (
     check_asks,
     check_says,
     template_takes,
+    templated,
 )
 from laplace_lora.commands.reading.names import applying
 from laplace_lora.commands.reading.numbers import numbers_of
@@ -217,10 +218,7 @@ class Inputs:
             if is_followed and found["input_ids"][-1:] == [tokenizer.eos_token_id]:
                 check_ends_open(tokenizer)  # unless the text has the token itself
             return found
-        if tokenizer.chat_template is None:
-            raise ValueError("the data are messages, but the tokenizer has no chat template")
-        options = {"add_generation_prompt": asks, "tokenize": True, "return_dict": True}
-        return dict(tokenizer.apply_chat_template(content, **options))
+        return templated(content, tokenizer, asks)
 
     def _checked(self, ids: list[int], labels: list[int], number: int) -> Example:
         limit = self.plan.max_length

@@ -1,4 +1,4 @@
-"""Tell lists of messages from texts, and refuse those that would be read as something else."""
+"""Tell lists of messages from texts, refuse what would be misread, and apply the chat template."""
 
 from __future__ import annotations
 
@@ -100,6 +100,30 @@ def check_says(answer: Sequence[dict[str, Any]], number: int) -> None:
         is_empty = message.get("content") == "" and not message.get("tool_calls")
         if message["role"] == ASSISTANT and is_empty:
             raise ValueError(f"row {number}: the assistant's answer is empty; leave the row out")
+
+
+def templated(messages: list[dict[str, Any]], tokenizer: Any, asks: bool) -> dict[str, Any]:
+    """Return the tokens of messages through the chat template.
+
+    Args:
+        messages: With contents.
+        tokenizer: With the template.
+        asks: Whether the template is to end where the assistant answers.
+
+    Raises:
+        TemplateError: If the template does not take them, or writes a content of several parts as
+            Python writes a list.
+        ValueError: If there is no template.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError("the data are messages, but the tokenizer has no chat template")
+    options = {"add_generation_prompt": asks, "tokenize": True, "return_dict": True}
+    parts = [str(m["content"]) for m in messages if isinstance(m.get("content"), list)]
+    if parts:
+        text = tokenizer.apply_chat_template(messages, **{**options, "tokenize": False})
+        if any(part in text for part in parts):
+            raise TemplateError("it writes a content of several parts as it stands; give a text")
+    return dict(tokenizer.apply_chat_template(messages, **options))
 
 
 @contextmanager

@@ -208,6 +208,19 @@ def test_an_answer_in_which_the_assistant_says_nothing_is_refused():
             replace(both, adapter=inputs(kind=CAUSAL, chat=True).adapter).scored(row, 3)
 
 
+def test_parts_that_a_template_does_not_read_are_refused():
+    row = {"text": [{"role": "user", "content": [{"type": "text", "text": "the film"}]}]}
+    chat = inputs(chat=True)
+    with pytest.raises(
+        ValueError, match=r"row 3: .* \(it writes a content of several parts as it "
+    ):
+        chat.text(row, 3)
+    chat.adapter.tokenizer.chat_template = (
+        "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}"
+    )
+    assert chat.text(row, 3)["input_ids"] == ids("the film")
+
+
 def test_messages_that_a_template_does_not_take_are_named():
     raising = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system') }}{% endif %}"
