@@ -13,6 +13,7 @@ from typing import IO, Any, Protocol
 
 import click
 
+from laplace_lora.commands.reading.folders import files_of_folder
 from laplace_lora.commands.reading.rows import STANDARD, folder_and_split
 from laplace_lora.storage.whole_files import whole_file
 
@@ -58,11 +59,10 @@ def check_writable(out: str, name: str = "--out", data: Sequence[str | None] = (
 
 
 def _is_of(path: Path, source: str) -> bool:
-    """Return whether a file is a source of rows, or lies in the folder that is one."""
-    folder, _ = folder_and_split(source)
-    if folder.is_dir():
-        return folder.resolve() in path.parents
-    return folder.exists() and path.samefile(folder)
+    """Return whether a file is a source of rows, or one of those in the folder that is one."""
+    read, _ = folder_and_split(source)
+    files = files_of_folder(read) if read.is_dir() else [read]
+    return any(file.exists() and path.samefile(file) for file in files)
 
 
 def check_folder(folder: Path, what: str) -> None:

@@ -19,7 +19,7 @@ KINDS = {  # of data files that `datasets` reads, which takes one kind of a fold
     ".txt": "text",
 }
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
-CARD = "README.md"  # which may say which files are the data
+CARD = "README.md"
 
 
 def rows_of_folder(path: Path, split: str | None) -> list[dict[str, Any]]:
@@ -34,13 +34,8 @@ def rows_of_folder(path: Path, split: str | None) -> list[dict[str, Any]]:
         ValueError: If there is no such split, none of several is named, or some files would not be
             read.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise ImportError(
-            f"{path} is a folder: reading data set folders requires `pip install datasets`"
-        ) from None
-    written = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    datasets = _datasets(path)
+    written = _is_written(path)
     if not written:
         _check_one_kind(path)
     with _quietly(datasets):
@@ -59,19 +54,54 @@ def rows_of_folder(path: Path, split: str | None) -> list[dict[str, Any]]:
     return [dict(row) for row in data.with_format(None)]  # plain values, not tensors
 
 
-def _check_one_kind(path: Path) -> None:
-    """Refuse a folder whose data files are of several kinds: only one would be read."""
+def files_of_folder(path: Path) -> list[Path]:
+    """Return the files that may hold a folder's data.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        ImportError: If ``datasets`` is not installed.
+    """
+    if _is_written(path) or _has_card(path):
+        return [file for file in path.rglob("*") if file.is_file()]
+    _datasets(path)
     from datasets.data_files import DataFilesDict, get_data_patterns
 
-    card = path / CARD
-    if card.is_file() and "data_files" in card.read_text(encoding="utf-8", errors="replace"):
-        return
     try:
         of_splits = DataFilesDict.from_patterns(get_data_patterns(str(path)), str(path))
-    except FileNotFoundError:  # `datasets` says what is missing
+    except FileNotFoundError:  # `datasets` says later what is missing
+        return []
+    return [Path(str(name)) for files in of_splits.values() for name in files]
+
+
+def _datasets(path: Path) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError(
+            f"{path} is a folder: reading data set folders requires `pip install datasets`"
+        ) from None
+    return datasets
+
+
+def _is_written(path: Path) -> bool:
+    """Return whether ``save_to_disk`` has written a folder."""
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _has_card(path: Path) -> bool:
+    """Return whether a folder says itself which files are its data."""
+    card = path / CARD
+    return card.is_file() and "data_files" in card.read_text(encoding="utf-8", errors="replace")
+
+
+def _check_one_kind(path: Path) -> None:
+    """Refuse a folder whose data files are of several kinds: only one would be read."""
+    if _has_card(path):
         return
     first: dict[str, str] = {}
-    for file in (Path(str(name)) for files in of_splits.values() for name in files):
+    for file in files_of_folder(path):
         suffix = Path(file.stem).suffix if file.suffix.lower() in PACKED else file.suffix
         kind = KINDS.get(suffix.lower())
         if kind is not None:
