@@ -51,7 +51,7 @@ def run(
         raise ValueError(f"--plot {plot}: expected a file in {', '.join(PICTURES)}")
     for name, value in (("--out", out), ("--plot", plot)):
         if value is not None:
-            check_writable(value, name)
+            check_writable(value, name, [data, ood, apart])
     rows = read_rows(data, options["split"])
     ood_rows = None if ood is None else read_rows(ood)
     apart_rows = None if apart is None else read_rows(apart)

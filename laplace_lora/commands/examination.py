@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from laplace_lora.commands.answer_warnings import warn_if_other_tokens
 from laplace_lora.commands.fitting import new_posterior
 from laplace_lora.commands.reading.adapter import load_asked
+from laplace_lora.commands.reading.decoder import decoder_said
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.names import layer_name
 from laplace_lora.commands.reading.planning import plan_fit
@@ -43,6 +44,8 @@ def run(adapter: str, data: str | None, **options: Any) -> None:
     else:
         loader = Inputs(loaded, plan).loader(rows, options["batch_size"])
         click.echo(columns_said(plan, rows))
+        if said := decoder_said(plan, loaded.tokenizer):
+            click.echo(said)
         warn_if_trained_with_eos(loaded, plan, rows, options)
         warn_if_other_tokens(loaded, plan, rows)
         problems += _print_costs(console, covering, loader, options["batch_size"])

@@ -16,6 +16,7 @@ from laplace_lora.commands.output import check_folder
 from laplace_lora.commands.reading.adapter import Adapter, load_asked
 from laplace_lora.commands.reading.answers import answer_tokens
 from laplace_lora.commands.reading.columns import read_beside
+from laplace_lora.commands.reading.decoder import decoder_said
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.plan import PLAN, Plan, plan_text
 from laplace_lora.commands.reading.planning import plan_fit
@@ -58,7 +59,8 @@ def run(
     inputs = Inputs(loaded, plan)
     train_loader = inputs.loader(rows, options["batch_size"])
     if not quiet:
-        click.echo(columns_said(plan, rows), err=True)
+        notes = columns_said(plan, rows), decoder_said(plan, loaded.tokenizer)
+        click.echo("\n".join(note for note in notes if note), err=True)
     val_loader = None
     if val_rows is not None:
         with read_beside(val_rows, plan.columns, f"--val {val}"):

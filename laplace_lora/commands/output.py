@@ -6,14 +6,15 @@ import gzip
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import click
 
-from laplace_lora.commands.reading.rows import STANDARD
+from laplace_lora.commands.reading.folders import files_of_folder
+from laplace_lora.commands.reading.rows import STANDARD, folder_and_split
 from laplace_lora.storage.whole_files import whole_file
 
 TABLES = (".csv", ".tsv", ".parquet", ".xlsx")
@@ -26,15 +27,17 @@ class Write(Protocol):
         """Write a row, see `as_json`."""
 
 
-def check_writable(out: str, name: str = "--out") -> None:
-    """Refuse a file that could not be written, before any work.
+def check_writable(out: str, name: str = "--out", data: Sequence[str | None] = ()) -> None:
+    """Refuse a file that could not be written or is data to be read, before any work.
 
     Args:
         out: The file, or ``-``.
         name: Of the option.
+        data: Sources of rows, see `read_rows`.
 
     Raises:
-        ValueError: If its folder is missing or may not be written to, or it is one itself.
+        ValueError: If its folder is missing or may not be written to, it is one itself, or data
+            would be lost.
     """
     if out == STANDARD:
         return
@@ -44,9 +47,22 @@ def check_writable(out: str, name: str = "--out") -> None:
         raise ValueError(f"{name} {out} {what}; give the name of a file")
     if path.exists() and not path.is_file():
         raise ValueError(f"{name} {out} is no file; {name} - writes to standard output")
-    if Path(out).suffix in TABLES:
+    if Path(out).suffix.lower() in TABLES:
         raise ValueError(f"{name} {out}: results are JSON; name the file .json or .jsonl")
     check_folder(path.parent, f"{name} {out}")
+    for source in data:
+        if source is not None and path.exists() and _is_of(path, source):
+            raise ValueError(
+                f"{name} {out} belongs to the data {source}, which results would replace; give "
+                "the name of another file"
+            )
+
+
+def _is_of(path: Path, source: str) -> bool:
+    """Return whether a file is a source of rows, or one of those in the folder that is one."""
+    read, _ = folder_and_split(source)
+    files = files_of_folder(read) if read.is_dir() else [read]
+    return any(file.exists() and path.samefile(file) for file in files)
 
 
 def check_folder(folder: Path, what: str) -> None:
@@ -88,7 +104,7 @@ def result_file(out: str) -> Iterator[IO[bytes]]:
     """
     with ExitStack() as stack:
         file: Any = stack.enter_context(whole_file(Path(out).resolve()))
-        if Path(out).suffix == ".gz":
+        if Path(out).suffix.lower() == ".gz":
             file = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=file))
         yield file
 

@@ -27,7 +27,7 @@ BY_LABEL = {
 
 def run(adapter: str, data: str, out: str, keep: Sequence[str], **options: Any) -> None:
     """Predict and write."""
-    check_writable(out)
+    check_writable(out, data=[data])
     rows = read_rows(data, options["split"])
     present = present_in(rows)
     for name in keep:

@@ -92,7 +92,7 @@ def run_generate(
 def _opened(
     adapter: str, data: str, out: str, options: dict[str, Any], completes: str | None = None
 ) -> tuple[Opened, list[Row]]:
-    check_writable(out)
+    check_writable(out, data=[data])
     rows = read_rows(data, options["split"])
     opened = open_posterior(adapter, rows, options, completes)
     if opened.adapter.kind != CAUSAL:

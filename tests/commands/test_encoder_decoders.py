@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, MBart50Tokenizer
 
 from laplace_lora import KronLoraLaplace
 from laplace_lora.commands.reading.adapter import load_adapter
-from laplace_lora.commands.reading.decoder import read_before
+from laplace_lora.commands.reading.decoder import decoder_said, read_before
+from laplace_lora.commands.reading.plan import Plan
 from support.command_line import refused, run
 from support.on_disk import WORDS, reviews, save_encoder_decoder, write_json_lines
 
@@ -51,6 +53,34 @@ def test_answers_are_read_behind_what_the_tokenizer_writes(folders, data, tmp_pa
     first = nll(folder, [2])
     assert scored(*args) == pytest.approx(first, rel=1e-5)
     assert abs(nll(folder, [2, 12]) - first) > 1e-3
+
+
+def test_what_the_decoder_reads_before_an_answer_is_said(folders, tmp_path):
+    train = write_json_lines(tmp_path / "train.jsonl", reviews(8, 0))
+    asked = ("--data", train, "--target", *ANSWERS)
+    for writes, said in (("assistant $A [EOS]", "'[EOS]', 'assistant'."), ("$A [EOS]", "")):
+        fit = run("fit", folders[writes], *asked, "--out", tmp_path / writes[0]).stderr
+        doctor = run("doctor", folders[writes], *asked).stdout
+        for text in (fit, doctor):
+            assert ("Before an answer the decoder reads" in text) == bool(said) and said in text
+            assert "no target language" not in text
+
+
+def test_a_target_language_that_nobody_has_named_is_pointed_out(tmp_path):
+    words = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁good", -1.0)]
+    tokenizer = MBart50Tokenizer(vocab=words)
+    target = tokenizer(text_target="good")["input_ids"]
+    plan = Plan("classification", decoder=[2, *target[:1]])
+    said = decoder_said(plan, tokenizer)
+    assert said.startswith(
+        "Before an answer the decoder reads '</s>', 'en_XX'. The tokenizer names"
+    )
+    assert said.endswith("save its tokenizer with the adapter.")
+    tokenizer.tgt_lang = "en_XX"
+    tokenizer.save_pretrained(tmp_path)
+    named = AutoTokenizer.from_pretrained(tmp_path)
+    assert decoder_said(plan, named) == "Before an answer the decoder reads '</s>', 'en_XX'."
+    assert decoder_said(Plan("classification"), tokenizer) is None
 
 
 def scored(*args):

@@ -112,6 +112,27 @@ def test_messages_are_prompts(adapter, data):
     assert "--chat: the tokenizer has no chat template" in refusal
 
 
+def test_conversations_that_hold_their_answers_are_no_prompts(adapter, data):
+    def conversation(row):
+        turn = {"role": "user", "content": row["text"]}
+        answer = {"role": "assistant", "content": ["bad", "good"][row["label"]]}
+        return {"messages": [turn, answer], "label": row["label"]}
+
+    folder = adapter("chat")
+    told = data("train", conversation)
+    message = refused("fit", folder, "--data", told, *ANSWERS)
+    assert "row 1: the last message in its column 'messages' is the assistant's" in message
+    assert refused("doctor", folder, "--data", told, *ANSWERS) == message
+    run("fit", folder, "--data", data("train", asked), *ANSWERS, "-q")
+    told = data("test", conversation)
+    for command in ("predict", "evaluate"):
+        args = (command, folder, "--data", told, "--text-field", "messages")
+        assert refused(*args) == message
+    run("fit", folder, "--data", told, "--text-field", "messages", "--overwrite", "-q")  # on texts
+    assert refused("generate", folder, "--data", told) == message
+    run("score", folder, "--data", told, "--top-k", 4, "-q")
+
+
 def test_answers_must_be_single_known_tokens(adapter, data):
     folder = adapter("decoder")
     cases = {

@@ -145,10 +145,50 @@ def test_bad_arguments_are_refused_before_the_model_is_loaded(tmp_path, data):
         ("--out", tmp_path): "is a folder",
         ("--out", tmp_path / "gone" / "y.jsonl"): "does not exist",
         ("--out", tmp_path / "y.csv"): "name the file .json or .jsonl",
+        ("--out", tmp_path / "y.CSV"): "name the file .json or .jsonl",
         ("--keep", "key"): "the data have 'id', 'text', 'label'",
     }
     for args, message in cases.items():
         assert message in refused("predict", "no-adapter", "--data", data("test"), *args)
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "score", "generate"])
+def test_results_do_not_replace_the_data(tmp_path, data, command):
+    """Whose labels would be lost; also under another name, or within a folder."""
+    pytest.importorskip("datasets")
+    path = data("test")
+    content = path.read_text()
+    link, hard, folder = (tmp_path / name for name in ("link.jsonl", "hard.jsonl", "folder"))
+    link.symlink_to(path)
+    hard.hardlink_to(path)
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(content)
+    relative = f"{tmp_path}/folder/../{path.name}"
+    for source, out in (
+        (path, path),
+        (path, link),
+        (link, path),
+        (path, hard),
+        (path, relative),
+        (folder, folder / "train.jsonl"),
+        (f"{folder}:train", folder / "train.jsonl"),
+    ):
+        message = refused(command, "no-adapter", "--data", source, "--out", out)
+        assert f"--out {out} belongs to the data {source}, which results would replace" in message
+    assert path.read_text() == content
+    args = (command, "no-adapter", "--data", f"{folder}:train", "--out", folder / "new.jsonl")
+    for _ in range(2):
+        assert "would replace" not in refused(*args)
+        (folder / "new.jsonl").write_text("earlier")  # is no part of a split
+
+
+def test_scores_do_not_replace_other_data(tmp_path, data):
+    path, other, picture = data("test"), data("val"), tmp_path / "picture.svg"
+    picture.symlink_to(other)
+    for option in ("--ood", "--apart"):
+        for name, out in (("--out", other), ("--plot", picture)):
+            args = ("evaluate", "no-adapter", "--data", path, option, other, name, out)
+            assert f"{name} {out} belongs to the data {other}" in refused(*args)
 
 
 def test_results_go_through_a_link_and_not_into_a_pipe(fitted, data, tmp_path):

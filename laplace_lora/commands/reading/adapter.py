@@ -20,7 +20,10 @@ from laplace_lora.commands.reading.lengths import check_length, longest_input
 from laplace_lora.commands.reading.repository import file_of
 from laplace_lora.commands.reading.weights import adapter_weights_found, base_model_found
 
-HEADS = (".score.weight", ".classifier.weight", ".out_proj.weight")  # the last layer, by its ending
+# The last layer, by its ending; one of the second kind where there is none of the first, before
+# which XLNet has such a layer, too.
+LAST = (".score.weight", ".classifier.weight", ".out_proj.weight", ".logits_proj.weight")
+HEADS = ((*LAST, ".linear_out.weight"), (".summary.weight",))
 AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -174,8 +177,11 @@ def _loader_of(config: Any, adapter: str) -> tuple[str, Any]:
 
 def _head_outputs(saved: dict[str, torch.Tensor]) -> int | None:
     """Return how many outputs the head has that is saved with an adapter."""
-    heads = [t for name, t in saved.items() if name.endswith(HEADS) and "lora_" not in name]
-    return len(heads[-1]) if heads else None
+    for endings in HEADS:
+        heads = [t for name, t in saved.items() if name.endswith(endings) and "lora_" not in name]
+        if heads:
+            return len(heads[-1])
+    return None
 
 
 def _tokenizer(

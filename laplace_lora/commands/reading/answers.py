@@ -10,10 +10,10 @@ from jinja2 import TemplateError
 from laplace_lora.commands.reading.adapter import CAUSAL, Adapter
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.plan import Plan
+from laplace_lora.commands.reading.prompt_ends import rows_by_end
 from laplace_lora.commands.reading.rows import Row
 
 SPACES = (" ", "▁", "Ġ")  # as texts, SentencePiece's and GPT-2's vocabularies have them
-LOOKED_AT = 8  # rows
 SHOWN = 4  # tokens of an error
 NO_CHAT = (
     "give the prompts as texts that end where the answers of the training begin, with what it "
@@ -40,7 +40,8 @@ def answer_tokens(adapter: Adapter, plan: Plan, rows: Sequence[Row] | None) -> l
     Args:
         adapter: The model.
         plan: How rows are read, and the answers.
-        rows: The training data, some of which are looked at; ``None`` for the answers alone.
+        rows: The training data, of which `rows_by_end` are looked at; ``None`` for the answers
+            alone.
 
     Raises:
         ValueError: If an answer is no single token, also where a prompt precedes it, follows some
@@ -48,8 +49,8 @@ def answer_tokens(adapter: Adapter, plan: Plan, rows: Sequence[Row] | None) -> l
     """
     if adapter.kind != CAUSAL or not rows:
         return target_tokens(plan.names, adapter.tokenizer)
-    inputs, count = Inputs(adapter, plan), min(len(rows), LOOKED_AT)
-    numbers = [1 + i * len(rows) // count for i in range(count)]
+    inputs = Inputs(adapter, plan)
+    numbers = rows_by_end(inputs, rows)
     prompts = [_Prompt(rows[n - 1], n, inputs.text(rows[n - 1], n)["input_ids"]) for n in numbers]
     targets = _several(plan.names)
     found = _of_all(_following, inputs, prompts, targets)
@@ -131,7 +132,7 @@ def _following(inputs: Inputs, prompt: _Prompt, target: str) -> int | None:
     except TemplateError as error:
         raise ValueError(
             f"row {prompt.number}: the chat template takes no answer behind these messages "
-            f"({error}), the last of which may be the assistant's own; {NO_CHAT}"
+            f"({error}); {NO_CHAT}"
         ) from error
     single, rest = alone(target, tokenizer), whole[len(start) :]
     is_one = rest and _text(rest[:1], tokenizer) == _text(single, tokenizer)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from laplace_lora.commands.reading.messages import are_written_out, is_messages
+from laplace_lora.commands.reading.messages import are_written_out, check_contents, is_messages
 from laplace_lora.commands.reading.rows import Row
 
 TEXTS = ("text", "prompt", "messages", "sentence", "question")
@@ -174,7 +174,7 @@ def check_text(value: Any, number: int, what: str, name: str | None) -> None:
 
     Raises:
         ValueError: If it is neither, or a text that stands for messages, or not all of a text are
-            characters.
+            characters, or a message has no content.
     """
     if isinstance(value, str):
         try:
@@ -192,6 +192,7 @@ def check_text(value: Any, number: int, what: str, name: str | None) -> None:
             )
         return
     if is_messages(value):
+        check_contents(value, number, name)
         return
     written = json.dumps(value, default=str)[:60]
     raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,15 @@ from laplace_lora.commands.reading.columns import (
     text_cell,
 )
 from laplace_lora.commands.reading.labels import classes_of
+from laplace_lora.commands.reading.messages import (
+    ASSISTANT,
+    check_asks,
+    check_says,
+    template_takes,
+    templated,
+)
 from laplace_lora.commands.reading.names import applying
+from laplace_lora.commands.reading.numbers import numbers_of
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
 from laplace_lora.likelihoods.language_modeling import IGNORED
@@ -71,13 +78,15 @@ class Inputs:
             return [applying(y, self.plan.names, n) for n, y in enumerate(labels, start=1)]
         if self.plan.likelihood == "regression":
             outputs = self.adapter.outputs
-            return [_numbers(y, n, outputs) for n, y in enumerate(labels, start=1)]
+            return [numbers_of(y, n, outputs) for n, y in enumerate(labels, start=1)]
         return list(classes_of(labels, self.plan.names, self.plan.labels_as)[0])
 
     def text(self, row: Row, number: int) -> Example:
         """Return a text, the prompt that an answer follows, or for a reward model both."""
         columns = self.plan.columns
         content = text_cell(row, columns.text, number, "text", "--text-field")
+        if self.adapter.kind != HEAD and isinstance(content, list) and columns.completion is None:
+            check_asks(content, number, columns.text)
         if self.plan.likelihood == "reward_modeling" and columns.completion is not None:
             answer = text_cell(row, columns.completion, number, "completion", "--completion-field")
             content = self._after(content, answer, number)
@@ -110,7 +119,7 @@ class Inputs:
         second = None if pair is None else row.get(pair) or None
         if isinstance(prompt, str) and second is not None:
             return list(self._tokens(prompt, second + answer, False)["input_ids"])
-        own = [{"role": "assistant", "content": answer}] if isinstance(prompt, list) else answer
+        own = [{"role": ASSISTANT, "content": answer}] if isinstance(prompt, list) else answer
         return list(self._tokens(self._after(prompt, own, 0), None, False)["input_ids"])
 
     def is_conversation(self, row: Row) -> bool:
@@ -127,10 +136,11 @@ class Inputs:
             prompt, answer = content[:-1], content[-1:]
             if after is not None:
                 check_text(after, number, "completion", name)
-                own = [{"role": "assistant", "content": after}] if isinstance(after, str) else after
+                own = [{"role": ASSISTANT, "content": after}] if isinstance(after, str) else after
                 prompt, answer = content, list(own)
-            if not prompt or answer[0].get("role") != "assistant":
+            if not prompt or answer[0].get("role") != ASSISTANT:
                 raise ValueError(f"row {number}: the last message is not the assistant's")
+            check_says(answer, number)
         elif columns.completion is None:
             if self.plan.chat:
                 raise ValueError(
@@ -144,9 +154,10 @@ class Inputs:
             prompt = content
             if self.plan.chat:
                 prompt = [{"role": "user", "content": content}]
-                answer = [{"role": "assistant", "content": answer}]
-        start = self._tokens(prompt, None, True)["input_ids"]
-        whole = self._tokens(prompt + answer, None, False)["input_ids"]
+                answer = [{"role": ASSISTANT, "content": answer}]
+        with template_takes(number):
+            start = self._tokens(prompt, None, True)["input_ids"]
+            whole = self._tokens(prompt + answer, None, False)["input_ids"]
         end = self.adapter.tokenizer.eos_token_id
         if not isinstance(prompt, list) and end is not None and whole[-1] != end:
             whole = [*whole, end]
@@ -165,7 +176,7 @@ class Inputs:
         if self.plan.chat and isinstance(prompt, str):
             return [
                 {"role": "user", "content": prompt},
-                {"role": "assistant", "content": answer},
+                {"role": ASSISTANT, "content": answer},
             ]
         return prompt + answer
 
@@ -179,7 +190,8 @@ class Inputs:
     def _cut(self, content: Any, second: str | None, number: int) -> Example:
         """Return an input; one that is too long is cut for a head, and refused for an answer."""
         is_head = self.adapter.kind == HEAD
-        found = self._tokens(content, second, not is_head)
+        with template_takes(number):
+            found = self._tokens(content, second, not is_head)
         limit, length = self.plan.max_length, len(found["input_ids"])
         if not length:
             raise ValueError(f"row {number} has no tokens")
@@ -206,10 +218,7 @@ class Inputs:
             if is_followed and found["input_ids"][-1:] == [tokenizer.eos_token_id]:
                 check_ends_open(tokenizer)  # unless the text has the token itself
             return found
-        if tokenizer.chat_template is None:
-            raise ValueError("the data are messages, but the tokenizer has no chat template")
-        options = {"add_generation_prompt": asks, "tokenize": True, "return_dict": True}
-        return dict(tokenizer.apply_chat_template(content, **options))
+        return templated(content, tokenizer, asks)
 
     def _checked(self, ids: list[int], labels: list[int], number: int) -> Example:
         limit = self.plan.max_length
@@ -241,26 +250,3 @@ class PairCollator:
             padded = self.pad([pair[half] for pair in pairs])
             batch |= {f"{name}_{half}": value for name, value in padded.items()}
         return batch
-
-
-def _numbers(label: Any, number: int, outputs: int) -> float | list[float]:
-    """Return a regression's target: a number, or a list of them for several outputs."""
-    values = label if isinstance(label, list) else [label]
-    try:
-        found = [float(value) for value in values]
-    except (TypeError, ValueError):
-        raise ValueError(f"row {number} has the label {label!r}, no number") from None
-    if not all(map(math.isfinite, found)):
-        raise ValueError(f"row {number} has the label {label!r}; expected finite numbers")
-    if len(found) != outputs:
-        raise ValueError(f"row {number} has the label {label!r}; expected {_targets(outputs)}")
-    return found if outputs > 1 else found[0]
-
-
-def _targets(outputs: int) -> str:
-    if outputs == 1:
-        return "a number"
-    return (
-        f"a list of {outputs} numbers, the targets of a regression, as model or options say; for "
-        "classes say --likelihood classification or multilabel"
-    )

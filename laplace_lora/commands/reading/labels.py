@@ -21,7 +21,8 @@ def classes_of(
 
     Args:
         labels: One for each row: a class's name, with or without spaces around it, or its number
-            from 0.
+            from 0. Of classes without names of their own also Hugging Face's (``LABEL_1``), and of
+            two of these ``True`` and ``False``.
         names: Names of the classes, in the order of the model's outputs.
         form: How the labels were read before, or are to be read, where they may be either:
             `NAMES` or `NUMBERS`; ``None`` if nobody has said. Where no class is called by a number,
@@ -34,14 +35,18 @@ def classes_of(
         ValueError: If a label means no class, some are only names and others only numbers, or
             names and numbers would be different classes and nobody has said which they are.
     """
+    if list(names) == ["0", "1"]:
+        labels = [int(label) if isinstance(label, bool) else label for label in labels]
     numbers = [_numbered(label, names) for label in labels]
     read: dict[str, list[int | None]] = {NAMES: _named(labels, names), NUMBERS: numbers}
     for row, label in enumerate(labels, start=1):
         if all(classes[row - 1] is None for classes in read.values()):
+            neither = ", and true and false are neither" if isinstance(label, bool) else ""
             raise ValueError(
                 f"row {row} has the label {label!r}; expected one of "
-                f"{', '.join(map(repr, names))}, or a number from 0 to {len(names) - 1}. --labels "
-                f"names the classes in the order of the model's outputs{if_numbers(label, names)}"
+                f"{', '.join(map(repr, names))}, or a number from 0 to {len(names) - 1}{neither}. "
+                "--labels names the classes in the order of the model's outputs"
+                f"{if_numbers(label, names)}"
             )
     whole = {
         way: [i for i in classes if i is not None]
@@ -84,7 +89,7 @@ def if_numbers(label: Any, names: Sequence[str]) -> str:
         names: Of the classes that it was taken for, one for each output.
     """
     values = label if isinstance(label, list) and len(label) == len(names) else [None]
-    if not all(isinstance(value, int | float) for value in values):
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         return ""
     return "; if these numbers are a regression's targets, say --likelihood regression"
 
@@ -92,6 +97,8 @@ def if_numbers(label: Any, names: Sequence[str]) -> str:
 def _named(labels: Sequence[Any], names: Sequence[str]) -> list[int | None]:
     """Return the class that each label names, ``None`` where there is none."""
     exact = {name: i for i, name in enumerate(names)}
+    if list(names) == list(map(str, range(len(names)))):
+        exact |= {f"LABEL_{i}": i for i in range(len(names))}
     count = Counter(name.strip() for name in names)
     bare = {name.strip(): i for name, i in exact.items() if count[name.strip()] == 1}
     return [exact.get(text, bare.get(text.strip())) for text in map(str, labels)]

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import io
 import json
-import os
 import sys
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from laplace_lora.commands.reading.folders import rows_of_folder
+from laplace_lora.commands.reading.tables import QUOTED, UNSETTLED, table_rows
+
 Row = dict[str, Any]
 
 JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz")
-TABLES = {".csv": ",", ".csv.gz": ",", ".tsv": "\t"}
+TABLES = {".csv": QUOTED, ".csv.gz": QUOTED, ".tsv": UNSETTLED}
 STANDARD = "-"
 EXAMPLE = '{"text": "..."}'  # of a line of JSON
 
@@ -38,26 +38,25 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
         ValueError: If a line cannot be read, there are no rows, the file's kind is unknown, or the
             split is.
     """
-    path = Path(source)
-    folder, colon, name = source.rpartition(":")
-    if colon and not path.exists() and Path(folder).is_dir():
-        path, split = Path(folder), name
+    path, named = folder_and_split(source)
+    split = split if named is None else named
     if split is not None and not path.is_dir():
         raise ValueError(f"--split {split}: {source} is no data set folder")
     if source != STANDARD and not path.exists():
         raise FileNotFoundError(f"{source}: there is no such file or folder")
+    kind = path.name.lower()
     if source == STANDARD:
         with _readable("standard input"), _standard_input() as lines:
             rows = list(_json_lines(lines, "standard input"))
     elif path.is_dir():
-        rows = _of_folder(path, split)
-    elif path.name.endswith(JSON_LINES):
+        rows = rows_of_folder(path, split)
+    elif kind.endswith(JSON_LINES):
         with _readable(source), _opened(path) as lines:
             rows = list(_json_lines(lines, source))
-    elif path.name.endswith(tuple(TABLES)):
-        delimiter = next(d for suffix, d in TABLES.items() if path.name.endswith(suffix))
+    elif kind.endswith(tuple(TABLES)):
+        form = next(form for suffix, form in TABLES.items() if kind.endswith(suffix))
         with _readable(source), _opened(path) as lines:
-            rows = list(_table(lines, delimiter, source))
+            rows = table_rows(lines, form, source)
     else:
         kinds = ", ".join((*JSON_LINES, *TABLES))
         raise ValueError(f"{source}: expected a file in {kinds}, a data set folder, or -")
@@ -66,9 +65,22 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
     return rows
 
 
+def folder_and_split(source: str) -> tuple[Path, str | None]:
+    """Return the file or folder of a source of rows, and the split that it names, if any.
+
+    Args:
+        source: See `read_rows`.
+    """
+    path = Path(source)
+    folder, colon, name = source.rpartition(":")
+    if colon and not path.exists() and Path(folder).is_dir():
+        return Path(folder), name
+    return path, None
+
+
 def _opened(path: Path) -> TextIO:
     # A byte order mark is no part of the first column's name.
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
     return path.open(encoding="utf-8-sig", newline="")
 
@@ -114,60 +126,3 @@ def _json_lines(lines: Iterable[str], place: str) -> Iterator[Row]:
                 f"{line.strip()[:60]}"
             )
         yield row
-
-
-def _table(lines: TextIO, delimiter: str, place: str) -> Iterator[Row]:
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
-    try:
-        for name, count in Counter(reader.fieldnames or ()).items():
-            if name and count > 1:
-                raise ValueError(f"{place} has {count} columns {name!r}; give each its own name")
-        for row in reader:
-            if None in row or None in row.values():
-                raise ValueError(
-                    f"{place}, line {reader.line_num}: expected {len(reader.fieldnames or ())} "
-                    "columns, as in the head line"
-                )
-            yield dict(row)
-    except csv.Error as error:
-        raise ValueError(f"{place}, line {reader.line_num}: {error}") from None
-
-
-def _of_folder(path: Path, split: str | None) -> list[Row]:
-    try:
-        import datasets
-    except ImportError:
-        raise ImportError(
-            f"{path} is a folder: reading data set folders requires `pip install datasets`"
-        ) from None
-    with _quietly(datasets):
-        written = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
-        data = datasets.load_from_disk(str(path)) if written else datasets.load_dataset(str(path))
-    if isinstance(data, datasets.DatasetDict):
-        names = list(data)
-        if split is None and len(names) > 1:
-            raise ValueError(
-                f"{path} has the splits {', '.join(names)}; choose one: {path}:{names[0]}"
-            )
-        if split is not None and split not in names:
-            raise ValueError(f"{path} has the splits {', '.join(names)}, and no {split}")
-        data = data[names[0] if split is None else split]
-    elif split is not None:
-        raise ValueError(f"{path} has no splits, and so no {split}")
-    return [dict(row) for row in data.with_format(None)]  # plain values, not tensors
-
-
-@contextmanager
-def _quietly(datasets: Any) -> Iterator[None]:
-    """Switch the library's progress bars off where this package's are."""
-    from laplace_lora.data.loaders import OFF, VARIABLE
-
-    change = os.environ.get(VARIABLE) in OFF and not datasets.are_progress_bars_disabled()
-    if change:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if change:
-            datasets.enable_progress_bars()

@@ -15,6 +15,7 @@ from laplace_lora.commands.reading.columns import (
     present_in,
 )
 from laplace_lora.commands.reading.completions import COMPLETIONS
+from laplace_lora.commands.reading.messages import ASSISTANT
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
 
@@ -91,8 +92,23 @@ def columns_said(plan: Plan, rows: Sequence[Row]) -> str:
         read.append(f"label {label!r}")
     left = [n for n in present_in(rows) if n not in (*texts, label)]
     said = f"Reads {' and '.join(read)}"
-    if not left:
-        return f"{said}."
-    more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
-    verb = "is" if len(left) == 1 else "are"
-    return f"{said}; {listed(left[:SHOWN])}{more} {verb} not read."
+    if left:
+        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+        verb = "is" if len(left) == 1 else "are"
+        said = f"{said}; {listed(left[:SHOWN])}{more} {verb} not read"
+    count = sum(_has_earlier_answers(columns, row) for row in rows)
+    if likelihood == "language_modeling" and count:
+        said = (
+            f"{said}. In {count} of {len(rows)} conversations the assistant answers several times: "
+            "the last answer of each is scored, earlier ones are read as context"
+        )
+    return f"{said}."
+
+
+def _has_earlier_answers(columns: Columns, row: Row) -> bool:
+    """Return whether a conversation has answers of the assistant's before its last message."""
+    messages = row.get(columns.text or "")
+    is_whole = columns.completion is None or row.get(columns.completion) is None
+    if not isinstance(messages, list) or not is_whole:
+        return False
+    return any(message["role"] == ASSISTANT for message in messages[:-1])

@@ -14,8 +14,12 @@ from transformers import (
     BertModel,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    FlaubertForSequenceClassification,
+    FunnelForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
+    XLMForSequenceClassification,
+    XLNetForSequenceClassification,
 )
 
 from laplace_lora.commands.reading.adapter import HEAD, load_adapter
@@ -33,12 +37,14 @@ def changed(folder, **values):
     return folder
 
 
-def saved(folder, base, target, words=None):
+def saved(folder, base, target, words=None, modules_to_save=None, **config):
     """Save a base model with its head, and an adapter; return the latter's folder."""
     base.save_pretrained(folder / "base")
     (words or tokenizer()).save_pretrained(folder / "base")
-    base = type(base).from_pretrained(folder / "base")
-    lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=[target])
+    base = type(base).from_pretrained(folder / "base", **config, ignore_mismatched_sizes=True)
+    lora = LoraConfig(
+        task_type="SEQ_CLS", r=2, target_modules=[target], modules_to_save=modules_to_save
+    )
     get_peft_model(base, lora).save_pretrained(folder / "adapter")
     return folder / "adapter"
 
@@ -56,6 +62,42 @@ def test_the_layer_before_the_head_does_not_count_the_classes(tmp_path):
         str(saved(tmp_path, DistilBertForSequenceClassification(config), "q_lin")), device="cpu"
     )
     assert loaded.outputs == 3
+
+
+LAST = {  # of models that do not call their last layer by the usual names
+    XLNetForSequenceClassification: (
+        {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16},
+        "layer_1",
+        ["sequence_summary", "logits_proj"],
+    ),
+    FunnelForSequenceClassification: (
+        {"block_sizes": [1, 1], "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 16},
+        "q_head",
+        None,
+    ),
+    FlaubertForSequenceClassification: (
+        {"emb_dim": 16, "n_layers": 1, "n_heads": 2, "pad_index": 0},
+        "q_lin",
+        ["sequence_summary"],
+    ),
+    XLMForSequenceClassification: (
+        {"emb_dim": 16, "n_layers": 1, "n_heads": 2, "pad_index": 0},
+        "q_lin",
+        ["sequence_summary"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LAST, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("outputs", [2, 3])
+def test_the_last_layer_may_have_a_name_of_its_own(tmp_path, kind, outputs):
+    sizes, target, whole = LAST[kind]
+    config = kind.config_class(vocab_size=SIZES["vocab_size"], **sizes)
+    folder = saved(tmp_path, kind(config), target, modules_to_save=whole, num_labels=outputs)
+    loaded = load_adapter(str(folder), device="cpu")
+    batch = tokenizer()(["the film was good"], return_tensors="pt")
+    logits = loaded.model(**batch).logits
+    assert loaded.outputs == outputs and logits.shape == (1, outputs)
 
 
 @pytest.mark.parametrize(("side", "expected"), [("right", 0), ("left", 1)])

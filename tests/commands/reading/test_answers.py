@@ -7,8 +7,10 @@ from laplace_lora.commands.answer_warnings import warn_if_other_tokens, warn_if_
 from laplace_lora.commands.reading.adapter import CAUSAL, SEQ2SEQ, Adapter
 from laplace_lora.commands.reading.answers import answer_tokens, target_tokens
 from laplace_lora.commands.reading.columns import Columns
+from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.planning import plan_fit
+from laplace_lora.commands.reading.prompt_ends import rows_by_end
 from support.on_disk import tokenizer
 from support.texts import byte_tokenizer, stripping_tokenizer
 
@@ -130,6 +132,33 @@ def test_what_follows_no_prompt_as_one_token_is_refused(kind, texts, names, mess
         found(adapter(kind), plan(*names), *texts)
 
 
+def test_every_way_in_which_prompts_end_is_looked_at():
+    """Not only rows in equal steps, which may all end alike."""
+    model, count = adapter("bytes"), 48
+    assert found(model, plan("no", "yes"), *["A:"] * count) == ["no", "yes"]
+    for odd in range(count):
+        texts = ["A:"] * count
+        texts[odd] = "A: "
+        with pytest.raises(ValueError, match=f"the prompt of row {odd + 1} by no single token"):
+            found(model, plan("no", "yes"), *texts)
+
+
+def test_rows_are_looked_at_by_the_last_token_of_their_prompts():
+    model = adapter("bytes", CHAT)
+    inputs = Inputs(model, plan("no", "yes"))
+    texts = ["A:"] * 40
+    texts[10], texts[21], texts[25] = "A:\n", "it", [{"role": "user", "content": "A:"}]
+    rows = [{"text": text} for text in texts]
+    steps = [1, 6, 11, 16, 21, 26, 31, 36]
+    assert rows_by_end(inputs, rows) == sorted({*steps, 11, 22, 26})
+    assert rows_by_end(Inputs(model, plan("no", "yes", chat=True)), rows) == steps
+    pairs = Inputs(model, Plan("classification", Columns("text", "pair"), ["a"], targets=True))
+    second = [{"text": "A:", "pair": text if isinstance(text, str) else None} for text in texts]
+    assert rows_by_end(pairs, second) == sorted({*steps, 11, 22})
+    many = [{"text": f"A{chr(0x100 + i)}"} for i in range(400)]
+    assert len(rows_by_end(inputs, many)) <= 128 + 8
+
+
 def test_a_space_is_taken_for_granted_before_every_answer_or_before_none():
     model = spaced_only()  # which reads "it:no" letter by letter, and "it:yes" not
     assert found(model, plan("yes", "no"), "it:") == ["▁yes", "▁no"]
@@ -165,15 +194,14 @@ def test_a_space_that_a_template_writes_may_begin_the_answers(kind, space, capsy
 
 
 def test_messages_behind_which_a_template_takes_no_answer_are_refused():
-    alternating = (
-        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-        "{{ raise_exception('Roles must alternate') }}{% endif %}{% endfor %}"
+    silent = (
+        "{% if messages[-1]['role'] == 'assistant' %}{{ raise_exception('Users ask') }}{% endif %}"
     )
-    model = adapter("bytes", alternating + CHAT)
-    begun = [{"role": "user", "content": "is it"}, {"role": "assistant", "content": "It is"}]
-    with pytest.raises(ValueError, match=r"row 1: .* \(Roles must alternate\), .* --no-chat"):
-        found(model, plan("no", "yes"), begun)
-    assert found(model, plan("no", "yes"), begun[:1]) == ["no", "yes"]
+    model = adapter("bytes", silent + CHAT)
+    with pytest.raises(
+        ValueError, match=r"row 1: .* takes no answer .* \(Users ask\); .* --no-chat"
+    ):
+        found(model, plan("no", "yes"), [{"role": "user", "content": "is it"}])
 
 
 def test_what_a_template_writes_before_an_answer_is_no_answer():

@@ -11,6 +11,7 @@ from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.labels import classes_of
 from laplace_lora.commands.reading.messages import are_written_out
 from laplace_lora.commands.reading.names import applying
+from laplace_lora.commands.reading.numbers import numbers_of
 from laplace_lora.commands.reading.plan import Plan
 from support.on_disk import WORDS, tokenizer
 
@@ -87,6 +88,12 @@ def test_a_regression_s_label_is_finite(label):
         regression.labelled([{"text": "the film", "label": label}])
 
 
+@pytest.mark.parametrize("label", [True, [1.0, False], "yes", None])
+def test_what_is_no_number_is_no_regression_s_label(label):
+    with pytest.raises(ValueError, match=r"row 2 has the label .*, no number"):
+        numbers_of(label, 2, 2)
+
+
 @pytest.mark.parametrize("value", [42, 4.2, True, ["the film"], {"role": "user"}])
 def test_what_is_neither_text_nor_messages_is_refused_as_such(value):
     row = {"text": value, "text_pair": value, "completion": value, "chosen": value}
@@ -139,6 +146,102 @@ def test_a_column_of_messages_holds_no_texts():
     chat = inputs(kind=CAUSAL, chat=True, columns=Columns(text="messages"))
     with pytest.raises(ValueError, match=r"row 1: its column 'messages' .* as JSON lines, or"):
         chat.text({"messages": "the film"}, 1)
+
+
+def test_a_prompt_that_holds_its_answer_is_refused_where_the_next_token_is_read():
+    row = {"text": TURNS, "chosen": TURNS, "rejected": TURNS}
+    for likelihood, kind in (("classification", CAUSAL), ("language_modeling", CAUSAL)):
+        asked = inputs(likelihood, kind, chat=True, columns=Columns("text"))
+        with pytest.raises(
+            ValueError, match=r"row 3: the last message in its column 'text' is the"
+        ):
+            asked.text(row, 3)
+    scored = inputs("language_modeling", CAUSAL, chat=True, columns=Columns("text"))
+    assert scored.scored(row, 3)["labels"][-2:] == ids("good [EOS]")
+    assert inputs(chat=True).text(row, 3)["input_ids"][-2:] == ids("good [EOS]")
+    assert inputs("reward_modeling", chat=True, columns=Columns()).preference(row, 3)
+    few = [*TURNS, {"role": "user", "content": "the film"}]
+    asked = inputs(kind=CAUSAL, chat=True)
+    assert asked.text({"text": few}, 1)["input_ids"][-2:] == ids("assistant :")
+
+
+@pytest.mark.parametrize(
+    ("content", "written"),
+    [
+        ({}, "nothing"),
+        ({"content": None}, "null"),
+        ({"content": 7}, "7"),
+        ({"content": []}, r"\[\]"),
+    ],
+)
+def test_messages_without_a_content_are_refused(content, written):
+    row = {"text": [TURNS[0], {"role": "user", **content}]}
+    turn = [{"role": "assistant", **content}]
+    both, pairs = inputs("language_modeling", CAUSAL, chat=True), inputs("reward_modeling")
+    for place, name, call in (
+        (2, "text", lambda: inputs(chat=True).text(row, 3)),
+        (2, "text", lambda: both.scored(row, 3)),
+        (1, "completion", lambda: both.scored({"text": TURNS, "completion": turn}, 3)),
+        (1, "chosen", lambda: pairs.preference({"chosen": turn}, 3)),
+    ):
+        message = f"row 3: message {place} in its column '{name}' has {written} as its content"
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_calls_of_tools_and_empty_messages_have_a_content():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
+    row = {"text": [{"role": "system", "content": ""}, TURNS[0], call, TURNS[1]]}
+    both = inputs("language_modeling", CAUSAL, chat=True)
+    assert both.scored(row, 1)["labels"][-2:] == ids("good [EOS]")
+    assert both.scored({"text": [TURNS[0], {**call, "content": ""}]}, 1)
+
+
+def test_an_answer_in_which_the_assistant_says_nothing_is_refused():
+    nothing, both = {"role": "assistant", "content": ""}, inputs("language_modeling", CAUSAL)
+    for row in (
+        {"text": [TURNS[0], nothing]},
+        {"text": TURNS[:1], "completion": [nothing]},
+        {"text": TURNS[:1], "completion": ""},
+    ):
+        with pytest.raises(ValueError, match="row 3: the assistant's answer is empty"):
+            replace(both, adapter=inputs(kind=CAUSAL, chat=True).adapter).scored(row, 3)
+
+
+def test_parts_that_a_template_does_not_read_are_refused():
+    row = {"text": [{"role": "user", "content": [{"type": "text", "text": "the film"}]}]}
+    chat = inputs(chat=True)
+    with pytest.raises(
+        ValueError, match=r"row 3: .* \(it writes a content of several parts as it "
+    ):
+        chat.text(row, 3)
+    chat.adapter.tokenizer.chat_template = (
+        "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}"
+    )
+    assert chat.text(row, 3)["input_ids"] == ids("the film")
+
+
+def test_messages_that_a_template_does_not_take_are_named():
+    raising = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system') }}{% endif %}"
+    )
+    row = {"text": [{"role": "system", "content": "film"}, *TURNS]}
+    both, pairs = (
+        inputs("language_modeling", CAUSAL, chat=True),
+        inputs("reward_modeling", chat=True),
+    )
+    head = inputs(chat=True)
+    for call in (
+        lambda: head.text(row, 3),
+        lambda: both.scored(row, 3),
+        lambda: pairs.preference({"text": row["text"], "chosen": TURNS, "rejected": TURNS}, 3),
+    ):
+        for found in (head, both, pairs):
+            found.adapter.tokenizer.chat_template = raising
+        with pytest.raises(
+            ValueError, match=r"row 3: the chat template .* \(No system\)\. .*--no-ch"
+        ):
+            call()
 
 
 def test_a_completion_is_scored_after_its_prompt_and_ends():
@@ -263,6 +366,10 @@ def test_a_column_is_there_if_any_row_has_it():
         (["bad", "good"], [1, 0], "names", ([1, 0], "numbers")),
         (["bad", "good"], [0.0, "1.0", 1], None, ([0, 1, 1], "numbers")),
         (["1.0", "2.0", "3.0"], [1.0, "2.0"], None, ([0, 1], "names")),
+        (["0", "1"], [True, False, 1], None, ([1, 0, 1], None)),
+        (["True", "False"], [True, False], None, ([0, 1], "names")),
+        (["0", "1", "2"], ["LABEL_2", "LABEL_0"], None, ([2, 0], "names")),
+        (["LABEL_1", "LABEL_0"], ["LABEL_0"], None, ([1], "names")),
     ],
 )
 def test_the_labels_of_a_file_are_all_names_or_all_numbers(names, labels, form, expected):
@@ -274,6 +381,9 @@ def test_the_labels_of_a_file_are_all_names_or_all_numbers(names, labels, form, 
     [
         (["a", "b"], [0.0, 0.5], None, "row 2 has the label 0.5"),
         (["a", "b"], ["a", "-1"], None, "row 2 has the label '-1'"),
+        (["a", "b"], [True], None, "row 1 has the label True; .*true and false are neither"),
+        (["0", "1", "2"], [True], None, "row 1 has the label True; .*true and false are neither"),
+        (["a", "b"], ["LABEL_1"], None, "row 1 has the label 'LABEL_1'; expected one of 'a', 'b'"),
         (["a", "b"], ["a", 1], None, "row 1 has 'a', only a name, and row 2 has 1, only a number"),
         (["1", "2", "3"], [0, 3], None, "row 2 has 3, only a name, and row 1 has 0, only a number"),
         (["1", "2", "3"], [1, 2], None, "1 in row 1 is the name of class 0, and the number of '2'"),

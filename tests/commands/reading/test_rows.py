@@ -1,5 +1,6 @@
 """Rows are read from every kind of data, and bad lines are named."""
 
+import csv
 import gzip
 import io
 import sys
@@ -8,7 +9,7 @@ import pytest
 
 from laplace_lora.commands.reading.rows import read_rows
 from support.command_line import refused
-from support.on_disk import write_table
+from support.on_disk import write_json_lines, write_table
 
 ROWS = [{"text": "a, b", "label": "1"}, {"text": 'the "film"\nwas', "label": "0"}]
 
@@ -58,7 +59,11 @@ def test_tables_keep_quoted_commas_and_lines(tmp_path):
         ("x.jsonl", "text,label\n", "line 1: expected a JSON object, .* got text,label"),
         ("x.csv", "text,label\na,b,c\n", "line 2: expected 2 columns"),
         ("x.csv", "text,label\na\n", "line 2: expected 2 columns"),
-        ("x.csv", 'text,label\n"a\n', "line 1: unexpected end of data"),
+        ("x.csv", 'text,label\n"a\nb\n', "line 3, of a row that begins in 2: unexpected end of"),
+        ("x.csv", 'text,label\na,1\n"a" b,1\n', "line 3: .* or save the data as JSON lines"),
+        ("x.csv", "text;label\na, b;1\n", "columns are separated by semicolons. Save it with com"),
+        ("x.csv", "text\tlabel\na, b\t1\n", "columns are separated by tabs. Save it with commas"),
+        ("x.tsv", 'text\tlabel\n"a\t1\nb\n', "line 3: expected 2 columns"),
         ("x.csv", "text,label,label\na,0,1\n", "has 2 columns 'label'"),
         ("x.parquet", "", "expected a file in .jsonl"),
     ],
@@ -68,6 +73,43 @@ def test_bad_files_are_named(tmp_path, name, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_rows(str(path))
+
+
+@pytest.mark.parametrize("name", ["x.TSV", "x.CSV", "x.JSONL"])
+def test_suffixes_may_be_in_capitals(tmp_path, name):
+    row = '{"text": "a", "label": "1"}\n'
+    content = {"x.TSV": "text\tlabel\na\t1\n", "x.CSV": "text,label\na,1\n", "x.JSONL": row}
+    (tmp_path / name).write_text(content[name])
+    assert read_rows(str(tmp_path / name)) == [{"text": "a", "label": "1"}]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ['"a', "b", 'c"', "d"],
+        ['"a" b', "c"],
+        ['""a"" b', "c"],
+        ['"a', "b"],
+        ['a "b"', 'c "'],
+    ],
+)
+def test_quotation_marks_of_a_table_with_tabs_may_be_plain(tmp_path, texts):
+    """As in the files of GLUE, in which one at the beginning of a text runs no rows together."""
+    path = tmp_path / "x.tsv"
+    path.write_text("text\tlabel\n" + "".join(f"{text}\t{i}\n" for i, text in enumerate(texts)))
+    expected = [{"text": text, "label": str(i)} for i, text in enumerate(texts)]
+    assert read_rows(str(path)) == expected
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+@pytest.mark.parametrize("texts", [['"a" b', "c"], ["a\nb", "c"], ["a\tb", '"c"'], ["a", "b"]])
+def test_quotation_marks_of_a_table_with_tabs_may_surround_cells(tmp_path, texts, quoting):
+    rows = [{"text": text, "label": str(i)} for i, text in enumerate(texts)]
+    with (tmp_path / "x.tsv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter="\t", quoting=quoting)
+        writer.writeheader()
+        writer.writerows(rows)
+    assert read_rows(str(tmp_path / "x.tsv")) == rows
 
 
 def test_files_that_are_not_read_to_their_end_are_named(tmp_path):
@@ -126,6 +168,29 @@ def test_files_as_on_the_hub_are_read_quietly_if_asked(tmp_path, monkeypatch, ca
     assert [str(value) for value in found[0].values()] == list(ROWS[1].values())
     assert "examples/s" not in capfd.readouterr().err
     assert not datasets.are_progress_bars_disabled()
+
+
+def test_files_of_a_folder_are_all_read_or_refused_by_name(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    write_json_lines(folder / "a.jsonl", ROWS)
+    write_table(folder / "b.csv", ROWS)
+    with pytest.raises(
+        ValueError, match=r"several kinds, a\.jsonl \(JSON\), b\.csv \(CSV\), of wh"
+    ):
+        read_rows(str(folder))
+    (folder / "b.csv").unlink()
+    write_json_lines(folder / "b.json", ROWS[:1])
+    assert len(read_rows(str(folder))) == 3
+    for name in ("train.jsonl", "train-1.jsonl"):  # beside which others are no part of a split
+        write_json_lines(folder / name, ROWS[:1])
+    write_table(folder / "results.csv", ROWS)
+    assert len(read_rows(f"{folder}:train")) == 2
+    write_table(folder / "test.csv", ROWS)
+    with pytest.raises(ValueError, match=r"several kinds, .*test\.csv"):
+        read_rows(f"{folder}:train")
 
 
 def test_without_datasets_a_folder_is_refused_by_name(tmp_path, monkeypatch):

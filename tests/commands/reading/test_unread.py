@@ -95,3 +95,14 @@ def test_other_columns_are_left_out():
 )
 def test_columns_are_named(row, kind, outputs, options, said):
     assert columns_said(planned(row, kind, outputs, **options), [row]) == said
+
+
+def test_earlier_answers_of_conversations_are_said_to_be_context():
+    turn, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    rows = [{"messages": [turn, answer] * n} for n in (1, 2, 3)]
+    said = "Reads 'messages'. In 2 of 3 conversations the assistant answers several times: the last"
+    assert columns_said(planned(rows[0], CAUSAL), rows).startswith(said)
+    assert columns_said(planned(rows[0], CAUSAL), rows[:1]) == "Reads 'messages'."
+    completed = {"prompt": rows[1]["messages"], "completion": [answer]}  # is scored, not the prompt
+    plan = planned(completed, CAUSAL)
+    assert columns_said(plan, [completed]) == "Reads 'prompt' and 'completion'."

@@ -1,0 +1,50 @@
+"""Which rows show all ways in which prompts end, on which depends how answers are read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from laplace_lora.commands.reading.inputs import Inputs
+from laplace_lora.commands.reading.rows import Row
+
+SPREAD = 8  # rows that are looked at in any case
+ENDS = 128  # last tokens of prompts, the most frequent ones
+LENGTH = 16  # of the end of a prompt, in characters, that decides on its last token
+
+
+def rows_by_end(inputs: Inputs, rows: Sequence[Row]) -> list[int]:
+    """Return numbers of rows, from 1: some in equal steps, and one for each last token of a prompt.
+
+    A token reaches over few characters, so that of each prompt only the end is tokenized. Behind
+    a chat template all prompts end as the template has them end.
+
+    Args:
+        inputs: How rows become the model's inputs.
+        rows: At least one.
+    """
+    count = min(len(rows), SPREAD)
+    numbers = {1 + i * len(rows) // count for i in range(count)}
+    ends = [_end(inputs, row) for row in rows]
+    tokens = _last_tokens(sorted(set(ends)), inputs.adapter.tokenizer)
+    frequent = dict(Counter(tokens[end] for end in ends).most_common(ENDS))
+    first = {tokens[end]: n for n, end in reversed(list(enumerate(ends, start=1)))}
+    return sorted(numbers.union(n for token, n in first.items() if token in frequent))
+
+
+def _last_tokens(ends: Sequence[str], tokenizer: Any) -> dict[str, tuple[int, ...]]:
+    """Return the last token of each text, none of one that has none."""
+    if not any(ends):
+        return dict.fromkeys(ends, ())
+    ids = tokenizer(list(ends), add_special_tokens=False)["input_ids"]
+    return {end: tuple(tokens[-1:]) for end, tokens in zip(ends, ids, strict=True)}
+
+
+def _end(inputs: Inputs, row: Row) -> str:
+    """Return the last characters before the answer, nothing where a template writes them."""
+    columns = inputs.plan.columns
+    if inputs.is_conversation(row):
+        return ""
+    text = (columns.pair and row.get(columns.pair)) or row.get(columns.text or "")
+    return text[-LENGTH:] if isinstance(text, str) else ""
