@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from laplace_lora.adapters.packed_weights import bits_of
-from laplace_lora.adapters.peft_state import (
-    adapter_parameters,
-    adapter_settings,
-    replaced_parameters,
-)
+from laplace_lora.adapters.peft_state import adapter_parameters, replaced_parameters
 from laplace_lora.adapters.plain_names import plain_names
 from laplace_lora.data.sharding import in_pieces, whole
 from laplace_lora.storage.fingerprint import (
@@ -22,9 +16,9 @@ from laplace_lora.storage.fingerprint import (
     exact_fingerprint,
     sampled_fingerprint,
 )
+from laplace_lora.storage.same_function import check_function, function_identity, layers_key
 from laplace_lora.structures.posterior import Posterior
 
-SETTINGS = "adapter_settings"
 IN_USE = "base_in_use"
 BUFFERS = "buffers"
 BASE_BITS = "base_bits"
@@ -50,9 +44,7 @@ def identity(posterior: Posterior, plain: bool = True) -> dict[str, Any]:
         "base": sampled_fingerprint(base),
         IN_USE: sampled_fingerprint(base_in_use(posterior, plain)),
         BUFFERS: buffer_fingerprint(posterior.source),
-        SETTINGS: hashlib.sha256(
-            json.dumps(adapter_settings(posterior.source, plain), sort_keys=True).encode()
-        ).hexdigest(),
+        **function_identity(posterior.source, plain),
     }
 
 
@@ -81,7 +73,7 @@ def known_identity(posterior: Posterior, saved: Mapping[str, Any]) -> tuple[dict
         The identity, and the ``plain`` that it was made with.
     """
     found = identity(posterior)
-    named = [name for name in ("parameters", _base_key(saved), SETTINGS) if name in saved]
+    named = [name for name in ("parameters", _base_key(saved), layers_key(saved)) if name in saved]
     if any(saved[name] != found[name] for name in named):
         earlier = identity(posterior, plain=False)
         if all(saved[name] == earlier[name] for name in named):
@@ -180,14 +172,13 @@ def check_identity(
         BUFFERS: "the base model's buffers (running statistics of batch normalisation, say) differ "
         "from those that the posterior was fitted with; PEFT does not save them with the adapter, "
         "so save the base model as it was at the fit, and load that",
-        SETTINGS: "the adapter's configuration differs from the one that the posterior was fitted "
-        "with (lora_alpha, use_rslora, use_dora or the layers' scaling)",
     }
     for name, reason in reasons.items():
-        if name in (BUFFERS, SETTINGS) and name not in saved:
+        if name == BUFFERS and name not in saved:
             continue  # files of earlier versions do not have them
         if saved[name] != found[name]:
             raise ValueError(reason)
+    check_function(saved, found)
 
 
 def _other_bits(saved: Mapping[str, Any], posterior: Posterior | None) -> str:
