@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from laplace_lora.adapters.configuration import active_configurations
 from laplace_lora.adapters.packed_weights import bits_of
+from laplace_lora.adapters.peft_files import base_changing_start
 from laplace_lora.adapters.peft_state import adapter_parameters, replaced_parameters
 from laplace_lora.adapters.plain_names import plain_names
 from laplace_lora.data.sharding import in_pieces, whole
@@ -168,7 +170,7 @@ def check_identity(
         "adapter": "other trained weights of the adapter have changed since the posterior was "
         "fitted",
         _base_key(saved): "the base model differs from the one that the posterior was fitted on"
-        + _other_bits(saved, posterior),
+        + (_other_bits(saved, posterior) or _changed_by_loading(posterior)),
         BUFFERS: "the base model's buffers (running statistics of batch normalisation, say) differ "
         "from those that the posterior was fitted with; PEFT does not save them with the adapter, "
         "so save the base model as it was at the fit, and load that",
@@ -190,3 +192,18 @@ def _other_bits(saved: Mapping[str, Any], posterior: Posterior | None) -> str:
         return ""
     fitted, given = ("not quantised" if n is None else f"in {n} bits" for n in (then, now))
     return f": that was {fitted}, and this one is {given}; load it in the same way"
+
+
+def _changed_by_loading(posterior: Posterior | None) -> str:
+    """Return that an adapter changes its base model, and how its posterior can be loaded."""
+    configs = [] if posterior is None else active_configurations(posterior.source)
+    starts = [start for config in configs if (start := base_changing_start(config))]
+    if not starts:
+        return ""
+    return (
+        f": loading an adapter with init_lora_weights={starts[0]!r} changes the base model, and "
+        "not as before where the start was drawn at random (pissa_niter) or computed from data "
+        "(lora_ga, corda). Take the model of the fit, set its "
+        "peft_config[...].init_lora_weights = True, save the adapter, and then the base model as "
+        "it is (model.unload().save_pretrained(...)): the posterior loads around these"
+    )

@@ -161,6 +161,29 @@ def test_training_and_bookkeeping_are_no_settings_of_the_function(tmp_path):
     assert torch.equal(again(BATCH), expected)
 
 
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights:UserWarning")
+def test_a_base_model_that_loading_changes_at_random_can_be_saved(tmp_path):
+    def loaded(base, folder):
+        return PeftModel.from_pretrained(base, folder).eval()
+
+    config = LoraConfig(r=2, init_lora_weights="pissa_niter_2", **VALUES)
+    model = adapted(base_model("bert"), config).eval()
+    la = saved(model, tmp_path)
+    expected = la(BATCH)
+    model.save_pretrained(tmp_path / "again")
+    torch.manual_seed(5)
+    base = base_model("bert")
+    torch.manual_seed(6)
+    with pytest.raises(ValueError, match=r"'pissa_niter_2' changes .*init_lora_weights = True"):
+        KronLoraLaplace.from_pretrained(loaded(base, tmp_path / "again"), tmp_path)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "adapter")
+    model.unload().save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    again = KronLoraLaplace.from_pretrained(loaded(base, tmp_path / "adapter"), tmp_path)
+    torch.testing.assert_close(again(BATCH), expected)
+
+
 def test_factors_that_are_tensors_are_read():
     found, expected = adapter_settings(lora(prepared=True)), adapter_settings(lora())
     assert found.keys() == expected.keys() and len(found) == 4
