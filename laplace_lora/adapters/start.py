@@ -19,7 +19,8 @@ from laplace_lora.adapters.configuration import configurations
 from laplace_lora.data.inapplicable import InapplicableError
 
 ROUNDING = 8  # units in the last place of the largest output
-STARTS_AT_ZERO = (True, "gaussian", "eva")
+# What LoRA starts at the base model with; "orthogonal" has a lora_B whose product with lora_A is 0.
+STARTS_AT_ZERO = (True, "gaussian", "eva", "orthogonal")
 # With these values a layer gives what its base layer gives, and its derivative is not zero. Where
 # several tensors are factors of one product it is the last of them, as LoRA's B is.
 UNCHANGED = {
