@@ -206,7 +206,8 @@ def _check_covered(owner_counts: dict[str, int]) -> None:
             "weights and biases of nn.Linear, Conv1D and plain nn.Conv2d modules, AdaLoRA on "
             "linear ones and LoRA on embeddings are covered. Freeze them first, for example with "
             "`model.get_parameter(name).requires_grad_(False)`, or give them a diagonal block with "
-            "uncovered='diag' (an exact posterior stays exact)"
+            "uncovered='diag' (an exact posterior stays exact), an argument of the posterior or of "
+            "its backend"
         )
     if tied:
         raise ValueError(
