@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from laplace_lora.adapters.activation import adalora_layers
 from laplace_lora.adapters.diagonal_maps import ElementwiseMap, WholeTensor, maps_and_blocks
 from laplace_lora.adapters.maps import Block, ConvMap, LinearMap
+from laplace_lora.adapters.packed_weights import packed_parts
 from laplace_lora.adapters.peft_maps import EmbeddingMap, TripletMap
 from laplace_lora.adapters.peft_state import check_adapters
 from laplace_lora.adapters.scaling_maps import IA3Map, VeraMap
@@ -71,13 +72,24 @@ def linear_maps(model: nn.Module) -> Iterator[LinearMap]:
         if not isinstance(module, nn.Linear | Conv1D):
             continue
         transposed = isinstance(module, Conv1D)
-        if transposed:
-            q, p = module.weight.shape
-        else:  # a quantised weight is packed, so its shape is of no use
-            q, p = module.in_features, module.out_features
+        q, p = _sizes(module)
         # lora_A and lora_B are dictionaries of modules, two levels below the adapted layer.
         layer = layers.get(name.rpartition(".")[0].rpartition(".")[0])
         yield LinearMap(name, module, q, p, transposed, layer)
+
+
+def _sizes(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """Return how long a linear layer's inputs and outputs are.
+
+    A weight that PEFT has swapped in has another rank than the layer says; one that is packed, or
+    that processes hold in pieces, does not tell.
+    """
+    weight = module.weight
+    if isinstance(module, Conv1D):
+        return weight.shape[0], weight.shape[1]
+    if weight.ndim == 2 and not packed_parts(weight):
+        return weight.shape[1], weight.shape[0]
+    return module.in_features, module.out_features
 
 
 def elementwise_maps(model: nn.Module) -> Iterator[LinearMap]:
@@ -194,7 +206,8 @@ def _check_covered(owner_counts: dict[str, int]) -> None:
             "weights and biases of nn.Linear, Conv1D and plain nn.Conv2d modules, AdaLoRA on "
             "linear ones and LoRA on embeddings are covered. Freeze them first, for example with "
             "`model.get_parameter(name).requires_grad_(False)`, or give them a diagonal block with "
-            "uncovered='diag' (an exact posterior stays exact)"
+            "uncovered='diag' (an exact posterior stays exact), an argument of the posterior or of "
+            "its backend"
         )
     if tied:
         raise ValueError(

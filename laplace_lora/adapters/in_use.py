@@ -9,6 +9,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from laplace_lora.adapters.peft_state import adapter_parameters, check_adapters
+from laplace_lora.adapters.plain_names import adapters_in
 from laplace_lora.data.sharding import in_pieces
 
 
@@ -85,9 +86,9 @@ def _inactive(
 ) -> list[str]:
     """Return the names of those tensors whose adapter is not active."""
     holders = (m for _, m in modules if isinstance(m, (BaseTunerLayer, ModulesToSaveWrapper)))
-    active = {adapter for holder in holders for adapter in holder.active_adapters}
+    idle = {name for holder in holders for name in adapters_in(holder) - {*holder.active_adapters}}
     # Asked for every batch: most names tell it, and looking the rest up takes longer.
-    unclear = [(name, p) for name, p in tensors if active and not active & set(name.split("."))]
+    unclear = [(name, p) for name, p in tensors if idle & set(name.split("."))] if idle else []
     is_active = adapter_parameters(modules[0][1]) if unclear else {}
     return [name for name, p in unclear if is_active.get(id(p)) is False]
 

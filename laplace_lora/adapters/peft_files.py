@@ -57,7 +57,8 @@ def check_saves_adapters(model: nn.Module) -> None:
             "for every adapter that is loaded, so that several would answer wrongly; convert the "
             "adapter to plain LoRA (save_pretrained with path_initial_model_for_weight_conversion) "
             "and fit a posterior on that, or save the base model as it is now, set "
-            "peft_config[...].init_lora_weights = True, and serve with that base model"
+            "peft_config[...].init_lora_weights = True, and serve with that base model (tune with "
+            "method='marglik', as the saved base model is not where training started)"
         )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
+import torch
 from peft import PeftModel
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora.variants import ALoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -69,10 +72,9 @@ def adapter_tensors(
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             base_ids = {id(t) for _, t in tensors(module.get_base_layer())}
-            active = set(module.active_adapters)
             for name, t in tensors(module):
                 if id(t) not in base_ids:
-                    is_active[id(t)] = bool(active & set(name.split(".")))
+                    is_active[id(t)] = adapter_of(module, name) in module.active_adapters
         elif isinstance(module, ModulesToSaveWrapper):
             for name, copy in module.modules_to_save.items():
                 for _, t in tensors(copy):
@@ -172,6 +174,21 @@ def check_has_adapter(model: nn.Module) -> None:
         )
 
 
+def adapter_of(layer: nn.Module, name: str) -> str | None:
+    """Return the adapter that a tensor of one of PEFT's layers belongs to.
+
+    Args:
+        layer: The layer, which keeps tensors of several adapters in dictionaries.
+        name: The tensor's name in it.
+    """
+    module: object = layer
+    for part, following in pairwise(name.split(".")):
+        module = getattr(module, part, None)
+        if isinstance(module, nn.ModuleDict | nn.ParameterDict | BufferDict):
+            return following
+    return None
+
+
 def adapter_settings(model: nn.Module, plain: bool = True) -> dict[str, Any]:
     """Return what an active adapter's configuration changes about its outputs, as plain values.
 
@@ -193,10 +210,19 @@ def adapter_settings(model: nn.Module, plain: bool = True) -> dict[str, Any]:
                 settings[name] = [
                     type(layer).__name__,
                     None if variant is None else type(variant).__name__,
-                    float(found) if isinstance(found, int | float) else None,
+                    _factor(found),
                     bool(getattr(layer, "fan_in_fan_out", False)),
                 ]
     return settings
+
+
+def single(setting: Sequence[Any]) -> list[Any]:
+    """Return a layer's setting with its factor in single precision, as PEFT's tensors have it.
+
+    Args:
+        setting: One of `adapter_settings`.
+    """
+    return [torch.tensor(x).float().item() if type(x) is float else x for x in setting]
 
 
 def tuner_layers(model: nn.Module) -> list[nn.Module]:
@@ -212,7 +238,13 @@ def scalings(layers: Iterable[nn.Module]) -> list[dict[str, float]]:
     """
     found = (getattr(layer, "scaling", None) for layer in layers)
     return [
-        {name: float(value) for name, value in each.items() if isinstance(value, int | float)}
+        {name: factor for name, value in each.items() if (factor := _factor(value)) is not None}
         for each in found
         if isinstance(each, dict)
     ]
+
+
+def _factor(value: Any) -> float | None:
+    """Return a layer's factor; PEFT makes it a tensor for compiled models that swap adapters."""
+    is_one = isinstance(value, Tensor) and value.numel() == 1 and value.device.type != "meta"
+    return float(value) if is_one or isinstance(value, int | float) else None

@@ -16,9 +16,15 @@ def adapts(layer: BaseTunerLayer) -> bool:
 
     PEFT says of all its layers that the same adapter is active.
     """
+    return bool(adapters_in(layer) & set(layer.active_adapters))
+
+
+def adapters_in(layer: BaseTunerLayer | ModulesToSaveWrapper) -> set[str]:
+    """Return the adapters, active or idle, that have tensors of their own in a layer."""
+    if isinstance(layer, ModulesToSaveWrapper):
+        return set(layer.modules_to_save)
     held = (getattr(layer, name, {}) for name in layer.adapter_layer_names)
-    adapters = {key for each in held if hasattr(each, "keys") for key in each}
-    return bool(adapters & set(layer.active_adapters))
+    return {key for each in held if hasattr(each, "keys") for key in each}
 
 
 def plain_names(model: nn.Module) -> Callable[[str], str]:

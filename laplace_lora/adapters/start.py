@@ -15,10 +15,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from laplace_lora.adapters.configuration import configurations
 from laplace_lora.data.inapplicable import InapplicableError
 
 ROUNDING = 8  # units in the last place of the largest output
-STARTS_AT_ZERO = (True, "gaussian", "eva")
+# What LoRA starts at the base model with; "orthogonal" has a lora_B whose product with lora_A is 0.
+STARTS_AT_ZERO = (True, "gaussian", "eva", "orthogonal")
 # With these values a layer gives what its base layer gives, and its derivative is not zero. Where
 # several tensors are factors of one product it is the last of them, as LoRA's B is.
 UNCHANGED = {
@@ -73,7 +75,7 @@ def at_base(model: nn.Module) -> list[tuple[nn.Parameter, float]]:
         found += here
     if not found:
         raise ValueError("the model has no adapter in its layers")
-    for config in _configs(model, active):
+    for config in configurations(model, active):
         _check(config)
     return found
 
@@ -129,7 +131,8 @@ def base_biases_were_trained(model: nn.Module) -> bool:
         model: Any module with an adapter.
     """
     active = {adapter for _, _, adapter in _active_layers(model)}
-    return any(getattr(config, "bias", "none") != "none" for config in _configs(model, active))
+    configs = configurations(model, active)
+    return any(getattr(config, "bias", "none") != "none" for config in configs)
 
 
 @torch.no_grad()
@@ -158,14 +161,6 @@ def values_at_start(model: nn.Module, head: nn.Module | None) -> list[tuple[nn.P
             dora = layer.lora_magnitude_vector[adapter]
             values[dora.weight] = _norms(layer, adapter, dora)
     return list(values.items())
-
-
-def _configs(model: nn.Module, adapters: set[str]) -> Iterator[Any]:
-    """Yield the configurations of adapters."""
-    for module in model.modules():
-        configs = getattr(module, "peft_config", None)
-        if isinstance(configs, dict):
-            yield from (configs[name] for name in adapters & set(configs))
 
 
 def _replaced(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:

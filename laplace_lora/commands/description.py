@@ -21,7 +21,8 @@ from laplace_lora.display.tables import short, span
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.storage.files import read_files
-from laplace_lora.storage.identity import BUFFERS, IN_USE, SETTINGS
+from laplace_lora.storage.identity import BUFFERS, IN_USE
+from laplace_lora.storage.same_function import SETTINGS
 from laplace_lora.structures.sizes import MIB, kron_size
 
 FINGERPRINTS = ("weights", "adapter", "base", IN_USE, BUFFERS, SETTINGS)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from laplace_lora.adapters.configuration import function_settings
 from laplace_lora.adapters.frozen_values import frozen_values
-from laplace_lora.adapters.peft_state import adapter_settings
 from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.data.distributed import Together, together
 from laplace_lora.data.one_draw import same_draw
@@ -189,7 +189,7 @@ class Fitter:
             n_outputs=n_outputs,
             loss_gradient=gradient,
             frozen=frozen_values(posterior.source, posterior.engine.parameters),
-            adapter=adapter_settings(posterior.source),
+            adapter=function_settings(posterior.source),
         )
 
     def _loss_of(self, loader: Iterable[Any], team: Together) -> tuple[float, int | None]:

@@ -17,6 +17,7 @@ from laplace_lora.models.tolerances import near
 
 TEXT = ("input_ids", "attention_mask")
 UNREAD = (*TEXT, "labels")  # need no look
+TASKS = "task_ids"  # which Poly and multitask prompt tuning need, and no transformer names
 
 
 def left_padded(inputs: Any, device: torch.device, config: Any) -> tuple[Tensor, Tensor]:
@@ -66,15 +67,20 @@ def check_text_suffices(model: TokenModel, inputs: Any) -> None:
     check_adapter(inputs)
     others = [key for key in inputs if key not in UNREAD and model.accepts(key)]
     others = [key for key in others if isinstance(inputs[key], Tensor)]
+    others += [key for key in (TASKS,) if key in inputs]
     if not others:
         return
-    text = {key: inputs[key] for key in TEXT if key in inputs}
-    with evaluation_mode(model), as_called():
-        whole = model.next_logits({**text, **{key: inputs[key] for key in others}})
-        alone = model.next_logits(text)
-    if not near(alone, whole, coarsest_dtype(model)):
+    if TASKS in others or not _suffices(model, inputs, others):
         raise ValueError(
             f"generate continues tokens alone, and the prompts have {others}, on which the model's "
             "logits depend; write texts with model.generate and read them with `score`, which "
             "takes all that the model takes"
         )
+
+
+def _suffices(model: TokenModel, inputs: Mapping[str, Any], others: list[str]) -> bool:
+    """Return whether logits after the prompts are the same without some of the inputs."""
+    text = {key: inputs[key] for key in TEXT if key in inputs}
+    with evaluation_mode(model), as_called():
+        whole = model.next_logits({**text, **{key: inputs[key] for key in others}})
+        return near(model.next_logits(text), whole, coarsest_dtype(model))

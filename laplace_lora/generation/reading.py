@@ -63,7 +63,6 @@ class Reading:
         inputs: Mapping[str, Any],
         cached: bool = True,
     ) -> None:
-        model.check_reads_forward()
         self._model, self._forward = model, forward
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         self._ids = ids[:, :0]
@@ -75,6 +74,7 @@ class Reading:
             for key, value in inputs.items()
             if key not in ("input_ids", "attention_mask", "labels")
         }
+        model.check_reads_forward(self._numbers_of(0))
         self._are_joined = holds_joined_texts(inputs)
         self._counts = model.needs_positions(inputs)
         self._turn = angles_change_at(model.config)
@@ -208,7 +208,7 @@ class Reading:
     def _run_in_parts(self, columns: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Run the network over all tokens, and the head over some of the columns at a time."""
         width = self._ids.shape[1]
-        alone: dict[str, Any] = {"input_ids": self._ids[:1, :1]}
+        alone: dict[str, Any] = {"input_ids": self._ids[:1, :1], **self._numbers_of(0)}
         if self._model.accepts("use_cache"):
             alone["use_cache"] = False
         arguments, at = self._arguments(0), columns + self._before
@@ -238,6 +238,14 @@ class Reading:
             arguments["position_ids"] = real_positions(self._mask)[:, first:]
         return arguments
 
+    def _numbers_of(self, text: int) -> dict[str, Tensor]:
+        """Return what the model takes of one text in a single number, as the task it is of."""
+        return {
+            key: value[text : text + 1]
+            for key, value in self._others.items()
+            if isinstance(value, Tensor) and value.shape == (len(self._ids),)
+        }
+
     def _caches_padding(self) -> bool:
         """Return whether a step from the cache is right where padding stands before a text."""
         ids, mask = self._waiting
@@ -245,7 +253,9 @@ class Reading:
         if self._counts or not first:
             return True
         text = ids[n : n + 1, [first - 1, first, min(first + 1, ids.shape[1] - 1)]]
-        is_right = is_right_beside_padding(self._forward.model, text, self._cache_argument())
+        is_right = is_right_beside_padding(
+            self._forward.model, text, self._cache_argument(), self._numbers_of(n)
+        )
         if not is_right:
             logger.info("the model's cached steps count padding: every token reads the text anew")
         return is_right
@@ -258,7 +268,9 @@ class Reading:
         """Return how many tokens the model puts before a text, and whether it can be cached."""
         arguments = {"use_cache": True} if self._model.accepts("use_cache") else {}
         with torch.no_grad(), as_called():
-            returned = self._forward.model(input_ids=ids[:1, :1], **arguments)
+            returned = self._forward.model(
+                input_ids=ids[:1, :1], **self._numbers_of(0), **arguments
+            )
         before = returned.logits.shape[1] - 1
         plain = bool(arguments) and carries_tangents(cache_of(returned))
         if before:

@@ -88,11 +88,14 @@ class TokenModel(LogitsModel):
         return argument in self._wrapped.arguments
 
     @torch.no_grad()
-    def check_reads_forward(self) -> None:
+    def check_reads_forward(self, others: Mapping[str, Tensor] | None = None) -> None:
         """Refuse an encoder under a vocabulary's head, which sees the tokens that it predicts.
 
         The model is tried, once, unless its configuration calls it a decoder; others of which it
         says no may be decoders all the same, such as GPT-NeoX.
+
+        Args:
+            others: What the model takes of a text beside its tokens, ``(1,)`` each.
 
         Raises:
             ValueError: If a token changes the logits before it.
@@ -101,6 +104,7 @@ class TokenModel(LogitsModel):
             return
         texts = torch.tensor([[0, 1], [0, 2]], device=self.device)
         batch = {"input_ids": texts, "attention_mask": torch.ones_like(texts)}
+        batch |= {key: torch.cat([value, value]) for key, value in (others or {}).items()}
         first = self._wrapped(self._wrapped.inputs(batch)).logits[:, 0]
         if not near(first[:1], first[1:], coarsest_dtype(self.model)):
             raise ValueError(

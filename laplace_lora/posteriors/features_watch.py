@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.adapters.configuration import function_settings
 from laplace_lora.adapters.frozen_values import frozen_places
-from laplace_lora.adapters.peft_state import adapter_settings
 from laplace_lora.adapters.plain_names import nameless, plain_names
 from laplace_lora.adapters.selection import listed
 from laplace_lora.data.sharding import is_sharded_tensor
 from laplace_lora.models.changes.turns import in_turn
+from laplace_lora.posteriors.changes import changes
 from laplace_lora.posteriors.fitted_weights import are_equal
-from laplace_lora.posteriors.weights_watch import changes, head_dtype, traces
+from laplace_lora.posteriors.weights_watch import head_dtype, traces
 
 
 class FeaturesWatch:
@@ -40,7 +41,7 @@ class FeaturesWatch:
             # Of tensors in pieces, as of offloaded ones, there are names alone.
             self._values = {bare(plain(name)): torch.zeros(0) for name in in_pieces}
             self._values |= {place.name: place.samples() for place in self._places}
-            self._adapter = adapter_settings(source)
+            self._adapter = function_settings(source)
         self._source, self._dtype = source, head_dtype(source)
         self._seen: Any = None
 

@@ -11,9 +11,9 @@ from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 
+from laplace_lora.adapters.configuration import function_settings
 from laplace_lora.adapters.frozen_values import frozen_values
 from laplace_lora.adapters.peft_files import point_out_cut_layers
-from laplace_lora.adapters.peft_state import adapter_settings
 from laplace_lora.adapters.selection import covering
 from laplace_lora.curvature.backend import LoraCurvature
 from laplace_lora.curvature.backends import LoraEF, LoraGGN
@@ -184,7 +184,7 @@ class SavedLaplace(ServedLaplace):
         if frozen is None:  # those of earlier versions have none
             frozen = frozen_values(self.logits_model, self.parts.engine.parameters)
         if adapter is None:
-            adapter = adapter_settings(self.logits_model)
+            adapter = function_settings(self.logits_model)
         state = read_state(self.parts, state_dict)
         self._install(replace(state, frozen=frozen, adapter=adapter))
         self._recall(state_dict.get(TUNING))

@@ -1,34 +1,34 @@
 """`WeightsWatch`: notice that a model is no longer at the weights where a posterior was fitted.
 
 The weights that it does not cover among them, and the buffers: a forward pass in training mode
-moves running statistics, frozen weights or not. Nor with the adapter's scaling, which is in no
-tensor.
+moves running statistics, frozen weights or not. And the adapter's scaling and settings,
+which are in no tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from laplace_lora.adapters.buffers import TensorPlace
+from laplace_lora.adapters.configuration import (
+    OF_CONFIGURATION,
+    active_configurations,
+    settings_of,
+)
 from laplace_lora.adapters.frozen_values import PackedPlace, frozen_places
 from laplace_lora.adapters.in_use import check_runs
-from laplace_lora.adapters.peft_state import (
-    adapter_parameters,
-    adapter_settings,
-    scalings,
-    tuner_layers,
-)
+from laplace_lora.adapters.peft_state import adapter_parameters, scalings, tuner_layers
 from laplace_lora.adapters.selection import listed
 from laplace_lora.adapters.tensor_parts import parts_here
 from laplace_lora.data.sharding import is_sharded_tensor, whole
 from laplace_lora.display.warning import warn
 from laplace_lora.models.changes.turns import in_turn
+from laplace_lora.posteriors.changes import changes
 from laplace_lora.posteriors.fitted_weights import (
-    ROUNDING,
     are_equal,
     are_held,
     pairs_of,
@@ -46,6 +46,7 @@ class WeightsWatch:
         self._places: list[TensorPlace] = []
         self._counting: list[nn.Module] = []
         self._layers: list[nn.Module] = []
+        self._configs: list[Any] = []
         self._beside: list[TensorPlace] = []
         self._beside_values = torch.zeros(0)
         self._said_of: Tensor | None = None  # weights of a fit that are rounded in the model
@@ -95,7 +96,8 @@ class WeightsWatch:
 
     def _check(self, posterior: Posterior) -> None:
         self._look(posterior)
-        places, factors = self._places, scalings(self._layers)
+        places = self._places
+        factors = scalings(self._layers), settings_of(self._configs)
         pairs = list(pairs_of(posterior))
         tensors = [tensor for _, tensor, _ in pairs]
         tensors += [t for place in places if (t := place.tensor) is not None]
@@ -159,6 +161,7 @@ class WeightsWatch:
             self._places = frozen_places(model, posterior.engine.parameters)
             self._counting = list({p.module: None for p in self._places if p.is_buffer})
             self._layers = tuner_layers(model)
+            self._configs = active_configurations(model)
             trained = adapter_parameters(model)
             self._beside = [place for place in self._places if id(place.tensor) in trained]
 
@@ -188,6 +191,13 @@ def _refuse(moved: Sequence[TensorPlace], rescaled: list[str]) -> None:
             "weights of the fit"
         )
     if rescaled:
+        fields = [name for name in rescaled if name.startswith(OF_CONFIGURATION)]
+        if fields:
+            raise RuntimeError(
+                f"the adapter's settings {listed(fields)} have changed since the posterior was "
+                "fitted, so its curvature belongs to another function. Fit again, or bring the "
+                "settings back"
+            )
         raise RuntimeError(
             f"the adapter's scaling of {listed(rescaled)} has changed since the posterior was "
             "fitted (by `scaling`, `set_scale` or `scale_layer`), so its curvature belongs to "
@@ -217,34 +227,3 @@ def traces(tensors: Iterable[Tensor]) -> list[Any]:
     """
     parts = (part for t in tensors for part in parts_here(t))
     return [(id(t), t.data_ptr(), t.dtype, -1 if t.is_inference() else t._version) for t in parts]
-
-
-def _has_moved(place: TensorPlace, fitted: Mapping[str, Tensor]) -> bool:
-    """Return whether a tensor has other values than at the fit, as far as these are known."""
-    then, now = fitted.get(place.name), place.samples()
-    if then is None or not len(then) or not len(now):
-        return False  # added since, or offloaded
-    if then.shape != now.shape or not (then.is_floating_point() and now.is_floating_point()):
-        return not torch.equal(now, then)
-    # A base model may come back in another dtype; merging and unmerging an adapter rounds, too.
-    rounding = max(ROUNDING, *(torch.finfo(t.dtype).eps for t in (now, then)))
-    return not are_equal(now, then, rounding)
-
-
-def changes(
-    places: Iterable[TensorPlace],
-    frozen: Mapping[str, Tensor],
-    source: nn.Module,
-    adapter: Mapping[str, Any],
-) -> tuple[list[TensorPlace], list[str]]:
-    """Return the tensors, and the layers by name whose scaling, are others than at a fit.
-
-    Args:
-        places: Tensors to look at.
-        frozen: Samples of their values at the fit, by name.
-        source: The model.
-        adapter: The layers' scalings at the fit, see `adapter_settings`.
-    """
-    settings = adapter_settings(source)
-    rescaled = [name for name, then in adapter.items() if settings.get(name, then) != then]
-    return [place for place in places if _has_moved(place, frozen)], rescaled

@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from laplace_lora.adapters.configuration import function_settings
 from laplace_lora.adapters.frozen_values import frozen_values
 from laplace_lora.adapters.in_use import check_runs
 from laplace_lora.adapters.packed_weights import bits_of
-from laplace_lora.adapters.peft_state import adapter_settings
 from laplace_lora.data.distributed import together
 from laplace_lora.data.sharding import is_sharded_model
 from laplace_lora.data.shares import is_main
@@ -192,5 +192,5 @@ def _state(
     return replace(
         checked_state(posterior, curvature, weights, tensors, config["scalars"]),
         frozen=frozen_values(posterior.source, posterior.engine.parameters),
-        adapter=adapter_settings(posterior.source),
+        adapter=function_settings(posterior.source),
     )

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from laplace_lora.adapters.configuration import active_configurations
 from laplace_lora.adapters.packed_weights import bits_of
-from laplace_lora.adapters.peft_state import (
-    adapter_parameters,
-    adapter_settings,
-    replaced_parameters,
-)
+from laplace_lora.adapters.peft_files import base_changing_start
+from laplace_lora.adapters.peft_state import adapter_parameters, replaced_parameters
 from laplace_lora.adapters.plain_names import plain_names
 from laplace_lora.data.sharding import in_pieces, whole
 from laplace_lora.storage.fingerprint import (
@@ -22,9 +18,9 @@ from laplace_lora.storage.fingerprint import (
     exact_fingerprint,
     sampled_fingerprint,
 )
+from laplace_lora.storage.same_function import check_function, function_identity, layers_key
 from laplace_lora.structures.posterior import Posterior
 
-SETTINGS = "adapter_settings"
 IN_USE = "base_in_use"
 BUFFERS = "buffers"
 BASE_BITS = "base_bits"
@@ -50,9 +46,7 @@ def identity(posterior: Posterior, plain: bool = True) -> dict[str, Any]:
         "base": sampled_fingerprint(base),
         IN_USE: sampled_fingerprint(base_in_use(posterior, plain)),
         BUFFERS: buffer_fingerprint(posterior.source),
-        SETTINGS: hashlib.sha256(
-            json.dumps(adapter_settings(posterior.source, plain), sort_keys=True).encode()
-        ).hexdigest(),
+        **function_identity(posterior.source, plain),
     }
 
 
@@ -81,7 +75,7 @@ def known_identity(posterior: Posterior, saved: Mapping[str, Any]) -> tuple[dict
         The identity, and the ``plain`` that it was made with.
     """
     found = identity(posterior)
-    named = [name for name in ("parameters", _base_key(saved), SETTINGS) if name in saved]
+    named = [name for name in ("parameters", _base_key(saved), layers_key(saved)) if name in saved]
     if any(saved[name] != found[name] for name in named):
         earlier = identity(posterior, plain=False)
         if all(saved[name] == earlier[name] for name in named):
@@ -176,18 +170,17 @@ def check_identity(
         "adapter": "other trained weights of the adapter have changed since the posterior was "
         "fitted",
         _base_key(saved): "the base model differs from the one that the posterior was fitted on"
-        + _other_bits(saved, posterior),
+        + (_other_bits(saved, posterior) or _changed_by_loading(posterior)),
         BUFFERS: "the base model's buffers (running statistics of batch normalisation, say) differ "
         "from those that the posterior was fitted with; PEFT does not save them with the adapter, "
         "so save the base model as it was at the fit, and load that",
-        SETTINGS: "the adapter's configuration differs from the one that the posterior was fitted "
-        "with (lora_alpha, use_rslora, use_dora or the layers' scaling)",
     }
     for name, reason in reasons.items():
-        if name in (BUFFERS, SETTINGS) and name not in saved:
+        if name == BUFFERS and name not in saved:
             continue  # files of earlier versions do not have them
         if saved[name] != found[name]:
             raise ValueError(reason)
+    check_function(saved, found)
 
 
 def _other_bits(saved: Mapping[str, Any], posterior: Posterior | None) -> str:
@@ -199,3 +192,18 @@ def _other_bits(saved: Mapping[str, Any], posterior: Posterior | None) -> str:
         return ""
     fitted, given = ("not quantised" if n is None else f"in {n} bits" for n in (then, now))
     return f": that was {fitted}, and this one is {given}; load it in the same way"
+
+
+def _changed_by_loading(posterior: Posterior | None) -> str:
+    """Return that an adapter changes its base model, and how its posterior can be loaded."""
+    configs = [] if posterior is None else active_configurations(posterior.source)
+    starts = [start for config in configs if (start := base_changing_start(config))]
+    if not starts:
+        return ""
+    return (
+        f": loading an adapter with init_lora_weights={starts[0]!r} changes the base model, and "
+        "not as before where the start was drawn at random (pissa_niter) or computed from data "
+        "(lora_ga, corda). Take the model of the fit, set its "
+        "peft_config[...].init_lora_weights = True, save the adapter, and then the base model as "
+        "it is (model.unload().save_pretrained(...)): the posterior loads around these"
+    )

@@ -34,7 +34,7 @@ class PosteriorState:
         subspace: Exact curvature along a few directions, for the evidence's gradient term; ``None``
             where it was not measured, or data were added since.
         frozen: Values of what the curvature does not cover at the fit, see `frozen_values`.
-        adapter: Configuration of the adapter at the fit, see `adapter_settings`.
+        adapter: Configuration of the adapter at the fit, see `function_settings`.
     """
 
     settings: Settings = field(default_factory=Settings)

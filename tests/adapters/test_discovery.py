@@ -5,10 +5,11 @@ import logging
 import pytest
 import torch
 from peft import PeftModel
+from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
 from laplace_lora import KronLoraLaplace, LogitsModel, LoraGGN
-from support.batches import token_batch
+from support.batches import loader, token_batch
 from support.models import base_model, peft_model
 from support.references import assert_near
 
@@ -68,3 +69,19 @@ def test_a_trainable_adapter_is_left_as_it_is(caplog):
         LogitsModel(model)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == before
     assert not caplog.text
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_an_adapter_of_another_rank_that_was_swapped_in_is_fitted_as_if_loaded(rank, tmp_path):
+    """PEFT leaves the layers' sizes as they were; a larger rank ended in an IndexError."""
+    model = peft_model("bert", r=2, modules_to_save=None)
+    loaded = peft_model("bert", r=rank, modules_to_save=None)
+    loaded.save_pretrained(tmp_path)
+    hotswap_adapter(model, tmp_path, adapter_name="default")
+    batch, found = token_batch((4, 2)), []
+    for each in (model, loaded):
+        la = KronLoraLaplace(each, "classification")
+        la.fit(loader())
+        found += [la(batch), la.log_marginal_likelihood()]
+    assert_near(found[0], found[2])
+    assert_near(found[1], found[3])

@@ -135,3 +135,20 @@ def test_rounding_hides_no_change_in_half_precision(monkeypatch):
         start.checked_unchanged(base),
     ):
         base(**BATCH)
+
+
+def test_an_orthogonal_start_is_the_base_model():
+    """Neither factor is zero, and their product is."""
+    config = peft.LoraConfig(r=4, target_modules=MODULES, init_lora_weights="orthogonal")
+    model = get_peft_model(base_model("bert").double(), config).eval()
+    weights = dict(model.named_parameters())
+    assert all(weights[name].abs().max() > 0.01 for name in weights if "lora_" in name)
+    expected = base_model("bert").double().eval()(**BATCH).logits
+    assert_near(model(**BATCH).logits, expected, 1e-6)
+    excite(model)
+    with before_adapter(LogitsModel(model)) as (base, at_start), at_start():
+        assert_near(base(BATCH), expected, 1e-12)
+    la = KronLoraLaplace(model, "classification")
+    la.fit(loader())
+    la.optimize_prior_precision()
+    assert la.tuning.method == "loo"

@@ -4,9 +4,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch.utils.data import DataLoader
 
 from laplace_lora import DiagLoraLaplace
-from support.batches import loader
+from support.batches import loader, split_rows, token_batch
 from support.models import TARGETS, base_model, excite
 from support.references import assert_near
 from support.sweep import alone, answers, logits, outcome, texts, unpadded
@@ -188,3 +189,25 @@ def test_what_loading_leaves_of_a_posterior(name, tmp_path):
         return
     again = DiagLoraLaplace.from_pretrained(loaded, tmp_path)
     assert_near(again(texts()), la(texts()))
+
+
+# What PEFT does not load as it was fitted, or what has no posterior
+NOT_LOADED = ("CPT", "LILY", "P_TUNING", "XLORA")
+
+
+@pytest.mark.parametrize("name", [name for name in TUNERS if name not in NOT_LOADED])
+def test_a_posterior_loads_around_the_saved_adapter(name, tmp_path):
+    """PEFT's files keep all settings, and give back all that was drawn, by which it is known."""
+    if not hasattr(PeftType, name):
+        pytest.skip(f"the installed PEFT has no {name}")
+    model = built(name, "llama-lm", tmp_path)
+    batch = token_batch((4, 2, 5))
+    if name in NEEDS_TASKS:
+        batch["task_ids"] = torch.zeros(3, dtype=torch.long)
+    la = DiagLoraLaplace(model, "classification", target_ids=TARGETS, uncovered="diag")
+    la.fit(DataLoader(split_rows(batch), batch_size=3))
+    model.save_pretrained(tmp_path)
+    la.save_pretrained(tmp_path, precision="exact")
+    loaded = PeftModel.from_pretrained(base_model("llama-lm", use_cache=False), tmp_path)
+    again = DiagLoraLaplace.from_pretrained(loaded.to(la.mean.dtype), tmp_path)
+    assert_near(again(batch), la(batch), 1e-5)

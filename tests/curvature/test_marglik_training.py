@@ -36,6 +36,24 @@ def test_it_trains_adapters_and_returns_a_posterior(structure, name):
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(2))
 
 
+class DiagonalGGN(LoraGGN):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, uncovered="diag", **kwargs)
+
+
+@pytest.mark.parametrize("structure", ["diag", "full"])
+def test_a_subclass_takes_the_place_of_options(structure):
+    model = LogitsModel(peft_model("bert", dtype=torch.float32, use_dora=True))
+    options = {"hessian_structure": structure, "n_epochs": 2, "optimizer_kwargs": {"lr": 1e-2}}
+    with pytest.raises(ValueError, match="an argument of the posterior or of its backend"):
+        marglik_training(model, loader(4), "classification", backend=LoraGGN, **options)
+    la, _, evidence, _ = marglik_training(
+        model, loader(4), "classification", backend=DiagonalGGN, **options
+    )
+    assert la.n_params == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert evidence[-1] < evidence[0]
+
+
 @pytest.mark.parametrize("structure", ["kron", "diag", "full"])
 def test_the_evidence_has_its_gradient_by_a_regressions_noise(structure):
     model = LogitsModel(peft_model("bert"))

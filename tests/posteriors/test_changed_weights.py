@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace, KronLoraLLLaplace
 from support.batches import loader, token_batch
@@ -213,6 +215,20 @@ def test_another_scaling_of_the_adapter_is_refused_until_it_comes_back(kind, tmp
         with pytest.raises(RuntimeError, match=r"scaling of '.*query.* has changed since"):
             call()
     rescale(model, 1.0)
+    assert torch.equal(la(BATCH), expected)
+
+
+def test_a_scaling_that_peft_made_a_tensor_is_watched():
+    """As for compiled models that swap adapters."""
+    model = peft_model("bert")
+    la = KronLoraLaplace(model, "classification")
+    la.fit(loader())
+    expected = la(BATCH)
+    prepare_model_for_compiled_hotswap(model, target_rank=2, config=model.peft_config)
+    assert torch.equal(la(BATCH), expected)
+    refused = pytest.raises(RuntimeError, match=r"scaling of '.*query.* has changed since")
+    with rescale_adapter_scale(model, 0.4), refused:
+        la(BATCH)
     assert torch.equal(la(BATCH), expected)
 
 

@@ -99,6 +99,26 @@ def test_predictions_need_the_posteriors_adapter(make, call):
     assert_near(call(la), expected, 1e-5)
 
 
+@pytest.mark.parametrize("name", ["attention", "query", "lora_A", "weight"])
+def test_an_adapter_called_as_a_module_is_another_one(name, tmp_path):
+    """The answer was the MAP of that adapter, without a word."""
+    la = classified()
+    model = la.logits_model.model
+    expected = la(token_batch())
+    model.add_adapter(name, LoraConfig(r=2, target_modules=["query", "value"]))
+    model.set_adapter(name)
+    calls = (
+        lambda: la(token_batch()),
+        lambda: la.predict(token_batch()),
+        lambda: la.save_pretrained(tmp_path),
+    )
+    for call in calls:
+        with pytest.raises(RuntimeError, match=r"lora_A.*belong to an adapter that is not active"):
+            call()
+    model.set_adapter("default")
+    assert_near(la(token_batch()), expected, 1e-5)
+
+
 NAMES = [["other"] * 3, ["default", "other", "__base__"], ["default"] * 3]
 
 
