@@ -118,7 +118,10 @@ class LastLayerModel(nn.Module):
         self.features = _Features(source, adapter)
         self.copied_from: tuple[LastLayerModel, ...] = ()  # a tuple is not in the module tree
         outputs, inputs = weight.shape
-        self.head = nn.Linear(inputs, outputs, bias is not None, device=source.device)
+        # Its values are the model's: torch's random generator has no part in them.
+        self.head = nn.utils.skip_init(
+            nn.Linear, inputs, outputs, bias is not None, device=source.device
+        )
         self.take_head()
 
     @property

@@ -133,8 +133,6 @@ class LoraLaplace(FittedLaplace):
         self.n_params, self.n_layers = sum(self.engine.sizes), len(self.params)
         self.structure = structure.bound(self.engine)
         self.prior_precision = prior_precision
-        if isinstance(prior_mean, AdapterStart):
-            prior_mean = prior_mean.vector(self.logits_model.get_submodule("model"), self.params)
         self.prior_mean = prior_mean
 
     def __repr__(self) -> str:

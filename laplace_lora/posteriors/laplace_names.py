@@ -19,6 +19,7 @@ from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.posteriors.state_values import SettingValue, StateValue, own
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.weight_sampling import sampled_outputs
+from laplace_lora.storage.adapter_start import AdapterStart
 from laplace_lora.structures.base import Structure
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import check_positive
@@ -88,6 +89,19 @@ class LaplaceNames(ParametricLaplace):
         self.structure.check_prior(len(value), self.n_layers, self.n_params)
         settings = replace(self.state.settings, prior_precision=own(value))
         self.state = self.state.with_settings(settings)
+
+    @property
+    def prior_mean(self) -> Tensor:
+        """The prior's mean, one number or ``(parameters,)``; takes what the constructor takes."""
+        mean: Tensor = self._prior_mean
+        return mean
+
+    @prior_mean.setter
+    def prior_mean(self, value: float | Tensor | AdapterStart) -> None:
+        if isinstance(value, AdapterStart):
+            value = value.vector(self.logits_model.get_submodule("model"), self.params)
+        of_laplace_torch: Any = ParametricLaplace.prior_mean
+        of_laplace_torch.fset(self, value)
 
     @property
     def mean(self) -> Tensor:

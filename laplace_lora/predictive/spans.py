@@ -20,6 +20,7 @@ from laplace_lora.likelihoods.quadrature import averaged
 from laplace_lora.likelihoods.question_answering import CONTEXT, text_tokens
 from laplace_lora.models.changes.autocast import as_called
 from laplace_lora.models.changes.modes import evaluation_mode
+from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
 from laplace_lora.predictive.linear_samples import AUTO, SAMPLED, LinearSamples
 from laplace_lora.predictive.query import NETWORKS, Query
 from laplace_lora.predictive.span_predictions import SpanPredictions
@@ -166,8 +167,18 @@ def span_tangents(samples: LinearSamples, x: Mapping[str, Any]) -> tuple[Tensor,
 
     Returns:
         Shapes ``(batch, 2, tokens)`` and ``(directions, batch, 2, tokens)``.
+
+    Raises:
+        NoForwardDerivativeError: If the model cannot carry tangents.
     """
-    mean, tangents = samples.tangents(x, LOGITS)
+    try:
+        mean, tangents = samples.tangents(x, LOGITS)
+    except NoForwardDerivativeError as error:
+        raise NoForwardDerivativeError(
+            "spans are predicted from samples of the linearised model, which needs forward "
+            "derivatives that this one lacks; average networks with sampled weights, "
+            f"la(batch, pred_type='nn', link_approx='mc') ({error.__cause__ or error})"
+        ) from error
     return mean.unflatten(-1, (2, -1)), tangents.unflatten(-1, (2, -1))
 
 

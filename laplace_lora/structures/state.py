@@ -72,7 +72,8 @@ class PosteriorState:
         if self.subspace is None:
             return False
         known, mean = self.subspace.prior_mean, self.settings.prior_mean
-        return known is mean or torch.equal(known.expand_as(mean), mean)
+        # Either may be a number where the other has one for each weight.
+        return known is mean or bool((known.to(mean.device) == mean).all())
 
     def with_settings(self, settings: Settings) -> PosteriorState:
         """Return the state with other settings."""

@@ -45,6 +45,14 @@ def test_a_copy_has_a_head_of_its_own_and_nothing_else():
     assert duplicate.source is model
 
 
+@pytest.mark.parametrize("structure", PLAIN)
+def test_making_one_leaves_the_random_generator_alone(structure):
+    model = last_layer_logits_model("bert")
+    before = torch.get_rng_state()
+    by_name(model, structure, "lora_last_layer")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_heads_that_are_not_linear_are_refused():
     adapted = peft_model("llama-lm", target_modules=["q_proj", "lm_head"])
     with pytest.raises(RuntimeError, match="not a linear map"):

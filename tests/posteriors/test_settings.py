@@ -18,6 +18,8 @@ from laplace_lora import (
     LogitsModel,
     LoraEF,
     LoraGGN,
+    LowRankLoraLaplace,
+    start_of,
 )
 from support.batches import loader, token_batch
 from support.models import peft_model
@@ -158,6 +160,29 @@ def test_a_prior_that_is_changed_in_place_counts(cls):
     moved = la.log_marginal_likelihood()
     la.prior_mean = 1.0
     assert moved != evidence and torch.isclose(la.log_marginal_likelihood(), moved)
+
+
+def corrected_evidence(la):
+    return la.log_marginal_likelihood(correction=True, train_loader=loader())
+
+
+@pytest.mark.parametrize("cls", [KronLoraLaplace, DiagLoraLaplace, LowRankLoraLaplace])
+def test_a_prior_around_a_number_follows_one_around_a_start(cls, tmp_path):
+    model = peft_model("bert")
+    la = cls(model, "classification", prior_mean=start_of(model))
+    la.fit(loader())
+    around_start = corrected_evidence(la)
+    fresh = cls(model, "classification")
+    fresh.fit(loader())
+    expected = corrected_evidence(fresh)
+    la.save_pretrained(tmp_path, "exact")
+    for each in (la, cls.from_pretrained(model, tmp_path)):
+        each.prior_mean = 0.0
+        assert_near(corrected_evidence(each), expected, 1e-9)
+        assert "around zero" in str(each)
+        each.save_pretrained(tmp_path / "changed")
+        each.prior_mean = start_of(model)
+        assert_near(corrected_evidence(each), around_start, 1e-9)
 
 
 def test_a_posterior_keeps_its_settings_when_the_given_tensors_change():

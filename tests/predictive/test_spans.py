@@ -5,10 +5,12 @@ import torch
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace
 from laplace_lora.evaluation.spans import span_metrics
+from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
 from laplace_lora.predictive.linear_samples import LinearSamples
 from laplace_lora.predictive.sample_set import SampleSet
 from laplace_lora.predictive.spans import LONGEST, SpanPredictor, span_tangents
 from support.generation import seeded
+from support.opaque import Opaque
 from support.references import assert_near, explicit_jacobians
 from support.spans import READERS, question_batch, question_loader, reader, span_posterior
 from support.texts import word_tokenizer
@@ -291,3 +293,13 @@ def test_none_in_the_place_of_labels_are_none():
     both = torch.stack([placed.pop("start_positions"), placed.pop("end_positions")], dim=1)
     labelled = {**placed, "start_positions": None, "end_positions": None, "labels": both}
     assert_near(la.predict(labelled).label_prob, la.predict(question_batch()).label_prob)
+
+
+def test_models_that_carry_no_tangents_are_pointed_to_sampled_networks():
+    model = reader()
+    model.base_model.model.bert.encoder.layer[1].attention.output.dropout = Opaque()
+    la = span_posterior(model=model)
+    for predict in (la, la.predict):
+        with pytest.raises(NoForwardDerivativeError, match="pred_type='nn'"):
+            predict(X)
+    assert la(X, pred_type="nn", link_approx="mc").shape == (3, 2, 8)
