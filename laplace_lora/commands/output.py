@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -60,9 +61,19 @@ def check_writable(out: str, name: str = "--out", data: Sequence[str | None] = (
 
 def _is_of(path: Path, source: str) -> bool:
     """Return whether a file is a source of rows, or one of those in the folder that is one."""
+    if source == STANDARD:
+        return _is_standard_input(path)
     read, _ = folder_and_split(source)
     files = files_of_folder(read) if read.is_dir() else [read]
     return any(file.exists() and path.samefile(file) for file in files)
+
+
+def _is_standard_input(path: Path) -> bool:
+    """Return whether standard input comes from this file, as behind ``<``."""
+    try:
+        return os.path.samestat(os.fstat(sys.stdin.fileno()), path.stat())
+    except (AttributeError, OSError, ValueError):  # no standard input, or one of no file
+        return False
 
 
 def check_folder(folder: Path, what: str) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
+TEXT = "text"
 KINDS = {  # of data files that `datasets` reads, which takes one kind of a folder
     ".csv": "CSV",
     ".tsv": "TSV",
@@ -16,9 +19,11 @@ KINDS = {  # of data files that `datasets` reads, which takes one kind of a fold
     ".ndjson": "JSON",
     ".parquet": "Parquet",
     ".arrow": "Arrow",
-    ".txt": "text",
+    ".txt": TEXT,
 }
+STATES = ("state.json", "dataset_dict.json", "dataset_info.json")  # what `save_to_disk` writes
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+NOTICES = ("license", "licence", "notice", "readme", "requirements")  # as .txt beside data
 CARD = "README.md"
 
 
@@ -35,11 +40,11 @@ def rows_of_folder(path: Path, split: str | None) -> list[dict[str, Any]]:
             read.
     """
     datasets = _datasets(path)
-    written = _is_written(path)
-    if not written:
-        _check_one_kind(path)
     with _quietly(datasets):
-        data = datasets.load_from_disk(str(path)) if written else datasets.load_dataset(str(path))
+        if _is_written(path):
+            data = datasets.load_from_disk(str(path))
+        else:
+            data = datasets.load_dataset(str(path), data_files=_asked_for(path))
     if isinstance(data, datasets.DatasetDict):
         names = list(data)
         if split is None and len(names) > 1:
@@ -55,7 +60,7 @@ def rows_of_folder(path: Path, split: str | None) -> list[dict[str, Any]]:
 
 
 def files_of_folder(path: Path) -> list[Path]:
-    """Return the files that may hold a folder's data.
+    """Return the files that hold a folder's data, or may.
 
     Args:
         path: The folder.
@@ -63,16 +68,40 @@ def files_of_folder(path: Path) -> list[Path]:
     Raises:
         ImportError: If ``datasets`` is not installed.
     """
-    if _is_written(path) or _has_card(path):
-        return [file for file in path.rglob("*") if file.is_file()]
-    _datasets(path)
+    if _is_written(path):
+        return [file for file in path.rglob("*") if file.suffix == ".arrow" or file.name in STATES]
+    return [file for files in _without_notices(_of_splits(path)).values() for file in files]
+
+
+def _of_splits(path: Path) -> dict[str, list[Path]]:
+    """Return the files that `datasets` finds, by split."""
+    datasets = _datasets(path)
     from datasets.data_files import DataFilesDict, get_data_patterns
 
     try:
-        of_splits = DataFilesDict.from_patterns(get_data_patterns(str(path)), str(path))
-    except FileNotFoundError:  # `datasets` says later what is missing
-        return []
-    return [Path(str(name)) for files in of_splits.values() for name in files]
+        if _has_card(path):
+            found = datasets.load_dataset_builder(str(path)).config.data_files or {}
+        else:
+            found = DataFilesDict.from_patterns(get_data_patterns(str(path)), str(path))
+    except (FileNotFoundError, ValueError):  # `datasets` says later what is missing
+        return {}
+    return {str(split): [Path(str(name)) for name in files] for split, files in found.items()}
+
+
+def _without_notices(of_splits: dict[str, list[Path]]) -> dict[str, list[Path]]:
+    """Return files without licences and the like, which beside data of another kind are none."""
+    if {_kind(file) for files in of_splits.values() for file in files} <= {None, TEXT}:
+        return of_splits
+    left = {
+        split: [file for file in files if _kind(file) != TEXT or file.stem.lower() not in NOTICES]
+        for split, files in of_splits.items()
+    }
+    return {split: files for split, files in left.items() if files}
+
+
+def _kind(file: Path) -> str | None:
+    suffix = Path(file.stem).suffix if file.suffix.lower() in PACKED else file.suffix
+    return KINDS.get(suffix.lower())
 
 
 def _datasets(path: Path) -> Any:
@@ -87,23 +116,32 @@ def _datasets(path: Path) -> Any:
 
 def _is_written(path: Path) -> bool:
     """Return whether ``save_to_disk`` has written a folder."""
-    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    return any((path / name).is_file() for name in STATES[:2])
 
 
 def _has_card(path: Path) -> bool:
     """Return whether a folder says itself which files are its data."""
     card = path / CARD
-    return card.is_file() and "data_files" in card.read_text(encoding="utf-8", errors="replace")
+    if not card.is_file():
+        return False
+    text = card.read_text(encoding="utf-8", errors="replace")
+    said = re.match(r"\s*---\s*\n(.*?)\n---", text, re.DOTALL)
+    return said is not None and "data_files" in said[1]
 
 
-def _check_one_kind(path: Path) -> None:
-    """Refuse a folder whose data files are of several kinds: only one would be read."""
+def _asked_for(path: Path) -> dict[str, list[str]] | None:
+    """Return which files `datasets` is to read, ``None`` for those that it finds itself.
+
+    Raises:
+        ValueError: If they are of several kinds, of which only one would be read.
+    """
     if _has_card(path):
-        return
+        return None
+    found = _of_splits(path)
+    data = _without_notices(found)
     first: dict[str, str] = {}
-    for file in files_of_folder(path):
-        suffix = Path(file.stem).suffix if file.suffix.lower() in PACKED else file.suffix
-        kind = KINDS.get(suffix.lower())
+    for file in (file for files in data.values() for file in files):
+        kind = _kind(file)
         if kind is not None:
             first.setdefault(kind, file.name)
     if len(first) > 1:
@@ -112,6 +150,10 @@ def _check_one_kind(path: Path) -> None:
             f"{path} has data files of several kinds, {named}, of which only one would be read; "
             "leave one kind in the folder, or give a file"
         )
+    if data == found:
+        return None
+    kept = {split: [file for file in files if _kind(file)] for split, files in data.items()}
+    return {split: [escape(str(file)) for file in files] for split, files in kept.items() if files}
 
 
 @contextmanager

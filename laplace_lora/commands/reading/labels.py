@@ -10,6 +10,7 @@ from typing import Any
 NAMES, NUMBERS = "names", "numbers"
 FORMS = (NAMES, NUMBERS)
 OPTION = "--labels-as"
+BOOLEANS = {"false": 0, "true": 1}  # in small letters; as of JSON, so the words of tables
 
 
 def classes_of(
@@ -22,7 +23,7 @@ def classes_of(
     Args:
         labels: One for each row: a class's name, with or without spaces around it, or its number
             from 0. Of classes without names of their own also Hugging Face's (``LABEL_1``), and of
-            two of these ``True`` and ``False``.
+            two of these ``True`` and ``False``, also as texts.
         names: Names of the classes, in the order of the model's outputs.
         form: How the labels were read before, or are to be read, where they may be either:
             `NAMES` or `NUMBERS`; ``None`` if nobody has said. Where no class is called by a number,
@@ -36,12 +37,13 @@ def classes_of(
             names and numbers would be different classes and nobody has said which they are.
     """
     if list(names) == ["0", "1"]:
-        labels = [int(label) if isinstance(label, bool) else label for label in labels]
+        labels = [BOOLEANS.get(str(label).strip().lower(), label) for label in labels]
     numbers = [_numbered(label, names) for label in labels]
     read: dict[str, list[int | None]] = {NAMES: _named(labels, names), NUMBERS: numbers}
     for row, label in enumerate(labels, start=1):
         if all(classes[row - 1] is None for classes in read.values()):
-            neither = ", and true and false are neither" if isinstance(label, bool) else ""
+            is_boolean = str(label).strip().lower() in BOOLEANS
+            neither = ", and true and false are neither" if is_boolean else ""
             raise ValueError(
                 f"row {row} has the label {label!r}; expected one of "
                 f"{', '.join(map(repr, names))}, or a number from 0 to {len(names) - 1}{neither}. "

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from laplace_lora.commands.reading.labels import if_numbers
+from laplace_lora.commands.reading.labels import BOOLEANS, if_numbers
 
 
 def applying(labels: Any, names: Sequence[str], number: int) -> list[float]:
@@ -22,7 +22,7 @@ def applying(labels: Any, names: Sequence[str], number: int) -> list[float]:
         ValueError: If it is neither.
     """
     if len(names) == 1 and not isinstance(labels, list):
-        labels = [_number(labels)]
+        labels = [_number(labels, names[0])]
     if isinstance(labels, list):
         if all(label in names for label in labels):
             return [float(name in labels) for name in names]
@@ -34,10 +34,10 @@ def applying(labels: Any, names: Sequence[str], number: int) -> list[float]:
     )
 
 
-def _number(label: Any) -> Any:
+def _number(label: Any, name: str) -> Any:
     """Return a label as a number if it is one, as a table without types has words for them."""
     try:
-        return float(label)
+        return float(label if label == name else BOOLEANS.get(str(label).strip().lower(), label))
     except (TypeError, ValueError):
         return label
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -12,13 +13,14 @@ from laplace_lora.commands.reading.rows import Row
 SPREAD = 8  # rows that are looked at in any case
 ENDS = 128  # last tokens of prompts, the most frequent ones
 LENGTH = 16  # of the end of a prompt, in characters, that decides on its last token
+WORD = re.compile(r"\s*\S*\s*\Z")  # with the spaces around it, beyond which few tokens reach
 
 
 def rows_by_end(inputs: Inputs, rows: Sequence[Row]) -> list[int]:
     """Return numbers of rows, from 1: some in equal steps, and one for each last token of a prompt.
 
-    A token reaches over few characters, so that of each prompt only the end is tokenized. Behind
-    a chat template all prompts end as the template has them end.
+    A token reaches over few characters, so that of each prompt only the last word is tokenized, and
+    no word twice. Behind a chat template all prompts end as the template has them end.
 
     Args:
         inputs: How rows become the model's inputs.
@@ -42,9 +44,11 @@ def _last_tokens(ends: Sequence[str], tokenizer: Any) -> dict[str, tuple[int, ..
 
 
 def _end(inputs: Inputs, row: Row) -> str:
-    """Return the last characters before the answer, nothing where a template writes them."""
+    """Return the last word before the answer, nothing where a template writes it."""
     columns = inputs.plan.columns
     if inputs.is_conversation(row):
         return ""
     text = (columns.pair and row.get(columns.pair)) or row.get(columns.text or "")
-    return text[-LENGTH:] if isinstance(text, str) else ""
+    end = text[-LENGTH:] if isinstance(text, str) else ""
+    found = WORD.search(end.encode(errors="ignore").decode())  # half a character has no tokens
+    return found[0] if found else ""

@@ -32,7 +32,7 @@ def table_rows(lines: Iterable[str], form: Form, place: str) -> list[dict[str, A
 
     Where it is not settled whether quotation marks surround cells, the reading is taken in which
     every row has the columns of the head line. If both have, cells are quoted unless one would
-    then hold a line break or the delimiter: two rows that an open quotation mark made one.
+    then hold the delimiter, as rows do that an open quotation mark made one.
 
     Args:
         lines: Its lines, with their ends.
@@ -57,7 +57,7 @@ def table_rows(lines: Iterable[str], form: Form, place: str) -> list[dict[str, A
         if isinstance(plain, ValueError):
             raise plain from error
         return plain
-    is_run_together = any(mark in str(x) for r in quoted for x in r.values() for mark in "\t\n\r")
+    is_run_together = any(form.delimiter in str(x) for row in quoted for x in row.values())
     return plain if is_run_together and not isinstance(plain, ValueError) else quoted
 
 

@@ -159,6 +159,26 @@ def test_rows_are_looked_at_by_the_last_token_of_their_prompts():
     assert len(rows_by_end(inputs, many)) <= 128 + 8
 
 
+def test_a_prompt_that_ends_in_half_a_character_is_named():
+    texts = ["A:"] * 20
+    texts[0] = "A: \ud83d"
+    with pytest.raises(ValueError, match="row 1: its column 'text' holds half of a character"):
+        found(adapter("bytes"), plan("no", "yes"), *texts)
+    inputs = Inputs(adapter("bytes"), plan("no", "yes"))
+    assert rows_by_end(inputs, [{"text": "A: \ud83d"}])  # where it is not what is looked at
+
+
+def test_words_at_the_ends_of_prompts_are_tokenized_once(monkeypatch):
+    model, seen = adapter("bytes"), []
+    inputs, texts = Inputs(model, plan("no", "yes")), [f"{i} is it" for i in range(999)]
+    read = type(model.tokenizer).__call__
+    monkeypatch.setattr(
+        type(model.tokenizer), "__call__", lambda self, x, **k: seen.append(x) or read(self, x, **k)
+    )
+    rows_by_end(inputs, [{"text": text} for text in [*texts, "a  ", "is it\n\n", "it"]])
+    assert seen == [[" it", " it\n\n", "a  ", "it"]]
+
+
 def test_a_space_is_taken_for_granted_before_every_answer_or_before_none():
     model = spaced_only()  # which reads "it:no" letter by letter, and "it:yes" not
     assert found(model, plan("yes", "no"), "it:") == ["▁yes", "▁no"]

@@ -367,7 +367,9 @@ def test_a_column_is_there_if_any_row_has_it():
         (["bad", "good"], [0.0, "1.0", 1], None, ([0, 1, 1], "numbers")),
         (["1.0", "2.0", "3.0"], [1.0, "2.0"], None, ([0, 1], "names")),
         (["0", "1"], [True, False, 1], None, ([1, 0, 1], None)),
+        (["0", "1"], ["True", "false", " TRUE", 0], None, ([1, 0, 1, 0], None)),
         (["True", "False"], [True, False], None, ([0, 1], "names")),
+        (["false", "true"], ["true", "false"], None, ([1, 0], "names")),
         (["0", "1", "2"], ["LABEL_2", "LABEL_0"], None, ([2, 0], "names")),
         (["LABEL_1", "LABEL_0"], ["LABEL_0"], None, ([1], "names")),
     ],
@@ -383,6 +385,7 @@ def test_the_labels_of_a_file_are_all_names_or_all_numbers(names, labels, form, 
         (["a", "b"], ["a", "-1"], None, "row 2 has the label '-1'"),
         (["a", "b"], [True], None, "row 1 has the label True; .*true and false are neither"),
         (["0", "1", "2"], [True], None, "row 1 has the label True; .*true and false are neither"),
+        (["a", "b"], ["True"], None, "row 1 has the label 'True'; .*true and false are neither"),
         (["a", "b"], ["LABEL_1"], None, "row 1 has the label 'LABEL_1'; expected one of 'a', 'b'"),
         (["a", "b"], ["a", 1], None, "row 1 has 'a', only a name, and row 2 has 1, only a number"),
         (["1", "2", "3"], [0, 3], None, "row 2 has 3, only a name, and row 1 has 0, only a number"),
@@ -412,10 +415,13 @@ def test_a_single_label_may_stand_without_a_list(name):
         (1, 1.0),
         (True, 1.0),
         ("0", 0.0),
+        ("True", 1.0),
+        ("false", 0.0),
         ("1 ", 1.0),
         (-100, -100.0),
     ):
         assert applying(label, [name], 1) == [expected]
     assert applying("good", ["good"], 1) == [1.0]
+    assert applying("false", ["false"], 1) == [1.0]
     with pytest.raises(ValueError, match="row 3 has the label"):
         applying("bad", [name], 3)

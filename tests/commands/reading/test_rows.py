@@ -112,6 +112,16 @@ def test_quotation_marks_of_a_table_with_tabs_may_surround_cells(tmp_path, texts
     assert read_rows(str(tmp_path / "x.tsv")) == rows
 
 
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_line_breaks_run_no_rows_of_a_single_column_together(tmp_path, quoting):
+    rows = [{"text": "first\nsecond"}, {"text": "a plain one"}, {"text": 'said "no"\r\nand left'}]
+    with (tmp_path / "x.tsv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["text"], delimiter="\t", quoting=quoting)
+        writer.writeheader()
+        writer.writerows(rows)
+    assert read_rows(str(tmp_path / "x.tsv")) == rows
+
+
 def test_files_that_are_not_read_to_their_end_are_named(tmp_path):
     path = tmp_path / "x.csv"
     path.write_bytes("text\nschön\n".encode("latin-1"))

@@ -1,0 +1,111 @@
+"""Messages are taken as chat templates take them; those that would be misread are refused."""
+
+import pytest
+
+from laplace_lora.commands.reading.adapter import CAUSAL, Adapter
+from laplace_lora.commands.reading.answers import answer_tokens
+from laplace_lora.commands.reading.columns import Columns
+from laplace_lora.commands.reading.inputs import Inputs
+from laplace_lora.commands.reading.plan import Plan
+from support.texts import byte_tokenizer
+
+ASK = {"role": "user", "content": "hi"}
+SAY = {"role": "assistant", "content": "yo"}
+END = "{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+AS_JSON = (  # as Llama 3.1's and others' for tools
+    "{% for m in messages %}<{{ m['role'][0] }}>"
+    "{% if m['content'] is string %}{{ m['content'] }}"
+    "{% elif 'content' in m and m['content'] is not none %}{{ m['content'] | tojson }}{% endif %}"
+    + END
+)
+JOINED = "{% for m in messages %}{{ '<' + m['role'][0] + '>' + m['content'] }}" + END  # ChatML's
+WRITTEN = "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}" + END
+OF_TEXTS = (
+    "{% for m in messages %}<{{ m['role'][0] }}>{% for p in m['content'] if p['type'] == 'text' %}"
+    "{{ p['text'] }}{% endfor %}" + END
+)
+
+
+def inputs(template, likelihood="language_modeling", **plan):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template, tokenizer.eos_token = template, "Ċ"
+    made = Adapter(None, tokenizer, CAUSAL, 0, [], None, None)
+    return Inputs(made, Plan(likelihood, Columns("messages"), ["y", "n"], chat=True, **plan))
+
+
+def read(model, *messages, call="text"):
+    found = getattr(model, call)({"messages": list(messages)}, 3)
+    return model.adapter.tokenizer.decode(found["input_ids"])
+
+
+@pytest.mark.parametrize("role", ["assistant", "Assistant", "model", "gpt", "bot"])
+def test_an_answer_is_one_under_whatever_name(role):
+    model = inputs(AS_JSON)
+    with pytest.raises(ValueError, match=rf"row 3: the last message .* is the {role}'s, .* asked"):
+        read(model, ASK, {**SAY, "role": role})
+    assert read(model, ASK, {**SAY, "role": role}, ASK).endswith("yo<u>hi<a>")
+
+
+@pytest.mark.parametrize("role", ["user", "Human", "system", "developer", "tool", "ipython"])
+def test_those_who_ask_may_be_the_last(role):
+    assert read(inputs(AS_JSON), ASK, {**ASK, "role": role}) == f"<u>hi<{role[0]}>hi<a>"
+
+
+@pytest.mark.parametrize("role", ["tool", "ipython", "function"])
+@pytest.mark.parametrize(
+    ("content", "written"),
+    [({"t": 22}, '{"t": 22}'), ([21, "a"], '[21, "a"]'), (22, "22"), ([], "[]"), ("22", "22")],
+)
+def test_what_a_tool_has_found_may_be_of_any_form(role, content, written):
+    result = {"role": role, "content": content}
+    scored = read(inputs(AS_JSON), ASK, SAY, result, SAY, call="scored")
+    assert scored == f"<u>hi<a>yo<{role[0]}>{written}<a>yo"
+    assert read(inputs(WRITTEN), ASK, result) == f"<u>hi<{role[0]}>{content}<a>"
+    for nothing in ({"role": role}, {"role": role, "content": None}):
+        with pytest.raises(ValueError, match="row 3: message 2 in its column 'messages' has"):
+            read(inputs(AS_JSON), ASK, nothing)
+
+
+@pytest.mark.parametrize("content", [["hi"], [{"type": "text", "text": "hi"}]])
+def test_parts_that_are_written_as_they_stand_are_refused(content):
+    with pytest.raises(ValueError, match=r"row 3: .* \(it writes a content of several parts"):
+        read(inputs(WRITTEN), {"role": "user", "content": content})
+    with pytest.raises(ValueError, match=r"row 3: the chat template does not .* concatenate str"):
+        read(inputs(JOINED), {"role": "user", "content": content})
+
+
+@pytest.mark.parametrize("name", ["tool_calls", "function_call", "reasoning_content"])
+def test_what_stands_for_a_content(name):
+    call = {"role": "assistant", "content": None, name: [{"name": "look"}]}
+    assert read(inputs(AS_JSON), ASK, call, SAY, call="scored") == "<u>hi<a><a>yo"
+    with pytest.raises(ValueError, match="row 3: message 2 in its column 'messages' has null"):
+        read(inputs(AS_JSON), ASK, {**call, name: None}, SAY, call="scored")
+
+
+@pytest.mark.parametrize("kind", ["image", "image_url", "audio"])
+def test_pictures_are_refused_rather_than_left_out(kind):
+    text = {"type": "text", "text": "what is it?"}
+    pictured = {"role": "user", "content": [{"type": kind, "url": "cat.png"}, text]}
+    for call, messages in (("text", [pictured]), ("scored", [pictured, SAY])):
+        with pytest.raises(
+            ValueError, match=rf"row 3: message 1 .* '{kind}'; only parts of the type 'text' are"
+        ):
+            read(inputs(OF_TEXTS), *messages, call=call)
+    assert read(inputs(OF_TEXTS), {**pictured, "content": [text]}) == "<u>what is it?<a>"
+    every = inputs(OF_TEXTS.replace(" if p['type'] == 'text'", ""))
+    assert read(every, {**pictured, "content": [{**text, "type": None}]}) == "<u>what is it?<a>"
+
+
+def test_a_template_that_joins_no_answer_to_a_prompt_is_named():
+    """As where it joins each message to a number, but only behind an answer."""
+    model = inputs(
+        JOINED.replace(
+            "m['content'] }}", "m['content'] + (1 if m['role'] == 'assistant' else '') }}"
+        ),
+        "classification",
+        targets=True,
+    )
+    with pytest.raises(
+        ValueError, match=r"row 1: the chat template takes no answer .* concatenate"
+    ):
+        answer_tokens(model.adapter, model.plan, [{"messages": [ASK]}])
