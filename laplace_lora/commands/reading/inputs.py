@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
+from laplace_lora.commands.reading.chat_template import template_takes, templated
 from laplace_lora.commands.reading.columns import (
     CHOSEN,
     REJECTED,
@@ -18,13 +19,7 @@ from laplace_lora.commands.reading.columns import (
     text_cell,
 )
 from laplace_lora.commands.reading.labels import classes_of
-from laplace_lora.commands.reading.messages import (
-    ASSISTANT,
-    check_asks,
-    check_says,
-    template_takes,
-    templated,
-)
+from laplace_lora.commands.reading.messages import ASSISTANT, check_asks, check_says
 from laplace_lora.commands.reading.names import applying
 from laplace_lora.commands.reading.numbers import numbers_of
 from laplace_lora.commands.reading.plan import Plan
