@@ -9,7 +9,14 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from laplace_lora.commands.reading.messages import TEXT, TOOLS, USER, has_role, says_otherwise
+from laplace_lora.commands.reading.messages import (
+    ASSISTANT,
+    TEXT,
+    TOOLS,
+    USER,
+    has_role,
+    says_otherwise,
+)
 
 FIRST = 8_210_400_000  # of numbers that no template writes by itself, of one length
 
@@ -44,6 +51,33 @@ def templated(messages: list[dict[str, Any]], tokenizer: Any, asks: bool) -> dic
         raise TemplateError(str(error)) from error
     _check_written(messages, tokenizer, asks)
     return found
+
+
+def check_answer_written(
+    prompt: Sequence[dict[str, Any]], answer: Sequence[dict[str, Any]], tokenizer: Any
+) -> None:
+    """Refuse an answer of which only what ends each answer would be scored.
+
+    Args:
+        prompt: The messages before it, which the template takes together with the answer.
+        answer: The messages behind the prompt.
+        tokenizer: With the template.
+
+    Raises:
+        TemplateError: If the template writes the same where the assistant says nothing.
+    """
+    silent = [
+        {"role": m["role"], "content": ""} if has_role(m, (ASSISTANT,)) else m for m in answer
+    ]
+    try:
+        of_both, of_none = (
+            tokenizer.apply_chat_template([*prompt, *messages], tokenize=False)
+            for messages in (answer, silent)
+        )
+    except (TemplateError, TypeError):  # of a template that takes no such answer
+        return
+    if of_both == of_none:
+        raise TemplateError("it writes nothing of the assistant's answer")
 
 
 def _check_written(messages: Sequence[dict[str, Any]], tokenizer: Any, asks: bool) -> None:

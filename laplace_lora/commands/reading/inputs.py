@@ -10,7 +10,11 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
-from laplace_lora.commands.reading.chat_template import template_takes, templated
+from laplace_lora.commands.reading.chat_template import (
+    check_answer_written,
+    template_takes,
+    templated,
+)
 from laplace_lora.commands.reading.columns import (
     CHOSEN,
     REJECTED,
@@ -153,6 +157,8 @@ class Inputs:
         with template_takes(number):
             start = self._tokens(prompt, None, True)["input_ids"]
             whole = self._tokens(prompt + answer, None, False)["input_ids"]
+            if isinstance(answer, list):
+                check_answer_written(prompt, answer, self.adapter.tokenizer)
         end = self.adapter.tokenizer.eos_token_id
         if not isinstance(prompt, list) and end is not None and whole[-1] != end:
             whole = [*whole, end]

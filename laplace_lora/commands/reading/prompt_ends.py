@@ -51,7 +51,7 @@ def _last_tokens(ends: Sequence[str], tokenizer: Any) -> dict[str, tuple[int, ..
 
 def _last_role(inputs: Inputs, row: Row) -> str | None:
     """Return whose message precedes the answer, ``None`` where no template writes it."""
-    messages = row.get(inputs.plan.columns.text or "")
+    messages: Any = row.get(inputs.plan.columns.text or "")
     if is_messages(messages):
         return str(messages[-1]["role"])
     return USER if inputs.plan.chat else None

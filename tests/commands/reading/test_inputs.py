@@ -194,7 +194,12 @@ def test_calls_of_tools_and_empty_messages_have_a_content():
     row = {"text": [{"role": "system", "content": ""}, TURNS[0], call, TURNS[1]]}
     both = inputs("language_modeling", CAUSAL, chat=True)
     assert both.scored(row, 1)["labels"][-2:] == ids("good [EOS]")
-    assert both.scored({"text": [TURNS[0], {**call, "content": ""}]}, 1)
+    template = both.adapter.tokenizer.chat_template
+    both.adapter.tokenizer.chat_template = template.replace(
+        "m['content'] }}", "m['content'] or m['tool_calls'][0]['name'] }}"
+    )
+    called = both.scored({"text": [TURNS[0], {**call, "content": ""}]}, 1)
+    assert called["labels"][-2:] == ids("[UNK] [EOS]")
 
 
 def test_an_answer_in_which_the_assistant_says_nothing_is_refused():

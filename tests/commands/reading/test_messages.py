@@ -140,6 +140,37 @@ def test_what_a_tool_has_found_is_written_or_refused(content):
     assert read(inputs(by_name), ASK, {**result, "content": {"t": "warm"}}) == "<u>hi<t>warm<a>"
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"content": "  "},
+        {"content": None, "reasoning_content": "so"},
+        {"content": "", "reasoning_content": "so"},
+        {"content": None, "tool_calls": [{"name": "look"}]},
+        {"content": [{"type": "text", "text": ""}]},
+    ],
+)
+def test_answers_of_which_nothing_is_written_are_refused(said):
+    """Or what ends all answers alike would be scored alone."""
+    ended = BY_TYPE.replace(
+        "{% endfor %}{% if add",
+        "{% if m['role'] == 'assistant' %}#{% endif %}{% endfor %}{% if add",
+    )
+    ended = ended.replace("{{ m['content'] }}", "{{ m['content'] | trim }}").replace(
+        "in m['content'] %}", "in m['content'] or [] %}"
+    )
+    model = inputs(ended)
+    assert read(model, ASK, SAY, call="scored") == "<u>hi<a>yo#"
+    with pytest.raises(ValueError, match=r"row 3: .* \(it writes nothing of the assistant's ans"):
+        read(model, ASK, {**SAY, **said}, call="scored")
+    calls = "#{{ m['tool_calls'] or m['reasoning_content'] }}"
+    model = inputs(ended.replace("#", calls))
+    if len(said) > 1:
+        assert "o" in read(model, ASK, {**SAY, **said}, call="scored").partition("#")[2]
+    strict = "{% if messages[-1]['content'] == '' %}{{ raise_exception('none') }}{% endif %}"
+    assert read(inputs(strict + ended), ASK, SAY, call="scored") == "<u>hi<a>yo#"
+
+
 @pytest.mark.parametrize("name", ["tool_calls", "function_call", "reasoning_content"])
 def test_what_stands_for_a_content(name):
     call = {"role": "assistant", "content": None, name: [{"name": "look"}]}
