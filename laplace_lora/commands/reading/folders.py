@@ -23,6 +23,7 @@ KINDS = {  # of data files that `datasets` reads, which takes one kind of a fold
 }
 STATES = ("state.json", "dataset_dict.json", "dataset_info.json")  # what `save_to_disk` writes
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+UNNAMED = (".zip", ".geoparquet", ".gpq")  # which `datasets` reads beside data of their kind
 NOTICES = ("license", "licence", "notice", "readme", "requirements")  # as .txt beside data
 CARD = "README.md"
 
@@ -133,7 +134,8 @@ def _asked_for(path: Path) -> dict[str, list[str]] | None:
     """Return which files `datasets` is to read, ``None`` for those that it finds itself.
 
     Raises:
-        ValueError: If they are of several kinds, of which only one would be read.
+        ValueError: If they are of several kinds, of which only one would be read, or some that
+            `datasets` finds would be left out.
     """
     if _has_card(path):
         return None
@@ -152,6 +154,13 @@ def _asked_for(path: Path) -> dict[str, list[str]] | None:
         )
     if data == found:
         return None
+    lost = [file for files in data.values() for file in files if file.suffix.lower() in UNNAMED]
+    if lost:
+        passed = {file for files in found.values() for file in files} - set().union(*data.values())
+        raise ValueError(
+            f"{path} has {lost[0].name}, which would not be read beside "
+            f"{min(file.name for file in passed)}; take the latter out, or give a file"
+        )
     kept = {split: [file for file in files if _kind(file)] for split, files in data.items()}
     return {split: [escape(str(file)) for file in files] for split, files in kept.items() if files}
 

@@ -10,6 +10,11 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
+from laplace_lora.commands.reading.chat_template import (
+    check_answer_written,
+    template_takes,
+    templated,
+)
 from laplace_lora.commands.reading.columns import (
     CHOSEN,
     REJECTED,
@@ -18,13 +23,7 @@ from laplace_lora.commands.reading.columns import (
     text_cell,
 )
 from laplace_lora.commands.reading.labels import classes_of
-from laplace_lora.commands.reading.messages import (
-    ASSISTANT,
-    check_asks,
-    check_says,
-    template_takes,
-    templated,
-)
+from laplace_lora.commands.reading.messages import ASSISTANT, check_asks, check_says
 from laplace_lora.commands.reading.names import applying
 from laplace_lora.commands.reading.numbers import numbers_of
 from laplace_lora.commands.reading.plan import Plan
@@ -158,6 +157,8 @@ class Inputs:
         with template_takes(number):
             start = self._tokens(prompt, None, True)["input_ids"]
             whole = self._tokens(prompt + answer, None, False)["input_ids"]
+            if isinstance(answer, list):
+                check_answer_written(prompt, answer, self.adapter.tokenizer)
         end = self.adapter.tokenizer.eos_token_id
         if not isinstance(prompt, list) and end is not None and whole[-1] != end:
             whole = [*whole, end]

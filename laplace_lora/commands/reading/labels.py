@@ -23,7 +23,8 @@ def classes_of(
     Args:
         labels: One for each row: a class's name, with or without spaces around it, or its number
             from 0. Of classes without names of their own also Hugging Face's (``LABEL_1``), and of
-            two of these ``True`` and ``False``, also as texts.
+            two of these ``True`` and ``False``, also as texts. Where classes are called so, in
+            whatever letters, these are names.
         names: Names of the classes, in the order of the model's outputs.
         form: How the labels were read before, or are to be read, where they may be either:
             `NAMES` or `NUMBERS`; ``None`` if nobody has said. Where no class is called by a number,
@@ -36,14 +37,15 @@ def classes_of(
         ValueError: If a label means no class, some are only names and others only numbers, or
             names and numbers would be different classes and nobody has said which they are.
     """
-    if list(names) == ["0", "1"]:
-        labels = [BOOLEANS.get(str(label).strip().lower(), label) for label in labels]
+    booleans = _booleans(names)
+    labels = [booleans.get(str(label).strip().lower(), label) for label in labels]
     numbers = [_numbered(label, names) for label in labels]
     read: dict[str, list[int | None]] = {NAMES: _named(labels, names), NUMBERS: numbers}
     for row, label in enumerate(labels, start=1):
         if all(classes[row - 1] is None for classes in read.values()):
             is_boolean = str(label).strip().lower() in BOOLEANS
-            neither = ", and true and false are neither" if is_boolean else ""
+            is_named = any(name.strip().lower() in BOOLEANS for name in names)
+            neither = ", and true and false are neither" if is_boolean and not is_named else ""
             raise ValueError(
                 f"row {row} has the label {label!r}; expected one of "
                 f"{', '.join(map(repr, names))}, or a number from 0 to {len(names) - 1}{neither}. "
@@ -94,6 +96,16 @@ def if_numbers(label: Any, names: Sequence[str]) -> str:
     if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         return ""
     return "; if these numbers are a regression's targets, say --likelihood regression"
+
+
+def _booleans(names: Sequence[str]) -> dict[str, Any]:
+    """Return the labels that true and false stand for, by these words in small letters."""
+    if list(names) == ["0", "1"]:
+        return dict(BOOLEANS)
+    words = [name.strip().lower() for name in names]
+    if any(words.count(word) != 1 for word in BOOLEANS):
+        return {}
+    return {word: names[words.index(word)] for word in BOOLEANS}
 
 
 def _named(labels: Sequence[Any], names: Sequence[str]) -> list[int | None]:

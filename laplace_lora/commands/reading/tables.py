@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,8 @@ class Form:
     quotes: bool | None
 
 
+BREAK = re.compile(r"\r\n|\r|\n")
+DOUBLED = re.compile(r'"([^"]*"")+[^"]*"|""')  # a quoted cell with marks in it, or an empty one
 QUOTED = Form(",", True)
 UNSETTLED = Form("\t", None)  # those of pandas and spreadsheets have quotes, those of GLUE none
 
@@ -32,7 +35,8 @@ def table_rows(lines: Iterable[str], form: Form, place: str) -> list[dict[str, A
 
     Where it is not settled whether quotation marks surround cells, the reading is taken in which
     every row has the columns of the head line. If both have, cells are quoted unless one would
-    then hold the delimiter, as rows do that an open quotation mark made one.
+    then hold the delimiter, as rows do that an open quotation mark made one. In a single column
+    nothing tells such rows from a text of several lines, unless the file shows that it has quotes.
 
     Args:
         lines: Its lines, with their ends.
@@ -40,8 +44,8 @@ def table_rows(lines: Iterable[str], form: Form, place: str) -> list[dict[str, A
         place: Where it comes from, for errors.
 
     Raises:
-        ValueError: If two columns have one name, a row has other columns than the head line, or a
-            quotation mark remains open.
+        ValueError: If two columns have one name, a row has other columns than the head line, a
+            quotation mark remains open, or it may surround several rows or one.
     """
     if form.quotes is not None:
         return _read(lines, form, place)
@@ -57,8 +61,43 @@ def table_rows(lines: Iterable[str], form: Form, place: str) -> list[dict[str, A
         if isinstance(plain, ValueError):
             raise plain from error
         return plain
-    is_run_together = any(form.delimiter in str(x) for row in quoted for x in row.values())
-    return plain if is_run_together and not isinstance(plain, ValueError) else quoted
+    if isinstance(plain, ValueError):
+        return quoted
+    if any(form.delimiter in str(x) for row in quoted for x in row.values()):
+        return plain
+    if len(plain) != len(quoted) and not _shows_quotes(lines, quoted):
+        raise ValueError(
+            f"{place}, line {_first_over_lines(lines, form)}: a quotation mark begins a text that "
+            "may be one of several lines or several rows; give the data as .jsonl or .csv"
+        )
+    return quoted
+
+
+def _shows_quotes(lines: Sequence[str], rows: Sequence[dict[str, Any]]) -> bool:
+    """Return whether the lines of a single column have marks as only quoted cells have them.
+
+    Args:
+        lines: Of the table.
+        rows: As they are with quotes.
+    """
+    if lines[0].startswith('"') or any(DOUBLED.fullmatch(line.rstrip("\r\n")) for line in lines):
+        return True
+    over_lines = [str(x) for row in rows for x in row.values() if BREAK.search(str(x))]
+    if any('"' in text for text in over_lines):  # which are written twice
+        return True
+    within = Counter(end for text in over_lines for end in BREAK.findall(text))
+    between = Counter(end for line in lines for end in BREAK.findall(line)) - within
+    return not within.keys() & between.keys()  # a writer ends all rows alike
+
+
+def _first_over_lines(lines: Sequence[str], form: Form) -> int:
+    """Return in which line the first row of several lines begins."""
+    reader, begin = csv.reader(lines, delimiter=form.delimiter, strict=True), 1
+    for _ in reader:
+        if reader.line_num > begin:
+            break
+        begin = reader.line_num + 1
+    return begin
 
 
 def _check_delimiter(names: Sequence[str], form: Form, place: str) -> None:

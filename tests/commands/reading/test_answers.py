@@ -1,7 +1,8 @@
 """Answers are the tokens that follow the prompts; others that may be meant are pointed out."""
 
 import pytest
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from laplace_lora.commands.answer_warnings import warn_if_other_tokens, warn_if_spaces_meet
 from laplace_lora.commands.reading.adapter import CAUSAL, SEQ2SEQ, Adapter
@@ -159,6 +160,42 @@ def test_rows_are_looked_at_by_the_last_token_of_their_prompts():
     assert len(rows_by_end(inputs, many)) <= 128 + 8
 
 
+def test_roles_behind_which_a_template_ends_otherwise_are_all_looked_at():
+    """As where a mark in place of the line break precedes the answer to a tool's result."""
+    model, ask = byte_tokenizer([*MERGES, ("t", "yes"), ("t", "no")]), ROWS[2]["text"][0]
+    end = "{{ 't' if messages[i]['role'] == 'tool' else '\n' }}"
+    model.chat_template = CHAT.replace("<a>\n", f"<a>{end.replace('[i]', '[-1]')}").replace(
+        "'<a>' }}\n", "'<a>' }}" + end.replace("[i]", "[loop.index0 - 1]")
+    )
+    adapter, count = Adapter(None, model, CAUSAL, 0, [], None, None), 48
+    assert found(adapter, plan("no", "yes", chat=True), "is it", [ask]) == ["no", "yes"]
+    for chat, texts in ((False, [[ask]] * count), (True, ["is it"] * count)):
+        texts[10] = [ask, {"role": "tool", "content": "22"}]
+        with pytest.raises(ValueError, match=r"the prompt of row 11 by no single token"):
+            found(adapter, plan("no", "yes", chat=chat), *texts)
+
+
+def test_a_space_that_a_tokenizer_puts_before_texts_hides_no_end():
+    """As Llama 2's first conversions do, whose spaces merge."""
+    pieces = ["<unk>", "▁", *"isab(", "<0x0A>", "▁▁", "▁(", "(a", "(b"]
+    merges = [("▁", "▁"), ("▁", "("), ("(", "a"), ("(", "b")]
+    words = {piece: i for i, piece in enumerate(pieces)}
+    core = Tokenizer(models.BPE(words, merges, unk_token="<unk>", byte_fallback=True))
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    made = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    adapter, texts = Adapter(None, made, CAUSAL, 0, [], None, None), ["is ("] * 48
+    texts[10] = "is\n("
+    read = {text: made(text)["input_ids"] for text in ("is (", "is (a", "is\n(", "is\n(a")}
+    assert read["is (a"] == [
+        *read["is ("],
+        words["a"],
+    ]  # and with the other end it is another token
+    assert read["is\n(a"] == [*read["is\n("][:-1], words["(a"]]
+    assert 11 in rows_by_end(Inputs(adapter, plan("a", "b")), [{"text": text} for text in texts])
+
+
 def test_a_prompt_that_ends_in_half_a_character_is_named():
     texts = ["A:"] * 20
     texts[0] = "A: \ud83d"
@@ -176,7 +213,7 @@ def test_words_at_the_ends_of_prompts_are_tokenized_once(monkeypatch):
         type(model.tokenizer), "__call__", lambda self, x, **k: seen.append(x) or read(self, x, **k)
     )
     rows_by_end(inputs, [{"text": text} for text in [*texts, "a  ", "is it\n\n", "it"]])
-    assert seen == [[" it", " it\n\n", "a  ", "it"]]
+    assert seen == [["a  ", "it", "s it", "s it\n\n"]]
 
 
 def test_a_space_is_taken_for_granted_before_every_answer_or_before_none():

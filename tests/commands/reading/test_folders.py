@@ -1,5 +1,8 @@
 """Which files of a folder are its data."""
 
+import shutil
+import zipfile
+
 import pytest
 
 from laplace_lora.commands.output import check_writable
@@ -71,3 +74,18 @@ def test_licences_beside_splits_are_none(path):
         write_json_lines(path / split / "a.jsonl", ROWS[split == "test" :])
         (path / split / "LICENSE.txt").write_text("all rights reserved\n")
     assert read_rows(f"{path}:train") == ROWS and read_rows(f"{path}:test") == ROWS[1:]
+
+
+@pytest.mark.parametrize("name", ["b.zip", "b.geoparquet"])
+def test_no_data_are_left_out_beside_licences(path, name):
+    if name == "b.zip":
+        write_json_lines(path / "a.jsonl", ROWS)
+        with zipfile.ZipFile(path / name, "w") as archive:
+            archive.write(path / "a.jsonl", "b.jsonl")
+    else:
+        datasets.Dataset.from_list(ROWS).to_parquet(path / "a.parquet")
+        shutil.copy(path / "a.parquet", path / name)
+    assert read_rows(str(path)) == ROWS * 2
+    (path / "LICENSE.txt").write_text("all rights reserved\n")
+    with pytest.raises(ValueError, match=rf"has {name}, which .* beside LICENSE.txt; take the lat"):
+        read_rows(str(path))

@@ -194,7 +194,12 @@ def test_calls_of_tools_and_empty_messages_have_a_content():
     row = {"text": [{"role": "system", "content": ""}, TURNS[0], call, TURNS[1]]}
     both = inputs("language_modeling", CAUSAL, chat=True)
     assert both.scored(row, 1)["labels"][-2:] == ids("good [EOS]")
-    assert both.scored({"text": [TURNS[0], {**call, "content": ""}]}, 1)
+    template = both.adapter.tokenizer.chat_template
+    both.adapter.tokenizer.chat_template = template.replace(
+        "m['content'] }}", "m['content'] or m['tool_calls'][0]['name'] }}"
+    )
+    called = both.scored({"text": [TURNS[0], {**call, "content": ""}]}, 1)
+    assert called["labels"][-2:] == ids("[UNK] [EOS]")
 
 
 def test_an_answer_in_which_the_assistant_says_nothing_is_refused():
@@ -370,6 +375,8 @@ def test_a_column_is_there_if_any_row_has_it():
         (["0", "1"], ["True", "false", " TRUE", 0], None, ([1, 0, 1, 0], None)),
         (["True", "False"], [True, False], None, ([0, 1], "names")),
         (["false", "true"], ["true", "false"], None, ([1, 0], "names")),
+        (["false", "true"], [True, False, "True"], None, ([1, 0, 1], "names")),
+        ([" TRUE", " FALSE", " maybe"], [True, "false", "maybe"], None, ([0, 1, 2], "names")),
         (["0", "1", "2"], ["LABEL_2", "LABEL_0"], None, ([2, 0], "names")),
         (["LABEL_1", "LABEL_0"], ["LABEL_0"], None, ([1], "names")),
     ],
@@ -385,6 +392,7 @@ def test_the_labels_of_a_file_are_all_names_or_all_numbers(names, labels, form, 
         (["a", "b"], ["a", "-1"], None, "row 2 has the label '-1'"),
         (["a", "b"], [True], None, "row 1 has the label True; .*true and false are neither"),
         (["0", "1", "2"], [True], None, "row 1 has the label True; .*true and false are neither"),
+        (["True", "true", "no"], [False], None, "the label False; .*from 0 to 2. --labels names"),
         (["a", "b"], ["True"], None, "row 1 has the label 'True'; .*true and false are neither"),
         (["a", "b"], ["LABEL_1"], None, "row 1 has the label 'LABEL_1'; expected one of 'a', 'b'"),
         (["a", "b"], ["a", 1], None, "row 1 has 'a', only a name, and row 2 has 1, only a number"),

@@ -74,6 +74,103 @@ def test_parts_that_are_written_as_they_stand_are_refused(content):
         read(inputs(JOINED), {"role": "user", "content": content})
 
 
+BY_TYPE = (  # as Gemma's and other models' that see
+    "{% for m in messages %}<{{ m['role'][0] }}>{% if m['content'] is string %}{{ m['content'] }}"
+    "{% else %}{% for p in m['content'] %}{% if p['type'] == 'image' %}<img>"
+    "{% elif p['type'] == 'text' %}{{ p['text'].split('</think>')[-1] | trim }}{% endif %}"
+    "{% endfor %}{% endif %}" + END
+)
+ONLY_STRINGS = (
+    "{% for m in messages %}<{{ m['role'][0] }}>"
+    "{% if m['content'] is string %}{{ m['content'] }}{% endif %}" + END
+)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "text", "content": "hi"},
+        {"type": "text", "text": None},
+        {"type": None, "image": "cat.png", "text": None},
+        {"image": "cat.png"},
+        3,
+    ],
+)
+def test_parts_without_a_text_are_refused(part):
+    content = [{"type": "text", "text": "hi"}, part]
+    with pytest.raises(ValueError, match=r"row 3: message 1 .* has a part without a text, .*read"):
+        read(inputs(BY_TYPE), {"role": "user", "content": content})
+
+
+@pytest.mark.parametrize(
+    ("template", "content"),
+    [
+        (BY_TYPE, ["hi"]),
+        (BY_TYPE, [{"text": "hi"}]),
+        (BY_TYPE, [{"type": "text", "text": "hi"}, {"text": "u"}]),  # which stands there as a role
+        (ONLY_STRINGS, [{"type": "text", "text": "hi"}]),
+        (OF_TEXTS, "hi"),
+    ],
+)
+@pytest.mark.parametrize("call", ["text", "scored"])
+def test_what_a_template_leaves_out_is_refused(template, content, call):
+    ask = {"role": "user", "content": content}
+    with pytest.raises(ValueError, match=r"row 3: .* \(it leaves out what message 1 says\)"):
+        read(inputs(template), ask, *([SAY] if call == "scored" else []), call=call)
+
+
+def test_what_a_template_changes_is_not_left_out():
+    said = [{"type": "text", "text": "<think>a question</think> yo "}]
+    ask = {"role": "user", "content": [{"type": "text", "text": " hi "}, {**said[0], "text": " "}]}
+    assert read(inputs(BY_TYPE), ask, {**SAY, "content": said}, ask) == "<u>hi<a>yo<u>hi<a>"
+    call = {**SAY, "content": said, "tool_calls": [{"name": "look"}]}  # as Llama 3.1's leaves it
+    assert read(inputs(ONLY_STRINGS), ASK, call, ASK) == "<u>hi<a><u>hi<a>"
+
+
+@pytest.mark.parametrize("content", [{"t": "warm"}, {"t": [22]}, ["warm", 22], [{"text": "a"}]])
+def test_what_a_tool_has_found_is_written_or_refused(content):
+    result = {"role": "tool", "content": content}
+    assert str(content) in read(inputs(WRITTEN), ASK, result)
+    for template in (BY_TYPE, ONLY_STRINGS):
+        with pytest.raises(ValueError, match=r"row 3: .* \(it leaves out what message 2 says\)"):
+            read(inputs(template), ASK, result)
+    for written in ("warm", [], [{"type": "text", "text": "warm"}]):
+        assert read(inputs(BY_TYPE), ASK, {**result, "content": written})
+    by_name = JOINED.replace("m['content']", "(m['content']['t'] or m['content'])")
+    assert read(inputs(by_name), ASK, {**result, "content": {"t": "warm"}}) == "<u>hi<t>warm<a>"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"content": "  "},
+        {"content": None, "reasoning_content": "so"},
+        {"content": "", "reasoning_content": "so"},
+        {"content": None, "tool_calls": [{"name": "look"}]},
+        {"content": [{"type": "text", "text": ""}]},
+    ],
+)
+def test_answers_of_which_nothing_is_written_are_refused(said):
+    """Or what ends all answers alike would be scored alone."""
+    ended = BY_TYPE.replace(
+        "{% endfor %}{% if add",
+        "{% if m['role'] == 'assistant' %}#{% endif %}{% endfor %}{% if add",
+    )
+    ended = ended.replace("{{ m['content'] }}", "{{ m['content'] | trim }}").replace(
+        "in m['content'] %}", "in m['content'] or [] %}"
+    )
+    model = inputs(ended)
+    assert read(model, ASK, SAY, call="scored") == "<u>hi<a>yo#"
+    with pytest.raises(ValueError, match=r"row 3: .* \(it writes nothing of the assistant's ans"):
+        read(model, ASK, {**SAY, **said}, call="scored")
+    calls = "#{{ m['tool_calls'] or m['reasoning_content'] }}"
+    model = inputs(ended.replace("#", calls))
+    if len(said) > 1:
+        assert "o" in read(model, ASK, {**SAY, **said}, call="scored").partition("#")[2]
+    strict = "{% if messages[-1]['content'] == '' %}{{ raise_exception('none') }}{% endif %}"
+    assert read(inputs(strict + ended), ASK, SAY, call="scored") == "<u>hi<a>yo#"
+
+
 @pytest.mark.parametrize("name", ["tool_calls", "function_call", "reasoning_content"])
 def test_what_stands_for_a_content(name):
     call = {"role": "assistant", "content": None, name: [{"name": "look"}]}

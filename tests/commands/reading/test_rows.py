@@ -122,6 +122,42 @@ def test_line_breaks_run_no_rows_of_a_single_column_together(tmp_path, quoting):
     assert read_rows(str(tmp_path / "x.tsv")) == rows
 
 
+SPANNING = '"I went on a whim.{0}The room was cold.{0}I shall not go back."'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"text\nfine\n{SPANNING}\ngood\n",
+        f'text\nfine\n{SPANNING}\na ""fine"" one\n',
+        f"text\r\nfine\r\n{SPANNING}\r\n",
+    ],
+)
+def test_rows_of_a_single_column_that_may_be_one_are_refused(tmp_path, text):
+    path = tmp_path / "x.tsv"
+    text = text.format("\r\n" if "\r" in text else "\n")
+    path.write_text(text, newline="")
+    with pytest.raises(
+        ValueError, match=r"x\.tsv, line 3: a quotation mark .* as \.jsonl or \.csv"
+    ):
+        read_rows(str(path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'"text"\n"fine"\n{SPANNING}\n',  # as all cells
+        f'text\n{SPANNING}\n"a ""fine"" one"\n',
+        f'text\n{SPANNING}\n"a ""fine""\none"\n',
+        f'text\n{SPANNING}\n""\n',  # as pandas writes what is empty
+        f"text\r\n{SPANNING}\r\nfine\r\n",  # in which only rows end so
+    ],
+)
+def test_texts_of_several_lines_in_a_single_column_stay_whole_where_it_is_clear(tmp_path, text):
+    (tmp_path / "x.tsv").write_text(text.format("\n"), newline="")
+    assert {"text": SPANNING.format("\n")[1:-1]} in read_rows(str(tmp_path / "x.tsv"))
+
+
 def test_files_that_are_not_read_to_their_end_are_named(tmp_path):
     path = tmp_path / "x.csv"
     path.write_bytes("text\nschön\n".encode("latin-1"))

@@ -1,0 +1,171 @@
+"""Apply the chat template, and refuse messages of which it would leave something out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+from jinja2 import TemplateError
+
+from laplace_lora.commands.reading.messages import (
+    ASSISTANT,
+    TEXT,
+    TOOLS,
+    USER,
+    has_role,
+    says_otherwise,
+)
+
+FIRST = 8_210_400_000  # of numbers that no template writes by itself, of one length
+
+
+def templated(messages: list[dict[str, Any]], tokenizer: Any, asks: bool) -> dict[str, Any]:
+    """Return the tokens of messages through the chat template.
+
+    Args:
+        messages: With contents.
+        tokenizer: With the template.
+        asks: Whether the template is to end where the assistant answers.
+
+    Raises:
+        TemplateError: If the template does not take them, writes a content of several parts as
+            Python writes a list, or leaves out a part, what a tool has found, or the
+            last question.
+        ValueError: If there is no template.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError("the data are messages, but the tokenizer has no chat template")
+    options = {"add_generation_prompt": asks, "tokenize": True, "return_dict": True}
+    parts = [str(m["content"]) for m in messages if _has_parts(m)]
+    try:
+        if parts:
+            text = tokenizer.apply_chat_template(messages, **{**options, "tokenize": False})
+            if any(part in text for part in parts):
+                raise TemplateError(
+                    "it writes a content of several parts as it stands; give a text"
+                )
+        found = dict(tokenizer.apply_chat_template(messages, **options))
+    except TypeError as error:  # of templates that join texts and what is none
+        raise TemplateError(str(error)) from error
+    _check_written(messages, tokenizer, asks)
+    return found
+
+
+def check_answer_written(
+    prompt: Sequence[dict[str, Any]], answer: Sequence[dict[str, Any]], tokenizer: Any
+) -> None:
+    """Refuse an answer of which only what ends each answer would be scored.
+
+    Args:
+        prompt: The messages before it, which the template takes together with the answer.
+        answer: The messages behind the prompt.
+        tokenizer: With the template.
+
+    Raises:
+        TemplateError: If the template writes the same where the assistant says nothing.
+    """
+    silent = [
+        {"role": m["role"], "content": ""} if has_role(m, (ASSISTANT,)) else m for m in answer
+    ]
+    try:
+        of_both, of_none = (
+            tokenizer.apply_chat_template([*prompt, *messages], tokenize=False)
+            for messages in (answer, silent)
+        )
+    except (TemplateError, TypeError):  # of a template that takes no such answer
+        return
+    if of_both == of_none:
+        raise TemplateError("it writes nothing of the assistant's answer")
+
+
+def _check_written(messages: Sequence[dict[str, Any]], tokenizer: Any, asks: bool) -> None:
+    """Refuse messages if the template writes nothing of a part, a result or the last question.
+
+    A template may change what it writes, strip the thoughts of an earlier answer, say. So not the
+    contents are looked for, but marks in their places.
+    """
+    users = [place for place, m in enumerate(messages, start=1) if has_role(m, (USER,))]
+    fresh, marked = count(FIRST), []
+    sought: list[tuple[int, list[str]]] = []
+    for place, message in enumerate(messages, start=1):
+        content = message.get("content")
+        is_found = has_role(message, TOOLS) and not isinstance(content, str)
+        if says_otherwise(message):  # beside which a template may leave the content out
+            pass
+        elif _has_parts(message):
+            parts = [_marked_part(part, fresh) for part in content or ()]
+            sought += [(place, marks) for _, marks in parts]
+            message = {**message, "content": [part for part, _ in parts]}
+        elif is_found or (users[-1:] == [place] and isinstance(content, str)):
+            made, marks = _marked(content, fresh)
+            sought.append((place, marks))
+            message = {**message, "content": made}
+        marked.append(message)
+    try:
+        text = tokenizer.apply_chat_template(marked, add_generation_prompt=asks, tokenize=False)
+    except (TemplateError, TypeError):  # which tells nothing: the contents themselves are taken
+        return
+    for place, marks in sought:
+        if marks and not any(mark in text for mark in marks):
+            raise TemplateError(f"it leaves out what message {place} says")
+
+
+def _marked_part(part: Any, fresh: Iterator[int]) -> tuple[Any, list[str]]:
+    """Return a part of a content with a mark in the place of its text, see `_marked`."""
+    if isinstance(part, dict) and isinstance(part.get(TEXT), str):
+        made, marks = _marked(part[TEXT], fresh)
+        return {**part, TEXT: made}, marks
+    return _marked(part, fresh)
+
+
+def _marked(value: Any, fresh: Iterator[int]) -> tuple[Any, list[str]]:
+    """Return a value with marks in the places of its texts and numbers, and the marks as written.
+
+    Types and the names of keys, by which a template may go, stay.
+    """
+    if isinstance(value, str) and value.strip():
+        word = f"mark{next(fresh)}"
+        return word, [word]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        number = next(fresh)
+        return number, [str(number)]
+    if isinstance(value, list | tuple):
+        items = [_marked(item, fresh) for item in value]
+        return [item for item, _ in items], [mark for _, marks in items for mark in marks]
+    if isinstance(value, dict):
+        kept = {name: item for name, item in value.items() if name == "type"}
+        rest = {name: _marked(item, fresh) for name, item in value.items() if name not in kept}
+        made = {name: kept[name] if name in kept else rest[name][0] for name in value}
+        return made, [mark for _, marks in rest.values() for mark in marks]
+    return value, []
+
+
+def _has_parts(message: dict[str, Any]) -> bool:
+    """Return whether a message's content are parts, which are not what a tool has found."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return False
+    is_typed = all(isinstance(part, dict) and "type" in part for part in content)
+    return (is_typed and len(content) > 0) or not has_role(message, TOOLS)
+
+
+@contextmanager
+def template_takes(number: int) -> Iterator[None]:
+    """Name the row in what a chat template says of messages that it does not take.
+
+    Args:
+        number: The row's, from 1.
+
+    Raises:
+        ValueError: If the template raises an error.
+    """
+    try:
+        yield
+    except TemplateError as error:
+        raise ValueError(
+            f"row {number}: the chat template does not take these messages ({error}). Write them "
+            "as those of the training were, a system's message at the beginning of the user's "
+            "first one, say; or give texts with all that the training had, and say --no-chat"
+        ) from error
