@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -32,6 +32,9 @@ ASIDE = frozenset(
         *("auxiliary_loss_weight", "beta1", "beta2", "corda_config", "deltaT", "delora_lambda"),
         *("eva_config", "lambda_pattern", "loftq_config", "lora_ga_config", "orth_reg_weight"),
         *("regularization_alpha", "target_r", "tfinal", "total_step"),
+        *("ensure_weight_tying", "kasa_config", "megatron_config", "megatron_core"),
+        *("final_warmup", "mask_interval", "use_asa", "velora_config"),
+        *("svd_threshold", "use_dynamic_rank"),
         # what files hold, and where memory is
         *("runtime_offload_base_weight", "save_indices", "save_only_topk_weights"),
         *("save_precomputed_indices", "save_projection"),
@@ -39,7 +42,15 @@ ASIDE = frozenset(
 )
 # LoRA's are in tensors' shapes and `adapter_settings`, which adapters that are swapped in change.
 OF_LORA = {"alpha_pattern", "lora_alpha", "r", "rank_pattern", "use_dora", "use_rslora"}
-ASIDE_PARTS = ("dropout", "init")
+READ_TASKS = (PeftType.POLY, PeftType.MULTITASK_PROMPT_TUNING)
+ASIDE_PARTS = ("asa_", "dropout", "init")
+# What no pass reads without another setting: details of OFT and PSOFT, and PVeRA's noise
+ONLY_WITH = {
+    "eps": "coft",
+    "cayley_neumann_eps": "use_cayley_neumann",
+    "num_cayley_neumann_terms": "use_cayley_neumann",
+    "generator_seed": "sample_at_inference",
+}
 OF_CONFIGURATION = "peft_config."
 SEEDS = ("seed", "prng")  # in the names of settings that only say what is drawn
 
@@ -98,6 +109,15 @@ def configurations_of(holders: Iterable[Any], adapters: Collection[str]) -> Iter
                 yield config
 
 
+def reads_tasks(model: nn.Module) -> bool:
+    """Return whether an active adapter must be told each text's task.
+
+    Args:
+        model: Any module.
+    """
+    return any(config.peft_type in READ_TASKS for config in active_configurations(model))
+
+
 def settings_of(configs: Iterable[Any]) -> dict[str, Any]:
     """Return the settings that may change what adapters compute, as JSON has them.
 
@@ -115,6 +135,8 @@ def settings_of(configs: Iterable[Any]) -> dict[str, Any]:
 
 def _counts(config: Any, name: str) -> bool:
     aside = ASIDE | OF_LORA if isinstance(config, LoraConfig) else ASIDE
+    if not getattr(config, ONLY_WITH.get(name, "peft_type"), True):
+        return False
     return name not in aside and not any(part in name for part in ASIDE_PARTS)
 
 
