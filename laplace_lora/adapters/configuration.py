@@ -1,22 +1,19 @@
-"""What an adapter's function depends on and no weight holds: its settings, and parts drawn once."""
+"""The settings that an adapter's function depends on and no weight holds."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
-import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from peft.tuners.lora import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import nn
 
-from laplace_lora.adapters.peft_state import adapter_of, adapter_settings
-from laplace_lora.adapters.plain_names import adapts, plain_names
+from laplace_lora.adapters.layer_settings import adapter_settings
 
 # Any other setting counts: PEFT gets new tuners, and a posterior of one of them must not load
 # silently around another function.
@@ -35,6 +32,9 @@ ASIDE = frozenset(
         *("auxiliary_loss_weight", "beta1", "beta2", "corda_config", "deltaT", "delora_lambda"),
         *("eva_config", "lambda_pattern", "loftq_config", "lora_ga_config", "orth_reg_weight"),
         *("regularization_alpha", "target_r", "tfinal", "total_step"),
+        *("ensure_weight_tying", "kasa_config", "megatron_config", "megatron_core"),
+        *("final_warmup", "mask_interval", "use_asa", "velora_config"),
+        *("svd_threshold", "use_dynamic_rank"),
         # what files hold, and where memory is
         *("runtime_offload_base_weight", "save_indices", "save_only_topk_weights"),
         *("save_precomputed_indices", "save_projection"),
@@ -42,10 +42,17 @@ ASIDE = frozenset(
 )
 # LoRA's are in tensors' shapes and `adapter_settings`, which adapters that are swapped in change.
 OF_LORA = {"alpha_pattern", "lora_alpha", "r", "rank_pattern", "use_dora", "use_rslora"}
-ASIDE_PARTS = ("dropout", "init")
+READ_TASKS = (PeftType.POLY, PeftType.MULTITASK_PROMPT_TUNING)
+ASIDE_PARTS = ("asa_", "dropout", "init")
+# What no pass reads without another setting: details of OFT and PSOFT, and PVeRA's noise
+ONLY_WITH = {
+    "eps": "coft",
+    "cayley_neumann_eps": "use_cayley_neumann",
+    "num_cayley_neumann_terms": "use_cayley_neumann",
+    "generator_seed": "sample_at_inference",
+}
 OF_CONFIGURATION = "peft_config."
 SEEDS = ("seed", "prng")  # in the names of settings that only say what is drawn
-WAVES = 8
 
 
 def active_configurations(model: nn.Module) -> list[Any]:
@@ -54,10 +61,18 @@ def active_configurations(model: nn.Module) -> list[Any]:
     Args:
         model: Any module.
     """
+    return list(configurations(model, active_adapters(model)))
+
+
+def active_adapters(model: nn.Module) -> set[str]:
+    """Return the names of a model's active adapters.
+
+    Args:
+        model: Any module.
+    """
     adapted = BaseTunerLayer | ModulesToSaveWrapper | PeftModel
     holders = (module for module in model.modules() if isinstance(module, adapted))
-    active = {adapter for holder in holders for adapter in holder.active_adapters}
-    return list(configurations(model, active))
+    return {adapter for holder in holders for adapter in holder.active_adapters}
 
 
 def configurations(model: nn.Module, adapters: Collection[str]) -> Iterator[Any]:
@@ -67,14 +82,40 @@ def configurations(model: nn.Module, adapters: Collection[str]) -> Iterator[Any]
         model: Any module.
         adapters: The adapters' names.
     """
+    yield from configurations_of(configured(model), adapters)
+
+
+def configured(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of a model that hold adapters' configurations.
+
+    Args:
+        model: Any module.
+    """
+    return [m for m in model.modules() if isinstance(getattr(m, "peft_config", None), dict)]
+
+
+def configurations_of(holders: Iterable[Any], adapters: Collection[str]) -> Iterator[Any]:
+    """Yield the configurations that modules hold now, each of them once.
+
+    Args:
+        holders: What `configured` returned.
+        adapters: The adapters' names.
+    """
     known: set[int] = set()
-    for module in model.modules():
-        configs = getattr(module, "peft_config", None)
-        if isinstance(configs, dict):
-            for name, config in configs.items():
-                if name in adapters and id(config) not in known:
-                    known.add(id(config))
-                    yield config
+    for holder in holders:
+        for name, config in getattr(holder, "peft_config", {}).items():
+            if name in adapters and id(config) not in known:
+                known.add(id(config))
+                yield config
+
+
+def reads_tasks(model: nn.Module) -> bool:
+    """Return whether an active adapter must be told each text's task.
+
+    Args:
+        model: Any module.
+    """
+    return any(config.peft_type in READ_TASKS for config in active_configurations(model))
 
 
 def settings_of(configs: Iterable[Any]) -> dict[str, Any]:
@@ -94,6 +135,8 @@ def settings_of(configs: Iterable[Any]) -> dict[str, Any]:
 
 def _counts(config: Any, name: str) -> bool:
     aside = ASIDE | OF_LORA if isinstance(config, LoraConfig) else ASIDE
+    if not getattr(config, ONLY_WITH.get(name, "peft_type"), True):
+        return False
     return name not in aside and not any(part in name for part in ASIDE_PARTS)
 
 
@@ -116,74 +159,3 @@ def function_settings(model: nn.Module) -> dict[str, Any]:
     settings = settings_of(active_configurations(model))
     named = {f"{OF_CONFIGURATION}{name}": value for name, value in settings.items()}
     return {**adapter_settings(model), **named}
-
-
-def drawn_parts(model: nn.Module) -> dict[str, Any]:
-    """Return a summary of each tensor of the active adapter that PEFT makes anew: no weight.
-
-    Indices and projections, drawn from a seed or without one. Tensors that PEFT copies from the
-    base model (``trainable_tokens_original``) are left out.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        By name, what `are_drawn_alike` compares.
-    """
-    name_of = plain_names(model)
-    known: set[int] = set()
-    found = {}
-    for path, layer in model.named_modules():
-        if isinstance(layer, BaseTunerLayer) and adapts(layer):
-            for name, tensor in _drawn(layer):
-                if id(tensor) not in known and "original" not in name:
-                    known.add(id(tensor))  # VeRA's layers share their projections
-                    found[name_of(f"{path}.{name}")] = _summary(tensor)
-    return found
-
-
-def _drawn(layer: BaseTunerLayer) -> Iterator[tuple[str, Tensor]]:
-    for name, held in vars(layer).items():
-        for adapter in layer.active_adapters:
-            tensor = held.get(adapter) if isinstance(held, dict) else None
-            # A single number is a factor, see `adapter_settings`.
-            if isinstance(tensor, Tensor) and tensor.ndim and tensor.device.type != "meta":
-                yield f"{name}.{adapter}", tensor
-    for name, buffer in layer.named_buffers():
-        holder, _, key = name.rpartition(".")
-        is_saved = key not in layer.get_submodule(holder)._non_persistent_buffers_set
-        if buffer.device.type == "meta":
-            continue
-        if not is_saved and adapter_of(layer, name) in layer.active_adapters:
-            yield name, buffer
-
-
-@torch.no_grad()
-def _summary(tensor: Tensor) -> Any:
-    """Return a hash of integers, or a norm and sums of numbers weighted by waves.
-
-    Devices round differently, and a model may come back in another dtype.
-    """
-    values = tensor.detach().flatten().cpu()
-    if not values.is_floating_point():
-        return hashlib.sha256(values.long().numpy().tobytes()).hexdigest()[:16]
-    values = values.double()
-    places = torch.arange(1, len(values) + 1, dtype=torch.float64)
-    sums = [float(values @ (places * n).cos()) for n in range(1, WAVES + 1)]
-    return [float(values.norm()), *sums]
-
-
-def are_drawn_alike(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether what `drawn_parts` returned is the same, of tensors that both sides know.
-
-    Args:
-        then: Of one model.
-        now: Of another.
-    """
-    return all(_is_near(then[name], now[name]) for name in then if name in now)
-
-
-def _is_near(then: Any, now: Any) -> bool:
-    if isinstance(then, str) or isinstance(now, str):
-        return bool(then == now)
-    return all(abs(a - b) <= 0.01 * max(then[0], now[0]) for a, b in zip(then, now, strict=True))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora.variants import ALoraLinearVariant
@@ -16,7 +14,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from laplace_lora.adapters.packed_weights import has_packed_weights
-from laplace_lora.adapters.plain_names import adapts, plain_names
 from laplace_lora.display.warning import warn
 
 
@@ -187,64 +184,3 @@ def adapter_of(layer: nn.Module, name: str) -> str | None:
         if isinstance(module, nn.ModuleDict | nn.ParameterDict | BufferDict):
             return following
     return None
-
-
-def adapter_settings(model: nn.Module, plain: bool = True) -> dict[str, Any]:
-    """Return what an active adapter's configuration changes about its outputs, as plain values.
-
-    The kind of each adapted layer and the factor of its update, which are in no tensor.
-
-    Args:
-        model: Any module.
-        plain: Whether idle adapters leave no trace; ``False`` lists their layers, too.
-    """
-    settings: dict[str, Any] = {}
-    name_of = plain_names(model) if plain else str
-    for path, layer in model.named_modules():
-        if isinstance(layer, BaseTunerLayer) and (not plain or adapts(layer)):
-            name = name_of(path)
-            for adapter in layer.active_adapters:
-                scaling = getattr(layer, "scaling", {})
-                found = scaling.get(adapter) if isinstance(scaling, dict) else None
-                variant = getattr(layer, "lora_variant", {}).get(adapter)
-                settings[name] = [
-                    type(layer).__name__,
-                    None if variant is None else type(variant).__name__,
-                    _factor(found),
-                    bool(getattr(layer, "fan_in_fan_out", False)),
-                ]
-    return settings
-
-
-def single(setting: Sequence[Any]) -> list[Any]:
-    """Return a layer's setting with its factor in single precision, as PEFT's tensors have it.
-
-    Args:
-        setting: One of `adapter_settings`.
-    """
-    return [torch.tensor(x).float().item() if type(x) is float else x for x in setting]
-
-
-def tuner_layers(model: nn.Module) -> list[nn.Module]:
-    """Return PEFT's layers around those of a model, whether their adapters are active or not."""
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-
-
-def scalings(layers: Iterable[nn.Module]) -> list[dict[str, float]]:
-    """Return the factors of the adapters' updates in each layer, where it has any.
-
-    Args:
-        layers: What `tuner_layers` returned.
-    """
-    found = (getattr(layer, "scaling", None) for layer in layers)
-    return [
-        {name: factor for name, value in each.items() if (factor := _factor(value)) is not None}
-        for each in found
-        if isinstance(each, dict)
-    ]
-
-
-def _factor(value: Any) -> float | None:
-    """Return a layer's factor; PEFT makes it a tensor for compiled models that swap adapters."""
-    is_one = isinstance(value, Tensor) and value.numel() == 1 and value.device.type != "meta"
-    return float(value) if is_one or isinstance(value, int | float) else None

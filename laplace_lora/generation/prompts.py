@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.adapters.configuration import reads_tasks
 from laplace_lora.models.changes.autocast import as_called
 from laplace_lora.models.changes.modes import coarsest_dtype, evaluation_mode
 from laplace_lora.models.inputs.batch_checks import check_adapter
@@ -17,7 +18,7 @@ from laplace_lora.models.tolerances import near
 
 TEXT = ("input_ids", "attention_mask")
 UNREAD = (*TEXT, "labels")  # need no look
-TASKS = "task_ids"  # which Poly and multitask prompt tuning need, and no transformer names
+TASKS = "task_ids"
 
 
 def left_padded(inputs: Any, device: torch.device, config: Any) -> tuple[Tensor, Tensor]:
@@ -67,10 +68,10 @@ def check_text_suffices(model: TokenModel, inputs: Any) -> None:
     check_adapter(inputs)
     others = [key for key in inputs if key not in UNREAD and model.accepts(key)]
     others = [key for key in others if isinstance(inputs[key], Tensor)]
-    others += [key for key in (TASKS,) if key in inputs]
-    if not others:
-        return
-    if TASKS in others or not _suffices(model, inputs, others):
+    needed = [key for key in (TASKS,) if key in inputs and reads_tasks(model)]
+    others = [key for key in others if key not in needed]
+    if needed or (others and not _suffices(model, inputs, others)):
+        others += needed
         raise ValueError(
             f"generate continues tokens alone, and the prompts have {others}, on which the model's "
             "logits depend; write texts with model.generate and read them with `score`, which "

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from laplace_lora.adapters.buffers import TensorPlace
-from laplace_lora.adapters.configuration import function_settings
-from laplace_lora.adapters.peft_state import single
+from laplace_lora.adapters.configuration import OF_CONFIGURATION, function_settings
+from laplace_lora.adapters.layer_settings import single, without_factor
 from laplace_lora.posteriors.fitted_weights import ROUNDING, are_equal
 
 
@@ -30,7 +30,7 @@ def changes(
     """
     settings = function_settings(source)
     others = [
-        name for name, then in adapter.items() if not _is_same(then, settings.get(name, then))
+        name for name, then in adapter.items() if not _is_same(name, then, settings.get(name, then))
     ]
     return [place for place in places if _has_moved(place, frozen)], others
 
@@ -47,8 +47,13 @@ def _has_moved(place: TensorPlace, fitted: Mapping[str, Tensor]) -> bool:
     return not are_equal(now, then, rounding)
 
 
-def _is_same(then: Any, now: Any) -> bool:
-    """Return whether settings are the same, but for a factor's rounding to single precision."""
-    return bool(then == now) or (
-        isinstance(then, list) and isinstance(now, list) and single(then) == single(now)
-    )
+def _is_same(name: str, then: Any, now: Any) -> bool:
+    """Return whether settings are the same, but for a factor's rounding to single precision.
+
+    Earlier versions have kept no factor that was a tensor.
+    """
+    if then == now or not (isinstance(then, list) and isinstance(now, list)):
+        return bool(then == now)
+    if not name.startswith(OF_CONFIGURATION) and then == without_factor(then):
+        return then == without_factor(now)
+    return single(then) == single(now)

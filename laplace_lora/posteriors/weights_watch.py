@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from laplace_lora.adapters.buffers import TensorPlace
 from laplace_lora.adapters.configuration import (
     OF_CONFIGURATION,
-    active_configurations,
+    active_adapters,
+    configurations_of,
+    configured,
     settings_of,
 )
 from laplace_lora.adapters.frozen_values import PackedPlace, frozen_places
 from laplace_lora.adapters.in_use import check_runs
-from laplace_lora.adapters.peft_state import adapter_parameters, scalings, tuner_layers
+from laplace_lora.adapters.layer_settings import scalings, tuner_layers
+from laplace_lora.adapters.peft_state import adapter_parameters
 from laplace_lora.adapters.selection import listed
 from laplace_lora.adapters.tensor_parts import parts_here
 from laplace_lora.data.sharding import is_sharded_tensor, whole
@@ -46,7 +49,8 @@ class WeightsWatch:
         self._places: list[TensorPlace] = []
         self._counting: list[nn.Module] = []
         self._layers: list[nn.Module] = []
-        self._configs: list[Any] = []
+        self._configured: list[nn.Module] = []
+        self._active: set[str] = set()
         self._beside: list[TensorPlace] = []
         self._beside_values = torch.zeros(0)
         self._said_of: Tensor | None = None  # weights of a fit that are rounded in the model
@@ -97,7 +101,8 @@ class WeightsWatch:
     def _check(self, posterior: Posterior) -> None:
         self._look(posterior)
         places = self._places
-        factors = scalings(self._layers), settings_of(self._configs)
+        settings = settings_of(configurations_of(self._configured, self._active))
+        factors = scalings(self._layers), settings
         pairs = list(pairs_of(posterior))
         tensors = [tensor for _, tensor, _ in pairs]
         tensors += [t for place in places if (t := place.tensor) is not None]
@@ -161,7 +166,7 @@ class WeightsWatch:
             self._places = frozen_places(model, posterior.engine.parameters)
             self._counting = list({p.module: None for p in self._places if p.is_buffer})
             self._layers = tuner_layers(model)
-            self._configs = active_configurations(model)
+            self._configured, self._active = configured(model), active_adapters(model)
             trained = adapter_parameters(model)
             self._beside = [place for place in self._places if id(place.tensor) in trained]
 

@@ -18,12 +18,18 @@ from laplace_lora.storage.fingerprint import (
     exact_fingerprint,
     sampled_fingerprint,
 )
-from laplace_lora.storage.same_function import check_function, function_identity, layers_key
+from laplace_lora.storage.same_function import (
+    check_function,
+    function_identity,
+    has_layers,
+    other_dtype,
+)
 from laplace_lora.structures.posterior import Posterior
 
 IN_USE = "base_in_use"
 BUFFERS = "buffers"
 BASE_BITS = "base_bits"
+CHANGING_ANEW = ("pissa_niter", "corda", "lora_ga")  # starts that are others at each loading
 
 
 def identity(posterior: Posterior, plain: bool = True) -> dict[str, Any]:
@@ -75,12 +81,17 @@ def known_identity(posterior: Posterior, saved: Mapping[str, Any]) -> tuple[dict
         The identity, and the ``plain`` that it was made with.
     """
     found = identity(posterior)
-    named = [name for name in ("parameters", _base_key(saved), layers_key(saved)) if name in saved]
-    if any(saved[name] != found[name] for name in named):
+    if not _has_names(saved, found):
         earlier = identity(posterior, plain=False)
-        if all(saved[name] == earlier[name] for name in named):
+        if _has_names(saved, earlier):
             return earlier, False
     return found, True
+
+
+def _has_names(saved: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    """Return whether what goes by names is the same."""
+    named = [name for name in ("parameters", _base_key(saved)) if name in saved]
+    return has_layers(saved, found) and all(saved[name] == found[name] for name in named)
 
 
 def trained_tensors(posterior: Posterior, plain: bool = True) -> list[tuple[str, Tensor]]:
@@ -173,7 +184,7 @@ def check_identity(
         + (_other_bits(saved, posterior) or _changed_by_loading(posterior)),
         BUFFERS: "the base model's buffers (running statistics of batch normalisation, say) differ "
         "from those that the posterior was fitted with; PEFT does not save them with the adapter, "
-        "so save the base model as it was at the fit, and load that",
+        "so save the base model as it was at the fit, and load that" + other_dtype(saved, found),
     }
     for name, reason in reasons.items():
         if name == BUFFERS and name not in saved:
@@ -200,10 +211,14 @@ def _changed_by_loading(posterior: Posterior | None) -> str:
     starts = [start for config in configs if (start := base_changing_start(config))]
     if not starts:
         return ""
-    return (
-        f": loading an adapter with init_lora_weights={starts[0]!r} changes the base model, and "
-        "not as before where the start was drawn at random (pissa_niter) or computed from data "
-        "(lora_ga, corda). Take the model of the fit, set its "
-        "peft_config[...].init_lora_weights = True, save the adapter, and then the base model as "
-        "it is (model.unload().save_pretrained(...)): the posterior loads around these"
+    loading = f": loading an adapter with init_lora_weights={starts[0]!r} changes the base model, "
+    if not starts[0].lower().startswith(CHANGING_ANEW):
+        return loading + (
+            "and its start is computed from it: load the same base model in the dtype of the fit"
+        )
+    return loading + (
+        "and not as before, as the start was drawn at random or computed from data. Take the model "
+        "of the fit, set its peft_config[...].init_lora_weights = True, save the adapter, and then "
+        "the base model as it is (model.unload().save_pretrained(...)): the posterior loads around "
+        "these"
     )

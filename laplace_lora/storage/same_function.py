@@ -9,19 +9,21 @@ from typing import Any
 
 from torch import nn
 
-from laplace_lora.adapters.configuration import (
-    SEEDS,
-    active_configurations,
-    are_drawn_alike,
-    drawn_parts,
-    settings_of,
+from laplace_lora.adapters.configuration import SEEDS, active_configurations, settings_of
+from laplace_lora.adapters.drawn_parts import are_drawn_alike, drawn_parts
+from laplace_lora.adapters.layer_settings import (
+    adapter_settings,
+    base_dtypes,
+    single,
+    without_factor,
 )
-from laplace_lora.adapters.peft_state import adapter_settings, single
 
 SETTINGS = "adapter_settings"
 LAYERS = "adapter_layers"
 CONFIGURATION = "adapter_configuration"
 DRAWN = "adapter_drawn"
+KINDS = "adapter_kinds"  # its layers but for their factors
+DTYPES = "adapter_base_dtypes"
 
 
 def function_identity(model: nn.Module, plain: bool) -> dict[str, Any]:
@@ -35,18 +37,42 @@ def function_identity(model: nn.Module, plain: bool) -> dict[str, Any]:
     return {
         SETTINGS: _hash(settings),
         LAYERS: _hash({name: single(setting) for name, setting in settings.items()}),
+        KINDS: _hash({name: without_factor(setting) for name, setting in settings.items()}),
         CONFIGURATION: settings_of(active_configurations(model)),
         DRAWN: drawn_parts(model),
+        DTYPES: base_dtypes(model),
     }
 
 
-def layers_key(saved: Mapping[str, Any]) -> str:
-    """Return under which name a saved identity has its layers' settings.
+def has_layers(saved: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    """Return whether an adapter's layers are set as at the fit, as far as a file tells.
 
-    Files of earlier versions have a hash of factors in double precision. Compiled models that swap
-    adapters keep factors in single precision.
+    Files of earlier versions have a hash of factors in double precision, and of none where they
+    are tensors: compiled models that swap adapters keep them so, in single precision.
+
+    Args:
+        saved: Identity at the fit, perhaps of an earlier version.
+        found: The model's identity.
     """
-    return LAYERS if LAYERS in saved else SETTINGS
+    if LAYERS in saved:
+        return bool(saved[LAYERS] == found[LAYERS])
+    return SETTINGS not in saved or saved[SETTINGS] in (found[SETTINGS], found[KINDS])
+
+
+def other_dtype(saved: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """Return that a base model is in another dtype than at the fit, if a file says in which it was.
+
+    Args:
+        saved: Identity at the fit, perhaps of an earlier version.
+        found: The model's identity.
+    """
+    then, now = saved.get(DTYPES), found[DTYPES]
+    if not then or then == now:
+        return ""
+    return (
+        f"; the base model was in {', '.join(then)} and is in {', '.join(now)}: "
+        "load the base model in the dtype of the fit"
+    )
 
 
 def check_function(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
@@ -75,10 +101,10 @@ def check_function(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     if not are_alike:
         raise ValueError(
             "parts of the adapter that are no weights (random indices or projections) were drawn "
-            f"anew since the posterior was fitted; {advice}"
+            "or computed anew since the posterior was fitted"
+            + (other_dtype(saved, found) or f"; {advice}")
         )
-    key = layers_key(saved)
-    if key in saved and saved[key] != found[key]:
+    if not has_layers(saved, found):
         raise ValueError(
             "the adapter's configuration differs from the one that the posterior was fitted with "
             "(lora_alpha, use_rslora, use_dora or the layers' scaling)"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import MultitaskPromptTuningConfig, PolyConfig, get_peft_model
+from peft import LoraConfig, MultitaskPromptTuningConfig, PolyConfig, get_peft_model
 
 from laplace_lora import DiagLoraLaplace
 from laplace_lora.generation import generate, score
@@ -62,3 +62,17 @@ def test_tuning_reads_tasks_and_writing_says_that_it_does_not(tuner):
         ValueError, match=r"have \['task_ids'\], on which .* read them with `score`"
     ):
         generate(la, prompts, 2, 4)
+
+
+def test_tasks_beside_prompts_of_an_adapter_without_tasks_change_nothing():
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = excite(get_peft_model(base_model("llama-lm"), config)).double().eval()
+    la = DiagLoraLaplace(model, "language_modeling", prior_precision=20.0)
+    la.fit(text_loader(3, told(text_batch())))
+    prompts = {key: value[:, :2] for key, value in text_batch().items() if key != "labels"}
+    tasks = {"task_ids": torch.tensor([0, 1, 0])}
+    plain, told_too = (
+        generate(la, inputs, 2, 4, generator=seeded()).tokens
+        for inputs in (prompts, {**prompts, **tasks})
+    )
+    assert torch.equal(plain, told_too)

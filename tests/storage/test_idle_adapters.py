@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from laplace_lora import KronLoraLaplace, KronLoraLLLaplace
-from laplace_lora.adapters.peft_state import adapter_settings
+from laplace_lora.adapters.layer_settings import adapter_settings
 from laplace_lora.adapters.plain_names import plain_names
 from laplace_lora.storage.identity import identity
 from support.batches import loader, token_batch

@@ -1,15 +1,26 @@
 """Files are refused around an adapter that computes something else with the same weights."""
 
+import dataclasses
+import hashlib
 import json
 
 import pytest
 import torch
-from peft import FourierFTConfig, LoraConfig, OFTConfig, PeftModel, ShiraConfig, VeraConfig
+from peft import (
+    FourierFTConfig,
+    FrodConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    ShiraConfig,
+    VeraConfig,
+)
 from peft import get_peft_model as adapted
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace
-from laplace_lora.adapters.peft_state import adapter_settings
+from laplace_lora.adapters.layer_settings import adapter_settings
+from laplace_lora.posteriors.saved import ADAPTER
 from laplace_lora.storage.files import CONFIG
 from laplace_lora.storage.identity import identity
 from support.batches import loader, token_batch
@@ -23,13 +34,23 @@ pytestmark = [
 ]
 BATCH = token_batch((4, 2, 5), seed=3)
 VALUES = {"target_modules": ["query", "value"]}
-NEW = ("adapter_layers", "adapter_configuration", "adapter_drawn")
+NEW = (
+    *("adapter_layers", "adapter_kinds", "adapter_configuration", "adapter_drawn"),
+    "adapter_base_dtypes",
+)
 # A tuner's configuration, the setting that another value has, and both values
 OTHERS = {
     "FourierFT's scaling": (FourierFTConfig, {"n_frequency": 20}, "scaling", 50.0, 300.0),
     "FourierFT's seed": (FourierFTConfig, {"n_frequency": 20}, "random_loc_seed", 777, 778),
     "SHiRA's seed": (ShiraConfig, {"r": 2}, "random_seed", 1, 2),
     "VeRA's seed": (VeraConfig, {"r": 2, "save_projection": False}, "projection_prng_key", 1, 2),
+    "FRoD's seed, in files": (
+        *(FrodConfig, {"sparse_rate": 0.3, "progressbar": False}, "projection_prng_key", 0, 1),
+    ),
+    "FRoD's seed": (
+        *(FrodConfig, {"save_projection": False, "sparse_rate": 0.3, "progressbar": False}),
+        *("projection_prng_key", 0, 1),
+    ),
     "OFT's series": (
         *(OFTConfig, {"oft_block_size": 4, "r": 0}),
         *("use_cayley_neumann", True, False),
@@ -87,7 +108,7 @@ def test_indices_that_were_drawn_without_a_seed_are_recognised(tmp_path):
     DiagLoraLaplace.from_pretrained(model, tmp_path)
     layer = next(m for m in model.modules() if hasattr(m, "shira_indices"))
     layer.shira_indices["default"] = layer.shira_indices["default"].flip(0)
-    with pytest.raises(ValueError, match=r"parts of the adapter that are no weights .* drawn anew"):
+    with pytest.raises(ValueError, match=r"parts of the adapter that are no .* computed anew"):
         DiagLoraLaplace.from_pretrained(model, tmp_path)
 
 
@@ -121,6 +142,13 @@ def test_activated_lora_with_other_tokens_is_another_function(tmp_path):
         la(batch)
     model.peft_config["default"].alora_invocation_tokens = [7]
     assert torch.equal(la(batch), expected)
+    config = model.peft_config["default"]
+    other = dataclasses.replace(config, alora_invocation_tokens=[9])
+    model.peft_config["default"] = other
+    with pytest.raises(RuntimeError, match=r"settings '.*alora_invocation_tokens' have changed"):
+        la(batch)
+    model.peft_config["default"] = config
+    assert torch.equal(la(batch), expected)
 
 
 @pytest.mark.parametrize("prepared", [False, True])
@@ -143,6 +171,27 @@ def test_files_of_earlier_versions_load_and_refuse_another_alpha(tmp_path):
         KronLoraLaplace.from_pretrained(lora(20), tmp_path)
 
 
+def test_earlier_versions_kept_no_factor_of_a_model_prepared_for_swapping_adapters(tmp_path):
+    la = saved(lora(prepared=True), tmp_path)
+    expected = la(BATCH)
+    settings = adapter_settings(la.logits_model)
+    without = {n: [kind, variant, None, fan] for n, (kind, variant, _, fan) in settings.items()}
+    digest = hashlib.sha256(json.dumps(without, sort_keys=True).encode()).hexdigest()
+    content = json.loads((tmp_path / CONFIG).read_text())
+    earlier = {name: value for name, value in content.items() if name not in NEW}
+    (tmp_path / CONFIG).write_text(json.dumps(earlier))
+    forge(tmp_path, adapter_settings=digest)
+    for prepared in (False, True):
+        again = KronLoraLaplace.from_pretrained(lora(prepared=prepared), tmp_path)
+        torch.testing.assert_close(again(BATCH), expected)
+    state = la.state_dict()
+    la.load_state_dict({**state, ADAPTER: {**state[ADAPTER], **without}})
+    assert torch.equal(la(BATCH), expected)
+    forge(tmp_path, adapter_settings=digest[::-1])
+    with pytest.raises(ValueError, match="configuration differs"):
+        KronLoraLaplace.from_pretrained(lora(), tmp_path)
+
+
 def test_settings_that_later_versions_of_peft_add_are_no_difference(tmp_path):
     la = saved(lora(), tmp_path)
     known = identity(la.parts)["adapter_configuration"]
@@ -159,29 +208,6 @@ def test_training_and_bookkeeping_are_no_settings_of_the_function(tmp_path):
     expected = la(BATCH)
     again = KronLoraLaplace.from_pretrained(la.logits_model.model, tmp_path)
     assert torch.equal(again(BATCH), expected)
-
-
-@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights:UserWarning")
-def test_a_base_model_that_loading_changes_at_random_can_be_saved(tmp_path):
-    def loaded(base, folder):
-        return PeftModel.from_pretrained(base, folder).eval()
-
-    config = LoraConfig(r=2, init_lora_weights="pissa_niter_2", **VALUES)
-    model = adapted(base_model("bert"), config).eval()
-    la = saved(model, tmp_path)
-    expected = la(BATCH)
-    model.save_pretrained(tmp_path / "again")
-    torch.manual_seed(5)
-    base = base_model("bert")
-    torch.manual_seed(6)
-    with pytest.raises(ValueError, match=r"'pissa_niter_2' changes .*init_lora_weights = True"):
-        KronLoraLaplace.from_pretrained(loaded(base, tmp_path / "again"), tmp_path)
-    model.peft_config["default"].init_lora_weights = True
-    model.save_pretrained(tmp_path / "adapter")
-    model.unload().save_pretrained(tmp_path / "base")
-    base = type(base).from_pretrained(tmp_path / "base")
-    again = KronLoraLaplace.from_pretrained(loaded(base, tmp_path / "adapter"), tmp_path)
-    torch.testing.assert_close(again(BATCH), expected)
 
 
 def test_factors_that_are_tensors_are_read():
