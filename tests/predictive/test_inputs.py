@@ -183,7 +183,7 @@ def test_no_samples_are_refused(la):
             call(batch, link_approx="mc", n_samples=0)
     with pytest.raises(ValueError, match="n_samples of at least 1, got 0"):
         la(batch, pred_type="nn", link_approx="mc", n_samples=0)
-    with pytest.raises(ValueError, match="n_samples of at least 1"):
+    with pytest.raises(ValueError, match="n_samples must be positive"):
         la.calibrate(loader(), "mc", 0)
 
 
