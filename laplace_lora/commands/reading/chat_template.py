@@ -11,9 +11,10 @@ from jinja2 import TemplateError
 
 from laplace_lora.commands.reading.messages import (
     ASSISTANT,
+    GUIDES,
     TEXT,
     TOOLS,
-    USER,
+    USERS,
     has_role,
     says_otherwise,
 )
@@ -31,8 +32,8 @@ def templated(messages: list[dict[str, Any]], tokenizer: Any, asks: bool) -> dic
 
     Raises:
         TemplateError: If the template does not take them, writes a content of several parts as
-            Python writes a list, or leaves out a part, what a tool has found, or the
-            last question.
+            Python writes a list, or leaves out the last message or question, a part, what a
+            tool has found, or what a system or developer says.
         ValueError: If there is no template.
     """
     if tokenizer.chat_template is None:
@@ -81,24 +82,27 @@ def check_answer_written(
 
 
 def _check_written(messages: Sequence[dict[str, Any]], tokenizer: Any, asks: bool) -> None:
-    """Refuse messages if the template writes nothing of a part, a result or the last question.
+    """Refuse messages if the template writes nothing of what the answer is to.
+
+    That is the last message, of whatever role, as templates pass over roles that they do not know;
+    the last question; and every part, tool's result, and system's or developer's message.
 
     A template may change what it writes, strip the thoughts of an earlier answer, say. So not the
     contents are looked for, but marks in their places.
     """
-    users = [place for place, m in enumerate(messages, start=1) if has_role(m, (USER,))]
+    users = [place for place, m in enumerate(messages, start=1) if has_role(m, USERS)]
+    last = {len(messages), *users[-1:]}
     fresh, marked = count(FIRST), []
     sought: list[tuple[int, list[str]]] = []
     for place, message in enumerate(messages, start=1):
         content = message.get("content")
-        is_found = has_role(message, TOOLS) and not isinstance(content, str)
         if says_otherwise(message):  # beside which a template may leave the content out
             pass
         elif _has_parts(message):
             parts = [_marked_part(part, fresh) for part in content or ()]
             sought += [(place, marks) for _, marks in parts]
             message = {**message, "content": [part for part, _ in parts]}
-        elif is_found or (users[-1:] == [place] and isinstance(content, str)):
+        elif place in last or has_role(message, (*TOOLS, *GUIDES)):
             made, marks = _marked(content, fresh)
             sought.append((place, marks))
             message = {**message, "content": made}

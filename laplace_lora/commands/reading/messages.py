@@ -11,7 +11,9 @@ from typing import Any
 ASSISTANT = "assistant"  # the role whose messages are answers
 USER = "user"
 TOOLS = ("tool", "ipython", "function", "observation")  # whose contents templates may write as JSON
-ASKING = ("user", "human", "system", "developer", *TOOLS)  # others are names of models
+USERS = (USER, "human")
+GUIDES = ("system", "developer")  # who say how to answer
+ASKING = (*USERS, *GUIDES, *TOOLS)  # others are names of models
 INSTEAD = ("tool_calls", "function_call", "reasoning_content")  # of a content
 COLUMN = "messages"  # holds nothing else
 TEXT = "text"  # the type of parts that are read

@@ -2,7 +2,7 @@
 
 import pytest
 
-from laplace_lora.commands.reading.adapter import CAUSAL, Adapter
+from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
 from laplace_lora.commands.reading.answers import answer_tokens
 from laplace_lora.commands.reading.columns import Columns
 from laplace_lora.commands.reading.inputs import Inputs
@@ -26,10 +26,10 @@ OF_TEXTS = (
 )
 
 
-def inputs(template, likelihood="language_modeling", **plan):
+def inputs(template, likelihood="language_modeling", kind=CAUSAL, **plan):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template, tokenizer.eos_token = template, "Ċ"
-    made = Adapter(None, tokenizer, CAUSAL, 0, [], None, None)
+    made = Adapter(None, tokenizer, kind, 0, [], None, None)
     return Inputs(made, Plan(likelihood, Columns("messages"), ["y", "n"], chat=True, **plan))
 
 
@@ -138,6 +138,52 @@ def test_what_a_tool_has_found_is_written_or_refused(content):
         assert read(inputs(BY_TYPE), ASK, {**result, "content": written})
     by_name = JOINED.replace("m['content']", "(m['content']['t'] or m['content'])")
     assert read(inputs(by_name), ASK, {**result, "content": {"t": "warm"}}) == "<u>hi<t>warm<a>"
+
+
+FEW_ROLES = (  # as Qwen 2.5's and others'
+    "{% if messages[0]['role'] == 'system' %}<s>{{ messages[0]['content'] }}{% endif %}"
+    "{% for m in messages %}{% if m['role'] in ['user', 'assistant'] %}"
+    "<{{ m['role'][0] }}>{{ m['content'] }}{% endif %}" + END
+)
+
+
+@pytest.mark.parametrize(
+    "role", ["human", "Human", "developer", "system", "tool", "function", "ipython", "observation"]
+)
+@pytest.mark.parametrize("content", ["hi", '{"t": 22}', '{"t": true}', "22"])
+def test_roles_that_a_template_passes_over_are_refused(role, content):
+    other = {"role": role, "content": content}
+    for call, answer in (("text", []), ("scored", [SAY])):
+        with pytest.raises(ValueError, match=r"row 3: .* \(it leaves out what message 3 says\)"):
+            read(inputs(FEW_ROLES), ASK, SAY, other, *answer, call=call)
+        whole = [ASK, SAY, other, *answer]
+        assert read(inputs(WRITTEN), *whole, call=call).count(f"<{role[0]}>{content}<a>") == 1
+        empty = {**other, "content": ""}
+        assert read(inputs(FEW_ROLES), ASK, SAY, empty, *answer, call=call)
+
+
+def test_a_developer_s_message_that_a_template_passes_over_is_refused():
+    guide = {"role": "developer", "content": "say no"}
+    with pytest.raises(ValueError, match=r"row 3: .* \(it leaves out what message 1 says\)"):
+        read(inputs(FEW_ROLES), guide, ASK)
+    assert read(inputs(FEW_ROLES), {**guide, "role": "system"}, ASK) == "<s>say no<u>hi<a>"
+    switch = {"role": "control", "content": "thinking"}  # as Granite's, which is not written
+    assert read(inputs(FEW_ROLES), switch, ASK) == "<u>hi<a>"
+
+
+def test_an_answer_that_a_template_passes_over_is_refused_of_a_head():
+    model = inputs(FEW_ROLES, "classification", HEAD)
+    assert read(model, ASK, SAY) == "<u>hi<a>yo"
+    with pytest.raises(ValueError, match=r"row 3: .* \(it leaves out what message 2 says\)"):
+        read(model, ASK, {**SAY, "role": "gpt"})
+    with pytest.raises(ValueError, match=r"row 3: .* \(it leaves out what message 1 says\)"):
+        read(model, {**ASK, "role": "human"}, SAY)
+
+
+def test_what_a_template_takes_out_of_a_result_s_json_is_written():
+    by_key = WRITTEN.replace("m['content'] }}", "m['content'].split('\"t\": ')[-1] }}")
+    result = {"role": "tool", "content": '{"u": 1, "t": 22}'}
+    assert read(inputs(by_key), ASK, result) == "<u>hi<t>22}<a>"
 
 
 @pytest.mark.parametrize(
