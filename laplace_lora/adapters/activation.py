@@ -27,10 +27,10 @@ def activate_adapter(model: nn.Module) -> None:
     Args:
         model: Any module; only a `PeftModel` is changed.
     """
+    left = _left_trainable(model) if isinstance(model, PeftModel) else set()
     freeze_untrainable(model)
     if not isinstance(model, PeftModel):
         return
-    left = _left_trainable(model)
     if any(p.requires_grad and id(p) not in left for p in model.parameters()):
         return
     adapters = list(model.active_adapters)
@@ -49,8 +49,8 @@ def activate_adapter(model: nn.Module) -> None:
 def _left_trainable(model: PeftModel) -> set[int]:
     """Return the ``id`` of each tensor that PEFT leaves trainable where it loads for inference.
 
-    Those of prompts, of SHADOW's own small model, and the biases that were trained with an adapter
-    (``bias="all"``); what was trained with them is frozen.
+    Those of prompts, of SHADOW's own small model, the biases that were trained with an adapter
+    (``bias="all"``), and what it casts; what was trained with them is frozen.
     """
     name = model.active_adapter
     config = model.peft_config[name]
@@ -61,7 +61,21 @@ def _left_trainable(model: PeftModel) -> set[int]:
         getattr(model.base_model, "shadow_backbone", {}),
     )
     left = {id(p) for holder in holders if name in holder for p in holder[name].parameters()}
-    return left | _biases_left_trainable(model, getattr(config, "bias", "none"))
+    biases = _biases_left_trainable(model, getattr(config, "bias", "none"))
+    return left | biases | _cast_left_trainable(model, name)
+
+
+def _cast_left_trainable(model: nn.Module, adapter: str) -> set[int]:
+    """Return the ``id`` of each tensor that casting an adapter leaves trainable.
+
+    Around a base model in half precision PEFT puts casts into its dictionaries of parameters,
+    which make trainable parameters of them; those in dictionaries of modules it keeps frozen. If
+    any has been frozen since, there are none: someone has chosen.
+    """
+    layers = (m for m in model.modules() if isinstance(m, BaseTunerLayer))
+    held = (m for layer in layers for m in layer.modules() if isinstance(m, nn.ParameterDict))
+    cast = [parameters[adapter] for parameters in held if adapter in parameters]
+    return {id(p) for p in cast} if all(p.requires_grad for p in cast) else set()
 
 
 def _biases_left_trainable(model: nn.Module, bias: str) -> set[int]:

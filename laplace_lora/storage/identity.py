@@ -29,18 +29,22 @@ from laplace_lora.structures.posterior import Posterior
 IN_USE = "base_in_use"
 BUFFERS = "buffers"
 BASE_BITS = "base_bits"
+ORDER = "order"  # in which tensors are hashed; files of earlier versions do not say
+BY_NAME = "names"
 CHANGING_ANEW = ("pissa_niter", "corda", "lora_ga")  # starts that are others at each loading
 
 
-def identity(posterior: Posterior, plain: bool = True) -> dict[str, Any]:
+def identity(posterior: Posterior, plain: bool = True, by_name: bool = True) -> dict[str, Any]:
     """Return what a posterior must find again: its tensors, their MAP values and the other weights.
 
     Args:
         posterior: The posterior; its model is read, not its state.
         plain: Whether names are those without idle adapters, see `plain_names`; ``False`` takes
             them as PEFT has them, as earlier versions did.
+        by_name: Whether tensors are hashed in the order of their names; ``False`` takes them as
+            the model has them, as earlier versions did.
     """
-    engine, others = posterior.engine, _others(posterior, plain)
+    engine, others = posterior.engine, _others(posterior, plain, by_name)
     names = list(map(_naming(posterior, plain), engine.names))
     base = [(name, p) for name, p, active in others if active is None]
     return {
@@ -50,13 +54,16 @@ def identity(posterior: Posterior, plain: bool = True) -> dict[str, Any]:
         "weights": exact_fingerprint(zip(names, engine.parameters, strict=True)),
         "adapter": exact_fingerprint((name, p) for name, p, active in others if active),
         "base": sampled_fingerprint(base),
-        IN_USE: sampled_fingerprint(base_in_use(posterior, plain)),
+        IN_USE: sampled_fingerprint(base_in_use(posterior, plain, by_name)),
+        ORDER: BY_NAME if by_name else None,
         BUFFERS: buffer_fingerprint(posterior.source),
         **function_identity(posterior.source, plain),
     }
 
 
-def base_in_use(posterior: Posterior, plain: bool = True) -> list[tuple[str, Tensor]]:
+def base_in_use(
+    posterior: Posterior, plain: bool = True, by_name: bool = True
+) -> list[tuple[str, Tensor]]:
     """Return the weights of the base model that count, with their names.
 
     A head that the adapter replaces is random in a base model that came without one.
@@ -64,14 +71,15 @@ def base_in_use(posterior: Posterior, plain: bool = True) -> list[tuple[str, Ten
     Args:
         posterior: The posterior.
         plain: As in `identity`.
+        by_name: As in `identity`.
     """
     replaced = replaced_parameters(posterior.source)
-    others = _others(posterior, plain)
+    others = _others(posterior, plain, by_name)
     return [(name, p) for name, p, active in others if active is None and id(p) not in replaced]
 
 
 def known_identity(posterior: Posterior, saved: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """Return a posterior's identity by the names that a saved one goes by.
+    """Return a posterior's identity by the names, and in the order, that a saved one goes by.
 
     Args:
         posterior: The posterior.
@@ -80,12 +88,22 @@ def known_identity(posterior: Posterior, saved: Mapping[str, Any]) -> tuple[dict
     Returns:
         The identity, and the ``plain`` that it was made with.
     """
-    found = identity(posterior)
-    if not _has_names(saved, found):
-        earlier = identity(posterior, plain=False)
+    by_name = is_by_name(saved)
+    found = identity(posterior, by_name=by_name)
+    if not by_name and not _has_names(saved, found):
+        earlier = identity(posterior, plain=False, by_name=False)
         if _has_names(saved, earlier):
             return earlier, False
     return found, True
+
+
+def is_by_name(saved: Mapping[str, Any]) -> bool:
+    """Return whether a saved identity has hashed tensors in the order of their names.
+
+    Args:
+        saved: An identity that `identity` returned, perhaps of an earlier version.
+    """
+    return bool(saved.get(ORDER) == BY_NAME)
 
 
 def _has_names(saved: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
@@ -115,18 +133,22 @@ def _base_key(saved: Mapping[str, Any]) -> str:
     return IN_USE if IN_USE in saved else "base"  # files of earlier versions have this only
 
 
-def _others(posterior: Posterior, plain: bool) -> list[tuple[str, Tensor, bool | None]]:
+def _others(
+    posterior: Posterior, plain: bool, by_name: bool = True
+) -> list[tuple[str, Tensor, bool | None]]:
     """Return tensors that a posterior does not cover, and whether they are of an adapter."""
     in_pieces(posterior.source.modules())
     name_of = _naming(posterior, plain)
     covered = {id(p) for p in posterior.engine.parameters}
     adapters = adapter_parameters(posterior.source)
     # Other adapters that happen to be loaded do not change what the active one computes.
-    return [
+    others: list[tuple[str, Tensor, bool | None]] = [
         (name_of(name), p, adapters.get(id(p)))
         for name, p in posterior.source.named_parameters()
         if id(p) not in covered and adapters.get(id(p)) is not False
     ]
+    # PEFT puts a parameter that it adapts behind its siblings at each pass (`target_parameters`).
+    return sorted(others, key=lambda other: other[0]) if by_name else others
 
 
 def _frozen_names(posterior: Posterior) -> set[str]:

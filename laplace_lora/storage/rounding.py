@@ -11,7 +11,13 @@ from torch import Tensor
 from laplace_lora.display.warning import warn
 from laplace_lora.storage.base_samples import BASE_SAMPLES, BaseSamples
 from laplace_lora.storage.fingerprint import exact_fingerprint
-from laplace_lora.storage.identity import IN_USE, base_in_use, known_identity, trained_tensors
+from laplace_lora.storage.identity import (
+    IN_USE,
+    base_in_use,
+    is_by_name,
+    known_identity,
+    trained_tensors,
+)
 from laplace_lora.structures.posterior import Posterior
 
 ROUNDED = "rounded_weights"
@@ -51,7 +57,7 @@ def identity_but_for_rounding(posterior: Posterior, saved: Mapping[str, Any]) ->
     """
     found, plain = known_identity(posterior, saved)
     if BASE_SAMPLES in saved and saved[IN_USE] != found[IN_USE]:
-        base = BaseSamples.of(base_in_use(posterior, plain))
+        base = BaseSamples.of(base_in_use(posterior, plain, is_by_name(saved)))
         if base.are_those_of(BaseSamples.unpacked(saved[BASE_SAMPLES])):
             found |= {IN_USE: saved[IN_USE]}
     if all(saved[key] == found[key] for key in ("weights", "adapter")) or ROUNDED not in saved:

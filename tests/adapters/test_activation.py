@@ -3,7 +3,9 @@
 import pytest
 import torch
 from peft import (
+    AdaLoraConfig,
     CartridgeConfig,
+    IA3Config,
     LoraConfig,
     OFTConfig,
     PeftModel,
@@ -116,3 +118,47 @@ def test_biases_that_were_frozen_after_loading_stay_so(tmp_path):
     assert any("lora_A" in name for name in la.block_names)
     assert any(name.endswith("key.bias") for name in la.block_names)
     assert not any("LayerNorm" in name for name in la.block_names)
+
+
+QUERIES = {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
+CAST = {
+    "adalora": lambda: AdaLoraConfig(init_r=4, target_r=2, total_step=20, **QUERIES),
+    "ia3": lambda: IA3Config(feedforward_modules=[], **QUERIES),
+    "embedding": lambda: LoraConfig(
+        r=2, target_modules=["word_embeddings", "query"], task_type="SEQ_CLS"
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:the adapter's weights are those")  # the head is in half
+@pytest.mark.parametrize("config", CAST.values(), ids=CAST)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_that_was_cast_in_loading_is_covered_with_its_head(tmp_path, config, dtype):
+    """PEFT's casts are trainable in a model that it loads for inference, and the rest is not."""
+    model = excite(get_peft_model(base_model("bert"), config()))
+    la = DiagLoraLaplace(model, "classification", uncovered="diag")
+    la.fit(loader())
+    la.save_pretrained(tmp_path, precision="exact")
+    model.save_pretrained(tmp_path)
+
+    def loaded():
+        return PeftModel.from_pretrained(base_model("bert").to(dtype), tmp_path)
+
+    assert any(p.requires_grad for p in loaded().parameters())
+    fresh = DiagLoraLaplace(loaded(), "classification", uncovered="diag")
+    assert fresh.block_names == la.block_names
+    assert any("classifier" in name for name in fresh.block_names)
+    again = DiagLoraLaplace.from_pretrained(loaded(), tmp_path)
+    assert again.block_names == la.block_names
+
+
+def test_a_cast_adapter_of_which_part_was_frozen_stays_so(tmp_path):
+    get_peft_model(base_model("bert"), CAST["ia3"]()).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(base_model("bert").bfloat16(), tmp_path)
+    for name, p in model.named_parameters():
+        if "value" in name:
+            p.requires_grad_(False)
+    trained = [f"model.{name}" for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == 2
+    la = DiagLoraLaplace(model, "classification", uncovered="diag")
+    assert la.block_names == trained
