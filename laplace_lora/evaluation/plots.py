@@ -53,10 +53,12 @@ def plot_reports(reports: Sequence[Report]) -> Figure:
         raise ValueError("there are no reports to draw")
     figure = new_figure(10.5, 3.1 * len(reports) + 0.3)
     axes = figure.subplots(len(reports), 3, squeeze=False, sharex="col", sharey="col")
+    tallest = 0.0
     for report, (left, middle, right) in zip(reports, axes, strict=True):
         _reliability(left, report)
-        _histogram(middle, report)
+        tallest = max(tallest, _histogram(middle, report))
         _risk(right, report)
+    axes[-1][1].set_ylim(0, 1.35 * tallest)  # of all: rows share it; room for the legend
     axes[-1][-1].set_ylim(bottom=0)  # now: limits that are set no longer follow what is drawn
     for axis, label in zip(axes[-1], ("confidence", "confidence", "coverage"), strict=True):
         axis.set_xlabel(label)
@@ -106,7 +108,8 @@ def _reliability(axis: Axes, report: Report) -> None:
     axis.legend(fontsize=7, loc="upper left", framealpha=0.9)
 
 
-def _histogram(axis: Axes, report: Report) -> None:
+def _histogram(axis: Axes, report: Report) -> float:
+    """Draw how confidences are spread; return the height of the tallest bar."""
     confidence = report.pooled[0].max(-1).values.clamp(0, 1)
     counts, _, _ = axis.hist(confidence.tolist(), bin_edges().tolist(), color=BAR, rwidth=0.92)
     mean = confidence.mean().item()
@@ -115,9 +118,10 @@ def _histogram(axis: Axes, report: Report) -> None:
     axis.axvline(
         accuracy, color=LINE, linewidth=1.5, linestyle="--", label=f"accuracy {accuracy:.3f}"
     )
-    axis.set(xlim=(0, 1), ylim=(0, 1.35 * max(counts)), ylabel="examples")  # as above
+    axis.set(xlim=(0, 1), ylabel="examples")
     _title(axis, report, "NLL")
     axis.legend(fontsize=7, loc="upper left", framealpha=0.9)
+    return float(max(counts))
 
 
 def _risk(axis: Axes, report: Report) -> None:

@@ -240,3 +240,15 @@ def test_every_row_of_a_picture_is_drawn_whole():
     width = figure.get_window_extent().width
     assert all(a.title.get_window_extent().x0 >= 0 for a in figure.axes)
     assert all(a.title.get_window_extent().x1 <= width for a in figure.axes)
+
+
+def test_the_bars_of_an_overconfident_method_are_drawn_whole_above_a_calibrated_one():
+    sure, spread = torch.full((30,), 0.97), torch.linspace(0.51, 0.99, 30)
+    reports = [
+        evaluate(given, [{"p": torch.stack([p, 1 - p], 1), "labels": torch.arange(30) % 2}])
+        for p in (sure, spread)
+    ]
+    for order in (reports, reports[::-1]):
+        for histogram in plot_reports(order).axes[1::3]:
+            tallest = max(bar.get_height() for bar in histogram.patches)
+            assert histogram.get_ylim()[1] > 1.3 * tallest
