@@ -100,7 +100,7 @@ def if_numbers(label: Any, names: Sequence[str]) -> str:
 
 def _booleans(names: Sequence[str]) -> dict[str, Any]:
     """Return the labels that true and false stand for, by these words in small letters."""
-    if list(names) == ["0", "1"]:
+    if _are_unnamed(names) and len(names) == len(BOOLEANS):
         return dict(BOOLEANS)
     words = [name.strip().lower() for name in names]
     if any(words.count(word) != 1 for word in BOOLEANS):
@@ -108,10 +108,15 @@ def _booleans(names: Sequence[str]) -> dict[str, Any]:
     return {word: names[words.index(word)] for word in BOOLEANS}
 
 
+def _are_unnamed(names: Sequence[str]) -> bool:
+    """Return whether classes have no names of their own, only their numbers."""
+    return list(names) == list(map(str, range(len(names))))
+
+
 def _named(labels: Sequence[Any], names: Sequence[str]) -> list[int | None]:
     """Return the class that each label names, ``None`` where there is none."""
     exact = {name: i for i, name in enumerate(names)}
-    if list(names) == list(map(str, range(len(names)))):
+    if _are_unnamed(names):
         exact |= {f"LABEL_{i}": i for i in range(len(names))}
     count = Counter(name.strip() for name in names)
     bare = {name.strip(): i for name, i in exact.items() if count[name.strip()] == 1}
