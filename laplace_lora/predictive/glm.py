@@ -110,7 +110,7 @@ class Predictor:
                 mean, jacobians = self._linearised(x, readout)
                 rows = (J.flatten(0, 1)[None] if joint else J for J in jacobians)
                 covariance = posterior.precision.covariance(rows)
-        return posterior.settings.calibrated(mean, covariance)
+        return posterior.settings.calibrated(mean, covariance.to(mean.dtype))
 
     def reward_difference(self, pairs: Any) -> tuple[Tensor, Tensor]:
         """Return mean and variance of the rewards' difference, see `LoraLaplace`."""
@@ -142,7 +142,8 @@ class Predictor:
             columns, columns, functions)``.
         """
         mean, jacobians = self.readout_jacobians(x, readout)
-        return mean, self.posterior.precision.forms(jacobians, functions)
+        forms = self.posterior.precision.forms(jacobians, functions)
+        return mean, ((i, form.to(mean.dtype)) for i, form in forms)
 
     def readout_jacobians(self, x: Any, readout: Readout) -> tuple[Tensor, Iterable[Tensor]]:
         """Return functions of the outputs, ``(batch, columns)``, and their Jacobians by tensor.
@@ -161,10 +162,10 @@ class Predictor:
         """
         engine, shift = self.posterior.engine, self.posterior.settings.shift
         f, jacobians = engine.jacobian_blocks(x, readout.columns)
-        mean = readout.mean(f)
+        mean = self._precise(readout.mean(f))
         if shift is None:
             return mean, jacobians
-        mean = mean.to(torch.promote_types(mean.dtype, shift.dtype), copy=True)
+        mean = mean.clone()
         shares = shift.split(engine.sizes)
 
         def moving() -> Iterator[Tensor]:
@@ -174,10 +175,14 @@ class Predictor:
 
         return mean, moving()
 
+    def _precise(self, mean: Tensor) -> Tensor:
+        """Return a mean in the wider of its own dtype and the posterior's."""
+        return mean.to(torch.promote_types(mean.dtype, self.posterior.dtype))
+
     def unmoved_mean(self, x: Any, readout: Readout) -> Tensor:
         """Return functions of the outputs at the MAP weights, ``(batch, columns)``."""
         with torch.no_grad(), evaluation_mode(self.posterior.model), as_called():
-            return readout.mean(self.posterior.model(x))
+            return self._precise(readout.mean(self.posterior.model(x)))
 
     def output_samples(
         self,
@@ -231,7 +236,7 @@ class Predictor:
             if readout.columns is not None:
                 columns = readout.columns(f.detach())
                 jacobians = torch.einsum("rnc,ncp->nrp", columns, jacobians)
-            mean, shift = readout.mean(f), posterior.settings.shift
+            mean, shift = self._precise(readout.mean(f)), posterior.settings.shift
             if shift is not None:
                 mean = mean + jacobians @ shift
             rows = jacobians.flatten(0, 1)[None] if joint else jacobians

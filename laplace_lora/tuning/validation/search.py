@@ -66,7 +66,7 @@ def grid_search(
     batches = validation_pass(predictor, loader, team, scoring.readout, shares, progress_bar)
     for mean, y, forms in batches:
         total = reduce(torch.add, (form for _, form in forms))
-        tally.update(mean, (total @ variances).movedim(-1, 0), y)
+        tally.update(mean, (total @ variances.to(total)).movedim(-1, 0), y)
     losses = tally.compute(team)
     if not bool(losses.isfinite().any()):
         raise FloatingPointError(
