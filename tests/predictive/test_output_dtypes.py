@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support.batches import loader, validation
-from support.models import peft_model
 
 from laplace_lora import FullLoraLaplace, KronLoraLaplace, LogitsModel
+from support.batches import loader, validation
+from support.models import peft_model
 
 F32, F64 = torch.float32, torch.float64
 
@@ -34,7 +34,10 @@ def _found(la, batch):
     yield la.mean, la(batch)
     la.calibrate(validation())
     yield la.predict(validation()).mutual_information, la(batch)
-    yield la.acquire(validation(), 2).scores, la.acquire(validation(), 2, "batchbald").scores > 0
+    yield (
+        la.acquire(validation(), 2, "bald").scores,
+        la.acquire(validation(), 2, "batchbald").scores > 0,
+    )
 
 
 @pytest.mark.parametrize("cls", [KronLoraLaplace, FullLoraLaplace])
