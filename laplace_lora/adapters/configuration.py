@@ -56,20 +56,12 @@ SEEDS = ("seed", "prng")  # in the names of settings that only say what is drawn
 
 
 def active_configurations(model: nn.Module) -> list[Any]:
-    """Return the configurations of a model's active adapters.
-
-    Args:
-        model: Any module.
-    """
+    """Return the configurations of a model's active adapters."""
     return list(configurations(model, active_adapters(model)))
 
 
 def active_adapters(model: nn.Module) -> set[str]:
-    """Return the names of a model's active adapters.
-
-    Args:
-        model: Any module.
-    """
+    """Return the names of a model's active adapters."""
     adapted = BaseTunerLayer | ModulesToSaveWrapper | PeftModel
     holders = (module for module in model.modules() if isinstance(module, adapted))
     return {adapter for holder in holders for adapter in holder.active_adapters}
@@ -86,11 +78,7 @@ def configurations(model: nn.Module, adapters: Collection[str]) -> Iterator[Any]
 
 
 def configured(model: nn.Module) -> list[nn.Module]:
-    """Return the modules of a model that hold adapters' configurations.
-
-    Args:
-        model: Any module.
-    """
+    """Return the modules of a model that hold adapters' configurations."""
     return [m for m in model.modules() if isinstance(getattr(m, "peft_config", None), dict)]
 
 
@@ -110,20 +98,12 @@ def configurations_of(holders: Iterable[Any], adapters: Collection[str]) -> Iter
 
 
 def reads_tasks(model: nn.Module) -> bool:
-    """Return whether an active adapter must be told each text's task.
-
-    Args:
-        model: Any module.
-    """
+    """Return whether an active adapter must be told each text's task."""
     return any(config.peft_type in READ_TASKS for config in active_configurations(model))
 
 
 def settings_of(configs: Iterable[Any]) -> dict[str, Any]:
-    """Return the settings that may change what adapters compute, as JSON has them.
-
-    Args:
-        configs: The adapters' configurations.
-    """
+    """Return the settings that may change what adapters compute, as JSON has them."""
     return {
         name: json.loads(json.dumps(getattr(config, name), default=_plain))
         for config in configs
@@ -152,9 +132,6 @@ def function_settings(model: nn.Module) -> dict[str, Any]:
     """Return `adapter_settings` and, behind `OF_CONFIGURATION`, the settings of the configuration.
 
     PEFT reads some of them in each pass, as Activated LoRA's tokens.
-
-    Args:
-        model: Any module.
     """
     settings = settings_of(active_configurations(model))
     named = {f"{OF_CONFIGURATION}{name}": value for name, value in settings.items()}

@@ -32,9 +32,6 @@ def drawn_parts(model: nn.Module) -> dict[str, Any]:
     Indices and projections, drawn from a seed or without one. Tensors that follow from the base
     model alone are left out.
 
-    Args:
-        model: Any module.
-
     Returns:
         By name, what `are_drawn_alike` compares.
     """

@@ -47,9 +47,6 @@ def bits_of(model: nn.Module) -> int | None:
     """Return in how many bits a model's linear layers are packed; ``None`` if none is.
 
     Where they differ, the fewest.
-
-    Args:
-        model: Any module.
     """
     found: list[int] = []
     for layer in model.modules():

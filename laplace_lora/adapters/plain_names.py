@@ -32,9 +32,6 @@ def plain_names(model: nn.Module) -> Callable[[str], str]:
 
     PEFT renames what it puts a layer around: ``k_proj.weight`` to ``k_proj.base_layer.weight``, and
     what it keeps a copy of to ``classifier.original_module.weight``.
-
-    Args:
-        model: Any module.
     """
     idle = set()
     for path, module in model.named_modules():
@@ -51,11 +48,7 @@ def plain_names(model: nn.Module) -> Callable[[str], str]:
 
 
 def nameless(model: nn.Module) -> Callable[[str], str]:
-    """Return what takes the active adapter's name out of one of `plain_names`, as PEFT's files do.
-
-    Args:
-        model: Any module.
-    """
+    """Return what takes the active adapter's name out of `plain_names`, as PEFT's files do."""
     plain = plain_names(model)
     adapted = BaseTunerLayer | ModulesToSaveWrapper | PeftModel
     active = {

@@ -56,9 +56,6 @@ def at_base(model: nn.Module) -> list[tuple[nn.Parameter, float]]:
     Zeros for LoRA's ``lora_B`` of linear layers and convolutions, ``lora_embedding_A`` of
     embeddings, and the bias of ``lora_B``; see `UNCHANGED` for other tuners.
 
-    Args:
-        model: Any module with an adapter.
-
     Raises:
         ValueError: If there is no adapter, one that did not start at the base model, or one of a
             tuner that is not in the table.
@@ -125,11 +122,7 @@ def checked_unchanged(model: nn.Module) -> Iterator[bool]:
 
 
 def base_biases_were_trained(model: nn.Module) -> bool:
-    """Return whether the base model's own biases were trained, of which nothing is left.
-
-    Args:
-        model: Any module with an adapter.
-    """
+    """Return whether the base model's own biases were trained, of which nothing is left."""
     active = {adapter for _, _, adapter in _active_layers(model)}
     configs = configurations(model, active)
     return any(getattr(config, "bias", "none") != "none" for config in configs)

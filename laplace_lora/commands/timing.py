@@ -87,11 +87,7 @@ def fit_time(la: LoraLaplace, loader: DataLoader[Any], batch_size: int) -> FitTi
 
 
 def tuning_time(la: LoraLaplace) -> str:
-    """Return what the tuning after a fit takes, as a sentence.
-
-    Args:
-        la: The posterior.
-    """
+    """Return what the tuning after a fit takes, as a sentence."""
     if la.objective.jacobian_refusal is not None:
         return "Tuning then looks at 64 of the texts, and 2048 tokens, at most."
     return (

@@ -53,9 +53,6 @@ class FeaturesWatch:
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Refuse the state of a watch over another transformer, or at other weights.
 
-        Args:
-            state: See `state`.
-
         Raises:
             ValueError: If tensors, their values or the adapter's scaling are others; names some.
         """

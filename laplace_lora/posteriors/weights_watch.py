@@ -66,9 +66,6 @@ class WeightsWatch:
     def check(self, posterior: Posterior) -> None:
         """Refuse weights, buffers or a scaling of the adapter other than those of the fit.
 
-        Args:
-            posterior: A fitted posterior.
-
         Warns:
             UserWarning: If the covered weights are those of the fit rounded to a coarser dtype;
                 once for a fit.
@@ -83,9 +80,6 @@ class WeightsWatch:
 
     def check_not_rounded(self, posterior: Posterior) -> None:
         """Refuse weights that are those of the fit rounded: they are no place to add data at.
-
-        Args:
-            posterior: A fitted posterior.
 
         Raises:
             RuntimeError: If they are.

@@ -79,11 +79,7 @@ def check_pads(tokenizer: Any) -> None:
 
 
 def is_text_pair(item: Any) -> bool:
-    """Return whether an item is a text and its second one, of which one may be missing.
-
-    Args:
-        item: Anything.
-    """
+    """Return whether an item is a text and its second one, of which one may be missing."""
     pair = isinstance(item, tuple | list) and len(item) == 2
     return pair and any(isinstance(part, str) for part in item)
 

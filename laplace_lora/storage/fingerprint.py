@@ -72,9 +72,6 @@ def buffer_fingerprint(model: nn.Module) -> str:
     """Return a hash of names, shapes and values of a model's buffers, see `buffer_places`.
 
     Values are rounded to bfloat16, as those of a base model are.
-
-    Args:
-        model: Any module.
     """
     return hashed(
         (place.name, place.shape, place.samples().to(torch.bfloat16).float())

@@ -13,9 +13,6 @@ def warn_if_noise_is_off(posterior: Posterior) -> None:
     """Warn of a noise below a third of the residuals' deviation, and of one that was left at 1.
 
     The latter where residuals are three times smaller. A larger noise that was chosen may be right.
-
-    Args:
-        posterior: A fitted posterior.
     """
     if not posterior.objective.has_noise:
         return

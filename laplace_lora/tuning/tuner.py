@@ -45,11 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 class Tuner:
-    """Makes new settings for a posterior, whose state it does not change.
-
-    Args:
-        posterior: A fitted posterior.
-    """
+    """Makes new settings for a posterior, whose state it does not change."""
 
     def __init__(self, posterior: Posterior) -> None:
         self.posterior = posterior

@@ -55,11 +55,7 @@ def columns_of(posterior: Posterior) -> int:
 
 
 def keeps_jacobians(posterior: Posterior) -> bool:
-    """Return whether the Jacobians of all training examples are few enough to be kept.
-
-    Args:
-        posterior: A fitted posterior.
-    """
+    """Return whether the Jacobians of all training examples are few enough to be kept."""
     rows = posterior.state.n_data * columns_of(posterior)
     return rows <= ROWS and 4 * rows * sum(posterior.engine.sizes) <= BYTES
 
