@@ -7,13 +7,12 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
-from peft import PeftModel, PeftType
+from peft import PeftType
 from peft.tuners.lora import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from laplace_lora.adapters.layer_settings import adapter_settings
+from laplace_lora.adapters.plain_names import active_adapters
 
 # Any other setting counts: PEFT gets new tuners, and a posterior of one of them must not load
 # silently around another function.
@@ -57,24 +56,7 @@ SEEDS = ("seed", "prng")  # in the names of settings that only say what is drawn
 
 def active_configurations(model: nn.Module) -> list[Any]:
     """Return the configurations of a model's active adapters."""
-    return list(configurations(model, active_adapters(model)))
-
-
-def active_adapters(model: nn.Module) -> set[str]:
-    """Return the names of a model's active adapters."""
-    adapted = BaseTunerLayer | ModulesToSaveWrapper | PeftModel
-    holders = (module for module in model.modules() if isinstance(module, adapted))
-    return {adapter for holder in holders for adapter in holder.active_adapters}
-
-
-def configurations(model: nn.Module, adapters: Collection[str]) -> Iterator[Any]:
-    """Yield the configurations of some adapters of a model, each of them once.
-
-    Args:
-        model: Any module.
-        adapters: The adapters' names.
-    """
-    yield from configurations_of(configured(model), adapters)
+    return list(configurations_of(configured(model), active_adapters(model)))
 
 
 def configured(model: nn.Module) -> list[nn.Module]:

@@ -11,9 +11,8 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from laplace_lora.adapters.configuration import active_adapters
 from laplace_lora.adapters.peft_state import adapter_of
-from laplace_lora.adapters.plain_names import adapts, plain_names
+from laplace_lora.adapters.plain_names import active_adapters, adapts, plain_names
 
 WAVES = 8
 SAMPLED = 2**18  # numbers of a tensor

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from laplace_lora.adapters.buffers import TensorPlace
 from laplace_lora.adapters.configuration import (
     OF_CONFIGURATION,
-    active_adapters,
     configurations_of,
     configured,
     settings_of,
@@ -25,6 +24,7 @@ from laplace_lora.adapters.frozen_values import PackedPlace, frozen_places
 from laplace_lora.adapters.in_use import check_runs
 from laplace_lora.adapters.layer_settings import scalings, tuner_layers
 from laplace_lora.adapters.peft_state import adapter_parameters
+from laplace_lora.adapters.plain_names import active_adapters
 from laplace_lora.adapters.selection import listed
 from laplace_lora.adapters.tensor_parts import parts_here
 from laplace_lora.data.sharding import is_sharded_tensor, whole
