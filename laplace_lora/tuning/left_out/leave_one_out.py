@@ -34,6 +34,7 @@ from laplace_lora.tuning.left_out.linear_model import Mode
 from laplace_lora.tuning.left_out.looked_at import examples_looked_at, is_enough
 from laplace_lora.tuning.left_out.profiled_noise import ProfiledNoise, at_residual_noise
 from laplace_lora.tuning.left_out.recentring import recentred
+from laplace_lora.tuning.left_out.recentring_by_passes import Aim, TrainingPasses
 from laplace_lora.tuning.left_out.report import LeaveOneOut
 from laplace_lora.tuning.left_out.share_check import warn_if_shares_differ
 from laplace_lora.tuning.left_out.unseen_labels import unseen_labels, with_unseen
@@ -100,9 +101,9 @@ def tune(
     closer = _closer(examples, mode) if recentre else mode
     moved = None
     if closer is not mode:
-        nll = posterior.temperature * closer.nll / len(examples.labels)
-        options = (loader, team, examples.scoring.readout, progress_bar, nll)
-        moved = recentred(posterior, *options, rivals=examples.n_rivals)
+        data = TrainingPasses(posterior, loader, team, examples.scoring.readout, progress_bar)
+        nll = closer.nll / len(examples.labels)
+        moved = recentred(data, Aim(nll, rivals=examples.n_rivals))
         if examples.rivals is None:
             trained = (examples.scoring, examples.cache.mean, examples.labels)
             warn_if_shares_differ(posterior.objective, *trained)
