@@ -102,12 +102,7 @@ def _summary(tensor: Tensor) -> Any:
 
 
 def are_drawn_alike(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether what `drawn_parts` returned is the same, of tensors that both sides know.
-
-    Args:
-        then: Of one model.
-        now: Of another.
-    """
+    """Return whether what `drawn_parts` returned is the same, of tensors that both sides know."""
     return all(_is_near(name, then[name], now[name]) for name in then if name in now)
 
 

@@ -65,10 +65,6 @@ def remember(loader: Any, drawn: Any) -> None:
 def same_draw(loader: Any, purpose: str) -> Any:
     """Return a loader of the examples that the latest fit on a loader has drawn.
 
-    Args:
-        loader: Any loader.
-        purpose: What needs them.
-
     Returns:
         The loader itself, if all its passes have the same examples.
 

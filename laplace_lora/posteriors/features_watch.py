@@ -108,10 +108,6 @@ class FeaturesWatch:
 def check_same_head(now: Tensor, then: Tensor) -> None:
     """Refuse the state of a process with another last layer than the model's.
 
-    Args:
-        now: The model's, ``(weights,)``.
-        then: That of the state.
-
     Raises:
         ValueError: If its dtype or its values are others.
     """

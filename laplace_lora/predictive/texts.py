@@ -44,13 +44,7 @@ def encoded(
 
 
 def cut_texts(rows: Sequence[Any], texts: Sequence[Any], tokenizer: Any) -> list[int]:
-    """Return which texts have lost a part in their rows, see `encoded`.
-
-    Args:
-        rows: Of the texts.
-        texts: Strings or pairs of strings.
-        tokenizer: The model's.
-    """
+    """Return which texts have lost a part in their rows, see `encoded`."""
     limit = getattr(tokenizer, "model_max_length", math.inf)
     full = [n for n, row in enumerate(rows) if len(row["input_ids"]) >= limit]
     return [n for n in full if len(_row(texts[n], tokenizer)["input_ids"]) > limit]

@@ -46,12 +46,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_whole(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file, see `whole_file`.
-
-    Args:
-        path: The file.
-        *parts: All of it.
-    """
+    """Write a file, see `whole_file`."""
     with whole_file(path) as file:
         for part in parts:
             file.write(part)

@@ -17,10 +17,6 @@ FAR = 1e6  # of the curvature's largest eigenvalue: a prior beside which it is n
 class Covariances:
     """Covariances of the examples' functions under any precision, without what each has taught.
 
-    Args:
-        examples: What is known of them.
-        team: The processes that share them.
-
     Attributes:
         too_many: See `CavityWidths`.
     """
