@@ -23,10 +23,10 @@ from laplace_lora.adapters.configuration import (
 from laplace_lora.adapters.frozen_values import PackedPlace, frozen_places
 from laplace_lora.adapters.in_use import check_runs
 from laplace_lora.adapters.layer_settings import scalings, tuner_layers
+from laplace_lora.adapters.packed_weights import parts_here
 from laplace_lora.adapters.peft_state import adapter_parameters
 from laplace_lora.adapters.plain_names import active_adapters
 from laplace_lora.adapters.selection import listed
-from laplace_lora.adapters.tensor_parts import parts_here
 from laplace_lora.data.sharding import is_sharded_tensor, whole
 from laplace_lora.display.warning import warn
 from laplace_lora.models.changes.turns import in_turn

@@ -27,8 +27,8 @@ from laplace_lora.data.distributed import Together, is_sharded
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning.evidence.marginal_likelihood import with_noise
+from laplace_lora.tuning.left_out.cavity_widths import Covariances
 from laplace_lora.tuning.left_out.closer_fit import closer_fit
-from laplace_lora.tuning.left_out.covariances import Covariances
 from laplace_lora.tuning.left_out.examples import TrainingExamples, look_at
 from laplace_lora.tuning.left_out.linear_model import Mode
 from laplace_lora.tuning.left_out.looked_at import examples_looked_at, is_enough

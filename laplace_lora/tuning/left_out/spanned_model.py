@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.tuning.left_out.linear_model import LinearModel, Loss, Mode, along_path
-from laplace_lora.tuning.left_out.newton import newton_descent
+from laplace_lora.tuning.minima import newton_descent
 
 STEPS = 50
 
