@@ -9,7 +9,7 @@ from torch import nn
 
 from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
-from laplace_lora.likelihoods.implied import token_likelihood
+from laplace_lora.likelihoods.registry import token_likelihood
 from laplace_lora.models.inputs.configs import text_config
 from laplace_lora.models.wrapped_model import base_of
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from laplace_lora.data.batches import model_inputs
 from laplace_lora.data.distributed import together
 from laplace_lora.likelihoods.base import Readout
 from laplace_lora.models.changes.modes import evaluation_mode
@@ -92,7 +93,9 @@ def joint_samples(
         evaluation_mode(posterior.model),
     ):
         for batch in team.batches(batches, "Sampling the pool", progress_bar):
-            x = _inputs(posterior, batch)
+            x = model_inputs(batch)
+            if isinstance(x, Mapping):  # a pool may have labels, which do not count
+                x = {name: value for name, value in x.items() if name != posterior.label_key}
             readout: Readout = posterior.objective.readout(x, contrasts=True)
             mean, jacobians = predictor.readout_jacobians(x, readout)
             total = mean.new_zeros(*mean.shape, n_samples)
@@ -118,12 +121,3 @@ def _batches(
     if kind == "batches":
         return None, items
     return joined_in_batches(posterior, kind, items, tokenizer, batch_size)
-
-
-def _inputs(posterior: Posterior, batch: Any) -> Any:
-    """Return what the model takes; a pool may have labels, which do not count."""
-    if isinstance(batch, tuple | list):
-        return batch[0]
-    if hasattr(batch, "items"):
-        return {name: value for name, value in batch.items() if name != posterior.label_key}
-    return batch

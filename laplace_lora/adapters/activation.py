@@ -103,9 +103,6 @@ def point_out_frozen_adapter(model: nn.Module) -> None:
     inference, nothing tells; nor with an adapter that transformers has loaded, which leaves a head
     trainable that was trained with it.
 
-    Args:
-        model: Any module.
-
     Warns:
         UserWarning: If there is such an adapter; names the trainable tensors.
     """

@@ -63,9 +63,6 @@ def buffer_places(model: nn.Module) -> list[TensorPlace]:
 
     Left out are those of adapters that are not active, of modules that the active adapter
     replaces, and of layers with packed weights, whose scales are laid out as a kernel needs them.
-
-    Args:
-        model: Any module.
     """
     unused, plain = _unused(model), plain_names(model)
     places: list[TensorPlace] = []

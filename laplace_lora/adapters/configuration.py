@@ -7,13 +7,12 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
-from peft import PeftModel, PeftType
+from peft import PeftType
 from peft.tuners.lora import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from laplace_lora.adapters.layer_settings import adapter_settings
+from laplace_lora.adapters.plain_names import active_adapters
 
 # Any other setting counts: PEFT gets new tuners, and a posterior of one of them must not load
 # silently around another function.
@@ -56,41 +55,12 @@ SEEDS = ("seed", "prng")  # in the names of settings that only say what is drawn
 
 
 def active_configurations(model: nn.Module) -> list[Any]:
-    """Return the configurations of a model's active adapters.
-
-    Args:
-        model: Any module.
-    """
-    return list(configurations(model, active_adapters(model)))
-
-
-def active_adapters(model: nn.Module) -> set[str]:
-    """Return the names of a model's active adapters.
-
-    Args:
-        model: Any module.
-    """
-    adapted = BaseTunerLayer | ModulesToSaveWrapper | PeftModel
-    holders = (module for module in model.modules() if isinstance(module, adapted))
-    return {adapter for holder in holders for adapter in holder.active_adapters}
-
-
-def configurations(model: nn.Module, adapters: Collection[str]) -> Iterator[Any]:
-    """Yield the configurations of some adapters of a model, each of them once.
-
-    Args:
-        model: Any module.
-        adapters: The adapters' names.
-    """
-    yield from configurations_of(configured(model), adapters)
+    """Return the configurations of a model's active adapters."""
+    return list(configurations_of(configured(model), active_adapters(model)))
 
 
 def configured(model: nn.Module) -> list[nn.Module]:
-    """Return the modules of a model that hold adapters' configurations.
-
-    Args:
-        model: Any module.
-    """
+    """Return the modules of a model that hold adapters' configurations."""
     return [m for m in model.modules() if isinstance(getattr(m, "peft_config", None), dict)]
 
 
@@ -110,20 +80,12 @@ def configurations_of(holders: Iterable[Any], adapters: Collection[str]) -> Iter
 
 
 def reads_tasks(model: nn.Module) -> bool:
-    """Return whether an active adapter must be told each text's task.
-
-    Args:
-        model: Any module.
-    """
+    """Return whether an active adapter must be told each text's task."""
     return any(config.peft_type in READ_TASKS for config in active_configurations(model))
 
 
 def settings_of(configs: Iterable[Any]) -> dict[str, Any]:
-    """Return the settings that may change what adapters compute, as JSON has them.
-
-    Args:
-        configs: The adapters' configurations.
-    """
+    """Return the settings that may change what adapters compute, as JSON has them."""
     return {
         name: json.loads(json.dumps(getattr(config, name), default=_plain))
         for config in configs
@@ -152,9 +114,6 @@ def function_settings(model: nn.Module) -> dict[str, Any]:
     """Return `adapter_settings` and, behind `OF_CONFIGURATION`, the settings of the configuration.
 
     PEFT reads some of them in each pass, as Activated LoRA's tokens.
-
-    Args:
-        model: Any module.
     """
     settings = settings_of(active_configurations(model))
     named = {f"{OF_CONFIGURATION}{name}": value for name, value in settings.items()}

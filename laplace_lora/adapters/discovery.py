@@ -56,9 +56,6 @@ def linear_maps(model: nn.Module) -> Iterator[LinearMap]:
     """Yield every `nn.Linear`, `Conv1D` and plain `nn.Conv2d` of a model, in module order.
 
     They may be frozen. A convolution is plain if it has one group and pads with zeros.
-
-    Args:
-        model: Any module.
     """
     layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():

@@ -11,9 +11,8 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from laplace_lora.adapters.configuration import active_adapters
 from laplace_lora.adapters.peft_state import adapter_of
-from laplace_lora.adapters.plain_names import adapts, plain_names
+from laplace_lora.adapters.plain_names import active_adapters, adapts, plain_names
 
 WAVES = 8
 SAMPLED = 2**18  # numbers of a tensor
@@ -31,9 +30,6 @@ def drawn_parts(model: nn.Module) -> dict[str, Any]:
 
     Indices and projections, drawn from a seed or without one. Tensors that follow from the base
     model alone are left out.
-
-    Args:
-        model: Any module.
 
     Returns:
         By name, what `are_drawn_alike` compares.
@@ -106,12 +102,7 @@ def _summary(tensor: Tensor) -> Any:
 
 
 def are_drawn_alike(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether what `drawn_parts` returned is the same, of tensors that both sides know.
-
-    Args:
-        then: Of one model.
-        now: Of another.
-    """
+    """Return whether what `drawn_parts` returned is the same, of tensors that both sides know."""
     return all(_is_near(name, then[name], now[name]) for name in then if name in now)
 
 

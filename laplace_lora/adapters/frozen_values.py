@@ -57,12 +57,7 @@ def frozen_places(model: nn.Module, covered: Iterable[Tensor]) -> list[TensorPla
 
 
 def frozen_values(model: nn.Module, covered: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Return some values of each of these tensors by name, see `TensorPlace.samples`.
-
-    Args:
-        model: Any module.
-        covered: Weights to leave out.
-    """
+    """Return some values of each of these tensors by name, see `TensorPlace.samples`."""
     return {place.name: place.samples() for place in frozen_places(model, covered)}
 
 

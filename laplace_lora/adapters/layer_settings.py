@@ -60,11 +60,7 @@ def without_factor(setting: Sequence[Any]) -> list[Any]:
 
 
 def base_dtypes(model: nn.Module) -> list[str]:
-    """Return the floating-point dtypes of the weights around which PEFT's layers are.
-
-    Args:
-        model: Any module.
-    """
+    """Return the floating-point dtypes of the weights around which PEFT's layers are."""
     weights = (p for m in tuner_layers(model) for p in m.get_base_layer().parameters(recurse=False))
     return sorted({str(p.dtype) for p in weights if p.is_floating_point()})
 

@@ -2,17 +2,44 @@
 
 How they are laid out changes with use: a kernel's layout is another on another device, and
 bitsandbytes lays weights in 4 bits out anew for passes without gradients on a CPU. Half bytes stay
-what they are wherever they are moved to.
+what they are wherever they are moved to. A tensor subclass, such as torchao's, has a shape, a dtype
+and no memory of its own: its numbers are in the tensors within it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from laplace_lora.adapters.tensor_parts import parts_here
+from laplace_lora.data.sharding import is_sharded_tensor
+
+
+def tensor_parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that hold a tensor's numbers, with their names: itself, if it is plain.
+
+    Args:
+        name: The tensor's name.
+        tensor: A tensor that is whole, see `data.sharding.whole`.
+    """
+    if not is_traceable_wrapper_subclass(tensor):
+        yield name, tensor
+        return
+    subclass: Any = tensor
+    keys, _ = subclass.__tensor_flatten__()
+    for key in keys:
+        yield from tensor_parts(f"{name}.{key}", getattr(subclass, key))
+
+
+def parts_here(tensor: Tensor) -> list[Tensor]:
+    """Return the tensors that hold a tensor's numbers; itself if processes hold it in pieces."""
+    if is_sharded_tensor(tensor):
+        return [tensor]
+    return [part for _, part in tensor_parts("", tensor)]
 
 
 def is_packed(part: Tensor) -> bool:
@@ -47,9 +74,6 @@ def bits_of(model: nn.Module) -> int | None:
     """Return in how many bits a model's linear layers are packed; ``None`` if none is.
 
     Where they differ, the fewest.
-
-    Args:
-        model: Any module.
     """
     found: list[int] = []
     for layer in model.modules():

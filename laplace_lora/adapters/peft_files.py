@@ -24,9 +24,6 @@ BASE_CHANGING = ("pissa", "corda", "olora", "loftq", "lora_ga")
 def check_saves_adapters(model: nn.Module) -> None:
     """Refuse models whose adapter PEFT cannot write to files of their own.
 
-    Args:
-        model: What a `LogitsModel` is around.
-
     Raises:
         TypeError: If it is no `PeftModel`.
         ValueError: If processes hold it in pieces, each adapter that is loaded changes the base
@@ -95,9 +92,6 @@ def base_changing_start(settings: Any) -> str | None:
 
 def point_out_cut_layers(model: nn.Module) -> None:
     """Warn where PEFT leaves trained numbers out of a saved adapter: AdaLoRA's pruned triplets.
-
-    Args:
-        model: What a `LogitsModel` is around.
 
     Warns:
         UserWarning: If there are any, so that the loaded adapter has other tensors; names a layer.

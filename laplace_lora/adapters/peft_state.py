@@ -33,9 +33,6 @@ def starts_at_tokens(model: nn.Module) -> bool:
     """Return whether an active adapter runs from certain tokens of a text on: Activated LoRA.
 
     PEFT looks for them among the tokens of a call, and leaves the adapter out if there are none.
-
-    Args:
-        model: Any module.
     """
     return any(
         isinstance(getattr(layer, "lora_variant", {}).get(adapter), ALoraLinearVariant)
@@ -49,9 +46,6 @@ def adapter_parameters(model: nn.Module) -> dict[int, bool]:
     """Return for each parameter of an adapter, by its ``id``, whether that adapter is active.
 
     Parameters of the base model are not listed.
-
-    Args:
-        model: Any module.
     """
     return adapter_tensors(model, lambda module: module.named_parameters())
 
@@ -83,9 +77,6 @@ def replaced_parameters(model: nn.Module) -> set[int]:
     """Return the ``id`` of each tensor of the base model that an active adapter's copy replaces.
 
     These are in modules that ``modules_to_save`` names, and nowhere else in the model.
-
-    Args:
-        model: Any module.
     """
     prefixes = tuple(
         f"{name}.original_module."
@@ -102,9 +93,6 @@ def replaced_parameters(model: nn.Module) -> set[int]:
 
 def check_adapters(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Refuse adapter states in which the adapter's own weights do not run.
-
-    Args:
-        modules: The modules of a model, by name.
 
     Raises:
         RuntimeError: If an adapter is merged or disabled, several are active, or Arrow chooses
@@ -143,9 +131,6 @@ def check_adapters(modules: Iterable[tuple[str, nn.Module]]) -> None:
 
 def check_has_adapter(model: nn.Module) -> None:
     """Refuse or point out a model whose adapter is gone, so that only a head is left to fit.
-
-    Args:
-        model: Any module.
 
     Raises:
         RuntimeError: If it is a `PeftModel` without the layers of its adapter.

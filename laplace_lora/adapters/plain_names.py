@@ -27,14 +27,18 @@ def adapters_in(layer: BaseTunerLayer | ModulesToSaveWrapper) -> set[str]:
     return {key for each in held if hasattr(each, "keys") for key in each}
 
 
+def active_adapters(model: nn.Module) -> set[str]:
+    """Return the names of a model's active adapters."""
+    adapted = BaseTunerLayer | ModulesToSaveWrapper | PeftModel
+    holders = (module for module in model.modules() if isinstance(module, adapted))
+    return {adapter for holder in holders for adapter in holder.active_adapters}
+
+
 def plain_names(model: nn.Module) -> Callable[[str], str]:
     """Return what takes a tensor's name to the one that it has without idle adapters.
 
     PEFT renames what it puts a layer around: ``k_proj.weight`` to ``k_proj.base_layer.weight``, and
     what it keeps a copy of to ``classifier.original_module.weight``.
-
-    Args:
-        model: Any module.
     """
     idle = set()
     for path, module in model.named_modules():
@@ -51,19 +55,8 @@ def plain_names(model: nn.Module) -> Callable[[str], str]:
 
 
 def nameless(model: nn.Module) -> Callable[[str], str]:
-    """Return what takes the active adapter's name out of one of `plain_names`, as PEFT's files do.
-
-    Args:
-        model: Any module.
-    """
-    plain = plain_names(model)
-    adapted = BaseTunerLayer | ModulesToSaveWrapper | PeftModel
-    active = {
-        adapter
-        for module in model.modules()
-        if isinstance(module, adapted)
-        for adapter in module.active_adapters
-    }
+    """Return what takes the active adapter's name out of `plain_names`, as PEFT's files do."""
+    plain, active = plain_names(model), active_adapters(model)
     return _without(
         {
             plain(f"{path}.{adapter}")

@@ -21,9 +21,6 @@ def check_own_memory(model: nn.Module) -> None:
 
     A tensor that several modules hold is one tensor, and not meant here.
 
-    Args:
-        model: Any module.
-
     Raises:
         ValueError: If there is one; names the two.
     """

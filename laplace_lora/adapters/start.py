@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from laplace_lora.adapters.configuration import configurations
+from laplace_lora.adapters.configuration import configurations_of, configured
 from laplace_lora.data.inapplicable import InapplicableError
 
 ROUNDING = 8  # units in the last place of the largest output
@@ -56,9 +56,6 @@ def at_base(model: nn.Module) -> list[tuple[nn.Parameter, float]]:
     Zeros for LoRA's ``lora_B`` of linear layers and convolutions, ``lora_embedding_A`` of
     embeddings, and the bias of ``lora_B``; see `UNCHANGED` for other tuners.
 
-    Args:
-        model: Any module with an adapter.
-
     Raises:
         ValueError: If there is no adapter, one that did not start at the base model, or one of a
             tuner that is not in the table.
@@ -75,8 +72,13 @@ def at_base(model: nn.Module) -> list[tuple[nn.Parameter, float]]:
         found += here
     if not found:
         raise ValueError("the model has no adapter in its layers")
-    for config in configurations(model, active):
-        _check(config)
+    for config in configurations_of(configured(model), active):
+        start = config.init_lora_weights if isinstance(config, LoraConfig) else True
+        if start not in STARTS_AT_ZERO:
+            raise ValueError(
+                f"the adapter was initialised with {start!r}, which does not start at the base "
+                "model"
+            )
     return found
 
 
@@ -125,13 +127,9 @@ def checked_unchanged(model: nn.Module) -> Iterator[bool]:
 
 
 def base_biases_were_trained(model: nn.Module) -> bool:
-    """Return whether the base model's own biases were trained, of which nothing is left.
-
-    Args:
-        model: Any module with an adapter.
-    """
+    """Return whether the base model's own biases were trained, of which nothing is left."""
     active = {adapter for _, _, adapter in _active_layers(model)}
-    configs = configurations(model, active)
+    configs = configurations_of(configured(model), active)
     return any(getattr(config, "bias", "none") != "none" for config in configs)
 
 
@@ -210,13 +208,3 @@ def _tuner(layer: object) -> str:
 
 def _is_lora(layer: object) -> bool:
     return isinstance(layer, LoraLayer) and _tuner(layer) == "lora"
-
-
-def _check(config: object) -> None:
-    if not isinstance(config, LoraConfig):
-        return
-    start = config.init_lora_weights
-    if start not in STARTS_AT_ZERO:
-        raise ValueError(
-            f"the adapter was initialised with {start!r}, which does not start at the base model"
-        )

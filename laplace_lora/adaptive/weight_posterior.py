@@ -203,10 +203,6 @@ class WeightPosterior(Optimizer):
     def weight_state(self, group: dict[str, Any], p: nn.Parameter) -> dict[str, Any]:
         """Return a parameter's state, created if there is none yet.
 
-        Args:
-            group: The parameter's group.
-            p: The parameter.
-
         Returns:
             Number of steps, ``momentum``, ``hessian``, and for half-precision parameters the
             ``mean``, in float32 or the parameter's wider dtype.

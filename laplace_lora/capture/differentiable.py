@@ -17,10 +17,6 @@ from laplace_lora.models.inputs.rotary import angles_of, own_angles
 def differentiable_jacobians(model: nn.Module, x: Any) -> tuple[Tensor, Tensor]:
     """Return a model's outputs and their Jacobians as differentiable functions of its weights.
 
-    Args:
-        model: From a batch to outputs.
-        x: Batch that the model takes.
-
     Returns:
         Outputs ``(batch, outputs)`` and Jacobians ``(batch, outputs, parameters)``.
 

@@ -22,9 +22,6 @@ from laplace_lora.models.changes.thread_hooks import own_hooks
 def gradients_flow(named: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
     """Refuse linear layers that cut the gradient in the passes within.
 
-    Args:
-        named: All modules of the model, with their names.
-
     Raises:
         RuntimeError: If there are any; names them.
     """

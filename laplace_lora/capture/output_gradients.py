@@ -56,11 +56,7 @@ class OutputGradient:
     @staticmethod
     @contextmanager
     def watched(receivers: Iterable[tuple[OutputGradient, Receiver]]) -> Iterator[None]:
-        """Call functions with their gradients whenever a backward pass has computed these.
-
-        Args:
-            receivers: Gradients and functions.
-        """
+        """Call functions with their gradients whenever a backward pass has computed these."""
         # One context for all: a model may have a thousand, and a batch is done in a second.
         pairs = list(receivers)
         for gradient, receive in pairs:

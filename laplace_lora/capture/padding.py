@@ -151,9 +151,6 @@ def frame_masks(model: object) -> Callable[[Tensor], Tensor] | None:
     The model is asked itself: Wav2Vec2 and its kin (HuBERT, WavLM, SEW, Data2Vec) say how many
     frames samples make.
 
-    Args:
-        model: Any module, or a function.
-
     Returns:
         From ``(batch, samples)`` to ``(batch, frames)``.
     """

@@ -15,12 +15,7 @@ from laplace_lora.models.tolerances import distance, near
 
 
 def is_padded(single: Any, config: Any) -> bool:
-    """Return whether a text of one example is padded, or looks so where it has no mask.
-
-    Args:
-        single: A batch of one example.
-        config: The transformer's configuration; ``None`` if it has none.
-    """
+    """Return whether a text of one example is padded, or looks so where it has no mask."""
     texts = passes(single) if isinstance(single, Mapping) else []
     masks = [apparent_mask(text, config) for text in texts]
     return any(mask is not None and not bool(mask.all()) for mask in masks)

@@ -25,11 +25,6 @@ def warn_if_other_tokens(adapter: Adapter, plan: Plan, rows: Sequence[Row]) -> N
     """Warn if answers are other tokens behind the prompts than alone, or without their space.
 
     Nothing beside an adapter says by which tokens it was trained to answer.
-
-    Args:
-        adapter: The model.
-        plan: How rows are read.
-        rows: The training data.
     """
     if not plan.targets or adapter.kind != CAUSAL:
         return
@@ -73,13 +68,7 @@ def _named(ids: Sequence[int], tokenizer: Any) -> str:
 
 
 def warn_if_spaces_meet(adapter: Adapter, plan: Plan, rows: Sequence[Row]) -> None:
-    """Warn if prompts end in a space before answers that begin with one.
-
-    Args:
-        adapter: The model.
-        plan: How rows are read.
-        rows: The training data.
-    """
+    """Warn if prompts end in a space before answers that begin with one."""
     if not plan.targets or plan.chat or adapter.kind != CAUSAL or plan.columns.text is None:
         return
     prompts = [row.get(plan.columns.text) for row in rows]

@@ -30,12 +30,7 @@ class FitTime:
 
 
 class Watched:
-    """Some of a loader's batches, in their order and from all its parts, timed as they are read.
-
-    Args:
-        loader: All batches.
-        batch_size: Examples in a batch.
-    """
+    """Some of a loader's batches, in their order and from all its parts, timed as they are read."""
 
     def __init__(self, loader: DataLoader[Any], batch_size: int) -> None:
         self.dataset: Any = loader.dataset  # a structure may ask how many examples will come
@@ -63,11 +58,6 @@ def fit_time(la: LoraLaplace, loader: DataLoader[Any], batch_size: int) -> FitTi
 
     Between the reading of the second batch and that of the last lies all that grows with the data.
     What else there is (the first batch is verified, factors are decomposed) comes once.
-
-    Args:
-        la: A posterior.
-        loader: All the data.
-        batch_size: Examples in a batch.
     """
     examples: Any = loader.dataset
     # Whatever is loaded, compiled or allocated for the first batch is not for the others.
@@ -87,11 +77,7 @@ def fit_time(la: LoraLaplace, loader: DataLoader[Any], batch_size: int) -> FitTi
 
 
 def tuning_time(la: LoraLaplace) -> str:
-    """Return what the tuning after a fit takes, as a sentence.
-
-    Args:
-        la: The posterior.
-    """
+    """Return what the tuning after a fit takes, as a sentence."""
     if la.objective.jacobian_refusal is not None:
         return "Tuning then looks at 64 of the texts, and 2048 tokens, at most."
     return (

@@ -20,7 +20,6 @@ from laplace_lora.curvature import batch_curvature
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.curvature.kfac_rows import KfacRows
 from laplace_lora.curvature.kron_protocol import plain_kron
-from laplace_lora.curvature.last_layer_check import check_last_layer
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.models.last_layer_model import LastLayerModel
@@ -48,7 +47,7 @@ class LoraCurvature(CurvatureInterface):
 
     Raises:
         ValueError: If an argument is out of range, nothing is trainable, a trainable tensor is in
-            no linear map and ``uncovered="error"``, or see `check_last_layer`.
+            no linear map and ``uncovered="error"``, or see `_check_last_layer`.
         RuntimeError: If an adapter is merged or disabled, or several are active.
     """
 
@@ -78,7 +77,7 @@ class LoraCurvature(CurvatureInterface):
             if isinstance(split, LastLayerModel):
                 split.share_head()
             else:
-                check_last_layer(model)
+                _check_last_layer(model)
         stochastic = getattr(self, "stochastic", False)
         estimates = stochastic or not isinstance(self, GGNInterface)
         options = (uncovered, trained, verify, stochastic, estimates)
@@ -217,3 +216,31 @@ class LoraCurvature(CurvatureInterface):
     def _subnetwork(self, values: Tensor) -> Tensor:
         indices = self.subnetwork_indices
         return values if indices is None else values[..., indices.to(values.device)]
+
+
+def _check_last_layer(model: Any) -> None:
+    """Refuse a last layer that laplace-torch's last-layer classes would fit and fail to predict by.
+
+    Args:
+        model: laplace-torch's `FeatureExtractor` around a model that is no `LastLayerModel`. What
+            its last layer sees is known once it has run, as it has in a fit.
+
+    Raises:
+        ValueError: If the last layer is frozen, or sees more than one vector per example.
+    """
+    head, name = model.last_layer, getattr(model, "_last_layer_name", None)
+    if head is None:  # not found yet
+        return
+    seen = getattr(model, "_features", {}).get(name)
+    is_reduced = getattr(model, "feature_reduction", None) is not None
+    if not any(is_trained(parameter) for parameter in head.parameters()):
+        fault = "is frozen"
+    elif seen is not None and seen.ndim != 2 and not is_reduced:
+        fault = f"sees an input of shape {tuple(seen.shape)}, not one vector per example"
+    else:
+        return
+    raise ValueError(
+        f"the last layer that laplace-torch found, {name!r}, {fault}; wrap the model in a "
+        "LastLayerModel (of laplace_lora.models.last_layer_model), or use "
+        "subset_of_weights='lora_last_layer', or 'lora' for the adapter's weights"
+    )

@@ -204,10 +204,6 @@ class Engine:
     def loss_gradient(self, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return a batch's summed loss, and its gradient, ``(parameters,)``.
 
-        Args:
-            x: Batch that the model takes.
-            y: Labels, see `Likelihood.split`.
-
         Raises:
             ValueError: If labels lie outside the classes.
             FloatingPointError: If the loss is not finite.

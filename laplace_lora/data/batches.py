@@ -90,10 +90,6 @@ def doubled(batch: Any) -> Any:
 def some_examples(batch: Batch, which: Sequence[int]) -> Batch:
     """Return some examples of a batch.
 
-    Args:
-        batch: A batch.
-        which: Their places in it.
-
     Raises:
         ValueError: If its tensors do not have one row per example.
     """

@@ -38,9 +38,6 @@ _OTHERS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # whether samplers 
 def one_draw(loader: Any) -> Any:
     """Return a loader of the examples that a pass would draw now, the same in all of its passes.
 
-    Args:
-        loader: Any loader.
-
     Returns:
         The loader itself, if all its passes have the same examples, in any order; or if it cannot
         be kept to one draw, as processes share it or it is iterated over in a way of its own.
@@ -67,10 +64,6 @@ def remember(loader: Any, drawn: Any) -> None:
 
 def same_draw(loader: Any, purpose: str) -> Any:
     """Return a loader of the examples that the latest fit on a loader has drawn.
-
-    Args:
-        loader: Any loader.
-        purpose: What needs them.
 
     Returns:
         The loader itself, if all its passes have the same examples.

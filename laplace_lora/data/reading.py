@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import filterfalse
 from typing import Any
 
@@ -18,51 +19,40 @@ from laplace_lora.data.shares import Share, processes
 from laplace_lora.data.tally import Sample, counted_once
 
 
+@dataclass
 class Reading:
-    """One process's pass over a loader.
-
-    Args:
-        loader: Any loader.
-        share: This process's share of it, ``None`` if it reads everything.
-        exchange: From a value to those of all processes.
+    """One process's pass over a loader, see `Together.batches` for what is not said here.
 
     Attributes:
+        share: This process's share of the loader, ``None`` if it reads everything.
+        exchange: From a value to those of all processes.
         places: Of the examples that were yielded, batch by batch; ``None`` if it reads everything.
         sample: Of what was read of a stream, when all of it has been read; ``None`` where the
             loader itself says whose its examples are.
     """
 
-    def __init__(
-        self, loader: Any, share: Share | None, exchange: Callable[[Any], list[Any]]
-    ) -> None:
-        self.loader, self.share = loader, share
-        self.places: list[Tensor] | None = None if share is None else []
-        self.sample: Sample | None = None
-        self._exchange = exchange
+    loader: Any
+    share: Share | None
+    exchange: Callable[[Any], list[Any]]
+    title: str
+    progress_bar: bool | None
+    by_example: Callable[[Any], Any] | None
+    at_most: float
+    places: list[Tensor] | None = field(init=False)
+    sample: Sample | None = field(init=False, default=None)
 
-    def batches(
-        self,
-        title: str,
-        progress_bar: bool | None,
-        by_example: Callable[[Any], Any] | None,
-        at_most: float,
-    ) -> Iterator[Any]:
-        """Yield this process's batches, see `Together.batches`."""
-        yield from self._own(title, progress_bar, by_example, at_most, self.places)
+    def __post_init__(self) -> None:
+        self.places = None if self.share is None else []
 
-    def _own(
-        self,
-        title: str,
-        progress_bar: bool | None,
-        by_example: Callable[[Any], Any] | None,
-        at_most: float,
-        taken: list[Tensor] | None,
-    ) -> Iterator[Any]:
+    def batches(self) -> Iterator[Any]:
+        """Yield this process's batches."""
+        yield from self._own(self.at_most, self.places)
+
+    def _own(self, at_most: float, taken: list[Tensor] | None) -> Iterator[Any]:
         share = self.share
         is_dealt = share is not None and share.source is not None
-        read = self._dealt if is_dealt else self._local
-        batches = read(title, progress_bar, at_most)
-        examples = batches if by_example is None else map(by_example, batches)
+        batches = self._dealt(at_most) if is_dealt else self._local()
+        examples = batches if self.by_example is None else map(self.by_example, batches)
         if share is None or taken is None:
             kept: Iterator[Any] = filterfalse(is_empty, examples)
         else:
@@ -70,24 +60,18 @@ class Reading:
         # What is dealt out ends for all processes in the same round.
         yield from until(kept, math.inf if is_dealt else at_most)
 
-    def everyones_batches(
-        self,
-        title: str,
-        progress_bar: bool | None,
-        by_example: Callable[[Any], Any] | None,
-        at_most: float,
-    ) -> Iterator[Any]:
+    def everyones_batches(self) -> Iterator[Any]:
         """Yield the batches of all processes, the same in all of them, round by round.
 
         Which is not the order of the data: that is in `places`.
         """
         own: list[Tensor] = []
-        batches = self._own(title, progress_bar, by_example, math.inf, own)
+        batches = self._own(math.inf, own)
         if self.places is not None:
-            yield from until(self._exchanged(batches, own, self.places), at_most)
+            yield from until(self._exchanged(batches, own, self.places), self.at_most)
             return
-        for batch in until(batches, at_most):
-            self._exchange(None)  # who cannot go on says so before the model's own collectives
+        for batch in until(batches, self.at_most):
+            self.exchange(None)  # who cannot go on says so before the model's own collectives
             yield batch
 
     def _exchanged(
@@ -95,7 +79,7 @@ class Reading:
     ) -> Iterator[Any]:
         while True:
             batch = next(batches, None)
-            reports = self._exchange(None if batch is None else (on_cpu(batch), own[-1]))
+            reports = self.exchange(None if batch is None else (on_cpu(batch), own[-1]))
             dealt = [report for report in reports if report is not None]
             if not dealt:
                 return
@@ -103,9 +87,9 @@ class Reading:
                 taken.append(places)
                 yield each
 
-    def _local(self, title: str, progress_bar: bool | None, at_most: float) -> Iterator[Batch]:
+    def _local(self) -> Iterator[Batch]:
         """Return what the loader gives this process."""
-        bar = progress(streams.begun(self.loader), progress_bar, title, self.loader)
+        bar = progress(streams.begun(self.loader), self.progress_bar, self.title, self.loader)
         must_be_part = self.share is not None and not self.share.says_so
         workers = workers_of(self.loader)
         if not streams.is_stream(self.loader) or not (must_be_part or workers > 1):
@@ -116,16 +100,16 @@ class Reading:
 
         return counted_once(bar, workers, keep)
 
-    def _dealt(self, title: str, progress_bar: bool | None, at_most: float) -> Iterator[Batch]:
+    def _dealt(self, at_most: float) -> Iterator[Batch]:
         """Return this process's part of what the main process reads for all."""
         assert self.share is not None and self.share.source is not None
         batches: Iterator[Batch] = iter(())
         rank, workers = dist.get_rank(), workers_of(self.loader)
         if rank == 0:
-            batches = iter(progress(self.share.source(), progress_bar, title))
+            batches = iter(progress(self.share.source(), self.progress_bar, self.title))
             if streams.is_stream(self.loader) and workers > 1:
                 batches = counted_once(batches, workers)
-        return dealt_out(batches, at_most, rank, processes(), self._exchange)
+        return dealt_out(batches, at_most, rank, processes(), self.exchange)
 
 
 def _kept(share: Share, examples: Iterator[Batch], taken: list[Tensor]) -> Iterator[Batch]:

@@ -83,9 +83,6 @@ def in_pieces(modules: Iterable[nn.Module]) -> None:
     """Let a sharded model's parameters be those that stay, not those gathered for one pass.
 
     Some passes leave the latter in their place.
-
-    Args:
-        modules: All modules of the model.
     """
     for module in modules:
         if isinstance(module, FSDPModule):

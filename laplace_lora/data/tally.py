@@ -52,11 +52,7 @@ class Tally:
         return frozenset((number, self.counts[number]) for number in sorted(self.counts)[:KEPT])
 
     def came_by_each(self, workers: int) -> bool:
-        """Return whether (nearly) every example came as often as there are workers, or twice that.
-
-        Args:
-            workers: How many there are.
-        """
+        """Return whether nearly every example came as often as there are workers, or twice that."""
         counts = [count for _, count in self.sample]
         return bool(counts) and sum(c % workers == 0 for c in counts) >= SAME * len(counts)
 

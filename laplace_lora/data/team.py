@@ -92,12 +92,13 @@ class Together:
         crew = self._crew or self
         share = share_of(loader) if crew.shared else None
         crew._exchange("batches")  # accelerate's loaders begin with a collective of their own
-        reading = Reading(loader, share, lambda value: crew._exchange("deal", value))
+        options = (title, progress_bar, by_example, at_most)
+        reading = Reading(loader, share, lambda value: crew._exchange("deal", value), *options)
         self._readings.append(reading)
         if self._crew is not None:
             crew._readings.append(reading)
         read = reading.batches if self._crew is None else reading.everyones_batches
-        yield from read(title, progress_bar, by_example, at_most)
+        yield from read()
 
     def rows(self, **columns: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return the rows of all processes, in the order of the data.

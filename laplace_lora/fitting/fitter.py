@@ -119,10 +119,6 @@ class Fitter:
     ) -> PosteriorState:
         """Return the state with what the evidence's gradient term needs.
 
-        Args:
-            train_loader: The training data of the fit.
-            progress_bar: Whether to show progress, see `progress`.
-
         Raises:
             ValueError: If they are not those of the fit.
         """

@@ -76,9 +76,6 @@ class LateHead:
     def logits(self, part: slice) -> tuple[Tensor, Tensor]:
         """Return logits and tangents at some of the columns.
 
-        Args:
-            part: Which of them.
-
         Returns:
             ``(texts, k, vocabulary)`` and ``(directions, texts, k, vocabulary)``.
         """

@@ -87,12 +87,7 @@ def asked_of(options: Mapping[str, Any], config: Any, max_length: int) -> Asked:
 
 
 def _check_followed(given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Refuse options with which the harness's own model would write other texts.
-
-    Args:
-        given: The task's options.
-        own: The model's.
-    """
+    """Refuse options with which the harness's own model would write other texts."""
     for name, value in {**own, **given}.items():
         known = name in (*FOLLOWED, *UNUSED)
         if known or value is None or (name in NEUTRAL and value in (*NEUTRAL[name], [])):

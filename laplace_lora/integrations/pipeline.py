@@ -19,10 +19,6 @@ def _answers(tokens: Sequence[int], tokenizer: Any) -> list[str]:
     """Return a name for each answer, no two of them the same.
 
     As short as that allows: without spaces around it, with them, or as the vocabulary has it.
-
-    Args:
-        tokens: The answers.
-        tokenizer: The model's.
     """
     read = [str(tokenizer.decode([token])) for token in tokens]
     stored = [str(name) for name in tokenizer.convert_ids_to_tokens(list(tokens))]

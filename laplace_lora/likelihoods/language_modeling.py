@@ -67,22 +67,14 @@ class LanguageModeling(Likelihood):
         return softmax_residual(f, y[y != IGNORED])
 
     def readout(self, x: Any, pairs: bool = False, contrasts: bool = False) -> Readout:
-        """Refuse: texts have many tokens.
-
-        Raises:
-            ValueError: Always.
-        """
+        """Raise `ValueError`: texts have many tokens."""
         raise ValueError(
             "a language model's posterior predicts tokens through `laplace_lora.generation`: "
             "`score(la, batch)` or `generate(la, inputs)`"
         )
 
     def scoring(self, link: Link, noise: float) -> Scoring:
-        """Refuse: texts have many tokens.
-
-        Raises:
-            ValueError: Always.
-        """
+        """Raise `ValueError`: texts have many tokens."""
         raise ValueError(self.jacobian_refusal)
 
 

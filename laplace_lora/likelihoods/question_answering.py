@@ -106,11 +106,7 @@ class QuestionAnswering(Likelihood):
         return LOGITS
 
     def scoring(self, link: Link, noise: float) -> Scoring:
-        """Refuse: there are too many outputs.
-
-        Raises:
-            ValueError: Always.
-        """
+        """Raise `ValueError`: there are too many outputs."""
         raise ValueError(self.jacobian_refusal)
 
 

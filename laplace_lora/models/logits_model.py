@@ -14,6 +14,7 @@ from laplace_lora.data.messages import FORWARD
 from laplace_lora.data.pairs import is_pair, passes
 from laplace_lora.data.sharding import refuse_tensor_parallel, unwrapped
 from laplace_lora.data.steps import before_pass
+from laplace_lora.likelihoods.reward_modeling import RewardModeling
 from laplace_lora.models.answers import AnswerPlace, checked_target_ids
 from laplace_lora.models.changes.modes import coarsest_dtype, device_of
 from laplace_lora.models.changes.narrowing import at_position, one_token, rows_only
@@ -176,11 +177,7 @@ class LogitsModel(nn.Module):
         batch = self.named(batch)
         if is_pair(batch):
             rewards = torch.cat([self(half) for half in passes(batch)], dim=-1)
-            if rewards.shape[-1] != 2:
-                raise ValueError(
-                    f"a reward model has one output, this one {rewards.shape[-1] // 2}; load it "
-                    "with num_labels=1"
-                )
+            RewardModeling().check_outputs(rewards.shape[-1] // 2)
             return rewards
         if isinstance(batch, Mapping):
             if self.output is None:  # which may read more than texts

@@ -41,9 +41,6 @@ class ReadColumns:
 
         All but the labels where it names none, as a model that takes the mapping itself or nothing
         but ``**kwargs``.
-
-        Args:
-            columns: Their names.
         """
         columns = set(columns) - {LABELS}
         return columns & self._named if columns & self._own else columns

@@ -27,9 +27,6 @@ def before_adapter(
     the model itself is not changed. One that cannot have a twin is yielded itself, and is at the
     start only inside the context that the second value makes.
 
-    Args:
-        model: Any module with an adapter.
-
     Raises:
         ValueError: If the adapter's start is not known, see `at_base`.
     """

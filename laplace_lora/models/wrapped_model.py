@@ -73,9 +73,6 @@ class WrappedModel:
 
         What padding is, and at which token a model answers, is read from ids in a mapping only.
 
-        Args:
-            batch: Any batch.
-
         Returns:
             A mapping for integers of any shape, if the model's first input is ids; else the batch.
         """

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from laplace_lora.data.sharding import unwrapped
 from laplace_lora.likelihoods.base import Likelihood
-from laplace_lora.likelihoods.implied import token_likelihood
+from laplace_lora.likelihoods.registry import token_likelihood
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.models.span_model import SpanModel
 from laplace_lora.models.token_classifier import TokenClassifier

@@ -51,12 +51,7 @@ def card_section(
 
 
 def loading_code(posterior: Posterior, repo_id: str) -> str:
-    """Return the lines that load a posterior and ask it.
-
-    Args:
-        posterior: The posterior.
-        repo_id: Where it is.
-    """
+    """Return the lines that load a posterior and ask it."""
     task = getattr(_config(posterior), "task_type", None)
     task = str(getattr(task, "value", task))
     kind = posterior.kind

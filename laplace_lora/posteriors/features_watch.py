@@ -53,9 +53,6 @@ class FeaturesWatch:
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Refuse the state of a watch over another transformer, or at other weights.
 
-        Args:
-            state: See `state`.
-
         Raises:
             ValueError: If tensors, their values or the adapter's scaling are others; names some.
         """
@@ -110,10 +107,6 @@ class FeaturesWatch:
 
 def check_same_head(now: Tensor, then: Tensor) -> None:
     """Refuse the state of a process with another last layer than the model's.
-
-    Args:
-        now: The model's, ``(weights,)``.
-        then: That of the state.
 
     Raises:
         ValueError: If its dtype or its values are others.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from laplace_lora.adapters.tensor_parts import tensor_parts
+from laplace_lora.adapters.packed_weights import tensor_parts
 from laplace_lora.data.batches import batch_length, first_examples
 from laplace_lora.display.plots import parts_figure
 from laplace_lora.display.results import Columns, Result

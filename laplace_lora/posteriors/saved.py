@@ -246,16 +246,12 @@ def _check_reads_the_same(model: LogitsModel, saved: Mapping[str, Any], has_outp
         )
     ids = None if model.target_ids is None else model.target_ids.tolist()
     by_model = getattr(model.config, "mask_token_id", None)  # where none was given
-
-    def place(mask: Any) -> Any:
-        return by_model if mask is None else mask
-
-    same_place = place(saved["mask_token_id"]) == place(model.mask_token_id)
-    for name, then, now, same in (
-        ("target_ids", saved["target_ids"], ids, saved["target_ids"] == ids),
-        ("mask_token_id", saved["mask_token_id"], model.mask_token_id, same_place),
+    for name, now, default in (
+        ("target_ids", ids, None),
+        ("mask_token_id", model.mask_token_id, by_model),
     ):
-        if not same:
+        then = saved[name]
+        if (default if then is None else then) != (default if now is None else now):
             raise ValueError(
                 f"the posterior was fitted with {name}={then}, and the given LogitsModel has "
                 f"{name}={now}; pass LogitsModel(model, {name}={then}), or the PeftModel alone"

@@ -21,11 +21,7 @@ from laplace_lora.structures.subspace import SUBSPACE, SUBSPACE_TENSORS
 
 
 def state_entries(posterior: Posterior) -> dict[str, Any]:
-    """Return what a state dictionary holds beside laplace-torch's own entries.
-
-    Args:
-        posterior: A fitted posterior.
-    """
+    """Return what a state dictionary holds beside laplace-torch's own entries."""
     structure, curvature = posterior.structure, posterior.state.curvature
     raw = structure.raw(curvature)
     packed = raw if isinstance(raw, Tensor) else structure.pack(curvature)

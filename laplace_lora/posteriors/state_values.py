@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Generic, Protocol, TypeVar, overload
+from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor
-
-from laplace_lora.structures.state import PosteriorState
 
 T = TypeVar("T")
 
 
-class HasState(Protocol):
-    """An object that holds a posterior's state."""
-
-    state: PosteriorState
-
-
 class StateValue(Generic[T]):
-    """A number of the state, such as ``loss``."""
+    """A number of the state, such as ``loss``, of an object that has one as its ``state``."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    @overload
-    def __get__(self, instance: None, owner: type) -> StateValue[T]: ...
+    def __get__(self, instance: Any, owner: type) -> T:
+        return cast("T", self if instance is None else getattr(instance.state, self.name))
 
-    @overload
-    def __get__(self, instance: HasState, owner: type) -> T: ...
-
-    def __get__(self, instance: HasState | None, owner: type) -> Any:
-        return self if instance is None else getattr(instance.state, self.name)
-
-    def __set__(self, instance: HasState, value: T) -> None:
-        changes: dict[str, Any] = {self.name: value}
-        instance.state = replace(instance.state, **changes)
+    def __set__(self, instance: Any, value: T) -> None:
+        instance.state = replace(instance.state, **{self.name: value})
 
 
 class SettingValue(StateValue[T]):
@@ -44,12 +29,11 @@ class SettingValue(StateValue[T]):
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name.removeprefix("_")
 
-    def __get__(self, instance: HasState | None, owner: type) -> Any:
-        return self if instance is None else getattr(instance.state.settings, self.name)
+    def __get__(self, instance: Any, owner: type) -> T:
+        return cast("T", self if instance is None else getattr(instance.state.settings, self.name))
 
-    def __set__(self, instance: HasState, value: T) -> None:
-        changes: dict[str, Any] = {self.name: own(value)}
-        settings = replace(instance.state.settings, **changes)
+    def __set__(self, instance: Any, value: T) -> None:
+        settings = replace(instance.state.settings, **{self.name: own(value)})
         instance.state = instance.state.with_settings(settings)
 
 

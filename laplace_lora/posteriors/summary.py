@@ -28,13 +28,7 @@ def summary(posterior: Posterior, evidence: float | None, tuning: Tuning | None)
 def summary_lines(
     posterior: Posterior, evidence: float | None, tuning: Tuning | None
 ) -> tuple[str, dict[str, str]]:
-    """Return a title, and the other lines by topic, see `summary`.
-
-    Args:
-        posterior: As of `summary`.
-        evidence: As of `summary`.
-        tuning: As of `summary`.
-    """
+    """Return a title, and the other lines by topic, see `summary`."""
     state = posterior.state
     lines = {
         "covers": _covered(posterior.names, sum(posterior.engine.sizes)),

@@ -15,7 +15,7 @@ from laplace_lora.posteriors.calibrated import CalibratedLaplace
 from laplace_lora.posteriors.weights_watch import WeightsWatch
 from laplace_lora.tuning.default_way import Found, Request, by_default, by_training_data
 from laplace_lora.tuning.groups import PriorStructure
-from laplace_lora.tuning.noise_check import warn_if_noise_is_off
+from laplace_lora.tuning.left_out.profiled_noise import warn_if_noise_is_off
 from laplace_lora.tuning.options import (
     check_evidence_options,
     check_no_validation,

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from laplace_lora.adapters.buffers import TensorPlace
 from laplace_lora.adapters.configuration import (
     OF_CONFIGURATION,
-    active_adapters,
     configurations_of,
     configured,
     settings_of,
@@ -24,9 +23,10 @@ from laplace_lora.adapters.configuration import (
 from laplace_lora.adapters.frozen_values import PackedPlace, frozen_places
 from laplace_lora.adapters.in_use import check_runs
 from laplace_lora.adapters.layer_settings import scalings, tuner_layers
+from laplace_lora.adapters.packed_weights import parts_here
 from laplace_lora.adapters.peft_state import adapter_parameters
+from laplace_lora.adapters.plain_names import active_adapters
 from laplace_lora.adapters.selection import listed
-from laplace_lora.adapters.tensor_parts import parts_here
 from laplace_lora.data.sharding import is_sharded_tensor, whole
 from laplace_lora.display.warning import warn
 from laplace_lora.models.changes.turns import in_turn
@@ -66,9 +66,6 @@ class WeightsWatch:
     def check(self, posterior: Posterior) -> None:
         """Refuse weights, buffers or a scaling of the adapter other than those of the fit.
 
-        Args:
-            posterior: A fitted posterior.
-
         Warns:
             UserWarning: If the covered weights are those of the fit rounded to a coarser dtype;
                 once for a fit.
@@ -83,9 +80,6 @@ class WeightsWatch:
 
     def check_not_rounded(self, posterior: Posterior) -> None:
         """Refuse weights that are those of the fit rounded: they are no place to add data at.
-
-        Args:
-            posterior: A fitted posterior.
 
         Raises:
             RuntimeError: If they are.

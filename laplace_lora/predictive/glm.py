@@ -32,11 +32,7 @@ from laplace_lora.structures.posterior import Posterior, check_no_gradient
 
 
 class Predictor:
-    """Predictions of a posterior.
-
-    Args:
-        posterior: A fitted posterior.
-    """
+    """Predictions of a posterior."""
 
     def __init__(self, posterior: Posterior) -> None:
         self.posterior = posterior

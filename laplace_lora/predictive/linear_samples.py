@@ -57,10 +57,6 @@ class LinearSamples:
     def tangents(self, x: Any, readout: Readout) -> tuple[Tensor, Tensor]:
         """Return functions of a batch's outputs, and their change along each direction.
 
-        Args:
-            x: Batch that the model takes.
-            readout: The functions.
-
         Returns:
             At the posterior's mean ``(batch, columns)``, and ``(directions, batch, columns)``.
 

@@ -64,10 +64,6 @@ def predict_spans(
 def _questions(texts: Sequence[Any], tokenizer: Any) -> list[Mapping[str, Any]]:
     """Return texts as rows, pairs with their context where no token types say which it is.
 
-    Args:
-        texts: Pairs of question and context, or single texts.
-        tokenizer: The model's.
-
     Raises:
         ValueError: If nothing says where contexts are, or see `encoded`.
 

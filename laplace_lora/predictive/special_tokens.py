@@ -28,10 +28,6 @@ def begins_itself(text: str, tokenizer: Any) -> bool:
     """Return whether a text has the token that begins it, and is to get no second one.
 
     Chat templates write it. A tokenizer that writes anything else by itself is left to do so.
-
-    Args:
-        text: A single text.
-        tokenizer: The model's.
     """
     begins = getattr(tokenizer, "bos_token", None)
     if not begins or not text.startswith(begins):

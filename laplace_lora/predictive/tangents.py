@@ -79,10 +79,6 @@ def tangents_are_cheaper(posterior: Posterior, directions: int) -> bool:
     """Return whether some directions cost less than the backward passes of all contrasts.
 
     Those of a last layer alone cost next to nothing.
-
-    Args:
-        posterior: A fitted posterior.
-        directions: How many.
     """
     if posterior.differentiable or posterior.last_layer is not None:
         return False

@@ -44,13 +44,7 @@ def encoded(
 
 
 def cut_texts(rows: Sequence[Any], texts: Sequence[Any], tokenizer: Any) -> list[int]:
-    """Return which texts have lost a part in their rows, see `encoded`.
-
-    Args:
-        rows: Of the texts.
-        texts: Strings or pairs of strings.
-        tokenizer: The model's.
-    """
+    """Return which texts have lost a part in their rows, see `encoded`."""
     limit = getattr(tokenizer, "model_max_length", math.inf)
     full = [n for n, row in enumerate(rows) if len(row["input_ids"]) >= limit]
     return [n for n in full if len(_row(texts[n], tokenizer)["input_ids"]) > limit]
@@ -79,11 +73,7 @@ def check_pads(tokenizer: Any) -> None:
 
 
 def is_text_pair(item: Any) -> bool:
-    """Return whether an item is a text and its second one, of which one may be missing.
-
-    Args:
-        item: Anything.
-    """
+    """Return whether an item is a text and its second one, of which one may be missing."""
     pair = isinstance(item, tuple | list) and len(item) == 2
     return pair and any(isinstance(part, str) for part in item)
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_lora.adapters.buffers import buffer_places
-from laplace_lora.adapters.packed_weights import half_bytes, is_packed
-from laplace_lora.adapters.tensor_parts import tensor_parts
+from laplace_lora.adapters.packed_weights import half_bytes, is_packed, tensor_parts
 from laplace_lora.data.sharding import whole
 
 SAMPLES = 64  # values hashed of each tensor of a base model
@@ -72,9 +71,6 @@ def buffer_fingerprint(model: nn.Module) -> str:
     """Return a hash of names, shapes and values of a model's buffers, see `buffer_places`.
 
     Values are rounded to bfloat16, as those of a base model are.
-
-    Args:
-        model: Any module.
     """
     return hashed(
         (place.name, place.shape, place.samples().to(torch.bfloat16).float())

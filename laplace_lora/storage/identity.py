@@ -81,10 +81,6 @@ def base_in_use(
 def known_identity(posterior: Posterior, saved: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """Return a posterior's identity by the names, and in the order, that a saved one goes by.
 
-    Args:
-        posterior: The posterior.
-        saved: An identity that `identity` returned, perhaps of an earlier version.
-
     Returns:
         The identity, and the ``plain`` that it was made with.
     """

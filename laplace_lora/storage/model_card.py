@@ -98,12 +98,7 @@ def with_section(card: str | None, text: str, repo_id: str) -> str:
 
 
 def draw(report: Report, folder: Path) -> str | None:
-    """Write a picture of a report, and return its name; ``None`` without matplotlib.
-
-    Args:
-        report: The posterior's.
-        folder: Where the picture goes.
-    """
+    """Write a picture of a report, and return its name; ``None`` without matplotlib."""
     try:
         figure = report.plot()
     except ImportError:

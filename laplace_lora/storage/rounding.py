@@ -28,9 +28,6 @@ def rounded_fingerprints(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Any
     """Return for each tensor its norm, and by dtype the hash and the error of its rounding.
 
     A dtype is left out where it cannot hold the values.
-
-    Args:
-        tensors: Names and tensors.
     """
     return {
         name: {

@@ -49,10 +49,6 @@ def has_layers(saved: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
 
     Files of earlier versions have a hash of factors in double precision, and of none where they
     are tensors: compiled models that swap adapters keep them so, in single precision.
-
-    Args:
-        saved: Identity at the fit, perhaps of an earlier version.
-        found: The model's identity.
     """
     if LAYERS in saved:
         return bool(saved[LAYERS] == found[LAYERS])
@@ -60,12 +56,7 @@ def has_layers(saved: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
 
 
 def other_dtype(saved: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Return that a base model is in another dtype than at the fit, if a file says in which it was.
-
-    Args:
-        saved: Identity at the fit, perhaps of an earlier version.
-        found: The model's identity.
-    """
+    """Say that a base model is in another dtype than at the fit, where a file knows of one."""
     then, now = saved.get(DTYPES), found[DTYPES]
     if not then or then == now:
         return ""
@@ -77,10 +68,6 @@ def other_dtype(saved: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 
 def check_function(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Refuse an adapter that computes something else than at the fit, as far as a file tells.
-
-    Args:
-        saved: Identity at the fit, perhaps of an earlier version.
-        found: The model's identity.
 
     Raises:
         ValueError: If its layers, its settings or its drawn parts are others.

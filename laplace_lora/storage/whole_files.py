@@ -25,9 +25,6 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
     Until then it has another name in the same folder. Others may read it as they may read any file
     that is made there; what `tempfile` makes is its owner's alone, whatever the folder's.
-
-    Args:
-        path: The file.
     """
     name = f"{path}.{secrets.token_hex(8)}{LITTER}"
     flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
@@ -49,12 +46,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_whole(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file, see `whole_file`.
-
-    Args:
-        path: The file.
-        *parts: All of it.
-    """
+    """Write a file, see `whole_file`."""
     with whole_file(path) as file:
         for part in parts:
             file.write(part)

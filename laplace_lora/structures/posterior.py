@@ -193,9 +193,6 @@ class Posterior:
 def check_no_gradient(posterior: Posterior) -> None:
     """Refuse variances that would lack gradients by prior precision and noise that ask for them.
 
-    Args:
-        posterior: A fitted posterior.
-
     Raises:
         RuntimeError: If its structure keeps rows, whose eigenpairs are computed without gradients.
     """

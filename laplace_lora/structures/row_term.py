@@ -64,15 +64,7 @@ class RowTerm:
         return bool(whole - self._coordinates[0].square().sum() <= OUTSIDE * whole)
 
     def rise(self, prior: Tensor, scale: float | Tensor) -> Tensor:
-        """Return the gradient term less what the prior charges.
-
-        Args:
-            prior: Prior precision, one or one per tensor; gradients flow through it.
-            scale: ``c``, factor of loss and curvature in the log joint.
-
-        Returns:
-            A float64 scalar.
-        """
+        """Return the gradient term less what the prior charges, see `GradientTerm`."""
         prior = prior.double().to(self.gradient.device)
         scale = torch.as_tensor(scale).double().to(prior)
         g, d = self._coordinates

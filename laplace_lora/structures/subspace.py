@@ -54,14 +54,8 @@ class Subspace:
         """Return the lower bound of ``½ bᵀ P⁻¹ b``, less ``½ dᵀ P₀ d`` with ``d = θ − μ₀``.
 
         As ``d`` is in the span, the two combine: with the gradient ``g`` of the loss, its curvature
-        ``H`` and ``b = −c g − P₀ d`` they are ``½ c [c gᵀ P⁻¹ g + (2 g − H d)ᵀ P⁻¹ P₀ d]``.
-
-        Args:
-            prior: Prior precision, one or one per tensor; gradients flow through it.
-            scale: ``c``, factor of loss and curvature in the log joint.
-
-        Returns:
-            A float64 scalar.
+        ``H`` and ``b = −c g − P₀ d`` they are ``½ c [c gᵀ P⁻¹ g + (2 g − H d)ᵀ P⁻¹ P₀ d]``. Prior
+        and ``c`` are those of `GradientTerm.rise`.
         """
         gradient, curvature, displacement = self._coordinates
         downhill, back = self._solved(prior, scale)

@@ -45,11 +45,6 @@ def check_predictive(pred_type: str, link_approx: str, n_samples: int) -> None:
 
     laplace-torch's callers name one for every method, so one that exists may have no effect.
 
-    Args:
-        pred_type: ``"glm"`` or ``"nn"``.
-        link_approx: A link.
-        n_samples: Samples for ``"mc"``.
-
     Raises:
         ValueError: If type or link is unknown, or there are no samples.
     """

@@ -30,6 +30,7 @@ from laplace_lora.tuning.evidence.structure_choice import AUTO, StructureChoice,
 from laplace_lora.tuning.groups import PriorStructure, prior_groups
 from laplace_lora.tuning.left_out import leave_one_out
 from laplace_lora.tuning.left_out.recentring import Recentring, recentred
+from laplace_lora.tuning.left_out.recentring_by_passes import Aim, TrainingPasses
 from laplace_lora.tuning.left_out.report import LeaveOneOut
 from laplace_lora.tuning.same_data import check_at_hand
 from laplace_lora.tuning.texts import widest
@@ -45,11 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 class Tuner:
-    """Makes new settings for a posterior, whose state it does not change.
-
-    Args:
-        posterior: A fitted posterior.
-    """
+    """Makes new settings for a posterior, whose state it does not change."""
 
     def __init__(self, posterior: Posterior) -> None:
         self.posterior = posterior
@@ -156,8 +153,9 @@ class Tuner:
         train_loader = same_draw(train_loader, "recentring")
         readout = scoring_of(self.posterior, QUADRATURE, 0).readout
         with self._together(train_loader) as team:
-            options = (train_loader, team, readout, progress_bar, nll, precision)
-            shift, report = recentred(self.posterior, *options)
+            data = TrainingPasses(self.posterior, train_loader, team, readout, progress_bar)
+            tempered = None if nll is None else nll / self.posterior.temperature
+            shift, report = recentred(data, Aim(tempered, precision))
         return replace(self.posterior.settings, shift=shift), report
 
     def grid_search(

@@ -27,10 +27,6 @@ def warn_if_wide(posterior: Posterior, loader: Iterable[Any]) -> None:
 
     Looks at about a hundred examples, or at some texts, of each process; nats per example, or per
     scored token. A model of tokens that cannot carry tangents, see `forward_mode`, is left alone.
-
-    Args:
-        posterior: A tuned posterior.
-        loader: Its training data.
     """
     if posterior.objective.jacobian_refusal is not None:
         try:

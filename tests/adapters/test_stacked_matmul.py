@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.func import vmap
 
-from laplace_lora.adapters.stacked_matmul import stacked_matmul
+from laplace_lora.adapters.grouped_attention import stacked_matmul
 
 LEFT, RIGHT = (2, 3, 4, 5), (2, 3, 5, 6)
 BATCH = 7

@@ -14,7 +14,7 @@ from laplace_lora import (
     LoraGGN,
 )
 from laplace_lora.evaluation import diagonal_laplace
-from laplace_lora.likelihoods.implied import token_likelihood
+from laplace_lora.likelihoods.registry import token_likelihood
 from laplace_lora.models.token_classifier import TokenClassifier
 from support.batches import loader
 from support.models import bert_config, peft_model

@@ -204,10 +204,6 @@ def check_text(value: Any, number: int, what: str, name: str | None) -> None:
 def label_cells(rows: Sequence[Row], name: str | None) -> list[Any]:
     """Return the label of every row.
 
-    Args:
-        rows: The rows.
-        name: The column's name.
-
     Raises:
         ValueError: If there is no such column, or a row has nothing in it.
     """

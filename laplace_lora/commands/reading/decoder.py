@@ -78,12 +78,7 @@ def decoder_said(plan: Plan, tokenizer: Any) -> str | None:
 
 
 def begins_targets(answer: str, tokenizer: Any) -> bool:
-    """Return whether a tokenizer writes a token before an answer.
-
-    Args:
-        answer: As a text.
-        tokenizer: The model's.
-    """
+    """Return whether a tokenizer writes a token before an answer."""
     bare = tokenizer(text_target=answer, add_special_tokens=False)["input_ids"]
     return bool(_target(answer, tokenizer)[: len(bare)] != list(bare))
 

@@ -31,13 +31,7 @@ def appends_eos(adapter: Adapter, plan: Plan, rows: Sequence[Row], asked: bool |
 
 
 def why_no_eos(adapter: Adapter, plan: Plan, rows: Sequence[Row]) -> str | None:
-    """Return why nobody needs to say whether the token is read; ``None`` if somebody does.
-
-    Args:
-        adapter: The model.
-        plan: How rows are read.
-        rows: The data; may be empty.
-    """
+    """Return why nobody needs to say whether the token is read; ``None`` if somebody does."""
     if plan.likelihood not in ("reward_modeling", "language_modeling"):
         return f"a {plan.likelihood} posterior reads texts as the tokenizer gives them"
     is_pair = plan.likelihood == "reward_modeling" and is_preference(rows)

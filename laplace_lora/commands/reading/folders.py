@@ -63,9 +63,6 @@ def rows_of_folder(path: Path, split: str | None) -> list[dict[str, Any]]:
 def files_of_folder(path: Path) -> list[Path]:
     """Return the files that hold a folder's data, or may.
 
-    Args:
-        path: The folder.
-
     Raises:
         ImportError: If ``datasets`` is not installed.
     """

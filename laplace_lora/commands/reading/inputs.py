@@ -22,10 +22,9 @@ from laplace_lora.commands.reading.columns import (
     label_cells,
     text_cell,
 )
-from laplace_lora.commands.reading.labels import classes_of
+from laplace_lora.commands.reading.labels import classes_of, numbers_of
 from laplace_lora.commands.reading.messages import ASSISTANT, check_asks, check_says
 from laplace_lora.commands.reading.names import applying
-from laplace_lora.commands.reading.numbers import numbers_of
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
 from laplace_lora.likelihoods.language_modeling import IGNORED

@@ -1,7 +1,8 @@
-"""Which classes the labels of a file mean: all are read as names, or all as numbers."""
+"""What the labels of a file mean: classes, all by names or all by numbers, or numbers."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -144,4 +145,38 @@ def _expected(names: Sequence[str]) -> str:
     return (
         f"names are {', '.join(map(repr, names))}, numbers 0 to {len(names) - 1}. Write all labels "
         f"in one way, or say how to read them by {OPTION}"
+    )
+
+
+def numbers_of(label: Any, number: int, outputs: int) -> float | list[float]:
+    """Return a regression's target: a number, or a list of them for several outputs.
+
+    Args:
+        label: Of a row.
+        number: The row's, from 1.
+        outputs: Of the model.
+
+    Raises:
+        ValueError: If the label is something else.
+    """
+    values = label if isinstance(label, list) else [label]
+    try:
+        if any(isinstance(value, bool) for value in values):
+            raise TypeError("a boolean is a class")
+        found = [float(value) for value in values]
+    except (TypeError, ValueError):
+        raise ValueError(f"row {number} has the label {label!r}, no number") from None
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"row {number} has the label {label!r}; expected finite numbers")
+    if len(found) != outputs:
+        raise ValueError(f"row {number} has the label {label!r}; expected {_targets(outputs)}")
+    return found if outputs > 1 else found[0]
+
+
+def _targets(outputs: int) -> str:
+    if outputs == 1:
+        return "a number"
+    return (
+        f"a list of {outputs} numbers, the targets of a regression, as model or options say; for "
+        "classes say --likelihood classification or multilabel"
     )

@@ -136,12 +136,6 @@ def plan_again(
 def settled(plan: Plan, adapter: Adapter, rows: Sequence[Row], options: dict[str, Any]) -> Plan:
     """Return a plan that says whether texts end with a token; refuse options without effect.
 
-    Args:
-        plan: How rows are read else.
-        adapter: The model.
-        rows: The data; may be empty.
-        options: Of the command line.
-
     Raises:
         ValueError: If an option has no effect.
     """

@@ -74,12 +74,7 @@ def table_rows(lines: Iterable[str], form: Form, place: str) -> list[dict[str, A
 
 
 def _shows_quotes(lines: Sequence[str], rows: Sequence[dict[str, Any]]) -> bool:
-    """Return whether the lines of a single column have marks as only quoted cells have them.
-
-    Args:
-        lines: Of the table.
-        rows: As they are with quotes.
-    """
+    """Return whether the lines of a single column have marks as only quoted cells have them."""
     if lines[0].startswith('"') or any(DOUBLED.fullmatch(line.rstrip("\r\n")) for line in lines):
         return True
     over_lines = [str(x) for row in rows for x in row.values() if BREAK.search(str(x))]

@@ -75,12 +75,7 @@ def _is_text(value: object) -> bool:
 
 
 def columns_said(plan: Plan, rows: Sequence[Row]) -> str:
-    """Return which columns are read, and which are not, as a sentence.
-
-    Args:
-        plan: How rows are read.
-        rows: The data.
-    """
+    """Return which columns are read, and which are not, as a sentence."""
     columns, likelihood = plan.columns, plan.likelihood
     texts = [columns.text, columns.pair, columns.completion]
     if likelihood == "reward_modeling" and is_preference(rows):

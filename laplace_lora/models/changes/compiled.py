@@ -53,20 +53,13 @@ def eager(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Run compiled modules as they were written, temporarily.
 
     Compiled code does not look for hooks that were registered after it was made.
-
-    Args:
-        modules: All modules of the model.
     """
     with _EAGER.hold(modules, is_compiled):
         yield
 
 
 class EagerUntilRemoved:
-    """Compiled modules that run as they were written until they are let go, see `eager`.
-
-    Args:
-        modules: All modules of the model.
-    """
+    """Compiled modules that run as they were written until they are let go, see `eager`."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules

@@ -33,9 +33,6 @@ def experts_as_layers(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Run adapted experts so that their adapters run as layers, temporarily.
 
     Experts of other classes than those that transformers can run in several ways are left alone.
-
-    Args:
-        modules: All modules of the model.
     """
     found = adapted_experts(modules)
     for experts, by_name in found.items():
@@ -48,9 +45,6 @@ def adapted_experts(modules: Iterable[nn.Module]) -> dict[nn.Module, dict[str, A
     """Return the experts that an adapter changes, with PEFT's layer around each of their weights.
 
     Those whose projections cannot be told apart from outside are left out.
-
-    Args:
-        modules: All modules of the model.
     """
     found: dict[nn.Module, dict[str, Any]] = {}
     for layer in modules:

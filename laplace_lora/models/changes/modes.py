@@ -83,9 +83,6 @@ def differentiable(modules: Sequence[nn.Module]) -> Iterator[None]:
     On processors with AVX512-BF16 these layers pack their weights anew when they first run without
     gradient in evaluation mode, and have no gradient from then on. That is all the mode means to
     them, so they are put in training mode; writing their state out brings the first packing back.
-
-    Args:
-        modules: All modules of the model.
     """
     layers: list[Any] = [module for module in modules if is_four_bit(module)]
     for layer in layers:

@@ -122,11 +122,7 @@ def own_hooks() -> Iterator[OwnHooks]:
 
 
 def remove_copied(modules: Iterable[nn.Module]) -> None:
-    """Remove the hooks from copies of modules that threads were running when they were copied.
-
-    Args:
-        modules: The copies.
-    """
+    """Remove the hooks from copies of modules that threads were running when they were copied."""
     for module in modules:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):

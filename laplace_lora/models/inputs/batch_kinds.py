@@ -18,10 +18,6 @@ def kind_of(batch: Batch, config: Any) -> Kind:
     Batches of one form have the same inputs, as many outputs, and images of the same shapes, so
     that the same parts of a model run. Padding, before texts and elsewhere, and a single example
     are examined when they are first met.
-
-    Args:
-        batch: Any batch.
-        config: The model's configuration.
     """
     x = model_inputs(batch)
     named = x if isinstance(x, Mapping) else {"": x}

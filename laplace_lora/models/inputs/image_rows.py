@@ -34,10 +34,6 @@ def texts_with_images(batch: Batch, config: Any) -> Tensor:
     If all do, as many rows of images as texts are one of each: every text has at least one. Where
     a configuration names no placeholder, or no text holds one, models take an image of each text.
 
-    Args:
-        batch: What a model takes.
-        config: The model's configuration.
-
     Returns:
         Shape ``(kinds, texts)``, bool, with a row for images, for videos and for sounds that some
         text speaks of.

@@ -96,11 +96,7 @@ def check_same_angles(config: Any, shortest: int, longest: int) -> None:
 
 
 def angles_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return the angles that a model's passes may write, by name.
-
-    Args:
-        model: Any module.
-    """
+    """Return the angles that a model's passes may write, by name."""
     return {name: b for name, b in model.named_buffers() if name.endswith(ANGLES)}
 
 

@@ -28,7 +28,6 @@ from laplace_lora.data.inapplicable import InapplicableError
 from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.models.changes.twins import twin_of
 from laplace_lora.models.inputs.rotary import angles_of, own_angles
-from laplace_lora.models.tangents.activations import uncover_formulas
 from laplace_lora.models.tangents.frozen_maps import differentiate_inputs_only
 
 # Its kernels round the inputs as well, so they have no derivative.
@@ -36,6 +35,9 @@ QUANTISED = "Linear8bitLt"
 
 # Multiplies with the weights of all experts at once, and has no forward derivative.
 GROUPED = "grouped_mm"
+
+# Hides its formula in an `autograd.Function`, so has no forward derivative.
+BLOOM = "BloomGelu"
 
 # torch counts the levels of forward differentiation for all threads together.
 _LEVELS = threading.RLock()
@@ -184,7 +186,7 @@ def forward_mode(
             module.register_forward_pre_hook(_bound_mask, with_kwargs=True)
     _drop_input_gradients(twin)
     differentiate_inputs_only(twin, set(numbers))
-    uncover_formulas(twin)
+    _uncover_formulas(twin)
     with evaluation_mode(twin):
         yield ForwardMode(twin, [names[index] for index in range(len(own))], parts)
 
@@ -198,6 +200,21 @@ def _drop_input_gradients(twin: nn.Module) -> None:
         for key, hook in list(module._forward_hooks.items()):
             if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
                 del module._forward_hooks[key]
+
+
+def _uncover_formulas(twin: nn.Module) -> None:
+    """Let activations compute by torch's own operations, not by an `autograd.Function`."""
+    for module in twin.modules():
+        if type(module).__name__ == BLOOM and "forward" not in vars(module):
+            vars(module)["forward"] = _gelu
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """Approximate the GELU by a tanh, with the constant that BLOOM has rounded.
+
+    Source: Hendrycks & Gimpel (2016), arXiv:1606.08415, Sec. 2.
+    """
+    return 0.5 * x * (1 + torch.tanh(0.79788456 * (x + 0.044715 * x**3)))
 
 
 def _bound_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.tuning.evidence.curves import CoupledEvidence, EvidenceCurve, SeparateEvidence
-from laplace_lora.tuning.line_search import continued, refined
+from laplace_lora.tuning.minima import continued, refined
 
 PLATEAU = 0.01  # nats that do not count
 OUTSIDE = 1e30  # in the place of what is not credible; line searches take no infinity

@@ -42,11 +42,7 @@ class EvidenceCurve(Protocol):
 
 
 class _Likelihood:
-    """Loss, its scale under any noise, and what the noise costs.
-
-    Args:
-        posterior: A fitted posterior.
-    """
+    """Loss, its scale under any noise, and what the noise costs."""
 
     def __init__(self, posterior: Posterior) -> None:
         state = posterior.state

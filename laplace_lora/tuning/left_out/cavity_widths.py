@@ -1,4 +1,4 @@
-"""`CavityWidths`: covariances that examples would have without what they, and companions, taught.
+"""Covariances that training examples would have without what they, and companions, taught.
 
 The curvature of an exact posterior is a sum over examples, and that of an example and of those it
 shares an input with can be taken out of it again. This takes their joint covariance. Copies have it
@@ -10,7 +10,7 @@ where a sketch has cut it off.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,10 +21,13 @@ from laplace_lora.likelihoods.base import Readout
 from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.dense import DensePrecision
+from laplace_lora.tuning.left_out.examples import TrainingExamples
 from laplace_lora.tuning.left_out.linear_model import owners_of_sets, without_own
 from laplace_lora.tuning.left_out.shared_inputs import Key, SharedInputs
+from laplace_lora.tuning.validation.cache import ABOVE, ZERO
 
 BYTES = 2**29  # of roots of companions' joint curvatures; the work takes several times that
+FAR = 1e6  # of the curvature's largest eigenvalue: a prior beside which it is nothing
 
 
 @dataclass
@@ -137,3 +140,36 @@ class CavityWidths:
             rows = torch.cat([self._coordinates[key] for key in keys])
             covariances.append((rows * shares) @ rows.T)
         return torch.stack(covariances)
+
+
+class Covariances:
+    """Covariances of the examples' functions under any precision, without what each has taught.
+
+    Attributes:
+        too_many: See `CavityWidths`.
+    """
+
+    def __init__(self, examples: TrainingExamples, team: Together) -> None:
+        self.cache, self.predictor = examples.cache, examples.predictor
+        self.first_precision = float(examples.first_precision)
+        self.too_many = 0
+        self._without: Callable[[Tensor, float], Tensor] = lambda covariance, _: covariance
+        if self.predictor.posterior.leaves_examples_out:
+            together = examples.left_out_together if examples.rivals is None else {}
+            known = (examples.readout, examples.own_root(), examples.inputs, together, team)
+            widths = CavityWidths(self.predictor, *known)
+            self.too_many, self._without = widths.too_many, widths.without
+
+    @property
+    def largest_under_prior(self) -> float:
+        """The largest variance of a function under a prior precision of 1, without any data."""
+        far = FAR * max(float(self.cache.values.max()), 1.0)
+        covariance = self.cache.covariance(self.cache.mean.new_tensor([far]))
+        variances = covariance.diagonal(dim1=1, dim2=2)
+        return float(variances.max()) * far * self.first_precision
+
+    def __call__(self, precision: float) -> Tensor:
+        """Return the covariances under a prior precision, ``(N, c, c)``."""
+        factor = self.cache.mean.new_tensor([precision / self.first_precision])
+        undetermined = self.cache.covariance(factor, ZERO)
+        return undetermined + self._without(self.cache.covariance(factor, ABOVE), precision)

@@ -140,12 +140,6 @@ def look_at(
 
     Of more than `ROWS` examples times contrasts a random subset is looked at.
 
-    Args:
-        posterior: A fitted posterior as its fit left it.
-        loader: Its training data.
-        team: The processes that share the loader.
-        progress_bar: Whether to show progress, see `progress`.
-
     Raises:
         ValueError: If the adapter did not start at the base model, or the data are not those of the
             fit.

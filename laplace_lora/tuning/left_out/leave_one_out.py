@@ -27,13 +27,14 @@ from laplace_lora.data.distributed import Together, is_sharded
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning.evidence.marginal_likelihood import with_noise
+from laplace_lora.tuning.left_out.cavity_widths import Covariances
 from laplace_lora.tuning.left_out.closer_fit import closer_fit
-from laplace_lora.tuning.left_out.covariances import Covariances
 from laplace_lora.tuning.left_out.examples import TrainingExamples, look_at
 from laplace_lora.tuning.left_out.linear_model import Mode
 from laplace_lora.tuning.left_out.looked_at import examples_looked_at, is_enough
 from laplace_lora.tuning.left_out.profiled_noise import ProfiledNoise, at_residual_noise
 from laplace_lora.tuning.left_out.recentring import recentred
+from laplace_lora.tuning.left_out.recentring_by_passes import Aim, TrainingPasses
 from laplace_lora.tuning.left_out.report import LeaveOneOut
 from laplace_lora.tuning.left_out.share_check import warn_if_shares_differ
 from laplace_lora.tuning.left_out.unseen_labels import unseen_labels, with_unseen
@@ -100,9 +101,9 @@ def tune(
     closer = _closer(examples, mode) if recentre else mode
     moved = None
     if closer is not mode:
-        nll = posterior.temperature * closer.nll / len(examples.labels)
-        options = (loader, team, examples.scoring.readout, progress_bar, nll)
-        moved = recentred(posterior, *options, rivals=examples.n_rivals)
+        data = TrainingPasses(posterior, loader, team, examples.scoring.readout, progress_bar)
+        nll = closer.nll / len(examples.labels)
+        moved = recentred(data, Aim(nll, rivals=examples.n_rivals))
         if examples.rivals is None:
             trained = (examples.scoring, examples.cache.mean, examples.labels)
             warn_if_shares_differ(posterior.objective, *trained)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from laplace_lora.data.inapplicable import InapplicableError
 from laplace_lora.likelihoods.base import Likelihood
-from laplace_lora.tuning.left_out.newton import newton_descent
+from laplace_lora.tuning.minima import newton_descent
 
 STEPS = 100
 DECADES = (8, -10)  # of precisions tried, around the Gram matrix's mean diagonal

@@ -12,17 +12,14 @@ features, which have seen none, see `leave_one_out`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from laplace_lora.data.distributed import Together
-from laplace_lora.likelihoods.base import Readout
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.tuning.left_out.function_rows import FunctionRows
-from laplace_lora.tuning.left_out.recentring_by_passes import TITLE, mode_by_passes, wanted_mode
+from laplace_lora.tuning.left_out.recentring_by_passes import Aim, TrainingPasses, mode_by_passes
 from laplace_lora.tuning.same_data import check_same_data
-from laplace_lora.tuning.validation.cache import labelled_batches, validation_rows
+from laplace_lora.tuning.validation.cache import validation_rows
 
 ROWS = 3000  # examples times columns; the work grows with their cube
 BYTES = 2**31
@@ -55,40 +52,17 @@ def columns_of(posterior: Posterior) -> int:
 
 
 def keeps_jacobians(posterior: Posterior) -> bool:
-    """Return whether the Jacobians of all training examples are few enough to be kept.
-
-    Args:
-        posterior: A fitted posterior.
-    """
+    """Return whether the Jacobians of all training examples are few enough to be kept."""
     rows = posterior.state.n_data * columns_of(posterior)
     return rows <= ROWS and 4 * rows * sum(posterior.engine.sizes) <= BYTES
 
 
-def recentred(
-    posterior: Posterior,
-    loader: Any,
-    team: Together,
-    readout: Readout,
-    progress_bar: bool | None,
-    nll: float | None = None,
-    precision: float | None = None,
-    rivals: int = 0,
-) -> tuple[Tensor, Recentring]:
+def recentred(data: TrainingPasses, aim: Aim) -> tuple[Tensor, Recentring]:
     """Return how far the linearised model's mode is from the trained weights.
 
     The prior of the linearised model is ``N(θ*, I / precision)``. Iterates over the data once and
     keeps the Jacobians, ``4 · examples · columns · parameters`` bytes, where these are few enough;
     otherwise the mode is approached in at most five passes, see `recentring_by_passes`.
-
-    Args:
-        posterior: A fitted posterior.
-        loader: Its training data.
-        team: The processes that share the loader.
-        readout: The functions of the outputs that its predictions are about.
-        progress_bar: Whether to show progress, see `progress`.
-        nll: Mean training NLL that the mode is to have, in nats; or
-        precision: prior precision.
-        rivals: Of how many other classes the labels are told apart in ``nll``; 0 for all.
 
     Returns:
         The shift ``(parameters,)``, and what it does.
@@ -96,26 +70,22 @@ def recentred(
     Raises:
         ValueError: If the data are not those of the fit, or the likelihood is one of tokens.
     """
+    posterior, scale = data.posterior, float(data.posterior.scale.detach())
     posterior.engine.check_outputs_few()
-    temperature = posterior.temperature  # by which linear models divide the log likelihood
-    scale = float(posterior.scale.detach())
-    tempered = None if nll is None else nll / temperature
     if not keeps_jacobians(posterior):
-        options = (posterior, loader, team, readout, progress_bar, tempered, precision, rivals)
-        shift, near, before, seen = mode_by_passes(*options)
+        shift, mode, before, seen = mode_by_passes(data, aim)
         check_same_data(posterior.state, seen, before / scale, "recentring")
-        unit = temperature / seen
-        return shift, Recentring(near.precision, before * unit, near.nll * unit)
-    rows = FunctionRows(posterior, posterior.engine, readout)
-    labels: list[Tensor] = []
-    for x, y in labelled_batches(posterior, loader, team, progress_bar, TITLE):
-        rows.add(x, y)
-        labels.append(y)
-    y = validation_rows(team, labels=labels)["labels"]
-    linear = rows.linear_model(y, team)
-    before = linear.nll(linear.offset)
-    check_same_data(posterior.state, len(y), before / scale, "recentring")
-    mode = wanted_mode(linear, linear, tempered, precision, rivals)
-    unit = temperature / len(y)
-    report = Recentring(mode.precision, before * unit, mode.nll * unit)
-    return rows.weights(mode, team).to(posterior.mean), report
+    else:
+        rows = FunctionRows(posterior, posterior.engine, data.readout)
+        labels: list[Tensor] = []
+        for x, y in data.batches():
+            rows.add(x, y)
+            labels.append(y)
+        y = validation_rows(data.team, labels=labels)["labels"]
+        linear, seen = rows.linear_model(y, data.team), len(y)
+        before = linear.nll(linear.offset)
+        check_same_data(posterior.state, seen, before / scale, "recentring")
+        mode = aim.mode(linear, linear)
+        shift = rows.weights(mode, data.team).to(posterior.mean)
+    unit = posterior.temperature / seen  # linear models divide the log likelihood by it
+    return shift, Recentring(mode.precision, before * unit, mode.nll * unit)

@@ -33,48 +33,52 @@ UNKNOWN = 1.0  # prior precision in the first preconditioner, where a training l
 SOLVED = 1e-4  # gradient relative to the first, below which there is no further step
 
 
-def mode_by_passes(
-    posterior: Posterior,
-    loader: Any,
-    team: Together,
-    readout: Readout,
-    progress_bar: bool | None,
-    nll: float | None = None,
-    precision: float | None = None,
-    rivals: int = 0,
-) -> tuple[Tensor, Mode, float, int]:
+@dataclass(frozen=True)
+class Aim:
+    """Which mode of a linearised model is looked for.
+
+    Attributes:
+        nll: Mean training NLL that it is to have, in nats divided by the temperature; or
+        precision: prior precision.
+        rivals: Of how many other classes the labels are told apart in ``nll``; 0 for all.
+    """
+
+    nll: float | None = None
+    precision: float | None = None
+    rivals: int = 0
+
+    def mode(self, model: LinearModel | SpannedModel, functions: LinearModel) -> Mode:
+        """Return a model's mode, given its functions of the training examples."""
+        if self.precision is not None:
+            return model.mode(self.precision)
+        assert self.nll is not None
+        loss = loss_among(functions, self.rivals)
+        return model.fitted_like(len(functions.labels) * self.nll, loss)
+
+
+def mode_by_passes(data: TrainingPasses, aim: Aim) -> tuple[Tensor, Mode, float, int]:
     """Return how far the linearised model's mode is from the trained weights, nearly.
 
     Iterates over the data five times at most, in any order: once for the derivatives along each
     step's directions, once for the gradient in between.
 
-    Args:
-        posterior: A fitted posterior.
-        loader: Its training data.
-        team: The processes that share the loader.
-        readout: The functions of the outputs that its predictions are about.
-        progress_bar: Whether to show progress, see `progress`.
-        nll: Mean training NLL that the mode is to have, in nats divided by the temperature; or
-        precision: prior precision.
-        rivals: Of how many other classes the labels are told apart in ``nll``; 0 for all.
-
     Returns:
         The shift ``(parameters,)``, the mode, the summed NLL at the trained weights in the same
         unit, and how many examples there were.
     """
-    data = _Data(posterior, loader, team, readout, progress_bar)
+    posterior = data.posterior
     gradient, passes = posterior.state.loss_gradient, 0
     if gradient is None:
         gradient, passes = data.gradient(), 1
     else:
         gradient = float(posterior.scale.detach()) * gradient
-    first, delta = float(gradient.norm()), UNKNOWN if precision is None else precision
+    first, delta = float(gradient.norm()), UNKNOWN if aim.precision is None else aim.precision
     directions = gradient.new_empty(0, len(gradient))
     while True:
         further = preconditioned(posterior, gradient, delta)
         directions = orthonormal(torch.cat([directions, further]))
         model, passes = data.spanned(directions), passes + 1
-        mode = wanted_mode(model, model.functions, nll, precision, rivals)
+        mode = aim.mode(model, model.functions)
         shift = mode.coefficients.to(directions) @ directions
         if passes + 2 > PASSES:
             break
@@ -85,31 +89,17 @@ def mode_by_passes(
     return shift, mode, model.functions.nll(model.functions.offset), len(model.rows)
 
 
-def wanted_mode(
-    model: LinearModel | SpannedModel,
-    functions: LinearModel,
-    nll: float | None,
-    precision: float | None,
-    rivals: int,
-) -> Mode:
-    """Return a model's mode under a prior precision, or where its training loss has a value.
-
-    Args:
-        model: The model.
-        functions: Its functions of the training examples.
-        nll: As of `mode_by_passes`.
-        precision: Likewise.
-        rivals: Likewise.
-    """
-    if precision is not None:
-        return model.mode(precision)
-    assert nll is not None
-    return model.fitted_like(len(functions.labels) * nll, loss_among(functions, rivals))
-
-
 @dataclass(frozen=True)
-class _Data:
-    """The training data, of which each call makes a pass; as the arguments of `mode_by_passes`."""
+class TrainingPasses:
+    """The training data of a fitted posterior, of which each call makes a pass.
+
+    Attributes:
+        posterior: The posterior.
+        loader: Its training data.
+        team: The processes that share the loader.
+        readout: The functions of the outputs that its predictions are about.
+        progress_bar: Whether to show progress, see `progress`.
+    """
 
     posterior: Posterior
     loader: Any
@@ -122,7 +112,7 @@ class _Data:
         offsets: list[Tensor] = []
         rows: list[Tensor] = []
         labels: list[Tensor] = []
-        for x, y in self._batches():
+        for x, y in self.batches():
             offset, slopes = self._slopes(x, directions)
             offsets.append(offset)
             rows.append(slopes)
@@ -135,7 +125,7 @@ class _Data:
         engine = self.posterior.engine
         total = torch.zeros_like(self.posterior.mean, dtype=torch.float64)
         parts = total.split(engine.sizes)
-        for x, y in self._batches():
+        for x, y in self.batches():
             moved = None
             if shift is not None:
                 offset, slopes = self._slopes(x, shift.unsqueeze(0))
@@ -147,7 +137,8 @@ class _Data:
         self.team.add_up([total])
         return total.to(self.posterior.mean)
 
-    def _batches(self) -> Iterator[tuple[Any, Tensor]]:
+    def batches(self) -> Iterator[tuple[Any, Tensor]]:
+        """Yield what the model takes, and labels."""
         return labelled_batches(self.posterior, self.loader, self.team, self.progress_bar, TITLE)
 
     def _functions(self, values: Tensor, y: Tensor) -> LinearModel:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.tuning.left_out.linear_model import LinearModel, Loss, Mode, along_path
-from laplace_lora.tuning.left_out.newton import newton_descent
+from laplace_lora.tuning.minima import newton_descent
 
 STEPS = 50
 
@@ -28,11 +28,7 @@ class SpannedModel:
     def mode(self, precision: float, start: Mode | None = None) -> Mode:
         """Return the mode, its coefficients those of the directions, ``(m,)``.
 
-        By Newton's method with halved steps.
-
-        Args:
-            precision: Prior precision of the weights.
-            start: Where to start, such as the mode at another precision.
+        By Newton's method with halved steps, see `LinearModel.mode`.
         """
         flat, size = self.rows.flatten(0, 1), self.rows.shape[-1]
         x = flat.new_zeros(size) if start is None else start.coefficients
@@ -52,12 +48,7 @@ class SpannedModel:
         return Mode(precision, x, outputs, nll)
 
     def fitted_like(self, nll: float, loss: Loss | None = None) -> Mode:
-        """Return the mode at the precision at which the training loss has a given value.
-
-        Args:
-            nll: Summed negative log likelihood; the nearest is taken where no precision reaches it.
-            loss: From functions to what is to have this value, if it is not the model's own.
-        """
+        """Return the mode whose training loss has a given value, see `LinearModel.fitted_like`."""
         curved = self.functions.curved(self.functions.offset, self.rows)
         unit = float((self.rows * curved).sum()) / self.rows.shape[-1]
         return along_path(self.mode, nll, unit, loss)

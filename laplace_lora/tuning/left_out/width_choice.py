@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.tuning.left_out.shared_inputs import standard_error
-from laplace_lora.tuning.line_search import continued, refined
+from laplace_lora.tuning.minima import continued, refined
 
 GRID = torch.logspace(-4, 8, 49, dtype=torch.float64)  # prior precisions
 STEP = math.log(10) / 4  # of their logarithms

@@ -25,22 +25,8 @@ class CoupledCache:
     With ``K_g``, ``A_g`` and ``G_g`` the groups' parts of ``Z D⁻¹ Zᵀ``, ``J D⁻¹ Zᵀ`` and
     ``J D⁻¹ Jᵀ``, the covariance is ``G − c A (I + c K)⁻¹ Aᵀ`` of the sums ``K = Σ_g K_g/a_g`` and
     so on.
-    Memory grows with groups × rows × (rows + validation examples × outputs).
-
-    Args:
-        predictor: Of a fitted posterior whose precision is a `RowPrecision`.
-        loader: Validation batches with labels.
-        groups: Group of each trainable tensor, ``(tensors,)``.
-        readout: Functions of the outputs that are scored.
-        progress_bar: Whether to show progress, see `progress`.
-        team: The processes that share the loader.
-
-    Attributes:
-        mean: Mean logits, ``(examples, outputs)``.
-        y: Labels or targets.
-
-    Raises:
-        ValueError: If there is no loader, it is empty, or a batch has no labels.
+    Memory grows with groups × rows × (rows + validation examples × outputs). Arguments, attributes
+    and errors are those of `ValidationCache`; the posterior's precision is a `RowPrecision`.
     """
 
     def __init__(
@@ -72,14 +58,7 @@ class CoupledCache:
         self.mean, self.y, self.prior, self.onto = rows.values()
 
     def covariance(self, factors: Tensor) -> Tensor:
-        """Return the covariance with each group's prior precision multiplied by a factor.
-
-        Args:
-            factors: Shape ``(groups,)``; gradients flow through it.
-
-        Returns:
-            Shape ``(examples, outputs, outputs)``.
-        """
+        """Return the covariance at factors ``(groups,)``, see `ValidationCache.covariance`."""
         shares = 1 / factors.double()
         gram = self.scale * torch.einsum("g,gmk->mk", shares, self.grams)
         core = torch.linalg.cholesky(gram + torch.eye(len(gram)).to(gram))

@@ -8,10 +8,9 @@ import pytest
 from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, SEQ2SEQ, Adapter
 from laplace_lora.commands.reading.columns import Columns, columns_of, is_preference
 from laplace_lora.commands.reading.inputs import Inputs
-from laplace_lora.commands.reading.labels import classes_of
+from laplace_lora.commands.reading.labels import classes_of, numbers_of
 from laplace_lora.commands.reading.messages import are_written_out
 from laplace_lora.commands.reading.names import applying
-from laplace_lora.commands.reading.numbers import numbers_of
 from laplace_lora.commands.reading.plan import Plan
 from support.on_disk import WORDS, tokenizer
 

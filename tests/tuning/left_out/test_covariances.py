@@ -11,7 +11,7 @@ from laplace_lora import FullLoraLaplace, FullLoraLLLaplace, LoraEF, LowRankLora
 from laplace_lora.data.distributed import ALONE
 from laplace_lora.likelihoods.base import CONTRASTS
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.tuning.left_out.covariances import Covariances
+from laplace_lora.tuning.left_out.cavity_widths import Covariances
 from laplace_lora.tuning.left_out.examples import look_at
 from support.batches import loader, split_rows, token_batch
 from support.models import peft_model

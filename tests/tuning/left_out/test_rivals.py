@@ -13,7 +13,7 @@ from laplace_lora.likelihoods.base import CONTRASTS, OUTPUTS
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.tuning.left_out import leave_one_out, looked_at
-from laplace_lora.tuning.left_out.covariances import Covariances
+from laplace_lora.tuning.left_out.cavity_widths import Covariances
 from laplace_lora.tuning.left_out.examples import look_at
 from laplace_lora.tuning.left_out.linear_model import LinearModel, without_own
 from laplace_lora.tuning.left_out.rivals import Rivals, loss_among
