@@ -139,7 +139,8 @@ class LogitsModel(nn.Module):
             return len(self.target_ids)
         if self._wrapped.name.endswith(CHOOSING):
             return None  # one per choice
-        return getattr(self.config, "num_labels", None)
+        of_words = self.vocabulary_size  # whatever its configuration says of labels
+        return getattr(self.config, "num_labels", None) if of_words is None else of_words
 
     @property
     def problem_type(self) -> str | None:
@@ -179,7 +180,7 @@ class LogitsModel(nn.Module):
             if rewards.shape[-1] != 2:
                 raise ValueError(
                     f"a reward model has one output, this one {rewards.shape[-1] // 2}; load it "
-                    "with num_labels=1"
+                    "through AutoModelForSequenceClassification with num_labels=1"
                 )
             return rewards
         if isinstance(batch, Mapping):
