@@ -183,11 +183,11 @@ class LaplaceCallback(TrainerCallback):
             if state.global_step > 0:  # resumed
                 if not writes:
                     raise FileNotFoundError("what lies in the folder is another run's")
-                start = AdapterStart.from_pretrained(args.output_dir)
+                start = AdapterStart.from_pretrained(self._folder(args))
             else:
                 start = start_of(self.trainer.model)
                 if args.should_save and writes:
-                    start.save_pretrained(args.output_dir)
+                    start.save_pretrained(self._folder(args))
         except (FileNotFoundError, ValueError):
             if not by_default:
                 raise
@@ -195,6 +195,10 @@ class LaplaceCallback(TrainerCallback):
             return
         self.kwargs["prior_mean"] = start
         self._begun = weakref.ref(self.trainer.model)
+
+    def _folder(self, args: TrainingArguments) -> str:
+        """Return where PEFT puts the adapter when the trainer saves it."""
+        return os.path.join(args.output_dir, folder_of_its_own(self.trainer.model) or "")
 
     def _finish(self, args: TrainingArguments) -> None:
         la = self.posterior(self.trainer.model, self.likelihood, **self.kwargs)
@@ -206,8 +210,7 @@ class LaplaceCallback(TrainerCallback):
             la.optimize_prior_precision(tune_sigma_noise=tunes_noise, progress_bar=progress)
         finally:
             if self.save and args.should_save:
-                own = folder_of_its_own(self.trainer.model) or ""
-                la.save_pretrained(os.path.join(args.output_dir, own))
+                la.save_pretrained(self._folder(args))
         metrics = {"laplace_log_marginal_likelihood": la.log_marginal_likelihood().item()}
         corrected = with_known_term(la.fitted)
         if corrected is not None:

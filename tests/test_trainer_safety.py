@@ -12,6 +12,7 @@ from transformers import Trainer, default_data_collator
 
 from laplace_lora import FunctionalLoraLLLaplace, KronLoraLaplace, LaplaceCallback
 from laplace_lora.adaptive import AdaLoraCallback, remove_pruned_triplets
+from laplace_lora.storage.adapter_start import AdapterStart
 from support.adalora import tiny_adalora
 from support.batches import loader, token_batch
 from support.models import base_model, peft_model
@@ -219,4 +220,6 @@ def test_the_posterior_lies_beside_an_adapter_of_any_name(tmp_path):
     again = KronLoraLaplace.from_pretrained(loaded.eval(), tmp_path / "mood")
     batch = token_batch((4, 2))
     assert_near(again(batch), callback.la(batch), 1e-4)
-    assert not list(tmp_path.glob("laplace*"))
+    before = AdapterStart.from_pretrained(tmp_path / "mood").vector(loaded, again.params)
+    assert torch.equal(before.to(callback.la.prior_mean), callback.la.prior_mean)
+    assert not list(tmp_path.glob("*.safetensors"))
