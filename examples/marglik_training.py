@@ -8,7 +8,7 @@ log-likelihood stands next to it, for comparison::
     python examples/marglik_training.py
 
 Evidence compares models of one structure on the same data. With K-FAC it is a lower, rougher figure
-than the exact one, so a difference of a few nats decides nothing.
+than the exact one, so a difference of a few nats decides nothing: under ten there is no verdict.
 """
 
 from __future__ import annotations
@@ -27,6 +27,22 @@ CONFIGURATIONS = {
     "rank 8": {"r": 8},
     "rank 32": {"r": 32},
 }
+
+CLEAR = 10  # nats between the best evidence and the next
+
+
+def verdict(evidences: dict[str, float]) -> str:
+    """Return which configuration the data support, as a sentence, if the evidence says so.
+
+    Args:
+        evidences: The log evidence of each configuration, two or more, in nats.
+    """
+    best, second, *_ = sorted(evidences, key=lambda name: -evidences[name])
+    near = [name for name, value in evidences.items() if evidences[best] - value < CLEAR]
+    if len(near) > 1:
+        return f"The evidence decides nothing between {' and '.join(near)}: under {CLEAR} nats."
+    lead = evidences[best] - evidences[second]
+    return f"The training data support {best} most, by {lead:.1f} nats."
 
 
 def train_and_evaluate(lora: dict, args: argparse.Namespace) -> dict[str, float]:
@@ -76,8 +92,7 @@ def main() -> None:
         for name, value in results.items()
     ]
     print("\n" + support.table(rows))
-    best = max(results, key=lambda name: results[name]["log evidence"])
-    print(f"\nThe training data support {best!r} most.")
+    print("\n" + verdict({name: value["log evidence"] for name, value in results.items()}))
 
 
 if __name__ == "__main__":

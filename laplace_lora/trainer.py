@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from laplace_lora.adapters.peft_files import folder_of_its_own
 from laplace_lora.adaptive.callbacks import AdaLoraCallback
 from laplace_lora.data.distributed import together
 from laplace_lora.data.draws import draws_kept
@@ -18,6 +20,7 @@ from laplace_lora.data.trainer_loaders import (
     whole_test_loader,
     whole_training_loader,
 )
+from laplace_lora.display.warning import warn
 from laplace_lora.evaluation.beside_map import scores_beside_map
 from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.links import QUADRATURE
@@ -26,8 +29,9 @@ from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.posteriors.factored import KronLoraLaplace
 from laplace_lora.posteriors.summary import with_known_term
 from laplace_lora.storage.adapter_start import AdapterStart, start_of
-from laplace_lora.trainer_checks import check_makes_predictions, try_out
+from laplace_lora.trainer_checks import check_loaders, check_makes_predictions
 from laplace_lora.trainer_loss import implied_likelihood, point_out_own_loss
+from laplace_lora.trainer_reporters import reporters_behind
 
 logger = logging.getLogger(__name__)
 START = "start"
@@ -67,7 +71,8 @@ class LaplaceCallback(TrainerCallback):
             question-answering model, numbers or independent labels where the model's
             ``problem_type`` or its single output say so, classes otherwise.
         posterior: The posterior's class.
-        save: Write the posterior into the trainer's output folder.
+        save: Write the posterior into the trainer's output folder, where PEFT puts the adapter:
+            one that is not called ``default`` has a folder of its name there.
         link_approx: Link of the predictive.
         strict: Raise what goes wrong after training, too.
         **kwargs: Arguments of the posterior, such as ``target_ids``. ``prior_mean`` is by default
@@ -121,8 +126,18 @@ class LaplaceCallback(TrainerCallback):
             ValueError: If the model does not fit the likelihood, a loader is empty, without labels
                 or with labels out of range, or the trainer has an `AdaLoraCallback`, too.
             TypeError: If a batch is neither mapping nor pair.
+
+        Warns:
+            UserWarning: In a search for hyperparameters.
         """
         self.la = None
+        reporters_behind(self, self.trainer.callback_handler.callbacks)
+        if state.is_hyper_param_search:
+            warn(
+                "LaplaceCallback fits nothing while hyperparameters are searched: train once more "
+                "with the best ones, by trainer.train(), and the posterior is that training's"
+            )
+            return
         if any(isinstance(c, AdaLoraCallback) for c in self.trainer.callback_handler.callbacks):
             raise ValueError(
                 "LaplaceCallback cannot go with AdaLoraCallback: it would fit pruned triplets, "
@@ -136,24 +151,14 @@ class LaplaceCallback(TrainerCallback):
             check_makes_predictions(type(made))
             posterior = made.parts
             training = {"training": self.trainer.get_train_dataloader()}
-            loaders = training | whole_evaluation_loaders(self.trainer)
-            for name, loader in loaders.items():
-                try:
-                    batch = next(iter(loader), None)
-                    if batch is not None:
-                        try_out(posterior, batch)
-                except (TypeError, ValueError) as error:
-                    raise type(error)(f"{name} data: {error}") from error
-                if batch is None:
-                    raise ValueError(
-                        f"the {name} loader has no batch: the data are empty, or fewer than a "
-                        "batch with dataloader_drop_last"
-                    )
+            check_loaders(posterior, training | whole_evaluation_loaders(self.trainer))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Fit, tune, save, evaluate and log."""
+        """Fit, tune, save, evaluate and log; nothing in a search for hyperparameters."""
+        if state.is_hyper_param_search:  # also called for trials that were cut short
+            return
         try:
             with together(everyone=True):
                 self._finish(args)
@@ -178,11 +183,11 @@ class LaplaceCallback(TrainerCallback):
             if state.global_step > 0:  # resumed
                 if not writes:
                     raise FileNotFoundError("what lies in the folder is another run's")
-                start = AdapterStart.from_pretrained(args.output_dir)
+                start = AdapterStart.from_pretrained(self._folder(args))
             else:
                 start = start_of(self.trainer.model)
                 if args.should_save and writes:
-                    start.save_pretrained(args.output_dir)
+                    start.save_pretrained(self._folder(args))
         except (FileNotFoundError, ValueError):
             if not by_default:
                 raise
@@ -190,6 +195,10 @@ class LaplaceCallback(TrainerCallback):
             return
         self.kwargs["prior_mean"] = start
         self._begun = weakref.ref(self.trainer.model)
+
+    def _folder(self, args: TrainingArguments) -> str:
+        """Return where PEFT puts the adapter when the trainer saves it."""
+        return os.path.join(args.output_dir, folder_of_its_own(self.trainer.model) or "")
 
     def _finish(self, args: TrainingArguments) -> None:
         la = self.posterior(self.trainer.model, self.likelihood, **self.kwargs)
@@ -201,7 +210,7 @@ class LaplaceCallback(TrainerCallback):
             la.optimize_prior_precision(tune_sigma_noise=tunes_noise, progress_bar=progress)
         finally:
             if self.save and args.should_save:
-                la.save_pretrained(args.output_dir)
+                la.save_pretrained(self._folder(args))
         metrics = {"laplace_log_marginal_likelihood": la.log_marginal_likelihood().item()}
         corrected = with_known_term(la.fitted)
         if corrected is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -31,8 +32,33 @@ def check_makes_predictions(kind: Any) -> None:
         )
 
 
+def check_loaders(posterior: Posterior, loaders: Mapping[str, Iterable[Any]]) -> None:
+    """Refuse loaders that a fit or an evaluation would refuse at their first example.
+
+    Args:
+        posterior: What will be fitted.
+        loaders: By what they are called in errors.
+
+    Raises:
+        ValueError: If one is empty, without labels or with labels out of range.
+        TypeError: If a batch is neither mapping nor pair.
+    """
+    for name, loader in loaders.items():
+        try:
+            batch = next(iter(loader), None)
+            if batch is not None:
+                _try_out(posterior, batch)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name} data: {error}") from error
+        if batch is None:
+            raise ValueError(
+                f"the {name} loader has no batch: the data are empty, or fewer than a "
+                "batch with dataloader_drop_last"
+            )
+
+
 @torch.no_grad()
-def try_out(posterior: Posterior, batch: Any) -> None:
+def _try_out(posterior: Posterior, batch: Any) -> None:
     """Compute the loss of one example, of all where a batch cannot be taken apart."""
     posterior.split(batch)
     batch = posterior.by_example(batch)

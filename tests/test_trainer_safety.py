@@ -7,11 +7,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, default_data_collator
 
 from laplace_lora import FunctionalLoraLLLaplace, KronLoraLaplace, LaplaceCallback
 from laplace_lora.adaptive import AdaLoraCallback, remove_pruned_triplets
+from laplace_lora.storage.adapter_start import AdapterStart
 from support.adalora import tiny_adalora
 from support.batches import loader, token_batch
 from support.models import base_model, peft_model
@@ -192,3 +193,33 @@ def test_texts_are_fitted_but_not_scored(tmp_path):
     trainer.add_callback(callback)
     trainer.train()
     assert callback.la.n_data == 6
+
+
+def test_nothing_is_fitted_while_hyperparameters_are_searched(tmp_path, monkeypatch):
+    """Not even after trials that were cut short, and the last of which would be saved."""
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial)
+    trainer = trainer_of(None, tmp_path, model_init=lambda: peft_model("bert", dtype=torch.float32))
+    callback = LaplaceCallback(trainer, strict=True, prior_mean="start")
+    trainer.add_callback(callback)
+    for rate in (1e-3, 1e-2):
+        with pytest.warns(UserWarning, match="searched: train once more with the best ones"):
+            trainer.train(trial={"learning_rate": rate})
+        assert callback.la is None and not list(tmp_path.iterdir())
+    trainer.train()
+    assert callback.la.n_data == 10
+    KronLoraLaplace.from_pretrained(trainer.model, tmp_path)
+
+
+def test_the_posterior_lies_beside_an_adapter_of_any_name(tmp_path):
+    lora = LoraConfig("SEQ_CLS", r=2, target_modules=["query"])
+    model = get_peft_model(base_model("bert"), lora, adapter_name="mood")
+    trainer, callback = trainer_with_callback(tmp_path, model, {"strict": True})
+    trainer.train()
+    trainer.save_model()
+    loaded = PeftModel.from_pretrained(base_model("bert"), tmp_path / "mood", is_trainable=True)
+    again = KronLoraLaplace.from_pretrained(loaded.eval(), tmp_path / "mood")
+    batch = token_batch((4, 2))
+    assert_near(again(batch), callback.la(batch), 1e-4)
+    before = AdapterStart.from_pretrained(tmp_path / "mood").vector(loaded, again.params)
+    assert torch.equal(before.to(callback.la.prior_mean), callback.la.prior_mean)
+    assert not list(tmp_path.glob("*.safetensors"))

@@ -116,6 +116,21 @@ def point_out_cut_layers(model: nn.Module) -> None:
         )
 
 
+def folder_of_its_own(model: nn.Module) -> str | None:
+    """Return the folder that PEFT makes for the active adapter in the one that it is to write into.
+
+    Args:
+        model: What a `LogitsModel` is around.
+
+    Returns:
+        The adapter's name, or ``None`` if the adapter is written into the folder itself.
+    """
+    inner = unwrapped(model)
+    if not isinstance(inner, PeftModel) or inner.active_adapter == "default":
+        return None
+    return str(inner.active_adapter)
+
+
 def save_adapter(model: nn.Module, folder: Path) -> None:
     """Write a `PeftModel`'s active adapter, whatever its name, into a folder of its own.
 
@@ -126,10 +141,10 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     inner = unwrapped(model)
     assert isinstance(inner, PeftModel)
     name = inner.active_adapter
+    own = folder_of_its_own(inner)
     with tempfile.TemporaryDirectory(dir=folder.parent) as staged:
         inner.save_pretrained(staged, selected_adapters=[name])
-        # PEFT puts an adapter with a name of its own into a folder of that name.
-        source = Path(staged) if name == "default" else Path(staged) / name
+        source = Path(staged) if own is None else Path(staged) / own
         folder.mkdir()
         for file in (CONFIG, WEIGHTS):
             shutil.move(source / file, folder / file)

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from peft import PeftModel
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+
+_SAVED: ContextVar[Collection[str]] = ContextVar("saved_names", default=())
+
+
+@contextmanager
+def named_as(names: Collection[str]) -> Iterator[None]:
+    """Temporarily let `plain_names` call the active adapter what it is called in some names.
+
+    An adapter is often loaded under another name than it was fitted under.
+
+    Args:
+        names: Those of a posterior's tensors, as a file has them.
+    """
+    before = _SAVED.get()
+    try:
+        _SAVED.set(names)
+        yield
+    finally:
+        _SAVED.set(before)
 
 
 def adapts(layer: BaseTunerLayer) -> bool:
@@ -51,20 +72,53 @@ def plain_names(model: nn.Module) -> Callable[[str], str]:
             inner = getattr(module, "token_adapter", None)
             if isinstance(inner, BaseTunerLayer) and not adapts(inner):
                 idle |= {f"{path}.token_adapter"}
-    return _without(idle)
+    plain = _without(idle)
+    return _renamed(plain, _places(model, plain), _SAVED.get()) if _SAVED.get() else plain
 
 
 def nameless(model: nn.Module) -> Callable[[str], str]:
     """Return what takes the active adapter's name out of `plain_names`, as PEFT's files do."""
-    plain, active = plain_names(model), active_adapters(model)
-    return _without(
-        {
-            plain(f"{path}.{adapter}")
-            for path, module in model.named_modules()
-            if isinstance(module, nn.ModuleDict | nn.ParameterDict | BufferDict)
-            for adapter in active & set(module.keys())
-        }
-    )
+    return _without(_places(model, plain_names(model)))
+
+
+def _places(model: nn.Module, plain: Callable[[str], str]) -> set[str]:
+    """Return the plain names of what holds the active adapters' tensors, by their names."""
+    active = active_adapters(model)
+    held = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleDict | nn.ParameterDict | BufferDict)
+    ]
+    held += [  # what PEFT draws and keeps as no buffer, see `drawn_parts`
+        (f"{path}.{name}", held)
+        for path, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        for name, held in vars(module).items()
+        if isinstance(held, dict)
+    ]
+    return {
+        plain(f"{path}.{adapter}") for path, each in held for adapter in active & set(each.keys())
+    }
+
+
+def _renamed(
+    plain: Callable[[str], str], places: Collection[str], saved: Collection[str]
+) -> Callable[[str], str]:
+    """Return plain names with the adapter called as in the saved ones; `places` as of `_places`."""
+    holders = {place.rpartition(".")[0] for place in places}
+    parts = (str(name).split(".") for name in saved)
+    cut = ((".".join(p[:n]), p[n]) for p in parts for n in range(1, len(p)))
+    then = next((adapter for holder, adapter in cut if holder in holders), None)
+    if then is None:
+        return plain
+
+    def renamed(name: str) -> str:
+        parts = plain(name).split(".")
+        ends = (".".join(parts[: n + 1]) for n in range(len(parts)))
+        own = zip(parts, ends, strict=True)
+        return ".".join(then if end in places else part for part, end in own)
+
+    return renamed
 
 
 def _without(paths: Collection[str]) -> Callable[[str], str]:

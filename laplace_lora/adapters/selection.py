@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from torch import nn
 
 from laplace_lora.adapters.peft_state import adapter_parameters
-from laplace_lora.adapters.plain_names import plain_names
+from laplace_lora.adapters.plain_names import named_as, plain_names
 
 _LEFT_OUT: ContextVar[frozenset[int]] = ContextVar("left_out", default=frozenset())
 _SAVED: ContextVar[frozenset[str]] = ContextVar("saved", default=frozenset())
@@ -87,7 +87,9 @@ def _unsaved(model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> list[nn
     saved = _SAVED.get()
     if not saved:
         return []
-    for name_of in (plain_names(model), str):
+    with named_as(saved):
+        plain = plain_names(model)
+    for name_of in (plain, str):
         if saved <= set(map(name_of, trainable)):
             others = [p for name, p in trainable.items() if name_of(name) not in saved]
             of_adapters = adapter_parameters(model)

@@ -167,6 +167,14 @@ class Tape:
         self._passes(column, lambda _, i, grad: found.append(largest(grad)), self._targets, True)
         return found
 
+    def scale(self, columns: Tensor) -> float:
+        """Return what gradients are multiplied by on their way backward.
+
+        Args:
+            columns: Gradients with respect to the output, as of `backward`.
+        """
+        return 1.0 if self.gain is None else gradient_scale(columns, self.gain)
+
     def backward(
         self, columns: Tensor, visit: Visitor, parameters: Sequence[Tensor] | None = None
     ) -> tuple[Tensor | None, ...]:
@@ -186,7 +194,7 @@ class Tape:
         targets = self._targets if parameters is None else parameters
         if self.gain is None:
             return self._passes(columns, visit, targets, parameters is not None)
-        scale = gradient_scale(columns, self.gain)
+        scale = self.scale(columns)
         found = self._passes(
             columns.float() * scale,
             lambda column, i, grad: visit(column, i, widened(grad, scale)),

@@ -20,6 +20,7 @@ from laplace_lora.capture.output_verification import chosen_examples
 from laplace_lora.capture.recorder import MisfitError
 from laplace_lora.capture.tape import Tape
 from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
+from laplace_lora.models.changes.autocast import as_called, in_full_precision
 
 # Relative errors. Every kind of wrong answer found so far is off by percents; products on an
 # accelerator may be rounded to 10 bits in single precision.
@@ -40,6 +41,7 @@ class _Captured:
     elsewhere: float
 
 
+@in_full_precision  # float16 would round what was scaled to fit it, see `gradient_scale`
 def verify_gradients(tape: Tape, blocks: Sequence[Block], by_token: bool) -> None:
     """Compare the captured gradient of one example's outputs with autograd's, tensor by tensor.
 
@@ -83,10 +85,11 @@ def verify_gradients(tape: Tape, blocks: Sequence[Block], by_token: bool) -> Non
 
     parameters = [block.parameter for block in recorded]
     truths = tape.backward(columns, visit, parameters)
+    scale = tape.scale(columns)
     wrong = []
     for k, (block, truth) in enumerate(zip(recorded, truths, strict=True)):
         found = captured.get(k)
-        is_own = _equal(tape, block, None if found is None else found.own, truth)
+        is_own = _equal(tape, block, None if found is None else found.own, truth, scale)
         if not is_own or (found is not None and found.elsewhere > _tolerance(tape, block)):
             wrong.append(k)
     if not wrong:
@@ -94,7 +97,7 @@ def verify_gradients(tape: Tape, blocks: Sequence[Block], by_token: bool) -> Non
     tape.backward(columns, visit_whole, parameters)
     if any(k not in captured for k in wrong):
         reason = "no gradient passes through the layer's output although the outputs depend on it"
-    elif all(_equal(tape, recorded[k], whole[k], truths[k]) for k in wrong):
+    elif all(_equal(tape, recorded[k], whole[k], truths[k], scale) for k in wrong):
         reason = (
             "the gradient of one example shows at others: the first dimension of the layer's "
             "input does not count examples, or the model mixes them"
@@ -123,12 +126,23 @@ def _first_rows(tape: Tape) -> tuple[int, slice]:
     batch: Any = tape.batch
     if not tape.divides:  # no example can run without the others' images
         rows = (token_labels(batch, batch["labels"]) != IGNORED).sum(1).tolist()
-    n, found = next(((n, length) for n, length in enumerate(rows) if length), (0, 0))
+    with as_called():
+        n, found = next(((n, length) for n, length in enumerate(rows) if length), (0, 0))
     return n, slice(0, found)
 
 
-def _equal(tape: Tape, block: Block, ours: Tensor | None, truth: Tensor | None) -> bool:
-    """Return whether a captured gradient is autograd's; one that is missing is zero."""
+def _equal(
+    tape: Tape, block: Block, ours: Tensor | None, truth: Tensor | None, scale: float
+) -> bool:
+    """Return whether a captured gradient is autograd's; one that is missing is zero.
+
+    Args:
+        tape: The recorded forward pass.
+        block: The gradient's tensor.
+        ours: What was captured.
+        truth: What autograd found.
+        scale: By how much gradients were multiplied on their way, see `Tape.scale`.
+    """
     if truth is None:
         return ours is None or not bool(ours.any())
     if not bool(truth.isfinite().all()):
@@ -137,11 +151,18 @@ def _equal(tape: Tape, block: Block, ours: Tensor | None, truth: Tensor | None) 
     truth = truth.to(dtype)
     error = truth.norm() if ours is None else (ours.to(truth) - truth).norm()
     zero = 1e-12 if dtype == torch.float64 else 1e-7
-    return bool(error <= _tolerance(tape, block) * truth.norm() + zero)
+    rounding = _smallest(tape.coarsest(block.map, block.parameter)) * math.sqrt(truth.numel())
+    return bool(error <= _tolerance(tape, block) * truth.norm() + max(zero, rounding / scale))
 
 
 def _tolerance(tape: Tape, block: Block) -> float:
     return TOLERANCE.get(tape.coarsest(block.map, block.parameter), COARSE)
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    """Return the smallest positive number of a dtype, in steps of which it rounds near zero."""
+    limits = torch.finfo(dtype)
+    return limits.smallest_normal * limits.eps
 
 
 def _assembled(tape: Tape, block: Block, x: Tensor, grad: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from laplace_lora.commands.answer_warnings import warn_if_other_tokens
 from laplace_lora.commands.fitting import new_posterior
 from laplace_lora.commands.reading.adapter import load_asked
+from laplace_lora.commands.reading.answer_marks import marks_said
 from laplace_lora.commands.reading.decoder import decoder_said
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.names import layer_name
@@ -42,10 +43,12 @@ def run(adapter: str, data: str | None, **options: Any) -> None:
     if rows is None:
         click.echo("Give --data for memory and time.")
     else:
-        loader = Inputs(loaded, plan).loader(rows, options["batch_size"])
+        inputs = Inputs(loaded, plan)
+        loader = inputs.loader(rows, options["batch_size"])
         click.echo(columns_said(plan, rows))
-        if said := decoder_said(plan, loaded.tokenizer):
-            click.echo(said)
+        for said in (decoder_said(plan, loaded.tokenizer), marks_said(inputs, rows)):
+            if said:
+                click.echo(said)
         warn_if_trained_with_eos(loaded, plan, rows, options)
         warn_if_other_tokens(loaded, plan, rows)
         problems += _print_costs(console, covering, loader, options["batch_size"])

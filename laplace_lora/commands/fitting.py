@@ -14,6 +14,7 @@ from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
 from laplace_lora.commands.answer_warnings import warn_if_other_tokens, warn_if_spaces_meet
 from laplace_lora.commands.output import check_folder
 from laplace_lora.commands.reading.adapter import Adapter, load_asked
+from laplace_lora.commands.reading.answer_marks import marks_said
 from laplace_lora.commands.reading.answers import answer_tokens
 from laplace_lora.commands.reading.columns import read_beside
 from laplace_lora.commands.reading.decoder import decoder_said
@@ -59,7 +60,8 @@ def run(
     inputs = Inputs(loaded, plan)
     train_loader = inputs.loader(rows, options["batch_size"])
     if not quiet:
-        notes = columns_said(plan, rows), decoder_said(plan, loaded.tokenizer)
+        notes = [columns_said(plan, rows), decoder_said(plan, loaded.tokenizer)]
+        notes.append(marks_said(inputs, rows))
         click.echo("\n".join(note for note in notes if note), err=True)
     val_loader = None
     if val_rows is not None:

@@ -79,6 +79,7 @@ class Recording:
         self._of_texts: set[tuple[str, int]] = set()  # known to see texts, see `verify_images`
         self._texts_are_tried = False  # without images
         self._gain: float | None = None  # of the first batch, see `Tape`
+        self._gain_is_known = False
         in_pieces(model.modules())
         self._covered = trainable_maps(trained, uncovered)
 
@@ -94,7 +95,7 @@ class Recording:
 
     def start_anew(self) -> None:
         """Have the next batch verified, as if there had been none."""
-        self.is_verified = False
+        self.is_verified = self._gain_is_known = False
         self.met.clear()
 
     def cover_whole(self, maps: Sequence[int]) -> None:
@@ -157,7 +158,7 @@ class Recording:
                         tape.gain = self._gain
                     if needs_masks:
                         self._check_masks(tape)
-                    if verifies:
+                    if verifies or not self._gain_is_known:
                         self._measure_gain(tape, blocks)
                     is_uneven = tape.examples > 1 and not tape.images_are_even
                     if self.verify and is_uneven and all_finite(tape.output):
@@ -235,6 +236,7 @@ class Recording:
             column = weights.expand_as(tape.output).unsqueeze(0)
             tape.gain = measured_gain(lambda sent: tape.gradient_sizes(column * sent))
             self._gain = tape.gain
+        self._gain_is_known = True
 
     def _verify(self, tape: Tape, blocks: Sequence[Block], x: Any) -> None:
         """Verify a recorded pass, see `capture.verification`."""

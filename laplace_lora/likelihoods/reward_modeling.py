@@ -35,7 +35,9 @@ class RewardModeling(Classification):
         """
         if outputs not in (None, 1):
             raise ValueError(
-                f"a reward model has one output, this one {outputs}; load it with num_labels=1"
+                f"a reward model has one output, this one {outputs}; load it through "
+                "AutoModelForSequenceClassification with num_labels=1 (one that TRL's DPOTrainer "
+                "has trained is a language model, whose likelihood is 'language_modeling')"
             )
 
     def by_example(self, batch: Any, label_key: str) -> Any:

@@ -140,7 +140,8 @@ class LogitsModel(nn.Module):
             return len(self.target_ids)
         if self._wrapped.name.endswith(CHOOSING):
             return None  # one per choice
-        return getattr(self.config, "num_labels", None)
+        of_words = self.vocabulary_size  # whatever its configuration says of labels
+        return getattr(self.config, "num_labels", None) if of_words is None else of_words
 
     @property
     def problem_type(self) -> str | None:

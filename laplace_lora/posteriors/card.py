@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from laplace_lora.adapters.peft_files import folder_of_its_own
 from laplace_lora.posteriors.summary import summary_lines
 from laplace_lora.storage.model_card import Report, draw, section
 from laplace_lora.structures.posterior import Posterior
@@ -56,13 +57,15 @@ def loading_code(posterior: Posterior, repo_id: str) -> str:
     task = str(getattr(task, "value", task))
     kind = posterior.kind
     lines = [f"from laplace_lora import {kind}"]
-    if task in AUTO:
+    folder = folder_of_its_own(posterior.source.model)
+    if task in AUTO and folder is None:
         lines.insert(0, f"from peft import {AUTO[task]}")
         labels = f", num_labels={posterior.state.n_outputs}" if task in WITH_HEAD else ""
         lines += ["", f'model = {AUTO[task]}.from_pretrained("{repo_id}"{labels})']
     else:
         lines.insert(0, "from peft import PeftModel")
-        lines += ["", f'model = PeftModel.from_pretrained(base_model, "{repo_id}")']
+        inside = "" if folder is None else f', subfolder="{folder}"'
+        lines += ["", f'model = PeftModel.from_pretrained(base_model, "{repo_id}"{inside})']
     lines.append(f'la = {kind}.from_pretrained(model, "{repo_id}")')
     if posterior.objective.predicts_tokens:
         lines.insert(2, "from laplace_lora.generation import generate")

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from laplace_lora.adapters.plain_names import named_as, plain_names
 from laplace_lora.data.sharding import whole
 from laplace_lora.storage.whole_files import write_whole
 
@@ -60,7 +61,7 @@ class AdapterStart:
         """Return the start of some of a model's tensors, ``(numbers,)``, float64.
 
         Args:
-            model: The model of `start_of`, or one with the same adapter.
+            model: The model of `start_of`, or one with the same adapter, by whatever name.
             parameters: The tensors.
 
         Raises:
@@ -68,6 +69,8 @@ class AdapterStart:
                 are not the model's, as those of a last-layer posterior.
         """
         names = {id(parameter): name for name, parameter in model.named_parameters()}
+        with named_as(self.tensors):
+            then = plain_names(model)
         parts = []
         for parameter in parameters:
             if id(parameter) not in names:
@@ -76,7 +79,7 @@ class AdapterStart:
                     "`prior_mean` as a number"
                 )
             name = names[id(parameter)]
-            start = self.tensors.get(name)
+            start = self.tensors.get(name, self.tensors.get(then(name)))
             if start is None or start.shape != parameter.shape:
                 raise ValueError(
                     f"the start of {name!r} is not known: take start_of(model) before training, of "

@@ -20,6 +20,7 @@ from laplace_lora.adapters.configuration import function_settings
 from laplace_lora.adapters.frozen_values import frozen_values
 from laplace_lora.adapters.in_use import check_runs
 from laplace_lora.adapters.packed_weights import bits_of
+from laplace_lora.adapters.plain_names import named_as
 from laplace_lora.data.distributed import together
 from laplace_lora.data.sharding import is_sharded_model
 from laplace_lora.data.shares import is_main
@@ -145,7 +146,8 @@ def load_state(posterior: Posterior, payload: bytes, config: Mapping[str, Any]) 
     """
     _check_runs(posterior)
     try:
-        check_identity(config, identity_but_for_rounding(posterior, config), posterior)
+        with named_as(config["parameters"]):
+            check_identity(config, identity_but_for_rounding(posterior, config), posterior)
     except (KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
         raise ValueError(f"{CONFIG} is damaged: {error!r}") from None
     try:

@@ -59,13 +59,14 @@ def scaled(name, scale, adapters=HALF):
     return model, copy.deepcopy(model).double()
 
 
+@pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("adapters", [HALF, torch.float32])
 @pytest.mark.parametrize("name,scale", [("llama", 1e-5), ("gpt2", 1e-5), ("llama", 1e4)])
-def test_outputs_of_any_scale_have_their_curvature(name, scale, adapters):
+def test_outputs_of_any_scale_have_their_curvature(name, scale, adapters, verify):
     """In these passes gradients became zero or infinite, or were taken for a misfit."""
     found = []
     for model in scaled(name, scale, adapters):
-        la = DiagLoraLaplace(model, "regression")
+        la = DiagLoraLaplace(model, "regression", backend_kwargs={"verify": verify})
         la.fit(loader(likelihood="regression"))
         _, blocks = la.engine.jacobian_blocks(BATCH)
         found.append([*la.H.double().split(la.engine.sizes), *(block.double() for block in blocks)])
@@ -79,3 +80,32 @@ def test_gradients_in_range_are_as_they_were(monkeypatch):
     monkeypatch.setattr("laplace_lora.capture.tape.gradient_scale", None)
     la.fit(loader(likelihood="regression"))
     assert la.predict(BATCH).covariance.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_small_outputs_under_autocast_are_no_misfit(name):
+    """The check rounded to float16 what had been scaled to fit it."""
+    model = peft_model(name, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "classifier" in key or "score" in key:
+                parameter.mul_(1e-3)
+    around, exact = (DiagLoraLaplace(m, "regression") for m in (model, copy.deepcopy(model)))
+    exact.fit(loader(likelihood="regression"))
+    with torch.autocast("cpu", HALF):
+        around.fit(loader(likelihood="regression"))
+    for found, expected in zip(
+        *(la.H.split(la.engine.sizes) for la in (around, exact)), strict=True
+    ):
+        assert_near(found, expected, 2e-2)
+
+
+def test_functions_of_the_outputs_are_scaled_as_well():
+    """As a posterior that was loaded scores texts, before it has seen a batch of its own."""
+    found = []
+    for model in scaled("llama", 1e-5):
+        la = DiagLoraLaplace(model, "regression")
+        _, blocks = la.engine.jacobian_blocks(BATCH, function=lambda x, la=la: la.model(x)[:, :2])
+        found.append([block.double() for block in blocks])
+    for half, exact in zip(*found, strict=True):
+        assert_near(half, exact, 2e-2)

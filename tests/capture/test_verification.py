@@ -89,6 +89,22 @@ def test_a_tensor_used_in_a_second_place_is_refused_by_name(use):
     assert_near(jacobians, expected)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-5])
+@pytest.mark.parametrize("use", [also_functional, only_functional])
+def test_float16_is_no_excuse_for_a_second_place(use, scale, autocast):
+    """Its rounding is allowed for, at whatever scale gradients pass backward."""
+    net = Net(use).to(torch.float32 if autocast else torch.float16).eval()
+    net.first.bias.requires_grad_(False)
+    with torch.no_grad():
+        net.last.weight.mul_(scale)
+    x = X.to(net.last.weight)
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        silently(net, x)
+        with pytest.raises(RuntimeError, match=r"'first\.weight'.*(second place|no gradient pass)"):
+            LoraGGN(net, "classification").jacobians(x)
+
+
 def trainable(net):
     return {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
 

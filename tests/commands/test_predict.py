@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification
+from torch.utils.data import DataLoader
+from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding
 
+from laplace_lora import KronLoraLaplace
 from laplace_lora.commands.evaluating import _rule
 from laplace_lora.commands.reading.adapter import load_adapter
 from laplace_lora.commands.reading.plan import PLAN
@@ -50,6 +53,24 @@ def test_rows_come_in_order_with_what_is_kept(fitted, data, tmp_path):
         assert row["entropy"] == pytest.approx(float(-(p * p.log()).sum()), rel=1e-3)
         assert 0 < row["mutual_information"] < row["entropy"]
         assert row["prediction"] == ("bad", "good")[int(p.argmax())]
+
+
+def test_a_posterior_of_an_adapter_with_another_name_is_asked_as_well(adapter, data, tmp_path):
+    """Commands load each adapter as PEFT does, by the name ``default``."""
+    folder = adapter()
+    base = load_adapter(str(folder)).model.unload()
+    model = PeftModel.from_pretrained(base, folder, adapter_name="mood", is_trainable=True)
+    rows = [{**tokenizer()(row["text"]), "labels": row["label"]} for row in reviews(48, 0)]
+    la = KronLoraLaplace(model, "classification")
+    la.fit(DataLoader(rows, 8, collate_fn=DataCollatorWithPadding(tokenizer())))
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path / "mood")
+    la.save_pretrained(tmp_path / "mood", precision="exact")
+    path = write_json_lines(tmp_path / "x.jsonl", reviews(3, 2))
+    result = run("predict", tmp_path / "mood", "--data", path, "-q")
+    expected = la.predict([row["text"] for row in reviews(3, 2)], tokenizer()).probs
+    for line, p in zip(result.stdout.splitlines(), expected, strict=True):
+        assert list(json.loads(line)["probabilities"].values()) == pytest.approx(p.tolist(), 1e-4)
 
 
 def test_rows_may_lack_columns_that_others_have(adapter, data, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from laplace import DiagLaplace, KronLaplace, Laplace
 
 from laplace_lora import FunctionalLoraLLLaplace, KronLoraLaplace, LogitsModel, LoraGGN
-from support.models import peft_model
+from support.models import VOCABULARY, peft_model
 from support.posteriors import DENSE
 from support.preferences import CHOSEN, pair_batch, pair_loader, reward_posterior, texts
 from support.references import assert_near
@@ -28,6 +28,19 @@ def test_laplace_torch_fits_the_same_posterior(structure):
     assert_near(ours.log_marginal_likelihood(), theirs.log_marginal_likelihood().double())
     single = texts((4, 4), seed=5)
     assert_near(list(ours(single)), list(theirs(single, pred_type="glm")))
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+@pytest.mark.parametrize("name", ["llama-lm", "gpt2-lm"])
+def test_a_language_model_is_no_reward_model(name, labels):
+    """Whatever its configuration says of labels, which it does not read."""
+    model = peft_model(name)
+    model.get_base_model().config.num_labels = labels
+    with pytest.raises(
+        ValueError, match=rf"this one {VOCABULARY}; load it through AutoModelForSeq"
+    ):
+        KronLoraLaplace(model, "reward_modeling")
+    assert LogitsModel(model).n_outputs == VOCABULARY
 
 
 BATCH = pair_batch()

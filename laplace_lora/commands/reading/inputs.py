@@ -124,8 +124,12 @@ class Inputs:
         """Return whether a row's text goes through the chat template."""
         return self.plan.chat or isinstance(row.get(self.plan.columns.text or ""), list)
 
-    def scored(self, row: Row, number: int) -> Example:
-        """Return a whole text, with labels where a language model is scored: after the prompt."""
+    def prompt_and_answer(self, row: Row, number: int) -> tuple[Any, Any]:
+        """Return texts or messages of which the second is scored; of a whole text ``None`` first.
+
+        Raises:
+            ValueError: If a text is missing, or what follows the prompt is not the assistant's.
+        """
         columns = self.plan.columns
         content = text_cell(row, columns.text, number, "text", "--text-field")
         if isinstance(content, list):
@@ -139,20 +143,26 @@ class Inputs:
             if not prompt or answer[0].get("role") != ASSISTANT:
                 raise ValueError(f"row {number}: the last message is not the assistant's")
             check_says(answer, number)
-        elif columns.completion is None:
+            return prompt, answer
+        if columns.completion is None:
             if self.plan.chat:
                 raise ValueError(
                     "a chat template needs to know the answer: name its column by "
                     "--completion-field, or give messages; --no-chat scores plain texts"
                 )
-            whole = self._tokens(self._ended(content), None, False)["input_ids"]
+            return None, content
+        answer = text_cell(row, columns.completion, number, "completion", "--completion-field")
+        if self.plan.chat:
+            turns = ("user", content), (ASSISTANT, answer)
+            content, answer = ([{"role": role, "content": text}] for role, text in turns)
+        return content, answer
+
+    def scored(self, row: Row, number: int) -> Example:
+        """Return a whole text, with labels where a language model is scored: after the prompt."""
+        prompt, answer = self.prompt_and_answer(row, number)
+        if prompt is None:
+            whole = self._tokens(self._ended(answer), None, False)["input_ids"]
             return self._checked(whole, list(whole), number)
-        else:
-            answer = text_cell(row, columns.completion, number, "completion", "--completion-field")
-            prompt = content
-            if self.plan.chat:
-                prompt = [{"role": "user", "content": content}]
-                answer = [{"role": ASSISTANT, "content": answer}]
         with template_takes(number):
             start = self._tokens(prompt, None, True)["input_ids"]
             whole = self._tokens(prompt + answer, None, False)["input_ids"]
