@@ -78,3 +78,24 @@ def test_autocast_is_on_again_after_an_error():
         with pytest.raises(TypeError, match="DataLoader"):
             la.fit([token_batch((4, 2))])
         assert torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sampled_weights_are_not_those_that_autocast_keeps(compiled):
+    """It keeps half-precision copies of weights until its block ends, if its cache is on."""
+    plain = model()
+    la = KronLoraLaplace(plain, "classification", **LOW)
+    la.fit(loader())
+    if compiled:  # and so sampled in place
+        plain.compile(backend="eager")
+    batch = token_batch((4, 2))
+    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    samples = []
+    for cache in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache):
+            before = plain(**inputs).logits
+            samples.append(la.functional_samples(batch, "nn", 5, generator=generator))
+            assert torch.equal(plain(**inputs).logits, before)
+    assert torch.equal(*samples)
+    assert samples[0].std(0).min() > 0
