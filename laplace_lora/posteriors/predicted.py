@@ -234,6 +234,7 @@ class PredictedLaplace(EvidenceLaplace):
         options = (batch_size, n_samples, generator, progress_bar)
         return acquire(self.fitted, pool, n, method, tokenizer, *options)
 
+    @in_full_precision
     def marginals(self) -> dict[nn.Parameter, tuple[Tensor, Tensor]]:
         """Return posterior mean and standard deviation of every weight, by parameter.
 
@@ -247,6 +248,7 @@ class PredictedLaplace(EvidenceLaplace):
         columns = (self.params, posterior.centre.split(sizes), deviations.split(sizes))
         return {p: (mean.view_as(p), std.view_as(p)) for p, mean, std in zip(*columns, strict=True)}
 
+    @in_full_precision
     @torch.no_grad()
     def weight_variance(self) -> Tensor:
         """Return the diagonal of the posterior covariance, ``(parameters,)``, as `sample` has it.

@@ -1,13 +1,16 @@
-"""A caller's autocast reaches the model and nothing else."""
+"""A caller's autocast reaches the model and nothing else; inference mode reaches nothing."""
 
 from functools import partial
 
 import pytest
 import torch
+from torch import inference_mode
 
 from laplace_lora import (
     DiagLoraLaplace,
+    DiagLoraLLLaplace,
     FullLoraLaplace,
+    FullLoraLLLaplace,
     FunctionalLoraLLLaplace,
     KronLoraLaplace,
     KronLoraLLLaplace,
@@ -58,6 +61,80 @@ def test_around_the_calls_it_is_as_inside_the_model(cls, kwargs):
     assert_near(evidence, inside.log_marginal_likelihood(), 1e-4)
 
 
+OF_WEIGHTS = {
+    "sample": lambda la, Js, v: la.sample(2, generator=seeded()),
+    "log_prob": lambda la, Js, v: la.log_prob(v).detach(),
+    "square_norm": lambda la, Js, v: la.square_norm(v).detach(),
+    "weight_variance": lambda la, Js, v: la.weight_variance(),
+    "marginals": lambda la, Js, v: torch.cat([s.flatten() for _, s in la.marginals().values()]),
+    "functional_variance": lambda la, Js, v: la.functional_variance(Js),
+    "functional_covariance": lambda la, Js, v: la.functional_covariance(Js),
+    "posterior_covariance": lambda la, Js, v: getattr(la, "posterior_covariance", v),
+    "posterior_scale": lambda la, Js, v: getattr(la, "posterior_scale", v),
+}
+ALGEBRA = [*CLASSES, (FullLoraLLLaplace, {}), (DiagLoraLLLaplace, {})]
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("cls,kwargs", ALGEBRA)
+@pytest.mark.parametrize("around", [partial(torch.autocast, "cpu", torch.bfloat16), inference_mode])
+def test_what_is_said_of_weights_is_the_same_in_it(cls, kwargs, around):
+    la = cls(model(), "classification", **kwargs)
+    la.fit(loader())
+    Js = torch.randn(4, 3, la.n_params, generator=seeded())
+    v = la.mean + 0.1 * torch.randn(la.n_params, generator=seeded())
+    for name, method in OF_WEIGHTS.items():
+        with around():
+            inside = method(la, Js, v)
+        assert torch.equal(inside, method(la, Js, v)), name
+
+
+@pytest.mark.parametrize("pred_type", ["glm", "nn"])
+@pytest.mark.parametrize("make", [KronLoraLaplace, FullLoraLLLaplace])
+def test_samples_of_functions_are_the_same_in_inference_mode(make, pred_type):
+    la = make(model(), "classification")
+    la.fit(loader())
+    batch = token_batch((4, 2))
+    for method in (la.functional_samples, la.predictive_samples):
+        with inference_mode():
+            samples = method(batch, pred_type, n_samples=3, generator=seeded())
+        assert torch.equal(samples, method(batch, pred_type, n_samples=3, generator=seeded()))
+
+
+@pytest.mark.parametrize(
+    "make", [KronLoraLaplace, FullLoraLLLaplace, partial(FunctionalLoraLLLaplace, n_subset=7)]
+)
+def test_samples_of_functions_are_as_if_it_were_inside_the_model(make):
+    around, inside = (make(model(m), likelihood="classification") for m in (False, True))
+    batch = token_batch((4, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        around.fit(loader())
+        functions = around.functional_samples(batch, n_samples=3, generator=seeded())
+        probs = around.predictive_samples(batch, n_samples=3, generator=seeded())
+    inside.fit(loader())
+    assert_near(functions, inside.functional_samples(batch, n_samples=3, generator=seeded()), 1e-5)
+    assert_near(probs, inside.predictive_samples(batch, n_samples=3, generator=seeded()), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Use of method='marglik'")
+def test_a_gaussian_process_predicts_and_is_tuned_in_inference_mode():
+    la = FunctionalLoraLLLaplace(model(), "classification", n_subset=7)
+    la.fit(loader())
+    batch = token_batch((4, 2))
+    with inference_mode():
+        p = la(batch)
+        la.optimize_prior_precision(n_steps=3)
+        prior = la.prior_precision
+    other = FunctionalLoraLLLaplace(model(), "classification", n_subset=7)
+    other.fit(loader())
+    assert torch.equal(p, other(batch))
+    other.optimize_prior_precision(n_steps=3)
+    assert torch.equal(other.prior_precision, prior)
+
+
 def test_a_gaussian_process_computes_its_kernel_without_it():
     make = partial(FunctionalLoraLLLaplace, likelihood="classification", n_subset=7)
     around, inside = (make(model(m)) for m in (False, True))
@@ -80,7 +157,7 @@ def test_autocast_is_on_again_after_an_error():
         assert torch.is_autocast_enabled("cpu")
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sampled_weights_are_not_those_that_autocast_keeps(compiled):
     """It keeps half-precision copies of weights until its block ends, if its cache is on."""
     plain = model()
