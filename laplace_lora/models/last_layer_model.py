@@ -19,6 +19,7 @@ from laplace_lora.adapters.in_use import check_runs
 from laplace_lora.adapters.peft_state import adapter_parameters
 from laplace_lora.data.pairs import passes
 from laplace_lora.data.sharding import write_values
+from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.models.head import NOT_LINEAR, are_same
 
@@ -111,6 +112,7 @@ class LastLayerModel(nn.Module):
         ValueError: If the model has no linear last layer.
     """
 
+    @in_full_precision
     def __init__(self, source: Any) -> None:
         super().__init__()
         weight, bias = source.head_tensors()

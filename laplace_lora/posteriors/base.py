@@ -20,6 +20,7 @@ from laplace_lora.curvature.backend import LoraCurvature
 from laplace_lora.curvature.backends import LoraGGN
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.likelihoods.registry import likelihood_of
+from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.models.changes.turns import in_turn
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.models.wrapping import wrapped
@@ -75,6 +76,7 @@ class LoraLaplace(FittedLaplace):
         TypeError: If the backend is not one of this package's.
     """
 
+    @in_full_precision
     def __init__(
         self,
         model: nn.Module,

@@ -1,9 +1,11 @@
 """A caller's autocast reaches the model and nothing else; inference mode reaches nothing."""
 
+import copy
 from functools import partial
 
 import pytest
 import torch
+from laplace import Laplace
 from torch import inference_mode
 
 from laplace_lora import (
@@ -14,8 +16,11 @@ from laplace_lora import (
     FunctionalLoraLLLaplace,
     KronLoraLaplace,
     KronLoraLLLaplace,
+    LogitsModel,
+    LoraGGN,
     LowRankLoraLaplace,
 )
+from laplace_lora.models.last_layer_model import LastLayerModel
 from support.batches import loader, token_batch
 from support.models import peft_model
 from support.posteriors import LOW
@@ -176,3 +181,47 @@ def test_sampled_weights_are_not_those_that_autocast_keeps(compiled):
             assert torch.equal(plain(**inputs).logits, before)
     assert torch.equal(*samples)
     assert samples[0].std(0).min() > 0
+
+
+@pytest.mark.parametrize("make", [KronLoraLLLaplace, KronLoraLaplace])
+def test_what_is_made_in_inference_mode_can_be_fitted(make):
+    plain = model()
+    with inference_mode():
+        la = make(plain, likelihood="classification")
+    la.fit(loader())
+    expected = make(plain, likelihood="classification")
+    expected.fit(loader())
+    batch = token_batch((4, 2))
+    assert torch.equal(la(batch), expected(batch))
+
+
+def test_plain_last_layers_can_be_fitted_if_they_are_made_in_inference_mode():
+    plain, batch = model(), token_batch((4, 2))
+    with inference_mode():
+        inside = LastLayerModel(LogitsModel(plain))
+    heads = inside, LastLayerModel(LogitsModel(plain))
+    made, expected = (
+        Laplace(head, "classification", "last_layer", "diag", backend=LoraGGN) for head in heads
+    )
+    made.fit(loader())
+    expected.fit(loader())
+    assert torch.equal(made(batch), expected(batch))
+
+
+def test_what_is_taken_over_in_inference_mode_can_be_differentiated(tmp_path):
+    plain, batch = model(), token_batch((4, 2))
+    la, merged, by_state, adopted = (KronLoraLaplace(plain, "classification") for _ in range(4))
+    la.fit(loader())
+    la.save_pretrained(tmp_path, precision="exact")
+    merged.fit(loader(lengths=(3, 5), seed=1))
+    both = copy.deepcopy(merged)
+    both.merge([la])
+    with inference_mode():
+        by_file = KronLoraLaplace.from_pretrained(plain, tmp_path)
+        by_state.load_state_dict(la.state_dict())
+        adopted.adopt(la.curvature, la.n_data, loader())
+        merged.merge([la])
+    pairs = (by_file, la), (by_state, la), (adopted, la), (merged, both)
+    for ours, expected in pairs:
+        ours.enable_backprop = True
+        assert_near(ours(batch).detach(), expected(batch).detach(), 1e-6)
