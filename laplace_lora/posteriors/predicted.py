@@ -65,8 +65,9 @@ class PredictedLaplace(EvidenceLaplace):
             link_approx: ``"quadrature"``, the integral; or laplace-torch's ``"mc"`` (the same from
                 samples), ``"probit"``, ``"bridge"`` or ``"bridge_norm"``.
             n_samples: Samples of the weights, 64 by default; 100 for ``"mc"`` and ``"nn"``.
-            diagonal_output: Ignore covariances between outputs (``"quadrature"``, ``"mc"`` and
-                regression).
+            diagonal_output: Ignore covariances between outputs: of regressions, and of the logits
+                of classes that exclude each other with ``"quadrature"`` and ``"mc"``. No effect
+                elsewhere, as on pairs, of which the one difference of the rewards counts.
             generator: Source of the samples, on the posterior's device. Samples of the linearised
                 model have a fixed seed by default, so two calls agree.
             fitting: Of laplace-torch: for reward models, read the batch as pairs, whatever it
@@ -89,6 +90,7 @@ class PredictedLaplace(EvidenceLaplace):
             ValueError: If an option is unknown or goes with another method, the generator is on
                 another device, or ``"sampled"`` meets a model that cannot carry tangents
                 (``"auto"`` computes exact moments there).
+            TypeError: If the generator is none, such as a seed.
         """
         posterior = self.fitted
         query = Query(
