@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from laplace_lora.adaptive.weight_posterior import CollectedGradients
+from laplace_lora.data.sharding import write_values
 
 
 def move(
@@ -42,6 +43,4 @@ def move(
     step = (g / bias).add_(mean, alpha=decay).div_(h + decay)
     step.clamp_(-group["clip_radius"], group["clip_radius"])
     scale = group["hess_init"] + decay if group["rescale_lr"] else 1.0
-    mean.sub_(step, alpha=group["lr"] * scale)
-    if mean is not p:
-        p.copy_(mean)
+    write_values(p, mean.sub_(step, alpha=group["lr"] * scale))

@@ -33,6 +33,7 @@ def shrink(p: nn.Parameter, keep: Tensor, dim: int, optimizer: Optimizer | None 
     # that node when its dtype changes, as in `Module.to`, but not when only its shape does.
     p.data = data.new_empty(0, dtype=torch.float32 if data.dtype.itemsize > 4 else torch.float64)
     p.data = data
+    torch.clear_autocast_cache()  # of its copies, see `write_values`
     if p.numel() == 0:
         p.requires_grad_(False)
     p.grad = None if grad is None else kept(grad)

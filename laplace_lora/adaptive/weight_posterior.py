@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from laplace_lora.adaptive.earlier_gradients import EarlierGradients
+from laplace_lora.data.sharding import write_values
 from laplace_lora.display.warning import warn
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -111,7 +112,7 @@ class WeightPosterior(Optimizer):
                 p.shape, dtype=mean.dtype, device=p.device, generator=self.generator
             ).mul_(_std(group, state))
             means.append((p, p.detach().clone(), noise))
-            p.copy_(mean + noise)
+            write_values(p, mean + noise)
         self._means = means
         self._earlier = EarlierGradients(p for p, _, _ in means)
 
@@ -141,7 +142,7 @@ class WeightPosterior(Optimizer):
                 sums = self.collected[p]
                 sums.gradients = sums.gradients + grad
                 sums.products = sums.products + grad * factor
-            p.copy_(mean)
+            write_values(p, mean)
         if remain:
             raise RuntimeError(
                 "gradients of before this draw were still in place, and would be counted as its "

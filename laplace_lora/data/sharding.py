@@ -47,17 +47,21 @@ def local_part(tensor: Tensor) -> Tensor:
 def write_values(tensor: Tensor, values: Tensor) -> None:
     """Overwrite a tensor in place, in its own dtype; each process writes the piece it holds.
 
+    Weights that a model has run with are written here alone: a caller's autocast keeps copies of
+    them in half precision until its block ends, and does not look whether they have changed.
+
     Args:
         tensor: The tensor.
-        values: Whole values, the same in all processes, of the tensor's shape.
+        values: Values of its shape, in pieces as it is; or whole ones, the same in all processes.
     """
     sharded: Any = tensor
-    if is_sharded_tensor(tensor):
+    if is_sharded_tensor(tensor) and not is_sharded_tensor(values):
         # All have the same values already, so none are sent.
         values = values.to(local_part(tensor))
         place = (sharded.device_mesh, sharded.placements)
         values = local_part(distribute_tensor(values, *place, src_data_rank=None))
-    local_part(tensor).copy_(values)
+    local_part(tensor).copy_(local_part(values))
+    torch.clear_autocast_cache()
 
 
 def refuse_tensor_parallel(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ stands for ``R Rᵀ``. Cholesky roots of the covariances, which bayesian_lora's 
 taken for what they are.
 """
 
+from laplace_lora.functional.annotations import KFAC_t, activation_t, outgrad_t
 from laplace_lora.functional.cholesky import cholesky_decompose_small_factors, stable_cholesky
 from laplace_lora.functional.evidence import model_evidence
 from laplace_lora.functional.factors import calculate_kronecker_factors
@@ -24,10 +25,13 @@ from laplace_lora.functional.predictive import jacobian_mean, predict_probs, var
 
 __all__ = [
     "Hooks",
+    "KFAC_t",
+    "activation_t",
     "calculate_kronecker_factors",
     "cholesky_decompose_small_factors",
     "jacobian_mean",
     "model_evidence",
+    "outgrad_t",
     "predict_probs",
     "register_hooks",
     "remove_hooks",

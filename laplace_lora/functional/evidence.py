@@ -61,5 +61,5 @@ def model_evidence(
                 f"weight has shape {tuple(module.weight.shape)}"
             )
         square = square + sum(w.detach().double().square().sum().to(s2.device) for w in weights)
-    ratio = (decomposed(factors, s2.device) + 1 / s2).log_det_ratio()
+    ratio = (decomposed(factors, s2.device) + 1 / s2.reshape(())).log_det_ratio()
     return LL - 0.5 * square / s2 - 0.5 * ratio

@@ -108,7 +108,7 @@ def variance(
     """
     s2 = checked_variance(s2).to(device)
     check_ranks(factors, n_lora, n_kfac)
-    precision = decomposed(factors, device) + 1 / s2
+    precision = decomposed(factors, device) + 1 / s2.reshape(())
     parts = _jacobians(inputs, jacobian, factors, n_logits)
     return precision.covariance(rows.to(device) for rows in parts)
 

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from laplace_lora.adapters.in_use import check_runs
 from laplace_lora.adapters.peft_state import adapter_parameters
 from laplace_lora.data.pairs import passes
+from laplace_lora.data.sharding import write_values
+from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.models.head import NOT_LINEAR, are_same
 
@@ -54,7 +56,7 @@ class _Features(nn.Module):
         theirs = [tensor for tensor in self.source.head_tensors() if tensor is not None]
         head.to(self.source.device, torch.promote_types(torch.float32, theirs[0].dtype))
         for ours, tensor in zip(head.parameters(), theirs, strict=True):
-            ours.copy_(tensor)
+            write_values(ours, tensor)
         self.taken[:] = [ours.detach().clone() for ours in head.parameters()]
 
     @torch.no_grad()
@@ -110,6 +112,7 @@ class LastLayerModel(nn.Module):
         ValueError: If the model has no linear last layer.
     """
 
+    @in_full_precision
     def __init__(self, source: Any) -> None:
         super().__init__()
         weight, bias = source.head_tensors()

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-import torch
 from torch import Tensor, nn
 
 from laplace_lora.adapters.start import values_at_start
-from laplace_lora.data.sharding import in_pieces
+from laplace_lora.data.sharding import in_pieces, write_values
 from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.models.changes.twins import in_place, twin_of
 from laplace_lora.models.head import last_linear
@@ -58,7 +57,6 @@ def _set(model: nn.Module, values: Sequence[tuple[nn.Parameter, Tensor]]) -> Ite
         yield
 
 
-@torch.no_grad()
 def _write(values: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
     for parameter, value in values:
-        parameter.copy_(value)
+        write_values(parameter, value)

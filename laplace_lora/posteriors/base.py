@@ -20,6 +20,7 @@ from laplace_lora.curvature.backend import LoraCurvature
 from laplace_lora.curvature.backends import LoraGGN
 from laplace_lora.curvature.engine import Engine
 from laplace_lora.likelihoods.registry import likelihood_of
+from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.models.changes.turns import in_turn
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.models.wrapping import wrapped
@@ -60,7 +61,7 @@ class LoraLaplace(FittedLaplace):
             is trained, takes half the factors, and none of wide inputs.
         uncovered: What becomes of trainable tensors that no Kronecker factor covers: ``"error"``
             names them, ``"diag"`` gives each the exact diagonal, see `Engine`.
-        backend: `LoraGGN`, `LoraEF` or a subclass.
+        backend: `LoraGGN`, `LoraEF` or a subclass; ``None`` is `LoraGGN`, too.
         backend_kwargs: Arguments of the backend, such as ``kfac_approx`` or ``stochastic``.
         prior_mean: One number, one per weight, or the weights at the start of training, see
             `AdapterStart`.
@@ -75,6 +76,7 @@ class LoraLaplace(FittedLaplace):
         TypeError: If the backend is not one of this package's.
     """
 
+    @in_full_precision
     def __init__(
         self,
         model: nn.Module,
@@ -85,11 +87,12 @@ class LoraLaplace(FittedLaplace):
         mask_token_id: int | None = None,
         modules: str | Sequence[str] | None = None,
         uncovered: str = "error",
-        backend: type[LoraCurvature] = LoraGGN,
+        backend: type[LoraCurvature] | None = LoraGGN,
         backend_kwargs: Mapping[str, Any] | None = None,
         prior_mean: float | Tensor | AdapterStart = 0.0,
         **kwargs: Any,
     ) -> None:
+        backend = LoraGGN if backend is None else backend
         if not (isinstance(backend, type) and issubclass(backend, LoraCurvature)):
             raise TypeError(f"backend must be LoraGGN, LoraEF or a subclass, got {backend!r}")
         misplaced = set(OF_FACTORS) & set(backend_kwargs or ())

@@ -12,6 +12,7 @@ from laplace_lora.linalg.cholesky import shifted_cholesky
 from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.linalg.row_storage import STORAGES, RowStorage
 from laplace_lora.linalg.sketch import Factor
+from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.structures.posterior import check_no_gradient
 from laplace_lora.structures.row_curvature import RowCurvature
@@ -46,11 +47,13 @@ class RowLaplace(LoraLaplace):
         return precision
 
     @property
+    @in_full_precision
     def posterior_covariance(self) -> Tensor:
         """Dense posterior covariance, ``(parameters, parameters)``; for small models."""
         return self.posterior_precision.to_matrix(-1)
 
     @property
+    @in_full_precision
     def posterior_scale(self) -> Tensor:
         """Root of `posterior_covariance`, ``(parameters, parameters)``; for small models."""
         return shifted_cholesky(self.posterior_covariance)
@@ -61,6 +64,7 @@ class RowLaplace(LoraLaplace):
         prior = expanded(self.prior_precision, self.engine.sizes)
         return self.log_det_ratio + prior.double().log().sum()
 
+    @in_full_precision
     def square_norm(self, value: Tensor) -> Tensor:
         """Return ``(θ − θ_MAP)ᵀ P (θ − θ_MAP)`` of a weight vector, a scalar.
 
@@ -74,6 +78,7 @@ class RowLaplace(LoraLaplace):
         total: Tensor = norm + (slopes - slopes.detach())
         return total
 
+    @in_full_precision
     def functional_variance(self, Js: Tensor) -> Tensor:
         """Return ``J P⁻¹ Jᵀ`` for ``J`` of shape ``(batch, outputs, parameters)``.
 
@@ -83,6 +88,7 @@ class RowLaplace(LoraLaplace):
         check_no_gradient(self.fitted)
         return self.posterior_precision.covariance(Js.split(self.rows.sizes, dim=-1))
 
+    @in_full_precision
     def functional_covariance(self, Js: Tensor) -> Tensor:
         """Return ``J P⁻¹ Jᵀ`` between all examples, ``(batch · outputs,)`` squared."""
         return self.functional_variance(Js.flatten(0, 1).unsqueeze(0)).squeeze(0)

@@ -88,6 +88,7 @@ class FittedLaplace(SavedLaplace):
         self._train_loader = chained(loaders)
         self._leaves_correction_out = evidence_correction is False
 
+    @in_full_precision
     def adopt(self, curvature: Any, n_data: int, train_loader: Iterable[Any] | None = None) -> None:
         """Take over a curvature that was computed elsewhere, at the model's current weights.
 
@@ -103,6 +104,7 @@ class FittedLaplace(SavedLaplace):
         """
         self._install(Fitter(self.parts).adopt(curvature, n_data, train_loader))
 
+    @in_full_precision
     def merge(self, others: Sequence[FittedLaplace]) -> None:
         """Add what posteriors of the same model learnt from other data.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from laplace_lora.adapters.maps import wide_dtype
 from laplace_lora.likelihoods.question_answering import halves, joined
+from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.posteriors.state_values import SettingValue, StateValue, own
 from laplace_lora.predictive.glm import Predictor
@@ -137,6 +138,7 @@ class LaplaceNames(ParametricLaplace):
         """``(θ − μ₀)ᵀ P₀ (θ − μ₀)`` of the evidence, a float64 scalar."""
         return scatter(self.parts.state)
 
+    @in_full_precision
     @torch.no_grad()
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Return samples of the weights, ``(n_samples, parameters)``.
@@ -146,6 +148,7 @@ class LaplaceNames(ParametricLaplace):
         posterior = self.fitted
         return posterior.centre + posterior.deviations(n_samples, generator)
 
+    @in_full_precision
     def log_prob(self, value: Tensor, normalized: bool = True) -> Tensor:
         """Return the log density of weights under the posterior that `sample` draws from.
 
@@ -162,6 +165,24 @@ class LaplaceNames(ParametricLaplace):
         value = self.mean + (value - posterior.centre) / width**0.5
         density = super().log_prob(value, normalized)
         return density - 0.5 * self.n_params * math.log(width) if normalized else density
+
+    @in_full_precision
+    def square_norm(self, value: Tensor) -> Tensor:
+        """Return ``(θ − θ_MAP)ᵀ P (θ − θ_MAP)`` of a weight vector, a scalar."""
+        norm: Tensor = super().square_norm(value)
+        return norm
+
+    @in_full_precision
+    def functional_variance(self, Js: Tensor) -> Tensor:
+        """Return ``J P⁻¹ Jᵀ`` for ``J`` of shape ``(batch, outputs, parameters)``."""
+        variance: Tensor = super().functional_variance(Js)
+        return variance
+
+    @in_full_precision
+    def functional_covariance(self, Js: Tensor) -> Tensor:
+        """Return ``J P⁻¹ Jᵀ`` between all examples, ``(batch · outputs,)`` squared."""
+        covariance: Tensor = super().functional_covariance(Js)
+        return covariance
 
     @property
     def _device(self) -> torch.device:
@@ -183,6 +204,7 @@ class LaplaceNames(ParametricLaplace):
         if not self.state.is_fitted:
             raise AttributeError("Laplace not fitted. Run fit() first.")
 
+    @in_full_precision
     def _glm_predictive_distribution(
         self, X: Any, joint: bool = False, diagonal_output: bool = False
     ) -> tuple[Tensor, Tensor]:
@@ -204,6 +226,9 @@ class LaplaceNames(ParametricLaplace):
     ) -> Tensor:
         return sampled_outputs(self.fitted, X, n_samples, generator)
 
+    functional_samples = in_full_precision(ParametricLaplace.functional_samples)
+
+    @in_full_precision
     def predictive_samples(
         self,
         x: Any,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.linalg.factor_spec import FactorSpec
+from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.models.last_layer_model import LastLayerModel
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.posteriors.base import LoraLaplace
@@ -154,11 +155,19 @@ class FullLoraLLLaplace(LastLayerLaplace, FullLLLaplace):
         return precision.root.to(self._dtype)
 
     @property
+    def posterior_covariance(self) -> Tensor:
+        """Dense posterior covariance, ``(parameters, parameters)``."""
+        precision = self.fitted.precision
+        assert isinstance(precision, DensePrecision)
+        return precision.inverse.to(self._dtype)
+
+    @property
     def log_det_posterior_precision(self) -> Tensor:
         """``log det P``, a float64 scalar."""
         prior = expanded(self.prior_precision, self.engine.sizes)
         return self.log_det_ratio + prior.double().log().sum()
 
+    @in_full_precision
     def square_norm(self, value: Tensor) -> Tensor:
         """Return ``(θ − θ_MAP)ᵀ P (θ − θ_MAP)`` of a weight vector, a scalar."""
         gap, curvature = value - self.mean, self.fitted.state.curvature

@@ -28,6 +28,7 @@ from laplace_lora.posteriors.training_features import training_features
 from laplace_lora.structures.settings import TENSORS
 
 Self = TypeVar("Self", bound="FunctionalLoraLLLaplace")
+GP: Any = FunctionalLLLaplace
 LIKELIHOODS = ("classification", "regression")
 WATCHED = "features"  # in a state dictionary: what the transformer was
 
@@ -67,6 +68,10 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
     """
 
     _key = ("lora_last_layer", "gp")
+    __call__ = in_full_precision(GP.__call__)
+    functional_samples = in_full_precision(GP.functional_samples)
+    predictive_samples = in_full_precision(GP.predictive_samples)
+    optimize_prior_precision = in_full_precision(GP.optimize_prior_precision)
     _fitted: bool  # laplace-torch's
 
     def __init__(

@@ -65,8 +65,9 @@ class PredictedLaplace(EvidenceLaplace):
             link_approx: ``"quadrature"``, the integral; or laplace-torch's ``"mc"`` (the same from
                 samples), ``"probit"``, ``"bridge"`` or ``"bridge_norm"``.
             n_samples: Samples of the weights, 64 by default; 100 for ``"mc"`` and ``"nn"``.
-            diagonal_output: Ignore covariances between outputs (``"quadrature"``, ``"mc"`` and
-                regression).
+            diagonal_output: Ignore covariances between outputs: of regressions, and of the logits
+                of classes that exclude each other with ``"quadrature"`` and ``"mc"``. No effect
+                elsewhere, as on pairs, of which the one difference of the rewards counts.
             generator: Source of the samples, on the posterior's device. Samples of the linearised
                 model have a fixed seed by default, so two calls agree.
             fitting: Of laplace-torch: for reward models, read the batch as pairs, whatever it
@@ -89,6 +90,7 @@ class PredictedLaplace(EvidenceLaplace):
             ValueError: If an option is unknown or goes with another method, the generator is on
                 another device, or ``"sampled"`` meets a model that cannot carry tangents
                 (``"auto"`` computes exact moments there).
+            TypeError: If the generator is none, such as a seed.
         """
         posterior = self.fitted
         query = Query(
@@ -234,6 +236,7 @@ class PredictedLaplace(EvidenceLaplace):
         options = (batch_size, n_samples, generator, progress_bar)
         return acquire(self.fitted, pool, n, method, tokenizer, *options)
 
+    @in_full_precision
     def marginals(self) -> dict[nn.Parameter, tuple[Tensor, Tensor]]:
         """Return posterior mean and standard deviation of every weight, by parameter.
 
@@ -247,6 +250,7 @@ class PredictedLaplace(EvidenceLaplace):
         columns = (self.params, posterior.centre.split(sizes), deviations.split(sizes))
         return {p: (mean.view_as(p), std.view_as(p)) for p, mean, std in zip(*columns, strict=True)}
 
+    @in_full_precision
     @torch.no_grad()
     def weight_variance(self) -> Tensor:
         """Return the diagonal of the posterior covariance, ``(parameters,)``, as `sample` has it.

@@ -17,6 +17,7 @@ from laplace_lora.adapters.peft_files import point_out_cut_layers
 from laplace_lora.adapters.selection import covering
 from laplace_lora.curvature.backend import LoraCurvature
 from laplace_lora.curvature.backends import LoraEF, LoraGGN
+from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.models.changes.turns import in_turn
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.posteriors.card import card_section
@@ -74,6 +75,7 @@ class SavedLaplace(ServedLaplace):
             save_posterior(posterior, Path(save_directory), backend, precision, self._record())
 
     @classmethod
+    @in_full_precision
     def from_pretrained(
         cls: type[Self], model: nn.Module, directory: str | os.PathLike[str], **options: Any
     ) -> Self:
@@ -172,6 +174,7 @@ class SavedLaplace(ServedLaplace):
         tuning = {TUNING: self._record()}
         return {**super().state_dict(), **state_entries(posterior), **at_fit, **tuning}
 
+    @in_full_precision
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of a posterior of the same class and arguments, at its weights.
 

@@ -28,7 +28,7 @@ from laplace_lora.predictive.linear_samples import (
 from laplace_lora.predictive.query import NETWORKS, Query
 from laplace_lora.predictive.weight_sampling import sampled_outputs
 from laplace_lora.structures.base import Functions
-from laplace_lora.structures.posterior import Posterior, check_no_gradient
+from laplace_lora.structures.posterior import Posterior, check_generator, check_no_gradient
 
 
 class Predictor:
@@ -240,5 +240,6 @@ class Predictor:
             return mean, posterior.precision.covariance(parts)
 
     def _noise(self, n_samples: int, mean: Tensor, generator: torch.Generator | None) -> Tensor:
+        check_generator(generator, mean.device)
         size = (n_samples, mean.shape[-1])
         return torch.randn(size, dtype=mean.dtype, device=mean.device, generator=generator)

@@ -21,7 +21,7 @@ from laplace_lora.likelihoods.quadrature import averaged
 from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
 from laplace_lora.predictive.sample_set import SampleSet
 from laplace_lora.predictive.tangents import tangents_along, tangents_are_cheaper
-from laplace_lora.structures.posterior import Posterior
+from laplace_lora.structures.posterior import Posterior, check_generator
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -170,6 +170,7 @@ def check_options(
 
     Raises:
         ValueError: If there is one of these.
+        TypeError: If the generator is none.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
@@ -178,9 +179,4 @@ def check_options(
             f"link_approx={link_approx!r} starts from exact moments; it needs method='exact' "
             "('sampled' averages the softmax over samples of the weights)"
         )
-    device = posterior.device
-    if generator is not None and generator.device != device:
-        raise ValueError(
-            f"the generator is on {generator.device}, the posterior on {device}; make it with "
-            "torch.Generator(device)"
-        )
+    check_generator(generator, posterior.device)

@@ -185,9 +185,35 @@ class Posterior:
 
         Shape ``(n_samples, parameters)``.
         """
+        check_generator(generator, self.device)
         size = (n_samples, len(self.mean))
         noise = torch.randn(size, dtype=self.dtype, device=self.device, generator=generator)
         return self.settings.covariance_scale**0.5 * self.precision.root_multiply(noise)
+
+
+def check_generator(generator: torch.Generator | None, device: torch.device) -> None:
+    """Refuse what is no generator, or is on another device.
+
+    Args:
+        generator: Source of samples; ``None`` for torch's own.
+        device: Where they are drawn.
+
+    Raises:
+        TypeError: If it is something else, such as a seed.
+        ValueError: If it is on another device.
+    """
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {generator!r}; a seed goes into "
+            "one, torch.Generator(device).manual_seed(seed)"
+        )
+    if generator.device != device:
+        raise ValueError(
+            f"the generator is on {generator.device}, the posterior on {device}; make it with "
+            "torch.Generator(device)"
+        )
 
 
 def check_no_gradient(posterior: Posterior) -> None:

@@ -551,3 +551,25 @@ def test_a_copy_goes_on_by_itself():
         trained(each, copied if each is other else optimizer, 2)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b) and a is not b
+
+
+def test_draws_and_steps_in_one_autocast_block_are_seen_by_the_model():
+    """It keeps half-precision copies of weights until its block ends, if its cache is on."""
+    seen = {}
+    for cache in (True, False):
+        torch.manual_seed(0)
+        w, x = nn.Parameter(torch.ones(3, 3)), torch.eye(3)
+        optimizer = IVON([w], lr=0.5, ess=10)
+        seen[cache] = []
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache):
+            for _ in range(2):
+                for _ in range(2):
+                    with optimizer.sampled_params(train=True):
+                        optimizer.zero_grad()
+                        seen[cache].append(F.linear(x, w))
+                        seen[cache][-1].square().sum().backward()
+                    seen[cache].append(F.linear(x, w))
+                optimizer.step()
+                seen[cache].append(F.linear(x, w))
+    for ours, expected in zip(seen[True], seen[False], strict=True):
+        assert torch.equal(ours, expected)

@@ -371,3 +371,14 @@ def test_an_orthogonal_start_is_no_obstacle_to_an_odd_rank(tmp_path):
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(base_model("bert").double(), tmp_path)
     assert_near(logits(again), logits(model), 1e-12)
+
+
+def test_a_pruned_adapter_runs_under_autocast_that_has_seen_the_whole_one():
+    model = peft_model("bert", r=4, dtype=torch.float32).eval()
+    la = fitted(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**token_batch())
+        prune_adapter(model, la, 2)
+        cached = model(**token_batch()).logits
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        assert torch.equal(model(**token_batch()).logits, cached)

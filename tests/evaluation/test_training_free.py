@@ -126,3 +126,12 @@ def test_of_token_classifiers_every_real_token_counts(lengths):
     assert nll(method(batch)[real]) <= 1.05 * nll(own)
     method.width *= 1.001
     assert nll(method(batch)[real]) > 1.05 * nll(own)
+
+
+def test_samples_under_autocast_are_not_the_first_one_over_again():
+    method = TrainingFreeBayes(peft_model("bert", dtype=torch.float32), ANCHOR, steps=1)
+    method.width = 3.0
+    with torch.autocast("cpu", torch.bfloat16):
+        cached = method(BATCH)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        assert torch.equal(method(BATCH), cached)

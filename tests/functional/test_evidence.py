@@ -1,12 +1,20 @@
 """`model_evidence`: the Gaussian integral of the linearised model."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 from torch.func import functional_call, jacrev
 
-from laplace_lora.functional import calculate_kronecker_factors, model_evidence, variance
+from laplace_lora.functional import (
+    KFAC_t,
+    activation_t,
+    calculate_kronecker_factors,
+    model_evidence,
+    outgrad_t,
+    variance,
+)
 from support.functional import (
     Classifier,
     adapters_only,
@@ -93,3 +101,34 @@ def test_factors_that_were_changed_are_decomposed_again():
         fresh = {name: (x.clone(), g.clone()) for name, (x, g) in factors.items()}
         assert_near(evidence(factors), evidence(fresh))
     assert abs(evidence(factors) - before) > 0.1
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_prior_variance_may_have_any_shape_of_one_number(shape):
+    model, batch = Classifier(), one_example()
+    factors = calculate_kronecker_factors(model, lambda m, b: m(b), [batch])
+    s2 = torch.full(shape, 0.3, dtype=torch.float64, requires_grad=True)
+    given = (model, torch.tensor(-2.0), factors, None, None)
+    evidence, expected = model_evidence(*given, s2), model_evidence(*given, 0.3)
+    assert evidence.shape == shape
+    assert_near(evidence.detach().flatten(), expected.flatten(), 1e-6)
+    assert torch.autograd.grad(evidence.sum(), s2)[0].shape == shape
+    jacobian = {
+        name: torch.ones(1, 2, *p.shape, dtype=p.dtype) for name, p in model.named_parameters()
+    }
+    of = (batch, jacobian, factors)
+    assert_near(
+        variance(*of, s2, 2, None, None, "cpu").detach(),
+        variance(*of, 0.3, 2, None, None, "cpu"),
+        1e-6,
+    )
+
+
+def test_annotations_of_bayesian_lora_say_what_is_returned():
+    factors = calculate_kronecker_factors(Classifier(), lambda m, b: m(b), [one_example()])
+    name_type, (inputs, grads) = get_args(KFAC_t)[0], get_args(get_args(KFAC_t)[1])
+    assert (inputs, grads) == (activation_t, outgrad_t)
+    for name, (input_factor, grad_factor) in factors.items():
+        assert isinstance(name, name_type)
+        assert isinstance(input_factor, inputs)
+        assert isinstance(grad_factor, grads)

@@ -158,3 +158,9 @@ def test_arguments_out_of_range():
         KronLoraLaplace(model, "classification", backend=CurvlinopsGGN)
     with pytest.raises(TypeError):
         KronLoraLaplace(model, "classification", no_such_argument=1)
+
+
+def test_no_backend_is_the_default_one():
+    """As in laplace-torch, whose classes have None for a default."""
+    la = KronLoraLaplace(peft_model("bert"), "classification", backend=None)
+    assert isinstance(la.backend, LoraGGN)

@@ -35,6 +35,26 @@ def test_gaussian_process_on_all_data_is_the_exact_posterior_of_regression():
     assert_near(list(gp(BATCH)), list(full(BATCH)))
 
 
+def test_gaussian_process_of_classes_has_only_the_diagonal_of_their_output_hessians():
+    """laplace-torch's choice; the exact posterior's variances are others, see limits.md."""
+    model = LogitsModel(peft_model("bert"))
+    gp = FunctionalLoraLLLaplace(model, "classification", n_subset=7, prior_precision=2.0)
+    full = FullLoraLLLaplace(model, "classification", prior_precision=2.0)
+    curvature = 0
+    for la in (gp, full):
+        la.fit(loader(7))
+    for batch in loader(7):
+        J, f = full.backend.jacobians(batch)
+        p = f.softmax(-1)
+        curvature = torch.einsum("ncp,nc,ncq->pq", J, p - p.square(), J)
+    J, _ = full.backend.jacobians(BATCH)
+    posterior = torch.linalg.inv(curvature + 2.0 * torch.eye(len(curvature)).double())
+    _, covariance = gp._glm_predictive_distribution(BATCH)
+    assert_near(covariance, J @ posterior @ J.mT, 1e-6)
+    exact = full._glm_predictive_distribution(BATCH)[1]
+    assert (covariance - exact).norm() > 0.02 * exact.norm()
+
+
 @pytest.mark.parametrize("outputs", [1, 3])
 def test_its_evidence_of_a_regression_is_that_of_the_linear_model(outputs):
     model = peft_model("bert", num_labels=outputs)

@@ -149,9 +149,23 @@ def test_options_that_mean_nothing_are_refused():
         la(BATCH, pred_type="nn")
     with pytest.raises(ValueError, match="the generator is on meta"):
 
-        class Elsewhere:
+        class Elsewhere(torch.Generator):
             device = torch.device("meta")
 
         la(BATCH, generator=Elsewhere())
+
+
+def test_a_seed_is_no_generator():
+    la = posterior(**LOW)
+    for call in (
+        lambda: la(BATCH, generator=3),
+        lambda: la(BATCH, pred_type="nn", link_approx="mc", generator=3),
+        lambda: la.predict(BATCH, generator=3),
+        lambda: la.functional_samples(BATCH, generator=3),
+        lambda: la.functional_samples(BATCH, "nn", generator=3),
+        lambda: la.sample(2, generator=3),
+    ):
+        with pytest.raises(TypeError, match=r"a seed goes into one, torch.Generator\("):
+            call()
     with pytest.raises(AttributeError, match="not fitted"):
         posterior(fit=False)(BATCH)

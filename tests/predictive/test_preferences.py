@@ -111,3 +111,18 @@ def test_predictive_samples_are_rewards_of_texts_and_probabilities_of_pairs(pred
     spread = variance.flatten().sqrt()
     assert bool(((rewards.mean(0) - mean).flatten().abs() < 0.1 * spread).all())
     assert_near(rewards.std(0).flatten(), spread, 0.1)
+
+
+@pytest.mark.parametrize("link_approx", ["quadrature", "mc"])
+def test_a_pair_has_one_difference_with_no_covariances_to_ignore(link_approx):
+    la, batch = reward_posterior(), pair_batch()
+    plain, diagonal = (
+        la(
+            batch,
+            link_approx=link_approx,
+            diagonal_output=diagonal,
+            generator=torch.Generator().manual_seed(0),
+        )
+        for diagonal in (False, True)
+    )
+    assert torch.equal(plain, diagonal)

@@ -110,11 +110,10 @@ def weights_kept(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Let the weights be overwritten; they come back to the bit afterwards."""
     kept = [(parameter, parameter.detach().clone()) for parameter in parameters]
 
-    @torch.no_grad()
     def write_back() -> None:
         while kept:
             parameter, value = kept[-1]
-            parameter.copy_(value)
+            write_values(parameter, value)
             kept.pop()
 
     try:
