@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from laplace_lora.adapters.peft_files import folder_of_its_own
+from laplace_lora.adapters.plain_names import active_adapters
 from laplace_lora.adaptive.callbacks import AdaLoraCallback
 from laplace_lora.data.distributed import together
 from laplace_lora.data.draws import draws_kept
@@ -115,7 +116,8 @@ class LaplaceCallback(TrainerCallback):
         self.kwargs = kwargs
         self.la: LoraLaplace | None = None
         self._mean = kwargs.get("prior_mean")
-        self._begun: Callable[[], Any] = lambda: None  # the model whose start is known
+        # The model whose start is known, and its adapter.
+        self._begun: tuple[Callable[[], Any], set[str]] = (lambda: None, set())
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -173,7 +175,9 @@ class LaplaceCallback(TrainerCallback):
     def _keep_start(self, args: TrainingArguments, state: TrainerState) -> None:
         """Make the adapter's weights at the first step of training the prior's mean."""
         by_default = self._mean is None
-        if not (by_default or self._mean == START) or self._begun() is self.trainer.model:
+        model, adapters = self.trainer.model, active_adapters(self.trainer.model)
+        known = self._begun[0]() is model and self._begun[1] == adapters
+        if not (by_default or self._mean == START) or known:
             return
         self.kwargs.pop("prior_mean", None)  # of an earlier model, see the trainer's `model_init`
         if by_default and getattr(self.posterior, "_key", ("lora",))[0] != "lora":
@@ -183,9 +187,9 @@ class LaplaceCallback(TrainerCallback):
             if state.global_step > 0:  # resumed
                 if not writes:
                     raise FileNotFoundError("what lies in the folder is another run's")
-                start = AdapterStart.from_pretrained(self._folder(args))
+                start = self._start_before(args)
             else:
-                start = start_of(self.trainer.model)
+                start = start_of(model)
                 if args.should_save and writes:
                     start.save_pretrained(self._folder(args))
         except (FileNotFoundError, ValueError):
@@ -194,7 +198,14 @@ class LaplaceCallback(TrainerCallback):
             logger.info("the adapter's start is not known; the prior stands around zero")
             return
         self.kwargs["prior_mean"] = start
-        self._begun = weakref.ref(self.trainer.model)
+        self._begun = (weakref.ref(model), adapters)
+
+    def _start_before(self, args: TrainingArguments) -> AdapterStart:
+        """Read the start that a training left, where earlier versions put it, too."""
+        try:
+            return AdapterStart.from_pretrained(self._folder(args))
+        except FileNotFoundError:
+            return AdapterStart.from_pretrained(args.output_dir)
 
     def _folder(self, args: TrainingArguments) -> str:
         """Return where PEFT puts the adapter when the trainer saves it."""

@@ -12,7 +12,7 @@ from transformers import Trainer, default_data_collator
 
 from laplace_lora import FunctionalLoraLLLaplace, KronLoraLaplace, LaplaceCallback
 from laplace_lora.adaptive import AdaLoraCallback, remove_pruned_triplets
-from laplace_lora.storage.adapter_start import AdapterStart
+from laplace_lora.storage.adapter_start import FILE, AdapterStart, start_of
 from support.adalora import tiny_adalora
 from support.batches import loader, token_batch
 from support.models import base_model, peft_model
@@ -223,3 +223,32 @@ def test_the_posterior_lies_beside_an_adapter_of_any_name(tmp_path):
     before = AdapterStart.from_pretrained(tmp_path / "mood").vector(loaded, again.params)
     assert torch.equal(before.to(callback.la.prior_mean), callback.la.prior_mean)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_another_adapter_of_the_same_model_has_its_own_start(tmp_path):
+    model = peft_model("bert", dtype=torch.float32)
+    trainer, callback = trainer_with_callback(tmp_path, model, {"strict": True})
+    trainer.train()
+    model.add_adapter("b", model.peft_config["default"])
+    model.set_adapter("b")
+    start = start_of(model)
+    trainer.train()
+    assert torch.equal(callback.la.prior_mean.double(), start.vector(model, callback.la.params))
+    AdapterStart.from_pretrained(tmp_path / "b").vector(model, callback.la.params)
+
+
+def test_a_resumed_training_finds_the_start_where_earlier_versions_put_it(tmp_path):
+    lora = LoraConfig("SEQ_CLS", r=2, target_modules=["query"])
+    model = get_peft_model(base_model("bert"), lora, adapter_name="mood")
+    start = start_of(model)
+    trainer, _ = trainer_with_callback(tmp_path, model, {"strict": True})
+    trainer.args.save_strategy, trainer.args.save_steps = "steps", 1
+    trainer.train()
+    (tmp_path / "mood" / FILE).rename(tmp_path / FILE)
+    again = get_peft_model(base_model("bert"), lora, adapter_name="mood")
+    trainer, callback = trainer_with_callback(tmp_path, again, {"strict": True})
+    trainer.args.max_steps = 4
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.state.global_step == 4
+    expected = start.vector(again, callback.la.params)
+    assert torch.equal(callback.la.prior_mean.double(), expected)

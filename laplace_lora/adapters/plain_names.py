@@ -83,34 +83,30 @@ def nameless(model: nn.Module) -> Callable[[str], str]:
 
 def _places(model: nn.Module, plain: Callable[[str], str]) -> set[str]:
     """Return the plain names of what holds the active adapters' tensors, by their names."""
-    active = active_adapters(model)
-    held = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleDict | nn.ParameterDict | BufferDict)
-    ]
-    held += [  # what PEFT draws and keeps as no buffer, see `drawn_parts`
-        (f"{path}.{name}", held)
-        for path, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-        for name, held in vars(module).items()
-        if isinstance(held, dict)
-    ]
-    return {
-        plain(f"{path}.{adapter}") for path, each in held for adapter in active & set(each.keys())
-    }
+    active, held = active_adapters(model), []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleDict | nn.ParameterDict | BufferDict):
+            held.append((path, set(module.keys())))
+        elif isinstance(module, BaseTunerLayer):
+            own = vars(module).items()  # what PEFT draws and keeps as no buffer, see `drawn_parts`
+            held += [(f"{path}.{name}", set(each)) for name, each in own if isinstance(each, dict)]
+    return {plain(f"{path}.{adapter}") for path, keys in held for adapter in active & keys}
 
 
 def _renamed(
     plain: Callable[[str], str], places: Collection[str], saved: Collection[str]
 ) -> Callable[[str], str]:
-    """Return plain names with the adapter called as in the saved ones; `places` as of `_places`."""
+    """Return plain names with the adapter called as in the saved ones; `places` as of `_places`.
+
+    Nothing is renamed where these are of several adapters, or of one of the same name.
+    """
     holders = {place.rpartition(".")[0] for place in places}
     parts = (str(name).split(".") for name in saved)
     cut = ((".".join(p[:n]), p[n]) for p in parts for n in range(1, len(p)))
-    then = next((adapter for holder, adapter in cut if holder in holders), None)
-    if then is None:
+    saved_as = {adapter for holder, adapter in cut if holder in holders}
+    if len(saved_as) != 1 or saved_as <= {place.rpartition(".")[2] for place in places}:
         return plain
+    (then,) = saved_as
 
     def renamed(name: str) -> str:
         parts = plain(name).split(".")

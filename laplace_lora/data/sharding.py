@@ -53,14 +53,18 @@ def write_values(tensor: Tensor, values: Tensor) -> None:
     Args:
         tensor: The tensor.
         values: Values of its shape, in pieces as it is; or whole ones, the same in all processes.
+            The tensor itself, if they have been written.
     """
-    sharded: Any = tensor
-    if is_sharded_tensor(tensor) and not is_sharded_tensor(values):
-        # All have the same values already, so none are sent.
-        values = values.to(local_part(tensor))
-        place = (sharded.device_mesh, sharded.placements)
-        values = local_part(distribute_tensor(values, *place, src_data_rank=None))
-    local_part(tensor).copy_(local_part(values))
+    if is_sharded_tensor(tensor):
+        sharded: Any = tensor
+        if not is_sharded_tensor(values):
+            # All have the same values already, so none are sent.
+            values = values.to(local_part(tensor))
+            place = (sharded.device_mesh, sharded.placements)
+            values = distribute_tensor(values, *place, src_data_rank=None)
+        local_part(tensor).copy_(local_part(values))
+    elif values is not tensor:
+        tensor.copy_(values)
     torch.clear_autocast_cache()
 
 

@@ -69,6 +69,7 @@ class AdapterStart:
                 are not the model's, as those of a last-layer posterior.
         """
         names = {id(parameter): name for name, parameter in model.named_parameters()}
+        own = set(names.values())
         with named_as(self.tensors):
             then = plain_names(model)
         parts = []
@@ -79,7 +80,9 @@ class AdapterStart:
                     "`prior_mean` as a number"
                 )
             name = names[id(parameter)]
-            start = self.tensors.get(name, self.tensors.get(then(name)))
+            start = self.tensors.get(name)
+            if start is None and then(name) not in own:  # which is another adapter's, loaded beside
+                start = self.tensors.get(then(name))
             if start is None or start.shape != parameter.shape:
                 raise ValueError(
                     f"the start of {name!r} is not known: take start_of(model) before training, of "

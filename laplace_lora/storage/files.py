@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,8 @@ def read_files(directory: str | os.PathLike[str]) -> tuple[bytes, dict[str, Any]
     """Return the bytes of the tensors and the configuration, both checked against their hashes.
 
     Args:
-        directory: Folder with the files, or the name of a repository on the hub.
+        directory: Folder with the files, or the name of a repository on the hub, ``user/name``,
+            or of a folder in one, ``user/name/folder``.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -108,12 +109,13 @@ def _paths(directory: str | os.PathLike[str]) -> dict[str, Path]:
             )
         return paths
     name = str(directory)
-    if name.count("/") == 1 and not name.startswith((".", "~")) and not folder.exists():
-        return _from_hub(str(directory))
+    if name.count("/") in (1, 2) and not name.startswith((".", "~", "/")) and not folder.exists():
+        owner, repository, *inside = name.split("/")
+        return _from_hub(f"{owner}/{repository}", inside)
     raise FileNotFoundError(f"{directory} is neither a folder nor the name of a repository")
 
 
-def _from_hub(repository: str) -> dict[str, Path]:
+def _from_hub(repository: str, inside: Sequence[str]) -> dict[str, Path]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -122,9 +124,9 @@ def _from_hub(repository: str) -> dict[str, Path]:
     )
 
     try:
-        path = Path(hf_hub_download(repository, TENSORS))
+        path = Path(hf_hub_download(repository, "/".join([*inside, TENSORS])))
         with suppress(EntryNotFoundError):  # the first file is a whole by itself
-            hf_hub_download(repository, CONFIG)  # into the same folder
+            hf_hub_download(repository, "/".join([*inside, CONFIG]))  # into the same folder
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
             f"there is no folder {repository}, and the hub, which may have a repository of that "
@@ -132,7 +134,8 @@ def _from_hub(repository: str) -> dict[str, Path]:
         ) from error
     except EntryNotFoundError as error:
         raise FileNotFoundError(
-            f"the hub's repository {repository} has no {TENSORS}; was push_to_hub called?"
+            f"the hub's repository {repository} has no {'/'.join([*inside, TENSORS])}; was "
+            "push_to_hub called? What lies in a folder is read as 'user/repository/folder'"
         ) from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(

@@ -196,3 +196,32 @@ def test_another_runs_start_is_not_taken_where_nothing_is_saved(tmp_path):
     resumed.add_callback(callback)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert not callback.la.prior_mean.any()
+
+
+def test_the_start_of_another_adapter_that_is_loaded_is_none_of_this_one():
+    model = peft_model("bert")
+    of_default = start_of(model)
+    model.add_adapter("b", model.peft_config["default"])
+    model.set_adapter("b")
+    with pytest.raises(ValueError, match=r"the start of '.*b\.weight' is not known"):
+        KronLoraLaplace(model, "classification", prior_mean=of_default)
+    model.delete_adapter("default")  # then it may be the same adapter under another name
+    KronLoraLaplace(model, "classification", prior_mean=of_default)
+
+
+def test_the_start_of_two_adapters_is_none_of_a_third():
+    starts = [start_of(peft_model("bert")), start_of(renamed_adapter("b"))]
+    of_two = AdapterStart(starts[0].tensors | starts[1].tensors)
+    other = renamed_adapter("c")
+    with pytest.raises(ValueError, match="is not known"):
+        KronLoraLaplace(other, "classification", prior_mean=of_two)
+    KronLoraLaplace(renamed_adapter("b"), "classification", prior_mean=of_two)
+
+
+def renamed_adapter(name):
+    """The model of `peft_model` with its adapter under another name."""
+    model = peft_model("bert")
+    model.add_adapter(name, model.peft_config["default"])
+    model.set_adapter(name)
+    model.delete_adapter("default")
+    return model

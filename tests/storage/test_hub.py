@@ -53,6 +53,16 @@ def test_tensors_alone_come_back_from_the_hub(hub):
     assert torch.equal(loaded.mean, la.mean)
 
 
+def test_what_lies_in_a_folder_of_a_repository_is_read_from_there(hub):
+    la = fitted()
+    la.push_to_hub(REPO, precision="exact")
+    hub.files[REPO] = {f"mood/{name}": content for name, content in hub.files[REPO].items()}
+    again = KronLoraLaplace.from_pretrained(la.logits_model, f"{REPO}/mood")
+    assert torch.equal(again(BATCH), la(BATCH))
+    with pytest.raises(FileNotFoundError, match="read as 'user/repository/folder'"):
+        KronLoraLaplace.from_pretrained(la.logits_model, REPO)
+
+
 def test_what_the_hub_lacks_is_named(hub):
     la = fitted()
     model = la.logits_model.model
