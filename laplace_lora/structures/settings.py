@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.linalg.finite import all_finite
 from laplace_lora.linalg.row_storage import by_tensor, by_weight
 
 TENSORS = ("prior_precision", "prior_mean", "sigma_noise")
@@ -60,10 +61,13 @@ class Settings:
         """Refuse what gives plausible numbers all the same.
 
         Raises:
-            ValueError: If a precision, noise, scale or temperature is not positive and finite.
+            ValueError: If a precision, noise, scale or temperature is not positive and finite, or
+                the prior mean not finite.
         """
         for name in ("prior_precision", "sigma_noise", *SCALES):
             check_positive(name, getattr(self, name))
+        if self.prior_mean.device.type != "meta" and not all_finite(self.prior_mean):
+            raise ValueError("prior_mean must be finite, and has entries that are infinite or NaN")
 
     @property
     def versions(self) -> list[int]:
