@@ -176,7 +176,7 @@ class Fitter:
         posterior = self.posterior
         return PosteriorState(
             # The model may have been brought to another dtype since they were given.
-            settings=posterior.settings.untuned().to(posterior.device, posterior.dtype),
+            settings=posterior.settings.of_new_data().to(posterior.device, posterior.dtype),
             curvature=curvature,
             mean=posterior.current_weights(),
             sizes=tuple(posterior.engine.sizes),

@@ -79,6 +79,7 @@ class CalibratedLaplace(PredictedLaplace):
         link that you will predict with.
         Where ``la(batch)`` averages over samples of the weights, as for 50 classes or more, width
         and temperature are chosen for these samples; prior and mean stay.
+        A fit, a merge and a tuning take back what was chosen, but for what you set since.
 
         Args:
             val_loader: Validation batches with labels.
@@ -98,6 +99,8 @@ class CalibratedLaplace(PredictedLaplace):
         """
         check_predictive("glm", link_approx, n_samples)
         options = (link_approx, n_samples, generator, progress_bar)
-        settings, report = Tuner(self.fitted).calibrate(val_loader, *options)
+        posterior = self.fitted
+        settings, report = Tuner(posterior).calibrate(val_loader, *options)
+        settings = settings.calibrated_from(posterior.settings)
         self.state: PosteriorState = self.state.with_settings(settings)
         return report

@@ -41,6 +41,9 @@ class FittedLaplace(SavedLaplace):
         torch's global generator. The result does not depend on batch size or padding. If anything
         fails, the earlier posterior stays as it was.
 
+        The prior stays as it was set or tuned, with the width that `optimize_prior_precision` chose
+        for it; a calibration and a moved mean are undone.
+
         Where several processes share a loader (a `DistributedSampler`, or one that accelerate has
         prepared), all end with the posterior of all data; examples that the sampler repeats count
         once, and an error in one process ends all.
@@ -109,7 +112,8 @@ class FittedLaplace(SavedLaplace):
         """Add what posteriors of the same model learnt from other data.
 
         The result is that of one fit on all the data, or near to it where eigenvalues are
-        corrected, see `CorrectedKron.joined`; the prior stays, a calibration is undone.
+        corrected, see `CorrectedKron.joined`. Prior and width stay, and a calibration is undone,
+        as by `fit`.
 
         Args:
             others: Fitted posteriors of the same class, arguments and weights, on disjoint data.

@@ -35,7 +35,7 @@ class LaplaceNames(ParametricLaplace):
         state: Everything that a fit, a tuning or a load changes; replaced as a whole.
         structure: How the curvature is held.
         logits_model: The `LogitsModel` that answers for the user's model.
-        covariance_scale: Factor of the predictive covariance, 1 unless calibrated.
+        covariance_scale: Factor of the predictive covariance, 1 unless tuned or calibrated.
         likelihood_temperature: Divides the logits before the softmax, 1 unless calibrated.
     """
 

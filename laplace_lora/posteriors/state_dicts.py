@@ -13,6 +13,11 @@ from torch import Tensor
 
 from laplace_lora.curvature.kron_protocol import LowRankKron
 from laplace_lora.storage.checked import GRADIENT, SHIFT, check_finite, checked_state
+from laplace_lora.storage.uncalibrated import (
+    UNCALIBRATED_SCALES,
+    UNCALIBRATED_TENSORS,
+    uncalibrated_entries,
+)
 from laplace_lora.structures.eigenvalue_correction import CorrectedKron
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import SCALES, TENSORS, check_positive, copied
@@ -29,12 +34,15 @@ def state_entries(posterior: Posterior) -> dict[str, Any]:
     gradient: dict[str, Any] = {GRADIENT: state.loss_gradient}
     if state.subspace is not None:
         gradient |= {f"{SUBSPACE}{n}": getattr(state.subspace, n) for n in SUBSPACE_TENSORS}
+    uncalibrated, uncalibrated_scales = uncalibrated_entries(state.settings)
     return {
         "H": packed,
         **gradient,
         **{name: getattr(posterior.settings, name) for name in SCALES},
         **{name: copied(getattr(posterior.settings, name)) for name in TENSORS},
         SHIFT: posterior.settings.shift,
+        **uncalibrated,
+        **uncalibrated_scales,
     }
 
 
@@ -62,7 +70,8 @@ def read_state(posterior: Posterior, state_dict: Mapping[str, Any]) -> Posterior
     mean, n = state_dict["mean"], sum(posterior.engine.sizes)
     if len(mean) != n:
         raise ValueError(f"the state has {len(mean)} weights, the model trains {n}")
-    named = (*TENSORS, SHIFT, GRADIENT, *(f"{SUBSPACE}{name}" for name in SUBSPACE_TENSORS))
+    of_subspace = (f"{SUBSPACE}{name}" for name in SUBSPACE_TENSORS)
+    named = (*TENSORS, *UNCALIBRATED_TENSORS, SHIFT, GRADIENT, *of_subspace)
     given = {name: state_dict[name] for name in named if state_dict.get(name) is not None}
     tensors = {name: torch.as_tensor(value) for name, value in given.items()}
     check_finite({"mean": mean, **tensors})
@@ -70,6 +79,7 @@ def read_state(posterior: Posterior, state_dict: Mapping[str, Any]) -> Posterior
     loss = state_dict["loss"]
     numbers = {
         **{name: state_dict.get(name, 1.0) for name in SCALES},
+        **{name: state_dict[name] for name in UNCALIBRATED_SCALES if name in state_dict},
         **{name: state_dict[name] for name in ("n_data", "n_outputs")},
         "loss": float(loss) if isinstance(loss, int | Tensor) else loss,
     }

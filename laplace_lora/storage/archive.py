@@ -40,6 +40,7 @@ from laplace_lora.storage.rounding import (
     identity_but_for_rounding,
     rounded_fingerprints,
 )
+from laplace_lora.storage.uncalibrated import UNCALIBRATED_TENSORS, uncalibrated_entries
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import TENSORS as SETTINGS
 from laplace_lora.structures.state import PosteriorState
@@ -96,6 +97,8 @@ def save_posterior(
         if not exact and state.has_subspace:
             del tensors[SUBSPACE_MEAN]  # which is that of the settings
     tensors["sigma_noise"] = torch.as_tensor(settings.sigma_noise).reshape(1)
+    uncalibrated, uncalibrated_scales = uncalibrated_entries(settings)
+    tensors |= uncalibrated
     config = {
         "version": COMPACT if not exact else VERSION if settings.shift is None else RECENTRED,
         "precision": precision,
@@ -109,6 +112,7 @@ def save_posterior(
             "n_outputs": state.n_outputs,
             "covariance_scale": settings.covariance_scale,
             "likelihood_temperature": settings.likelihood_temperature,
+            **uncalibrated_scales,
         },
         "curvature": description,
         TUNING: tuning,
@@ -188,7 +192,7 @@ def _state(
         tensors.setdefault(SUBSPACE_MEAN, tensors["prior_mean"])
     tensors["sigma_noise"] = tensors["sigma_noise"].squeeze(0)
     # The subspace's prior mean is compared with that of the settings, bit by bit.
-    for name in {*SETTINGS, SUBSPACE_MEAN} & set(tensors):
+    for name in {*SETTINGS, *UNCALIBRATED_TENSORS, SUBSPACE_MEAN} & set(tensors):
         tensors[name] = tensors[name].to(posterior.device, posterior.dtype)
     weights = posterior.current_weights()
     return replace(

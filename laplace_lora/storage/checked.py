@@ -10,6 +10,7 @@ from torch import Tensor
 
 from laplace_lora.linalg.finite import all_finite
 from laplace_lora.linalg.rounded import widened
+from laplace_lora.storage.uncalibrated import uncalibrated_from
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import SCALES, TENSORS, Settings
 from laplace_lora.structures.state import PosteriorState
@@ -33,7 +34,8 @@ def checked_state(
         curvature: What its structure has made of the saved one.
         mean: MAP weights, ``(parameters,)``.
         tensors: Finite ones: prior, noise, shift, gradient and subspace; not all have the latter.
-        numbers: The loss, counts and scales.
+            With those of `uncalibrated_entries` after a calibration.
+        numbers: The loss, counts and scales, and likewise.
 
     Raises:
         ValueError: If a value is impossible, or does not fit the model's tensors; names it.
@@ -42,13 +44,16 @@ def checked_state(
     sizes = tuple(posterior.engine.sizes)
     n = sum(sizes)
     precision, prior_mean, noise = (tensors[name] for name in TENSORS)
-    fits = precision.shape in [(1,), (len(sizes),), (n,)] and noise.shape in [(), (1,)]
-    if not fits or prior_mean.shape not in [(), (1,), (n,)]:
-        raise ValueError("prior and noise do not fit the model's tensors")
-    posterior.structure.check_prior(len(precision), len(sizes), n)
+    _check_shapes(posterior, precision, noise)
+    if prior_mean.shape not in [(), (1,), (n,)]:
+        raise ValueError("the prior's mean does not fit the model's tensors")
     scales = {name: numbers[name] for name in SCALES}
     shift = _weight_vector(posterior, tensors, SHIFT)
     settings = Settings(precision, prior_mean, noise, shift=shift, **scales)
+    before = uncalibrated_from(tensors, numbers)
+    if before is not None:
+        _check_shapes(posterior, before.prior_precision, before.sigma_noise)
+        settings = settings.calibrated_from(before)
     if type(numbers["loss"]) is not float:
         raise ValueError(f"loss is {numbers['loss']!r}")
     return PosteriorState(
@@ -62,6 +67,14 @@ def checked_state(
         loss_gradient=_weight_vector(posterior, tensors, GRADIENT),
         subspace=_subspace(posterior, tensors),
     )
+
+
+def _check_shapes(posterior: Posterior, precision: Tensor, noise: Tensor) -> None:
+    sizes = posterior.engine.sizes
+    n = sum(sizes)
+    if precision.shape not in [(1,), (len(sizes),), (n,)] or noise.shape not in [(), (1,)]:
+        raise ValueError("prior and noise do not fit the model's tensors")
+    posterior.structure.check_prior(len(precision), len(sizes), n)
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_lora.linalg.finite import all_finite
 from laplace_lora.linalg.row_storage import by_tensor, by_weight
 
 TENSORS = ("prior_precision", "prior_mean", "sigma_noise")
 SCALES = ("covariance_scale", "likelihood_temperature")
+CALIBRATED = ("prior_precision", "sigma_noise", *SCALES)  # what a calibration chooses together
 
 
 def copied(tensor: Tensor) -> Tensor:
@@ -43,10 +45,12 @@ class Settings:
         prior_precision: One value, one per tensor or one per weight.
         prior_mean: One value, or one per weight.
         sigma_noise: Standard deviation of a regression's noise, a scalar; 1 for other likelihoods.
-        covariance_scale: Factor of the predictive covariance, 1 unless calibrated.
+        covariance_scale: Factor of the predictive covariance, 1 unless tuned or calibrated.
         likelihood_temperature: Divides logits before the softmax, 1 unless calibrated.
         shift: How far the posterior's mean lies from the weights at which the model is linearised,
             ``(parameters,)``; ``None`` for not at all, see `tuning.left_out.recentring`.
+        calibration: What `CALIBRATED` were before a calibration, and what it chose; ``None``
+            without one.
     """
 
     prior_precision: Tensor = field(default_factory=lambda: torch.ones(1))
@@ -55,15 +59,19 @@ class Settings:
     covariance_scale: float = 1.0
     likelihood_temperature: float = 1.0
     shift: Tensor | None = None
+    calibration: tuple[Settings, Settings] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what gives plausible numbers all the same.
 
         Raises:
-            ValueError: If a precision, noise, scale or temperature is not positive and finite.
+            ValueError: If a precision, noise, scale or temperature is not positive and finite, or
+                the prior mean not finite.
         """
         for name in ("prior_precision", "sigma_noise", *SCALES):
             check_positive(name, getattr(self, name))
+        if self.prior_mean.device.type != "meta" and not all_finite(self.prior_mean):
+            raise ValueError("prior_mean must be finite, and has entries that are infinite or NaN")
 
     @property
     def versions(self) -> list[int]:
@@ -76,9 +84,36 @@ class Settings:
         copies: Any = {name: copied(getattr(self, name)) for name in TENSORS}
         return replace(self, **copies)
 
+    def calibrated_from(self, earlier: Settings) -> Settings:
+        """Return the settings that a calibration chose, which `uncalibrated` takes back.
+
+        Args:
+            earlier: Those that the calibration started from.
+        """
+        return replace(self, calibration=(_chosen(earlier.uncalibrated()), _chosen(self)))
+
+    def uncalibrated(self) -> Settings:
+        """Return the settings before calibration, but for what was set since."""
+        if self.calibration is None:
+            return self
+        before, after = self.calibration
+        back = {
+            name: _apart(getattr(before, name))
+            for name in CALIBRATED
+            if _are_equal(getattr(self, name), getattr(after, name))
+        }
+        return replace(self, calibration=None, **back)
+
+    def of_new_data(self) -> Settings:
+        """Return the settings that a fit leaves: neither calibrated nor with a moved mean.
+
+        The prior stays, and with it the width that may have been tuned together with it.
+        """
+        return replace(self.uncalibrated(), shift=None)
+
     def untuned(self) -> Settings:
-        """Return the settings with width, temperature and mean as a fit leaves them."""
-        return replace(self, covariance_scale=1.0, likelihood_temperature=1.0, shift=None)
+        """Return the settings that a tuning starts from: those of new data, unscaled."""
+        return replace(self.of_new_data(), covariance_scale=1.0, likelihood_temperature=1.0)
 
     def calibrated(self, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
         """Return moments of outputs with the width and temperature that a calibration chose."""
@@ -88,7 +123,26 @@ class Settings:
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Settings:
         """Return the settings on another device, prior and noise perhaps in another dtype."""
         moved = {name: getattr(self, name).to(device, dtype) for name in TENSORS}
-        return replace(self, **moved, shift=None if self.shift is None else self.shift.to(device))
+        shift = None if self.shift is None else self.shift.to(device)
+        calibration = None
+        if self.calibration is not None:
+            before, after = self.calibration
+            calibration = before.to(device, dtype), after.to(device, dtype)
+        return replace(self, **moved, shift=shift, calibration=calibration)
+
+
+def _chosen(settings: Settings) -> Settings:
+    """Return what a calibration chooses, in tensors of its own."""
+    return Settings(**{name: _apart(getattr(settings, name)) for name in CALIBRATED})
+
+
+def _apart(value: Any) -> Any:
+    """Return a number, or a copy of a tensor, which others may change in place."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _are_equal(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
 def expanded(values: Tensor, sizes: tuple[int, ...] | list[int]) -> Tensor:

@@ -57,6 +57,22 @@ def test_a_bad_setting_leaves_the_posterior_as_it_was(name):
     assert torch.equal(la(BATCH), before)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("by_weight", [False, True])
+def test_a_prior_mean_that_is_not_finite_is_refused(value, by_weight):
+    la = posterior(name="bert")
+    mean = value
+    if by_weight:
+        mean = torch.zeros(la.n_params, dtype=torch.float64)
+        mean[-1] = value
+    before, evidence = la(BATCH), la.log_marginal_likelihood()
+    with pytest.raises(ValueError, match="prior_mean must be finite"):
+        la.prior_mean = mean
+    with pytest.raises(ValueError, match="prior_mean must be finite"):
+        KronLoraLaplace(peft_model("bert"), "classification", prior_mean=mean)
+    assert torch.equal(la(BATCH), before) and la.log_marginal_likelihood() == evidence
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8, torch.bool])
 def test_labels_of_any_whole_dtype(dtype):
     la, reference = posterior(name="bert", fit=False), posterior(name="bert", fit=False)
