@@ -162,7 +162,8 @@ def test_a_moved_mean_returns_and_the_calibration_with_it():
     reference, before = copy.deepcopy(la), settings(la)
     la.recentre(1.0)
     la.calibrate(validation())
-    la.fit(loader())
+    with pytest.warns(UserWarning, match="which was moved, is the model's weights again"):
+        la.fit(loader())
     assert la.state.settings.shift is None
     assert_equal(settings(la), before)
     assert_near(la(BATCH), reference(BATCH))
