@@ -30,7 +30,7 @@ from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.posteriors.factored import KronLoraLaplace
 from laplace_lora.posteriors.summary import with_known_term
 from laplace_lora.storage.adapter_start import AdapterStart, start_of
-from laplace_lora.trainer_checks import check_loaders, check_makes_predictions
+from laplace_lora.trainer_checks import check_data_set, check_loaders, check_makes_predictions
 from laplace_lora.trainer_loss import implied_likelihood, point_out_own_loss
 from laplace_lora.trainer_reporters import reporters_behind
 
@@ -245,10 +245,12 @@ class LaplaceCallback(TrainerCallback):
 
         Raises:
             RuntimeError: If training has not ended.
+            TypeError: If it is no data set, but a loader or texts.
         """
         la = self.la
         if la is None:
             raise RuntimeError("there is no posterior yet; it is fitted when training ends")
+        check_data_set(dataset)
         loader = whole_test_loader(self.trainer, dataset)
         progress = False if self.trainer.args.disable_tqdm else None
         if labels_tokens(self._objective) or self._objective.has_spans:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from laplace_lora.data.batches import one_example
 from laplace_lora.models.changes.modes import evaluation_mode
@@ -55,6 +56,24 @@ def check_loaders(posterior: Posterior, loaders: Mapping[str, Iterable[Any]]) ->
                 f"the {name} loader has no batch: the data are empty, or fewer than a "
                 "batch with dataloader_drop_last"
             )
+
+
+def check_data_set(data: Any) -> None:
+    """Refuse what a trainer makes no test loader of.
+
+    Args:
+        data: What is to be predicted.
+
+    Raises:
+        TypeError: If it is a loader, or texts.
+    """
+    first = data[0] if isinstance(data, list | tuple) and data else data
+    if isinstance(data, DataLoader) or isinstance(first, str):
+        what = "a loader" if isinstance(data, DataLoader) else "texts"
+        raise TypeError(
+            f"callback.predict takes a data set, as trainer.predict does, got {what}; give these "
+            "to the posterior, callback.la.predict"
+        )
 
 
 @torch.no_grad()

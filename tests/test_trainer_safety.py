@@ -252,3 +252,11 @@ def test_a_resumed_training_finds_the_start_where_earlier_versions_put_it(tmp_pa
     assert trainer.state.global_step == 4
     expected = start.vector(again, callback.la.params)
     assert torch.equal(callback.la.prior_mean.double(), expected)
+
+
+def test_predictions_are_of_a_data_set(tmp_path):
+    trainer, callback = trainer_with_callback(tmp_path)
+    trainer.train()
+    for data, named in ((loader(), "a loader"), (["a b", "c"], "texts"), ("a b", "texts")):
+        with pytest.raises(TypeError, match=f"takes a data set, .*got {named}; .*callback.la"):
+            callback.predict(data)

@@ -74,6 +74,11 @@ def at_base(model: nn.Module) -> list[tuple[nn.Parameter, float]]:
         raise ValueError("the model has no adapter in its layers")
     for config in configurations_of(configured(model), active):
         start = config.init_lora_weights if isinstance(config, LoraConfig) else True
+        if str(start).lower() == "mica":  # PEFT takes either case
+            raise ValueError(
+                f"the adapter was initialised with {start!r}, which starts at the base model but "
+                "is not linearised there: its lora_B, which stays frozen, cannot be set to zero"
+            )
         if start not in STARTS_AT_ZERO:
             raise ValueError(
                 f"the adapter was initialised with {start!r}, which does not start at the base "

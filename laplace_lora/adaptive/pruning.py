@@ -26,7 +26,7 @@ from laplace_lora.adaptive.lora_components import (
     shrink_lora,
 )
 from laplace_lora.adaptive.scores import Components, Marginals, PosteriorScore, best
-from laplace_lora.adaptive.shrinking import check_mean, shrink
+from laplace_lora.adaptive.shrinking import check_mean, check_optimizer, shrink
 from laplace_lora.data.sharding import unwrapped
 
 COPIED = ("task_type", "modules_to_save", "lora_dropout", "bias", "fan_in_fan_out")
@@ -54,18 +54,18 @@ def prune_adapter(
         criterion: Name of a criterion, or a function ``(mean, std) -> score``.
         optimizer: Another optimiser that goes on with the adapter, whose state shrinks as well.
             Without it the next step of one with a state fails; make a new one then, and in place of
-            those whose state is not of the tensors' shape (Adafactor, L-BFGS).
+            those whose state cannot shrink: factored (Adafactor), 8-bit, L-BFGS.
 
     Returns:
         The remaining rank of each layer, by name.
 
     Raises:
-        TypeError: If the model has neither a LoRA nor an AdaLoRA adapter.
+        TypeError: If the model has neither a LoRA nor an AdaLoRA adapter, or the optimiser is none.
         ValueError: If the target is no number from zero to the current ranks, no LoRA adapter
             would be left, the posterior does not cover the adapter, the criterion gives no score
             for each weight, the adapter has a bias, DoRA magnitudes or experts, or a start that
-            PEFT subtracts from the base model, such as PiSSA's, or an optimiser is given beside an
-            `IVON`.
+            PEFT subtracts from the base model, such as PiSSA's, an optimiser is given beside an
+            `IVON`, or its state cannot shrink.
         FloatingPointError: If a score is not finite; names the layer.
         RuntimeError: If an adapter is merged or disabled, several are active, or the weights of an
             `IVON` are drawn.
@@ -78,7 +78,7 @@ def prune_adapter(
     if ivon is not None and optimizer is not None:
         raise ValueError("an IVON is the adapter's optimiser itself; leave `optimizer` out")
     optimizer = optimizer if ivon is None else ivon
-    check_mean(optimizer)
+    check_optimizer(optimizer)
     adapter = next(iter(peft_model.active_adapters))
     if adalora_layers(peft_model):
         components = adalora_components(peft_model.base_model.model, adapter)
@@ -150,13 +150,14 @@ def remove_pruned_triplets(
         The remaining rank of each layer, by name.
 
     Raises:
-        TypeError: If the model has no AdaLoRA adapter.
+        TypeError: If the model has no AdaLoRA adapter, or the optimiser is none.
+        ValueError: If the optimiser's state cannot shrink, see `prune_adapter`.
         RuntimeError: If the weights of an `IVON` are drawn.
     """
     peft_model = unwrapped(peft_model)
     if not adalora_layers(peft_model):
         raise TypeError("the model has no AdaLoRA adapter")
-    check_mean(optimizer)
+    check_optimizer(optimizer)
     adapter = next(iter(peft_model.active_adapters))
     config = peft_model.peft_config[adapter]
     pattern = dict(config.rank_pattern or {})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -19,8 +22,8 @@ def shrink(p: nn.Parameter, keep: Tensor, dim: int, optimizer: Optimizer | None 
         p: The parameter.
         keep: Which to keep, booleans ``(p.shape[dim],)``.
         dim: 0 for rows, 1 for columns.
-        optimizer: Its optimiser. All of its tensors that have the parameter's shape shrink, too,
-            as do the gradients that an `IVON` has collected.
+        optimizer: Its optimiser, see `check_optimizer`. All of its tensors that have the
+            parameter's shape shrink, too, as do the gradients that an `IVON` has collected.
     """
     index = keep.nonzero().view(-1).to(p.device)
 
@@ -59,3 +62,44 @@ def check_mean(optimizer: object) -> None:
     ivon = ivon_of(optimizer)
     if ivon is not None and ivon.is_drawn:
         raise RuntimeError("drawn weights are in place; restore() the optimiser's mean first")
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Refuse an optimiser whose state cannot shrink with its parameters.
+
+    Args:
+        optimizer: An optimiser, or one in a wrapper that shows its state; ``None`` for none.
+
+    Raises:
+        TypeError: If it is something else, such as a list of optimisers.
+        ValueError: If its state of a parameter has values beside those of single weights, as
+            factored optimisers have, or is quantised, with a scale for many weights at once.
+        RuntimeError: If it is an `IVON` with a draw in place.
+    """
+    if optimizer is None:
+        return
+    every: Any = getattr(optimizer, "state", None)
+    if not isinstance(every, Mapping):
+        raise TypeError(f"optimizer must be one optimiser, got {type(optimizer).__name__}")
+    check_mean(optimizer)
+    for p, state in every.items():
+        for name, value in state.items() if isinstance(p, Tensor) else ():
+            if not _shrinks(value, p):
+                kind = type(getattr(optimizer, "optimizer", optimizer)).__name__
+                raise ValueError(
+                    f"the state of {kind} cannot shrink with the adapter: its {name!r} is not a "
+                    "floating-point number for each weight, as those of factored and quantised "
+                    "optimisers are not; leave `optimizer` out, and make a new one after pruning"
+                )
+
+
+def _shrinks(value: Any, p: Tensor) -> bool:
+    """Return whether part of an optimiser's state has no values, one, or one for each weight."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return all(_shrinks(part, p.new_empty(())) for part in value)
+    if not isinstance(value, Tensor) or value.numel() == 1:
+        return True
+    # A quantised tensor may be of a class that shows a floating-point dtype.
+    return value.shape == p.shape and value.is_floating_point() and type(value) is type(p.data)

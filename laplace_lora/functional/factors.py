@@ -95,7 +95,7 @@ def calculate_kronecker_factors(
         roots ``(d, n_kfac)``.
 
     Raises:
-        TypeError: If the keywords are a single string.
+        TypeError: If the keywords are a single string, or ``forward_call`` returns no tensor.
         ValueError: If a keyword selects no module, the loader is empty, the logits are not
             ``(batch, classes)`` with two classes or more, or are probabilities; if it is not known
             which tokens are real, or ``num_samples`` is not positive.
@@ -124,7 +124,13 @@ def calculate_kronecker_factors(
 
     def run(batch: Any) -> Tensor:
         with as_called(), score_head_narrowed(base, batch):
-            return forward_call(model, batch)
+            logits = forward_call(model, batch)
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                "forward_call must return the logits, a tensor (batch, classes), got "
+                f"{type(logits).__name__}; transformers' models have them in `.logits`"
+            )
+        return logits
 
     def added(sums: KfacSums | None, batch: Any) -> tuple[KfacSums, int]:
         nonlocal maps

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from laplace_lora.data.distributed import together
 from laplace_lora.data.loaders import progress
-from laplace_lora.generation.next_token import HasPosterior, NextTokenPredictor, check_method
+from laplace_lora.generation.next_token import HasPosterior, NextTokenPredictor, check_call
 from laplace_lora.generation.prompts import check_text_suffices, left_padded
 from laplace_lora.generation.sampled_predictor import SampledPredictor
 from laplace_lora.generation.selection import Processor, Selection
@@ -70,7 +70,8 @@ def generate(
         n_samples: As of `score`, but 16 samples of the weights by default.
         generator: Source of the samples and the draws, on the posterior's device.
         eos_token_id: Tokens that end a text; by default those of the model's configuration. Its
-            `repetition_penalty` and other options of writing are not read: give them here.
+            `repetition_penalty` and other options of writing are not read: give them here. ``[]``
+            ends none.
         method: As of `score`. With ``"sampled"`` keys, values and their tangents are kept, so a
             token costs one step of the network, whatever the length.
         temperature: Divides the scores of draws, see `Selection`.
@@ -93,12 +94,13 @@ def generate(
 
     Raises:
         AttributeError: If the posterior has not been fitted.
+        TypeError: If there is no posterior, or the generator is none.
         FloatingPointError: If scores of tokens are not a number.
         ValueError: If a prompt is missing or has more than text, such as images, an option is out
             of range, a processor leaves no token, or the model is no causal language model or
             cannot carry tangents, see `score`.
     """
-    check_method(method, link_approx)
+    check_call(la, method, link_approx)
     stopping = Stopping(stop_above, stop_on)
     if streamer is not None:
         progress_bar = bool(progress_bar)  # it has its own way of showing them
@@ -128,6 +130,8 @@ def generate(
             steps = SampledSteps(predictor, reading, top_k)
         ends = model.end_tokens if eos_token_id is None else eos_token_id
         stop = torch.tensor(ends, device=ids.device, dtype=torch.long).reshape(-1)
+        if eos_token_id is not None:
+            _check_in_vocabulary(stop, model.vocabulary_size)
         shown = progress(range(max_new_tokens), progress_bar, "Writing")
         text = write(steps, ids, mask, shown, selection, stop, stopping, streamer, model.pad_token)
     variance = None
@@ -146,3 +150,13 @@ def generate(
         variance,
         text.stopped,
     )
+
+
+def _check_in_vocabulary(ends: Tensor, vocabulary: Any) -> None:
+    """Refuse tokens that are never written, and so would end no text."""
+    unknown = ends[(ends < 0) | (ends >= vocabulary)].tolist()
+    if unknown:
+        raise ValueError(
+            f"eos_token_id={unknown} lies outside the vocabulary, 0..{vocabulary - 1}, and would "
+            "end no text; give [] if nothing is to"
+        )

@@ -33,7 +33,7 @@ from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.models.token_model import TokenModel
 from laplace_lora.predictive.linear_samples import EXACT, SAMPLED
 from laplace_lora.predictive.query import LINK_SAMPLES
-from laplace_lora.structures.posterior import Posterior
+from laplace_lora.structures.posterior import Posterior, check_generator
 
 METHODS = (SAMPLED, EXACT)
 LINKS = (QUADRATURE, "mc", "probit")
@@ -97,6 +97,7 @@ class NextTokenPredictor:
         AttributeError: If the posterior has not been fitted.
         ValueError: If ``top_k`` or ``link_approx`` is out of range, the posterior was recentred, or
             the model is no causal language model with a posterior over its adapters.
+        TypeError: If the generator is none, such as a seed.
     """
 
     def __init__(
@@ -117,6 +118,7 @@ class NextTokenPredictor:
                 "method='exact' has the mean of the model as it is, and the posterior was "
                 "recentred; use method='sampled', or call la.reset_mean() first"
             )
+        check_generator(generator, posterior.device)
         if link_approx not in LINKS:
             raise ValueError(f"link_approx must be one of {LINKS}, got {link_approx!r}")
         if n_samples < 1:
@@ -224,12 +226,18 @@ class NextTokenPredictor:
         return entropy(log_p.exp()) + log_p[:, self.top_k :].exp().sum(-1) * inside.to(log_p)
 
 
-def check_method(method: str, link_approx: str | None) -> None:
-    """Refuse unknown methods, and a link where nothing is linked.
+def check_call(la: HasPosterior, method: str, link_approx: str | None) -> None:
+    """Refuse what is no posterior, unknown methods, and a link where nothing is linked.
 
     Raises:
+        TypeError: If there is no posterior, such as a model in its place.
         ValueError: If the method is unknown, or a link is given to ``"sampled"``.
     """
+    if not hasattr(type(la), "fitted"):  # an object that was not fitted would seem to have none
+        raise TypeError(
+            "texts are scored and written by a fitted posterior over a language model's adapters, "
+            f"such as KronLoraLaplace, got {type(la).__name__}"
+        )
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     if method == SAMPLED and link_approx is not None:

@@ -15,7 +15,7 @@ from laplace_lora.generation.next_token import (
     HasPosterior,
     NextToken,
     NextTokenPredictor,
-    check_method,
+    check_call,
 )
 from laplace_lora.generation.reading import columns_at_once
 from laplace_lora.generation.sampled_predictor import SampledPredictor
@@ -77,16 +77,16 @@ def score(
 
     Raises:
         AttributeError: If the posterior has not been fitted.
-        TypeError: If the batch is no mapping with tensors ``input_ids`` and ``labels``, or
-            ``top_k`` is no number.
+        TypeError: If there is no posterior, the batch is no mapping with tensors ``input_ids`` and
+            ``labels``, ``top_k`` is no number, or the generator is none.
         ValueError: If nothing is scored, labels do not fit the tokens or the vocabulary, an option
             is out of range, the model is no causal language model, or it cannot carry tangents
             (8-bit weights, compiled or offloaded models), which the exact method does not need; or
             the exact method meets a posterior whose mean was moved.
         FloatingPointError: If logits are not finite; names the rows.
     """
+    check_call(la, method, link_approx)
     _check_batch(batch, top_k)
-    check_method(method, link_approx)
     predictor: NextTokenPredictor | SampledPredictor
     if method == EXACT:
         with together(runs=la.fitted.source):

@@ -230,7 +230,9 @@ class LaplaceLM(TemplateLM):
 
     def _written(self, prompts: list[list[int]], asked: Asked) -> list[str]:
         own = self.tokenizer.eos_token_id
-        ends = [*([] if own is None else [own]), *self._token_model.end_tokens]
+        known = [*([] if own is None else [own]), *self._token_model.end_tokens]
+        # A tokenizer may have more tokens than the model has logits.
+        ends = [token for token in known if token < self._token_model.vocabulary_size]
         stops = StopTexts(self.tokenizer, asked.until, ends)
         with samples_only():
             found = generate(

@@ -52,6 +52,7 @@ class LaplacePipeline(TextClassificationPipeline):
         **kwargs: Arguments of `transformers.Pipeline`, such as ``batch_size``.
 
     Raises:
+        TypeError: If the posterior is none, such as a model.
         ValueError: If ``model`` is another than the posterior's, the posterior predicts no
             classes, or the tokenizer writes behind texts that a decoder's answers follow.
     """
@@ -59,6 +60,11 @@ class LaplacePipeline(TextClassificationPipeline):
     def __init__(
         self, posterior: LoraLaplace, tokenizer: Any, model: Any = None, **kwargs: Any
     ) -> None:
+        if not isinstance(posterior, LoraLaplace):
+            raise TypeError(
+                "a LaplacePipeline is made of a fitted posterior, such as KronLoraLaplace, got "
+                f"{type(posterior).__name__}; the model is the posterior's"
+            )
         own = posterior.logits_model.model
         if model is not None and model is not own:
             raise ValueError(

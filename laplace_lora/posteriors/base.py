@@ -230,6 +230,9 @@ class LoraLaplace(FittedLaplace):
         Args:
             batch: What the model takes.
             n_examples: Examples of the fit, where the posterior grows with them.
+
+        Raises:
+            TypeError: If it is no batch, such as a loader.
         """
         return estimate_memory(self.parts, batch, n_examples)
 

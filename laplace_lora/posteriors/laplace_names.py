@@ -136,6 +136,7 @@ class LaplaceNames(ParametricLaplace):
     @property
     def scatter(self) -> Tensor:
         """``(θ − μ₀)ᵀ P₀ (θ − μ₀)`` of the evidence, a float64 scalar."""
+        self._check_H_init()
         return scatter(self.parts.state)
 
     @in_full_precision

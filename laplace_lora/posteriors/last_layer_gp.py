@@ -24,6 +24,7 @@ from laplace_lora.models.wrapping import wrapped
 from laplace_lora.posteriors.copies import deep_copy, refuse_pickling, shallow_copy
 from laplace_lora.posteriors.features_watch import FeaturesWatch, check_same_head
 from laplace_lora.posteriors.last_layer import check_no_name
+from laplace_lora.posteriors.state_dicts import check_entries
 from laplace_lora.posteriors.training_features import training_features
 from laplace_lora.structures.settings import TENSORS
 
@@ -64,7 +65,7 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
 
     Raises:
         ValueError: If the likelihood is neither ``"classification"`` nor ``"regression"``, or not
-            the model's, or a ``last_layer_name`` is given.
+            the model's, ``n_subset`` is no positive number, or a ``last_layer_name`` is given.
     """
 
     _key = ("lora_last_layer", "gp")
@@ -89,6 +90,8 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
                 f"the Gaussian process is laplace-torch's, of {' or '.join(LIKELIHOODS)}, and the "
                 f"likelihood is {likelihood!r}; use another class"
             )
+        if not hasattr(n_subset, "__index__") or n_subset < 1:
+            raise ValueError(f"n_subset must be a whole number, at least 1; got {n_subset!r}")
         backend = kwargs.pop("backend", None)
         check_no_name(kwargs)
         # laplace-torch accepts three backends and asks them for the Jacobian of a linear layer.
@@ -193,6 +196,7 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
         """
         twin = self._with_present_head()
         present = twin.mean
+        check_entries(state_dict, [name for name in twin.state_dict() if name != WATCHED])
         super(FunctionalLoraLLLaplace, twin).load_state_dict(state_dict)
         check_same_head(present, twin.mean)
         twin._watch = FeaturesWatch(self.features.source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +106,8 @@ class MemoryEstimate(Result):
         """Return the figures in GiB, and what to do if they are too large."""
         text = (
             f"batch of {self.batch_size}: fit {self.fit / GIB:.2f} GiB, predict "
-            f"{self.predict / GIB:.2f} GiB beyond the model (curvature {self.curvature / GIB:.2f}, "
+            f"{self.predict / GIB:.2f} GiB beyond the model (curvature at most "
+            f"{self.curvature / GIB:.2f}, "
             f"activations {self.activations / GIB:.2f}, derivatives {self.jacobian / GIB:.2f}); "
             f"{self.available / GIB:.2f} GiB are free"
         )
@@ -134,7 +136,16 @@ def estimate_memory(
         posterior: A posterior, fitted or not.
         batch: What the model takes.
         n_examples: Examples of the fit, for posteriors that grow with the data.
+
+    Raises:
+        TypeError: If it is no batch, such as a loader.
     """
+    values = batch.values() if isinstance(batch, Mapping) else [batch]
+    if not any(isinstance(value, Tensor) for value in values):
+        raise TypeError(
+            "estimate_memory takes one batch of tensors, as the model does, got "
+            f"{type(batch).__name__}; of a loader next(iter(loader))"
+        )
     model, engine, structure = posterior.model, posterior.engine, posterior.structure
     size = batch_length(batch)
     saved: dict[int, int] = {}

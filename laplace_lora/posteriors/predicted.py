@@ -174,7 +174,8 @@ class PredictedLaplace(EvidenceLaplace):
             TypeError: If the data are none of these.
             ValueError: If the data are empty, texts or rows of different lengths come without a
                 tokenizer or have no tokens, the tokenizer cannot pad, the link or method is
-                unknown or they do not go together, or the posterior is a language model's.
+                unknown or they do not go together, ``batch_size`` is no positive number, or the
+                posterior is a language model's.
         """
         posterior = self.fitted
         if labels_tokens(posterior.objective):

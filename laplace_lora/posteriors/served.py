@@ -16,7 +16,7 @@ from laplace_lora.posteriors.tuned import TunedLaplace
 from laplace_lora.predictive.network_samples import NetworkSamples
 from laplace_lora.storage.served_adapters import check_folder, write_adapters
 from laplace_lora.structures.settings import check_positive
-from laplace_lora.tuning.texts.served_width import ServedWidth, choose_width
+from laplace_lora.tuning.texts.served_width import ServedWidth, check_criterion, choose_width
 
 EXAMPLES = 256  # of the training data, at most
 ADVICE = (
@@ -87,8 +87,8 @@ class ServedLaplace(TunedLaplace):
             FileExistsError: If the folder holds anything but an earlier export.
             TypeError: If the model is no `PeftModel`.
             ValueError: If the posterior is over a last layer of its own, the model is sharded,
-                PEFT does not write a tensor of the posterior with the adapter, or no width is given
-                where none can be chosen.
+                PEFT does not write a tensor of the posterior with the adapter, the criterion is
+                unknown, or no width is given where none can be chosen.
 
         Warns:
             UserWarning: If the samples of no width are better than the mean alone, none is as
@@ -112,6 +112,7 @@ class ServedLaplace(TunedLaplace):
             check_positive("width", width)
             chosen = ServedWidth(float(width), "given")
         else:
+            check_criterion(criterion)
             if loader is None:
                 loader, criterion = self._some_training_data(criterion), "entropy"
             with together(loader, device=posterior.device, runs=posterior.source) as team:

@@ -5,7 +5,7 @@ For files use `save_pretrained`, which knows the model as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,26 @@ from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import SCALES, TENSORS, check_positive, copied
 from laplace_lora.structures.state import PosteriorState
 from laplace_lora.structures.subspace import SUBSPACE, SUBSPACE_TENSORS
+
+ENTRIES = ("cls_name", "likelihood", "mean", "H", "temperature", "loss", "n_data", "n_outputs")
+
+
+def check_entries(state_dict: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse a dictionary that is no posterior's, such as a model's.
+
+    Args:
+        state_dict: What is to be loaded.
+        names: What it must hold.
+
+    Raises:
+        ValueError: If it lacks some of them.
+    """
+    missing = [name for name in names if name not in state_dict]
+    if missing:
+        raise ValueError(
+            f"the dictionary has no {', '.join(map(repr, missing[:3]))}; load what a posterior's "
+            "state_dict() returned"
+        )
 
 
 def state_entries(posterior: Posterior) -> dict[str, Any]:
@@ -55,9 +75,10 @@ def read_state(posterior: Posterior, state_dict: Mapping[str, Any]) -> Posterior
             held objects, are understood.
 
     Raises:
-        ValueError: If the dictionary is of another class, likelihood, number of weights or kind of
-            eigenvalues, or a value is impossible, such as a negative curvature.
+        ValueError: If the dictionary lacks an entry, is of another class, likelihood, number of
+            weights or kind of eigenvalues, or a value is impossible, such as a negative curvature.
     """
+    check_entries(state_dict, ENTRIES)
     if state_dict["cls_name"] != posterior.kind:
         raise ValueError(
             f"the state is that of a {state_dict['cls_name']}, not of a {posterior.kind}"

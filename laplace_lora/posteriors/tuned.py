@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from laplace_lora.tuning.groups import PriorStructure
 from laplace_lora.tuning.left_out.profiled_noise import warn_if_noise_is_off
 from laplace_lora.tuning.options import (
     check_evidence_options,
-    check_no_validation,
+    check_loaders,
     check_options,
     check_predictive,
 )
@@ -136,8 +138,8 @@ class TunedLaplace(CalibratedLaplace):
         check_evidence_options(method, *asked_for, by_laplace_torch)
         if tune_sigma_noise and not self.fitted.objective.has_noise:
             raise ValueError("only a regression has observation noise to tune")
-        check_no_validation(method, val_loader)
         given = train_loader is not None
+        check_loaders(method, val_loader, given)
         request = Request(
             prior_structure,
             train_loader if given else self._train_loader,
@@ -224,9 +226,7 @@ class TunedLaplace(CalibratedLaplace):
         return True
 
     def _laplace_marglik(self, structure: PriorStructure, kwargs: dict[str, Any]) -> None:
-        with warnings.catch_warnings():
-            # laplace-torch speaks of links, which evidence does not involve.
-            warnings.filterwarnings("ignore", "By default `link_approx`", UserWarning)
+        with _link_is_known():
             super().optimize_prior_precision("glm", "marglik", prior_structure=structure, **kwargs)
 
     def _laplace_grid(self, val_loader: Any, n_samples: int, kwargs: dict[str, Any]) -> None:
@@ -244,4 +244,13 @@ class TunedLaplace(CalibratedLaplace):
         by_example = self.fitted.by_example
         data = val_loader if val_loader is None else list(map(by_example, val_loader))
         options = {"val_loader": data, "n_samples": n_samples, "link_approx": "mc"}
-        super().optimize_prior_precision("nn", "gridsearch", **options, **kwargs)
+        with _link_is_known():
+            super().optimize_prior_precision("nn", "gridsearch", **options, **kwargs)
+
+
+@contextmanager
+def _link_is_known() -> Iterator[None]:
+    """Leave out what laplace-torch says of links: evidence has none, and sampled weights one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "By default `link_approx`", UserWarning)
+        yield

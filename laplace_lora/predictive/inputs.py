@@ -101,7 +101,7 @@ def batches_of_rows(
 
     Raises:
         ValueError: If rows of different lengths have no tokenizer that can pad, one is empty, or
-            see `check_adapter`.
+            see `check_adapter` and `in_batches`.
     """
     lengths = torch.tensor([len(row.get("input_ids", (0,))) for row in rows])
     if bool((lengths == 0).any()):
@@ -131,7 +131,13 @@ def batches_of_rows(
 def in_batches(
     rows: Sequence[Mapping[str, Any]], order: Tensor, batch_size: int
 ) -> list[list[Mapping[str, Any]]]:
-    """Return which rows stand together in each of the batches that `batches_of_rows` makes."""
+    """Return which rows stand together in each of the batches that `batches_of_rows` makes.
+
+    Raises:
+        ValueError: If ``batch_size`` is no positive number.
+    """
+    if not hasattr(batch_size, "__index__") or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number, at least 1; got {batch_size!r}")
     return [[rows[i] for i in part.tolist()] for part in order.split(batch_size)]
 
 

@@ -93,11 +93,19 @@ def check_evidence_options(
             )
 
 
-def check_no_validation(method: str, val_loader: Any) -> None:
-    """Refuse validation data where a method reads none.
+def check_loaders(method: str, val_loader: Any, has_training: bool) -> None:
+    """Refuse data that a method does not read.
+
+    Args:
+        method: As of `check_options`.
+        val_loader: Validation data, ``None`` for none.
+        has_training: Whether training data are given.
 
     Raises:
         ValueError: If there are some.
     """
-    if method in ("auto", "loo", "widest", "marglik") and val_loader is not None:
+    on_validation = method in ("gridsearch", "val_gd")
+    if not on_validation and val_loader is not None:
         raise ValueError(f"method={method!r} uses no validation data; leave `val_loader` out")
+    if on_validation and has_training:
+        raise ValueError(f"method={method!r} uses no training data; leave `train_loader` out")

@@ -91,6 +91,14 @@ def test_tuners_that_do_not_start_at_the_base_model_fall_back(name, reason):
         la.optimize_prior_precision(method="loo")
 
 
+def test_mica_is_said_to_start_at_the_base_model():
+    config = peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights="mica")
+    la = fitted(get_peft_model(base_model("bert"), config))
+    la.optimize_prior_precision()
+    reason = "starts at the base model but is not linearised there: its lora_B, which stays frozen"
+    assert la.tuning.method == "marglik" and reason in la.tuning.reason
+
+
 def test_layers_that_do_change_something_are_found(monkeypatch):
     """What the table says of a tuner is verified."""
     monkeypatch.setitem(start.UNCHANGED, "vera_lambda_b", 0.5)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers.optimization import Adafactor
 
 from laplace_lora import DiagLoraLaplace
-from laplace_lora.adaptive import IVON, prune_adapter
+from laplace_lora.adaptive import IVON, prune_adapter, remove_pruned_triplets
 from support.adalora import tiny_adalora
 from support.batches import loader, token_batch
 from support.models import peft_model
@@ -76,3 +77,106 @@ def test_an_ivon_has_no_optimiser_beside_it():
     ivon = IVON([p for p in model.parameters() if p.requires_grad], ess=7)
     with pytest.raises(ValueError, match="leave `optimizer` out"):
         prune_adapter(model, ivon, 2, optimizer=torch.optim.SGD(model.parameters(), lr=1))
+
+
+class EightBit(torch.optim.Optimizer):
+    """Keeps a momentum in eight bits, with a scale for all of it, as bitsandbytes for a block."""
+
+    def __init__(self, parameters, scale="absmax"):
+        super().__init__(parameters, {})
+        self.scale = scale
+
+    def step(self):
+        for p in (p for group in self.param_groups for p in group["params"]):
+            largest = p.grad.abs().max()
+            quantised = (p.grad / largest * 127).round().to(torch.int8).view(torch.uint8)
+            self.state[p] = {"state1": quantised, self.scale: largest.expand(2)}
+
+
+class Subclass(torch.Tensor):
+    """As torchao's states: says it is floating-point, and of the parameter's shape."""
+
+
+class Wrapped(EightBit):
+    def step(self):
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p]["exp_avg"] = p.grad.clone().as_subclass(Subclass)
+
+
+class Preconditioned(EightBit):
+    """As Shampoo and SOAP, with a list of matrices beside a momentum."""
+
+    def step(self):
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p] = {"step": torch.tensor(1.0), "exp_avg": p.grad.clone()}
+            self.state[p]["sides"] = [torch.eye(size) for size in p.shape]
+
+
+def adafactor(parameters):
+    return Adafactor(parameters, lr=1e-2, relative_step=False, scale_parameter=False)
+
+
+def parts(model, optimizer):
+    """Copies of the adapter's tensors, their gradients and the optimiser's state."""
+    tensors = [t.detach().clone() for _, t in model.named_parameters()]
+    tensors += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    return tensors + [value.clone() for value in states if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        pytest.param(adafactor, "exp_avg_sq_row", id="transformers' Adafactor"),
+        pytest.param(torch.optim.Adafactor, "row_var", id="torch's Adafactor"),
+        pytest.param(EightBit, "state1", id="eight bits"),
+        pytest.param(Wrapped, "exp_avg", id="eight bits in a subclass"),
+        pytest.param(Preconditioned, "sides", id="matrices in a list"),
+    ],
+)
+@pytest.mark.parametrize("make_model", [lora, lambda: tiny_adalora("bert", torch.float64)])
+def test_a_state_that_cannot_shrink_is_refused_before_anything_changes(make, name, make_model):
+    model = make_model()
+    la, optimizer = trained(make, model)
+    before = parts(model, optimizer)
+    prunings = [lambda: prune_adapter(model, la, 2, optimizer=optimizer)]
+    if make_model is not lora:
+        prunings.append(lambda: remove_pruned_triplets(model, optimizer))
+    for prune in prunings:
+        kind = type(optimizer).__name__
+        with pytest.raises(ValueError, match=f"state of {kind} cannot shrink.*'{name}'.*new one"):
+            prune()
+    after = parts(model, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    stepped(model, optimizer)
+
+
+def test_a_search_direction_over_all_weights_is_refused_as_well():
+    model = lora().eval()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    la, _ = trained(torch.optim.SGD, model)
+    optimizer = torch.optim.LBFGS(parameters)  # keeps it beside its first parameter
+
+    def loss():
+        optimizer.zero_grad()
+        value = model(**token_batch()).loss
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    la.fit(loader())
+    with pytest.raises(ValueError, match="state of LBFGS cannot shrink"):
+        prune_adapter(model, la, 2, optimizer=optimizer)
+
+
+def test_what_is_no_optimiser_is_refused_before_anything_changes():
+    model = tiny_adalora("bert", torch.float64)
+    la, optimizer = trained(torch.optim.AdamW, model)
+    before = parts(model, optimizer)
+    for prune in (
+        lambda: prune_adapter(model, la, 2, optimizer=[optimizer]),
+        lambda: remove_pruned_triplets(model, [optimizer]),
+    ):
+        with pytest.raises(TypeError, match="must be one optimiser, got list"):
+            prune()
+    assert all(map(torch.equal, before, parts(model, optimizer)))

@@ -262,6 +262,8 @@ def test_bad_arguments_are_refused():
         calculate_kronecker_factors(model, lambda m, b: m(b)[:, :1], [batch])
     with pytest.raises(ValueError, match=r"expected \(batch, outputs\)"):
         calculate_kronecker_factors(model, lambda m, b: m(b)[0], [batch])
+    with pytest.raises(TypeError, match=r"must return the logits, .* got dict; .*`\.logits`"):
+        calculate_kronecker_factors(model, lambda m, b: {"logits": m(b)}, [batch])
     with pytest.raises(RuntimeError, match="carry no gradient"):
         calculate_kronecker_factors(model, lambda m, b: m(b).detach(), [batch])
     bad = {**batch, "x": batch["x"] * math.nan}

@@ -255,6 +255,16 @@ def test_errors():
             call(la, argument, n_samples=0)
         with pytest.raises(ValueError, match="top_k must lie"):
             call(la, argument, top_k=0)
+        with pytest.raises(TypeError, match=r"by a fitted posterior .*got PeftModel"):
+            call(la.logits_model.model, argument)
+        for method in METHODS:
+            with pytest.raises(TypeError, match=r"must be a torch\.Generator or None, got 0"):
+                call(la, argument, method=method, generator=0, top_k=K)
+    for end, unknown in ((VOCABULARY, VOCABULARY), (-1, -1), ([2, -3], -3)):
+        with pytest.raises(
+            ValueError, match=rf"eos_token_id=\[{unknown}\] lies outside .*give \[\]"
+        ):
+            generate(la, prompt, eos_token_id=end)
     for options, message in (
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"repetition_penalty": -1.0}, "repetition_penalty must be positive"),

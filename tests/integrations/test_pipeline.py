@@ -141,6 +141,8 @@ def test_no_two_answers_have_one_name():
 def test_what_does_not_fit_is_refused(la, tokenizer):
     with pytest.raises(ValueError, match="the model that the posterior is of"):
         LaplacePipeline(la, tokenizer, model=peft_model("bert"))
+    with pytest.raises(TypeError, match=r"is made of a fitted posterior, .*got PeftModel"):
+        LaplacePipeline(la.logits_model.model, tokenizer)
     with pytest.raises(ValueError, match="probabilities already"):
         LaplacePipeline(la, tokenizer)("a b", function_to_apply="sigmoid")
     regression = KronLoraLaplace(peft_model("bert"), "regression")

@@ -241,3 +241,18 @@ def test_a_model_that_counts_padding_is_pointed_out():
 def test_there_is_no_evidence_before_a_fit():
     with pytest.raises(RuntimeError, match="has not been fitted"):
         process().log_marginal_likelihood()
+
+
+@pytest.mark.parametrize("n_subset", [0, -1, 1.5, None])
+def test_it_is_conditioned_on_a_positive_number_of_examples(n_subset):
+    with pytest.raises(ValueError, match="n_subset must be a whole number, at least 1; got"):
+        FunctionalLoraLLLaplace(peft_model("bert"), "classification", n_subset)
+
+
+def test_dictionaries_of_something_else_are_refused():
+    gp = fitted()
+    before, state = answers(gp), gp.state_dict()
+    for missing in (list(state), ["mu"]):
+        with pytest.raises(ValueError, match=r"has no .*; load what a posterior's state_dict"):
+            gp.load_state_dict({k: v for k, v in state.items() if k not in missing})
+    assert all(map(torch.equal, before, answers(gp)))

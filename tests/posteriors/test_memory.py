@@ -40,6 +40,17 @@ def test_the_curvature_is_bounded_by_what_is_held(kwargs):
     assert 0.5 * estimate.curvature < held < 1.1 * estimate.curvature
 
 
+def test_it_is_of_one_batch():
+    la = KronLoraLaplace(peft_model("bert", dtype=torch.float32), "classification")
+    rows = loader().dataset
+    listed = {name: value.tolist() for name, value in rows[0].items()}
+    for data in (loader(), list(loader()), rows, None, ["a b", "c"], "a b", listed):
+        kind = type(data).__name__
+        with pytest.raises(TypeError, match=rf"takes one batch .* got {kind}; .*next\(iter"):
+            la.estimate_memory(data)
+    assert "curvature at most 0.00" in str(la.estimate_memory(next(iter(loader()))))
+
+
 def test_other_structures_count_their_numbers():
     model = peft_model("bert", dtype=torch.float32)
     diag = DiagLoraLaplace(model, "classification")

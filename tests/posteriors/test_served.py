@@ -461,6 +461,7 @@ def test_refusals(tmp_path):
         ({"width": 0.5, "loader": data}, "either a `width`"),
         ({"width": 0.5, "criterion": "nll"}, "either a `width`"),
         ({"loader": data, "criterion": "ece"}, "criterion must be one of"),
+        ({"criterion": "NLL"}, "criterion must be one of"),
         ({"loader": iter(data)}, "iterated over repeatedly"),
         ({"loader": []}, "no example to choose the width by"),
         ({"criterion": "nll"}, "labels that were trained on"),

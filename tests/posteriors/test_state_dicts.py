@@ -103,6 +103,18 @@ def test_weights_that_are_not_finite_are_refused(fitted):
         fitted.load_state_dict({**state, "mean": state["mean"] * torch.nan})
 
 
+def test_dictionaries_of_something_else_are_refused(fitted):
+    before, state = fitted(BATCH), fitted.state_dict()
+    for other, named in (
+        ({}, "'cls_name', 'likelihood', 'mean'"),
+        (fitted.model.state_dict(), "'cls_name', 'likelihood', 'mean'"),
+        ({name: value for name, value in state.items() if name != "H"}, "'H'"),
+    ):
+        with pytest.raises(ValueError, match=f"has no {named}; load what a posterior's state_dict"):
+            fitted.load_state_dict(other)
+    assert torch.equal(fitted(BATCH), before)
+
+
 @pytest.mark.parametrize("name,value", [("n_data", -3), ("n_outputs", True), ("n_data", 2.5)])
 def test_files_have_the_same_counts(fitted, tmp_path, name, value):
     fitted.save_pretrained(tmp_path)

@@ -169,3 +169,5 @@ def test_a_seed_is_no_generator():
             call()
     with pytest.raises(AttributeError, match="not fitted"):
         posterior(fit=False)(BATCH)
+    with pytest.raises(AttributeError, match="not fitted"):
+        _ = posterior(fit=False).scatter

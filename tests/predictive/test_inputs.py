@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from laplace_lora import KronLoraLaplace
 from laplace_lora.predictive.texts import encoded
-from support.batches import LENGTHS, images, loader, rows, token_batch
+from support.batches import LENGTHS, images, loader, rows, split_rows, token_batch
 from support.generation import answers_posterior
 from support.models import resnet
 from support.posteriors import posterior
@@ -138,6 +138,19 @@ def test_missing_texts_are_named(la, name):
     data, message = MISSING[name]
     with pytest.raises(TypeError, match=rf"items {message}"):
         la.predict(data, word_tokenizer())
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, "8", None])
+def test_batches_have_at_least_one_example(la, batch_size):
+    texts, tokenizer = ["a b", "c"], word_tokenizer()
+    for call in (
+        lambda: la.predict(texts, tokenizer, batch_size=batch_size),
+        lambda: la.predict(split_rows(token_batch((4, 2))), tokenizer, batch_size=batch_size),
+        lambda: la.acquire(texts, 1, "bald", tokenizer, batch_size=batch_size),
+        lambda: la.acquire(texts, 1, "batchbald", tokenizer, batch_size=batch_size),
+    ):
+        with pytest.raises(ValueError, match="batch_size must be a whole number, at least 1; got"):
+            call()
 
 
 def test_texts_without_tokens_are_named(la):

@@ -68,5 +68,5 @@ def test_data_of_which_no_label_is_known_are_refused():
         with pytest.raises(ValueError, match=r"no label of the (training )?data is known"):
             call()
     assert torch.equal(la.prior_precision, before) and la.n_data == 7
-    with pytest.raises(ValueError, match="the validation loader is empty"):
+    with pytest.raises(ValueError, match="the loader is empty"):
         la.calibrate([], progress_bar=False)

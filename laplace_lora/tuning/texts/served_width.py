@@ -88,7 +88,8 @@ def choose_width(
             linearised predictive.
     """
     posterior = samples.posterior
-    _check(posterior, loader, criterion)
+    check_criterion(criterion)
+    _check(posterior, loader)
     if criterion is None:
         # A process may have no data; what the others' batches have holds for all.
         is_labelled = team.any_of(_is_labelled(posterior, loader))
@@ -202,9 +203,17 @@ def _of_entropy(at: Callable[[float], float], wanted: float) -> ServedWidth:
     return ServedWidth(best, "entropy", tried[best], wanted, tuple(sorted(tried.items())))
 
 
-def _check(posterior: Posterior, loader: Any, criterion: str | None) -> None:
+def check_criterion(criterion: str | None) -> None:
+    """Refuse an unknown criterion; ``None`` leaves the choice to the data.
+
+    Raises:
+        ValueError: If it is one.
+    """
     if criterion not in (None, *CRITERIA):
         raise ValueError(f"criterion must be one of {CRITERIA}, got {criterion!r}")
+
+
+def _check(posterior: Posterior, loader: Any) -> None:
     objective = posterior.objective
     averages = objective.is_classifier or objective.predicts_tokens
     if objective.has_pairs or objective.has_spans or not averages:

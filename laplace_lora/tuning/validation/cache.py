@@ -113,7 +113,8 @@ def validation_rows(team: Together, **columns: list[Tensor]) -> dict[str, Tensor
     rows = team.rows(**columns)
     if not rows:
         raise ValueError(
-            "the validation loader is empty, or a stream that can be read only once has been read"
+            "there are no examples: the loader is empty, or a stream that can be read only once "
+            "has been read"
         )
     return rows
 

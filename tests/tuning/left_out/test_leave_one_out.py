@@ -207,6 +207,8 @@ def test_without_the_training_data_it_says_so():
 
 def test_data_of_another_fit_are_refused():
     la = fitted()
+    with pytest.raises(ValueError, match="there are no examples: the loader is empty"):
+        la.optimize_prior_precision(method="loo", train_loader=[])
     with pytest.raises(ValueError, match="7 examples, the fit saw 12"):
         la.optimize_prior_precision(method="loo", train_loader=loader())
 

@@ -1,6 +1,7 @@
 """Tuning on validation data: one pass for a whole grid, and gradient descent."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -154,7 +155,7 @@ def test_validation_data_must_be_there_and_have_labels(method):
     unlabelled = [{k: v for k, v in x.items() if k != "labels"} for x in validation().dataset]
     for data, match in (
         (None, "needs `val_loader`"),
-        (DataLoader([], batch_size=2), "validation loader is empty"),
+        (DataLoader([], batch_size=2), "loader is empty"),
         (DataLoader(unlabelled, batch_size=2), "no 'labels'"),
     ):
         with pytest.raises(ValueError, match=match):
@@ -172,6 +173,11 @@ def test_what_does_not_go_together_is_refused():
         )
     with pytest.raises(ValueError, match="uses no validation data"):
         la.optimize_prior_precision(val_loader=validation())
+    for method in ("gridsearch", "val_gd"):
+        with pytest.raises(ValueError, match="uses no training data; leave `train_loader` out"):
+            la.optimize_prior_precision(
+                method=method, val_loader=validation(), train_loader=loader()
+            )
     for method, name, match in (
         ("val_gd", "grid_size", "takes no 'grid_size'; method='gridsearch' does. It takes n_steps"),
         ("gridsearch", "n_steps", "'auto' or 'marglik' or 'val_gd' does. It takes loss, "),
@@ -274,3 +280,12 @@ def test_a_curvature_without_directions_can_be_searched():
         la.calibrate(validation())
         la.optimize_prior_precision(method="val_gd", val_loader=validation(), n_steps=2)
         assert la(token_batch((3, 5))).isfinite().all()
+
+
+def test_a_grid_of_sampled_weights_warns_of_no_link():
+    la = posterior(name="bert", **LOW)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        la.optimize_prior_precision(
+            "nn", "gridsearch", val_loader=validation(), grid_size=2, n_samples=2
+        )
