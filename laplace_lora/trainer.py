@@ -201,11 +201,15 @@ class LaplaceCallback(TrainerCallback):
         self._begun = (weakref.ref(model), adapters)
 
     def _start_before(self, args: TrainingArguments) -> AdapterStart:
-        """Read the start that a training left, where earlier versions put it, too."""
+        """Read the start that a training left; earlier versions put that of any adapter above."""
         try:
             return AdapterStart.from_pretrained(self._folder(args))
         except FileNotFoundError:
-            return AdapterStart.from_pretrained(args.output_dir)
+            start = AdapterStart.from_pretrained(args.output_dir)
+            trained = {n for n, p in self.trainer.model.named_parameters() if p.requires_grad}
+            if trained <= set(start.tensors):
+                return start
+            raise
 
     def _folder(self, args: TrainingArguments) -> str:
         """Return where PEFT puts the adapter when the trainer saves it."""

@@ -260,3 +260,17 @@ def test_predictions_are_of_a_data_set(tmp_path):
     for data, named in ((loader(), "a loader"), (["a b", "c"], "texts"), ("a b", "texts")):
         with pytest.raises(TypeError, match=f"takes a data set, .*got {named}; .*callback.la"):
             callback.predict(data)
+
+
+def test_a_resumed_training_leaves_another_adapters_start_alone(tmp_path):
+    """One that lies above, where an adapter called ``default`` has it."""
+    lora = LoraConfig("SEQ_CLS", r=2, target_modules=["query"])
+    start_of(get_peft_model(base_model("bert"), lora)).save_pretrained(tmp_path)
+    model = get_peft_model(base_model("bert"), lora, adapter_name="mood")
+    trainer = trainer_of(model, tmp_path)
+    trainer.args.save_strategy, trainer.args.save_steps = "steps", 1
+    trainer.train()
+    trainer, callback = trainer_with_callback(tmp_path, model, {"strict": True})
+    trainer.args.max_steps = 4
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(callback.la.prior_mean, torch.zeros(()))

@@ -73,7 +73,8 @@ def check_optimizer(optimizer: object) -> None:
     Raises:
         TypeError: If it is something else, such as a list of optimisers.
         ValueError: If its state of a parameter has values beside those of single weights, as
-            factored optimisers have, or is quantised, with a scale for many weights at once.
+            factored optimisers have, or is quantised, with a scale for many weights at once; if
+            another optimiser within it holds the state, as in `ZeroRedundancyOptimizer`.
         RuntimeError: If it is an `IVON` with a draw in place.
     """
     if optimizer is None:
@@ -82,6 +83,11 @@ def check_optimizer(optimizer: object) -> None:
     if not isinstance(every, Mapping):
         raise TypeError(f"optimizer must be one optimiser, got {type(optimizer).__name__}")
     check_mean(optimizer)
+    if not every and getattr(getattr(optimizer, "optim", None), "state", None):
+        raise ValueError(
+            f"the state of {type(optimizer).__name__} is in another optimiser within it, and would "
+            "not shrink; leave `optimizer` out, and make a new one after pruning"
+        )
     for p, state in every.items():
         for name, value in state.items() if isinstance(p, Tensor) else ():
             if not _shrinks(value, p):

@@ -174,11 +174,6 @@ class Fitter:
         self, curvature: Any, loss: float, gradient: Tensor | None, n_data: int, n_outputs: int
     ) -> PosteriorState:
         posterior = self.posterior
-        if posterior.settings.shift is not None:
-            warn(
-                "the posterior's mean, which was moved, is the model's weights again; tune once "
-                "more, as a prior that was chosen for the moved mean is not one for these"
-            )
         return PosteriorState(
             # The model may have been brought to another dtype since they were given.
             settings=posterior.settings.of_new_data().to(posterior.device, posterior.dtype),

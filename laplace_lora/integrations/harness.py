@@ -232,7 +232,7 @@ class LaplaceLM(TemplateLM):
         own = self.tokenizer.eos_token_id
         known = [*([] if own is None else [own]), *self._token_model.end_tokens]
         # A tokenizer may have more tokens than the model has logits.
-        ends = [token for token in known if token < self._token_model.vocabulary_size]
+        ends = [token for token in known if 0 <= token < self._token_model.vocabulary_size]
         stops = StopTexts(self.tokenizer, asked.until, ends)
         with samples_only():
             found = generate(

@@ -75,8 +75,7 @@ class FittedLaplace(SavedLaplace):
                 data are added where the model was rounded to a coarser dtype since.
 
         Warns:
-            UserWarning: If ``checkpoint_dir`` holds files of a fit in another number of processes,
-                or the mean had been moved, by `recentre` or a tuning, and returns.
+            UserWarning: If ``checkpoint_dir`` holds files of a fit in another number of processes.
         """
         alone = override or not self.state.is_fitted
         self._weights_watch.look_again()

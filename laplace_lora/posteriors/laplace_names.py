@@ -88,7 +88,7 @@ class LaplaceNames(ParametricLaplace):
     @_prior_precision.setter
     def _prior_precision(self, value: Tensor) -> None:
         self.structure.check_prior(len(value), self.n_layers, self.n_params)
-        settings = replace(self.state.settings, prior_precision=own(value))
+        settings = self.state.settings.with_value("prior_precision", own(value))
         self.state = self.state.with_settings(settings)
 
     @property

@@ -144,7 +144,7 @@ def estimate_memory(
     if not any(isinstance(value, Tensor) for value in values):
         raise TypeError(
             "estimate_memory takes one batch of tensors, as the model does, got "
-            f"{type(batch).__name__}; of a loader next(iter(loader))"
+            f"{type(batch).__name__}; of a loader next(iter(loader)), of a pair the inputs"
         )
     model, engine, structure = posterior.model, posterior.engine, posterior.structure
     size = batch_length(batch)

@@ -33,7 +33,7 @@ class SettingValue(StateValue[T]):
         return cast("T", self if instance is None else getattr(instance.state.settings, self.name))
 
     def __set__(self, instance: Any, value: T) -> None:
-        settings = replace(instance.state.settings, **{self.name: own(value)})
+        settings = instance.state.settings.with_value(self.name, own(value))
         instance.state = instance.state.with_settings(settings)
 
 

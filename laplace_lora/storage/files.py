@@ -119,18 +119,24 @@ def _from_hub(repository: str, inside: Sequence[str]) -> dict[str, Path]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
 
+    name = "/".join([repository, *inside])
     try:
         path = Path(hf_hub_download(repository, "/".join([*inside, TENSORS])))
         with suppress(EntryNotFoundError):  # the first file is a whole by itself
             hf_hub_download(repository, "/".join([*inside, CONFIG]))  # into the same folder
+    except HFValidationError as error:
+        raise FileNotFoundError(
+            f"{name} is neither a folder nor the name of a repository"
+        ) from error
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
-            f"there is no folder {repository}, and the hub, which may have a repository of that "
-            "name, was not reached"
+            f"there is no folder {name}, and the hub, which may have a repository of that name, "
+            "was not reached"
         ) from error
     except EntryNotFoundError as error:
         raise FileNotFoundError(
@@ -139,8 +145,8 @@ def _from_hub(repository: str, inside: Sequence[str]) -> dict[str, Path]:
         ) from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"there is no folder {repository}, and no repository of that name on the hub that you "
-            "may read; check the name, and log in with `hf auth login` if it is private"
+            f"there is no folder {name}, and no repository of that name on the hub that you may "
+            "read; check the name, and log in with `hf auth login` if it is private"
         ) from error
     return {TENSORS: path, CONFIG: path.parent / CONFIG}
 

@@ -84,6 +84,14 @@ class Settings:
         copies: Any = {name: copied(getattr(self, name)) for name in TENSORS}
         return replace(self, **copies)
 
+    def with_value(self, name: str, value: Any) -> Settings:
+        """Return the settings with one of them set, which no undone calibration takes back."""
+        calibration = self.calibration
+        if calibration is not None and name in CALIBRATED:
+            calibration = (replace(calibration[0], **{name: value}), calibration[1])
+        given: Any = {name: value, "calibration": calibration}
+        return replace(self, **given)
+
     def calibrated_from(self, earlier: Settings) -> Settings:
         """Return the settings that a calibration chose, which `uncalibrated` takes back.
 

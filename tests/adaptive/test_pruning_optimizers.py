@@ -180,3 +180,22 @@ def test_what_is_no_optimiser_is_refused_before_anything_changes():
         with pytest.raises(TypeError, match="must be one optimiser, got list"):
             prune()
     assert all(map(torch.equal, before, parts(model, optimizer)))
+
+
+def test_an_optimiser_within_another_is_refused():
+    """As in `ZeroRedundancyOptimizer`, whose own state is empty."""
+
+    class Outer(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {})
+            self.optim = torch.optim.AdamW(params, lr=1e-2)
+
+        def step(self):
+            self.optim.step()
+
+    model = lora()
+    la, optimizer = trained(Outer, model)
+    shapes = [p.shape for p in model.parameters()]
+    with pytest.raises(ValueError, match="state of Outer is in another optimiser"):
+        prune_adapter(model, la, 2, optimizer=optimizer)
+    assert [p.shape for p in model.parameters()] == shapes

@@ -162,8 +162,7 @@ def test_a_moved_mean_returns_and_the_calibration_with_it():
     reference, before = copy.deepcopy(la), settings(la)
     la.recentre(1.0)
     la.calibrate(validation())
-    with pytest.warns(UserWarning, match="which was moved, is the model's weights again"):
-        la.fit(loader())
+    la.fit(loader())
     assert la.state.settings.shift is None
     assert_equal(settings(la), before)
     assert_near(la(BATCH), reference(BATCH))
@@ -178,3 +177,12 @@ def test_a_model_in_another_dtype_goes_back_as_well():
     la.fit(loader())
     assert la.prior_precision.dtype == torch.float64
     assert torch.equal(la.prior_precision, before[0].double())
+
+
+@pytest.mark.parametrize("name", ["prior_precision", "covariance_scale"])
+def test_what_is_set_to_the_calibrated_value_stays(name):
+    la, _, _ = calibrated(**LOW)
+    value = getattr(la, name)
+    setattr(la, name, value)
+    la.fit(loader())
+    assert float(getattr(la, name)) == float(value)

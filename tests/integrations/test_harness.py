@@ -144,7 +144,7 @@ def test_options_that_change_no_greedy_text_are_taken(both, monkeypatch):
     assert written(own) == written(other) == plain
 
 
-@pytest.mark.parametrize("ends", [None, 2])
+@pytest.mark.parametrize("ends", [None, 2, -1])
 def test_a_tokenizer_may_end_no_text(both, monkeypatch, ends):
     own, other = both
     tokenizer = plain_tokenizer(50)
@@ -153,7 +153,7 @@ def test_a_tokenizer_may_end_no_text(both, monkeypatch, ends):
     for config in (other.model.generation_config, own.posterior.logits_model.config):
         monkeypatch.setattr(config, "eos_token_id", ends)
     ids = torch.tensor([silent.tok_encode("d e f a")])
-    options = {"n_samples": 2, "generator": seeded(), "eos_token_id": [] if ends is None else ends}
+    options = {"n_samples": 2, "generator": seeded(), "eos_token_id": [2] if ends == 2 else []}
     (tokens,) = generate(own.posterior, {"input_ids": ids}, 6, **options).tokens.tolist()
     words = [tokenizer.decode([token]) for token in tokens]
     stop = next(n for n, word in enumerate(words) if word not in words[:n] and n)
@@ -169,7 +169,7 @@ def test_a_tokenizer_may_end_no_text(both, monkeypatch, ends):
         (found,) = silent.generate_until(instances("generate_until", [request]), True)
         assert found.split() == text
     # Behind the stop a text is ended by the model's own token, or goes on.
-    assert int(calls[1].mask.sum()) == (6 if ends is None else stop + 2)
+    assert int(calls[1].mask.sum()) == (stop + 2 if ends == 2 else 6)
 
 
 @pytest.mark.parametrize("name", ["num_beams", "min_new_tokens", "min_length", "max_time"])

@@ -63,6 +63,15 @@ def test_what_lies_in_a_folder_of_a_repository_is_read_from_there(hub):
         KronLoraLaplace.from_pretrained(la.logits_model, REPO)
 
 
+@pytest.mark.parametrize("name", ["runs/exp 1", "runs/exp 1/final"])
+def test_a_folder_that_is_not_there_and_no_repository(hub, name):
+    model = fitted().logits_model.model
+    with pytest.raises(FileNotFoundError, match=f"{name} is neither a folder nor the name"):
+        KronLoraLaplace.from_pretrained(model, name)
+    with pytest.raises(FileNotFoundError, match="there is no folder runs/one/final"):
+        KronLoraLaplace.from_pretrained(model, "runs/one/final")
+
+
 def test_what_the_hub_lacks_is_named(hub):
     la = fitted()
     model = la.logits_model.model

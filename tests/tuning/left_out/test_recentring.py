@@ -188,8 +188,7 @@ def test_a_fit_and_a_tuning_undo_it(undo):
     la = fitted()
     la.recentre(PRECISION)
     if undo == "fit":
-        with pytest.warns(UserWarning, match="tune once more"):
-            la.fit(loader(lengths=LENGTHS))
+        la.fit(loader(lengths=LENGTHS))
     else:
         la.optimize_prior_precision(method="marglik")
     assert la.state.settings.shift is None
