@@ -75,7 +75,7 @@ WRONG = [
     ("prior_precision", torch.tensor([-1.0]), "prior_precision must be positive"),
     ("prior_precision", torch.ones(3), "do not fit the model's tensors"),
     ("prior_precision", torch.ones(()), "do not fit the model's tensors"),
-    ("prior_mean", torch.zeros(2), "do not fit the model's tensors"),
+    ("prior_mean", torch.zeros(2), "mean does not fit the model's tensors"),
     ("prior_mean", torch.tensor(torch.nan), "'prior_mean' is not finite"),
     ("temperature", -1.0, "temperature must be positive"),
     ("sigma_noise", torch.ones(2), "do not fit the model's tensors"),
