@@ -1,8 +1,10 @@
 """Processes of their own, to which a test hands its work."""
 
 import multiprocessing
+import os
 import socket
 import time
+from unittest.mock import patch
 
 # Ten times what the longest takes on two free cores: beside other work it takes several times that.
 PATIENCE = 900
@@ -24,8 +26,11 @@ def exit_codes(worker, folder, count=2):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     workers = [context.Process(target=worker, args=(rank, port, folder)) for rank in range(count)]
-    for process in workers:
-        process.start()
+    # MKL's functions of vectors do not follow torch.set_num_threads, and several processes with
+    # several threads each wait for one another on few cores, ten times as long as they compute.
+    with patch.dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"):
+        for process in workers:
+            process.start()
     until = time.monotonic() + PATIENCE
     for process in workers:
         process.join(timeout=max(until - time.monotonic(), FAREWELL))
