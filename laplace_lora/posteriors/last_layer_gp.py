@@ -26,7 +26,7 @@ from laplace_lora.posteriors.features_watch import FeaturesWatch, check_same_hea
 from laplace_lora.posteriors.last_layer import check_no_name
 from laplace_lora.posteriors.state_dicts import check_entries
 from laplace_lora.posteriors.training_features import training_features
-from laplace_lora.structures.settings import TENSORS
+from laplace_lora.structures.settings import TENSORS, check_count
 
 Self = TypeVar("Self", bound="FunctionalLoraLLLaplace")
 GP: Any = FunctionalLLLaplace
@@ -90,8 +90,7 @@ class FunctionalLoraLLLaplace(FunctionalLLLaplace):
                 f"the Gaussian process is laplace-torch's, of {' or '.join(LIKELIHOODS)}, and the "
                 f"likelihood is {likelihood!r}; use another class"
             )
-        if not hasattr(n_subset, "__index__") or n_subset < 1:
-            raise ValueError(f"n_subset must be a whole number, at least 1; got {n_subset!r}")
+        check_count("n_subset", n_subset)
         backend = kwargs.pop("backend", None)
         check_no_name(kwargs)
         # laplace-torch accepts three backends and asks them for the Jacobian of a linear layer.

@@ -12,6 +12,7 @@ from torch.utils.data import default_collate
 
 from laplace_lora.models.inputs.batch_checks import check_adapter
 from laplace_lora.predictive.texts import check_pads, encoded, is_text_pair
+from laplace_lora.structures.settings import check_count
 
 # Dimensions of one example's tensor.
 ROW_DIMS = {"input_ids": 1, "pixel_values": 3, "input_features": 2, "input_values": 1}
@@ -136,8 +137,7 @@ def in_batches(
     Raises:
         ValueError: If ``batch_size`` is no positive number.
     """
-    if not hasattr(batch_size, "__index__") or batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number, at least 1; got {batch_size!r}")
+    check_count("batch_size", batch_size)
     return [[rows[i] for i in part.tolist()] for part in order.split(batch_size)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -35,6 +35,16 @@ def check_positive(name: str, value: Tensor | float) -> None:
     bad = ~((values > 0) & values.isfinite())
     if values.device.type != "meta" and bool(bad.any()):
         raise ValueError(f"{name} must be positive and finite, got {values[bad].tolist()}")
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse what is no number of things.
+
+    Raises:
+        ValueError: If it is no whole number, or below 1; names it.
+    """
+    if not isinstance(value, SupportsIndex) or value.__index__() < 1:
+        raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}")
 
 
 @dataclass(frozen=True)
