@@ -38,9 +38,8 @@ from laplace_lora.tuning.texts.widest import Widest
 from laplace_lora.tuning.validation.cache import Cache, ValidationCache, scoring_of
 from laplace_lora.tuning.validation.calibration import Calibration, calibrate
 from laplace_lora.tuning.validation.coupled_cache import CoupledCache
-from laplace_lora.tuning.validation.sample_calibration import calibrate_classes
+from laplace_lora.tuning.validation.sample_calibration import calibrate_by_samples
 from laplace_lora.tuning.validation.search import Loss, descend, grid_search
-from laplace_lora.tuning.validation.token_calibration import calibrate_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +238,7 @@ class Tuner:
                 )
             with self._together(val_loader) as team:
                 options = (val_loader, team, generator, progress_bar)
-                return calibrate_tokens(self.posterior, *options)
+                return calibrate_by_samples(self.posterior, *options)
         sampled = takes_samples(self.posterior, CHEAPER, link, SAMPLES, generator)
         if sampled and not objective.has_independent_labels:
             if isinstance(val_loader, Iterator):
@@ -247,7 +246,7 @@ class Tuner:
             try:
                 with self._together(val_loader) as team:
                     options = (val_loader, team, generator, progress_bar)
-                    return calibrate_classes(self.posterior, *options)
+                    return calibrate_by_samples(self.posterior, *options)
             except (NoForwardDerivativeError, OtherProcessFailed) as error:
                 if kind_of(error) != NoForwardDerivativeError.__name__:
                     raise
