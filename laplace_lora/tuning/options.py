@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from laplace_lora.likelihoods.links import LINKS
+from laplace_lora.structures.settings import check_count
 
 MARGLIK = ("n_steps", "lr", "init_prior_prec")
 GRID = ("loss", "log_prior_prec_min", "log_prior_prec_max", "log_prior_prec_base", "grid_size")
@@ -52,8 +53,7 @@ def check_predictive(pred_type: str, link_approx: str, n_samples: int) -> None:
         raise ValueError(f"pred_type must be 'glm' or 'nn', got {pred_type!r}")
     if link_approx not in LINKS:
         raise ValueError(f"link_approx must be one of {LINKS}, got {link_approx!r}")
-    if n_samples < 1:
-        raise ValueError(f"n_samples must be positive, got {n_samples}")
+    check_count("n_samples", n_samples)
 
 
 def check_evidence_options(
