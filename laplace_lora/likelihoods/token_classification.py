@@ -8,6 +8,7 @@ likelihood is the product over its tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from laplace_lora.likelihoods.language_modeling import IGNORED, LabelledTokens
 from laplace_lora.likelihoods.real_tokens import real_tokens_of
 from laplace_lora.likelihoods.roots import LARGEST_ROOT
 from laplace_lora.likelihoods.splitting import split_mapping_or_pair
+
+TOKENS = ("input_ids", "inputs_embeds")
+real_tokens = partial(real_tokens_of, task="token classification", keys=TOKENS)
 
 
 class TokenClassification(LabelledTokens, Classification):
@@ -100,16 +104,3 @@ def class_labels(batch: Any, labels: Tensor) -> Tensor:
             f"{IGNORED} where there is none; got {labels.dtype} of shape {tuple(labels.shape)}"
         )
     return labels.long().masked_fill(~real, IGNORED)
-
-
-def real_tokens(batch: Any) -> Tensor:
-    """Return which tokens of texts are no padding, ``(batch, tokens)``.
-
-    Args:
-        batch: See `class_labels`.
-
-    Raises:
-        TypeError: If the batch is no mapping of texts.
-        ValueError: If its mask has not one entry per token.
-    """
-    return real_tokens_of(batch, "token classification", keys=("input_ids", "inputs_embeds"))

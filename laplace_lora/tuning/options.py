@@ -71,19 +71,16 @@ def check_evidence_options(
     Raises:
         ValueError: If one of them would have no effect.
     """
-    takers = {
-        "correction=True": ("marglik",),
-        "tune_sigma_noise=True": ("loo", "marglik"),
-        "recentre=False": ("loo",),
-    }
-    given = {
-        "correction=True": correction,
-        "tune_sigma_noise=True": tune_noise,
-        "recentre=False": not recentre,
-    }
-    for argument in (name for name, value in given.items() if value):
-        if method not in ("auto", *takers[argument]):
-            methods = " or ".join(f"method={taker!r}" for taker in takers[argument])
+    arguments = [
+        ("correction=True", correction, ("marglik",)),
+        ("tune_sigma_noise=True", tune_noise, ("loo", "marglik")),
+        ("recentre=False", not recentre, ("loo",)),
+    ]
+    for argument, is_given, takers in arguments:
+        if not is_given:
+            continue
+        if method not in ("auto", *takers):
+            methods = " or ".join(f"method={taker!r}" for taker in takers)
             raise ValueError(f"{argument} belongs to {methods}; got method={method!r}")
         if by_laplace_torch:
             names = ", ".join(repr(name) for name in MARGLIK)

@@ -35,7 +35,7 @@ from laplace_lora.tuning.left_out.report import LeaveOneOut
 from laplace_lora.tuning.same_data import check_at_hand
 from laplace_lora.tuning.texts import widest
 from laplace_lora.tuning.texts.widest import Widest
-from laplace_lora.tuning.validation.cache import Cache, ValidationCache, scoring_of
+from laplace_lora.tuning.validation.cache import ValidationCache, scoring_of
 from laplace_lora.tuning.validation.calibration import Calibration, calibrate
 from laplace_lora.tuning.validation.coupled_cache import CoupledCache
 from laplace_lora.tuning.validation.sample_calibration import calibrate_by_samples
@@ -206,12 +206,12 @@ class Tuner:
         """
         groups = prior_groups(self.posterior.names, structure)
         coupled = self.posterior.structure.couples_groups and int(groups.max()) > 0
-        kind = CoupledCache if coupled else ValidationCache
+        kind: Any = CoupledCache if coupled else ValidationCache
         predictor = Predictor(self.posterior)
         with self._together(val_loader) as team:
             scoring = scoring_of(self.posterior, link, n_samples, team=team)
             options = (groups, scoring.readout, progress_bar)
-            cache: Cache = kind(predictor, val_loader, *options, team=team)
+            cache = kind(predictor, val_loader, *options, team=team)
             factors = descend(cache, groups, scoring, n_steps, lr)
         return with_precisions(self.posterior, self.posterior.prior_by_tensor * factors, groups)
 

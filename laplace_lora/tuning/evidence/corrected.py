@@ -100,13 +100,11 @@ def search_limits(posterior: Posterior, evidence: EvidenceCurve, log_noise: Tens
     traces, limits = evidence.traces(log_noise), []
     rounding = torch.finfo(traces.dtype).eps * float(traces.sum())
     for trace in traces.tolist():
-        low, high = LOW, HIGH
+        points = [LOW, HIGH]
         if posterior.objective.has_noise and trace > rounding:
-            while low > math.log(max(WEAKEST * trace, 1 / EXTREME)):
-                low -= STEP
-            while high < math.log(min(STRONGEST * trace, EXTREME)):
-                high += STEP
-        limits.append((low, high))
+            low, high = max(WEAKEST * trace, 1 / EXTREME), min(STRONGEST * trace, EXTREME)
+            points = continued(points, STEP, math.log(low), math.log(high))
+        limits.append((points[0], points[-1]))
     return limits
 
 
