@@ -18,9 +18,8 @@ from laplace_lora.likelihoods.information import entropy
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.likelihoods.quadrature import averaged, averaged_at
 from laplace_lora.likelihoods.question_answering import CONTEXT, text_tokens
-from laplace_lora.models.changes.autocast import as_called
-from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
+from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.linear_samples import AUTO, SAMPLED, LinearSamples
 from laplace_lora.predictive.query import NETWORKS, Query
 from laplace_lora.predictive.span_predictions import SpanPredictions
@@ -100,10 +99,9 @@ class SpanPredictor:
 
     def _by_map(self, x: Mapping[str, Any]) -> Tensor:
         """Return log probabilities at the posterior's mean, ``(batch, 2, tokens)``."""
-        posterior = self.posterior
-        with torch.no_grad(), evaluation_mode(posterior.model), as_called():
-            f = posterior.model(x) / posterior.settings.likelihood_temperature
-        return f.unflatten(-1, (2, -1)).log_softmax(-1).to(posterior.dtype)
+        f = Predictor(self.posterior).unmoved_mean(x, LOGITS)
+        f = f / self.posterior.settings.likelihood_temperature
+        return f.unflatten(-1, (2, -1)).log_softmax(-1).to(self.posterior.dtype)
 
 
 def _best(pairs: Tensor, allowed: Tensor, none: Tensor) -> dict[str, Tensor]:
