@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from laplace_lora.data.batches import model_inputs
 from laplace_lora.data.distributed import together
 from laplace_lora.likelihoods.base import Readout
 from laplace_lora.models.changes.modes import evaluation_mode
-from laplace_lora.predictive.data_sets import is_batch, joined_in_batches
+from laplace_lora.predictive.data_sets import in_batches, is_batch
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.inputs import kind_of
 from laplace_lora.predictive.linear_samples import seeded
@@ -86,7 +86,8 @@ def joint_samples(
     directions = posterior.deviations(n_samples, seeded(posterior, generator))
     blocks = directions.split(posterior.engine.sizes, dim=1)
     temperature = posterior.settings.likelihood_temperature
-    order, batches = _batches(posterior, pool, tokenizer, batch_size)
+    kind, items = ("batches", [pool]) if is_batch(pool) else kind_of(pool)
+    order, batches = in_batches(posterior, kind, items, tokenizer, batch_size)
     means, parts = [], []
     with (
         together(batches, device=posterior.device, runs=posterior.source, row_by_row=True) as team,
@@ -109,15 +110,3 @@ def joint_samples(
     if order is not None:
         rows = {name: column[order.argsort().to(column.device)] for name, column in rows.items()}
     return JointSamples(rows["mean"], rows["deviations"].permute(2, 0, 1))
-
-
-def _batches(
-    posterior: Posterior, pool: Any, tokenizer: Any, batch_size: int
-) -> tuple[Tensor | None, Iterable[Any]]:
-    """Return batches, and the order of their examples where it is not the pool's."""
-    if is_batch(pool):
-        return None, [pool]
-    kind, items = kind_of(pool)
-    if kind == "batches":
-        return None, items
-    return joined_in_batches(posterior, kind, items, tokenizer, batch_size)

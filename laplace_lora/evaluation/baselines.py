@@ -31,6 +31,7 @@ from laplace_lora.likelihoods.token_classification import class_labels
 from laplace_lora.models.changes.compiled import eager
 from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.models.logits_model import LogitsModel
+from laplace_lora.structures.settings import check_count
 
 SAMPLER = "lora_monteclora_sampler"
 
@@ -175,7 +176,8 @@ class MCDropout(MAP):
 
     def __init__(self, model: nn.Module, n_samples: int = 20, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
-        self.n_samples, self.seed = check_samples(n_samples), seed
+        check_count("n_samples", n_samples)
+        self.n_samples, self.seed = n_samples, seed
         self.dropouts = [
             module
             for name, module in self.model.named_modules()
@@ -203,17 +205,6 @@ class MCDropout(MAP):
         ):
             samples = [self._probabilities(self.model(batch), batch) for _ in range(self.n_samples)]
         return torch.stack(samples).mean(0)
-
-
-def check_samples(n_samples: int) -> int:
-    """Return how many samples to average over.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    if n_samples < 1:
-        raise ValueError(f"n_samples must be at least 1, got {n_samples}")
-    return n_samples
 
 
 def _active_dropouts(layer: nn.Module) -> set[nn.Module]:

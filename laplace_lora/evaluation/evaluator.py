@@ -113,25 +113,24 @@ def evaluate(
     threshold, independent = None, has_independent_labels(predict)
     by_example = partial(with_suffixes, label_key=key) if reads_pairs(predict) else None
     with together(loader, ood_loader, conformal_loader, runs=model_of(predict)) as team:
-        batches = team.batches(loader, f"Evaluating {name}", progress_bar, by_example)
-        scored = predicted_rows(team, predict, batches, key, independent)
-        if not scored:
-            raise ValueError("the loader is empty")
+
+        def rows_of(
+            data: Iterable[Batch], title: str, kind: str, labels: bool | None, outside: bool = False
+        ) -> dict[str, Tensor]:
+            batches = team.batches(data, title, progress_bar, by_example)
+            rows = predicted_rows(team, predict, batches, key, labels, outside)
+            if not rows:
+                raise ValueError(f"the {kind} is empty")
+            return rows
+
+        scored = rows_of(loader, f"Evaluating {name}", "loader", independent)
         outside = None
         if ood_loader is not None:
-            title = f"Evaluating {name}, out of distribution"
-            batches = team.batches(ood_loader, title, progress_bar, by_example)
-            outside = predicted_rows(
-                team, predict, batches, key, scored["labels"].ndim == 2, outside=True
-            )
-            if not outside:
-                raise ValueError("the out-of-distribution loader is empty")
+            place = (f"Evaluating {name}, out of distribution", "out-of-distribution loader")
+            outside = rows_of(ood_loader, *place, scored["labels"].ndim == 2, True)
         if conformal_loader is not None:
-            title = f"Calibrating {name}"
-            batches = team.batches(conformal_loader, title, progress_bar, by_example)
-            apart = predicted_rows(team, predict, batches, key, independent)
-            if not apart:
-                raise ValueError("the loader of conformal sets is empty")
+            place = (f"Calibrating {name}", "loader of conformal sets")
+            apart = rows_of(conformal_loader, *place, independent)
             y = _exchangeable_labels(apart)
             if coverage is not None:
                 scored[SETS] = conformal_sets(scored["p"], apart["p"], y, coverage)
@@ -160,11 +159,7 @@ def _report(
 
 
 def _exchangeable_labels(rows: Rows) -> Tensor:
-    """Return the labels of rows that stand for new ones.
-
-    Raises:
-        ValueError: If labels are independent, or rows are tokens, which are not exchangeable.
-    """
+    """Return the labels of rows that stand for new ones."""
     if rows["labels"].ndim == 2 or TEXT in rows:
         raise ValueError(
             "conformal sets and risk control are of one class per example; labels that do not "
@@ -174,11 +169,7 @@ def _exchangeable_labels(rows: Rows) -> Tensor:
 
 
 def _by_group(rows: Rows, groups: Sequence[Any] | Tensor) -> dict[Any, dict[str, Tensor]]:
-    """Return the rows of every group, in the order in which groups first appear.
-
-    Raises:
-        ValueError: If there is not one group for each example.
-    """
+    """Return the rows of every group, in the order in which groups first appear."""
     names = groups.tolist() if isinstance(groups, Tensor) else list(groups)
     names = [n.item() if getattr(n, "ndim", None) == 0 else n for n in names]  # tensors, numpy's
     # Missing ones, which equal nothing, are one group.

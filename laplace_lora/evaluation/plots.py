@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from laplace_lora.display.plots import BAR, GAP, LINE, new_figure
 from laplace_lora.evaluation.metrics import risk_coverage
@@ -16,24 +15,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
-class Report(Protocol):
-    """What is drawn of a `CalibrationReport`."""
-
-    @property
-    def name(self) -> str:
-        """Name of the method."""
-        ...
-
-    @property
-    def pooled(self) -> tuple[Tensor, Tensor]:
-        """Class probabilities ``(examples, classes)`` and labels ``(examples,)``."""
-        ...
-
-    def __getitem__(self, metric: str) -> float: ...
+    from laplace_lora.evaluation.report import CalibrationReport
 
 
-def plot_reports(reports: Sequence[Report]) -> Figure:
+def plot_reports(reports: Sequence[CalibrationReport]) -> Figure:
     """Draw one row per report: reliability, confidence, risk against coverage.
 
     The reliability diagram shows the accuracy in each of 15 bins of confidence, its gap to the
@@ -65,7 +50,7 @@ def plot_reports(reports: Sequence[Report]) -> Figure:
     return figure
 
 
-def _reliability(axis: Axes, report: Report) -> None:
+def _reliability(axis: Axes, report: CalibrationReport) -> None:
     probs, labels = report.pooled
     confidence, predicted = probs.max(-1)
     correct = (predicted == labels).double()
@@ -108,7 +93,7 @@ def _reliability(axis: Axes, report: Report) -> None:
     axis.legend(fontsize=7, loc="upper left", framealpha=0.9)
 
 
-def _histogram(axis: Axes, report: Report) -> float:
+def _histogram(axis: Axes, report: CalibrationReport) -> float:
     """Draw how confidences are spread; return the height of the tallest bar."""
     confidence = report.pooled[0].max(-1).values.clamp(0, 1)
     counts, _, _ = axis.hist(confidence.tolist(), bin_edges().tolist(), color=BAR, rwidth=0.92)
@@ -124,7 +109,7 @@ def _histogram(axis: Axes, report: Report) -> float:
     return float(max(counts))
 
 
-def _risk(axis: Axes, report: Report) -> None:
+def _risk(axis: Axes, report: CalibrationReport) -> None:
     coverage, risk = risk_coverage(*report.pooled)
     axis.plot(coverage.tolist(), risk.tolist(), color=BAR, linewidth=1.5)
     axis.axhline(
@@ -139,6 +124,6 @@ def _risk(axis: Axes, report: Report) -> None:
     axis.legend(fontsize=7, loc="best", framealpha=0.9)
 
 
-def _title(axis: Axes, report: Report, metric: str) -> None:
+def _title(axis: Axes, report: CalibrationReport, metric: str) -> None:
     title = f"{report.name}: {metric} {report[metric]:.3f}"
     axis.set_title(title, fontsize=min(10, 360 / len(title)))  # about as wide as the axis

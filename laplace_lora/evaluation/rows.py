@@ -180,11 +180,7 @@ def _labels(batch: Batch, label_key: str) -> Tensor:
 
 
 def _with_columns(y: Tensor, p: Tensor, independent: bool | None) -> Tensor:
-    """Return labels, integers as 64-bit ones, and independent ones ``(batch, labels)``.
-
-    Raises:
-        ValueError: If labels are independent, and what predicts says that its classes are not.
-    """
+    """Return labels, integers as 64-bit ones, and independent ones ``(batch, labels)``."""
     y = y if y.is_floating_point() else y.long()
     if independent is False and y.ndim == 2 and p.ndim == 2:
         raise ValueError(
@@ -197,12 +193,7 @@ def _with_columns(y: Tensor, p: Tensor, independent: bool | None) -> Tensor:
 
 
 def _checked(p: Tensor, y: Tensor | None, independent: bool) -> Tensor:
-    """Return probabilities without what rounding took beyond 0 and 1.
-
-    Raises:
-        ValueError: If they are no probabilities of classes, or of independent labels, or no
-            numbers.
-    """
+    """Return probabilities without what rounding took beyond 0 and 1; refuse what is none."""
     if bool(p.isnan().any()):
         raise ValueError(
             "predict returned probabilities that are not numbers (NaN); look for what is not "

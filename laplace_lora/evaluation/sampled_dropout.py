@@ -14,11 +14,7 @@ from laplace_lora.models.changes.thread_hooks import own_hooks
 
 
 class _Masks:
-    """Draws masks with generators of its own: torch's global ones are other threads', too.
-
-    Args:
-        seed: Of the generator of each device.
-    """
+    """Draws masks with generators of its own: torch's global ones are other threads', too."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed

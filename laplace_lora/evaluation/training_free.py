@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from laplace_lora.data.batches import Batch, model_inputs
 from laplace_lora.data.distributed import together
-from laplace_lora.evaluation.baselines import MAP, check_samples
+from laplace_lora.evaluation.baselines import MAP
 from laplace_lora.models.changes.modes import evaluation_mode, set_weights
 from laplace_lora.models.changes.twins import resampled
+from laplace_lora.structures.settings import check_count
 
 SHARE_PER_EXAMPLE = 0.003  # of the authors' code, with the adapters that were trained plainly
 
@@ -85,7 +86,8 @@ class TrainingFreeBayes(MAP):
                 "training-free Bayes keeps the model's own classes, and independent labels have "
                 "none; compare with TemperatureScaling or MCDropout"
             )
-        self.n_samples, self.seed, self.width = check_samples(n_samples), seed, 0.0
+        check_count("n_samples", n_samples)
+        self.n_samples, self.seed, self.width = n_samples, seed, 0.0
         self._layers = _layers_of(self.model)
         with together(anchor_loader, runs=self.model) as team:
             batches = team.batches(anchor_loader, "Reading the anchor set")

@@ -111,8 +111,9 @@ class ClassScoring:
         return -scores.gather(-1, index).squeeze(-1)
 
     def metric_arguments(self, mean: Tensor, covariance: Tensor) -> list[tuple[Tensor, ...]]:
-        """Return class probabilities for each covariance of a grid."""
-        return [(p,) for p in self._log_probabilities(mean, covariance).exp()]
+        """Return probabilities, see `Readout.shown`, for each covariance of a grid."""
+        p = self._log_probabilities(mean, covariance).exp()
+        return [(each,) for each in self.readout.shown(p)]
 
     def _log_probabilities(self, mean: Tensor, covariance: Tensor) -> Tensor:
-        return self.link.log_probabilities(mean, covariance, self.readout.relative)
+        return self.link.log_probabilities(*self.readout.of_softmax(mean, covariance))

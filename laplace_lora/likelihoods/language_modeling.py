@@ -27,14 +27,51 @@ IGNORED = -100  # the label of tokens that are not scored
 EXACT_VOCABULARY = 1024  # tokens up to which the exact root may be asked for
 
 
-class LanguageModeling(Likelihood):
+class LabelledTokens(Likelihood):
+    """A likelihood of texts, the product over their tokens that have a label."""
+
+    rows_are_tokens = True
+    samples_labels = True
+
+    def nll(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the cross entropy, summed over the labelled tokens."""
+        y = y[y != IGNORED]
+        return cross_entropy(f, y) if len(y) else f.sum()
+
+    def root(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the exact root, with columns of its own for every token of an example.
+
+        The tokens of an example meet in one gradient; a token of another example may share their
+        columns. Labels drawn independently need no such care: the cross terms of
+        `sampled_softmax_root` vanish on average.
+
+        Returns:
+            Columns ``(most labelled tokens of an example · (classes − 1), labelled, classes)``.
+        """
+        labelled = y != IGNORED
+        counts = labelled.cumsum(1)
+        most = max(int(counts.max()), 1)  # a batch may have no label
+        return standing_apart(softmax_root(f), (counts - 1)[labelled], most)
+
+    def sampled_root(self, f: Tensor, num_samples: int, y: Tensor) -> Tensor:
+        """Return a Monte-Carlo root with labels drawn for every token."""
+        return sampled_softmax_root(f, num_samples)
+
+    def residual(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return ``softmax(f) − onehot(y)`` of the labelled tokens, ``(1, labelled, classes)``."""
+        return softmax_residual(f, y[y != IGNORED])
+
+    def residual_weights(self, root: Tensor, f: Tensor, y: Tensor) -> Tensor | None:
+        """Return ``None``: a text's tokens have weights of their own, and columns are by text."""
+        return None
+
+
+class LanguageModeling(LabelledTokens):
     """The likelihood of texts under a model of their next tokens."""
 
     name = "language_modeling"
     laplace_name = "classification"  # laplace-torch does not know texts; to it tokens are classes
     predicts_tokens = True
-    rows_are_tokens = True
-    samples_labels = True
     jacobian_refusal: str | None = (
         "a language model's outputs, its whole vocabulary at every token, are too many for "
         "Jacobians; `laplace_lora.generation` predicts the likeliest tokens, and method='marglik' "
@@ -49,22 +86,18 @@ class LanguageModeling(Likelihood):
         y = token_labels(x, y)
         return {**x, "labels": y}, y
 
-    def nll(self, f: Tensor, y: Tensor) -> Tensor:
-        """Return the cross entropy, summed over the scored tokens."""
-        y = y[y != IGNORED]
-        return cross_entropy(f, y) if len(y) else f.sum()
-
     def root(self, f: Tensor, y: Tensor) -> Tensor:
-        """Return the exact root of a small vocabulary, see `token_root`."""
-        return token_root(f, y)
+        """Return the exact root of a small vocabulary, see `LabelledTokens.root`.
 
-    def sampled_root(self, f: Tensor, num_samples: int, y: Tensor) -> Tensor:
-        """Return a Monte-Carlo root with labels drawn for every token."""
-        return sampled_softmax_root(f, num_samples)
-
-    def residual(self, f: Tensor, y: Tensor) -> Tensor:
-        """Return ``softmax(f) − onehot(y)`` of the scored tokens, ``(1, scored, vocabulary)``."""
-        return softmax_residual(f, y[y != IGNORED])
+        Raises:
+            ValueError: If the vocabulary has more than `EXACT_VOCABULARY` tokens.
+        """
+        if f.shape[-1] > EXACT_VOCABULARY:
+            raise ValueError(
+                f"the exact curvature needs {f.shape[-1] - 1} backward passes per token; keep "
+                "stochastic=True, and raise `num_samples` for more precision"
+            )
+        return super().root(f, y)
 
     def readout(self, x: Any, pairs: bool = False, contrasts: bool = False) -> Readout:
         """Raise `ValueError`: texts have many tokens."""
@@ -106,31 +139,3 @@ def token_labels(batch: Any, labels: Tensor) -> Tensor:
     predicted[:, 1:] &= predicted[:, :-1].clone()
     predicted[:, 0] = False
     return labels.long().masked_fill(~predicted, IGNORED)
-
-
-def token_root(f: Tensor, y: Tensor) -> Tensor:
-    """Return the exact root of the output Hessian of a language model with a small vocabulary.
-
-    The tokens of an example have columns of their own, as they meet in one gradient; a token of
-    another example may share them. Labels drawn independently need no such care: the cross terms
-    of `sampled_softmax_root` vanish on average.
-
-    Args:
-        f: Logits of the scored tokens, shape ``(scored, vocabulary)``.
-        y: Labels, ``(batch, tokens)``.
-
-    Returns:
-        Columns ``(most scored tokens of an example · (vocabulary − 1), scored, vocabulary)``.
-
-    Raises:
-        ValueError: If the vocabulary has more than `EXACT_VOCABULARY` tokens.
-    """
-    if f.shape[-1] > EXACT_VOCABULARY:
-        raise ValueError(
-            f"the exact curvature needs {f.shape[-1] - 1} backward passes per token; keep "
-            "stochastic=True, and raise `num_samples` for more precision"
-        )
-    scored = y != IGNORED
-    counts = scored.cumsum(1)
-    most = max(int(counts.max()), 1)  # a batch may have no scored token
-    return standing_apart(softmax_root(f), (counts - 1)[scored], most)

@@ -96,7 +96,9 @@ class Link:
 
     def _from_logits(self, mean: Tensor, covariance: Tensor, relative: bool) -> Tensor:
         if self.name == "probit":
-            return probit(*(with_first_class(mean, covariance) if relative else (mean, covariance)))
+            if relative:  # the first class's logit is zero
+                mean, covariance = F.pad(mean, (1, 0)), F.pad(covariance, (1, 0, 1, 0))
+            return probit(mean, covariance)
         if relative:
             raise ValueError(
                 f"link_approx={self.name!r} needs two logits; use {QUADRATURE!r}, 'probit' or 'mc'"
@@ -108,11 +110,6 @@ def contrasts_of(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Return the contrasts ``f_c − f_1`` of two or more logits, ``classes − 1`` of them."""
     rows = contrast_matrix(mean)
     return mean @ rows.T, rows @ covariance @ rows.T
-
-
-def with_first_class(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Return contrasts as the logits of all classes, the first one's zero."""
-    return F.pad(mean, (1, 0)), F.pad(covariance, (1, 0, 1, 0))
 
 
 def probit(mean: Tensor, covariance: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ is `MISSING`, or not a number, and counts nowhere.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from laplace_lora.likelihoods.base import Likelihood, Readout, Scoring
+from laplace_lora.likelihoods.classification import ClassScoring
 from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.splitting import split_mapping_or_pair
 
@@ -90,20 +90,11 @@ class Multilabel(Likelihood):
 
     def scoring(self, link: Link, noise: float) -> Scoring:
         """Return the scoring of each label's probability."""
-        return LabelScoring(link)
+        return LabelScoring(link, LABELS)
 
 
-@dataclass(frozen=True)
-class LabelScoring:
-    """Scores the probabilities of single labels under Gaussian logits.
-
-    Attributes:
-        link: From a logit to a probability.
-        readout: The logits.
-    """
-
-    link: Link
-    readout: Readout = LABELS
+class LabelScoring(ClassScoring):
+    """Scores the probabilities of single labels, each of which applies or does not."""
 
     def nll(self, mean: Tensor, covariance: Tensor, y: Tensor) -> Tensor:
         """Return each example's negative log likelihood in nats, ``(…, batch)``.
@@ -111,19 +102,9 @@ class LabelScoring:
         Labels are scored one by one: the sum over the known ones, whose correlation under the
         posterior is left out.
         """
-        scores = self._log_probabilities(mean, covariance)
         is_known = y != MISSING
-        index = torch.where(is_known, y, 0).expand(scores.shape[:-1]).unsqueeze(-1)
-        losses = -scores.gather(-1, index).squeeze(-1)
+        losses = super().nll(mean, covariance, torch.where(is_known, y, 0))
         return torch.where(is_known, losses, 0).sum(-1)
-
-    def metric_arguments(self, mean: Tensor, covariance: Tensor) -> list[tuple[Tensor, ...]]:
-        """Return the labels' probabilities ``(batch, labels)`` for each covariance of a grid."""
-        p = self._log_probabilities(mean, covariance).exp()
-        return [(each,) for each in self.readout.shown(p)]
-
-    def _log_probabilities(self, mean: Tensor, covariance: Tensor) -> Tensor:
-        return self.link.log_probabilities(*self.readout.of_softmax(mean, covariance))
 
 
 def known_labels(y: Tensor) -> Tensor:

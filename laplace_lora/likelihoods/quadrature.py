@@ -92,6 +92,17 @@ def averaged(samples: Tensor) -> Tensor:
     return average.clamp(max=0)  # which rounding may exceed
 
 
+def averaged_at(samples: Tensor, y: Tensor) -> Tensor:
+    """Return the log of the mean probability of all labels of each row together, ``(rows,)``.
+
+    Args:
+        samples: Log probabilities under each sample, ``(samples, rows, …, classes)``.
+        y: Labels, ``(rows, …)``; those of a row are independent under a sample.
+    """
+    index = y.unsqueeze(-1).expand(*samples.shape[:-1], 1)
+    return averaged(samples.gather(-1, index).flatten(2).sum(-1))
+
+
 def _averaged(mean: Tensor, covariance: Tensor, points: int) -> Tensor:
     """Average the softmax over points; ``mean`` has shape ``(n, classes − 1)``."""
     noise = _normal_points(points, mean.shape[-1], 0).to(mean)

@@ -8,6 +8,7 @@ question without an answer has the first real token as both, as in SQuAD 2.0.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,10 @@ from laplace_lora.likelihoods.splitting import split_mapping_or_pair
 START, END = "start_positions", "end_positions"  # as Hugging Face's models take them
 CONTEXT = "context_mask"  # where an answer may be; of this package
 NOT_INPUTS = ("labels", START, END, CONTEXT)
+
+
+PLACES = f"{START!r} and {END!r}"
+text_tokens = partial(real_tokens_of, task="question answering", labels=PLACES)
 
 
 class QuestionAnswering(Likelihood):
@@ -160,16 +165,3 @@ def span_labels(batch: Any, labels: Tensor) -> Tensor:
             "as both"
         )
     return labels
-
-
-def text_tokens(batch: Any) -> Tensor:
-    """Return which tokens of texts are no padding, ``(batch, tokens)``.
-
-    Args:
-        batch: A mapping with ``input_ids`` and, if anything is padded, ``attention_mask``.
-
-    Raises:
-        TypeError: If it is none.
-        ValueError: If its mask has not one entry per token.
-    """
-    return real_tokens_of(batch, "question answering", f"{START!r} and {END!r}")

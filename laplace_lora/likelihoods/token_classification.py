@@ -8,30 +8,26 @@ likelihood is the product over its tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from laplace_lora.likelihoods.classification import Classification
-from laplace_lora.likelihoods.language_modeling import IGNORED
+from laplace_lora.likelihoods.language_modeling import IGNORED, LabelledTokens
 from laplace_lora.likelihoods.real_tokens import real_tokens_of
-from laplace_lora.likelihoods.roots import (
-    LARGEST_ROOT,
-    cross_entropy,
-    softmax_residual,
-    softmax_root,
-    standing_apart,
-)
+from laplace_lora.likelihoods.roots import LARGEST_ROOT
 from laplace_lora.likelihoods.splitting import split_mapping_or_pair
 
+TOKENS = ("input_ids", "inputs_embeds")
+real_tokens = partial(real_tokens_of, task="token classification", keys=TOKENS)
 
-class TokenClassification(Classification):
+
+class TokenClassification(LabelledTokens, Classification):
     """The likelihood ``y_t ~ softmax(f_t)`` of every token that has a label."""
 
     name = "token_classification"
-    samples_labels = True
-    rows_are_tokens = True
     jacobian_refusal: str | None = (
         "a token classifier has outputs at every token, and their Jacobians are never needed all "
         "at once: `la(batch)` and `la.predict(data)` predict every token. Tune the prior with "
@@ -58,25 +54,13 @@ class TokenClassification(Classification):
         y = class_labels(x, y)
         return marked(x, y, label_key), y
 
-    def nll(self, f: Tensor, y: Tensor) -> Tensor:
-        """Return the cross entropy, summed over the labelled tokens."""
-        y = y[y != IGNORED]
-        return cross_entropy(f, y) if len(y) else f.sum()
-
     def root(self, f: Tensor, y: Tensor) -> Tensor:
-        """Return the exact root, with columns of its own for every token of an example.
-
-        The tokens of an example meet in one gradient; a token of another example may share their
-        columns. Labels drawn independently need no such care, see `token_root`.
-
-        Returns:
-            Columns ``(most labelled tokens of an example · (classes − 1), labelled, classes)``.
+        """Return the exact root, see `LabelledTokens.root`.
 
         Raises:
             ValueError: If the columns of the batch would fill the memory.
         """
-        counts = (y != IGNORED).cumsum(1)
-        most, classes = max(int(counts.max()), 1), f.shape[-1]  # a batch may have no label
+        most, classes = int((y != IGNORED).sum(1).max()), f.shape[-1]
         passes = most * (classes - 1)
         if passes * f.numel() > LARGEST_ROOT:
             raise ValueError(
@@ -84,15 +68,7 @@ class TokenClassification(Classification):
                 f"{classes - 1} for each of {most} tokens, too many to prepare at once: use "
                 "smaller batches, or keep stochastic=True and raise `num_samples`"
             )
-        return standing_apart(softmax_root(f), (counts - 1)[y != IGNORED], most)
-
-    def residual(self, f: Tensor, y: Tensor) -> Tensor:
-        """Return ``softmax(f) − onehot(y)`` of the labelled tokens, ``(1, labelled, classes)``."""
-        return softmax_residual(f, y[y != IGNORED])
-
-    def residual_weights(self, root: Tensor, f: Tensor, y: Tensor) -> Tensor | None:
-        """Return ``None``: a text's tokens have weights of their own, and columns are by text."""
-        return None
+        return super().root(f, y)
 
 
 def marked(x: Mapping[str, Any], labels: Tensor, label_key: str) -> dict[str, Any]:
@@ -128,16 +104,3 @@ def class_labels(batch: Any, labels: Tensor) -> Tensor:
             f"{IGNORED} where there is none; got {labels.dtype} of shape {tuple(labels.shape)}"
         )
     return labels.long().masked_fill(~real, IGNORED)
-
-
-def real_tokens(batch: Any) -> Tensor:
-    """Return which tokens of texts are no padding, ``(batch, tokens)``.
-
-    Args:
-        batch: See `class_labels`.
-
-    Raises:
-        TypeError: If the batch is no mapping of texts.
-        ValueError: If its mask has not one entry per token.
-    """
-    return real_tokens_of(batch, "token classification", keys=("input_ids", "inputs_embeds"))

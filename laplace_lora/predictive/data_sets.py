@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from functools import lru_cache, partial
 from typing import Any, TypeVar, cast
@@ -20,7 +20,7 @@ from laplace_lora.likelihoods.links import Link
 from laplace_lora.likelihoods.quadrature import ENTROPY_POINTS, averaged, normal_points
 from laplace_lora.likelihoods.roots import anchored_matrix
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.predictive.inputs import batches_of_rows, batches_of_texts, kind_of
+from laplace_lora.predictive.inputs import batches_of_rows, kind_of
 from laplace_lora.predictive.linear_samples import (
     AUTO,
     SAMPLES,
@@ -31,6 +31,7 @@ from laplace_lora.predictive.linear_samples import (
 )
 from laplace_lora.predictive.predictions import Predictions
 from laplace_lora.predictive.query import LINK_SAMPLES
+from laplace_lora.predictive.texts import encoded
 from laplace_lora.structures.posterior import Posterior
 
 T = TypeVar("T")
@@ -62,32 +63,34 @@ def predict(
     answer = _Answer(predictor, links, SampledOrExact(samples, method))
     if is_batch(data):
         return answer(data)
-    kind, items = kind_of(data)
+    order, batches = in_batches(posterior, *kind_of(data), tokenizer, batch_size)
     in_step = posterior.engine.passes_are_known
-    place = (Predictions, answer, posterior)
-    if kind == "batches":
-        return of_batches(*place, items, progress_bar, in_step=in_step)
-    order, batches = joined_in_batches(posterior, kind, items, tokenizer, batch_size)
-    return of_batches(*place, batches, progress_bar, in_step=in_step)[order.argsort()]
+    return of_batches(Predictions, answer, posterior, batches, progress_bar, order, in_step=in_step)
 
 
-def joined_in_batches(
+def in_batches(
     posterior: Posterior, kind: str, items: Any, tokenizer: Any, batch_size: int
-) -> tuple[Tensor, list[Any]]:
-    """Return the order of texts or rows by length, and their batches, see `batches_of_texts`.
+) -> tuple[Tensor | None, Iterable[Any]]:
+    """Return the order of examples in batches where it is not that of the data, and the batches.
 
     Args:
         posterior: A fitted posterior.
-        kind: ``"texts"`` or ``"rows"``, as of `kind_of`.
-        items: These.
+        kind: What they are, see `kind_of`.
+        items: Batches; texts or rows, those of similar length share a batch.
         tokenizer: The model's.
-        batch_size: How many are in a batch.
+        batch_size: How many texts or rows are in a batch.
+
+    Raises:
+        TypeError: If an item is no text, see `encoded`.
+        ValueError: See `encoded` and `batches_of_rows`.
     """
-    if kind == "rows":
-        return batches_of_rows(items, tokenizer, batch_size)
-    are_questions = getattr(posterior.source, "target_ids", None) is not None
-    are_followed = getattr(posterior.source, "answers_behind_texts", False)
-    return batches_of_texts(items, tokenizer, batch_size, are_questions, are_followed)
+    if kind == "batches":
+        return None, items
+    if kind == "texts":
+        are_questions = getattr(posterior.source, "target_ids", None) is not None
+        are_followed = getattr(posterior.source, "answers_behind_texts", False)
+        items = encoded(items, tokenizer, are_questions, are_followed)
+    return batches_of_rows(items, tokenizer, batch_size)
 
 
 def prediction_link(
@@ -185,17 +188,20 @@ def of_batches(
     posterior: Posterior,
     source: Iterable[Any],
     progress_bar: bool | None,
+    order: Tensor | None = None,
     aligned: Callable[[list[T], Together], list[T]] = lambda parts, team: parts,
     in_step: bool = False,
 ) -> T:
     """Return the predictions of batches, those of all processes, in the order of the data.
 
     Args:
-        kind: See `_in_order`.
+        kind: Class of the predictions, a dataclass of tensors; what some batches' have not, the
+            whole has not.
         answer: From a batch to its predictions.
         posterior: A fitted posterior.
         source: Batches, a loader or a list.
         progress_bar: Whether to show progress, see `progress`.
+        order: Of the examples in the batches, see `in_batches`.
         aligned: Gives the predictions of all batches the shape that they have together.
         in_step: Whether every batch takes equally many passes, see `together`.
 
@@ -211,27 +217,15 @@ def of_batches(
             found = answer(step.batch)
             if step.is_own:
                 parts.append(found)
-        return _in_order(kind, aligned(parts, team), team)
-
-
-def _in_order(kind: Callable[..., T], parts: Sequence[T], team: Together) -> T:
-    """Return the predictions of batches, those of all processes, in the order of the data.
-
-    Args:
-        kind: Their class, a dataclass of tensors; what some of them have not, the whole has not.
-        parts: The predictions of this process's batches.
-        team: The processes that share the data.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    names = [field.name for field in fields(cast(Any, kind))]
-    columns = {name: [getattr(part, name) for part in parts] for name in names}
-    whole = {name: c for name, c in columns.items() if all(v is not None for v in c)}
-    rows = team.rows(**whole)
+        parts = aligned(parts, team)
+        names = [field.name for field in fields(cast(Any, kind))]
+        columns = {name: [getattr(part, name) for part in parts] for name in names}
+        present = {name: c for name, c in columns.items() if all(v is not None for v in c)}
+        rows = team.rows(**present)
     if not rows:
         raise ValueError("there is nothing to predict: the data are empty")
-    return kind(**rows)
+    whole: Any = kind(**rows)
+    return whole if order is None else whole[order.argsort()]
 
 
 def _sampled(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from laplace_lora.models.inputs.batch_checks import check_adapter
-from laplace_lora.predictive.texts import check_pads, encoded, is_text_pair
+from laplace_lora.predictive.texts import check_pads, is_text_pair
 from laplace_lora.structures.settings import check_count
 
 # Dimensions of one example's tensor.
@@ -65,31 +65,6 @@ def kind_of(data: Any) -> tuple[str, Any]:
     return kind, whole if whole is not None else [*start, *items]
 
 
-def batches_of_texts(
-    texts: Sequence[Any],
-    tokenizer: Any,
-    batch_size: int,
-    are_questions: bool = False,
-    are_followed: bool = False,
-) -> tuple[Tensor, list[Any]]:
-    """Return the order in which texts of similar length stand together, and their batches.
-
-    Args:
-        texts: Strings or pairs of strings.
-        tokenizer: The model's.
-        batch_size: Texts per batch.
-        are_questions: Whether a language model answers them, see `encoded`.
-        are_followed: Whether the answers stand behind them, see there.
-
-    Raises:
-        TypeError: If one is no text, see `encoded`.
-        ValueError: If there is no tokenizer, it cannot pad, a text has no tokens, or a question is
-            too long or ended by the tokenizer.
-    """
-    rows = encoded(texts, tokenizer, are_questions, are_followed)
-    return batches_of_rows(rows, tokenizer, batch_size)
-
-
 def batches_of_rows(
     rows: Sequence[Mapping[str, Any]], tokenizer: Any, batch_size: int
 ) -> tuple[Tensor, list[Any]]:
@@ -102,7 +77,7 @@ def batches_of_rows(
 
     Raises:
         ValueError: If rows of different lengths have no tokenizer that can pad, one is empty, or
-            see `check_adapter` and `in_batches`.
+            see `check_adapter` and `rows_of_batches`.
     """
     lengths = torch.tensor([len(row.get("input_ids", (0,))) for row in rows])
     if bool((lengths == 0).any()):
@@ -126,10 +101,10 @@ def batches_of_rows(
             return default_collate(tensors)
         return tokenizer.pad(part, return_tensors="pt")
 
-    return order, list(map(collated, in_batches(rows, order, batch_size)))
+    return order, list(map(collated, rows_of_batches(rows, order, batch_size)))
 
 
-def in_batches(
+def rows_of_batches(
     rows: Sequence[Mapping[str, Any]], order: Tensor, batch_size: int
 ) -> list[list[Mapping[str, Any]]]:
     """Return which rows stand together in each of the batches that `batches_of_rows` makes.

@@ -24,6 +24,7 @@ from laplace_lora.models.changes.autocast import as_called
 from laplace_lora.models.changes.modes import evaluation_mode, set_weights
 from laplace_lora.models.changes.twins import resampled
 from laplace_lora.structures.posterior import Posterior
+from laplace_lora.structures.settings import check_count
 
 Network: TypeAlias = tuple[nn.Module, list[nn.Parameter]]  # and its tensors to overwrite
 
@@ -41,8 +42,7 @@ class NetworkSamples:
     """
 
     def __init__(self, posterior: Posterior, count: int, seed: int) -> None:
-        if count < 1:
-            raise ValueError(f"the number of samples must be positive, got {count}")
+        check_count("the number of samples", count)
         generator = torch.Generator(posterior.device).manual_seed(seed)
         half = posterior.deviations((count + 1) // 2, generator)
         self.posterior = posterior

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.structures.posterior import Posterior
+from laplace_lora.structures.settings import check_count
 
 
 class SampleSet:
@@ -34,8 +35,7 @@ class SampleSet:
     def __init__(
         self, posterior: Posterior, n_samples: int, generator: torch.Generator | None
     ) -> None:
-        if n_samples < 1:
-            raise ValueError(f"n_samples must be positive, got {n_samples}")
+        check_count("n_samples", n_samples)
         self.n_samples = n_samples
         self.directions = posterior.deviations((n_samples + 1) // 2, generator)
         shift = posterior.settings.shift

@@ -15,10 +15,10 @@ from laplace_lora.likelihoods.question_answering import CONTEXT, END, START
 from laplace_lora.predictive.data_sets import is_batch, of_batches
 from laplace_lora.predictive.inputs import (
     batches_of_rows,
-    in_batches,
     in_places,
     kind_of,
     padding_before,
+    rows_of_batches,
 )
 from laplace_lora.predictive.span_predictions import SpanPredictions
 from laplace_lora.predictive.spans import SpanPredictor
@@ -52,7 +52,7 @@ def predict_spans(
     rows = _questions(items, tokenizer) if kind == "texts" else items
     bare = [{k: v for k, v in row.items() if k != CONTEXT} for row in rows]
     order, batches = batches_of_rows(bare, tokenizer, batch_size)
-    parts = in_batches(rows, order, batch_size)
+    parts = rows_of_batches(rows, order, batch_size)
     pairs = list(zip(parts, batches, strict=True))
     before = [padding_before(part, batch, tokenizer) for part, batch in pairs]
     names = (START, END, predictor.posterior.label_key)

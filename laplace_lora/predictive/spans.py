@@ -16,11 +16,10 @@ from torch import Tensor
 from laplace_lora.likelihoods.classification import LOGITS
 from laplace_lora.likelihoods.information import entropy
 from laplace_lora.likelihoods.links import QUADRATURE
-from laplace_lora.likelihoods.quadrature import averaged
+from laplace_lora.likelihoods.quadrature import averaged, averaged_at
 from laplace_lora.likelihoods.question_answering import CONTEXT, text_tokens
-from laplace_lora.models.changes.autocast import as_called
-from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
+from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.linear_samples import AUTO, SAMPLED, LinearSamples
 from laplace_lora.predictive.query import NETWORKS, Query
 from laplace_lora.predictive.span_predictions import SpanPredictions
@@ -80,7 +79,8 @@ class SpanPredictor:
         """
         real = text_tokens(x)
         log_p, own = self.log_probabilities(x), self._by_map(x)
-        starts, ends = log_p.double().exp().unbind(2)  # else information would be rounding errors
+        wide = log_p.double()  # else information would be rounding errors, and 0 times 0
+        starts, ends = wide.exp().unbind(2)
         pairs = torch.einsum("kni,knj->nij", starts, ends) / len(log_p)
         aleatoric = (entropy(starts) + entropy(ends)).mean(0)
         information = (entropy(pairs.flatten(1)) - aleatoric).clamp(min=0).to(log_p.dtype)
@@ -93,29 +93,15 @@ class SpanPredictor:
             for name, value in _best(p, allowed, none).items()
         }
         if labels is not None:
-            found["label_prob"] = _of_labels(log_p, labels)
-            found["map_label_prob"] = _of_labels(own.unsqueeze(0), labels)
+            found["label_prob"] = averaged_at(wide, labels).exp()
+            found["map_label_prob"] = averaged_at(own.double().unsqueeze(0), labels).exp()
         return SpanPredictions(none=none, mutual_information=information, labels=labels, **found)
 
     def _by_map(self, x: Mapping[str, Any]) -> Tensor:
         """Return log probabilities at the posterior's mean, ``(batch, 2, tokens)``."""
-        posterior = self.posterior
-        with torch.no_grad(), evaluation_mode(posterior.model), as_called():
-            f = posterior.model(x) / posterior.settings.likelihood_temperature
-        return f.unflatten(-1, (2, -1)).log_softmax(-1).to(posterior.dtype)
-
-
-def _of_labels(log_p: Tensor, labels: Tensor) -> Tensor:
-    """Return the probability of start and end together, ``(batch,)``, in float64.
-
-    In float32 the product of two improbable places is zero.
-
-    Args:
-        log_p: Log probabilities under samples, ``(samples, batch, 2, tokens)``.
-        labels: Start and end, ``(batch, 2)``.
-    """
-    places = labels[None, :, :, None].expand(len(log_p), -1, -1, -1)
-    return averaged(log_p.gather(-1, places).double().sum((2, 3))).exp()
+        f = Predictor(self.posterior).unmoved_mean(x, LOGITS)
+        f = f / self.posterior.settings.likelihood_temperature
+        return f.unflatten(-1, (2, -1)).log_softmax(-1).to(self.posterior.dtype)
 
 
 def _best(pairs: Tensor, allowed: Tensor, none: Tensor) -> dict[str, Tensor]:

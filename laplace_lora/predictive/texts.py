@@ -97,17 +97,11 @@ def _is_text(item: Any) -> bool:
 
 def _row(text: Any, tokenizer: Any, **options: Any) -> Mapping[str, Any]:
     """Return a text's tokens; those that begin it once, where a chat template has written them."""
-    first, second = _as_pair(text)
+    first, second = (text, None) if isinstance(text, str) else text
     if second is None and begins_itself(first, tokenizer):
         options["add_special_tokens"] = False
     row: Mapping[str, Any] = tokenizer(first, second, **options)
     return row
-
-
-def _as_pair(text: Any) -> tuple[str, str | None]:
-    """Return a text with its second one, or ``None``."""
-    first, second = (text, None) if isinstance(text, str) else text
-    return first, second
 
 
 def _check_whole(rows: Sequence[Any], texts: Sequence[Any], tokenizer: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,14 +13,12 @@ from laplace_lora.data.batches import is_inputs_and_labels
 from laplace_lora.data.distributed import Together
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.likelihoods.token_classification import class_labels, real_tokens
-from laplace_lora.predictive.data_sets import is_batch, of_batches
+from laplace_lora.predictive.data_sets import in_batches, is_batch, of_batches
 from laplace_lora.predictive.inputs import (
-    batches_of_rows,
-    batches_of_texts,
-    in_batches,
     in_places,
     kind_of,
     padding_before,
+    rows_of_batches,
 )
 from laplace_lora.predictive.token_class_predictions import TokenClassPredictions
 from laplace_lora.predictive.token_classes import TokenClassPredictor
@@ -44,31 +42,24 @@ def predict_tokens(
 
     Raises:
         TypeError: If the data are none of these.
-        ValueError: If they are empty, or see `batches_of_texts` and `batches_of_rows`.
+        ValueError: If they are empty, or see `in_batches`.
     """
     answer = partial(_answer, predictor)
     if is_batch(data):
         return answer(data)
-
-    def of(batches: Iterable[Any]) -> TokenClassPredictions:
-        place = (TokenClassPredictions, answer, predictor.posterior)
-        return of_batches(*place, batches, progress_bar, aligned=_of_one_width)
-
+    posterior = predictor.posterior
     kind, items = kind_of(data)
     if isinstance(items, Sequence):
         _check_no_words(items)
-    if kind == "batches":
-        return of(items)
-    if kind == "texts":
-        order, batches = batches_of_texts(items, tokenizer, batch_size)
-        return of(batches)[order.argsort()]
-    key = predictor.posterior.label_key
-    bare = [{k: v for k, v in row.items() if k != key} for row in items]
-    order, batches = batches_of_rows(bare, tokenizer, batch_size)
-    parts = in_batches(items, order, batch_size)
-    pairs = zip(batches, parts, strict=True)
-    labelled = [_with_labels(batch, rows, key, tokenizer) for batch, rows in pairs]
-    return of(labelled)[order.argsort()]
+    key, bare = posterior.label_key, items
+    if kind == "rows":
+        bare = [{k: v for k, v in row.items() if k != key} for row in items]
+    order, batches = in_batches(posterior, kind, bare, tokenizer, batch_size)
+    if kind == "rows" and order is not None:
+        pairs = zip(batches, rows_of_batches(items, order, batch_size), strict=True)
+        batches = [_with_labels(batch, rows, key, tokenizer) for batch, rows in pairs]
+    place = (TokenClassPredictions, answer, posterior)
+    return of_batches(*place, batches, progress_bar, order, aligned=_of_one_width)
 
 
 def _answer(predictor: TokenClassPredictor, batch: Any) -> TokenClassPredictions:

@@ -16,6 +16,7 @@ from laplace_lora.models.changes.modes import evaluation_mode, set_weights
 from laplace_lora.models.changes.twins import resampled
 from laplace_lora.models.last_layer_model import LastLayerModel
 from laplace_lora.structures.posterior import Posterior
+from laplace_lora.structures.settings import check_count
 
 
 @torch.no_grad()
@@ -42,8 +43,7 @@ def sampled_outputs(
     """
     if posterior.differentiable:
         raise ValueError("pred_type='nn' cannot be differentiated; use pred_type='glm'")
-    if n_samples < 1:
-        raise ValueError(f"pred_type='nn' needs n_samples of at least 1, got {n_samples}")
+    check_count("n_samples", n_samples)
     model = posterior.model
     if posterior.last_layer is not None:
         outputs = _head_outputs(posterior, posterior.last_layer, x, n_samples, generator)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from laplace_lora.likelihoods.links import LINKS
+from laplace_lora.structures.settings import check_count
 
 MARGLIK = ("n_steps", "lr", "init_prior_prec")
 GRID = ("loss", "log_prior_prec_min", "log_prior_prec_max", "log_prior_prec_base", "grid_size")
@@ -52,8 +53,7 @@ def check_predictive(pred_type: str, link_approx: str, n_samples: int) -> None:
         raise ValueError(f"pred_type must be 'glm' or 'nn', got {pred_type!r}")
     if link_approx not in LINKS:
         raise ValueError(f"link_approx must be one of {LINKS}, got {link_approx!r}")
-    if n_samples < 1:
-        raise ValueError(f"n_samples must be positive, got {n_samples}")
+    check_count("n_samples", n_samples)
 
 
 def check_evidence_options(
@@ -71,19 +71,16 @@ def check_evidence_options(
     Raises:
         ValueError: If one of them would have no effect.
     """
-    takers = {
-        "correction=True": ("marglik",),
-        "tune_sigma_noise=True": ("loo", "marglik"),
-        "recentre=False": ("loo",),
-    }
-    given = {
-        "correction=True": correction,
-        "tune_sigma_noise=True": tune_noise,
-        "recentre=False": not recentre,
-    }
-    for argument in (name for name, value in given.items() if value):
-        if method not in ("auto", *takers[argument]):
-            methods = " or ".join(f"method={taker!r}" for taker in takers[argument])
+    arguments = [
+        ("correction=True", correction, ("marglik",)),
+        ("tune_sigma_noise=True", tune_noise, ("loo", "marglik")),
+        ("recentre=False", not recentre, ("loo",)),
+    ]
+    for argument, is_given, takers in arguments:
+        if not is_given:
+            continue
+        if method not in ("auto", *takers):
+            methods = " or ".join(f"method={taker!r}" for taker in takers)
             raise ValueError(f"{argument} belongs to {methods}; got method={method!r}")
         if by_laplace_torch:
             names = ", ".join(repr(name) for name in MARGLIK)

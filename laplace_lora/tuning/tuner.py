@@ -35,12 +35,11 @@ from laplace_lora.tuning.left_out.report import LeaveOneOut
 from laplace_lora.tuning.same_data import check_at_hand
 from laplace_lora.tuning.texts import widest
 from laplace_lora.tuning.texts.widest import Widest
-from laplace_lora.tuning.validation.cache import Cache, ValidationCache, scoring_of
+from laplace_lora.tuning.validation.cache import ValidationCache, scoring_of
 from laplace_lora.tuning.validation.calibration import Calibration, calibrate
 from laplace_lora.tuning.validation.coupled_cache import CoupledCache
-from laplace_lora.tuning.validation.sample_calibration import calibrate_classes
+from laplace_lora.tuning.validation.sample_calibration import calibrate_by_samples
 from laplace_lora.tuning.validation.search import Loss, descend, grid_search
-from laplace_lora.tuning.validation.token_calibration import calibrate_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -207,12 +206,12 @@ class Tuner:
         """
         groups = prior_groups(self.posterior.names, structure)
         coupled = self.posterior.structure.couples_groups and int(groups.max()) > 0
-        kind = CoupledCache if coupled else ValidationCache
+        kind: Any = CoupledCache if coupled else ValidationCache
         predictor = Predictor(self.posterior)
         with self._together(val_loader) as team:
             scoring = scoring_of(self.posterior, link, n_samples, team=team)
             options = (groups, scoring.readout, progress_bar)
-            cache: Cache = kind(predictor, val_loader, *options, team=team)
+            cache = kind(predictor, val_loader, *options, team=team)
             factors = descend(cache, groups, scoring, n_steps, lr)
         return with_precisions(self.posterior, self.posterior.prior_by_tensor * factors, groups)
 
@@ -239,7 +238,7 @@ class Tuner:
                 )
             with self._together(val_loader) as team:
                 options = (val_loader, team, generator, progress_bar)
-                return calibrate_tokens(self.posterior, *options)
+                return calibrate_by_samples(self.posterior, *options)
         sampled = takes_samples(self.posterior, CHEAPER, link, SAMPLES, generator)
         if sampled and not objective.has_independent_labels:
             if isinstance(val_loader, Iterator):
@@ -247,7 +246,7 @@ class Tuner:
             try:
                 with self._together(val_loader) as team:
                     options = (val_loader, team, generator, progress_bar)
-                    return calibrate_classes(self.posterior, *options)
+                    return calibrate_by_samples(self.posterior, *options)
             except (NoForwardDerivativeError, OtherProcessFailed) as error:
                 if kind_of(error) != NoForwardDerivativeError.__name__:
                     raise

@@ -187,9 +187,9 @@ def test_monteclora_draws_weights_beside_its_dropout():
 
 def test_no_samples_are_refused():
     model = peft_model("bert")
-    with pytest.raises(ValueError, match="n_samples must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="n_samples must be a whole number, at least 1; got 0"):
         MCDropout(model, n_samples=0)
-    with pytest.raises(ValueError, match="n_samples must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="n_samples must be a whole number, at least 1; got 0"):
         TrainingFreeBayes(model, [BATCH], n_samples=0)
 
 

@@ -251,7 +251,7 @@ def test_errors():
     for call, argument in ((generate, prompt), (score, text_batch())):
         with pytest.raises(ValueError, match="link_approx integrates"):
             call(la, argument, link_approx="mc")
-        with pytest.raises(ValueError, match="n_samples must be positive"):
+        with pytest.raises(ValueError, match="n_samples must be a whole number"):
             call(la, argument, n_samples=0)
         with pytest.raises(ValueError, match="top_k must lie"):
             call(la, argument, top_k=0)

@@ -456,7 +456,7 @@ def test_refusals(tmp_path):
     la, out = fitted(), tmp_path / "out"
     data = validation()
     for arguments, message in [
-        ({"k": 0}, "must be positive, got 0"),
+        ({"k": 0}, "at least 1; got 0"),
         ({"width": -1.0}, "width must be positive"),
         ({"width": 0.5, "loader": data}, "either a `width`"),
         ({"width": 0.5, "criterion": "nll"}, "either a `width`"),

@@ -14,7 +14,7 @@ from laplace_lora import (
 from laplace_lora.evaluation import evaluate
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.models.token_classifier import TokenClassifier
-from laplace_lora.tuning.validation import sample_calibration
+from laplace_lora.tuning.validation import calibration_search, sampled_rows
 from laplace_lora.tuning.validation.calibration_search import Found
 from support.batches import rows
 from support.models import peft_model
@@ -96,10 +96,10 @@ def test_calibration_in_parts_is_that_of_all_tokens(monkeypatch):
     def at_start(predictions, start, *others):
         return Found(start, *[predictions.losses(start).mean().item()] * 3)
 
-    monkeypatch.setattr(sample_calibration, "search", at_start)
+    monkeypatch.setattr(calibration_search, "search", at_start)
     reports = []
     for room in (2**9, 2**22):
-        monkeypatch.setattr(sample_calibration, "AT_ONCE", room)
+        monkeypatch.setattr(sampled_rows, "AT_ONCE", room)
         reports.append(tagged_posterior().calibrate(tagged_loader(2, VALIDATION)))
     assert reports[0].nll_after == pytest.approx(reports[1].nll_after, rel=1e-9)
     assert reports[0].ece_after == pytest.approx(reports[1].ece_after, rel=1e-6)

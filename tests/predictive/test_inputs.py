@@ -194,9 +194,9 @@ def test_no_samples_are_refused(la):
     for call in (la, la.predict):
         with pytest.raises(ValueError, match="n_samples of at least 1"):
             call(batch, link_approx="mc", n_samples=0)
-    with pytest.raises(ValueError, match="n_samples of at least 1, got 0"):
+    with pytest.raises(ValueError, match="n_samples must be a whole number, at least 1; got 0"):
         la(batch, pred_type="nn", link_approx="mc", n_samples=0)
-    with pytest.raises(ValueError, match="n_samples must be positive"):
+    with pytest.raises(ValueError, match="n_samples must be a whole number"):
         la.calibrate(loader(), "mc", 0)
 
 

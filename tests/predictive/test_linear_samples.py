@@ -157,7 +157,7 @@ def test_auto_computes_exact_moments_where_tangents_cannot_pass(caplog):
         ({"pred_type": "nn"}, "need method='exact'"),
         ({"diagonal_output": True}, "need method='exact'"),
         ({"joint": True}, "need method='exact'"),
-        ({"n_samples": 0}, "n_samples must be positive"),
+        ({"n_samples": 0}, "n_samples must be a whole number"),
     ],
 )
 def test_what_samples_do_not_do_is_refused(options, match):

@@ -121,7 +121,7 @@ def test_more_samples_and_other_options():
         la(X, joint=True)
     with pytest.raises(TypeError, match="'start_positions'"):
         la(X["input_ids"])
-    with pytest.raises(ValueError, match="n_samples must be positive"):
+    with pytest.raises(ValueError, match="n_samples must be a whole number"):
         SpanPredictor(la.fitted, 0)
 
 

@@ -235,7 +235,7 @@ def test_options_that_do_not_go_together_are_refused():
         ({"pred_type": "nn"}, "which samples weights"),
         ({"pred_type": "map"}, "must be 'glm'"),
         ({"link_approx": "logit"}, "link_approx must be one of"),
-        ({"n_samples": 0}, "n_samples must be positive"),
+        ({"n_samples": 0}, "n_samples must be a whole number"),
     ):
         with pytest.raises(ValueError, match=message):
             la(X, **options)

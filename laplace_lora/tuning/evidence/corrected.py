@@ -86,7 +86,7 @@ def corrected_precision(posterior: Posterior, groups: Tensor, tune_noise: bool =
     rounded = loss * torch.finfo(posterior.dtype).eps / PLATEAU
     lowest = 0.5 * math.log(rounded) if rounded > 0 else -math.inf
     limits = search_limits(posterior, evidence, noise.log())
-    return uphill(evidence, start, noise.log(), bound, tune_noise, lowest, limits)
+    return uphill(evidence, start, noise.log(), bound, tune_noise, limits, lowest)
 
 
 def search_limits(posterior: Posterior, evidence: EvidenceCurve, log_noise: Tensor) -> list[Limits]:
@@ -100,13 +100,11 @@ def search_limits(posterior: Posterior, evidence: EvidenceCurve, log_noise: Tens
     traces, limits = evidence.traces(log_noise), []
     rounding = torch.finfo(traces.dtype).eps * float(traces.sum())
     for trace in traces.tolist():
-        low, high = LOW, HIGH
+        points = [LOW, HIGH]
         if posterior.objective.has_noise and trace > rounding:
-            while low > math.log(max(WEAKEST * trace, 1 / EXTREME)):
-                low -= STEP
-            while high < math.log(min(STRONGEST * trace, EXTREME)):
-                high += STEP
-        limits.append((low, high))
+            low, high = max(WEAKEST * trace, 1 / EXTREME), min(STRONGEST * trace, EXTREME)
+            points = continued(points, STEP, math.log(low), math.log(high))
+        limits.append((points[0], points[-1]))
     return limits
 
 
@@ -156,8 +154,8 @@ def uphill(
     log_noise: Tensor,
     bound: float,
     tune_noise: bool,
+    limits: Sequence[Limits],
     lowest: float = -math.inf,
-    limits: Sequence[Limits] | None = None,
 ) -> Maximum:
     """Return the maximum uphill of a start, or the start if that is better.
 
@@ -167,8 +165,8 @@ def uphill(
         log_noise: Log of the observation noise, where the search starts.
         bound: Above which an evidence is not credible.
         tune_noise: Whether to choose the noise as well.
-        lowest: Log of the smallest noise that is tried.
         limits: Of each group, see `search_limits`; where the usual ones hold it back.
+        lowest: Log of the smallest noise that is tried.
     """
     count, kept = len(start), Maximum(start.exp(), math.exp(log_noise))
 
@@ -197,11 +195,10 @@ def uphill(
         )
 
     usual = [(LOW, HIGH)] * count
-    wider = usual if limits is None else limits
     found = climb(first.tolist(), usual)
-    ends = zip(found.x[:count], wider, strict=True)
+    ends = zip(found.x[:count], limits, strict=True)
     if any(low < log <= LOW or HIGH <= log < high for log, (low, high) in ends):
-        found = climb(found.x.tolist(), wider)
+        found = climb(found.x.tolist(), limits)
     if -found.fun > bound:
         shared = NOT_CREDIBLE.format("All tensors get the best precision that they can share")
         return kept._replace(objection=shared)

@@ -131,7 +131,7 @@ def _joint(posterior: Posterior, groups: Tensor, tune_noise: bool) -> Settings:
     evidence = CoupledEvidence(posterior.without_gradient_term(), groups)
     log_noise = noise.double().cpu().log()
     limits = search_limits(posterior, evidence, log_noise)
-    best = uphill(evidence, start, log_noise, math.inf, tune_noise, limits=limits)
+    best = uphill(evidence, start, log_noise, math.inf, tune_noise, limits)
     if tune_noise:
         posterior = with_noise(posterior, best.noise)
     return with_precisions(posterior, best.precisions[groups.cpu()], groups)

@@ -25,8 +25,7 @@ from laplace_lora.structures.posterior import Posterior
 from laplace_lora.tuning.evidence.marginal_likelihood import with_first_precision
 from laplace_lora.tuning.left_out.function_rows import base_rows
 from laplace_lora.tuning.left_out.linear_model import LinearModel, Mode
-from laplace_lora.tuning.left_out.looked_at import columns_looked_at, examples_looked_at
-from laplace_lora.tuning.left_out.recentring import BYTES, columns_of
+from laplace_lora.tuning.left_out.recentring import BYTES, ROWS, columns_of
 from laplace_lora.tuning.left_out.rivals import Rivals
 from laplace_lora.tuning.left_out.shared_inputs import SharedInputs
 from laplace_lora.tuning.same_data import check_same_data
@@ -35,6 +34,9 @@ from laplace_lora.tuning.validation.cache import ValidationCache, scoring_of
 # Of the examples: where inputs come again and again, with labels of their own, new data will be of
 # the same inputs. What is known of others, all copies left out, says nothing about these.
 CONTRADICTED = 0.25
+EXAMPLES = 1000  # of a larger training set, at random: the work grows with the cube of them
+FEWEST = 100
+RIVALS = 15  # classes that an example is told apart from, where all would be too many
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,25 @@ class TrainingExamples:
         """
         y = self.labels if labels is None else labels
         return self.scoring.nll(mean, covariance, y).double()
+
+
+def examples_looked_at(posterior: Posterior) -> int:
+    """Return how many training examples are looked at: all, or some at random."""
+    affordable, n = ROWS // columns_looked_at(posterior), posterior.state.n_data
+    return n if n <= affordable else min(EXAMPLES, affordable)
+
+
+def columns_looked_at(posterior: Posterior) -> int:
+    """Return how many functions of an example's outputs are looked at, see `Rivals`."""
+    objective, columns = posterior.objective, columns_of(posterior)
+    is_softmax = objective.is_classifier and not objective.has_independent_labels
+    leaves_enough = ROWS // columns >= min(posterior.state.n_data, FEWEST)
+    return columns if leaves_enough or not is_softmax else min(columns, RIVALS)
+
+
+def is_enough(posterior: Posterior) -> bool:
+    """Return whether these are as many as a choice needs."""
+    return examples_looked_at(posterior) >= min(posterior.state.n_data, FEWEST)
 
 
 def look_at(

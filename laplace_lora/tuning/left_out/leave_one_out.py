@@ -29,9 +29,13 @@ from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning.evidence.marginal_likelihood import with_noise
 from laplace_lora.tuning.left_out.cavity_widths import Covariances
 from laplace_lora.tuning.left_out.closer_fit import closer_fit
-from laplace_lora.tuning.left_out.examples import TrainingExamples, look_at
+from laplace_lora.tuning.left_out.examples import (
+    TrainingExamples,
+    examples_looked_at,
+    is_enough,
+    look_at,
+)
 from laplace_lora.tuning.left_out.linear_model import Mode
-from laplace_lora.tuning.left_out.looked_at import examples_looked_at, is_enough
 from laplace_lora.tuning.left_out.profiled_noise import ProfiledNoise, at_residual_noise
 from laplace_lora.tuning.left_out.recentring import recentred
 from laplace_lora.tuning.left_out.recentring_by_passes import Aim, TrainingPasses

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from laplace_lora.data.masks import text_shape
 from laplace_lora.generation.label_scores import label_log_probabilities, part_of
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.models.inputs.image_rows import divides
-from laplace_lora.predictive.class_scores import class_log_probabilities, span_log_probabilities
+from laplace_lora.predictive.class_scores import class_log_probabilities
 from laplace_lora.predictive.linear_samples import LinearSamples
 from laplace_lora.predictive.sample_set import SampleSet
 from laplace_lora.structures.posterior import Posterior
@@ -142,9 +143,6 @@ def _reader(
     generator = torch.Generator(posterior.device).manual_seed(SEED)
     if posterior.objective.predicts_tokens:
         samples = SampleSet(posterior, SAMPLES, generator)
-        return lambda batch, scales: label_log_probabilities(posterior, samples, batch, scales)
+        return partial(label_log_probabilities, posterior, samples)
     linear = LinearSamples(posterior, SAMPLES, generator)
-    read = class_log_probabilities
-    if posterior.objective.has_spans:
-        read = span_log_probabilities
-    return lambda batch, scales: read(linear, batch, scales)
+    return partial(class_log_probabilities, posterior, linear)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,17 +29,6 @@ TUNING_POINTS = 256  # of the quadrature, for hundreds of candidates in turn
 EVERY, ZERO, ABOVE = slice(None), slice(0, 1), slice(1, None)  # of a cache's eigenvalues
 LARGE = 2**31  # bytes of a cache; joining its batches takes as much again
 VALIDATION = "Evaluating validation set"  # title of the progress bar
-
-
-class Cache(Protocol):
-    """Moments of a validation set as a function of factors on the groups' prior precisions."""
-
-    mean: Tensor
-    y: Tensor
-
-    def covariance(self, factors: Tensor) -> Tensor:
-        """Return the covariance ``(examples, columns, columns)`` for factors ``(groups,)``."""
-        ...
 
 
 def scoring_of(

@@ -29,6 +29,11 @@ class Cached:
     cache: ValidationCache
     centre: Tensor
 
+    @property
+    def groups(self) -> Tensor:
+        """Which rows belong together: each stands for itself."""
+        return torch.arange(len(self.centre), device=self.centre.device)
+
     def some(self: Self, which: Tensor) -> Self:
         """Return some of the rows, by their places."""
         return replace(self, cache=self.cache.some(which), centre=self.centre[which])

@@ -29,11 +29,11 @@ from laplace_lora.tuning.validation.cache import ValidationCache, validation_row
 from laplace_lora.tuning.validation.cached_rows import CachedRows
 from laplace_lora.tuning.validation.cached_targets import CachedTargets
 from laplace_lora.tuning.validation.calibration_search import (
-    PointPredictions,
+    Found,
+    Point,
+    Rows,
     exponential,
-    of_all_rows,
-    search,
-    some_rows,
+    search_some,
 )
 
 if TYPE_CHECKING:
@@ -70,6 +70,31 @@ class Calibration(Result):
     ece_before: float
     ece_after: float
     sigma_noise: float | None = None
+
+    @classmethod
+    def of(
+        cls, settings: Settings, rows: Rows, start: Point, found: Found, noise: float | None = None
+    ) -> Calibration:
+        """Return what was chosen, and what it changed on some rows.
+
+        Args:
+            settings: The choice.
+            rows: The validation set.
+            start: The point before.
+            found: What the search for a better one found.
+            noise: Of a regression.
+        """
+        return cls(
+            settings.prior_precision.detach().clone(),
+            settings.covariance_scale,
+            settings.likelihood_temperature,
+            found.before,
+            found.after,
+            found.cross_fitted,
+            rows.ece(start),
+            rows.ece(found.best),
+            noise,
+        )
 
     def __str__(self) -> str:
         expected = f" ({self.nll_cross_fitted:.4f} cross-fitted)" if self._is_cross_fitted else ""
@@ -165,12 +190,7 @@ def calibrate(
     rows: CachedRows | CachedTargets = CachedRows(cache, centre, scoring)
     if has_noise:
         rows = CachedTargets(cache, centre, noise, start)
-    which = some_rows(cache.y)
-    part = rows if which is None else rows.some(which)
-    groups = torch.arange(len(part.cache.y), device=part.cache.y.device)
-    found = search(PointPredictions(part.losses, part.events), start, WIDTHS[: len(start)], groups)
-    if which is not None:
-        found = of_all_rows(found, start, rows.losses)
+    found = search_some(rows, start, WIDTHS[: len(start)])
     best = found.best
     factor, scale, third = (exponential(value) for value in best[:3])
     noise, temperature = (noise * third, 1.0) if has_noise else (noise, third)
@@ -182,15 +202,4 @@ def calibrate(
         likelihood_temperature=temperature,
         shift=None if settings.shift is None else settings.shift * float(best[3]),
     )
-    report = Calibration(
-        chosen.prior_precision.detach().clone(),
-        scale,
-        temperature,
-        found.before,
-        found.after,
-        found.cross_fitted,
-        rows.ece(start),
-        rows.ece(best),
-        noise if has_noise else None,
-    )
-    return chosen, report
+    return chosen, Calibration.of(chosen, rows, start, found, noise if has_noise else None)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from scipy.optimize import least_squares, minimize
@@ -34,6 +34,7 @@ NEAR = {"diff_step": 1e-2, "ftol": 1e-5, "xtol": 1e-4, "gtol": 1e-12, "max_nfev"
 HOLD = 3e-4  # of each number to its present value, which holds what predictions hardly depend on
 
 Point = tuple[float, ...]
+Self = TypeVar("Self", bound="Rows")
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,54 @@ class Found:
     cross_fitted: float
 
 
-@dataclass(frozen=True)
-class PointPredictions:
-    """What a point says about the rows.
+class PointPredictions(Protocol):
+    """What a point says about some rows."""
 
-    Attributes:
-        losses: From a point to the loss of every row, in nats.
-        probabilities: From a point to probabilities ``(rows, …, classes)``.
+    def losses(self, point: Any) -> Tensor:
+        """Return the loss of every row, in nats."""
+        ...
+
+    def events(self, point: Any) -> Tensor:
+        """Return probabilities of events that exclude each other, ``(rows, …, events)``."""
+        ...
+
+
+class Rows(PointPredictions, Protocol):
+    """Labelled rows, and what a point says about them."""
+
+    @property
+    def groups(self) -> Tensor:
+        """Which rows belong together, in the same fold: numbers ``(rows,)``."""
+        ...
+
+    def some(self: Self, which: Tensor) -> Self:
+        """Return some of the rows, by their places."""
+        ...
+
+    def ece(self, point: Any) -> float:
+        """Return the calibration error at a point."""
+        ...
+
+
+def search_some(rows: Rows, start: Point, widths: Sequence[float]) -> Found:
+    """Return the result of `search`; of many rows some are searched, and all are scored.
+
+    Random ones, the same at every call. Where several rows belong together, all are searched.
     """
-
-    losses: Callable[[Any], Tensor]
-    probabilities: Callable[[Any], Tensor]
+    groups, count = rows.groups, len(rows.groups)
+    if count <= SEARCHED or len(groups.unique()) < count:
+        return search(rows, start, widths, groups)
+    which = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:SEARCHED]
+    part = rows.some(which.sort().values.to(groups.device))
+    found = search(part, start, widths, part.groups)
+    present, fitted = rows.losses(start).double(), rows.losses(found.best).double()
+    before, after = float(present.mean()), float(fitted.mean())
+    if not after < before:
+        return Found(start, before, before, before)
+    # Rows that were not searched had no say in the choice: their loss is cross-fitted already. That
+    # of the searched ones alone would differ from `before` by which rows they are.
+    share = SEARCHED / count
+    return Found(found.best, before, after, after + share * (found.cross_fitted - found.after))
 
 
 def search(
@@ -96,13 +134,13 @@ def search(
     everything = torch.ones_like(folds, dtype=torch.bool)
     kept = torch.stack([everything, *(~out for out in held_out)])
     z, weights = _posterior_samples(losses, len(start), kept)
-    average = _averages(lambda z: predictions.probabilities(point(z)), z, weights)
+    average = _averages(lambda z: predictions.events(point(z)), z, weights)
 
     def nearest(rows: Tensor, average: Tensor, *starts: Any) -> Any:
         roots = average[rows].sqrt()
 
         def differences(z: Any) -> Any:
-            p = predictions.probabilities(point(z)).double()[rows].nan_to_num(0.0)
+            p = predictions.events(point(z)).double()[rows].nan_to_num(0.0)
             apart = (p.sqrt() - roots).flatten() / len(roots) ** 0.5
             return torch.cat([apart.cpu(), HOLD * torch.as_tensor(z, dtype=p.dtype)]).numpy()
 
@@ -123,40 +161,6 @@ def search(
     best_point, after = (point(best), after) if moves else (start, before)
     cross_fitted = total / len(folds) if moves else before
     return Found(best_point, before, after, cross_fitted if held_out else math.nan)
-
-
-def some_rows(y: Tensor) -> Tensor | None:
-    """Return the places of random rows that are searched, the same at every call.
-
-    Args:
-        y: All labels.
-
-    Returns:
-        Places ``(SEARCHED,)``; ``None`` if there are no more rows than that.
-    """
-    if len(y) <= SEARCHED:
-        return None
-    generator = torch.Generator().manual_seed(0)
-    which = torch.randperm(len(y), generator=generator)[:SEARCHED]
-    return which.sort().values.to(y.device)
-
-
-def of_all_rows(found: Found, start: Point, losses: Callable[[Any], Tensor]) -> Found:
-    """Return what a search over `some_rows` means for all.
-
-    Args:
-        found: Among these rows.
-        start: The present values.
-        losses: From a point to the loss of every row, in nats.
-    """
-    present, fitted = losses(start).double(), losses(found.best).double()
-    before, after = float(present.mean()), float(fitted.mean())
-    if not after < before:
-        return Found(start, before, before, before)
-    # Rows that were not searched had no say in the choice: their loss is cross-fitted already. That
-    # of the searched ones alone would differ from `before` by which rows they are.
-    share = SEARCHED / len(fitted)
-    return Found(found.best, before, after, after + share * (found.cross_fitted - found.after))
 
 
 def folds_of(groups: Tensor) -> Tensor:

@@ -2,178 +2,120 @@
 
 Samples are linear in their deviation from the MAP, so one pass over the data gives the predictive
 at every width and temperature. The prior stays as it is: its factor would do what the width does.
+Memory and time grow with rows times classes, those of exact moments with their square and cube.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from laplace_lora.data.columns import padded
 from laplace_lora.data.distributed import Together
-from laplace_lora.likelihoods.base import CONTRASTS, Readout
+from laplace_lora.likelihoods.base import CONTRASTS, labels_tokens
+from laplace_lora.likelihoods.classification import LOGITS
 from laplace_lora.likelihoods.label_check import check_labels
-from laplace_lora.likelihoods.quadrature import averaged
+from laplace_lora.likelihoods.language_modeling import IGNORED
+from laplace_lora.likelihoods.question_answering import text_tokens
 from laplace_lora.predictive.linear_samples import LinearSamples
+from laplace_lora.predictive.spans import span_tangents
+from laplace_lora.predictive.token_class_predictions import at_tokens
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning.validation.cache import labelled_batches, validation_rows
 from laplace_lora.tuning.validation.calibration import Calibration
-from laplace_lora.tuning.validation.calibration_error import expected_calibration_error
-from laplace_lora.tuning.validation.calibration_search import (
-    PointPredictions,
-    exponential,
-    of_all_rows,
-    search,
-    some_rows,
-)
+from laplace_lora.tuning.validation.calibration_search import exponential, search_some
+from laplace_lora.tuning.validation.sampled_rows import SampledRows
 
 WIDTHS = (1.0, 0.7)  # of the priors: log scale, log temperature
-AT_ONCE = 2**22  # numbers of the samples' logits that are in memory at once
+NEVER = -1e4  # logit of padding, and of tokens that a shorter batch does not have
 
 
-@dataclass(frozen=True)
-class SampledLabels:
-    """What is labelled in a validation set.
-
-    Attributes:
-        mean: Functions of the outputs at the MAP, ``(rows, …, columns)``.
-        tangents: Their change along each direction, ``(directions, rows, …, columns)``.
-        y: Labels, ``(rows, …)``; those of a row are independent given the weights.
-        groups: Which rows belong together, ``(rows,)``.
-        readout: What the functions are.
-    """
-
-    mean: Tensor
-    tangents: Tensor
-    y: Tensor
-    groups: Tensor
-    readout: Readout
-
-    def some(self, which: Tensor) -> SampledLabels:
-        """Return some of the rows, by their places."""
-        found = self.mean[which], self.tangents[:, which], self.y[which], self.groups[which]
-        return SampledLabels(*found, self.readout)
-
-    def parts(self) -> Iterator[slice]:
-        """Yield slices of the rows that fit into memory with all their samples."""
-        size = max(1, AT_ONCE // (2 * len(self.tangents) * self.mean[0].numel()))
-        for first in range(0, len(self.y), size):
-            yield slice(first, first + size)
-
-
-def unscaled(posterior: Posterior, generator: torch.Generator | None) -> LinearSamples:
-    """Return samples of a posterior before calibration.
-
-    Args:
-        posterior: A fitted posterior.
-        generator: Their source; a fixed seed by default.
-    """
-    bare = replace(posterior.settings, covariance_scale=1.0, likelihood_temperature=1.0)
-    return LinearSamples(posterior.with_settings(bare), None, generator)
-
-
-def calibrate_classes(
+def calibrate_by_samples(
     posterior: Posterior,
     loader: Any,
     team: Together,
     generator: torch.Generator | None,
     progress_bar: bool | None,
 ) -> tuple[Settings, Calibration]:
-    """Calibrate a classifier of many classes for the samples that it predicts with.
-
-    Memory and time grow with rows times classes, those of exact moments with their square and cube.
+    """Choose covariance scale and likelihood temperature by the NLL of labels, see `search`.
 
     Args:
-        posterior: A fitted posterior; its present settings are the start.
+        posterior: A fitted posterior of a classifier, of examples or of tokens, or of a model of
+            answers; its present settings are the start.
         loader: Validation batches with labels.
         team: The processes that share the loader.
         generator: Source of the samples; a fixed seed by default.
         progress_bar: Whether to show progress, see `progress`.
 
     Returns:
-        As `calibrate_by_samples`.
+        The settings, and what they changed. NLL is per example, labelled token or answer, ECE of
+        the classes, or of starts and ends. The tokens of a text are in one fold.
 
     Raises:
-        ValueError: If there is no loader, it is empty, or see `check_labels`.
+        ValueError: If there is no loader, nothing is labelled, or labels are none of the classes.
         NoForwardDerivativeError: If the model cannot carry tangents.
-    """
-    samples = unscaled(posterior, generator)
-    means, slopes, labels = [], [], []
-    for x, y in labelled_batches(posterior, loader, team, progress_bar):
-        mean, tangents = samples.tangents(x, CONTRASTS)
-        check_labels(posterior.objective, mean, y, CONTRASTS)
-        means.append(mean)
-        slopes.append(tangents.transpose(0, 1))
-        labels.append(y)
-    rows = validation_rows(team, mean=means, tangents=slopes, y=labels)
-    apart = torch.arange(len(rows["y"]), device=rows["y"].device)
-    tangents = rows["tangents"].transpose(0, 1)
-    labelled = SampledLabels(rows["mean"], tangents, rows["y"], apart, CONTRASTS)
-    return calibrate_by_samples(posterior, samples, labelled)
-
-
-def calibrate_by_samples(
-    posterior: Posterior, samples: LinearSamples, labelled: SampledLabels
-) -> tuple[Settings, Calibration]:
-    """Choose covariance scale and likelihood temperature by the NLL of labels, see `search`.
-
-    Args:
-        posterior: A fitted posterior; its present settings are the start.
-        samples: What the tangents are of, see `unscaled`.
-        labelled: The labels, and the functions that predict them.
-
-    Returns:
-        The settings, and what they changed.
     """
     settings = posterior.settings
     start = (math.log(settings.covariance_scale), math.log(settings.likelihood_temperature))
-
-    def log_probabilities(rows: SampledLabels, point: Any, part: slice) -> Tensor:
-        """Return log probabilities under each sample, ``(samples, rows, …, classes)``."""
-        scale, temperature = (exponential(value) for value in point)
-        slopes = rows.tangents[:, part] * (math.sqrt(scale) / temperature)
-        return samples.log_softmax(rows.mean[part] / temperature, slopes, rows.readout)
-
-    def losses(rows: SampledLabels, point: Any) -> Tensor:
-        found = []
-        for part in rows.parts():
-            log_p = log_probabilities(rows, point, part)
-            index = rows.y[part].unsqueeze(-1).expand(*log_p.shape[:-1], 1)
-            of_labels = log_p.gather(-1, index).flatten(2).sum(-1)
-            found.append(-averaged(of_labels))
-        return torch.cat(found)
-
-    def probabilities(rows: SampledLabels, point: Any) -> Tensor:
-        parts = [averaged(log_probabilities(rows, point, part)).exp() for part in rows.parts()]
-        return torch.cat(parts)
-
-    def ece(point: Any) -> float:
-        p = probabilities(labelled, point)
-        return expected_calibration_error(p.flatten(0, -2), labelled.y.flatten())
-
-    are_apart = len(labelled.groups.unique()) == len(labelled.groups)
-    which = some_rows(labelled.y) if are_apart else None
-    part = labelled if which is None else labelled.some(which)
-    predictions = PointPredictions(partial(losses, part), partial(probabilities, part))
-    found = search(predictions, start, WIDTHS, part.groups)
-    if which is not None:
-        found = of_all_rows(found, start, partial(losses, labelled))
+    bare = replace(settings, covariance_scale=1.0, likelihood_temperature=1.0)
+    samples = LinearSamples(posterior.with_settings(bare), None, generator)
+    rows = _labelled(posterior, samples, loader, team, progress_bar)
+    found = search_some(rows, start, WIDTHS)
     scale, temperature = (exponential(value) for value in found.best)
     chosen = replace(settings, covariance_scale=scale, likelihood_temperature=temperature)
-    report = Calibration(
-        chosen.prior_precision.detach().clone(),
-        scale,
-        temperature,
-        found.before,
-        found.after,
-        found.cross_fitted,
-        ece(start),
-        ece(found.best),
-    )
-    return chosen, report
+    return chosen, Calibration.of(chosen, rows, start, found)
+
+
+def _labelled(
+    posterior: Posterior,
+    samples: LinearSamples,
+    loader: Any,
+    team: Together,
+    progress_bar: bool | None,
+) -> SampledRows:
+    """Return what is labelled in the data of all processes: examples, tokens or answers."""
+    objective = posterior.objective
+    readout = LOGITS if objective.has_spans else CONTRASTS
+    means: list[Tensor] = []
+    slopes: list[Tensor] = []
+    labels: list[Tensor] = []
+    for x, y in labelled_batches(posterior, loader, team, progress_bar):
+        if objective.has_spans:
+            mean, tangents = span_tangents(samples, x)
+            # What is far below the text's own logits is not at every temperature.
+            padding = ~text_tokens(x).to(mean.device)
+            mean = mean.masked_fill(padding.unsqueeze(1), NEVER)
+        else:
+            mean, tangents = samples.tangents(x, readout)
+            check_labels(objective, mean, y, readout)
+        along = tangents.transpose(0, 1)
+        if labels_tokens(objective):  # processes exchange rows of texts
+            mean, along = at_tokens(y != IGNORED, mean), at_tokens(y != IGNORED, along)
+        means.append(mean)
+        slopes.append(along)
+        labels.append(y)
+    if objective.has_spans:
+        width = team.longest(mean.shape[-1] for mean in means)
+        means = [F.pad(mean, (0, width - mean.shape[-1]), value=NEVER) for mean in means]
+        slopes = [F.pad(along, (0, width - along.shape[-1])) for along in slopes]
+    elif labels_tokens(objective):
+        width = team.longest(y.shape[1] for y in labels)
+        means, slopes = ([padded(part, width) for part in parts] for parts in (means, slopes))
+        labels = [padded(y, width, IGNORED) for y in labels]
+    rows = validation_rows(team, mean=means, along=slopes, y=labels)
+    mean, along, y = rows["mean"], rows["along"], rows["y"]
+    groups = torch.arange(len(y), device=y.device)
+    if labels_tokens(objective):
+        at = (y != IGNORED).nonzero(as_tuple=True)
+        mean, along, y, groups = mean[at], along[at], y[at], at[0]
+        if not len(y):
+            raise ValueError(
+                "no token of the validation data has a label that counts: all are -100"
+            )
+    return SampledRows(samples, mean, along.transpose(0, 1), y, groups, readout)

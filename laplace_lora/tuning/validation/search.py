@@ -19,7 +19,12 @@ from laplace_lora.data.distributed import ALONE, Together
 from laplace_lora.likelihoods.base import Scoring
 from laplace_lora.linalg.spectrum_nodes import SpectrumNodes
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.tuning.validation.cache import Cache, validation_pass, validation_rows
+from laplace_lora.tuning.validation.cache import (
+    ValidationCache,
+    validation_pass,
+    validation_rows,
+)
+from laplace_lora.tuning.validation.coupled_cache import CoupledCache
 
 Loss: TypeAlias = Metric | Callable[..., Any]
 
@@ -76,7 +81,9 @@ def grid_search(
     return float(grid[losses.nan_to_num(torch.inf).argmin()]), losses
 
 
-def descend(cache: Cache, groups: Tensor, scoring: Scoring, n_steps: int, lr: float) -> Tensor:
+def descend(
+    cache: ValidationCache | CoupledCache, groups: Tensor, scoring: Scoring, n_steps: int, lr: float
+) -> Tensor:
     """Lower the validation NLL by gradient descent on the groups' log prior precisions.
 
     Source: the validation variant of Yang et al. (2024), arXiv:2308.13111, from one cached pass.

@@ -448,8 +448,8 @@ def test_noise_is_not_sought_where_rounding_is_all_there_is(monkeypatch):
     la = FullLoraLaplace(net.float(), "regression")
     la.fit(DataLoader(TensorDataset(X.float(), y.float()), batch_size=5))
 
-    def rising(evidence, start, log_noise, bound, tune_noise, lowest, limits):
-        return uphill(lambda _, log_sigma: -log_sigma, start, log_noise, bound, True, lowest)
+    def rising(evidence, start, log_noise, bound, tune_noise, *limits):
+        return uphill(lambda _, log_sigma: -log_sigma, start, log_noise, bound, True, *limits)
 
     monkeypatch.setattr(corrected_evidence, "uphill", rising)
     with warnings.catch_warnings():

@@ -391,9 +391,9 @@ def test_an_underfitted_posterior_moves_and_says_so(monkeypatch):
 def test_of_many_examples_some_are_looked_at(monkeypatch):
     whole = fitted()
     whole.optimize_prior_precision()
-    monkeypatch.setattr("laplace_lora.tuning.left_out.looked_at.ROWS", 2 * len(LENGTHS) - 1)
-    monkeypatch.setattr("laplace_lora.tuning.left_out.looked_at.EXAMPLES", 9)
-    monkeypatch.setattr("laplace_lora.tuning.left_out.looked_at.FEWEST", 3)
+    monkeypatch.setattr("laplace_lora.tuning.left_out.examples.ROWS", 2 * len(LENGTHS) - 1)
+    monkeypatch.setattr("laplace_lora.tuning.left_out.examples.EXAMPLES", 9)
+    monkeypatch.setattr("laplace_lora.tuning.left_out.examples.FEWEST", 3)
     chosen = []
     for batch_size in (12, 5, 1):
         la = fitted(data=loader(batch_size, lengths=LENGTHS))
@@ -402,7 +402,7 @@ def test_of_many_examples_some_are_looked_at(monkeypatch):
         chosen.append(float(la.prior_precision))
     assert chosen[1:] == pytest.approx(chosen[:1] * 2, rel=2e-3)
     assert la.tuning.leave_one_out.nll != pytest.approx(whole.tuning.leave_one_out.nll, rel=1e-3)
-    monkeypatch.setattr("laplace_lora.tuning.left_out.looked_at.FEWEST", 10)
+    monkeypatch.setattr("laplace_lora.tuning.left_out.examples.FEWEST", 10)
     la.optimize_prior_precision()
     assert "outputs are too many" in la.tuning.reason
 

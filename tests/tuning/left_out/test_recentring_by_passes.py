@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
 from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
 from laplace_lora.predictive import tangents
-from laplace_lora.tuning.left_out import leave_one_out, looked_at, recentring, recentring_by_passes
+from laplace_lora.tuning.left_out import examples, leave_one_out, recentring, recentring_by_passes
 from laplace_lora.tuning.left_out.linear_model import LinearModel
 from laplace_lora.tuning.left_out.spanned_model import SpannedModel
 from support.batches import loader, token_batch
@@ -158,9 +158,9 @@ def test_data_of_another_fit_are_refused(keeps_none):
 
 @pytest.mark.slow
 def test_leave_one_out_of_some_examples_moves_the_mean_by_all(monkeypatch, keeps_none):
-    monkeypatch.setattr(looked_at, "ROWS", 2 * len(LENGTHS) - 1)
-    monkeypatch.setattr(looked_at, "EXAMPLES", 9)
-    monkeypatch.setattr(looked_at, "FEWEST", 3)
+    monkeypatch.setattr(examples, "ROWS", 2 * len(LENGTHS) - 1)
+    monkeypatch.setattr(examples, "EXAMPLES", 9)
+    monkeypatch.setattr(examples, "FEWEST", 3)
     closer = {}
 
     def always(linear, mode, *others):

@@ -12,7 +12,7 @@ from laplace_lora.data.distributed import ALONE
 from laplace_lora.likelihoods.base import CONTRASTS, OUTPUTS
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.tuning.left_out import leave_one_out, looked_at
+from laplace_lora.tuning.left_out import examples, leave_one_out
 from laplace_lora.tuning.left_out.cavity_widths import Covariances
 from laplace_lora.tuning.left_out.examples import look_at
 from laplace_lora.tuning.left_out.linear_model import LinearModel, without_own
@@ -27,8 +27,8 @@ LENGTHS = (3, 6, 4, 6, 1, 5, 2, 4, 4, 3, 2, 5)
 @pytest.fixture
 def one_rival(monkeypatch):
     """Twelve examples of three classes are more than is affordable, of two they are not."""
-    monkeypatch.setattr(looked_at, "ROWS", 2 * len(LENGTHS) - 1)
-    monkeypatch.setattr(looked_at, "RIVALS", 1)
+    monkeypatch.setattr(examples, "ROWS", 2 * len(LENGTHS) - 1)
+    monkeypatch.setattr(examples, "RIVALS", 1)
 
 
 def fitted(cls=KronLoraLaplace, data=None):

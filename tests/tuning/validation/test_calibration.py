@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from laplace_lora.tuning.validation.calibration import WIDTHS
 from laplace_lora.tuning.validation.calibration_search import (
     FOLDS,
     Found,
-    PointPredictions,
     folds_of,
     search,
 )
@@ -146,7 +146,7 @@ def binary(mean, variance, labels):
     def losses(point):
         return -log_probabilities(point).gather(1, labels.unsqueeze(1)).squeeze(1)
 
-    return PointPredictions(losses, lambda point: log_probabilities(point).exp())
+    return SimpleNamespace(losses=losses, events=lambda point: log_probabilities(point).exp())
 
 
 def alike(mean, labels):
@@ -159,7 +159,7 @@ def alike(mean, labels):
     def losses(point):
         return -log_probabilities(point).gather(1, labels.unsqueeze(1)).squeeze(1)
 
-    return PointPredictions(losses, lambda point: log_probabilities(point).exp())
+    return SimpleNamespace(losses=losses, events=lambda point: log_probabilities(point).exp())
 
 
 def on_a_grid(predictions, start, width, rows):
@@ -168,7 +168,7 @@ def on_a_grid(predictions, start, width, rows):
     points = [(start + width * float(z),) for z in grid]
     scores = torch.stack([-predictions.losses(point)[rows].sum() for point in points])
     weights = (scores - grid.square() / 2).softmax(0)
-    p = torch.stack([predictions.probabilities(point) for point in points])
+    p = torch.stack([predictions.events(point) for point in points])
     return torch.einsum("s,s...->...", weights, p), points
 
 
@@ -182,7 +182,7 @@ def test_chosen_is_what_predicts_most_nearly_the_average(rows):
     found = search(predictions, (-0.8,), (0.9,), torch.arange(rows))
     average, points = on_a_grid(predictions, -0.8, 0.9, slice(None))
     distances = [
-        float((average.sqrt() - predictions.probabilities(point).sqrt()).square().sum())
+        float((average.sqrt() - predictions.events(point).sqrt()).square().sum())
         for point in points
     ]
     nearest = points[min(range(len(points)), key=distances.__getitem__)]
@@ -223,7 +223,9 @@ def test_cross_fitting_does_not_depend_on_turns_that_classes_take():
         def losses(point):
             return -log_probabilities(point).gather(1, labels[order].unsqueeze(1)).squeeze(1)
 
-        predictions = PointPredictions(losses, lambda point: log_probabilities(point).exp())
+        predictions = SimpleNamespace(
+            losses=losses, events=lambda point: log_probabilities(point).exp()
+        )
         return search(predictions, (1.0,), (1.0,), torch.arange(200)).cross_fitted
 
     # With a shuffle by the seed of the folds, turns would be folds again.
@@ -318,7 +320,7 @@ def test_of_many_rows_some_are_searched_and_all_are_scored(monkeypatch):
         found.append(search(predictions, start, widths, groups))
         return found[-1]
 
-    monkeypatch.setattr("laplace_lora.tuning.validation.calibration.search", counted)
+    monkeypatch.setattr("laplace_lora.tuning.validation.calibration_search.search", counted)
     la = posterior(**LOW)
     la.prior_precision = 0.05
     data = many(12)
@@ -343,12 +345,11 @@ def test_of_many_rows_some_are_searched_and_all_are_scored(monkeypatch):
 
 
 def test_what_some_rows_choose_and_all_refuse_is_not_taken(monkeypatch):
-    calibration = "laplace_lora.tuning.validation.calibration"
     searching = "laplace_lora.tuning.validation.calibration_search"
     la, data = posterior(**LOW), validation()
     bad = Found((9.0, 0.0, -5.0), 0.3, 0.1, 0.2)  # a temperature of a hundredth
     monkeypatch.setattr(f"{searching}.SEARCHED", 3)
-    monkeypatch.setattr(f"{calibration}.search", lambda *_: bad)
+    monkeypatch.setattr(f"{searching}.search", lambda *_: bad)
     result = la.calibrate(data)
     assert result.nll_before == pytest.approx(validation_nll(la), rel=1e-3)
     assert result.nll_cross_fitted == result.nll_after == result.nll_before

@@ -68,9 +68,9 @@ def test_of_many_rows_of_many_classes_some_are_searched(monkeypatch):
 def test_exact_moments_are_calibrated_where_predictions_are_exact(monkeypatch, caplog):
     ways = []
     monkeypatch.setattr(tuner, "calibrate", lambda *_: ways.append("exact") or (None, None))
-    sampled = tuner.calibrate_classes
+    sampled = tuner.calibrate_by_samples
     counted = lambda *options: ways.append("sampled") or sampled(*options)  # noqa: E731
-    monkeypatch.setattr(tuner, "calibrate_classes", counted)
+    monkeypatch.setattr(tuner, "calibrate_by_samples", counted)
     la = many_classes()
     tuner.Tuner(la.fitted).calibrate(data(8, 1), "probit", 100, None, False)
     assert ways == ["exact"]

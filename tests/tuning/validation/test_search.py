@@ -216,7 +216,7 @@ def test_a_predictive_that_does_not_exist_is_refused(method):
     for name, value, match in (
         ("pred_type", "map", "pred_type must be 'glm' or 'nn', got 'map'"),
         ("link_approx", "logit", "link_approx must be one of .* got 'logit'"),
-        ("n_samples", -3, "n_samples must be positive, got -3"),
+        ("n_samples", -3, "n_samples must be a whole number, at least 1; got -3"),
     ):
         with pytest.raises(ValueError, match=match):
             la.optimize_prior_precision(**options, **{name: value})
