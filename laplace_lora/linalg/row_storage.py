@@ -110,6 +110,19 @@ class RowStorage:
             columns = slice(start, start + step)
             yield columns, matrix[:, columns].to(self.device, dtype)
 
+    def project(self, W: Tensor) -> Tensor:
+        """Return ``W Zᵀ`` with these rows ``Z``, ``(n, rows)``, for ``W`` ``(n, parameters)``."""
+        total = W.new_zeros(len(W), len(self))
+        for i, part in enumerate(W.split(self.sizes, dim=-1)):
+            for columns, Z in self.pieces(i, W.dtype):
+                total += part[:, columns] @ Z.T
+        return total
+
+    def lift(self, core: Tensor) -> Tensor:
+        """Return ``core Z``, ``(n, parameters)``, for ``core`` of shape ``(n, rows)``."""
+        tensors = range(len(self.sizes))
+        return torch.cat([core @ Z for i in tensors for _, Z in self.pieces(i, core.dtype)], -1)
+
     def replace(self, matrices: Sequence[Tensor]) -> None:
         """Replace all rows by others.
 

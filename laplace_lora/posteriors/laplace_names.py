@@ -22,8 +22,8 @@ from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.weight_sampling import sampled_outputs
 from laplace_lora.storage.adapter_start import AdapterStart
 from laplace_lora.structures.base import Structure
-from laplace_lora.structures.posterior import Posterior
-from laplace_lora.structures.settings import check_positive
+from laplace_lora.structures.posterior import Posterior, check_no_gradient
+from laplace_lora.structures.settings import check_positive, expanded
 from laplace_lora.structures.state import PosteriorState
 from laplace_lora.tuning.evidence.marginal_likelihood import scatter
 
@@ -167,23 +167,36 @@ class LaplaceNames(ParametricLaplace):
         density = super().log_prob(value, normalized)
         return density - 0.5 * self.n_params * math.log(width) if normalized else density
 
+    @property
+    def log_det_posterior_precision(self) -> Tensor:
+        """``log det P``, a float64 scalar."""
+        prior = expanded(self.prior_precision, self.fitted.engine.sizes)
+        return self.log_det_ratio + prior.double().log().sum()
+
     @in_full_precision
     def square_norm(self, value: Tensor) -> Tensor:
         """Return ``(θ − θ_MAP)ᵀ P (θ − θ_MAP)`` of a weight vector, a scalar."""
-        norm: Tensor = super().square_norm(value)
+        gap, posterior = value - self.mean, self.fitted
+        prior = expanded(self.prior_precision, posterior.engine.sizes)
+        product = self.structure.product(posterior.state.curvature, gap.unsqueeze(0))[0]
+        norm: Tensor = posterior.scale * (gap @ product) + gap.square() @ prior
         return norm
 
     @in_full_precision
     def functional_variance(self, Js: Tensor) -> Tensor:
-        """Return ``J P⁻¹ Jᵀ`` for ``J`` of shape ``(batch, outputs, parameters)``."""
-        variance: Tensor = super().functional_variance(Js)
-        return variance
+        """Return ``J P⁻¹ Jᵀ`` for ``J`` of shape ``(batch, outputs, parameters)``.
+
+        Raises:
+            RuntimeError: If prior precision or noise ask for gradients by which it has none.
+        """
+        posterior = self.fitted
+        check_no_gradient(posterior)
+        return posterior.laplace_precision.covariance(Js.split(posterior.engine.sizes, -1))
 
     @in_full_precision
     def functional_covariance(self, Js: Tensor) -> Tensor:
         """Return ``J P⁻¹ Jᵀ`` between all examples, ``(batch · outputs,)`` squared."""
-        covariance: Tensor = super().functional_covariance(Js)
-        return covariance
+        return self.functional_variance(Js.flatten(0, 1).unsqueeze(0)).squeeze(0)
 
     @property
     def _device(self) -> torch.device:
