@@ -26,7 +26,7 @@ from laplace_lora.adaptive.lora_components import (
     shrink_lora,
 )
 from laplace_lora.adaptive.scores import Components, Marginals, PosteriorScore, best
-from laplace_lora.adaptive.shrinking import check_mean, check_optimizer, shrink
+from laplace_lora.adaptive.shrinking import check_optimizer, shrink
 from laplace_lora.data.sharding import unwrapped
 
 COPIED = ("task_type", "modules_to_save", "lora_dropout", "bias", "fan_in_fan_out")
@@ -72,7 +72,6 @@ def prune_adapter(
     """
     peft_model = unwrapped(peft_model)
     check_adapters(peft_model.named_modules())
-    check_mean(posterior)
     score = PosteriorScore(posterior, criterion)
     ivon = ivon_of(posterior)
     if ivon is not None and optimizer is not None:
