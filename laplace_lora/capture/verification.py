@@ -16,6 +16,8 @@ from torch import Tensor
 
 from laplace_lora.adapters.maps import Block
 from laplace_lora.adapters.selection import listed
+from laplace_lora.capture.gradient_scale import largest
+from laplace_lora.capture.jacobians import summed_gradient
 from laplace_lora.capture.output_verification import chosen_examples
 from laplace_lora.capture.recorder import MisfitError
 from laplace_lora.capture.tape import Tape
@@ -167,19 +169,11 @@ def _smallest(dtype: torch.dtype) -> float:
 
 def _assembled(tape: Tape, block: Block, x: Tensor, grad: Tensor) -> Tensor:
     """Return a tensor's gradient, summed over examples and tokens."""
-    dtype = torch.promote_types(torch.float32, block.parameter.dtype)
-    grad = grad.reshape(-1, grad.shape[-1]).to(dtype)
-    if block.is_bias:
-        return grad.sum(0).reshape(block.parameter.shape)
-    result = grad.T @ x.reshape(-1, x.shape[-1]).to(dtype)
-    result = result.T if tape.maps[block.map].transposed else result
-    return result.reshape(block.parameter.shape)
+    grad = grad.to(torch.promote_types(torch.float32, block.parameter.dtype))
+    return summed_gradient(tape.maps[block.map], block, x, grad)
 
 
 def _largest(values: Tensor) -> float:
-    """Return the largest absolute value; 0 where there is none, or none is a number."""
-    if not values.numel():
-        return 0.0
-    low, high = torch.aminmax(values.detach())
-    largest = float(torch.maximum(-low, high))
-    return 0.0 if math.isnan(largest) else largest
+    """Return the largest absolute value; 0 where there is none, or one is not a number."""
+    found = largest(values)
+    return 0.0 if math.isnan(found) else found
