@@ -17,7 +17,7 @@ from laplace_lora.adapters.maps import wide_dtype
 from laplace_lora.likelihoods.question_answering import halves, joined
 from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.models.logits_model import LogitsModel
-from laplace_lora.posteriors.state_values import SettingValue, StateValue, own
+from laplace_lora.posteriors.state_values import SettingValue, StateValue
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.weight_sampling import sampled_outputs
 from laplace_lora.storage.adapter_start import AdapterStart
@@ -88,7 +88,7 @@ class LaplaceNames(ParametricLaplace):
     @_prior_precision.setter
     def _prior_precision(self, value: Tensor) -> None:
         self.structure.check_prior(len(value), self.n_layers, self.n_params)
-        settings = self.state.settings.with_value("prior_precision", own(value))
+        settings = self.state.settings.with_value("prior_precision", value)
         self.state = self.state.with_settings(settings)
 
     @property
