@@ -106,12 +106,8 @@ def prune_adapter(
 def _budget(target_r: float, layers: list[Components]) -> int:
     """Return how many components stay in all.
 
-    Args:
-        target_r: How many on average over the layers.
-        layers: The layers.
-
     Raises:
-        ValueError: If they have not so many, or it is no number of components.
+        ValueError: If the layers have not so many, or it is no number of components.
     """
     total = sum(len(layer.A) for layer in layers)
     if 0 <= target_r < math.inf and (budget := round(target_r * len(layers))) <= total:
