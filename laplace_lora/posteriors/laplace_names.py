@@ -16,38 +16,27 @@ from torch import Tensor, nn
 from laplace_lora.adapters.maps import wide_dtype
 from laplace_lora.likelihoods.question_answering import halves, joined
 from laplace_lora.models.changes.autocast import in_full_precision
-from laplace_lora.models.logits_model import LogitsModel
+from laplace_lora.posteriors.parts import PosteriorParts
 from laplace_lora.posteriors.state_values import SettingValue, StateValue
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.weight_sampling import sampled_outputs
 from laplace_lora.storage.adapter_start import AdapterStart
-from laplace_lora.structures.base import Structure
-from laplace_lora.structures.posterior import Posterior, check_no_gradient
+from laplace_lora.structures.posterior import check_no_gradient
 from laplace_lora.structures.settings import check_positive, expanded
-from laplace_lora.structures.state import PosteriorState
 from laplace_lora.tuning.evidence.marginal_likelihood import scatter
 
 
-class LaplaceNames(ParametricLaplace):
+class LaplaceNames(PosteriorParts):
     """laplace-torch's names of a posterior.
 
     Attributes:
-        state: Everything that a fit, a tuning or a load changes; replaced as a whole.
-        structure: How the curvature is held.
-        logits_model: The `LogitsModel` that answers for the user's model.
         covariance_scale: Factor of the predictive covariance, 1 unless tuned or calibrated.
         likelihood_temperature: Divides the logits before the softmax, 1 unless calibrated.
     """
 
-    state: PosteriorState
-    structure: Structure[Any, Any, Any]
-    logits_model: LogitsModel
-    model: nn.Module
     params: list[nn.Parameter]
     n_params: int
     n_layers: int
-    dict_key_y: str
-    enable_backprop: bool
 
     loss = StateValue[float]()
     n_data = StateValue[int]()
@@ -56,20 +45,6 @@ class LaplaceNames(ParametricLaplace):
     likelihood_temperature = SettingValue[float]()
     _prior_mean = SettingValue[Tensor]()
     _sigma_noise = SettingValue[Tensor]()
-
-    @property
-    def parts(self) -> Posterior:
-        """The posterior's parts at this moment, fitted or not."""
-        raise NotImplementedError
-
-    @property
-    def fitted(self) -> Posterior:
-        """The posterior's parts at this moment.
-
-        Raises:
-            AttributeError: If it has not been fitted.
-        """
-        raise NotImplementedError
 
     @property
     def temperature(self) -> float:
@@ -213,10 +188,6 @@ class LaplaceNames(ParametricLaplace):
 
     def _init_H(self) -> None:
         """Do nothing: the state starts without a curvature."""
-
-    def _check_H_init(self) -> None:
-        if not self.state.is_fitted:
-            raise AttributeError("Laplace not fitted. Run fit() first.")
 
     @in_full_precision
     def _glm_predictive_distribution(
