@@ -26,7 +26,7 @@ from laplace_lora.adaptive.lora_components import (
     shrink_lora,
 )
 from laplace_lora.adaptive.scores import Components, Marginals, PosteriorScore, best
-from laplace_lora.adaptive.shrinking import check_mean, check_optimizer, shrink
+from laplace_lora.adaptive.shrinking import check_optimizer, shrink
 from laplace_lora.data.sharding import unwrapped
 
 COPIED = ("task_type", "modules_to_save", "lora_dropout", "bias", "fan_in_fan_out")
@@ -72,7 +72,6 @@ def prune_adapter(
     """
     peft_model = unwrapped(peft_model)
     check_adapters(peft_model.named_modules())
-    check_mean(posterior)
     score = PosteriorScore(posterior, criterion)
     ivon = ivon_of(posterior)
     if ivon is not None and optimizer is not None:
@@ -107,12 +106,8 @@ def prune_adapter(
 def _budget(target_r: float, layers: list[Components]) -> int:
     """Return how many components stay in all.
 
-    Args:
-        target_r: How many on average over the layers.
-        layers: The layers.
-
     Raises:
-        ValueError: If they have not so many, or it is no number of components.
+        ValueError: If the layers have not so many, or it is no number of components.
     """
     total = sum(len(layer.A) for layer in layers)
     if 0 <= target_r < math.inf and (budget := round(target_r * len(layers))) <= total:

@@ -50,20 +50,6 @@ def shrink(p: nn.Parameter, keep: Tensor, dim: int, optimizer: Optimizer | None 
         sums.gradients, sums.products = kept(sums.gradients), kept(sums.products)
 
 
-def check_mean(optimizer: object) -> None:
-    """Refuse to shrink tensors that hold drawn weights, of which none is zero.
-
-    Args:
-        optimizer: An optimiser or a posterior, or neither.
-
-    Raises:
-        RuntimeError: If it is an `IVON` with a draw in place.
-    """
-    ivon = ivon_of(optimizer)
-    if ivon is not None and ivon.is_drawn:
-        raise RuntimeError("drawn weights are in place; restore() the optimiser's mean first")
-
-
 def check_optimizer(optimizer: object) -> None:
     """Refuse an optimiser whose state cannot shrink with its parameters.
 
@@ -82,7 +68,9 @@ def check_optimizer(optimizer: object) -> None:
     every: Any = getattr(optimizer, "state", None)
     if not isinstance(every, Mapping):
         raise TypeError(f"optimizer must be one optimiser, got {type(optimizer).__name__}")
-    check_mean(optimizer)
+    ivon = ivon_of(optimizer)
+    if ivon is not None and ivon.is_drawn:  # of drawn weights none is zero
+        raise RuntimeError("drawn weights are in place; restore() the optimiser's mean first")
     if not every and getattr(getattr(optimizer, "optim", None), "state", None):
         raise ValueError(
             f"the state of {type(optimizer).__name__} is in another optimiser within it, and would "

@@ -70,7 +70,10 @@ def gradient_scale(columns: Tensor, gain: float) -> float:
 
 def largest(values: Tensor) -> float:
     """Return the largest absolute value, NaN where one is not a number; 0 where there is none."""
-    return float(values.detach().abs().max().float()) if values.numel() else 0.0
+    if not values.numel():
+        return 0.0
+    low, high = torch.aminmax(values.detach())
+    return float(torch.maximum(-low, high))
 
 
 def widened(values: Tensor, scale: float) -> Tensor:

@@ -80,14 +80,7 @@ def verify_images(
 def _reached(
     tape: Tape, columns: Tensor, n: int, parameters: Sequence[Tensor]
 ) -> tuple[set[int], set[int]]:
-    """Return the maps with a gradient at one example's row, and those with one elsewhere.
-
-    Args:
-        tape: The recorded forward pass.
-        columns: Gradient with respect to the output, ``(1, rows, outputs)``.
-        n: The example.
-        parameters: Tensors of the maps in question.
-    """
+    """Return the maps with a gradient at example ``n``'s row, and those with one elsewhere."""
     own, mixed = set(), set()
 
     def visit(column: int, i: int, grad: Tensor) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from laplace_lora.adapters.maps import Block
+from laplace_lora.adapters.maps import Block, LinearMap
 from laplace_lora.capture.tape import Tape
 from laplace_lora.capture.whole_tensors import whole_gradients
 
@@ -83,6 +83,22 @@ def jacobian_blocks(
                 rows = rows.mT
             rows = rows.mT if linear.transposed else rows
         yield rows.reshape(*rows.shape[:2], *block.parameter.shape).to(device)
+
+
+def summed_gradient(linear: LinearMap, block: Block, x: Tensor, grad: Tensor) -> Tensor:
+    """Return a tensor's gradient, summed over examples and tokens, in the dtype of ``grad``.
+
+    Args:
+        linear: The tensor's map.
+        block: The tensor.
+        x: Inputs of the map, ``(batch, tokens, q)`` or ``(batch, q)``.
+        grad: Gradient of its outputs, ``(batch, tokens, p)`` or ``(batch, p)``.
+    """
+    grad = grad.flatten(0, -2)
+    if block.is_bias:
+        return grad.sum(0).reshape(block.parameter.shape)
+    weight = grad.T @ x.flatten(0, -2).to(grad.dtype)
+    return (weight.T if linear.transposed else weight).reshape(block.parameter.shape)
 
 
 def side_by_side(blocks: Iterable[Tensor]) -> Tensor:

@@ -78,15 +78,7 @@ def verify_masks(
 
 
 def _are_at_padding(tokens: Tensor, tape: Tape, i: int, n: int, mask: Tensor) -> bool:
-    """Return whether what a layer sees of a text alone stands at padding within the batch.
-
-    Args:
-        tokens: What it sees of the text alone, ``(tokens, d)``.
-        tape: The recorded pass.
-        i: The layer's map.
-        n: The text's place in the batch.
-        mask: Which tokens of the batch are real.
-    """
+    """Return whether what map ``i`` sees of text ``n`` alone stands at padding within the batch."""
     rows, is_real = tape.inputs[i][n], mask[n]
     if tokens.ndim != 2 or rows.ndim != 2 or bool(is_real.all()):
         return False

@@ -21,7 +21,6 @@ from laplace_lora.capture.places import Places
 from laplace_lora.capture.tape import Tape
 from laplace_lora.data.batches import Batch, one_example
 from laplace_lora.data.examples import Examples
-from laplace_lora.data.masks import Place
 from laplace_lora.data.pairs import passes
 from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.models.changes.thread_hooks import own_hooks
@@ -101,9 +100,6 @@ def _listening(
     calls: list[list[Call]] = [[] for _ in maps]
     sources: dict[int, list[Address]] = {}
 
-    def place(args: tuple[Any, ...]) -> Place | None:
-        return places.of(args[0] if args else None)
-
     def note_call(linear: LinearMap, seen: list[Call]) -> Callable[[Any, Any, Any], None]:
         within: list[tuple[Tensor, Tensor]] = []
 
@@ -114,14 +110,15 @@ def _listening(
             if linear.is_idle:
                 within.clear()
                 return
-            source, at = _source(args) if linear.widens else None, place(args)
+            source = _source(args) if linear.widens else None
+            place = places.of(args[0] if args else None)
             if linear.inner is not None:
                 if not within:
                     return  # the module went another way, which the map does not know
                 x, output = linear.step(Call(args, kwargs, output).x, output, within.pop())
                 args, kwargs = (x,), {}
             gradient = OutputGradient.of(output)
-            seen.append(Call(args, kwargs, output, gradient, source, at))
+            seen.append(Call(args, kwargs, output, gradient, source, place))
 
         if linear.inner is not None:
             hooks.on_output(linear.inner, note_inner)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from torch import Tensor
 
 from laplace_lora.adapters.maps import Block
 from laplace_lora.adapters.selection import listed
+from laplace_lora.capture.gradient_scale import largest
+from laplace_lora.capture.jacobians import summed_gradient
 from laplace_lora.capture.output_verification import chosen_examples
 from laplace_lora.capture.recorder import MisfitError
 from laplace_lora.capture.tape import Tape
@@ -26,19 +27,6 @@ from laplace_lora.models.changes.autocast import as_called, in_full_precision
 # accelerator may be rounded to 10 bits in single precision.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 5e-3}
 COARSE = 0.05
-
-
-@dataclass(frozen=True)
-class _Captured:
-    """What was captured of a tensor's gradient.
-
-    Attributes:
-        own: From the example itself, of the tensor's shape.
-        elsewhere: Largest gradient at other examples, relative to the largest at this one.
-    """
-
-    own: Tensor
-    elsewhere: float
 
 
 @in_full_precision  # float16 would round what was scaled to fit it, see `gradient_scale`
@@ -67,17 +55,17 @@ def verify_gradients(tape: Tape, blocks: Sequence[Block], by_token: bool) -> Non
     of_map: dict[int, list[int]] = {}
     for k, block in enumerate(recorded):
         of_map.setdefault(block.map, []).append(k)
-    captured: dict[int, _Captured] = {}
+    captured: dict[int, Tensor] = {}  # from the example itself, by tensor
+    elsewhere: dict[int, float] = {}  # the largest at other examples, relative to its own
     whole: dict[int, Tensor] = {}
 
     def visit(column: int, i: int, grad: Tensor) -> None:
         others = max(_largest(grad[:n]), _largest(grad[n + 1 :]))
         own = _largest(grad[n : n + 1])
-        share = others / own if own else others
         for k in of_map.get(i, ()):
-            x = tape.inputs[i]
-            gradient = _assembled(tape, recorded[k], x[n : n + 1], grad[n : n + 1])
-            captured[k] = _Captured(gradient, share)
+            x = tape.inputs[i][n : n + 1]
+            captured[k] = _assembled(tape, recorded[k], x, grad[n : n + 1])
+            elsewhere[k] = others / own if own else others
 
     def visit_whole(column: int, i: int, grad: Tensor) -> None:
         for k in of_map.get(i, ()):
@@ -88,9 +76,8 @@ def verify_gradients(tape: Tape, blocks: Sequence[Block], by_token: bool) -> Non
     scale = tape.scale(columns)
     wrong = []
     for k, (block, truth) in enumerate(zip(recorded, truths, strict=True)):
-        found = captured.get(k)
-        is_own = _equal(tape, block, None if found is None else found.own, truth, scale)
-        if not is_own or (found is not None and found.elsewhere > _tolerance(tape, block)):
+        is_own = _equal(tape, block, captured.get(k), truth, scale)
+        if not is_own or elsewhere.get(k, 0.0) > _tolerance(tape, block):
             wrong.append(k)
     if not wrong:
         return
@@ -136,12 +123,7 @@ def _equal(
 ) -> bool:
     """Return whether a captured gradient is autograd's; one that is missing is zero.
 
-    Args:
-        tape: The recorded forward pass.
-        block: The gradient's tensor.
-        ours: What was captured.
-        truth: What autograd found.
-        scale: By how much gradients were multiplied on their way, see `Tape.scale`.
+    Rounding on the way was of gradients multiplied by ``scale``, see `Tape.scale`.
     """
     if truth is None:
         return ours is None or not bool(ours.any())
@@ -167,19 +149,11 @@ def _smallest(dtype: torch.dtype) -> float:
 
 def _assembled(tape: Tape, block: Block, x: Tensor, grad: Tensor) -> Tensor:
     """Return a tensor's gradient, summed over examples and tokens."""
-    dtype = torch.promote_types(torch.float32, block.parameter.dtype)
-    grad = grad.reshape(-1, grad.shape[-1]).to(dtype)
-    if block.is_bias:
-        return grad.sum(0).reshape(block.parameter.shape)
-    result = grad.T @ x.reshape(-1, x.shape[-1]).to(dtype)
-    result = result.T if tape.maps[block.map].transposed else result
-    return result.reshape(block.parameter.shape)
+    grad = grad.to(torch.promote_types(torch.float32, block.parameter.dtype))
+    return summed_gradient(tape.maps[block.map], block, x, grad)
 
 
 def _largest(values: Tensor) -> float:
-    """Return the largest absolute value; 0 where there is none, or none is a number."""
-    if not values.numel():
-        return 0.0
-    low, high = torch.aminmax(values.detach())
-    largest = float(torch.maximum(-low, high))
-    return 0.0 if math.isnan(largest) else largest
+    """Return the largest absolute value; 0 where there is none, or one is not a number."""
+    found = largest(values)
+    return 0.0 if math.isnan(found) else found

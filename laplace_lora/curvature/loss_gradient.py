@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.adapters.maps import Block
+from laplace_lora.capture.jacobians import summed_gradient
 from laplace_lora.capture.tape import Tape, Visitor
 
 LARGEST = 1e3  # weight; the column it multiplies is as small, and half precision has it no better
@@ -63,12 +64,7 @@ class LossGradient:
             weights = columns.weights[column].to(grad.device, dtype)
             grad = grad.to(dtype) * weights.view(-1, *[1] * (grad.ndim - 1))
             for i, block in by_map.get(m, ()):
-                if block.is_bias:
-                    self._add(i, grad.flatten(0, -2).sum(0))
-                    continue
-                x = tape.inputs[m].to(dtype)
-                weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
-                self._add(i, weight.T if tape.maps[m].transposed else weight)
+                self._add(i, summed_gradient(tape.maps[m], block, tape.inputs[m], grad))
 
         return visit
 

@@ -205,12 +205,8 @@ class Recording:
     def _try_texts(self, tape: Tape, x: Any, config: Any) -> None:
         """Find out, once, which layers see texts; later batches need not be looked at for these.
 
-        Not with dropout, as equal images would seem to differ.
-
-        Args:
-            tape: The recorded and verified pass of a batch whose images are not one of each text.
-            x: That batch.
-            config: The transformer's configuration.
+        From the verified pass of a batch whose images are not one of each text. Not with dropout,
+        as equal images would seem to differ.
         """
         if not self._texts_are_tried and not self.model.training:
             self._texts_are_tried = True

@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_lora.fitting.further_directions import asked_for, checked_sum, next_directions
+from laplace_lora.fitting.further_directions import (
+    MEASURING,
+    asked_for,
+    checked_sum,
+    next_directions,
+)
 from laplace_lora.fitting.passes import Pass, Sums
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import copied
@@ -40,20 +45,13 @@ def with_gradient_term(posterior: Posterior, summed: Callable[[Pass], Sums]) -> 
     """
     state = posterior.state
     if state.loss_gradient is None:
-        state = replace(state, loss_gradient=_gradient(posterior, summed))
+        labels = ("gradient", "Collecting the gradient")
+        gradient = checked_sum(posterior, summed, posterior.engine.loss_gradient, *labels)
+        state = replace(state, loss_gradient=gradient)
         posterior = replace(posterior, state=state)
     if posterior.gradient_term is None:
         state = replace(state, subspace=subspace_of(posterior, summed))
     return state
-
-
-def _gradient(posterior: Posterior, summed: Callable[[Pass], Sums]) -> Tensor:
-    def add(total: Tensor | None, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
-        loss, gradient = posterior.engine.loss_gradient(x, y)
-        return loss, gradient if total is None else total.add_(gradient)
-
-    data_pass = Pass(add, lambda total: [total], "gradient", "Collecting the gradient")
-    return checked_sum(posterior, summed, data_pass)
 
 
 def subspace_of(posterior: Posterior, summed: Callable[[Pass], Sums]) -> Subspace:
@@ -101,16 +99,14 @@ def _measured(
     parts = directions.split(engine.sizes, dim=1)
     exact = posterior.needs_own_root
 
-    def add(total: Tensor | None, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+    def of_batch(x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
         loss, blocks = engine.root_blocks(x, y, exact=exact)
         along: Any = 0.0
         for part, block in zip(parts, blocks, strict=True):
             along = along + (block.flatten(2).flatten(0, 1) @ part.T).double()
-        matrix: Tensor = along.T @ along
-        return loss, matrix if total is None else total + matrix
+        return loss, along.T @ along
 
-    data_pass = Pass(add, lambda total: [total], name, "Measuring curvature", [directions])
-    exact_matrix = checked_sum(posterior, summed, data_pass)
+    exact_matrix = checked_sum(posterior, summed, of_batch, name, MEASURING, [directions])
     displacement = posterior.state.displacement
     products = spanned(directions, exact_matrix, gradient, displacement, engine.sizes)
     return Subspace(*products, copied(posterior.settings.prior_mean))

@@ -7,7 +7,7 @@ curvature.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from laplace_lora.tuning.evidence.marginal_likelihood import with_first_precisio
 from laplace_lora.tuning.same_data import check_same_data
 
 PURPOSE = "the evidence's gradient term"
+MEASURING = "Measuring curvature"  # on the progress bar
 SOLVED = 1e-6  # remainder relative to the whole, below which the term is exact
 
 
@@ -77,7 +78,7 @@ def next_directions(
     solution = (subspace.solution(prior, scale) @ directions.double()).to(gradient)
     parts = solution.split(engine.sizes)
 
-    def add(total: Tensor | None, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+    def of_batch(x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
         with torch.random.fork_rng():  # where labels are drawn, both sweeps see the same
             loss, blocks = engine.root_blocks(x, y, exact=exact)
             along: Any = 0.0
@@ -85,12 +86,10 @@ def next_directions(
                 along = along + block.flatten(2) @ part
         _, blocks = engine.root_blocks(x, y, exact=exact)
         rows = [torch.einsum("nk,nkp->p", along, block.flatten(2)) for block in blocks]
-        product = torch.cat(rows).to(gradient)
-        return loss, product if total is None else total.add_(product)
+        return loss, torch.cat(rows).to(gradient)
 
-    name = f"evidence-product-{step}"
-    data_pass = Pass(add, lambda total: [total], name, "Measuring curvature", [solution])
-    product = checked_sum(posterior, summed, data_pass)
+    labels = (f"evidence-product-{step}", MEASURING)
+    product = checked_sum(posterior, summed, of_batch, *labels, [solution])
     displacement = posterior.state.displacement.to(gradient)
     b = -scale * gradient - delta * displacement
     remainder = b - scale * product - delta * solution
@@ -99,13 +98,25 @@ def next_directions(
     return preconditioned(posterior, remainder, delta)
 
 
-def checked_sum(posterior: Posterior, summed: Callable[[Pass], Sums], data_pass: Pass) -> Tensor:
-    """Return the tensor that a pass over the data of the fit adds up.
+def checked_sum(
+    posterior: Posterior,
+    summed: Callable[[Pass], Sums],
+    of_batch: Callable[[Any, Tensor], tuple[Tensor, Tensor]],
+    name: str,
+    title: str,
+    basis: Sequence[Tensor] = (),
+) -> Tensor:
+    """Return the sum over the data of the fit of what is computed, with the loss, of a batch.
 
     Raises:
         ValueError: If the data are not those of the fit.
     """
-    sums = summed(data_pass)
+
+    def add(total: Tensor | None, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+        loss, part = of_batch(x, y)
+        return loss, part if total is None else total.add_(part)
+
+    sums = summed(Pass(add, lambda total: [total], name, title, basis))
     check_same_data(posterior.state, sums.n, sums.loss, PURPOSE)
     total: Tensor = sums.state
     return total

@@ -10,9 +10,9 @@ stands for ``R Rᵀ``. Cholesky roots of the covariances, which bayesian_lora's 
 taken for what they are.
 """
 
-from laplace_lora.functional.annotations import KFAC_t, activation_t, outgrad_t
 from laplace_lora.functional.cholesky import cholesky_decompose_small_factors, stable_cholesky
 from laplace_lora.functional.evidence import model_evidence
+from laplace_lora.functional.factor_cache import KFAC_t, activation_t, outgrad_t
 from laplace_lora.functional.factors import calculate_kronecker_factors
 from laplace_lora.functional.hooks import (
     Hooks,

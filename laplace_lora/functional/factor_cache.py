@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +16,11 @@ from laplace_lora.linalg.kron_block import Side
 from laplace_lora.linalg.kron_eigen import KronEigen
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]
+
+# bayesian_lora's names of these types, for the annotations of scripts that have them.
+activation_t: TypeAlias = Tensor  # of a module's inputs: a covariance, or a root
+outgrad_t: TypeAlias = Tensor  # of the gradients with respect to its outputs
+KFAC_t: TypeAlias = dict[str, tuple[activation_t, outgrad_t]]  # by module
 
 # One eigendecomposition serves every s2 and batch while a factor exists unchanged: its version, and
 # its norm, as writes to `factor.data` leave the version as it is.

@@ -116,12 +116,8 @@ class KronEigen:
         Args:
             jacobians: Rows ``(batch, outputs, *shape)`` of each tensor, in parameter order.
         """
-        total: Tensor | None = None
-        for i, jacobian in enumerate(jacobians):
-            form = self.inverse_form(i, jacobian)
-            total = form if total is None else total + form
-        assert total is not None  # there is a Jacobian for each of the blocks
-        return total
+        forms = (self.inverse_form(i, jacobian) for i, jacobian in enumerate(jacobians))
+        return sum(forms, next(forms))
 
     def forms(
         self, jacobians: Iterable[Tensor], functions: Callable[[int, Tensor], Tensor]

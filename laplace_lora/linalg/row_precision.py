@@ -118,11 +118,11 @@ class RowPrecision:
         diagonal = self._diagonal().double()  # the prior's part minus the data's, see `covariance`
         scaled = W / diagonal
         core = self._on_rows(scaled, lambda e: self.scale / (e + self.delta))
-        return ((scaled - self._lifted(core) / diagonal) / self.delta).to(W.dtype)
+        return ((scaled - self.rows.lift(core) / diagonal) / self.delta).to(W.dtype)
 
     def multiply(self, W: Tensor) -> Tensor:
         """Return ``P W`` for ``W`` of shape ``(n, parameters)``."""
-        return self.delta * self._diagonal() * W + self.scale * self._lifted(self._projected(W))
+        return self.delta * self._diagonal() * W + self.scale * self.rows.lift(self.rows.project(W))
 
     def root_multiply(self, noise: Tensor) -> Tensor:
         """Return ``L ε`` with ``L Lᵀ = P⁻¹`` for ``ε`` of shape ``(n, parameters)``.
@@ -138,7 +138,7 @@ class RowPrecision:
             return -1 / (s.sqrt() * (1 + s.sqrt())) * self.scale / self.delta
 
         core = self._on_rows(wide * root, shrink)
-        found = (wide + root * self._lifted(core)) * root / float(self.delta**0.5)
+        found = (wide + root * self.rows.lift(core)) * root / float(self.delta**0.5)
         return found.to(noise.dtype)
 
     def diag(self, exponent: int = 1) -> Tensor:
@@ -203,23 +203,9 @@ class RowPrecision:
         prior, onto = self.group_moments(blocks, [0] * len(self.pattern))
         return prior.squeeze(1), onto.squeeze(1) @ self.vectors
 
-    def _projected(self, W: Tensor) -> Tensor:
-        """Return ``W Zᵀ``, ``(n, rows)``."""
-        total = W.new_zeros(len(W), len(self.rows))
-        for i, part in enumerate(W.split(self.rows.sizes, dim=-1)):
-            for columns, Z in self.rows.pieces(i, W.dtype):
-                total += part[:, columns] @ Z.T
-        return total
-
-    def _lifted(self, core: Tensor) -> Tensor:
-        """Return ``core Z``, ``(n, parameters)``."""
-        tensors = range(len(self.pattern))
-        pieces = [core @ Z for i in tensors for _, Z in self.rows.pieces(i, core.dtype)]
-        return torch.cat(pieces, dim=-1)
-
     def _on_rows(self, W: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Return ``W Zᵀ U diag(f(e)) Uᵀ``, ``(n, rows)``."""
-        coordinates = self._projected(W).double() @ self.vectors
+        coordinates = self.rows.project(W).double() @ self.vectors
         return ((coordinates * function(self.eigenvalues)) @ self.vectors.T).to(W.dtype)
 
     def _diagonal(self) -> Tensor:

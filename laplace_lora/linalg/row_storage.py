@@ -57,7 +57,7 @@ class RowStorage:
 
     def like(self) -> RowStorage:
         """Return an empty storage of the same kind."""
-        return RowStorage(self.sizes, self.dtype, self.working_dtype, self.device, self.storage)
+        return self._with(self.device)
 
     def append(self, i: int, rows: Tensor) -> None:
         """Add rows of one tensor, ``(rows, entries)``; every tensor needs equally many.
@@ -110,6 +110,19 @@ class RowStorage:
             columns = slice(start, start + step)
             yield columns, matrix[:, columns].to(self.device, dtype)
 
+    def project(self, W: Tensor) -> Tensor:
+        """Return ``W Zᵀ`` with these rows ``Z``, ``(n, rows)``, for ``W`` ``(n, parameters)``."""
+        total = W.new_zeros(len(W), len(self))
+        for i, part in enumerate(W.split(self.sizes, dim=-1)):
+            for columns, Z in self.pieces(i, W.dtype):
+                total += part[:, columns] @ Z.T
+        return total
+
+    def lift(self, core: Tensor) -> Tensor:
+        """Return ``core Z``, ``(n, parameters)``, for ``core`` of shape ``(n, rows)``."""
+        tensors = range(len(self.sizes))
+        return torch.cat([core @ Z for i in tensors for _, Z in self.pieces(i, core.dtype)], -1)
+
     def replace(self, matrices: Sequence[Tensor]) -> None:
         """Replace all rows by others.
 
@@ -125,20 +138,18 @@ class RowStorage:
 
     def joined(self, other: RowStorage) -> RowStorage:
         """Return these rows followed by another storage's, stored like these."""
-        result = self.like()
-        for i in range(len(self.sizes)):
-            for rows in (self.matrix(i), other.matrix(i)):
-                result.append(i, rows.to(self.device) if self.storage == "device" else rows)
-        return result
+        return self._with(self.device, self, other)
 
     def to(self, device: torch.device | str) -> RowStorage:
         """Return the rows for computations on another device."""
-        result = RowStorage(
-            self.sizes, self.dtype, self.working_dtype, torch.device(device), self.storage
-        )
+        return self._with(torch.device(device), self)
+
+    def _with(self, device: torch.device, *parts: RowStorage) -> RowStorage:
+        """Return the rows of all parts for computations on a device, stored like these."""
+        result = RowStorage(self.sizes, self.dtype, self.working_dtype, device, self.storage)
         for i in range(len(self.sizes)):
-            moved = self.matrix(i)
-            result.append(i, moved.to(device) if self.storage == "device" else moved)
+            for rows in (part.matrix(i) for part in parts):
+                result.append(i, rows.to(device) if self.storage == "device" else rows)
         return result
 
     def __deepcopy__(self, memo: dict[int, object]) -> RowStorage:

@@ -18,7 +18,6 @@ from laplace_lora.adapters.peft_state import check_has_adapter
 from laplace_lora.adapters.selection import is_chosen, trainable_only
 from laplace_lora.curvature.backend import LoraCurvature
 from laplace_lora.curvature.backends import LoraGGN
-from laplace_lora.curvature.engine import Engine
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.models.changes.turns import in_turn
@@ -30,7 +29,6 @@ from laplace_lora.posteriors.summary import summary
 from laplace_lora.posteriors.weights_watch import WeightsWatch
 from laplace_lora.storage.adapter_start import AdapterStart
 from laplace_lora.structures.base import Structure
-from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.state import PosteriorState
 
 Self = TypeVar("Self", bound="LoraLaplace")
@@ -149,53 +147,6 @@ class LoraLaplace(FittedLaplace):
         return summary(self.parts, evidence, self.tuning)
 
     @property
-    def engine(self) -> Engine:
-        """Jacobians and curvature of the model."""
-        backend = self.backend
-        assert isinstance(backend, LoraCurvature)
-        return backend.engine
-
-    @property
-    def parts(self) -> Posterior:
-        """The posterior's parts at this moment, fitted or not."""
-        # All that may change after construction; a precision is kept for as long as none does.
-        key = (self.temperature, self.dict_key_y, self._device, self.enable_backprop)
-        latest = self._latest
-        versions = self.state.settings.versions
-        if latest is not None and latest[2] != versions:
-            self.state = replace(self.state)  # without what it has computed from them
-        if latest is None or latest[0].state is not self.state or latest[1] != key:
-            posterior = Posterior(
-                kind=type(self).__name__,
-                arguments=self.arguments(),
-                model=self._predicting_model(),
-                source=self.logits_model,
-                engine=self.engine,
-                objective=self.objective,
-                structure=self.structure,
-                state=self.state,
-                temperature=self.temperature,
-                label_key=self.dict_key_y,
-                device=self._device,
-                differentiable=self.enable_backprop,
-                backend=self._backend_cls,
-            )
-            self._latest = latest = (posterior, key, versions)
-        return latest[0]
-
-    @property
-    def fitted(self) -> Posterior:
-        """The posterior's parts at this moment.
-
-        Raises:
-            AttributeError: If it has not been fitted.
-            RuntimeError: If the model's weights have changed since.
-        """
-        self._check_H_init()
-        self._weights_watch.check(self.parts)
-        return self.parts
-
-    @property
     def curvature(self) -> Any:
         """Curvature of the summed loss: Kronecker factors, a diagonal, a dense matrix or rows."""
         return self.structure.raw(self.fitted.state.curvature)
@@ -204,23 +155,6 @@ class LoraLaplace(FittedLaplace):
     def block_names(self) -> list[str]:
         """Names of the trainable tensors, in parameter order."""
         return self.engine.names
-
-    def arguments(self) -> dict[str, Any]:
-        """Return the constructor's arguments, but for model and backend."""
-        ids = self.logits_model.target_ids
-        structure = self.structure.arguments()
-        options = {k: v for k, v in self._backend_kwargs.items() if k not in structure}
-        mask = self.logits_model.mask_token_id
-        return {
-            "likelihood": self.likelihood,
-            "target_ids": None if ids is None else ids.tolist(),
-            **({} if mask is None else {"mask_token_id": mask}),
-            "modules": self.modules,
-            "backend_kwargs": options,
-            "temperature": self.temperature,
-            "dict_key_y": self.dict_key_y,
-            **structure,
-        }
 
     def estimate_memory(self, batch: Any, n_examples: int | None = None) -> MemoryEstimate:
         """Estimate the memory of fits and predictions on batches like one, before the work.
@@ -262,7 +196,3 @@ class LoraLaplace(FittedLaplace):
     def _differentiated(self, model: LogitsModel) -> nn.Module:
         """Return what laplace-torch takes for the model."""
         return model
-
-    def _predicting_model(self) -> nn.Module:
-        """Return what runs in predictions."""
-        return self.model

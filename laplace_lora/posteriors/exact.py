@@ -14,10 +14,8 @@ from laplace_lora.linalg.row_storage import STORAGES, RowStorage
 from laplace_lora.linalg.sketch import Factor
 from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.posteriors.base import LoraLaplace
-from laplace_lora.structures.posterior import check_no_gradient
 from laplace_lora.structures.row_curvature import RowCurvature
 from laplace_lora.structures.rows import Rows
-from laplace_lora.structures.settings import expanded
 from laplace_lora.structures.sketched import Sketched
 
 ROW_DTYPES = ("bfloat16", "float32", "float64")
@@ -57,41 +55,6 @@ class RowLaplace(LoraLaplace):
     def posterior_scale(self) -> Tensor:
         """Root of `posterior_covariance`, ``(parameters, parameters)``; for small models."""
         return shifted_cholesky(self.posterior_covariance)
-
-    @property
-    def log_det_posterior_precision(self) -> Tensor:
-        """``log det P``, a float64 scalar."""
-        prior = expanded(self.prior_precision, self.engine.sizes)
-        return self.log_det_ratio + prior.double().log().sum()
-
-    @in_full_precision
-    def square_norm(self, value: Tensor) -> Tensor:
-        """Return ``(θ − θ_MAP)ᵀ P (θ − θ_MAP)`` of a weight vector, a scalar.
-
-        With gradients by prior precision and noise.
-        """
-        gap = value - self.mean
-        norm = gap @ self.posterior_precision.multiply(gap.unsqueeze(0))[0]
-        of_prior = gap.detach().square() @ expanded(self.prior_precision, self.engine.sizes)
-        of_curvature = (norm - of_prior).detach() * self._H_factor / self._H_factor.detach()
-        slopes = of_prior + of_curvature
-        total: Tensor = norm + (slopes - slopes.detach())
-        return total
-
-    @in_full_precision
-    def functional_variance(self, Js: Tensor) -> Tensor:
-        """Return ``J P⁻¹ Jᵀ`` for ``J`` of shape ``(batch, outputs, parameters)``.
-
-        Raises:
-            RuntimeError: If prior precision or noise ask for gradients, which it has none by.
-        """
-        check_no_gradient(self.fitted)
-        return self.posterior_precision.covariance(Js.split(self.rows.sizes, dim=-1))
-
-    @in_full_precision
-    def functional_covariance(self, Js: Tensor) -> Tensor:
-        """Return ``J P⁻¹ Jᵀ`` between all examples, ``(batch · outputs,)`` squared."""
-        return self.functional_variance(Js.flatten(0, 1).unsqueeze(0)).squeeze(0)
 
 
 class FullLoraLaplace(RowLaplace):

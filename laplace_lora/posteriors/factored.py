@@ -33,12 +33,7 @@ class KronNames(LoraLaplace):
     @property
     def posterior_precision(self) -> LowRankKronDecomposed:
         """The posterior precision in its eigenbasis."""
-        posterior = self.fitted
-        prior, scale = posterior.settings.prior_precision, posterior.scale
-        if prior.requires_grad or scale.requires_grad:  # as laplace-torch's, unlike predictions
-            precision = posterior.structure.precision(posterior.state.curvature, prior, scale)
-        else:
-            precision = posterior.precision
+        precision = self.fitted.laplace_precision
         assert isinstance(precision, LowRankKronDecomposed)
         return precision
 

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from laplace_lora.data.chained import chained
@@ -15,14 +14,11 @@ from laplace_lora.fitting.fitter import Fitter
 from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.models.changes.turns import in_turn
 from laplace_lora.posteriors.saved import SavedLaplace
-from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.state import PosteriorState
 
 
 class FittedLaplace(SavedLaplace):
     """What installs a new state, and forgets what was known of the one before."""
-
-    _latest: tuple[Posterior, tuple[float, str, torch.device, bool], list[int]] | None
 
     @in_full_precision
     def fit(

@@ -16,38 +16,27 @@ from torch import Tensor, nn
 from laplace_lora.adapters.maps import wide_dtype
 from laplace_lora.likelihoods.question_answering import halves, joined
 from laplace_lora.models.changes.autocast import in_full_precision
-from laplace_lora.models.logits_model import LogitsModel
-from laplace_lora.posteriors.state_values import SettingValue, StateValue, own
+from laplace_lora.posteriors.parts import PosteriorParts
+from laplace_lora.posteriors.state_values import SettingValue, StateValue
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.weight_sampling import sampled_outputs
 from laplace_lora.storage.adapter_start import AdapterStart
-from laplace_lora.structures.base import Structure
-from laplace_lora.structures.posterior import Posterior
-from laplace_lora.structures.settings import check_positive
-from laplace_lora.structures.state import PosteriorState
+from laplace_lora.structures.posterior import check_no_gradient
+from laplace_lora.structures.settings import check_positive, expanded
 from laplace_lora.tuning.evidence.marginal_likelihood import scatter
 
 
-class LaplaceNames(ParametricLaplace):
+class LaplaceNames(PosteriorParts):
     """laplace-torch's names of a posterior.
 
     Attributes:
-        state: Everything that a fit, a tuning or a load changes; replaced as a whole.
-        structure: How the curvature is held.
-        logits_model: The `LogitsModel` that answers for the user's model.
         covariance_scale: Factor of the predictive covariance, 1 unless tuned or calibrated.
         likelihood_temperature: Divides the logits before the softmax, 1 unless calibrated.
     """
 
-    state: PosteriorState
-    structure: Structure[Any, Any, Any]
-    logits_model: LogitsModel
-    model: nn.Module
     params: list[nn.Parameter]
     n_params: int
     n_layers: int
-    dict_key_y: str
-    enable_backprop: bool
 
     loss = StateValue[float]()
     n_data = StateValue[int]()
@@ -56,20 +45,6 @@ class LaplaceNames(ParametricLaplace):
     likelihood_temperature = SettingValue[float]()
     _prior_mean = SettingValue[Tensor]()
     _sigma_noise = SettingValue[Tensor]()
-
-    @property
-    def parts(self) -> Posterior:
-        """The posterior's parts at this moment, fitted or not."""
-        raise NotImplementedError
-
-    @property
-    def fitted(self) -> Posterior:
-        """The posterior's parts at this moment.
-
-        Raises:
-            AttributeError: If it has not been fitted.
-        """
-        raise NotImplementedError
 
     @property
     def temperature(self) -> float:
@@ -88,7 +63,7 @@ class LaplaceNames(ParametricLaplace):
     @_prior_precision.setter
     def _prior_precision(self, value: Tensor) -> None:
         self.structure.check_prior(len(value), self.n_layers, self.n_params)
-        settings = self.state.settings.with_value("prior_precision", own(value))
+        settings = self.state.settings.with_value("prior_precision", value)
         self.state = self.state.with_settings(settings)
 
     @property
@@ -167,23 +142,36 @@ class LaplaceNames(ParametricLaplace):
         density = super().log_prob(value, normalized)
         return density - 0.5 * self.n_params * math.log(width) if normalized else density
 
+    @property
+    def log_det_posterior_precision(self) -> Tensor:
+        """``log det P``, a float64 scalar."""
+        prior = expanded(self.prior_precision, self.fitted.engine.sizes)
+        return self.log_det_ratio + prior.double().log().sum()
+
     @in_full_precision
     def square_norm(self, value: Tensor) -> Tensor:
         """Return ``(θ − θ_MAP)ᵀ P (θ − θ_MAP)`` of a weight vector, a scalar."""
-        norm: Tensor = super().square_norm(value)
+        gap, posterior = value - self.mean, self.fitted
+        prior = expanded(self.prior_precision, posterior.engine.sizes)
+        product = self.structure.product(posterior.state.curvature, gap.unsqueeze(0))[0]
+        norm: Tensor = posterior.scale * (gap @ product) + gap.square() @ prior
         return norm
 
     @in_full_precision
     def functional_variance(self, Js: Tensor) -> Tensor:
-        """Return ``J P⁻¹ Jᵀ`` for ``J`` of shape ``(batch, outputs, parameters)``."""
-        variance: Tensor = super().functional_variance(Js)
-        return variance
+        """Return ``J P⁻¹ Jᵀ`` for ``J`` of shape ``(batch, outputs, parameters)``.
+
+        Raises:
+            RuntimeError: If prior precision or noise ask for gradients by which it has none.
+        """
+        posterior = self.fitted
+        check_no_gradient(posterior)
+        return posterior.laplace_precision.covariance(Js.split(posterior.engine.sizes, -1))
 
     @in_full_precision
     def functional_covariance(self, Js: Tensor) -> Tensor:
         """Return ``J P⁻¹ Jᵀ`` between all examples, ``(batch · outputs,)`` squared."""
-        covariance: Tensor = super().functional_covariance(Js)
-        return covariance
+        return self.functional_variance(Js.flatten(0, 1).unsqueeze(0)).squeeze(0)
 
     @property
     def _device(self) -> torch.device:
@@ -200,10 +188,6 @@ class LaplaceNames(ParametricLaplace):
 
     def _init_H(self) -> None:
         """Do nothing: the state starts without a curvature."""
-
-    def _check_H_init(self) -> None:
-        if not self.state.is_fitted:
-            raise AttributeError("Laplace not fitted. Run fit() first.")
 
     @in_full_precision
     def _glm_predictive_distribution(

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.linalg.factor_spec import FactorSpec
-from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.models.last_layer_model import LastLayerModel
 from laplace_lora.models.logits_model import LogitsModel
 from laplace_lora.posteriors.base import LoraLaplace
@@ -20,7 +19,6 @@ from laplace_lora.posteriors.factored import KronNames
 from laplace_lora.structures.dense import Dense, DensePrecision
 from laplace_lora.structures.diagonal import Diagonal
 from laplace_lora.structures.kron import Kron
-from laplace_lora.structures.settings import expanded
 
 
 def check_no_name(kwargs: dict[str, Any]) -> None:
@@ -160,21 +158,6 @@ class FullLoraLLLaplace(LastLayerLaplace, FullLLLaplace):
         precision = self.fitted.precision
         assert isinstance(precision, DensePrecision)
         return precision.inverse.to(self._dtype)
-
-    @property
-    def log_det_posterior_precision(self) -> Tensor:
-        """``log det P``, a float64 scalar."""
-        prior = expanded(self.prior_precision, self.engine.sizes)
-        return self.log_det_ratio + prior.double().log().sum()
-
-    @in_full_precision
-    def square_norm(self, value: Tensor) -> Tensor:
-        """Return ``(θ − θ_MAP)ᵀ P (θ − θ_MAP)`` of a weight vector, a scalar."""
-        gap, curvature = value - self.mean, self.fitted.state.curvature
-        prior = expanded(self.prior_precision, self.engine.sizes)
-        product = self.structure.product(curvature, gap.unsqueeze(0))[0]
-        total: Tensor = self._H_factor * (gap @ product) + gap.square() @ prior
-        return total
 
     def _as_H(self, curvature: Tensor) -> Tensor:
         return curvature.to(self._dtype)

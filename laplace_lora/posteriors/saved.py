@@ -232,11 +232,6 @@ def _check_not_restored(options: Mapping[str, Any], arguments: Mapping[str, Any]
 def _check_reads_the_same(model: LogitsModel, saved: Mapping[str, Any], has_output: bool) -> None:
     """Refuse a `LogitsModel` with other outputs than those that a posterior was fitted on.
 
-    Args:
-        model: The `LogitsModel`.
-        saved: The saved posterior's `ANSWERS`.
-        has_output: Whether it was fitted on a `LogitsModel` with an ``output`` callable.
-
     Raises:
         ValueError: If ``target_ids`` or the mask token are others, or one has an ``output``
             callable and the other has not.

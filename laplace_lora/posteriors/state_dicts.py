@@ -22,7 +22,7 @@ from laplace_lora.structures.eigenvalue_correction import CorrectedKron
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import SCALES, TENSORS, check_positive, copied
 from laplace_lora.structures.state import PosteriorState
-from laplace_lora.structures.subspace import SUBSPACE, SUBSPACE_TENSORS
+from laplace_lora.structures.subspace import SUBSPACE, subspace_entries
 
 ENTRIES = ("cls_name", "likelihood", "mean", "H", "temperature", "loss", "n_data", "n_outputs")
 
@@ -51,13 +51,11 @@ def state_entries(posterior: Posterior) -> dict[str, Any]:
     raw = structure.raw(curvature)
     packed = raw if isinstance(raw, Tensor) else structure.pack(curvature)
     state = posterior.state
-    gradient: dict[str, Any] = {GRADIENT: state.loss_gradient}
-    if state.subspace is not None:
-        gradient |= {f"{SUBSPACE}{n}": getattr(state.subspace, n) for n in SUBSPACE_TENSORS}
     uncalibrated, uncalibrated_scales = uncalibrated_entries(state.settings)
     return {
         "H": packed,
-        **gradient,
+        GRADIENT: state.loss_gradient,
+        **({} if state.subspace is None else subspace_entries(state.subspace)),
         **{name: getattr(posterior.settings, name) for name in SCALES},
         **{name: copied(getattr(posterior.settings, name)) for name in TENSORS},
         SHIFT: posterior.settings.shift,
@@ -91,7 +89,7 @@ def read_state(posterior: Posterior, state_dict: Mapping[str, Any]) -> Posterior
     mean, n = state_dict["mean"], sum(posterior.engine.sizes)
     if len(mean) != n:
         raise ValueError(f"the state has {len(mean)} weights, the model trains {n}")
-    of_subspace = (f"{SUBSPACE}{name}" for name in SUBSPACE_TENSORS)
+    of_subspace = (name for name in state_dict if name.startswith(SUBSPACE))
     named = (*TENSORS, *UNCALIBRATED_TENSORS, SHIFT, GRADIENT, *of_subspace)
     given = {name: state_dict[name] for name in named if state_dict.get(name) is not None}
     tensors = {name: torch.as_tensor(value) for name, value in given.items()}

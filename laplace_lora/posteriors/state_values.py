@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Generic, TypeVar, cast
 
-from torch import Tensor
-
 T = TypeVar("T")
 
 
@@ -33,10 +31,5 @@ class SettingValue(StateValue[T]):
         return cast("T", self if instance is None else getattr(instance.state.settings, self.name))
 
     def __set__(self, instance: Any, value: T) -> None:
-        settings = instance.state.settings.with_value(self.name, own(value))
+        settings = instance.state.settings.with_value(self.name, value)
         instance.state = instance.state.with_settings(settings)
-
-
-def own(value: Any) -> Any:
-    """Return a copy of a tensor, which its owner may change in place; gradients flow through."""
-    return value.clone() if isinstance(value, Tensor) else value

@@ -14,7 +14,6 @@ from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.posteriors.calibrated import CalibratedLaplace
-from laplace_lora.posteriors.weights_watch import WeightsWatch
 from laplace_lora.tuning.default_way import Found, Request, by_default, by_training_data
 from laplace_lora.tuning.groups import PriorStructure
 from laplace_lora.tuning.left_out.profiled_noise import warn_if_noise_is_off
@@ -34,7 +33,6 @@ TUNED_ON_TRAINING_DATA = ("loo", "widest")
 class TunedLaplace(CalibratedLaplace):
     """Calls of laplace-torch whose work is done by `Tuner`, or by its own loops where asked for."""
 
-    _weights_watch: WeightsWatch
     _tuning: Tuning | None = None
     _leaves_correction_out = False  # as the fit was told
 

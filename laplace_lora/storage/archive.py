@@ -42,9 +42,10 @@ from laplace_lora.storage.rounding import (
 )
 from laplace_lora.storage.uncalibrated import UNCALIBRATED_TENSORS, uncalibrated_entries
 from laplace_lora.structures.posterior import Posterior
+from laplace_lora.structures.settings import SCALES
 from laplace_lora.structures.settings import TENSORS as SETTINGS
 from laplace_lora.structures.state import PosteriorState
-from laplace_lora.structures.subspace import SUBSPACE, SUBSPACE_TENSORS
+from laplace_lora.structures.subspace import SUBSPACE, subspace_entries
 
 PREFIX = "curvature."
 SUBSPACE_MEAN = f"{SUBSPACE}prior_mean"
@@ -92,8 +93,7 @@ def save_posterior(
     if settings.shift is not None:  # in float16 it would move predictions by more than all the rest
         tensors[SHIFT] = settings.shift if exact else settings.shift.float()
     if state.subspace is not None:
-        for name in SUBSPACE_TENSORS:
-            tensors[f"{SUBSPACE}{name}"] = getattr(state.subspace, name).clone()
+        tensors |= subspace_entries(state.subspace)
         if not exact and state.has_subspace:
             del tensors[SUBSPACE_MEAN]  # which is that of the settings
     tensors["sigma_noise"] = torch.as_tensor(settings.sigma_noise).reshape(1)
@@ -110,8 +110,7 @@ def save_posterior(
             "loss": state.loss,
             "n_data": state.n_data,
             "n_outputs": state.n_outputs,
-            "covariance_scale": settings.covariance_scale,
-            "likelihood_temperature": settings.likelihood_temperature,
+            **{name: getattr(settings, name) for name in SCALES},
             **uncalibrated_scales,
         },
         "curvature": description,

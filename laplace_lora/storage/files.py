@@ -94,9 +94,9 @@ def read_files(directory: str | os.PathLike[str]) -> tuple[bytes, dict[str, Any]
     return payload, within
 
 
-def checksum(config: Mapping[str, Any]) -> str:
-    """Return the hash of a configuration without its own checksum."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+def checksum(content: Mapping[str, Any]) -> str:
+    """Return the hash of values that JSON can hold, such as a configuration without its own."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _paths(directory: str | os.PathLike[str]) -> dict[str, Path]:

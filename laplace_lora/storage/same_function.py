@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +15,7 @@ from laplace_lora.adapters.layer_settings import (
     single,
     without_factor,
 )
+from laplace_lora.storage.files import checksum
 
 SETTINGS = "adapter_settings"
 LAYERS = "adapter_layers"
@@ -35,9 +34,9 @@ def function_identity(model: nn.Module, plain: bool) -> dict[str, Any]:
     """
     settings = adapter_settings(model, plain)
     return {
-        SETTINGS: _hash(settings),
-        LAYERS: _hash({name: single(setting) for name, setting in settings.items()}),
-        KINDS: _hash({name: without_factor(setting) for name, setting in settings.items()}),
+        SETTINGS: checksum(settings),
+        LAYERS: checksum({name: single(setting) for name, setting in settings.items()}),
+        KINDS: checksum({name: without_factor(setting) for name, setting in settings.items()}),
         CONFIGURATION: settings_of(active_configurations(model)),
         DRAWN: drawn_parts(model),
         DTYPES: base_dtypes(model),
@@ -96,7 +95,3 @@ def check_function(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
             "the adapter's configuration differs from the one that the posterior was fitted with "
             "(lora_alpha, use_rslora, use_dora or the layers' scaling)"
         )
-
-
-def _hash(settings: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

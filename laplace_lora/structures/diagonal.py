@@ -42,12 +42,9 @@ class DiagonalPrecision:
     def covariance(self, jacobians: Iterable[Tensor]) -> Tensor:
         """Return ``J P⁻¹ Jᵀ``, see `Precision`."""
         variances = self.variance().split(self.sizes)
-        total: Any = 0.0
-        for i, jacobian in enumerate(jacobians):
-            rows = jacobian.flatten(2)
-            total = total + (rows * variances[i]) @ rows.mT
-        result: Tensor = total
-        return result
+        rows = (jacobian.flatten(2) for jacobian in jacobians)
+        forms = ((J * variance) @ J.mT for J, variance in zip(rows, variances, strict=True))
+        return sum(forms, next(forms))
 
     def forms(
         self, jacobians: Iterable[Tensor], functions: Functions

@@ -150,6 +150,14 @@ class Posterior:
             prior, scale = prior.detach(), scale.detach()
         return self.structure.precision(self.state.curvature, prior, scale)
 
+    @property
+    def laplace_precision(self) -> Precision:
+        """The same with gradients by prior and noise, as laplace-torch's, if they ask for some."""
+        prior, scale = self.settings.prior_precision, self.scale
+        if prior.requires_grad or scale.requires_grad:
+            return self.structure.precision(self.state.curvature, prior, scale)
+        return self.precision
+
     def with_settings(self, settings: Settings) -> Posterior:
         """Return the posterior with other settings."""
         return replace(self, state=self.state.with_settings(settings))

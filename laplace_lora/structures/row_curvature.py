@@ -64,8 +64,7 @@ class RowCurvature:
 
     def product(self, weights: Tensor) -> Tensor:
         """Return the curvature's products with weight vectors, ``(n, parameters)``."""
-        one = weights.new_ones(1)
-        return self.precision(one, one[0]).multiply(weights) - weights
+        return self.rows.lift(self.rows.project(weights))
 
     def solve(self, weights: Tensor, delta: float) -> Tensor:
         """Return ``(Zᵀ Z + δ)⁻¹`` times weight vectors, ``(n, parameters)``."""

@@ -79,9 +79,4 @@ class RowTerm:
 
     def _on_rows(self, weights: Tensor) -> Tensor:
         """Return ``Z`` times a weight vector, ``(rows,)``, float64."""
-        rows = self.rows
-        total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
-        for i, part in enumerate(weights.double().to(rows.device).split(rows.sizes)):
-            for columns, Z in rows.pieces(i, torch.float64):
-                total += Z @ part[columns]
-        return total
+        return self.rows.project(weights.double().to(self.rows.device).unsqueeze(0))[0]

@@ -95,7 +95,11 @@ class Settings:
         return replace(self, **copies)
 
     def with_value(self, name: str, value: Any) -> Settings:
-        """Return the settings with one of them set, which no undone calibration takes back."""
+        """Return the settings with one of them set, which no undone calibration takes back.
+
+        A tensor is copied, as its owner may change it in place; gradients flow through.
+        """
+        value = value.clone() if isinstance(value, Tensor) else value
         calibration = self.calibration
         if calibration is not None and name in CALIBRATED:
             calibration = (replace(calibration[0], **{name: value}), calibration[1])

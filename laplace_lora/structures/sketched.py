@@ -14,7 +14,6 @@ from laplace_lora.curvature.loss_gradient import LossGradient
 from laplace_lora.linalg.eigen import Eigen
 from laplace_lora.linalg.factor_spec import FactorSpec
 from laplace_lora.linalg.finite import check_diagonal
-from laplace_lora.linalg.rounded import in_working_dtype
 from laplace_lora.linalg.row_storage import RowStorage, packed_rows, unpack_rows
 from laplace_lora.linalg.sketch import Factor, LowRankFactor, sketch_columns
 from laplace_lora.structures.row_curvature import RowCurvature
@@ -139,9 +138,9 @@ class Sketched(RowStructure[Factor, SketchedCurvature]):
         if description != len(expected) or len(tensors) != len(expected):
             raise ValueError("the tensors are not those of a sketch")
         for i, tensor in enumerate(expected):
-            packed = in_working_dtype({"": tensors[str(i)]}, tensor.dtype)[""]
-            if packed.shape != tensor.shape or packed.dtype != tensor.dtype:
-                raise ValueError(f"the sketch has {packed.dtype} of shape {tuple(packed.shape)}")
+            packed = tensors[str(i)]
+            if packed.shape != tensor.shape:
+                raise ValueError(f"the sketch has a tensor of shape {tuple(packed.shape)}")
             tensor.copy_(packed)
         check_diagonal(expected[-1])
         return self.ready(engine, sketch)

@@ -88,7 +88,12 @@ class Subspace:
 
 
 SUBSPACE = "subspace."
-SUBSPACE_TENSORS = tuple(field.name for field in fields(Subspace))
+
+
+def subspace_entries(subspace: Subspace) -> dict[str, Tensor]:
+    """Return a subspace's tensors by name, in copies, as `subspace_from` takes them."""
+    names = [field.name for field in fields(Subspace)]
+    return {f"{SUBSPACE}{name}": getattr(subspace, name).clone() for name in names}
 
 
 def subspace_from(tensors: Mapping[str, Any]) -> Subspace | None:
@@ -100,7 +105,7 @@ def subspace_from(tensors: Mapping[str, Any]) -> Subspace | None:
     """
     if not any(name.startswith(SUBSPACE) for name in tensors):
         return None
-    found = Subspace(*(tensors[f"{SUBSPACE}{name}"] for name in SUBSPACE_TENSORS))
+    found = Subspace(*(tensors[f"{SUBSPACE}{field.name}"] for field in fields(Subspace)))
     found = replace(found, prior_mean=found.prior_mean.clone())  # the settings' may change in place
     count, m = found.displacement.shape
     shapes = found.grams.shape, found.curvature.shape, found.gradient.shape
