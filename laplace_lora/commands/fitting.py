@@ -60,9 +60,7 @@ def run(
     inputs = Inputs(loaded, plan)
     train_loader = inputs.loader(rows, options["batch_size"])
     if not quiet:
-        notes = [columns_said(plan, rows), decoder_said(plan, loaded.tokenizer)]
-        notes.append(marks_said(inputs, rows))
-        click.echo("\n".join(note for note in notes if note), err=True)
+        click.echo(reading_said(inputs, rows), err=True)
     val_loader = None
     if val_rows is not None:
         with read_beside(val_rows, plan.columns, f"--val {val}"):
@@ -88,6 +86,13 @@ def run(
     write_whole(folder / PLAN, plan_text(plan, config["content"]).encode())
     click.echo(str(la))
     click.echo(f"Saved in {folder}")
+
+
+def reading_said(inputs: Inputs, rows: Sequence[Row]) -> str:
+    """Return how a fit reads its rows, as far as it may not be what was meant."""
+    plan, tokenizer = inputs.plan, inputs.adapter.tokenizer
+    said = columns_said(plan, rows), decoder_said(plan, tokenizer), marks_said(inputs, rows)
+    return "\n".join(filter(None, said))
 
 
 def start_at(la: LoraLaplace, adapter: str) -> None:

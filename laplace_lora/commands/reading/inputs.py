@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -55,7 +56,7 @@ class Inputs:
         collate: Any
         if likelihood == "reward_modeling":
             examples = [self.preference(row, n) for n, row in enumerate(rows, start=1)]
-            collate = PairCollator(DataCollatorWithPadding(tokenizer))
+            collate = partial(_padded_pairs, DataCollatorWithPadding(tokenizer))
         elif likelihood == "language_modeling":
             examples = [self.scored(row, n) for n, row in enumerate(rows, start=1)]
             collate = DataCollatorForSeq2Seq(tokenizer)
@@ -243,20 +244,10 @@ class Inputs:
         )
 
 
-@dataclass(frozen=True)
-class PairCollator:
-    """Pads preference pairs, under the names of TRL's reward trainer.
-
-    Attributes:
-        pad: Pads single texts.
-    """
-
-    pad: DataCollatorWithPadding
-
-    def __call__(self, pairs: Sequence[Example]) -> dict[str, Any]:
-        """Return ``input_ids_chosen``, ``attention_mask_chosen``, and so on."""
-        batch: dict[str, Any] = {}
-        for half in (CHOSEN, REJECTED):
-            padded = self.pad([pair[half] for pair in pairs])
-            batch |= {f"{name}_{half}": value for name, value in padded.items()}
-        return batch
+def _padded_pairs(pad: DataCollatorWithPadding, pairs: Sequence[Example]) -> dict[str, Any]:
+    """Return a batch under the names of TRL's reward trainer: ``input_ids_chosen``, and so on."""
+    batch: dict[str, Any] = {}
+    for half in (CHOSEN, REJECTED):
+        padded = pad([pair[half] for pair in pairs])
+        batch |= {f"{name}_{half}": value for name, value in padded.items()}
+    return batch
