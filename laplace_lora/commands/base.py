@@ -133,11 +133,7 @@ def _progress(shown: bool) -> Iterator[None]:
 
 @contextmanager
 def _quiet_libraries(debug: bool) -> Iterator[None]:
-    """Show this package's warnings as single lines, and what other libraries report only on demand.
-
-    Args:
-        debug: Whether to leave everything as it is.
-    """
+    """Show this package's warnings as single lines, and those of other libraries only on demand."""
     if debug:
         yield
         return

@@ -53,13 +53,7 @@ def check_second_text(
 
 
 def _is_second(name: str, text: str | None, free: Sequence[str]) -> bool:
-    """Return whether a column is named like the second of two texts.
-
-    Args:
-        name: Of a column that is not read.
-        text: That of the column of texts.
-        free: All columns that are not read.
-    """
+    """Return whether one of the free columns is named like the second of two texts."""
     found = NUMBERED.fullmatch(name)
     if found is None:
         return name in COMPLETIONS
