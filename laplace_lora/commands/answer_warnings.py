@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import click
-
+from laplace_lora.commands.base import point_out
 from laplace_lora.commands.reading.adapter import CAUSAL, Adapter
 from laplace_lora.commands.reading.answers import (
     alone,
@@ -36,20 +35,18 @@ def warn_if_other_tokens(adapter: Adapter, plan: Plan, rows: Sequence[Row]) -> N
         way = "give their numbers from Python, as `target_ids`"
         if _tokens_of(spaced(plan.names), adapter, plan, rows) == others:
             way = f"say --target {quoted(spaced(plan.names))}"
-        click.echo(
-            f"Warning: {taken}, which the posterior covers; alone it would be "
-            f"{_named(others, tokenizer)}. If the adapter was trained to answer with these, {way}",
-            err=True,
+        point_out(
+            f"{taken}, which the posterior covers; alone it would be "
+            f"{_named(others, tokenizer)}. If the adapter was trained to answer with these, {way}"
         )
     elif any(name != name.lstrip() for name in plan.names):
         bare = [name.lstrip() for name in plan.names]
         others = _tokens_of(bare, adapter, plan, rows)
         if Inputs(adapter, plan).is_conversation(rows[0]) and others not in ([], ids):
-            click.echo(
-                f"Warning: {taken}. An assistant's messages seldom begin with a space: if those of "
+            point_out(
+                f"{taken}. An assistant's messages seldom begin with a space: if those of "
                 f"its training did not, say --target {quoted(bare)}, which means "
-                f"{_named(others, tokenizer)}",
-                err=True,
+                f"{_named(others, tokenizer)}"
             )
 
 
@@ -74,9 +71,8 @@ def warn_if_spaces_meet(adapter: Adapter, plan: Plan, rows: Sequence[Row]) -> No
     prompts = [row.get(plan.columns.text) for row in rows]
     count = len(prompts_with_space(prompts, plan.names, adapter.tokenizer))
     if count:
-        click.echo(
-            f"Warning: {count} of {len(rows)} prompts end in a space, and answers among "
+        point_out(
+            f"{count} of {len(rows)} prompts end in a space, and answers among "
             f"{', '.join(map(repr, plan.names))} begin with one, so the model is asked for two "
-            "spaces in a row. Leave it out of the prompts, if those of its training had none",
-            err=True,
+            "spaces in a row. Leave it out of the prompts, if those of its training had none"
         )

@@ -64,6 +64,11 @@ class Command(click.Command):
             raise click.ClickException(text) from error
 
 
+def point_out(text: str) -> None:
+    """Write a warning to standard error."""
+    click.echo(f"Warning: {text}", err=True)
+
+
 def as_written(text: str) -> str:
     """Return a help text in which click leaves paragraphs with indented lines as they are."""
     paragraphs = inspect.cleandoc(text).split("\n\n")
@@ -139,7 +144,7 @@ def _quiet_libraries(debug: bool) -> Iterator[None]:
         return
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        click.echo(f"Warning: {message}", err=True)
+        point_out(str(message))
 
     level = logging.getLogger("bitsandbytes").level
     with warnings.catch_warnings():

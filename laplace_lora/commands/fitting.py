@@ -12,6 +12,7 @@ import torch
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
 from laplace_lora.commands.answer_warnings import warn_if_other_tokens, warn_if_spaces_meet
+from laplace_lora.commands.base import point_out
 from laplace_lora.commands.output import check_folder
 from laplace_lora.commands.reading.adapter import Adapter, load_asked
 from laplace_lora.commands.reading.answer_marks import marks_said
@@ -109,7 +110,7 @@ def start_at(la: LoraLaplace, adapter: str) -> None:
     try:
         la.prior_mean = start.vector(la.logits_model.get_submodule("model"), la.params)
     except ValueError as error:
-        click.echo(f"Warning: {START} is left out: {error}", err=True)
+        point_out(f"{START} is left out: {error}")
 
 
 def new_posterior(
@@ -137,11 +138,10 @@ def warn_if_useless(la: LoraLaplace, plan: Plan) -> None:
         return
     loss, chance = la.state.loss / la.state.n_data, math.log(len(plan.names))
     if loss > chance:
-        click.echo(
-            f"Warning: the adapter's mean loss on these data is {loss:.3f} nats, guessing has "
+        point_out(
+            f"the adapter's mean loss on these data is {loss:.3f} nats, guessing has "
             f"{chance:.3f}. Are texts, chat template, answers and the order of the labels those of "
-            "its training?",
-            err=True,
+            "its training?"
         )
 
 

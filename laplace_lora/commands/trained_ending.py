@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import click
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from laplace_lora.commands.base import point_out
 from laplace_lora.commands.reading.adapter import Adapter
 from laplace_lora.commands.reading.columns import CHOSEN, is_preference
 from laplace_lora.commands.reading.ending import why_no_eos
@@ -51,13 +51,12 @@ def warn_if_trained_with_eos(
     gain = without - ended
     error = float(gain.std()) / math.sqrt(count)
     if gain.mean() > max(2 * error, ROUNDING * float(without.mean())):
-        click.echo(
-            f"Warning: the adapter's mean loss on {count} of the pairs is {without.mean():.3g} "
+        point_out(
+            f"the adapter's mean loss on {count} of the pairs is {without.mean():.3g} "
             f"nats, and {ended.mean():.3g} with the end-of-text token "
             f"{adapter.tokenizer.eos_token!r} behind their texts, where TRL's RewardTrainer puts "
             "it. The adapter seems to have been trained with it: say --eos, or --no-eos to go on "
-            "without it",
-            err=True,
+            "without it"
         )
 
 
