@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from laplace_lora.commands.answer_warnings import warn_if_other_tokens
 from laplace_lora.commands.fitting import new_posterior, reading_said
 from laplace_lora.commands.reading.adapter import load_asked
 from laplace_lora.commands.reading.inputs import Inputs
@@ -19,7 +18,7 @@ from laplace_lora.commands.reading.names import layer_name
 from laplace_lora.commands.reading.planning import plan_fit
 from laplace_lora.commands.reading.rows import read_rows
 from laplace_lora.commands.timing import fit_time, tuning_time
-from laplace_lora.commands.trained_ending import warn_if_trained_with_eos
+from laplace_lora.commands.training_warnings import warn_if_other_tokens, warn_if_trained_with_eos
 from laplace_lora.posteriors.base import LoraLaplace
 
 NOT_WELL = 1  # exit status

@@ -11,7 +11,6 @@ import click
 import torch
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
-from laplace_lora.commands.answer_warnings import warn_if_other_tokens, warn_if_spaces_meet
 from laplace_lora.commands.base import point_out
 from laplace_lora.commands.output import check_folder
 from laplace_lora.commands.reading.adapter import Adapter, load_asked
@@ -25,7 +24,11 @@ from laplace_lora.commands.reading.planning import plan_fit
 from laplace_lora.commands.reading.repository import file_of
 from laplace_lora.commands.reading.rows import Row, read_rows
 from laplace_lora.commands.reading.unread import columns_said
-from laplace_lora.commands.trained_ending import warn_if_trained_with_eos
+from laplace_lora.commands.training_warnings import (
+    warn_if_other_tokens,
+    warn_if_spaces_meet,
+    warn_if_trained_with_eos,
+)
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.storage.adapter_start import FILE as START
