@@ -36,10 +36,6 @@ class VectorMap(LinearMap):
         """Length of an output."""
         return self.out_features
 
-    def sides(self, parameter: nn.Parameter) -> list[int]:
-        """Return the number of the vector's entries, which PEFT may keep as a row or column."""
-        return [parameter.numel()]
-
     def misfit(self, calls: Sequence[Call], examples: Examples, texts: int = 1) -> str | None:
         """Return why examples cannot be told apart in the outputs, ``None`` if they can."""
         if not calls:
@@ -146,10 +142,6 @@ class WholeTensor(LinearMap):
     def parameters(self) -> list[tuple[nn.Parameter, bool]]:
         """Return the tensor, which is treated as a bias."""
         return [(self.parameter, True)]
-
-    def sides(self, parameter: nn.Parameter) -> list[int]:
-        """Return the number of the tensor's entries."""
-        return [parameter.numel()]
 
 
 def maps_and_blocks(

@@ -10,6 +10,7 @@ from torch import nn
 
 from laplace_lora.adapters.peft_state import adapter_parameters, check_adapters
 from laplace_lora.adapters.plain_names import adapters_in
+from laplace_lora.adapters.selection import listed
 from laplace_lora.data.sharding import in_pieces
 
 
@@ -49,13 +50,13 @@ def check_in_use(
     if any(p.is_inference() for p in present):
         made = [name for name, p in modules[0][1].named_parameters() if p.is_inference()]
         raise RuntimeError(
-            f"weights ({_some(made)}) were made in torch.inference_mode and can have no "
+            f"weights ({listed(made, 1)}) were made in torch.inference_mode and can have no "
             "gradient; load the model outside of it, or go on with `copy.deepcopy(model)`"
         )
     frozen = [name for name, p in tensors if not p.requires_grad]
     if frozen:
         raise RuntimeError(
-            f"tensors of the posterior ({_some(frozen)}) were frozen after it was made, and it "
+            f"tensors of the posterior ({listed(frozen, 1)}) were frozen after it was made, and it "
             "needs their gradients; undo it with `model.get_parameter(name).requires_grad_(True)` "
             "or, for all of an adapter, `model.set_adapter(name)`"
         )
@@ -69,14 +70,14 @@ def _check_used(
     gone = [name for name, p in tensors if id(p) not in present]
     if gone:
         raise RuntimeError(
-            f"tensors of the posterior ({_some(gone)}) are no longer part of the model: its "
+            f"tensors of the posterior ({listed(gone, 1)}) are no longer part of the model: its "
             "adapter was unloaded, merged into the base model, deleted or loaded anew. Make "
             "the posterior on the model as it is now, or load it with `from_pretrained`"
         )
     inactive = _inactive(modules, tensors)
     if inactive:
         raise RuntimeError(
-            f"tensors of the posterior ({_some(inactive)}) belong to an adapter that is not "
+            f"tensors of the posterior ({listed(inactive, 1)}) belong to an adapter that is not "
             "active; activate it with `model.set_adapter(name)`"
         )
 
@@ -91,8 +92,3 @@ def _inactive(
     unclear = [(name, p) for name, p in tensors if idle & set(name.split("."))] if idle else []
     is_active = adapter_parameters(modules[0][1]) if unclear else {}
     return [name for name, p in unclear if is_active.get(id(p)) is False]
-
-
-def _some(names: Sequence[str]) -> str:
-    """Return the first name, and the number of others."""
-    return repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")

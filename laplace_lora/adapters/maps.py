@@ -141,10 +141,6 @@ class LinearMap:
         # They may be as many as the examples by chance, in any batch: none shows it.
         return x.ndim == 2 and ROUTED.search(self.name) is not None
 
-    def sides(self, parameter: nn.Parameter) -> list[int]:
-        """Return the lengths of the sides of a tensor's Kronecker block."""
-        return list(parameter.shape) if parameter.ndim == 2 else [parameter.numel()]
-
     def parameters(self) -> list[tuple[nn.Parameter, bool]]:
         """Return the map's tensors, each with whether it is a bias."""
         weight, bias = self.module.weight, self.module.bias
@@ -191,11 +187,6 @@ class ConvMap(LinearMap):
     input_dims = (4,)  # images, (batch, channels, height, width)
     has_tokens = False  # no position is padding
 
-    def sides(self, parameter: nn.Parameter) -> list[int]:
-        """Return ``[channels out, patch]`` for the weight."""
-        weight = parameter.ndim == 4
-        return [self.out_features, self.in_features] if weight else [self.out_features]
-
     def map_input(self, x: Tensor) -> Tensor:
         """Return the patches, ``(batch, positions, channels · height · width of the kernel)``."""
         conv = self.module
@@ -221,6 +212,12 @@ class Block:
     parameter: nn.Parameter
     map: int
     is_bias: bool
+
+    @property
+    def sides(self) -> list[int]:
+        """Lengths of the sides of its Kronecker block; a bias has one, of any shape."""
+        shape = self.parameter.shape
+        return [shape.numel()] if self.is_bias else [shape[0], shape[1:].numel()]
 
 
 def _ranged(numbers: tuple[int, ...]) -> str:

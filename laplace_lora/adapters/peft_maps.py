@@ -39,10 +39,6 @@ class TripletMap(LinearMap):
         """Return the map's one tensor; ``E`` is treated as a bias."""
         return [(getattr(self.module, f"lora_{self.role}")[self.adapter], self.role == "E")]
 
-    def sides(self, parameter: nn.Parameter) -> list[int]:
-        """Return the lengths of the sides; ``E`` has one side."""
-        return [parameter.numel()] if self.role == "E" else list(parameter.shape)
-
     def map_input(self, x: Tensor) -> Tensor:
         """Return ``x`` for ``A``, ``A x`` for ``E``, ``E ∘ (A x)`` for ``B``."""
         A, E, _ = self._triplet()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from laplace_lora.adapters.packed_weights import has_packed_weights
+from laplace_lora.adapters.plain_names import adapts
 from laplace_lora.display.warning import warn
 
 
@@ -83,7 +84,7 @@ def replaced_parameters(model: nn.Module) -> set[int]:
         for name, module in model.named_modules()
         if isinstance(module, ModulesToSaveWrapper)
         and not module.disable_adapters
-        and set(module.active_adapters) & set(module.modules_to_save)
+        and adapts(module)
     )
     unused: dict[int, bool] = {}
     for name, p in model.named_parameters(remove_duplicate=False):

@@ -32,8 +32,8 @@ def named_as(names: Collection[str]) -> Iterator[None]:
         _SAVED.set(before)
 
 
-def adapts(layer: BaseTunerLayer) -> bool:
-    """Return whether an active adapter has tensors of its own in a layer.
+def adapts(layer: BaseTunerLayer | ModulesToSaveWrapper) -> bool:
+    """Return whether an active adapter has tensors of its own in a layer, or a copy of a module.
 
     PEFT says of all its layers that the same adapter is active.
     """
@@ -66,7 +66,7 @@ def plain_names(model: nn.Module) -> Callable[[str], str]:
         if isinstance(module, BaseTunerLayer) and not adapts(module):
             idle |= {f"{path}.base_layer"}
         elif isinstance(module, ModulesToSaveWrapper):
-            if not set(module.active_adapters) & set(module.modules_to_save):
+            if not adapts(module):
                 idle |= {f"{path}.original_module"}
         else:  # PEFT's wrapper of an embedding of which some tokens are trained
             inner = getattr(module, "token_adapter", None)

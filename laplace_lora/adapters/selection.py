@@ -111,7 +111,7 @@ def _idle(names: Collection[str], modules: str | Sequence[str] | None) -> list[s
     return [part for part in parts if not any(_matches(name, [part]) for name in names)]
 
 
-def listed(names: list[str]) -> str:
-    """Return the first five names, quoted, and the number of others."""
-    shown = ", ".join(repr(name) for name in names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+def listed(names: Sequence[str], at_most: int = 5) -> str:
+    """Return the first names, quoted, and the number of others."""
+    shown = ", ".join(map(repr, names[:at_most]))
+    return shown if len(names) <= at_most else f"{shown} and {len(names) - at_most} more"

@@ -16,6 +16,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from laplace_lora.adapters.configuration import configurations_of, configured
+from laplace_lora.adapters.plain_names import adapters_in
 from laplace_lora.data.inapplicable import InapplicableError
 
 ROUNDING = 8  # units in the last place of the largest output
@@ -200,9 +201,8 @@ def _active_layers(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
     """
     for name, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer):
-            for adapter in layer.active_adapters:
-                if any(adapter in getattr(layer, held, ()) for held in layer.adapter_layer_names):
-                    yield name, layer, adapter
+            own = adapters_in(layer)
+            yield from ((name, layer, each) for each in layer.active_adapters if each in own)
 
 
 def _tuner(layer: object) -> str:

@@ -64,6 +64,11 @@ class Command(click.Command):
             raise click.ClickException(text) from error
 
 
+def point_out(text: str) -> None:
+    """Write a warning to standard error."""
+    click.echo(f"Warning: {text}", err=True)
+
+
 def as_written(text: str) -> str:
     """Return a help text in which click leaves paragraphs with indented lines as they are."""
     paragraphs = inspect.cleandoc(text).split("\n\n")
@@ -133,17 +138,13 @@ def _progress(shown: bool) -> Iterator[None]:
 
 @contextmanager
 def _quiet_libraries(debug: bool) -> Iterator[None]:
-    """Show this package's warnings as single lines, and what other libraries report only on demand.
-
-    Args:
-        debug: Whether to leave everything as it is.
-    """
+    """Show this package's warnings as single lines, and those of other libraries only on demand."""
     if debug:
         yield
         return
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        click.echo(f"Warning: {message}", err=True)
+        point_out(str(message))
 
     level = logging.getLogger("bitsandbytes").level
     with warnings.catch_warnings():

@@ -11,18 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from laplace_lora.commands.answer_warnings import warn_if_other_tokens
-from laplace_lora.commands.fitting import new_posterior
+from laplace_lora.commands.fitting import new_posterior, reading_said
 from laplace_lora.commands.reading.adapter import load_asked
-from laplace_lora.commands.reading.answer_marks import marks_said
-from laplace_lora.commands.reading.decoder import decoder_said
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.names import layer_name
 from laplace_lora.commands.reading.planning import plan_fit
 from laplace_lora.commands.reading.rows import read_rows
-from laplace_lora.commands.reading.unread import columns_said
 from laplace_lora.commands.timing import fit_time, tuning_time
-from laplace_lora.commands.trained_ending import warn_if_trained_with_eos
+from laplace_lora.commands.training_warnings import warn_if_other_tokens, warn_if_trained_with_eos
 from laplace_lora.posteriors.base import LoraLaplace
 
 NOT_WELL = 1  # exit status
@@ -45,10 +41,7 @@ def run(adapter: str, data: str | None, **options: Any) -> None:
     else:
         inputs = Inputs(loaded, plan)
         loader = inputs.loader(rows, options["batch_size"])
-        click.echo(columns_said(plan, rows))
-        for said in (decoder_said(plan, loaded.tokenizer), marks_said(inputs, rows)):
-            if said:
-                click.echo(said)
+        click.echo(reading_said(inputs, rows))
         warn_if_trained_with_eos(loaded, plan, rows, options)
         warn_if_other_tokens(loaded, plan, rows)
         problems += _print_costs(console, covering, loader, options["batch_size"])
@@ -111,7 +104,8 @@ def _print_costs(
     """Print memory and time of a fit; return what speaks against it."""
     examples: Any = loader.dataset
     longest = sorted(examples, key=_length)[-batch_size:]
-    estimate = la.estimate_memory(_first(longest, loader), len(examples))
+    assert loader.collate_fn is not None
+    estimate = la.estimate_memory(loader.collate_fn(longest), len(examples))
     console.print(estimate)
     if not estimate.fits:
         return [str(estimate)]
@@ -126,8 +120,3 @@ def _print_costs(
 def _length(example: dict[str, Any]) -> int:
     halves = [example[k] for k in ("chosen", "rejected") if k in example] or [example]
     return max(len(half["input_ids"]) for half in halves)
-
-
-def _first(examples: Sequence[Any], loader: DataLoader[Any]) -> Any:
-    assert loader.collate_fn is not None
-    return loader.collate_fn(list(examples))

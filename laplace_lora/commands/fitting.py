@@ -11,7 +11,7 @@ import click
 import torch
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
-from laplace_lora.commands.answer_warnings import warn_if_other_tokens, warn_if_spaces_meet
+from laplace_lora.commands.base import point_out
 from laplace_lora.commands.output import check_folder
 from laplace_lora.commands.reading.adapter import Adapter, load_asked
 from laplace_lora.commands.reading.answer_marks import marks_said
@@ -24,7 +24,11 @@ from laplace_lora.commands.reading.planning import plan_fit
 from laplace_lora.commands.reading.repository import file_of
 from laplace_lora.commands.reading.rows import Row, read_rows
 from laplace_lora.commands.reading.unread import columns_said
-from laplace_lora.commands.trained_ending import warn_if_trained_with_eos
+from laplace_lora.commands.training_warnings import (
+    warn_if_other_tokens,
+    warn_if_spaces_meet,
+    warn_if_trained_with_eos,
+)
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.storage.adapter_start import FILE as START
@@ -60,9 +64,7 @@ def run(
     inputs = Inputs(loaded, plan)
     train_loader = inputs.loader(rows, options["batch_size"])
     if not quiet:
-        notes = [columns_said(plan, rows), decoder_said(plan, loaded.tokenizer)]
-        notes.append(marks_said(inputs, rows))
-        click.echo("\n".join(note for note in notes if note), err=True)
+        click.echo(reading_said(inputs, rows), err=True)
     val_loader = None
     if val_rows is not None:
         with read_beside(val_rows, plan.columns, f"--val {val}"):
@@ -90,6 +92,13 @@ def run(
     click.echo(f"Saved in {folder}")
 
 
+def reading_said(inputs: Inputs, rows: Sequence[Row]) -> str:
+    """Return how a fit reads its rows, as far as it may not be what was meant."""
+    plan, tokenizer = inputs.plan, inputs.adapter.tokenizer
+    said = columns_said(plan, rows), decoder_said(plan, tokenizer), marks_said(inputs, rows)
+    return "\n".join(filter(None, said))
+
+
 def start_at(la: LoraLaplace, adapter: str) -> None:
     """Put the prior's mean at the weights before training, where they lie beside the adapter.
 
@@ -104,7 +113,7 @@ def start_at(la: LoraLaplace, adapter: str) -> None:
     try:
         la.prior_mean = start.vector(la.logits_model.get_submodule("model"), la.params)
     except ValueError as error:
-        click.echo(f"Warning: {START} is left out: {error}", err=True)
+        point_out(f"{START} is left out: {error}")
 
 
 def new_posterior(
@@ -132,11 +141,10 @@ def warn_if_useless(la: LoraLaplace, plan: Plan) -> None:
         return
     loss, chance = la.state.loss / la.state.n_data, math.log(len(plan.names))
     if loss > chance:
-        click.echo(
-            f"Warning: the adapter's mean loss on these data is {loss:.3f} nats, guessing has "
+        point_out(
+            f"the adapter's mean loss on these data is {loss:.3f} nats, guessing has "
             f"{chance:.3f}. Are texts, chat template, answers and the order of the labels those of "
-            "its training?",
-            err=True,
+            "its training?"
         )
 
 

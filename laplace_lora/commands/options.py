@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import reduce
+from typing import Any
 
 import click
 
 from laplace_lora.commands.base import Values
 from laplace_lora.commands.reading.labels import FORMS
 
-F = TypeVar("F", bound=Callable[..., Any])
+Decorator = Callable[[Any], Any]
 
 STRUCTURES = ("kron", "full", "diag")
 LIKELIHOODS = (
@@ -24,59 +25,48 @@ SCORED, WRITTEN = 32, 16  # samples by default, as in generation, which imports 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def joined(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+def joined(*decorators: Decorator) -> Decorator:
     """Return one decorator for several, in the order of the help."""
-
-    def decorate(function: F) -> F:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return decorate
+    return lambda function: reduce(lambda f, add: add(f), reversed(decorators), function)
 
 
-def model_options(function: F) -> F:
-    """Add the adapter, and how it and its base model are loaded."""
-    return joined(
-        click.argument("adapter"),
-        click.option(
-            "--base",
-            metavar="MODEL",
-            help="Base model, a folder or a name on the hub.  [default: the one that the adapter "
-            "names]",
-        ),
-        click.option(
-            "--load-in-4bit",
-            is_flag=True,
-            default=None,
-            help="Quantise the base model to four bits; needs bitsandbytes. Later commands repeat "
-            "what the fit did.",
-        ),
-        click.option(
-            "--device",
-            metavar="DEVICE",
-            help="Where to compute: cpu, cuda, cuda:1, ...  [default: cuda if there is one]",
-        ),
-        click.option(
-            "--dtype",
-            type=click.Choice(DTYPES),
-            default="auto",
-            show_default=True,
-            help="Dtype of the base model; auto is that of its file.",
-        ),
-    )(function)
+model_options = joined(
+    click.argument("adapter"),
+    click.option(
+        "--base",
+        metavar="MODEL",
+        help="Base model, a folder or a name on the hub.  [default: the one that the adapter "
+        "names]",
+    ),
+    click.option(
+        "--load-in-4bit",
+        is_flag=True,
+        default=None,
+        help="Quantise the base model to four bits; needs bitsandbytes. Later commands repeat "
+        "what the fit did.",
+    ),
+    click.option(
+        "--device",
+        metavar="DEVICE",
+        help="Where to compute: cpu, cuda, cuda:1, ...  [default: cuda if there is one]",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        default="auto",
+        show_default=True,
+        help="Dtype of the base model; auto is that of its file.",
+    ),
+)
+
+posterior_option = click.option(
+    "--posterior",
+    metavar="FOLDER",
+    help="Where `fit --out` put the posterior, if not beside the adapter.",
+)
 
 
-def posterior_option(function: F) -> F:
-    """Add where the posterior is."""
-    return click.option(
-        "--posterior",
-        metavar="FOLDER",
-        help="Where `fit --out` put the posterior, if not beside the adapter.",
-    )(function)
-
-
-def data_options(required: bool = True) -> Callable[[F], F]:
+def data_options(required: bool = True) -> Decorator:
     """Add the data and their columns.
 
     Args:
@@ -124,70 +114,30 @@ def data_options(required: bool = True) -> Callable[[F], F]:
     )
 
 
-def label_options(function: F) -> F:
-    """Add the column of the labels, and what they are called."""
-    return joined(
-        click.option(
-            "--label-field",
-            metavar="NAME",
-            help="Column of the label.  [default: that of the fit, or label, labels]",
-        ),
-        class_names_option,
-        click.option(
-            "--labels-as",
-            type=click.Choice(FORMS),
-            help="What labels are that may be either: names of the classes, or their numbers from "
-            "0.  [default: as in the fit, or what all labels of the file can be]",
-        ),
-    )(function)
+class_names_option = click.option(
+    "--labels",
+    cls=Values,
+    help="Names of the classes, in the order of the model's outputs.  [default: those of the "
+    "fit, of the model's configuration, or numbers]",
+)
+
+label_options = joined(
+    click.option(
+        "--label-field",
+        metavar="NAME",
+        help="Column of the label.  [default: that of the fit, or label, labels]",
+    ),
+    class_names_option,
+    click.option(
+        "--labels-as",
+        type=click.Choice(FORMS),
+        help="What labels are that may be either: names of the classes, or their numbers from "
+        "0.  [default: as in the fit, or what all labels of the file can be]",
+    ),
+)
 
 
-def class_names_option(function: F) -> F:
-    """Add what the classes are called."""
-    return click.option(
-        "--labels",
-        cls=Values,
-        help="Names of the classes, in the order of the model's outputs.  [default: those of the "
-        "fit, of the model's configuration, or numbers]",
-    )(function)
-
-
-def task_options(function: F) -> F:
-    """Add what the model is asked: answers, likelihood, structure."""
-    return joined(
-        click.option(
-            "--target",
-            "targets",
-            cls=Values,
-            help="Answers of a language model, one token each, written as behind the prompt: "
-            '--target yes no, or with the space before them, --target " yes" " no".',
-        ),
-        click.option(
-            "--likelihood",
-            type=click.Choice(LIKELIHOODS),
-            help="What the model is trained for.  [default: what adapter, --target and data say]",
-        ),
-        completion_options("completion, answer or response"),
-        click.option(
-            "--structure",
-            type=click.Choice(STRUCTURES),
-            default="kron",
-            show_default=True,
-            help="Which posterior: kron, low-rank Kronecker factors; full, the exact curvature, "
-            "for up to a few thousand rows; diag, the least memory.",
-        ),
-        click.option(
-            "--uncovered",
-            type=click.Choice(("error", "diag")),
-            default="error",
-            show_default=True,
-            help="Trained weights that Kronecker factors cannot cover: refuse the adapter, or give "
-            "each such weight a variance of its own.",
-        ),
-    )(function)
-
-
-def completion_options(default: str) -> Callable[[F], F]:
+def completion_options(default: str) -> Decorator:
     """Add the column of completions, and how texts without them end.
 
     Args:
@@ -209,18 +159,48 @@ def completion_options(default: str) -> Callable[[F], F]:
     )
 
 
-def out_option(function: F) -> F:
-    """Add where results go."""
-    return click.option(
-        "--out",
-        default="-",
+task_options = joined(
+    click.option(
+        "--target",
+        "targets",
+        cls=Values,
+        help="Answers of a language model, one token each, written as behind the prompt: "
+        '--target yes no, or with the space before them, --target " yes" " no".',
+    ),
+    click.option(
+        "--likelihood",
+        type=click.Choice(LIKELIHOODS),
+        help="What the model is trained for.  [default: what adapter, --target and data say]",
+    ),
+    completion_options("completion, answer or response"),
+    click.option(
+        "--structure",
+        type=click.Choice(STRUCTURES),
+        default="kron",
         show_default=True,
-        metavar="FILE",
-        help="Where results go, as JSON lines; - is standard output.",
-    )(function)
+        help="Which posterior: kron, low-rank Kronecker factors; full, the exact curvature, "
+        "for up to a few thousand rows; diag, the least memory.",
+    ),
+    click.option(
+        "--uncovered",
+        type=click.Choice(("error", "diag")),
+        default="error",
+        show_default=True,
+        help="Trained weights that Kronecker factors cannot cover: refuse the adapter, or give "
+        "each such weight a variance of its own.",
+    ),
+)
+
+out_option = click.option(
+    "--out",
+    default="-",
+    show_default=True,
+    metavar="FILE",
+    help="Where results go, as JSON lines; - is standard output.",
+)
 
 
-def token_options(samples: int) -> Callable[[F], F]:
+def token_options(samples: int) -> Decorator:
     """Add what is kept of each token, and where results go.
 
     Args:
@@ -248,9 +228,7 @@ def token_options(samples: int) -> Callable[[F], F]:
     )
 
 
-def common_options(function: F) -> F:
-    """Add the options of every command."""
-    return joined(
-        click.option("--quiet", "-q", is_flag=True, help="No progress and no notes."),
-        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
-    )(function)
+common_options = joined(
+    click.option("--quiet", "-q", is_flag=True, help="No progress and no notes."),
+    click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+)

@@ -7,10 +7,10 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import click
 
@@ -19,13 +19,6 @@ from laplace_lora.commands.reading.rows import STANDARD, folder_and_split
 from laplace_lora.storage.whole_files import whole_file
 
 TABLES = (".csv", ".tsv", ".parquet", ".xlsx")
-
-
-class Write(Protocol):
-    """Writes one row."""
-
-    def __call__(self, row: Mapping[str, Any]) -> object:
-        """Write a row, see `as_json`."""
 
 
 def check_writable(out: str, name: str = "--out", data: Sequence[str | None] = ()) -> None:
@@ -93,8 +86,8 @@ def check_folder(folder: Path, what: str) -> None:
 
 
 @contextmanager
-def json_lines(out: str) -> Iterator[Write]:
-    """Open a file for rows; it appears under its name when all are written.
+def json_lines(out: str) -> Iterator[Callable[[Mapping[str, Any]], object]]:
+    """Open a file for rows, see `as_json`; it appears under its name when all are written.
 
     Args:
         out: The file, or ``-`` for standard output, where rows appear as they come.

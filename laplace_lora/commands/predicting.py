@@ -17,13 +17,6 @@ from laplace_lora.predictive.predictions import Predictions
 CLASSES = ("prediction", "probabilities", "entropy", "mutual_information")
 MOMENTS = {"regression": ("mean", "std", "observation_std"), "reward_modeling": ("reward", "std")}
 
-# What is given for each label where labels do not exclude each other.
-BY_LABEL = {
-    "probabilities": "probs",
-    "entropy": "entropy",
-    "mutual_information": "mutual_information",
-}
-
 
 def run(adapter: str, data: str, out: str, keep: Sequence[str], **options: Any) -> None:
     """Predict and write."""
@@ -97,25 +90,12 @@ def result_rows(found: Predictions, opened: Opened) -> list[dict[str, Any]]:
             {k: v[i][0] if single else v[i] for k, v in columns.items()} for i in range(len(found))
         ]
     names = opened.plan.names or [REJECTED, CHOSEN]
+    by_class = [dict(zip(names, row, strict=True)) for row in values["probs"]]
+    uncertain: list[Any] = [values["entropy"], values["mutual_information"]]
     if found.has_independent_labels:
-        return [
-            {
-                "prediction": [
-                    n for n, p in zip(names, values["probs"][i], strict=True) if p > 0.5
-                ],
-                **{
-                    key: dict(zip(names, values[name][i], strict=True))
-                    for key, name in BY_LABEL.items()
-                },
-            }
-            for i in range(len(found))
-        ]
-    return [
-        {
-            "prediction": names[values["prediction"][i]],
-            "probabilities": dict(zip(names, values["probs"][i], strict=True)),
-            "entropy": values["entropy"][i],
-            "mutual_information": values["mutual_information"][i],
-        }
-        for i in range(len(found))
-    ]
+        predicted: list[Any] = [[n for n, p in row.items() if p > 0.5] for row in by_class]
+        uncertain = [[dict(zip(names, row, strict=True)) for row in rows] for rows in uncertain]
+    else:
+        predicted = [names[i] for i in values["prediction"]]
+    rows = zip(predicted, by_class, *uncertain, strict=True)
+    return [dict(zip(CLASSES, row, strict=True)) for row in rows]

@@ -109,7 +109,7 @@ class Engine:
     @property
     def sides(self) -> list[list[int]]:
         """Lengths of the sides of each trainable tensor's Kronecker block."""
-        return [self.maps[block.map].sides(block.parameter) for block in self.blocks]
+        return [block.sides for block in self.blocks]
 
     @property
     def device(self) -> torch.device:

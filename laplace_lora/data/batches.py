@@ -176,16 +176,9 @@ def _rows_of(value: Any, which: slice | list[int], size: int) -> Any:
     """Return some of the rows of whatever has ``size``, in a mapping of its values."""
     if isinstance(value, Mapping):
         return {key: _rows_of(part, which, size) for key, part in value.items()}
-    return _taken(value, which) if _has_rows(value, size) else value
-
-
-def _has_rows(value: Any, size: int) -> bool:
-    """Return whether a value has a row for each of ``size`` examples; a scalar has none."""
     is_scalar = getattr(value, "ndim", None) == 0
-    return not is_scalar and hasattr(value, "__len__") and len(value) == size
-
-
-def _taken(values: Any, which: slice | list[int]) -> Any:
-    if isinstance(which, slice) or isinstance(values, Tensor):
-        return values[which]
-    return [values[i] for i in which]
+    if is_scalar or not hasattr(value, "__len__") or len(value) != size:
+        return value
+    if isinstance(which, slice) or isinstance(value, Tensor):
+        return value[which]
+    return [value[i] for i in which]

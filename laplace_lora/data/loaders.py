@@ -41,12 +41,6 @@ def progress(
     return bar
 
 
-def workers_of(loader: object) -> int:
-    """Return how many processes read for a loader, 0 if it reads by itself."""
-    workers: int = getattr(loader, "num_workers", 0)
-    return workers
-
-
 def until(batches: Iterable[Batch], at_most: float) -> Iterator[Batch]:
     """Yield batches until there have been so many examples."""
     seen = 0

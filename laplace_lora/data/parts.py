@@ -22,7 +22,7 @@ from torch.utils.data import BatchSampler, Subset, TensorDataset
 
 from laplace_lora.data.draws import draws_kept
 from laplace_lora.data.sharding import is_sharded_model
-from laplace_lora.data.tally import fingerprints, named, raw
+from laplace_lora.data.tally import fingerprints, named, number_of, raw
 from laplace_lora.display.warning import warn
 
 LOOKS = 8  # items of a note, and neighbours whose notes are read
@@ -176,10 +176,7 @@ def _marks(loader: Any, content: Mapping[str, Any], names: set[str]) -> set[int]
     """Return a mark of an item, or those of a ready-made batch's examples."""
     if loader.batch_sampler is None:
         return set(fingerprints({name.lstrip("/"): content[name] for name in names}))
-    digest = blake2b(digest_size=8)
-    for name in sorted(names):
-        digest.update(name.encode() + raw(content[name]))
-    return {int.from_bytes(digest.digest(), "big")}
+    return {number_of((name, content[name]) for name in sorted(names))}
 
 
 def _length(loader: Any) -> int | None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from laplace_lora.data import streams
 from laplace_lora.data.batches import Batch, is_empty, on_cpu
 from laplace_lora.data.dealing import dealt_out
-from laplace_lora.data.loaders import progress, until, workers_of
-from laplace_lora.data.shares import Share, processes
+from laplace_lora.data.loaders import progress, until
+from laplace_lora.data.shares import Share, is_main, processes
 from laplace_lora.data.tally import Sample, counted_once
 
 
@@ -43,6 +43,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         self.places = None if self.share is None else []
+        self._workers: int = getattr(self.loader, "num_workers", 0)
 
     def batches(self) -> Iterator[Any]:
         """Yield this process's batches."""
@@ -91,25 +92,23 @@ class Reading:
         """Return what the loader gives this process."""
         bar = progress(streams.begun(self.loader), self.progress_bar, self.title, self.loader)
         must_be_part = self.share is not None and not self.share.says_so
-        workers = workers_of(self.loader)
-        if not streams.is_stream(self.loader) or not (must_be_part or workers > 1):
+        if not streams.is_stream(self.loader) or not (must_be_part or self._workers > 1):
             return iter(bar)
 
         def keep(sample: Sample) -> None:
             self.sample = sample if must_be_part else None
 
-        return counted_once(bar, workers, keep)
+        return counted_once(bar, self._workers, keep)
 
     def _dealt(self, at_most: float) -> Iterator[Batch]:
         """Return this process's part of what the main process reads for all."""
         assert self.share is not None and self.share.source is not None
         batches: Iterator[Batch] = iter(())
-        rank, workers = dist.get_rank(), workers_of(self.loader)
-        if rank == 0:
+        if is_main():
             batches = iter(progress(self.share.source(), self.progress_bar, self.title))
-            if streams.is_stream(self.loader) and workers > 1:
-                batches = counted_once(batches, workers)
-        return dealt_out(batches, at_most, rank, processes(), self.exchange)
+            if streams.is_stream(self.loader) and self._workers > 1:
+                batches = counted_once(batches, self._workers)
+        return dealt_out(batches, at_most, dist.get_rank(), processes(), self.exchange)
 
 
 def _kept(share: Share, examples: Iterator[Batch], taken: list[Tensor]) -> Iterator[Batch]:

@@ -153,9 +153,9 @@ def _in_turn(count: int, rank: int) -> Places:
     return lambda index, seen, size: torch.arange(seen, seen + size) * count + rank
 
 
-def _by_batch(count: int, rank: int) -> Places:
-    """Return the places in batches of any size, which processes take in turn."""
-    return lambda index, seen, size: (index * count + rank) * PER_BATCH + torch.arange(size)
+def _by_batch(count: int, rank: int, most: int = PER_BATCH) -> Places:
+    """Return the places in batches of at most so many examples, which processes take in turn."""
+    return lambda index, seen, size: (index * count + rank) * most + torch.arange(size)
 
 
 def _gives_ready_batches(loader: Any, around: Sequence[Any]) -> bool:
@@ -185,25 +185,11 @@ def _of_shard(shard: Any) -> Share | None:
     if not _is_for_all(count):
         return None
     batches = shard.batch_sampler
-    places: Places
-    most = whole
-    if shard.split_batches:
-        part = most = whole // count
-
-        def places(index: int, seen: int, size: int) -> Tensor:
-            start = index * whole + rank * part
-            return torch.arange(start, start + size)
-    elif whole is None:
-        places = _by_batch(count, rank)
-    else:
-
-        def places(index: int, seen: int, size: int) -> Tensor:
-            start = (index * count + rank) * whole
-            return torch.arange(start, start + size)
-
+    most = whole // count if shard.split_batches else whole
+    places = _by_batch(count, rank, PER_BATCH if most is None else most)
     if not shard.even_batches:
         return Share(places, None, most=most)
-    if whole is None:  # batches of any size, repeated as wholes
+    if most is None:  # batches of any size, repeated as wholes
         return Share(places, len(batches) * PER_BATCH)
     if not hasattr(batches, "sampler"):
         raise TypeError(

@@ -119,10 +119,7 @@ def fingerprints(batch: Batch) -> list[int]:
     """
     parts = list(named(batch, ""))
     if not splits_by_example(batch):
-        digest = blake2b(digest_size=8)
-        for name, value in parts:
-            digest.update(name.encode() + raw(value))
-        return [int.from_bytes(digest.digest(), "big")]
+        return [number_of(parts)]
     size = batch_length(batch)
     digests = [blake2b(digest_size=8) for _ in range(size)]
     by_name = batch if isinstance(batch, Mapping) else {}
@@ -141,6 +138,14 @@ def fingerprints(batch: Batch) -> list[int]:
         for digest, row in zip(digests, rows, strict=True):
             digest.update(name.encode() + raw(row))
     return [int.from_bytes(digest.digest(), "big") for digest in digests]
+
+
+def number_of(parts: Iterable[tuple[str, Any]]) -> int:
+    """Return a number of 64 bits for what has these parts, by name."""
+    digest = blake2b(digest_size=8)
+    for name, value in parts:
+        digest.update(name.encode() + raw(value))
+    return int.from_bytes(digest.digest(), "big")
 
 
 def _mask_of(name: str, value: Tensor, masks: Mapping[str, Tensor]) -> Tensor | None:

@@ -19,7 +19,6 @@ from laplace_lora.generation.token_predictions import TokenPredictions
 from laplace_lora.generation.writing import (
     ExactSteps,
     SampledSteps,
-    Steps,
     Stopping,
     Streamer,
     write,
@@ -110,7 +109,7 @@ def generate(
         do_sample, temperature, top_k, top_p, repetition_penalty, logits_processor, generator
     )
     with ExitStack() as stack:
-        steps: Steps
+        steps: ExactSteps | SampledSteps
         stack.enter_context(together(runs=la.fitted.source))  # all draw the same tokens
         predictor: NextTokenPredictor | SampledPredictor
         if method == EXACT:

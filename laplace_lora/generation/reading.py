@@ -19,7 +19,6 @@ from laplace_lora.models.changes.autocast import as_called
 from laplace_lora.models.inputs.positions import holds_joined_texts, real_positions
 from laplace_lora.models.inputs.rotary import angles_change_at, check_lengths
 from laplace_lora.models.logits_model import wide
-from laplace_lora.models.tangents.cache_steps import is_right_beside_padding
 from laplace_lora.models.tangents.forward_mode import ForwardMode
 from laplace_lora.models.tangents.tangent_cache import (
     NAMES,
@@ -27,6 +26,7 @@ from laplace_lora.models.tangents.tangent_cache import (
     cache_of,
     cached_tensors,
     carries_tangents,
+    is_right_beside_padding,
 )
 from laplace_lora.models.token_model import TokenModel
 

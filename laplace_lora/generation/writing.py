@@ -29,22 +29,6 @@ class Streamer(Protocol):
         """Be told that no more come."""
 
 
-class Steps(Protocol):
-    """Predicts the next token of each text that goes on."""
-
-    def scores(self) -> Tensor:
-        """Return log probabilities up to a constant, ``(texts, vocabulary)``."""
-        ...
-
-    def chosen(self, tokens: Tensor) -> NextToken:
-        """Return what was known about the tokens that follow."""
-        ...
-
-    def go_on(self, tokens: Tensor, texts: Tensor) -> None:
-        """Append tokens, and keep some of the texts only, given by their indices."""
-        ...
-
-
 class ExactSteps:
     """Steps of exact moments: the whole text anew for each token.
 
@@ -60,7 +44,12 @@ class ExactSteps:
         self._prediction: NextToken
 
     def scores(self) -> Tensor:
-        """Return scores of the candidates; no other token is chosen unless it is forced.
+        """Return scores of the candidates, log probabilities up to a constant.
+
+        No other token is chosen unless it is forced.
+
+        Returns:
+            Shape ``(texts, vocabulary)``.
 
         Raises:
             FloatingPointError: If logits are not finite; names the rows of the prompts.
@@ -82,7 +71,7 @@ class ExactSteps:
         return self._predictor({"input_ids": self._ids, "attention_mask": self._mask}, tokens)
 
     def go_on(self, tokens: Tensor, texts: Tensor) -> None:
-        """Append tokens to the texts that go on."""
+        """Append tokens, and keep the texts that go on, given by their indices."""
         self._rows = self._rows[texts.to(self._rows.device)]
         column = tokens.unsqueeze(1)
         self._ids = torch.cat([self._ids, column], dim=1)[texts]
@@ -104,7 +93,10 @@ class SampledSteps:
         self._rows: Tensor | None = None  # of the prompts that go on
 
     def scores(self) -> Tensor:
-        """Return scores of the whole vocabulary.
+        """Return scores of the whole vocabulary, log probabilities up to a constant.
+
+        Returns:
+            Shape ``(texts, vocabulary)``.
 
         Raises:
             FloatingPointError: If logits are not finite; names the rows of the prompts.
@@ -119,7 +111,7 @@ class SampledSteps:
         return self._token.of(tokens, self._top_k)
 
     def go_on(self, tokens: Tensor, texts: Tensor) -> None:
-        """Let the tokens of those texts that go on be read next."""
+        """Let the tokens of the texts that go on, given by their indices, be read next."""
         rows = torch.arange(len(tokens)) if self._rows is None else self._rows
         self._rows = rows[texts.to(rows.device)]
         self._reading.keep(texts)
@@ -184,7 +176,7 @@ class Written:
 
 
 def write(
-    steps: Steps,
+    steps: ExactSteps | SampledSteps,
     ids: Tensor,
     mask: Tensor,
     places: Iterable[int],

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_lora.adapters.buffers import TensorPlace
 from laplace_lora.adapters.configuration import OF_CONFIGURATION, function_settings
+from laplace_lora.adapters.frozen_values import TensorPlace
 from laplace_lora.adapters.layer_settings import single, without_factor
 from laplace_lora.posteriors.fitted_weights import ROUNDING, are_equal
 

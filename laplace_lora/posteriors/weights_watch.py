@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_lora.adapters.buffers import TensorPlace
 from laplace_lora.adapters.configuration import (
     OF_CONFIGURATION,
     configurations_of,
     configured,
     settings_of,
 )
-from laplace_lora.adapters.frozen_values import PackedPlace, frozen_places
+from laplace_lora.adapters.frozen_values import PackedPlace, TensorPlace, frozen_places
 from laplace_lora.adapters.in_use import check_runs
 from laplace_lora.adapters.layer_settings import scalings, tuner_layers
 from laplace_lora.adapters.packed_weights import parts_here

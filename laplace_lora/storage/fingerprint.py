@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from laplace_lora.adapters.buffers import buffer_places
+from laplace_lora.adapters.frozen_values import buffer_places
 from laplace_lora.adapters.packed_weights import half_bytes, is_packed, tensor_parts
 from laplace_lora.data.sharding import whole
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from laplace_lora.adapters.peft_files import CONFIG, WEIGHTS, save_adapter
+from laplace_lora.adapters.selection import listed
 from laplace_lora.models.changes.modes import set_weights
 
 MANIFEST = "laplace_adapters.json"
@@ -40,9 +41,8 @@ def check_folder(folder: Path) -> None:
         )
     others = _not_exported(folder)
     if others:
-        more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
         raise FileExistsError(
-            f"{folder} holds {', '.join(map(repr, others[:NAMED]))}{more} beside exported "
+            f"{folder} holds {listed(others, NAMED)} beside exported "
             "adapters, which alone would be replaced; move that, or give a new folder"
         )
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, KronLoraLLLaplace
-from laplace_lora.adapters.buffers import buffer_places
+from laplace_lora.adapters.frozen_values import buffer_places
 from laplace_lora.storage.files import CONFIG, TENSORS, checksum
 from support.batches import images, split_rows
 from support.models import peft_model, resnet

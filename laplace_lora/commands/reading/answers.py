@@ -29,9 +29,6 @@ class _Prompt(NamedTuple):
     start: list[int]
 
 
-_Found = dict[tuple[int, str], int]  # tokens by the number of a row and an answer
-
-
 def answer_tokens(adapter: Adapter, plan: Plan, rows: Sequence[Row] | None) -> list[int]:
     """Return the token of each answer: for a decoder, the one with which it follows the prompts.
 
@@ -118,8 +115,8 @@ def _of_all(
     inputs: Inputs,
     prompts: Sequence[_Prompt],
     targets: Sequence[str],
-) -> _Found:
-    """Return the tokens of answers behind prompts, without those that have none in this form."""
+) -> dict[tuple[int, str], int]:
+    """Return the tokens of answers in a form, by the number of a row and the answer; no others."""
     tokens = {(p.number, t): form(inputs, p, t) for p in prompts for t in targets}
     return {key: token for key, token in tokens.items() if token is not None}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -23,7 +24,7 @@ from laplace_lora.commands.reading.columns import (
     text_cell,
 )
 from laplace_lora.commands.reading.labels import classes_of, numbers_of
-from laplace_lora.commands.reading.messages import ASSISTANT, check_asks, check_says
+from laplace_lora.commands.reading.messages import ASSISTANT, USER, check_asks, check_says
 from laplace_lora.commands.reading.names import applying
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
@@ -55,7 +56,7 @@ class Inputs:
         collate: Any
         if likelihood == "reward_modeling":
             examples = [self.preference(row, n) for n, row in enumerate(rows, start=1)]
-            collate = PairCollator(DataCollatorWithPadding(tokenizer))
+            collate = partial(_padded_pairs, DataCollatorWithPadding(tokenizer))
         elif likelihood == "language_modeling":
             examples = [self.scored(row, n) for n, row in enumerate(rows, start=1)]
             collate = DataCollatorForSeq2Seq(tokenizer)
@@ -117,7 +118,7 @@ class Inputs:
         second = None if pair is None else row.get(pair) or None
         if isinstance(prompt, str) and second is not None:
             return list(self._tokens(prompt, second + answer, False)["input_ids"])
-        own = [{"role": ASSISTANT, "content": answer}] if isinstance(prompt, list) else answer
+        own = _said_by(ASSISTANT, answer) if isinstance(prompt, list) else answer
         return list(self._tokens(self._after(prompt, own, 0), None, False)["input_ids"])
 
     def is_conversation(self, row: Row) -> bool:
@@ -138,8 +139,8 @@ class Inputs:
             prompt, answer = content[:-1], content[-1:]
             if after is not None:
                 check_text(after, number, "completion", name)
-                own = [{"role": ASSISTANT, "content": after}] if isinstance(after, str) else after
-                prompt, answer = content, list(own)
+                own = _said_by(ASSISTANT, after) if isinstance(after, str) else list(after)
+                prompt, answer = content, own
             if not prompt or answer[0].get("role") != ASSISTANT:
                 raise ValueError(f"row {number}: the last message is not the assistant's")
             check_says(answer, number)
@@ -153,8 +154,7 @@ class Inputs:
             return None, content
         answer = text_cell(row, columns.completion, number, "completion", "--completion-field")
         if self.plan.chat:
-            turns = ("user", content), (ASSISTANT, answer)
-            content, answer = ([{"role": role, "content": text}] for role, text in turns)
+            content, answer = _said_by(USER, content), _said_by(ASSISTANT, answer)
         return content, answer
 
     def scored(self, row: Row, number: int) -> Example:
@@ -184,10 +184,7 @@ class Inputs:
         if isinstance(prompt, list) != isinstance(answer, list):
             raise ValueError(f"row {number}: prompt and answers must both be texts, or messages")
         if self.plan.chat and isinstance(prompt, str):
-            return [
-                {"role": "user", "content": prompt},
-                {"role": ASSISTANT, "content": answer},
-            ]
+            return _said_by(USER, prompt) + _said_by(ASSISTANT, answer)
         return prompt + answer
 
     def _ended(self, content: Any) -> Any:
@@ -221,7 +218,7 @@ class Inputs:
         if isinstance(content, str) and self.plan.chat:
             if second is not None:
                 raise ValueError("a chat template takes one text, not two; --no-chat takes both")
-            content = [{"role": "user", "content": content}]
+            content = _said_by(USER, content)
         if isinstance(content, str):
             found = dict(tokenizer(content, second))
             is_followed = asks and self.adapter.kind == CAUSAL
@@ -243,20 +240,14 @@ class Inputs:
         )
 
 
-@dataclass(frozen=True)
-class PairCollator:
-    """Pads preference pairs, under the names of TRL's reward trainer.
+def _said_by(role: str, text: str) -> list[dict[str, Any]]:
+    return [{"role": role, "content": text}]
 
-    Attributes:
-        pad: Pads single texts.
-    """
 
-    pad: DataCollatorWithPadding
-
-    def __call__(self, pairs: Sequence[Example]) -> dict[str, Any]:
-        """Return ``input_ids_chosen``, ``attention_mask_chosen``, and so on."""
-        batch: dict[str, Any] = {}
-        for half in (CHOSEN, REJECTED):
-            padded = self.pad([pair[half] for pair in pairs])
-            batch |= {f"{name}_{half}": value for name, value in padded.items()}
-        return batch
+def _padded_pairs(pad: DataCollatorWithPadding, pairs: Sequence[Example]) -> dict[str, Any]:
+    """Return a batch under the names of TRL's reward trainer: ``input_ids_chosen``, and so on."""
+    batch: dict[str, Any] = {}
+    for half in (CHOSEN, REJECTED):
+        padded = pad([pair[half] for pair in pairs])
+        batch |= {f"{name}_{half}": value for name, value in padded.items()}
+    return batch

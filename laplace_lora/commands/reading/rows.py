@@ -114,15 +114,12 @@ def _json_lines(lines: Iterable[str], place: str) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row, why = json.loads(line), ""
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{place}, line {number}: expected a JSON object, such as {EXAMPLE}, got "
-                f"{line.strip()[:60]} ({error.msg})"
-            ) from None
+            row, why = None, f" ({error.msg})"
         if not isinstance(row, dict):
             raise ValueError(
                 f"{place}, line {number}: expected a JSON object, such as {EXAMPLE}, got "
-                f"{line.strip()[:60]}"
+                f"{line.strip()[:60]}{why}"
             )
         yield row

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from laplace_lora.adapters.selection import listed
 from laplace_lora.commands.reading.columns import (
     CHOSEN,
     REJECTED,
     TEXTS,
     Columns,
     is_preference,
-    listed,
     present_in,
 )
 from laplace_lora.commands.reading.completions import COMPLETIONS
@@ -53,13 +53,7 @@ def check_second_text(
 
 
 def _is_second(name: str, text: str | None, free: Sequence[str]) -> bool:
-    """Return whether a column is named like the second of two texts.
-
-    Args:
-        name: Of a column that is not read.
-        text: That of the column of texts.
-        free: All columns that are not read.
-    """
+    """Return whether one of the free columns is named like the second of two texts."""
     found = NUMBERED.fullmatch(name)
     if found is None:
         return name in COMPLETIONS
@@ -88,9 +82,7 @@ def columns_said(plan: Plan, rows: Sequence[Row]) -> str:
     left = [n for n in present_in(rows) if n not in (*texts, label)]
     said = f"Reads {' and '.join(read)}"
     if left:
-        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
-        verb = "is" if len(left) == 1 else "are"
-        said = f"{said}; {listed(left[:SHOWN])}{more} {verb} not read"
+        said = f"{said}; {listed(left, SHOWN)} {'is' if len(left) == 1 else 'are'} not read"
     count = sum(_has_earlier_answers(columns, row) for row in rows)
     if likelihood == "language_modeling" and count:
         said = (

@@ -40,7 +40,7 @@ def at_position(values: Tensor, position: Tensor | None, length: int) -> Tensor:
 
 @contextmanager
 def one_token(
-    head: nn.Module | None,
+    head: nn.Module,
     position: Tensor | Callable[[], Tensor | None] | None,
     keep_length: bool = False,
     length: int | None = None,
@@ -51,16 +51,13 @@ def one_token(
     the token from the head's output itself.
 
     Args:
-        head: The head; ``None`` changes nothing.
+        head: The head.
         position: Index of the token of each example, ``(batch,)``; or a function that tells it when
             the head runs.
         keep_length: See above.
         length: Number of tokens that ``position`` counts. Tokens that the model puts before them,
             as prompt tuning does, are skipped.
     """
-    if head is None:
-        yield
-        return
     seen = 1
 
     def narrow(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -81,9 +78,7 @@ def one_token(
 
 
 @contextmanager
-def at_tokens(
-    head: nn.Module, rows: Tensor, tokens: Tensor, length: int | None = None
-) -> Iterator[bool]:
+def at_tokens(head: nn.Module, rows: Tensor, tokens: Tensor, length: int) -> Iterator[bool]:
     """Let a frozen head see chosen tokens only, each as a sequence; yields whether it does.
 
     Args:
@@ -98,7 +93,7 @@ def at_tokens(
 
     def narrow(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = args[0]
-        at = tokens.to(hidden.device) + (0 if length is None else hidden.shape[1] - length)
+        at = tokens.to(hidden.device) + hidden.shape[1] - length
         return (hidden[rows.to(hidden.device), at].unsqueeze(1), *args[1:]), kwargs
 
     with own_hooks() as hooks:

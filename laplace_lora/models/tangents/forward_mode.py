@@ -175,12 +175,12 @@ def forward_mode(
         part.unflatten(1, p.shape).to(p.device, p.dtype)
         for part, p in zip(directions.split([p.numel() for p in own], dim=1), own, strict=True)
     ]
-    transformers: Any = (m for m in twin.modules() if hasattr(m, "set_attn_implementation"))
-    for transformer in transformers:
+    transformers = (m for m in twin.modules() if hasattr(m, "set_attn_implementation"))
+    transformer: Any = next(transformers, None)  # reaches all models inside
+    if transformer is not None:
         transformer.set_attn_implementation(differentiable_attention(transformer))
         if getattr(transformer.config, "_experts_implementation", None) == GROUPED:
             transformer.set_experts_implementation("eager")
-        break  # it reaches all models inside
     if any(p.dtype == torch.float64 for p in twin.parameters()):
         for module in twin.modules():
             module.register_forward_pre_hook(_bound_mask, with_kwargs=True)

@@ -8,13 +8,16 @@ step writes its own columns and copies none of those before.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
+import torch
 from torch import Tensor
 
-Self = TypeVar("Self", bound="TangentCache")
-
+from laplace_lora.models.changes.autocast import as_called
+from laplace_lora.models.changes.modes import coarsest_dtype
+from laplace_lora.models.tolerances import near
 
 NAMES = ("cache", "past_key_values")  # of the model's argument, and of what it returns
 PLAIN = "DynamicCache"  # has no tensors beside its layers, as MiniMax's kind of it has
@@ -43,8 +46,8 @@ class TangentCache:
 
     @classmethod
     def after(
-        cls: type[Self], cache: Any, values: dict[str, Tensor], tangents: dict[str, Tensor]
-    ) -> Self:
+        cls, cache: Any, values: dict[str, Tensor], tangents: dict[str, Tensor]
+    ) -> TangentCache:
         """Return what a first run left.
 
         Args:
@@ -55,7 +58,7 @@ class TangentCache:
         visible = {name: (0, tensor.shape[-2]) for name, tensor in values.items()}
         return cls(_emptied(cache), values, tangents, visible)
 
-    def with_room(self: Self, columns: int, later: int) -> Self:
+    def with_room(self, columns: int, later: int) -> TangentCache:
         """Return a cache that can be appended to; this one is used up.
 
         Args:
@@ -94,7 +97,7 @@ class TangentCache:
             layer.update = _Appending(layer, buffers, start, end)
         return filled
 
-    def appended(self: Self, cache: Any, columns: int) -> Self:
+    def appended(self, cache: Any, columns: int) -> TangentCache:
         """Return the cache after a run that has appended to it.
 
         Args:
@@ -108,7 +111,7 @@ class TangentCache:
             visible[name] = start if window is None else max(start, end - window), end
         return replace(self, template=_emptied(cache), visible=visible)
 
-    def select(self: Self, texts: Tensor) -> Self:
+    def select(self, texts: Tensor) -> TangentCache:
         """Return the cache of some of the texts.
 
         Args:
@@ -170,6 +173,30 @@ def cached_tensors(cache: Any) -> dict[str, Tensor]:
         for kind in KINDS
         if getattr(layer, kind) is not None  # layers may share those of another
     }
+
+
+@torch.no_grad()
+def is_right_beside_padding(
+    model: Any, text: Tensor, argument: str, others: Mapping[str, Tensor]
+) -> bool:
+    """Return whether a step from the cache is what the whole text gives.
+
+    Models that count positions by themselves may do so otherwise with a cache: RoBERTa's decoders
+    count real tokens without one, and padding as well with one.
+
+    Args:
+        model: A decoder.
+        text: One token of padding and two others, ``(1, 3)``.
+        argument: The name under which the model takes its cache.
+        others: What else it takes of the text.
+    """
+    real = torch.tensor([[0, 1, 1]], device=text.device)
+    with as_called():
+        whole = model(input_ids=text, attention_mask=real, use_cache=False, **others)
+        start = model(input_ids=text[:, :2], attention_mask=real[:, :2], use_cache=True, **others)
+        cache = {argument: cache_of(start), "use_cache": True}
+        step = model(input_ids=text[:, 2:], attention_mask=real, **cache, **others)
+    return near(step.logits[:, -1], whole.logits[:, -1], coarsest_dtype(model))
 
 
 def _window(cache: Any, name: str) -> int | None:

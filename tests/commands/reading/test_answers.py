@@ -4,7 +4,6 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from laplace_lora.commands.answer_warnings import warn_if_other_tokens, warn_if_spaces_meet
 from laplace_lora.commands.reading.adapter import CAUSAL, SEQ2SEQ, Adapter
 from laplace_lora.commands.reading.answers import answer_tokens, target_tokens
 from laplace_lora.commands.reading.columns import Columns
@@ -12,6 +11,7 @@ from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.planning import plan_fit
 from laplace_lora.commands.reading.prompt_ends import rows_by_end
+from laplace_lora.commands.training_warnings import warn_if_other_tokens, warn_if_spaces_meet
 from support.on_disk import tokenizer
 from support.texts import byte_tokenizer, stripping_tokenizer
 
