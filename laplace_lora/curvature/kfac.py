@@ -83,7 +83,9 @@ class KfacSums:
             key = (group, homogeneous[i])
             if key not in owners:
                 d = linear.in_features + homogeneous[i]
-                owners[key] = spec.empty(d, dtype, device)
+                is_diagonal = rows.have_diagonal_sum(linear)
+                empty = DiagonalFactor.zeros if is_diagonal else spec.empty
+                owners[key] = empty(d, dtype, device)
             inputs.append(owners[key])
         return cls(inputs, grads, rows, tape.output.device)
 
