@@ -87,6 +87,11 @@ class LinearMap:
         return False
 
     @property
+    def has_unit_inputs(self) -> bool:
+        """Whether inputs are unit vectors, so that sums of their outer products are diagonal."""
+        return False
+
+    @property
     def is_idle(self) -> bool:
         """Whether the module runs without its adapter now, so that the call is not the map's."""
         return False

@@ -80,7 +80,7 @@ class EmbeddingMap(LinearMap):
     """One of the two tensors of LoRA on an embedding, ``y = base(t) + c B A e_t`` for a token t.
 
     The input of ``A`` is the token as a unit vector, so the input covariance is the diagonal of
-    token frequencies; keep it low-rank for large vocabularies.
+    token frequencies, but for *reduce*, which averages the unit vectors of a text.
 
     Attributes:
         adapter: Name of the adapter.
@@ -90,6 +90,11 @@ class EmbeddingMap(LinearMap):
     adapter: str = "default"
     role: str = "A"
     input_dims = (2,)  # token ids, (batch, tokens)
+
+    @property
+    def has_unit_inputs(self) -> bool:
+        """Whether inputs are unit vectors: those of ``A`` are."""
+        return self.role == "A"
 
     def parameters(self) -> list[tuple[nn.Parameter, bool]]:
         """Return the map's one tensor."""

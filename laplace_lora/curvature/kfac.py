@@ -83,7 +83,9 @@ class KfacSums:
             key = (group, homogeneous[i])
             if key not in owners:
                 d = linear.in_features + homogeneous[i]
-                owners[key] = spec.empty(d, dtype, device)
+                is_diagonal = rows.have_diagonal_sum(linear)
+                empty = DiagonalFactor.zeros if is_diagonal else spec.empty
+                owners[key] = empty(d, dtype, device)
             inputs.append(owners[key])
         return cls(inputs, grads, rows, tape.output.device)
 
@@ -171,13 +173,19 @@ class KfacSums:
         Args:
             blocks: The trainable tensors, in parameter order.
             transposed: For each map whether its weight is stored as ``(in, out)``.
-            n: Examples summed over; the input covariances are divided by it.
+            n: Examples summed over; the second of two factors is divided by it, whichever it is.
         """
         covariances = self.covariances(n)
+        turned = [i for i, is_turned in enumerate(transposed) if is_turned]
+        # laplace-torch and `KronFactors.joined` take the second factor for the mean over the data.
+        sums = map_shared([[self.inputs[i]] for i in turned], lambda x: x and x.to(self.device))
+        weights = {
+            i: [*total, covariances[i][1] * (1 / n)] for i, total in zip(turned, sums, strict=True)
+        }
         result = []
         for block in blocks:
             mean, grad = covariances[block.map]
-            weight = [mean, grad] if transposed[block.map] else [grad, mean]
+            weight = weights.get(block.map, [grad, mean])
             result.append([grad] if block.is_bias else weight)
         return result
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from laplace_lora.adapters.maps import LinearMap
 from laplace_lora.data.masks import real_rows
 from laplace_lora.linalg.sketch import Factor
 
@@ -37,6 +38,10 @@ class KfacRows:
             )
         if self.positions not in POSITIONS:
             raise ValueError(f"positions must be one of {POSITIONS}, got {self.positions!r}")
+
+    def have_diagonal_sum(self, linear: LinearMap) -> bool:
+        """Return whether a map's input covariance is diagonal, whatever the data."""
+        return linear.has_unit_inputs and self.approximation == "expand"
 
     def of_input(
         self, x: Tensor, mask: Tensor | None, factor: Factor

@@ -79,6 +79,10 @@ def token_mask(
         return None if bool(every[0].all()) else every[0]
     if not masks or inputs.ndim == 2:  # or an example a row
         return None
+    # Several experts see the one token of each text. Of longer texts without padding not as much
+    # can be said: a layer may see something else of which some is padding, such as patches.
+    if not others and all(mask.shape == (len(inputs), 1) and bool(mask.all()) for mask in masks):
+        return None
     raise ValueError(
         f"layer {name!r} received {inputs.shape[1]} tokens per example, but the batch's "
         f"attention masks have the shapes {[tuple(mask.shape) for mask in masks]}, so padding "

@@ -98,7 +98,10 @@ class Eigen:
         Returns:
             One row for each eigenvalue of this basis's `parts`.
         """
-        squares = (self.vectors.double().T @ other.vectors.double()).square()
+        rotation = self.vectors.double().T
+        if isinstance(other, Eigen):
+            rotation = rotation @ other.vectors.double()
+        squares = rotation.square()
         counts = squares.new_ones(squares.shape[1])
         if other.multiplicity:
             missed = (1 - squares.sum(1, keepdim=True)).clamp(min=0)

@@ -7,7 +7,7 @@ addition. See `sketch` for low-rank factors.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -105,8 +105,8 @@ class DenseFactor:
         """Return numbers of the sum that are not finite if rows were not."""
         return self._sums if self.d <= SMALL else self._sums.diagonal()
 
-    def add(self, other: DenseFactor | Tensor) -> DenseFactor:
-        """Return the sum with another factor, or with a ``(d, d)`` matrix."""
+    def add(self, other: DenseFactor | DiagonalFactor | Tensor) -> DenseFactor:
+        """Return the sum with a dense or diagonal factor, or with a ``(d, d)`` matrix."""
         return DenseFactor(self.matrix + (other if isinstance(other, Tensor) else other.matrix))
 
     def __mul__(self, scalar: float | Tensor) -> DenseFactor:
@@ -202,12 +202,12 @@ class DiagonalFactor:
         """Add the diagonal of ``Σ_n weight_n row_n row_nᵀ`` in ``O(n d)``.
 
         Args:
-            rows: One gradient per example, shape ``(n, d)``.
+            rows: One gradient per example, or unit vectors, shape ``(n, d)``.
             weight: Of all rows, or of each, ``(n,)``.
         """
         squares = rows.to(self.sums.dtype).square()
         if isinstance(weight, Tensor):
-            squares = squares * weight.unsqueeze(1)
+            squares *= weight.unsqueeze(1)
             weight = 1.0
         self.sums.add_(squares.sum(0), alpha=weight)
 
@@ -215,8 +215,13 @@ class DiagonalFactor:
         """Return numbers of the sum that are not finite if rows were not."""
         return self.sums
 
-    def add(self, other: DiagonalFactor | Tensor) -> DiagonalFactor:
-        """Return the sum with another diagonal, or with that of a ``(d, d)`` matrix."""
+    def add(self, other: Any) -> Any:
+        """Return the sum with another diagonal, or with that of a ``(d, d)`` matrix.
+
+        With a factor of another kind, as earlier versions saved, it is of that kind.
+        """
+        if not isinstance(other, DiagonalFactor | Tensor):
+            return other.add(self)
         return DiagonalFactor(
             self.sums + (other.diagonal() if isinstance(other, Tensor) else other.sums)
         )

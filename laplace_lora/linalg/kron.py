@@ -20,8 +20,9 @@ class KronFactors:
     """Sums of Kronecker factors, one list per trainable tensor, in the order of the parameters.
 
     A weight has two factors in the order of its dimensions (``[grad_cov, input_cov]`` for a
-    ``(out, in)`` weight), a bias one. Projections of the same input share one factor object, and so
-    do a weight and its bias; sums, scalings and decompositions keep them shared.
+    ``(out, in)`` weight), of which the second is a mean over the data; a bias has one. Projections
+    of the same input share one factor object, and so do a weight and its bias; sums, scalings and
+    decompositions keep them shared.
 
     Args:
         kfacs: Factors of each trainable tensor.
@@ -66,13 +67,13 @@ class KronFactors:
     __rmul__ = __mul__
 
     def scale_inputs(self: Self, scalar: float) -> Self:
-        """Return a copy with scaled second factors: input covariances, which contain ``1/N``."""
-        inputs = map_shared([X[1:] for X in self.kfacs], lambda x: x * scalar)
-        return self._with([[*X[:1], *x] for X, x in zip(self.kfacs, inputs, strict=True)])
+        """Return a copy with scaled second factors, which contain ``1/N``."""
+        seconds = map_shared([X[1:] for X in self.kfacs], lambda x: x * scalar)
+        return self._with([[*X[:1], *x] for X, x in zip(self.kfacs, seconds, strict=True)])
 
     def joined(self: Self, n: int, other: Self, m: int) -> Self:
         """Return the factors of ``n`` examples together with those of ``m`` others."""
-        # Input covariances are means over the data, gradient covariances sums.
+        # Second factors are means over the data, all others sums.
         return self.scale_inputs(n / (n + m)) + other.scale_inputs(m / (n + m))
 
     def factors(self) -> list[Factor]:

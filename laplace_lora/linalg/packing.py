@@ -59,7 +59,7 @@ def unpack_kron(
     tensors: Mapping[str, Tensor],
     blocks: object,
     shapes: Sequence[Sequence[int]],
-    diagonal: Sequence[bool],
+    diagonal: Sequence[Sequence[bool | None]],
     spec: FactorSpec,
     corrected: bool,
 ) -> tuple[list[list[Factor]], KronEigen]:
@@ -69,7 +69,8 @@ def unpack_kron(
         tensors: The tensors, as packed by `pack_kron`.
         blocks: Numbers of each block's factors, read from a file and not validated yet.
         shapes: For each block the lengths of its sides.
-        diagonal: For each block whether it is a diagonal.
+        diagonal: For each block whether its sides are diagonals; ``None`` if one may be, which
+            earlier versions kept as the others.
         spec: Which factors are low-rank, and their rank.
         corrected: Whether the eigenvalues are corrected.
 
@@ -80,8 +81,8 @@ def unpack_kron(
     if not isinstance(blocks, list) or [len(b) for b in blocks] != [len(s) for s in shapes]:
         raise ValueError("the blocks do not fit the model's tensors")
     unpacked: dict[int, tuple[Factor, Side]] = {}
-    for block, sides, exact in zip(blocks, shapes, diagonal, strict=True):
-        for number, d in zip(block, sides, strict=True):
+    for block, sides, kinds in zip(blocks, shapes, diagonal, strict=True):
+        for number, d, exact in zip(block, sides, kinds, strict=True):
             if type(number) is not int:
                 raise ValueError(f"a factor is numbered {number!r}")
             if number not in unpacked:
@@ -90,7 +91,7 @@ def unpack_kron(
             factor = unpacked[number][0]
             if factor.d != d:
                 raise ValueError(f"factor {number} has side {factor.d}, not {d}")
-            if isinstance(factor, DiagonalFactor) != exact:
+            if exact not in (None, isinstance(factor, DiagonalFactor)):
                 raise ValueError(f"factor {number} is of the wrong kind")
     tables = {f"{TABLE}.{i}" for i in range(len(blocks))} if corrected else set()
     used = {f"{number}." for number in unpacked}

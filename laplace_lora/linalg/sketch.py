@@ -137,8 +137,8 @@ class LowRankFactor:
         """Return numbers of the sum that are not finite if rows were not."""
         return self.trace
 
-    def add(self, other: LowRankFactor | Tensor) -> LowRankFactor:
-        """Return the sum with another sketch of the same size, or with a ``(d, d)`` matrix.
+    def add(self, other: LowRankFactor | DiagonalFactor | Tensor) -> LowRankFactor:
+        """Return the sum with a sketch of the same size, a diagonal, or a ``(d, d)`` matrix.
 
         Raises:
             ValueError: If the other sketch has another size or rank.
@@ -146,6 +146,9 @@ class LowRankFactor:
         if isinstance(other, Tensor):
             trace = self.trace + other.diagonal().sum().double()
             return self._with(self.sketch + other @ self._test_matrix(), trace)
+        if isinstance(other, DiagonalFactor):
+            sketch = other.sums.unsqueeze(1) * self._last_test_matrix()
+            return self._with(self.sketch + sketch, self.trace + other.trace.double())
         if other.sketch.shape != self.sketch.shape or other.rank != self.rank:
             raise ValueError(
                 f"cannot add sketches of shapes {tuple(self.sketch.shape)} and "

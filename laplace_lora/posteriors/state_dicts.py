@@ -20,6 +20,7 @@ from laplace_lora.storage.uncalibrated import (
 )
 from laplace_lora.structures.eigenvalue_correction import CorrectedKron
 from laplace_lora.structures.posterior import Posterior
+from laplace_lora.structures.second_means import MEANS, SECOND
 from laplace_lora.structures.settings import SCALES, TENSORS, check_positive, copied
 from laplace_lora.structures.state import PosteriorState
 from laplace_lora.structures.subspace import SUBSPACE, subspace_entries
@@ -54,6 +55,7 @@ def state_entries(posterior: Posterior) -> dict[str, Any]:
     uncalibrated, uncalibrated_scales = uncalibrated_entries(state.settings)
     return {
         "H": packed,
+        MEANS: SECOND,
         GRADIENT: state.loss_gradient,
         **({} if state.subspace is None else subspace_entries(state.subspace)),
         **{name: getattr(posterior.settings, name) for name in SCALES},
@@ -100,6 +102,7 @@ def read_state(posterior: Posterior, state_dict: Mapping[str, Any]) -> Posterior
         **{name: state_dict.get(name, 1.0) for name in SCALES},
         **{name: state_dict[name] for name in UNCALIBRATED_SCALES if name in state_dict},
         **{name: state_dict[name] for name in ("n_data", "n_outputs")},
+        MEANS: state_dict.get(MEANS),
         "loss": float(loss) if isinstance(loss, int | Tensor) else loss,
     }
     return checked_state(posterior, _curvature(posterior, state_dict), mean, tensors, numbers)

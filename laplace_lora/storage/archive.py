@@ -42,6 +42,7 @@ from laplace_lora.storage.rounding import (
 )
 from laplace_lora.storage.uncalibrated import UNCALIBRATED_TENSORS, uncalibrated_entries
 from laplace_lora.structures.posterior import Posterior
+from laplace_lora.structures.second_means import MEANS, SECOND
 from laplace_lora.structures.settings import SCALES
 from laplace_lora.structures.settings import TENSORS as SETTINGS
 from laplace_lora.structures.state import PosteriorState
@@ -110,6 +111,7 @@ def save_posterior(
             "loss": state.loss,
             "n_data": state.n_data,
             "n_outputs": state.n_outputs,
+            MEANS: SECOND,
             **{name: getattr(settings, name) for name in SCALES},
             **uncalibrated_scales,
         },

@@ -12,6 +12,7 @@ from laplace_lora.linalg.finite import all_finite
 from laplace_lora.linalg.rounded import widened
 from laplace_lora.storage.uncalibrated import uncalibrated_from
 from laplace_lora.structures.posterior import Posterior
+from laplace_lora.structures.second_means import with_second_means
 from laplace_lora.structures.settings import SCALES, TENSORS, Settings
 from laplace_lora.structures.state import PosteriorState
 from laplace_lora.structures.subspace import Subspace, subspace_from
@@ -56,13 +57,14 @@ def checked_state(
         settings = settings.calibrated_from(before)
     if type(numbers["loss"]) is not float:
         raise ValueError(f"loss is {numbers['loss']!r}")
+    n_data = _count(numbers, "n_data")
     return PosteriorState(
         settings=settings.own(),
-        curvature=curvature,
+        curvature=with_second_means(posterior.engine, curvature, numbers, n_data),
         mean=mean,
         sizes=sizes,
         loss=numbers["loss"],
-        n_data=_count(numbers, "n_data"),
+        n_data=n_data,
         n_outputs=_count(numbers, "n_outputs"),
         loss_gradient=_weight_vector(posterior, tensors, GRADIENT),
         subspace=_subspace(posterior, tensors),

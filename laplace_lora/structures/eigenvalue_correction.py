@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from laplace_lora.curvature.kron_protocol import LowRankKron, LowRankKronDecomposed
+from laplace_lora.linalg.eigen import DiagonalEigen
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,10 @@ class CorrectedKron:
 def _evened(basis: LowRankKronDecomposed, i: int, diagonal: Tensor) -> Tensor:
     """Return a block's diagonal with one value for all directions in which a side is zero."""
     evened = diagonal.clone()
-    for values, rows in zip(basis.eigenvalues[i], (evened, evened.T), strict=False):
+    for side, rows in zip(basis.blocks[i], (evened, evened.T), strict=False):
+        if isinstance(side, DiagonalEigen):  # whose eigenvectors are known
+            continue
+        values = side.values
         noise = torch.finfo(values.dtype).eps * math.sqrt(len(values)) * values.max()
         unknown = (values <= noise).nonzero().squeeze(1)
         if len(unknown):

@@ -153,7 +153,7 @@ class Kron(Structure[KfacSums, RawKron, KronCurvature]):
             in_working_dtype(tensors, engine.dtype),
             description,
             engine.sides,
-            [engine.maps[block.map].is_diagonal for block in engine.blocks],
+            _diagonal_sides(engine),
             self.spec,
             self.eigenvalue_correction,
         )
@@ -166,9 +166,18 @@ class Kron(Structure[KfacSums, RawKron, KronCurvature]):
 
     def nbytes(self, engine: Engine, examples: int | None, columns: int) -> int:
         """Return the bytes of the factors and their eigenpairs, none of them shared."""
-        sides = [[m.in_features, m.out_features] for m in engine.maps if not m.is_diagonal]
-        diagonal = sum(linear.out_features for linear in engine.maps if linear.is_diagonal)
-        tables = table_size(engine.sides, self.spec) if self.eigenvalue_correction else 0
+        sides, diagonal, tables = [], 0, 0
+        for linear in engine.maps:
+            p, q = linear.out_features, linear.in_features
+            if linear.is_diagonal:
+                diagonal += p
+            elif engine.rows.have_diagonal_sum(linear):
+                diagonal += q
+                sides.append([p])
+            else:
+                sides.append([q, p])
+        if self.eigenvalue_correction:
+            tables = table_size(engine.sides, self.spec, _diagonal_sides(engine))
         return engine.dtype.itemsize * (diagonal + kron_size(sides, self.spec) + tables)
 
     def check_prior(self, length: int, n_layers: int, n_params: int) -> None:
@@ -191,3 +200,13 @@ class Kron(Structure[KfacSums, RawKron, KronCurvature]):
             "residual": self.spec.residual,
             "eigenvalue_correction": self.eigenvalue_correction,
         }
+
+
+def _diagonal_sides(engine: Engine) -> list[list[bool | None]]:
+    """Return for the sides of each block whether they are diagonals; ``None`` where one may be."""
+    kinds: list[list[bool | None]] = []
+    for block, sides in zip(engine.blocks, engine.sides, strict=True):
+        linear = engine.maps[block.map]
+        may_be = len(sides) == 2 and engine.rows.have_diagonal_sum(linear)
+        kinds.append([False, None] if may_be else [linear.is_diagonal] * len(sides))
+    return kinds

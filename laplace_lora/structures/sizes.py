@@ -29,16 +29,20 @@ def kron_size(sides: list[list[int]], spec: FactorSpec) -> int:
     return total
 
 
-def table_size(blocks: list[list[int]], spec: FactorSpec) -> int:
+def table_size(blocks: list[list[int]], spec: FactorSpec, diagonal: list[list[bool | None]]) -> int:
     """Return the numbers that corrected eigenvalues hold.
 
     Args:
         blocks: Lengths of the sides of each tensor's block.
         spec: Which sides are low-rank.
+        diagonal: Which of them are, or may be, diagonals.
     """
     return sum(
-        math.prod(d if spec.is_dense(d) else (spec.rank or 0) + 1 for d in sides)
-        for sides in blocks
+        math.prod(
+            d if spec.is_dense(d) or kind is not False else (spec.rank or 0) + 1
+            for d, kind in zip(sides, kinds, strict=True)
+        )
+        for sides, kinds in zip(blocks, diagonal, strict=True)
     )
 
 

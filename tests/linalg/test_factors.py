@@ -163,6 +163,21 @@ def test_diagonals_add_up_and_refuse_what_is_not_finite():
         factor.decompose()
 
 
+@pytest.mark.parametrize("kind", [DenseFactor, LowRankFactor])
+def test_a_diagonal_adds_up_with_a_factor_of_another_kind(kind):
+    rank = [RANK] if kind is LowRankFactor else []
+    other, both = (kind.zeros(D, *rank, torch.float64, "cpu") for _ in range(2))
+    diagonal = DiagonalFactor.zeros(D, torch.float64, "cpu")
+    units = torch.eye(D, dtype=torch.float64)[torch.arange(0, D, 3)]
+    other.update(rows())
+    diagonal.update(units, 0.5)
+    both.update(torch.cat([rows(), 0.5**0.5 * units]))
+    for joint in (other.add(diagonal), diagonal.add(other)):
+        assert isinstance(joint, kind)
+        for mine, expected in zip(joint.tensors(), both.tensors(), strict=True):
+            torch.testing.assert_close(mine, expected)
+
+
 @pytest.mark.parametrize("kind", [DenseFactor, LowRankFactor, DiagonalFactor])
 def test_rows_may_have_weights_of_their_own(kind):
     X = rows()

@@ -129,6 +129,16 @@ def test_batches_and_padding_change_nothing():
         assert_near(evidence, found[0], 1e-5)
 
 
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+def test_texts_of_one_token_are_as_with_padding(approximation):
+    backend = LoraGGN(model_of(), "classification", kfac_approx=approximation)
+    found = []
+    for width in (1, 4):
+        batch = token_batch((1, 1, 1), pad_to=width)
+        found.append(backend.kron(batch, batch["labels"], N=3)[1].to_matrix())
+    assert_near(*found, 1e-5)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
 def test_experts_are_left_as_they_were(implementation):
     model = model_of(implementation=implementation)
