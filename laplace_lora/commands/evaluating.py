@@ -14,8 +14,8 @@ from rich.text import Text
 
 from laplace_lora.commands.output import as_json, check_writable, result_file
 from laplace_lora.commands.reading.columns import cell, present_in, read_beside
+from laplace_lora.commands.reading.likelihood import WITH_CLASSES
 from laplace_lora.commands.reading.opened import Opened, open_posterior
-from laplace_lora.commands.reading.planning import WITH_CLASSES
 from laplace_lora.commands.reading.rows import STANDARD, Row, read_rows
 from laplace_lora.display.tables import with_error
 from laplace_lora.evaluation import MAP, CalibrationReport, plot_reports

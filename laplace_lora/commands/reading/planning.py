@@ -6,31 +6,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, SEQ2SEQ, Adapter
+from laplace_lora.commands.reading.adapter import HEAD, SEQ2SEQ, Adapter
 from laplace_lora.commands.reading.answers import answer_tokens
 from laplace_lora.commands.reading.columns import (
     Columns,
     columns_of,
     has_conversations_only,
-    is_preference,
     label_cells,
 )
 from laplace_lora.commands.reading.completions import completion_column
 from laplace_lora.commands.reading.decoder import read_before
 from laplace_lora.commands.reading.ending import appends_eos
 from laplace_lora.commands.reading.labels import classes_of
+from laplace_lora.commands.reading.likelihood import WITH_CLASSES, likelihood_asked
 from laplace_lora.commands.reading.names import class_names
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
 from laplace_lora.commands.reading.unread import check_second_text
-from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
-
-WITH_CLASSES = ("classification", "multilabel")
-PROBLEMS: dict[str | None, str] = {  # as Hugging Face's configurations call them
-    "regression": "regression",
-    "single_label_classification": "classification",
-    MULTILABEL_PROBLEM: "multilabel",
-}
 
 
 def read_columns(
@@ -61,7 +53,7 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, An
     """
     asked = _asked_columns(options)
     columns, given = (asked, ()) if rows is None else (columns_of(rows, asked), rows)
-    likelihood = _likelihood(adapter, given, columns, options)
+    likelihood = likelihood_asked(adapter, given, columns, options)
     completion = completion_column(given, columns, asked, likelihood)
     columns = _read_by(likelihood, replace(columns, completion=completion), asked)
     if adapter.kind == HEAD:
@@ -169,51 +161,6 @@ def _asked_columns(options: dict[str, Any]) -> Columns:
     """Return the columns that options name."""
     roles = ("text", "pair", "completion", "label")
     return Columns(**{role: options.get(f"{role}_field") for role in roles})
-
-
-def _likelihood(
-    adapter: Adapter, rows: Sequence[Row], columns: Columns, options: dict[str, Any]
-) -> str:
-    """Return the likelihood that is asked for, or that fits model and data."""
-    asked, targets = options.get("likelihood"), options.get("targets")
-    possible: tuple[str, ...]
-    if adapter.kind == HEAD:
-        if targets:
-            raise ValueError("--target is for language models; this model has a head of its own")
-        several = adapter.outputs > 1
-        default = _likelihood_of_head(adapter)
-        label = columns.label
-        has_lists = label is not None and any(isinstance(row.get(label), list) for row in rows)
-        if several and has_lists and adapter.problem_type not in PROBLEMS:
-            default = "multilabel"
-        if not several and is_preference(rows):
-            default = "reward_modeling"
-        possible = (
-            ("classification", "multilabel", "regression")
-            if several
-            else ("multilabel", "regression", "reward_modeling")
-        )
-    elif targets:
-        default, possible = "classification", ("classification",)
-    elif adapter.kind == CAUSAL:
-        default, possible = "language_modeling", ("language_modeling",)
-    else:
-        raise ValueError("an encoder-decoder needs --target: its answers, one token each")
-    if asked is not None and asked not in possible:
-        hint = ""
-        if asked == "classification" and adapter.kind == CAUSAL:
-            hint = "; name the answers by --target yes no"
-        raise ValueError(
-            f"--likelihood {asked} does not fit this model; possible: {', '.join(possible)}{hint}"
-        )
-    return asked or default
-
-
-def _likelihood_of_head(adapter: Adapter) -> str:
-    """Return the likelihood of a model with a head, by its configuration and its outputs."""
-    if adapter.outputs == 1 and adapter.problem_type != MULTILABEL_PROBLEM:
-        return "regression"
-    return PROBLEMS.get(adapter.problem_type, "classification")
 
 
 def uses_chat(
