@@ -9,10 +9,14 @@ from typing import Any
 from laplace_lora.commands.reading.adapter import HEAD, SEQ2SEQ, Adapter
 from laplace_lora.commands.reading.answers import answer_tokens
 from laplace_lora.commands.reading.columns import (
+    CHOSEN,
+    REJECTED,
     Columns,
     columns_of,
     has_conversations_only,
+    is_preference,
     label_cells,
+    text_column,
 )
 from laplace_lora.commands.reading.completions import completion_column
 from laplace_lora.commands.reading.decoder import read_before
@@ -37,7 +41,11 @@ def read_columns(
     columns = columns_of(rows, asked, known)
     is_needed = likelihood == completes
     completion = completion_column(rows, columns, asked, likelihood, known, is_needed)
-    return _read_by(likelihood, replace(columns, completion=completion), asked)
+    columns = _read_by(likelihood, replace(columns, completion=completion), asked, rows)
+    is_pair = likelihood == "reward_modeling" and is_preference(rows)
+    if is_pair and known is not None and known.text is None:
+        return replace(columns, text=asked.text)  # a prompt that no pair of the fit had
+    return columns
 
 
 def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, Any]) -> Plan:
@@ -55,7 +63,7 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, An
     columns, given = (asked, ()) if rows is None else (columns_of(rows, asked), rows)
     likelihood = likelihood_asked(adapter, given, columns, options)
     completion = completion_column(given, columns, asked, likelihood)
-    columns = _read_by(likelihood, replace(columns, completion=completion), asked)
+    columns = _read_by(likelihood, replace(columns, completion=completion), asked, given)
     if adapter.kind == HEAD:
         check_second_text(given, columns, asked, likelihood)
     targets, names = list(options.get("targets") or ()), list(options.get("labels") or ())
@@ -144,7 +152,7 @@ def settled(plan: Plan, adapter: Adapter, rows: Sequence[Row], options: dict[str
     return replace(plan, eos=appends_eos(adapter, plan, rows, options.get("eos")))
 
 
-def _read_by(likelihood: str, columns: Columns, asked: Columns) -> Columns:
+def _read_by(likelihood: str, columns: Columns, asked: Columns, rows: Sequence[Row]) -> Columns:
     """Return the columns that a likelihood reads.
 
     Raises:
@@ -154,6 +162,13 @@ def _read_by(likelihood: str, columns: Columns, asked: Columns) -> Columns:
         return columns
     if asked.pair is not None:
         raise ValueError(f"--pair-field: a {likelihood} posterior reads no second text")
+    is_pair = likelihood == "reward_modeling" and is_preference(rows)
+    if is_pair and asked.text in (CHOSEN, REJECTED):
+        raise ValueError(
+            f"--text-field {asked.text}: both columns of preference pairs are read without it, and "
+            "it names the column of their prompts; leave it out. Rewards of single texts are "
+            f"predicted of data that have only one of the columns {CHOSEN!r} and {REJECTED!r}"
+        )
     return replace(columns, pair=None)
 
 
@@ -191,7 +206,7 @@ def uses_chat(
         return asked
     if not has_template or columns.pair is not None:
         return False
-    if has_conversations_only(fitted, columns.text):
+    if has_conversations_only(fitted, text_column(fitted, columns, likelihood)):
         return True
     if adapter.kind == HEAD:
         return False
