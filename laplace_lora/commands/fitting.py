@@ -19,10 +19,11 @@ from laplace_lora.commands.reading.answers import answer_tokens
 from laplace_lora.commands.reading.columns import read_beside
 from laplace_lora.commands.reading.decoder import decoder_said
 from laplace_lora.commands.reading.inputs import Inputs
+from laplace_lora.commands.reading.names import check_order
 from laplace_lora.commands.reading.plan import PLAN, Plan, plan_text
 from laplace_lora.commands.reading.planning import plan_fit
 from laplace_lora.commands.reading.repository import file_of
-from laplace_lora.commands.reading.rows import Row, read_rows
+from laplace_lora.commands.reading.rows import Row, read_named
 from laplace_lora.commands.reading.unread import columns_said
 from laplace_lora.commands.training_warnings import (
     warn_if_other_tokens,
@@ -55,10 +56,10 @@ def run(
 ) -> None:
     """Fit, tune, calibrate and save, as the Python calls do."""
     folder = _destination(adapter, out, overwrite)
-    rows = read_rows(data, options["split"])
-    val_rows = None if val is None else read_rows(val)
+    rows, named = read_named(data, options["split"])
+    val_rows, val_named = (None, {}) if val is None else read_named(val)
     loaded = load_asked(adapter, options)
-    plan = plan_fit(loaded, rows, options)
+    plan = plan_fit(loaded, rows, options, named)
     if val_rows is not None and not likelihood_of(plan.likelihood).can_be_calibrated:
         raise ValueError(f"--val: a {plan.likelihood} posterior cannot be calibrated")
     inputs = Inputs(loaded, plan)
@@ -67,6 +68,7 @@ def run(
         click.echo(reading_said(inputs, rows), err=True)
     val_loader = None
     if val_rows is not None:
+        check_order(plan.names, val_named, plan.columns.label, f"--val {val}")
         with read_beside(val_rows, plan.columns, f"--val {val}"):
             val_loader = inputs.loader(val_rows, options["batch_size"])
     warn_if_trained_with_eos(loaded, plan, rows, options)

@@ -118,7 +118,7 @@ class_names_option = click.option(
     "--labels",
     cls=Values,
     help="Names of the classes, in the order of the model's outputs.  [default: those of the "
-    "fit, of the model's configuration, or numbers]",
+    "fit, of the model's configuration, of a data set folder, or numbers]",
 )
 
 label_options = joined(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from laplace_lora.commands.reading.labels import BOOLEANS, if_numbers
@@ -71,6 +71,33 @@ def class_names(given: Sequence[str], of_model: Sequence[str], outputs: int) -> 
                 "configuration is wrong, correct its `id2label`"
             )
     return names
+
+
+def check_order(
+    names: Sequence[str], named: Mapping[str, Sequence[str]], column: str | None, source: str
+) -> None:
+    """Refuse data whose numbers stand for the model's classes in another order.
+
+    Names that are others altogether, translated ones, say, tell nothing.
+
+    Args:
+        names: Of the model's classes.
+        named: By column of the data, the names of the classes that its numbers stand for.
+        column: Of the labels.
+        source: The option and its data.
+
+    Raises:
+        ValueError: If the names are the same, but not their order.
+    """
+    model, data = ([name.strip() for name in x] for x in (names, named.get(column or "", ())))
+    if model != data and sorted(model) == sorted(data):
+        numbered, said = (", ".join(map(repr, x)) for x in (data, model))
+        raise ValueError(
+            f"{source}: the column {column!r} numbers the classes in the order {numbered}, and the "
+            f"model's outputs, as options or its configuration say, have the order {said}. Correct "
+            "what is wrong: --labels or --target, the configuration's `id2label`, or the numbers, "
+            "by the data set's `align_labels_with_mapping`"
+        )
 
 
 def layer_name(tensor: str) -> str:

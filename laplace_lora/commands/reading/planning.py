@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from laplace_lora.commands.reading.adapter import HEAD, SEQ2SEQ, Adapter
@@ -21,9 +22,9 @@ from laplace_lora.commands.reading.columns import (
 from laplace_lora.commands.reading.completions import completion_column
 from laplace_lora.commands.reading.decoder import read_before
 from laplace_lora.commands.reading.ending import appends_eos
-from laplace_lora.commands.reading.labels import classes_of
+from laplace_lora.commands.reading.labels import NUMBERS, classes_of
 from laplace_lora.commands.reading.likelihood import WITH_CLASSES, likelihood_asked
-from laplace_lora.commands.reading.names import class_names
+from laplace_lora.commands.reading.names import check_order, class_names
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
 from laplace_lora.commands.reading.unread import check_second_text
@@ -48,13 +49,19 @@ def read_columns(
     return columns
 
 
-def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, Any]) -> Plan:
+def plan_fit(
+    adapter: Adapter,
+    rows: Sequence[Row] | None,
+    options: dict[str, Any],
+    named: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> Plan:
     """Return how a fit reads its rows.
 
     Args:
         adapter: The model.
         rows: The training data; ``None`` for what the model and options alone say.
         options: Of the command line.
+        named: Names of the classes that the data's columns number, see `read_named`.
 
     Raises:
         ValueError: If model, answers and data do not go together.
@@ -66,15 +73,22 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, An
     columns = _read_by(likelihood, replace(columns, completion=completion), asked, given)
     if adapter.kind == HEAD:
         check_second_text(given, columns, asked, likelihood)
+    of_data = named.get(columns.label or "", ())
     targets, names = list(options.get("targets") or ()), list(options.get("labels") or ())
     if targets:
         if names:
             raise ValueError("--target names the classes already; leave --labels out")
         names = targets
     elif likelihood in WITH_CLASSES:
-        names = class_names(names, adapter.names, adapter.outputs)
+        is_named = adapter.names or names or len(of_data) != adapter.outputs
+        own = adapter.names if is_named else list(of_data)
+        names = class_names(names, own, adapter.outputs)
     else:
         names = []
+    check_order(names, named, columns.label, "--data")
+    labels_as = options.get("labels_as")
+    if labels_as is None and of_data and likelihood == "classification":
+        labels_as = NUMBERS
     plan = Plan(
         likelihood,
         columns,
@@ -83,7 +97,7 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, An
         uses_chat(adapter, columns, likelihood, options.get("chat"), given),
         options.get("max_length") or adapter.max_length,
         bool(options.get("load_in_4bit")),
-        options.get("labels_as"),
+        labels_as,
     )
     if targets:
         tokens = answer_tokens(adapter, plan, rows)  # refuses what are none

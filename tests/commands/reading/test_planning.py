@@ -4,6 +4,7 @@ import pytest
 
 from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
 from laplace_lora.commands.reading.columns import Columns
+from laplace_lora.commands.reading.labels import classes_of
 from laplace_lora.commands.reading.names import class_names
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.planning import plan_again, plan_fit
@@ -124,3 +125,29 @@ def test_half_of_a_pair_is_no_prompt(again, half):
     assert planned("reward_modeling", again, alone, text_field=half).columns.text == half
     labelled = [{**PAIR, "label": 1.0}]
     assert planned("regression", again, labelled, text_field=half).columns.text == half
+
+
+def test_a_data_set_names_the_classes_of_a_model_that_has_no_names():
+    rows, numbered = [{"text": "the film", "label": 1}], {"label": ["neg", "pos"]}
+
+    def names(own, named=numbered, outputs=2, **options):
+        adapter = Adapter(None, tokenizer(), HEAD, outputs, own, None, 24)
+        return plan_fit(adapter, rows, options, named).names
+
+    assert names([]) == ["neg", "pos"] and names([], {}) == ["0", "1"]
+    assert names([], {"other": ["neg", "pos"]}) == ["0", "1"]
+    assert names([], outputs=3) == ["0", "1", "2"]
+    assert names(["bad", "good"]) == ["bad", "good"] == names([], labels=["bad", "good"])
+    assert names(["neg", "pos"]) == ["neg", "pos"] == names([], labels=["neg", "pos"])
+    for own, options in ((["pos", "neg"], {}), ([], {"labels": ["pos", "neg"]})):
+        with pytest.raises(ValueError, match=r"'label' numbers .* order 'neg', 'pos', and the .*"):
+            names(own, **options)
+
+
+@pytest.mark.parametrize("names", [["1", "2"], ["1", "0"]])
+def test_numbers_of_a_data_set_are_none_of_its_names(names):
+    adapter = Adapter(None, tokenizer(), HEAD, 2, [], None, 24)
+    rows, named = [{"text": "the film", "label": label} for label in (0, 1)], {"label": names}
+    plan = plan_fit(adapter, rows, {}, named)
+    assert plan.names == names
+    assert classes_of([0, 1], plan.names, plan.labels_as)[0] == [0, 1]
