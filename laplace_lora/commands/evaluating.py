@@ -14,6 +14,7 @@ from rich.text import Text
 
 from laplace_lora.commands.output import as_json, check_writable, result_file
 from laplace_lora.commands.reading.columns import cell, present_in, read_beside
+from laplace_lora.commands.reading.cuts import cuts_said
 from laplace_lora.commands.reading.likelihood import WITH_CLASSES
 from laplace_lora.commands.reading.names import check_order
 from laplace_lora.commands.reading.opened import Opened, open_posterior
@@ -63,6 +64,9 @@ def run(
     check_order(names, apart_classes, label, f"--apart {apart}")
     batch_size = options["batch_size"]
     loader = opened.inputs.loader(rows, batch_size)
+    cuts = cuts_said(opened.inputs, loader.dataset, rows)
+    if cuts is not None and not options["quiet"]:
+        click.echo(cuts, err=True)
     other, own = None, None
     if ood_rows is not None:
         with read_beside(ood_rows, opened.plan.columns, f"--ood {ood}"):

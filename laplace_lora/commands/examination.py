@@ -41,7 +41,7 @@ def run(adapter: str, data: str | None, **options: Any) -> None:
     else:
         inputs = Inputs(loaded, plan)
         loader = inputs.loader(rows, options["batch_size"])
-        click.echo(reading_said(inputs, rows))
+        click.echo(reading_said(inputs, rows, loader))
         warn_if_trained_with_eos(loaded, plan, rows, options)
         warn_if_other_tokens(loaded, plan, rows)
         problems += _print_costs(console, covering, loader, options["batch_size"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 import torch
+from torch.utils.data import DataLoader
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
 from laplace_lora.commands.base import point_out
@@ -17,6 +18,7 @@ from laplace_lora.commands.reading.adapter import Adapter, load_asked
 from laplace_lora.commands.reading.answer_marks import marks_said
 from laplace_lora.commands.reading.answers import answer_tokens
 from laplace_lora.commands.reading.columns import read_beside
+from laplace_lora.commands.reading.cuts import cuts_said
 from laplace_lora.commands.reading.decoder import decoder_said
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.names import check_order
@@ -65,7 +67,7 @@ def run(
     inputs = Inputs(loaded, plan)
     train_loader = inputs.loader(rows, options["batch_size"])
     if not quiet:
-        click.echo(reading_said(inputs, rows), err=True)
+        click.echo(reading_said(inputs, rows, train_loader), err=True)
     val_loader = None
     if val_rows is not None:
         check_order(plan.names, val_named, plan.columns.label, f"--val {val}")
@@ -94,10 +96,21 @@ def run(
     click.echo(f"Saved in {folder}")
 
 
-def reading_said(inputs: Inputs, rows: Sequence[Row]) -> str:
-    """Return how a fit reads its rows, as far as it may not be what was meant."""
+def reading_said(inputs: Inputs, rows: Sequence[Row], loader: DataLoader[Any]) -> str:
+    """Return how a fit reads its rows, as far as it may not be what was meant.
+
+    Args:
+        inputs: How rows are read.
+        rows: The data.
+        loader: Of what became of them.
+    """
     plan, tokenizer = inputs.plan, inputs.adapter.tokenizer
-    said = columns_said(plan, rows), decoder_said(plan, tokenizer), marks_said(inputs, rows)
+    said = (
+        columns_said(plan, rows),
+        cuts_said(inputs, loader.dataset, rows),
+        decoder_said(plan, tokenizer),
+        marks_said(inputs, rows),
+    )
     return "\n".join(filter(None, said))
 
 
