@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from laplace_lora.commands.reading.labels import BOOLEANS, if_numbers
+from laplace_lora.commands.reading.labels import BOOLEANS, are_unnamed, if_numbers, parsed
 
 
 def applying(labels: Any, names: Sequence[str], number: int) -> list[float]:
@@ -24,7 +24,19 @@ def applying(labels: Any, names: Sequence[str], number: int) -> list[float]:
     if len(names) == 1 and not isinstance(labels, list):
         labels = [_number(labels, names[0])]
     if isinstance(labels, list):
+        as_numbers = len(labels) == len(names) and all(label in ("0", "1") for label in labels)
+        if as_numbers and are_unnamed(names):
+            raise ValueError(
+                f"row {number} has the label {labels!r}, whose texts may be the numbers of classes "
+                "that apply, or whether each does: write a 0 or 1 for each without quotation "
+                "marks, or names, given by --labels"
+            )
         if all(label in names for label in labels):
+            if len(set(labels)) < len(labels):
+                raise ValueError(
+                    f"row {number} has the label {labels!r}, which names a class twice; name each "
+                    "that applies once"
+                )
             return [float(name in labels) for name in names]
         if len(labels) == len(names) and all(label in (0, 1, -100) for label in labels):
             return [float(label) for label in labels]
@@ -37,8 +49,8 @@ def applying(labels: Any, names: Sequence[str], number: int) -> list[float]:
 def _number(label: Any, name: str) -> Any:
     """Return a label as a number if it is one, as a table without types has words for them."""
     try:
-        return float(label if label == name else BOOLEANS.get(str(label).strip().lower(), label))
-    except (TypeError, ValueError):
+        return parsed(label if label == name else BOOLEANS.get(str(label).strip().lower(), label))
+    except (TypeError, ValueError, OverflowError):
         return label
 
 
