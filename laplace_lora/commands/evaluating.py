@@ -29,6 +29,7 @@ WRITTEN = {
     "puts columns of the data beside them",
     "score": "gives each token's probability and uncertainty",
 }
+OF_TOKENS = ("token_classification", "question_answering")
 PICTURES = (".png", ".pdf", ".svg")
 
 
@@ -107,6 +108,11 @@ def run(
 
 
 def _check_has_classes(likelihood: str) -> None:
+    if likelihood in OF_TOKENS:
+        raise ValueError(
+            f"evaluate scores class probabilities of texts; this is a {likelihood} posterior, "
+            "which no command asks. From Python, `la.predict` gives its predictions"
+        )
     if likelihood not in WITH_CLASSES:
         command = "score" if likelihood == "language_modeling" else "predict"
         raise ValueError(

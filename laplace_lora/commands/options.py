@@ -211,10 +211,9 @@ def token_options(samples: int) -> Decorator:
         click.option(
             "--top-k",
             type=click.IntRange(min=1),
-            default=20,
-            show_default=True,
             metavar="TOKENS",
-            help="The likeliest tokens in each place, which are compared one by one.",
+            help="The likeliest tokens in each place, which are compared one by one.  "
+            "[default: 20, or all of a smaller vocabulary]",
         ),
         click.option(
             "--n-samples",
