@@ -14,9 +14,11 @@ from rich.text import Text
 
 from laplace_lora.commands.output import as_json, check_writable, result_file
 from laplace_lora.commands.reading.columns import cell, present_in, read_beside
+from laplace_lora.commands.reading.cuts import cuts_said
+from laplace_lora.commands.reading.likelihood import WITH_CLASSES
+from laplace_lora.commands.reading.names import check_order
 from laplace_lora.commands.reading.opened import Opened, open_posterior
-from laplace_lora.commands.reading.planning import WITH_CLASSES
-from laplace_lora.commands.reading.rows import STANDARD, Row, read_rows
+from laplace_lora.commands.reading.rows import STANDARD, Row, read_named, read_rows
 from laplace_lora.display.tables import with_error
 from laplace_lora.evaluation import MAP, CalibrationReport, plot_reports
 from laplace_lora.evaluation import evaluate as scores_of
@@ -27,6 +29,7 @@ WRITTEN = {
     "puts columns of the data beside them",
     "score": "gives each token's probability and uncertainty",
 }
+OF_TOKENS = ("token_classification", "question_answering")
 PICTURES = (".png", ".pdf", ".svg")
 
 
@@ -52,13 +55,19 @@ def run(
     for name, value in (("--out", out), ("--plot", plot)):
         if value is not None:
             check_writable(value, name, [data, ood, apart])
-    rows = read_rows(data, options["split"])
+    rows, classes = read_named(data, options["split"])
     ood_rows = None if ood is None else read_rows(ood)
-    apart_rows = None if apart is None else read_rows(apart)
+    apart_rows, apart_classes = (None, {}) if apart is None else read_named(apart)
     groups = None if group_field is None else _groups(rows, group_field)
     opened = open_posterior(adapter, rows, options, check=_check_has_classes)
+    names, label = opened.plan.names, opened.plan.columns.label
+    check_order(names, classes, label, f"--data {data}")
+    check_order(names, apart_classes, label, f"--apart {apart}")
     batch_size = options["batch_size"]
     loader = opened.inputs.loader(rows, batch_size)
+    cuts = cuts_said(opened.inputs, loader.dataset, rows)
+    if cuts is not None and not options["quiet"]:
+        click.echo(cuts, err=True)
     other, own = None, None
     if ood_rows is not None:
         with read_beside(ood_rows, opened.plan.columns, f"--ood {ood}"):
@@ -99,6 +108,11 @@ def run(
 
 
 def _check_has_classes(likelihood: str) -> None:
+    if likelihood in OF_TOKENS:
+        raise ValueError(
+            f"evaluate scores class probabilities of texts; this is a {likelihood} posterior, "
+            "which no command asks. From Python, `la.predict` gives its predictions"
+        )
     if likelihood not in WITH_CLASSES:
         command = "score" if likelihood == "language_modeling" else "predict"
         raise ValueError(

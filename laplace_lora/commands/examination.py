@@ -16,7 +16,7 @@ from laplace_lora.commands.reading.adapter import load_asked
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.names import layer_name
 from laplace_lora.commands.reading.planning import plan_fit
-from laplace_lora.commands.reading.rows import read_rows
+from laplace_lora.commands.reading.rows import read_named
 from laplace_lora.commands.timing import fit_time, tuning_time
 from laplace_lora.commands.training_warnings import warn_if_other_tokens, warn_if_trained_with_eos
 from laplace_lora.posteriors.base import LoraLaplace
@@ -30,8 +30,8 @@ def run(adapter: str, data: str | None, **options: Any) -> None:
     """Print what a fit would do; exit with status 1 if it would not succeed."""
     loaded = load_asked(adapter, options)
     console = Console()
-    rows = None if data is None else read_rows(data, options["split"])
-    plan = plan_fit(loaded, rows, options)
+    rows, named = (None, {}) if data is None else read_named(data, options["split"])
+    plan = plan_fit(loaded, rows, options, named)
     problems: list[str] = []
     covering = new_posterior(loaded, plan, options["structure"], "diag", rows)
     _print_covered(console, covering, options["structure"])
@@ -41,7 +41,7 @@ def run(adapter: str, data: str | None, **options: Any) -> None:
     else:
         inputs = Inputs(loaded, plan)
         loader = inputs.loader(rows, options["batch_size"])
-        click.echo(reading_said(inputs, rows))
+        click.echo(reading_said(inputs, rows, loader))
         warn_if_trained_with_eos(loaded, plan, rows, options)
         warn_if_other_tokens(loaded, plan, rows)
         problems += _print_costs(console, covering, loader, options["batch_size"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 import torch
+from torch.utils.data import DataLoader
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
 from laplace_lora.commands.base import point_out
@@ -17,12 +18,14 @@ from laplace_lora.commands.reading.adapter import Adapter, load_asked
 from laplace_lora.commands.reading.answer_marks import marks_said
 from laplace_lora.commands.reading.answers import answer_tokens
 from laplace_lora.commands.reading.columns import read_beside
+from laplace_lora.commands.reading.cuts import cuts_said
 from laplace_lora.commands.reading.decoder import decoder_said
 from laplace_lora.commands.reading.inputs import Inputs
+from laplace_lora.commands.reading.names import check_order
 from laplace_lora.commands.reading.plan import PLAN, Plan, plan_text
 from laplace_lora.commands.reading.planning import plan_fit
 from laplace_lora.commands.reading.repository import file_of
-from laplace_lora.commands.reading.rows import Row, read_rows
+from laplace_lora.commands.reading.rows import Row, read_named
 from laplace_lora.commands.reading.unread import columns_said
 from laplace_lora.commands.training_warnings import (
     warn_if_other_tokens,
@@ -55,18 +58,19 @@ def run(
 ) -> None:
     """Fit, tune, calibrate and save, as the Python calls do."""
     folder = _destination(adapter, out, overwrite)
-    rows = read_rows(data, options["split"])
-    val_rows = None if val is None else read_rows(val)
+    rows, named = read_named(data, options["split"])
+    val_rows, val_named = (None, {}) if val is None else read_named(val)
     loaded = load_asked(adapter, options)
-    plan = plan_fit(loaded, rows, options)
+    plan = plan_fit(loaded, rows, options, named)
     if val_rows is not None and not likelihood_of(plan.likelihood).can_be_calibrated:
         raise ValueError(f"--val: a {plan.likelihood} posterior cannot be calibrated")
     inputs = Inputs(loaded, plan)
     train_loader = inputs.loader(rows, options["batch_size"])
     if not quiet:
-        click.echo(reading_said(inputs, rows), err=True)
+        click.echo(reading_said(inputs, rows, train_loader), err=True)
     val_loader = None
     if val_rows is not None:
+        check_order(plan.names, val_named, plan.columns.label, f"--val {val}")
         with read_beside(val_rows, plan.columns, f"--val {val}"):
             val_loader = inputs.loader(val_rows, options["batch_size"])
     warn_if_trained_with_eos(loaded, plan, rows, options)
@@ -92,10 +96,21 @@ def run(
     click.echo(f"Saved in {folder}")
 
 
-def reading_said(inputs: Inputs, rows: Sequence[Row]) -> str:
-    """Return how a fit reads its rows, as far as it may not be what was meant."""
+def reading_said(inputs: Inputs, rows: Sequence[Row], loader: DataLoader[Any]) -> str:
+    """Return how a fit reads its rows, as far as it may not be what was meant.
+
+    Args:
+        inputs: How rows are read.
+        rows: The data.
+        loader: Of what became of them.
+    """
     plan, tokenizer = inputs.plan, inputs.adapter.tokenizer
-    said = columns_said(plan, rows), decoder_said(plan, tokenizer), marks_said(inputs, rows)
+    said = (
+        columns_said(plan, rows),
+        cuts_said(inputs, loader.dataset, rows),
+        decoder_said(plan, tokenizer),
+        marks_said(inputs, rows),
+    )
     return "\n".join(filter(None, said))
 
 

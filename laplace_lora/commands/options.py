@@ -118,7 +118,7 @@ class_names_option = click.option(
     "--labels",
     cls=Values,
     help="Names of the classes, in the order of the model's outputs.  [default: those of the "
-    "fit, of the model's configuration, or numbers]",
+    "fit, of the model's configuration, of a data set folder, or numbers]",
 )
 
 label_options = joined(
@@ -211,10 +211,9 @@ def token_options(samples: int) -> Decorator:
         click.option(
             "--top-k",
             type=click.IntRange(min=1),
-            default=20,
-            show_default=True,
             metavar="TOKENS",
-            help="The likeliest tokens in each place, which are compared one by one.",
+            help="The likeliest tokens in each place, which are compared one by one.  "
+            "[default: 20, or all of a smaller vocabulary]",
         ),
         click.option(
             "--n-samples",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ from laplace_lora.generation import TokenPredictions
 from laplace_lora.generation import generate as write_texts
 from laplace_lora.generation import score as score_texts
 from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
+from laplace_lora.models.wrapped_model import WrappedModel, places_of
+
+TOP_K = 20  # by default
 
 # The result of a text without a scored token, as beside others: one token has none before it.
 NOTHING: dict[str, Any] = {
@@ -31,13 +35,14 @@ def run_score(
     adapter: str,
     data: str,
     out: str,
-    top_k: int,
+    top_k: int | None,
     n_samples: int | None,
     seed: int,
     **options: Any,
 ) -> None:
     """Score the tokens of rows."""
     opened, rows = _opened(adapter, data, out, options, "language_modeling")
+    compared = _compared(top_k, opened)
     examples = [opened.inputs.scored(row, n) for n, row in enumerate(rows, start=1)]
     collate = DataCollatorForSeq2Seq(opened.adapter.tokenizer)
 
@@ -47,7 +52,7 @@ def run_score(
             return None
         source = _generator(opened, seed)  # all rows have the same samples of the weights
         return score_texts(
-            opened.la, batch, top_k, n_samples=n_samples, generator=source, progress_bar=False
+            opened.la, batch, compared, n_samples=n_samples, generator=source, progress_bar=False
         )
 
     _write(opened, len(rows), options["batch_size"], out, answer, "Scoring")
@@ -57,7 +62,7 @@ def run_generate(
     adapter: str,
     data: str,
     out: str,
-    top_k: int,
+    top_k: int | None,
     n_samples: int | None,
     seed: int,
     max_new_tokens: int,
@@ -69,22 +74,35 @@ def run_generate(
     opened, rows = _opened(adapter, data, out, options)
     prompts = [opened.inputs.text(row, n) for n, row in enumerate(rows, start=1)]
     tokenizer, source = opened.adapter.tokenizer, _generator(opened, seed)
+    compared = _compared(top_k, opened)
+    longest = max(len(prompt["input_ids"]) for prompt in prompts)
+    places = places_of(opened.adapter.model.get_base_model())
+    # Texts that end before are written all the same.
+    end = math.inf if places is None else places - longest + 1
 
     def answer(part: Sequence[int]) -> TokenPredictions:
         if not do_sample:
             source.manual_seed(seed)  # all rows have the same samples of the weights
         batch = tokenizer.pad([prompts[i] for i in part], return_tensors="pt")
-        return write_texts(
-            opened.la,
-            batch,
-            max_new_tokens,
-            top_k,
-            do_sample,
-            n_samples=n_samples,
-            generator=source,
-            stop_above=stop_above,
-            progress_bar=False,
-        )
+        try:
+            return write_texts(
+                opened.la,
+                batch,
+                max_new_tokens,
+                compared,
+                do_sample,
+                n_samples=n_samples,
+                generator=source,
+                stop_above=stop_above,
+                progress_bar=False,
+            )
+        except ValueError as error:
+            if max_new_tokens <= end or "has positions for" not in str(error):
+                raise
+            raise ValueError(
+                f"--max-new-tokens {max_new_tokens}: the model has positions for {places} tokens, "
+                f"and the longest prompt has {longest}; give {end} or less"
+            ) from error
 
     _write(opened, len(rows), options["batch_size"], out, answer, "Writing")
 
@@ -101,6 +119,18 @@ def _opened(
             "`laplace-lora predict`"
         )
     return opened, rows
+
+
+def _compared(asked: int | None, opened: Opened) -> int:
+    """Return how many tokens are compared in each place.
+
+    Raises:
+        ValueError: If the user asks for more than there are.
+    """
+    vocabulary = WrappedModel(opened.adapter.model).vocabulary_size or TOP_K
+    if asked is not None and asked > vocabulary:
+        raise ValueError(f"--top-k {asked}: the vocabulary has {vocabulary} tokens; give fewer")
+    return min(TOP_K, vocabulary) if asked is None else asked
 
 
 def _generator(opened: Opened, seed: int) -> torch.Generator:

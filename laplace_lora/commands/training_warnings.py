@@ -107,9 +107,13 @@ def warn_if_trained_with_eos(
     if not is_open or count < 2:
         return
     some = [pairs[i * len(pairs) // count] for i in range(count)]
+    plain, with_token = (Inputs(adapter, replace(plan, eos=eos)) for eos in (False, True))
+    some = [row for row in some if _takes(with_token, row)]
+    count = len(some)
+    if count < 2:
+        return
     without, ended = (
-        _losses(Inputs(adapter, replace(plan, eos=eos)), some, options["batch_size"])
-        for eos in (False, True)
+        _losses(inputs, some, options["batch_size"]) for inputs in (plain, with_token)
     )
     gain = without - ended
     error = float(gain.std()) / math.sqrt(count)
@@ -121,6 +125,15 @@ def warn_if_trained_with_eos(
             "it. The adapter seems to have been trained with it: say --eos, or --no-eos to go on "
             "without it"
         )
+
+
+def _takes(inputs: Inputs, row: Row) -> bool:
+    """Return whether a pair is read, and not refused as the same texts once the token is there."""
+    try:
+        inputs.preference(row, 0)
+    except ValueError:
+        return False
+    return True
 
 
 def _losses(inputs: Inputs, rows: Sequence[Row], batch_size: int) -> Tensor:

@@ -6,14 +6,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from laplace_lora import KronLoraLaplace
 from laplace_lora.commands.reading.plan import PLAN
 from laplace_lora.generation import score
 from laplace_lora.storage.files import CONFIG
 from support.command_line import refused, run
-from support.on_disk import CHAT, SIZES, reviews, write_json_lines
+from support.on_disk import CHAT, SIZES, WORDS, reviews, tokenizer, write_json_lines
 from support.texts import stripping_tokenizer
 
 ANSWERS = ("--target", "bad", "good")
@@ -307,3 +307,30 @@ def test_language_models_are_not_calibrated(adapter, data):
     texts = data("train", lambda row: {"prompt": row["text"], "completion": " good"})
     message = refused("fit", adapter("decoder"), "--data", texts, "--val", texts)
     assert "--val: a language_modeling posterior cannot be calibrated" in message
+
+
+def test_a_small_vocabulary_is_compared_as_a_whole(writer, tmp_path):
+    path = write_json_lines(tmp_path / "x.jsonl", completed(2, 1))
+    for command, more in (("score", ()), ("generate", ("--max-new-tokens", 1))):
+        args = (command, writer, "--data", path, "-q", *more)
+        assert run(*args).stdout == run(*args, "--top-k", SIZES["vocab_size"]).stdout
+        assert "--top-k 17: the vocabulary has 16 tokens" in refused(*args, "--top-k", 17)
+
+
+def test_no_text_goes_on_beyond_the_model_s_positions(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8}
+    config = GPT2Config(vocab_size=len(WORDS), eos_token_id=2, bos_token_id=2, **sizes)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    base = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
+    get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
+    folder, rows = tmp_path / "adapter", [{"text": "the film was"}, {"text": "the"}] * 4
+    run("fit", folder, "--data", write_json_lines(tmp_path / "x.jsonl", rows), "-q")
+    args = ("generate", folder, "--data", tmp_path / "x.jsonl", "-q", "--max-new-tokens")
+    message = refused(*args, 12)
+    assert "--max-new-tokens 12: the model has positions for 8 tokens" in message
+    assert "the longest prompt has 3; give 6 or less" in message
+    assert len(json.loads(run(*args, 6).stdout.splitlines()[0])["tokens"]) == 6
+    assert "give 6 or less" in refused(*args, 7)

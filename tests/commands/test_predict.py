@@ -16,13 +16,20 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding
 
 from laplace_lora import KronLoraLaplace
-from laplace_lora.commands.evaluating import _rule
+from laplace_lora.commands.evaluating import _check_has_classes, _rule
 from laplace_lora.commands.reading.adapter import load_adapter
 from laplace_lora.commands.reading.plan import PLAN
 from laplace_lora.evaluation.metrics import METRICS
 from laplace_lora.storage.files import TENSORS
 from support.command_line import refused, run
-from support.on_disk import SIZES, read_json_lines, reviews, tokenizer, write_json_lines
+from support.on_disk import (
+    SIZES,
+    preferences,
+    read_json_lines,
+    reviews,
+    tokenizer,
+    write_json_lines,
+)
 
 FOUND = ("prediction", "probabilities", "entropy", "mutual_information")
 
@@ -310,7 +317,7 @@ def test_labels_that_do_not_exclude_each_other(adapter, data):
     names = ["unhappy", "happy"]
 
     def tagged(row):
-        return {**row, "label": [names[row["label"]], "happy"][: 1 + row["label"]]}
+        return {**row, "label": [names[row["label"]]]}
 
     folder = adapter()
     run("fit", folder, "--data", data("train", tagged), "--labels", *names, "-q")
@@ -394,14 +401,14 @@ def test_evaluate_compares_with_the_map(fitted, data, tmp_path):
 @pytest.mark.slow
 def test_evaluate_compares_labels_of_any_number_with_the_sigmoid(adapter, tmp_path):
     """Not with the softmax, which the model's configuration, silent on the matter, would mean."""
-    chosen = [["0"], ["1"], ["0", "1"], []]
+    chosen, names = [["bad"], ["good"], ["bad", "good"], []], ("bad", "good")
     rows = [{**row, "label": chosen[i % 4]} for i, row in enumerate(reviews(24, 0))]
     folder, path = adapter(), write_json_lines(tmp_path / "labels.jsonl", rows)
-    run("fit", folder, "--data", path, "-q")
+    run("fit", folder, "--data", path, "--labels", *names, "-q")
     by_map, _ = json.loads(run("evaluate", folder, "--data", path, "--out", "-", "-q").stdout)
     loaded = load_adapter(str(folder))
     texts = loaded.tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
-    y = torch.tensor([[float(name in row["label"]) for name in ("0", "1")] for row in rows])
+    y = torch.tensor([[float(name in row["label"]) for name in names] for row in rows])
     with torch.no_grad():
         logits = loaded.model(**texts).logits
     expected = F.binary_cross_entropy_with_logits(logits, y)
@@ -508,3 +515,42 @@ def test_evaluate_refuses_what_it_cannot_score(adapter, data):
     for name in ("report.txt", "report.csv"):
         message = refused("evaluate", folder, "--data", data("test"), "--plot", name)
         assert "expected a file in .png" in message and "jsonl" not in message
+
+
+def test_a_column_that_the_fit_did_not_read_changes_no_pair(adapter, tmp_path):
+    folder, pairs = adapter("reward"), preferences(24, 0)
+    run("fit", folder, "--data", write_json_lines(tmp_path / "train.jsonl", pairs), "-q")
+    found = [
+        run("predict", folder, "--data", write_json_lines(tmp_path / "x.jsonl", rows), "-q").stdout
+        for rows in (pairs, [{"prompt": "the film was", **row} for row in pairs])
+    ]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("likelihood", ["token_classification", "question_answering"])
+def test_evaluate_names_no_command_where_there_is_none(likelihood):
+    with pytest.raises(ValueError, match=rf"a {likelihood} posterior, .* From Python, `la"):
+        _check_has_classes(likelihood)
+
+
+def test_a_data_set_s_classes_are_those_of_the_fit(adapter, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows, folder = [{k: r[k] for k in ("text", "label")} for r in reviews(24, 0)], adapter()
+
+    def saved(*names):
+        features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+        data = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+        data.save_to_disk(tmp_path / names[0])
+        return tmp_path / names[0]
+
+    bad, good = saved("bad", "good"), saved("good", "bad")
+    run("fit", folder, "--data", bad, "-q")
+    assert json.loads((folder / PLAN).read_text())["names"] == ["bad", "good"]
+    args = ("evaluate", folder, "--out", "-", "-q", "--data")
+    path = write_json_lines(tmp_path / "x.jsonl", rows)
+    assert run(*args, bad).stdout == run(*args, path).stdout
+    for given in (("evaluate", folder), ("doctor", folder, "--labels", "bad", "good")):
+        assert "'label' numbers the classes in the order 'good'" in refused(*given, "--data", good)
+    for option, command in (("--apart", "evaluate"), ("--val", "fit")):
+        given = (*((command, folder, "--data", bad)), *(["--overwrite"] * (command == "fit")))
+        assert f"{option} {good}: the column" in refused(*given, option, good)

@@ -75,6 +75,17 @@ def test_nothing_is_said_of_an_adapter_that_was_trained_without_it(adapter, pair
     assert run("fit", adapter("ended reward"), *args).stderr == ""
 
 
+def test_pairs_that_have_no_room_for_the_token_are_not_measured_with_it(adapter, tmp_path):
+    """They differ in the last token that the model reads, and would be the same with it there."""
+    long = {"chosen": "the " * 23 + "good", "rejected": "the " * 23 + "bad"}
+    rows = [*preferences(20, 1), long]
+    path = write_json_lines(tmp_path / "long.jsonl", rows)
+    said = run("doctor", adapter("ended reward"), "--data", path)
+    assert WARNING in said.stderr and "on 20 of the pairs" in said.stderr
+    said = refused("doctor", adapter("reward"), "--data", path, "--eos")
+    assert "row 21: its 'chosen' and 'rejected' texts differ only in what is cut off" in said
+
+
 @pytest.mark.slow
 def test_measuring_leaves_the_random_numbers_of_a_fit(adapter, pairs, tmp_path):
     folder = adapter("reward")

@@ -126,6 +126,12 @@ def is_preference(rows: Sequence[Row]) -> bool:
     return {CHOSEN, REJECTED} <= set(present_in(rows))
 
 
+def text_column(rows: Sequence[Row], columns: Columns, likelihood: str) -> str | None:
+    """Return the column of what ends texts: of a reward model's pairs that of one half."""
+    is_pair = likelihood == "reward_modeling" and is_preference(rows)
+    return CHOSEN if is_pair else columns.text
+
+
 def has_conversations_only(rows: Sequence[Row], name: str | None) -> bool:
     """Return whether there are rows, and all have a list of messages in this column."""
     return bool(rows) and name is not None and all(isinstance(row.get(name), list) for row in rows)

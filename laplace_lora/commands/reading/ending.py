@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from laplace_lora.commands.reading.adapter import Adapter
-from laplace_lora.commands.reading.columns import CHOSEN, has_conversations_only, is_preference
+from laplace_lora.commands.reading.columns import has_conversations_only, text_column
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
 
@@ -34,8 +34,7 @@ def why_no_eos(adapter: Adapter, plan: Plan, rows: Sequence[Row]) -> str | None:
     """Return why nobody needs to say whether the token is read; ``None`` if somebody does."""
     if plan.likelihood not in ("reward_modeling", "language_modeling"):
         return f"a {plan.likelihood} posterior reads texts as the tokenizer gives them"
-    is_pair = plan.likelihood == "reward_modeling" and is_preference(rows)
-    name = CHOSEN if is_pair else plan.columns.text
+    name = text_column(rows, plan.columns, plan.likelihood)
     if plan.chat or has_conversations_only(rows, name):
         return "conversations end as the chat template has them end"
     if plan.likelihood == "language_modeling" and plan.columns.completion is not None:

@@ -28,8 +28,10 @@ NOTICES = ("license", "licence", "notice", "readme", "requirements")  # as .txt 
 CARD = "README.md"
 
 
-def rows_of_folder(path: Path, split: str | None) -> list[dict[str, Any]]:
-    """Return the rows of a data set folder.
+def rows_of_folder(
+    path: Path, split: str | None
+) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
+    """Return the rows of a data set folder, and the names of the classes that columns number.
 
     Args:
         path: What ``save_to_disk`` wrote, or files as on the hub.
@@ -57,7 +59,9 @@ def rows_of_folder(path: Path, split: str | None) -> list[dict[str, Any]]:
         data = data[names[0] if split is None else split]
     elif split is not None:
         raise ValueError(f"{path} has no splits, and so no {split}")
-    return [dict(row) for row in data.with_format(None)]  # plain values, not tensors
+    features = data.features.items()
+    named = {name: list(f.names) for name, f in features if isinstance(f, datasets.ClassLabel)}
+    return [dict(row) for row in data.with_format(None)], named  # plain values, not tensors
 
 
 def files_of_folder(path: Path) -> list[Path]:

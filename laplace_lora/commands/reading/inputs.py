@@ -24,8 +24,15 @@ from laplace_lora.commands.reading.columns import (
     text_cell,
 )
 from laplace_lora.commands.reading.labels import classes_of, numbers_of
+from laplace_lora.commands.reading.lengths import cut_to
 from laplace_lora.commands.reading.messages import ASSISTANT, USER, check_asks, check_says
 from laplace_lora.commands.reading.names import applying
+from laplace_lora.commands.reading.pairs import (
+    are_same,
+    check_one_form,
+    padded_pairs,
+    same_when_cut,
+)
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
 from laplace_lora.likelihoods.language_modeling import IGNORED
@@ -56,7 +63,7 @@ class Inputs:
         collate: Any
         if likelihood == "reward_modeling":
             examples = [self.preference(row, n) for n, row in enumerate(rows, start=1)]
-            collate = partial(_padded_pairs, DataCollatorWithPadding(tokenizer))
+            collate = partial(padded_pairs, DataCollatorWithPadding(tokenizer))
         elif likelihood == "language_modeling":
             examples = [self.scored(row, n) for n, row in enumerate(rows, start=1)]
             collate = DataCollatorForSeq2Seq(tokenizer)
@@ -103,13 +110,19 @@ class Inputs:
 
     def preference(self, row: Row, number: int) -> Example:
         """Return both texts of a preference pair, each with its prompt if there is one."""
-        halves = {}
+        contents = {}
         for name in (CHOSEN, REJECTED):
             content = text_cell(row, name, number, f"{name} text", "that name")
             if self.plan.columns.text is not None:
                 prompt = text_cell(row, self.plan.columns.text, number, "prompt", "--text-field")
                 content = self._after(prompt, content, number)
-            halves[name] = self._cut(self._ended(content), None, number)
+            contents[name] = self._ended(content)
+        check_one_form(contents, number)
+        halves = {name: self._cut(content, None, number) for name, content in contents.items()}
+        if are_same(halves):
+            whole = {name: self._tokens(x, None, False) for name, x in contents.items()}
+            if not are_same(whole):
+                raise ValueError(same_when_cut(number, self.plan.max_length))
         return halves
 
     def answered(self, row: Row, answer: str) -> list[int]:
@@ -206,11 +219,7 @@ class Inputs:
             return found
         if not is_head or isinstance(content, list) or self.plan.chat:
             raise ValueError(self._too_long(number, length))
-        tokenizer = self.adapter.tokenizer
-        found = dict(tokenizer(content, second, truncation=True, max_length=limit))
-        if self.plan.eos:  # which is read at the end of what is left
-            found["input_ids"][-1] = tokenizer.eos_token_id
-        return found
+        return cut_to(limit, content, second, self.adapter.tokenizer, self.plan.eos)
 
     def _tokens(self, content: Any, second: str | None, asks: bool) -> Example:
         """Return a text's tokens, through the chat template where the plan says so."""
@@ -242,12 +251,3 @@ class Inputs:
 
 def _said_by(role: str, text: str) -> list[dict[str, Any]]:
     return [{"role": role, "content": text}]
-
-
-def _padded_pairs(pad: DataCollatorWithPadding, pairs: Sequence[Example]) -> dict[str, Any]:
-    """Return a batch under the names of TRL's reward trainer: ``input_ids_chosen``, and so on."""
-    batch: dict[str, Any] = {}
-    for half in (CHOSEN, REJECTED):
-        padded = pad([pair[half] for pair in pairs])
-        batch |= {f"{name}_{half}": value for name, value in padded.items()}
-    return batch

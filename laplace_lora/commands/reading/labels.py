@@ -101,7 +101,7 @@ def if_numbers(label: Any, names: Sequence[str]) -> str:
 
 def _booleans(names: Sequence[str]) -> dict[str, Any]:
     """Return the labels that true and false stand for, by these words in small letters."""
-    if _are_unnamed(names) and len(names) == len(BOOLEANS):
+    if are_unnamed(names) and len(names) == len(BOOLEANS):
         return dict(BOOLEANS)
     words = [name.strip().lower() for name in names]
     if any(words.count(word) != 1 for word in BOOLEANS):
@@ -109,7 +109,7 @@ def _booleans(names: Sequence[str]) -> dict[str, Any]:
     return {word: names[words.index(word)] for word in BOOLEANS}
 
 
-def _are_unnamed(names: Sequence[str]) -> bool:
+def are_unnamed(names: Sequence[str]) -> bool:
     """Return whether classes have no names of their own, only their numbers."""
     return list(names) == list(map(str, range(len(names))))
 
@@ -117,7 +117,7 @@ def _are_unnamed(names: Sequence[str]) -> bool:
 def _named(labels: Sequence[Any], names: Sequence[str]) -> list[int | None]:
     """Return the class that each label names, ``None`` where there is none."""
     exact = {name: i for i, name in enumerate(names)}
-    if _are_unnamed(names):
+    if are_unnamed(names):
         exact |= {f"LABEL_{i}": i for i in range(len(names))}
     count = Counter(name.strip() for name in names)
     bare = {name.strip(): i for name, i in exact.items() if count[name.strip()] == 1}
@@ -163,14 +163,30 @@ def numbers_of(label: Any, number: int, outputs: int) -> float | list[float]:
     try:
         if any(isinstance(value, bool) for value in values):
             raise TypeError("a boolean is a class")
-        found = [float(value) for value in values]
+        found = [parsed(value) for value in values]
+    except OverflowError:
+        found = [math.inf]
     except (TypeError, ValueError):
         raise ValueError(f"row {number} has the label {label!r}, no number") from None
     if not all(map(math.isfinite, found)):
-        raise ValueError(f"row {number} has the label {label!r}; expected finite numbers")
+        written = repr(label)[:60]
+        raise ValueError(f"row {number} has the label {written}; expected finite numbers")
     if len(found) != outputs:
         raise ValueError(f"row {number} has the label {label!r}; expected {_targets(outputs)}")
     return found if outputs > 1 else found[0]
+
+
+def parsed(value: Any) -> float:
+    """Return a number, or what a text writes as one; "1_000", as Python writes it, is none.
+
+    Raises:
+        OverflowError: If it is too large.
+        TypeError: If it is neither a number nor a text.
+        ValueError: If a text is no number.
+    """
+    if isinstance(value, str) and "_" in value:
+        raise ValueError(f"no number: {value!r}")
+    return float(value)
 
 
 def _targets(outputs: int) -> str:

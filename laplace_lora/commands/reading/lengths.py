@@ -1,4 +1,4 @@
-"""How many tokens an input may have."""
+"""How many tokens an input may have, and cut one that has more."""
 
 from __future__ import annotations
 
@@ -17,6 +17,31 @@ def longest_input(tokenizer: Any, model: nn.Module) -> int | None:
     limits = [tokenizer.model_max_length, longest_text(model.config), places_of(model)]
     known = [n for n in limits if isinstance(n, int) and 0 < n < UNLIMITED]
     return min(known) if known else None
+
+
+def cut_to(limit: int, text: str, second: str | None, tokenizer: Any, eos: bool) -> dict[str, Any]:
+    """Return the tokens of a text that has too many.
+
+    Args:
+        limit: How many are read.
+        text: The text.
+        second: A second one, if there is one.
+        tokenizer: The model's.
+        eos: Whether the end-of-text token is read at the end of what is left.
+
+    Raises:
+        ValueError: If nothing is left of a text.
+    """
+    own = tokenizer.num_special_tokens_to_add(pair=second is not None) + eos
+    found = dict(tokenizer(text, second, truncation=True, max_length=limit))
+    if limit <= own or len(found["input_ids"]) > limit:
+        raise ValueError(
+            f"--max-length {limit} leaves no room for a text: {own} tokens are those that the "
+            f"tokenizer puts around every one; give more than {own}, or leave it out"
+        )
+    if eos:
+        found["input_ids"][-1] = tokenizer.eos_token_id
+    return found
 
 
 def check_length(asked: int | None, model: nn.Module) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from laplace_lora.commands.reading.labels import BOOLEANS, if_numbers
+from laplace_lora.commands.reading.labels import BOOLEANS, are_unnamed, if_numbers, parsed
 
 
 def applying(labels: Any, names: Sequence[str], number: int) -> list[float]:
@@ -24,7 +24,19 @@ def applying(labels: Any, names: Sequence[str], number: int) -> list[float]:
     if len(names) == 1 and not isinstance(labels, list):
         labels = [_number(labels, names[0])]
     if isinstance(labels, list):
+        as_numbers = len(labels) == len(names) and all(label in ("0", "1") for label in labels)
+        if as_numbers and are_unnamed(names):
+            raise ValueError(
+                f"row {number} has the label {labels!r}, whose texts may be the numbers of classes "
+                "that apply, or whether each does: write a 0 or 1 for each without quotation "
+                "marks, or names, given by --labels"
+            )
         if all(label in names for label in labels):
+            if len(set(labels)) < len(labels):
+                raise ValueError(
+                    f"row {number} has the label {labels!r}, which names a class twice; name each "
+                    "that applies once"
+                )
             return [float(name in labels) for name in names]
         if len(labels) == len(names) and all(label in (0, 1, -100) for label in labels):
             return [float(label) for label in labels]
@@ -37,8 +49,8 @@ def applying(labels: Any, names: Sequence[str], number: int) -> list[float]:
 def _number(label: Any, name: str) -> Any:
     """Return a label as a number if it is one, as a table without types has words for them."""
     try:
-        return float(label if label == name else BOOLEANS.get(str(label).strip().lower(), label))
-    except (TypeError, ValueError):
+        return parsed(label if label == name else BOOLEANS.get(str(label).strip().lower(), label))
+    except (TypeError, ValueError, OverflowError):
         return label
 
 
@@ -71,6 +83,33 @@ def class_names(given: Sequence[str], of_model: Sequence[str], outputs: int) -> 
                 "configuration is wrong, correct its `id2label`"
             )
     return names
+
+
+def check_order(
+    names: Sequence[str], named: Mapping[str, Sequence[str]], column: str | None, source: str
+) -> None:
+    """Refuse data whose numbers stand for the model's classes in another order.
+
+    Names that are others altogether, translated ones, say, tell nothing.
+
+    Args:
+        names: Of the model's classes.
+        named: By column of the data, the names of the classes that its numbers stand for.
+        column: Of the labels.
+        source: The option and its data.
+
+    Raises:
+        ValueError: If the names are the same, but not their order.
+    """
+    model, data = ([name.strip() for name in x] for x in (names, named.get(column or "", ())))
+    if model != data and sorted(model) == sorted(data):
+        numbered, said = (", ".join(map(repr, x)) for x in (data, model))
+        raise ValueError(
+            f"{source}: the column {column!r} numbers the classes in the order {numbered}, and the "
+            f"model's outputs, as options or its configuration say, have the order {said}. Correct "
+            "what is wrong: --labels or --target, the configuration's `id2label`, or the numbers, "
+            "by the data set's `align_labels_with_mapping`"
+        )
 
 
 def layer_name(tensor: str) -> str:

@@ -12,10 +12,10 @@ from laplace_lora.commands.reading.adapter import HEAD, SEQ2SEQ, Adapter, load_a
 from laplace_lora.commands.reading.decoder import begins_targets
 from laplace_lora.commands.reading.ending import why_no_eos
 from laplace_lora.commands.reading.inputs import Inputs
+from laplace_lora.commands.reading.likelihood import WITH_CLASSES
 from laplace_lora.commands.reading.names import class_names
 from laplace_lora.commands.reading.plan import Plan, read_plan
 from laplace_lora.commands.reading.planning import (
-    WITH_CLASSES,
     plan_again,
     read_columns,
     settled,

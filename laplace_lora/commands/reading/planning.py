@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
-from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, SEQ2SEQ, Adapter
+from laplace_lora.commands.reading.adapter import HEAD, SEQ2SEQ, Adapter
 from laplace_lora.commands.reading.answers import answer_tokens
 from laplace_lora.commands.reading.columns import (
+    CHOSEN,
+    REJECTED,
     Columns,
     columns_of,
     has_conversations_only,
     is_preference,
     label_cells,
+    text_column,
 )
 from laplace_lora.commands.reading.completions import completion_column
 from laplace_lora.commands.reading.decoder import read_before
 from laplace_lora.commands.reading.ending import appends_eos
-from laplace_lora.commands.reading.labels import classes_of
-from laplace_lora.commands.reading.names import class_names
+from laplace_lora.commands.reading.labels import NUMBERS, classes_of
+from laplace_lora.commands.reading.likelihood import WITH_CLASSES, likelihood_asked
+from laplace_lora.commands.reading.names import check_order, class_names
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
 from laplace_lora.commands.reading.unread import check_second_text
-from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
-
-WITH_CLASSES = ("classification", "multilabel")
-PROBLEMS: dict[str | None, str] = {  # as Hugging Face's configurations call them
-    "regression": "regression",
-    "single_label_classification": "classification",
-    MULTILABEL_PROBLEM: "multilabel",
-}
 
 
 def read_columns(
@@ -45,36 +42,53 @@ def read_columns(
     columns = columns_of(rows, asked, known)
     is_needed = likelihood == completes
     completion = completion_column(rows, columns, asked, likelihood, known, is_needed)
-    return _read_by(likelihood, replace(columns, completion=completion), asked)
+    columns = _read_by(likelihood, replace(columns, completion=completion), asked, rows)
+    is_pair = likelihood == "reward_modeling" and is_preference(rows)
+    if is_pair and known is not None and known.text is None:
+        return replace(columns, text=asked.text)  # a prompt that no pair of the fit had
+    return columns
 
 
-def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, Any]) -> Plan:
+def plan_fit(
+    adapter: Adapter,
+    rows: Sequence[Row] | None,
+    options: dict[str, Any],
+    named: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> Plan:
     """Return how a fit reads its rows.
 
     Args:
         adapter: The model.
         rows: The training data; ``None`` for what the model and options alone say.
         options: Of the command line.
+        named: Names of the classes that the data's columns number, see `read_named`.
 
     Raises:
         ValueError: If model, answers and data do not go together.
     """
     asked = _asked_columns(options)
     columns, given = (asked, ()) if rows is None else (columns_of(rows, asked), rows)
-    likelihood = _likelihood(adapter, given, columns, options)
+    likelihood = likelihood_asked(adapter, given, columns, options)
     completion = completion_column(given, columns, asked, likelihood)
-    columns = _read_by(likelihood, replace(columns, completion=completion), asked)
+    columns = _read_by(likelihood, replace(columns, completion=completion), asked, given)
     if adapter.kind == HEAD:
         check_second_text(given, columns, asked, likelihood)
+    of_data = named.get(columns.label or "", ())
     targets, names = list(options.get("targets") or ()), list(options.get("labels") or ())
     if targets:
         if names:
             raise ValueError("--target names the classes already; leave --labels out")
         names = targets
     elif likelihood in WITH_CLASSES:
-        names = class_names(names, adapter.names, adapter.outputs)
+        is_named = adapter.names or names or len(of_data) != adapter.outputs
+        own = adapter.names if is_named else list(of_data)
+        names = class_names(names, own, adapter.outputs)
     else:
         names = []
+    check_order(names, named, columns.label, "--data")
+    labels_as = options.get("labels_as")
+    if labels_as is None and of_data and likelihood == "classification":
+        labels_as = NUMBERS
     plan = Plan(
         likelihood,
         columns,
@@ -83,7 +97,7 @@ def plan_fit(adapter: Adapter, rows: Sequence[Row] | None, options: dict[str, An
         uses_chat(adapter, columns, likelihood, options.get("chat"), given),
         options.get("max_length") or adapter.max_length,
         bool(options.get("load_in_4bit")),
-        options.get("labels_as"),
+        labels_as,
     )
     if targets:
         tokens = answer_tokens(adapter, plan, rows)  # refuses what are none
@@ -152,7 +166,7 @@ def settled(plan: Plan, adapter: Adapter, rows: Sequence[Row], options: dict[str
     return replace(plan, eos=appends_eos(adapter, plan, rows, options.get("eos")))
 
 
-def _read_by(likelihood: str, columns: Columns, asked: Columns) -> Columns:
+def _read_by(likelihood: str, columns: Columns, asked: Columns, rows: Sequence[Row]) -> Columns:
     """Return the columns that a likelihood reads.
 
     Raises:
@@ -162,6 +176,13 @@ def _read_by(likelihood: str, columns: Columns, asked: Columns) -> Columns:
         return columns
     if asked.pair is not None:
         raise ValueError(f"--pair-field: a {likelihood} posterior reads no second text")
+    is_pair = likelihood == "reward_modeling" and is_preference(rows)
+    if is_pair and asked.text in (CHOSEN, REJECTED):
+        raise ValueError(
+            f"--text-field {asked.text}: both columns of preference pairs are read without it, and "
+            "it names the column of their prompts; leave it out. Rewards of single texts are "
+            f"predicted of data that have only one of the columns {CHOSEN!r} and {REJECTED!r}"
+        )
     return replace(columns, pair=None)
 
 
@@ -169,51 +190,6 @@ def _asked_columns(options: dict[str, Any]) -> Columns:
     """Return the columns that options name."""
     roles = ("text", "pair", "completion", "label")
     return Columns(**{role: options.get(f"{role}_field") for role in roles})
-
-
-def _likelihood(
-    adapter: Adapter, rows: Sequence[Row], columns: Columns, options: dict[str, Any]
-) -> str:
-    """Return the likelihood that is asked for, or that fits model and data."""
-    asked, targets = options.get("likelihood"), options.get("targets")
-    possible: tuple[str, ...]
-    if adapter.kind == HEAD:
-        if targets:
-            raise ValueError("--target is for language models; this model has a head of its own")
-        several = adapter.outputs > 1
-        default = _likelihood_of_head(adapter)
-        label = columns.label
-        has_lists = label is not None and any(isinstance(row.get(label), list) for row in rows)
-        if several and has_lists and adapter.problem_type not in PROBLEMS:
-            default = "multilabel"
-        if not several and is_preference(rows):
-            default = "reward_modeling"
-        possible = (
-            ("classification", "multilabel", "regression")
-            if several
-            else ("multilabel", "regression", "reward_modeling")
-        )
-    elif targets:
-        default, possible = "classification", ("classification",)
-    elif adapter.kind == CAUSAL:
-        default, possible = "language_modeling", ("language_modeling",)
-    else:
-        raise ValueError("an encoder-decoder needs --target: its answers, one token each")
-    if asked is not None and asked not in possible:
-        hint = ""
-        if asked == "classification" and adapter.kind == CAUSAL:
-            hint = "; name the answers by --target yes no"
-        raise ValueError(
-            f"--likelihood {asked} does not fit this model; possible: {', '.join(possible)}{hint}"
-        )
-    return asked or default
-
-
-def _likelihood_of_head(adapter: Adapter) -> str:
-    """Return the likelihood of a model with a head, by its configuration and its outputs."""
-    if adapter.outputs == 1 and adapter.problem_type != MULTILABEL_PROBLEM:
-        return "regression"
-    return PROBLEMS.get(adapter.problem_type, "classification")
 
 
 def uses_chat(
@@ -244,7 +220,7 @@ def uses_chat(
         return asked
     if not has_template or columns.pair is not None:
         return False
-    if has_conversations_only(fitted, columns.text):
+    if has_conversations_only(fitted, text_column(fitted, columns, likelihood)):
         return True
     if adapter.kind == HEAD:
         return False

@@ -24,13 +24,22 @@ EXAMPLE = '{"text": "..."}'  # of a line of JSON
 
 
 def read_rows(source: str, split: str | None = None) -> list[Row]:
-    """Read all rows of a data set.
+    """Read all rows of a data set, see `read_named`."""
+    return read_named(source, split)[0]
+
+
+def read_named(source: str, split: str | None = None) -> tuple[list[Row], dict[str, list[str]]]:
+    """Read all rows of a data set, and what it says of its classes.
 
     Args:
         source: A ``.jsonl`` file (``.ndjson``, ``.jsonl.gz``), a ``.csv`` file (``.csv.gz``,
             ``.tsv``) with a head line, a data set folder (what ``save_to_disk`` wrote, or files as
             on the hub), alone or as ``folder:split``, or ``-`` for JSON lines on standard input.
         split: Of a folder with several, where the source names none.
+
+    Returns:
+        The rows; and, by column, the names of the classes that its numbers stand for, as only data
+        set folders have them.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -45,11 +54,12 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
     if source != STANDARD and not path.exists():
         raise FileNotFoundError(f"{source}: there is no such file or folder")
     kind = path.name.lower()
+    classes: dict[str, list[str]] = {}
     if source == STANDARD:
         with _readable("standard input"), _standard_input() as lines:
             rows = list(_json_lines(lines, "standard input"))
     elif path.is_dir():
-        rows = rows_of_folder(path, split)
+        rows, classes = rows_of_folder(path, split)
     elif kind.endswith(JSON_LINES):
         with _readable(source), _opened(path) as lines:
             rows = list(_json_lines(lines, source))
@@ -62,7 +72,7 @@ def read_rows(source: str, split: str | None = None) -> list[Row]:
         raise ValueError(f"{source}: expected a file in {kinds}, a data set folder, or -")
     if not rows:
         raise ValueError(f"{source} has no rows")
-    return rows
+    return rows, classes
 
 
 def folder_and_split(source: str) -> tuple[Path, str | None]:

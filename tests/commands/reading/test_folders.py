@@ -7,7 +7,7 @@ import pytest
 
 from laplace_lora.commands.output import check_writable
 from laplace_lora.commands.reading.folders import files_of_folder
-from laplace_lora.commands.reading.rows import read_rows
+from laplace_lora.commands.reading.rows import read_named, read_rows
 from support.on_disk import write_json_lines, write_table
 
 datasets = pytest.importorskip("datasets")
@@ -89,3 +89,18 @@ def test_no_data_are_left_out_beside_licences(path, name):
     (path / "LICENSE.txt").write_text("all rights reserved\n")
     with pytest.raises(ValueError, match=rf"has {name}, which .* beside LICENSE.txt; take the lat"):
         read_rows(str(path))
+
+
+@pytest.mark.parametrize("form", ["saved", "splits", "hub"])
+def test_classes_of_a_data_set_have_names(path, tmp_path, form):
+    names = ["neg", "pos"]
+    features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+    data = datasets.Dataset.from_list(ROWS, features=datasets.Features(features))
+    source = tmp_path / "saved"
+    if form == "hub":
+        data.to_parquet(path / "a.parquet")
+        source = path
+    else:
+        (datasets.DatasetDict(test=data) if form == "splits" else data).save_to_disk(source)
+    assert read_named(str(source)) == (ROWS, {"label": names})
+    assert read_named(str(write_json_lines(tmp_path / "a.jsonl", ROWS))) == (ROWS, {})

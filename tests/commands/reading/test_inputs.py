@@ -432,3 +432,54 @@ def test_a_single_label_may_stand_without_a_list(name):
     assert applying("false", ["false"], 1) == [1.0]
     with pytest.raises(ValueError, match="row 3 has the label"):
         applying("bad", [name], 3)
+
+
+@pytest.mark.parametrize("prompt", [False, True])
+def test_a_pair_of_a_text_and_messages_is_refused(prompt):
+    pairs = inputs("reward_modeling", chat=True, columns=Columns("text" if prompt else None))
+    for row in ({"chosen": TURNS, "rejected": "bad"}, {"chosen": "bad", "rejected": TURNS}):
+        with pytest.raises(ValueError, match=r"row 3: .*both"):
+            pairs.preference({"text": "the film", **row}, 3)
+
+
+@pytest.mark.parametrize("eos", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_pair_that_differs_only_in_what_is_cut_off_is_refused(side, eos):
+    pairs = inputs("reward_modeling", columns=Columns(), max_length=4, eos=eos)
+    pairs.adapter.tokenizer.truncation_side = side
+    words = {"chosen": "good", "rejected": "bad"}
+    behind = {half: f"the the the the {word}" for half, word in words.items()}
+    before = {half: f"{word} the the the the" for half, word in words.items()}
+    same, read = (behind, before) if side == "right" else (before, behind)
+    with pytest.raises(ValueError, match=r"row 3: .* only in what is cut off to leave 4 tokens"):
+        pairs.preference(same, 3)
+    found = pairs.preference(read, 3)
+    assert found["chosen"]["input_ids"] != found["rejected"]["input_ids"]
+    assert pairs.preference(dict.fromkeys(words, behind["chosen"]), 3)  # as its writer has it
+
+
+@pytest.mark.parametrize("number", [10**400, [10**400, 1.0]])
+def test_a_number_too_large_is_refused_with_its_row(number):
+    with pytest.raises(ValueError, match=r"row 2 has the label .*; expected finite numbers"):
+        numbers_of(number, 2, 2)
+
+
+def test_numbers_with_underlines_are_none():
+    with pytest.raises(ValueError, match="row 2 has the label '1_000', no number"):
+        numbers_of("1_000", 2, 1)
+    with pytest.raises(ValueError, match=r"row 2 has the label \['0_1'\]; expected"):
+        applying("0_1", ["good"], 2)
+    assert numbers_of(" 1000 ", 2, 1) == 1000.0
+
+
+def test_lists_of_zeros_and_ones_as_texts_are_no_names():
+    unnamed, named = ["0", "1", "2"], ["a", "b", "c"]
+    for label in (["0", "1", "1"], ["1", "0", "0"]):
+        with pytest.raises(ValueError, match=r"row 3 has the label .* 0 or 1 for each without"):
+            applying(label, unnamed, 3)
+    assert applying(["0", "1"], unnamed, 3) == [1.0, 1.0, 0.0]
+    assert applying(["0", "1", "2"], unnamed, 3) == [1.0, 1.0, 1.0]
+    assert applying([0, 1, 1], unnamed, 3) == [0.0, 1.0, 1.0]
+    for names, twice in ((named, ["a", "b", "a"]), (unnamed, ["2", "2"]), (named, ["c", "c"])):
+        with pytest.raises(ValueError, match=r"row 3 .* names a class twice"):
+            applying(twice, names, 3)

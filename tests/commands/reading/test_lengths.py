@@ -1,6 +1,7 @@
 """Inputs are no longer than the model has positions for, and no shorter than it takes."""
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -21,7 +22,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from laplace_lora.commands.reading.lengths import check_length, longest_input
+from laplace_lora.commands.reading.lengths import check_length, cut_to, longest_input
 from laplace_lora.models.wrapped_model import places_of
 from support.command_line import refused, run
 from support.on_disk import SIZES, tokenizer
@@ -85,3 +86,18 @@ def test_a_longer_input_is_refused_before_any_is_read(made, data, command):
 def test_a_model_without_a_table_takes_any_length(made, data):
     args = ("--target", "bad", "good", "--max-length", 32)
     run("doctor", made("decoder"), "--data", data("train"), *args)
+
+
+@pytest.mark.parametrize("pair", [None, "was bad"])
+def test_a_limit_that_leaves_no_room_for_a_text_is_refused(pair):
+    words, own = tokenizer(), 2 if pair is None else 3
+    words.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[EOS] $A [EOS]", pair="[EOS] $A [EOS] $B [EOS]", special_tokens=[("[EOS]", 2)]
+    )
+    assert len(cut_to(own + 1, "the film was good", pair, words, False)["input_ids"]) == own + 1
+    for limit in range(1, own + 1):
+        with pytest.raises(ValueError, match=f"--max-length {limit} leaves no .* than {own}, or"):
+            cut_to(limit, "the film was good", pair, words, False)
+    with pytest.raises(ValueError, match="--max-length 1 leaves no room"):
+        cut_to(1, "the film", None, tokenizer(), True)
+    assert cut_to(2, "the film was", None, tokenizer(), True)["input_ids"] == [7, 2]

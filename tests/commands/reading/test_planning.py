@@ -4,6 +4,7 @@ import pytest
 
 from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
 from laplace_lora.commands.reading.columns import Columns
+from laplace_lora.commands.reading.labels import classes_of
 from laplace_lora.commands.reading.names import class_names
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.planning import plan_again, plan_fit
@@ -80,3 +81,73 @@ def test_the_numbers_of_classes_in_another_order_are_refused(own):
         class_names(own[::-1], [], 2)
     answers = ["1", "0"]  # of a decoder, in the order of its target_ids
     assert class_names([], answers, 2) == answers
+
+
+def said(*contents):
+    return [
+        {"role": role, "content": x}
+        for role, x in zip(("user", "assistant"), contents, strict=True)
+    ]
+
+
+CONVERSATIONS = {"chosen": said("the film", "good"), "rejected": said("the film", "bad")}
+PAIR = {"chosen": "the film was good", "rejected": "the film was bad"}
+
+
+def test_texts_after_a_fit_on_pairs_of_messages_go_through_the_chat_template():
+    """As TRL's pairs with implicit prompts are, which have no column of prompts."""
+    adapter = Adapter(None, tokenizer(chat=True), HEAD, 1, [], None, 24)
+    plan = plan_fit(adapter, [CONVERSATIONS] * 2, {})
+    assert plan.chat and plan.likelihood == "reward_modeling" and plan.columns.text is None
+    assert plan_again(adapter, plan, [{"text": "the film"}], {}).chat
+    assert not plan_fit(adapter, [CONVERSATIONS, PAIR], {}).chat
+    assert not plan_fit(adapter, [PAIR], {}).chat
+
+
+@pytest.mark.parametrize("name", ["prompt", "text", "sentence", "question", "messages"])
+def test_a_column_that_no_pair_of_the_fit_had_is_no_prompt(name):
+    adapter = Adapter(None, tokenizer(), HEAD, 1, [], None, 24)
+    plan, rows = plan_fit(adapter, [PAIR], {}), [{name: "the meal", **PAIR}]
+    assert plan_again(adapter, plan, rows, {}).columns.text is None
+    assert plan_again(adapter, plan, rows, {"text_field": name}).columns.text == name
+    assert plan_again(adapter, plan, [{name: "the meal"}], {}).columns.text == name
+    assert plan_fit(adapter, rows, {}).columns.text == name
+    with_prompt = plan_fit(adapter, [{"prompt": "the", **PAIR}], {})
+    assert plan_again(adapter, with_prompt, [{"prompt": "a", **PAIR}], {}).columns.text == "prompt"
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("half", PAIR)
+def test_half_of_a_pair_is_no_prompt(again, half):
+    with pytest.raises(ValueError, match=f"--text-field {half}: both columns of preference pairs"):
+        planned("reward_modeling", again, [PAIR], text_field=half)
+    alone = [{half: PAIR[half]}]
+    assert planned("reward_modeling", again, alone, text_field=half).columns.text == half
+    labelled = [{**PAIR, "label": 1.0}]
+    assert planned("regression", again, labelled, text_field=half).columns.text == half
+
+
+def test_a_data_set_names_the_classes_of_a_model_that_has_no_names():
+    rows, numbered = [{"text": "the film", "label": 1}], {"label": ["neg", "pos"]}
+
+    def names(own, named=numbered, outputs=2, **options):
+        adapter = Adapter(None, tokenizer(), HEAD, outputs, own, None, 24)
+        return plan_fit(adapter, rows, options, named).names
+
+    assert names([]) == ["neg", "pos"] and names([], {}) == ["0", "1"]
+    assert names([], {"other": ["neg", "pos"]}) == ["0", "1"]
+    assert names([], outputs=3) == ["0", "1", "2"]
+    assert names(["bad", "good"]) == ["bad", "good"] == names([], labels=["bad", "good"])
+    assert names(["neg", "pos"]) == ["neg", "pos"] == names([], labels=["neg", "pos"])
+    for own, options in ((["pos", "neg"], {}), ([], {"labels": ["pos", "neg"]})):
+        with pytest.raises(ValueError, match=r"'label' numbers .* order 'neg', 'pos', and the .*"):
+            names(own, **options)
+
+
+@pytest.mark.parametrize("names", [["1", "2"], ["1", "0"]])
+def test_numbers_of_a_data_set_are_none_of_its_names(names):
+    adapter = Adapter(None, tokenizer(), HEAD, 2, [], None, 24)
+    rows, named = [{"text": "the film", "label": label} for label in (0, 1)], {"label": names}
+    plan = plan_fit(adapter, rows, {}, named)
+    assert plan.names == names
+    assert classes_of([0, 1], plan.names, plan.labels_as)[0] == [0, 1]

@@ -1,0 +1,52 @@
+"""Preference pairs: what their halves must have in common and what not, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import DataCollatorWithPadding
+
+from laplace_lora.commands.reading.columns import CHOSEN, REJECTED
+
+
+def check_one_form(contents: Mapping[str, Any], number: int) -> None:
+    """Refuse a pair of a text and messages, which alone go through the chat template.
+
+    Args:
+        contents: Of both halves.
+        number: The row's, from 1.
+
+    Raises:
+        ValueError: If only one of them are messages.
+    """
+    if isinstance(contents[CHOSEN], list) != isinstance(contents[REJECTED], list):
+        raise ValueError(
+            f"row {number}: of {CHOSEN!r} and {REJECTED!r} one is a text and the other messages, "
+            "which go through the chat template; write both in one way"
+        )
+
+
+def are_same(halves: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Return whether both halves have the same tokens."""
+    return bool(halves[CHOSEN]["input_ids"] == halves[REJECTED]["input_ids"])
+
+
+def same_when_cut(number: int, limit: int | None) -> str:
+    """Return the error of a pair of which only what is cut off differs."""
+    return (
+        f"row {number}: its {CHOSEN!r} and {REJECTED!r} texts differ only in what is cut "
+        f"off to leave {limit} tokens, so that neither would be better. Shorten them, leave the "
+        "row out, or raise --max-length"
+    )
+
+
+def padded_pairs(
+    pad: DataCollatorWithPadding, pairs: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return a batch under the names of TRL's reward trainer: ``input_ids_chosen``, and so on."""
+    batch: dict[str, Any] = {}
+    for half in (CHOSEN, REJECTED):
+        padded = pad([pair[half] for pair in pairs])
+        batch |= {f"{name}_{half}": value for name, value in padded.items()}
+    return batch
