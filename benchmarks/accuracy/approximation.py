@@ -19,7 +19,6 @@ A finished cell is saved under ``--out`` and never computed again.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from functools import reduce
@@ -30,10 +29,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.arguments import plain_parser, prepare
+from benchmarks.harness.kept import figures_of, keep
 from benchmarks.harness.report import mean_and_error, write_report
 from benchmarks.study.checkpoints import add_study_arguments, checkpoint
 from benchmarks.study.costs import Stopwatch, stored_bytes
-from benchmarks.study.tasks import Task, add_task_arguments, load_task
+from benchmarks.study.tasks import Task, add_task_arguments, label_of, load_task, settings_of
 from laplace_lora import (
     DiagLoraLaplace,
     FullLoraLaplace,
@@ -154,8 +154,13 @@ def run_checkpoint(task: Task, args: argparse.Namespace, seed: int) -> None:
         difference = covariances[name].double() - reference.double()
         figures[name]["error"] = float(difference.norm() / reference.double().norm())
         figures[name]["gap"] = figures[name]["evidence"] - figures[EXACT]["evidence"]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(figures, indent=1))
+    keep(path, settings_for(args), figures)
+
+
+def settings_for(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what a checkpoint's figures depend on."""
+    trained = {name: getattr(args, name) for name in ("epochs", "rate", "rank", "dropout")}
+    return settings_of(args, ("train", "val", "test")) | trained
 
 
 def cell_path(args: argparse.Namespace, task: str, seed: int) -> Path:
@@ -163,10 +168,10 @@ def cell_path(args: argparse.Namespace, task: str, seed: int) -> Path:
     return args.out / "approximation" / f"{task}-{seed}.json"
 
 
-def finished(args: argparse.Namespace, task: str) -> list[dict[str, dict[str, float]]]:
-    """Return the figures of a task's checkpoints that have been measured."""
-    paths = [cell_path(args, task, seed) for seed in args.seeds]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
+def finished(args: argparse.Namespace, task: str) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the figures of a task's checkpoints that have been measured, by their names."""
+    paths = [cell_path(args, label_of(args, task), seed) for seed in args.seeds]
+    return {path.stem: figures_of(path, settings_for(args)) for path in paths if path.exists()}
 
 
 def table(cells: list[dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
@@ -225,14 +230,12 @@ def main() -> None:
         for seed in args.seeds:
             for name in args.tasks:
                 run_checkpoint(load_task(args, name), args, seed)
-    measured_cells = {name: cells for name in args.tasks if (cells := finished(args, name))}
-    tables = {name: table(cells) for name, cells in measured_cells.items()}
-    for name, cells in measured_cells.items():
-        draw(args, name, cells)
-    raw = {
-        path.stem: json.loads(path.read_text())
-        for path in sorted((args.out / "approximation").glob("*.json"))
-    }
+    raw, tables = {}, {}
+    for name in args.tasks:
+        if cells := finished(args, name):
+            raw |= cells
+            tables[name] = table(list(cells.values()))
+            draw(args, name, list(cells.values()))
     write_report("accuracy.approximation", args, tables, raw)
 
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -40,11 +39,16 @@ from benchmarks.adaptive.training import (
     train_lora,
 )
 from benchmarks.harness import arguments
+from benchmarks.harness.kept import figures_of, keep
 from benchmarks.harness.report import mean_and_error, verdict, write_report
 from benchmarks.harness.timing import ratio
 from laplace_lora import KronLoraLaplace
 from laplace_lora.adaptive import prune_adapter
 
+SETTINGS = (  # of the command, that a cell depends on
+    *("train_size", "test_size", "max_tokens", "model"),
+    *("epochs", "batch", "init_rank", "ranks", "autocast"),
+)
 METRICS = ("accuracy", "matthews", "NLL", "ECE")
 LORA = "LoRA, AdamW"
 COMPARED = ("sensitivity", "snr_magnitude", "magnitude")  # with both settings, at every rank
@@ -108,16 +112,16 @@ def pruned_copy(model: nn.Module, la: KronLoraLaplace, rank: float, criterion: s
 
 def run_cells(args: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
     """Compute what is not there yet; return results by task and seed, then by method."""
+    settings = {name: getattr(args, name) for name in SETTINGS}
     results: dict[str, dict[str, dict[str, Any]]] = {}
     for seed in range(args.seed, args.seed + args.repeats):
         for name in args.tasks:
             path = args.out / "adaptive" / f"{name}-{seed}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            cell_results = json.loads(path.read_text()) if path.exists() else {}
+            cell_results = figures_of(path, settings) if path.exists() else {}
             task = load_task(args, name, seed)
             if not any(key.startswith(LORA) for key in cell_results):
                 cell_results |= lora_cells(task, args, seed)
-                path.write_text(json.dumps(cell_results, indent=1))
+                keep(path, settings, cell_results)
             for cell in cells(args):
                 setting, method, criterion, rank = cell
                 optimiser = "AdamW" if setting == "adamw" else f"IVON {setting}"
@@ -125,7 +129,7 @@ def run_cells(args: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
                 if key not in cell_results:
                     random.seed(seed)
                     cell_results[key] = adalora_cell(task, args, seed, cell)
-                    path.write_text(json.dumps(cell_results, indent=1))
+                    keep(path, settings, cell_results)
                     print(f"{name}, seed {seed}: {key}: {cell_results[key]}", flush=True)
             results[f"{name}-{seed}"] = cell_results
     return results

@@ -9,12 +9,17 @@ import shlex
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
 from typing import Any
 
 import torch
 
+import laplace_lora
 from benchmarks.harness.timing import Ratio
 from examples.support import table
+
+PACKAGES = ("torch", "transformers", "peft", "laplace_lora")
 
 
 def verdict(value: float, at_most: float | None = None, at_least: float | None = None) -> str:
@@ -73,13 +78,18 @@ def write_report(
     args.out.mkdir(parents=True, exist_ok=True)
     machine = {
         "command": command,
+        "date": datetime.now(timezone.utc).date().isoformat(),
         "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "peft": version("peft"),
+        "laplace_lora": laplace_lora.__version__,
         "python": platform.python_version(),
         "device": torch.get_device_module(torch.device(args.device)).get_device_name()
         if torch.device(args.device).type == "cuda"
         else f"{args.device}, {args.threads} threads",
     }
-    text = [f"# {name}", f"`{command}` (torch {machine['torch']}, {machine['device']})"]
+    versions = ", ".join(f"{name} {machine[name]}" for name in PACKAGES)
+    text = [f"# {name}", f"`{command}` ({machine['date']}, {versions}, {machine['device']})"]
     for heading, rows in tables.items():
         text += [f"## {heading}", table(rows)]
     report = "\n\n".join(text) + "\n"

@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16, help="while generating")
     parser.add_argument("--new", type=int, default=16, help="tokens timed in a run")
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1024])
-    parser.add_argument("--scored", type=int, nargs="*", default=[*FASTER])
+    parser.add_argument("--scored", type=int, nargs="*", default=[*FASTER], choices=[*FASTER])
     parser.add_argument("--exact-places", type=int, default=4)
     args = parser.parse_args()
     arguments.prepare(args)

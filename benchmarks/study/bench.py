@@ -143,5 +143,10 @@ METHODS: dict[str, Callable[[Bench], Any]] = {
     ),
     "K-FAC, corrected": lambda bench: bench.tuned(KronLoraLaplace, eigenvalue_correction=True),
 }
+ON_KFAC = frozenset(  # their seconds come on top of K-FAC's
+    name
+    for name in METHODS
+    if name.startswith(("K-FAC calibrated", "K-FAC, paper", "K-FAC, evidence"))
+)
 PROBIT = "K-FAC, paper"
 ENCODER_ONLY = "last layer"  # a decoder's head is the base model's, and frozen

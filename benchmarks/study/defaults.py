@@ -86,7 +86,7 @@ def main() -> None:
     args = checkpoint_parser(__doc__).parse_args()
     prepare(args)
     results = over_checkpoints(args, figures, FIGURES)
-    write_report("study.defaults", args, nll_tables(results, rows_of), list(results.values()))
+    write_report("study.defaults", args, nll_tables(results, rows_of), results)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
+from benchmarks.harness.kept import kept
 from benchmarks.study.checkpoints import checkpoint
 from benchmarks.study.tasks import Task
 from benchmarks.study.trainings import EVALUATION_BATCH, Training, in_order
@@ -88,7 +90,10 @@ def nll_of(method: MAP, loader: Iterable[Any]) -> float:
 
 
 def over_checkpoints(
-    args: argparse.Namespace, figures: Figures, file: str
+    args: argparse.Namespace,
+    figures: Figures,
+    file: str,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, dict[str, Any]]:
     """Return the figures of all trained checkpoints, by name; each is computed once.
 
@@ -96,6 +101,10 @@ def over_checkpoints(
         args: ``data``, ``out``, ``device``, ``report`` and ``only``, how the names start.
         figures: From training, data, out and device to what is kept.
         file: Where it is kept, beside each checkpoint.
+        settings: What the figures depend on beside the training.
+
+    Raises:
+        SystemExit: If figures were computed with other settings.
     """
     results = {}
     for training in sorted(in_order(), key=lambda training: training.seed):
@@ -107,11 +116,8 @@ def over_checkpoints(
             continue
         if args.report and not path.exists():
             continue
-        if not path.exists():
-            path.write_text(
-                json.dumps(figures(training, args.data, args.out, args.device), indent=1)
-            )
-        results[name] = json.loads(path.read_text())
+        compute = partial(figures, training, args.data, args.out, args.device)
+        results[name] = kept(path, settings, compute)
         print(name, results[name], flush=True)
     return results
 

@@ -20,7 +20,6 @@ Checkpoints and figures that are finished are kept in OUT, and not computed agai
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from transformers import DataCollatorForSeq2Seq, get_linear_schedule_with_warmup
 
 from benchmarks.harness.arguments import RESULTS, plain_parser, prepare
 from benchmarks.harness.half import has_bfloat16
+from benchmarks.harness.kept import read, write
 from benchmarks.harness.report import write_report
 from benchmarks.study.facts import TRAINED, Fact, facts
 from examples import support
@@ -104,9 +104,7 @@ def checkpoint(seed: int, out: Path) -> tuple[PeftModel, Texts]:
         started = time.process_time()
         loss = support.train(model, loader, EPOCHS, optimizer, schedule, loss_of, progress=None)
         model.save_pretrained(folder)
-        record.write_text(
-            json.dumps({"final loss": loss, "seconds": time.process_time() - started})
-        )
+        write(record, {"final loss": loss, "seconds": time.process_time() - started})
         base, _ = support.load_decoder()
     return PeftModel.from_pretrained(base, str(folder), is_trainable=True).eval(), texts
 
@@ -208,9 +206,8 @@ def main() -> None:
             checkpoint(seed, args.out)
         else:
             if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(figures(seed, args.out), indent=1))
-            results[str(seed)] = json.loads(path.read_text())
+                write(path, figures(seed, args.out))
+            results[str(seed)] = read(path)
             print(seed, results[str(seed)], flush=True)
     if results:
         rows = rows_of(results)

@@ -12,14 +12,15 @@ What is finished is kept in ``many-classes`` in ``--out``, and not computed agai
 
 from __future__ import annotations
 
-import json
 import time
+from functools import partial
 from typing import Any
 
 from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
 from benchmarks.harness.arguments import prepare
+from benchmarks.harness.kept import kept
 from benchmarks.harness.report import mean_and_error, write_report
 from benchmarks.study import docstrings
 from benchmarks.study.small_trainings import (
@@ -72,7 +73,7 @@ def rows_of(found: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
     """Return a table of means over the seeds, with standard errors."""
     table = []
     for length in TRAININGS:
-        results = [each for name, each in found.items() if name.startswith(length)]
+        results = [each for name, each in found.items() if name.rpartition("-")[0] == length]
         for way in ("MAP", "temperature scaling", *WAYS):
             row = {"training": length, "seeds": str(len(results)), "way": way}
             for value, digits in {"NLL": 3, "accuracy": 3, "seconds": 0}.items():
@@ -87,16 +88,14 @@ def main() -> None:
     args = figures_parser(__doc__, "long or early-0").parse_args()
     prepare(args)
     folder, found = args.out / "many-classes", {}
-    folder.mkdir(parents=True, exist_ok=True)
     for seed in SEEDS:
         for length in TRAININGS:
             name = f"{length}-{seed}"
             path = folder / f"{name}.json"
-            if not path.exists() and not args.report and name.startswith(tuple(args.only)):
-                path.write_text(json.dumps(figures(length, seed), indent=1))
-                print(name, path.read_text(), flush=True)
-            if path.exists():
-                found[name] = json.loads(path.read_text())
+            asked = not args.report and name.startswith(tuple(args.only))
+            if asked or path.exists():
+                found[name] = kept(path, {}, partial(figures, length, seed))
+                print(name, found[name], flush=True)
     write_report("study.many_classes", args, {"Many classes": rows_of(found)}, found)
 
 

@@ -39,7 +39,8 @@ METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "AURC": aurc,
 }
 MODELS = ("encoder", "decoder")
-NEAR = 1e-9  # differences below count as none
+NEAR = 5e-4  # nats; smaller differences are 0.000 in the tables, and count as none
+FEWEST = 3  # trainings that a standard error is taken of
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,10 @@ def _means(cells: list[Cell], model: str) -> list[dict[str, str]]:
 
 
 def _wins(cells: list[Cell]) -> list[dict[str, str]]:
-    """Return, for each pair, on how many cells the row's method beats the column's, of how many."""
+    """Return, for each pair, on how many cells the row's method beats the column's, of how many.
+
+    A cell counts where both have at least three trainings.
+    """
     methods, rows = _methods(cells), []
     groups = {cell.group for cell in cells}
     for first in methods:
@@ -202,7 +206,7 @@ def _wins(cells: list[Cell]) -> list[dict[str, str]]:
             won = met = 0
             for group in groups:
                 found = _paired(cells, group, first, second, "NLL")
-                if len(found) > 1:
+                if len(found) >= FEWEST:
                     error = statistics.stdev(found) / math.sqrt(len(found))
                     met += 1
                     won += statistics.fmean(found) < -max(2 * error, NEAR)

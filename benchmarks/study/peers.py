@@ -15,7 +15,6 @@ calibrate come on top of the fit's. `peer_tables` makes the tables.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import traceback
 from collections.abc import Iterator
@@ -28,8 +27,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.harness.arguments import prepare
+from benchmarks.harness.kept import read, replacing, write
 from benchmarks.harness.report import write_report
-from benchmarks.study.bench import ENCODER_ONLY, METHODS, PROBIT, Bench
+from benchmarks.study.bench import ENCODER_ONLY, METHODS, ON_KFAC, PROBIT, Bench
 from benchmarks.study.checkpoints import checkpoint
 from benchmarks.study.costs import Stopwatch, stored_bytes
 from benchmarks.study.peer_tables import Cell, tables_of
@@ -51,7 +51,8 @@ def compute(training: Training, args: argparse.Namespace, names: list[str]) -> l
         What failed, as checkpoint and method; the other methods are computed all the same.
     """
     folder = args.out / "checkpoints" / training.name / FOLDER
-    missing = [name for name in names if not _path(folder, name).exists()]
+    # K-FAC comes before the methods that share it, or its own fit would take no time.
+    missing = [name for name in METHODS if name in names and not _path(folder, name).exists()]
     if training.model == "decoder" and ENCODER_ONLY in missing:
         missing.remove(ENCODER_ONLY)
     if not missing:
@@ -59,12 +60,12 @@ def compute(training: Training, args: argparse.Namespace, names: list[str]) -> l
     task, how = training.load(args.data, args.out, args.device)
     model, _ = checkpoint(task, how, training.seed)
     bench = Bench(task, LogitsModel(model, task.target_ids), how, training.seed)
-    folder.mkdir(exist_ok=True)
     labels = {
         split: torch.tensor([row["labels"] for row in task.splits[split]])
         for split in task.evaluated
     }
-    save_file(labels, _path(folder, LABELS))
+    with replacing(_path(folder, LABELS)) as file:
+        save_file(labels, file)
     failed = []
     for name in missing:
         try:
@@ -77,6 +78,8 @@ def compute(training: Training, args: argparse.Namespace, names: list[str]) -> l
 
 def _compute_one(bench: Bench, training: Training, name: str, folder: Path, alone: bool) -> None:
     """Compute and keep the probabilities of one method."""
+    if name in ON_KFAC:
+        bench.kfac()  # before the watch starts, also where another process computed K-FAC
     watch = Stopwatch(bench.args.device)
     method = METHODS[name](bench)
     fit = watch.lap()
@@ -90,10 +93,9 @@ def _compute_one(bench: Bench, training: Training, name: str, folder: Path, alon
     cost = {"bytes": float(_stored(method))}
     if alone or torch.device(bench.args.device).type == "cpu":
         cost |= {"fit": fit, "predict": seconds["test"]}
-    _path(folder, name).with_suffix(".json").write_text(json.dumps(cost))
-    partial_file = _path(folder, name).with_suffix(".partial")
-    save_file(probs, partial_file)
-    partial_file.replace(_path(folder, name))  # a run that is cut short leaves whole files only
+    write(_path(folder, name).with_suffix(".json"), cost)
+    with replacing(_path(folder, name)) as file:  # the last, by which a method counts as finished
+        save_file(probs, file)
     tuning = f"; {method.tuning}" if getattr(method, "tuning", None) else ""
     print(f"{training.name}: {name}, {fit:.0f} s, {seconds['test']:.0f} s{tuning}", flush=True)
 
@@ -131,7 +133,7 @@ def cells(args: argparse.Namespace) -> Iterator[Cell]:
         labels = load_file(_path(folder, LABELS))
         for name in METHODS:
             if _path(folder, name).exists():
-                cost = json.loads(_path(folder, name).with_suffix(".json").read_text())
+                cost = read(_path(folder, name).with_suffix(".json"))
                 probs = load_file(_path(folder, name))
                 yield Cell(training.name, name, labels, probs, cost)
 

@@ -14,10 +14,10 @@ What is finished is kept in ``regressions`` in ``--out``, and not computed again
 
 from __future__ import annotations
 
-import json
 import random
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import set_seed
 
 from benchmarks.harness.arguments import prepare
+from benchmarks.harness.kept import kept
 from benchmarks.harness.report import mean_and_error, write_report
 from benchmarks.study.small_trainings import figures_parser, split_loaders, train
 from examples import support
@@ -148,18 +149,16 @@ def main() -> None:
     args = parser.parse_args()
     prepare(args)
     folder, found = args.out / "regressions", {}
-    folder.mkdir(parents=True, exist_ok=True)
     for task, read in TASKS.items():
         rows = read(args.data)
         for length, epochs in EPOCHS.items() if rows else ():
             for seed in SEEDS:
                 name = f"{task}-{length}-{seed}"
                 path = folder / f"{name}.json"
-                if not path.exists() and not args.report and name.startswith(tuple(args.only)):
-                    path.write_text(json.dumps(figures(list(rows), epochs, seed), indent=1))
-                    print(name, path.read_text(), flush=True)
-                if path.exists():
-                    found[name] = json.loads(path.read_text())
+                asked = not args.report and name.startswith(tuple(args.only))
+                if asked or path.exists():
+                    found[name] = kept(path, {}, partial(figures, list(rows), epochs, seed))
+                    print(name, found[name], flush=True)
     write_report("study.regressions", args, {"Regressions": rows_of(found)}, found)
 
 

@@ -24,7 +24,10 @@ IVON_SETTINGS = {"ess": 1e6, "hess_init": 1e-3, "clip_radius": 1e-3, "weight_dec
 
 
 def with_more_labels(task: Task, args: argparse.Namespace, seed: int, labels: int) -> PeftModel:
-    """Train like the checkpoint, on the training rows and the first validation rows."""
+    """Train like the checkpoint, on the training rows and the first validation rows.
+
+    Epochs are as many, so that more rows are more steps.
+    """
     rows = [*task.splits["train"], *task.splits["val"][:labels]]
     more = replace(task, splits={**task.splits, "train": rows})
     model = pretrained(more, args, seed)

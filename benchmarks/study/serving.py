@@ -116,7 +116,8 @@ def main() -> None:
     parser.add_argument("--val-rows", type=int, default=200, help="most validation rows")
     args = parser.parse_args()
     prepare(args)
-    results = over_checkpoints(args, figures_with(args), f"serving-{args.k}.json")
+    settings = {"rows": args.rows, "val_rows": args.val_rows}
+    results = over_checkpoints(args, figures_with(args), f"serving-{args.k}.json", settings)
     write_report("study.serving", args, {"Served adapters": table(results)}, results)
 
 

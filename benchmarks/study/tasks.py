@@ -91,6 +91,18 @@ def add_task_arguments(parser: argparse.ArgumentParser, tasks: Sequence[str]) ->
     parser.add_argument("--max-tokens", type=int, default=128, help="longer texts are cut")
 
 
+def settings_of(args: argparse.Namespace, splits: Sequence[str]) -> dict[str, Any]:
+    """Return the settings that the rows of some splits, and the model, depend on."""
+    sizes = {f"{split}_size": getattr(args, f"{split}_size") for split in splits}
+    model = args.model and Path(args.model).name
+    return sizes | {"max_tokens": args.max_tokens, "model": model, "decoder": args.decoder}
+
+
+def label_of(args: argparse.Namespace, name: str) -> str:
+    """Return what the files of a task are named after."""
+    return f"decoder-{name}" if args.decoder and name in CLASSIFICATION else name
+
+
 def load_task(args: argparse.Namespace, name: str) -> Task:
     """Read, split and tokenise a task; the splits are the same for every seed of the training.
 
@@ -117,7 +129,9 @@ def _classification_task(args: argparse.Namespace, name: str, folder: Path) -> T
         split: _ordered(split, support.encode(part, tokenizer, args.max_tokens))
         for split, part in parts.items()
     }
-    return Task(name, model, classes, tokenizer, DataCollatorWithPadding(tokenizer), encoded)
+    return Task(
+        label_of(args, name), model, classes, tokenizer, DataCollatorWithPadding(tokenizer), encoded
+    )
 
 
 def _answer_task(args: argparse.Namespace, name: str, folder: Path) -> Task:
@@ -146,9 +160,8 @@ def _answer_task(args: argparse.Namespace, name: str, folder: Path) -> Task:
     ids = [word[place] for word in words]
     if len(set(ids)) < len(ids):
         raise SystemExit(f"--model: the tokenizer does not tell the answers {answers} apart")
-    label = name if name in CHOICE else f"decoder-{name}"
     collate = DataCollatorWithPadding(tokenizer)
-    return Task(label, model, len(ids), tokenizer, collate, encoded, ids)
+    return Task(label_of(args, name), model, len(ids), tokenizer, collate, encoded, ids)
 
 
 def decoder_tokenizer(model: str) -> Any:

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.arguments import RESULTS, plain_parser, prepare
 from benchmarks.harness.half import has_bfloat16
+from benchmarks.harness.kept import read, write
 from benchmarks.harness.report import write_report
 from benchmarks.study.checkpoints import add_study_arguments, checkpoint, folder_of
 from benchmarks.study.tasks import Task, add_task_arguments, load_task
@@ -123,8 +123,8 @@ def figures(training: Training, data: Path, out: Path, device: str) -> dict[str,
             for split in [split for split in ("val", "test", "shifted") if split in task.splits]:
                 report = evaluate(method, task.loader(split, EVALUATION_BATCH), bootstrap=2)
                 found[f"{name}, {split}"] = report.values
-        path.write_text(json.dumps(found, indent=1))
-    return {"checkpoint": f"{task.name}-{training.seed}", **json.loads(path.read_text())}
+        write(path, found)
+    return {"checkpoint": f"{task.name}-{training.seed}", **read(path)}
 
 
 def row_of(found: dict[str, Any]) -> dict[str, str]:

@@ -15,8 +15,8 @@ What is finished is kept in ``tuners`` in ``--out``, and not computed again.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from peft import AdaLoraConfig, IA3Config, LoHaConfig, OFTConfig, VeraConfig, ge
 from transformers import set_seed
 
 from benchmarks.harness.arguments import prepare
+from benchmarks.harness.kept import figures_of, keep
 from benchmarks.harness.report import mean_and_error, write_report
 from benchmarks.study.checkpoints import base_model
 from benchmarks.study.judging import FIT_BATCH
 from benchmarks.study.small_trainings import WAYS, figures_parser, judged, train, tuned
-from benchmarks.study.tasks import Task, add_task_arguments, load_task
+from benchmarks.study.tasks import Task, add_task_arguments, load_task, settings_of
 from benchmarks.study.trainings import EPOCHS, EVALUATION_BATCH, SEEDS
 from laplace_lora import KronLoraLaplace, LogitsModel
 from laplace_lora.evaluation import MAP, TemperatureScaling
@@ -109,19 +110,17 @@ def main() -> None:
     args: argparse.Namespace = parser.parse_args()
     prepare(args)
     folder: Path = args.out / "tuners"
-    folder.mkdir(parents=True, exist_ok=True)
-    tasks: dict[str, Task] = {}
+    settings = settings_of(args, ("train", "val", "test", "shifted"))
+    load = cache(partial(load_task, args))
     found = {}
     for seed, task, tuner, length in names():
         name = f"{tuner}-{task}-{length}-{seed}"
         path = folder / f"{name}.json"
         if not path.exists() and not args.report and name.startswith(tuple(args.only)):
-            if task not in tasks:
-                tasks[task] = load_task(args, task)
-            path.write_text(json.dumps(figures(tasks[task], tuner, length, seed), indent=1))
+            keep(path, settings, figures(load(task), tuner, length, seed))
             print(name, path.read_text(), flush=True)
         if path.exists():
-            found[name] = json.loads(path.read_text())
+            found[name] = figures_of(path, settings)
     tables = {
         f"{split.capitalize()} NLL": rows_of(found, split) for split in ("test", "shifted") if found
     }

@@ -75,6 +75,68 @@ def test_tables_by_hand(peers):
     assert len(raw) == len(cells) and "shifted NLL" not in raw[0]["values"]
 
 
+def test_wins_are_larger_than_rounding(peers):
+    """By 0.0004 nats on each of three trainings, and by far on two."""
+    cells = []
+    for seed in range(3):
+        cells.append(cell(peers, f"encoder-near-{seed}", "MAP", [0.9] * 4))
+        cells.append(cell(peers, f"encoder-near-{seed}", "ours", [0.9 * math.exp(4e-4)] * 4))
+    for seed in range(2):
+        cells.append(cell(peers, f"encoder-few-{seed}", "MAP", [0.6] * 4))
+        cells.append(cell(peers, f"encoder-few-{seed}", "ours", [0.9] * 4))
+    tables, _ = peers.tables_of(cells)
+    rows = tables["Wins: cells with a lower test NLL by more than two standard errors"]
+    assert {row[""]: row for row in rows}["ours"]["MAP"] == "0 of 1"
+
+
+@pytest.mark.parametrize("names", [["K-FAC, evidence"], ["K-FAC calibrated, 50", "K-FAC"]])
+def test_costs_do_not_depend_on_earlier_runs(peers, monkeypatch, tmp_path, names):
+    """What shares K-FAC's fit is timed without it; K-FAC itself with it."""
+    happened = []
+
+    class Bench:
+        args = argparse.Namespace(device="cpu")
+        task = argparse.Namespace(
+            evaluated=["test"], splits={"test": [{"labels": 0}]}, target_ids=None
+        )
+
+        def __init__(self, *given):
+            self.made = False
+
+        def kfac(self):
+            if not self.made:
+                happened.append("fit")
+                self.made = True
+            return lambda batch: torch.ones(1, 1)
+
+        def loader(self, split):
+            return [None]
+
+    class Watch:
+        def __init__(self, device):
+            happened.append("watch")
+
+        def lap(self):
+            return 0.0
+
+    monkeypatch.setattr(peers, "Bench", Bench)
+    monkeypatch.setattr(peers, "Stopwatch", Watch)
+    monkeypatch.setattr(peers, "_stored", lambda method: 0)
+    monkeypatch.setattr(peers, "checkpoint", lambda *given: (None, {}))
+    monkeypatch.setattr(peers, "LogitsModel", lambda *given: None)
+    monkeypatch.setattr(peers.Training, "load", lambda *given: (Bench.task, Bench.args))
+
+    def method(name):
+        return lambda bench: happened.append(name) or bench.kfac()
+
+    monkeypatch.setattr(peers, "METHODS", {name: method(name) for name in peers.METHODS})
+    args = argparse.Namespace(out=tmp_path, data=tmp_path, device="cpu", workers=1)
+    (tmp_path / "checkpoints" / "encoder-sst2-short-0").mkdir(parents=True)
+    assert peers.compute(peers.Training("encoder", "sst2", "short", 0), args, names) == []
+    first = ["watch", "K-FAC", "fit"] if "K-FAC" in names else ["fit", "watch", *names]
+    assert happened[:3] == first
+
+
 def test_an_ensemble_averages_its_members(peers):
     """Three seeds of a decoder; two more of an encoder, which stand in no table themselves."""
     for model, rights in (("decoder", (0.2, 0.4, 0.9)), ("encoder", (0.2, 0.4, 0.9, 0.1, 0.9))):

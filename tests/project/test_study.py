@@ -70,7 +70,7 @@ def small_arguments(tmp_path, *extra):
     return parser.parse_args(given)
 
 
-def test_a_checkpoint_is_trained_once(benchmarks, tmp_path):
+def test_a_checkpoint_is_trained_once(benchmarks, tmp_path, capsys):
     from benchmarks.study.checkpoints import checkpoint, folder_of
     from benchmarks.study.tasks import load_task
     from transformers import BertForSequenceClassification
@@ -97,9 +97,21 @@ def test_a_checkpoint_is_trained_once(benchmarks, tmp_path):
     assert torch.equal(model(**batch).logits, again(**batch).logits)
     other, _ = checkpoint(task, args, seed=2)
     assert not torch.equal(model(**batch).logits, other(**batch).logits)
-    more = small_arguments(tmp_path, "--model", str(tmp_path / "model"), "--epochs", "3")
-    with pytest.raises(SystemExit, match="other settings"):
-        checkpoint(task, more, seed=1)
+
+    def with_other(*given):
+        return small_arguments(tmp_path, "--model", str(tmp_path / "model"), *given)
+
+    with pytest.raises(SystemExit, match="epochs 2, not 3"):
+        checkpoint(task, with_other("--epochs", "3"), seed=1)
+    held = with_other("--val-size", "20")  # as many rows to train on, some of them held out now
+    with pytest.raises(SystemExit, match="training rows"):
+        checkpoint(load_task(held, "cola"), held, seed=1)
+    path = folder_of(task, args, 1) / "training.json"
+    record.pop("training rows")  # as an earlier version wrote it
+    path.write_text(json.dumps(record))
+    capsys.readouterr()
+    checkpoint(task, args, seed=1)
+    assert "does not say its training rows" in capsys.readouterr().out
 
 
 def test_answers_of_a_decoder_are_read(benchmarks, monkeypatch, tmp_path):
@@ -142,3 +154,6 @@ def test_structures_are_compared_on_the_same_checkpoints(benchmarks, monkeypatch
     assert errors["K-FAC expand, dense"] > 1e-3 and errors["diagonal"] > 1e-3
     assert len(report["tables"]["cola"]) == len(cells)
     assert (out / "approximation-cola.png").stat().st_size > 10_000
+    monkeypatch.setattr(sys, "argv", [*argv, "--test-size", "5"])
+    with pytest.raises(SystemExit, match="test_size 10, not 5"):
+        approximation.main()
