@@ -47,8 +47,18 @@ class Pass:
         team.add_up(self.tensors(state))
 
     def resume(self, state: Any, stored: Sequence[Tensor]) -> None:
-        """Put what an interrupted pass had summed up in the place of a first batch's sums."""
-        for tensor, value in zip(self.tensors(state), stored, strict=True):
+        """Put what an interrupted pass had summed up in the place of a first batch's sums.
+
+        Raises:
+            ValueError: If these are other sums, as an earlier version may have kept.
+        """
+        sums = self.tensors(state)
+        if [tensor.shape for tensor in sums] != [value.shape for value in stored]:
+            raise ValueError(
+                "an earlier version of this package began the fit, and summed up something else; "
+                "delete the files of its checkpoint_dir to start anew"
+            )
+        for tensor, value in zip(sums, stored, strict=True):
             tensor.copy_(value)
 
 

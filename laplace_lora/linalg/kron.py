@@ -21,7 +21,8 @@ class KronFactors:
 
     A weight has two factors in the order of its dimensions (``[grad_cov, input_cov]`` for a
     ``(out, in)`` weight), of which the second is a mean over the data; a bias has one. Projections
-    of the same input share one factor object, and so do a weight and its bias; sums, scalings and
+    of the same input share one factor object, and so do a weight and its bias, unless the weight is
+    ``(in, out)`` and has the mean of what the bias has the sum of; sums, scalings and
     decompositions keep them shared.
 
     Args:

@@ -145,7 +145,7 @@ class LaplaceNames(PosteriorParts):
     @property
     def log_det_posterior_precision(self) -> Tensor:
         """``log det P``, a float64 scalar."""
-        prior = expanded(self.prior_precision, self.fitted.engine.sizes)
+        prior = expanded(self.prior_precision, self.engine.sizes)
         return self.log_det_ratio + prior.double().log().sum()
 
     @in_full_precision
@@ -163,8 +163,10 @@ class LaplaceNames(PosteriorParts):
 
         Raises:
             RuntimeError: If prior precision or noise ask for gradients by which it has none.
+            ValueError: If these are not Jacobians by the posterior's weights, on its device.
         """
         posterior = self.fitted
+        self._check_jacobians(Js)
         check_no_gradient(posterior)
         return posterior.laplace_precision.covariance(Js.split(posterior.engine.sizes, -1))
 

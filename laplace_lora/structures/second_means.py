@@ -58,4 +58,8 @@ def _scaled(
 
 def _times(side: Side, scalar: float) -> Side:
     assert isinstance(side, Eigen)  # a weight has no diagonal side that is stored as (in, out)
-    return replace(side, values=side.values * scalar, residual=side.residual * scalar)
+    # A bias has the other one's, and two names for one tensor cannot be saved.
+    vectors = side.vectors.clone()
+    return replace(
+        side, vectors=vectors, values=side.values * scalar, residual=side.residual * scalar
+    )

@@ -87,6 +87,19 @@ def test_what_is_kept_belongs_to_one_fit(tmp_path):
         la.fit(loader(2), checkpoint_every=2)
 
 
+def test_other_sums_than_this_version_s_are_refused(tmp_path):
+    options = {"checkpoint_dir": tmp_path, "checkpoint_every": 1}
+    with pytest.raises(Interruption):
+        posterior(KronLoraLaplace, **LOW).fit(Interrupted(loader(2), 2), **options)
+    (file,) = tmp_path.iterdir()
+    with safe_open(file, "pt") as opened:
+        numbers = opened.metadata()
+    tensors = {name: tensor.unsqueeze(0) for name, tensor in load_file(file).items()}
+    save_file(tensors, file, numbers)
+    with pytest.raises(ValueError, match="delete the files of its checkpoint_dir"):
+        posterior(KronLoraLaplace, **LOW).fit(loader(2), **options)
+
+
 def test_what_is_kept_is_of_one_backend(tmp_path):
     options = {"checkpoint_dir": tmp_path, "checkpoint_every": 1}
     with pytest.raises(Interruption):

@@ -9,7 +9,15 @@ from laplace.baselaplace import BaseLaplace
 from laplace.laplace import _all_subclasses
 from torch.utils.data import DataLoader, TensorDataset
 
-from laplace_lora import FullLoraLaplace, LogitsModel, LoraEF, LoraGGN, LowRankLoraLaplace
+from laplace_lora import (
+    DiagLoraLaplace,
+    FullLoraLaplace,
+    KronLoraLaplace,
+    LogitsModel,
+    LoraEF,
+    LoraGGN,
+    LowRankLoraLaplace,
+)
 from support.batches import LENGTHS, loader, token_batch
 from support.exact_posteriors import BOTH, LAYERS, NEW_BATCH, exact_posterior
 from support.models import peft_model
@@ -231,6 +239,16 @@ def test_densities_have_gradients_by_prior_and_noise(cls, kwargs):
         variables = [la.prior_precision, la.sigma_noise]
         slopes.append(torch.autograd.grad(la.log_prob(vector).sum(), variables))
     assert_near(list(slopes[0]), list(slopes[1]), 1e-5)
+
+
+@pytest.mark.parametrize("cls", [KronLoraLaplace, DiagLoraLaplace, FullLoraLaplace])
+def test_what_are_no_jacobians_is_refused(cls):
+    la = cls(peft_model("bert"), "classification")
+    la.fit(loader())
+    J = torch.randn(2, 3, la.n_params, dtype=torch.float64)
+    for wrong in (J[..., 1:], J[0], J.numpy()):
+        with pytest.raises(ValueError, match=r"Jacobians|unpack"):
+            la.functional_variance(wrong)
 
 
 def test_variances_without_gradients_by_the_prior_are_refused():

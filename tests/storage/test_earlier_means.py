@@ -61,6 +61,8 @@ def test_more_data_are_added_to_what_an_earlier_version_saved(kwargs, way, earli
         new = KronLoraLaplace.from_pretrained(net, tmp_path)
     tolerance = 1e-2 if way == "half" else 1e-9
     assert_near(new(BATCH), said, tolerance)
+    new.save_pretrained(tmp_path / "again", precision="exact")
+    assert_near(KronLoraLaplace.from_pretrained(net, tmp_path / "again")(BATCH), new(BATCH), 1e-9)
     new.fit(part(DATA[3:]), override=False)
     whole.fit(part(DATA[:3]))
     whole.fit(part(DATA[3:]), override=False)

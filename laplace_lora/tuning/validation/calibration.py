@@ -30,8 +30,8 @@ from laplace_lora.tuning.validation.cached_rows import CachedRows
 from laplace_lora.tuning.validation.cached_targets import CachedTargets
 from laplace_lora.tuning.validation.calibration_search import (
     Found,
+    LabelledRows,
     Point,
-    Rows,
     exponential,
     search_some,
 )
@@ -73,7 +73,12 @@ class Calibration(Result):
 
     @classmethod
     def of(
-        cls, settings: Settings, rows: Rows, start: Point, found: Found, noise: float | None = None
+        cls,
+        settings: Settings,
+        rows: LabelledRows,
+        start: Point,
+        found: Found,
+        noise: float | None = None,
     ) -> Calibration:
         """Return what was chosen, and what it changed on some rows.
 

@@ -34,7 +34,7 @@ NEAR = {"diff_step": 1e-2, "ftol": 1e-5, "xtol": 1e-4, "gtol": 1e-12, "max_nfev"
 HOLD = 3e-4  # of each number to its present value, which holds what predictions hardly depend on
 
 Point = tuple[float, ...]
-Self = TypeVar("Self", bound="Rows")
+Self = TypeVar("Self", bound="LabelledRows")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class PointPredictions(Protocol):
         ...
 
 
-class Rows(PointPredictions, Protocol):
+class LabelledRows(PointPredictions, Protocol):
     """Labelled rows, and what a point says about them."""
 
     @property
@@ -84,7 +84,7 @@ class Rows(PointPredictions, Protocol):
         ...
 
 
-def search_some(rows: Rows, start: Point, widths: Sequence[float]) -> Found:
+def search_some(rows: LabelledRows, start: Point, widths: Sequence[float]) -> Found:
     """Return the result of `search`; of many rows some are searched, and all are scored.
 
     Random ones, the same at every call. Where several rows belong together, all are searched.
