@@ -13,6 +13,7 @@ from laplace_lora.commands.reading.columns import CHOSEN, REJECTED, is_preferenc
 from laplace_lora.commands.reading.cuts import cuts_said
 from laplace_lora.commands.reading.opened import Opened, open_posterior
 from laplace_lora.commands.reading.rows import Row, read_rows
+from laplace_lora.commands.reading.unread import prompts_said
 from laplace_lora.display.tables import plain
 from laplace_lora.predictive.predictions import Predictions
 
@@ -70,10 +71,13 @@ def predictions(opened: Opened, rows: Sequence[Row], batch_size: int, quiet: boo
         opened: The posterior.
         rows: Texts, or preference pairs for a reward model.
         batch_size: Rows per batch.
-        quiet: Whether nothing is said of texts that are cut.
+        quiet: Whether nothing is said of texts that are cut, and prompts that are not read.
     """
     inputs, data = opened.inputs, None
     if _compares(opened, rows):
+        prompts = prompts_said(opened.plan, rows)
+        if prompts is not None and not quiet:
+            click.echo(prompts, err=True)
         data = inputs.loader(rows, batch_size)
     examples: Any = data and data.dataset
     if examples is None:

@@ -525,6 +525,10 @@ def test_a_column_that_the_fit_did_not_read_changes_no_pair(adapter, tmp_path):
         for rows in (pairs, [{"prompt": "the film was", **row} for row in pairs])
     ]
     assert found[0] == found[1]
+    said = "'prompt' is not read: the fit's pairs had none; --text-field prompt reads it.\n"
+    args = ("predict", folder, "--data", tmp_path / "x.jsonl")
+    assert run(*args).stderr == said
+    assert run(*args, "-q").stderr == run(*args, "--text-field", "prompt").stderr == ""
 
 
 @pytest.mark.parametrize("likelihood", ["token_classification", "question_answering"])

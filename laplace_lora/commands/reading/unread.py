@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from laplace_lora.adapters.selection import listed
 from laplace_lora.commands.reading.columns import (
@@ -15,7 +16,12 @@ from laplace_lora.commands.reading.columns import (
     present_in,
 )
 from laplace_lora.commands.reading.completions import COMPLETIONS
-from laplace_lora.commands.reading.messages import ASSISTANT
+from laplace_lora.commands.reading.messages import (
+    ASKING,
+    ASSISTANT,
+    has_role,
+    is_messages,
+)
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
 
@@ -90,6 +96,34 @@ def columns_said(plan: Plan, rows: Sequence[Row]) -> str:
             "the last answer of each is scored, earlier ones are read as context"
         )
     return f"{said}."
+
+
+def prompts_said(plan: Plan, rows: Sequence[Row]) -> str | None:
+    """Return which column beside preference pairs may hold prompts and is not read, as a sentence.
+
+    Args:
+        plan: How rows are read.
+        rows: Preference pairs of a reward model.
+
+    Raises:
+        ValueError: If the answers of a pair, messages, would then stand alone.
+    """
+    left = [name for name in TEXTS if name in present_in(rows)]
+    if plan.columns.text is not None or not left:
+        return None
+    said = f"{left[0]!r} is not read: the fit's pairs had none; --text-field {left[0]} reads it"
+    for number, row in enumerate(rows, start=1):
+        for name in (CHOSEN, REJECTED):
+            if _begins_with_answer(row.get(name)):
+                raise ValueError(
+                    f"row {number}: the messages in its column {name!r} begin with an answer, and "
+                    f"{said}. If they are all that there is to read, leave that column out"
+                )
+    return f"{said}."
+
+
+def _begins_with_answer(content: Any) -> bool:
+    return is_messages(content) and not has_role(content[0], ASKING)
 
 
 def _has_earlier_answers(columns: Columns, row: Row) -> bool:

@@ -3,8 +3,8 @@
 import pytest
 
 from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
-from laplace_lora.commands.reading.planning import plan_fit
-from laplace_lora.commands.reading.unread import columns_said
+from laplace_lora.commands.reading.planning import plan_again, plan_fit
+from laplace_lora.commands.reading.unread import columns_said, prompts_said
 from support.on_disk import tokenizer
 
 META = {"id": "row-1", "source": "a site", "notes": "see the film", "idx": 3, "n2": "0.5"}
@@ -106,3 +106,23 @@ def test_earlier_answers_of_conversations_are_said_to_be_context():
     completed = {"prompt": rows[1]["messages"], "completion": [answer]}  # is scored, not the prompt
     plan = planned(completed, CAUSAL)
     assert columns_said(plan, [completed]) == "Reads 'prompt' and 'completion'."
+
+
+def test_answers_without_the_prompts_beside_them_are_refused():
+    """Pairs whose prompts the fit read within the conversations."""
+
+    def said(*contents):
+        roles = ("user", "assistant")[-len(contents) :]
+        return [{"role": r, "content": x} for r, x in zip(roles, contents, strict=True)]
+
+    adapter = Adapter(None, tokenizer(chat=True), HEAD, 1, [], None, 24)
+    whole = {"chosen": said("the film", "good"), "rejected": said("the film", "bad")}
+    plan = plan_fit(adapter, [whole], {})
+    answers = {"chosen": said("good"), "rejected": said("bad")}
+    beside = [{"prompt": said("the film", "was")[:1], **answers}]
+    again = plan_again(adapter, plan, beside, {})
+    with pytest.raises(ValueError, match=r"row 1: .* 'chosen' begin with an answer, and 'prompt' "):
+        prompts_said(again, beside)
+    assert prompts_said(plan_again(adapter, plan, beside, {"text_field": "prompt"}), beside) is None
+    assert prompts_said(again, [answers]) is None
+    assert "--text-field prompt reads it" in prompts_said(again, [{"prompt": "the film", **whole}])
