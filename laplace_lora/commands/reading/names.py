@@ -90,7 +90,8 @@ def check_order(
 ) -> None:
     """Refuse data whose numbers stand for the model's classes in another order.
 
-    Names that are others altogether, translated ones, say, tell nothing.
+    Case does not matter. Names that are others altogether, translated ones, say, tell nothing, and
+    neither do mere numbers.
 
     Args:
         names: Of the model's classes.
@@ -99,10 +100,14 @@ def check_order(
         source: The option and its data.
 
     Raises:
-        ValueError: If the names are the same, but not their order.
+        ValueError: If a name of both has another place in each.
     """
     model, data = ([name.strip() for name in x] for x in (names, named.get(column or "", ())))
-    if model != data and sorted(model) == sorted(data):
+    one, other = ([name.casefold() for name in x] for x in (model, data))
+    if len({*one}) < len(one) or len({*other}) < len(other):
+        one, other = model, data
+    common = {*one} & {*other}
+    if not are_unnamed(data) and any(one.index(name) != other.index(name) for name in common):
         numbered, said = (", ".join(map(repr, x)) for x in (data, model))
         raise ValueError(
             f"{source}: the column {column!r} numbers the classes in the order {numbered}, and the "

@@ -22,7 +22,7 @@ from laplace_lora.commands.reading.columns import (
 from laplace_lora.commands.reading.completions import completion_column
 from laplace_lora.commands.reading.decoder import read_before
 from laplace_lora.commands.reading.ending import appends_eos
-from laplace_lora.commands.reading.labels import NUMBERS, classes_of
+from laplace_lora.commands.reading.labels import NUMBERS, are_unnamed, classes_of
 from laplace_lora.commands.reading.likelihood import WITH_CLASSES, likelihood_asked
 from laplace_lora.commands.reading.names import check_order, class_names
 from laplace_lora.commands.reading.plan import Plan
@@ -87,7 +87,8 @@ def plan_fit(
         names = []
     check_order(names, named, columns.label, "--data")
     labels_as = options.get("labels_as")
-    if labels_as is None and of_data and likelihood == "classification":
+    is_numbered = of_data and not are_unnamed(of_data) and not are_unnamed(names)
+    if labels_as is None and is_numbered and likelihood == "classification":
         labels_as = NUMBERS
     plan = Plan(
         likelihood,

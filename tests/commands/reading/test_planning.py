@@ -5,7 +5,7 @@ import pytest
 from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
 from laplace_lora.commands.reading.columns import Columns
 from laplace_lora.commands.reading.labels import classes_of
-from laplace_lora.commands.reading.names import class_names
+from laplace_lora.commands.reading.names import check_order, class_names
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.planning import plan_again, plan_fit
 from support.on_disk import tokenizer
@@ -142,6 +142,24 @@ def test_a_data_set_names_the_classes_of_a_model_that_has_no_names():
     for own, options in ((["pos", "neg"], {}), ([], {"labels": ["pos", "neg"]})):
         with pytest.raises(ValueError, match=r"'label' numbers .* order 'neg', 'pos', and the .*"):
             names(own, **options)
+
+
+@pytest.mark.parametrize("data", [["good", "bad"], ["GOOD", "BAD", "fine"], ["bad", "so", "good"]])
+def test_a_class_of_both_has_one_place(data):
+    with pytest.raises(ValueError, match="numbers the classes in the order"):
+        check_order(["Bad", "Good"], {"label": data}, "label", "--data rows")
+
+
+@pytest.mark.parametrize("data", [["BAD", "good"], ["0", "1"], ["a", "b"], ["bad", "good", "so"]])
+def test_other_names_and_mere_numbers_tell_nothing(data):
+    check_order(["Bad", "Good"], {"label": data}, "label", "--data rows")
+    check_order(["1", "0"], {"label": ["0", "1"]}, "label", "--data rows")
+
+
+def test_a_later_file_may_have_names_where_a_data_set_gave_none():
+    adapter = Adapter(None, tokenizer(), HEAD, 2, [], None, 24)
+    plan = plan_fit(adapter, [{"text": "the film", "label": 1}], {}, {"label": ["0", "1"]})
+    assert classes_of(["LABEL_1", "LABEL_0"], plan.names, plan.labels_as)[0] == [1, 0]
 
 
 @pytest.mark.parametrize("names", [["1", "2"], ["1", "0"]])
