@@ -69,6 +69,12 @@ def point_out(text: str) -> None:
     click.echo(f"Warning: {text}", err=True)
 
 
+def note(text: str | None, quiet: bool) -> None:
+    """Write what a user may want to know to standard error, if there is anything."""
+    if text is not None and not quiet:
+        click.echo(text, err=True)
+
+
 def as_written(text: str) -> str:
     """Return a help text in which click leaves paragraphs with indented lines as they are."""
     paragraphs = inspect.cleandoc(text).split("\n\n")

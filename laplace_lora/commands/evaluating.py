@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from laplace_lora.commands.base import note
 from laplace_lora.commands.output import as_json, check_writable, result_file
 from laplace_lora.commands.reading.columns import cell, present_in, read_beside
 from laplace_lora.commands.reading.cuts import cuts_said
@@ -65,9 +66,7 @@ def run(
     check_order(names, apart_classes, label, f"--apart {apart}")
     batch_size = options["batch_size"]
     loader = opened.inputs.loader(rows, batch_size)
-    cuts = cuts_said(opened.inputs, loader.dataset, rows)
-    if cuts is not None and not options["quiet"]:
-        click.echo(cuts, err=True)
+    note(cuts_said(opened.inputs, loader.dataset, rows), options["quiet"])
     other, own = None, None
     if ood_rows is not None:
         with read_beside(ood_rows, opened.plan.columns, f"--ood {ood}"):

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import click
-
+from laplace_lora.commands.base import note
 from laplace_lora.commands.output import check_writable, json_lines
-from laplace_lora.commands.reading.columns import CHOSEN, REJECTED, is_preference, present_in
+from laplace_lora.commands.reading.columns import CHOSEN, REJECTED, are_pairs, present_in
 from laplace_lora.commands.reading.cuts import cuts_said
 from laplace_lora.commands.reading.opened import Opened, open_posterior
 from laplace_lora.commands.reading.rows import Row, read_rows
@@ -49,7 +48,7 @@ def _check_is_of_rows(adapter: str, likelihood: str) -> None:
 
 def _compares(opened: Opened, rows: Sequence[Row]) -> bool:
     """Return whether a reward model is asked which text of a pair wins."""
-    return opened.plan.likelihood == "reward_modeling" and is_preference(rows)
+    return are_pairs(rows, opened.plan.likelihood)
 
 
 def _check_kept(keep: Sequence[str], opened: Opened, rows: Sequence[Row]) -> None:
@@ -75,16 +74,12 @@ def predictions(opened: Opened, rows: Sequence[Row], batch_size: int, quiet: boo
     """
     inputs, data = opened.inputs, None
     if _compares(opened, rows):
-        prompts = prompts_said(opened.plan, rows)
-        if prompts is not None and not quiet:
-            click.echo(prompts, err=True)
+        note(prompts_said(opened.plan, rows), quiet)
         data = inputs.loader(rows, batch_size)
     examples: Any = data and data.dataset
     if examples is None:
         examples = [inputs.text(row, n) for n, row in enumerate(rows, start=1)]
-    cuts = cuts_said(inputs, examples, rows)
-    if cuts is not None and not quiet:
-        click.echo(cuts, err=True)
+    note(cuts_said(inputs, examples, rows), quiet)
     found = opened.la.predict(data or examples, opened.adapter.tokenizer, batch_size=batch_size)
     assert isinstance(found, Predictions)  # no command loads a token classifier
     return found

@@ -23,7 +23,7 @@ from laplace_lora.commands.reading.answers import (
     quoted,
     spaced,
 )
-from laplace_lora.commands.reading.columns import CHOSEN, is_preference
+from laplace_lora.commands.reading.columns import CHOSEN, are_pairs
 from laplace_lora.commands.reading.ending import why_no_eos
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.plan import Plan
@@ -101,11 +101,10 @@ def warn_if_trained_with_eos(
         options: Of the command line.
     """
     pairs = [row for row in rows if isinstance(row.get(CHOSEN), str)]
-    is_asked = options["eos"] is None and plan.likelihood == "reward_modeling"
-    is_open = is_asked and is_preference(rows) and why_no_eos(adapter, plan, rows) is None
-    count = min(len(pairs), PAIRS)
-    if not is_open or count < 2:
+    is_asked = options["eos"] is None and are_pairs(rows, plan.likelihood)
+    if not is_asked or why_no_eos(adapter, plan, rows) is not None:
         return
+    count = min(len(pairs), PAIRS)
     some = [pairs[i * len(pairs) // count] for i in range(count)]
     plain, with_token = (Inputs(adapter, replace(plan, eos=eos)) for eos in (False, True))
     some = [row for row in some if _takes(with_token, row)]

@@ -126,10 +126,14 @@ def is_preference(rows: Sequence[Row]) -> bool:
     return {CHOSEN, REJECTED} <= set(present_in(rows))
 
 
+def are_pairs(rows: Sequence[Row], likelihood: str) -> bool:
+    """Return whether rows are preference pairs, and a reward model reads them."""
+    return likelihood == "reward_modeling" and is_preference(rows)
+
+
 def text_column(rows: Sequence[Row], columns: Columns, likelihood: str) -> str | None:
     """Return the column of what ends texts: of a reward model's pairs that of one half."""
-    is_pair = likelihood == "reward_modeling" and is_preference(rows)
-    return CHOSEN if is_pair else columns.text
+    return CHOSEN if are_pairs(rows, likelihood) else columns.text
 
 
 def has_conversations_only(rows: Sequence[Row], name: str | None) -> bool:

@@ -13,9 +13,9 @@ from laplace_lora.commands.reading.columns import (
     CHOSEN,
     REJECTED,
     Columns,
+    are_pairs,
     columns_of,
     has_conversations_only,
-    is_preference,
     label_cells,
     text_column,
 )
@@ -43,8 +43,7 @@ def read_columns(
     is_needed = likelihood == completes
     completion = completion_column(rows, columns, asked, likelihood, known, is_needed)
     columns = _read_by(likelihood, replace(columns, completion=completion), asked, rows)
-    is_pair = likelihood == "reward_modeling" and is_preference(rows)
-    if is_pair and known is not None and known.text is None:
+    if are_pairs(rows, likelihood) and known is not None and known.text is None:
         return replace(columns, text=asked.text)  # a prompt that no pair of the fit had
     return columns
 
@@ -177,8 +176,7 @@ def _read_by(likelihood: str, columns: Columns, asked: Columns, rows: Sequence[R
         return columns
     if asked.pair is not None:
         raise ValueError(f"--pair-field: a {likelihood} posterior reads no second text")
-    is_pair = likelihood == "reward_modeling" and is_preference(rows)
-    if is_pair and asked.text in (CHOSEN, REJECTED):
+    if are_pairs(rows, likelihood) and asked.text in (CHOSEN, REJECTED):
         raise ValueError(
             f"--text-field {asked.text}: both columns of preference pairs are read without it, and "
             "it names the column of their prompts; leave it out. Rewards of single texts are "

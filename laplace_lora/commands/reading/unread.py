@@ -12,7 +12,7 @@ from laplace_lora.commands.reading.columns import (
     REJECTED,
     TEXTS,
     Columns,
-    is_preference,
+    are_pairs,
     present_in,
 )
 from laplace_lora.commands.reading.completions import COMPLETIONS
@@ -78,7 +78,7 @@ def columns_said(plan: Plan, rows: Sequence[Row]) -> str:
     """Return which columns are read, and which are not, as a sentence."""
     columns, likelihood = plan.columns, plan.likelihood
     texts = [columns.text, columns.pair, columns.completion]
-    if likelihood == "reward_modeling" and is_preference(rows):
+    if are_pairs(rows, likelihood):
         texts += [CHOSEN, REJECTED]
     read = [repr(name) for name in texts if name is not None]
     has_labels = likelihood not in ("reward_modeling", "language_modeling")
