@@ -27,11 +27,7 @@ from laplace_lora.commands.reading.planning import plan_fit
 from laplace_lora.commands.reading.repository import file_of
 from laplace_lora.commands.reading.rows import Row, read_named
 from laplace_lora.commands.reading.unread import columns_said
-from laplace_lora.commands.training_warnings import (
-    warn_if_other_tokens,
-    warn_if_spaces_meet,
-    warn_if_trained_with_eos,
-)
+from laplace_lora.commands.training_warnings import warn_if_trained_otherwise
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.storage.adapter_start import FILE as START
@@ -73,9 +69,7 @@ def run(
         check_order(plan.names, val_named, plan.columns.label, f"--val {val}")
         with read_beside(val_rows, plan.columns, f"--val {val}"):
             val_loader = inputs.loader(val_rows, options["batch_size"])
-    warn_if_trained_with_eos(loaded, plan, rows, options)
-    warn_if_other_tokens(loaded, plan, rows)
-    warn_if_spaces_meet(loaded, plan, rows)
+    warn_if_trained_otherwise(loaded, plan, rows, options)
     torch.manual_seed(seed)
     la = new_posterior(loaded, plan, options["structure"], options["uncovered"], rows)
     start_at(la, adapter)

@@ -184,3 +184,10 @@ def test_doctor_refuses_data_as_a_fit_does(made, data):
     unlabelled = data("train", lambda row: {"text": row["text"]})
     message = refused("doctor", made("classifier"), "--data", unlabelled)
     assert "no column for the label" in message
+
+
+def test_doctor_warns_as_a_fit_does(made, data, monkeypatch):
+    found = "laplace_lora.commands.training_warnings.prompts_with_space"
+    monkeypatch.setattr(found, lambda prompts, *_: [0])
+    args = ("doctor", made("decoder"), "--data", data("train"), "--target", "bad", "good")
+    assert "Warning: 1 of 48 prompts end in a space" in run(*args).stderr
