@@ -16,8 +16,9 @@ from laplace_lora.commands.base import note
 from laplace_lora.commands.output import as_json, check_writable, result_file
 from laplace_lora.commands.reading.columns import cell, present_in, read_beside
 from laplace_lora.commands.reading.cuts import cuts_said
+from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.likelihood import WITH_CLASSES
-from laplace_lora.commands.reading.names import check_order
+from laplace_lora.commands.reading.names import read_as_numbered
 from laplace_lora.commands.reading.opened import Opened, open_posterior
 from laplace_lora.commands.reading.rows import STANDARD, Row, read_named, read_rows
 from laplace_lora.display.tables import with_error
@@ -61,19 +62,20 @@ def run(
     apart_rows, apart_classes = (None, {}) if apart is None else read_named(apart)
     groups = None if group_field is None else _groups(rows, group_field)
     opened = open_posterior(adapter, rows, options, check=_check_has_classes)
-    names, label = opened.plan.names, opened.plan.columns.label
-    check_order(names, classes, label, f"--data {data}")
-    check_order(names, apart_classes, label, f"--apart {apart}")
+    inputs, apart_inputs = (
+        Inputs(opened.adapter, read_as_numbered(opened.plan, named, options, source))
+        for named, source in ((classes, f"--data {data}"), (apart_classes, f"--apart {apart}"))
+    )
     batch_size = options["batch_size"]
-    loader = opened.inputs.loader(rows, batch_size)
-    note(cuts_said(opened.inputs, loader.dataset, rows), options["quiet"])
+    loader = inputs.loader(rows, batch_size)
+    note(cuts_said(inputs, loader.dataset, rows), options["quiet"])
     other, own = None, None
     if ood_rows is not None:
         with read_beside(ood_rows, opened.plan.columns, f"--ood {ood}"):
             other = _unlabelled(opened, ood_rows, batch_size)
     if apart_rows is not None:
         with read_beside(apart_rows, opened.plan.columns, f"--apart {apart}"):
-            own = opened.inputs.loader(apart_rows, batch_size)
+            own = apart_inputs.loader(apart_rows, batch_size)
     quietly = partial(opened.la.predict, progress_bar=False)
     adapter_alone = MAP(opened.la.logits_model, likelihood=opened.plan.likelihood)
     methods: dict[str, Any] = {"MAP": adapter_alone, "Laplace": quietly}

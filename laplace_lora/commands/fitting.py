@@ -21,7 +21,7 @@ from laplace_lora.commands.reading.columns import read_beside
 from laplace_lora.commands.reading.cuts import cuts_said
 from laplace_lora.commands.reading.decoder import decoder_said
 from laplace_lora.commands.reading.inputs import Inputs
-from laplace_lora.commands.reading.names import check_order
+from laplace_lora.commands.reading.names import read_as_numbered
 from laplace_lora.commands.reading.plan import PLAN, Plan, plan_text
 from laplace_lora.commands.reading.planning import plan_fit
 from laplace_lora.commands.reading.repository import file_of
@@ -66,9 +66,9 @@ def run(
         click.echo(reading_said(inputs, rows, train_loader), err=True)
     val_loader = None
     if val_rows is not None:
-        check_order(plan.names, val_named, plan.columns.label, f"--val {val}")
+        val_plan = read_as_numbered(plan, val_named, options, f"--val {val}")
         with read_beside(val_rows, plan.columns, f"--val {val}"):
-            val_loader = inputs.loader(val_rows, options["batch_size"])
+            val_loader = Inputs(loaded, val_plan).loader(val_rows, options["batch_size"])
     warn_if_trained_otherwise(loaded, plan, rows, options)
     torch.manual_seed(seed)
     la = new_posterior(loaded, plan, options["structure"], options["uncovered"], rows)

@@ -81,7 +81,8 @@ class Inputs:
 
     def _labels(self, labels: Sequence[Any]) -> list[Any]:
         if self.plan.likelihood == "multilabel":
-            return [applying(y, self.plan.names, n) for n, y in enumerate(labels, start=1)]
+            names, form = self.plan.names, self.plan.labels_as
+            return [applying(y, names, n, form) for n, y in enumerate(labels, start=1)]
         if self.plan.likelihood == "regression":
             outputs = self.adapter.outputs
             return [numbers_of(y, n, outputs) for n, y in enumerate(labels, start=1)]

@@ -475,11 +475,20 @@ def test_numbers_with_underlines_are_none():
 def test_lists_of_zeros_and_ones_as_texts_are_no_names():
     unnamed, named = ["0", "1", "2"], ["a", "b", "c"]
     for label in (["0", "1", "1"], ["1", "0", "0"]):
-        with pytest.raises(ValueError, match=r"row 3 has the label .* 0 or 1 for each without"):
+        with pytest.raises(ValueError, match=r"row 3 .* as LABEL_0 .* 0 or 1 for each without"):
             applying(label, unnamed, 3)
     assert applying(["0", "1"], unnamed, 3) == [1.0, 1.0, 0.0]
     assert applying(["0", "1", "2"], unnamed, 3) == [1.0, 1.0, 1.0]
     assert applying([0, 1, 1], unnamed, 3) == [0.0, 1.0, 1.0]
-    for names, twice in ((named, ["a", "b", "a"]), (unnamed, ["2", "2"]), (named, ["c", "c"])):
+    assert applying(["LABEL_0", "LABEL_1"], ["0", "1"], 3) == [1.0, 1.0]
+    assert applying(["LABEL_2", "1"], unnamed, 3) == [0.0, 1.0, 1.0]
+    for label, names in ((["LABEL_3"], unnamed), (["LABEL_0"], named), (["LABEL_0"], ["0"])):
+        with pytest.raises(ValueError, match=r"row 3 has the label .* expected"):
+            applying(label, names, 3)
+    for names, twice in (
+        (named, ["a", "b", "a"]),
+        (unnamed, ["2", "LABEL_2"]),
+        (named, ["c", "c"]),
+    ):
         with pytest.raises(ValueError, match=r"row 3 .* names a class twice"):
             applying(twice, names, 3)
