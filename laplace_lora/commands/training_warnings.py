@@ -138,7 +138,7 @@ def warn_if_trained_with_eos(
 def _takes(inputs: Inputs, row: Row) -> bool:
     """Return whether a pair is read, and not refused as the same texts once the token is there."""
     try:
-        inputs.preference(row, 0)
+        inputs.preferences([row])
     except ValueError:
         return False
     return True
