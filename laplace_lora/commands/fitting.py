@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
-from laplace_lora.commands.base import point_out
+from laplace_lora.commands.base import note, point_out
 from laplace_lora.commands.output import check_folder
 from laplace_lora.commands.reading.adapter import Adapter, load_asked
 from laplace_lora.commands.reading.answer_marks import marks_said
@@ -69,6 +69,7 @@ def run(
         val_plan = read_as_numbered(plan, val_named, options, f"--val {val}")
         with read_beside(val_rows, plan.columns, f"--val {val}"):
             val_loader = Inputs(loaded, val_plan).loader(val_rows, options["batch_size"])
+        note(cuts_said(inputs, val_loader.dataset, val_rows, f"--val {val}"), quiet)
     warn_if_trained_otherwise(loaded, plan, rows, options)
     torch.manual_seed(seed)
     la = new_posterior(loaded, plan, options["structure"], options["uncovered"], rows)
