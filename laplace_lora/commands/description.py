@@ -96,16 +96,18 @@ def _memory(config: dict[str, Any], tensors: dict[str, Tensor]) -> int:
     arguments = config["arguments"]
     if all(name in arguments for name in names):
         spec = FactorSpec(*(arguments[name] for name in names))
-        vectors = {name.split(".")[1] for name in tensors if name.endswith(".diagonal")}
+        vectors = {
+            n.split(".")[1]: t.numel() for n, t in tensors.items() if n.endswith(".diagonal")
+        }
         blocks = zip(config["parameters"].values(), config["curvature"], strict=True)
-        # A vector has no side: next to matrices it takes no memory, however long it is.
+        # A vector has no side, also where it is the diagonal of a whole tensor.
         sides = [
             [d for d, number in zip(shape, block, strict=False) if str(number) not in vectors]
-            if len(shape) == len(block)
+            if len(shape) == len(block) or str(block[0]) in vectors
             else list(shape)
             for shape, block in blocks
         ]
-        return 4 * kron_size(sides, spec)
+        return 4 * (kron_size(sides, spec) + sum(vectors.values()))
     return 4 * sum(t.numel() for name, t in tensors.items() if name.startswith("curvature."))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,10 @@ from laplace_lora.commands.base import note
 from laplace_lora.commands.output import as_json, check_writable, result_file
 from laplace_lora.commands.reading.columns import cell, present_in, read_beside
 from laplace_lora.commands.reading.cuts import cuts_said
+from laplace_lora.commands.reading.inputs import Example, Inputs
 from laplace_lora.commands.reading.likelihood import WITH_CLASSES
-from laplace_lora.commands.reading.names import check_order
-from laplace_lora.commands.reading.opened import Opened, open_posterior
+from laplace_lora.commands.reading.names import read_as_numbered
+from laplace_lora.commands.reading.opened import open_posterior
 from laplace_lora.commands.reading.rows import STANDARD, Row, read_named, read_rows
 from laplace_lora.display.tables import with_error
 from laplace_lora.evaluation import MAP, CalibrationReport, plot_reports
@@ -61,19 +63,23 @@ def run(
     apart_rows, apart_classes = (None, {}) if apart is None else read_named(apart)
     groups = None if group_field is None else _groups(rows, group_field)
     opened = open_posterior(adapter, rows, options, check=_check_has_classes)
-    names, label = opened.plan.names, opened.plan.columns.label
-    check_order(names, classes, label, f"--data {data}")
-    check_order(names, apart_classes, label, f"--apart {apart}")
+    inputs, apart_inputs = (
+        Inputs(opened.adapter, read_as_numbered(opened.plan, named, options, source))
+        for named, source in ((classes, f"--data {data}"), (apart_classes, f"--apart {apart}"))
+    )
     batch_size = options["batch_size"]
-    loader = opened.inputs.loader(rows, batch_size)
-    note(cuts_said(opened.inputs, loader.dataset, rows), options["quiet"])
+    loader = inputs.loader(rows, batch_size)
+    note(cuts_said(inputs, loader.dataset, rows), options["quiet"])
     other, own = None, None
     if ood_rows is not None:
         with read_beside(ood_rows, opened.plan.columns, f"--ood {ood}"):
-            other = _unlabelled(opened, ood_rows, batch_size)
+            texts = [inputs.text(row, n) for n, row in enumerate(ood_rows, start=1)]
+        note(cuts_said(inputs, texts, ood_rows, f"--ood {ood}"), options["quiet"])
+        other = _batches(texts, opened.adapter.tokenizer.pad, batch_size)
     if apart_rows is not None:
         with read_beside(apart_rows, opened.plan.columns, f"--apart {apart}"):
-            own = opened.inputs.loader(apart_rows, batch_size)
+            own = apart_inputs.loader(apart_rows, batch_size)
+        note(cuts_said(inputs, own.dataset, apart_rows, f"--apart {apart}"), options["quiet"])
     quietly = partial(opened.la.predict, progress_bar=False)
     adapter_alone = MAP(opened.la.logits_model, likelihood=opened.plan.likelihood)
     methods: dict[str, Any] = {"MAP": adapter_alone, "Laplace": quietly}
@@ -133,9 +139,7 @@ def _groups(rows: list[Row], name: str) -> list[str]:
     return [str(cell(row, known, n, "group", "--group-field")) for n, row in enumerate(rows, 1)]
 
 
-def _unlabelled(opened: Opened, rows: list[Row], batch_size: int) -> list[Any]:
-    texts = [opened.inputs.text(row, n) for n, row in enumerate(rows, start=1)]
-    pad = opened.adapter.tokenizer.pad
+def _batches(texts: Sequence[Example], pad: Any, batch_size: int) -> list[Any]:
     starts = range(0, len(texts), batch_size)
     return [pad(texts[i : i + batch_size], return_tensors="pt") for i in starts]
 

@@ -18,7 +18,7 @@ from laplace_lora.commands.reading.names import layer_name
 from laplace_lora.commands.reading.planning import plan_fit
 from laplace_lora.commands.reading.rows import read_named
 from laplace_lora.commands.timing import fit_time, tuning_time
-from laplace_lora.commands.training_warnings import warn_if_other_tokens, warn_if_trained_with_eos
+from laplace_lora.commands.training_warnings import warn_if_trained_otherwise
 from laplace_lora.posteriors.base import LoraLaplace
 
 NOT_WELL = 1  # exit status
@@ -42,8 +42,7 @@ def run(adapter: str, data: str | None, **options: Any) -> None:
         inputs = Inputs(loaded, plan)
         loader = inputs.loader(rows, options["batch_size"])
         click.echo(reading_said(inputs, rows, loader))
-        warn_if_trained_with_eos(loaded, plan, rows, options)
-        warn_if_other_tokens(loaded, plan, rows)
+        warn_if_trained_otherwise(loaded, plan, rows, options)
         problems += _print_costs(console, covering, loader, options["batch_size"])
         # How often a layer runs, and on what, only the data show.
         shown = [name for name in _diagonal(covering) if name not in diagonal]

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
-from laplace_lora.commands.base import point_out
+from laplace_lora.commands.base import note, point_out
 from laplace_lora.commands.output import check_folder
 from laplace_lora.commands.reading.adapter import Adapter, load_asked
 from laplace_lora.commands.reading.answer_marks import marks_said
@@ -21,17 +21,13 @@ from laplace_lora.commands.reading.columns import read_beside
 from laplace_lora.commands.reading.cuts import cuts_said
 from laplace_lora.commands.reading.decoder import decoder_said
 from laplace_lora.commands.reading.inputs import Inputs
-from laplace_lora.commands.reading.names import check_order
+from laplace_lora.commands.reading.names import read_as_numbered
 from laplace_lora.commands.reading.plan import PLAN, Plan, plan_text
 from laplace_lora.commands.reading.planning import plan_fit
 from laplace_lora.commands.reading.repository import file_of
 from laplace_lora.commands.reading.rows import Row, read_named
 from laplace_lora.commands.reading.unread import columns_said
-from laplace_lora.commands.training_warnings import (
-    warn_if_other_tokens,
-    warn_if_spaces_meet,
-    warn_if_trained_with_eos,
-)
+from laplace_lora.commands.training_warnings import warn_if_trained_otherwise
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.storage.adapter_start import FILE as START
@@ -70,12 +66,11 @@ def run(
         click.echo(reading_said(inputs, rows, train_loader), err=True)
     val_loader = None
     if val_rows is not None:
-        check_order(plan.names, val_named, plan.columns.label, f"--val {val}")
+        val_plan = read_as_numbered(plan, val_named, options, f"--val {val}")
         with read_beside(val_rows, plan.columns, f"--val {val}"):
-            val_loader = inputs.loader(val_rows, options["batch_size"])
-    warn_if_trained_with_eos(loaded, plan, rows, options)
-    warn_if_other_tokens(loaded, plan, rows)
-    warn_if_spaces_meet(loaded, plan, rows)
+            val_loader = Inputs(loaded, val_plan).loader(val_rows, options["batch_size"])
+        note(cuts_said(inputs, val_loader.dataset, val_rows, f"--val {val}"), quiet)
+    warn_if_trained_otherwise(loaded, plan, rows, options)
     torch.manual_seed(seed)
     la = new_posterior(loaded, plan, options["structure"], options["uncovered"], rows)
     start_at(la, adapter)

@@ -34,6 +34,15 @@ PAIRS = 32
 ROUNDING = 0.01  # of the loss: smaller differences may be those of half precision
 
 
+def warn_if_trained_otherwise(
+    adapter: Adapter, plan: Plan, rows: Sequence[Row], options: dict[str, Any]
+) -> None:
+    """Warn of all that a fit may read otherwise; the arguments as in `warn_if_trained_with_eos`."""
+    warn_if_trained_with_eos(adapter, plan, rows, options)
+    warn_if_other_tokens(adapter, plan, rows)
+    warn_if_spaces_meet(adapter, plan, rows)
+
+
 def warn_if_other_tokens(adapter: Adapter, plan: Plan, rows: Sequence[Row]) -> None:
     """Warn if answers are other tokens behind the prompts than alone, or without their space."""
     if not plan.targets or adapter.kind != CAUSAL:
@@ -129,7 +138,7 @@ def warn_if_trained_with_eos(
 def _takes(inputs: Inputs, row: Row) -> bool:
     """Return whether a pair is read, and not refused as the same texts once the token is there."""
     try:
-        inputs.preference(row, 0)
+        inputs.preferences([row])
     except ValueError:
         return False
     return True

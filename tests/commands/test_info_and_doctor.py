@@ -3,9 +3,11 @@
 import json
 import re
 
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
+from laplace_lora.commands.description import _memory
 from laplace_lora.commands.entry import main
 from laplace_lora.storage.files import TENSORS, read_files
 from support.command_line import refused, run
@@ -34,6 +36,30 @@ def test_info_says_what_the_files_hold(adapter, data):
     assert content["fingerprints"]["weights"] not in shown and "KronLoraLaplace" in shown
     assert "query.lora_A" in shown and "base_model.model" not in shown
     assert "columns, text" in shown and "'0', '1'" in shown and "observation noise" not in shown
+
+
+def test_vectors_are_part_of_the_memory(tmp_path, data):
+    """How often each word was read, and diagonals of whole tensors."""
+    modules = {
+        "target_modules": ["word_embeddings"],
+        "modules_to_save": ["classifier", "LayerNorm"],
+    }
+    folder = save_classifier(tmp_path, **modules)
+    run("fit", folder, "--data", data("train"), "--uncovered", "diag", "-q")
+    content, numbers = json.loads(run("info", folder, "--json").stdout), 0
+    for name, shape in content["covers"].items():
+        sides = [int(side) for side in str(shape).split(" x ")]
+        if "lora_embedding_A" in name:
+            rank, words = sides
+            numbers += 2 * rank**2 + words
+        elif "LayerNorm" in name:
+            numbers += sides[0]
+        elif "." in name:
+            numbers += sum(2 * side**2 for side in sides)
+    assert content["size"]["memory when loaded, about, MiB"] == 4 * numbers / 2**20
+    spec = {"factor_rank": 8, "low_rank_threshold": 512, "residual": "isotropic"}
+    config = {"arguments": spec, "parameters": {"weight": [2, 16]}, "curvature": [[0]]}
+    assert _memory(config, {"curvature.0.diagonal": torch.zeros(32)}) == 4 * 32
 
 
 def test_info_of_a_regression_has_its_noise(adapter, data):
@@ -158,3 +184,10 @@ def test_doctor_refuses_data_as_a_fit_does(made, data):
     unlabelled = data("train", lambda row: {"text": row["text"]})
     message = refused("doctor", made("classifier"), "--data", unlabelled)
     assert "no column for the label" in message
+
+
+def test_doctor_warns_as_a_fit_does(made, data, monkeypatch):
+    found = "laplace_lora.commands.training_warnings.prompts_with_space"
+    monkeypatch.setattr(found, lambda prompts, *_: [0])
+    args = ("doctor", made("decoder"), "--data", data("train"), "--target", "bad", "good")
+    assert "Warning: 1 of 48 prompts end in a space" in run(*args).stderr

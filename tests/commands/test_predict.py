@@ -27,6 +27,7 @@ from support.on_disk import (
     preferences,
     read_json_lines,
     reviews,
+    save_classifier,
     tokenizer,
     write_json_lines,
 )
@@ -558,3 +559,59 @@ def test_a_data_set_s_classes_are_those_of_the_fit(adapter, tmp_path):
     for option, command in (("--apart", "evaluate"), ("--val", "fit")):
         given = (*((command, folder, "--data", bad)), *(["--overwrite"] * (command == "fit")))
         assert f"{option} {good}: the column" in refused(*given, option, good)
+
+
+def test_a_data_set_s_numbers_are_none_of_the_names_that_the_fit_read(tmp_path):
+    """Its label 1 is the class called "2"; all texts are of this class, and predicted as it."""
+    datasets = pytest.importorskip("datasets")
+    folder, names = save_classifier(tmp_path, outputs=3), ["1", "2", "3"]
+    rows = [{"text": r["text"], "label": 1} for r in reviews(48, 0) if "good" in r["text"]]
+    named = write_json_lines(tmp_path / "named.jsonl", [{**r, "label": "2"} for r in rows])
+    label = datasets.ClassLabel(names=names)
+    features = datasets.Features({"text": datasets.Value("string"), "label": label})
+    numbered = tmp_path / "numbered"
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(numbered)
+    texts = [{"text": r["text"], "label": names[r["label"]]} for r in reviews(24, 0)]
+    train = write_json_lines(tmp_path / "train.jsonl", [*texts, {"text": "meal", "label": "3"}])
+    args = (folder, "--data", train, "--labels", *names, "-q", "--overwrite", "--val")
+    calibrated = []
+    for val in (named, numbered):
+        run("fit", *args, val)
+        content = json.loads(run("info", folder, "--json").stdout)
+        calibrated.append(content["prior and calibration"])
+    assert calibrated[0] == calibrated[1]
+    assert json.loads((folder / PLAN).read_text())["labels_as"] == "names"
+
+    def evaluated(*args):
+        return json.loads(run("evaluate", folder, "--out", "-", "-q", *args).stdout)
+
+    for options in (["--data"], ["--data", named, "--apart"]):
+        found = evaluated(*options, numbered)
+        assert found == evaluated(*options, named)
+        assert found[0]["values"]["accuracy"] == 1
+    asked = evaluated("--data", numbered, "--labels-as", "names")
+    assert asked[0]["values"]["accuracy"] == 0
+
+
+@pytest.mark.slow
+def test_a_data_set_s_lists_of_classes_are_those_of_their_names(adapter, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    names, folder = ["unhappy", "happy"], adapter()
+    rows = [{"text": r["text"], "label": [0, 1][: r["label"] + 1]} for r in reviews(24, 0)]
+    features = {"text": datasets.Value("string")}
+    features["label"] = datasets.Sequence(datasets.ClassLabel(names=names))
+    data = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    data.save_to_disk(tmp_path / "numbered")
+    forms = {
+        "named": [{**r, "label": [names[i] for i in r["label"]]} for r in rows],
+        "zeros": [{**r, "label": [1, len(r["label"]) - 1]} for r in rows],
+    }
+    files = [write_json_lines(tmp_path / f"{form}.jsonl", x) for form, x in forms.items()]
+    for own, others in ((tmp_path / "numbered", files), (files[0], [tmp_path / "numbered"])):
+        labels = () if own.is_dir() else ("--labels", *names)
+        run("fit", folder, "--data", own, "-q", "--overwrite", *labels)
+        plan = json.loads((folder / PLAN).read_text())
+        assert plan["names"] == names and plan["likelihood"] == "multilabel"
+        args = ("evaluate", folder, "--out", "-", "-q", "--data")
+        for other in others:
+            assert run(*args, other).stdout == run(*args, own).stdout

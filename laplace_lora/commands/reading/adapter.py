@@ -19,6 +19,7 @@ from laplace_lora.commands.reading.four_bits import four_bits, unquantised
 from laplace_lora.commands.reading.lengths import check_length, longest_input
 from laplace_lora.commands.reading.repository import file_of
 from laplace_lora.commands.reading.weights import adapter_weights_found, base_model_found
+from laplace_lora.models.wrapped_model import places_of
 
 # The last layer, by its ending; one of the second kind where there is none of the first, before
 # which XLNet has such a layer, too.
@@ -45,6 +46,7 @@ class Adapter:
         names: Names of a head's classes, if the configuration has any.
         problem_type: What the configuration says a head is trained for; ``None`` for nothing.
         max_length: Tokens that tokenizer and model take; ``None`` for no limit.
+        places: Tokens that the model has learnt positions for; ``None`` if they are not learnt.
     """
 
     model: PeftModel
@@ -54,6 +56,7 @@ class Adapter:
     names: list[str]
     problem_type: str | None
     max_length: int | None
+    places: int | None = None
 
 
 def load_asked(adapter: str, options: Mapping[str, Any]) -> Adapter:
@@ -138,6 +141,7 @@ def load_adapter(
         [] if plain else names,
         getattr(model.config, "problem_type", None),
         longest_input(tokenizer, model),
+        places_of(model),
     )
 
 

@@ -12,13 +12,16 @@ from laplace_lora.commands.reading.inputs import Example, Inputs
 from laplace_lora.commands.reading.rows import Row
 
 
-def cuts_said(inputs: Inputs, examples: Any, rows: Sequence[Row]) -> str | None:
+def cuts_said(
+    inputs: Inputs, examples: Any, rows: Sequence[Row], source: str | None = None
+) -> str | None:
     """Return how many texts are cut, as a sentence; ``None`` if none is.
 
     Args:
         inputs: How rows are read.
         examples: What became of the rows.
         rows: The data.
+        source: The option and its file, where it is not the first one.
     """
     limit = inputs.plan.max_length
     if limit is None or inputs.adapter.kind != HEAD:  # others are refused
@@ -32,7 +35,8 @@ def cuts_said(inputs: Inputs, examples: Any, rows: Sequence[Row]) -> str | None:
     if not count:
         return None
     total = sum(len(_texts(example)) for example in examples)
-    return f"{count} of {total} texts {'is' if count == 1 else 'are'} cut to {limit} tokens."
+    texts = "texts" if source is None else f"texts of {source}"
+    return f"{count} of {total} {texts} {'is' if count == 1 else 'are'} cut to {limit} tokens."
 
 
 def _texts(example: Example) -> list[Example]:

@@ -59,9 +59,16 @@ def rows_of_folder(
         data = data[names[0] if split is None else split]
     elif split is not None:
         raise ValueError(f"{path} has no splits, and so no {split}")
-    features = data.features.items()
-    named = {name: list(f.names) for name, f in features if isinstance(f, datasets.ClassLabel)}
+    numbered = {name: _one_of(feature) for name, feature in data.features.items()}
+    named = {
+        name: list(f.names) for name, f in numbered.items() if isinstance(f, datasets.ClassLabel)
+    }
     return [dict(row) for row in data.with_format(None)], named  # plain values, not tensors
+
+
+def _one_of(feature: Any) -> Any:
+    """Return what a column holds, or where it holds lists, what these hold."""
+    return feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
 
 
 def files_of_folder(path: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,10 +31,10 @@ from laplace_lora.commands.reading.pairs import (
     are_same,
     check_one_form,
     padded_pairs,
-    same_when_cut,
 )
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
+from laplace_lora.commands.reading.too_long import same_when_cut, too_long
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.predictive.special_tokens import check_ends_open
 
@@ -62,7 +62,7 @@ class Inputs:
         tokenizer, likelihood = self.adapter.tokenizer, self.plan.likelihood
         collate: Any
         if likelihood == "reward_modeling":
-            examples = [self.preference(row, n) for n, row in enumerate(rows, start=1)]
+            examples = self.preferences(rows)
             collate = partial(padded_pairs, DataCollatorWithPadding(tokenizer))
         elif likelihood == "language_modeling":
             examples = [self.scored(row, n) for n, row in enumerate(rows, start=1)]
@@ -81,7 +81,8 @@ class Inputs:
 
     def _labels(self, labels: Sequence[Any]) -> list[Any]:
         if self.plan.likelihood == "multilabel":
-            return [applying(y, self.plan.names, n) for n, y in enumerate(labels, start=1)]
+            names, form = self.plan.names, self.plan.labels_as
+            return [applying(y, names, n, form) for n, y in enumerate(labels, start=1)]
         if self.plan.likelihood == "regression":
             outputs = self.adapter.outputs
             return [numbers_of(y, n, outputs) for n, y in enumerate(labels, start=1)]
@@ -108,6 +109,23 @@ class Inputs:
             found["decoder_input_ids"] = list(self.plan.decoder)
         return found
 
+    def preferences(self, rows: Sequence[Row]) -> list[Example]:
+        """Return preference pairs, of which none differs only in what is cut off.
+
+        Raises:
+            ValueError: If some do.
+        """
+        pairs = [self.preference(row, n) for n, row in enumerate(rows, start=1)]
+        uncut = Inputs(self.adapter, replace(self.plan, max_length=None))
+        same = [
+            n
+            for n, (row, pair) in enumerate(zip(rows, pairs, strict=True), start=1)
+            if are_same(pair) and not are_same(uncut.preference(row, n))
+        ]
+        if same and self.plan.max_length is not None:
+            raise ValueError(same_when_cut(same, self.plan.max_length, self.adapter))
+        return pairs
+
     def preference(self, row: Row, number: int) -> Example:
         """Return both texts of a preference pair, each with its prompt if there is one."""
         contents = {}
@@ -118,12 +136,7 @@ class Inputs:
                 content = self._after(prompt, content, number)
             contents[name] = self._ended(content)
         check_one_form(contents, number)
-        halves = {name: self._cut(content, None, number) for name, content in contents.items()}
-        if are_same(halves):
-            whole = {name: self._tokens(x, None, False) for name, x in contents.items()}
-            if not are_same(whole):
-                raise ValueError(same_when_cut(number, self.plan.max_length))
-        return halves
+        return {name: self._cut(content, None, number) for name, content in contents.items()}
 
     def answered(self, row: Row, answer: str) -> list[int]:
         """Return the tokens of a prompt that `text` takes, with an answer behind it."""
@@ -218,7 +231,7 @@ class Inputs:
         if limit is None or length <= limit:
             return found
         if not is_head or isinstance(content, list) or self.plan.chat:
-            raise ValueError(self._too_long(number, length))
+            raise ValueError(too_long(number, length, limit, self.adapter))
         return cut_to(limit, content, second, self.adapter.tokenizer, self.plan.eos)
 
     def _tokens(self, content: Any, second: str | None, asks: bool) -> Example:
@@ -239,14 +252,8 @@ class Inputs:
     def _checked(self, ids: list[int], labels: list[int], number: int) -> Example:
         limit = self.plan.max_length
         if limit is not None and len(ids) > limit:
-            raise ValueError(self._too_long(number, len(ids)))
+            raise ValueError(too_long(number, len(ids), limit, self.adapter))
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
-
-    def _too_long(self, number: int, length: int) -> str:
-        return (
-            f"row {number} has {length} tokens, more than {self.plan.max_length}; cutting it would "
-            "change the question. Shorten it, leave it out, or raise --max-length"
-        )
 
 
 def _said_by(role: str, text: str) -> list[dict[str, Any]]:

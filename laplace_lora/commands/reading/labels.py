@@ -11,6 +11,7 @@ from typing import Any
 NAMES, NUMBERS = "names", "numbers"
 FORMS = (NAMES, NUMBERS)
 OPTION = "--labels-as"
+GENERIC = "LABEL_"  # before a number, Hugging Face's name of a class
 BOOLEANS = {"false": 0, "true": 1}  # in small letters; as of JSON, so the words of tables
 
 
@@ -118,7 +119,7 @@ def _named(labels: Sequence[Any], names: Sequence[str]) -> list[int | None]:
     """Return the class that each label names, ``None`` where there is none."""
     exact = {name: i for i, name in enumerate(names)}
     if are_unnamed(names):
-        exact |= {f"LABEL_{i}": i for i in range(len(names))}
+        exact |= {f"{GENERIC}{i}": i for i in range(len(names))}
     count = Counter(name.strip() for name in names)
     bare = {name.strip(): i for name, i in exact.items() if count[name.strip()] == 1}
     return [exact.get(text, bare.get(text.strip())) for text in map(str, labels)]

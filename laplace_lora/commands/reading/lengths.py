@@ -30,14 +30,16 @@ def cut_to(limit: int, text: str, second: str | None, tokenizer: Any, eos: bool)
         eos: Whether the end-of-text token is read at the end of what is left.
 
     Raises:
-        ValueError: If nothing is left of a text.
+        ValueError: If nothing is left of a text, or of one of two.
     """
     own = tokenizer.num_special_tokens_to_add(pair=second is not None) + eos
     found = dict(tokenizer(text, second, truncation=True, max_length=limit))
-    if limit <= own or len(found["input_ids"]) > limit:
+    least = own + 1 + (second is not None)
+    if limit < least or len(found["input_ids"]) > limit:
+        what = "a text" if second is None else "two texts"
         raise ValueError(
-            f"--max-length {limit} leaves no room for a text: {own} tokens are those that the "
-            f"tokenizer puts around every one; give more than {own}, or leave it out"
+            f"--max-length {limit} leaves no room for {what}: {own} tokens are those that the "
+            f"tokenizer puts around them; give {least} or more, or leave it out"
         )
     if eos:
         found["input_ids"][-1] = tokenizer.eos_token_id

@@ -4,46 +4,80 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from laplace_lora.commands.reading.labels import BOOLEANS, are_unnamed, if_numbers, parsed
+from laplace_lora.commands.reading.labels import (
+    BOOLEANS,
+    GENERIC,
+    NUMBERS,
+    are_unnamed,
+    if_numbers,
+    parsed,
+)
+from laplace_lora.commands.reading.plan import Plan
+
+IF_NUMBERED = (  # why a list is read so
+    ", as the data set says, whose lists are of `ClassLabel`; if they hold a 0 or 1 for each "
+    "class, save them as plain numbers"
+)
 
 
-def applying(labels: Any, names: Sequence[str], number: int) -> list[float]:
+def applying(
+    labels: Any, names: Sequence[str], number: int, form: str | None = None
+) -> list[float]:
     """Return 1 for each class that applies, 0 for the others.
 
     Args:
-        labels: A list of their names, or of 0 and 1 for each class, -100 where that is not known;
-            of a single class also without the list.
+        labels: A list of their names, of classes without names of their own also as ``LABEL_1``; or
+            of 0 and 1 for each class, -100 where that is not known; of a single class also without
+            the list.
         names: Names of the classes, in the order of the model's outputs.
         number: The row's, from 1.
+        form: `NUMBERS` if lists hold the numbers of those that apply.
 
     Raises:
         ValueError: If it is neither.
     """
     if len(names) == 1 and not isinstance(labels, list):
-        labels = [_number(labels, names[0])]
+        labels, form = [_number(labels, names[0])], None
     if isinstance(labels, list):
         as_numbers = len(labels) == len(names) and all(label in ("0", "1") for label in labels)
         if as_numbers and are_unnamed(names):
             raise ValueError(
                 f"row {number} has the label {labels!r}, whose texts may be the numbers of classes "
-                "that apply, or whether each does: write a 0 or 1 for each without quotation "
-                "marks, or names, given by --labels"
+                "that apply, or whether each does: write numbers as LABEL_0 and so on, a 0 or 1 "
+                "for each without quotation marks, or names, given by --labels"
             )
-        if all(label in names for label in labels):
-            if len(set(labels)) < len(labels):
+        given = [_name(label, names, form) for label in labels]
+        if all(name in names for name in given):
+            if len(set(given)) < len(given):
                 raise ValueError(
                     f"row {number} has the label {labels!r}, which names a class twice; name each "
-                    "that applies once"
+                    f"that applies once{IF_NUMBERED if form == NUMBERS else ''}"
                 )
-            return [float(name in labels) for name in names]
+            return [float(name in given) for name in names]
+        if form == NUMBERS:
+            raise ValueError(
+                f"row {number} has the label {labels!r}; expected a list of numbers of classes, "
+                f"from 0 to {len(names) - 1}{IF_NUMBERED}"
+            )
         if len(labels) == len(names) and all(label in (0, 1, -100) for label in labels):
             return [float(label) for label in labels]
     raise ValueError(
         f"row {number} has the label {labels!r}; expected a list of those that apply, of "
         f"{', '.join(map(repr, names))}, or one 0 or 1 for each of them{if_numbers(labels, names)}"
     )
+
+
+def _name(label: Any, names: Sequence[str], form: str | None) -> Any:
+    """Return the name of a class of a list, or what is no class as it is."""
+    if form == NUMBERS:
+        is_known = type(label) is int and 0 <= label < len(names)
+        return names[label] if is_known else None
+    # The only class of a sigmoid is called 0, which as a label says that it does not apply.
+    is_generic = len(names) > 1 and are_unnamed(names) and isinstance(label, str)
+    return label.removeprefix(GENERIC) if is_generic else label
 
 
 def _number(label: Any, name: str) -> Any:
@@ -115,6 +149,32 @@ def check_order(
             "what is wrong: --labels or --target, the configuration's `id2label`, or the numbers, "
             "by the data set's `align_labels_with_mapping`"
         )
+
+
+def read_as_numbered(
+    plan: Plan, named: Mapping[str, Sequence[str]], options: Mapping[str, Any], source: str
+) -> Plan:
+    """Return how a file is read, whose column of labels may itself say that they are numbers.
+
+    Args:
+        plan: How the fit reads its data, or read them.
+        named: By column of the file, the names of the classes that its numbers stand for.
+        options: Of the command line.
+        source: The option and its file.
+
+    Raises:
+        ValueError: If the numbers stand for the classes in another order.
+    """
+    check_order(plan.names, named, plan.columns.label, source)
+    of_data = named.get(plan.columns.label or "", ())
+    if plan.likelihood == "multilabel":  # the fit's lists say nothing of other lists
+        # Two names for other than two classes are those of 0 and 1.
+        is_numbered = len(of_data) > 2 or len(of_data) == len(plan.names)
+        return replace(plan, labels_as=NUMBERS if is_numbered else None)
+    are_told = of_data and not are_unnamed(of_data) and not are_unnamed(plan.names)
+    if are_told and plan.likelihood == "classification" and options.get("labels_as") is None:
+        return replace(plan, labels_as=NUMBERS)
+    return plan
 
 
 def layer_name(tensor: str) -> str:

@@ -32,15 +32,6 @@ def are_same(halves: Mapping[str, Mapping[str, Any]]) -> bool:
     return bool(halves[CHOSEN]["input_ids"] == halves[REJECTED]["input_ids"])
 
 
-def same_when_cut(number: int, limit: int | None) -> str:
-    """Return the error of a pair of which only what is cut off differs."""
-    return (
-        f"row {number}: its {CHOSEN!r} and {REJECTED!r} texts differ only in what is cut "
-        f"off to leave {limit} tokens, so that neither would be better. Shorten them, leave the "
-        "row out, or raise --max-length"
-    )
-
-
 def padded_pairs(
     pad: DataCollatorWithPadding, pairs: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:

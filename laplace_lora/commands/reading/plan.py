@@ -31,7 +31,8 @@ class Plan:
         max_length: Longest input in tokens; ``None`` for no limit.
         load_in_4bit: Whether the base model is quantised.
         labels_as: Whether labels are names of classes or their numbers, see `classes_of`; ``None``
-            where both are the same or, in files of earlier versions, where it was not noted.
+            where both are the same or, in files of earlier versions, where it was not noted. Of
+            lists it is that of one file alone, see `read_as_numbered`.
         eos: Whether the tokenizer's end-of-text token is put behind a reward model's plain texts
             and a language model's whole texts; files of earlier versions did not.
         decoder: What an encoder-decoder's decoder reads before an answer; empty for the token with

@@ -22,9 +22,9 @@ from laplace_lora.commands.reading.columns import (
 from laplace_lora.commands.reading.completions import completion_column
 from laplace_lora.commands.reading.decoder import read_before
 from laplace_lora.commands.reading.ending import appends_eos
-from laplace_lora.commands.reading.labels import NUMBERS, are_unnamed, classes_of
+from laplace_lora.commands.reading.labels import classes_of
 from laplace_lora.commands.reading.likelihood import WITH_CLASSES, likelihood_asked
-from laplace_lora.commands.reading.names import check_order, class_names
+from laplace_lora.commands.reading.names import class_names, read_as_numbered
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
 from laplace_lora.commands.reading.unread import check_second_text
@@ -84,11 +84,6 @@ def plan_fit(
         names = class_names(names, own, adapter.outputs)
     else:
         names = []
-    check_order(names, named, columns.label, "--data")
-    labels_as = options.get("labels_as")
-    is_numbered = of_data and not are_unnamed(of_data) and not are_unnamed(names)
-    if labels_as is None and is_numbered and likelihood == "classification":
-        labels_as = NUMBERS
     plan = Plan(
         likelihood,
         columns,
@@ -97,8 +92,9 @@ def plan_fit(
         uses_chat(adapter, columns, likelihood, options.get("chat"), given),
         options.get("max_length") or adapter.max_length,
         bool(options.get("load_in_4bit")),
-        labels_as,
+        options.get("labels_as"),
     )
+    plan = read_as_numbered(plan, named, options, "--data")
     if targets:
         tokens = answer_tokens(adapter, plan, rows)  # refuses what are none
         if adapter.kind == SEQ2SEQ:

@@ -49,6 +49,21 @@ def test_commands_say_it(adapter, tmp_path):
     pair = {"chosen": "the " * 30 + "good", "rejected": "the " * 30 + "bad"}
     one = adapter("one output")
     path = write_json_lines(tmp_path / "pairs.jsonl", [pair])
-    assert "row 1: its 'chosen' and 'rejected' texts differ only" in refused(
-        "fit", one, "--data", path
-    )
+    message = refused("fit", one, "--data", path)
+    assert "row 1: its 'chosen' and 'rejected' texts differ only" in message
+    assert "the model has positions for no more tokens" in message
+
+
+@pytest.mark.slow
+def test_commands_say_it_of_files_beside_the_data(adapter, tmp_path):
+    rows, folder = reviews(12, 0), adapter()
+    train = write_json_lines(tmp_path / "train.jsonl", rows)
+    rows[3]["text"] = rows[3]["text"] + " good" * 3
+    other, said = write_json_lines(tmp_path / "a.jsonl", rows), "1 of 12 texts of {} {} is cut to 6"
+    args = (folder, "--data", train)
+    fitted = run("fit", *args, "--max-length", 6, "--val", other).stderr
+    assert fitted.count(said.format("--val", other)) == 1 == fitted.count("cut")
+    for option in ("--ood", "--apart"):
+        asked = ("evaluate", *args, option, other)
+        assert run(*asked).stderr == said.format(option, other) + " tokens.\n"
+        assert run(*asked, "-q").stderr == ""

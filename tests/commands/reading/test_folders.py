@@ -104,3 +104,17 @@ def test_classes_of_a_data_set_have_names(path, tmp_path, form):
         (datasets.DatasetDict(test=data) if form == "splits" else data).save_to_disk(source)
     assert read_named(str(source)) == (ROWS, {"label": names})
     assert read_named(str(write_json_lines(tmp_path / "a.jsonl", ROWS))) == (ROWS, {})
+
+
+@pytest.mark.parametrize("form", ["saved", "hub"])
+def test_classes_of_lists_have_names(path, tmp_path, form):
+    names, rows = ["neg", "pos"], [{**row, "label": [1, 0]} for row in ROWS]
+    lists = datasets.Sequence(datasets.ClassLabel(names=names))
+    features = datasets.Features({"text": datasets.Value("string"), "label": lists})
+    data = datasets.Dataset.from_list(rows, features=features)
+    if form == "hub":
+        data.to_parquet(path / "a.parquet")
+    else:
+        path = tmp_path / "saved"
+        data.save_to_disk(path)
+    assert read_named(str(path)) == (rows, {"label": names})

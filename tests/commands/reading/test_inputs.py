@@ -451,11 +451,41 @@ def test_a_pair_that_differs_only_in_what_is_cut_off_is_refused(side, eos):
     behind = {half: f"the the the the {word}" for half, word in words.items()}
     before = {half: f"{word} the the the the" for half, word in words.items()}
     same, read = (behind, before) if side == "right" else (before, behind)
-    with pytest.raises(ValueError, match=r"row 3: .* only in what is cut off to leave 4 tokens"):
-        pairs.preference(same, 3)
-    found = pairs.preference(read, 3)
+    with pytest.raises(ValueError, match=r"row 2: its .* only in what is cut off to leave 4 tok"):
+        pairs.preferences([read, same])
+    with pytest.raises(
+        ValueError, match=r"^7 rows \(1, 3, 4, 5, 6, \.\.\.\): their .* raise --max"
+    ):
+        pairs.preferences([same, read, *[same] * 6])
+    with pytest.raises(ValueError, match=r"^2 rows \(1, 3\): their"):
+        pairs.preferences([same, read, same])
+    (found,) = pairs.preferences([read])
     assert found["chosen"]["input_ids"] != found["rejected"]["input_ids"]
-    assert pairs.preference(dict.fromkeys(words, behind["chosen"]), 3)  # as its writer has it
+    assert pairs.preferences([dict.fromkeys(words, behind["chosen"])])  # as its writer has it
+
+
+@pytest.mark.parametrize(
+    ("limit", "places", "way"),
+    [
+        (4, 24, "or raise --max-length"),
+        (4, None, "or raise --max-length"),
+        (24, None, "or raise --max-length above what tokenizer and configuration say"),
+        (30, 512, "or raise --max-length above what tokenizer and configuration say"),
+        (24, 24, "leave [a-z]+ out: the model has positions for no more tokens"),
+        (4, 4, "leave [a-z]+ out: the model has positions for no more tokens"),
+    ],
+)
+def test_a_longer_input_is_advised_where_the_model_takes_it(limit, places, way):
+    text, pair = "the " * limit, {"chosen": "the " * limit, "rejected": "the " * limit + "bad"}
+    prompts = inputs(kind=CAUSAL, max_length=limit)
+    pairs = inputs("reward_modeling", columns=Columns(), max_length=limit)
+    prompts, pairs = (
+        replace(x, adapter=replace(x.adapter, places=places)) for x in (prompts, pairs)
+    )
+    with pytest.raises(ValueError, match=f"row 3 has {limit + 1} tokens.* {way}$"):
+        prompts.text({"text": text + "bad"}, 3)
+    with pytest.raises(ValueError, match=f"row 1: .* {way}$"):
+        pairs.preferences([pair])
 
 
 @pytest.mark.parametrize("number", [10**400, [10**400, 1.0]])
@@ -475,11 +505,20 @@ def test_numbers_with_underlines_are_none():
 def test_lists_of_zeros_and_ones_as_texts_are_no_names():
     unnamed, named = ["0", "1", "2"], ["a", "b", "c"]
     for label in (["0", "1", "1"], ["1", "0", "0"]):
-        with pytest.raises(ValueError, match=r"row 3 has the label .* 0 or 1 for each without"):
+        with pytest.raises(ValueError, match=r"row 3 .* as LABEL_0 .* 0 or 1 for each without"):
             applying(label, unnamed, 3)
     assert applying(["0", "1"], unnamed, 3) == [1.0, 1.0, 0.0]
     assert applying(["0", "1", "2"], unnamed, 3) == [1.0, 1.0, 1.0]
     assert applying([0, 1, 1], unnamed, 3) == [0.0, 1.0, 1.0]
-    for names, twice in ((named, ["a", "b", "a"]), (unnamed, ["2", "2"]), (named, ["c", "c"])):
+    assert applying(["LABEL_0", "LABEL_1"], ["0", "1"], 3) == [1.0, 1.0]
+    assert applying(["LABEL_2", "1"], unnamed, 3) == [0.0, 1.0, 1.0]
+    for label, names in ((["LABEL_3"], unnamed), (["LABEL_0"], named), (["LABEL_0"], ["0"])):
+        with pytest.raises(ValueError, match=r"row 3 has the label .* expected"):
+            applying(label, names, 3)
+    for names, twice in (
+        (named, ["a", "b", "a"]),
+        (unnamed, ["2", "LABEL_2"]),
+        (named, ["c", "c"]),
+    ):
         with pytest.raises(ValueError, match=r"row 3 .* names a class twice"):
             applying(twice, names, 3)

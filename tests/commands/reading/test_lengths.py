@@ -90,13 +90,16 @@ def test_a_model_without_a_table_takes_any_length(made, data):
 
 @pytest.mark.parametrize("pair", [None, "was bad"])
 def test_a_limit_that_leaves_no_room_for_a_text_is_refused(pair):
-    words, own = tokenizer(), 2 if pair is None else 3
+    words, own, texts = tokenizer(), 2 if pair is None else 3, 1 if pair is None else 2
     words.backend_tokenizer.post_processor = TemplateProcessing(
         single="[EOS] $A [EOS]", pair="[EOS] $A [EOS] $B [EOS]", special_tokens=[("[EOS]", 2)]
     )
-    assert len(cut_to(own + 1, "the film was good", pair, words, False)["input_ids"]) == own + 1
-    for limit in range(1, own + 1):
-        with pytest.raises(ValueError, match=f"--max-length {limit} leaves no .* than {own}, or"):
+    least = own + texts
+    found = cut_to(least, "the film was good", pair, words, False)["input_ids"]
+    assert len(found) == least and sum(token != 2 for token in found) == texts
+    for limit in range(1, least):
+        message = f"--max-length {limit} leaves no .* {own} tokens are .*; give {least} or more"
+        with pytest.raises(ValueError, match=message):
             cut_to(limit, "the film was good", pair, words, False)
     with pytest.raises(ValueError, match="--max-length 1 leaves no room"):
         cut_to(1, "the film", None, tokenizer(), True)

@@ -4,8 +4,14 @@ import pytest
 
 from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
 from laplace_lora.commands.reading.columns import Columns
+from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.labels import classes_of
-from laplace_lora.commands.reading.names import check_order, class_names
+from laplace_lora.commands.reading.names import (
+    applying,
+    check_order,
+    class_names,
+    read_as_numbered,
+)
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.planning import plan_again, plan_fit
 from support.on_disk import tokenizer
@@ -169,3 +175,39 @@ def test_numbers_of_a_data_set_are_none_of_its_names(names):
     plan = plan_fit(adapter, rows, {}, named)
     assert plan.names == names
     assert classes_of([0, 1], plan.names, plan.labels_as)[0] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "names", "data", "labels", "expected"),
+    [
+        ("classification", ["1", "2", "3"], ["1", "2", "3"], [1, 2], [1, 2]),
+        ("classification", ["1", "2", "3"], ["a", "b", "c"], [1, 2], [1, 2]),
+        ("classification", ["1", "2", "3"], [], [1, 2], [0, 1]),
+        ("classification", ["1", "2", "3"], ["0", "1", "2"], [1, 2], [0, 1]),
+        ("multilabel", ["a", "b"], ["a", "b"], [[0, 1], [1], []], [[1, 1], [0, 1], [0, 0]]),
+        ("multilabel", ["0", "1"], ["a", "b"], [[0, 1], [1]], [[1, 1], [0, 1]]),
+        ("multilabel", ["0", "1"], ["0", "1"], [[0, 1], [1]], [[1, 1], [0, 1]]),
+        ("multilabel", ["a", "b", "c"], ["no", "yes"], [[0, 1, 1]], [[0, 1, 1]]),
+        ("multilabel", ["a", "b"], [], [[0, 1], ["b"]], [[0, 1], [0, 1]]),
+        ("multilabel", ["a"], ["no", "yes"], [0, 1], [[0], [1]]),
+    ],
+)
+def test_a_file_says_whether_its_own_labels_are_numbers(likelihood, names, data, labels, expected):
+    """Whatever the fit's were."""
+    adapter = Adapter(None, tokenizer(), HEAD, len(names), [], None, 24)
+    rows = [{"text": "the film", "label": label} for label in labels]
+    forms = ("names",) if likelihood == "classification" else (None, "numbers")
+    for form in forms:
+        plan = Plan(likelihood, Columns("text", label="label"), names, labels_as=form)
+        plan = read_as_numbered(plan, {"label": data} if data else {}, {}, "--val rows")
+        found = [example["labels"] for example in Inputs(adapter, plan).labelled(rows)]
+        assert found == expected
+
+
+@pytest.mark.parametrize("label", [[0, 2], [0, -1], ["a"], [True], [0, None]])
+def test_numbers_of_no_class_are_refused_in_lists(label):
+    message = r"row 3 .* list of numbers of classes, from 0 to 1, as the data set says"
+    with pytest.raises(ValueError, match=message):
+        applying(label, ["a", "b"], 3, "numbers")
+    with pytest.raises(ValueError, match=r"names a class twice; .* save them as plain numbers"):
+        applying([1, 1], ["a", "b"], 3, "numbers")
