@@ -143,7 +143,7 @@ class AnswerPlace:
                     f"{self._kind} answers at a mask token, which is looked for in 'input_ids'; "
                     f"the batch has {sorted(inputs)} only"
                 )
-            return self._of_mask_token(inputs["input_ids"])
+            return self._of_mask_token(inputs["input_ids"], inputs.get("attention_mask"))
         mask = inputs.get("attention_mask")
         if self.is_encoder_decoder:
             if inputs.get("decoder_input_ids") is None:
@@ -194,13 +194,15 @@ class AnswerPlace:
             )
         return torch.full((examples, 1), start, device=device)
 
-    def _of_mask_token(self, ids: Tensor) -> tuple[Tensor, int]:
+    def _of_mask_token(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
         if self._mask_token_id is None:
             raise ValueError(
                 f"{self._kind} answers at a mask token, which its configuration does not name; "
                 "give the posterior, or LogitsModel, mask_token_id=tokenizer.mask_token_id"
             )
         masked = ids == self._mask_token_id
+        if mask is not None and mask.shape == ids.shape:  # padding may hold any token
+            masked &= mask != 0
         counts = masked.sum(1)
         if bool((counts != 1).any()):
             row = int((counts != 1).nonzero()[0])

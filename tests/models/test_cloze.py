@@ -91,6 +91,15 @@ def test_fit_and_prediction_do_not_depend_on_batches_and_padding(cls):
         assert_near(other, found[0])
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_mask_tokens_of_the_padding_are_no_places_of_answers(side):
+    model = LogitsModel(masked_model(), TARGETS, mask_token_id=MASK)
+    batch = cloze_batch(side)
+    expected = model(batch)
+    batch["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, MASK)
+    assert_near(model(batch), expected)
+
+
 def test_texts_are_predicted_and_files_know_the_mask_token(tmp_path):
     tokenizer = word_tokenizer()
     mask = tokenizer.convert_tokens_to_ids("h")
