@@ -162,7 +162,7 @@ class TunedLaplace(CalibratedLaplace):
             settings, reports = found
             self.state = self.state.with_settings(settings)
             precision = self.prior_precision.detach().clone()
-            self._tuning = Tuning.of(method, precision, reason, *reports)
+            self._tuning = Tuning(method, precision, reason, **reports)
             if method == "marglik" and request.loader is not None:
                 warn_if_wide(self.fitted, request.loader)
             if not (tune_sigma_noise and method == "loo"):  # which knows of no better one
@@ -189,20 +189,20 @@ class TunedLaplace(CalibratedLaplace):
         if method in TUNED_ON_TRAINING_DATA:
             return by_training_data(tuner, method, request)
         if method == "val_gd":
-            return tuner.descent(structure, *validation, **kwargs), ()
+            return tuner.descent(structure, *validation, **kwargs), {}
         if method == "gridsearch" and not samples_weights:
-            return tuner.grid_search(structure, *validation, **kwargs), ()
+            return tuner.grid_search(structure, *validation, **kwargs), {}
         if method == "gridsearch":
             self._laplace_grid(validation[0], validation[2], kwargs)
-            return self.state.settings, ()
+            return self.state.settings, {}
         if by_laplace_torch:
             self._laplace_marglik(structure, kwargs)
-            return self.state.settings, ()
+            return self.state.settings, {}
         corrected = self._measures_term(correction, request.loader, request.progress_bar)
         settings, choice = Tuner(self.fitted).marginal_likelihood(
             structure, request.tune_noise, corrected
         )
-        return settings, () if choice is None else (choice,)
+        return settings, {"structure": choice}
 
     def _measures_term(
         self, correction: bool | None, train_loader: Any, progress_bar: bool | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,12 @@ from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
 from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning.groups import PriorStructure
 from laplace_lora.tuning.left_out.leave_one_out import why_not
-from laplace_lora.tuning.outcome import Report
 from laplace_lora.tuning.tuner import Tuner
 
 # Of another process's error only the name of its class is known.
 INAPPLICABLE = {InapplicableError.__name__, NoForwardDerivativeError.__name__}
 
-Found = tuple[Settings, Sequence[Report]]
+Found = tuple[Settings, Mapping[str, Any]]  # and reports, as `Tuning` calls them
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,9 @@ def by_training_data(tuner: Tuner, method: str, request: Request) -> Found:
     data = (request.structure, request.loader, request.progress_bar)
     if method == "loo":
         settings, left_out = tuner.leave_one_out(*data, request.recentre, request.tune_noise)
-        return settings, [left_out]
+        return settings, {"leave_one_out": left_out}
     settings, texts, choice = tuner.widest(*data)
-    return settings, [texts] if choice is None else [texts, choice]
+    return settings, {"widest": texts, "structure": choice}
 
 
 def by_default(tuner: Tuner, request: Request, has_others: bool) -> tuple[str, str, Found | None]:
@@ -69,12 +68,13 @@ def by_default(tuner: Tuner, request: Request, has_others: bool) -> tuple[str, s
     posterior = tuner.posterior
     texts = posterior.objective.jacobian_refusal is not None
     method = "widest" if texts else "loo"
-    reason = "arguments of other methods are given" if has_others else ""
-    if not reason and request.structure != "scalar" and not texts:
+    if has_others:
+        reason = "arguments of other methods are given"
+    elif texts:
+        reason = "the training data are not at hand" if request.loader is None else ""
+    elif request.structure != "scalar":
         reason = "the prior is no scalar"
-    if not reason and texts and request.loader is None:
-        reason = "the training data are not at hand"
-    if not reason and not texts:
+    else:
         reason = why_not(posterior, request.loader) or ""
     if not reason:
         try:
