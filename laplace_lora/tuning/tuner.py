@@ -21,6 +21,7 @@ from laplace_lora.predictive.linear_samples import AUTO as CHEAPER
 from laplace_lora.predictive.linear_samples import SAMPLES, takes_samples
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings, check_positive
+from laplace_lora.tuning.evidence.curves import couples
 from laplace_lora.tuning.evidence.marginal_likelihood import (
     maximise,
     with_first_precision,
@@ -205,8 +206,7 @@ class Tuner:
                 without labels.
         """
         groups = prior_groups(self.posterior.names, structure)
-        coupled = self.posterior.structure.couples_groups and int(groups.max()) > 0
-        kind: Any = CoupledCache if coupled else ValidationCache
+        kind: Any = CoupledCache if couples(self.posterior, groups) else ValidationCache
         predictor = Predictor(self.posterior)
         with self._together(val_loader) as team:
             scoring = scoring_of(self.posterior, link, n_samples, team=team)
