@@ -19,8 +19,9 @@ from laplace_lora.data.distributed import Together
 from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.information import entropy
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.predictive.network_samples import Network, NetworkSamples
+from laplace_lora.predictive.network_samples import NetworkSamples
 from laplace_lora.predictive.query import Query
+from laplace_lora.predictive.weight_sampling import Network, sampled_network
 from laplace_lora.structures.posterior import Posterior
 
 CRITERIA = ("nll", "entropy")
@@ -130,7 +131,7 @@ def choose_width(
     function = nll if criterion == "nll" else own_entropy
     # Before the network has other weights, which may be the model's own.
     wanted = 0.0 if criterion == "nll" else mean_over(linearised, "Linearised predictive")
-    with samples.running() as network:
+    with sampled_network(posterior) as network:
 
         def at(width: float) -> float:
             title = f"Trying width {width:.2g}"
