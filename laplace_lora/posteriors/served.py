@@ -17,7 +17,7 @@ from laplace_lora.predictive.network_samples import NetworkSamples
 from laplace_lora.predictive.weight_sampling import sampled_network
 from laplace_lora.storage.served_adapters import check_folder, write_adapters
 from laplace_lora.structures.settings import check_positive
-from laplace_lora.tuning.texts.served_width import ServedWidth, check_criterion, choose_width
+from laplace_lora.tuning.texts.served_width import CRITERIA, ServedWidth, choose_width
 
 EXAMPLES = 256  # of the training data, at most
 ADVICE = (
@@ -113,7 +113,8 @@ class ServedLaplace(TunedLaplace):
             check_positive("width", width)
             chosen = ServedWidth(float(width), "given")
         else:
-            check_criterion(criterion)
+            if criterion not in (None, *CRITERIA):
+                raise ValueError(f"criterion must be one of {CRITERIA}, got {criterion!r}")
             if loader is None:
                 loader, criterion = self._some_training_data(criterion), "entropy"
             with together(loader, device=posterior.device, runs=posterior.source) as team:

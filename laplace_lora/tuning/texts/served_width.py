@@ -81,15 +81,14 @@ def choose_width(
         progress_bar: Whether to show progress, see `progress`.
 
     Raises:
-        ValueError: If the criterion is unknown, the likelihood has no probabilities, or the loader
-            is empty or can be iterated over once only.
+        ValueError: If the likelihood has no probabilities, or the loader is empty or can be
+            iterated over once only.
 
     Warns:
         UserWarning: If no width is better than none, or none that was tried is as uncertain as the
             linearised predictive.
     """
     posterior = samples.posterior
-    check_criterion(criterion)
     _check(posterior, loader)
     if criterion is None:
         # A process may have no data; what the others' batches have holds for all.
@@ -202,16 +201,6 @@ def _of_entropy(at: Callable[[float], float], wanted: float) -> ServedWidth:
             "which is right",
         )
     return ServedWidth(best, "entropy", tried[best], wanted, tuple(sorted(tried.items())))
-
-
-def check_criterion(criterion: str | None) -> None:
-    """Refuse an unknown criterion; ``None`` leaves the choice to the data.
-
-    Raises:
-        ValueError: If it is one.
-    """
-    if criterion not in (None, *CRITERIA):
-        raise ValueError(f"criterion must be one of {CRITERIA}, got {criterion!r}")
 
 
 def _check(posterior: Posterior, loader: Any) -> None:
