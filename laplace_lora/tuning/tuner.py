@@ -18,7 +18,7 @@ from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.linear_samples import AUTO as CHEAPER
-from laplace_lora.predictive.linear_samples import SAMPLES, takes_samples
+from laplace_lora.predictive.linear_samples import takes_samples
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings, check_positive
 from laplace_lora.tuning.evidence.curves import couples
@@ -237,7 +237,7 @@ class Tuner:
             with self._together(val_loader) as team:
                 options = (val_loader, team, generator, progress_bar)
                 return calibrate_by_samples(self.posterior, *options)
-        sampled = takes_samples(self.posterior, CHEAPER, link, SAMPLES, generator)
+        sampled = takes_samples(self.posterior, CHEAPER, link, None, generator)
         if sampled and not objective.has_independent_labels:
             if isinstance(val_loader, Iterator):
                 val_loader = list(val_loader)  # exact moments would read it again
