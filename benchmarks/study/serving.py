@@ -32,6 +32,7 @@ from benchmarks.study.trainings import EVALUATION_BATCH, Training, checkpoint_pa
 from laplace_lora import KronLoraLaplace
 from laplace_lora.evaluation import MAP, evaluate
 from laplace_lora.predictive.network_samples import NetworkSamples
+from laplace_lora.predictive.weight_sampling import sampled_network
 
 SHOWN = ("NLL", "ECE", "accuracy")
 
@@ -75,7 +76,7 @@ def figures_with(args: argparse.Namespace) -> Callable[..., dict[str, Any]]:
         for name, way in ways.items():
             with TemporaryDirectory() as folder:
                 width = la.export_adapters(Path(folder) / "adapters", args.k, **way).width
-            with samples.running() as network:
+            with sampled_network(la.fitted) as network:
                 parts = [samples.probabilities(network, batch, width.width) for batch in test]
             found[name] = {"width": width.width, **scores(torch.cat(parts), test, linearised)}
         return found

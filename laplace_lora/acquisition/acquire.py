@@ -16,8 +16,7 @@ from laplace_lora.data.order import check_order
 from laplace_lora.display.tables import plain
 from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.links import QUADRATURE
-from laplace_lora.predictive.data_sets import predict
-from laplace_lora.predictive.glm import Predictor
+from laplace_lora.predictive.data_sets import ExamplePredictor, predict
 from laplace_lora.predictive.linear_samples import seeded
 from laplace_lora.structures.posterior import Posterior
 
@@ -84,7 +83,8 @@ def acquire(
     check_order(pool, "the pool")
     data = (pool, tokenizer, batch_size)
     if method in SINGLE:
-        found = predict(Predictor(posterior), *data, QUADRATURE, n_samples, generator, progress_bar)
+        predictor = ExamplePredictor(posterior, QUADRATURE, n_samples, generator)
+        found = predict(predictor, *data, progress_bar)
         worth = getattr(found, SINGLE[method])
         _check_size(n, len(worth))
         scores, indices = worth.sort(descending=True, stable=True)

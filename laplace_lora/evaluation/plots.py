@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from laplace_lora.display.plots import BAR, GAP, LINE, new_figure
 from laplace_lora.evaluation.metrics import risk_coverage
 from laplace_lora.tuning.validation.calibration_error import BINS, bin_edges, bin_of
@@ -55,14 +53,10 @@ def _reliability(axis: Axes, report: CalibrationReport) -> None:
     confidence, predicted = probs.max(-1)
     correct = (predicted == labels).double()
     index = bin_of(confidence)
-    count = torch.zeros(BINS, dtype=torch.float64).index_add(0, index, torch.ones_like(correct))
+    count = index.bincount(minlength=BINS)
     used = count > 0
-    means = [
-        torch.zeros(BINS, dtype=torch.float64).index_add(0, index, values.double())[used]
-        / count[used]
-        for values in (correct, confidence)
-    ]
-    accuracy, mean_confidence = (values.tolist() for values in means)
+    sums = (index.bincount(values.double(), BINS)[used] for values in (correct, confidence))
+    accuracy, mean_confidence = ((values / count[used]).tolist() for values in sums)
     centres = [(i + 0.5) / BINS for i in used.nonzero().flatten().tolist()]
     width = 0.92 / BINS
     axis.bar(centres, accuracy, width, color=BAR, label="accuracy")
@@ -80,7 +74,7 @@ def _reliability(axis: Axes, report: CalibrationReport) -> None:
     axis.plot([0, 1], [0, 1], color=LINE, linewidth=1, linestyle="--")
     for x, a, c, n in zip(centres, accuracy, mean_confidence, count[used].tolist(), strict=True):
         axis.annotate(
-            f"{int(n)}",
+            f"{n}",
             (x, max(a, c)),
             xytext=(0, 2),
             textcoords="offset points",

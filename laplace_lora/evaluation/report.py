@@ -22,25 +22,9 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-HIGHER = (
-    "accuracy",
-    "mAP",
-    "OOD AUROC",
-    ANSWERED,
-)  # prefixes of the metrics for which higher is better
-SHOWN = (
-    "mAP",
-    "per-label ECE",
-    "accuracy",
-    "NLL",
-    "ECE",
-    "Brier",
-    "AURC",
-    SET_SIZE,
-    LABEL_COVERAGE,
-    ANSWERED,
-    ERROR_RATE,
-)
+HIGHER = ("accuracy", "mAP", "OOD AUROC", ANSWERED)  # is better, of names that begin so
+OF_PREDICTIONS = ("mAP", "per-label ECE", "accuracy", "NLL", "ECE", "Brier", "AURC")
+SHOWN = (*OF_PREDICTIONS, SET_SIZE, LABEL_COVERAGE, ANSWERED, ERROR_RATE)
 AS_ASKED = (LABEL_COVERAGE, ERROR_RATE)
 
 

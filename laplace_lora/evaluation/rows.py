@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,28 +15,14 @@ from laplace_lora.data.pairs import as_pairs, is_pair, is_stacked
 from laplace_lora.evaluation.token_rows import MARKS, by_token, same_width, token_marks
 from laplace_lora.tuning.validation.calibration_error import ROUNDING, are_fractions
 
-
-@runtime_checkable
-class UncertainPrediction(Protocol):
-    """What is scored of `Predictions`, as ``la.predict`` returns them."""
-
-    @property
-    def probs(self) -> Tensor | None:
-        """Class probabilities, ``(batch, classes)``, or those of labels, ``(batch, labels)``."""
-        ...
-
-    @property
-    def mutual_information(self) -> Tensor | None:
-        """The epistemic part of the uncertainty in nats, ``(batch,)`` or ``(batch, labels)``."""
-        ...
-
-
 OTHERS = (
     "evaluate is for classifiers: of a regression la.predict(loader) gives mean, std and labels; "
     "answers in a text are scored by `evaluation.spans.span_metrics(la.predict(loader))`"
 )
 
-Predict = Callable[[Any], Tensor | UncertainPrediction]  # from a batch of any form
+# From a batch of any form to probabilities, or to what has them and their `mutual_information`, as
+# `Predictions`.
+Predict = Callable[[Any], Any]
 
 
 def _owner(predict: Predict) -> Any:
@@ -158,10 +144,8 @@ def _probabilities(predict: Predict, batch: Batch) -> tuple[Tensor, Tensor | Non
         )
     with torch.no_grad():
         prediction = predict(model_inputs(batch))
-    if isinstance(prediction, UncertainPrediction):
-        p, information = prediction.probs, prediction.mutual_information
-    else:
-        p, information = prediction, None
+    p = getattr(prediction, "probs", prediction)
+    information = getattr(prediction, "mutual_information", None)
     p = torch.as_tensor(p) if hasattr(p, "__array__") else p  # numpy's
     if not isinstance(p, Tensor) or p.ndim not in (2, 3):
         raise ValueError(

@@ -63,8 +63,8 @@ def calculate_kronecker_factors(
     block of its own for each bias; but that sees LoRA on the head of a language model only where
     the answer stands, and here it is seen at all tokens. They depend neither on the batch size nor
     on padding: *expand* over real tokens, the gradient factor a sum over examples, the input factor
-    a mean. The head of a classifying decoder runs at the one token whose logits count. The model runs in evaluation
-    mode; its modes, gradients and weights stay as they are.
+    a mean. The head of a classifying decoder runs at the one token whose logits count. The model
+    runs in evaluation mode; its modes, gradients and weights stay as they are.
 
     Modules that do not run are left out, as the logits do not depend on them.
 

@@ -12,7 +12,7 @@ from laplace_lora.likelihoods.base import labels_tokens
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.posteriors.evidence import EvidenceLaplace
-from laplace_lora.predictive.data_sets import predict
+from laplace_lora.predictive.data_sets import ExamplePredictor, predict
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.linear_samples import AUTO
 from laplace_lora.predictive.predictions import Predictions
@@ -185,8 +185,8 @@ class PredictedLaplace(EvidenceLaplace):
             check_sampled("glm", link_approx, method)
             spans = SpanPredictor(posterior, n_samples, generator)
             return predict_spans(spans, data, tokenizer, batch_size, progress_bar)
-        options = (batch_size, link_approx, n_samples, generator, progress_bar, method)
-        return predict(Predictor(posterior), data, tokenizer, *options)
+        examples = ExamplePredictor(posterior, link_approx, n_samples, generator, method)
+        return predict(examples, data, tokenizer, batch_size, progress_bar)
 
     @in_full_precision
     def acquire(

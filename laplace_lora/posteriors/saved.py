@@ -29,7 +29,7 @@ from laplace_lora.storage.files import CONFIG, read_files
 from laplace_lora.storage.hub import upload
 from laplace_lora.storage.model_card import Report
 from laplace_lora.structures.state import PosteriorState
-from laplace_lora.tuning.record import record_of, tuning_from
+from laplace_lora.tuning.outcome import record_of, tuning_from
 
 BACKENDS: dict[str, type[LoraCurvature]] = {kind.__name__: kind for kind in (LoraGGN, LoraEF)}
 BUFFERS, ADAPTER = "buffers", "adapter"

@@ -14,9 +14,10 @@ from laplace_lora.data.subset import Subset
 from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.posteriors.tuned import TunedLaplace
 from laplace_lora.predictive.network_samples import NetworkSamples
+from laplace_lora.predictive.weight_sampling import sampled_network
 from laplace_lora.storage.served_adapters import check_folder, write_adapters
 from laplace_lora.structures.settings import check_positive
-from laplace_lora.tuning.texts.served_width import ServedWidth, check_criterion, choose_width
+from laplace_lora.tuning.texts.served_width import CRITERIA, ServedWidth, choose_width
 
 EXAMPLES = 256  # of the training data, at most
 ADVICE = (
@@ -112,7 +113,8 @@ class ServedLaplace(TunedLaplace):
             check_positive("width", width)
             chosen = ServedWidth(float(width), "given")
         else:
-            check_criterion(criterion)
+            if criterion not in (None, *CRITERIA):
+                raise ValueError(f"criterion must be one of {CRITERIA}, got {criterion!r}")
             if loader is None:
                 loader, criterion = self._some_training_data(criterion), "entropy"
             with together(loader, device=posterior.device, runs=posterior.source) as team:
@@ -130,7 +132,7 @@ class ServedLaplace(TunedLaplace):
         }
         adapters = [target / f"sample_{i}" for i in range(k)]
         if is_main():
-            with samples.running() as (twin, own):
+            with sampled_network(posterior) as (twin, own):
                 model, names = twin.get_submodule("model"), posterior.names
                 weights = samples.weights(chosen.width)
                 adapters = write_adapters(target, model, own, names, weights, description)

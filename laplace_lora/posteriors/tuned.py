@@ -14,7 +14,7 @@ from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.changes.autocast import in_full_precision
 from laplace_lora.posteriors.calibrated import CalibratedLaplace
-from laplace_lora.tuning.default_way import Found, Request, by_default, by_training_data
+from laplace_lora.tuning.default_way import by_default
 from laplace_lora.tuning.groups import PriorStructure
 from laplace_lora.tuning.left_out.profiled_noise import warn_if_noise_is_off
 from laplace_lora.tuning.options import (
@@ -24,7 +24,7 @@ from laplace_lora.tuning.options import (
     check_predictive,
 )
 from laplace_lora.tuning.outcome import Tuning
-from laplace_lora.tuning.tuner import Tuner
+from laplace_lora.tuning.tuner import Found, Request, Tuner
 from laplace_lora.tuning.width_check import warn_if_wide
 
 TUNED_ON_TRAINING_DATA = ("loo", "widest")
@@ -162,7 +162,7 @@ class TunedLaplace(CalibratedLaplace):
             settings, reports = found
             self.state = self.state.with_settings(settings)
             precision = self.prior_precision.detach().clone()
-            self._tuning = Tuning.of(method, precision, reason, *reports)
+            self._tuning = Tuning(method, precision, reason, **reports)
             if method == "marglik" and request.loader is not None:
                 warn_if_wide(self.fitted, request.loader)
             if not (tune_sigma_noise and method == "loo"):  # which knows of no better one
@@ -187,22 +187,19 @@ class TunedLaplace(CalibratedLaplace):
         """Return the settings and reports of a method, from the untuned posterior."""
         tuner, structure = Tuner(self.fitted), request.structure
         if method in TUNED_ON_TRAINING_DATA:
-            return by_training_data(tuner, method, request)
+            return tuner.by_training_data(method, request)
         if method == "val_gd":
-            return tuner.descent(structure, *validation, **kwargs), ()
+            return tuner.descent(structure, *validation, **kwargs), {}
         if method == "gridsearch" and not samples_weights:
-            return tuner.grid_search(structure, *validation, **kwargs), ()
+            return tuner.grid_search(structure, *validation, **kwargs), {}
         if method == "gridsearch":
             self._laplace_grid(validation[0], validation[2], kwargs)
-            return self.state.settings, ()
+            return self.state.settings, {}
         if by_laplace_torch:
             self._laplace_marglik(structure, kwargs)
-            return self.state.settings, ()
+            return self.state.settings, {}
         corrected = self._measures_term(correction, request.loader, request.progress_bar)
-        settings, choice = Tuner(self.fitted).marginal_likelihood(
-            structure, request.tune_noise, corrected
-        )
-        return settings, () if choice is None else (choice,)
+        return Tuner(self.fitted).marginal_likelihood(structure, request.tune_noise, corrected)
 
     def _measures_term(
         self, correction: bool | None, train_loader: Any, progress_bar: bool | None

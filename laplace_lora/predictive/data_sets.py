@@ -23,7 +23,6 @@ from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.inputs import batches_of_rows, kind_of
 from laplace_lora.predictive.linear_samples import (
     AUTO,
-    SAMPLES,
     LinearSamples,
     SampledOrExact,
     seeded,
@@ -38,34 +37,19 @@ T = TypeVar("T")
 
 
 def predict(
-    predictor: Predictor,
+    predictor: ExamplePredictor,
     data: Any,
     tokenizer: Any,
     batch_size: int,
-    link_approx: str,
-    n_samples: int | None,
-    generator: torch.Generator | None,
     progress_bar: bool | None,
-    method: str = AUTO,
 ) -> Predictions:
     """Predict a whole data set, see `LoraLaplace.predict`."""
-    posterior = predictor.posterior
-    objective = posterior.objective
-    if objective.jacobian_refusal is not None:
-        raise ValueError(
-            "predict() does not support language-modeling posteriors; use generation.score"
-        )
-    count = SAMPLES if n_samples is None else n_samples
-    samples = None
-    if takes_samples(posterior, method, link_approx, count, generator):
-        samples = LinearSamples(posterior, count, generator)
-    links = lru_cache(partial(prediction_link, posterior, link_approx, n_samples, generator))
-    answer = _Answer(predictor, links, SampledOrExact(samples, method))
     if is_batch(data):
-        return answer(data)
+        return predictor(data)
+    posterior = predictor.posterior
     order, batches = in_batches(posterior, *kind_of(data), tokenizer, batch_size)
-    in_step = posterior.engine.passes_are_known
-    return of_batches(Predictions, answer, posterior, batches, progress_bar, order, in_step=in_step)
+    place = (Predictions, predictor, posterior, batches, progress_bar, order)
+    return of_batches(*place, in_step=posterior.engine.passes_are_known)
 
 
 def in_batches(
@@ -121,33 +105,63 @@ def prediction_link(
     return Link(name, torch.randn(size, generator=seeded(posterior, generator), **place))
 
 
-class _Answer:
-    """From a batch to its predictions: all batches of a data set in the same way.
+class ExamplePredictor:
+    """Predicts the examples of any number of batches in the same way.
 
     Args:
-        predictor: Exact moments.
-        links: From the number of outputs, which choices may have any of, to their link.
-        choice: Of these or of samples.
+        posterior: A fitted posterior.
+        link_approx: Link of the exact method.
+        n_samples: Samples of the weights, 64 by default; of the logits for ``"mc"``, 1000.
+        generator: Their source, on the posterior's device; a fixed seed by default.
+        method: See `takes_samples`.
+
+    Raises:
+        ValueError: If the posterior is a language model's, or an option is unknown or they do not
+            go together.
     """
 
     def __init__(
         self,
-        predictor: Predictor,
-        links: Callable[[int], Link],
-        choice: SampledOrExact,
+        posterior: Posterior,
+        link_approx: str,
+        n_samples: int | None,
+        generator: torch.Generator | None,
+        method: str = AUTO,
     ) -> None:
-        self._predictor, self._links, self._choice = predictor, links, choice
+        if posterior.objective.jacobian_refusal is not None:
+            raise ValueError(
+                "predict() does not support language-modeling posteriors; use generation.score"
+            )
+        self.posterior, samples = posterior, None
+        if takes_samples(posterior, method, link_approx, n_samples, generator):
+            samples = LinearSamples(posterior, n_samples, generator)
+        self._choice = SampledOrExact(samples, method)
+        # By number of outputs, which choices may have any of.
+        self._links = lru_cache(
+            partial(prediction_link, posterior, link_approx, n_samples, generator)
+        )
 
     def __call__(self, batch: Any) -> Predictions:
-        posterior = self._predictor.posterior
+        """Return the predictions of a batch, with its labels where it has any."""
+        posterior = self.posterior
         is_labelled = has_labels(batch, posterior.label_key)
         labels = posterior.split(batch)[1] if is_labelled else None
         x = batch[0] if is_inputs_and_labels(batch) else batch
         readout = posterior.objective.readout(x)
         return self._choice(
-            lambda samples: _sampled(samples, x, readout, labels),
+            lambda samples: self._sampled(samples, x, readout, labels),
             lambda: self._exact(x, readout, labels),
         )
+
+    def _sampled(
+        self, samples: LinearSamples, x: Any, readout: Readout, labels: Tensor | None
+    ) -> Predictions:
+        mean, tangents = samples.tangents(x, readout)
+        log_p = samples.log_softmax(mean, tangents, readout)
+        total, information = entropies_of(log_p)
+        covariance = torch.einsum("kni,knj->nij", tangents, tangents) / len(tangents)
+        probs = readout.shown(averaged(log_p).exp())
+        return Predictions(mean, covariance, probs, total, information, labels)
 
     def _exact(self, x: Any, readout: Readout, labels: Tensor | None) -> Predictions:
         if readout is LOGITS:
@@ -178,7 +192,7 @@ class _Answer:
         return Predictions(mean, covariance, probs, total, information, labels)
 
     def _moments(self, x: Any, readout: Readout) -> tuple[Tensor, Tensor]:
-        mean, covariance = self._predictor.readout_moments(x, readout)
+        mean, covariance = Predictor(self.posterior).readout_moments(x, readout)
         return mean.detach(), covariance.detach()
 
 
@@ -226,17 +240,6 @@ def of_batches(
         raise ValueError("there is nothing to predict: the data are empty")
     whole: Any = kind(**rows)
     return whole if order is None else whole[order.argsort()]
-
-
-def _sampled(
-    samples: LinearSamples, x: Any, readout: Readout, labels: Tensor | None
-) -> Predictions:
-    mean, tangents = samples.tangents(x, readout)
-    log_p = samples.log_softmax(mean, tangents, readout)
-    total, information = entropies_of(log_p)
-    covariance = torch.einsum("kni,knj->nij", tangents, tangents) / len(tangents)
-    probs = readout.shown(averaged(log_p).exp())
-    return Predictions(mean, covariance, probs, total, information, labels)
 
 
 def is_batch(data: Any) -> bool:

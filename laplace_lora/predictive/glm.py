@@ -20,7 +20,6 @@ from laplace_lora.models.changes.autocast import as_called
 from laplace_lora.models.changes.modes import evaluation_mode
 from laplace_lora.predictive.linear_samples import (
     SAMPLED,
-    SAMPLES,
     LinearSamples,
     SampledOrExact,
     takes_samples,
@@ -48,10 +47,10 @@ class Predictor:
                 "method='sampled' samples the linearised logits of each example as they are; "
                 "pred_type='nn', joint and diagonal_output need method='exact'"
             )
-        samples, count = None, query.samples(SAMPLES)
-        options = (query.method, query.link_approx, count, query.generator)
+        samples = None
+        options = (query.method, query.link_approx, query.n_samples, query.generator)
         if takes_samples(self.posterior, *options) and not is_nn and not query.diagonal_output:
-            samples = LinearSamples(self.posterior, count, query.generator)
+            samples = LinearSamples(self.posterior, query.n_samples, query.generator)
         if query.fitting and self.posterior.objective.has_pairs:
             x = self._pairs(x)
         # Ignoring covariances between outputs is a question about the logits themselves.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -13,6 +13,10 @@ from torch.utils.data import default_collate
 from laplace_lora.models.inputs.batch_checks import check_adapter
 from laplace_lora.predictive.texts import check_pads, is_text_pair
 from laplace_lora.structures.settings import check_count
+
+# From a padded batch, the rows that are in it and how many tokens of padding stand before each, to
+# the batch with what else the rows say of their tokens.
+Placed = Callable[[Any, Sequence[Mapping[str, Any]], Tensor], Any]
 
 # Dimensions of one example's tensor.
 ROW_DIMS = {"input_ids": 1, "pixel_values": 3, "input_features": 2, "input_values": 1}
@@ -66,7 +70,11 @@ def kind_of(data: Any) -> tuple[str, Any]:
 
 
 def batches_of_rows(
-    rows: Sequence[Mapping[str, Any]], tokenizer: Any, batch_size: int
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    batch_size: int,
+    apart: str = "",
+    placed: Placed | None = None,
 ) -> tuple[Tensor, list[Any]]:
     """Return the order in which rows of similar length stand together, and their batches.
 
@@ -74,10 +82,12 @@ def batches_of_rows(
         rows: Examples as a data set yields them, one by one.
         tokenizer: Pads rows of different lengths; ``None`` if all have one length.
         batch_size: Rows per batch.
+        apart: What of the rows the tokenizer does not pad.
+        placed: Puts it into their batch, see `Placed`.
 
     Raises:
-        ValueError: If rows of different lengths have no tokenizer that can pad, one is empty, or
-            see `check_adapter` and `rows_of_batches`.
+        ValueError: If rows of different lengths have no tokenizer that can pad, one is empty,
+            ``batch_size`` is no positive number, or see `check_adapter`.
     """
     lengths = torch.tensor([len(row.get("input_ids", (0,))) for row in rows])
     if bool((lengths == 0).any()):
@@ -88,47 +98,26 @@ def batches_of_rows(
         raise ValueError("rows of different lengths need `tokenizer`, which pads them")
     if tokenizer is not None:
         check_pads(tokenizer)
-    order = lengths.argsort(stable=True)
-
+    check_count("batch_size", batch_size)
     for row in rows:
         check_adapter(row)
-    # Datasets keep texts beside the numbers made of them.
-    rows = [{k: v for k, v in row.items() if not _is_text(v)} for row in rows]
-
-    def collated(part: list[Mapping[str, Any]]) -> Any:
-        if tokenizer is None:
-            tensors = [{k: torch.as_tensor(v) for k, v in row.items()} for row in part]
-            return default_collate(tensors)
-        return tokenizer.pad(part, return_tensors="pt")
-
-    return order, list(map(collated, rows_of_batches(rows, order, batch_size)))
-
-
-def rows_of_batches(
-    rows: Sequence[Mapping[str, Any]], order: Tensor, batch_size: int
-) -> list[list[Mapping[str, Any]]]:
-    """Return which rows stand together in each of the batches that `batches_of_rows` makes.
-
-    Raises:
-        ValueError: If ``batch_size`` is no positive number.
-    """
-    check_count("batch_size", batch_size)
-    return [[rows[i] for i in part.tolist()] for part in order.split(batch_size)]
-
-
-def padding_before(
-    rows: Sequence[Mapping[str, Any]], batch: Mapping[str, Tensor], tokenizer: Any
-) -> Tensor:
-    """Return how many tokens of padding stand before each row in its batch, ``(rows,)``.
-
-    Args:
-        rows: As they were given, with ``input_ids``.
-        batch: What they were padded to, see `batches_of_rows`.
-        tokenizer: What padded them, ``None`` if nothing did.
-    """
-    added = batch["input_ids"].shape[1] - torch.tensor([len(row["input_ids"]) for row in rows])
     is_left = getattr(tokenizer, "padding_side", "right") == "left"
-    return added if is_left else torch.zeros_like(added)
+
+    def collated(which: Tensor) -> Any:
+        whole = [rows[i] for i in which.tolist()]
+        # Datasets keep texts beside the numbers made of them.
+        part = [{k: v for k, v in row.items() if k != apart and not _is_text(v)} for row in whole]
+        if tokenizer is None:
+            batch = default_collate([{k: torch.as_tensor(v) for k, v in r.items()} for r in part])
+        else:
+            batch = tokenizer.pad(part, return_tensors="pt")
+        if placed is None:
+            return batch
+        before = batch["input_ids"].shape[1] - lengths[which]
+        return placed(batch, whole, before if is_left else torch.zeros_like(before))
+
+    order = lengths.argsort(stable=True)
+    return order, list(map(collated, order.split(batch_size)))
 
 
 def in_places(values: Sequence[Any], before: Tensor, width: int, fill: int) -> Tensor:
@@ -136,7 +125,7 @@ def in_places(values: Sequence[Any], before: Tensor, width: int, fill: int) -> T
 
     Args:
         values: Integers for each row.
-        before: See `padding_before`.
+        before: Tokens of padding before each.
         width: Tokens of the batch.
         fill: At padding.
 

@@ -133,7 +133,7 @@ def takes_samples(
     posterior: Posterior,
     method: str,
     link_approx: str,
-    n_samples: int,
+    n_samples: int | None,
     generator: torch.Generator | None = None,
 ) -> bool:
     """Return whether class probabilities are to be averaged over samples of the weights.
@@ -143,7 +143,7 @@ def takes_samples(
         method: ``"sampled"``; ``"exact"``; or ``"auto"``, whichever is the cheaper for a posterior
             over adapter weights, whose exact moments cost a backward pass for each contrast.
         link_approx: Links other than the default need exact moments.
-        n_samples: Samples of the weights.
+        n_samples: Samples of the weights, 64 by default.
         generator: Their source.
 
     Raises:
@@ -160,7 +160,7 @@ def takes_samples(
     if link_approx != QUADRATURE or not posterior.objective.is_classifier:
         return False
     # Fewer samples than the default are a request for another link's, not for a rough answer.
-    return tangents_are_cheaper(posterior, (max(n_samples, SAMPLES) + 1) // 2)
+    return tangents_are_cheaper(posterior, (max(n_samples or 0, SAMPLES) + 1) // 2)
 
 
 def check_options(

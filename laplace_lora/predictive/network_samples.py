@@ -9,24 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from laplace_lora.adapters.in_use import check_runs
 from laplace_lora.likelihoods.label_check import check_labels
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.likelihoods.links import check_finite
-from laplace_lora.models.changes.autocast import as_called
-from laplace_lora.models.changes.modes import evaluation_mode, set_weights
-from laplace_lora.models.changes.twins import resampled
+from laplace_lora.predictive.weight_sampling import Network, run_with
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import check_count
-
-Network: TypeAlias = tuple[nn.Module, list[nn.Parameter]]  # and its tensors to overwrite
 
 
 class NetworkSamples:
@@ -59,23 +53,11 @@ class NetworkSamples:
         """
         return self.posterior.centre + width**0.5 * self.deviations
 
-    @contextmanager
-    def running(self) -> Iterator[Network]:
-        """Yield the model in evaluation mode with tensors to overwrite, see `resampled`."""
-        model = self.posterior.model
-        check_runs(model, self.posterior.engine.parameters)
-        with (
-            torch.no_grad(),
-            evaluation_mode(model),
-            resampled(model, self.posterior.engine.parameters) as (twin, own),
-        ):
-            yield twin, own
-
     def label_log_probabilities(self, network: Network, batch: Any, width: float) -> Tensor:
         """Return log probabilities of labels under the average of the samples' softmaxes.
 
         Args:
-            network: What `running` yields.
+            network: Of `sampled_network`.
             batch: Labelled batch, split by example.
             width: Factor of the covariance; zero for the mean alone.
 
@@ -99,7 +81,7 @@ class NetworkSamples:
         """Return the average of the samples' softmaxes, a row for each of what is labelled.
 
         Args:
-            network: What `running` yields.
+            network: Of `sampled_network`.
             x: Batch that the model takes.
             width: Factor of the covariance; zero for the mean alone.
         """
@@ -109,13 +91,10 @@ class NetworkSamples:
         self, network: Network, x: Any, width: float, y: Tensor | None = None
     ) -> Iterator[Tensor]:
         """Yield log probabilities under each sample, ``(rows, classes)``; labels are checked."""
-        twin, own = network
         objective = self.posterior.objective
         temperature = self.posterior.settings.likelihood_temperature
         for weights in self.weights(width) if width else self.posterior.centre.unsqueeze(0):
-            set_weights(own, weights)
-            with as_called():
-                f = twin(x)
+            f = run_with(network, weights, x)
             check_finite(f)
             f = f.to(self.posterior.dtype)
             if y is not None:

@@ -13,13 +13,7 @@ from laplace_lora.data.batches import has_labels, is_inputs_and_labels
 from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.question_answering import CONTEXT, END, START
 from laplace_lora.predictive.data_sets import is_batch, of_batches
-from laplace_lora.predictive.inputs import (
-    batches_of_rows,
-    in_places,
-    kind_of,
-    padding_before,
-    rows_of_batches,
-)
+from laplace_lora.predictive.inputs import batches_of_rows, in_places, kind_of
 from laplace_lora.predictive.span_predictions import SpanPredictions
 from laplace_lora.predictive.spans import SpanPredictor
 from laplace_lora.predictive.texts import cut_texts, encoded
@@ -50,14 +44,14 @@ def predict_spans(
     if kind == "batches":
         return of_batches(*place, items, progress_bar)
     rows = _questions(items, tokenizer) if kind == "texts" else items
-    bare = [{k: v for k, v in row.items() if k != CONTEXT} for row in rows]
-    order, batches = batches_of_rows(bare, tokenizer, batch_size)
-    parts = rows_of_batches(rows, order, batch_size)
-    pairs = list(zip(parts, batches, strict=True))
-    before = [padding_before(part, batch, tokenizer) for part, batch in pairs]
-    names = (START, END, predictor.posterior.label_key)
-    placed = [_in_place(*pair, own, names) for pair, own in zip(pairs, before, strict=True)]
-    found = of_batches(*place, placed, progress_bar).moved(-torch.cat(before))
+    padding: list[Tensor] = []
+
+    def placed(batch: Any, part: Sequence[Mapping[str, Any]], before: Tensor) -> dict[str, Any]:
+        padding.append(before)
+        return _in_place(batch, part, before, (START, END, predictor.posterior.label_key))
+
+    order, batches = batches_of_rows(rows, tokenizer, batch_size, CONTEXT, placed)
+    found = of_batches(*place, batches, progress_bar).moved(-torch.cat(padding))
     return found[order.argsort()]
 
 
@@ -103,18 +97,14 @@ def _context(row: Any, is_single: bool) -> list[int]:
 
 
 def _in_place(
-    rows: Sequence[Mapping[str, Any]],
     batch: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
     before: Tensor,
     names: Sequence[str],
 ) -> dict[str, Any]:
     """Return a padded batch with the labels and the contexts of its rows.
 
-    Args:
-        rows: As they were given.
-        batch: What they were padded to.
-        before: Tokens of padding before each of them.
-        names: Of the labels, which are places in a row.
+    Labels are places in a row.
 
     Raises:
         ValueError: If a context is missing where other rows have one, or does not fit its row.

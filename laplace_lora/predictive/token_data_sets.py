@@ -8,18 +8,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from laplace_lora.data.batches import is_inputs_and_labels
 from laplace_lora.data.distributed import Together
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.likelihoods.token_classification import class_labels, real_tokens
-from laplace_lora.predictive.data_sets import in_batches, is_batch, of_batches
-from laplace_lora.predictive.inputs import (
-    in_places,
-    kind_of,
-    padding_before,
-    rows_of_batches,
-)
+from laplace_lora.predictive.data_sets import is_batch, of_batches
+from laplace_lora.predictive.inputs import batches_of_rows, in_places, kind_of
+from laplace_lora.predictive.texts import encoded
 from laplace_lora.predictive.token_class_predictions import TokenClassPredictions
 from laplace_lora.predictive.token_classes import TokenClassPredictor
 
@@ -42,7 +39,7 @@ def predict_tokens(
 
     Raises:
         TypeError: If the data are none of these.
-        ValueError: If they are empty, or see `in_batches`.
+        ValueError: If they are empty, or see `encoded` and `batches_of_rows`.
     """
     answer = partial(_answer, predictor)
     if is_batch(data):
@@ -51,15 +48,13 @@ def predict_tokens(
     kind, items = kind_of(data)
     if isinstance(items, Sequence):
         _check_no_words(items)
-    key, bare = posterior.label_key, items
-    if kind == "rows":
-        bare = [{k: v for k, v in row.items() if k != key} for row in items]
-    order, batches = in_batches(posterior, kind, bare, tokenizer, batch_size)
-    if kind == "rows" and order is not None:
-        pairs = zip(batches, rows_of_batches(items, order, batch_size), strict=True)
-        batches = [_with_labels(batch, rows, key, tokenizer) for batch, rows in pairs]
+    key, order = posterior.label_key, None
+    if kind != "batches":
+        rows = encoded(items, tokenizer) if kind == "texts" else items
+        placed = partial(_with_labels, key)
+        order, items = batches_of_rows(rows, tokenizer, batch_size, key, placed)
     place = (TokenClassPredictions, answer, posterior)
-    return of_batches(*place, batches, progress_bar, order, aligned=_of_one_width)
+    return of_batches(*place, items, progress_bar, order, aligned=_of_one_width)
 
 
 def _answer(predictor: TokenClassPredictor, batch: Any) -> TokenClassPredictions:
@@ -95,13 +90,12 @@ def _check_no_words(items: Sequence[Any]) -> None:
 
 
 def _with_labels(
-    batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], key: str, tokenizer: Any
+    key: str, batch: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], before: Tensor
 ) -> dict[str, Any]:
     """Return a padded batch with the labels of its rows, if all have them."""
     if any(row.get(key) is None for row in rows):
         return dict(batch)
     reals, labels = real_tokens(batch), []
-    before = padding_before(rows, batch, tokenizer)
     for row, real, first in zip(rows, reals, before.tolist(), strict=True):
         values, tokens = torch.as_tensor(row[key]), len(row["input_ids"])
         own = real[first : first + tokens]

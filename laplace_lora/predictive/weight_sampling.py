@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from laplace_lora.adapters.in_use import check_runs
@@ -17,6 +19,32 @@ from laplace_lora.models.changes.twins import resampled
 from laplace_lora.models.last_layer_model import LastLayerModel
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import check_count
+
+Network: TypeAlias = tuple[nn.Module, list[nn.Parameter]]  # and its tensors to overwrite
+
+
+@contextmanager
+def sampled_network(posterior: Posterior) -> Iterator[Network]:
+    """Yield the model in evaluation mode with tensors to overwrite, see `resampled`.
+
+    A twin, as other threads may be running the model meanwhile.
+
+    Raises:
+        RuntimeError: If a tensor does not run in the model as it is, see `check_runs`.
+    """
+    model, parameters = posterior.model, posterior.engine.parameters
+    check_runs(model, parameters)
+    with torch.no_grad(), evaluation_mode(model), resampled(model, parameters) as (twin, own):
+        yield twin, own
+
+
+def run_with(network: Network, weights: Tensor, x: Any) -> Tensor:
+    """Return a network's outputs for a batch under some weights, ``(parameters,)``."""
+    twin, own = network
+    set_weights(own, weights)
+    with as_called():
+        outputs: Tensor = twin(x)
+    return outputs
 
 
 @torch.no_grad()
@@ -44,34 +72,24 @@ def sampled_outputs(
     if posterior.differentiable:
         raise ValueError("pred_type='nn' cannot be differentiated; use pred_type='glm'")
     check_count("n_samples", n_samples)
-    model = posterior.model
+
+    def sample() -> Tensor:
+        return posterior.centre + posterior.deviations(1, generator)[0]
+
     if posterior.last_layer is not None:
-        outputs = _head_outputs(posterior, posterior.last_layer, x, n_samples, generator)
+        outputs = _head_outputs(posterior.last_layer, x, (sample() for _ in range(n_samples)))
     else:
-        check_runs(model, posterior.engine.parameters)
-        outputs = []
-        # On a twin: other threads may be running the model meanwhile.
-        with evaluation_mode(model), resampled(model, posterior.engine.parameters) as (twin, own):
-            for _ in range(n_samples):
-                set_weights(own, posterior.centre + posterior.deviations(1, generator)[0])
-                with as_called():
-                    outputs.append(twin(x))
+        with sampled_network(posterior) as network:
+            outputs = [run_with(network, sample(), x) for _ in range(n_samples)]
     check_finite(outputs[0])
     return torch.stack(outputs) / posterior.settings.likelihood_temperature
 
 
-def _head_outputs(
-    posterior: Posterior,
-    model: LastLayerModel,
-    x: Any,
-    n_samples: int,
-    generator: torch.Generator | None,
-) -> list[Tensor]:
+def _head_outputs(model: LastLayerModel, x: Any, samples: Iterable[Tensor]) -> list[Tensor]:
     features = [model.features(part) for part in passes(x)]
     head, outputs = model.head, []
-    for _ in range(n_samples):
-        sample = posterior.centre + posterior.deviations(1, generator)[0]
-        size = head.weight.numel()
+    size = head.weight.numel()
+    for sample in samples:
         weight, bias = sample.split([size, len(sample) - size])
         weight = weight.view_as(head.weight)
         shift = None if head.bias is None else bias

@@ -2,55 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
 from laplace_lora.data.distributed import OtherProcessFailed
 from laplace_lora.data.inapplicable import InapplicableError
 from laplace_lora.display.warning import warn
 from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
-from laplace_lora.structures.settings import Settings
-from laplace_lora.tuning.groups import PriorStructure
 from laplace_lora.tuning.left_out.leave_one_out import why_not
-from laplace_lora.tuning.outcome import Report
-from laplace_lora.tuning.tuner import Tuner
+from laplace_lora.tuning.tuner import Found, Request, Tuner
 
 # Of another process's error only the name of its class is known.
 INAPPLICABLE = {InapplicableError.__name__, NoForwardDerivativeError.__name__}
-
-Found = tuple[Settings, Sequence[Report]]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a tuning on training data is asked for.
-
-    Attributes:
-        structure: Which tensors share a prior precision, see `prior_groups`.
-        loader: The training data of the fit, ``None`` where they are not at hand.
-        is_given: Whether the loader was given, and is not that of the fit.
-        progress_bar: Whether to show progress, see `progress`.
-        recentre: Whether leave-one-out may move the posterior's mean.
-        tune_noise: Whether to choose a regression's noise as well.
-    """
-
-    structure: PriorStructure
-    loader: Any
-    is_given: bool
-    progress_bar: bool | None
-    recentre: bool
-    tune_noise: bool
-
-
-def by_training_data(tuner: Tuner, method: str, request: Request) -> Found:
-    """Return settings and reports of leave-one-out, ``"loo"`` for short, or of ``"widest"``."""
-    data = (request.structure, request.loader, request.progress_bar)
-    if method == "loo":
-        settings, left_out = tuner.leave_one_out(*data, request.recentre, request.tune_noise)
-        return settings, [left_out]
-    settings, texts, choice = tuner.widest(*data)
-    return settings, [texts] if choice is None else [texts, choice]
 
 
 def by_default(tuner: Tuner, request: Request, has_others: bool) -> tuple[str, str, Found | None]:
@@ -69,16 +29,17 @@ def by_default(tuner: Tuner, request: Request, has_others: bool) -> tuple[str, s
     posterior = tuner.posterior
     texts = posterior.objective.jacobian_refusal is not None
     method = "widest" if texts else "loo"
-    reason = "arguments of other methods are given" if has_others else ""
-    if not reason and request.structure != "scalar" and not texts:
+    if has_others:
+        reason = "arguments of other methods are given"
+    elif texts:
+        reason = "the training data are not at hand" if request.loader is None else ""
+    elif request.structure != "scalar":
         reason = "the prior is no scalar"
-    if not reason and texts and request.loader is None:
-        reason = "the training data are not at hand"
-    if not reason and not texts:
+    else:
         reason = why_not(posterior, request.loader) or ""
     if not reason:
         try:
-            return method, "", by_training_data(tuner, method, request)
+            return method, "", tuner.by_training_data(method, request)
         except (ValueError, OtherProcessFailed) as error:  # in its pass over the data
             kinds = [c.__name__ for c in type(error).__mro__]
             if isinstance(error, OtherProcessFailed):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,23 +18,22 @@ from laplace_lora.likelihoods.links import QUADRATURE
 from laplace_lora.models.tangents.forward_mode import NoForwardDerivativeError
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.predictive.linear_samples import AUTO as CHEAPER
-from laplace_lora.predictive.linear_samples import SAMPLES, takes_samples
+from laplace_lora.predictive.linear_samples import takes_samples
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings, check_positive
+from laplace_lora.tuning.evidence.curves import couples
 from laplace_lora.tuning.evidence.marginal_likelihood import (
     maximise,
     with_first_precision,
     with_precisions,
 )
-from laplace_lora.tuning.evidence.structure_choice import AUTO, StructureChoice, choose_structure
+from laplace_lora.tuning.evidence.structure_choice import AUTO, choose_structure
 from laplace_lora.tuning.groups import PriorStructure, prior_groups
 from laplace_lora.tuning.left_out import leave_one_out
 from laplace_lora.tuning.left_out.recentring import Recentring, recentred
 from laplace_lora.tuning.left_out.recentring_by_passes import Aim, TrainingPasses
-from laplace_lora.tuning.left_out.report import LeaveOneOut
 from laplace_lora.tuning.same_data import check_at_hand
 from laplace_lora.tuning.texts import widest
-from laplace_lora.tuning.texts.widest import Widest
 from laplace_lora.tuning.validation.cache import ValidationCache, scoring_of
 from laplace_lora.tuning.validation.calibration import Calibration, calibrate
 from laplace_lora.tuning.validation.coupled_cache import CoupledCache
@@ -42,6 +41,30 @@ from laplace_lora.tuning.validation.sample_calibration import calibrate_by_sampl
 from laplace_lora.tuning.validation.search import Loss, descend, grid_search
 
 logger = logging.getLogger(__name__)
+
+
+Found = tuple[Settings, Mapping[str, Any]]  # and reports, by their names in `Tuning`
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a tuning on training data is asked for.
+
+    Attributes:
+        structure: Which tensors share a prior precision, see `prior_groups`.
+        loader: The training data of the fit, ``None`` where they are not at hand.
+        is_given: Whether the loader was given, and is not that of the fit.
+        progress_bar: Whether to show progress, see `progress`.
+        recentre: Whether leave-one-out may move the posterior's mean.
+        tune_noise: Whether to choose a regression's noise as well.
+    """
+
+    structure: PriorStructure
+    loader: Any
+    is_given: bool
+    progress_bar: bool | None
+    recentre: bool
+    tune_noise: bool
 
 
 class Tuner:
@@ -56,16 +79,13 @@ class Tuner:
 
     def marginal_likelihood(
         self, structure: PriorStructure, tune_noise: bool, correction: bool
-    ) -> tuple[Settings, StructureChoice | None]:
+    ) -> Found:
         """Return the settings that maximise the log marginal likelihood.
 
         Args:
             structure: Which tensors share a prior precision, see `prior_groups`, or ``"auto"``.
             tune_noise: Whether to choose a regression's noise as well.
             correction: Whether to take the evidence's gradient term in, where it is known.
-
-        Returns:
-            The settings, and for ``"auto"`` what was chosen.
 
         Raises:
             ValueError: If the structure is unknown, or see `choose_structure`.
@@ -76,58 +96,37 @@ class Tuner:
                     "prior_structure='auto' leaves the observation noise as it is; tune it with a "
                     "structure given by name"
                 )
-            return choose_structure(self.posterior, correction)
+            settings, choice = choose_structure(self.posterior, correction)
+            return settings, {"structure": choice}
         groups = prior_groups(self.posterior.names, structure)
-        return maximise(self.posterior, groups, tune_noise, correction), None
+        return maximise(self.posterior, groups, tune_noise, correction), {}
 
-    def leave_one_out(
-        self,
-        structure: PriorStructure,
-        train_loader: Any,
-        progress_bar: bool | None,
-        recentre: bool = True,
-        tune_noise: bool = False,
-    ) -> tuple[Settings, LeaveOneOut]:
-        """Return the settings with the best leave-one-out likelihood, and what they promise.
+    def by_training_data(self, method: str, request: Request) -> Found:
+        """Return what leave-one-out finds, or the width that training texts bear, see `widest`.
 
         Args:
-            structure: Must be ``"scalar"``.
-            train_loader: The training data of the fit.
-            progress_bar: Whether to show progress, see `progress`.
-            recentre: Move the posterior's mean where training stopped too early.
-            tune_noise: Whether to choose a regression's noise as well.
+            method: ``"loo"``, or ``"widest"``, which takes the prior of the evidence.
+            request: What is asked for.
 
         Raises:
-            ValueError: If the structure is not a scalar, the loader is missing or not that of the
-                fit, or the adapter did not start at the base model.
+            ValueError: If the data are missing, or see `leave_one_out.tune` and `widest.tune`; of
+                leave-one-out also if the structure is not a scalar.
         """
-        _check_scalar("leave-one-out", structure)
-        check_at_hand(train_loader, "leave-one-out")
-        train_loader = same_draw(train_loader, "leave-one-out")
-        with self._together(train_loader) as team:
-            options = (train_loader, team, progress_bar, recentre, tune_noise)
-            return leave_one_out.tune(self.posterior, *options)
-
-    def widest(
-        self, structure: PriorStructure, train_loader: Any, progress_bar: bool | None
-    ) -> tuple[Settings, Widest, StructureChoice | None]:
-        """Return the settings of the evidence with a width that training texts bear, see `widest`.
-
-        And what training texts say, and the evidence if it chose the prior's structure.
-
-        Args:
-            structure: Which tensors share a prior precision, see `prior_groups`.
-            train_loader: The training data of the fit.
-            progress_bar: Whether to show progress, see `progress`.
-
-        Raises:
-            ValueError: If the loader is missing, or see `widest.tune`.
-        """
-        check_at_hand(train_loader, "method='widest'")
-        settings, choice = self.marginal_likelihood(structure, False, correction=False)
+        loader, progress_bar = request.loader, request.progress_bar
+        if method == "loo":
+            _check_scalar("leave-one-out", request.structure)
+            check_at_hand(loader, "leave-one-out")
+            loader = same_draw(loader, "leave-one-out")
+            with self._together(loader) as team:
+                options = (loader, team, progress_bar, request.recentre, request.tune_noise)
+                settings, left_out = leave_one_out.tune(self.posterior, *options)
+            return settings, {"leave_one_out": left_out}
+        check_at_hand(loader, "method='widest'")
+        settings, reports = self.marginal_likelihood(request.structure, False, correction=False)
         posterior = self.posterior.with_settings(settings)
-        with self._together(train_loader) as team:
-            return *widest.tune(posterior, train_loader, team, progress_bar), choice
+        with self._together(loader) as team:
+            settings, texts = widest.tune(posterior, loader, team, progress_bar)
+        return settings, {"widest": texts, **reports}
 
     def recentre(
         self,
@@ -205,8 +204,7 @@ class Tuner:
                 without labels.
         """
         groups = prior_groups(self.posterior.names, structure)
-        coupled = self.posterior.structure.couples_groups and int(groups.max()) > 0
-        kind: Any = CoupledCache if coupled else ValidationCache
+        kind: Any = CoupledCache if couples(self.posterior, groups) else ValidationCache
         predictor = Predictor(self.posterior)
         with self._together(val_loader) as team:
             scoring = scoring_of(self.posterior, link, n_samples, team=team)
@@ -239,7 +237,7 @@ class Tuner:
             with self._together(val_loader) as team:
                 options = (val_loader, team, generator, progress_bar)
                 return calibrate_by_samples(self.posterior, *options)
-        sampled = takes_samples(self.posterior, CHEAPER, link, SAMPLES, generator)
+        sampled = takes_samples(self.posterior, CHEAPER, link, None, generator)
         if sampled and not objective.has_independent_labels:
             if isinstance(val_loader, Iterator):
                 val_loader = list(val_loader)  # exact moments would read it again

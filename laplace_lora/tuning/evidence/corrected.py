@@ -16,7 +16,7 @@ from scipy.optimize import brentq, minimize
 from torch import Tensor
 
 from laplace_lora.structures.posterior import Posterior
-from laplace_lora.tuning.evidence.curves import CoupledEvidence, EvidenceCurve, SeparateEvidence
+from laplace_lora.tuning.evidence.curves import EvidenceCurve, evidence_curve
 from laplace_lora.tuning.minima import continued, refined
 
 PLATEAU = 0.01  # nats that do not count
@@ -67,20 +67,15 @@ def corrected_precision(posterior: Posterior, groups: Tensor, tune_noise: bool =
         FloatingPointError: If the evidence is nowhere credible.
     """
     count = int(groups.max()) + 1
-    coupled = posterior.structure.couples_groups and count > 1
     noise = posterior.settings.sigma_noise.detach().double().cpu()
     bound = 0.0 if posterior.objective.is_classifier else math.inf
-    scalar_evidence = SeparateEvidence(posterior, torch.zeros_like(groups))
+    scalar_evidence = evidence_curve(posterior, torch.zeros_like(groups))
     (whole,) = search_limits(posterior, scalar_evidence, noise.log())
     scalar, is_inside, objection = _best_scalar(scalar_evidence, noise.log(), bound, whole)
     start = torch.full((count,), scalar, dtype=torch.float64)
     if (count == 1 or not is_inside) and not tune_noise:
         return Maximum(start.exp(), float(noise), objection)
-    evidence: EvidenceCurve
-    if count == 1:
-        evidence = scalar_evidence
-    else:
-        evidence = (CoupledEvidence if coupled else SeparateEvidence)(posterior, groups)
+    evidence = scalar_evidence if count == 1 else evidence_curve(posterior, groups)
     # Below, the rounding of loss / σ² is no plateau any more, and would be climbed.
     loss = float(posterior.state.loss) / posterior.temperature
     rounded = loss * torch.finfo(posterior.dtype).eps / PLATEAU

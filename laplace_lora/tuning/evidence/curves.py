@@ -160,6 +160,16 @@ class CoupledEvidence(EvidenceCurve):
         return relative + self._gain.rise(by_tensor, scale).to(core)
 
 
+def couples(posterior: Posterior, groups: Tensor) -> bool:
+    """Return whether the data couple groups of tensors, whose priors cannot be tuned apart then."""
+    return posterior.structure.couples_groups and int(groups.max()) > 0
+
+
+def evidence_curve(posterior: Posterior, groups: Tensor) -> EvidenceCurve:
+    """Return the evidence of a posterior with a scalar prior, as a function of the groups'."""
+    return (CoupledEvidence if couples(posterior, groups) else SeparateEvidence)(posterior, groups)
+
+
 def _joined(spectra: list[Spectrum]) -> Spectrum:
     """Return the eigenvalues of several tensors as those of one."""
     found: dict[int, list[Tensor]] = {}

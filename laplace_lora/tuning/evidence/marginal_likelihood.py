@@ -12,8 +12,13 @@ from laplace_lora.display.warning import warn
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings
 from laplace_lora.structures.state import PosteriorState
-from laplace_lora.tuning.evidence.corrected import corrected_precision, search_limits, uphill
-from laplace_lora.tuning.evidence.curves import CoupledEvidence
+from laplace_lora.tuning.evidence.corrected import (
+    Maximum,
+    corrected_precision,
+    search_limits,
+    uphill,
+)
+from laplace_lora.tuning.evidence.curves import couples, evidence_curve
 from laplace_lora.tuning.evidence.optimum import optimal_noise, optimal_precision
 
 
@@ -36,20 +41,13 @@ def maximise(posterior: Posterior, groups: Tensor, tune_noise: bool, correction:
         best = corrected_precision(start, groups, tune_noise)
         if best.objection:
             warn(best.objection)
-        if tune_noise:
-            posterior = with_noise(posterior, best.noise)
-        return with_precisions(posterior, best.precisions[groups.cpu()], groups)
-    # The scalar's eigenvalues are needed, for the maximum or as the start of a climb.
-    scalar = with_first_precision(posterior)
-    if posterior.structure.scalar_only:
-        return _separate(scalar, groups, tune_noise)
-    if not posterior.structure.couples_groups:
-        return _separate(posterior, groups, tune_noise)
-    coupled = int(groups.max()) > 0
-    settings = _separate(scalar, torch.zeros_like(groups), tune_noise and not coupled)
-    if not coupled:
-        return settings
-    return _joint(posterior.with_settings(settings), groups, tune_noise)
+    elif couples(posterior, groups):
+        best = _joint(posterior, groups, tune_noise)
+    else:
+        return _separate(with_first_precision(posterior), groups, tune_noise)
+    if tune_noise:
+        posterior = with_noise(posterior, best.noise)
+    return with_precisions(posterior, best.precisions[groups.cpu()], groups)
 
 
 def with_term(posterior: Posterior) -> Tensor:
@@ -125,13 +123,12 @@ def _separate(posterior: Posterior, groups: Tensor, tune_noise: bool) -> Setting
     return with_precisions(posterior, optimal_precision(spectra, squares, groups)[groups], groups)
 
 
-def _joint(posterior: Posterior, groups: Tensor, tune_noise: bool) -> Settings:
-    scalar, noise = posterior.settings.prior_precision, posterior.settings.sigma_noise.detach()
-    start = scalar.double().cpu().log().expand(int(groups.max()) + 1)
-    evidence = CoupledEvidence(posterior.without_gradient_term(), groups)
-    log_noise = noise.double().cpu().log()
+def _joint(posterior: Posterior, groups: Tensor, tune_noise: bool) -> Maximum:
+    """Climb from the best scalar."""
+    scalar = with_first_precision(posterior).without_gradient_term()
+    best = _separate(scalar, torch.zeros_like(groups), tune_noise=False)
+    start = best.prior_precision.double().cpu().log().expand(int(groups.max()) + 1)
+    evidence = evidence_curve(scalar, groups)
+    log_noise = best.sigma_noise.detach().double().cpu().log()
     limits = search_limits(posterior, evidence, log_noise)
-    best = uphill(evidence, start, log_noise, math.inf, tune_noise, limits)
-    if tune_noise:
-        posterior = with_noise(posterior, best.noise)
-    return with_precisions(posterior, best.precisions[groups.cpu()], groups)
+    return uphill(evidence, start, log_noise, math.inf, tune_noise, limits)

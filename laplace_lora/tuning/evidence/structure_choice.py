@@ -16,7 +16,7 @@ from torch import Tensor
 from laplace_lora.linalg.row_precision import RowPrecision
 from laplace_lora.structures.posterior import Posterior
 from laplace_lora.structures.settings import Settings
-from laplace_lora.tuning.evidence.curves import CoupledEvidence, SeparateEvidence
+from laplace_lora.tuning.evidence.curves import couples, evidence_curve
 from laplace_lora.tuning.evidence.marginal_likelihood import maximise, with_first_precision
 from laplace_lora.tuning.groups import prior_groups
 
@@ -56,7 +56,7 @@ def choose_structure(posterior: Posterior, correction: bool) -> tuple[Settings, 
     found = {}
     for structure in CANDIDATES:
         groups = prior_groups(posterior.names, structure)
-        if posterior.structure.couples_groups and _gram_bytes(posterior, groups) > BYTES:
+        if _gram_bytes(posterior, groups) > BYTES:
             continue
         settings = maximise(posterior, groups, False, correction)
         found[structure] = settings, integrated_evidence(posterior, settings, groups, correction)
@@ -67,9 +67,11 @@ def choose_structure(posterior: Posterior, correction: bool) -> tuple[Settings, 
 
 def _gram_bytes(posterior: Posterior, groups: Tensor) -> int:
     """Return the size of the groups' Gram matrices, of which a joint evidence is."""
-    count, precision = int(groups.max()) + 1, posterior.precision
+    if not couples(posterior, groups):
+        return 0
+    precision = posterior.precision
     assert isinstance(precision, RowPrecision)
-    return 8 * count * len(precision.rows) ** 2 if count > 1 else 0
+    return 8 * (int(groups.max()) + 1) * len(precision.rows) ** 2
 
 
 def integrated_evidence(
@@ -92,10 +94,7 @@ def integrated_evidence(
     groups = groups.to(squares.device)
     deltas = settings.prior_precision.detach().to(squares).expand(len(groups))
     logs = squares.new_zeros(int(groups.max()) + 1).index_copy_(0, groups, deltas).log()
-    coupled = posterior.structure.couples_groups and len(logs) > 1
-    if not coupled:
-        posterior = with_first_precision(posterior)
-    curve = (CoupledEvidence if coupled else SeparateEvidence)(posterior, groups)
+    curve = evidence_curve(with_first_precision(posterior), groups)
     noise = posterior.settings.sigma_noise.detach().double().log()
     left = 0.5 * torch.log(4 * math.pi / curve.effective(logs, noise)) - math.log(RANGE)
     return float(curve(logs, noise)) + float(left.clamp(max=0).sum())

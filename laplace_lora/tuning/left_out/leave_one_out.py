@@ -76,8 +76,8 @@ def tune(
     loader: Any,
     team: Together,
     progress_bar: bool | None,
-    recentre: bool = True,
-    tune_noise: bool = False,
+    recentre: bool,
+    tune_noise: bool,
 ) -> tuple[Settings, LeaveOneOut]:
     """Choose a scalar prior precision by leave-one-out, the posterior's mean, and its noise.
 

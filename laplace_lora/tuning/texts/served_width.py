@@ -19,8 +19,9 @@ from laplace_lora.data.distributed import Together
 from laplace_lora.display.warning import warn
 from laplace_lora.likelihoods.information import entropy
 from laplace_lora.predictive.glm import Predictor
-from laplace_lora.predictive.network_samples import Network, NetworkSamples
+from laplace_lora.predictive.network_samples import NetworkSamples
 from laplace_lora.predictive.query import Query
+from laplace_lora.predictive.weight_sampling import Network, sampled_network
 from laplace_lora.structures.posterior import Posterior
 
 CRITERIA = ("nll", "entropy")
@@ -80,15 +81,14 @@ def choose_width(
         progress_bar: Whether to show progress, see `progress`.
 
     Raises:
-        ValueError: If the criterion is unknown, the likelihood has no probabilities, or the loader
-            is empty or can be iterated over once only.
+        ValueError: If the likelihood has no probabilities, or the loader is empty or can be
+            iterated over once only.
 
     Warns:
         UserWarning: If no width is better than none, or none that was tried is as uncertain as the
             linearised predictive.
     """
     posterior = samples.posterior
-    check_criterion(criterion)
     _check(posterior, loader)
     if criterion is None:
         # A process may have no data; what the others' batches have holds for all.
@@ -130,7 +130,7 @@ def choose_width(
     function = nll if criterion == "nll" else own_entropy
     # Before the network has other weights, which may be the model's own.
     wanted = 0.0 if criterion == "nll" else mean_over(linearised, "Linearised predictive")
-    with samples.running() as network:
+    with sampled_network(posterior) as network:
 
         def at(width: float) -> float:
             title = f"Trying width {width:.2g}"
@@ -201,16 +201,6 @@ def _of_entropy(at: Callable[[float], float], wanted: float) -> ServedWidth:
             "which is right",
         )
     return ServedWidth(best, "entropy", tried[best], wanted, tuple(sorted(tried.items())))
-
-
-def check_criterion(criterion: str | None) -> None:
-    """Refuse an unknown criterion; ``None`` leaves the choice to the data.
-
-    Raises:
-        ValueError: If it is one.
-    """
-    if criterion not in (None, *CRITERIA):
-        raise ValueError(f"criterion must be one of {CRITERIA}, got {criterion!r}")
 
 
 def _check(posterior: Posterior, loader: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -57,11 +56,7 @@ def some_texts(posterior: Posterior, batches: Iterable[Any]) -> list[Mapping[str
             break
         read += length
         rows.setdefault(index, []).append(row)
-    reads_forward = posterior.objective.predicts_tokens
-    return [
-        _cut(kept[index], sorted(chosen), posterior, reads_forward)
-        for index, chosen in sorted(rows.items())
-    ]
+    return [_cut(kept[index], sorted(own), posterior) for index, own in sorted(rows.items())]
 
 
 def _lengths(x: Mapping[str, Any], y: Tensor) -> list[int]:
@@ -74,9 +69,7 @@ def _lengths(x: Mapping[str, Any], y: Tensor) -> list[int]:
     return [shape[1]] * len(y)
 
 
-def _cut(
-    batch: Mapping[str, Any], rows: list[int], posterior: Posterior, reads_forward: bool
-) -> Mapping[str, Any]:
+def _cut(batch: Mapping[str, Any], rows: list[int], posterior: Posterior) -> Mapping[str, Any]:
     """Return some texts of a batch on a device, without what follows the last label in vain."""
     device = posterior.device
     labels: Tensor = batch["labels"]
@@ -88,7 +81,7 @@ def _cut(
         others = torch.ones(len(labels), 1, dtype=torch.bool, device=labels.device)
         others[index] = False
         return {**moved, "labels": labels.masked_fill(others, IGNORED).to(device)}
-    if not reads_forward:  # an encoder sees what follows as well
+    if not posterior.objective.predicts_tokens:  # an encoder sees what follows as well
         chosen: Any = some_examples(moved, rows)
         return chosen
     return part_of(moved, index.to(device), last + 1, posterior.source.config)
@@ -123,10 +116,16 @@ def text_losses(
     Raises:
         ValueError: If the model cannot carry tangents, see `forward_mode`, or nothing is scored.
     """
-    reads = _reader(posterior)
+    generator = torch.Generator(posterior.device).manual_seed(SEED)
+    samples: Any
+    scored: Callable[..., tuple[Tensor, Tensor]]
+    if posterior.objective.predicts_tokens:
+        samples, scored = SampleSet(posterior, SAMPLES, generator), label_log_probabilities
+    else:
+        samples, scored = LinearSamples(posterior, SAMPLES, generator), class_log_probabilities
     tokens, by_map, predictive = 0, 0.0, torch.zeros(len(scales), dtype=torch.float64)
     for batch in texts:
-        own, averaged = reads(batch, scales)
+        own, averaged = scored(posterior, samples, batch, scales)
         tokens += int((batch["labels"] != IGNORED).sum())
         by_map -= float(own.double().sum())
         predictive -= averaged.double().flatten(1).sum(1).cpu()
@@ -134,15 +133,3 @@ def text_losses(
     if not count:
         raise ValueError("the loader gives no text of which a token is scored")
     return TextLosses(int(count), by_map / count, predictive.new_tensor(sums) / count)
-
-
-def _reader(
-    posterior: Posterior,
-) -> Callable[[Mapping[str, Any], Tensor], tuple[Tensor, Tensor]]:
-    """Return what gives the log probabilities of a batch's labels, by the MAP and by each width."""
-    generator = torch.Generator(posterior.device).manual_seed(SEED)
-    if posterior.objective.predicts_tokens:
-        samples = SampleSet(posterior, SAMPLES, generator)
-        return partial(label_log_probabilities, posterior, samples)
-    linear = LinearSamples(posterior, SAMPLES, generator)
-    return partial(class_log_probabilities, posterior, linear)

@@ -26,8 +26,7 @@ from laplace_lora.likelihoods.base import Scoring
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.structures.settings import Settings
 from laplace_lora.tuning.validation.cache import ValidationCache, validation_rows
-from laplace_lora.tuning.validation.cached_rows import CachedRows
-from laplace_lora.tuning.validation.cached_targets import CachedTargets
+from laplace_lora.tuning.validation.cached_rows import CachedRows, CachedTargets
 from laplace_lora.tuning.validation.calibration_search import (
     Found,
     LabelledRows,

@@ -67,7 +67,7 @@ def test_the_largest_evidence_is_taken_and_reported(la, correction):
 
 def test_the_price_of_a_precision_decides(la, monkeypatch):
     def choice():
-        return Tuner(la.fitted).marginal_likelihood("auto", False, False)[1]
+        return Tuner(la.fitted).marginal_likelihood("auto", False, False)[1]["structure"]
 
     monkeypatch.setattr(structure_choice, "RANGE", 1e-9)
     free = choice()

@@ -10,7 +10,7 @@ from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
 from laplace_lora.data.distributed import ALONE
 from laplace_lora.predictive.glm import Predictor
 from laplace_lora.tuning.validation.cache import ValidationCache, scoring_of
-from laplace_lora.tuning.validation.cached_targets import INTERVALS, CachedTargets
+from laplace_lora.tuning.validation.cached_rows import INTERVALS, CachedTargets
 from support.batches import loader
 from support.models import peft_model
 
