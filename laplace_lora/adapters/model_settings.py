@@ -65,14 +65,15 @@ def held_settings(holders: Holders) -> dict[str, Any]:
     # Such a classifier reads the last token before the padding, an encoder-decoder's the last end.
     classifies = any("SequenceClassification" in type(module).__name__ for _, module in holders)
     found: dict[str, Any] = {}
+    kinds: list[Any] = []
     known: set[int] = set()
     for name, module in holders:
         config, prefix = vars(module).get("config"), f"{name}." if known else ""
         if isinstance(config, PretrainedConfig) and id(config) not in known:
             found |= _settings(config, prefix, classifies, known)
         if ATTENTION in vars(module):
-            found[f"{name}.{ATTENTION}"] = _plain(vars(module)[ATTENTION])
-    return found
+            kinds.append(_plain(vars(module)[ATTENTION]))
+    return {**found, ATTENTION: kinds[0]} if kinds else found
 
 
 def _settings(
