@@ -8,9 +8,9 @@ from functools import cache
 from typing import Any, TypeAlias
 
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-Holders: TypeAlias = list[tuple[str, nn.Module]]
+Holders: TypeAlias = list[tuple[str, Any]]
 
 OF_MODEL = "config."
 ATTENTION = "attention_type"  # BigBird's modules keep their own, and change it
@@ -45,16 +45,12 @@ def model_settings(model: nn.Module) -> dict[str, Any]:
 
 
 def config_holders(model: nn.Module) -> Holders:
-    """Return the modules of a model that hold a transformer's configuration, with their names."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(vars(module).get("config"), PretrainedConfig) or ATTENTION in vars(module)
-    ]
+    """Return the transformers within a model, with their names."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, PreTrainedModel)]
 
 
 def held_settings(holders: Holders) -> dict[str, Any]:
-    """Return the settings that modules hold now, each configuration's once.
+    """Return the settings that transformers have now, each configuration's once.
 
     The outermost configuration's come by their plain names, those of others, as the copies that
     encoder-decoders make, behind the names of their modules.
@@ -68,9 +64,9 @@ def held_settings(holders: Holders) -> dict[str, Any]:
     kinds: list[Any] = []
     known: set[int] = set()
     for name, module in holders:
-        config, prefix = vars(module).get("config"), f"{name}." if known else ""
-        if isinstance(config, PretrainedConfig) and id(config) not in known:
-            found |= _settings(config, prefix, classifies, known)
+        if id(module.config) not in known:
+            prefix = f"{name}." if known else ""
+            found |= _settings(module.config, prefix, classifies, known)
         if ATTENTION in vars(module):
             kinds.append(_plain(vars(module)[ATTENTION]))
     return {**found, ATTENTION: kinds[0]} if kinds else found
