@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraConfig
 from torch import nn
 
 from laplace_lora.adapters.layer_settings import adapter_settings
+from laplace_lora.adapters.model_settings import OF_MODEL, model_settings
 from laplace_lora.adapters.plain_names import active_adapters
 
 # Any other setting counts: PEFT gets new tuners, and a posterior of one of them must not load
@@ -113,8 +114,10 @@ def _plain(value: Any) -> Any:
 def function_settings(model: nn.Module) -> dict[str, Any]:
     """Return `adapter_settings` and, behind `OF_CONFIGURATION`, the settings of the configuration.
 
-    PEFT reads some of them in each pass, as Activated LoRA's tokens.
+    PEFT reads some of them in each pass, as Activated LoRA's tokens. And behind `OF_MODEL` those of
+    the transformer's configuration, some of which it reads in each pass, too.
     """
     settings = settings_of(active_configurations(model))
     named = {f"{OF_CONFIGURATION}{name}": value for name, value in settings.items()}
-    return {**adapter_settings(model), **named}
+    of_model = {f"{OF_MODEL}{name}": value for name, value in model_settings(model).items()}
+    return {**adapter_settings(model), **named, **of_model}

@@ -17,7 +17,9 @@ from laplace_lora.capture.output_verification import chosen_examples
 from laplace_lora.capture.padding_verification import without_padding
 from laplace_lora.capture.recorder import MisfitError
 from laplace_lora.capture.tape import Tape
+from laplace_lora.capture.unmasked_verification import point_out_own_masks
 from laplace_lora.data.batches import Batch, one_example
+from laplace_lora.models.changes.attention_types import TooShortError
 
 NEGLIGIBLE = 1e-6  # of a layer's largest gradient; padding that nobody reads has none
 FAR = 0.05  # of a token's length, from its likeness in another batch; half precision rounds
@@ -41,11 +43,16 @@ def verify_masks(
     Returns:
         Whether the batch has padding, without which there is nothing to verify.
 
+    Warns:
+        UserWarning: If texts without a mask look padded, see `point_out_own_masks`.
+
     Raises:
         MisfitError: If a layer sees as many tokens when the padding is gone, or sees tokens where
             the mask has padding, as in a text that it reads backwards; names its tensors.
     """
     masks = {i: mask for i in range(len(tape.inputs)) if (mask := tape.mask(i)) is not None}
+    if not masks and tape.divides:
+        return point_out_own_masks(tape, blocks)
     if not masks or not tape.divides:
         return bool(masks) and tape.images_are_even
     suspects = _read_at_padding(tape, blocks, masks)
@@ -54,7 +61,10 @@ def verify_masks(
     bare = without_padding(single)
     if not suspects or bare is single:
         return True
-    alone = record_alone(bare)
+    try:
+        alone = record_alone(bare)
+    except TooShortError:
+        return False  # another batch may tell
     for wrong, reason in (
         (
             [i for i in suspects if alone.inputs[i].shape[1] == tape.inputs[i].shape[1]],

@@ -182,7 +182,7 @@ def _check_calls(
     if misfits:
         raise MisfitError(
             f"{reasons[misfits[0]]}; freeze its parameters first, or give them a diagonal block "
-            "with uncovered='diag'",
+            "with uncovered='diag' (an exact posterior stays exact)",
             misfits,
         )
     for linear, seen in zip(maps, calls, strict=True):

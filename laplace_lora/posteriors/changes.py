@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from laplace_lora.adapters.configuration import OF_CONFIGURATION, function_settings
 from laplace_lora.adapters.frozen_values import TensorPlace
 from laplace_lora.adapters.layer_settings import single, without_factor
+from laplace_lora.adapters.model_settings import OF_MODEL
 from laplace_lora.posteriors.fitted_weights import ROUNDING, are_equal
 
 
@@ -52,6 +53,8 @@ def _is_same(name: str, then: Any, now: Any) -> bool:
 
     Earlier versions have kept no factor that was a tensor.
     """
+    if name.startswith(OF_MODEL):
+        return bool(then == now)
     if then == now or not (isinstance(then, list) and isinstance(now, list)):
         return bool(then == now)
     if not name.startswith(OF_CONFIGURATION) and then == without_factor(then):

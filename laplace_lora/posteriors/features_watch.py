@@ -68,12 +68,12 @@ class FeaturesWatch:
         if moved or rescaled:
             names = [place.name for place in moved] + rescaled
             raise ValueError(
-                f"the state is of a transformer with other weights, buffers or scalings of "
-                f"{listed(names)}; load the base model and the adapter of its fit"
+                f"the state is of a transformer with other weights, buffers, settings or scalings "
+                f"of {listed(names)}; load the base model and the adapter of its fit"
             )
 
     def check(self) -> None:
-        """Refuse another dtype, other weights and buffers, and another scaling of the adapter.
+        """Refuse another dtype, other weights, buffers and settings, and another scaling.
 
         Raises:
             RuntimeError: If one has changed; names it.
@@ -98,9 +98,9 @@ class FeaturesWatch:
         if moved or rescaled:
             names = [place.name for place in moved] + rescaled
             raise RuntimeError(
-                f"weights, buffers or scalings of {listed(names)} have changed since the posterior "
-                "was fitted, so new features do not go with those of the fit. Fit again, or bring "
-                "the model back"
+                f"weights, buffers, settings or scalings of {listed(names)} have changed since the "
+                "posterior was fitted, so new features do not go with those of the fit. Fit again, "
+                "or bring the model back"
             )
         self._seen = seen
 

@@ -1,8 +1,8 @@
 """`WeightsWatch`: notice that a model is no longer at the weights where a posterior was fitted.
 
 The weights that it does not cover among them, and the buffers: a forward pass in training mode
-moves running statistics, frozen weights or not. And the adapter's scaling and settings,
-which are in no tensor.
+moves running statistics, frozen weights or not. And the adapter's scaling, its settings and the
+base model's, which are in no tensor.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ from laplace_lora.adapters.configuration import (
 from laplace_lora.adapters.frozen_values import PackedPlace, TensorPlace, frozen_places
 from laplace_lora.adapters.in_use import check_runs
 from laplace_lora.adapters.layer_settings import scalings, tuner_layers
+from laplace_lora.adapters.model_settings import (
+    OF_MODEL,
+    Holders,
+    config_holders,
+    held_settings,
+)
 from laplace_lora.adapters.packed_weights import parts_here
 from laplace_lora.adapters.peft_state import adapter_parameters
 from laplace_lora.adapters.plain_names import active_adapters
@@ -49,6 +55,7 @@ class WeightsWatch:
         self._counting: list[nn.Module] = []
         self._layers: list[nn.Module] = []
         self._configured: list[nn.Module] = []
+        self._of_model: Holders = []
         self._active: set[str] = set()
         self._beside: list[TensorPlace] = []
         self._beside_values = torch.zeros(0)
@@ -63,16 +70,16 @@ class WeightsWatch:
         self._model = None  # a layer may have been exchanged
 
     def check(self, posterior: Posterior) -> None:
-        """Refuse weights, buffers or a scaling of the adapter other than those of the fit.
+        """Refuse weights, buffers, settings or a scaling of the adapter other than at the fit.
 
         Warns:
             UserWarning: If the covered weights are those of the fit rounded to a coarser dtype;
                 once for a fit.
 
         Raises:
-            RuntimeError: If a tensor or a layer's scaling has changed, names it; if the model was
-                moved to a dtype in which its posterior is another one's; or, of a last layer, if
-                the adapter does not run in the model as it is, see `check_runs`.
+            RuntimeError: If a tensor, a setting or a layer's scaling has changed, names it; if the
+                model was moved to a dtype in which its posterior is another one's; or, of a last
+                layer, if the adapter does not run in the model as it is, see `check_runs`.
         """
         with in_turn(posterior.source):
             self._check(posterior)
@@ -95,7 +102,7 @@ class WeightsWatch:
         self._look(posterior)
         places = self._places
         settings = settings_of(configurations_of(self._configured, self._active))
-        factors = scalings(self._layers), settings
+        factors = scalings(self._layers), settings, held_settings(self._of_model)
         pairs = list(pairs_of(posterior))
         tensors = [tensor for _, tensor, _ in pairs]
         tensors += [t for place in places if (t := place.tensor) is not None]
@@ -160,6 +167,7 @@ class WeightsWatch:
             self._counting = list({p.module: None for p in self._places if p.is_buffer})
             self._layers = tuner_layers(model)
             self._configured, self._active = configured(model), active_adapters(model)
+            self._of_model = config_holders(model)
             trained = adapter_parameters(model)
             self._beside = [place for place in self._places if id(place.tensor) in trained]
 
@@ -194,6 +202,13 @@ def _refuse(moved: Sequence[TensorPlace], rescaled: list[str]) -> None:
             raise RuntimeError(
                 f"the adapter's settings {listed(fields)} have changed since the posterior was "
                 "fitted, so its curvature belongs to another function. Fit again, or bring the "
+                "settings back"
+            )
+        of_model = [name for name in rescaled if name.startswith(OF_MODEL)]
+        if of_model:
+            raise RuntimeError(
+                f"the base model's settings {listed(of_model)} have changed since the posterior "
+                "was fitted, so its curvature belongs to another function. Fit again, or bring the "
                 "settings back"
             )
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Recognise what an adapter computes beside its weights: its settings and the parts drawn once."""
+"""Recognise what a model computes beside its weights: settings, and an adapter's drawn parts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from laplace_lora.adapters.layer_settings import (
     single,
     without_factor,
 )
+from laplace_lora.adapters.model_settings import model_settings
+from laplace_lora.display.warning import warn
 from laplace_lora.storage.files import checksum
 
 SETTINGS = "adapter_settings"
@@ -23,10 +25,12 @@ CONFIGURATION = "adapter_configuration"
 DRAWN = "adapter_drawn"
 KINDS = "adapter_kinds"  # its layers but for their factors
 DTYPES = "adapter_base_dtypes"
+MODEL = "base_configuration"
+SHOWN = 3  # settings that a warning names
 
 
 def function_identity(model: nn.Module, plain: bool) -> dict[str, Any]:
-    """Return what a posterior must find again of its adapter, but for weights.
+    """Return what a posterior must find again of its adapter and base model, but for weights.
 
     Args:
         model: Its model.
@@ -40,6 +44,7 @@ def function_identity(model: nn.Module, plain: bool) -> dict[str, Any]:
         CONFIGURATION: settings_of(active_configurations(model)),
         DRAWN: drawn_parts(model),
         DTYPES: base_dtypes(model),
+        MODEL: model_settings(model),
     }
 
 
@@ -68,6 +73,9 @@ def other_dtype(saved: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 def check_function(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Refuse an adapter that computes something else than at the fit, as far as a file tells.
 
+    Warns:
+        UserWarning: If the base model's configuration has other settings than at the fit.
+
     Raises:
         ValueError: If its layers, its settings or its drawn parts are others.
     """
@@ -94,4 +102,20 @@ def check_function(saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
         raise ValueError(
             "the adapter's configuration differs from the one that the posterior was fitted with "
             "(lora_alpha, use_rslora, use_dora or the layers' scaling)"
+        )
+    _point_out_settings(saved.get(MODEL, {}), found[MODEL])  # earlier versions saved none
+
+
+def _point_out_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warn that a base model's configuration is another one; versions rename what it has."""
+    others = [name for name in then if name in now and then[name] != now[name]]
+    if others:
+        shown = [f"{name} is {now[name]!r} and was {then[name]!r}" for name in others[:SHOWN]]
+        more = [f"and {len(others) - SHOWN} more"] if len(others) > SHOWN else []
+        differences = ", ".join([*shown, *more])
+        warn(
+            "the base model's configuration differs from the one that the posterior was fitted "
+            f"with ({differences}), so the model may compute something else from the same weights, "
+            "and the curvature be another function's. Load the base model with the configuration "
+            "of the fit, or fit again"
         )

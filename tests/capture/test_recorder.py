@@ -13,6 +13,7 @@ from laplace_lora.capture.recorder import record
 from support.batches import token_batch
 from support.models import TARGETS, peft_model
 from support.preferences import pair_batch
+from support.references import assert_near, explicit_jacobians
 
 LENGTHS = (3, 6, 4, 6, 1)
 DECODERS = ["llama", "gpt2"]
@@ -64,8 +65,12 @@ def test_inputs_without_a_batch_dimension_are_named():
         def forward(self, x):
             return self.layer(x.reshape(-1, 3)).reshape(len(x), -1)
 
-    with pytest.raises(RuntimeError, match=r"'layer' received an input of shape \(4, 3\)"):
-        LoraGGN(Folded(), "classification").jacobians(torch.randn(2, 6))
+    said = r"'layer' received an input of shape \(4, 3\).*diag' \(an exact posterior stays exact\)"
+    net, x = Folded().double(), torch.randn(2, 6).double()
+    with pytest.raises(RuntimeError, match=said):
+        LoraGGN(net, "classification").jacobians(x)
+    backend = LoraGGN(net, "classification", uncovered="diag")
+    assert_near(list(backend.engine.jacobian_blocks(x)[1]), explicit_jacobians(net, x))
 
 
 def test_masks_that_do_not_fit_the_tokens_are_refused():

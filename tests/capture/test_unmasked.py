@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import BertModel
 
 from laplace_lora import DiagLoraLaplace, KronLoraLaplace, LogitsModel
 from laplace_lora.generation import generate
@@ -11,7 +13,7 @@ from laplace_lora.models.inputs.unmasked import check_is_masked
 from support.batches import token_batch
 from support.functional import adapters_only, factors_of
 from support.language import language_posterior
-from support.models import PAD, TARGETS, llama_config, peft_model
+from support.models import PAD, TARGETS, bert_config, excite, llama_config, peft_model
 from support.preferences import pair_batch, reward_posterior
 
 PADDED = "begin or end with the padding token"
@@ -109,7 +111,7 @@ class Masked(nn.Module):
         return self.inner(input_ids=input_ids, attention_mask=masks[self.name]).logits
 
 
-@pytest.mark.parametrize("name", ["mask", "padding_mask"])
+@pytest.mark.parametrize("name", ["mask", "padding_mask", "mask_a"])
 def test_masks_of_unclear_names(name):
     batch = token_batch((5, 3))
     batch = {"input_ids": batch["input_ids"] + 1, name: batch["attention_mask"]} | {
@@ -136,3 +138,66 @@ def test_a_mask_of_ones_is_one_of_any_name():
     batch = token_batch((4, 4))
     batch["mask"] = batch.pop("attention_mask")
     KronLoraLaplace(Masked("mask"), "classification").fit(one_batch(batch))
+
+
+class Pooled(nn.Module):
+    """A classifier of averages over text that it finds by itself."""
+
+    def __init__(self, start, targets=("query", "value")):
+        super().__init__()
+        torch.manual_seed(0)
+        adapters = LoraConfig(r=2, target_modules=list(targets))
+        inner = excite(get_peft_model(BertModel(bert_config(), add_pooling_layer=False), adapters))
+        self.inner, self.start, self.head = inner.double().eval(), start, nn.Linear(16, 3)
+        self.head.double().requires_grad_(False)
+
+    def forward(self, tokens, lengths=None):
+        real = tokens != PAD
+        if lengths is not None:
+            real = torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)
+        states = self.inner(input_ids=tokens, attention_mask=real.long()).last_hidden_state
+        if self.start:
+            return self.head(states[:, 0])
+        return self.head((states * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True))
+
+
+def bare(lengths, side="right"):
+    batch = token_batch(lengths, side=side)
+    return {"tokens": batch["input_ids"], "labels": batch["labels"]}
+
+
+def test_lengths_are_no_masks():
+    batch = {**bare((5, 3, 4)), "lengths": torch.tensor([5, 3, 4])}
+    with pytest.raises(RuntimeError, match="'lengths' of the batch may say which tokens"):
+        KronLoraLaplace(Pooled(start=False), "classification").fit(one_batch(batch))
+    DiagLoraLaplace(Pooled(start=False), "classification").fit(one_batch(batch))
+
+
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_network_that_makes_its_mask_itself_is_pointed_out_once(side, start):
+    la = KronLoraLaplace(Pooled(start and side == "right"), "classification")
+    batches = [bare((4, 4)), bare((5, 3, 2), side), bare((5, 3), side)]
+    with pytest.warns(UserWarning, match="no output depends on the 0s .* no 'attention_mask'") as w:
+        la.fit(DataLoader(batches, batch_size=None))
+    assert len(w) == 1
+    DiagLoraLaplace(Pooled(start=False), "classification").fit(one_batch(bare((5, 3), side)))
+
+
+@pytest.mark.parametrize("targets", [["query"], ["query", "value"]])
+def test_texts_of_one_length_pass_whatever_they_end_with(targets):
+    batch = bare((5, 5, 5))
+    batch["tokens"][:, -2:] = 7
+    batch["tokens"][0, -3:] = 7
+    model = Pooled(True, targets)
+    for layer in model.inner.base_model.model.encoder.layer[:1]:
+        layer.requires_grad_(False)  # in the last layer the first token's query alone counts
+    KronLoraLaplace(model, "classification").fit(one_batch(batch))
+
+
+def test_the_end_of_a_language_model_s_texts_passes():
+    la = language_posterior(fit=False)
+    batch = token_batch((6, 6, 6))
+    batch["input_ids"][:, -1] = 7
+    ids = batch["input_ids"]
+    la.fit(one_batch({"input_ids": ids, "labels": ids.clone()}))

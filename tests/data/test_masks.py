@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from laplace_lora.data.masks import token_mask
+from laplace_lora.data.masks import check_steps, token_mask
 
 INPUTS = torch.zeros(3, 2, 5)  # of three texts, twice as many rows
 
@@ -29,3 +29,65 @@ def test_no_row_of_a_text_of_one_token_is_padding():
 def test_what_may_be_no_tokens_of_a_text_is_refused(masks):
     with pytest.raises(ValueError, match="so padding is unknown"):
         token_mask(masks, INPUTS, "layer")
+
+
+MASK = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+LENGTHS = torch.tensor([2, 4])
+TEXTS = torch.zeros(2, 4, 5)
+
+
+@pytest.mark.parametrize(
+    "key,value,inputs",
+    [
+        ("mask_a", MASK, TEXTS),
+        ("mask_a", MASK == 0, TEXTS),
+        ("mask_a", MASK.float(), torch.cat([TEXTS, TEXTS])),  # both texts of a pair in one call
+        ("choices_mask", MASK.unsqueeze(0), TEXTS),
+        ("lengths", LENGTHS, TEXTS),
+        ("seq_length", LENGTHS, torch.cat([TEXTS, TEXTS])),
+    ],
+)
+def test_masks_and_lengths_of_other_names_are_refused(key, value, inputs):
+    with pytest.raises(ValueError, match=f"'{key}' of the batch may say which tokens"):
+        token_mask({key: value}, inputs, "layer")
+
+
+@pytest.mark.parametrize(
+    "key,value,inputs",
+    [
+        ("mask_a", torch.ones_like(MASK), TEXTS),
+        ("mask_a", MASK[:, :3], TEXTS),
+        ("mask_a", 2 * MASK, TEXTS),
+        ("mask_a", MASK, TEXTS[:, 0]),
+        ("special_tokens_mask", MASK, TEXTS),
+        ("lengths", torch.tensor([4, 4]), TEXTS),
+        ("lengths", torch.tensor([2, 9]), TEXTS),  # of something else, as of letters
+        ("lengths", LENGTHS / 4, TEXTS),
+        ("prompt_length", LENGTHS, TEXTS),
+    ],
+)
+def test_what_tells_nothing_of_padding_is_passed_over(key, value, inputs):
+    assert token_mask({key: value}, inputs, "layer") is None
+
+
+def test_an_encoder_s_mask_says_nothing_of_a_decoder_s_tokens():
+    batch = {"input_ids": MASK, "attention_mask": MASK, "decoder_input_ids": MASK}
+    assert token_mask(batch, TEXTS, "layer", "decoder") is None
+
+
+@pytest.mark.parametrize("calls", [3, 4])
+def test_layers_that_run_once_a_token_are_refused(calls):
+    batch = {"attention_mask": torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])}
+    with pytest.raises(ValueError, match=f"ran {calls} times .* at padding is unknown"):
+        check_steps(batch, torch.zeros(2, 5), "layer", calls)
+    check_steps({"attention_mask": torch.ones(2, 4)}, torch.zeros(2, 5), "layer", calls)
+    check_steps(batch, torch.zeros(2, 4, 5), "layer", calls)
+    check_steps(batch, torch.zeros(8, 5), "layer", calls)
+    check_steps(batch, torch.zeros(2, 5), "layer", 5)
+    check_steps({}, torch.zeros(2, 5), "layer", calls)
+    check_steps(batch["attention_mask"], torch.zeros(2, 5), "layer", calls)
+
+
+def test_heads_that_run_on_both_texts_of_a_pair_are_none():
+    batch = {"attention_mask": torch.tensor([[1, 1], [1, 0]])}
+    check_steps(batch, torch.zeros(2, 5), "layer", 2)

@@ -29,13 +29,14 @@ RIGHT, DIAGONAL = "right", "diagonal"
 PADDED_LEFT = "padding before a text changes"
 SINGLE = {"dtype": torch.float32}  # experts and some masks are not made for double precision
 DECODER = {"is_decoder": True}
+FULL_ATTENTION = {"attention_type": "original_full"}  # for good, not from the first short batch on
 
 # kind -> (outcome, configuration beyond the common one, options)
 CLASSIFIERS = {
     "albert": (RIGHT, {}, {}),
     "bart": (RIGHT, {}, {}),
     "bert": (RIGHT, {}, {}),
-    "big_bird": (RIGHT, {}, {}),
+    "big_bird": (RIGHT, FULL_ATTENTION, {}),
     "bloom": (RIGHT, {}, {}),
     "camembert": (RIGHT, {}, {}),
     "convbert": (RIGHT, {}, {}),
@@ -118,7 +119,7 @@ CAUSAL = {
 }
 SEQ2SEQ = {
     "bart": (RIGHT, {}, {}),
-    "bigbird_pegasus": (RIGHT, {}, {}),
+    "bigbird_pegasus": (RIGHT, FULL_ATTENTION, {}),
     "blenderbot": (RIGHT, {}, {}),
     "led": ("is not finite", {"attention_window": [4, 4]}, {}),
     "longt5": (RIGHT, {}, {}),
@@ -135,7 +136,7 @@ SEQ2SEQ = {
 XLNET = {"vocab_size": 60, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24}
 CHOICES = {
     "albert": (RIGHT, TEXT),
-    "big_bird": (RIGHT, TEXT),
+    "big_bird": (RIGHT, {**TEXT, **FULL_ATTENTION}),
     "bert": (RIGHT, TEXT),
     "camembert": (RIGHT, TEXT),
     "data2vec-text": (RIGHT, TEXT),

@@ -132,9 +132,12 @@ def change_head(model):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (change_adapter, r"other weights, buffers or scalings of '.*lora_B"),
-        (change_frozen, r"other weights, buffers or scalings of '.*word_embeddings"),
-        (change_scaling, r"other weights, buffers or scalings of '.*layer.0.attention.self.query"),
+        (change_adapter, r"other weights, buffers, settings or scalings of '.*lora_B"),
+        (change_frozen, r"other weights, buffers, settings or scalings of '.*word_embeddings"),
+        (
+            change_scaling,
+            r"other weights, buffers, settings or scalings of '.*0.attention.self.query",
+        ),
         (change_head, "a last layer with other weights"),
         (
             lambda model: model.float(),
@@ -172,7 +175,7 @@ def test_an_adapter_is_the_same_under_another_name(config, tmp_path):
     changed = next(p for name, p in model.named_parameters() if name not in known)
     with torch.no_grad():
         changed.add_(0.1)
-    with pytest.raises(ValueError, match="other weights, buffers or scalings of"):
+    with pytest.raises(ValueError, match="other weights, buffers, settings or scalings of"):
         again.load_state_dict(gp.state_dict())
 
 

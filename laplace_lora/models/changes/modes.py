@@ -11,6 +11,7 @@ from peft.tuners.lora import dora
 from torch import Tensor, nn
 
 from laplace_lora.data.sharding import write_values
+from laplace_lora.models.changes.attention_types import attention_kept
 from laplace_lora.models.changes.holders import Holders
 from laplace_lora.models.changes.turns import in_turn
 
@@ -51,6 +52,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
     Gradients flow all the same, see `differentiable`. While one thread holds the mode, other
     threads' forward passes run in it, too.
+
+    Raises:
+        TooShortError: In a forward pass of too few tokens for block-sparse attention.
     """
     with in_turn(model):
         modules = list(model.modules())
@@ -59,6 +63,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             _EVALUATING.hold(others, lambda module: module.training),
             differentiable(modules),
             _norms_anew(modules),
+            attention_kept(modules),
         ):
             yield
 
