@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,8 +12,11 @@ from torch.utils.data import DataLoader
 
 from laplace_lora.display.warning import warn
 from laplace_lora.posteriors.base import LoraLaplace
+from laplace_lora.posteriors.copies import unfitted_copy
 from laplace_lora.predictive.inputs import batches_of_rows
 from laplace_lora.predictive.texts import encoded
+
+Self = TypeVar("Self", bound="LaplaceClassifier")
 
 
 class LaplaceClassifier(ClassifierMixin, BaseEstimator):
@@ -54,6 +57,11 @@ class LaplaceClassifier(ClassifierMixin, BaseEstimator):
     def __sklearn_is_fitted__(self) -> bool:
         """Return whether the posterior has been fitted."""
         return self.posterior.state.is_fitted
+
+    def __sklearn_clone__(self: Self) -> Self:
+        """Return a classifier that has not been fitted, of the same model: no fit changes that."""
+        parameters = self.get_params(deep=False)
+        return type(self)(**{**parameters, "posterior": unfitted_copy(self.posterior)})
 
     def fit(self, X: Sequence[Any], y: ArrayLike) -> LaplaceClassifier:
         """Fit the posterior, not the network, to texts and labels, and tune its prior.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from laplace.utils.feature_extractor import FeatureExtractor
 from torch import Tensor, nn
@@ -11,8 +11,13 @@ from torch import Tensor, nn
 from laplace_lora.models.changes.holders import undone_in
 from laplace_lora.models.changes.thread_hooks import STRUCTURE, remove_copied
 from laplace_lora.models.changes.turns import in_turn
+from laplace_lora.structures.state import PosteriorState
+
+if TYPE_CHECKING:
+    from laplace_lora.posteriors.fitted import FittedLaplace
 
 T = TypeVar("T")
+P = TypeVar("P", bound="FittedLaplace")
 
 
 def deep_copy(posterior: T, source: nn.Module, memo: dict[int, Any]) -> T:
@@ -57,6 +62,13 @@ def shallow_copy(posterior: T) -> T:
     if "state" in vars(twin):  # a Gaussian process has its settings among its own entries
         state = vars(twin)["state"]
         vars(twin).update(state=state.with_settings(state.settings.own()), _latest=None)
+    return twin
+
+
+def unfitted_copy(posterior: P) -> P:
+    """Return a copy over the same model that has not been fitted, with the settings as they are."""
+    twin = copy.copy(posterior)
+    twin._install(PosteriorState(settings=twin.state.settings))
     return twin
 
 

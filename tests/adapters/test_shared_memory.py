@@ -4,10 +4,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils.data import DataLoader
 
 from laplace_lora import KronLoraLaplace, LogitsModel, LoraGGN
 from laplace_lora.adapters.shared_memory import check_own_memory
-from support.batches import loader, token_batch
+from support.batches import loader, rows, token_batch
 from support.models import TARGETS, base_model, excite
 from support.references import assert_near, looped_jacobians
 
@@ -45,6 +46,18 @@ def test_the_way_out_leads_to_right_numbers():
     jacobians, _ = LoraGGN(wrapped, "classification").jacobians(batch)
     assert_near(jacobians, looped_jacobians(wrapped, batch))
     KronLoraLaplace(wrapped, "classification").fit(loader())
+
+
+def test_the_way_out_leads_to_samples_of_a_language_model():
+    model, batch = tied(), token_batch((4, 4))
+    for name, p in model.named_parameters():
+        if "lm_head" in name:
+            p.data = p.data.clone()
+    la = KronLoraLaplace(model, "language_modeling")
+    texts = [{**rows(batch, n), "labels": batch["input_ids"][n]} for n in range(2)]
+    la.fit(DataLoader(texts, 2))
+    la.optimize_prior_precision()
+    assert la.tuning.method == "widest"
 
 
 def test_parts_of_one_buffer_are_not_shared():

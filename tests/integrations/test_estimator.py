@@ -107,6 +107,19 @@ def test_classes_that_scikit_learn_numbers_are_those_in_sorted_order():
         made.fit(TEXTS, [0, 1, 0, 1, 0, 1])
 
 
+def test_clones_are_not_fitted_and_share_the_model(classifier):
+    before = classifier.predict_proba(TEXTS)
+    made = clone(classifier)
+    with pytest.raises(NotFittedError):
+        check_is_fitted(made)
+    assert made.posterior.logits_model is classifier.posterior.logits_model
+    made.fit(TEXTS, LABELS[::-1])
+    assert np.abs(made.predict_proba(TEXTS) - before).max() > 1e-6
+    assert np.array_equal(classifier.predict_proba(TEXTS), before)
+    again = clone(made).fit(TEXTS, LABELS).predict_proba(TEXTS)
+    assert np.abs(again - before).max() < 1e-4  # the search began at another prior
+
+
 def test_numbers_that_may_be_classes_or_their_places_are_said_to_be_unclear():
     """A fold of ``cross_val_predict`` without the first class numbers the others from one."""
     made = LaplaceClassifier(

@@ -7,6 +7,7 @@ import io
 import json
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,14 +120,28 @@ def _standard_input() -> Iterator[TextIO]:
         lines.detach()
 
 
+def _keyed(pairs: list[tuple[str, Any]]) -> Row:
+    """Return an object's values by name.
+
+    Raises:
+        KeyError: If a name comes twice, of which `json` would keep the last.
+    """
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise KeyError(name)
+    return dict(pairs)
+
+
 def _json_lines(lines: Iterable[str], place: str) -> Iterator[Row]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row, why = json.loads(line), ""
+            row, why = json.loads(line, object_pairs_hook=_keyed), ""
         except json.JSONDecodeError as error:
             row, why = None, f" ({error.msg})"
+        except KeyError as error:
+            raise ValueError(f"{place}, line {number}: {error} is named twice") from None
         if not isinstance(row, dict):
             raise ValueError(
                 f"{place}, line {number}: expected a JSON object, such as {EXAMPLE}, got "

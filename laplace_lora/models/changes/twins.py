@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from laplace_lora.data.sharding import gathered_anew, is_sharded_model
 from laplace_lora.models.changes.compiled import is_compiled
@@ -81,6 +81,7 @@ def _twin_of(
     shared: list[object] = [p for p in (*model.parameters(), *model.buffers()) if id(p) not in own]
     for module in model.modules():  # bitsandbytes keeps 8-bit weights in an object of its own
         shared += [v for v in vars(module).values() if type(v).__name__ == "MatmulLtState"]
+        shared += _derived(vars(module))
     memo: dict[int, Any] = {id(item): item for item in shared}
     try:
         with STRUCTURE:
@@ -92,6 +93,16 @@ def _twin_of(
         if _is_trls_fused_head(module):
             del module.forward  # which is the class's own, unless the fused head is asked for
     return twin, [memo[id(parameter)] for parameter in parameters]
+
+
+def _derived(value: Any) -> list[Tensor]:
+    """Return tensors that come of others, which torch does not copy.
+
+    PEFT keeps such views of tied weights among the arguments that a layer was made with.
+    """
+    if isinstance(value, Tensor):
+        return [] if value.is_leaf else [value]
+    return [t for v in value.values() for t in _derived(v)] if isinstance(value, dict) else []
 
 
 def _has_twin(model: nn.Module) -> bool:

@@ -53,6 +53,7 @@ def test_tables_keep_quoted_commas_and_lines(tmp_path):
     ("name", "text", "message"),
     [
         ("x.jsonl", '{"text": 1}\n{oops\n', "line 2: expected a JSON object, .* got {oops"),
+        ("x.jsonl", '{"text": 1, "text": 2}\n', "line 1: 'text' is named twice"),
         ("x.jsonl", "[1]\n", "line 1: expected a JSON object"),
         ("x.jsonl", "42\n", 'line 1: expected a JSON object, such as {"text": "..."}, got 42'),
         ("x.jsonl", "\n", "has no rows"),
