@@ -69,9 +69,9 @@ def point_out(text: str) -> None:
     click.echo(f"Warning: {text}", err=True)
 
 
-def note(text: str | None, quiet: bool) -> None:
-    """Write what a user may want to know to standard error, if there is anything."""
-    if text is not None and not quiet:
+def note(text: str | None) -> None:
+    """Write what a user may want to know to standard error, unless there is ``--quiet``."""
+    if text is not None and not click.get_current_context().params.get("quiet"):
         click.echo(text, err=True)
 
 

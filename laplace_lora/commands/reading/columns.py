@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,31 +88,6 @@ def _check_one_text(free: Sequence[str]) -> None:
             f"the data have several columns of texts, {listed(texts)}; name the one to read by "
             "--text-field, and that of second texts, if there are any, by --pair-field"
         )
-
-
-@contextmanager
-def read_beside(rows: Sequence[Row], columns: Columns, source: str) -> Iterator[None]:
-    """Name the file in errors of reading it, and refuse one without second texts.
-
-    A row may lack a second text; if none has one, they are under another name.
-
-    Args:
-        rows: Of a file that is read as the data are.
-        columns: Of the data.
-        source: The option and its file.
-
-    Raises:
-        ValueError: If second texts are missing, or reading raises it.
-    """
-    try:
-        if columns.pair is not None and columns.pair not in present_in(rows):
-            raise ValueError(
-                f"there is no column {columns.pair!r} with second texts, which the data have; this "
-                f"file has {listed(present_in(rows))}"
-            )
-        yield
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
 
 
 def present_in(rows: Sequence[Row]) -> list[str]:

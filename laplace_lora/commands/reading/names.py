@@ -1,8 +1,7 @@
-"""Names of classes, and which of them apply; names of tensors."""
+"""Names of classes, and which of them apply."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -175,12 +174,3 @@ def read_as_numbered(
     if are_told and plan.likelihood == "classification" and options.get("labels_as") is None:
         return replace(plan, labels_as=NUMBERS)
     return plan
-
-
-def layer_name(tensor: str) -> str:
-    """Return a tensor's name with a star for each number of a layer.
-
-    What this library and PEFT put around the model's own names is left out.
-    """
-    bare = tensor.removeprefix("model.").removeprefix("base_model.model.")
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", bare).replace(".default", "")

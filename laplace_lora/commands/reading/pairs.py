@@ -27,6 +27,12 @@ def check_one_form(contents: Mapping[str, Any], number: int) -> None:
         )
 
 
+def lengths_of(example: Mapping[str, Any]) -> list[int]:
+    """Return how many tokens both halves of a pair have, or a text alone."""
+    texts = [example[half] for half in (CHOSEN, REJECTED) if half in example] or [example]
+    return [len(text["input_ids"]) for text in texts]
+
+
 def are_same(halves: Mapping[str, Mapping[str, Any]]) -> bool:
     """Return whether both halves have the same tokens."""
     return bool(halves[CHOSEN]["input_ids"] == halves[REJECTED]["input_ids"])

@@ -19,7 +19,7 @@ from laplace_lora.commands.reading.columns import (
     label_cells,
     text_column,
 )
-from laplace_lora.commands.reading.completions import completion_column
+from laplace_lora.commands.reading.completions import check_second_text, completion_column
 from laplace_lora.commands.reading.decoder import read_before
 from laplace_lora.commands.reading.ending import appends_eos
 from laplace_lora.commands.reading.labels import classes_of
@@ -27,7 +27,6 @@ from laplace_lora.commands.reading.likelihood import WITH_CLASSES, likelihood_as
 from laplace_lora.commands.reading.names import class_names, read_as_numbered
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
-from laplace_lora.commands.reading.unread import check_second_text
 
 
 def read_columns(
