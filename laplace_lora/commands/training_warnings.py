@@ -24,9 +24,9 @@ from laplace_lora.commands.reading.answers import (
     spaced,
 )
 from laplace_lora.commands.reading.columns import CHOSEN, are_pairs
-from laplace_lora.commands.reading.ending import why_no_eos
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.plan import Plan
+from laplace_lora.commands.reading.planning import why_no_eos
 from laplace_lora.commands.reading.rows import Row
 from laplace_lora.evaluation import MAP
 

@@ -108,7 +108,7 @@ def class_names(given: Sequence[str], of_model: Sequence[str], outputs: int) -> 
         raise ValueError(f"{who} a class twice: {', '.join(map(repr, names))}{hint}")
     numbers = range(outputs)
     unnamed = (list(map(str, numbers)), [f"LABEL_{number}" for number in numbers])
-    for own in (of_model,) if of_model else unnamed:
+    for own in unnamed if not of_model or are_unnamed(of_model) else (of_model,):
         if list(own) != names and sorted(own) == sorted(names):
             raise ValueError(
                 f"--labels has the order {', '.join(map(repr, names))}, and the model's outputs "
