@@ -16,6 +16,7 @@ from rich.text import Text
 from safetensors.torch import load
 from torch import Tensor
 
+from laplace_lora.commands.reading.columns import listed
 from laplace_lora.commands.reading.plan import read_plan
 from laplace_lora.display.tables import short, span
 from laplace_lora.likelihoods.registry import likelihood_of
@@ -138,7 +139,7 @@ def _rows(name: str, value: Any) -> list[tuple[str, str]]:
     if isinstance(value, bool):
         return [(name, "yes" if value else "no")]
     if isinstance(value, list):  # of answers, in which spaces count
-        return [(name, ", ".join(map(repr, value)))]
+        return [(name, listed(value))]
     return [(name, short(value))]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from laplace_lora.commands.base import note
 from laplace_lora.commands.output import check_writable, json_lines
-from laplace_lora.commands.reading.columns import CHOSEN, REJECTED, are_pairs, present_in
+from laplace_lora.commands.reading.columns import CHOSEN, REJECTED, are_pairs, listed, present_in
 from laplace_lora.commands.reading.opened import Opened, open_posterior
 from laplace_lora.commands.reading.rows import Row, read_rows
 from laplace_lora.commands.reading.said import cuts_said, prompts_said
@@ -27,7 +27,7 @@ def run(adapter: str, data: str, out: str, keep: Sequence[str], **options: Any) 
     present = present_in(rows)
     for name in keep:
         if name not in present:
-            raise ValueError(f"--keep {name}: the data have {', '.join(map(repr, present))}")
+            raise ValueError(f"--keep {name}: the data have {listed(present)}")
     check = partial(_check_is_of_rows, adapter)
     opened = open_posterior(adapter, rows, options, "reward_modeling", check)
     _check_kept(keep, opened, rows)
@@ -45,15 +45,10 @@ def _check_is_of_rows(adapter: str, likelihood: str) -> None:
         )
 
 
-def _compares(opened: Opened, rows: Sequence[Row]) -> bool:
-    """Return whether a reward model is asked which text of a pair wins."""
-    return are_pairs(rows, opened.plan.likelihood)
-
-
 def _check_kept(keep: Sequence[str], opened: Opened, rows: Sequence[Row]) -> None:
     """Refuse to keep a column under the name of a result, which would replace it."""
-    moments = MOMENTS.get(opened.plan.likelihood, CLASSES)
-    results = CLASSES if _compares(opened, rows) else moments
+    likelihood = opened.plan.likelihood
+    results = CLASSES if are_pairs(rows, likelihood) else MOMENTS.get(likelihood, CLASSES)
     for name in keep:
         if name in results:
             raise ValueError(
@@ -71,7 +66,7 @@ def predictions(opened: Opened, rows: Sequence[Row], batch_size: int) -> Predict
         batch_size: Rows per batch.
     """
     inputs, data = opened.inputs, None
-    if _compares(opened, rows):
+    if are_pairs(rows, opened.plan.likelihood):
         note(prompts_said(opened.plan, rows))
         data = inputs.loader(rows, batch_size)
     examples: Any = data and data.dataset

@@ -23,7 +23,7 @@ from laplace_lora.commands.reading.answers import (
     quoted,
     spaced,
 )
-from laplace_lora.commands.reading.columns import CHOSEN, are_pairs
+from laplace_lora.commands.reading.columns import CHOSEN, are_pairs, listed
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.planning import why_no_eos
@@ -93,7 +93,7 @@ def warn_if_spaces_meet(adapter: Adapter, plan: Plan, rows: Sequence[Row]) -> No
     if count:
         point_out(
             f"{count} of {len(rows)} prompts end in a space, and answers among "
-            f"{', '.join(map(repr, plan.names))} begin with one, so the model is asked for two "
+            f"{listed(plan.names)} begin with one, so the model is asked for two "
             "spaces in a row. Leave it out of the prompts, if those of its training had none"
         )
 

@@ -38,16 +38,10 @@ def templated(messages: list[dict[str, Any]], tokenizer: Any, asks: bool) -> dic
     """
     if tokenizer.chat_template is None:
         raise ValueError("the data are messages, but the tokenizer has no chat template")
-    options = {"add_generation_prompt": asks, "tokenize": True, "return_dict": True}
-    parts = [str(m["content"]) for m in messages if _has_parts(m)]
     try:
-        if parts:
-            text = tokenizer.apply_chat_template(messages, **{**options, "tokenize": False})
-            if any(part in text for part in parts):
-                raise TemplateError(
-                    "it writes a content of several parts as it stands; give a text"
-                )
-        found = dict(tokenizer.apply_chat_template(messages, **options))
+        found = dict(
+            tokenizer.apply_chat_template(messages, add_generation_prompt=asks, return_dict=True)
+        )
     except TypeError as error:  # of templates that join texts and what is none
         raise TemplateError(str(error)) from error
     _check_written(messages, tokenizer, asks)
@@ -82,7 +76,7 @@ def check_answer_written(
 
 
 def _check_written(messages: Sequence[dict[str, Any]], tokenizer: Any, asks: bool) -> None:
-    """Refuse messages if the template writes nothing of what the answer is to.
+    """Refuse messages if the template writes a list, or nothing of what the answer is to.
 
     That is the last message, of whatever role, as templates pass over roles that they do not know;
     the last question; and every part, tool's result, and system's or developer's message.
@@ -111,6 +105,8 @@ def _check_written(messages: Sequence[dict[str, Any]], tokenizer: Any, asks: boo
         text = tokenizer.apply_chat_template(marked, add_generation_prompt=asks, tokenize=False)
     except (TemplateError, TypeError):  # which tells nothing: the contents themselves are taken
         return
+    if any(_has_parts(message) and str(message["content"]) in text for message in marked):
+        raise TemplateError("it writes a content of several parts as it stands; give a text")
     for place, marks in sought:
         if marks and not any(mark in text for mark in marks):
             raise TemplateError(f"it leaves out what message {place} says")

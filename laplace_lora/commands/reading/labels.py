@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from laplace_lora.commands.reading.columns import listed
+
 NAMES, NUMBERS = "names", "numbers"
 FORMS = (NAMES, NUMBERS)
 OPTION = "--labels-as"
@@ -50,7 +52,7 @@ def classes_of(
             neither = ", and true and false are neither" if is_boolean and not is_named else ""
             raise ValueError(
                 f"row {row} has the label {label!r}; expected one of "
-                f"{', '.join(map(repr, names))}, or a number from 0 to {len(names) - 1}{neither}. "
+                f"{listed(names)}, or a number from 0 to {len(names) - 1}{neither}. "
                 "--labels names the classes in the order of the model's outputs"
                 f"{if_numbers(label, names)}"
             )
@@ -144,7 +146,7 @@ def _any_numeral(names: Sequence[str]) -> bool:
 
 def _expected(names: Sequence[str]) -> str:
     return (
-        f"names are {', '.join(map(repr, names))}, numbers 0 to {len(names) - 1}. Write all labels "
+        f"names are {listed(names)}, numbers 0 to {len(names) - 1}. Write all labels "
         f"in one way, or say how to read them by {OPTION}"
     )
 

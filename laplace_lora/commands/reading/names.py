@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from laplace_lora.commands.reading.columns import listed
 from laplace_lora.commands.reading.labels import (
     BOOLEANS,
     GENERIC,
@@ -65,7 +66,7 @@ def applying(
             return [float(label) for label in labels]
     raise ValueError(
         f"row {number} has the label {labels!r}; expected a list of those that apply, of "
-        f"{', '.join(map(repr, names))}, or one 0 or 1 for each of them{if_numbers(labels, names)}"
+        f"{listed(names)}, or one 0 or 1 for each of them{if_numbers(labels, names)}"
     )
 
 
@@ -105,14 +106,14 @@ def class_names(given: Sequence[str], of_model: Sequence[str], outputs: int) -> 
     if len(set(names)) < len(names):
         who = "--labels names" if given else "the model names"
         hint = "" if given else "; give each a name of its own by --labels"
-        raise ValueError(f"{who} a class twice: {', '.join(map(repr, names))}{hint}")
+        raise ValueError(f"{who} a class twice: {listed(names)}{hint}")
     numbers = range(outputs)
     unnamed = (list(map(str, numbers)), [f"LABEL_{number}" for number in numbers])
     for own in unnamed if not of_model or are_unnamed(of_model) else (of_model,):
         if list(own) != names and sorted(own) == sorted(names):
             raise ValueError(
-                f"--labels has the order {', '.join(map(repr, names))}, and the model's outputs "
-                f"have the order {', '.join(map(repr, own))}; leave --labels out. If the model's "
+                f"--labels has the order {listed(names)}, and the model's outputs "
+                f"have the order {listed(own)}; leave --labels out. If the model's "
                 "configuration is wrong, correct its `id2label`"
             )
     return names
@@ -141,7 +142,7 @@ def check_order(
         one, other = model, data
     common = {*one} & {*other}
     if not are_unnamed(data) and any(one.index(name) != other.index(name) for name in common):
-        numbered, said = (", ".join(map(repr, x)) for x in (data, model))
+        numbered, said = (listed(x) for x in (data, model))
         raise ValueError(
             f"{source}: the column {column!r} numbers the classes in the order {numbered}, and the "
             f"model's outputs, as options or its configuration say, have the order {said}. Correct "
