@@ -14,11 +14,16 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights
+from torch import nn
 
 from laplace_lora.commands.reading.four_bits import four_bits, unquantised
-from laplace_lora.commands.reading.lengths import check_length, longest_input
 from laplace_lora.commands.reading.repository import file_of
-from laplace_lora.commands.reading.weights import adapter_weights_found, base_model_found
+from laplace_lora.commands.reading.weights import (
+    adapter_weights_found,
+    base_model_found,
+    check_no_random_weights,
+)
+from laplace_lora.models.inputs.configs import longest_text
 from laplace_lora.models.wrapped_model import places_of
 
 # The last layer, by its ending; one of the second kind where there is none of the first, before
@@ -30,6 +35,7 @@ AUTO = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }
+UNLIMITED = 1_000_000  # tokenizers without a limit say a huge number
 HEAD, CAUSAL, SEQ2SEQ = "head", "causal", "encoder-decoder"
 
 
@@ -67,8 +73,21 @@ def load_asked(adapter: str, options: Mapping[str, Any]) -> Adapter:
     """
     names = ("base", "device", "dtype", "load_in_4bit")
     loaded = load_adapter(adapter, **{name: options[name] for name in names})
-    check_length(options.get("max_length"), loaded.model.get_base_model())
+    check_length(options.get("max_length"), loaded.places)
     return loaded
+
+
+def check_length(asked: int | None, places: int | None) -> None:
+    """Refuse inputs that are longer than a model's positions; ``None`` for no limit.
+
+    Raises:
+        ValueError: If the model has fewer positions.
+    """
+    if asked is not None and places is not None and asked > places:
+        raise ValueError(
+            f"--max-length {asked}: the model has positions for {places} tokens; give {places} or "
+            "less, or leave it out"
+        )
 
 
 def load_adapter(
@@ -127,7 +146,7 @@ def load_adapter(
             options |= four_bits(where, unquantised(whole, loader, source))
         model, report = loader.from_pretrained(source, **options)
     tokenizer = _tokenizer(adapter, source, model, saved, kind == HEAD)
-    _check_no_random_weights(report, saved, adapter, source)
+    check_no_random_weights(report, saved, adapter, source)
     if not load_in_4bit:
         model = model.to(where)
     peft = _with_adapter(model, adapter)
@@ -223,22 +242,6 @@ def _tell_padding(config: Any, tokenizer: Any, is_head: bool) -> None:
         config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
-def _check_no_random_weights(
-    report: dict[str, Any], saved: dict[str, torch.Tensor], adapter: str, base: str
-) -> None:
-    """Refuse a base model some of whose weights are neither in its file nor in the adapter's."""
-    fresh = [*report.get("missing_keys", ()), *(k[0] for k in report.get("mismatched_keys", ()))]
-    known = {name.removeprefix("base_model.model.") for name in saved}
-    random = sorted(str(name) for name in fresh if name not in known)
-    if random:
-        some = ", ".join(random[:4]) + (", ..." if len(random) > 4 else "")
-        raise ValueError(
-            f"{some} are neither in {base} nor "
-            f"in {adapter}, and would be random; save the adapter with modules_to_save, or give "
-            "the base model that it was trained on by --base"
-        )
-
-
 def _with_adapter(model: Any, adapter: str) -> PeftModel:
     """Return the base model with the adapter, all of whose weights were found."""
     with warnings.catch_warnings():
@@ -249,3 +252,10 @@ def _with_adapter(model: Any, adapter: str) -> PeftModel:
             raise ValueError(
                 f"{adapter} does not fit the base model {model.config._name_or_path}: {error}"
             ) from None
+
+
+def longest_input(tokenizer: Any, model: nn.Module) -> int | None:
+    """Return how many tokens tokenizer and model take, ``None`` for no limit."""
+    limits = [tokenizer.model_max_length, longest_text(model.config), places_of(model)]
+    known = [n for n in limits if isinstance(n, int) and 0 < n < UNLIMITED]
+    return min(known) if known else None

@@ -24,7 +24,6 @@ from laplace_lora.commands.reading.columns import (
     text_cell,
 )
 from laplace_lora.commands.reading.labels import classes_of, numbers_of
-from laplace_lora.commands.reading.lengths import cut_to
 from laplace_lora.commands.reading.messages import ASSISTANT, USER, check_asks, check_says
 from laplace_lora.commands.reading.names import applying
 from laplace_lora.commands.reading.pairs import (
@@ -34,7 +33,7 @@ from laplace_lora.commands.reading.pairs import (
 )
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
-from laplace_lora.commands.reading.too_long import same_when_cut, too_long
+from laplace_lora.commands.reading.too_long import cut_to, same_when_cut, too_long
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.predictive.special_tokens import check_ends_open
 

@@ -1,13 +1,41 @@
-"""What is wrong with rows that have too many tokens, and what to do."""
+"""Texts that have too many tokens: cut, or refused with what to do."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from laplace_lora.commands.reading.adapter import Adapter
 from laplace_lora.commands.reading.columns import CHOSEN, REJECTED
 
 SHOWN = 5  # rows of an error
+
+
+def cut_to(limit: int, text: str, second: str | None, tokenizer: Any, eos: bool) -> dict[str, Any]:
+    """Return the tokens of a text that has too many.
+
+    Args:
+        limit: How many are read.
+        text: The text.
+        second: A second one, if there is one.
+        tokenizer: The model's.
+        eos: Whether the end-of-text token is read at the end of what is left.
+
+    Raises:
+        ValueError: If nothing is left of a text, or of one of two.
+    """
+    own = tokenizer.num_special_tokens_to_add(pair=second is not None) + eos
+    found = dict(tokenizer(text, second, truncation=True, max_length=limit))
+    least = own + 1 + (second is not None)
+    if limit < least or len(found["input_ids"]) > limit:
+        what = "a text" if second is None else "two texts"
+        raise ValueError(
+            f"--max-length {limit} leaves no room for {what}: {own} tokens are those that the "
+            f"tokenizer puts around them; give {least} or more, or leave it out"
+        )
+    if eos:
+        found["input_ids"][-1] = tokenizer.eos_token_id
+    return found
 
 
 def too_long(number: int, length: int, limit: int, adapter: Adapter) -> str:
