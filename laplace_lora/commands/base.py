@@ -98,12 +98,7 @@ def described(error: Exception) -> str:
 
 
 def spread(args: Sequence[str], names: set[str]) -> list[str]:
-    """Return arguments with an option repeated before each of its values but the first.
-
-    Args:
-        args: Words of a command line.
-        names: Options that take several values.
-    """
+    """Return a command line with an option of ``names`` before each of its values."""
     spread: list[str] = []
     option, has_value = None, False
     for i, word in enumerate(args):

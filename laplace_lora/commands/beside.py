@@ -25,13 +25,6 @@ def loader_beside(
 ) -> DataLoader[Any]:
     """Return batches with labels, and say how many texts are cut.
 
-    Args:
-        inputs: How the data are read.
-        rows: Of the file.
-        named: By column of the file, the names of the classes that its numbers stand for.
-        options: Of the command line.
-        source: The option and the file, for errors and notes.
-
     Raises:
         ValueError: If reading raises it, see `Inputs.loader`, `read_as_numbered` and `read_beside`.
     """
@@ -47,11 +40,6 @@ def read_beside(rows: Sequence[Row], columns: Columns, source: str) -> Iterator[
     """Name the file in errors of reading it, and refuse one without second texts.
 
     A row may lack a second text; if none has one, they are under another name.
-
-    Args:
-        rows: Of a file that is read as the data are.
-        columns: Of the data.
-        source: The option and its file.
 
     Raises:
         ValueError: If second texts are missing, or reading raises it.

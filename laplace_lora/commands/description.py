@@ -44,10 +44,7 @@ def run(posterior: str, as_json: bool) -> None:
 
 
 def describe(posterior: str) -> dict[str, dict[str, Any]]:
-    """Return what a saved posterior is, by topic.
-
-    Args:
-        posterior: Folder or repository.
+    """Return what a saved posterior is, by topic; it lies in a folder or a repository.
 
     Raises:
         FileNotFoundError: If there is none.

@@ -79,12 +79,7 @@ def run(
 
 
 def start_at(la: LoraLaplace, adapter: str) -> None:
-    """Put the prior's mean at the weights before training, where they lie beside the adapter.
-
-    Args:
-        la: A posterior that is not fitted yet.
-        adapter: Its folder, or its name on the hub.
-    """
+    """Put the prior's mean at the weights before training, where they lie beside the adapter."""
     path = file_of(adapter, START)
     if path is None:
         return
@@ -98,15 +93,7 @@ def start_at(la: LoraLaplace, adapter: str) -> None:
 def new_posterior(
     adapter: Adapter, plan: Plan, structure: str, uncovered: str, rows: Sequence[Row] | None
 ) -> LoraLaplace:
-    """Return a posterior that is not fitted yet.
-
-    Args:
-        adapter: The model.
-        plan: Likelihood and answers.
-        structure: ``"kron"``, ``"full"`` or ``"diag"``.
-        uncovered: What becomes of trained weights that no Kronecker factor covers.
-        rows: The training data, which answers follow; ``None`` if there are none.
-    """
+    """Return a posterior that is not fitted yet; answers are read behind the rows' prompts."""
     ids = answer_tokens(adapter, plan, rows) if plan.targets else None
     la: LoraLaplace = CLASSES[structure](
         adapter.model, plan.likelihood, target_ids=ids, uncovered=uncovered

@@ -58,13 +58,7 @@ def _check_kept(keep: Sequence[str], opened: Opened, rows: Sequence[Row]) -> Non
 
 
 def predictions(opened: Opened, rows: Sequence[Row], batch_size: int) -> Predictions:
-    """Return the predictions of rows, in their order.
-
-    Args:
-        opened: The posterior.
-        rows: Texts, or preference pairs for a reward model.
-        batch_size: Rows per batch.
-    """
+    """Return the predictions of rows, in their order."""
     inputs, data = opened.inputs, None
     if are_pairs(rows, opened.plan.likelihood):
         note(prompts_said(opened.plan, rows))

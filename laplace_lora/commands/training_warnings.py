@@ -103,11 +103,7 @@ def warn_if_trained_with_eos(
 ) -> None:
     """Warn if a reward model's loss on some plain pairs is lower with the token behind each text.
 
-    Args:
-        adapter: The model.
-        plan: How a fit reads its rows, without the token.
-        rows: The training data.
-        options: Of the command line.
+    The plan reads them without it.
     """
     pairs = [row for row in rows if isinstance(row.get(CHOSEN), str)]
     is_asked = options["eos"] is None and are_pairs(rows, plan.likelihood)

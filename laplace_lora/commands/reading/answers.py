@@ -32,13 +32,8 @@ class _Prompt(NamedTuple):
 def answer_tokens(adapter: Adapter, plan: Plan, rows: Sequence[Row] | None) -> list[int]:
     """Return the token of each answer: for a decoder, the one with which it follows the prompts.
 
-    Behind a line break or a bracket many tokenizers read a word as another token than alone.
-
-    Args:
-        adapter: The model.
-        plan: How rows are read, and the answers.
-        rows: The training data, of which `rows_by_end` are looked at; ``None`` for the answers
-            alone.
+    Behind a line break or a bracket many tokenizers read a word as another token than alone. Of the
+    training data `rows_by_end` are looked at; without any the answers are read alone.
 
     Raises:
         ValueError: If an answer is no single token, also where a prompt precedes it, follows some
@@ -67,10 +62,6 @@ def answer_tokens(adapter: Adapter, plan: Plan, rows: Sequence[Row] | None) -> l
 def target_tokens(targets: Sequence[str], tokenizer: Any) -> list[int]:
     """Return the token of each answer alone.
 
-    Args:
-        targets: Two answers or more.
-        tokenizer: The model's.
-
     Raises:
         ValueError: If an answer is no single token, two are the same one, or there is only one.
     """
@@ -91,12 +82,8 @@ def alone(target: str, tokenizer: Any) -> list[int]:
 def prompts_with_space(prompts: Sequence[Any], targets: Sequence[str], tokenizer: Any) -> list[int]:
     """Return which prompts end in a space before answers that begin with one.
 
-    No text has the tokens of such a prompt and its answer: it would have two spaces.
-
-    Args:
-        prompts: Texts; messages, which a chat template ends, never do.
-        targets: The answers.
-        tokenizer: The model's; one that reads no spaces has none to meet.
+    No text has the tokens of such a prompt and its answer: it would have two spaces. Messages,
+    which a template ends, never do; a tokenizer that reads no spaces has none to meet.
     """
     begins = [i for target in targets for i in alone(target, tokenizer)[:1]]
     names = tokenizer.convert_ids_to_tokens(begins)

@@ -23,12 +23,7 @@ FIRST = 8_210_400_000  # of numbers that no template writes by itself, of one le
 
 
 def templated(messages: list[dict[str, Any]], tokenizer: Any, asks: bool) -> dict[str, Any]:
-    """Return the tokens of messages through the chat template.
-
-    Args:
-        messages: With contents.
-        tokenizer: With the template.
-        asks: Whether the template is to end where the assistant answers.
+    """Return the tokens of messages; if it ``asks``, the template ends where the assistant answers.
 
     Raises:
         TemplateError: If the template does not take them, writes a content of several parts as
@@ -52,11 +47,6 @@ def check_answer_written(
     prompt: Sequence[dict[str, Any]], answer: Sequence[dict[str, Any]], tokenizer: Any
 ) -> None:
     """Refuse an answer of which only what ends each answer would be scored.
-
-    Args:
-        prompt: The messages before it, which the template takes together with the answer.
-        answer: The messages behind the prompt.
-        tokenizer: With the template.
 
     Raises:
         TemplateError: If the template writes the same where the assistant says nothing.
@@ -154,9 +144,6 @@ def _has_parts(message: dict[str, Any]) -> bool:
 @contextmanager
 def template_takes(number: int) -> Iterator[None]:
     """Name the row in what a chat template says of messages that it does not take.
-
-    Args:
-        number: The row's, from 1.
 
     Raises:
         ValueError: If the template raises an error.

@@ -37,12 +37,8 @@ class Columns:
 def columns_of(rows: Sequence[Row], asked: Columns, known: Columns | None = None) -> Columns:
     """Return the columns to read: those asked for, those of the fit, or those with usual names.
 
-    That of completions is only the one asked for; for others see `completion_column`.
-
-    Args:
-        rows: At least one.
-        asked: Columns named in options.
-        known: Columns that a posterior was fitted with. Labels may be missing.
+    That of completions is only the one asked for; for others see `completion_column`. Labels may be
+    missing where columns are known from a fit.
 
     Rows need not all have the same columns: it is there if one of them has it.
 
@@ -116,14 +112,7 @@ def has_conversations_only(rows: Sequence[Row], name: str | None) -> bool:
 
 
 def cell(row: Row, name: str | None, number: int, what: str, option: str) -> Any:
-    """Return a row's value in a column.
-
-    Args:
-        row: The row.
-        name: The column's name.
-        number: The row's, from 1.
-        what: What the column holds, for the error.
-        option: That names the column.
+    """Return a row's value in a column; errors say what it holds, and the option that names it.
 
     Raises:
         ValueError: If there is no such column, or the row has nothing in it.

@@ -34,15 +34,7 @@ def completion_column(
     """Return the column of completions, ``None`` where none is read.
 
     Without it a prompt would be taken for the whole text. Whole texts of a fit remain whole beside
-    any column. A text column other than the fit's is read as in a fit.
-
-    Args:
-        rows: At least one.
-        columns: What else is read.
-        asked: Columns named in options.
-        likelihood: Of the posterior.
-        known: Columns that the posterior was fitted with.
-        is_needed: Whether the command reads completions.
+    any column. A text column other than the fit's is read as in a fit. Some commands need none.
 
     Raises:
         ValueError: If the completions of the fit's prompts are not found, texts may be whole or
@@ -100,12 +92,6 @@ def check_second_text(
     rows: Sequence[Row], columns: Columns, asked: Columns, likelihood: str
 ) -> None:
     """Refuse to read one text where a column that nobody has named looks like a second one.
-
-    Args:
-        rows: The data of a model with a head; may be empty.
-        columns: What is read.
-        asked: Columns named in options.
-        likelihood: Of the posterior.
 
     Raises:
         ValueError: If there is such a column.

@@ -14,11 +14,6 @@ from laplace_lora.models.answers import AnswerPlace
 def read_before(adapter: Adapter, answers: Sequence[str], tokens: Sequence[int]) -> list[int]:
     """Return the tokens that the decoder reads before an answer, as it did in the training.
 
-    Args:
-        adapter: An encoder-decoder.
-        answers: As texts.
-        tokens: The token of each.
-
     Returns:
         Empty if it is the token with which the decoder starts, or none is known.
 

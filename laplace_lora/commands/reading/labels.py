@@ -90,12 +90,7 @@ def classes_of(
 
 
 def if_numbers(label: Any, names: Sequence[str]) -> str:
-    """Return what to do if a label that was refused is a regression's target, as an error ends.
-
-    Args:
-        label: The label.
-        names: Of the classes that it was taken for, one for each output.
-    """
+    """Return what to do if a label that was refused is a regression's target, as an error ends."""
     values = label if isinstance(label, list) and len(label) == len(names) else [None]
     if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         return ""
@@ -153,11 +148,6 @@ def _expected(names: Sequence[str]) -> str:
 
 def numbers_of(label: Any, number: int, outputs: int) -> float | list[float]:
     """Return a regression's target: a number, or a list of them for several outputs.
-
-    Args:
-        label: Of a row.
-        number: The row's, from 1.
-        outputs: Of the model.
 
     Raises:
         ValueError: If the label is something else.

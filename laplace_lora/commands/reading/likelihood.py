@@ -23,12 +23,6 @@ def likelihood_asked(
 ) -> str:
     """Return the likelihood that is asked for, or that fits model and data.
 
-    Args:
-        adapter: The model.
-        rows: The data; may be empty.
-        columns: Of the data.
-        options: Of the command line.
-
     Raises:
         ValueError: If the model has no such likelihood, or none without answers.
     """

@@ -91,11 +91,6 @@ def _number(label: Any, name: str) -> Any:
 def class_names(given: Sequence[str], of_model: Sequence[str], outputs: int) -> list[str]:
     """Return the names of a model's classes: those given, the model's own, or numbers.
 
-    Args:
-        given: By the user; may be empty.
-        of_model: In the model's configuration; may be empty.
-        outputs: Number of classes.
-
     Raises:
         ValueError: If not as many names are given as there are classes, two are the same (their
             probabilities would be under one name), or they are the model's in another order.
@@ -127,12 +122,6 @@ def check_order(
     Case does not matter. Names that are others altogether, translated ones, say, tell nothing, and
     neither do mere numbers.
 
-    Args:
-        names: Of the model's classes.
-        named: By column of the data, the names of the classes that its numbers stand for.
-        column: Of the labels.
-        source: The option and its data.
-
     Raises:
         ValueError: If a name of both has another place in each.
     """
@@ -155,12 +144,6 @@ def read_as_numbered(
     plan: Plan, named: Mapping[str, Sequence[str]], options: Mapping[str, Any], source: str
 ) -> Plan:
     """Return how a file is read, whose column of labels may itself say that they are numbers.
-
-    Args:
-        plan: How the fit reads its data, or read them.
-        named: By column of the file, the names of the classes that its numbers stand for.
-        options: Of the command line.
-        source: The option and its file.
 
     Raises:
         ValueError: If the numbers stand for the classes in another order.

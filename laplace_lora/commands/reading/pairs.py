@@ -13,10 +13,6 @@ from laplace_lora.commands.reading.columns import CHOSEN, REJECTED
 def check_one_form(contents: Mapping[str, Any], number: int) -> None:
     """Refuse a pair of a text and messages, which alone go through the chat template.
 
-    Args:
-        contents: Of both halves.
-        number: The row's, from 1.
-
     Raises:
         ValueError: If only one of them are messages.
     """

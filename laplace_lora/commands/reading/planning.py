@@ -34,13 +34,7 @@ def plan_fit(
     options: dict[str, Any],
     named: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Plan:
-    """Return how a fit reads its rows.
-
-    Args:
-        adapter: The model.
-        rows: The training data; ``None`` for what the model and options alone say.
-        options: Of the command line.
-        named: Names of the classes that the data's columns number, see `read_named`.
+    """Return how a fit reads its rows; without any, what the model and options alone say.
 
     Raises:
         ValueError: If model, answers and data do not go together.
@@ -212,13 +206,7 @@ def _uses_chat(
 
 
 def appends_eos(adapter: Adapter, plan: Plan, rows: Sequence[Row], asked: bool | None) -> bool:
-    """Return whether plain texts are read with the token behind them.
-
-    Args:
-        adapter: The model.
-        plan: How rows are read else, and whether the fit read the token.
-        rows: The data; may be empty.
-        asked: What the user says; ``None`` for what the plan says.
+    """Return whether plain texts have the token behind them: as asked, or as the plan says.
 
     Raises:
         ValueError: If the user says what has no effect.

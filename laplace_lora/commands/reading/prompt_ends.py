@@ -26,10 +26,6 @@ def rows_by_end(inputs: Inputs, rows: Sequence[Row]) -> list[int]:
     but not always with a unigram tokenizer, which weighs a whole text: an answer without a space
     before it may change how more of the prompt is divided. Behind a chat template prompts end as it
     has them end behind a message of the last one's role.
-
-    Args:
-        inputs: How rows become the model's inputs.
-        rows: At least one.
     """
     count = min(len(rows), SPREAD)
     numbers = {1 + i * len(rows) // count for i in range(count)}

@@ -76,11 +76,7 @@ def read_named(source: str, split: str | None = None) -> tuple[list[Row], dict[s
 
 
 def folder_and_split(source: str) -> tuple[Path, str | None]:
-    """Return the file or folder of a source of rows, and the split that it names, if any.
-
-    Args:
-        source: See `read_rows`.
-    """
+    """Return the file or folder of a source of rows, and the split that it names, if any."""
     path = Path(source)
     folder, colon, name = source.rpartition(":")
     if colon and not path.exists() and Path(folder).is_dir():

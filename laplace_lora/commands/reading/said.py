@@ -29,13 +29,7 @@ SHOWN = 8  # columns that are not read
 
 
 def reading_said(inputs: Inputs, rows: Sequence[Row], examples: Any) -> str:
-    """Return how a fit reads its rows, as far as it may not be what was meant.
-
-    Args:
-        inputs: How rows are read.
-        rows: The training data.
-        examples: What became of the rows.
-    """
+    """Return how a fit reads its rows, as far as it may not be what was meant."""
     plan, tokenizer = inputs.plan, inputs.adapter.tokenizer
     said = (
         columns_said(plan, rows),
@@ -82,10 +76,6 @@ def _has_earlier_answers(columns: Columns, row: Row) -> bool:
 def prompts_said(plan: Plan, rows: Sequence[Row]) -> str | None:
     """Return which column beside preference pairs may hold prompts and is not read, as a sentence.
 
-    Args:
-        plan: How rows are read.
-        rows: Preference pairs of a reward model.
-
     Raises:
         ValueError: If the answers of a pair, messages, would then stand alone.
     """
@@ -110,14 +100,7 @@ def _begins_with_answer(content: Any) -> bool:
 def cuts_said(
     inputs: Inputs, examples: Any, rows: Sequence[Row], source: str | None = None
 ) -> str | None:
-    """Return how many texts are cut, as a sentence; ``None`` if none is.
-
-    Args:
-        inputs: How rows are read.
-        examples: What became of the rows.
-        rows: The data.
-        source: The option and its file, where it is not the first one.
-    """
+    """Return how many texts are cut, as a sentence; ``None`` if none is."""
     limit = inputs.plan.max_length
     if limit is None or inputs.adapter.kind != HEAD:  # others are refused
         return None
@@ -137,9 +120,7 @@ def cuts_said(
 def decoder_said(plan: Plan, tokenizer: Any) -> str | None:
     """Return what the decoder reads before an answer, as a sentence, if it is no plain start.
 
-    Args:
-        plan: Of the fit.
-        tokenizer: The model's; those for many languages begin targets with the name of one.
+    Tokenizers for many languages begin targets with the name of one.
     """
     if not plan.decoder:
         return None
@@ -157,9 +138,7 @@ def decoder_said(plan: Plan, tokenizer: Any) -> str | None:
 def marks_said(inputs: Inputs, rows: Sequence[Row]) -> str | None:
     """Return which scored tokens of an answer stand outside of a template's marks, as a sentence.
 
-    Args:
-        inputs: How rows are read.
-        rows: The data, of which the first conversation is looked at.
+    The first conversation is looked at.
 
     Returns:
         ``None`` if all are inside, or there are no marks or no conversations.

@@ -38,11 +38,6 @@ def table_rows(lines: Iterable[str], form: Form, place: str) -> list[dict[str, A
     then hold the delimiter, as rows do that an open quotation mark made one. In a single column
     nothing tells such rows from a text of several lines, unless the file shows that it has quotes.
 
-    Args:
-        lines: Its lines, with their ends.
-        form: How it is written.
-        place: Where it comes from, for errors.
-
     Raises:
         ValueError: If two columns have one name, a row has other columns than the head line, a
             quotation mark remains open, or it may surround several rows or one.

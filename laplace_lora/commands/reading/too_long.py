@@ -12,14 +12,7 @@ SHOWN = 5  # rows of an error
 
 
 def cut_to(limit: int, text: str, second: str | None, tokenizer: Any, eos: bool) -> dict[str, Any]:
-    """Return the tokens of a text that has too many.
-
-    Args:
-        limit: How many are read.
-        text: The text.
-        second: A second one, if there is one.
-        tokenizer: The model's.
-        eos: Whether the end-of-text token is read at the end of what is left.
+    """Return the tokens of one text or two that have too many; with ``eos`` it ends them.
 
     Raises:
         ValueError: If nothing is left of a text, or of one of two.
@@ -39,14 +32,7 @@ def cut_to(limit: int, text: str, second: str | None, tokenizer: Any, eos: bool)
 
 
 def too_long(number: int, length: int, limit: int, adapter: Adapter) -> str:
-    """Return the error of a row that may not be cut.
-
-    Args:
-        number: The row's, from 1.
-        length: Its tokens.
-        limit: How many are read.
-        adapter: The model.
-    """
+    """Return the error of a row that may not be cut."""
     return (
         f"row {number} has {length} tokens, more than {limit}; cutting it would change the "
         f"question. {_way_out(limit, adapter, 'it')}"
@@ -54,13 +40,7 @@ def too_long(number: int, length: int, limit: int, adapter: Adapter) -> str:
 
 
 def same_when_cut(numbers: Sequence[int], limit: int, adapter: Adapter) -> str:
-    """Return the error of preference pairs of which only what is cut off differs.
-
-    Args:
-        numbers: Of their rows, from 1; at least one.
-        limit: How many tokens of a text are read.
-        adapter: The model.
-    """
+    """Return the error of preference pairs of which only what is cut off differs."""
     rows = f"row {numbers[0]}: its"
     if len(numbers) > 1:
         some = ", ".join(map(str, numbers[:SHOWN])) + (", ..." if len(numbers) > SHOWN else "")

@@ -20,9 +20,6 @@ AGAIN = "copy or download it again"
 def adapter_weights_found(adapter: str) -> Iterator[None]:
     """Say of an adapter's weights that cannot be loaded which file is missing or damaged.
 
-    Args:
-        adapter: Its folder, or its name on the hub.
-
     Raises:
         FileNotFoundError: If the folder has none.
         ValueError: If the folder's file is damaged.
@@ -45,10 +42,6 @@ def adapter_weights_found(adapter: str) -> Iterator[None]:
 @contextmanager
 def base_model_found(source: str, named_by: str) -> Iterator[None]:
     """Say of a base model that cannot be loaded who names it, and what to do.
-
-    Args:
-        source: Its folder, or its name on the hub.
-        named_by: The adapter or the option that names it.
 
     Raises:
         FileNotFoundError: If there is no such folder, nor such a repository.
