@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,12 +11,14 @@ import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding
 
 from laplace_lora.commands.base import note
 from laplace_lora.commands.beside import loader_beside, read_beside
 from laplace_lora.commands.output import as_json, check_writable, result_file
 from laplace_lora.commands.reading.columns import cell, present_in
-from laplace_lora.commands.reading.inputs import Example, Inputs
+from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.likelihood import WITH_CLASSES
 from laplace_lora.commands.reading.names import read_as_numbered
 from laplace_lora.commands.reading.opened import open_posterior
@@ -73,7 +74,9 @@ def run(
         with read_beside(ood_rows, plan.columns, f"--ood {ood}"):
             texts = [inputs.text(row, n) for n, row in enumerate(ood_rows, start=1)]
         note(cuts_said(inputs, texts, ood_rows, f"--ood {ood}"))
-        other = _batches(texts, opened.adapter.tokenizer.pad, batch_size)
+        unlabelled: Any = texts
+        pad = DataCollatorWithPadding(opened.adapter.tokenizer)
+        other = DataLoader(unlabelled, batch_size, collate_fn=pad)
     if apart_rows is not None:
         source = f"--apart {apart}"
         own = loader_beside(opened.inputs, apart_rows, apart_classes, options, source)
@@ -134,11 +137,6 @@ def _groups(rows: list[Row], name: str) -> list[str]:
     """Return the group of each row."""
     known = name if name in present_in(rows) else None
     return [str(cell(row, known, n, "group", "--group-field")) for n, row in enumerate(rows, 1)]
-
-
-def _batches(texts: Sequence[Example], pad: Any, batch_size: int) -> list[Any]:
-    starts = range(0, len(texts), batch_size)
-    return [pad(texts[i : i + batch_size], return_tensors="pt") for i in starts]
 
 
 def _table(reports: list[CalibrationReport], title: str) -> Table:

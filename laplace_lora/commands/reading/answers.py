@@ -134,8 +134,9 @@ def _behind_space(inputs: Inputs, prompt: _Prompt, target: str) -> int | None:
     Words that would run together have a space between them. Tokenizers that put one before a
     text read it as in the answer alone; with others the answer is to begin with it.
     """
-    row, columns, tokenizer = prompt.row, inputs.plan.columns, inputs.adapter.tokenizer
-    text, single = row.get(columns.pair or "") or row[columns.text or ""], alone(target, tokenizer)
+    row, tokenizer = prompt.row, inputs.adapter.tokenizer
+    text = inputs.second(row) or row[inputs.plan.columns.text or ""]
+    single = alone(target, tokenizer)
     if inputs.is_conversation(row) or text != text.rstrip() or not _is_one_known(single, tokenizer):
         return None
     is_read = inputs.answered(row, f" {target.lstrip()}") == [*prompt.start, *single]

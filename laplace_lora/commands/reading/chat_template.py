@@ -12,7 +12,6 @@ from jinja2 import TemplateError
 from laplace_lora.commands.reading.messages import (
     ASSISTANT,
     GUIDES,
-    TEXT,
     TOOLS,
     USERS,
     has_role,
@@ -83,7 +82,7 @@ def _check_written(messages: Sequence[dict[str, Any]], tokenizer: Any, asks: boo
         if says_otherwise(message):  # beside which a template may leave the content out
             pass
         elif _has_parts(message):
-            parts = [_marked_part(part, fresh) for part in content or ()]
+            parts = [_marked(part, fresh) for part in content or ()]
             sought += [(place, marks) for _, marks in parts]
             message = {**message, "content": [part for part, _ in parts]}
         elif place in last or has_role(message, (*TOOLS, *GUIDES)):
@@ -100,14 +99,6 @@ def _check_written(messages: Sequence[dict[str, Any]], tokenizer: Any, asks: boo
     for place, marks in sought:
         if marks and not any(mark in text for mark in marks):
             raise TemplateError(f"it leaves out what message {place} says")
-
-
-def _marked_part(part: Any, fresh: Iterator[int]) -> tuple[Any, list[str]]:
-    """Return a part of a content with a mark in the place of its text, see `_marked`."""
-    if isinstance(part, dict) and isinstance(part.get(TEXT), str):
-        made, marks = _marked(part[TEXT], fresh)
-        return {**part, TEXT: made}, marks
-    return _marked(part, fresh)
 
 
 def _marked(value: Any, fresh: Iterator[int]) -> tuple[Any, list[str]]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from laplace_lora.commands.reading.columns import (
+    SECOND,
     TEXTS,
     Columns,
     is_preference,
@@ -20,7 +21,7 @@ BEGUN = ("prompt", "question")  # which something follows
 OPTION = "--completion-field"
 NUMBERED = re.compile(r"(.+?)(?:[_-]b|[_-]?2)", re.IGNORECASE)  # text_b, question2, sentence_2
 FIRST = ("1", "_1", "-1", "_a", "-a")
-STEMS = (*TEXTS, "premise", "hypothesis", "context", "passage")
+STEMS = (*TEXTS, *SECOND)
 
 
 def completion_column(

@@ -98,15 +98,19 @@ class Inputs:
             content = self._after(content, answer, number)
         if self.plan.likelihood == "reward_modeling":
             content = self._ended(content)
-        second = row.get(columns.pair) if columns.pair is not None else None
-        if second == "":  # all that a table can say of a text that is not there
-            second = None
+        second = self.second(row)
         if second is not None:
             check_text(second, number, "second text", columns.pair)
         found = self._cut(content, second, number)
         if self.plan.decoder:
             found["decoder_input_ids"] = list(self.plan.decoder)
         return found
+
+    def second(self, row: Row) -> Any:
+        """Return a row's second text; an empty one is all that a table can say of a missing one."""
+        name = self.plan.columns.pair
+        value = None if name is None else row.get(name)
+        return None if value == "" else value
 
     def preferences(self, rows: Sequence[Row]) -> list[Example]:
         """Return preference pairs, of which none differs only in what is cut off.
@@ -139,8 +143,7 @@ class Inputs:
 
     def answered(self, row: Row, answer: str) -> list[int]:
         """Return the tokens of a prompt that `text` takes, with an answer behind it."""
-        prompt, pair = row[self.plan.columns.text or ""], self.plan.columns.pair
-        second = None if pair is None else row.get(pair) or None
+        prompt, second = row[self.plan.columns.text or ""], self.second(row)
         if isinstance(prompt, str) and second is not None:
             return list(self._tokens(prompt, second + answer, False)["input_ids"])
         own = _said_by(ASSISTANT, answer) if isinstance(prompt, list) else answer

@@ -55,10 +55,9 @@ def _last_role(inputs: Inputs, row: Row) -> str | None:
 
 def _last_word(inputs: Inputs, row: Row) -> str:
     """Return the last word before the answer, nothing where a template writes it."""
-    columns = inputs.plan.columns
     if inputs.is_conversation(row):
         return ""
-    text = (columns.pair and row.get(columns.pair)) or row.get(columns.text or "")
+    text = inputs.second(row) or row.get(inputs.plan.columns.text or "")
     end = text[-LENGTH:] if isinstance(text, str) else ""
     found = WORD.search(end.encode(errors="ignore").decode())  # half a character has no tokens
     return found[0] if found else ""
