@@ -188,6 +188,6 @@ def test_doctor_refuses_data_as_a_fit_does(made, data):
 
 def test_doctor_warns_as_a_fit_does(made, data, monkeypatch):
     found = "laplace_lora.commands.training_warnings.prompts_with_space"
-    monkeypatch.setattr(found, lambda prompts, *_: [0])
+    monkeypatch.setattr(found, lambda prompts, *_: 1)
     args = ("doctor", made("decoder"), "--data", data("train"), "--target", "bad", "good")
     assert "Warning: 1 of 48 prompts end in a space" in run(*args).stderr

@@ -13,7 +13,6 @@ from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.prompt_ends import rows_by_end
 from laplace_lora.commands.reading.rows import Row
 
-SPACES = (" ", "▁", "Ġ")  # as texts, SentencePiece's and GPT-2's vocabularies have them
 SHOWN = 4  # tokens of an error
 NO_CHAT = (
     "give the prompts as texts that end where the answers of the training begin, with what it "
@@ -77,24 +76,6 @@ def target_tokens(targets: Sequence[str], tokenizer: Any) -> list[int]:
 def alone(target: str, tokenizer: Any) -> list[int]:
     """Return the tokens of an answer that nothing precedes."""
     return list(tokenizer(target, add_special_tokens=False)["input_ids"])
-
-
-def prompts_with_space(prompts: Sequence[Any], targets: Sequence[str], tokenizer: Any) -> list[int]:
-    """Return which prompts end in a space before answers that begin with one.
-
-    No text has the tokens of such a prompt and its answer: it would have two spaces. Messages,
-    which a template ends, never do; a tokenizer that reads no spaces has none to meet.
-    """
-    begins = [i for target in targets for i in alone(target, tokenizer)[:1]]
-    names = tokenizer.convert_ids_to_tokens(begins)
-    if not any(str(name).startswith(SPACES) for name in names):
-        return []
-    found = [n for n, text in enumerate(prompts) if isinstance(text, str) and text.endswith(" ")]
-    ends = [prompts[n] for n in found[:1]]
-    is_read = any(
-        tokenizer(text)["input_ids"] != tokenizer(text.rstrip(" "))["input_ids"] for text in ends
-    )
-    return found if is_read else []
 
 
 def _of_all(
