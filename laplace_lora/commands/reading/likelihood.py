@@ -11,6 +11,7 @@ from laplace_lora.commands.reading.rows import Row
 from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
 
 WITH_CLASSES = ("classification", "multilabel")
+WITHOUT_LABELS = ("reward_modeling", "language_modeling")
 PROBLEMS: dict[str | None, str] = {  # as Hugging Face's configurations call them
     "regression": "regression",
     "single_label_classification": "classification",

@@ -22,7 +22,11 @@ from laplace_lora.commands.reading.columns import (
 from laplace_lora.commands.reading.completions import check_second_text, completion_column
 from laplace_lora.commands.reading.decoder import read_before
 from laplace_lora.commands.reading.labels import classes_of
-from laplace_lora.commands.reading.likelihood import WITH_CLASSES, likelihood_asked
+from laplace_lora.commands.reading.likelihood import (
+    WITH_CLASSES,
+    WITHOUT_LABELS,
+    likelihood_asked,
+)
 from laplace_lora.commands.reading.names import class_names, read_as_numbered
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
@@ -154,7 +158,7 @@ def _read_by(
     """
     completion = completion_column(rows, columns, asked, likelihood, known, is_completed)
     columns = replace(columns, completion=completion)
-    if likelihood not in ("language_modeling", "reward_modeling"):
+    if likelihood not in WITHOUT_LABELS:
         return columns
     if asked.pair is not None:
         raise ValueError(f"--pair-field: a {likelihood} posterior reads no second text")
@@ -221,7 +225,7 @@ def appends_eos(adapter: Adapter, plan: Plan, rows: Sequence[Row], asked: bool |
 
 def why_no_eos(adapter: Adapter, plan: Plan, rows: Sequence[Row]) -> str | None:
     """Return why nobody needs to say whether the token is read; ``None`` if somebody does."""
-    if plan.likelihood not in ("reward_modeling", "language_modeling"):
+    if plan.likelihood not in WITHOUT_LABELS:
         return f"a {plan.likelihood} posterior reads texts as the tokenizer gives them"
     name = text_column(rows, plan.columns, plan.likelihood)
     if plan.chat or has_conversations_only(rows, name):

@@ -18,6 +18,7 @@ from laplace_lora.commands.reading.columns import (
     present_in,
 )
 from laplace_lora.commands.reading.inputs import Inputs
+from laplace_lora.commands.reading.likelihood import WITHOUT_LABELS
 from laplace_lora.commands.reading.messages import ASKING, ASSISTANT, has_role, is_messages
 from laplace_lora.commands.reading.pairs import lengths_of
 from laplace_lora.commands.reading.plan import Plan
@@ -47,8 +48,7 @@ def columns_said(plan: Plan, rows: Sequence[Row]) -> str:
     if are_pairs(rows, likelihood):
         texts += [CHOSEN, REJECTED]
     read = [repr(name) for name in texts if name is not None]
-    has_labels = likelihood not in ("reward_modeling", "language_modeling")
-    label = columns.label if has_labels else None
+    label = None if likelihood in WITHOUT_LABELS else columns.label
     if label is not None:
         read.append(f"label {label!r}")
     left = [n for n in present_in(rows) if n not in (*texts, label)]
