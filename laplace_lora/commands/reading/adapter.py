@@ -14,16 +14,14 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights
-from torch import nn
 
 from laplace_lora.commands.reading.four_bits import four_bits, unquantised
-from laplace_lora.commands.reading.repository import file_of
+from laplace_lora.commands.reading.tokenizers import check_length, longest_input, tokenizer_of
 from laplace_lora.commands.reading.weights import (
     adapter_weights_found,
     base_model_found,
     check_no_random_weights,
 )
-from laplace_lora.models.inputs.configs import longest_text
 from laplace_lora.models.wrapped_model import places_of
 
 # The last layer, by its ending; one of the second kind where there is none of the first, before
@@ -35,7 +33,6 @@ AUTO = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }
-UNLIMITED = 1_000_000  # tokenizers without a limit say a huge number
 HEAD, CAUSAL, SEQ2SEQ = "head", "causal", "encoder-decoder"
 
 
@@ -75,19 +72,6 @@ def load_asked(adapter: str, options: Mapping[str, Any]) -> Adapter:
     loaded = load_adapter(adapter, **{name: options[name] for name in names})
     check_length(options.get("max_length"), loaded.places)
     return loaded
-
-
-def check_length(asked: int | None, places: int | None) -> None:
-    """Refuse inputs that are longer than a model's positions; ``None`` for no limit.
-
-    Raises:
-        ValueError: If the model has fewer positions.
-    """
-    if asked is not None and places is not None and asked > places:
-        raise ValueError(
-            f"--max-length {asked}: the model has positions for {places} tokens; give {places} or "
-            "less, or leave it out"
-        )
 
 
 def load_adapter(
@@ -145,7 +129,7 @@ def load_adapter(
             whole = getattr(config, "modules_to_save", None)
             options |= four_bits(where, unquantised(whole, loader, source))
         model, report = loader.from_pretrained(source, **options)
-    tokenizer = _tokenizer(adapter, source, model, saved, kind == HEAD)
+    tokenizer = tokenizer_of(adapter, source, model, saved, kind == HEAD)
     check_no_random_weights(report, saved, adapter, source)
     if not load_in_4bit:
         model = model.to(where)
@@ -207,41 +191,6 @@ def _head_outputs(saved: dict[str, torch.Tensor]) -> int | None:
     return None
 
 
-def _tokenizer(
-    adapter: str, base: str, model: Any, saved: dict[str, torch.Tensor], is_head: bool
-) -> Any:
-    """Return the tokenizer saved with the adapter, or else the base model's, able to pad."""
-    source = base if file_of(adapter, "tokenizer_config.json") is None else adapter
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    if tokenizer.pad_token is None:  # many decoders have none
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        raise ValueError(f"the tokenizer of {source} has neither a padding nor an ending token")
-    _tell_padding(model.config, tokenizer, is_head)
-    rows = len(model.get_input_embeddings().weight)
-    if len(tokenizer) > rows:
-        if not any("embed" in name and "lora_" not in name for name in saved):
-            raise ValueError(
-                f"the tokenizer of {source} has {len(tokenizer)} tokens, the base model {rows}, "
-                "and the adapter brings none: the embeddings of the others would be random"
-            )
-        model.resize_token_embeddings(len(tokenizer))
-    return tokenizer
-
-
-def _tell_padding(config: Any, tokenizer: Any, is_head: bool) -> None:
-    """Let a model know the padding token, by which a classifying decoder finds a text's end.
-
-    An adapter does not save what its training set there. Padding before the text is never taken
-    for its end.
-    """
-    if getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = tokenizer.pad_token_id
-    if is_head and tokenizer.padding_side == "right":
-        config.pad_token_id = tokenizer.pad_token_id
-        config.get_text_config().pad_token_id = tokenizer.pad_token_id
-
-
 def _with_adapter(model: Any, adapter: str) -> PeftModel:
     """Return the base model with the adapter, all of whose weights were found."""
     with warnings.catch_warnings():
@@ -252,10 +201,3 @@ def _with_adapter(model: Any, adapter: str) -> PeftModel:
             raise ValueError(
                 f"{adapter} does not fit the base model {model.config._name_or_path}: {error}"
             ) from None
-
-
-def longest_input(tokenizer: Any, model: nn.Module) -> int | None:
-    """Return how many tokens tokenizer and model take, ``None`` for no limit."""
-    limits = [tokenizer.model_max_length, longest_text(model.config), places_of(model)]
-    known = [n for n in limits if isinstance(n, int) and 0 < n < UNLIMITED]
-    return min(known) if known else None

@@ -22,7 +22,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from laplace_lora.commands.reading.adapter import check_length, longest_input
+from laplace_lora.commands.reading.tokenizers import check_length, longest_input
 from laplace_lora.commands.reading.too_long import cut_to
 from laplace_lora.models.wrapped_model import places_of
 from support.command_line import refused, run
