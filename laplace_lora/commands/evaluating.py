@@ -72,7 +72,7 @@ def run(
     other, own = None, None
     if ood_rows is not None:
         with read_beside(ood_rows, plan.columns, f"--ood {ood}"):
-            texts = [inputs.text(row, n) for n, row in enumerate(ood_rows, start=1)]
+            texts = inputs.texts(ood_rows)
         note(cuts_said(inputs, texts, ood_rows, f"--ood {ood}"))
         unlabelled: Any = texts
         pad = DataCollatorWithPadding(opened.adapter.tokenizer)

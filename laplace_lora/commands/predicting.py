@@ -59,15 +59,16 @@ def _check_kept(keep: Sequence[str], opened: Opened, rows: Sequence[Row]) -> Non
 
 def predictions(opened: Opened, rows: Sequence[Row], batch_size: int) -> Predictions:
     """Return the predictions of rows, in their order."""
-    inputs, data = opened.inputs, None
+    inputs = opened.inputs
+    data: Any
     if are_pairs(rows, opened.plan.likelihood):
         note(prompts_said(opened.plan, rows))
         data = inputs.loader(rows, batch_size)
-    examples: Any = data and data.dataset
-    if examples is None:
-        examples = [inputs.text(row, n) for n, row in enumerate(rows, start=1)]
+        examples = data.dataset
+    else:
+        data = examples = inputs.texts(rows)
     note(cuts_said(inputs, examples, rows))
-    found = opened.la.predict(data or examples, opened.adapter.tokenizer, batch_size=batch_size)
+    found = opened.la.predict(data, opened.adapter.tokenizer, batch_size=batch_size)
     assert isinstance(found, Predictions)  # no command loads a token classifier
     return found
 

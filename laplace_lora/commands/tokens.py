@@ -72,7 +72,7 @@ def run_generate(
 ) -> None:
     """Continue the prompts of rows."""
     opened, rows = _opened(adapter, data, out, options)
-    prompts = [opened.inputs.text(row, n) for n, row in enumerate(rows, start=1)]
+    prompts = opened.inputs.texts(rows)
     tokenizer, source = opened.adapter.tokenizer, _generator(opened, seed)
     compared = _compared(top_k, opened)
     longest = max(len(prompt["input_ids"]) for prompt in prompts)

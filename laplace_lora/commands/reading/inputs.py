@@ -74,7 +74,7 @@ class Inputs:
 
     def labelled(self, rows: Sequence[Row]) -> list[Example]:
         """Return texts with their labels, which are all read in the same way."""
-        examples = [self.text(row, n) for n, row in enumerate(rows, start=1)]
+        examples = self.texts(rows)
         values = self._labels(label_cells(rows, self.plan.columns.label))
         return [{**x, "labels": y} for x, y in zip(examples, values, strict=True)]
 
@@ -86,6 +86,10 @@ class Inputs:
             outputs = self.adapter.outputs
             return [numbers_of(y, n, outputs) for n, y in enumerate(labels, start=1)]
         return list(classes_of(labels, self.plan.names, self.plan.labels_as)[0])
+
+    def texts(self, rows: Sequence[Row]) -> list[Example]:
+        """Return what `text` makes of each row."""
+        return [self.text(row, n) for n, row in enumerate(rows, start=1)]
 
     def text(self, row: Row, number: int) -> Example:
         """Return a text, the prompt that an answer follows, or for a reward model both."""
