@@ -69,9 +69,9 @@ def point_out(text: str) -> None:
     click.echo(f"Warning: {text}", err=True)
 
 
-def note(text: str | None, quiet: bool) -> None:
-    """Write what a user may want to know to standard error, if there is anything."""
-    if text is not None and not quiet:
+def note(text: str | None) -> None:
+    """Write what a user may want to know to standard error, unless there is ``--quiet``."""
+    if text is not None and not click.get_current_context().params.get("quiet"):
         click.echo(text, err=True)
 
 
@@ -98,12 +98,7 @@ def described(error: Exception) -> str:
 
 
 def spread(args: Sequence[str], names: set[str]) -> list[str]:
-    """Return arguments with an option repeated before each of its values but the first.
-
-    Args:
-        args: Words of a command line.
-        names: Options that take several values.
-    """
+    """Return a command line with an option of ``names`` before each of its values."""
     spread: list[str] = []
     option, has_value = None, False
     for i, word in enumerate(args):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import asdict
 from typing import Any
@@ -15,7 +16,7 @@ from rich.text import Text
 from safetensors.torch import load
 from torch import Tensor
 
-from laplace_lora.commands.reading.names import layer_name
+from laplace_lora.commands.reading.columns import listed
 from laplace_lora.commands.reading.plan import read_plan
 from laplace_lora.display.tables import short, span
 from laplace_lora.likelihoods.registry import likelihood_of
@@ -43,10 +44,7 @@ def run(posterior: str, as_json: bool) -> None:
 
 
 def describe(posterior: str) -> dict[str, dict[str, Any]]:
-    """Return what a saved posterior is, by topic.
-
-    Args:
-        posterior: Folder or repository.
+    """Return what a saved posterior is, by topic; it lies in a folder or a repository.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -138,5 +136,14 @@ def _rows(name: str, value: Any) -> list[tuple[str, str]]:
     if isinstance(value, bool):
         return [(name, "yes" if value else "no")]
     if isinstance(value, list):  # of answers, in which spaces count
-        return [(name, ", ".join(map(repr, value)))]
+        return [(name, listed(value))]
     return [(name, short(value))]
+
+
+def layer_name(tensor: str) -> str:
+    """Return a tensor's name with a star for each number of a layer.
+
+    What this library and PEFT put around the model's own names is left out.
+    """
+    bare = tensor.removeprefix("model.").removeprefix("base_model.model.")
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", bare).replace(".default", "")

@@ -5,13 +5,9 @@ from __future__ import annotations
 import click
 
 from laplace_lora.commands.base import as_written
-from laplace_lora.commands.doctor import doctor
-from laplace_lora.commands.evaluate import evaluate
-from laplace_lora.commands.fit import fit
-from laplace_lora.commands.generate import generate
-from laplace_lora.commands.info import info
-from laplace_lora.commands.predict import predict
-from laplace_lora.commands.score import score
+from laplace_lora.commands.fit import doctor, fit, info
+from laplace_lora.commands.generate import generate, score
+from laplace_lora.commands.predict import evaluate, predict
 from laplace_lora.version import __version__
 
 HELP = """Calibrated uncertainty for LoRA adapters, from the command line.

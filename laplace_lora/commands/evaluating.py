@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,16 +11,19 @@ import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding
 
 from laplace_lora.commands.base import note
+from laplace_lora.commands.beside import loader_beside, read_beside
 from laplace_lora.commands.output import as_json, check_writable, result_file
-from laplace_lora.commands.reading.columns import cell, present_in, read_beside
-from laplace_lora.commands.reading.cuts import cuts_said
-from laplace_lora.commands.reading.inputs import Example, Inputs
+from laplace_lora.commands.reading.columns import cell, present_in
+from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.likelihood import WITH_CLASSES
 from laplace_lora.commands.reading.names import read_as_numbered
 from laplace_lora.commands.reading.opened import open_posterior
 from laplace_lora.commands.reading.rows import STANDARD, Row, read_named, read_rows
+from laplace_lora.commands.reading.said import cuts_said
 from laplace_lora.display.tables import with_error
 from laplace_lora.evaluation import MAP, CalibrationReport, plot_reports
 from laplace_lora.evaluation import evaluate as scores_of
@@ -63,25 +65,23 @@ def run(
     apart_rows, apart_classes = (None, {}) if apart is None else read_named(apart)
     groups = None if group_field is None else _groups(rows, group_field)
     opened = open_posterior(adapter, rows, options, check=_check_has_classes)
-    inputs, apart_inputs = (
-        Inputs(opened.adapter, read_as_numbered(opened.plan, named, options, source))
-        for named, source in ((classes, f"--data {data}"), (apart_classes, f"--apart {apart}"))
-    )
-    batch_size = options["batch_size"]
+    plan, batch_size = opened.plan, options["batch_size"]
+    inputs = Inputs(opened.adapter, read_as_numbered(plan, classes, options, f"--data {data}"))
     loader = inputs.loader(rows, batch_size)
-    note(cuts_said(inputs, loader.dataset, rows), options["quiet"])
+    note(cuts_said(inputs, loader.dataset, rows))
     other, own = None, None
     if ood_rows is not None:
-        with read_beside(ood_rows, opened.plan.columns, f"--ood {ood}"):
-            texts = [inputs.text(row, n) for n, row in enumerate(ood_rows, start=1)]
-        note(cuts_said(inputs, texts, ood_rows, f"--ood {ood}"), options["quiet"])
-        other = _batches(texts, opened.adapter.tokenizer.pad, batch_size)
+        with read_beside(ood_rows, plan.columns, f"--ood {ood}"):
+            texts = inputs.texts(ood_rows)
+        note(cuts_said(inputs, texts, ood_rows, f"--ood {ood}"))
+        unlabelled: Any = texts
+        pad = DataCollatorWithPadding(opened.adapter.tokenizer)
+        other = DataLoader(unlabelled, batch_size, collate_fn=pad)
     if apart_rows is not None:
-        with read_beside(apart_rows, opened.plan.columns, f"--apart {apart}"):
-            own = apart_inputs.loader(apart_rows, batch_size)
-        note(cuts_said(inputs, own.dataset, apart_rows, f"--apart {apart}"), options["quiet"])
+        source = f"--apart {apart}"
+        own = loader_beside(opened.inputs, apart_rows, apart_classes, options, source)
     quietly = partial(opened.la.predict, progress_bar=False)
-    adapter_alone = MAP(opened.la.logits_model, likelihood=opened.plan.likelihood)
+    adapter_alone = MAP(opened.la.logits_model, likelihood=plan.likelihood)
     methods: dict[str, Any] = {"MAP": adapter_alone, "Laplace": quietly}
     given: dict[str, Any] = {
         "ood_loader": other,
@@ -137,11 +137,6 @@ def _groups(rows: list[Row], name: str) -> list[str]:
     """Return the group of each row."""
     known = name if name in present_in(rows) else None
     return [str(cell(row, known, n, "group", "--group-field")) for n, row in enumerate(rows, 1)]
-
-
-def _batches(texts: Sequence[Example], pad: Any, batch_size: int) -> list[Any]:
-    starts = range(0, len(texts), batch_size)
-    return [pad(texts[i : i + batch_size], return_tensors="pt") for i in starts]
 
 
 def _table(reports: list[CalibrationReport], title: str) -> Table:

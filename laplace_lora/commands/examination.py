@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -11,12 +10,15 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from laplace_lora.commands.fitting import new_posterior, reading_said
+from laplace_lora.adapters.selection import listed
+from laplace_lora.commands.description import layer_name
+from laplace_lora.commands.fitting import new_posterior
 from laplace_lora.commands.reading.adapter import load_asked
 from laplace_lora.commands.reading.inputs import Inputs
-from laplace_lora.commands.reading.names import layer_name
+from laplace_lora.commands.reading.pairs import lengths_of
 from laplace_lora.commands.reading.planning import plan_fit
 from laplace_lora.commands.reading.rows import read_named
+from laplace_lora.commands.reading.said import reading_said
 from laplace_lora.commands.timing import fit_time, tuning_time
 from laplace_lora.commands.training_warnings import warn_if_trained_otherwise
 from laplace_lora.posteriors.base import LoraLaplace
@@ -41,18 +43,18 @@ def run(adapter: str, data: str | None, **options: Any) -> None:
     else:
         inputs = Inputs(loaded, plan)
         loader = inputs.loader(rows, options["batch_size"])
-        click.echo(reading_said(inputs, rows, loader))
+        click.echo(reading_said(inputs, rows, loader.dataset))
         warn_if_trained_otherwise(loaded, plan, rows, options)
         problems += _print_costs(console, covering, loader, options["batch_size"])
         # How often a layer runs, and on what, only the data show.
         shown = [name for name in _diagonal(covering) if name not in diagonal]
         diagonal += shown
         if shown and options["uncovered"] == "diag":
-            click.echo(f"These data need a diagonal for {_listed(shown)}, too.")
+            click.echo(f"These data need a diagonal for {listed(shown)}, too.")
     if diagonal and options["uncovered"] == "error":
         problems.insert(
             0,
-            f"K-FAC covers none of {_listed(diagonal)}: --uncovered diag gives each a diagonal; or "
+            f"K-FAC covers none of {listed(diagonal)}: --uncovered diag gives each a diagonal; or "
             "freeze them",
         )
     for problem in problems:
@@ -67,10 +69,6 @@ def _diagonal(la: LoraLaplace) -> list[str]:
     """Return the tensors that Kronecker factors do not cover, as far as batches have shown."""
     maps = la.engine.maps
     return [block.name for block in la.engine.blocks if maps[block.map].is_diagonal]
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _print_covered(console: Console, la: LoraLaplace, structure: str) -> None:
@@ -102,7 +100,7 @@ def _print_costs(
 ) -> list[str]:
     """Print memory and time of a fit; return what speaks against it."""
     examples: Any = loader.dataset
-    longest = sorted(examples, key=_length)[-batch_size:]
+    longest = sorted(examples, key=lambda example: max(lengths_of(example)))[-batch_size:]
     assert loader.collate_fn is not None
     estimate = la.estimate_memory(loader.collate_fn(longest), len(examples))
     console.print(estimate)
@@ -114,8 +112,3 @@ def _print_costs(
         f"({time.per_batch:.2f} s a batch). {tuning_time(la)}"
     )
     return []
-
-
-def _length(example: dict[str, Any]) -> int:
-    halves = [example[k] for k in ("chosen", "rejected") if k in example] or [example]
-    return max(len(half["input_ids"]) for half in halves)

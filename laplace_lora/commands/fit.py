@@ -1,4 +1,4 @@
-"""``laplace-lora fit``."""
+"""``laplace-lora fit``, and what says beforehand and afterwards what it does."""
 
 from __future__ import annotations
 
@@ -58,3 +58,45 @@ def fit(**options: Any) -> None:
     from laplace_lora.commands.fitting import run
 
     run(**options)
+
+
+@click.command(cls=Command, short_help="Say beforehand what a fit would do, and what it needs.")
+@model_options
+@data_options(required=False)
+@label_options
+@task_options
+@common_options
+def doctor(**options: Any) -> None:
+    """Say what a fit would do, before it: what is covered, what is refused, memory and time.
+
+    Takes the options of `fit`, but for --val, --out, --overwrite and --seed. Without --data only
+    the model is examined. With it the rows are read, memory is estimated from one forward pass, and
+    time from ten batches. Nothing is written. Ends with status 1 if a fit would be refused or would
+    not fit in memory.
+
+    Examples:
+      laplace-lora doctor my-adapter
+      laplace-lora doctor my-adapter --data train.jsonl --structure full --batch-size 16
+    """
+    from laplace_lora.commands.examination import run
+
+    run(**options)
+
+
+@click.command(cls=Command, short_help="Say what a saved posterior is.")
+@click.argument("posterior")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def info(posterior: str, as_json: bool, debug: bool) -> None:
+    """Say what a saved posterior is: what it covers, its prior, its sizes and its fingerprints.
+
+    POSTERIOR is the folder or the repository where it lies, usually that of its adapter. The model
+    is not loaded; the files are checked against their hashes.
+
+    Examples:
+      laplace-lora info my-adapter
+      laplace-lora info my-adapter --json
+    """
+    from laplace_lora.commands.description import run
+
+    run(posterior, as_json)

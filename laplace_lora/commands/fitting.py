@@ -9,24 +9,19 @@ from typing import Any
 
 import click
 import torch
-from torch.utils.data import DataLoader
 
 from laplace_lora import DiagLoraLaplace, FullLoraLaplace, KronLoraLaplace
 from laplace_lora.commands.base import note, point_out
+from laplace_lora.commands.beside import loader_beside
 from laplace_lora.commands.output import check_folder
 from laplace_lora.commands.reading.adapter import Adapter, load_asked
-from laplace_lora.commands.reading.answer_marks import marks_said
 from laplace_lora.commands.reading.answers import answer_tokens
-from laplace_lora.commands.reading.columns import read_beside
-from laplace_lora.commands.reading.cuts import cuts_said
-from laplace_lora.commands.reading.decoder import decoder_said
 from laplace_lora.commands.reading.inputs import Inputs
-from laplace_lora.commands.reading.names import read_as_numbered
 from laplace_lora.commands.reading.plan import PLAN, Plan, plan_text
 from laplace_lora.commands.reading.planning import plan_fit
 from laplace_lora.commands.reading.repository import file_of
 from laplace_lora.commands.reading.rows import Row, read_named
-from laplace_lora.commands.reading.unread import columns_said
+from laplace_lora.commands.reading.said import reading_said
 from laplace_lora.commands.training_warnings import warn_if_trained_otherwise
 from laplace_lora.likelihoods.registry import likelihood_of
 from laplace_lora.posteriors.base import LoraLaplace
@@ -49,7 +44,6 @@ def run(
     out: str | None,
     overwrite: bool,
     seed: int,
-    quiet: bool,
     **options: Any,
 ) -> None:
     """Fit, tune, calibrate and save, as the Python calls do."""
@@ -62,14 +56,10 @@ def run(
         raise ValueError(f"--val: a {plan.likelihood} posterior cannot be calibrated")
     inputs = Inputs(loaded, plan)
     train_loader = inputs.loader(rows, options["batch_size"])
-    if not quiet:
-        click.echo(reading_said(inputs, rows, train_loader), err=True)
+    note(reading_said(inputs, rows, train_loader.dataset))
     val_loader = None
     if val_rows is not None:
-        val_plan = read_as_numbered(plan, val_named, options, f"--val {val}")
-        with read_beside(val_rows, plan.columns, f"--val {val}"):
-            val_loader = Inputs(loaded, val_plan).loader(val_rows, options["batch_size"])
-        note(cuts_said(inputs, val_loader.dataset, val_rows, f"--val {val}"), quiet)
+        val_loader = loader_beside(inputs, val_rows, val_named, options, f"--val {val}")
     warn_if_trained_otherwise(loaded, plan, rows, options)
     torch.manual_seed(seed)
     la = new_posterior(loaded, plan, options["structure"], options["uncovered"], rows)
@@ -78,12 +68,9 @@ def run(
     warn_if_useless(la, plan)
     # The noise before is 1, whatever the scale of the labels.
     la.optimize_prior_precision(tune_sigma_noise=plan.likelihood == "regression")
-    if not quiet:
-        click.echo(f"Tuned by {la.tuning}", err=True)
+    note(f"Tuned by {la.tuning}")
     if val_loader is not None:
-        calibration = la.calibrate(val_loader)
-        if not quiet:
-            click.echo(f"Calibrated: {calibration}", err=True)
+        note(f"Calibrated: {la.calibrate(val_loader)}")
     la.save_pretrained(folder)
     _, config = read_files(folder)
     write_whole(folder / PLAN, plan_text(plan, config["content"]).encode())
@@ -91,31 +78,8 @@ def run(
     click.echo(f"Saved in {folder}")
 
 
-def reading_said(inputs: Inputs, rows: Sequence[Row], loader: DataLoader[Any]) -> str:
-    """Return how a fit reads its rows, as far as it may not be what was meant.
-
-    Args:
-        inputs: How rows are read.
-        rows: The data.
-        loader: Of what became of them.
-    """
-    plan, tokenizer = inputs.plan, inputs.adapter.tokenizer
-    said = (
-        columns_said(plan, rows),
-        cuts_said(inputs, loader.dataset, rows),
-        decoder_said(plan, tokenizer),
-        marks_said(inputs, rows),
-    )
-    return "\n".join(filter(None, said))
-
-
 def start_at(la: LoraLaplace, adapter: str) -> None:
-    """Put the prior's mean at the weights before training, where they lie beside the adapter.
-
-    Args:
-        la: A posterior that is not fitted yet.
-        adapter: Its folder, or its name on the hub.
-    """
+    """Put the prior's mean at the weights before training, where they lie beside the adapter."""
     path = file_of(adapter, START)
     if path is None:
         return
@@ -129,15 +93,7 @@ def start_at(la: LoraLaplace, adapter: str) -> None:
 def new_posterior(
     adapter: Adapter, plan: Plan, structure: str, uncovered: str, rows: Sequence[Row] | None
 ) -> LoraLaplace:
-    """Return a posterior that is not fitted yet.
-
-    Args:
-        adapter: The model.
-        plan: Likelihood and answers.
-        structure: ``"kron"``, ``"full"`` or ``"diag"``.
-        uncovered: What becomes of trained weights that no Kronecker factor covers.
-        rows: The training data, which answers follow; ``None`` if there are none.
-    """
+    """Return a posterior that is not fitted yet; answers are read behind the rows' prompts."""
     ids = answer_tokens(adapter, plan, rows) if plan.targets else None
     la: LoraLaplace = CLASSES[structure](
         adapter.model, plan.likelihood, target_ids=ids, uncovered=uncovered

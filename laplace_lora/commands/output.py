@@ -70,11 +70,7 @@ def _is_standard_input(path: Path) -> bool:
 
 
 def check_folder(folder: Path, what: str) -> None:
-    """Refuse a folder in which nothing may be written, before any work.
-
-    Args:
-        folder: It need not exist yet.
-        what: Is to be written there, for the error.
+    """Refuse a folder, which need not exist yet, in which nothing may be written.
 
     Raises:
         ValueError: If it, or the first of those above it that exists, cannot be written to.

@@ -8,11 +8,10 @@ from typing import Any
 
 from laplace_lora.commands.base import note
 from laplace_lora.commands.output import check_writable, json_lines
-from laplace_lora.commands.reading.columns import CHOSEN, REJECTED, are_pairs, present_in
-from laplace_lora.commands.reading.cuts import cuts_said
+from laplace_lora.commands.reading.columns import CHOSEN, REJECTED, are_pairs, listed, present_in
 from laplace_lora.commands.reading.opened import Opened, open_posterior
 from laplace_lora.commands.reading.rows import Row, read_rows
-from laplace_lora.commands.reading.unread import prompts_said
+from laplace_lora.commands.reading.said import cuts_said, prompts_said
 from laplace_lora.display.tables import plain
 from laplace_lora.predictive.predictions import Predictions
 
@@ -28,11 +27,11 @@ def run(adapter: str, data: str, out: str, keep: Sequence[str], **options: Any) 
     present = present_in(rows)
     for name in keep:
         if name not in present:
-            raise ValueError(f"--keep {name}: the data have {', '.join(map(repr, present))}")
+            raise ValueError(f"--keep {name}: the data have {listed(present)}")
     check = partial(_check_is_of_rows, adapter)
     opened = open_posterior(adapter, rows, options, "reward_modeling", check)
     _check_kept(keep, opened, rows)
-    found = predictions(opened, rows, options["batch_size"], options["quiet"])
+    found = predictions(opened, rows, options["batch_size"])
     with json_lines(out) as write:
         for row, result in zip(rows, result_rows(found, opened), strict=True):
             write({**{name: row.get(name) for name in keep}, **result})
@@ -46,15 +45,10 @@ def _check_is_of_rows(adapter: str, likelihood: str) -> None:
         )
 
 
-def _compares(opened: Opened, rows: Sequence[Row]) -> bool:
-    """Return whether a reward model is asked which text of a pair wins."""
-    return are_pairs(rows, opened.plan.likelihood)
-
-
 def _check_kept(keep: Sequence[str], opened: Opened, rows: Sequence[Row]) -> None:
     """Refuse to keep a column under the name of a result, which would replace it."""
-    moments = MOMENTS.get(opened.plan.likelihood, CLASSES)
-    results = CLASSES if _compares(opened, rows) else moments
+    likelihood = opened.plan.likelihood
+    results = CLASSES if are_pairs(rows, likelihood) else MOMENTS.get(likelihood, CLASSES)
     for name in keep:
         if name in results:
             raise ValueError(
@@ -63,24 +57,18 @@ def _check_kept(keep: Sequence[str], opened: Opened, rows: Sequence[Row]) -> Non
             )
 
 
-def predictions(opened: Opened, rows: Sequence[Row], batch_size: int, quiet: bool) -> Predictions:
-    """Return the predictions of rows, in their order.
-
-    Args:
-        opened: The posterior.
-        rows: Texts, or preference pairs for a reward model.
-        batch_size: Rows per batch.
-        quiet: Whether nothing is said of texts that are cut, and prompts that are not read.
-    """
-    inputs, data = opened.inputs, None
-    if _compares(opened, rows):
-        note(prompts_said(opened.plan, rows), quiet)
+def predictions(opened: Opened, rows: Sequence[Row], batch_size: int) -> Predictions:
+    """Return the predictions of rows, in their order."""
+    inputs = opened.inputs
+    data: Any
+    if are_pairs(rows, opened.plan.likelihood):
+        note(prompts_said(opened.plan, rows))
         data = inputs.loader(rows, batch_size)
-    examples: Any = data and data.dataset
-    if examples is None:
-        examples = [inputs.text(row, n) for n, row in enumerate(rows, start=1)]
-    note(cuts_said(inputs, examples, rows), quiet)
-    found = opened.la.predict(data or examples, opened.adapter.tokenizer, batch_size=batch_size)
+        examples = data.dataset
+    else:
+        data = examples = inputs.texts(rows)
+    note(cuts_said(inputs, examples, rows))
+    found = opened.la.predict(data, opened.adapter.tokenizer, batch_size=batch_size)
     assert isinstance(found, Predictions)  # no command loads a token classifier
     return found
 

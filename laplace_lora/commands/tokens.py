@@ -18,7 +18,7 @@ from laplace_lora.generation import TokenPredictions
 from laplace_lora.generation import generate as write_texts
 from laplace_lora.generation import score as score_texts
 from laplace_lora.likelihoods.language_modeling import IGNORED, token_labels
-from laplace_lora.models.wrapped_model import WrappedModel, places_of
+from laplace_lora.models.wrapped_model import WrappedModel
 
 TOP_K = 20  # by default
 
@@ -72,11 +72,11 @@ def run_generate(
 ) -> None:
     """Continue the prompts of rows."""
     opened, rows = _opened(adapter, data, out, options)
-    prompts = [opened.inputs.text(row, n) for n, row in enumerate(rows, start=1)]
+    prompts = opened.inputs.texts(rows)
     tokenizer, source = opened.adapter.tokenizer, _generator(opened, seed)
     compared = _compared(top_k, opened)
     longest = max(len(prompt["input_ids"]) for prompt in prompts)
-    places = places_of(opened.adapter.model.get_base_model())
+    places = opened.adapter.places
     # Texts that end before are written all the same.
     end = math.inf if places is None else places - longest + 1
 

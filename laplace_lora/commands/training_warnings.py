@@ -19,18 +19,18 @@ from laplace_lora.commands.reading.adapter import CAUSAL, Adapter
 from laplace_lora.commands.reading.answers import (
     alone,
     answer_tokens,
-    prompts_with_space,
     quoted,
     spaced,
 )
-from laplace_lora.commands.reading.columns import CHOSEN, are_pairs
-from laplace_lora.commands.reading.ending import why_no_eos
+from laplace_lora.commands.reading.columns import CHOSEN, are_pairs, listed
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.plan import Plan
+from laplace_lora.commands.reading.planning import why_no_eos
 from laplace_lora.commands.reading.rows import Row
 from laplace_lora.evaluation import MAP
 
 PAIRS = 32
+SPACES = (" ", "▁", "Ġ")  # as texts, SentencePiece's and GPT-2's vocabularies have them
 ROUNDING = 0.01  # of the loss: smaller differences may be those of half precision
 
 
@@ -89,13 +89,31 @@ def warn_if_spaces_meet(adapter: Adapter, plan: Plan, rows: Sequence[Row]) -> No
     if not plan.targets or plan.chat or adapter.kind != CAUSAL or plan.columns.text is None:
         return
     prompts = [row.get(plan.columns.text) for row in rows]
-    count = len(prompts_with_space(prompts, plan.names, adapter.tokenizer))
+    count = prompts_with_space(prompts, plan.names, adapter.tokenizer)
     if count:
         point_out(
             f"{count} of {len(rows)} prompts end in a space, and answers among "
-            f"{', '.join(map(repr, plan.names))} begin with one, so the model is asked for two "
+            f"{listed(plan.names)} begin with one, so the model is asked for two "
             "spaces in a row. Leave it out of the prompts, if those of its training had none"
         )
+
+
+def prompts_with_space(prompts: Sequence[Any], targets: Sequence[str], tokenizer: Any) -> int:
+    """Return how many prompts end in a space before answers that begin with one.
+
+    No text has the tokens of such a prompt and its answer: it would have two spaces. Messages,
+    which a template ends, never do; a tokenizer that reads no spaces has none to meet.
+    """
+    begins = [i for target in targets for i in alone(target, tokenizer)[:1]]
+    names = tokenizer.convert_ids_to_tokens(begins)
+    if not any(str(name).startswith(SPACES) for name in names):
+        return 0
+    found = [text for text in prompts if isinstance(text, str) and text.endswith(" ")]
+    is_read = any(
+        tokenizer(text)["input_ids"] != tokenizer(text.rstrip(" "))["input_ids"]
+        for text in found[:1]
+    )
+    return len(found) if is_read else 0
 
 
 def warn_if_trained_with_eos(
@@ -103,11 +121,7 @@ def warn_if_trained_with_eos(
 ) -> None:
     """Warn if a reward model's loss on some plain pairs is lower with the token behind each text.
 
-    Args:
-        adapter: The model.
-        plan: How a fit reads its rows, without the token.
-        rows: The training data.
-        options: Of the command line.
+    The plan reads them without it.
     """
     pairs = [row for row in rows if isinstance(row.get(CHOSEN), str)]
     is_asked = options["eos"] is None and are_pairs(rows, plan.likelihood)

@@ -160,7 +160,7 @@ def test_files_say_how_little_memory_it_takes(tmp_path):
     la.save_pretrained(tmp_path)
     r = la.engine.blocks[0].parameter.shape[0]
     size = describe(tmp_path)["size"]["memory when loaded, about, MiB"]
-    assert size == 4 * 2 * r**2 / 2**20
+    assert size == 4 * (2 * r**2 + VOCABULARY) / 2**20
 
 
 def test_means_of_unit_vectors_have_no_diagonal_sum():

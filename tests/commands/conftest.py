@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from support.command_line import run
 from support.on_disk import (
     reviews,
     save_classifier,
@@ -42,6 +43,18 @@ def adapter(made, tmp_path):
         return shutil.copytree(made(kind), tmp_path / kind.replace(" ", "-"))
 
     return copied
+
+
+@pytest.fixture
+def posterior(adapter):
+    """From a kind, a file and options to a copy of an adapter that was fitted on the file."""
+
+    def fitted(kind, path, *options):
+        folder = adapter(kind)
+        run("fit", folder, "--data", path, *options, "-q")
+        return folder
+
+    return fitted
 
 
 @pytest.fixture

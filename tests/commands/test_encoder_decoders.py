@@ -12,8 +12,9 @@ from transformers import AutoTokenizer, MBart50Tokenizer
 
 from laplace_lora import KronLoraLaplace
 from laplace_lora.commands.reading.adapter import load_adapter
-from laplace_lora.commands.reading.decoder import decoder_said, read_before
+from laplace_lora.commands.reading.decoder import read_before
 from laplace_lora.commands.reading.plan import Plan
+from laplace_lora.commands.reading.said import decoder_said
 from support.command_line import refused, run
 from support.on_disk import WORDS, reviews, save_encoder_decoder, write_json_lines
 

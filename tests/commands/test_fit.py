@@ -105,9 +105,8 @@ def test_numerals_as_names_are_not_mixed_with_numbers(adapter, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_plan_of_an_earlier_version_does_not_say_how_labels_were_read(adapter, data):
-    folder = adapter()
-    run("fit", folder, "--data", data("train"), "-q")
+def test_a_plan_of_an_earlier_version_does_not_say_how_labels_were_read(posterior, data):
+    folder = posterior("classifier", data("train"))
     plan = json.loads((folder / PLAN).read_text())
     expected = run("evaluate", folder, "--data", data("test"), "--out", "-", "-q").stdout
     del plan["labels_as"]
@@ -162,9 +161,8 @@ def test_bad_rows_are_named_and_nothing_is_left(adapter, tmp_path, case):
     assert sorted(p.name for p in folder.iterdir()) == before
 
 
-def test_truth_values_are_the_numbers_of_classes_without_names(adapter, data):
-    folder = adapter()
-    run("fit", folder, "--data", data("train"), "-q")
+def test_truth_values_are_the_numbers_of_classes_without_names(posterior, data):
+    folder = posterior("classifier", data("train"))
     args = ("evaluate", folder, "--out", "-", "-q", "--data")
     expected = run(*args, data("test")).stdout
     told = data("test", lambda row: {**row, "label": bool(row["label"])})

@@ -14,9 +14,8 @@ from support.command_line import refused, run
 from support.on_disk import SIZES, reviews, save_classifier, tokenizer, write_json_lines
 
 
-def test_info_says_what_the_files_hold(adapter, data):
-    folder = adapter()
-    run("fit", folder, "--data", data("train"), "--val", data("val"), "-q")
+def test_info_says_what_the_files_hold(posterior, data):
+    folder = posterior("classifier", data("train"), "--val", data("val"))
     content = json.loads(run("info", folder, "--json").stdout)
     assert content["posterior"]["class"] == "KronLoraLaplace"
     assert content["posterior"]["examples"] == 48 and content["covers"]["tensors"] == 10
@@ -62,17 +61,15 @@ def test_vectors_are_part_of_the_memory(tmp_path, data):
     assert _memory(config, {"curvature.0.diagonal": torch.zeros(32)}) == 4 * 32
 
 
-def test_info_of_a_regression_has_its_noise(adapter, data):
-    folder = adapter("one output")
-    run("fit", folder, "--data", data("train"), "-q")
+def test_info_of_a_regression_has_its_noise(posterior, data):
+    folder = posterior("one output", data("train"))
     content = json.loads(run("info", folder, "--json").stdout)
     assert content["prior and calibration"]["observation noise"] > 0
 
 
-def test_tensors_that_layers_have_alike_are_counted(adapter, data, monkeypatch):
+def test_tensors_that_layers_have_alike_are_counted(posterior, data, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    folder = adapter()
-    run("fit", folder, "--data", data("train"), "-q")
+    folder = posterior("classifier", data("train"))
     for command in ("info", "doctor"):
         text = run(command, folder).stdout
         (line,) = [line for line in text.splitlines() if "query.lora_A" in line]
@@ -188,6 +185,6 @@ def test_doctor_refuses_data_as_a_fit_does(made, data):
 
 def test_doctor_warns_as_a_fit_does(made, data, monkeypatch):
     found = "laplace_lora.commands.training_warnings.prompts_with_space"
-    monkeypatch.setattr(found, lambda prompts, *_: [0])
+    monkeypatch.setattr(found, lambda prompts, *_: 1)
     args = ("doctor", made("decoder"), "--data", data("train"), "--target", "bad", "good")
     assert "Warning: 1 of 48 prompts end in a space" in run(*args).stderr

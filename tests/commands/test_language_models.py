@@ -29,9 +29,8 @@ def completed(n, seed):
 
 
 @pytest.mark.parametrize("kind", ["decoder", "chat"])
-def test_answers_by_token(adapter, data, made, kind):
-    folder = adapter(kind)
-    run("fit", folder, "--data", data("train", asked), *ANSWERS, "-q")
+def test_answers_by_token(posterior, data, made, kind):
+    folder = posterior(kind, data("train", asked), *ANSWERS)
     result = run("predict", folder, "--data", data("test", asked), "-q")
     found = [json.loads(line)["probabilities"] for line in result.stdout.splitlines()]
     base = made(kind).parent / "base"
@@ -82,9 +81,8 @@ def test_answers_behind_a_template_are_those_of_its_conversations(tmp_path, data
     assert of_map["values"]["NLL"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_chat_template_is_the_fit_s_unless_said_otherwise(adapter, data):
-    folder = adapter("chat")
-    run("fit", folder, "--data", data("train", asked), *ANSWERS, "-q")
+def test_the_chat_template_is_the_fit_s_unless_said_otherwise(posterior, data):
+    folder = posterior("chat", data("train", asked), *ANSWERS)
     assert json.loads((folder / PLAN).read_text())["chat"] is True
     args = ("predict", folder, "--data", data("test", asked), "-q")
     with_template, without = run(*args).stdout, run(*args, "--no-chat").stdout
@@ -94,13 +92,12 @@ def test_the_chat_template_is_the_fit_s_unless_said_otherwise(adapter, data):
     assert run(*args, "--chat").stdout == with_template
 
 
-def test_messages_are_prompts(adapter, data):
+def test_messages_are_prompts(adapter, posterior, data):
     def message(row):
         turn = {"role": "user", "content": row["text"]}
         return {"messages": [turn], "label": row["label"]}
 
-    folder = adapter("chat")
-    run("fit", folder, "--data", data("train", message), *ANSWERS, "-q")
+    folder = posterior("chat", data("train", message), *ANSWERS)
     result = run("predict", folder, "--data", data("test", message), "-q").stdout
     run("fit", folder, "--data", data("train", asked), *ANSWERS, "--overwrite", "-q")
     assert run("predict", folder, "--data", data("test", asked), "-q").stdout == result
@@ -147,9 +144,8 @@ def test_answers_must_be_single_known_tokens(adapter, data):
         assert message in refused("fit", folder, "--data", data("train", asked), *args)
 
 
-def test_a_prompt_that_is_too_long_is_refused(adapter, data, tmp_path):
-    folder = adapter("decoder")
-    run("fit", folder, "--data", data("train", asked), *ANSWERS, "-q")
+def test_a_prompt_that_is_too_long_is_refused(posterior, data, tmp_path):
+    folder = posterior("decoder", data("train", asked), *ANSWERS)
     path = write_json_lines(tmp_path / "long.jsonl", [{"prompt": "the film was good " * 9}])
     assert "row 1 has 36 tokens, more than 24" in refused("predict", folder, "--data", path)
 
@@ -228,14 +224,13 @@ def test_equal_prompts_are_continued_differently_in_different_batches(writer, tm
     assert len(set(run(*args).stdout.splitlines())) == 1
 
 
-def test_conversations_are_scored_in_the_last_message(adapter, data):
+def test_conversations_are_scored_in_the_last_message(posterior, data):
     def conversation(row):
         *words, last = row["text"].split()
         turn = {"role": "user", "content": " ".join(words)}
         return {"messages": [turn, {"role": "assistant", "content": last}]}
 
-    folder = adapter("chat")
-    run("fit", folder, "--data", data("train", conversation), "-q")
+    folder = posterior("chat", data("train", conversation))
     result = run("score", folder, "--data", data("test", conversation), "--top-k", 4, "-q")
     tokens = json.loads(result.stdout.splitlines()[0])["tokens"]
     assert [t["text"] for t in tokens] == [f" {reviews(20, 2)[0]['text'].split()[-1]}", " [EOS]"]
@@ -273,12 +268,11 @@ def test_prompts_after_a_fit_on_messages_go_through_the_chat_template(adapter, d
     assert json.loads((folder / PLAN).read_text())["chat"] is False
 
 
-def test_commands_that_do_not_fit_the_model(writer, adapter, data):
+def test_commands_that_do_not_fit_the_model(writer, posterior, data):
     assert "laplace-lora score" in refused("predict", writer, "--data", data("test", asked))
     message = refused("evaluate", writer, "--data", data("test", asked))
     assert "`laplace-lora score` gives each token's probability" in message
-    folder = adapter()
-    run("fit", folder, "--data", data("train"), "-q")
+    folder = posterior("classifier", data("train"))
     assert "by causal language models" in refused("score", folder, "--data", data("test"))
 
 

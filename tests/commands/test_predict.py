@@ -291,9 +291,8 @@ def test_a_plan_of_another_posterior_is_refused(fitted, adapter, data, tmp_path)
 
 
 @pytest.mark.slow
-def test_regressions_and_rewards_have_moments(adapter, data, tmp_path):
-    folder = adapter("one output")
-    run("fit", folder, "--data", data("train"), "-q")
+def test_regressions_and_rewards_have_moments(posterior, data, tmp_path):
+    folder = posterior("one output", data("train"))
     first = json.loads(run("predict", folder, "--data", data("test"), "-q").stdout.splitlines()[0])
     assert set(first) == {"mean", "std", "observation_std"} and first["std"] > 0
     for saved_from_python in (False, True):
@@ -314,14 +313,13 @@ def test_regressions_and_rewards_have_moments(adapter, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_labels_that_do_not_exclude_each_other(adapter, data):
+def test_labels_that_do_not_exclude_each_other(posterior, data):
     names = ["unhappy", "happy"]
 
     def tagged(row):
         return {**row, "label": [names[row["label"]]]}
 
-    folder = adapter()
-    run("fit", folder, "--data", data("train", tagged), "--labels", *names, "-q")
+    folder = posterior("classifier", data("train", tagged), "--labels", *names)
     result = run("predict", folder, "--data", data("test", tagged), "-q")
     first = json.loads(result.stdout.splitlines()[0])
     assert all(set(first[name]) == set(names) for name in FOUND[1:])
@@ -507,9 +505,8 @@ def test_files_beside_the_data_are_read_as_they_are(adapter, tmp_path):
     assert "OOD AUROC" in run("evaluate", folder, "--data", paired, "--ood", unlabelled).stdout
 
 
-def test_evaluate_refuses_what_it_cannot_score(adapter, data):
-    folder = adapter("one output")
-    run("fit", folder, "--data", data("train"), "-q")
+def test_evaluate_refuses_what_it_cannot_score(posterior, data):
+    folder = posterior("one output", data("train"))
     message = refused("evaluate", folder, "--data", data("test"))
     assert "this is a regression posterior" in message
     assert "`laplace-lora predict` gives mean and standard" in message and "score`" not in message

@@ -96,9 +96,8 @@ def test_measuring_leaves_the_random_numbers_of_a_fit(adapter, pairs, tmp_path):
     assert shown[0] == shown[1]
 
 
-def test_a_reward_posterior_from_python_does_not_say_how_its_texts_end(adapter, pairs):
-    folder = adapter("reward")
-    run("fit", folder, "--data", pairs, "-q")
+def test_a_reward_posterior_from_python_does_not_say_how_its_texts_end(posterior, pairs):
+    folder = posterior("reward", pairs)
     args = ("predict", folder, "--data", pairs, "-q")
     expected = run(*args).stdout
     (folder / PLAN).unlink()

@@ -16,9 +16,12 @@ from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights
 
 from laplace_lora.commands.reading.four_bits import four_bits, unquantised
-from laplace_lora.commands.reading.lengths import check_length, longest_input
-from laplace_lora.commands.reading.repository import file_of
-from laplace_lora.commands.reading.weights import adapter_weights_found, base_model_found
+from laplace_lora.commands.reading.tokenizers import check_length, longest_input, tokenizer_of
+from laplace_lora.commands.reading.weights import (
+    adapter_weights_found,
+    base_model_found,
+    check_no_random_weights,
+)
 from laplace_lora.models.wrapped_model import places_of
 
 # The last layer, by its ending; one of the second kind where there is none of the first, before
@@ -67,7 +70,7 @@ def load_asked(adapter: str, options: Mapping[str, Any]) -> Adapter:
     """
     names = ("base", "device", "dtype", "load_in_4bit")
     loaded = load_adapter(adapter, **{name: options[name] for name in names})
-    check_length(options.get("max_length"), loaded.model.get_base_model())
+    check_length(options.get("max_length"), loaded.places)
     return loaded
 
 
@@ -126,8 +129,8 @@ def load_adapter(
             whole = getattr(config, "modules_to_save", None)
             options |= four_bits(where, unquantised(whole, loader, source))
         model, report = loader.from_pretrained(source, **options)
-    tokenizer = _tokenizer(adapter, source, model, saved, kind == HEAD)
-    _check_no_random_weights(report, saved, adapter, source)
+    tokenizer = tokenizer_of(adapter, source, model, saved, kind == HEAD)
+    check_no_random_weights(report, saved, adapter, source)
     if not load_in_4bit:
         model = model.to(where)
     peft = _with_adapter(model, adapter)
@@ -186,57 +189,6 @@ def _head_outputs(saved: dict[str, torch.Tensor]) -> int | None:
         if heads:
             return len(heads[-1])
     return None
-
-
-def _tokenizer(
-    adapter: str, base: str, model: Any, saved: dict[str, torch.Tensor], is_head: bool
-) -> Any:
-    """Return the tokenizer saved with the adapter, or else the base model's, able to pad."""
-    source = base if file_of(adapter, "tokenizer_config.json") is None else adapter
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    if tokenizer.pad_token is None:  # many decoders have none
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        raise ValueError(f"the tokenizer of {source} has neither a padding nor an ending token")
-    _tell_padding(model.config, tokenizer, is_head)
-    rows = len(model.get_input_embeddings().weight)
-    if len(tokenizer) > rows:
-        if not any("embed" in name and "lora_" not in name for name in saved):
-            raise ValueError(
-                f"the tokenizer of {source} has {len(tokenizer)} tokens, the base model {rows}, "
-                "and the adapter brings none: the embeddings of the others would be random"
-            )
-        model.resize_token_embeddings(len(tokenizer))
-    return tokenizer
-
-
-def _tell_padding(config: Any, tokenizer: Any, is_head: bool) -> None:
-    """Let a model know the padding token, by which a classifying decoder finds a text's end.
-
-    An adapter does not save what its training set there. Padding before the text is never taken
-    for its end.
-    """
-    if getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = tokenizer.pad_token_id
-    if is_head and tokenizer.padding_side == "right":
-        config.pad_token_id = tokenizer.pad_token_id
-        config.get_text_config().pad_token_id = tokenizer.pad_token_id
-
-
-def _check_no_random_weights(
-    report: dict[str, Any], saved: dict[str, torch.Tensor], adapter: str, base: str
-) -> None:
-    """Refuse a base model some of whose weights are neither in its file nor in the adapter's."""
-    fresh = [*report.get("missing_keys", ()), *(k[0] for k in report.get("mismatched_keys", ()))]
-    known = {name.removeprefix("base_model.model.") for name in saved}
-    random = sorted(str(name) for name in fresh if name not in known)
-    if random:
-        some = ", ".join(random[:4]) + (", ..." if len(random) > 4 else "")
-        raise ValueError(
-            f"{some} are neither in {base} nor "
-            f"in {adapter}, and would be random; save the adapter with modules_to_save, or give "
-            "the base model that it was trained on by --base"
-        )
 
 
 def _with_adapter(model: Any, adapter: str) -> PeftModel:

@@ -13,7 +13,6 @@ from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.prompt_ends import rows_by_end
 from laplace_lora.commands.reading.rows import Row
 
-SPACES = (" ", "▁", "Ġ")  # as texts, SentencePiece's and GPT-2's vocabularies have them
 SHOWN = 4  # tokens of an error
 NO_CHAT = (
     "give the prompts as texts that end where the answers of the training begin, with what it "
@@ -32,13 +31,8 @@ class _Prompt(NamedTuple):
 def answer_tokens(adapter: Adapter, plan: Plan, rows: Sequence[Row] | None) -> list[int]:
     """Return the token of each answer: for a decoder, the one with which it follows the prompts.
 
-    Behind a line break or a bracket many tokenizers read a word as another token than alone.
-
-    Args:
-        adapter: The model.
-        plan: How rows are read, and the answers.
-        rows: The training data, of which `rows_by_end` are looked at; ``None`` for the answers
-            alone.
+    Behind a line break or a bracket many tokenizers read a word as another token than alone. Of the
+    training data `rows_by_end` are looked at; without any the answers are read alone.
 
     Raises:
         ValueError: If an answer is no single token, also where a prompt precedes it, follows some
@@ -67,10 +61,6 @@ def answer_tokens(adapter: Adapter, plan: Plan, rows: Sequence[Row] | None) -> l
 def target_tokens(targets: Sequence[str], tokenizer: Any) -> list[int]:
     """Return the token of each answer alone.
 
-    Args:
-        targets: Two answers or more.
-        tokenizer: The model's.
-
     Raises:
         ValueError: If an answer is no single token, two are the same one, or there is only one.
     """
@@ -86,28 +76,6 @@ def target_tokens(targets: Sequence[str], tokenizer: Any) -> list[int]:
 def alone(target: str, tokenizer: Any) -> list[int]:
     """Return the tokens of an answer that nothing precedes."""
     return list(tokenizer(target, add_special_tokens=False)["input_ids"])
-
-
-def prompts_with_space(prompts: Sequence[Any], targets: Sequence[str], tokenizer: Any) -> list[int]:
-    """Return which prompts end in a space before answers that begin with one.
-
-    No text has the tokens of such a prompt and its answer: it would have two spaces.
-
-    Args:
-        prompts: Texts; messages, which a chat template ends, never do.
-        targets: The answers.
-        tokenizer: The model's; one that reads no spaces has none to meet.
-    """
-    begins = [i for target in targets for i in alone(target, tokenizer)[:1]]
-    names = tokenizer.convert_ids_to_tokens(begins)
-    if not any(str(name).startswith(SPACES) for name in names):
-        return []
-    found = [n for n, text in enumerate(prompts) if isinstance(text, str) and text.endswith(" ")]
-    ends = [prompts[n] for n in found[:1]]
-    is_read = any(
-        tokenizer(text)["input_ids"] != tokenizer(text.rstrip(" "))["input_ids"] for text in ends
-    )
-    return found if is_read else []
 
 
 def _of_all(
@@ -147,8 +115,9 @@ def _behind_space(inputs: Inputs, prompt: _Prompt, target: str) -> int | None:
     Words that would run together have a space between them. Tokenizers that put one before a
     text read it as in the answer alone; with others the answer is to begin with it.
     """
-    row, columns, tokenizer = prompt.row, inputs.plan.columns, inputs.adapter.tokenizer
-    text, single = row.get(columns.pair or "") or row[columns.text or ""], alone(target, tokenizer)
+    row, tokenizer = prompt.row, inputs.adapter.tokenizer
+    text = inputs.second(row) or row[inputs.plan.columns.text or ""]
+    single = alone(target, tokenizer)
     if inputs.is_conversation(row) or text != text.rstrip() or not _is_one_known(single, tokenizer):
         return None
     is_read = inputs.answered(row, f" {target.lstrip()}") == [*prompt.start, *single]

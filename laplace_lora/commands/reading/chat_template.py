@@ -12,7 +12,6 @@ from jinja2 import TemplateError
 from laplace_lora.commands.reading.messages import (
     ASSISTANT,
     GUIDES,
-    TEXT,
     TOOLS,
     USERS,
     has_role,
@@ -23,12 +22,7 @@ FIRST = 8_210_400_000  # of numbers that no template writes by itself, of one le
 
 
 def templated(messages: list[dict[str, Any]], tokenizer: Any, asks: bool) -> dict[str, Any]:
-    """Return the tokens of messages through the chat template.
-
-    Args:
-        messages: With contents.
-        tokenizer: With the template.
-        asks: Whether the template is to end where the assistant answers.
+    """Return the tokens of messages; if it ``asks``, the template ends where the assistant answers.
 
     Raises:
         TemplateError: If the template does not take them, writes a content of several parts as
@@ -38,16 +32,10 @@ def templated(messages: list[dict[str, Any]], tokenizer: Any, asks: bool) -> dic
     """
     if tokenizer.chat_template is None:
         raise ValueError("the data are messages, but the tokenizer has no chat template")
-    options = {"add_generation_prompt": asks, "tokenize": True, "return_dict": True}
-    parts = [str(m["content"]) for m in messages if _has_parts(m)]
     try:
-        if parts:
-            text = tokenizer.apply_chat_template(messages, **{**options, "tokenize": False})
-            if any(part in text for part in parts):
-                raise TemplateError(
-                    "it writes a content of several parts as it stands; give a text"
-                )
-        found = dict(tokenizer.apply_chat_template(messages, **options))
+        found = dict(
+            tokenizer.apply_chat_template(messages, add_generation_prompt=asks, return_dict=True)
+        )
     except TypeError as error:  # of templates that join texts and what is none
         raise TemplateError(str(error)) from error
     _check_written(messages, tokenizer, asks)
@@ -58,11 +46,6 @@ def check_answer_written(
     prompt: Sequence[dict[str, Any]], answer: Sequence[dict[str, Any]], tokenizer: Any
 ) -> None:
     """Refuse an answer of which only what ends each answer would be scored.
-
-    Args:
-        prompt: The messages before it, which the template takes together with the answer.
-        answer: The messages behind the prompt.
-        tokenizer: With the template.
 
     Raises:
         TemplateError: If the template writes the same where the assistant says nothing.
@@ -82,7 +65,7 @@ def check_answer_written(
 
 
 def _check_written(messages: Sequence[dict[str, Any]], tokenizer: Any, asks: bool) -> None:
-    """Refuse messages if the template writes nothing of what the answer is to.
+    """Refuse messages if the template writes a list, or nothing of what the answer is to.
 
     That is the last message, of whatever role, as templates pass over roles that they do not know;
     the last question; and every part, tool's result, and system's or developer's message.
@@ -99,7 +82,7 @@ def _check_written(messages: Sequence[dict[str, Any]], tokenizer: Any, asks: boo
         if says_otherwise(message):  # beside which a template may leave the content out
             pass
         elif _has_parts(message):
-            parts = [_marked_part(part, fresh) for part in content or ()]
+            parts = [_marked(part, fresh) for part in content or ()]
             sought += [(place, marks) for _, marks in parts]
             message = {**message, "content": [part for part, _ in parts]}
         elif place in last or has_role(message, (*TOOLS, *GUIDES)):
@@ -111,17 +94,11 @@ def _check_written(messages: Sequence[dict[str, Any]], tokenizer: Any, asks: boo
         text = tokenizer.apply_chat_template(marked, add_generation_prompt=asks, tokenize=False)
     except (TemplateError, TypeError):  # which tells nothing: the contents themselves are taken
         return
+    if any(_has_parts(message) and str(message["content"]) in text for message in marked):
+        raise TemplateError("it writes a content of several parts as it stands; give a text")
     for place, marks in sought:
         if marks and not any(mark in text for mark in marks):
             raise TemplateError(f"it leaves out what message {place} says")
-
-
-def _marked_part(part: Any, fresh: Iterator[int]) -> tuple[Any, list[str]]:
-    """Return a part of a content with a mark in the place of its text, see `_marked`."""
-    if isinstance(part, dict) and isinstance(part.get(TEXT), str):
-        made, marks = _marked(part[TEXT], fresh)
-        return {**part, TEXT: made}, marks
-    return _marked(part, fresh)
 
 
 def _marked(value: Any, fresh: Iterator[int]) -> tuple[Any, list[str]]:
@@ -158,9 +135,6 @@ def _has_parts(message: dict[str, Any]) -> bool:
 @contextmanager
 def template_takes(number: int) -> Iterator[None]:
     """Name the row in what a chat template says of messages that it does not take.
-
-    Args:
-        number: The row's, from 1.
 
     Raises:
         ValueError: If the template raises an error.

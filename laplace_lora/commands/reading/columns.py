@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +37,8 @@ class Columns:
 def columns_of(rows: Sequence[Row], asked: Columns, known: Columns | None = None) -> Columns:
     """Return the columns to read: those asked for, those of the fit, or those with usual names.
 
-    That of completions is only the one asked for; for others see `completion_column`.
-
-    Args:
-        rows: At least one.
-        asked: Columns named in options.
-        known: Columns that a posterior was fitted with. Labels may be missing.
+    That of completions is only the one asked for; for others see `completion_column`. Labels may be
+    missing where columns are known from a fit.
 
     Rows need not all have the same columns: it is there if one of them has it.
 
@@ -91,31 +86,6 @@ def _check_one_text(free: Sequence[str]) -> None:
         )
 
 
-@contextmanager
-def read_beside(rows: Sequence[Row], columns: Columns, source: str) -> Iterator[None]:
-    """Name the file in errors of reading it, and refuse one without second texts.
-
-    A row may lack a second text; if none has one, they are under another name.
-
-    Args:
-        rows: Of a file that is read as the data are.
-        columns: Of the data.
-        source: The option and its file.
-
-    Raises:
-        ValueError: If second texts are missing, or reading raises it.
-    """
-    try:
-        if columns.pair is not None and columns.pair not in present_in(rows):
-            raise ValueError(
-                f"there is no column {columns.pair!r} with second texts, which the data have; this "
-                f"file has {listed(present_in(rows))}"
-            )
-        yield
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-
-
 def present_in(rows: Sequence[Row]) -> list[str]:
     """Return the names of all columns, in their order; a row may lack some of them."""
     return list(dict.fromkeys(name for row in rows for name in row))
@@ -142,14 +112,7 @@ def has_conversations_only(rows: Sequence[Row], name: str | None) -> bool:
 
 
 def cell(row: Row, name: str | None, number: int, what: str, option: str) -> Any:
-    """Return a row's value in a column.
-
-    Args:
-        row: The row.
-        name: The column's name.
-        number: The row's, from 1.
-        what: What the column holds, for the error.
-        option: That names the column.
+    """Return a row's value in a column; errors say what it holds, and the option that names it.
 
     Raises:
         ValueError: If there is no such column, or the row has nothing in it.

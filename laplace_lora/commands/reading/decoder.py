@@ -8,17 +8,11 @@ from typing import Any
 import torch
 
 from laplace_lora.commands.reading.adapter import Adapter
-from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.models.answers import AnswerPlace
 
 
 def read_before(adapter: Adapter, answers: Sequence[str], tokens: Sequence[int]) -> list[int]:
     """Return the tokens that the decoder reads before an answer, as it did in the training.
-
-    Args:
-        adapter: An encoder-decoder.
-        answers: As texts.
-        tokens: The token of each.
 
     Returns:
         Empty if it is the token with which the decoder starts, or none is known.
@@ -55,26 +49,6 @@ def read_before(adapter: Adapter, answers: Sequence[str], tokens: Sequence[int])
     elif start is None:
         return []
     return [] if decoder == [start] else decoder
-
-
-def decoder_said(plan: Plan, tokenizer: Any) -> str | None:
-    """Return what the decoder reads before an answer, as a sentence, if it is no plain start.
-
-    Args:
-        plan: Of the fit.
-        tokenizer: The model's; those for many languages begin targets with the name of one.
-    """
-    if not plan.decoder:
-        return None
-    names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(plan.decoder)))
-    said = f"Before an answer the decoder reads {names}."
-    # Not the attribute, which the first target sets to the default.
-    if hasattr(tokenizer, "tgt_lang") and tokenizer.init_kwargs.get("tgt_lang") is None:
-        said = (
-            f"{said} The tokenizer names no target language (`tgt_lang`), so that this one is its "
-            "default; if the training had another, save its tokenizer with the adapter."
-        )
-    return said
 
 
 def begins_targets(answer: str, tokenizer: Any) -> bool:

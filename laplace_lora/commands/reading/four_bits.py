@@ -10,11 +10,7 @@ import transformers
 
 
 def four_bits(device: str, skipped: list[str] | None) -> dict[str, Any]:
-    """Return options that load a base model in four bits.
-
-    Args:
-        device: Where to compute.
-        skipped: Modules that are left as they are; ``None`` for those that transformers leaves.
+    """Return options that load a base model in four bits, but for the modules that are skipped.
 
     Raises:
         ImportError: If bitsandbytes is missing.

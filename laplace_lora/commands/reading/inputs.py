@@ -24,7 +24,6 @@ from laplace_lora.commands.reading.columns import (
     text_cell,
 )
 from laplace_lora.commands.reading.labels import classes_of, numbers_of
-from laplace_lora.commands.reading.lengths import cut_to
 from laplace_lora.commands.reading.messages import ASSISTANT, USER, check_asks, check_says
 from laplace_lora.commands.reading.names import applying
 from laplace_lora.commands.reading.pairs import (
@@ -34,7 +33,7 @@ from laplace_lora.commands.reading.pairs import (
 )
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
-from laplace_lora.commands.reading.too_long import same_when_cut, too_long
+from laplace_lora.commands.reading.too_long import cut_to, same_when_cut, too_long
 from laplace_lora.likelihoods.language_modeling import IGNORED
 from laplace_lora.predictive.special_tokens import check_ends_open
 
@@ -75,7 +74,7 @@ class Inputs:
 
     def labelled(self, rows: Sequence[Row]) -> list[Example]:
         """Return texts with their labels, which are all read in the same way."""
-        examples = [self.text(row, n) for n, row in enumerate(rows, start=1)]
+        examples = self.texts(rows)
         values = self._labels(label_cells(rows, self.plan.columns.label))
         return [{**x, "labels": y} for x, y in zip(examples, values, strict=True)]
 
@@ -88,6 +87,10 @@ class Inputs:
             return [numbers_of(y, n, outputs) for n, y in enumerate(labels, start=1)]
         return list(classes_of(labels, self.plan.names, self.plan.labels_as)[0])
 
+    def texts(self, rows: Sequence[Row]) -> list[Example]:
+        """Return what `text` makes of each row."""
+        return [self.text(row, n) for n, row in enumerate(rows, start=1)]
+
     def text(self, row: Row, number: int) -> Example:
         """Return a text, the prompt that an answer follows, or for a reward model both."""
         columns = self.plan.columns
@@ -99,15 +102,19 @@ class Inputs:
             content = self._after(content, answer, number)
         if self.plan.likelihood == "reward_modeling":
             content = self._ended(content)
-        second = row.get(columns.pair) if columns.pair is not None else None
-        if second == "":  # all that a table can say of a text that is not there
-            second = None
+        second = self.second(row)
         if second is not None:
             check_text(second, number, "second text", columns.pair)
         found = self._cut(content, second, number)
         if self.plan.decoder:
             found["decoder_input_ids"] = list(self.plan.decoder)
         return found
+
+    def second(self, row: Row) -> Any:
+        """Return a row's second text; an empty one is all that a table can say of a missing one."""
+        name = self.plan.columns.pair
+        value = None if name is None else row.get(name)
+        return None if value == "" else value
 
     def preferences(self, rows: Sequence[Row]) -> list[Example]:
         """Return preference pairs, of which none differs only in what is cut off.
@@ -140,8 +147,7 @@ class Inputs:
 
     def answered(self, row: Row, answer: str) -> list[int]:
         """Return the tokens of a prompt that `text` takes, with an answer behind it."""
-        prompt, pair = row[self.plan.columns.text or ""], self.plan.columns.pair
-        second = None if pair is None else row.get(pair) or None
+        prompt, second = row[self.plan.columns.text or ""], self.second(row)
         if isinstance(prompt, str) and second is not None:
             return list(self._tokens(prompt, second + answer, False)["input_ids"])
         own = _said_by(ASSISTANT, answer) if isinstance(prompt, list) else answer

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from laplace_lora.commands.reading.columns import listed
+
 NAMES, NUMBERS = "names", "numbers"
 FORMS = (NAMES, NUMBERS)
 OPTION = "--labels-as"
@@ -50,7 +52,7 @@ def classes_of(
             neither = ", and true and false are neither" if is_boolean and not is_named else ""
             raise ValueError(
                 f"row {row} has the label {label!r}; expected one of "
-                f"{', '.join(map(repr, names))}, or a number from 0 to {len(names) - 1}{neither}. "
+                f"{listed(names)}, or a number from 0 to {len(names) - 1}{neither}. "
                 "--labels names the classes in the order of the model's outputs"
                 f"{if_numbers(label, names)}"
             )
@@ -88,12 +90,7 @@ def classes_of(
 
 
 def if_numbers(label: Any, names: Sequence[str]) -> str:
-    """Return what to do if a label that was refused is a regression's target, as an error ends.
-
-    Args:
-        label: The label.
-        names: Of the classes that it was taken for, one for each output.
-    """
+    """Return what to do if a label that was refused is a regression's target, as an error ends."""
     values = label if isinstance(label, list) and len(label) == len(names) else [None]
     if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         return ""
@@ -144,18 +141,13 @@ def _any_numeral(names: Sequence[str]) -> bool:
 
 def _expected(names: Sequence[str]) -> str:
     return (
-        f"names are {', '.join(map(repr, names))}, numbers 0 to {len(names) - 1}. Write all labels "
+        f"names are {listed(names)}, numbers 0 to {len(names) - 1}. Write all labels "
         f"in one way, or say how to read them by {OPTION}"
     )
 
 
 def numbers_of(label: Any, number: int, outputs: int) -> float | list[float]:
     """Return a regression's target: a number, or a list of them for several outputs.
-
-    Args:
-        label: Of a row.
-        number: The row's, from 1.
-        outputs: Of the model.
 
     Raises:
         ValueError: If the label is something else.

@@ -11,6 +11,7 @@ from laplace_lora.commands.reading.rows import Row
 from laplace_lora.likelihoods.classification import MULTILABEL_PROBLEM
 
 WITH_CLASSES = ("classification", "multilabel")
+WITHOUT_LABELS = ("reward_modeling", "language_modeling")
 PROBLEMS: dict[str | None, str] = {  # as Hugging Face's configurations call them
     "regression": "regression",
     "single_label_classification": "classification",
@@ -22,12 +23,6 @@ def likelihood_asked(
     adapter: Adapter, rows: Sequence[Row], columns: Columns, options: dict[str, Any]
 ) -> str:
     """Return the likelihood that is asked for, or that fits model and data.
-
-    Args:
-        adapter: The model.
-        rows: The data; may be empty.
-        columns: Of the data.
-        options: Of the command line.
 
     Raises:
         ValueError: If the model has no such likelihood, or none without answers.

@@ -29,12 +29,7 @@ def is_messages(value: Any) -> bool:
 
 
 def are_written_out(text: str, name: str | None) -> bool:
-    """Return whether a text is a list of messages that a table has made a text of.
-
-    Args:
-        text: What a row has in a column.
-        name: The column's name.
-    """
+    """Return whether a text is a list of messages that a table has made a text of."""
     if name == COLUMN:
         return True
     if re.match(r"\s*\[\s*\{", text) is None:
@@ -52,11 +47,6 @@ def check_contents(messages: Sequence[dict[str, Any]], number: int, name: str | 
     """Refuse messages without a content, and those with pictures or other parts than texts.
 
     A template would write nothing or "None" for them. What a tool has found may be of any form.
-
-    Args:
-        messages: Of a row.
-        number: The row's, from 1.
-        name: The column's name.
 
     Raises:
         ValueError: If a content is neither a text nor a list of texts as parts, and no call of a
@@ -107,11 +97,6 @@ def says_otherwise(message: dict[str, Any]) -> bool:
 def check_asks(messages: Sequence[dict[str, Any]], number: int, name: str | None) -> None:
     """Refuse a prompt that holds its answer: messages the last of which is of nobody who asks.
 
-    Args:
-        messages: Of a row.
-        number: The row's, from 1.
-        name: The column's name.
-
     Raises:
         ValueError: If the last message is the assistant's, whatever it is called.
     """
@@ -126,10 +111,6 @@ def check_asks(messages: Sequence[dict[str, Any]], number: int, name: str | None
 
 def check_says(answer: Sequence[dict[str, Any]], number: int) -> None:
     """Refuse an answer to be scored in which the assistant says nothing.
-
-    Args:
-        answer: The messages behind a prompt.
-        number: The row's, from 1.
 
     Raises:
         ValueError: If a message of the assistant's is empty.

@@ -1,12 +1,12 @@
-"""Names of classes, and which of them apply; names of tensors."""
+"""Names of classes, and which of them apply."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from laplace_lora.commands.reading.columns import listed
 from laplace_lora.commands.reading.labels import (
     BOOLEANS,
     GENERIC,
@@ -66,7 +66,7 @@ def applying(
             return [float(label) for label in labels]
     raise ValueError(
         f"row {number} has the label {labels!r}; expected a list of those that apply, of "
-        f"{', '.join(map(repr, names))}, or one 0 or 1 for each of them{if_numbers(labels, names)}"
+        f"{listed(names)}, or one 0 or 1 for each of them{if_numbers(labels, names)}"
     )
 
 
@@ -91,11 +91,6 @@ def _number(label: Any, name: str) -> Any:
 def class_names(given: Sequence[str], of_model: Sequence[str], outputs: int) -> list[str]:
     """Return the names of a model's classes: those given, the model's own, or numbers.
 
-    Args:
-        given: By the user; may be empty.
-        of_model: In the model's configuration; may be empty.
-        outputs: Number of classes.
-
     Raises:
         ValueError: If not as many names are given as there are classes, two are the same (their
             probabilities would be under one name), or they are the model's in another order.
@@ -106,14 +101,14 @@ def class_names(given: Sequence[str], of_model: Sequence[str], outputs: int) -> 
     if len(set(names)) < len(names):
         who = "--labels names" if given else "the model names"
         hint = "" if given else "; give each a name of its own by --labels"
-        raise ValueError(f"{who} a class twice: {', '.join(map(repr, names))}{hint}")
+        raise ValueError(f"{who} a class twice: {listed(names)}{hint}")
     numbers = range(outputs)
     unnamed = (list(map(str, numbers)), [f"LABEL_{number}" for number in numbers])
-    for own in (of_model,) if of_model else unnamed:
+    for own in unnamed if not of_model or are_unnamed(of_model) else (of_model,):
         if list(own) != names and sorted(own) == sorted(names):
             raise ValueError(
-                f"--labels has the order {', '.join(map(repr, names))}, and the model's outputs "
-                f"have the order {', '.join(map(repr, own))}; leave --labels out. If the model's "
+                f"--labels has the order {listed(names)}, and the model's outputs "
+                f"have the order {listed(own)}; leave --labels out. If the model's "
                 "configuration is wrong, correct its `id2label`"
             )
     return names
@@ -127,12 +122,6 @@ def check_order(
     Case does not matter. Names that are others altogether, translated ones, say, tell nothing, and
     neither do mere numbers.
 
-    Args:
-        names: Of the model's classes.
-        named: By column of the data, the names of the classes that its numbers stand for.
-        column: Of the labels.
-        source: The option and its data.
-
     Raises:
         ValueError: If a name of both has another place in each.
     """
@@ -142,7 +131,7 @@ def check_order(
         one, other = model, data
     common = {*one} & {*other}
     if not are_unnamed(data) and any(one.index(name) != other.index(name) for name in common):
-        numbered, said = (", ".join(map(repr, x)) for x in (data, model))
+        numbered, said = (listed(x) for x in (data, model))
         raise ValueError(
             f"{source}: the column {column!r} numbers the classes in the order {numbered}, and the "
             f"model's outputs, as options or its configuration say, have the order {said}. Correct "
@@ -155,12 +144,6 @@ def read_as_numbered(
     plan: Plan, named: Mapping[str, Sequence[str]], options: Mapping[str, Any], source: str
 ) -> Plan:
     """Return how a file is read, whose column of labels may itself say that they are numbers.
-
-    Args:
-        plan: How the fit reads its data, or read them.
-        named: By column of the file, the names of the classes that its numbers stand for.
-        options: Of the command line.
-        source: The option and its file.
 
     Raises:
         ValueError: If the numbers stand for the classes in another order.
@@ -175,12 +158,3 @@ def read_as_numbered(
     if are_told and plan.likelihood == "classification" and options.get("labels_as") is None:
         return replace(plan, labels_as=NUMBERS)
     return plan
-
-
-def layer_name(tensor: str) -> str:
-    """Return a tensor's name with a star for each number of a layer.
-
-    What this library and PEFT put around the model's own names is left out.
-    """
-    bare = tensor.removeprefix("model.").removeprefix("base_model.model.")
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", bare).replace(".default", "")

@@ -10,20 +10,15 @@ from typing import Any
 import laplace_lora
 from laplace_lora.commands.reading.adapter import HEAD, SEQ2SEQ, Adapter, load_asked
 from laplace_lora.commands.reading.decoder import begins_targets
-from laplace_lora.commands.reading.ending import why_no_eos
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.likelihood import WITH_CLASSES
-from laplace_lora.commands.reading.names import class_names
-from laplace_lora.commands.reading.plan import Plan, read_plan
-from laplace_lora.commands.reading.planning import (
-    plan_again,
-    read_columns,
-    settled,
-    uses_chat,
-)
+from laplace_lora.commands.reading.plan import PLAN, Plan, read_plan
+from laplace_lora.commands.reading.planning import plan_again, why_no_eos
 from laplace_lora.commands.reading.rows import Row
 from laplace_lora.posteriors.base import LoraLaplace
 from laplace_lora.storage.files import TENSORS, read_files
+
+UNPLANNED = f"the posterior was saved without {PLAN}, which says"
 
 
 @dataclass(frozen=True)
@@ -95,43 +90,30 @@ def _plan_of(
     completes: str | None,
 ) -> Plan:
     """Return a plan for a posterior that was saved from Python."""
-    likelihood = config["arguments"]["likelihood"]
-    targets = config["arguments"]["target_ids"]
-    columns = read_columns(rows, options, likelihood, completes)
-    given = list(options.get("labels") or ())
+    likelihood, targets = (config["arguments"][name] for name in ("likelihood", "target_ids"))
     names: list[str] = []
     if targets is not None:
-        tokens = [adapter.tokenizer.decode([token]) for token in targets]
-        if adapter.kind == SEQ2SEQ and any(begins_targets(t, adapter.tokenizer) for t in tokens):
+        names = [adapter.tokenizer.decode([token]) for token in targets]
+        if adapter.kind == SEQ2SEQ and any(begins_targets(n, adapter.tokenizer) for n in names):
             raise ValueError(
-                "the posterior was saved without laplace_data.json, which says what the decoder "
-                "reads before an answer, and the tokenizer writes a token there. Fit by "
-                "`laplace-lora fit`, or predict from Python, with the `decoder_input_ids` of the "
-                "fit"
+                f"{UNPLANNED} what the decoder reads before an answer, and the tokenizer writes a "
+                "token there. Fit by `laplace-lora fit`, or predict from Python, with the "
+                "`decoder_input_ids` of the fit"
             )
-        names = class_names(given, tokens, len(targets))
     elif likelihood in WITH_CLASSES:
-        names = class_names(given, adapter.names, adapter.outputs)
+        names = adapter.names or list(map(str, range(adapter.outputs)))
     if options.get("chat") is None and adapter.kind != HEAD and adapter.tokenizer.chat_template:
         raise ValueError(
-            "the posterior was saved without laplace_data.json, which says whether its texts went "
-            "through the tokenizer's chat template; give --chat or --no-chat"
+            f"{UNPLANNED} whether its texts went through the tokenizer's chat template; give "
+            "--chat or --no-chat"
         )
-    plan = Plan(
-        likelihood,
-        columns,
-        names,
-        targets is not None,
-        uses_chat(adapter, columns, likelihood, options.get("chat")),
-        options.get("max_length") or adapter.max_length,
-        bool(options.get("load_in_4bit")),
-        options.get("labels_as"),
-    )
+    limit, are_answers = adapter.max_length, targets is not None
+    plan = Plan(likelihood, names=names, targets=are_answers, max_length=limit)
+    plan = plan_again(adapter, plan, rows, options, completes, knows_columns=False)
     is_reward = likelihood == completes == "reward_modeling"
     if options.get("eos") is None and is_reward and why_no_eos(adapter, plan, rows) is None:
         raise ValueError(
-            "the posterior was saved without laplace_data.json, which says whether its texts end "
-            "with the tokenizer's end-of-text token, as those of TRL's RewardTrainer do; give "
-            "--eos or --no-eos"
+            f"{UNPLANNED} whether its texts end with the tokenizer's end-of-text token, as those "
+            "of TRL's RewardTrainer do; give --eos or --no-eos"
         )
-    return settled(plan, adapter, rows, options)
+    return plan

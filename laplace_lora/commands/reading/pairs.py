@@ -13,10 +13,6 @@ from laplace_lora.commands.reading.columns import CHOSEN, REJECTED
 def check_one_form(contents: Mapping[str, Any], number: int) -> None:
     """Refuse a pair of a text and messages, which alone go through the chat template.
 
-    Args:
-        contents: Of both halves.
-        number: The row's, from 1.
-
     Raises:
         ValueError: If only one of them are messages.
     """
@@ -25,6 +21,12 @@ def check_one_form(contents: Mapping[str, Any], number: int) -> None:
             f"row {number}: of {CHOSEN!r} and {REJECTED!r} one is a text and the other messages, "
             "which go through the chat template; write both in one way"
         )
+
+
+def lengths_of(example: Mapping[str, Any]) -> list[int]:
+    """Return how many tokens both halves of a pair have, or a text alone."""
+    texts = [example[half] for half in (CHOSEN, REJECTED) if half in example] or [example]
+    return [len(text["input_ids"]) for text in texts]
 
 
 def are_same(halves: Mapping[str, Mapping[str, Any]]) -> bool:

@@ -52,21 +52,12 @@ class Plan:
 
 
 def plan_text(plan: Plan, posterior: str) -> str:
-    """Return a plan as JSON.
-
-    Args:
-        plan: The plan.
-        posterior: Fingerprint of the posterior that it belongs to.
-    """
+    """Return a plan as JSON, with the fingerprint of its posterior."""
     return json.dumps({"version": VERSION, "posterior": posterior, **asdict(plan)}, indent=1)
 
 
 def read_plan(folder: str, posterior: str) -> Plan | None:
-    """Return the plan beside a posterior, ``None`` if there is none.
-
-    Args:
-        folder: Of the posterior, or its repository.
-        posterior: Its fingerprint.
+    """Return the plan beside a posterior of this fingerprint, ``None`` if there is none.
 
     Raises:
         ValueError: If the plan is damaged, of a later version, or belongs to another posterior.

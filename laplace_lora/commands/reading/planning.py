@@ -19,33 +19,17 @@ from laplace_lora.commands.reading.columns import (
     label_cells,
     text_column,
 )
-from laplace_lora.commands.reading.completions import completion_column
+from laplace_lora.commands.reading.completions import check_second_text, completion_column
 from laplace_lora.commands.reading.decoder import read_before
-from laplace_lora.commands.reading.ending import appends_eos
 from laplace_lora.commands.reading.labels import classes_of
-from laplace_lora.commands.reading.likelihood import WITH_CLASSES, likelihood_asked
+from laplace_lora.commands.reading.likelihood import (
+    WITH_CLASSES,
+    WITHOUT_LABELS,
+    likelihood_asked,
+)
 from laplace_lora.commands.reading.names import class_names, read_as_numbered
 from laplace_lora.commands.reading.plan import Plan
 from laplace_lora.commands.reading.rows import Row
-from laplace_lora.commands.reading.unread import check_second_text
-
-
-def read_columns(
-    rows: Sequence[Row],
-    options: dict[str, Any],
-    likelihood: str,
-    completes: str | None,
-    known: Columns | None = None,
-) -> Columns:
-    """Return the columns of all roles, of which ``known`` are the fit's; see `plan_again`."""
-    asked = _asked_columns(options)
-    columns = columns_of(rows, asked, known)
-    is_needed = likelihood == completes
-    completion = completion_column(rows, columns, asked, likelihood, known, is_needed)
-    columns = _read_by(likelihood, replace(columns, completion=completion), asked, rows)
-    if are_pairs(rows, likelihood) and known is not None and known.text is None:
-        return replace(columns, text=asked.text)  # a prompt that no pair of the fit had
-    return columns
 
 
 def plan_fit(
@@ -54,13 +38,7 @@ def plan_fit(
     options: dict[str, Any],
     named: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Plan:
-    """Return how a fit reads its rows.
-
-    Args:
-        adapter: The model.
-        rows: The training data; ``None`` for what the model and options alone say.
-        options: Of the command line.
-        named: Names of the classes that the data's columns number, see `read_named`.
+    """Return how a fit reads its rows; without any, what the model and options alone say.
 
     Raises:
         ValueError: If model, answers and data do not go together.
@@ -68,8 +46,7 @@ def plan_fit(
     asked = _asked_columns(options)
     columns, given = (asked, ()) if rows is None else (columns_of(rows, asked), rows)
     likelihood = likelihood_asked(adapter, given, columns, options)
-    completion = completion_column(given, columns, asked, likelihood)
-    columns = _read_by(likelihood, replace(columns, completion=completion), asked, given)
+    columns = _read_by(likelihood, columns, asked, given)
     if adapter.kind == HEAD:
         check_second_text(given, columns, asked, likelihood)
     of_data = named.get(columns.label or "", ())
@@ -89,7 +66,7 @@ def plan_fit(
         columns,
         names,
         bool(targets),
-        uses_chat(adapter, columns, likelihood, options.get("chat"), given),
+        _uses_chat(adapter, columns, likelihood, options.get("chat"), given),
         options.get("max_length") or adapter.max_length,
         bool(options.get("load_in_4bit")),
         options.get("labels_as"),
@@ -102,7 +79,7 @@ def plan_fit(
     if likelihood == "classification" and rows is not None:
         _, labels_as = classes_of(label_cells(rows, columns.label), names, plan.labels_as)
         plan = replace(plan, labels_as=labels_as)
-    return settled(plan, adapter, given, options)
+    return _settled(plan, adapter, given, options)
 
 
 def plan_again(
@@ -111,6 +88,7 @@ def plan_again(
     rows: Sequence[Row],
     options: dict[str, Any],
     completes: str | None = None,
+    knows_columns: bool = True,
 ) -> Plan:
     """Return how another command reads its rows: as the fit did, but for what options say.
 
@@ -120,30 +98,33 @@ def plan_again(
         rows: The data.
         options: Of the command line.
         completes: The likelihood whose completions the command reads; ``None`` for no likelihood.
+        knows_columns: Whether the plan's columns are the fit's, and not to be found.
 
     Raises:
         ValueError: If a column or an end-of-text token is missing, an option has no effect, the
             number of names is another, two are the same, or a chat template is asked for and
             missing.
     """
-    columns = read_columns(rows, options, plan.likelihood, completes, plan.columns)
+    asked, known = _asked_columns(options), plan.columns if knows_columns else None
+    columns = columns_of(rows, asked, known)
+    is_completed = plan.likelihood == completes
+    columns = _read_by(plan.likelihood, columns, asked, rows, known, is_completed)
     names = plan.names and class_names(options.get("labels") or (), plan.names, len(plan.names))
     chat = plan.chat
     if options.get("chat") is not None:
-        chat = uses_chat(adapter, columns, plan.likelihood, options["chat"])
-    limit = options.get("max_length") or plan.max_length
+        chat = _uses_chat(adapter, columns, plan.likelihood, options["chat"])
     plan = replace(
         plan,
         columns=columns,
         names=names,
         chat=chat,
-        max_length=limit,
+        max_length=options.get("max_length") or plan.max_length,
         labels_as=options.get("labels_as") or plan.labels_as,
     )
-    return settled(plan, adapter, rows, options)
+    return _settled(plan, adapter, rows, options)
 
 
-def settled(plan: Plan, adapter: Adapter, rows: Sequence[Row], options: dict[str, Any]) -> Plan:
+def _settled(plan: Plan, adapter: Adapter, rows: Sequence[Row], options: dict[str, Any]) -> Plan:
     """Return a plan that says whether texts end with a token; refuse options without effect.
 
     Raises:
@@ -162,13 +143,22 @@ def settled(plan: Plan, adapter: Adapter, rows: Sequence[Row], options: dict[str
     return replace(plan, eos=appends_eos(adapter, plan, rows, options.get("eos")))
 
 
-def _read_by(likelihood: str, columns: Columns, asked: Columns, rows: Sequence[Row]) -> Columns:
-    """Return the columns that a likelihood reads.
+def _read_by(
+    likelihood: str,
+    columns: Columns,
+    asked: Columns,
+    rows: Sequence[Row],
+    known: Columns | None = None,
+    is_completed: bool = True,
+) -> Columns:
+    """Return the columns that a likelihood reads, completions among them; see `completion_column`.
 
     Raises:
-        ValueError: If another one is asked for.
+        ValueError: If another one is asked for, or it is not clear which holds completions.
     """
-    if likelihood not in ("language_modeling", "reward_modeling"):
+    completion = completion_column(rows, columns, asked, likelihood, known, is_completed)
+    columns = replace(columns, completion=completion)
+    if likelihood not in WITHOUT_LABELS:
         return columns
     if asked.pair is not None:
         raise ValueError(f"--pair-field: a {likelihood} posterior reads no second text")
@@ -178,7 +168,10 @@ def _read_by(likelihood: str, columns: Columns, asked: Columns, rows: Sequence[R
             "it names the column of their prompts; leave it out. Rewards of single texts are "
             f"predicted of data that have only one of the columns {CHOSEN!r} and {REJECTED!r}"
         )
-    return replace(columns, pair=None)
+    columns = replace(columns, pair=None)
+    if are_pairs(rows, likelihood) and known is not None and known.text is None:
+        return replace(columns, text=asked.text)  # a prompt that no pair of the fit had
+    return columns
 
 
 def _asked_columns(options: dict[str, Any]) -> Columns:
@@ -187,7 +180,7 @@ def _asked_columns(options: dict[str, Any]) -> Columns:
     return Columns(**{role: options.get(f"{role}_field") for role in roles})
 
 
-def uses_chat(
+def _uses_chat(
     adapter: Adapter,
     columns: Columns,
     likelihood: str,
@@ -197,13 +190,6 @@ def uses_chat(
     """Return whether texts go through the chat template; messages always do.
 
     Texts beside a fit on messages alone do by default, as all that the model was fitted on did.
-
-    Args:
-        adapter: The model.
-        columns: Of the data.
-        likelihood: Of the posterior.
-        asked: What the user says; ``None`` for the default.
-        fitted: The data of a fit.
 
     Raises:
         ValueError: If it is asked for, and there is none.
@@ -221,3 +207,31 @@ def uses_chat(
         return False
     # Plain texts without an answer are scored as they are.
     return likelihood != "language_modeling" or columns.completion is not None
+
+
+def appends_eos(adapter: Adapter, plan: Plan, rows: Sequence[Row], asked: bool | None) -> bool:
+    """Return whether plain texts have the token behind them: as asked, or as the plan says.
+
+    Raises:
+        ValueError: If the user says what has no effect.
+    """
+    if asked is None:
+        return plan.eos
+    reason = why_no_eos(adapter, plan, rows)
+    if reason is not None:
+        raise ValueError(f"{'--eos' if asked else '--no-eos'}: {reason}")
+    return asked
+
+
+def why_no_eos(adapter: Adapter, plan: Plan, rows: Sequence[Row]) -> str | None:
+    """Return why nobody needs to say whether the token is read; ``None`` if somebody does."""
+    if plan.likelihood not in WITHOUT_LABELS:
+        return f"a {plan.likelihood} posterior reads texts as the tokenizer gives them"
+    name = text_column(rows, plan.columns, plan.likelihood)
+    if plan.chat or has_conversations_only(rows, name):
+        return "conversations end as the chat template has them end"
+    if plan.likelihood == "language_modeling" and plan.columns.completion is not None:
+        return "completions always end with the token"
+    if adapter.tokenizer.eos_token is None:
+        return "the tokenizer has no end-of-text token"
+    return None

@@ -26,10 +26,6 @@ def rows_by_end(inputs: Inputs, rows: Sequence[Row]) -> list[int]:
     but not always with a unigram tokenizer, which weighs a whole text: an answer without a space
     before it may change how more of the prompt is divided. Behind a chat template prompts end as it
     has them end behind a message of the last one's role.
-
-    Args:
-        inputs: How rows become the model's inputs.
-        rows: At least one.
     """
     count = min(len(rows), SPREAD)
     numbers = {1 + i * len(rows) // count for i in range(count)}
@@ -59,10 +55,9 @@ def _last_role(inputs: Inputs, row: Row) -> str | None:
 
 def _last_word(inputs: Inputs, row: Row) -> str:
     """Return the last word before the answer, nothing where a template writes it."""
-    columns = inputs.plan.columns
     if inputs.is_conversation(row):
         return ""
-    text = (columns.pair and row.get(columns.pair)) or row.get(columns.text or "")
+    text = inputs.second(row) or row.get(inputs.plan.columns.text or "")
     end = text[-LENGTH:] if isinstance(text, str) else ""
     found = WORD.search(end.encode(errors="ignore").decode())  # half a character has no tokens
     return found[0] if found else ""

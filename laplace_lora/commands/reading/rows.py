@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from laplace_lora.commands.reading.folders import rows_of_folder
-from laplace_lora.commands.reading.tables import QUOTED, UNSETTLED, table_rows
+from laplace_lora.commands.reading.tables import table_rows
 
 Row = dict[str, Any]
 
 JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz")
-TABLES = {".csv": QUOTED, ".csv.gz": QUOTED, ".tsv": UNSETTLED}
+TABLES = {".csv": ",", ".csv.gz": ",", ".tsv": "\t"}  # and what divides their columns
 STANDARD = "-"
 EXAMPLE = '{"text": "..."}'  # of a line of JSON
 
@@ -65,9 +65,9 @@ def read_named(source: str, split: str | None = None) -> tuple[list[Row], dict[s
         with _readable(source), _opened(path) as lines:
             rows = list(_json_lines(lines, source))
     elif kind.endswith(tuple(TABLES)):
-        form = next(form for suffix, form in TABLES.items() if kind.endswith(suffix))
+        delimiter = next(d for suffix, d in TABLES.items() if kind.endswith(suffix))
         with _readable(source), _opened(path) as lines:
-            rows = table_rows(lines, form, source)
+            rows = table_rows(lines, delimiter, source)
     else:
         kinds = ", ".join((*JSON_LINES, *TABLES))
         raise ValueError(f"{source}: expected a file in {kinds}, a data set folder, or -")
@@ -77,11 +77,7 @@ def read_named(source: str, split: str | None = None) -> tuple[list[Row], dict[s
 
 
 def folder_and_split(source: str) -> tuple[Path, str | None]:
-    """Return the file or folder of a source of rows, and the split that it names, if any.
-
-    Args:
-        source: See `read_rows`.
-    """
+    """Return the file or folder of a source of rows, and the split that it names, if any."""
     path = Path(source)
     folder, colon, name = source.rpartition(":")
     if colon and not path.exists() and Path(folder).is_dir():

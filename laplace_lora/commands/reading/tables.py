@@ -7,68 +7,45 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a table is written.
-
-    Attributes:
-        delimiter: Between columns.
-        quotes: Whether quotation marks may surround a cell; ``None`` where files differ in that.
-    """
-
-    delimiter: str
-    quotes: bool | None
-
 
 BREAK = re.compile(r"\r\n|\r|\n")
 DOUBLED = re.compile(r'"([^"]*"")+[^"]*"|""')  # a quoted cell with marks in it, or an empty one
-QUOTED = Form(",", True)
-UNSETTLED = Form("\t", None)  # those of pandas and spreadsheets have quotes, those of GLUE none
 
 
-def table_rows(lines: Iterable[str], form: Form, place: str) -> list[dict[str, Any]]:
+def table_rows(lines: Iterable[str], delimiter: str, place: str) -> list[dict[str, Any]]:
     """Return the rows of a table.
 
-    Where it is not settled whether quotation marks surround cells, the reading is taken in which
-    every row has the columns of the head line. If both have, cells are quoted unless one would
-    then hold the delimiter, as rows do that an open quotation mark made one. In a single column
-    nothing tells such rows from a text of several lines, unless the file shows that it has quotes.
-
-    Args:
-        lines: Its lines, with their ends.
-        form: How it is written.
-        place: Where it comes from, for errors.
+    With tabs it is not settled whether quotation marks surround cells: files of pandas and
+    spreadsheets have such marks, those of GLUE none. There the reading is taken in which every row
+    has the columns of the head line. If both have, cells are quoted unless one would then hold the
+    delimiter, as rows do that an open quotation mark made one. In a single column nothing tells
+    such rows from a text of several lines, unless the file shows that it has quotes.
 
     Raises:
         ValueError: If two columns have one name, a row has other columns than the head line, a
             quotation mark remains open, or it may surround several rows or one.
     """
-    if form.quotes is not None:
-        return _read(lines, form, place)
+    if delimiter != "\t":
+        return _read(lines, delimiter, place)
     lines = list(lines)
-    plain: ValueError | list[dict[str, Any]]
-    try:
-        plain = _read(lines, replace(form, quotes=False), place)
-    except ValueError as error:
-        plain = error
-    try:
-        quoted = _read(lines, replace(form, quotes=True), place)
-    except ValueError as error:
-        if isinstance(plain, ValueError):
-            raise plain from error
-        return plain
-    if isinstance(plain, ValueError):
-        return quoted
-    if any(form.delimiter in str(x) for row in quoted for x in row.values()):
+    readings, errors = [], []
+    for quotes in (False, True):
+        try:
+            readings.append(_read(lines, delimiter, place, quotes))
+        except ValueError as error:
+            errors.append(error)
+    if not readings:
+        raise errors[0]
+    if errors:
+        return readings[0]
+    plain, quoted = readings
+    if any(delimiter in str(x) for row in quoted for x in row.values()):
         return plain
     if len(plain) != len(quoted) and not _shows_quotes(lines, quoted):
         raise ValueError(
-            f"{place}, line {_first_over_lines(lines, form)}: a quotation mark begins a text that "
-            "may be one of several lines or several rows; give the data as .jsonl or .csv"
+            f"{place}, line {_first_over_lines(lines, delimiter)}: a quotation mark begins a text "
+            "that may be one of several lines or several rows; give the data as .jsonl or .csv"
         )
     return quoted
 
@@ -85,9 +62,9 @@ def _shows_quotes(lines: Sequence[str], rows: Sequence[dict[str, Any]]) -> bool:
     return not within.keys() & between.keys()  # a writer ends all rows alike
 
 
-def _first_over_lines(lines: Sequence[str], form: Form) -> int:
+def _first_over_lines(lines: Sequence[str], delimiter: str) -> int:
     """Return in which line the first row of several lines begins."""
-    reader, begin = csv.reader(lines, delimiter=form.delimiter, strict=True), 1
+    reader, begin = csv.reader(lines, delimiter=delimiter, strict=True), 1
     for _ in reader:
         if reader.line_num > begin:
             break
@@ -95,28 +72,30 @@ def _first_over_lines(lines: Sequence[str], form: Form) -> int:
     return begin
 
 
-def _check_delimiter(names: Sequence[str], form: Form, place: str) -> None:
+def _check_delimiter(names: Sequence[str], delimiter: str, place: str) -> None:
     """Refuse a head line that something else divides."""
     for other, what in ((";", "semicolons"), ("\t", "tabs")):
-        if len(names) == 1 and other in names[0] and other != form.delimiter:
+        if len(names) == 1 and other in names[0] and other != delimiter:
             raise ValueError(
                 f"{place} has the single column {names[0]!r}: its columns are separated by {what}. "
                 "Save it with commas, with tabs as .tsv, or as JSON lines"
             )
 
 
-def _read(lines: Iterable[str], form: Form, place: str) -> list[dict[str, Any]]:
+def _read(
+    lines: Iterable[str], delimiter: str, place: str, quotes: bool = True
+) -> list[dict[str, Any]]:
     csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(
         lines,
-        delimiter=form.delimiter,
+        delimiter=delimiter,
         strict=True,
-        quoting=csv.QUOTE_MINIMAL if form.quotes else csv.QUOTE_NONE,
+        quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
     )
     rows: list[dict[str, Any]] = []
     try:
         names = reader.fieldnames or ()
-        _check_delimiter(names, form, place)
+        _check_delimiter(names, delimiter, place)
         for name, count in Counter(names).items():
             if name and count > 1:
                 raise ValueError(f"{place} has {count} columns {name!r}; give each its own name")

@@ -1,8 +1,9 @@
-"""What is wrong with rows that have too many tokens, and what to do."""
+"""Texts that have too many tokens: cut, or refused with what to do."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from laplace_lora.commands.reading.adapter import Adapter
 from laplace_lora.commands.reading.columns import CHOSEN, REJECTED
@@ -10,15 +11,28 @@ from laplace_lora.commands.reading.columns import CHOSEN, REJECTED
 SHOWN = 5  # rows of an error
 
 
-def too_long(number: int, length: int, limit: int, adapter: Adapter) -> str:
-    """Return the error of a row that may not be cut.
+def cut_to(limit: int, text: str, second: str | None, tokenizer: Any, eos: bool) -> dict[str, Any]:
+    """Return the tokens of one text or two that have too many; with ``eos`` it ends them.
 
-    Args:
-        number: The row's, from 1.
-        length: Its tokens.
-        limit: How many are read.
-        adapter: The model.
+    Raises:
+        ValueError: If nothing is left of a text, or of one of two.
     """
+    own = tokenizer.num_special_tokens_to_add(pair=second is not None) + eos
+    found = dict(tokenizer(text, second, truncation=True, max_length=limit))
+    least = own + 1 + (second is not None)
+    if limit < least or len(found["input_ids"]) > limit:
+        what = "a text" if second is None else "two texts"
+        raise ValueError(
+            f"--max-length {limit} leaves no room for {what}: {own} tokens are those that the "
+            f"tokenizer puts around them; give {least} or more, or leave it out"
+        )
+    if eos:
+        found["input_ids"][-1] = tokenizer.eos_token_id
+    return found
+
+
+def too_long(number: int, length: int, limit: int, adapter: Adapter) -> str:
+    """Return the error of a row that may not be cut."""
     return (
         f"row {number} has {length} tokens, more than {limit}; cutting it would change the "
         f"question. {_way_out(limit, adapter, 'it')}"
@@ -26,13 +40,7 @@ def too_long(number: int, length: int, limit: int, adapter: Adapter) -> str:
 
 
 def same_when_cut(numbers: Sequence[int], limit: int, adapter: Adapter) -> str:
-    """Return the error of preference pairs of which only what is cut off differs.
-
-    Args:
-        numbers: Of their rows, from 1; at least one.
-        limit: How many tokens of a text are read.
-        adapter: The model.
-    """
+    """Return the error of preference pairs of which only what is cut off differs."""
     rows = f"row {numbers[0]}: its"
     if len(numbers) > 1:
         some = ", ".join(map(str, numbers[:SHOWN])) + (", ..." if len(numbers) > SHOWN else "")

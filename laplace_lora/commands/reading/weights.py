@@ -1,14 +1,16 @@
-"""Say which file of an adapter or its base model is missing or damaged."""
+"""Say which file or weight of an adapter or its base model is missing or damaged."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")  # as PEFT calls them
 AGAIN = "copy or download it again"
@@ -17,9 +19,6 @@ AGAIN = "copy or download it again"
 @contextmanager
 def adapter_weights_found(adapter: str) -> Iterator[None]:
     """Say of an adapter's weights that cannot be loaded which file is missing or damaged.
-
-    Args:
-        adapter: Its folder, or its name on the hub.
 
     Raises:
         FileNotFoundError: If the folder has none.
@@ -44,10 +43,6 @@ def adapter_weights_found(adapter: str) -> Iterator[None]:
 def base_model_found(source: str, named_by: str) -> Iterator[None]:
     """Say of a base model that cannot be loaded who names it, and what to do.
 
-    Args:
-        source: Its folder, or its name on the hub.
-        named_by: The adapter or the option that names it.
-
     Raises:
         FileNotFoundError: If there is no such folder, nor such a repository.
         ValueError: If a file of its weights is damaged.
@@ -68,6 +63,22 @@ def base_model_found(source: str, named_by: str) -> Iterator[None]:
             f"the base model {source}, as {named_by} names it, was not found: there is no such "
             f"folder{'' if folder.is_absolute() else ' here'}{hub}. Give it by --base"
         ) from error
+
+
+def check_no_random_weights(
+    report: Mapping[str, Any], saved: Mapping[str, Tensor], adapter: str, base: str
+) -> None:
+    """Refuse a base model some of whose weights are neither in its file nor in the adapter's."""
+    fresh = [*report.get("missing_keys", ()), *(k[0] for k in report.get("mismatched_keys", ()))]
+    known = {name.removeprefix("base_model.model.") for name in saved}
+    random = sorted(str(name) for name in fresh if name not in known)
+    if random:
+        some = ", ".join(random[:4]) + (", ..." if len(random) > 4 else "")
+        raise ValueError(
+            f"{some} are neither in {base} nor "
+            f"in {adapter}, and would be random; save the adapter with modules_to_save, or give "
+            "the base model that it was trained on by --base"
+        )
 
 
 def _is_whole(path: Path) -> bool:

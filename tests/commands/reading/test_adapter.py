@@ -146,9 +146,8 @@ def test_another_base_model_is_refused(adapter, tmp_path, data):
     assert "the base model differs" in message
 
 
-def test_a_base_model_that_moved(adapter, tmp_path, data):
-    folder = adapter()
-    run("fit", folder, "--data", data("train"), "-q")
+def test_a_base_model_that_moved(posterior, tmp_path, data):
+    folder = posterior("classifier", data("train"))
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     moved = shutil.copytree(base, tmp_path / "moved")
     changed(folder, base_model_name_or_path=None)

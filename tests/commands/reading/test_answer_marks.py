@@ -3,9 +3,9 @@
 import pytest
 
 from laplace_lora.commands.reading.adapter import CAUSAL, Adapter
-from laplace_lora.commands.reading.answer_marks import marks_said
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.planning import plan_fit
+from laplace_lora.commands.reading.said import marks_said
 from support.command_line import run
 from support.on_disk import tokenizer, write_json_lines
 

@@ -86,14 +86,13 @@ def test_where_no_completion_is_read_none_may_be_named():
             found(row, likelihood, asked=Columns(completion="answer"))
 
 
-def test_score_finds_or_refuses_the_texts_after_prompts(adapter, tmp_path):
+def test_score_finds_or_refuses_the_texts_after_prompts(posterior, tmp_path):
     def file(name, n=3):
         pairs = map(parts, reviews(n, 0))
         rows = [{"prompt": prompt, name: text} for prompt, text in pairs]
         return write_json_lines(tmp_path / f"{name}.jsonl", rows)
 
-    folder = adapter("decoder")
-    run("fit", folder, "--data", file("completion", 24), "-q")
+    folder = posterior("decoder", file("completion", 24))
     args = ("score", folder, "--top-k", 4, "-q", "--data")
     expected = run(*args, file("completion")).stdout
     assert len(json.loads(expected.splitlines()[0])["tokens"]) == 2

@@ -4,9 +4,9 @@ import pytest
 
 from laplace_lora.commands.reading.adapter import HEAD, Adapter
 from laplace_lora.commands.reading.columns import Columns
-from laplace_lora.commands.reading.cuts import cuts_said
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.plan import Plan
+from laplace_lora.commands.reading.said import cuts_said
 from support.command_line import refused, run
 from support.on_disk import reviews, tokenizer, write_json_lines
 

@@ -6,9 +6,9 @@ import pytest
 
 from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
 from laplace_lora.commands.reading.columns import Columns
-from laplace_lora.commands.reading.ending import appends_eos
 from laplace_lora.commands.reading.inputs import Inputs
 from laplace_lora.commands.reading.plan import PLAN, Plan, plan_text, read_plan
+from laplace_lora.commands.reading.planning import appends_eos
 from support.on_disk import WORDS, tokenizer
 
 PAIR = {"chosen": "the film was good", "rejected": "the film was bad"}

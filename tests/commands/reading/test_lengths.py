@@ -22,7 +22,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from laplace_lora.commands.reading.lengths import check_length, cut_to, longest_input
+from laplace_lora.commands.reading.tokenizers import check_length, longest_input
+from laplace_lora.commands.reading.too_long import cut_to
 from laplace_lora.models.wrapped_model import places_of
 from support.command_line import refused, run
 from support.on_disk import SIZES, tokenizer
@@ -65,15 +66,15 @@ def test_the_limit_is_where_the_model_fails(case):
         model(**inputs, **more)
 
     run_on(expected or 30)
-    check_length(expected, model)
-    check_length(None, model)
+    check_length(expected, expected)
+    check_length(None, expected)
     if expected is None:
-        check_length(10**6, model)
+        check_length(10**6, None)
         return
     with pytest.raises((IndexError, RuntimeError, ValueError)):
         run_on(expected + 1)
     with pytest.raises(ValueError, match=f"positions for {expected} tokens; give {expected} or"):
-        check_length(expected + 1, model)
+        check_length(expected + 1, expected)
 
 
 @pytest.mark.parametrize("command", ["fit", "doctor"])

@@ -4,7 +4,7 @@ import pytest
 
 from laplace_lora.commands.reading.adapter import CAUSAL, HEAD, Adapter
 from laplace_lora.commands.reading.planning import plan_again, plan_fit
-from laplace_lora.commands.reading.unread import columns_said, prompts_said
+from laplace_lora.commands.reading.said import columns_said, prompts_said
 from support.on_disk import tokenizer
 
 META = {"id": "row-1", "source": "a site", "notes": "see the film", "idx": 3, "n2": "0.5"}
