@@ -30,11 +30,15 @@ ASIDE = frozenset(
         # losses, and special tokens that no pass looks for
         *("problem_type", "label_smoothing", "apply_spec_augment", "max_length"),
         *("bos_token_id", "cls_token_id", "mask_token_id", "sep_token_id", "unk_token_id"),
+        # what is read by `generate` and in pretraining alone
+        *("forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids", "suppress_tokens"),
+        *("begin_suppress_tokens", "bad_words_ids", "prefix", "median_filter_width"),
+        *("num_negatives", "use_mambapy"),
     )
 )
 ASIDE_PARTS = (
-    *("dropout", "pdrop", "layerdrop", "drop_path", "init", "loss", "mask_time", "mask_feature"),
-    *("cache", "implementation", "version"),
+    *("dropout", "pdrop", "layerdrop", "drop_path", "drop_rate", "drop_connect", "init", "loss"),
+    *("mask_time", "mask_feature", "cache", "implementation", "version"),
 )
 PAD, END = "pad_token_id", "eos_token_id"
 
@@ -81,7 +85,8 @@ def _settings(
         if _is_aside(name) or not _counts(config, name, value, classifies):
             continue
         if isinstance(value, PretrainedConfig):
-            yield from _settings(value, f"{prefix}{name}.", classifies, known)
+            if id(value) not in known:
+                yield from _settings(value, f"{prefix}{name}.", classifies, known)
         else:
             yield from _flat(f"{prefix}{name}", value)
 

@@ -6,7 +6,7 @@ be as many as the tokens of a padded text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,9 +20,11 @@ from laplace_lora.capture.tape import Tape
 from laplace_lora.capture.unmasked_verification import point_out_own_masks
 from laplace_lora.data.batches import Batch, one_example
 from laplace_lora.models.changes.attention_types import TooShortError
+from laplace_lora.models.inputs.unmasked import MASK
 
 NEGLIGIBLE = 1e-6  # of a layer's largest gradient; padding that nobody reads has none
 FAR = 0.05  # of a token's length, from its likeness in another batch; half precision rounds
+FEWEST_STEPS = 3  # of a layer that runs token by token; twice run heads of pairs of texts
 NEARER = 0.1  # how much nearer another token must be to be the likeness
 
 
@@ -31,7 +33,8 @@ def verify_masks(
 ) -> bool:
     """Compare how many tokens layers see with and without the padding of one example.
 
-    Only layers whose outputs matter at what a mask calls padding are suspected. Costs a backward
+    Only layers whose outputs matter at what a mask calls padding are suspected, and those that run
+    several times on a row for each text. Costs a backward
     pass through the recorded graph, which is kept, and if there are any, a forward pass of the
     example with the most padding.
 
@@ -47,24 +50,30 @@ def verify_masks(
         UserWarning: If texts without a mask look padded, see `point_out_own_masks`.
 
     Raises:
-        MisfitError: If a layer sees as many tokens when the padding is gone, or sees tokens where
-            the mask has padding, as in a text that it reads backwards; names its tensors.
+        MisfitError: If a layer sees as many tokens when the padding is gone, sees tokens where the
+            mask has padding, as in a text that it reads backwards, or runs once for each token;
+            names its tensors.
     """
     masks = {i: mask for i in range(len(tape.inputs)) if (mask := tape.mask(i)) is not None}
-    if not masks and tape.divides:
-        return point_out_own_masks(tape, blocks)
-    if not masks or not tape.divides:
+    if not tape.divides:
         return bool(masks) and tape.images_are_even
-    suspects = _read_at_padding(tape, blocks, masks)
     n = chosen_examples(tape.batch, tape.examples)[-1]
     single = one_example(tape.batch, n)
     bare = without_padding(single)
-    if not suspects or bare is single:
-        return True
+    if bare is single:
+        return bool(masks) or point_out_own_masks(tape, blocks)
+    assert isinstance(single, Mapping) and isinstance(tape.batch, Mapping)
+    steps = []
+    if not bool(single[MASK].all()):
+        steps = [i for i in range(len(tape.inputs)) if _may_step(tape.calls(i))]
+    suspects = _read_at_padding(tape, blocks, masks) if masks else []
+    if not (suspects or steps):
+        return bool(masks)
     try:
         alone = record_alone(bare)
     except TooShortError:
         return False  # another batch may tell
+    _check_steps(tape, alone, steps, blocks)
     for wrong, reason in (
         (
             [i for i in suspects if alone.inputs[i].shape[1] == tape.inputs[i].shape[1]],
@@ -84,7 +93,33 @@ def verify_masks(
                 "switches this check off",
                 wrong,
             )
-    return True
+    # A layer that runs up to the end of the longest text runs as often on texts of equal lengths.
+    lengths = (tape.batch[MASK] != 0).sum(-1)
+    return not steps or bool(lengths.min() < lengths.max())
+
+
+def _check_steps(tape: Tape, alone: Tape, steps: Sequence[int], blocks: Sequence[Block]) -> None:
+    """Refuse maps, of some, that run as often as there are tokens.
+
+    Raises:
+        MisfitError: If there is one.
+    """
+    called = dict(map(alone.called, range(len(alone.inputs))))
+    wrong = [i for i in steps if called.get(tape.called(i)[0]) != tape.called(i)[1]]
+    if wrong:
+        names = listed([block.name for block in blocks if block.map in wrong])
+        raise MisfitError(
+            f"{names}: the layer ran {len(tape.calls(wrong[0]))} times in a batch, and another "
+            "number of times without padding, as a layer does that runs once for each token. Which "
+            "of its calls are at padding is unknown; freeze these tensors first, or give them a "
+            "diagonal block with uncovered='diag' (an exact posterior stays exact)",
+            wrong,
+        )
+
+
+def _may_step(calls: Sequence[Tensor]) -> bool:
+    """Return whether a map may run token by token: it has run several times, on a row a text."""
+    return len(calls) >= FEWEST_STEPS and calls[0].ndim == 2
 
 
 def _are_at_padding(tokens: Tensor, tape: Tape, i: int, n: int, mask: Tensor) -> bool:

@@ -12,6 +12,7 @@ from laplace_lora.adapters.maps import Block
 from laplace_lora.capture.tape import Tape
 from laplace_lora.display.warning import warn
 
+NO_TEXT = ("label", "token_type", "position")
 SHORTEST = 2  # one token at each text's end may end it, and language models score nothing there
 
 
@@ -25,7 +26,7 @@ def point_out_own_masks(tape: Tape, blocks: Sequence[Block]) -> bool:
         blocks: The trainable tensors.
 
     Returns:
-        Whether texts look padded, without which there is nothing to verify.
+        Whether it has warned.
     """
     batch = tape.batch
     if not isinstance(batch, Mapping) or any("attention_mask" in str(key) for key in batch):
@@ -52,8 +53,8 @@ def point_out_own_masks(tape: Tape, blocks: Sequence[Block]) -> bool:
                 "the batch one, of ones at real tokens, or take a DiagLoraLaplace or "
                 "FullLoraLaplace, which need no masks"
             )
-            break
-    return True
+            return True
+    return False
 
 
 def _runs(batch: Mapping[str, Any], examples: int) -> Iterator[tuple[int, Tensor]]:
@@ -61,11 +62,13 @@ def _runs(batch: Mapping[str, Any], examples: int) -> Iterator[tuple[int, Tensor
     for key, ids in batch.items():
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
             continue
-        if "label" in str(key) or len(ids) != examples or not ids.shape[1]:
+        is_text = not any(part in str(key) for part in NO_TEXT)
+        if not is_text or len(ids) != examples or ids.shape[1] < SHORTEST:
             continue
         for from_end in (False, True):
             inwards = ids.cpu().flip(-1) if from_end else ids.cpu()
-            token = int(inwards[:, 0].mode().values)
-            run = (inwards == token).cumprod(-1).bool()
-            if int(run.sum(-1).max()) >= SHORTEST and not bool(run.all()):
-                yield token, run.flip(-1) if from_end else run
+            repeated = (inwards[:, :SHORTEST] == inwards[:, :1]).all(-1)
+            for token in inwards[repeated, 0].unique().tolist():
+                run = (inwards == token).cumprod(-1).bool()
+                if not bool(run.all()):
+                    yield token, run.flip(-1) if from_end else run

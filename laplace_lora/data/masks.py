@@ -18,10 +18,10 @@ GLOBAL = "global_attention_mask"  # Longformer's, which says nothing of padding
 UNCLEAR = ("mask", "masks", "attn_mask", "pad_mask")
 # Masks and lengths of something else than padding
 ELSEWHERE = (
-    *("special_tokens_mask", "assistant_masks", "completion_mask", "loss_mask", "p_mask"),
-    *("bool_masked_pos", "prompt_length", "completion_length", "head_mask", "attention_mask"),
+    *("special_tokens", "assistant", "completion", "loss", "p_mask", "bool_masked_pos", "prompt"),
+    *("head_mask", "attention_mask", "label", "target", "answer", "response", "tool", "cls"),
+    "position",
 )
-FEWEST_STEPS = 3  # of a layer that runs token by token; twice run heads of pairs of texts
 Place: TypeAlias = Literal["encoder", "decoder"]  # at whose tokens a map stands
 _INDICES = WeakTensorKeyDictionary()
 
@@ -127,8 +127,9 @@ def _check_names(batch: Mapping[str, Any], inputs: Tensor, name: str) -> None:
     Some models' masks are true at real tokens, others', as torch's `MultiheadAttention` has them,
     at padding; and lengths do not say on which side padding is.
     """
+    is_told = any(batch.get(known) is not None for known in MASK_NAMES)  # of another text's tokens
     for key, value in batch.items():
-        if isinstance(value, Tensor) and _is_unclear(str(key), value, inputs):
+        if isinstance(value, Tensor) and _is_unclear(str(key), value, inputs, is_told):
             raise ValueError(
                 f"{key!r} of the batch may say which tokens layer {name!r} shall count, but only "
                 "'attention_mask', of ones at real tokens, is read; give the batch one, and let "
@@ -136,50 +137,24 @@ def _check_names(batch: Mapping[str, Any], inputs: Tensor, name: str) -> None:
             )
 
 
-def _is_unclear(key: str, value: Tensor, inputs: Tensor) -> bool:
+def _is_unclear(key: str, value: Tensor, inputs: Tensor, is_told: bool) -> bool:
     """Return whether an entry of a batch may tell a layer's tokens from padding, both of which are.
 
     Several texts may go through a layer in one call.
     """
-    if not value.numel() or bool((value == value.flatten()[0]).all()):
-        return False
     if key in UNCLEAR or key.endswith("padding_mask"):
-        return value.shape == inputs.shape[:-1]
-    if inputs.ndim < 3 or any(part in key for part in ELSEWHERE):
+        fits = value.shape == inputs.shape[:-1]
+        return fits and not bool((value == value.flatten()[0]).all())
+    if is_told or inputs.ndim < 3 or not value.numel() or any(part in key for part in ELSEWHERE):
         return False
     rows, tokens = inputs.shape[:-2].numel(), inputs.shape[-2]
     if "length" in key:
-        is_count = value.ndim == 1 and not value.is_floating_point()
-        return is_count and rows % len(value) == 0 and bool((value <= tokens).all())
+        counts = value.ndim == 1 and not value.is_floating_point() and rows % len(value) == 0
+        return counts and bool((value <= tokens).all()) and bool((value < tokens).any())
     fits = value.ndim > 1 and value.shape[-1] == tokens and rows % value.shape[:-1].numel() == 0
-    return "mask" in key and fits and bool(((value == 0) | (value == 1)).all())
-
-
-def check_steps(batch: Batch, inputs: Tensor, name: str, calls: int) -> None:
-    """Refuse a layer that runs once for each token of padded texts, as a recurrent one does.
-
-    Which of its calls is at which token is unknown; on a text as a whole few layers run so often.
-
-    Args:
-        batch: As for `token_mask`.
-        inputs: As for `token_mask`.
-        name: Name of the map, for error messages.
-        calls: How often the map runs for each text.
-
-    Raises:
-        ValueError: If it does.
-    """
-    mask = batch.get(MASK_NAMES[0]) if isinstance(batch, Mapping) else None
-    if calls < FEWEST_STEPS or inputs.ndim != 2 or not isinstance(mask, Tensor):
-        return
-    if mask.ndim != 2 or len(mask) != len(inputs) or bool(mask.bool().all()):
-        return
-    if calls in (mask.shape[1], int(mask.bool().sum(1).max())):
-        raise ValueError(
-            f"layer {name!r} ran {calls} times with one row for each text, as if once for each "
-            f"token of the batch's attention mask, {tuple(mask.shape)}, so which of its calls are "
-            "at padding is unknown"
-        )
+    if "mask" not in key or not fits or not bool(((value == 0) | (value == 1)).all()):
+        return False
+    return not bool((value == value.flatten()[0]).all())
 
 
 def text_shape(batch: Mapping[str, Any], mask_name: str) -> torch.Size | None:

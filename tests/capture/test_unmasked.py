@@ -184,6 +184,16 @@ def test_a_network_that_makes_its_mask_itself_is_pointed_out_once(side, start):
     DiagLoraLaplace(Pooled(start=False), "classification").fit(one_batch(bare((5, 3), side)))
 
 
+def test_padding_is_found_behind_batches_that_only_look_padded():
+    first = bare((4, 4))
+    first["tokens"][0, -2:] = 7
+    cut = bare((6, 6, 6, 3))
+    cut["tokens"][:3, -1] = 3  # most texts are cut, and end with a token of their own
+    la = KronLoraLaplace(Pooled(start=False), "classification")
+    with pytest.warns(UserWarning, match="no output depends on the 0s"):
+        la.fit(DataLoader([first, cut], batch_size=None))
+
+
 @pytest.mark.parametrize("targets", [["query"], ["query", "value"]])
 def test_texts_of_one_length_pass_whatever_they_end_with(targets):
     batch = bare((5, 5, 5))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from laplace_lora.data.masks import check_steps, token_mask
+from laplace_lora.data.masks import token_mask
 
 INPUTS = torch.zeros(3, 2, 5)  # of three texts, twice as many rows
 
@@ -45,6 +45,7 @@ TEXTS = torch.zeros(2, 4, 5)
         ("choices_mask", MASK.unsqueeze(0), TEXTS),
         ("lengths", LENGTHS, TEXTS),
         ("seq_length", LENGTHS, torch.cat([TEXTS, TEXTS])),
+        ("lengths", torch.tensor([3, 3]), TEXTS),
     ],
 )
 def test_masks_and_lengths_of_other_names_are_refused(key, value, inputs):
@@ -64,6 +65,7 @@ def test_masks_and_lengths_of_other_names_are_refused(key, value, inputs):
         ("lengths", torch.tensor([2, 9]), TEXTS),  # of something else, as of letters
         ("lengths", LENGTHS / 4, TEXTS),
         ("prompt_length", LENGTHS, TEXTS),
+        ("labels_mask", MASK, TEXTS),
     ],
 )
 def test_what_tells_nothing_of_padding_is_passed_over(key, value, inputs):
@@ -72,22 +74,5 @@ def test_what_tells_nothing_of_padding_is_passed_over(key, value, inputs):
 
 def test_an_encoder_s_mask_says_nothing_of_a_decoder_s_tokens():
     batch = {"input_ids": MASK, "attention_mask": MASK, "decoder_input_ids": MASK}
+    batch["length"] = LENGTHS
     assert token_mask(batch, TEXTS, "layer", "decoder") is None
-
-
-@pytest.mark.parametrize("calls", [3, 4])
-def test_layers_that_run_once_a_token_are_refused(calls):
-    batch = {"attention_mask": torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])}
-    with pytest.raises(ValueError, match=f"ran {calls} times .* at padding is unknown"):
-        check_steps(batch, torch.zeros(2, 5), "layer", calls)
-    check_steps({"attention_mask": torch.ones(2, 4)}, torch.zeros(2, 5), "layer", calls)
-    check_steps(batch, torch.zeros(2, 4, 5), "layer", calls)
-    check_steps(batch, torch.zeros(8, 5), "layer", calls)
-    check_steps(batch, torch.zeros(2, 5), "layer", 5)
-    check_steps({}, torch.zeros(2, 5), "layer", calls)
-    check_steps(batch["attention_mask"], torch.zeros(2, 5), "layer", calls)
-
-
-def test_heads_that_run_on_both_texts_of_a_pair_are_none():
-    batch = {"attention_mask": torch.tensor([[1, 1], [1, 0]])}
-    check_steps(batch, torch.zeros(2, 5), "layer", 2)

@@ -104,6 +104,7 @@ def test_what_changes_no_function_is_passed_over(make, tmp_path):
     assert {name: after[name] for name in before} == before
     again = make(attn_implementation="sdpa", attention_dropout=0.3, id2label=dict(enumerate("xyz")))
     again.config.vocab_size += 14
+    again.config.forced_bos_token_id, again.config.suppress_tokens = 5, [1]  # of `generate` alone
     again.config.dtype = torch.bfloat16
     again.config.quantization_config = {"load_in_4bit": True}
     KronLoraLaplace.from_pretrained(again, tmp_path)
@@ -137,6 +138,8 @@ def test_configurations_within_and_copies_count():
     changed = [name for name in then if now[name] != then[name]]
     assert changed == ["base_model.model.encoder.layer_norm_epsilon"]
     assert json.loads(json.dumps(now, allow_nan=False)) == now
+    model.config.itself = model.config
+    assert model_settings(model) == now
 
 
 def test_a_setting_that_changes_after_a_fit_is_refused():
