@@ -197,20 +197,14 @@ def _refuse(moved: Sequence[TensorPlace], rescaled: list[str]) -> None:
             "weights of the fit"
         )
     if rescaled:
-        fields = [name for name in rescaled if name.startswith(OF_CONFIGURATION)]
-        if fields:
-            raise RuntimeError(
-                f"the adapter's settings {listed(fields)} have changed since the posterior was "
-                "fitted, so its curvature belongs to another function. Fit again, or bring the "
-                "settings back"
-            )
-        of_model = [name for name in rescaled if name.startswith(OF_MODEL)]
-        if of_model:
-            raise RuntimeError(
-                f"the base model's settings {listed(of_model)} have changed since the posterior "
-                "was fitted, so its curvature belongs to another function. Fit again, or bring the "
-                "settings back"
-            )
+        for prefix, owner in ((OF_CONFIGURATION, "adapter"), (OF_MODEL, "base model")):
+            fields = [name for name in rescaled if name.startswith(prefix)]
+            if fields:
+                raise RuntimeError(
+                    f"the {owner}'s settings {listed(fields)} have changed since the posterior "
+                    "was fitted, so its curvature belongs to another function. Fit again, or bring "
+                    "the settings back"
+                )
         raise RuntimeError(
             f"the adapter's scaling of {listed(rescaled)} has changed since the posterior was "
             "fitted (by `scaling`, `set_scale` or `scale_layer`), so its curvature belongs to "

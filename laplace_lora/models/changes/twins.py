@@ -81,7 +81,7 @@ def _twin_of(
     shared: list[object] = [p for p in (*model.parameters(), *model.buffers()) if id(p) not in own]
     for module in model.modules():  # bitsandbytes keeps 8-bit weights in an object of its own
         shared += [v for v in vars(module).values() if type(v).__name__ == "MatmulLtState"]
-        shared += _derived(vars(module))
+        shared += _derived(vars(module).get("kwargs"))
     memo: dict[int, Any] = {id(item): item for item in shared}
     try:
         with STRUCTURE:
@@ -98,7 +98,8 @@ def _twin_of(
 def _derived(value: Any) -> list[Tensor]:
     """Return tensors that come of others, which torch does not copy.
 
-    PEFT keeps such views of tied weights among the arguments that a layer was made with.
+    PEFT keeps such views of tied weights among the arguments that a layer was made with, and never
+    reads them again. Elsewhere such a tensor is a state, of which a copy cannot be trusted.
     """
     if isinstance(value, Tensor):
         return [] if value.is_leaf else [value]
