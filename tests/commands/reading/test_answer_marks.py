@@ -14,7 +14,7 @@ ROW = {"messages": [ASKED, {"role": "assistant", "content": "was good"}]}
 PAIRED = {"prompt": "the film", "completion": "was good"}
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} : {% if m['role'] == 'assistant' %}"
-    "{%- generation %}{{ m['content'] }} [EOS] BEFORE{% endgeneration %}BEHIND "
+    "{%- generation %}{{ m['content'] }} [EOS]BEFORE{% endgeneration %} BEHIND "
     "{% else %}{{ m['content'] }} {% endif %}{% endfor %}"
     "{% if add_generation_prompt %}assistant : {% endif %}"
 )
@@ -35,7 +35,7 @@ def said(row, words, **options):
 def test_what_is_scored_behind_the_mark_is_shown(row):
     sentence = said(row, marked(behind="the meal"))
     assert sentence.startswith("Of an answer 'the meal' is scored as well, which stands outside")
-    assert said(row, marked(before="the meal")) is None
+    assert said(row, marked(before=" the meal")) is None
 
 
 def test_without_marks_and_without_a_conversation_there_is_nothing_to_say():
