@@ -34,9 +34,8 @@ def verify_masks(
     """Compare how many tokens layers see with and without the padding of one example.
 
     Only layers whose outputs matter at what a mask calls padding are suspected, and those that run
-    several times on a row for each text. Costs a backward
-    pass through the recorded graph, which is kept, and if there are any, a forward pass of the
-    example with the most padding.
+    several times on a row for each text. Costs a backward pass through the recorded graph, which is
+    kept, and if there are any, a forward pass of the example with the most padding.
 
     Args:
         tape: The recorded forward pass.
@@ -44,7 +43,8 @@ def verify_masks(
         record_alone: Records the same maps for another batch.
 
     Returns:
-        Whether the batch has padding, without which there is nothing to verify.
+        Whether the batch has told what there is to know, or padding without a mask was pointed
+        out; otherwise another batch may tell.
 
     Warns:
         UserWarning: If texts without a mask look padded, see `point_out_own_masks`.
@@ -55,17 +55,19 @@ def verify_masks(
             names its tensors.
     """
     masks = {i: mask for i in range(len(tape.inputs)) if (mask := tape.mask(i)) is not None}
+    steps = [i for i in range(len(tape.inputs)) if _may_step(tape.calls(i))]
     if not tape.divides:
         return bool(masks) and tape.images_are_even
+    if not masks and not steps:
+        return point_out_own_masks(tape, blocks)
     n = chosen_examples(tape.batch, tape.examples)[-1]
     single = one_example(tape.batch, n)
     bare = without_padding(single)
     if bare is single:
         return bool(masks) or point_out_own_masks(tape, blocks)
     assert isinstance(single, Mapping) and isinstance(tape.batch, Mapping)
-    steps = []
-    if not bool(single[MASK].all()):
-        steps = [i for i in range(len(tape.inputs)) if _may_step(tape.calls(i))]
+    if bool(single[MASK].all()):
+        steps = []
     suspects = _read_at_padding(tape, blocks, masks) if masks else []
     if not (suspects or steps):
         return bool(masks)
